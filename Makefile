@@ -88,7 +88,7 @@ proto: $(VENV)/.dev
 # The tables are not part of the repository; README of the data folder: where each is from.
 DATA ?= ../shared/data/profiles
 profiles: $(VENV)/.dev
-	$(BIN)/python -m hetis.profiler.shipping --data $(DATA) --doc docs/profiles.md
+	$(BIN)/python -m tools.profiles --data $(DATA) --doc docs/profiles.md
 
 bench: $(VENV)/.dev vllm
 	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \

@@ -46,10 +46,10 @@ from hetis.solver.dispatch.exact import improve_plan, solve_exactly
 from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
 from hetis.solver.dispatch.placement import empty_placement, makespan
 from hetis.solver.dispatch.problem import (
+    DeviceLoad,
     DispatchProblem,
     HeadShape,
     IntArray,
-    Load,
     Primary,
     Requests,
     Stage,
@@ -207,7 +207,7 @@ def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
     )
 
 
-def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> Load:
+def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> DeviceLoad:
     """Running heads, then as many KV bytes as it takes to end at the level, less what the load leaves open."""
     costs = costs_of(stage)
     heads = rng.integers(10, 100, case.devices) * 4 * stage.heads.queries_per_group
@@ -218,7 +218,7 @@ def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Re
     else:
         arriving = min(1.0, stage.heads.head_groups * case.arrivals / case.devices)
         target = level_s - group_s * rng.uniform(0.0, arriving, case.devices)
-    idle = Load(heads=heads, kv_bytes=np.zeros(case.devices), free_blocks=np.zeros(case.devices, np.int64))
+    idle = DeviceLoad(heads=heads, kv_bytes=np.zeros(case.devices), free_blocks=np.zeros(case.devices, np.int64))
     without = running_load(costs, idle.heads, idle.kv_bytes).base
     kv_bytes = np.maximum(0.0, ((target[:, None] - without) / costs.byte_s).min(axis=1))
     free_blocks = np.full(case.devices, 10**6, np.int64)
@@ -229,7 +229,7 @@ def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Re
         free_blocks = np.floor(FREE_RATIO * needed * shares + rng.integers(0, largest + 1, case.devices)).astype(
             np.int64
         )
-    return Load(heads=heads, kv_bytes=kv_bytes, free_blocks=free_blocks)
+    return DeviceLoad(heads=heads, kv_bytes=kv_bytes, free_blocks=free_blocks)
 
 
 # --- measuring
@@ -297,7 +297,7 @@ def dispatch_all(case: Case) -> list[Timed]:
             dispatchers[key].dispatch(problem.load, problem.requests)
         given, new = problem.load, problem.requests
         started = time.thread_time()
-        load = Load(heads=given.heads, kv_bytes=given.kv_bytes, free_blocks=given.free_blocks)
+        load = DeviceLoad(heads=given.heads, kv_bytes=given.kv_bytes, free_blocks=given.free_blocks)
         requests = Requests(ids=new.ids, context_tokens=new.context_tokens, growth_tokens=new.growth_tokens)
         plan = dispatchers[key].dispatch(load, requests)
         result.append(Timed(problem=problem, plan=plan, seconds=time.thread_time() - started))
@@ -307,7 +307,7 @@ def dispatch_all(case: Case) -> list[Timed]:
 def gaps_to_best(
     case: Case, dispatched: Sequence[Timed], greedy: Sequence[float]
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """How far plan and greedy are above the best plan known, for as many instances as are judged."""
+    """Return how far plan and greedy are above the best plan known, for as many instances as are judged."""
     ours, theirs = [], []
     for timed, greedy_s in list(zip(dispatched, greedy, strict=True))[: case.judged]:
         budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)

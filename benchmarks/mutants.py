@@ -215,14 +215,15 @@ def _replaced(text: str, node: ast.AST, now: str) -> str:
 
 
 def tried(mutant: Mutant) -> Verdict:
-    """Whether the tests of its part notice a mutant."""
+    """Return whether the tests of its part notice a mutant."""
     began = time.monotonic()
     killed = not _passes(mutant.part, mutant)
     return Verdict(mutant=mutant, killed=killed, seconds=time.monotonic() - began)
 
 
 def _passes(part: str, mutant: Mutant | None) -> bool:
-    """Whether all tests of a part pass, in a process of their own; with a mutant's file in place of the true one."""
+    """Return whether all tests of a part pass, in a process of their own; with a mutant's file in place of the true
+    one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "solver"
         shutil.copytree(ROOT / "solver", folder, ignore=shutil.ignore_patterns("__pycache__"))

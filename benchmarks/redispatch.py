@@ -38,10 +38,10 @@ import numpy as np
 
 from benchmarks.measuring import plots, rows
 from benchmarks.measuring.drift import LAYERS, REFILL_TOKEN_S, Policy, Run, Scenario, Still, Tally
+from benchmarks.measuring.redispatch_baselines import paper_rule, whole_request_moves
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.baselines import paper_rule, whole_request_moves
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.result import Move
 from hetis.solver.redispatch.solve import Redispatcher
@@ -222,7 +222,8 @@ def _row(
 def _beside(
     tallies: Sequence[Tally], paper: Sequence[Tally] | None, nothing: Sequence[Tally]
 ) -> dict[str, float | None]:  # fmt: skip
-    """What is saved more than by the paper's rule, and that per GiB, each with its standard error over the seeds."""
+    """Return what is saved more than by the paper's rule, and that per GiB, each with its standard error over the
+    seeds."""
     names = ("more_us", "more_us_error", "more_us_per_gib", "more_us_per_gib_error")
     if paper is None:
         return dict.fromkeys(names)

@@ -125,7 +125,7 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
 
 
 async def connections(bench: Bench) -> AsyncIterator[Row]:
-    """What agents cost that are connected, without and with replicas."""
+    """Yield what agents cost that are connected, without and with replicas."""
     extent = bench.extent
     with Watched(bench.planner) as watched:
         await asyncio.sleep(extent.idle_s / 3)
@@ -173,7 +173,7 @@ async def idle(bench: Bench, name: str, alone: float) -> Row:
 
 
 async def empty_calls(bench: Bench) -> AsyncIterator[Row]:
-    """What every call takes on this machine."""
+    """Yield what every call takes on this machine."""
     for at_once in AT_ONCE:
         await timed(timed_call(bench.client.is_serving), count=20 * at_once, at_once=at_once)
         with Watched(bench.planner) as watched:

@@ -124,7 +124,7 @@ def _gpus(prices: Sequence[object]) -> str:
 
 
 def _promise(rule: TenantRule, outcome: Outcome, names: Sequence[str]) -> str:
-    """What a rule promises of real rates, and everything else that fails."""
+    """Return what a rule promises of real rates, and everything else that fails."""
     found = []
     if rule is TenantRule.EQUAL_THROUGHPUT:
         found.append("equal: held" if np.ptp(outcome.normalised) <= EPSILON else "equal: broken")
@@ -164,23 +164,23 @@ def _over(a: FloatArray, b: FloatArray) -> FloatArray:
 
 def linear_problem(search: FleetSearch) -> ShareProblem:
     """Speed-ups are rates on all GPUs of a class alone, per GPU."""
-    atlas = search.contenders[0].atlas
+    atlas = search.solvers[0].atlas
     tenants = []
-    for contender in search.contenders:
+    for solver in search.solvers:
         speedups = []
         for g, c in enumerate(atlas.classes):
             here = np.array([row[0] == g for row in atlas.resources.rows])
             only = np.where(here, search.limits, 0)
-            speedups.append(_alone(search, contender.tenant, only) / c.available)
+            speedups.append(_alone(search, solver.tenant, only) / c.available)
         job = Job(name="serve", speedups=tuple(speedups))
-        tenants.append(Claimant(name=contender.tenant.name, weight=contender.tenant.weight, jobs=(job,)))
+        tenants.append(Claimant(name=solver.tenant.name, weight=solver.tenant.weight, jobs=(job,)))
     gpus = tuple(GpuShare(gpu=f"{g} {c.gpu}", count=c.available) for g, c in enumerate(atlas.classes))
     return ShareProblem(gpus=gpus, tenants=tuple(tenants))
 
 
 def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
-    contender = next(c for c in search.contenders if c.tenant is tenant)
-    found = contender.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.monotonic), silent)
+    solver = next(c for c in search.solvers if c.tenant is tenant)
+    found = solver.alone(limits, Budget(time_limit_s=PART_SECONDS, clock=time.monotonic), silent)
     return found.rate if found is not None else 0.0
 
 
@@ -188,9 +188,9 @@ def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rul
     """The linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
-    rows_of = [g for g, _ in search.contenders[0].atlas.resources.rows]
+    rows_of = [g for g, _ in search.solvers[0].atlas.resources.rows]
     limits = [np.minimum(search.limits, amounts[rows_of]) for amounts in whole]
-    tenants = [contender.tenant for contender in search.contenders]
+    tenants = [solver.tenant for solver in search.solvers]
     weights = np.array([tenant.weight for tenant in tenants])
     with_others = np.array([[_alone(search, tenant, limit) for limit in limits] for tenant in tenants])
     rates = np.diag(with_others)

@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def verdict(measured: Sequence[Row]) -> str:
-    """How many shapes serve what was planned, and how far their TTFT is from the plan's."""
+    """Return how many shapes serve what was planned, and how far their TTFT is from the plan's."""
     ratios = np.array([_ratio(row) for row in measured])
     cases = len({str(row["name"]).partition(":")[0] for row in measured})
     lines = [

@@ -51,7 +51,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
-    "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "profiler/hetis/profiler/whole_engine.py"),
+    "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
         *("profiler/hetis/profiler/engines.py", "profiler/hetis/profiler/experts.py"),
@@ -153,7 +153,7 @@ def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
 
 
 def is_source(path: str, sources: Iterable[str]) -> bool:
-    """Whether a file is among some sources."""
+    """Return whether a file is among some sources."""
     inside = [source.lstrip("!") for source in sources if path == source.lstrip("!") or path.startswith(f"{source}/")]
     outside = [s for s in sources if s.startswith("!") and path.startswith(f"{s[1:]}/")]
     return path.endswith(".py") and bool(inside) and not outside

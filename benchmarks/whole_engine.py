@@ -27,13 +27,13 @@ from benchmarks.measuring.rows import Row
 from hetis.formats.documents import load_model
 from hetis.profiler.importers import import_tables
 from hetis.profiler.shipped import shipped_profile
-from hetis.profiler.whole_engine import EngineTime, engine_times
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Request
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Op, Piece, Profile
 from hetis.solver.workload import LengthBin, Workload
+from tools.whole_engine import EngineTime, engine_times
 
 MODEL = "meta-llama/Llama-2-70b-hf"
 GPUS = ("A100-SXM-80GB", "H100-SXM-80GB")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def command_of(module: str) -> list[str]:
-    """What starts the command of a package: ``hetis.planner.cli``."""
+    """Return what starts the command of a package: ``hetis.planner.cli``."""
     return [sys.executable, "-m", module]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -40,7 +41,8 @@ PLANNER_FLOORS = (
     *("cli", "library", "service", "resources", "fleet", "jobs", "convert", "report"),
     *("export", "use_cases", "client", "store"),
 )
-PLANNER_BESIDE = {"beside", "callers", "daemons", "failures", "watching"}
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+PLANNER_BESIDE = {"callers", "failures", "threads", "watching"}
 
 
 def roots() -> list[str]:
@@ -222,6 +224,32 @@ def test_the_planners_floors_import_downwards(imports: dict[str, set[str]]) -> N
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     places = [text.index(f"\n{room}/ ") for room in PLANNER_FLOORS]
     assert places == sorted(places), "the document draws the floors in another order"
+
+
+def steps_of_the_walks() -> list[tuple[str, str]]:
+    """Path and name of everything that the walks of the architecture document tell to read."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = text.partition("## Two walks")[2].partition("\n## ")[0]
+    steps, path = [], ""
+    for row in re.findall(r"^\| [a-z]+ \| (.*?) \|", section, re.MULTILINE):
+        for quoted in re.findall(r"`([^`]+)`", row):
+            if quoted.endswith(".py"):
+                path = quoted
+            else:
+                steps.append((path, quoted))
+    return steps
+
+
+def test_the_walks_name_what_there_is() -> None:
+    steps = steps_of_the_walks()
+    assert len(steps) > 30
+    for path, name in steps:
+        root, _, inside = path.partition("/")
+        found = ast.parse((ROOT / root / "hetis" / root / inside).read_text(encoding="utf-8")).body
+        for part in name.split("."):
+            scopes = [one for one in found if isinstance(one, SCOPES) and one.name == part]
+            assert scopes, f"docs/architecture.md: {path} has no {name}"
+            found = scopes[0].body
 
 
 def test_folders_that_import_each_other_are_a_circle() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import FloatArray, IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, IntArray, Requests, Stage
 
 _ROUNDS = 60  # of bisection: as close as floats are
 
@@ -26,7 +26,7 @@ class EqualSplit:
 
     stage: Stage
 
-    def dispatch(self, load: Load, requests: Requests) -> Placed:
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> Placed:
         num = self.stage.num_devices
         room = _room(self.stage, load, requests)
         counts = np.zeros(num, np.int64)
@@ -46,7 +46,7 @@ class PrimaryOnly:
 
     stage: Stage
 
-    def dispatch(self, load: Load, requests: Requests) -> Placed:
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> Placed:
         counts = np.zeros(self.stage.num_devices, np.int64)
         counts[0] = self.stage.heads.head_groups
         if counts[0] > _room(self.stage, load, requests)[0]:
@@ -65,7 +65,7 @@ class PaperRule:
 
     stage: Stage
 
-    def dispatch(self, load: Load, requests: Requests) -> Placed:
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> Placed:
         groups, room = self.stage.heads.head_groups, _room(self.stage, load, requests)
         if room.sum() < groups:
             return _waits(len(room), requests)
@@ -76,7 +76,7 @@ class PaperRule:
                 counts[i] += 1
         return Placed(counts[None], ())
 
-    def fractions(self, load: Load, requests: Requests) -> FloatArray:
+    def fractions(self, load: DeviceLoad, requests: Requests) -> FloatArray:
         """Head groups of the request on each device before they are rounded, shape [D]; the request must fit."""
         groups, room = self.stage.heads.head_groups, _room(self.stage, load, requests)
         base, slope = self._lines(load, int(requests.context_tokens[0]))
@@ -86,7 +86,7 @@ class PaperRule:
             low, high = (low, z) if _filled(z, base, slope, room).sum() >= groups else (z, high)
         return _filled(high, base, slope, room)
 
-    def _lines(self, load: Load, context_tokens: int) -> tuple[FloatArray, FloatArray]:
+    def _lines(self, load: DeviceLoad, context_tokens: int) -> tuple[FloatArray, FloatArray]:
         """Seconds of what runs on each device, and seconds that one more head group of the request adds, shape [D]."""
         stage, heads = self.stage, self.stage.heads
         away = np.array([not stage.has_primary_at(i) for i in range(stage.num_devices)])
@@ -103,7 +103,7 @@ def _filled(z: float, base: FloatArray, slope: FloatArray, room: IntArray) -> Fl
     return filled
 
 
-def _room(stage: Stage, load: Load, requests: Requests) -> IntArray:
+def _room(stage: Stage, load: DeviceLoad, requests: Requests) -> IntArray:
     """Head groups of the request that each device has pages for, shape [D]."""
     room: IntArray = np.maximum(load.free_blocks, 0) // int(requests.blocks(stage.heads.block_tokens)[0])
     return room

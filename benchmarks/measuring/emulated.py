@@ -43,7 +43,8 @@ class Replica:
         later: Sequence[Pace] | None = None,
         followed: bool = True,
     ) -> dict[str, Any]:
-        """What `emulated_engine` says of a traffic; costs change with the paces where they are to be ``followed``.
+        """Return what `emulated_engine` says of a traffic; costs change with the paces where they are to be
+        ``followed``.
 
         Raises:
             EngineFailedError: its process has ended.

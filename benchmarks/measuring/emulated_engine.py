@@ -126,7 +126,7 @@ class EmulatedEngine:
         self._wait_until(begun_s + self._pace.attention_s(heads=heads, kv_bytes=2.0 * q.shape[2] * item * tokens))
 
     def _costs(self, paces: list[Pace]) -> Stage:
-        """What calibration would find: the paces themselves. The solver's head is a group of r query heads."""
+        """Return what calibration would find: the paces themselves. The solver's head is a group of r query heads."""
         stage: Stage = self._side.allocator.state.stage
         queries, head_dim = self._impls[0].num_heads, self._impls[0].head_size
         exchanged = 4.0 * (2 * queries + 2) * head_dim

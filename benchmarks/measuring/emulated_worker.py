@@ -21,7 +21,7 @@ from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.measured.timed import token_bytes
-from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
 from hetis.runtime.transport.keys import key_of
 from hetis.runtime.transport.messages import read_step
 from hetis.runtime.transport.tcp import listen
@@ -89,10 +89,10 @@ class PacedCore(WorkerCore):
         begun_s = time.perf_counter()
         answer = super().handle(frame)
         seconds = self._pace.link_s(frame, answer)
-        if frame.kind is Kind.BEGIN and self.device is not None:
+        if frame.kind is FrameKind.BEGIN and self.device is not None:
             self._pace = Pace.read(self._path)
             self._layer_s = self._pace.layer_s(read_step(frame), self.device.shape)
-        elif frame.kind is Kind.ATTEND:
+        elif frame.kind is FrameKind.ATTEND:
             seconds += self._layer_s
         wait_until(begun_s + seconds)
         return answer

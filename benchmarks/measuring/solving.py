@@ -134,7 +134,7 @@ def measure(solve: Solve) -> Measured:
 
 
 def failed(note: str) -> Measured:
-    """What there is to say of a solve that crashed."""
+    """Return what there is to say of a solve that crashed."""
     return Measured(
         status=FAILED,
         value=0.0,

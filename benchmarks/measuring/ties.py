@@ -140,7 +140,12 @@ def _fits(
 
 @kernel
 def _first_fit(
-    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, limit_s: float
+    costs: Costs,
+    running: Running,
+    placement: Placement,
+    contexts: IntArray,
+    blocks: IntArray,
+    limit_s: float,
 ) -> bool:
     num = len(costs.unit)
     for j in range(len(contexts) - 1, -1, -1):

@@ -12,10 +12,10 @@ from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.dispatch.placement import empty_placement, makespan
 from hetis.solver.dispatch.problem import (
+    DeviceLoad,
     DispatchProblem,
     HeadShape,
     IntArray,
-    Load,
     Primary,
     Requests,
     Stage,
@@ -93,9 +93,9 @@ def batch(rng: np.random.Generator, size: int) -> Requests:
 
 
 def slowdown(right: Stage, wrong: Stage, requests: Requests) -> tuple[float, bool]:
-    """How much longer a layer's attention takes when placed by ``wrong``, and whether the placement differs."""
+    """Return how much longer a layer's attention takes when placed by ``wrong``, and whether the placement differs."""
     num = right.num_devices
-    idle = Load(heads=np.zeros(num, np.int64), kv_bytes=np.zeros(num), free_blocks=np.full(num, PLENTY))
+    idle = DeviceLoad(heads=np.zeros(num, np.int64), kv_bytes=np.zeros(num), free_blocks=np.full(num, PLENTY))
     best, taken = (
         solve_dispatch(DispatchProblem(stage=stage, load=idle, requests=requests)).groups for stage in (right, wrong)
     )

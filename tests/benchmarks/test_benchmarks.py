@@ -102,7 +102,8 @@ def run(*arguments: str) -> str:
 
 
 def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
-    """What a command prints first; it is stopped then, with all that it started. Without a line the test fails."""
+    """Return what a command prints first; it is stopped then, with all that it started. Without a line the test
+    fails."""
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.measuring.dispatch_rules import EqualSplit, PaperRule, PrimaryOnly
 from benchmarks.measuring.emulated_worker import Pace, wait_until
-from hetis.runtime.transport.frames import HEADER_BYTES, Frame, Kind
-from hetis.solver.dispatch.problem import HeadShape, Load, Primary, Requests, Stage
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Primary, Requests, Stage
 from tests.benchmarks.test_benchmarks import rows_of, run
 from tests.runtime.vllm.running import PYTHON, needs_vllm
 
@@ -39,8 +39,8 @@ def request(tokens: int = 16) -> Requests:
     return Requests(ids=("r",), context_tokens=np.array([tokens]), growth_tokens=np.array([0]))
 
 
-def load(heads: list[int], free: list[int]) -> Load:
-    return Load(heads=np.array(heads), kv_bytes=np.zeros(len(heads)), free_blocks=np.array(free))
+def load(heads: list[int], free: list[int]) -> DeviceLoad:
+    return DeviceLoad(heads=np.array(heads), kv_bytes=np.zeros(len(heads)), free_blocks=np.array(free))
 
 
 def test_equal_split_gives_every_device_as_much_and_evens_out_what_does_not_divide() -> None:
@@ -93,7 +93,7 @@ def test_what_the_papers_rule_fills_ends_at_the_same_time(seconds: list[float], 
 
 def test_a_pace_counts_heads_bytes_and_the_way_there_and_back(tmp_path: Path) -> None:
     pace = Pace(link_bytes_per_s=100.0, latency_s=3.0)
-    frame = Frame(kind=Kind.PING, epoch=0, session=0)
+    frame = Frame(kind=FrameKind.PING, epoch=0, session=0)
     assert pace.link_s(frame, None) == pytest.approx(HEADER_BYTES / 100)
     assert pace.link_s(frame, frame) == pytest.approx(2 * HEADER_BYTES / 100 + 6)
     pace.write(tmp_path / "pace.json")

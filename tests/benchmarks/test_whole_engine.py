@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.whole_engine import MODEL, Point, points_of, simulated, with_host
 from hetis.profiler.shipped import shipped_profile
-from hetis.profiler.whole_engine import EngineTime, predicted_s
 from hetis.solver.profile import Profile
+from tools.whole_engine import EngineTime, predicted_s
 
 
 def a100() -> Profile:

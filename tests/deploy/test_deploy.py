@@ -17,9 +17,9 @@ import yaml
 
 from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.service.command import app as planner_app
-from hetis.planner.service.exit_codes import ExitCode as PlannerExit
+from hetis.planner.service.exit_codes import ServiceExitCode as PlannerExit
 from hetis.planner.service.fleet_metrics import FleetCollector
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.setting_sources import load_config, variables
 from hetis.planner.service.store_metrics import StoreCollector
 from hetis.planner.store.health import StoreHealth
@@ -47,7 +47,7 @@ class OneStore:
 
 def metrics() -> dict[str, str]:
     """Every name that can be scraped, and the kind of its family."""
-    planner, agent = Metrics("0").registry, AgentMetrics(version="0").registry
+    planner, agent = ServiceMetrics("0").registry, AgentMetrics(version="0").registry
     store: Any = OneStore()
     found = [*planner.collect(), *agent.collect(), *FleetCollector(FleetCounters()).collect()]
     names = dict[str, str]()

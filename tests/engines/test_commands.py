@@ -20,7 +20,7 @@ from hetis.engines.commands import (
 )
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving
-from hetis.runtime.vllm.settings import Settings, load_settings
+from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
@@ -32,8 +32,8 @@ ALONE = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
-def settings_of(command: Command, folder: Path) -> Settings:
-    """What the plugin reads of the file that the command has."""
+def settings_of(command: Command, folder: Path) -> PluginSettings:
+    """Return what the plugin reads of the file that the command has."""
     [(name, text)] = command.files.items()
     assert command.environment["HETIS_VLLM_CONFIG"] == name
     (folder / "workers.yaml").write_text(text, encoding="utf-8")
@@ -41,7 +41,7 @@ def settings_of(command: Command, folder: Path) -> Settings:
 
 
 def told(command: Command, key: Path) -> WorkerOptions:
-    """What the worker understands, with a key that is there."""
+    """Return what the worker understands, with a key that is there."""
     words = [str(key) if word == Addresses().key_file else word for word in command.shown[1:]]
     return read_options(words, {})
 

@@ -52,7 +52,7 @@ network: {{bandwidth: 100Gbps, latency: 20us}}
 
 
 def _environment() -> dict[str, str]:
-    """What `hetis` is imported from here it is imported from there."""
+    """Return what `hetis` is imported from here it is imported from there."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")} | {
         "PYTHONPATH": os.pathsep.join(paths)

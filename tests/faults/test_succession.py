@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from hetis.planner.service.identity import Role
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.tokens import create_token
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Hello
@@ -86,7 +86,7 @@ class Planner(Process):
 
 
 def until(happens: Callable[[], bool], most_s: float) -> float:
-    """How long it took."""
+    """Return how long it took."""
     began_s = time.monotonic()
     while not happens():
         assert time.monotonic() - began_s < most_s
@@ -122,7 +122,7 @@ def test_a_token_that_is_taken_back_is_of_no_use_to_leader_and_standby_alike(sql
     tokens = tmp_path / "tokens.yaml"
     until_s = datetime.now(UTC) + timedelta(days=1)
     made = {
-        name: create_token(str(tokens), name=name, role=Role.ADMIN, scope=None, expires=until_s)
+        name: create_token(str(tokens), name=name, role=CallerRole.ADMIN, scope=None, expires=until_s)
         for name in ("gone", "kept")
     }
     options = ("--standby", "--set", f"tokens={tokens}", "--set", "reload=100ms")

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.catalogue import UnknownNameError, build
+from hetis.formats.catalogue import UnknownNameError
 from hetis.solver.workload import LengthBin, moments_of
+from tools.catalogue import build
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-PACKAGED = Path(build.__file__).parent / "data"
+PACKAGED = Path(catalogue.__file__).parent / "data"
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def data() -> Path:
 
 
 def test_building_again_gives_the_committed_files_byte_for_byte(data: Path) -> None:
-    files = build.build(data)
+    files = build(data)
     assert {name: (PACKAGED / name).read_text(encoding="utf-8") for name in files} == files
     assert {str(path.relative_to(PACKAGED)) for path in PACKAGED.rglob("*.json")} == set(files)
 

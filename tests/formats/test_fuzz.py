@@ -34,7 +34,7 @@ relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 
 
 def outcome(load: Callable[[], object]) -> str:
-    """What came of it, never empty; any error but `DocumentError` fails the test."""
+    """Return what came of it, never empty; any error but `DocumentError` fails the test."""
     try:
         return f"value {load()}"
     except DocumentError as error:

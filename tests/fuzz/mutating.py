@@ -65,7 +65,7 @@ def _mutate(data: bytearray, chance: random.Random, kept: list[bytes]) -> None:
 
 
 def failure_of(target: Target, data: bytes) -> BaseException | None:
-    """What a target does not document, or that it took too long; None: all is well."""
+    """Return what a target does not document, or that it took too long; None: all is well."""
     began_s = time.process_time()
     try:
         target.read(data)

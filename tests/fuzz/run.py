@@ -43,7 +43,7 @@ def keep(name: str, data: bytes) -> Path:
 
 
 def by_chance(name: str, seconds: float, seed: int) -> int:
-    """How many inputs were found to fail; stops at the first of a target."""
+    """Return how many inputs were found to fail; stops at the first of a target."""
     end_s, num = time.monotonic() + seconds, 0
     for data in mutations(TARGETS[name], name, random.Random(seed)):
         if time.monotonic() > end_s:

@@ -12,9 +12,10 @@ import yaml
 
 from hetis.formats.documents import load_plan, write_atomically
 from hetis.formats.errors import single_problem
-from hetis.planner.cli import placement_run, plan_files
+from hetis.planner.cli import plan_files
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import objective
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
@@ -38,7 +39,7 @@ def solver(monkeypatch: pytest.MonkeyPatch) -> Solver:
                 raise outcome
             return outcome
 
-        monkeypatch.setattr(placement_run, "make_plan", make_plan)
+        monkeypatch.setattr(placing, "make_plan", make_plan)
 
     monkeypatch.delenv("HETIS_DEBUG", raising=False)
     return answer_with

@@ -50,7 +50,7 @@ def simulated(plan: Path, *arguments: str) -> dict[str, Any]:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What is said on stderr, on one line, of a run that must end with exit code 2."""
+    """Return what is said on stderr, on one line, of a run that must end with exit code 2."""
     assert run(["simulate", *arguments]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from hetis.formats import catalogue
-from hetis.profiler import shipping
 from hetis.profiler.ranges import UNKNOWN_ERROR, error_of
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_gpus, shipped_profile
-from hetis.profiler.whole_engine import predicted_s
 from hetis.solver.profile import FitScope, Op, Source
+from tools import profiles
+from tools.whole_engine import predicted_s
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT.parent / "shared" / "data" / "profiles"
@@ -24,7 +24,7 @@ needs_tables = pytest.mark.skipif(
 
 def remade(tmp_path: Path, *gpus: str) -> None:
     names = [word for gpu in gpus for word in ("--gpu", gpu)]
-    assert shipping.main(["--data", str(TABLES), "--out", str(tmp_path), "--workers", "2", *names]) == 0
+    assert profiles.main(["--data", str(TABLES), "--out", str(tmp_path), "--workers", "2", *names]) == 0
     for gpu in gpus:
         shipped = resources.files("hetis.profiler").joinpath("profiles", f"{gpu}.json").read_bytes()
         assert (tmp_path / f"{gpu}.json").read_bytes() == shipped
@@ -41,12 +41,12 @@ def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
 def test_the_command_makes_every_shipped_byte_and_the_report(tmp_path: Path) -> None:
     remade(tmp_path, "A100-SXM-80GB", "H100-SXM-80GB", "L40S")
     doc = tmp_path / "profiles.md"
-    assert shipping.main(["--data", str(TABLES), "--out", str(tmp_path), "--doc", str(doc)]) == 0
+    assert profiles.main(["--data", str(TABLES), "--out", str(tmp_path), "--doc", str(doc)]) == 0
     assert doc.read_bytes() == (ROOT / "docs" / "profiles.md").read_bytes()
 
 
 def test_every_gpu_with_tables_is_shipped() -> None:
-    assert shipped_gpus() == tuple(sorted(shipping.SOURCES))
+    assert shipped_gpus() == tuple(sorted(profiles.SOURCES))
     assert shipped_profile("L4") is None
     for gpu in shipped_gpus():
         profile = shipped_profile(gpu)
@@ -113,6 +113,6 @@ def test_the_cost_model_predicts_a_kernel_bound_engine() -> None:
 @needs_tables
 def test_a_missing_table_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert shipping.main(["--data", str(tmp_path), "--out", str(out), "--gpu", "A40"]) == 1
+    assert profiles.main(["--data", str(tmp_path), "--out", str(out), "--gpu", "A40"]) == 1
     assert capsys.readouterr().err.startswith(f"shipping: {tmp_path / 'vidur_collectives.csv.gz'}: no such file")
     assert not out.exists()

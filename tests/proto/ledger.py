@@ -16,13 +16,13 @@ LEDGER = Path(__file__).with_name("numbers.txt")
 
 
 def given_away() -> dict[str, str]:
-    """What the ledger says, number to name and type."""
+    """Return what the ledger says, number to name and type."""
     lines = LEDGER.read_text(encoding="utf-8").splitlines() if LEDGER.exists() else []
     return dict(line.split(" ", 1) for line in lines)
 
 
 def in_use() -> dict[str, str]:
-    """What the .proto files say."""
+    """Return what the .proto files say."""
     used = dict[str, str]()
     for name, message in messages():
         used |= {f"{name}.{field.number}": f"{field.name} {_type(field)}" for field in message.field}

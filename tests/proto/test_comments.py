@@ -89,7 +89,7 @@ def test_unary_rpcs_of_the_planner_say_how_they_fail_and_who_may_call() -> None:
 
 
 def _in_oneof(thing: Thing) -> bool:
-    """Whether a field is one of several, of which one is set: its zero value is a value like others."""
+    """Return whether a field is one of several, of which one is set: its zero value is a value like others."""
     scope, _, field_name = thing.name.rpartition(".")
     for file in files():
         for message in file.message_type:

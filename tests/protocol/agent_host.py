@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hetis.runtime.agent.connecting import Waiting
+from hetis.runtime.agent.connecting import ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
 from hetis.runtime.agent.daemon import AgentDaemon
 from hetis.runtime.agent.devices.simulated import SimulatedDevices
@@ -100,7 +100,7 @@ class AgentHost:
             clock=self._now,
         )
         address = Address(self._network, self.node)
-        self._stream = PlannerStream(address, daemon, Waiting(self._seed))  # type: ignore[arg-type]
+        self._stream = PlannerStream(address, daemon, ReconnectBackoff(self._seed))  # type: ignore[arg-type]
         self.is_dead = False
         self._running = asyncio.get_running_loop().create_task(daemon.run(self._stream), name=f"agent of {self.node}")
 

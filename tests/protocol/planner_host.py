@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.store import Store, Transaction
@@ -94,7 +94,7 @@ class MortalStore(Store):
 class PlannerHost:
     """One leadership term. ``died`` is called when it dies at a write."""
 
-    def __init__(self, store: MortalStore, fleet: Fleet, epoch: int) -> None:
+    def __init__(self, store: MortalStore, fleet: LiveFleet, epoch: int) -> None:
         self.store, self.fleet, self.epoch = store, fleet, epoch
         self.is_dead = False
 
@@ -104,7 +104,7 @@ class PlannerHost:
         assert isinstance(store, MortalStore)
         store.died = died
         epoch = await store.lead("test")
-        fleet = Fleet(
+        fleet = LiveFleet(
             store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=VirtualClock(loop), contents=SampleStages()
         )
         await fleet.start()
@@ -113,7 +113,7 @@ class PlannerHost:
     def kill(self) -> None:
         """-9: nothing is said, nothing is written any more."""
         self.is_dead = True
-        tasks = [*(looks.task for looks in self.fleet._looks.values()), self.fleet._ticks]
+        tasks = [*(reconciler.task for reconciler in self.fleet._reconcilers.values()), self.fleet._ticks]
         for task in tasks:
             if task is not None:
                 task.cancel()

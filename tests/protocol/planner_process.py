@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.service import identity, statuses
@@ -51,7 +51,7 @@ class _Servicer(AgentServicer):
 async def serve(file: str, port: int, dice: random.Random) -> None:
     store = await Store.open(f"sqlite:///{file}")
     epoch = await store.lead("test")
-    fleet = Fleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), contents=SampleStages())
+    fleet = LiveFleet(store, Hubs(epoch), epoch=epoch, settings=SETTINGS, clock=_Clock(), contents=SampleStages())
     await fleet.start()
     server = grpc.aio.server()
     add_AgentServiceServicer_to_server(_Servicer(fleet), server)
@@ -69,7 +69,7 @@ async def serve(file: str, port: int, dice: random.Random) -> None:
             print(f"kept {change_id}", flush=True)
 
 
-async def _move(fleet: Fleet, maps: Any, dice: random.Random) -> str:
+async def _move(fleet: LiveFleet, maps: Any, dice: random.Random) -> str:
     """Of some request some head group to somewhere else; returns the change's id once it is kept."""
     (head_map,) = maps.maps
     if not head_map.requests:

@@ -16,7 +16,7 @@ Prepare = Callable[[World], Callable[[], bool]]
 
 
 def course(what: str, prepare: Prepare) -> str:
-    """What is wrong after a death that ``prepare`` has set up. It returns whether it came to that."""
+    """Return what is wrong after a death that ``prepare`` has set up. It returns whether it came to that."""
     with World() as world:
         world.serve()
         came = prepare(world)
@@ -39,7 +39,7 @@ def course(what: str, prepare: Prepare) -> str:
 
 
 def uneventful(counted: Callable[[World], int]) -> int:
-    """How often something is counted in the course without a death."""
+    """Return how often something is counted in the course without a death."""
     with World() as world:
         world.serve()
         before = counted(world)

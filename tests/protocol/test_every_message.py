@@ -28,7 +28,7 @@ def recorded() -> tuple[Seen, ...]:
 
 
 def course(fate: Fate, number: int) -> str:
-    """What is wrong after a message met its fate; empty: nothing."""
+    """Return what is wrong after a message met its fate; empty: nothing."""
     with World() as world:
         world.serve()
         first = len(world.network.log)

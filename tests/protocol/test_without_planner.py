@@ -24,7 +24,7 @@ def steps(world: World) -> int:
 
 
 def die_at(number: int, limit_s: float = PREPARE_S) -> str:
-    """What is wrong when the planner dies at this message and nobody comes after it; empty: nothing."""
+    """Return what is wrong when the planner dies at this message and nobody comes after it; empty: nothing."""
     with World() as world:
         world.serve()
         first = len(world.network.log)

@@ -1,7 +1,7 @@
 """The network between agents and planner, in memory: every message of every stream goes through one hand.
 
 The agent's end is a gRPC call as `hetis.runtime.agent.stream.PlannerStream` uses one, the planner's end is what the
-servicer hands to `Fleet.connect`. Between them messages are bytes, and have a `Fate`.
+servicer hands to `LiveFleet.connect`. Between them messages are bytes, and have a `Fate`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.service import identity, statuses
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 
@@ -99,7 +99,7 @@ class Network:
     delay_s: float = 3.0
     log: list[Seen] = field(default_factory=list)
     wires: dict[str, Wire] = field(default_factory=dict)
-    fleet: Callable[[str], Fleet | None] = field(default=lambda _: None)
+    fleet: Callable[[str], LiveFleet | None] = field(default=lambda _: None)
     unreachable: set[str] = field(default_factory=set)
     earlier: dict[str, list[bytes]] = field(default_factory=dict)  # down messages that each node ever got
     acknowledged: Callable[[str, ConnectNodeRequest], None] = field(default=lambda node, request: None)
@@ -121,7 +121,7 @@ class Network:
 class Wire:
     """One stream of one node; it counts as long as each end takes it to stand."""
 
-    def __init__(self, network: Network, node: str, fleet: Fleet) -> None:
+    def __init__(self, network: Network, node: str, fleet: LiveFleet) -> None:
         self.network, self.node, self.fleet = network, node, fleet
         self.held: dict[Way, list[Item]] = {way: [] for way in Way}
         self.under_way: dict[Way, list[Item]] = {way: [] for way in Way}
@@ -218,7 +218,7 @@ class Wire:
 
     # The planner's end.
 
-    async def _serve(self, fleet: Fleet) -> None:
+    async def _serve(self, fleet: LiveFleet) -> None:
         error: ServiceError | None = None
         try:
             async with aclosing(fleet.connect(identity.ANYBODY, self._requests())) as responses:

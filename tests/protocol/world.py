@@ -19,7 +19,7 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.head_map_pieces import HeadMaps
 from hetis.planner.fleet.settings import duration
 from hetis.planner.store import Transaction
-from hetis.runtime.agent.held import HeldReplica
+from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.simulated.control import Control
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
@@ -133,7 +133,7 @@ class World:
         """What an agent acknowledges it cannot forget any more."""
         ack = request.ack
         saved = self.agents[node].state.read().get(ack.replica)
-        kept = 0 if saved is None else HeldReplica.from_bytes(saved, clock="this boot").held_generation
+        kept = 0 if saved is None else ReplicaState.from_bytes(saved, clock="this boot").held_generation
         if kept < ack.generation:
             self.ledger.failures.append(f"{node} acknowledged generation {ack.generation}, on its disk is {kept}")
 

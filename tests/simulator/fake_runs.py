@@ -7,22 +7,24 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.simulator.values import Request, Run, Series, Settings, Source, TraceEvent
+from hetis.simulator.values import Request, Run, SaturatingSource, Series, Settings, TraceEvent
 
 PREFILL_S, TOKEN_S = 0.1, 0.01  # of a request, of each output token but the first
 
 
-def queue_run(requests: Iterable[Request] | Source, settings: Settings | None = None, *, seats: int = 8) -> Run:
+def queue_run(
+    requests: Iterable[Request] | SaturatingSource, settings: Settings | None = None, *, seats: int = 8
+) -> Run:
     """``seats`` requests at a time, first come, first served, each 0.1 s and 10 ms per further token."""
     settings = settings or Settings()
     free = [(0.0, seat) for seat in range(seats)]
     rows: list[tuple[Request, float, float, float]] = []
     bars: list[TraceEvent] = []
-    incoming = None if isinstance(requests, Source) else iter(requests)
+    incoming = None if isinstance(requests, SaturatingSource) else iter(requests)
     while True:
         free_s, seat = heapq.heappop(free)
         if incoming is None:
-            assert isinstance(requests, Source)
+            assert isinstance(requests, SaturatingSource)
             request = requests.next_request(free_s)
         else:
             request = next(incoming, None)

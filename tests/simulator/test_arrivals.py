@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.traces import Trace
 from hetis.simulator.arrivals import Arrivals, Load, Saturation, draw_traffic, requests_of
-from hetis.simulator.values import Source
+from hetis.simulator.values import SaturatingSource
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import LengthBin, Workload
 
@@ -106,7 +106,7 @@ def test_every_request_fits_the_context(context: int, lengths: list[tuple[int, i
 def test_saturation_gives_every_request_once_when_asked() -> None:
     traffic = draw_traffic(Load(lengths=TRACE, max_position=9000, arrivals=Arrivals.SATURATED), 4, seed=0)
     source = Saturation(traffic)
-    assert isinstance(source, Source)
+    assert isinstance(source, SaturatingSource)
     requests = [source.next_request(7.0 * i) for i in range(6)]
     assert [(r.id, r.arrival_s, r.prompt_tokens) for r in requests if r] == [
         (0, 0.0, 100),

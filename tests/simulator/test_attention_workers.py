@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.simulator.attention_workers import PoolCopy
-from hetis.simulator.book import Book
 from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
-from hetis.simulator.fleet import Fleet
+from hetis.simulator.fleet import SimulatedFleet
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.router import LeastWork
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Fault, Request, Settings
@@ -27,8 +27,8 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
 def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], chosen: Settings) -> list[PoolCopy]:
     """Runs half a second and returns the stage copies with pools as they are then, moves under way included."""
-    book, events = Book(), Events()
-    fleet = Fleet(Builder(plan, problem, book, events, chosen).replicas(), book, events, LeastWork())
+    log, events = RequestLog(), Events()
+    fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, LeastWork())
     fleet.serve(iter(requests))
     events.run(0.5)
     return [c.pool for one in fleet.replicas for copies in one.stages for c in copies if c.pool is not None]
@@ -39,7 +39,7 @@ def test_a_request_leaves_room_for_what_requests_hold_of_their_outputs(seats: in
     """Outputs of 96 tokens: 48 on average, and 1.645 deviations of what n seats hold, over n: 31 / sqrt(n)."""
     problem = small_problem(model=make_model(kv_heads=4), workload=make_workload((32, 96), (4, 96)), usable_bytes=10**9)
     plan = plan_of(pipeline(problem, 6, micro_batch=seats, in_flight=1, pool=(2, 1)))
-    (replica,) = Builder(plan, problem, Book(), Events(), AS_PLANNED).replicas()
+    (replica,) = Builder(plan, problem, RequestLog(), Events(), AS_PLANNED).replicas()
     pool = replica.stages[0][0].pool
     assert pool is not None
     for request in range(2):  # where nobody is, one needs no room but its own

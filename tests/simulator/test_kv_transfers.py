@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.simulator.book import Book
 from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Fault, Settings
 from hetis.solver.cluster import Link, Network
@@ -54,7 +54,7 @@ def test_every_prompt_is_sent_once_and_all_blocks_come_back(
 def test_decoders_keep_seats_for_all_prompts_of_the_chunks_under_way(prompt: int, ahead: int) -> None:
     """Two chunks of 32 tokens are in flight, and so are two micro-batches that decode."""
     problem = small_problem(workload=make_workload((prompt, 12)))
-    builder = Builder(split_plan(problem), problem, Book(), Events(), Settings())
+    builder = Builder(split_plan(problem), problem, RequestLog(), Events(), Settings())
     assert builder.replicas()[1].batching.ahead == ahead
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hetis.simulator.book import Book
 from hetis.simulator.building import Builder
 from hetis.simulator.events import Events
 from hetis.simulator.faults import Faults
-from hetis.simulator.fleet import Fleet
+from hetis.simulator.fleet import SimulatedFleet
 from hetis.simulator.kv_transfers import KvTransfers
-from hetis.simulator.links import Links, transfer
+from hetis.simulator.links import FleetLinks, transfer
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.router import LeastWork
 from hetis.simulator.values import Settings
 from hetis.solver.plan import KvRoute, Plan, Role
@@ -20,7 +20,7 @@ BUSY_S = 1.2
 
 
 def test_a_transfer_starts_when_both_ends_are_free_and_directions_are_apart() -> None:
-    links = Links()
+    links = FleetLinks()
     assert transfer(1.0, 2.0, links.leaving("a"), links.coming("b")) == 3.0
     assert transfer(1.0, 2.0, links.leaving("c"), links.coming("b")) == 5.0  # after the first
     assert transfer(1.0, 2.0, links.leaving("b"), links.coming("a")) == 3.0  # the other way
@@ -28,17 +28,19 @@ def test_a_transfer_starts_when_both_ends_are_free_and_directions_are_apart() ->
     assert transfer(0.0, 1.0, links.between("x", "y")) == transfer(0.0, 1.0, links.between("y", "x")) == 1.0
 
 
-def fleet_with_a_busy_link(plan: Plan, problem: PlacementProblem, device: str) -> tuple[Fleet, Book, Events]:
+def fleet_with_a_busy_link(
+    plan: Plan, problem: PlacementProblem, device: str
+) -> tuple[SimulatedFleet, RequestLog, Events]:
     """Replicas of a plan; something else comes to the device for `BUSY_S`."""
-    book, events = Book(), Events()
-    builder = Builder(plan, problem, book, events, Settings(theta=0.05))
-    fleet = Fleet(builder.replicas(), book, events, LeastWork())
+    log, events = RequestLog(), Events()
+    builder = Builder(plan, problem, log, events, Settings(theta=0.05))
+    fleet = SimulatedFleet(builder.replicas(), log, events, LeastWork())
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
-            plan, problem, builder.fleet, fleet.replicas, book, events, fleet.route, builder.links
+            plan, problem, builder.fleet, fleet.replicas, log, events, fleet.route, builder.links
         )
     transfer(0.0, BUSY_S, builder.links.coming(device))
-    return fleet, book, events
+    return fleet, log, events
 
 
 def test_kv_waits_for_the_links_of_ranks_and_of_workers() -> None:
@@ -47,14 +49,14 @@ def test_kv_waits_for_the_links_of_ranks_and_of_workers() -> None:
     decode = with_role(pipeline(problem, 6, first=1, pool=(1, 1)), Role.DECODE)
     plan = plan_of(prefill, decode, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
     for device in ("big-1/0", "small-1/0"):
-        fleet, book, events = fleet_with_a_busy_link(plan, problem, device)
+        fleet, log, events = fleet_with_a_busy_link(plan, problem, device)
         fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
         events.run()
-        assert max(book.first_token_s) < BUSY_S < min(book.finished_s)
-    fleet, book, events = fleet_with_a_busy_link(plan, problem, "big-0/0")  # KV leaves it: that is the other way
+        assert max(log.first_token_s) < BUSY_S < min(log.finished_s)
+    fleet, log, events = fleet_with_a_busy_link(plan, problem, "big-0/0")  # KV leaves it: that is the other way
     fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
     events.run()
-    assert max(book.finished_s) < BUSY_S
+    assert max(log.finished_s) < BUSY_S
 
 
 def test_kv_of_which_nothing_comes_to_a_rank_does_not_wait_for_its_link() -> None:
@@ -62,10 +64,10 @@ def test_kv_of_which_nothing_comes_to_a_rank_does_not_wait_for_its_link() -> Non
     prefill = with_role(pipeline(problem, 6), Role.PREFILL)
     decode = with_role(pipeline(problem, 6, first=1, pool=(1, 4)), Role.DECODE)  # the worker holds all head groups
     plan = plan_of(prefill, decode, routes=(KvRoute(prefill=0, decode=1, rate=1.0),))
-    fleet, book, events = fleet_with_a_busy_link(plan, problem, "big-1/0")
+    fleet, log, events = fleet_with_a_busy_link(plan, problem, "big-1/0")
     fleet.serve(iter(equal_requests(4, prompt=20, output=5)))
     events.run()
-    assert max(book.finished_s) < BUSY_S
+    assert max(log.finished_s) < BUSY_S
 
 
 def test_head_groups_that_move_wait_for_the_links_of_workers() -> None:
@@ -73,12 +75,12 @@ def test_head_groups_that_move_wait_for_the_links_of_workers() -> None:
     plan = plan_of(pipeline(problem, 6, micro_batch=8, in_flight=1, pool=(2, 1)))
     committed_s = []
     for device in ("small-0/0", "big-7/0"):
-        fleet, book, events = fleet_with_a_busy_link(plan, problem, device)
+        fleet, log, events = fleet_with_a_busy_link(plan, problem, device)
         faults = Faults(fleet)
         events.at(0.5, faults.change, "small-0/0", False)
         events.at(0.8, faults.change, "small-0/0", True)
         fleet.serve(iter(equal_requests(8, prompt=700, output=1200)))
-        while not book.migrations:
+        while not log.migrations:
             events.run(events.now_s + 0.05)
         committed_s.append(events.now_s)
     assert committed_s[1] < BUSY_S <= committed_s[0]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.simulator.growth import Growth
+from hetis.simulator.growth import KvGrowth
 from hetis.simulator.micro_batch import MicroBatch
 from tests.solver.instances import make_model
 
@@ -18,7 +18,7 @@ BLOCK = 4
 class Told:
     """The same, request by request: contexts before the present step."""
 
-    def __init__(self, growth: Growth) -> None:
+    def __init__(self, growth: KvGrowth) -> None:
         self.growth = growth
         self.context: dict[int, int] = {}
 
@@ -41,7 +41,7 @@ def test_sums_are_those_of_the_single_requests(
     model = make_model()
     if window is not None:
         model = replace(model, sliding_window=window[0], sliding_window_every=window[1])
-    growth = Growth(model, BLOCK)
+    growth = KvGrowth(model, BLOCK)
     batch, told, number = MicroBatch(0, (), growth), Told(growth), 0
     left: dict[int, int] = {}
     for many, context, remaining in joins:

@@ -45,7 +45,7 @@ def slowest(links: list[Link]) -> Link:
 
 
 def divides(model: ModelSpec, n: int) -> bool:
-    """Whether n ranks can share the heads."""
+    """Return whether n ranks can share the heads."""
     G = model.head_groups
     return model.q_heads % n == 0 and (G % n == 0 or n % G == 0)
 

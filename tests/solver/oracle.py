@@ -379,7 +379,7 @@ class ReplicaSearch:
             yield replica.need, BestReplica(rate=1 / t_s, hops_in_zones=hops)
 
     def keeps_chunk_rule(self, copies: int, t_s: float, chunk: float) -> bool:
-        """What the family asks of the stages of a unified replica so that TTFT keeps its limit."""
+        """Return whether stages keep what the family asks of a unified replica so that TTFT keeps its limit."""
         setting, limit_s = self.setting, self.problem.objective.ttft_limit_s
         if limit_s is None or setting.role is not Role.UNIFIED:
             return True
@@ -457,7 +457,7 @@ def combine(a: Need, b: Need) -> Need:
 
 
 def fits_nodes(need: Need, nodes: Mapping[DeviceClass, int]) -> bool:
-    """Whether all device groups fit, each inside one node."""
+    """Return whether all device groups fit, each inside one node."""
     return all(
         fits_bins(sizes, (device_class.per_node,) * count)
         for sizes, (device_class, count) in zip(need, nodes.items(), strict=True)

@@ -212,10 +212,18 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
     ("unknown index", Rule.KNOWN_DEVICE, stages(a=replace(A_STAGE, devices=("a-0/0", "a-0/2")))),
     ("unknown pool device", Rule.KNOWN_DEVICE, pools(replace(C_POOL, devices=("c/0", "c/7")))),
     ("device twice in a stage", Rule.DEVICE_ONCE, stages(a=replace(A_STAGE, devices=("a-0/0", "a-0/0")))),
-    ("device in two replicas", Rule.DEVICE_ONCE, replica_with(1, stages=(replace(A_ALONE, devices=("a-0/1",)),))),
+    (
+        "device in two replicas",
+        Rule.DEVICE_ONCE,
+        replica_with(1, stages=(replace(A_ALONE, devices=("a-0/1",)),)),
+    ),
     ("device twice in a pool", Rule.DEVICE_ONCE, pools(replace(C_POOL, devices=("c/0", "c/0")))),
     ("too few devices", Rule.DEVICE_COUNT, stages(b=replace(B_STAGE, devices=("b-0/0",)))),
-    ("too many devices", Rule.DEVICE_COUNT, replica_with(1, stages=(replace(A_ALONE, devices=("a-1/0", "a-1/1")),))),
+    (
+        "too many devices",
+        Rule.DEVICE_COUNT,
+        replica_with(1, stages=(replace(A_ALONE, devices=("a-1/0", "a-1/1")),)),
+    ),
     ("no devices", Rule.DEVICE_COUNT, replica_with(1, stages=(replace(A_ALONE, devices=()),))),
     ("pool not a multiple of copies", Rule.DEVICE_COUNT, pools(replace(C_POOL, devices=("c/0",)))),
     ("stage of another type", Rule.GPU_TYPE, stages(b=replace(B_STAGE, devices=("b-0/0", "a-1/1")))),
@@ -250,8 +258,16 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
         Rule.CUT,
         stages(a=replace(A_STAGE, num_layers=2), b=replace(B_STAGE, first_layer=2, num_layers=4)),
     ),
-    ("pool of no stage", Rule.POOL_STAGE, pools(C_POOL, replace(C_POOL, stage=2, devices=("b-0/1", "b-1/1"), gpu="B"))),
-    ("second pool of a stage", Rule.POOL_STAGE, pools(C_POOL, replace(C_POOL, devices=("b-0/1", "b-1/1"), gpu="B"))),
+    (
+        "pool of no stage",
+        Rule.POOL_STAGE,
+        pools(C_POOL, replace(C_POOL, stage=2, devices=("b-0/1", "b-1/1"), gpu="B")),
+    ),
+    (
+        "second pool of a stage",
+        Rule.POOL_STAGE,
+        pools(C_POOL, replace(C_POOL, devices=("b-0/1", "b-1/1"), gpu="B")),
+    ),
     ("empty pool", Rule.POOL_SIZE, pools(replace(C_POOL, devices=()))),
     ("pool in another zone", Rule.POOL_ZONE, pools(replace(C_POOL, gpu="A", devices=("w/0", "w/1")))),
     ("head group missing", Rule.HEAD_GROUPS, stages(b=replace(B_STAGE, kv_head_groups_kept=0))),
@@ -314,8 +330,16 @@ BROKEN: list[tuple[str, Rule, Mutation]] = [
     ("table counts too few workers", Rule.PRICES, table_row(2, as_attention_workers=1)),
     ("table names an unknown class", Rule.PRICES, table_row(3, gpus_per_node=8)),
     ("table leaves a class out", Rule.PRICES, lambda plan: replace(plan, prices=RIGHT_TABLE[:3])),
-    ("table lists a class twice", Rule.PRICES, lambda plan: replace(plan, prices=(*RIGHT_TABLE, RIGHT_TABLE[3]))),
-    ("table splits a class", Rule.PRICES, lambda plan: replace(plan, prices=(*RIGHT_TABLE[:3], *HALVES_OF_THE_WEST))),
+    (
+        "table lists a class twice",
+        Rule.PRICES,
+        lambda plan: replace(plan, prices=(*RIGHT_TABLE, RIGHT_TABLE[3])),
+    ),
+    (
+        "table splits a class",
+        Rule.PRICES,
+        lambda plan: replace(plan, prices=(*RIGHT_TABLE[:3], *HALVES_OF_THE_WEST)),
+    ),
     ("no table", Rule.PRICES, lambda plan: replace(plan, prices=())),
 ]
 

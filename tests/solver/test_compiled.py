@@ -32,6 +32,28 @@ if __name__ == "__main__":
     print(sum(outer.stats.cache_misses.values()), sum(outer.stats.cache_hits.values()), len(inner.signatures))
 """
 
+TYPED = """
+import sys
+from pathlib import Path
+from typing import NamedTuple
+from hetis.solver.compiled import kernel_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+kernel = kernel_of(Path(__file__).parent)
+
+class Pair(NamedTuple):
+    one: float
+    other: float
+
+@kernel
+def total(pair):
+    return pair.one + pair.other
+
+if __name__ == "__main__":
+    import typed  # so that types are found under the name of the module
+    print(typed.total(typed.Pair(1.0, 2.0)), sum(typed.total.stats.cache_misses.values()))
+"""
+
 
 def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: Path) -> None:
     file = tmp_path / "kernels.py"
@@ -57,3 +79,12 @@ def test_a_kernel_is_compiled_by_one_process_and_loaded_by_the_others(tmp_path: 
             process.kill()
             process.wait()
     assert sorted(counts) == [(0, 1, 0), (0, 1, 0), (1, 0, 1)]  # one `inner` for all three constants
+
+
+def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_path: Path) -> None:
+    """An upgrade in place leaves the machine code of the version before; its types are looked up by their names."""
+    file = tmp_path / "typed.py"
+    for name in ("Before", "After"):
+        file.write_text(TYPED.replace("Pair", name), encoding="utf-8")
+        run = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, timeout=300)
+        assert (run.stdout, run.stderr) == ("3.0 1\n", "")

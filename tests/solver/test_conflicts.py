@@ -51,7 +51,7 @@ def why(problem: PlacementProblem, *, strategy: str = "hetis", market: bool = Fa
 
 
 def exists(problem: PlacementProblem) -> bool:
-    """Whether a plan exists, by a solve of its own; what it finds passes the checker."""
+    """Return whether a plan exists, by a solve of its own; what it finds passes the checker."""
     try:
         plan = solve_placement(problem, strategy=problem.family.name)
     except InfeasibleError:

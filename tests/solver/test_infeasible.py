@@ -51,7 +51,7 @@ def best_goodput(problem: PlacementProblem, **limits: float | None) -> float:
 
 
 def can_keep(problem: PlacementProblem, constraints: dict[str, float]) -> bool:
-    """Whether a plan keeps these, keyed by the fields of `Objective`; by brute force."""
+    """Return whether a plan keeps these, keyed by the fields of `Objective`; by brute force."""
     limits = {name: value for name, value in constraints.items() if name != "demand_rps"}
     best = best_goodput(problem, **limits)
     return best > 0 and best >= constraints.get("demand_rps", 0.0) * (1 - 1e-9)

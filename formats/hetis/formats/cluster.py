@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats import cluster_checks, units
-from hetis.formats.fields import API_VERSION, Bandwidth, Duration, Flops, GpuName, Name, Part, Size, Title, Usd
+from hetis.formats.fields import API_VERSION, Bandwidth, DocumentPart, Duration, Flops, GpuName, Name, Size, Title, Usd
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 
 
-class LinkPart(Part):
+class LinkPart(DocumentPart):
     """A connection; a message takes ``latency + bytes / bandwidth``."""
 
     bandwidth: Bandwidth
@@ -32,7 +32,7 @@ class PairPart(LinkPart):
     between: Annotated[list[Name], Field(min_length=2, max_length=2)]
 
 
-class MatrixPart(Part):
+class MatrixPart(DocumentPart):
     """Connections between all pairs of ``names``: symmetric, null where the default holds."""
 
     names: list[Name]
@@ -40,7 +40,7 @@ class MatrixPart(Part):
     latency: list[list[Duration | None]] | None = None
 
 
-class ZonesPart(Part):
+class ZonesPart(DocumentPart):
     """Links between zones: bandwidth and latency are those of a pair that is not listed."""
 
     bandwidth: Bandwidth | None = None
@@ -49,7 +49,7 @@ class ZonesPart(Part):
     matrix: MatrixPart | None = None
 
 
-class NodeLinksPart(Part):
+class NodeLinksPart(DocumentPart):
     """Links between single nodes, by their names (``r3090-0``)."""
 
     links: list[PairPart] = Field(default_factory=list)
@@ -63,7 +63,7 @@ class NetworkPart(LinkPart):
     nodes: NodeLinksPart | None = None
 
 
-class GpusPart(Part):
+class GpusPart(DocumentPart):
     """``count`` GPUs of one type in a node. ``usd_per_hour`` is the price of one, instead of the catalogue's."""
 
     type: GpuName
@@ -71,7 +71,7 @@ class GpusPart(Part):
     usd_per_hour: Usd | None = None
 
 
-class NodePart(Part):
+class NodePart(DocumentPart):
     """A node, or with ``count`` so many equal nodes ``name-0``, ``name-1``, ...
 
     ``nic`` goes before the network's bandwidth and latency, ``link`` is GPU to GPU inside the node (default: NVLink or
@@ -87,7 +87,7 @@ class NodePart(Part):
     usd_per_hour: Usd | None = None
 
 
-class GpuTypePart(Part):
+class GpuTypePart(DocumentPart):
     """A GPU type that the catalogue lacks. Rates are peaks; links are one direction."""
 
     memory: Size
@@ -100,7 +100,7 @@ class GpuTypePart(Part):
     usd_per_hour: Usd | None = None
 
 
-class ClusterDocument(Part):
+class ClusterDocument(DocumentPart):
     """A fleet of GPUs."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

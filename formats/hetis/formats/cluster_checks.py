@@ -28,7 +28,7 @@ def check_cluster(data: Mapping[str, Any]) -> Found:
     zones, node_links = _mapping(network.get("zones")), _mapping(network.get("nodes"))
     if ("bandwidth" in zones) != ("latency" in zones):
         yield ("network", "zones"), "bandwidth and latency must be given together, or neither"
-    names = _Nodes(nodes)
+    names = _NodeNames(nodes)
     known_zones = dict.fromkeys(z for _, node in nodes if isinstance(z := node.get("zone", "default"), str))
     yield from _check_links(zones, ("network", "zones"), "zone", known_zones, known_zones)
     yield from _check_links(node_links, ("network", "nodes"), "node", names, names.suggestions())
@@ -46,7 +46,7 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_GPUS else None
 
 
-class _Nodes:
+class _NodeNames:
     """Which node names exist, without listing a million of them."""
 
     def __init__(self, nodes: list[tuple[int, dict[str, Any]]]) -> None:
@@ -61,7 +61,7 @@ class _Nodes:
         return called in self.single or self.group_of(called) is not None
 
     def called(self, name: str) -> str:
-        """What the cluster calls the node: see `Cluster.node_named`."""
+        """Return what the cluster calls the node: see `Cluster.node_named`."""
         return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
 
     def group_of(self, name: str) -> str | None:
@@ -77,7 +77,7 @@ class _Nodes:
 
 
 def _check_names(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
-    names, first = _Nodes(nodes), dict[str, int]()
+    names, first = _NodeNames(nodes), dict[str, int]()
     for i, node in nodes:
         name = node.get("name")
         if not isinstance(name, str):
@@ -130,7 +130,7 @@ def _check_links(
         return f"unknown {what} {shown(name)}{did_you_mean(name, suggestions)}"
 
     def called(name: Any) -> Any:
-        return known.called(name) if isinstance(known, _Nodes) and isinstance(name, str) else name
+        return known.called(name) if isinstance(known, _NodeNames) and isinstance(name, str) else name
 
     seen = dict[frozenset[str], str]()
     for i, link in enumerate(_list(part.get("links"))):

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from hetis.formats.dispatch_state_checks import check_requests
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Path, Text
 from hetis.solver.dispatch.problem import Requests
@@ -45,7 +45,7 @@ class NewRequests:
         )
 
 
-class NewRequestPart(Part):
+class NewRequestPart(DocumentPart):
     """A new request: tokens of context after its prefill, output tokens expected, which memory is kept for."""
 
     id: Title
@@ -53,7 +53,7 @@ class NewRequestPart(Part):
     output_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] = 0
 
 
-class DispatchRequestsDocument(Part):
+class DispatchRequestsDocument(DocumentPart):
     """New requests in their order of admission: where memory is short, the later ones wait."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

@@ -12,10 +12,10 @@ from hetis.formats.dispatch_state_checks import check_state
 from hetis.formats.fields import (
     API_VERSION,
     UNLIMITED,
+    DocumentPart,
     Duration,
     GpuName,
     ModelName,
-    Part,
     Ratio,
     SecondsPerByte,
     Size,
@@ -41,7 +41,7 @@ def _dtype(value: str) -> str:
     return value
 
 
-class HeadsPart(Part):
+class HeadsPart(DocumentPart):
     """Attention heads of one layer. ``head_dim`` tells the bytes of MHA and GQA; the two byte counts tell any."""
 
     groups: Heads
@@ -51,7 +51,7 @@ class HeadsPart(Part):
     exchange_bytes_per_head: Bytes | None = None
 
 
-class AttentionPart(Part):
+class AttentionPart(DocumentPart):
     """One affine piece of decode attention on one card: time per query head, rate of reading KV, time per call."""
 
     head: Duration = 0.0
@@ -59,14 +59,14 @@ class AttentionPart(Part):
     call: Duration = 0.0
 
 
-class StageLinkPart(Part):
+class StageLinkPart(DocumentPart):
     """What an exchange with the primary takes: ``latency + bytes / bandwidth``, as reached, not nominal."""
 
     bandwidth: SecondsPerByte
     latency: Duration
 
 
-class DevicePart(Part):
+class DevicePart(DocumentPart):
     """A device. Costs are ``attention`` (the slowest piece counts), or else modelled from the ``gpu`` type.
 
     KV memory is a number of ``blocks`` per layer or ``kv_memory`` for all layers; of the primary: of all its cards.
@@ -86,7 +86,7 @@ class DevicePart(Part):
     changed: bool = False
 
 
-class RunningPart(Part):
+class RunningPart(DocumentPart):
     """A running request: tokens attended to, output tokens still expected, head groups by device."""
 
     id: Title
@@ -95,7 +95,7 @@ class RunningPart(Part):
     groups: dict[str, Groups]
 
 
-class MovePart(Part):
+class MovePart(DocumentPart):
     """Head groups under way; ``from`` owns them until they have arrived, blocks are taken at both ends."""
 
     number: Annotated[int, Field(ge=0, le=2**53)]
@@ -105,7 +105,7 @@ class MovePart(Part):
     target: Annotated[str, Field(alias="to")]
 
 
-class DispatchStateDocument(Part):
+class DispatchStateDocument(DocumentPart):
     """One replica stage: the shape of its attention heads, its devices, and the requests that run on them."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

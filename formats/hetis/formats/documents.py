@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel
 
+from hetis.formats.canonical import canonical_json, content_digest
 from hetis.formats.cluster import ClusterDocument, cluster_to_data, load_cluster, parse_cluster
 from hetis.formats.dispatch_requests import (
     DispatchRequestsDocument,
@@ -211,9 +211,7 @@ def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -
 
 def digest(value: Value) -> str:
     """``sha256:...`` of the value's self-contained document in canonical JSON: equal values have equal digests."""
-    data = to_data(value, self_contained=True)
-    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
+    return content_digest(canonical_json(to_data(value, self_contained=True)))
 
 
 @functools.cache

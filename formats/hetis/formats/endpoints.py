@@ -34,19 +34,29 @@ def split_endpoints(text: str) -> tuple[str, ...]:
     addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for address in addresses or ("",):
         if not address.startswith("unix:"):
-            host, _, port = address.rpartition(":")
-            if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-                raise ValueError(f"{address!r} is no address, expected HOST:PORT")
+            split_address(address)
     return addresses
 
 
+def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
+    """Return host, without the brackets of IPv6, and port.
+
+    Raises:
+        ValueError: the text is not ``host:port``, or the port is below ``least_port`` or above 65535.
+    """
+    host, _, port = address.rpartition(":")
+    if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
+        raise ValueError(f"{address!r} is no address, expected HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def host_of(address: str) -> str:
-    """Without brackets; empty for a socket."""
+    """Return the host of an address without brackets; empty for a socket."""
     return "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
 
 
 def is_loopback(address: str) -> bool:
-    """Whether it is of this machine, and of no other."""
+    """Return whether it is of this machine, and of no other."""
     host = host_of(address)
     if address.startswith("unix:") or host == "localhost":
         return True
@@ -104,7 +114,7 @@ class LeaderSearch:
 
     @property
     def present(self) -> Endpoint:
-        """Who is asked next."""
+        """The place that is asked next."""
         return self._present
 
     @property

@@ -27,11 +27,11 @@ API_VERSION = "hetis/v1"
 UNLIMITED = "unlimited"  # a bandwidth
 
 
-PATIENCE = "patience"  # of the context of a validation
+ERROR_LIMIT = "error_limit"  # of the context of a validation
 
 
 @dataclass(slots=True, kw_only=True)
-class Patience:
+class ErrorLimit:
     """How many errors one validation looks for. What follows is passed over: nobody reads more, and each costs."""
 
     most_errors: int
@@ -39,7 +39,7 @@ class Patience:
     num_errors: int = 0
 
 
-class Part(BaseModel):
+class DocumentPart(BaseModel):
     """A mapping of a document: no unknown fields, no conversion between types, no NaN or infinity."""
 
     model_config = ConfigDict(
@@ -49,17 +49,17 @@ class Part(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _until_patience_ends(cls, data: Any, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
-        patience: Patience | None = (info.context or {}).get(PATIENCE)
-        if patience is None:
+        limit: ErrorLimit | None = (info.context or {}).get(ERROR_LIMIT)
+        if limit is None:
             return validate(data)
-        if patience.num_errors > patience.most_errors:
+        if limit.num_errors > limit.most_errors:
             return cls.model_construct()  # of a document that is refused in any case
-        before = patience.num_errors
+        before = limit.num_errors
         try:
             return validate(data)
         except ValidationError as error:
-            patience.look_up()
-            patience.num_errors = before + error.error_count()  # those of parts inside are among them
+            limit.look_up()
+            limit.num_errors = before + error.error_count()  # those of parts inside are among them
             raise
 
 

@@ -13,7 +13,7 @@ MAX_BYTES = 64 * 2**20  # of one document
 
 
 def file_label(path: str | os.PathLike[str]) -> str:
-    """How messages call the file."""
+    """Return how messages call the file."""
     return "stdin" if os.fspath(path) == "-" else os.fspath(path)
 
 

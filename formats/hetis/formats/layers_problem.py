@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, Bandwidth, Duration, Part, SizeOrBytes, Title
+from hetis.formats.fields import API_VERSION, Bandwidth, DocumentPart, Duration, SizeOrBytes, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.formats.units import format_bandwidth, format_duration
@@ -24,14 +24,14 @@ Point = Annotated[list[Annotated[float, Field(ge=0, le=1e12)]], Field(min_length
 Points = Annotated[list[Point], Field(min_length=1, max_length=1000)]
 
 
-class LayerTimesPart(Part):
+class LayerTimesPart(DocumentPart):
     """Milliseconds of one layer as ``[size, ms]``, linear in between: prompts of so many tokens, so many sequences."""
 
     prompt: Points
     decode: Points
 
 
-class NodeTypePart(Part):
+class NodeTypePart(DocumentPart):
     """Equal nodes; entry k of a list is of a node that holds k layers, and its length the most a node can hold.
 
     ``tokens_per_s`` counts prompt and output tokens alike, ``kv_token_layers`` KV entries, one per token and layer.
@@ -44,7 +44,7 @@ class NodeTypePart(Part):
     layer_ms: LayerTimesPart | None = None
 
 
-class LinksPart(Part):
+class LinksPart(DocumentPart):
     """The network card of every node, the latency between any two, and bytes per token between any two layers."""
 
     bandwidth: Bandwidth
@@ -52,7 +52,7 @@ class LinksPart(Part):
     activation_bytes: SizeOrBytes
 
 
-class LayersProblemDocument(Part):
+class LayersProblemDocument(DocumentPart):
     """Which contiguous layers should each of these nodes hold, so that most requests per second are served?"""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

@@ -1,4 +1,5 @@
-"""From text to a checked document: one pass that finds every problem, with its place and the nearest valid name."""
+"""Reading of a checked document from text: one pass that finds every problem, with its place and the nearest valid
+name."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, did_you_mean, shown, single_problem
-from hetis.formats.fields import API_VERSION, PATIENCE, Patience
+from hetis.formats.fields import API_VERSION, ERROR_LIMIT, ErrorLimit
 from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Text, parse_text
 from hetis.solver.errors import InvalidProblemError
@@ -59,9 +60,9 @@ def validated(
         raise DocumentError([*source.problems, source.problem(("kind",), f"is {shown(data['kind'])}, expected {kind}")])
     problems = source.problems[: MAX_SHOWN + 1]
     parsed: DocumentT | None = None
-    patience = Patience(most_errors=MAX_SHOWN, look_up=source.bounds.look_up)
+    limit = ErrorLimit(most_errors=MAX_SHOWN, look_up=source.bounds.look_up)
     try:
-        parsed = document.model_validate(data, context={**(context or {}), PATIENCE: patience})
+        parsed = document.model_validate(data, context={**(context or {}), ERROR_LIMIT: limit})
     except ValidationError as error:
         details = error.errors(include_url=False)[: MAX_SHOWN + 1]
         problems += [_problem(detail, document, data, source) for detail in details]

@@ -91,7 +91,7 @@ _CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredBy:
-    """Who measured, with what, where; empty where the source does not say.
+    """The measurer, the tool and the place; empty where the source does not say.
 
     Attributes:
         tool: what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``.

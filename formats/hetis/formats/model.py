@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats import catalogue, dtypes
 from hetis.formats.errors import DocumentError, Problem, shown, single_problem
-from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
@@ -26,7 +26,7 @@ def _dtype(value: str) -> str:
     return value
 
 
-class MlaPart(Part):
+class MlaPart(DocumentPart):
     """Multi-head latent attention (DeepSeek-V2)."""
 
     kv_lora_rank: Whole
@@ -36,7 +36,7 @@ class MlaPart(Part):
     q_lora_rank: Whole | None = None
 
 
-class MoePart(Part):
+class MoePart(DocumentPart):
     """Mixture of experts in every layer but the first ``first_dense_layers``."""
 
     num_experts: Whole
@@ -46,7 +46,7 @@ class MoePart(Part):
     first_dense_layers: WholeOrZero = 0
 
 
-class ModelSpecDocument(Part):
+class ModelSpecDocument(DocumentPart):
     """The shape of a decoder-only transformer.
 
     ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.plan import (
@@ -40,7 +40,7 @@ ObjectiveName = Literal["goodput", "throughput", "cost", "gpus"]
 RoleName = Literal["unified", "prefill", "decode"]
 
 
-class ResultPart(Part):
+class ResultPart(DocumentPart):
     """How good the plan is; ``gap`` is ``|bound - value| / |value|``."""
 
     status: Literal["optimal", "feasible", "infeasible", "interrupted"]
@@ -52,7 +52,7 @@ class ResultPart(Part):
     solve_s: Seconds
 
 
-class ObjectivePart(Part):
+class ObjectivePart(DocumentPart):
     """What the plan is good for; a limit of null is lifted."""
 
     kind: ObjectiveName
@@ -61,7 +61,7 @@ class ObjectivePart(Part):
     demand_rps: Annotated[float, Field(gt=0)] | None = None
 
 
-class StagePart(Part):
+class StagePart(DocumentPart):
     """``copies`` TP groups of ``tp`` GPUs; ``devices`` are ``node/index``, the groups of one copy after another."""
 
     gpu: str
@@ -73,7 +73,7 @@ class StagePart(Part):
     kv_head_groups_kept: Count
 
 
-class PoolPart(Part):
+class PoolPart(DocumentPart):
     """Cards that hold KV and compute attention for one stage; head groups count per TP rank of the stage.
 
     Cards of a shared pool serve several stages of the replica in turn and are listed in the pool of each.
@@ -86,7 +86,7 @@ class PoolPart(Part):
     shared: bool = False
 
 
-class ReplicaPart(Part):
+class ReplicaPart(DocumentPart):
     """One replica: saturated rate in requests/s, p95 TTFT and mean TPOT in seconds.
 
     A prefill replica has no micro_batch and no tpot_s (both 0) and sends KV to decode replicas in kv_zones; a decode
@@ -106,7 +106,7 @@ class ReplicaPart(Part):
     kv_zones: list[str] = Field(default_factory=list)
 
 
-class RoutePart(Part):
+class RoutePart(DocumentPart):
     """Requests/s whose KV goes from one replica to another; both are counted from 0."""
 
     prefill: Count
@@ -114,7 +114,7 @@ class RoutePart(Part):
     rate: Annotated[float, Field(ge=0)]
 
 
-class PricePart(Part):
+class PricePart(DocumentPart):
     """A device class and what one GPU of it is worth at the margin of the plan's relaxation."""
 
     gpu: str
@@ -126,7 +126,7 @@ class PricePart(Part):
     dual: float
 
 
-class RunnerUpPart(Part):
+class RunnerUpPart(DocumentPart):
     """A shape of replica that was not chosen, and why."""
 
     shape: str
@@ -134,7 +134,7 @@ class RunnerUpPart(Part):
     reason: str
 
 
-class PlanDocument(Part):
+class PlanDocument(DocumentPart):
     """Replicas on named GPUs with a proof of how good they are."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -235,7 +235,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _fields(value: object, part: type[Part]) -> dict[str, Any]:
+def _fields(value: object, part: type[DocumentPart]) -> dict[str, Any]:
     return {name: getattr(value, name) for name in part.model_fields}
 
 

@@ -86,7 +86,7 @@ class _Node:
     places: dict[str, int] | None = None  # of the keys; made when a path is looked up
 
     def place_of(self, part: str | int) -> int | None:
-        """Where the item of a key or a position stands; None: nowhere."""
+        """Return the place of the item of a key or a position; None: nowhere."""
         if self.items is None:
             return None
         if self.keys is None:
@@ -173,7 +173,7 @@ def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, T
 
 
 def _may_exceed(text: str, max_values: int) -> bool:
-    """Whether a text in braces holds more values; counted in no more time than it takes to look at it.
+    """Return whether a text in braces holds more values; counted in no more time than it takes to look at it.
 
     A value stands after a comma or an opening bracket; those inside quotes are left out where it matters.
     """

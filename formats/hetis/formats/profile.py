@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats import units
-from hetis.formats.fields import API_VERSION, Part, SizeOrBytes, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, SizeOrBytes, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.profile import REGION_FIELDS, Fit, FitRegion, FitScope, Op, Piece, Profile, Provenance, Source
@@ -17,15 +17,15 @@ Coefficient = Annotated[float, Field(ge=0)]
 _REQUIRED = ("dense", "prefill_attention", "decode_attention", "all_reduce", "transfer")
 
 
-class ProvenancePart(Part):
-    """Where a fit comes from. ``held_out_mape`` is its mean error on points it never saw; 0.1 is 10%."""
+class ProvenancePart(DocumentPart):
+    """The origin of a fit. ``held_out_mape`` is its mean error on points it never saw; 0.1 is 10%."""
 
     source: Literal["measured", "imported", "fitted", "modelled"]
     origin: str
     held_out_mape: Annotated[float, Field(ge=0)] | None = None
 
 
-class PiecePart(Part):
+class PiecePart(DocumentPart):
     """One affine piece: seconds, and seconds per FLOP, byte, token, query head and second of nominal wire time."""
 
     fixed_s: Coefficient = 0.0
@@ -36,7 +36,7 @@ class PiecePart(Part):
     wire: Coefficient = 0.0
 
 
-class ScopePart(Part):
+class ScopePart(DocumentPart):
     """What a fit is for; a field left out means any."""
 
     model: str | None = None
@@ -49,7 +49,7 @@ class ScopePart(Part):
 Range = Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
-class RegionPart(Part):
+class RegionPart(DocumentPart):
     """What was measured, as ``[least, most]``: outside of it the fit is a guess. A field left out is not limited."""
 
     tokens: Range | None = None
@@ -60,7 +60,7 @@ class RegionPart(Part):
     num_bytes: Range | None = None
 
 
-class FitPart(Part):
+class FitPart(DocumentPart):
     """The time of one operator: the maximum of its pieces."""
 
     op: Literal["dense", "experts", "prefill_attention", "decode_attention", "all_reduce", "transfer", "step", "sample"]
@@ -70,7 +70,7 @@ class FitPart(Part):
     pieces: Annotated[list[PiecePart], Field(min_length=1)]
 
 
-class ProfileDocument(Part):
+class ProfileDocument(DocumentPart):
     """Operator times and usable memory of one GPU type. Memory is ``76GiB`` or a number of bytes."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

@@ -110,7 +110,7 @@ class SavedState:
         return None
 
     def snapshot(self, costs: Mapping[str, Pieces] | None = None) -> StateSnapshot:
-        """What the solver works on.
+        """Return what the solver works on.
 
         Args:
             costs: pieces by device name, for devices without ``attention`` of their own.

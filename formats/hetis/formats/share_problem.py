@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats.errors import did_you_mean, shown
-from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 
@@ -50,7 +50,7 @@ Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
 MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
 
 
-class SharedJobPart(Part):
+class SharedJobPart(DocumentPart):
     """A kind of work: ``speedups`` per GPU type, in any unit, or ``model`` and ``workload`` to derive them."""
 
     name: Title
@@ -60,7 +60,7 @@ class SharedJobPart(Part):
     min_gpus: MinGpus = 1
 
 
-class SharingTenantPart(Part):
+class SharingTenantPart(DocumentPart):
     """A tenant with a claim to ``weight`` parts. One kind of work may stand here directly, several in ``jobs``."""
 
     name: Title
@@ -72,7 +72,7 @@ class SharingTenantPart(Part):
     jobs: Annotated[list[SharedJobPart], Field(min_length=1)] | None = None
 
 
-class ShareProblemDocument(Part):
+class ShareProblemDocument(DocumentPart):
     """GPUs by type, and the tenants that share them. ``gpus_per_node`` matters where speed-ups are derived."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

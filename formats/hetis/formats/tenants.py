@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from hetis.formats import units
 from hetis.formats.errors import shown
-from hetis.formats.fields import API_VERSION, Name, Part
+from hetis.formats.fields import API_VERSION, DocumentPart, Name
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 
@@ -62,7 +62,7 @@ Limit = Annotated[
 ]
 
 
-class FleetTenantPart(Part):
+class FleetTenantPart(DocumentPart):
     """A tenant: ``model`` and ``workload`` as `hetis-plan place` takes them, ``weight`` parts of the fleet to claim.
 
     ``worth`` is what a request/s is worth, in any unit that all tenants share; without it 1 over what the tenant
@@ -79,7 +79,7 @@ class FleetTenantPart(Part):
     tpot: Limit | None = None
 
 
-class TenantsDocument(Part):
+class TenantsDocument(DocumentPart):
     """Tenants that share one fleet; which fleet is said beside it (``hetis-plan share FILE --cluster FILE``)."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

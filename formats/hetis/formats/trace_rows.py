@@ -84,5 +84,5 @@ def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
 
 
 def _text(value: object) -> str:
-    """What a CSV file would hold; nothing for a field that is missing."""
+    """Return what a CSV file would hold; nothing for a field that is missing."""
     return "" if value is None else str(value)

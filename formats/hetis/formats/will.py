@@ -45,7 +45,7 @@ _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
 def read_will(
     pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
 ) -> Will:
-    """What ``--pin`` and ``--forbid`` were given, forbidden things first, each wish once.
+    """Return what ``--pin`` and ``--forbid`` were given, forbidden things first, each wish once.
 
     Raises:
         DocumentError: with every problem of all of them: how they are written, and names that the cluster has not.
@@ -67,7 +67,7 @@ def read_will(
 
 
 def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
-    """What a plan file says of the will it keeps: every wish as its options are written.
+    """Return what a plan file says of the will it keeps: every wish as its options are written.
 
     Raises:
         DocumentError: as `read_will`.

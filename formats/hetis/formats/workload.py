@@ -13,7 +13,7 @@ from pydantic import Field
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem
-from hetis.formats.fields import API_VERSION, Part, Title
+from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.formats.traces import ENDINGS, MAX_TOKENS, load_trace
@@ -27,7 +27,7 @@ FORMS = ("histogram", "mean_prompt_tokens", "trace")
 _MEANS = re.compile(r"-?[\d._]+/-?[\d._]+")
 
 
-class BinPart(Part):
+class BinPart(DocumentPart):
     """A share of the requests: all of about these lengths. Weights need not sum to one."""
 
     prompt_tokens: Tokens
@@ -35,7 +35,7 @@ class BinPart(Part):
     weight: Weight
 
 
-class WorkloadDocument(Part):
+class WorkloadDocument(DocumentPart):
     """Traffic: a histogram of request lengths, or their means, or the path of a trace (from this file's folder)."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]

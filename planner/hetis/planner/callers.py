@@ -1,4 +1,4 @@
-"""On whose behalf something is done: the caller of the call that is being answered, or the planner itself."""
+"""The caller on whose behalf something is done: the one of the call that is being answered, or the planner itself."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _present: ContextVar[Caller] = ContextVar("hetis_present_caller", default=PLANNE
 
 
 def present_caller() -> Caller:
-    """Who asked for what this task does."""
+    """Return the caller that asked for what this task does."""
     return _present.get()
 
 
 def set_present_caller(caller: Caller) -> None:
-    """For the rest of this task, and for the tasks that it starts."""
+    """Set the caller for the rest of this task, and for the tasks that it starts."""
     _present.set(caller)

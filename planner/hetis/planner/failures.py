@@ -13,33 +13,9 @@ import grpc
 from hetis.formats.errors import DocumentError
 from hetis.solver.errors import HetisError
 from hetis.v1 import failure_pb2
+from hetis.v1.statuses import CODE_OF_REASON, REASON_PREFIX
 
 Reason = failure_pb2.ErrorReason
-
-_PREFIX = "ERROR_REASON_"
-_CODES = {
-    grpc.StatusCode.INVALID_ARGUMENT: (
-        "INVALID_FIELD INVALID_DOCUMENT INVALID_PROBLEM INVALID_PAGE_TOKEN DEADLINE_REQUIRED DEADLINE_TOO_LONG"
-    ),
-    grpc.StatusCode.NOT_FOUND: "NOT_FOUND CHANGE_UNKNOWN",
-    grpc.StatusCode.ALREADY_EXISTS: "ALREADY_EXISTS REQUEST_ID_REUSED REQUEST_RUNNING",
-    grpc.StatusCode.ABORTED: "ETAG_MISMATCH ACTIVATION_IN_PROGRESS NODE_TAKEN_OVER NODE_IN_USE CHANGE_CANCELLED",
-    grpc.StatusCode.FAILED_PRECONDITION: (
-        "RESOURCE_IN_USE PLAN_STATE NO_EARLIER_PLAN INVENTORY_MISMATCH PLAN_CHECK_FAILED STALE_EPOCH"
-        " GENERATION_MISMATCH PROTOCOL_VERSION PROTOCOL_VIOLATION ENGINE_IS_AUTHORITY DISPATCH_STATE_LOST"
-        " REQUEST_NOT_RUNNING REQUEST_GONE NOT_OWNER DEVICE_UNAVAILABLE CHANGE_IN_FLIGHT CHANGE_PHASE"
-    ),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (
-        "SOLVER_QUEUE_FULL KV_BLOCKS_EXHAUSTED MESSAGE_TOO_LARGE TOO_MANY_STREAMS QUOTA_EXCEEDED"
-    ),
-    grpc.StatusCode.UNAVAILABLE: "NOT_LEADER DRAINING STORE_UNAVAILABLE ENGINE_UNREACHABLE COPY_FAILED",
-    grpc.StatusCode.DEADLINE_EXCEEDED: "PREPARE_EXPIRED",
-    grpc.StatusCode.UNAUTHENTICATED: "CREDENTIALS",
-    grpc.StatusCode.PERMISSION_DENIED: "ROLE WRONG_NODE",
-    grpc.StatusCode.UNIMPLEMENTED: "ENGINE_CANNOT",
-    grpc.StatusCode.INTERNAL: "INTERNAL SOLVER_CRASHED NO_PLAN_FOUND",
-}
-_CODE_OF = {Reason.Value(_PREFIX + name): code for code, names in _CODES.items() for name in names.split()}
 
 
 class ServiceError(HetisError):
@@ -73,8 +49,8 @@ class ServiceError(HetisError):
 
     @property
     def reason_name(self) -> str:
-        """As ``ErrorInfo.reason`` has it: without the prefix."""
-        return Reason.Name(self.reason).removeprefix(_PREFIX)
+        """The name of the reason as ``ErrorInfo.reason`` has it, without the prefix."""
+        return Reason.Name(self.reason).removeprefix(REASON_PREFIX)
 
     def to_proto(self) -> failure_pb2.Failure:
         """The same inside a message."""
@@ -85,7 +61,7 @@ class ServiceError(HetisError):
 
 def code_of_reason(reason: Reason.ValueType) -> grpc.StatusCode:
     """The status code that a failure with a reason has; UNKNOWN: of a newer planner."""
-    return _CODE_OF.get(reason, grpc.StatusCode.UNKNOWN)
+    return CODE_OF_REASON.get(reason, grpc.StatusCode.UNKNOWN)
 
 
 def not_found(name: str) -> ServiceError:

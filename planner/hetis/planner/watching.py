@@ -58,7 +58,7 @@ class Hub(Generic[K, V]):
         return self._last
 
     def is_too_old(self, after: int) -> bool:
-        """Whether something that a watcher at ``after`` has not seen is no longer known."""
+        """Return whether something that a watcher at ``after`` has not seen is no longer known."""
         return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class Hub(Generic[K, V]):
         self._wake()
 
     async def watch(self, after: int = 0) -> AsyncIterator[list[Event[K, V]]]:
-        """What is newer than ``after``, one event per key and the oldest first, then every change as it comes.
+        """Yield what is newer than ``after``, one event per key and the oldest first, then every change as it comes.
 
         Each list is what was new at that moment; the first comes at once, and may be empty. Ends when the hub closes.
         """

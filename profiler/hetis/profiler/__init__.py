@@ -1,1 +1,1 @@
-"""Where operator times come from: rooflines calibrated on published measurements."""
+"""Sources of operator times: rooflines calibrated on published measurements."""

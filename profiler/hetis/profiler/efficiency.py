@@ -1,7 +1,7 @@
 """The file form of calibrated efficiencies: coefficients relative to a GPU's peaks, with error and origin.
 
-A roofline of a GPU is these coefficients times its peaks (`roofline.py`). ``calibrate.py`` writes the file, which is
-package data (``efficiency.json``); nothing here needs numpy, so that reading it costs next to nothing.
+A roofline of a GPU is these coefficients times its peaks (`roofline.py`). ``tools/efficiency.py`` writes the file,
+which is package data (``efficiency.json``); nothing here needs numpy, so that reading it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def to_json(efficiencies: Efficiencies) -> str:
     """The file's text."""
     document = {
         "version": VERSION,
-        "made_by": "python -m hetis.profiler.calibrate",
+        "made_by": "python -m tools.efficiency",
         "memory": {
             "usable_ratio": efficiencies.memory.usable_ratio,
             "reserve_bytes": efficiencies.memory.reserve_bytes,

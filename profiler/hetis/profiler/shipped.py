@@ -1,6 +1,6 @@
 """The fitted profiles that come with the package, one for every GPU with published measurements.
 
-``make profiles`` (``python -m hetis.profiler.shipping``) makes them; ``docs/profiles.md`` says how wrong they are.
+``make profiles`` (``python -m tools.profiles``) makes them; ``docs/profiles.md`` says how wrong they are.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ EVEN = 1e-3  # gaps that vary less than this are drawn evenly spaced
 
 
 class Arrivals(StrEnum):
-    """When requests come."""
+    """Processes by which requests arrive."""
 
     DRAWN = "drawn"  # gaps of a gamma distribution: Poisson where their coefficient of variation is 1
     RECORDED = "recorded"  # as in the trace, stretched to the rate where one is given
@@ -58,7 +58,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Traffic:
+class DrawnTraffic:
     """Requests to come, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context."""
 
     arrival_s: FloatArray
@@ -67,7 +67,7 @@ class Traffic:
     num_clipped: int
 
 
-def draw_traffic(load: Load, num_requests: int, *, seed: int) -> Traffic:
+def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
     """The first ``num_requests`` requests of a load.
 
     The same seed gives the same lengths and gaps at every rate (gaps are drawn with mean one and scaled), and more
@@ -90,7 +90,7 @@ def draw_traffic(load: Load, num_requests: int, *, seed: int) -> Traffic:
     up = of_rounding.random((num_requests, 2))
     whole_outputs = np.floor(kept_outputs + up[:, 0]).astype(np.int64)
     whole_prompts = np.minimum(np.floor(kept_prompts + up[:, 1]).astype(np.int64), load.max_position - whole_outputs)
-    return Traffic(
+    return DrawnTraffic(
         arrival_s=_arrival_s(load, chosen, of_gaps),
         prompt_tokens=whole_prompts,
         output_tokens=whole_outputs,
@@ -106,7 +106,7 @@ def _forever(_: int) -> bool:
     return True
 
 
-def requests_of(traffic: Traffic, *, keep_going: KeepGoing = _forever) -> Iterator[Request]:
+def requests_of(traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> Iterator[Request]:
     """The requests at their times of arrival, made one by one."""
     rows = zip(traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
     for number, (arrival_s, prompt, output) in enumerate(rows):
@@ -118,7 +118,7 @@ def requests_of(traffic: Traffic, *, keep_going: KeepGoing = _forever) -> Iterat
 class Saturation:
     """The requests of a traffic, each whenever it is asked for (`hetis.simulator.values.Source`)."""
 
-    def __init__(self, traffic: Traffic, *, keep_going: KeepGoing = _forever) -> None:
+    def __init__(self, traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> None:
         self._lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
         self._keep_going = keep_going
         self._given = 0

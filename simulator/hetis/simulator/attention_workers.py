@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import Links
+from hetis.simulator.links import FleetLinks
 from hetis.simulator.migration import Migration
 from hetis.simulator.pool_load import Decoding, PoolLoad
 from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.values import FloatArray, IntArray, Settings
-from hetis.solver.dispatch.problem import Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.state import DispatchState
 
@@ -39,9 +39,9 @@ class PoolCopy:
     """
 
     def __init__(
-        self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], book: Book,
+        self, *, names: tuple[str, ...], blocks: IntArray, timing: PoolTiming, split: tuple[int, int], log: RequestLog,
         events: Events, settings: Settings, mean_output: float, growth: int, shared: tuple[SharedCard, ...] | None,
-        links: Links,
+        links: FleetLinks,
     ) -> None:  # fmt: skip
         """``split``: head groups of a request on the primary and on the cards together, as the plan has them.
         ``growth``: output tokens that a new request needs room for; what its output will be is not known."""
@@ -52,13 +52,13 @@ class PoolCopy:
         self.busy_s = np.zeros(len(names))
         self.total_blocks = np.asarray(blocks, np.int64)
         self._next_card = 0
-        self._dispatch: Callable[[Load, Requests], IntArray | None] = self._as_planned
+        self._dispatch: Callable[[DeviceLoad, Requests], IntArray | None] = self._as_planned
         self._migration: Migration | None = None
         if settings.dispatch:
             self._dispatch = _dispatcher_of(self.state)
             if settings.redispatch:
                 self._migration = Migration(
-                    self.state, timing, links, book, events, theta=settings.theta, mean_output=mean_output
+                    self.state, timing, links, log, events, theta=settings.theta, mean_output=mean_output
                 )
 
     @property
@@ -85,7 +85,7 @@ class PoolCopy:
             context_tokens=np.array([tokens]),
             growth_tokens=np.array([self._growth if len(state) else 0]),
         )
-        here = Load(
+        here = DeviceLoad(
             heads=load.groups * heads.queries_per_group,
             kv_bytes=load.tokens * heads.kv_bytes_per_token,
             free_blocks=free,
@@ -99,7 +99,7 @@ class PoolCopy:
         return True
 
     def remove(self, request: int) -> None:
-        """It is done or evicted; moves of it under way are aborted."""
+        """Remove a request that is done or evicted; moves of it under way are aborted."""
         if self.homes.pop(request, None) is not None:
             self.state.finish(str(request))
 
@@ -107,7 +107,7 @@ class PoolCopy:
         """Every request caches one token more; returns those that stay as they were for want of a block."""
         return [int(name) for name in self.state.grow([str(request) for request in requests])]
 
-    def _as_planned(self, load: Load, new: Requests) -> IntArray | None:
+    def _as_planned(self, load: DeviceLoad, new: Requests) -> IntArray | None:
         """The plan's split: whole head groups go to one card after the other, in turn over all requests."""
         kept, away = self._split
         groups = np.zeros(self.num_devices, np.int64)
@@ -145,7 +145,7 @@ class PoolCopy:
         return timing.layers * total
 
     def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:
-        """When an iteration from ``start_s`` to ``end_s`` ends where its cards serve other stages too."""
+        """Return when an iteration from ``start_s`` to ``end_s`` ends where its cards serve other stages too."""
         assert self._shared is not None
         seconds = self.timing.layers * self.timing.device_seconds(load.groups, load.tokens)
         for card, busy_s in zip(self._shared, seconds[1:].tolist(), strict=True):
@@ -189,12 +189,12 @@ class PoolCopy:
         self.state.restore_device(card)
 
 
-def _dispatcher_of(state: DispatchState) -> Callable[[Load, Requests], IntArray | None]:
+def _dispatcher_of(state: DispatchState) -> Callable[[DeviceLoad, Requests], IntArray | None]:
     from hetis.solver.dispatch.solve import Dispatcher
 
     dispatcher = Dispatcher(state.stage)
 
-    def place(load: Load, new: Requests) -> IntArray | None:
+    def place(load: DeviceLoad, new: Requests) -> IntArray | None:
         plan = dispatcher.dispatch(load, new)
         return None if plan.unplaced else plan.groups[0]
 

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from hetis.simulator.attention_workers import PoolCopy, SharedCard
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.growth import Growth
-from hetis.simulator.links import Links
+from hetis.simulator.growth import KvGrowth
+from hetis.simulator.links import FleetLinks
 from hetis.simulator.memory import KvRoom, card_room_bytes, group_blocks, rank_room_bytes
-from hetis.simulator.micro_batch import StageCopy
+from hetis.simulator.micro_batch import SimulatedStageCopy
 from hetis.simulator.pipeline import Apart, Greedy
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.replica import Batching, ReplicaRun
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Settings
 from hetis.solver.check.fleet import Fleet, replica_shape
@@ -53,14 +53,16 @@ class Builder:
         InvalidProblemError: the plan contradicts its problem.
     """
 
-    def __init__(self, plan: Plan, problem: PlacementProblem, book: Book, events: Events, settings: Settings) -> None:
+    def __init__(
+        self, plan: Plan, problem: PlacementProblem, log: RequestLog, events: Events, settings: Settings
+    ) -> None:
         self.plan, self.problem = plan, problem
-        self.links = Links()
-        self._book, self._events, self._settings = book, events, settings
+        self.links = FleetLinks()
+        self._log, self._events, self._settings = log, events, settings
         self.fleet = Fleet.of(problem.cluster)
         workload = problem.workload.clipped_to(problem.model.max_position)
         self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-        self._growth = Growth(problem.model, problem.assumptions.block_tokens)
+        self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._timings: dict[tuple[StageShape, bool, bool], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
@@ -84,11 +86,11 @@ class Builder:
             rate=self._sent(number) if one.role is Role.PREFILL else one.rate,
             batching=self._batching(one, number),
             growth=self._growth,
-            book=self._book,
+            log=self._log,
             stages=stages,
         )
         discipline = Greedy if self._settings.discipline == "greedy" else Apart
-        replica.discipline = discipline(self._events, self._book, replica.done, traced=self._settings.trace)
+        replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
         return replica
 
     def _batching(self, one: ReplicaPlan, number: int) -> Batching:
@@ -120,7 +122,7 @@ class Builder:
     def _copies(
         self, number: int, position: int, one: ReplicaPlan, shape: ReplicaShape, pool: AttentionWorkerPool | None,
         shares: Mapping[str, float], cards: Mapping[str, SharedCard],
-    ) -> list[StageCopy]:  # fmt: skip
+    ) -> list[SimulatedStageCopy]:  # fmt: skip
         stage, stage_shape = one.stages[position], shape.stages[position]
         is_first, is_last = position == 0, position == len(one.stages) - 1
         key = (stage_shape, is_first, is_last)
@@ -150,7 +152,7 @@ class Builder:
                 workers = self._pool_copy(timing, pool, ranks, names, rank_bytes, shares, cards, seats)
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
-                StageCopy(
+                SimulatedStageCopy(
                     track=track, devices=ranks, stage=position, timing=timing, room=room, pool=workers, cards=names
                 )
             )
@@ -173,7 +175,7 @@ class Builder:
             blocks=np.array(blocks, np.int64),
             timing=PoolTiming(self.problem, timing, cards=len(names)),
             split=(model.head_groups - away, away),
-            book=self._book,
+            log=self._log,
             events=self._events,
             settings=self._settings,
             mean_output=self.moments.mean_output,

@@ -35,11 +35,11 @@ class Estimate:
         return self.half_width / abs(self.value) if self.half_width > 0 and self.value else math.inf
 
     def is_below(self, limit: float) -> bool:
-        """Whether the whole interval is."""
+        """Return whether the whole interval is."""
         return self.value + self.half_width <= limit
 
     def is_above(self, limit: float) -> bool:
-        """Whether the whole interval is."""
+        """Return whether the whole interval is."""
         return self.value - self.half_width > limit
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hetis.simulator.fleet import Fleet
-from hetis.simulator.micro_batch import MicroBatch, StageCopy
+from hetis.simulator.fleet import SimulatedFleet
+from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import ReplicaRun
 
 
@@ -17,10 +17,10 @@ class Faults:
     there. A copy that comes back takes its share of micro-batches again; those that change over are prefilled anew.
     """
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: SimulatedFleet) -> None:
         self._fleet = fleet
-        self._copies: Mapping[str, list[tuple[ReplicaRun, StageCopy, int]]] = _by_device(fleet)
-        self._down: dict[StageCopy, set[str]] = {}
+        self._copies: Mapping[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = _by_device(fleet)
+        self._down: dict[SimulatedStageCopy, set[str]] = {}
 
     def change(self, now_s: float, device: str, joins: bool) -> None:
         """A device fails or joins; one that the plan does not use changes nothing."""
@@ -34,7 +34,7 @@ class Faults:
                     copy.is_up = not down
                     self._rearrange(now_s, replica)
 
-    def _change_card(self, now_s: float, replica: ReplicaRun, copy: StageCopy, card: int, joins: bool) -> None:
+    def _change_card(self, now_s: float, replica: ReplicaRun, copy: SimulatedStageCopy, card: int, joins: bool) -> None:
         assert copy.pool is not None
         if joins:
             copy.pool.restore(card)
@@ -74,9 +74,9 @@ class Faults:
         for request in reversed(batch.requests()):
             self._forget(request)
             replica.lose(now_s, batch, request)
-        book = replica.book
+        log = replica.log
         for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` sees to them when they would have landed
-            replica.kv.release(batch, request, book.target[request])
+            replica.kv.release(batch, request, log.target[request])
         batch.sending.clear()
         batch.reserved.clear()
 
@@ -85,9 +85,9 @@ class Faults:
             self._fleet.transfers.cancel(request)
 
 
-def _by_device(fleet: Fleet) -> dict[str, list[tuple[ReplicaRun, StageCopy, int]]]:
-    """Where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
-    found: dict[str, list[tuple[ReplicaRun, StageCopy, int]]] = {}
+def _by_device(fleet: SimulatedFleet) -> dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]]:
+    """Return where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
+    found: dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = {}
     for replica in fleet.replicas:
         for copies in replica.stages:
             for copy in copies:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
 from hetis.simulator.kv_transfers import KvTransfers
 from hetis.simulator.micro_batch import MicroBatch
 from hetis.simulator.replica import Outside, ReplicaRun
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.router import Router
-from hetis.simulator.values import Request, Source
+from hetis.simulator.values import Request, SaturatingSource
 from hetis.solver.errors import InvalidProblemError
 
 
-class Fleet(Outside):
+class SimulatedFleet(Outside):
     """Hands requests to replicas as they come, and those of a source as there is room.
 
     Attributes:
@@ -25,14 +25,14 @@ class Fleet(Outside):
     """
 
     def __init__(
-        self, replicas: Sequence[ReplicaRun], book: Book, events: Events, router: Router
+        self, replicas: Sequence[ReplicaRun], log: RequestLog, events: Events, router: Router
     ) -> None:  # fmt: skip
-        self.replicas, self.book, self.events, self.router = replicas, book, events, router
+        self.replicas, self.log, self.events, self.router = replicas, log, events, router
         self.transfers: KvTransfers | None = None
         self.takers = [replica for replica in replicas if replica.batching.chunk_tokens and replica.rate > 0]
         self.held: deque[int] = deque()
         self._arrivals: Iterator[Request] = iter(())
-        self._source: Source | None = None
+        self._source: SaturatingSource | None = None
         for replica in replicas:
             replica.outside = self
 
@@ -41,7 +41,7 @@ class Fleet(Outside):
         self._arrivals = arrivals
         self._schedule_next(0.0)
 
-    def serve_all(self, source: Source) -> None:
+    def serve_all(self, source: SaturatingSource) -> None:
         """Requests are always waiting."""
         self._source = source
         for replica in self.takers:
@@ -53,7 +53,7 @@ class Fleet(Outside):
         if self._source is None:
             return None
         request = self._source.next_request(now_s)
-        return None if request is None else self.book.arrive(request, now_s)
+        return None if request is None else self.log.arrive(request, now_s)
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
         return self.transfers is None or self.transfers.may_start(now_s, replica, request)
@@ -99,5 +99,5 @@ class Fleet(Outside):
         self.events.at(request.arrival_s, self._arrive, request)
 
     def _arrive(self, now_s: float, request: Request) -> None:
-        self.route(now_s, self.book.arrive(request, now_s))
+        self.route(now_s, self.log.arrive(request, now_s))
         self._schedule_next(now_s)

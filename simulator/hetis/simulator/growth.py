@@ -5,7 +5,7 @@ from __future__ import annotations
 from hetis.solver.model import ModelSpec
 
 
-class Growth:
+class KvGrowth:
     """How KV and what is attended to grow with the context of a request: linearly, but for a sliding window."""
 
     __slots__ = ("block_tokens", "cached_limit", "slope", "window")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hetis.simulator.book import Book
-from hetis.simulator.growth import Growth
+from hetis.simulator.growth import KvGrowth
 from hetis.simulator.micro_batch import MicroBatch
+from hetis.simulator.request_log import RequestLog
 
 
 class Holdings:
@@ -14,12 +14,12 @@ class Holdings:
     takes the blocks of a prompt at once.
     """
 
-    def __init__(self, book: Book, growth: Growth) -> None:
-        self._book, self._growth = book, growth
+    def __init__(self, log: RequestLog, growth: KvGrowth) -> None:
+        self._log, self._growth = log, growth
 
     def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
         """Keeps blocks for a prompt; ``spare`` stay free on every copy that holds anything. False: no room."""
-        target = self._book.target[request]
+        target = self._log.target[request]
         blocks = self._growth.blocks(target)
         for room in batch.rooms:
             if not room.admits(blocks, spare):
@@ -57,7 +57,7 @@ class Holdings:
 
     def release(self, batch: MicroBatch, request: int, context: int, *, extra_blocks: int = 0) -> None:
         """Frees what a request with ``context`` tokens holds, and what is still promised to its prompt."""
-        growth, target = self._growth, self._book.target[request]
+        growth, target = self._growth, self._log.target[request]
         blocks = growth.blocks(context) + extra_blocks
         promised = growth.blocks(target) - growth.blocks(context) if context < target else 0
         for room in batch.rooms:

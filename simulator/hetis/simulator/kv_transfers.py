@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import Links, transfer
-from hetis.simulator.micro_batch import MicroBatch, StageCopy
+from hetis.simulator.links import FleetLinks, transfer
+from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.replica import ReplicaRun
+from hetis.simulator.request_log import RequestLog
 from hetis.solver.check.fleet import Fleet as Devices
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
@@ -23,7 +23,7 @@ from hetis.solver.problem import PlacementProblem
 
 @dataclass(slots=True)
 class _Route:
-    """Where a prefill replica sends: ``credit`` grows with the planned share and falls with every request sent."""
+    """A target of a prefill replica: ``credit`` grows with the planned share and falls with every request sent."""
 
     replica: ReplicaRun
     share: float
@@ -49,11 +49,11 @@ class KvTransfers:
     """
 
     def __init__(
-        self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], book: Book,
-        events: Events, requeue: Callable[[float, int], None], links: Links, *, to_emptiest: bool = False,
+        self, plan: Plan, problem: PlacementProblem, devices: Devices, replicas: Sequence[ReplicaRun], log: RequestLog,
+        events: Events, requeue: Callable[[float, int], None], links: FleetLinks, *, to_emptiest: bool = False,
     ) -> None:  # fmt: skip
         self._to_emptiest = to_emptiest
-        self._book, self._events, self._requeue = book, events, requeue
+        self._log, self._events, self._requeue = log, events, requeue
         self._model, self._network = problem.model, problem.cluster.network
         self._zones = [devices.zones_of(one.devices())[0] for one in plan.replicas]
         self._links = links
@@ -67,7 +67,7 @@ class KvTransfers:
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
         """Takes a seat and blocks for a prompt where its route leads; False: nowhere is room."""
         routes = self._routes.get(replica.number)
-        if routes is None or self._book.output[request] - self._book.produced[request] == 1:
+        if routes is None or self._log.output[request] - self._log.produced[request] == 1:
             return True  # it stays where it is, or its prompt makes its last token
         for route in sorted(routes, key=self._turn):
             batch = route.replica.expect(request) if route.replica.is_up else None
@@ -101,23 +101,23 @@ class KvTransfers:
         expected = self._expected.pop(request, None)
         if expected is not None and request in expected.batch.reserved:
             expected.batch.reserved.discard(request)
-            expected.replica.kv.release(expected.batch, request, self._book.target[request])
+            expected.replica.kv.release(expected.batch, request, self._log.target[request])
 
     def _land(self, now_s: float, sender: ReplicaRun, batch: MicroBatch, request: int) -> None:
         if request in batch.sending:
             batch.sending.discard(request)
-            sender.kv.release(batch, request, self._book.target[request])
+            sender.kv.release(batch, request, self._log.target[request])
         sender.outstanding -= 1
         expected = self._expected.pop(request, None)
         is_there = expected is not None and expected.batch.alive and request in expected.batch.reserved
         if expected is not None and is_there and batch.alive:
-            self._book.kv_transfers += 1
+            self._log.kv_transfers += 1
             expected.replica.land(now_s, expected.batch, request)
         else:
             if expected is not None:
                 self._expected[request] = expected
                 self.cancel(request)
-            self._book.evict(request)
+            self._log.evict(request)
             self._requeue(now_s, request)
         sender.wake(now_s)
 
@@ -125,7 +125,7 @@ class KvTransfers:
 
     def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
         """The last layer of the last chunk, on the slowest stage."""
-        tokens = min(self._book.target[request], replica.batching.chunk_tokens)
+        tokens = min(self._log.target[request], replica.batching.chunk_tokens)
         return max(
             float(copy.timing.cost.transfer_s(tokens * self._token_bytes(), copy.timing.shape.hop_link))
             + copy.timing.shape.hop_link.latency_s
@@ -133,8 +133,8 @@ class KvTransfers:
         )
 
     def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
-        """When all links that the KV passes are done with it."""
-        tokens, begun_s = self._book.target[request], expected.begun_s
+        """Return when all links that the KV passes are done with it."""
+        tokens, begun_s = self._log.target[request], expected.begun_s
         chunks = math.ceil(tokens / replica.batching.chunk_tokens)
         ends = list[float]()
         for copy in batch.copies:
@@ -151,8 +151,9 @@ class KvTransfers:
             ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
         return max(ends)
 
-    def _received(self, begun_s: float, copy: StageCopy, tokens: int) -> Iterator[float]:
-        """When the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its cards."""
+    def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
+        """Return when the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its
+        cards."""
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp

@@ -16,7 +16,7 @@ class SharedLink:
         self.free_s = self.busy_s = 0.0
 
 
-class Links:
+class FleetLinks:
     """The ends of a whole fleet, made when they are first asked for."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Links:
         return self._coming.setdefault(device, SharedLink())
 
     def between(self, source: str, target: str) -> SharedLink:
-        """From one zone to another."""
+        """Return the links from one zone to another."""
         return self._between.setdefault((source, target), SharedLink())
 
 

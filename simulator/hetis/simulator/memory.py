@@ -43,6 +43,6 @@ class KvRoom:
         self.total, self.used, self.promised = total, 0, 0
 
     def admits(self, blocks: int, spare: int) -> bool:
-        """Whether a prompt of so many blocks may start. ``spare`` stay free unless nothing else is there."""
+        """Return whether a prompt of so many blocks may start. ``spare`` stay free unless nothing else is there."""
         taken = self.used + self.promised
         return taken + blocks + (spare if taken else 0) <= self.total

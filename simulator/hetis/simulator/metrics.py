@@ -39,7 +39,7 @@ class DeviceUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class RunCounts:
     """Requests and events of a whole run, warm-up included."""
 
     arrived: int
@@ -91,7 +91,7 @@ class Metrics:
     normalised_s: Distribution
     queueing_s: Distribution
     attainment: float
-    counts: Counts
+    counts: RunCounts
     devices: tuple[DeviceUse, ...]
 
 
@@ -103,7 +103,7 @@ class Limits:
     tpot_s: float | None
 
     def met_by(self, *, ttft_s: float, tpot_s: float) -> bool:
-        """Whether both are; a latency that is not known (NaN) meets none."""
+        """Return whether both are; a latency that is not known (NaN) meets none."""
         return all(limit is None or value <= limit for value, limit in ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s)))
 
 
@@ -169,7 +169,7 @@ def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
         normalised_s=_distribution(end_to_end / run.output_tokens[measured]),
         queueing_s=_distribution((run.admitted_s - run.arrival_s)[measured]),
         attainment=_attainment(limits, ttft, decode / np.maximum(later_tokens, 1), arrived),
-        counts=Counts(
+        counts=RunCounts(
             arrived=run.num_requests,
             finished=num_finished,
             unfinished=run.num_requests - num_finished - run.rejected,
@@ -198,7 +198,8 @@ def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
 
 
 def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, saturated: bool) -> bool | None:
-    """Whether what came in the window is served and does not wait longer and longer; None: the run is too short."""
+    """Return whether what came in the window is served and does not wait longer and longer; None: the run is too
+    short."""
     arrived, finished = int(inside.sum()), np.isfinite(run.finished_s)
     # One that no replica can ever hold is not served either: nobody carries a load of which that is more than a few.
     if int((inside & ~finished).sum()) > MAX_GROWTH * arrived:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 
 from hetis.simulator.attention_workers import PoolCopy
-from hetis.simulator.growth import Growth
+from hetis.simulator.growth import KvGrowth
 from hetis.simulator.memory import KvRoom
 from hetis.simulator.pool_load import PoolLoad
 from hetis.simulator.timing import StageTiming
 
 
-class StageCopy:
+class SimulatedStageCopy:
     """One copy of a stage: its GPUs, when they are free, and the KV that they hold.
 
     Attributes:
@@ -82,7 +82,7 @@ class MicroBatch:
         "sending", "step",
     )  # fmt: skip
 
-    def __init__(self, index: int, copies: tuple[StageCopy, ...], growth: Growth) -> None:
+    def __init__(self, index: int, copies: tuple[SimulatedStageCopy, ...], growth: KvGrowth) -> None:
         self.index, self.copies, self.growth = index, copies, growth
         self.step = 0
         self.idle = self.alive = True

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.links import Links, transfer
+from hetis.simulator.links import FleetLinks, transfer
 from hetis.simulator.pool_load import Decoding
 from hetis.simulator.pool_timing import PoolTiming
+from hetis.simulator.request_log import RequestLog
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
 
@@ -32,13 +32,13 @@ class Migration:
     """Moves of one stage copy, one plan after the other."""
 
     def __init__(
-        self, state: DispatchState, timing: PoolTiming, links: Links, book: Book, events: Events, *,
+        self, state: DispatchState, timing: PoolTiming, links: FleetLinks, log: RequestLog, events: Events, *,
         theta: float, mean_output: float,
     ) -> None:  # fmt: skip
         from hetis.solver.dispatch.solve import Dispatcher
         from hetis.solver.redispatch.solve import Redispatcher
 
-        self._state, self._timing, self._links, self._book, self._events = state, timing, links, book, events
+        self._state, self._timing, self._links, self._log, self._events = state, timing, links, log, events
         self._theta = theta
         self._remaining = max(1, round(mean_output))  # of any request: what outputs will be is not known
         self._dispatcher = Dispatcher(state.stage)
@@ -136,9 +136,9 @@ class Migration:
         if under_way.issuperset(numbers):  # else its request is done, evicted or has lost a device
             self._state.commit_moves(*numbers)
             request = int(prepared[0].request)
-            self._book.migrations += len(prepared)
-            self._book.migrated_bytes += num_bytes
-            self._book.moved_bytes[request] += num_bytes
+            self._log.migrations += len(prepared)
+            self._log.migrated_bytes += num_bytes
+            self._log.moved_bytes[request] += num_bytes
             moved(request)
         else:
             for number in under_way.intersection(numbers):

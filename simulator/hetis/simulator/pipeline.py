@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from hetis.simulator.book import Book
 from hetis.simulator.events import Events
-from hetis.simulator.micro_batch import MicroBatch, StageCopy
+from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
+from hetis.simulator.request_log import RequestLog
 from hetis.simulator.values import TraceEvent
 
 Done = Callable[[float, MicroBatch], None]
@@ -26,8 +26,8 @@ class Apart:
     So a copy's free time is all that has to be kept, and a visit to a stage is one event.
     """
 
-    def __init__(self, events: Events, book: Book, done: Done, *, traced: bool) -> None:
-        self._events, self._book, self._done, self._traced = events, book, done, traced
+    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
+        self._events, self._log, self._done, self._traced = events, log, done, traced
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         decoding, attended, tokens, pairs, read, rows = batch.contents
@@ -59,15 +59,15 @@ class Apart:
         copy.free_s = end_s
         copy.busy_s += seconds
         if self._traced:
-            self._book.trace_events.append(_bar(copy, [batch], start_s, seconds))
+            self._log.trace_events.append(_bar(copy, [batch], start_s, seconds))
         self._events.at(end_s, self._arrive, batch, stage + 1)
 
 
 class Greedy:
     """A copy takes all micro-batches that wait for it at once; they then leave together, and so stay together."""
 
-    def __init__(self, events: Events, book: Book, done: Done, *, traced: bool) -> None:
-        self._events, self._book, self._done, self._traced = events, book, done, traced
+    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
+        self._events, self._log, self._done, self._traced = events, log, done, traced
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         self._arrive(now_s, batch, 0)
@@ -80,7 +80,7 @@ class Greedy:
             copy.serving = copy.waiting
             self._events.at(now_s, self._serve, copy)
 
-    def _serve(self, now_s: float, copy: StageCopy) -> None:
+    def _serve(self, now_s: float, copy: SimulatedStageCopy) -> None:
         copy.serving, copy.waiting = [batch for batch in copy.waiting if batch.alive], []
         if not copy.serving:
             return
@@ -94,10 +94,10 @@ class Greedy:
         copy.free_s = now_s + seconds
         copy.busy_s += seconds
         if self._traced:
-            self._book.trace_events.append(_bar(copy, copy.serving, now_s, seconds))
+            self._log.trace_events.append(_bar(copy, copy.serving, now_s, seconds))
         self._events.at(copy.free_s, self._leave, copy)
 
-    def _leave(self, now_s: float, copy: StageCopy) -> None:
+    def _leave(self, now_s: float, copy: SimulatedStageCopy) -> None:
         served, copy.serving = copy.serving, []
         if copy.waiting:
             copy.serving = copy.waiting
@@ -111,7 +111,7 @@ class Greedy:
                 self._done(now_s, batch)
 
 
-def _bar(copy: StageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:
+def _bar(copy: SimulatedStageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:
     decoding = sum(batch.contents[0] for batch in batches)
     chunk = sum(batch.contents[2] for batch in batches)
     names = "+".join(str(batch.index) for batch in batches)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hetis.simulator.growth import Growth
+from hetis.simulator.growth import KvGrowth
 from hetis.simulator.values import IntArray
 
 
@@ -15,7 +15,7 @@ class Decoding(Protocol):
 
     index: int
     step: int
-    growth: Growth
+    growth: KvGrowth
     decoding: dict[int, int]
     chunk: list[tuple[int, int, bool]]
 

@@ -59,8 +59,8 @@ class PoolTiming:
         return max(own_s, slowest + self._latency_s)
 
     def late_s(self, chunk: FloatArray, groups: IntArray, layer_s: float) -> float:
-        """What the KV of a chunk adds to a layer that takes ``layer_s``: it is sent beside it, over the link on which
-        the exchange takes its turns. ``chunk`` are (token, group) pairs per device [D]."""
+        """Return what the KV of a chunk adds to a layer that takes ``layer_s``: it is sent beside it, over the link on
+        which the exchange takes its turns. ``chunk`` are (token, group) pairs per device [D]."""
         return max(0.0, self._ship_s(chunk) + self._exchange_s(groups) - layer_s) if chunk[1:].any() else 0.0
 
     def _ship_s(self, chunk: FloatArray) -> float:

@@ -90,7 +90,7 @@ def perfetto_json(run: Run) -> str:
 
 
 def _request_counters(run: Run) -> list[dict[str, Any]]:
-    """How many requests wait for their first chunk and how many are under way, at every change."""
+    """Return how many requests wait for their first chunk and how many are under way, at every change."""
     changes: dict[float, list[int]] = {}
     for when, waiting, running in ((run.arrival_s, 1, 0), (run.admitted_s, -1, 1), (run.finished_s, 0, -1)):
         for time_s in when.tolist():

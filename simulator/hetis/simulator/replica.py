@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetis.simulator.book import Book
-from hetis.simulator.growth import Growth
+from hetis.simulator.growth import KvGrowth
 from hetis.simulator.holdings import Holdings
-from hetis.simulator.micro_batch import MicroBatch, StageCopy
+from hetis.simulator.micro_batch import MicroBatch, SimulatedStageCopy
 from hetis.simulator.pipeline import Discipline
+from hetis.simulator.request_log import RequestLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Outside:
         return None
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Whether a prompt has somewhere to go when it is done."""
+        """Return whether a prompt has somewhere to go when it is done."""
         return True
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
@@ -68,17 +68,17 @@ class ReplicaRun:
     """
 
     def __init__(
-        self, number: int, *, rate: float, batching: Batching, growth: Growth, book: Book,
-        stages: Sequence[Sequence[StageCopy]],
+        self, number: int, *, rate: float, batching: Batching, growth: KvGrowth, log: RequestLog,
+        stages: Sequence[Sequence[SimulatedStageCopy]],
     ) -> None:  # fmt: skip
-        self.number, self.rate, self.batching, self.growth, self.book = number, rate, batching, growth, book
+        self.number, self.rate, self.batching, self.growth, self.log = number, rate, batching, growth, log
         self.stages = tuple(tuple(copies) for copies in stages)
         self.queue: deque[int] = deque()
         self.outstanding = 0
         self.is_up = True
         self.discipline: Discipline
         self.outside = Outside()
-        self.kv = Holdings(book, growth)
+        self.kv = Holdings(log, growth)
         self._block_tokens = growth.block_tokens
         self._takes_prompts = batching.chunk_tokens > 0
         self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
@@ -90,9 +90,9 @@ class ReplicaRun:
 
     def waiting_tokens(self) -> int:
         """Prompt tokens of the requests given to it that are not prefilled yet."""
-        book, under_way = self.book, (request for batch in self.batches for request in batch.prefilling)
-        waiting = sum(book.target[request] for request in self.queue)
-        return waiting + sum(book.target[request] - book.filled[request] for request in under_way)
+        log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
+        waiting = sum(log.target[request] for request in self.queue)
+        return waiting + sum(log.target[request] - log.filled[request] for request in under_way)
 
     def seats_taken(self) -> int:
         """Requests that decode here, and those on their way."""
@@ -129,7 +129,7 @@ class ReplicaRun:
             if batch.seats_taken() >= self._most_seats:
                 return None
             if self.kv.promise(batch, request, self._spare):
-                if self.kv.fill(batch, 0, self.book.target[request]):
+                if self.kv.fill(batch, 0, self.log.target[request]):
                     batch.reserved.add(request)
                     return batch
                 self.kv.release(batch, request, 0)
@@ -144,7 +144,7 @@ class ReplicaRun:
             self.form(now_s, batch)
 
     def _take(self, request: int) -> None:
-        self.book.replica[request] = self.number
+        self.log.replica[request] = self.number
         self.outstanding += 1
 
     # --- an iteration
@@ -156,17 +156,17 @@ class ReplicaRun:
         batch.step += 1
         if batch.leaving_window:
             batch.cross_windows()
-        decoding, ready, book = batch.decoding, batch.ready, self.book
+        decoding, ready, log = batch.decoding, batch.ready, self.log
         while ready and len(decoding) < self.batching.micro_batch:
             request = ready.popleft()
-            batch.join(request, book.target[request], book.output[request] - book.produced[request])
+            batch.join(request, log.target[request], log.output[request] - log.produced[request])
         if decoding:
             self._grow(now_s, batch)
         tokens, pairs, read, last = 0, 0.0, 0.0, 0
         if self._takes_prompts and (batch.prefilling or len(decoding) + len(ready) < self._most_seats):
             batch.chunk = self._chunk(now_s, batch)
             for request, part, is_last in batch.chunk:
-                attended = self.growth.attended(book.filled[request] - part + (part + 1) / 2)
+                attended = self.growth.attended(log.filled[request] - part + (part + 1) / 2)
                 tokens += part
                 pairs += part * attended
                 read += attended + part / 2
@@ -179,13 +179,13 @@ class ReplicaRun:
             batch.idle = False
             self._idle.discard(batch.index)
         batch.contents = (num, batch.attended, tokens, pairs, read, num + last)
-        book.iterations += 1
-        book.prefilled += tokens
+        log.iterations += 1
+        log.prefilled += tokens
         self.discipline.start(now_s, batch)
 
     def done(self, now_s: float, batch: MicroBatch) -> None:
         """An iteration has left the last stage: tokens are out, some requests are finished."""
-        book, chunk = self.book, batch.chunk
+        log, chunk = self.log, batch.chunk
         has_freed = False
         if chunk:
             batch.chunk = []
@@ -198,9 +198,9 @@ class ReplicaRun:
                 origin = batch.decoding.get(request)
                 context = 0 if origin is None else batch.step + 1 - origin
                 # An entry may be of an earlier stay.
-                if context == book.prompt[request] + book.output[request] - 1:
+                if context == log.prompt[request] + log.output[request] - 1:
                     batch.leave(request, context)
-                    book.produced[request] = book.output[request]
+                    log.produced[request] = log.output[request]
                     self._finish(now_s, batch, request, context)
                     has_freed = True
         for pool, load in batch.pools:
@@ -212,19 +212,19 @@ class ReplicaRun:
 
     def _prefilled(self, now_s: float, batch: MicroBatch, request: int) -> bool:
         """A prompt is through, which makes one token; returns whether that was all."""
-        book = self.book
-        book.produced[request] += 1
-        if book.produced[request] == 1:
-            book.first_token_s[request] = now_s
-        if book.produced[request] == book.output[request]:
-            self._finish(now_s, batch, request, book.target[request])
+        log = self.log
+        log.produced[request] += 1
+        if log.produced[request] == 1:
+            log.first_token_s[request] = now_s
+        if log.produced[request] == log.output[request]:
+            self._finish(now_s, batch, request, log.target[request])
             return True
         if not self.outside.take_prompt(now_s, self, batch, request):
             batch.ready.append(request)
         return False
 
     def _finish(self, now_s: float, batch: MicroBatch, request: int, context: int) -> None:
-        self.book.finished_s[request] = now_s
+        self.log.finished_s[request] = now_s
         self.outstanding -= 1
         self.kv.release(batch, request, context)
 
@@ -232,7 +232,7 @@ class ReplicaRun:
 
     def _chunk(self, now_s: float, batch: MicroBatch) -> list[tuple[int, int, bool]]:
         """Prompt tokens of the next iteration: the prompt under way, then new ones as far as tokens and seats go."""
-        book, budget = self.book, self.batching.chunk_tokens
+        log, budget = self.log, self.batching.chunk_tokens
         chunk = list[tuple[int, int, bool]]()
         seats = self._most_seats - batch.seats_taken()
         while budget:
@@ -243,16 +243,16 @@ class ReplicaRun:
                 seats -= 1
                 batch.prefilling.append(request)
             request = batch.prefilling[0]
-            filled = book.filled[request]
-            tokens = min(budget, book.target[request] - filled)
+            filled = log.filled[request]
+            tokens = min(budget, log.target[request] - filled)
             if not self.kv.fill(batch, filled, tokens):
                 # Others have grown into what it was promised. It waits, but gives way where nobody else can go on.
                 if not chunk and not batch.decoding:
                     self._evict(now_s, batch, request)
                 break
-            book.filled[request] = filled + tokens
+            log.filled[request] = filled + tokens
             budget -= tokens
-            is_last = filled + tokens == book.target[request]
+            is_last = filled + tokens == log.target[request]
             chunk.append((request, tokens, is_last))
             if is_last:
                 batch.prefilling.popleft()
@@ -278,10 +278,10 @@ class ReplicaRun:
                 return None
             queue.popleft()  # it finds no room where nobody is
             self.outstanding -= 1
-            self.book.reject(request)
+            self.log.reject(request)
         queue.popleft()
-        if self.book.preemptions[request] == 0:
-            self.book.admitted_s[request] = now_s
+        if self.log.preemptions[request] == 0:
+            self.log.admitted_s[request] = now_s
         return request
 
     def is_empty(self) -> bool:
@@ -327,18 +327,18 @@ class ReplicaRun:
 
     def _drop(self, batch: MicroBatch, request: int, *, written: int, extra_blocks: int = 0) -> None:
         """``written`` tokens of a decoding request are in KV that have not led to an output token."""
-        book = self.book
+        log = self.log
         origin = batch.decoding.get(request)
         if origin is not None:
             context = batch.step - origin + written
-            book.produced[request] += context - written - book.target[request]
+            log.produced[request] += context - written - log.target[request]
             batch.leave(request, context)
         else:
-            context = book.filled[request]
+            context = log.filled[request]
             batch.chunk = [part for part in batch.chunk if part[0] != request]
             for line in (batch.prefilling, batch.ready):
                 if request in line:
                     line.remove(request)
         self.kv.release(batch, request, context, extra_blocks=extra_blocks)
         self.outstanding -= 1
-        book.evict(request)
+        log.evict(request)

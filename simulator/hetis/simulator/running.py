@@ -40,7 +40,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class RunAnswer:
     """What a job found. ``num_clipped`` of its requests were shortened to the model's context."""
 
     metrics: Metrics
@@ -48,14 +48,14 @@ class Answer:
     run: Run | None = None
 
 
-def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoing) -> Answer:
+def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoing) -> RunAnswer:
     """Simulates one job in this process; traffic ends early once ``keep_going`` says no, and what came is served."""
     traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
     saturated = job.load.arrivals is Arrivals.SATURATED
     requests = (Saturation if saturated else requests_of)(traffic, keep_going=keep_going)
     run = simulate(plan, problem, requests, job.settings)
     metrics = measure(run, job.limits, saturated=saturated)
-    return Answer(metrics=metrics, num_clipped=traffic.num_clipped, run=run if job.keep_run else None)
+    return RunAnswer(metrics=metrics, num_clipped=traffic.num_clipped, run=run if job.keep_run else None)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Runner:
     _total: int = field(default=0)
     _done_before: int = field(default=0)
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+    def run(self, jobs: Sequence[Job]) -> list[RunAnswer]:
         """Answers in the order of the jobs; fewer of them after ``cancelled``."""
         self._total += sum(job.num_requests for job in jobs)
         if self._pool is None and (len(jobs) == 1 or self.processes == 1):
@@ -88,7 +88,7 @@ class Runner:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _here(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+    def _here(self, jobs: Sequence[Job]) -> Iterator[RunAnswer]:
         for job in jobs:
             if self.cancelled.is_set():
                 return
@@ -101,10 +101,10 @@ class Runner:
             yield run_job(self.plan, self.problem, job, keep_going)
             self._done_before += job.num_requests
 
-    def _apart(self, jobs: Sequence[Job]) -> list[Answer]:
+    def _apart(self, jobs: Sequence[Job]) -> list[RunAnswer]:
         pool = self._started()
-        futures: list[Future[Answer]] = [pool.submit(_run_here, job) for job in jobs]
-        waiting: set[Future[Answer]] = set(futures)
+        futures: list[Future[RunAnswer]] = [pool.submit(_run_here, job) for job in jobs]
+        waiting: set[Future[RunAnswer]] = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_COMPLETED)
             if self.cancelled.is_set() and self._stop is not None and not self._stop.is_set():
@@ -182,7 +182,7 @@ def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop
     _this.append(_Process(plan, problem, given, stop))
 
 
-def _run_here(job: Job) -> Answer:
+def _run_here(job: Job) -> RunAnswer:
     (this,) = _this
     stopped = False
 

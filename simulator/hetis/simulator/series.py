@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hetis.simulator.events import Events
-from hetis.simulator.micro_batch import StageCopy
+from hetis.simulator.micro_batch import SimulatedStageCopy
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import FloatArray, Series
 
@@ -53,7 +53,7 @@ class Sampler:
         self._busy.append(np.clip((busy_s - busy_before) / max(now_s - before_s, 1e-12), 0.0, 1.0))
         self._before = now_s, busy_s
 
-    def _add(self, copy: StageCopy, now_s: float, used: FloatArray, busy_s: FloatArray) -> None:
+    def _add(self, copy: SimulatedStageCopy, now_s: float, used: FloatArray, busy_s: FloatArray) -> None:
         ranks = [self._place[name] for name in copy.devices]
         busy_s[ranks] += copy.busy_until(now_s)
         if copy.room is not None:

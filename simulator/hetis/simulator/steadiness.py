@@ -1,4 +1,4 @@
-"""From when on a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
+"""Detection of when a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def warm_up(series: FloatArray) -> int:
 
 
 def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
-    """When a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
+    """Return when a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
     return float(arrival_s[0]) + float(np.percentile(end_to_end_s, FILLED))
 
 
@@ -70,7 +70,7 @@ def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
 
 
 def is_carried(found: Estimate, *, arrived: int) -> bool | None:
-    """Whether a load with this growth of the wait is carried; None: too few requests to tell.
+    """Return whether a load with this growth of the wait is carried; None: too few requests to tell.
 
     Arrivals bunch by chance: of n the number varies by sqrt(n), so that a growth is not known better than 1 / sqrt(n).
     Carried is what is below the limit by 1.5 of that, which takes (1.5 / 5%)**2 = 900 requests where the wait does not

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 from hetis.simulator.confidence import Estimate, over_runs
-from hetis.simulator.metrics import Counts, DeviceUse, Distribution, Limits, Metrics
+from hetis.simulator.metrics import DeviceUse, Distribution, Limits, Metrics, RunCounts
 from hetis.simulator.steadiness import MAX_GROWTH
 
 
@@ -35,11 +35,11 @@ class Summary:
     normalised_s: Distribution
     queueing_s: Distribution
     attainment: float
-    counts: Counts
+    counts: RunCounts
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Limits) -> bool:
-        """Whether the load is carried, as far as can be told, and both latencies keep their limits."""
+        """Return whether the load is carried, as far as can be told, and both latencies keep their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
 
@@ -90,8 +90,8 @@ def _all_steady(runs: Sequence[bool | None]) -> bool | None:
     return None if None in runs else True
 
 
-def _sums(counts: Sequence[Counts]) -> Counts:
-    return Counts(**{field.name: sum(getattr(one, field.name) for one in counts) for field in fields(Counts)})
+def _sums(counts: Sequence[RunCounts]) -> RunCounts:
+    return RunCounts(**{field.name: sum(getattr(one, field.name) for one in counts) for field in fields(RunCounts)})
 
 
 def _devices(runs: Sequence[Metrics]) -> tuple[DeviceUse, ...]:

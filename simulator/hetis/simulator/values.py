@@ -37,14 +37,14 @@ class Request:
 
 
 @runtime_checkable
-class Source(Protocol):
+class SaturatingSource(Protocol):
     """Requests that are always waiting: a saturated fleet asks for the next one when it has room for it."""
 
     def next_request(self, now_s: float) -> Request | None:
         """The next request, which counts as arriving ``now_s``; None: none will come any more."""
 
 
-Requests = Iterable[Request] | Source
+Requests = Iterable[Request] | SaturatingSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,8 @@ class NodeGroup:
         return replace(self, name=self.node_name(index), count=1, numbered=False)
 
     def slots_left(self, is_left: Callable[[int, str], bool]) -> tuple[tuple[GpuSlots, ...], tuple[int, ...]]:
-        """What a node has if only some of its GPUs are left, asked of each by index and type: slots, and indices."""
+        """Return what a node has if only some of its GPUs are left, asked of each by index and type: slots, and
+        indices."""
         slots, kept, index = list[GpuSlots](), list[int](), 0
         for each in self.gpus:
             left = [i for i in range(index, index + each.count) if is_left(i, each.gpu)]

@@ -6,7 +6,7 @@ import fcntl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
@@ -37,7 +37,9 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
         compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
         options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
         dispatcher: Any = compiled(**options)(function)
-        dispatcher._cache._cache_file._source_stamp = _stamp(folders)
+        cache_file = dispatcher._cache._cache_file
+        cache_file._source_stamp = _stamp(folders)
+        cache_file._load_index = partial(_index_of, cache_file._load_index)
         load_or_compile = dispatcher.compile
 
         def compile_once(signature: Any) -> Any:
@@ -50,8 +52,19 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
     return kernel
 
 
+def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
+    """Return what ``load`` reads of cached code; nothing where that names a type that is gone or has another name now.
+
+    numba reads the types of an index before it compares its date.
+    """
+    try:
+        return load()
+    except (AttributeError, ImportError):
+        return {}
+
+
 def _is_plain() -> bool:
-    """Whether numba is told to leave functions as they are; its types leave the setting out."""
+    """Return whether numba is told to leave functions as they are; its types leave the setting out."""
     return bool(getattr(config, "DISABLE_JIT", 0))
 
 
@@ -61,7 +74,7 @@ def _type_of(argument: Any) -> Any:
 
 
 def is_cached(function: Callable[..., Any]) -> bool:
-    """Whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
+    """Return whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
     kernel: Any = function
     return _is_plain() or bool(kernel._cache._cache_file._load_index())
 
@@ -100,7 +113,7 @@ _held: set[Path] = set()  # by this process: a kernel's compilation compiles tho
 
 @contextmanager
 def _one_process(lock: Path) -> Iterator[None]:
-    """Of all processes of the machine only one is inside; without a lock, or in vain, each compiles for itself.
+    """Let only one process of the machine inside; without a lock, or in vain, each compiles for itself.
 
     numba's own lock comes first, as threads that took the two in different orders would wait for each other.
     """

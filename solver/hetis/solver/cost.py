@@ -200,7 +200,7 @@ class DeviceCost:
         return self.transfer_s(tokens * sent * self.model.kv_bytes_per_token_group(), link)
 
     def landing_s(self, chunk_tokens: float, link: Link) -> float:
-        """What a prompt's last KV takes to its decode replica: that of the last chunk in the last layer."""
+        """Return what a prompt's last KV takes to its decode replica: that of the last chunk in the last layer."""
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
     def step_s(self, tokens: float) -> float:
@@ -278,7 +278,7 @@ class PoolCost:
     def late_s(
         self, micro_batch: Scalars, chunk_tokens: Scalars, groups: Scalars, cards: Scalars, layer_s: Scalars
     ) -> Scalars:
-        """What shipping the KV of a chunk adds to a layer that computes for ``layer_s``.
+        """Return what shipping the KV of a chunk adds to a layer that computes for ``layer_s``.
 
         It is sent while the next layer computes, over the link that the exchange takes its turn on.
         """
@@ -338,7 +338,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
 
 
 def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime, Regime]:
-    """Of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
+    """Return the regimes of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
 
     Only on unified replicas do iterations with and without a chunk alternate. Those of a prefill replica differ as
     their chunks do (``spread``: see `chunk_spread`), which two micro-batches per stage copy even out.

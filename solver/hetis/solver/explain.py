@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBar:
-    """Where the memory of one GPU of a stage (or pool) goes, in bytes. ``free_bytes`` is what is left of usable."""
+    """The use of the memory of one GPU of a stage (or pool) goes, in bytes. ``free_bytes`` is what is left of
+    usable."""
 
     replica: int
     stage: int

@@ -218,5 +218,5 @@ class ModelSpec:
         return min(context_tokens, float(self.sliding_window))
 
     def allowed_cut(self, layer: int) -> bool:
-        """Whether a pipeline stage may start at ``layer``."""
+        """Return whether a pipeline stage may start at ``layer``."""
         return not 0 < layer < self.num_layers or (layer >= self.prefix_layers and layer not in self.forbidden_cuts)

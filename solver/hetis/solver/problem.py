@@ -193,7 +193,7 @@ class PlacementProblem:
     marks: Marks | None = None
 
     def describe_family(self) -> str:
-        """Which plans are searched, in one sentence: those of the family that keep the will."""
+        """Return which plans are searched, in one sentence: those of the family that keep the will."""
         return "; ".join([self.family.describe(), *map(str, self.will)])
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a fit comes from and how wrong it is known to be."""
+    """The origin of a fit and its known error."""
 
     source: Source
     origin: str  # data set, engine, version, kernel; or the relative a model was scaled from

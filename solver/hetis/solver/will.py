@@ -54,7 +54,7 @@ class Selection:
         return f"{self.unit}={self.name}"
 
     def takes(self, *, device: str, node: str, gpu: str, zone: str) -> bool:
-        """Whether a GPU is one of them."""
+        """Return whether a GPU is one of them."""
         return self.name == {Unit.GPU: device, Unit.NODE: node, Unit.TYPE: gpu, Unit.ZONE: zone}[self.unit]
 
 
@@ -87,7 +87,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """At least ``least`` of these GPUs are in use."""
+    """Constraint that at least ``least`` of these GPUs are in use."""
 
     gpus: Selection
     least: int

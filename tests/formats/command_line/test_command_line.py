@@ -14,7 +14,7 @@ from hetis.formats.command_line.running import run_application, version_printer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli.exit_codes import ExitCode as PlannerCode
-from hetis.profiler.cli.exit_codes import ExitCode as ProfilerCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 
 
 def application() -> typer.Typer:

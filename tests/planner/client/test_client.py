@@ -52,7 +52,7 @@ def with_both(
     sync: Callable[[Client], T],
     aio: Callable[[AsyncClient], Awaitable[T]],
 ) -> list[T]:
-    """What a sync and an aio client get, in this order, without waiting between tries."""
+    """Return what a sync and an aio client get, in this order, without waiting between tries."""
     with Client(planner.address, sleep=lambda wait_s: None) as client:
         first = sync(client)
 

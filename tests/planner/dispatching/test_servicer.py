@@ -15,8 +15,8 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
-from hetis.planner.service.identity import Identity, Role, set_caller
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.identity import CallerRole, Identity, set_caller
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.servicers.dispatch import DispatchServicer
 from hetis.planner.service.telemetry import Telemetry
@@ -40,7 +40,7 @@ async def served() -> AsyncIterator[str]:
         servicer=DispatchServicer(states, replicas),
         add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
     )
-    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:
@@ -83,7 +83,7 @@ def test_an_engine_declares_admits_grows_finishes_and_reads_back() -> None:
 
 
 def agent_of(node: str) -> Identity:
-    return Identity(name="agent", roles=frozenset({Role.AGENT}), scope=f"clusters/c/nodes/{node}")
+    return Identity(name="agent", roles=frozenset({CallerRole.AGENT}), scope=f"clusters/c/nodes/{node}")
 
 
 def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Answer]], request: Request) -> Answer:
@@ -108,7 +108,7 @@ def test_an_agent_of_another_node_learns_nothing(name: str) -> None:
 def test_the_agent_of_the_primary_and_those_with_a_role_may_read() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     servicer = DispatchServicer(DispatchStates(replicas), replicas)
-    for identity in (agent_of("n"), Identity(name="viewer", roles=Role.VIEWER.includes)):
+    for identity in (agent_of("n"), Identity(name="viewer", roles=CallerRole.VIEWER.includes)):
         answer = called_by(identity, servicer.GetDispatchState, pb2.GetDispatchStateRequest(name=STATE))
         assert answer.dispatch_state.generation == 1
 
@@ -116,7 +116,7 @@ def test_the_agent_of_the_primary_and_those_with_a_role_may_read() -> None:
 def test_a_viewer_changes_nothing() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     servicer = DispatchServicer(DispatchStates(replicas), replicas)
-    viewer = Identity(name="viewer", roles=Role.VIEWER.includes)
+    viewer = Identity(name="viewer", roles=CallerRole.VIEWER.includes)
     with pytest.raises(ServiceError):
         called_by(viewer, servicer.FinishRequests, pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]))
 

@@ -57,7 +57,7 @@ class DrivenPlanner:
                 self._fail("after")
                 deciding.applied(cluster, writes, kept)
             self.send(now_s)
-            if not deciding.needs_look(cluster) and not cluster.changes.late.unknown:
+            if not deciding.needs_decision(cluster) and not cluster.changes.late.unknown:
                 return
         raise AssertionError("it never settles")
 

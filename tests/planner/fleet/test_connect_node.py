@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.service import identity
 from hetis.planner.service.servicers.agent import AgentServicer
@@ -54,7 +54,7 @@ class _Clock:
 class _Servicer(AgentServicer):
     """As behind the interceptor: a caller is set, errors become a status with the reason as its message."""
 
-    def __init__(self, fleet: Fleet, who: identity.Identity) -> None:
+    def __init__(self, fleet: LiveFleet, who: identity.Identity) -> None:
         super().__init__(fleet)
         self._who = who
 
@@ -110,10 +110,10 @@ class LiveAgent:
 @asynccontextmanager
 async def planner(
     who: identity.Identity = identity.ANYBODY, store: Any = None, epoch: int = 1
-) -> AsyncIterator[tuple[Fleet, agent_service_pb2_grpc.AgentServiceAsyncStub, Any, Hubs]]:
+) -> AsyncIterator[tuple[LiveFleet, agent_service_pb2_grpc.AgentServiceAsyncStub, Any, Hubs]]:
     store = store or store_with_plan(cluster_document())
     hubs = Hubs(epoch)
-    fleet = Fleet(
+    fleet = LiveFleet(
         store,
         hubs,
         epoch=epoch,
@@ -175,7 +175,7 @@ def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
             await until(lambda: store.tables.redispatches.rows[body.name].state == 5)  # DONE
             assert running["a"].model.engines.owner["r0", 1] == "c/0"
             fleet.tick()
-            await until(lambda: not any(looks.task for looks in fleet._looks.values()))
+            await until(lambda: not any(reconciler.task for reconciler in fleet._reconcilers.values()))
             keys = {event.key for event in hubs.cluster(CLUSTER)._newer(0)}
             assert {("replica", REPLICA), ("redispatch", body.name), ("node", f"{CLUSTER}/nodes/a")} <= keys
 
@@ -221,7 +221,7 @@ def test_the_real_store_carries_a_redispatch_and_the_next_planner_reads_it(tmp_p
     run(body)
 
 
-def _replica_state(fleet: Fleet) -> int:
+def _replica_state(fleet: LiveFleet) -> int:
     view = fleet.replica_view(REPLICA)
     return 0 if view is None else view.state
 
@@ -269,7 +269,7 @@ def test_a_stream_that_must_not_begin_is_refused_with_its_reason() -> None:
 
 
 def test_an_agent_may_speak_for_its_own_node_only() -> None:
-    who = identity.Identity(name="b", roles=frozenset({identity.Role.AGENT}), scope=f"{CLUSTER}/nodes/b")
+    who = identity.Identity(name="b", roles=frozenset({identity.CallerRole.AGENT}), scope=f"{CLUSTER}/nodes/b")
 
     async def body() -> None:
         async with planner(who) as (_, stub, _, _):
@@ -376,6 +376,6 @@ def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_
     run(body)
 
 
-def _state(fleet: Fleet, name: str) -> int:
+def _state(fleet: LiveFleet, name: str) -> int:
     view = fleet.node_view(name)
     return 0 if view is None else view.state

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.link import Request, Response
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.service import identity
@@ -74,8 +74,8 @@ def store_of_one_cluster() -> FaultyStore:
     return store
 
 
-def new_fleet(store: MemoryStore, clock: HandClock | None = None) -> Fleet:
-    return Fleet(
+def new_fleet(store: MemoryStore, clock: HandClock | None = None) -> LiveFleet:
+    return LiveFleet(
         store,  # type: ignore[arg-type]
         Hubs(1),
         epoch=1,
@@ -86,7 +86,7 @@ def new_fleet(store: MemoryStore, clock: HandClock | None = None) -> Fleet:
 
 
 @asynccontextmanager
-async def stream(fleet: Fleet, *messages: Request) -> AsyncIterator[list[Response]]:
+async def stream(fleet: LiveFleet, *messages: Request) -> AsyncIterator[list[Response]]:
     """An agent of node a, which says no more than this; and what it is sent."""
     sent: list[Response] = []
 
@@ -111,15 +111,15 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 20))
 
 
-async def settle(fleet: Fleet) -> None:
+async def settle(fleet: LiveFleet) -> None:
     for _ in range(200):
         await asyncio.sleep(0.005)
-        if not any(looks.task for looks in fleet._looks.values()):
+        if not any(reconciler.task for reconciler in fleet._reconcilers.values()):
             return
     raise AssertionError("it looks for ever")
 
 
-def state(fleet: Fleet) -> str:
+def state(fleet: LiveFleet) -> str:
     view = fleet.node_view(NODE)
     assert view is not None
     return cluster_pb2.NodeState.Name(view.state).removeprefix("NODE_STATE_")
@@ -157,7 +157,7 @@ def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> No
         async def call() -> None:
             await fleet.cluster_changed(CLUSTER)
             if CLUSTER in fleet._clusters:
-                assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+                assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
 
         store.reads = first
         calls = [asyncio.create_task(call()) for _ in range(3)]
@@ -171,9 +171,9 @@ def test_of_a_cluster_that_is_gone_nothing_is_left_and_it_may_come_again() -> No
         await asyncio.sleep(0)
         second.set()
         await asyncio.gather(*calls)
-        assert fleet._looks[CLUSTER].cluster is fleet._clusters[CLUSTER]
+        assert fleet._reconcilers[CLUSTER].cluster is fleet._clusters[CLUSTER]
         await fleet.cluster_changed("clusters/never")
-        assert list(fleet._looks) == [CLUSTER]
+        assert list(fleet._reconcilers) == [CLUSTER]
         await fleet.stop("the test is over")
 
     run(body)

@@ -219,7 +219,7 @@ def test_a_replica_that_cannot_be_decided_does_not_stop_the_others(
 
     monkeypatch.setattr("hetis.planner.fleet.deciding._decide_replica", explode)
     body = change(world.agents["a"].held[REPLICA][0])
-    world.planner.cluster.look_at_all = True
+    world.planner.cluster.decide_all = True
     world.planner.cluster.changes.propose(body, now_s=world.now_s)
     world.settle()
     assert world.state(body.change.change_id) == "PREPARING"

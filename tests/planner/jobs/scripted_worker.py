@@ -14,14 +14,14 @@ import time
 from typing import Any
 
 from hetis.planner.convert.plans import digest_of
-from hetis.planner.jobs.frames import Frame, read_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame, read_frame, to_bytes
 from hetis.v1 import plan_pb2
 
 cancelled = threading.Event()
 
 
 def send(kind: str, payload: bytes = b"", **fields: object) -> None:
-    sys.stdout.buffer.write(to_bytes(Frame(kind=kind, fields=fields, payload=payload)))
+    sys.stdout.buffer.write(to_bytes(JobFrame(kind=kind, fields=fields, payload=payload)))
     sys.stdout.buffer.flush()
 
 

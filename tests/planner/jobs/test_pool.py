@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.jobs.outcomes import CalledOff, Crashed, Found, Infeasible, Outcome
+from hetis.planner.jobs.outcomes import CalledOff, Crashed, FoundPlan, Infeasible, Outcome
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.search import Begun, News, Search
@@ -72,7 +72,7 @@ def test_a_search_is_told_when_it_begins_how_it_goes_and_how_it_ends() -> None:
     assert asyncio.run(scenario()) == [
         Begun.BEGUN,
         Progress(phase="pricing", elapsed_s=0.5, incumbent=1.0),
-        Found(b"the plan", b""),
+        FoundPlan(b"the plan", b""),
     ]
 
 
@@ -113,7 +113,7 @@ def test_a_process_killed_while_it_searches_is_a_crash_with_its_signal() -> None
 
     crashed, after = asyncio.run(scenario())
     assert crashed == Crashed(-signal.SIGKILL, "the solver process was ended by SIGKILL")
-    assert after == Found(b"p", b"")
+    assert after == FoundPlan(b"p", b"")
 
 
 def test_a_process_killed_while_idle_costs_no_search() -> None:
@@ -123,7 +123,7 @@ def test_a_process_killed_while_idle_costs_no_search() -> None:
             os.kill(pool.pids[0], signal.SIGKILL)
             return await outcome(begin(pool, "find", document="p"))
 
-    assert asyncio.run(scenario()) == Found(b"p", b"")
+    assert asyncio.run(scenario()) == FoundPlan(b"p", b"")
 
 
 def test_a_search_that_ends_two_processes_at_once_is_not_tried_a_third_time() -> None:
@@ -156,7 +156,7 @@ def test_a_running_search_that_is_called_off_answers_with_its_incumbent() -> Non
             return await outcome(search)
 
     found = asyncio.run(scenario())
-    assert isinstance(found, Found)
+    assert isinstance(found, FoundPlan)
     assert found.document == b"incumbent"
 
 
@@ -180,7 +180,7 @@ def test_a_search_that_does_not_hear_that_it_is_called_off_is_ended() -> None:
             search.cancel()
             return await outcome(search), await outcome(begin(pool, "find", document="p"))
 
-    assert asyncio.run(scenario()) == (CalledOff(), Found(b"p", b""))
+    assert asyncio.run(scenario()) == (CalledOff(), FoundPlan(b"p", b""))
 
 
 def test_a_search_that_goes_on_after_its_time_limit_is_ended() -> None:
@@ -277,7 +277,7 @@ def test_one_caller_cannot_take_all_processes_nor_the_queue() -> None:
             assert refused.value.reason == Reason.ERROR_REASON_QUOTA_EXCEEDED
             assert refused.value.metadata == {"caller": "greedy", "quota": "searches", "limit": "3"}
             assert refused.value.retry_after_s == FOREVER_S
-            assert isinstance(await outcome(begin(pool, "find", caller="modest")), Found)
+            assert isinstance(await outcome(begin(pool, "find", caller="modest")), FoundPlan)
             assert (pool.num_running, pool.num_waiting) == (1, 2)
             greedy[0].cancel()
             await begun(greedy[1])  # the next of the same caller, when it may
@@ -296,4 +296,4 @@ def test_compiling_kills_no_search_however_short_its_time_is(is_called_off: bool
                 search.cancel()
             return await outcome(search)
 
-    assert asyncio.run(scenario()) == Found(str(is_called_off).encode(), b"")
+    assert asyncio.run(scenario()) == FoundPlan(str(is_called_off).encode(), b"")

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.jobs.search_clock import SearchClock
+from hetis.planner.jobs.searching import SearchClock
 from hetis.solver.budget import Budget
 from hetis.solver.compiled import compilations_told_to, kernel_of
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import from_data
-from hetis.planner.jobs.frames import Frame
-from hetis.planner.jobs.outcomes import Found, Infeasible
+from hetis.planner.jobs.frames import JobFrame
+from hetis.planner.jobs.outcomes import FoundPlan, Infeasible
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.jobs.posed import PosedProblem, posed_from_json
 from hetis.planner.jobs.process import SolverProcess
@@ -70,7 +70,7 @@ def test_a_search_reports_what_it_does_and_finds_a_plan_that_holds(
     assert begun is Begun.BEGUN
     assert progress
     assert all(isinstance(news, Progress) for news in progress)
-    assert isinstance(found, Found)
+    assert isinstance(found, FoundPlan)
     plan = from_data(json.loads(found.document))
     assert isinstance(plan, Plan)
     assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
@@ -92,7 +92,7 @@ def test_a_search_that_is_called_off_keeps_its_incumbent(posed: PosedProblem) ->
             cancelled.set()
 
     answer = solve(posed, cancelled=cancelled, report=call_off)
-    assert isinstance(answer, Found)
+    assert isinstance(answer, FoundPlan)
     result = plan_pb2.PlanResult.FromString(answer.result)
     assert result.status in (plan_pb2.SOLVE_STATUS_INTERRUPTED, plan_pb2.SOLVE_STATUS_OPTIMAL)
     assert result.value > 0
@@ -105,7 +105,7 @@ def test_a_process_ends_when_its_service_is_gone(posed: PosedProblem) -> None:
             ready = await process.receive()
             assert ready is not None
             assert ready.kind == "ready"
-            process.send(Frame(kind="solve", fields={}, payload=posed.to_json()))
+            process.send(JobFrame(kind="solve", fields={}, payload=posed.to_json()))
             await process.receive()
             process._stdin.close()  # what the kernel does to a service that is gone
             return await process.ended()

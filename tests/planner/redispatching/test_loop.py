@@ -14,7 +14,7 @@ from hetis.planner.convert.head_maps import snapshot_from_proto
 from hetis.planner.convert.stages_in import stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.planner.fleet.fleet import Fleet as RealFleet
+from hetis.planner.fleet.fleet import LiveFleet as RealFleet
 from hetis.planner.fleet.head_map_pieces import HeadMaps
 from hetis.planner.fleet.proposals import Capacity, PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
@@ -32,7 +32,7 @@ DONE, ABORTED = redispatch_pb2.REDISPATCH_STATE_DONE, redispatch_pb2.REDISPATCH_
 
 
 @dataclass
-class Fleet:
+class LiveFleet:
     """One replica of four devices, its engine, and the loop that watches it."""
 
     policy: cluster_pb2.ClusterPolicy = field(default_factory=cluster_pb2.ClusterPolicy)
@@ -139,7 +139,7 @@ def in_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]
 
 @in_loop
 async def test_an_unbalanced_replica_is_balanced_and_then_left_alone() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     before_s = fleet.makespan_s()
     await fleet.seconds(30)
     assert fleet.sent
@@ -163,7 +163,7 @@ async def test_an_unbalanced_replica_is_balanced_and_then_left_alone() -> None:
 
 @in_loop
 async def test_under_steady_load_head_maps_are_not_even_read() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     await fleet.settle()
     await fleet.seconds(300)
     assert (fleet.sent, fleet.num_reads) == ([], 0)
@@ -171,7 +171,7 @@ async def test_under_steady_load_head_maps_are_not_even_read() -> None:
 
 @in_loop
 async def test_a_device_that_becomes_slow_gives_rise_to_one_redispatch_that_helps() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     await fleet.settle()
     fleet.slowness = {"d3": 2.0}
     before_s = fleet.makespan_s()
@@ -187,7 +187,7 @@ async def test_a_device_that_becomes_slow_gives_rise_to_one_redispatch_that_help
 
 @in_loop
 async def test_an_alarm_that_nothing_can_be_done_about_is_looked_at_once() -> None:
-    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(high_water=0.01))
+    fleet = LiveFleet(policy=cluster_pb2.ClusterPolicy(high_water=0.01))
     await fleet.settle()
     await fleet.seconds(300)
     assert fleet.num_reads == 0
@@ -196,7 +196,7 @@ async def test_an_alarm_that_nothing_can_be_done_about_is_looked_at_once() -> No
 
 @in_loop
 async def test_advice_is_recorded_once_and_nothing_moves() -> None:
-    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_ADVISORY))
+    fleet = LiveFleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_ADVISORY))
     await fleet.seconds(100)
     (advice,) = fleet.sent
     assert advice.state == redispatch_pb2.REDISPATCH_STATE_ADVISED
@@ -206,7 +206,7 @@ async def test_advice_is_recorded_once_and_nothing_moves() -> None:
 
 @in_loop
 async def test_a_cluster_that_forbids_it_is_not_watched() -> None:
-    fleet = Fleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_OFF))
+    fleet = LiveFleet(policy=cluster_pb2.ClusterPolicy(redispatch=cluster_pb2.REACTION_MODE_OFF))
     await fleet.seconds(30)
     assert (fleet.sent, fleet.num_reads) == ([], 0)
 
@@ -215,7 +215,7 @@ async def test_a_cluster_that_forbids_it_is_not_watched() -> None:
 async def test_looks_are_an_interval_apart_also_when_changes_end_at_once() -> None:
     policy = cluster_pb2.ClusterPolicy(redispatch_kv_bytes=20_000_000)
     policy.redispatch_interval.seconds = 10
-    fleet = Fleet(policy=policy)
+    fleet = LiveFleet(policy=policy)
     times = list[float]()
     for _ in range(100):
         await fleet.seconds(1)
@@ -227,7 +227,7 @@ async def test_looks_are_an_interval_apart_also_when_changes_end_at_once() -> No
 
 @in_loop
 async def test_there_are_never_two_changes_of_a_replica_at_once() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     for _ in range(100):
         fleet.now_s += 1
         fleet.report()
@@ -241,7 +241,7 @@ async def test_there_are_never_two_changes_of_a_replica_at_once() -> None:
 
 @in_loop
 async def test_an_aborted_change_is_tried_again_ever_later_under_a_new_number() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     times = list[float]()
     for _ in range(200):
         fleet.now_s += 1
@@ -259,7 +259,7 @@ async def test_an_aborted_change_is_tried_again_ever_later_under_a_new_number() 
 
 @in_loop
 async def test_a_draining_device_is_emptied() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     await fleet.settle()
     fleet.replica.conditions = {"d2/0": report_pb2.DEVICE_STATUS_DRAINING}
     fleet.loop.replica_changed(REPLICA)
@@ -271,7 +271,7 @@ async def test_a_draining_device_is_emptied() -> None:
 
 @in_loop
 async def test_a_lost_device_makes_the_loop_look_without_a_report() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     await fleet.settle()
     fleet.report()
     gone = [request for request in fleet.map.requests if 2 in request.owners]
@@ -287,7 +287,7 @@ async def test_a_lost_device_makes_the_loop_look_without_a_report() -> None:
 
 @in_loop
 async def test_head_maps_that_cannot_be_read_are_asked_for_an_interval_later() -> None:
-    fleet = Fleet(is_reachable=False)
+    fleet = LiveFleet(is_reachable=False)
     await fleet.seconds(50)
     assert 9 <= fleet.num_reads <= 11
     fleet.is_reachable = True
@@ -297,7 +297,7 @@ async def test_head_maps_that_cannot_be_read_are_asked_for_an_interval_later() -
 
 @in_loop
 async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_state() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     fleet.replica.authority = PLANNER
     for request in fleet.map.requests:
         request.incarnation = 0
@@ -314,7 +314,7 @@ async def test_a_replica_that_the_planner_dispatches_for_is_balanced_by_its_own_
 
 @in_loop
 async def test_what_changed_while_moves_were_worked_out_calls_them_off() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     read = fleet.read_head_maps
 
     async def read_and_change(replica: str, timeout_s: float) -> HeadMaps:
@@ -334,7 +334,7 @@ async def test_what_changed_while_moves_were_worked_out_calls_them_off() -> None
 
 @in_loop
 async def test_the_loop_runs_by_itself() -> None:
-    fleet = Fleet()
+    fleet = LiveFleet()
     task = asyncio.create_task(fleet.loop.run())
     await asyncio.sleep(0)
     fleet.report()

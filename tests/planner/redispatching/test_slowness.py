@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hetis.planner.fleet.redispatching.slowness import Slowness
+from hetis.planner.fleet.redispatching.watched import Slowness
 
 
 def feed(slowness: Slowness, *ratios: float) -> list[bool]:

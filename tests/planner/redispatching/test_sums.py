@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.planner.convert.stages_in import StageTerms, stage_from_proto
-from hetis.planner.fleet.redispatching.sums import NEAR, Sums, SumTest, sums_of
+from hetis.planner.fleet.redispatching.sums import NEAR, StageSums, SumTest, sums_of
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.ideal import ideal_dispatch
@@ -23,7 +23,7 @@ from tests.solver.redispatch.instances import problems, random_problem
 OK = report_pb2.DEVICE_STATUS_OK
 
 
-def read(problem: RedispatchProblem) -> tuple[StageTerms, Sums]:
+def read(problem: RedispatchProblem) -> tuple[StageTerms, StageSums]:
     model = stage_message(problem)
     terms = stage_from_proto(model)
     known = (OK,) * len(terms.gpus)

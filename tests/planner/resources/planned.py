@@ -26,7 +26,7 @@ from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.servicers.plan import PlanServicer
 from hetis.planner.service.telemetry import Telemetry
@@ -110,7 +110,7 @@ async def planner_in(
     servicing = Servicing(
         service="hetis.v1.PlanService", servicer=servicer, add=plan_service_pb2_grpc.add_PlanServiceServicer_to_server
     )
-    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()

@@ -21,11 +21,11 @@ from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.node_views import CONNECTED, NodeReader
 from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.running import Running
+from hetis.planner.resources.running import RunningResources
 from hetis.planner.resources.watches import ClusterWatches
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.servicers.cluster import ClusterServicer
 from hetis.planner.service.servicers.profile import ProfileServicer
@@ -126,7 +126,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     cluster_servicer = ClusterServicer(
         Clusters(store, hubs, fleet, fleets, clock=clock),
         Nodes(store, hubs, fleet, reader, clock=clock),
-        Running(store, fleet),
+        RunningResources(store, fleet),
         ClusterWatches(store, hubs, fleet, reader, clock=clock),
     )
     add_clusters = cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server
@@ -136,7 +136,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
         Servicing(service="hetis.v1.ClusterService", servicer=cluster_servicer, add=add_clusters),
         Servicing(service="hetis.v1.ProfileService", servicer=profiles, add=add_profiles),
     ]
-    server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+    server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:
@@ -186,7 +186,7 @@ class Refusal:
 
 
 async def refused(call: Any) -> Refusal:
-    """How a call failed, which must fail."""
+    """Return how a call failed, which must fail."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     status = rpc_status.from_call(caught.value)

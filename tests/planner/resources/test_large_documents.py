@@ -7,7 +7,7 @@ import gc
 import threading
 from pathlib import Path
 
-from hetis.planner.beside import beside_loop, stop_if_unwanted
+from hetis.planner.threads import run_in_thread_gc_paused, stop_if_unwanted
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from tests.planner.resources.served import Served, document, with_planner
@@ -41,7 +41,7 @@ def test_a_large_document_is_read_while_the_collector_of_garbage_rests(tmp_path:
 def test_the_collector_works_again_when_the_last_work_has_ended() -> None:
     async def scenario() -> None:
         ends = [threading.Event() for _ in range(2)]
-        works = [asyncio.create_task(beside_loop(end.wait, 10)) for end in ends]
+        works = [asyncio.create_task(run_in_thread_gc_paused(end.wait, 10)) for end in ends]
         while gc.isenabled():
             await asyncio.sleep(0.001)
         ends[0].set()
@@ -67,8 +67,8 @@ def test_work_whose_caller_has_gone_ends_or_never_begins() -> None:
             ended.release()
 
     async def scenario() -> None:
-        works = [asyncio.create_task(beside_loop(endless)) for _ in range(2)]
-        waiting = asyncio.create_task(beside_loop(left_over.append, "never"))
+        works = [asyncio.create_task(run_in_thread_gc_paused(endless)) for _ in range(2)]
+        waiting = asyncio.create_task(run_in_thread_gc_paused(left_over.append, "never"))
         for _ in works:
             await asyncio.to_thread(begun.acquire, timeout=10)
         for work in (waiting, *works):
@@ -76,7 +76,7 @@ def test_work_whose_caller_has_gone_ends_or_never_begins() -> None:
         await asyncio.gather(waiting, *works, return_exceptions=True)
         for _ in works:
             assert await asyncio.to_thread(ended.acquire, timeout=10)
-        await beside_loop(left_over.append, "next")
+        await run_in_thread_gc_paused(left_over.append, "next")
 
     asyncio.run(scenario())
     assert left_over == ["next"]

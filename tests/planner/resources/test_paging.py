@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hetis.planner.failures import ServiceError
 from hetis.planner.resources.paging import MAX_SIZE, read_page_request
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.running import Running
+from hetis.planner.resources.running import RunningResources
 from hetis.planner.store import Store, Transaction
 from hetis.v1 import cluster_service_pb2 as cluster_pb
 from hetis.v1 import profile_service_pb2 as pb
@@ -77,7 +77,7 @@ def test_lists_by_age_keep_their_order_through_equal_times(times: list[int], siz
                 tx.redispatches.insert(samples.redispatch(f"clusters/a/redispatches/{number:02}", time_s=float(time_s)))
 
         await store.write(fill)
-        running, seen, token = Running(store, FakeFleet()), list[str](), ""
+        running, seen, token = RunningResources(store, FakeFleet()), list[str](), ""
         while True:
             request = cluster_pb.ListRedispatchesRequest(parent="clusters/a", page_size=size, page_token=token)
             page = await running.list_redispatches(request)

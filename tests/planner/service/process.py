@@ -53,7 +53,7 @@ class Process:
         self._stderr.close()
 
     def ready(self, timeout_s: float = 60) -> Any:
-        """What ``--ready-json`` printed."""
+        """Return what ``--ready-json`` printed."""
         assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if readable else ""

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
@@ -31,7 +31,7 @@ class Served:
     planner: FakePlanner
     server: PlannerServer
     calls: Calls
-    metrics: Metrics
+    metrics: ServiceMetrics
     address: str
     channel: grpc.aio.Channel
 
@@ -47,7 +47,7 @@ async def served(
     max_connections: int | None = None,
 ) -> AsyncIterator[Served]:
     planner = FakePlanner()
-    metrics = Metrics("0")
+    metrics = ServiceMetrics("0")
     calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces or NoTraces()), writes=writes)
     server = PlannerServer(planner.servicings, calls, credentials=server_credentials, max_connections=max_connections)
     address = server.listen("127.0.0.1:0")

@@ -15,7 +15,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.failures import ServiceError
 from hetis.planner.service import command
 from hetis.planner.service.access import NEEDED
-from hetis.planner.service.identity import Role
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.tokens import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
@@ -29,8 +29,10 @@ STREAMS = {"WatchCluster", "WatchPlan", "ReadPlanDocument"}
 TOMORROW = datetime.now(UTC) + timedelta(days=1)
 
 
-def make(folder: Path, role: Role, *, scope: str | None = None, name: str = "", expires: datetime = TOMORROW) -> str:
-    if role is Role.AGENT and scope is None:
+def make(
+    folder: Path, role: CallerRole, *, scope: str | None = None, name: str = "", expires: datetime = TOMORROW
+) -> str:
+    if role is CallerRole.AGENT and scope is None:
         scope = NODE
     file = str(folder / "tokens.yaml")
     return create_token(file, name=name or role.value, role=role, scope=scope, expires=expires)
@@ -41,7 +43,7 @@ def bearing(token: str) -> tuple[tuple[str, str]]:
 
 
 def roles_in_the_contract() -> dict[str, str]:
-    """What the comments of the .proto files say of each method."""
+    """Return what the comments of the .proto files say of each method."""
     found = {}
     for path in PROTOS.glob("*_service.proto"):
         text = path.read_text(encoding="utf-8")
@@ -58,17 +60,17 @@ def test_the_table_says_what_the_contract_says() -> None:
     said = roles_in_the_contract()
     assert len(said) > 25
     for method, role in said.items():
-        assert Role(role) in NEEDED[method], method
+        assert CallerRole(role) in NEEDED[method], method
     for method in NEEDED.keys() - said.keys():
         assert "DispatchService" in method, f"the contract does not say the role of {method}"
 
 
 def test_the_roles_of_the_command_line_are_those_of_the_service() -> None:
-    assert [(role.name, role.value) for role in command.Role] == [(role.name, role.value) for role in Role]
+    assert [(role.name, role.value) for role in command.RoleOption] == [(role.name, role.value) for role in CallerRole]
 
 
 def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> None:
-    tokens = {role: make(tmp_path, role) for role in Role}
+    tokens = {role: make(tmp_path, role) for role in CallerRole}
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
@@ -103,9 +105,9 @@ def test_every_role_may_call_what_it_may_and_nothing_else(tmp_path: Path) -> Non
 
 
 def test_roles_grow_and_agents_stand_apart() -> None:
-    assert Role.VIEWER.includes < Role.ORCHESTRATOR.includes < Role.ADMIN.includes
-    assert Role.AGENT not in Role.ADMIN.includes
-    assert Role.AGENT.includes == {Role.AGENT}
+    assert CallerRole.VIEWER.includes < CallerRole.ORCHESTRATOR.includes < CallerRole.ADMIN.includes
+    assert CallerRole.AGENT not in CallerRole.ADMIN.includes
+    assert CallerRole.AGENT.includes == {CallerRole.AGENT}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_roles_grow_and_agents_stand_apart() -> None:
 def test_wrong_credentials_are_unauthenticated(
     metadata: tuple[tuple[str, str], ...], message: str, tmp_path: Path
 ) -> None:
-    make(tmp_path, Role.ADMIN)
+    make(tmp_path, CallerRole.ADMIN)
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
@@ -144,7 +146,7 @@ def test_wrong_credentials_are_unauthenticated(
 
 
 def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
-    token = make(tmp_path, Role.ADMIN, expires=datetime(2026, 1, 1, tzinfo=UTC))
+    token = make(tmp_path, CallerRole.ADMIN, expires=datetime(2026, 1, 1, tzinfo=UTC))
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
@@ -167,7 +169,7 @@ def test_an_expired_token_is_unauthenticated(tmp_path: Path) -> None:
     ],
 )
 def test_an_agent_speaks_for_its_own_nodes(scope: str, node: str, allowed: bool, tmp_path: Path) -> None:
-    token = make(tmp_path, Role.AGENT, scope=scope)
+    token = make(tmp_path, CallerRole.AGENT, scope=scope)
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
@@ -184,7 +186,7 @@ def test_an_agent_speaks_for_its_own_nodes(scope: str, node: str, allowed: bool,
 
 
 def test_the_servicer_knows_who_calls(tmp_path: Path) -> None:
-    token = make(tmp_path, Role.VIEWER, name="grafana")
+    token = make(tmp_path, CallerRole.VIEWER, name="grafana")
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:
@@ -196,7 +198,7 @@ def test_the_servicer_knows_who_calls(tmp_path: Path) -> None:
 
 
 def test_a_token_is_nowhere_but_in_the_hands_of_its_bearer(tmp_path: Path) -> None:
-    token = make(tmp_path, Role.VIEWER)
+    token = make(tmp_path, CallerRole.VIEWER)
     file = tmp_path / "tokens.yaml"
     assert file.stat().st_mode & 0o777 == 0o600
     text = file.read_text()
@@ -207,21 +209,21 @@ def test_a_token_is_nowhere_but_in_the_hands_of_its_bearer(tmp_path: Path) -> No
 
 def test_tokens_are_appended_and_what_people_wrote_stays(tmp_path: Path) -> None:
     file = tmp_path / "tokens.yaml"
-    first = make(tmp_path, Role.VIEWER, name="a")
+    first = make(tmp_path, CallerRole.VIEWER, name="a")
     file.write_text(file.read_text().rstrip("\n") + "  # of the dashboard")
-    second = make(tmp_path, Role.AGENT, name="b")
+    second = make(tmp_path, CallerRole.AGENT, name="b")
     assert "# of the dashboard" in file.read_text()
     tokens = Tokens.load(str(file))
     assert len(tokens) == 2
-    assert tokens.identify(first, now_s=time.time()).roles == {Role.VIEWER}
+    assert tokens.identify(first, now_s=time.time()).roles == {CallerRole.VIEWER}
     assert tokens.identify(second, now_s=time.time()).scope == NODE
 
 
 def test_a_name_is_taken_once(tmp_path: Path) -> None:
-    make(tmp_path, Role.VIEWER, name="a")
+    make(tmp_path, CallerRole.VIEWER, name="a")
     before = (tmp_path / "tokens.yaml").read_text()
     with pytest.raises(DocumentError, match=r"tokens\[1\].name: a is taken by tokens\[0\]"):
-        make(tmp_path, Role.ADMIN, name="a")
+        make(tmp_path, CallerRole.ADMIN, name="a")
     assert (tmp_path / "tokens.yaml").read_text() == before
 
 
@@ -242,7 +244,7 @@ def test_a_bad_token_file_is_refused_with_every_problem(tmp_path: Path) -> None:
 
 
 def test_a_token_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, Role.VIEWER)
+    make(tmp_path, CallerRole.VIEWER)
     (tmp_path / "tokens.yaml").chmod(0o666)
     with pytest.raises(DocumentError, match="can be written by everybody, who could give themselves roles: chmod 600"):
         Tokens.load(str(tmp_path / "tokens.yaml"))
@@ -255,7 +257,7 @@ def test_a_token_that_is_no_token_is_refused_without_a_look_at_the_file() -> Non
 
 def test_a_caller_without_credentials_is_refused_before_its_message_has_come(tmp_path: Path) -> None:
     """Else calls that never send theirs would stay for as long as they like."""
-    make(tmp_path, Role.VIEWER)
+    make(tmp_path, CallerRole.VIEWER)
 
     async def test() -> None:
         async with served(authenticator=by_tokens(str(tmp_path / "tokens.yaml"))) as planner:

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,
@@ -83,7 +83,7 @@ def test_a_planner_makes_a_plan_and_knows_it_after_kill_9(tmp_path: Path) -> Non
         assert page(status)["plans"] == {"READY": 1}
         assert page(status, "clusters/small")["cluster"]["name"] == "clusters/small"
         process.signal(signal.SIGTERM)
-        assert process.end()[0] == ExitCode.OK
+        assert process.end()[0] == ServiceExitCode.OK
 
 
 def test_a_drain_says_goodbye_to_agents_and_ends_watches(tmp_path: Path) -> None:
@@ -114,14 +114,14 @@ def test_a_drain_says_goodbye_to_agents_and_ends_watches(tmp_path: Path) -> None
                 pass
         assert reason_of(ended.value) == "DRAINING"
         code, stderr = process.end()
-        assert code == ExitCode.OK, stderr
+        assert code == ServiceExitCode.OK, stderr
         assert "Traceback" not in stderr
 
 
 def test_a_second_planner_is_refused_while_the_first_serves(tmp_path: Path) -> None:
     with planner(tmp_path), Process(OPTIONS, folder=tmp_path, module=REAL) as second:
         code, stderr = second.end()
-        assert code == ExitCode.STORE
+        assert code == ServiceExitCode.STORE
         assert stderr.startswith("error: another planner leads")
 
 
@@ -129,7 +129,7 @@ def test_a_store_that_is_none_is_exit_9(tmp_path: Path) -> None:
     (tmp_path / "x.db").write_text("this is not a database, although somebody says so")
     with Process((*OPTIONS, "--store", f"sqlite:///{tmp_path}/x.db"), folder=tmp_path, module=REAL) as process:
         code, stderr = process.end()
-    assert code == ExitCode.STORE
+    assert code == ServiceExitCode.STORE
     assert "Traceback" not in stderr
     assert str(tmp_path / "x.db") in stderr
 

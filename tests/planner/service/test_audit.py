@@ -14,8 +14,8 @@ import grpc
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
-from hetis.planner.service.exit_codes import ExitCode
-from hetis.planner.service.identity import Role
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.tokens import create_token
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
@@ -76,7 +76,7 @@ def test_the_plan_that_was_made_is_named_and_by_whom(tmp_path: Path) -> None:
 def test_what_is_refused_is_told_with_its_caller_and_reason(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     token = create_token(
-        file, name="curious", role=Role.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
+        file, name="curious", role=CallerRole.VIEWER, scope=None, expires=datetime.now(UTC) + timedelta(days=1)
     )
 
     async def test() -> list[AuditedChange]:
@@ -156,7 +156,7 @@ def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> No
         return code, out + err
 
     code, out = audit("--caller", "ci", "--since", "2027-01-15T08:00:01Z", "--json")
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     (line,) = [json.loads(text) for text in out.splitlines()]
     assert (line["number"], line["caller"], line["plan"], line["time"]) == (
         3,
@@ -166,10 +166,10 @@ def test_the_command_filters_lines_and_finds_a_changed_one(tmp_path: Path) -> No
     )
     assert audit("--outcome", "ROLE")[1].split()[:3] == ["2", "2027-01-15T08:00:01.000+00:00", "ROLE"]
     code, out = audit("--check")
-    assert (code, out.partition(";")[0]) == (ExitCode.OK, "3 lines, unbroken")
+    assert (code, out.partition(";")[0]) == (ServiceExitCode.OK, "3 lines, unbroken")
     with sqlite3.connect(tmp_path / "hetis.db") as connection:
         connection.execute("UPDATE audit SET caller = 'adam' WHERE number = 2")
     connection.close()
     code, out = audit("--check")
-    assert code == ExitCode.STORE
+    assert code == ServiceExitCode.STORE
     assert out == "error: line 2 of the audit log is not what was written, or is missing\n"

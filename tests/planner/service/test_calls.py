@@ -12,11 +12,11 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from hetis.planner.failures import _CODE_OF, Reason, ServiceError
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
 from hetis.planner.service.access import NEEDED
 from hetis.planner.service.credentials import Credentials
-from hetis.planner.service.identity import Identity, Role
+from hetis.planner.service.identity import CallerRole, Identity
 from hetis.planner.service.logs import JsonLines, TextLines
 from hetis.planner.service.stream_limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
 from hetis.planner.service.tokens import Grant, Tokens, digest
@@ -26,6 +26,7 @@ from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.dispatch_service_pb2_grpc import DispatchServiceStub
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from hetis.v1.statuses import CODE_OF_REASON
 from tests.planner.service.serving import Served, details_of, failure_of, reason_of, run, served
 
 
@@ -176,7 +177,7 @@ def test_a_bug_tells_callers_an_incident_and_the_log_the_rest(
 
 
 def test_every_reason_becomes_a_status_with_its_code() -> None:
-    for reason, code in _CODE_OF.items():
+    for reason, code in CODE_OF_REASON.items():
         status = statuses.to_status(ServiceError(reason, "so", metadata={"name": "clusters/c/nodes/n"}))
         assert statuses.code_of(status) is code
         info = status.details[0]
@@ -359,7 +360,7 @@ def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() 
     first, second = (f"hetis_{letter * 43}" for letter in "ab")
 
     def grants(*tokens: str, expires_s: float = 100.0) -> Tokens:
-        identity = Identity(name="watcher", roles=Role.VIEWER.includes)
+        identity = Identity(name="watcher", roles=CallerRole.VIEWER.includes)
         return Tokens({digest(token): Grant(identity=identity, expires_s=expires_s) for token in tokens})
 
     async def test() -> None:

@@ -24,7 +24,7 @@ def connected(address: str, host: str) -> socket.socket:
 
 
 def is_closed(one: socket.socket) -> bool:
-    """Whether the other side has ended it; what gRPC sends at the start is read."""
+    """Return whether the other side has ended it; what gRPC sends at the start is read."""
     one.setblocking(False)
     try:
         while one.recv(4096):

@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.running import run_planner
 from hetis.planner.service.setting_sources import Given, load_config
 from hetis.v1 import plan_service_pb2 as plans
@@ -38,7 +38,7 @@ def test_it_says_where_it_listens_and_stops_when_asked_to(tmp_path: Path) -> Non
             assert answer.plan.name == "plans/p"
         planner.signal(signal.SIGTERM)
         code, stderr = planner.end()
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     lines = stderr.splitlines()
     assert lines[0] == (
         f"hetis-planner listens on {ready['listen'][0]} (plain), status page {ready['status_page']},"
@@ -69,7 +69,7 @@ def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path)
             code, _ = planner.end()
             assert time.monotonic() - began < 5
             assert not slow.cancelled()
-    assert code == {signal.SIGTERM: ExitCode.TERMINATED, signal.SIGINT: ExitCode.INTERRUPTED}[number]
+    assert code == {signal.SIGTERM: ServiceExitCode.TERMINATED, signal.SIGINT: ServiceExitCode.INTERRUPTED}[number]
 
 
 def test_a_port_in_use_is_exit_8(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_port_in_use_is_exit_8(tmp_path: Path) -> None:
                 assert f"error: cannot listen on {address}: address already in use" in stderr
             else:
                 assert f"error: cannot listen on {address}: address already in use" in stderr
-            assert code == ExitCode.ADDRESS
+            assert code == ServiceExitCode.ADDRESS
             assert "Traceback" not in stderr
             assert "add_port" not in stderr  # of gRPC's own log
 
@@ -93,7 +93,7 @@ def test_a_planner_that_cannot_listen_does_not_touch_the_store(tmp_path: Path) -
         held = {"FAKE_STORE": "held"}  # opening it would fail
         with Process((*LOCAL, *taken), folder=tmp_path, environment=held) as second:
             code, _ = second.end()
-        assert code == ExitCode.ADDRESS
+        assert code == ServiceExitCode.ADDRESS
 
 
 def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_planner_that_still_compiles_stops_when_asked_to(tmp_path: Path) -> No
         began = time.monotonic()
         code, stderr = planner.end()
         assert time.monotonic() - began < 10
-    assert code == ExitCode.OK, stderr
+    assert code == ServiceExitCode.OK, stderr
     assert '"stopped"' in stderr
 
 
 def test_a_store_of_another_planner_is_exit_9(tmp_path: Path) -> None:
     with Process(LOCAL, folder=tmp_path, environment={"FAKE_STORE": "held"}) as planner:
         code, stderr = planner.end()
-    assert (code, stderr) == (ExitCode.STORE, "error: the store hetis.db is held by another planner\n")
+    assert (code, stderr) == (ServiceExitCode.STORE, "error: the store hetis.db is held by another planner\n")
 
 
 def test_a_bad_configuration_is_exit_2_and_lists_everything(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_bad_configuration_is_exit_2_and_lists_everything(tmp_path: Path) -> N
     code, stdout, stderr, _ = finished(
         ("--config", "planner.yaml", "--log-format", "xml"), folder=tmp_path, HETIS_AGENTS__LEASE="soon"
     )
-    assert (code, stdout) == (ExitCode.INVALID, "")
+    assert (code, stdout) == (ServiceExitCode.INVALID, "")
     assert sorted(line.removeprefix("error:").strip() for line in stderr.splitlines()) == [
         "--log-format: 'xml' is not one of json, text",
         "HETIS_AGENTS__LEASE: 'soon' is not a duration: expected a number and one of ns, us, ms, s, min, h",
@@ -141,13 +141,13 @@ def test_check_finds_bad_certificates_and_tokens_without_starting(tmp_path: Path
         "--set",
         "tokens=t.yaml",
     )
-    assert finished(options, folder=tmp_path)[:3] == (ExitCode.INVALID, "", "error: t.yaml: no such file\n")
+    assert finished(options, folder=tmp_path)[:3] == (ServiceExitCode.INVALID, "", "error: t.yaml: no such file\n")
     made = finished(("token", "create", "--file", "t.yaml", "--role", "admin"), folder=tmp_path)
     assert re.fullmatch(r"hetis_[\w-]{43}\n", made[1])
-    assert finished(options, folder=tmp_path)[:2] == (ExitCode.OK, "configuration: ok, certificate, 1 tokens\n")
+    assert finished(options, folder=tmp_path)[:2] == (ServiceExitCode.OK, "configuration: ok, certificate, 1 tokens\n")
     write(tmp_path, Authority().server(), name="other")
     code, _, stderr, _ = finished((*options[:3], "--set", f"tls.key={tmp_path}/other.key"), folder=tmp_path)
-    assert code == ExitCode.INVALID
+    assert code == ServiceExitCode.INVALID
     assert f"other.key: does not belong to the certificate {certificate}" in stderr
 
 
@@ -156,7 +156,7 @@ def test_everything_wrong_is_said_at_once_also_of_files(tmp_path: Path) -> None:
     options = tuple(part for text in settings for part in ("--set", text))
     for check in ((), ("--check",)):
         code, _, stderr, _ = finished((*options, *check), folder=tmp_path)
-        assert code == ExitCode.INVALID
+        assert code == ServiceExitCode.INVALID
         for said in ("x is not a setting", "c.pem: no such", "k.pem: no such", "t.yaml: no such", "at least twice"):
             assert said in stderr, stderr
 
@@ -179,13 +179,13 @@ def test_it_serves_with_tls_and_a_token_on_every_address(tmp_path: Path) -> None
                 stub.GetPlan(request, timeout=10)
         planner.signal(signal.SIGINT)
         code, stderr = planner.end()
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     assert token not in stderr
 
 
 def test_without_credentials_it_does_not_listen_for_other_machines(tmp_path: Path) -> None:
     code, _, stderr, _ = finished(("--listen", "0.0.0.0:0"), folder=tmp_path)
-    assert code == ExitCode.INVALID
+    assert code == ServiceExitCode.INVALID
     assert stderr.startswith("error: --listen: 0.0.0.0:0 can be reached from other machines, which needs")
 
 
@@ -193,7 +193,7 @@ def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -
     code, stdout, _, _ = finished(
         ("--print-config", "--store", "postgresql://me:secret@db/hetis"), folder=tmp_path, HETIS_SOLVER__QUEUE="9"
     )
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     assert "secret" not in stdout
     assert "store: postgresql://me:***@db/hetis" in stdout
     assert "queue: 9" in stdout
@@ -212,7 +212,7 @@ def test_the_configuration_in_force_is_printed_without_secrets(tmp_path: Path) -
 )
 def test_a_token_that_makes_no_sense_is_not_made(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
     code, stdout, stderr, _ = finished(("token", "create", "--file", "t.yaml", *options), folder=tmp_path)
-    assert (code, stdout) == (ExitCode.INVALID, "")
+    assert (code, stdout) == (ServiceExitCode.INVALID, "")
     assert message in stderr
     assert not (tmp_path / "t.yaml").exists()
 
@@ -220,7 +220,7 @@ def test_a_token_that_makes_no_sense_is_not_made(options: tuple[str, ...], messa
 def test_help_is_quick_and_has_examples_and_exit_codes(tmp_path: Path) -> None:
     runs = [finished(("--help",), folder=tmp_path) for _ in range(3)]
     code, stdout, _, _ = runs[0]
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     words = " ".join(stdout.split())
     for expected in (
         "hetis-planner --config planner.yaml --check",
@@ -286,7 +286,7 @@ def test_new_tokens_and_certificates_are_taken_while_it_serves(tmp_path: Path) -
         assert call(old, second) == "UNAVAILABLE"
         planner.signal(signal.SIGTERM)
         code, stderr = planner.end()
-    assert code == ExitCode.OK
+    assert code == ServiceExitCode.OK
     assert "tokens: the new files are bad, the old ones stay in force" in stderr
 
 

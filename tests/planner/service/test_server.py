@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import Credentials, NoCredentials
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import AddressError, PlannerServer
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
@@ -94,7 +94,7 @@ def test_tools_can_read_the_contract_from_the_server(version: str) -> None:
 @pytest.mark.parametrize("address", ["[::1]:0", "localhost:0", "127.0.0.1:0"])
 def test_the_port_that_was_chosen_is_told(address: str) -> None:
     async def test() -> None:
-        server = PlannerServer((), Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
         bound = server.listen(address)
         assert bound.startswith(address.removesuffix("0"))
         assert int(bound.rsplit(":", 1)[1]) > 0
@@ -108,7 +108,7 @@ def test_the_port_that_was_chosen_is_told(address: str) -> None:
 
 def test_a_unix_socket_serves(tmp_path: Any) -> None:
     async def test() -> None:
-        server = PlannerServer((), Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
         assert server.listen(f"unix:{tmp_path}/p.sock") == f"unix:{tmp_path}/p.sock"
         await server.start()
         async with channel_to(f"unix:{tmp_path}/p.sock") as channel:
@@ -121,7 +121,7 @@ def test_a_unix_socket_serves(tmp_path: Any) -> None:
 def test_a_port_in_use_is_an_error() -> None:
     async def test() -> None:
         async with served() as planner:
-            other = PlannerServer((), Calls(NoCredentials(), Telemetry(Metrics("0"), NoTraces())))
+            other = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
             with pytest.raises(AddressError, match=f"cannot listen on {planner.address}: address already in use"):
                 other.listen(planner.address)
             with pytest.raises(AddressError, match=r"192\.0\.2\.1:1: cannot assign requested address"):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from hetis.formats.documents import dump_data
+from hetis.formats.endpoints import is_loopback
 from hetis.formats.errors import DocumentError
-from hetis.planner.service.addresses import is_local, split_address
+from hetis.planner.service.addresses import split_address
 from hetis.planner.service.setting_sources import Given, load_config, mistaken_variables, variables
 from hetis.planner.service.settings import PlannerConfig, without_password
 
@@ -235,12 +236,12 @@ def test_the_example_is_valid_and_names_every_setting() -> None:
 
 
 def test_the_manual_names_every_setting_and_exit_code() -> None:
-    from hetis.planner.service.exit_codes import ExitCode
+    from hetis.planner.service.exit_codes import ServiceExitCode
 
     text = (EXAMPLE.parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
     for name in variables().values():
         assert f"`{name}`" in text, name
-    for code in ExitCode:
+    for code in ServiceExitCode:
         assert f"| {code.value} | {code.meaning} |" in text, code
 
 
@@ -257,5 +258,5 @@ def test_addresses(address: str, expected: Any) -> None:
 
 
 def test_loopback_is_known() -> None:
-    assert all(is_local(a) for a in ("127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/x"))
-    assert not any(is_local(a) for a in ("0.0.0.0:1", "[::]:1", "10.0.0.1:1", "host:1", "[::ffff:1.2.3.4]:1"))
+    assert all(is_loopback(a) for a in ("127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "localhost:1", "unix:/x"))
+    assert not any(is_loopback(a) for a in ("0.0.0.0:1", "[::]:1", "10.0.0.1:1", "host:1", "[::ffff:1.2.3.4]:1"))

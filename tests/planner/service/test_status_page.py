@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_page import StatusPage, status_app
@@ -39,7 +39,7 @@ async def page(
     address = made.listen("127.0.0.1:0")
     app = status_app(
         FakePlanner(),
-        Metrics("1.2"),
+        ServiceMetrics("1.2"),
         version="1.2",
         is_ready=lambda: is_ready,
         failures=lambda: failures,
@@ -102,7 +102,7 @@ def test_metrics_are_read_by_prometheus() -> None:
 
 
 def test_metrics_say_how_late_the_loop_was_at_worst_since_the_last_scrape() -> None:
-    metrics, now_s, sleeps = Metrics("1"), 0.0, iter([0.25, 1.75, 0.5])
+    metrics, now_s, sleeps = ServiceMetrics("1"), 0.0, iter([0.25, 1.75, 0.5])
 
     async def sleep(_: float) -> None:
         nonlocal now_s
@@ -190,7 +190,7 @@ def test_only_known_hosts_are_answered(called: str, status: int) -> None:
 
 
 async def until_closed(reader: asyncio.StreamReader) -> bytes:
-    """What came before the other side closed, in either way."""
+    """Return what came before the other side closed, in either way."""
     try:
         return await reader.read()
     except ConnectionResetError:

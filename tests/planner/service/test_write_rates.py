@@ -10,7 +10,7 @@ import pytest
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.access import NEEDED
-from hetis.planner.service.identity import Role
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.tokens import create_token
 from hetis.planner.service.write_rates import WRITES, WriteRates
 from hetis.v1 import cluster_service_pb2 as pb
@@ -31,7 +31,7 @@ def test_a_caller_that_changes_too_often_is_told_when_to_go_on(tmp_path: Path) -
     expires = datetime.now(UTC) + timedelta(days=1)
     greedy, modest = (
         (("authorization", f"Bearer {create_token(file, name=name, role=role, scope=None, expires=expires)}"),)
-        for name, role in (("greedy", Role.VIEWER), ("modest", Role.ORCHESTRATOR))
+        for name, role in (("greedy", CallerRole.VIEWER), ("modest", CallerRole.ORCHESTRATOR))
     )
 
     async def test() -> None:

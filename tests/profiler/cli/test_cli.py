@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.profile import load_profile
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.import_tables import Format
 from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Measurements, the cluster of their GPU, and a profile fitted to them."""
     where = tmp_path_factory.mktemp("profiles")
     raw, cluster = write_files(where)
-    assert invoke("fit", raw, "--out", where / "profile.json", "--cluster", cluster, "-q") == ExitCode.OK
+    assert invoke("fit", raw, "--out", where / "profile.json", "--cluster", cluster, "-q") == ProfileExitCode.OK
     return where
 
 
@@ -54,7 +54,7 @@ def test_help_answers_at_once_and_without_numpy_or_torch() -> None:
 
 def test_the_help_lists_every_exit_code() -> None:
     text = " ".join(hetis_profile("--help").stdout.split())
-    for code in ExitCode:
+    for code in ProfileExitCode:
         assert f"{code.value} {code.meaning.partition(',')[0]}" in text
 
 
@@ -66,7 +66,7 @@ def test_formats_are_those_of_the_importers() -> None:
 
 def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
-    assert invoke("fit", *arguments, "-o", "json") == ExitCode.OK
+    assert invoke("fit", *arguments, "-o", "json") == ProfileExitCode.OK
     report = json.loads(capsys.readouterr().out)
     assert report["held_out_mape"]["decode_attention"] < 0.02
     assert report["held_out_mape"]["dense"] < 0.08
@@ -77,14 +77,14 @@ def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys
 
 def test_fit_prints_a_table_of_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
-    assert invoke("fit", *arguments) == ExitCode.OK
+    assert invoke("fit", *arguments) == ProfileExitCode.OK
     text = capsys.readouterr().out
     assert "decode" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_gpu_type_that_nobody_defines_is_explained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("fit", folder / "raw.json", "--out", folder / "none.json") == ExitCode.INVALID
+    assert invoke("fit", folder / "raw.json", "--out", folder / "none.json") == ProfileExitCode.INVALID
     assert "--cluster" in capsys.readouterr().err
     assert not (folder / "none.json").exists()
 
@@ -93,7 +93,7 @@ def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text('{"kind": "Plan"}')
     code = invoke("fit", tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json", "--out", tmp_path / "p.json")
-    assert code == ExitCode.INVALID
+    assert code == ProfileExitCode.INVALID
     said = capsys.readouterr().err
     assert all(f"{name}.json" in said for name in "abc")
     assert not (tmp_path / "p.json").exists()
@@ -102,22 +102,22 @@ def test_all_broken_files_are_named_at_once(tmp_path: Path, capsys: pytest.Captu
 def test_measurements_of_two_gpus_are_not_one_profile(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = folder / "other.json"
     other.write_text((folder / "raw.json").read_text().replace(GPU, "L4"))
-    assert invoke("fit", folder / "raw.json", other, "--out", folder / "p.json") == ExitCode.INVALID
+    assert invoke("fit", folder / "raw.json", other, "--out", folder / "p.json") == ProfileExitCode.INVALID
     assert f"is L4, that of {folder / 'raw.json'} is {GPU}" in capsys.readouterr().err
 
 
 def test_show_is_readable_in_80_columns_and_complete_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("show", folder / "profile.json") == ExitCode.OK
+    assert invoke("show", folder / "profile.json") == ProfileExitCode.OK
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert "B/1 TB/s" in text or "B/999 GB/s" in text or "TB/s" in text
-    assert invoke("show", folder / "profile.json", "-o", "json") == ExitCode.OK
+    assert invoke("show", folder / "profile.json", "-o", "json") == ProfileExitCode.OK
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "profile.json").read_text())
 
 
 def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "t4.yaml"
-    assert invoke("model", "T4", "--out", out, "-o", "json") == ExitCode.OK
+    assert invoke("model", "T4", "--out", out, "-o", "json") == ProfileExitCode.OK
     data = json.loads(capsys.readouterr().out)
     assert {fit["provenance"]["source"] for fit in data["fits"]} == {"modelled"}
     assert next(fit for fit in data["fits"] if fit["op"] == "dense")["provenance"]["held_out_mape"] > 0
@@ -126,11 +126,11 @@ def test_model_writes_a_profile_that_can_be_shown(tmp_path: Path, capsys: pytest
 
 def test_compare_gives_times_and_ratios(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = folder / "profile.json"
-    assert invoke("compare", mine, mine, "-o", "json") == ExitCode.OK
+    assert invoke("compare", mine, mine, "-o", "json") == ProfileExitCode.OK
     points = json.loads(capsys.readouterr().out)["points"]
     assert {point["op"] for point in points} >= {"dense", "prefill_attention", "decode_attention", "transfer"}
     assert all(point["ratio"] == 1.0 for point in points)
-    assert invoke("compare", mine, mine) == ExitCode.OK
+    assert invoke("compare", mine, mine) == ProfileExitCode.OK
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
@@ -140,7 +140,7 @@ def test_plot_draws_every_operator(folder: Path, suffix: str, capsys: pytest.Cap
         pytest.importorskip("matplotlib")
     out = folder / f"picture.{suffix}"
     arguments = (folder / "profile.json", folder / "raw.json", "--out", out, "-c", folder / "cluster.yaml")
-    assert invoke("plot", *arguments, "-o", "json") == ExitCode.OK
+    assert invoke("plot", *arguments, "-o", "json") == ProfileExitCode.OK
     pairs = {pair["title"]: pair for pair in json.loads(capsys.readouterr().out)["pairs"]}
     assert len(pairs) == 4
     assert all(pair["mape"] < 0.1 for pair in pairs.values())
@@ -151,26 +151,29 @@ def test_plot_draws_every_operator(folder: Path, suffix: str, capsys: pytest.Cap
 
 def test_plot_refuses_other_forms(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (folder / "profile.json", folder / "raw.json", "--out", folder / "x.pdf")
-    assert invoke("plot", *arguments) == ExitCode.INVALID
+    assert invoke("plot", *arguments) == ProfileExitCode.INVALID
     assert "must end in .png or .html" in capsys.readouterr().err
 
 
 def test_plot_refuses_measurements_of_another_gpu(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("plot", "L4", folder / "raw.json", "--out", folder / "x.png") == ExitCode.INVALID
+    assert invoke("plot", "L4", folder / "raw.json", "--out", folder / "x.png") == ProfileExitCode.INVALID
     assert f"{folder / 'raw.json'}: gpu: is {GPU}, the profile is of L4" in capsys.readouterr().err
     assert not (folder / "x.png").exists()
 
 
 def test_check_accepts_what_the_card_can_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.OK
+    assert (
+        invoke("check", folder / "profile.json", "--cluster", folder / "cluster.yaml", "-o", "json")
+        == ProfileExitCode.OK
+    )
     assert json.loads(capsys.readouterr().out)["broken"] == []
 
 
 @pytest.mark.parametrize("gpu", ["A100-SXM-80GB", "NVIDIA A100-SXM4-80GB", "H200-SXM-141GB"])
 def test_check_takes_the_name_of_a_gpu(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert invoke("check", gpu, "-o", "json") == ExitCode.OK
+    assert invoke("check", gpu, "-o", "json") == ProfileExitCode.OK
     assert json.loads(capsys.readouterr().out)["broken"] == []
-    assert invoke("check", "A100-SXM-80") == ExitCode.INVALID
+    assert invoke("check", "A100-SXM-80") == ProfileExitCode.INVALID
     assert "is neither a file nor a GPU type" in capsys.readouterr().err
 
 
@@ -182,7 +185,7 @@ def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureF
             fit["pieces"] = [{"flop_s": 1e-15}]
     broken = folder / "broken.json"
     broken.write_text(json.dumps(data))
-    assert invoke("check", broken, "--cluster", folder / "cluster.yaml", "-o", "json") == ExitCode.INVALID
+    assert invoke("check", broken, "--cluster", folder / "cluster.yaml", "-o", "json") == ProfileExitCode.INVALID
     sentences = json.loads(capsys.readouterr().out)["broken"]
     assert any("usable_bytes is 30GiB, more than the 24GiB" in sentence for sentence in sentences)
     assert any("reaches 1000 TFLOP/s, Test-Card at most 100" in sentence for sentence in sentences)
@@ -191,16 +194,16 @@ def test_check_refuses_what_no_card_can_do(folder: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("show", "nonsense-9000"), ExitCode.INVALID, "is neither a file nor a GPU type"),
-        (("show", "missing.json"), ExitCode.INVALID, "no such file"),
-        (("model", "L40X", "--out", "x.json"), ExitCode.INVALID, "did you mean L40"),
-        (("import", "nothing.csv", "--format", "vidur", "--out", "x.json"), ExitCode.INVALID, "no such file"),
-        (("run", "--model", "no-such-model", "--out", "x.json"), ExitCode.INVALID, "no-such-model"),
-        (("run", "--out", "no/such/folder/x.json"), ExitCode.INVALID, "no folder"),
-        (("run", "--out", "."), ExitCode.INVALID, "is a folder, expected the name of a file"),
-        (("fit", "raw.json", "--out", "no/folder.json"), ExitCode.INVALID, "no folder no"),
-        (("compare", "L40S", "A40", "--tp", "3"), ExitCode.INVALID, "--tp is 3, must divide the 32 query heads"),
-        (("fit",), ExitCode.INVALID, "Missing"),
+        (("show", "nonsense-9000"), ProfileExitCode.INVALID, "is neither a file nor a GPU type"),
+        (("show", "missing.json"), ProfileExitCode.INVALID, "no such file"),
+        (("model", "L40X", "--out", "x.json"), ProfileExitCode.INVALID, "did you mean L40"),
+        (("import", "nothing.csv", "--format", "vidur", "--out", "x.json"), ProfileExitCode.INVALID, "no such file"),
+        (("run", "--model", "no-such-model", "--out", "x.json"), ProfileExitCode.INVALID, "no-such-model"),
+        (("run", "--out", "no/such/folder/x.json"), ProfileExitCode.INVALID, "no folder"),
+        (("run", "--out", "."), ProfileExitCode.INVALID, "is a folder, expected the name of a file"),
+        (("fit", "raw.json", "--out", "no/folder.json"), ProfileExitCode.INVALID, "no folder no"),
+        (("compare", "L40S", "A40", "--tp", "3"), ProfileExitCode.INVALID, "--tp is 3, must divide the 32 query heads"),
+        (("fit",), ProfileExitCode.INVALID, "Missing"),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback(arguments: tuple[str, ...], code: int, said: str) -> None:
@@ -217,7 +220,7 @@ def test_a_missing_torch_is_said_with_what_installs_it(tmp_path: Path) -> None:
         f"sys.exit(run(['run', '--quick', '--out', {str(tmp_path / 'x.json')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.INTERNAL
+    assert done.returncode == ProfileExitCode.INTERNAL
     assert "torch is not installed: pip install 'hetis[profiler]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -233,7 +236,7 @@ def test_a_run_interrupted_before_its_first_point_leaves_nothing(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "measure", interrupted)
-    assert invoke("run", "--quick", "--out", tmp_path / "x.json") == ExitCode.INTERRUPTED
+    assert invoke("run", "--quick", "--out", tmp_path / "x.json") == ProfileExitCode.INTERRUPTED
     assert "interrupted before the first point: nothing is kept" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -241,7 +244,7 @@ def test_a_run_interrupted_before_its_first_point_leaves_nothing(
 def test_an_interrupted_run_is_not_started_over(tmp_path: Path) -> None:
     (tmp_path / "x.json.journal").write_text("")
     done = hetis_profile("run", "--quick", "--out", "x.json", cwd=tmp_path)
-    assert done.returncode == ExitCode.INVALID
+    assert done.returncode == ProfileExitCode.INVALID
     assert "go on with --resume, or delete it" in done.stderr
 
 
@@ -255,14 +258,14 @@ def test_a_closed_pipe_is_no_error() -> None:
         check=False,
     )
     assert "Traceback" not in done.stderr
-    assert done.returncode in (0, ExitCode.BROKEN_PIPE)
+    assert done.returncode in (0, ProfileExitCode.BROKEN_PIPE)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data are not here")
 def test_published_tables_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a100.json.gz"
     table = DATA / "vidur_attention_a100.csv.gz"
-    assert invoke("import", table, "--format", "vidur", "--out", out, "-o", "json") == ExitCode.OK
+    assert invoke("import", table, "--format", "vidur", "--out", out, "-o", "json") == ProfileExitCode.OK
     (found,) = json.loads(capsys.readouterr().out)
     assert found["gpu"] == "A100-SXM-80GB"
     assert sum(one["points"] for one in found["tables"]) > 10_000

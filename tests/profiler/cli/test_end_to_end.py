@@ -28,7 +28,7 @@ ALL_OPS = {"dense", "prefill_attention", "decode_attention", "all_reduce", "tran
 
 
 def has_cuda() -> bool:
-    """Whether torch is here and sees a GPU."""
+    """Return whether torch is here and sees a GPU."""
     if find_spec("torch") is None:
         return False
     import torch

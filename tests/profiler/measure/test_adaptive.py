@@ -5,26 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from hetis.profiler.measure.adaptive import Campaign, SeriesState, StoppingRule, first_points
-from hetis.profiler.measure.points import Measured, Point, Sample, Series
+from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries, TimedSample
 
 
-def surface(name: str, *, bend: float = 1.0) -> tuple[Series, dict[object, float]]:
+def surface(name: str, *, bend: float = 1.0) -> tuple[PointSeries, dict[object, float]]:
     """A roofline over two sizes: launch, memory, compute; and the true seconds of every candidate."""
     points = [
-        Point(op="decode_attention", kernel=name, columns={"batch": 2**i, "context_tokens": 2**j})
+        MeasuredPoint(op="decode_attention", kernel=name, columns={"batch": 2**i, "context_tokens": 2**j})
         for i in range(8)
         for j in range(7, 15)
     ]
     work = {p.key: p.columns["batch"] * p.columns["context_tokens"] * 1e-9 for p in points}
     seconds = {key: max(1e-5, value) ** bend for key, value in work.items()}
-    return Series(name=name, candidates=tuple(points), axes=("batch", "context_tokens")), seconds
+    return PointSeries(name=name, candidates=tuple(points), axes=("batch", "context_tokens")), seconds
 
 
 def measured_to_the_end(campaign: Campaign, seconds: dict[object, float], limit: int = 500) -> int:
     count = 0
     while (choice := campaign.next()) is not None and count < limit:
         key = choice.point.key
-        campaign.add(Measured(point=choice.point, sample=Sample(seconds=seconds[key], spread=0.01)))
+        campaign.add(Measured(point=choice.point, sample=TimedSample(seconds=seconds[key], spread=0.01)))
         count += 1
     return count
 
@@ -61,7 +61,7 @@ def test_every_series_gets_its_least_points_first() -> None:
         choice = campaign.next()
         assert choice is not None
         seconds = (first | second)[choice.point.key]
-        campaign.add(Measured(point=choice.point, sample=Sample(seconds=seconds, spread=0.01)))
+        campaign.add(Measured(point=choice.point, sample=TimedSample(seconds=seconds, spread=0.01)))
     assert [len(state.measured) for state in campaign.states] == [8, 8]
     assert campaign.is_started()
 
@@ -76,7 +76,7 @@ def test_points_that_would_take_too_long_are_left_out() -> None:
 def test_one_of_a_group_brings_the_others() -> None:
     series, seconds = surface("a")
     groups = {point.key: str(point.columns["batch"]) for point in series.candidates}
-    grouped = Series(name="a", candidates=series.candidates, axes=series.axes, groups=groups)
+    grouped = PointSeries(name="a", candidates=series.candidates, axes=series.axes, groups=groups)
     campaign = Campaign([grouped], StoppingRule(min_points=9, uncertainty=0.2))
     measured_to_the_end(campaign, seconds)
     found = {point.key for point in (m.point for m in campaign.measured)}
@@ -91,7 +91,9 @@ def test_known_points_are_not_measured_again() -> None:
     count = measured_to_the_end(whole, seconds)
     again = Campaign([series], rule, whole.measured[: count - 2])
     assert measured_to_the_end(again, seconds) == 2
-    stranger = Measured(point=Point(op="gemm", kernel="x", columns={"m": 1}), sample=Sample(seconds=1.0, spread=0.0))
+    stranger = Measured(
+        point=MeasuredPoint(op="gemm", kernel="x", columns={"m": 1}), sample=TimedSample(seconds=1.0, spread=0.0)
+    )
     assert Campaign([series], rule, [stranger]).measured == []
 
 
@@ -104,12 +106,12 @@ def test_the_first_points_span_the_candidates() -> None:
 
 
 def test_a_series_of_one_point_is_measured_and_done() -> None:
-    point = Point(op="step", kernel="x", columns={"batch": 1})
-    state = SeriesState(series=Series(name="s", candidates=(point,), axes=("batch",)), rule=StoppingRule())
+    point = MeasuredPoint(op="step", kernel="x", columns={"batch": 1})
+    state = SeriesState(series=PointSeries(name="s", candidates=(point,), axes=("batch",)), rule=StoppingRule())
     choice = state.next()
     assert choice is not None
     assert choice.point == point
-    state.add(Measured(point=point, sample=Sample(seconds=1.0, spread=0.0)))
+    state.add(Measured(point=point, sample=TimedSample(seconds=1.0, spread=0.0)))
     assert state.next() is None
 
 
@@ -117,6 +119,6 @@ def test_what_cannot_be_measured_further_is_not_called_known() -> None:
     series, seconds = surface("a")
     campaign = Campaign([series], StoppingRule(uncertainty=0.05, min_points=5))
     for point in series.candidates:
-        campaign.add(Measured(point=point, sample=Sample(seconds=seconds[point.key], spread=2.0)))
+        campaign.add(Measured(point=point, sample=TimedSample(seconds=seconds[point.key], spread=2.0)))
     assert campaign.next() is None
     assert campaign.worst() > 0.05

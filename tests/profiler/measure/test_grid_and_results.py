@@ -11,8 +11,8 @@ from hetis.formats.measurements import MeasuredBy, MeasuredOp, load_measurements
 from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, matrices, series_of
 from hetis.profiler.measure.nvidia import GpuNews
-from hetis.profiler.measure.points import Measured, Sample
-from hetis.profiler.measure.results import to_measurements
+from hetis.profiler.measure.points import Measured, TimedSample
+from hetis.profiler.measure.session import to_measurements
 from hetis.solver.errors import InvalidProblemError
 
 LLAMA = find_model("meta-llama/Llama-3.1-8B").model
@@ -55,7 +55,9 @@ def test_models_without_kernels_are_refused(name: str, what: str) -> None:
 def test_measured_points_become_a_file_that_can_be_read(tmp_path: Path) -> None:
     found = series_of(LLAMA, EXTENT, paths=("d2d",), peer_kernel="gloo", peer_path="loopback")
     measured = [
-        Measured(point=point, sample=Sample(seconds=1.23456789e-3, spread=0.02, cold=point.op != "prefill_attention"))
+        Measured(
+            point=point, sample=TimedSample(seconds=1.23456789e-3, spread=0.02, cold=point.op != "prefill_attention")
+        )
         for one in found
         for point in one.candidates[:3]
     ]
@@ -74,7 +76,9 @@ def test_measured_points_become_a_file_that_can_be_read(tmp_path: Path) -> None:
 
 def test_points_that_a_cache_may_have_served_are_a_table_of_their_own_after_the_cold_ones() -> None:
     point = series_of(LLAMA, EXTENT, paths=("d2d",), peer_kernel="", peer_path="")[-1].candidates[0]
-    measured = [Measured(point=point, sample=Sample(seconds=1e-3, spread=0.0, cold=cold)) for cold in (False, True)]
+    measured = [
+        Measured(point=point, sample=TimedSample(seconds=1e-3, spread=0.0, cold=cold)) for cold in (False, True)
+    ]
     value = to_measurements("L4", MeasuredBy(tool="hetis-profile"), measured, [])
     assert [(table.cold, len(table)) for table in value.tables] == [(True, 1), (False, 1)]
 

@@ -8,13 +8,13 @@ import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.profiler.measure.journal import Journal, journal_of, points_in, read_journal
-from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 
 SETTINGS = {"device": "cpu", "model": "m"}
 FOUND = [
     Measured(
-        point=Point(op="transfer", kernel="copy", columns={"num_bytes": 2**i}, texts={"path": "d2d"}),
-        sample=Sample(seconds=1e-6 * i, spread=0.01),
+        point=MeasuredPoint(op="transfer", kernel="copy", columns={"num_bytes": 2**i}, texts={"path": "d2d"}),
+        sample=TimedSample(seconds=1e-6 * i, spread=0.01),
     )
     for i in range(1, 4)
 ]

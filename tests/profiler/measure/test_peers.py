@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.profiler.measure.peers import Peers, PeersLostError
+from hetis.profiler.measure.peers import PeerProcesses, PeersLostError
 
 ANSWERS = """
 import json, sys
@@ -27,7 +27,7 @@ def command(tmp_path: Path, program: str) -> list[str]:
 
 
 def test_requests_are_answered_in_turn(tmp_path: Path) -> None:
-    with Peers(("cpu", "cpu"), command(tmp_path, ANSWERS)) as peers:
+    with PeerProcesses(("cpu", "cpu"), command(tmp_path, ANSWERS)) as peers:
         peers.wait_until_ready()
         assert peers.timer("transfer", 1000)(5) == pytest.approx(5e-6)
         assert peers.timer("all_reduce", 2000)(1) == pytest.approx(2e-6)
@@ -35,7 +35,7 @@ def test_requests_are_answered_in_turn(tmp_path: Path) -> None:
 
 def test_a_peer_that_dies_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     with (
-        Peers(("cpu", "cpu"), command(tmp_path, DIES)) as peers,
+        PeerProcesses(("cpu", "cpu"), command(tmp_path, DIES)) as peers,
         pytest.raises(PeersLostError, match="no route to peer"),
     ):
         peers.wait_until_ready()

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.agent.actions import Action, Call, Cancel, EndStream, EngineRequest, EngineResponse, Persist, Send
+from hetis.runtime.agent.actions import (
+    Action,
+    Cancel,
+    EndStream,
+    EngineCall,
+    EngineRequest,
+    EngineResponse,
+    Persist,
+    Send,
+)
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.v1.agent_service_pb2 import (
     AbortChange,
@@ -243,7 +252,7 @@ class Bench:
         return hello
 
     def hear(self, message: ConnectNodeResponse) -> list[ConnectNodeRequest]:
-        """What the agent says to a message."""
+        """Return what the agent says to a message."""
         return self.do(self.core.handle(message, self.now_s))
 
     def tick(self, seconds: float = 0.0) -> list[ConnectNodeRequest]:
@@ -273,7 +282,7 @@ class Bench:
                         self.disk[action.part] = action.body
                 case Send():
                     said.append(action.message)
-                case Call():
+                case EngineCall():
                     self.calls[action.number] = action.request
                 case Cancel():
                     self.calls.pop(action.number, None)

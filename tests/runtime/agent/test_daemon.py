@@ -6,19 +6,19 @@ import asyncio
 import random
 from pathlib import Path
 
-from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.runtime.agent.daemon import AgentDaemon
 from hetis.runtime.agent.devices.simulated import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
-from hetis.runtime.agent.recording import RecordingExecutor
 from hetis.runtime.agent.sources import executor_reports
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.report_pb2 import DeviceReport
 from tests.runtime.agent.builders import NODE, STEERED
 from tests.runtime.agent.planner_double import WAIT_S, PlannerDouble
+from tests.runtime.agent.recording import RecordingExecutor
 
 
 def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
@@ -32,7 +32,9 @@ def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
         async with PlannerDouble() as planner:
             daemon = AgentDaemon(core, state, executor, executor_reports(executor), devices, metrics)
             address = PlannerAddress(server=planner.address, is_plain=True)
-            running = asyncio.create_task(daemon.run(PlannerStream(address, daemon, Waiting(random.Random(0)))))
+            running = asyncio.create_task(
+                daemon.run(PlannerStream(address, daemon, ReconnectBackoff(random.Random(0))))
+            )
 
             def gauge(name: str, index: str) -> float | None:
                 labels = {"index": index, "gpu_type": "L4"}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.runtime.agent.disk import StateDirectory, StateError
-from hetis.runtime.agent.held import HeldReplica
+from hetis.runtime.agent.replica_state import ReplicaState
 from tests.runtime.agent.builders import REPLICA, Bench, Planner, change
 
 
@@ -139,8 +139,8 @@ def test_a_held_replica_is_the_same_after_a_round_trip() -> None:
     bench.hear(Planner().prepare(change()))
     (held,) = bench.core.held()
     body = held.to_bytes(clock="boot-1")
-    assert HeldReplica.from_bytes(body, clock="boot-1").to_bytes(clock="boot-1") == body
-    (kept,) = HeldReplica.from_bytes(body, clock="boot-2").changes.values()
+    assert ReplicaState.from_bytes(body, clock="boot-1").to_bytes(clock="boot-1") == body
+    (kept,) = ReplicaState.from_bytes(body, clock="boot-2").changes.values()
     assert kept.deadline_s == float("-inf")
 
 

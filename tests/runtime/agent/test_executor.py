@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor, check_socket
-from hetis.runtime.agent.recording import RecordingExecutor
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.agent.simulated.server import SimulatedServer
@@ -26,6 +25,7 @@ from hetis.v1.executor_service_pb2 import (
 )
 from hetis.v1.replica_pb2 import EnginePeer
 from tests.runtime.agent.builders import ABORTED, FLIPPED, REPLICA, TARGET, assignment, change
+from tests.runtime.agent.recording import RecordingExecutor
 
 
 def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> None:

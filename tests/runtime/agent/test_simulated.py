@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission, SolverAdmission
+from hetis.runtime.agent.simulated.admission import AdmissionRule, ProportionalAdmission, SolverAdmission
 from hetis.runtime.agent.simulated.control import Control, ControlError, ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.executor.refusals import RefusedError, reason_name
@@ -42,7 +42,7 @@ BUSY = Control(rate_rps=20, prompt_tokens=100, output_tokens=200, load_s=0, dens
 
 
 def engine_with(
-    model: StageModel | None = None, *, control: Control = BUSY, seed: int = 1, admission: Admission | None = None
+    model: StageModel | None = None, *, control: Control = BUSY, seed: int = 1, admission: AdmissionRule | None = None
 ) -> SimulatedEngine:
     engine = SimulatedEngine("p", 4, seed=seed, admission=admission, engine_id="e")
     engine.control = control
@@ -173,7 +173,7 @@ def test_a_draining_replica_takes_nothing_new_and_stops_when_it_is_empty() -> No
 
 
 @pytest.mark.parametrize("admission", [ProportionalAdmission(), SolverAdmission()], ids=["proportional", "solver"])
-def test_a_tensor_parallel_primary_stays_even(admission: Admission) -> None:
+def test_a_tensor_parallel_primary_stays_even(admission: AdmissionRule) -> None:
     engine = engine_with(stage_model(blocks=2000, tp=2), admission=admission)
     engine.step(5.0)
     requests = engine.head_maps(REPLICA).head_maps[0].requests

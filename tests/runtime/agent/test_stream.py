@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, MOST_WAIT_S, PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, MOST_WAIT_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Hello, StateRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure
@@ -41,7 +41,7 @@ class Listener:
         self.ends.append(reason)
 
 
-class Soon(Waiting):
+class Soon(ReconnectBackoff):
     """Tries again at once."""
 
     def __init__(self, seed: random.Random) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 from hetis.runtime.agent.actions import EngineRequest, EngineResponse
-from hetis.runtime.agent.held import HeldReplica
+from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.executor.refusals import RefusedError, unreachable
@@ -352,10 +352,10 @@ class World:
             known = [held.changes.known.get(change_id) for held in self.engines[node]._held.values()]
             assert not any(found is not None and found.parts for found in known), f"{node} gave up what was flipped"
 
-    def _check_disk(self, bench: Bench, entry: HeldReplica) -> None:
+    def _check_disk(self, bench: Bench, entry: ReplicaState) -> None:
         if not entry.generation:
             return
-        saved = HeldReplica.from_bytes(bench.disk[entry.replica], clock="boot-1")
+        saved = ReplicaState.from_bytes(bench.disk[entry.replica], clock="boot-1")
         assert (saved.generation, saved.epoch, saved.assignment, saved.nonce) == (
             entry.generation,
             entry.epoch,

@@ -65,7 +65,8 @@ def compile_all(folder: Path, *, is_quick: bool) -> None:
 
 
 def run_apart(program: str, *arguments: str, **variables: str) -> str:
-    """What a program beside this file prints, in a process of its own: Triton interprets all, or compiles all."""
+    """Return what a program beside this file prints, in a process of its own: Triton interprets all, or compiles
+    all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", f"tests.runtime.attention.{program}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800, check=False)

@@ -161,7 +161,7 @@ def vllm_of(*words: str) -> str:
 
 
 def alone(model: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """What transformers makes of the model."""
+    """Return what transformers makes of the model."""
     import torch
     import transformers
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.measured.calibration import Calibration, calibrate, with_exchange
 from hetis.runtime.measured.coefficients import Coefficients, device_seconds, scaled, with_coefficients
-from hetis.runtime.measured.fitting import Call, fit_calls, nonnegative_fit
+from hetis.runtime.measured.fitting import TimedCall, fit_calls, nonnegative_fit
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from tests.runtime.measured.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
 
@@ -48,7 +48,9 @@ def test_the_fit_finds_coefficients_that_are_not_negative(truth: list[float], se
 
 
 def test_calls_are_fitted_by_their_relative_errors_and_none_give_nothing() -> None:
-    calls = [Call(heads=h, kv_bytes=g, seconds=2e-6 * h + 5e-10 * g + 1e-5) for h in (1, 8) for g in (1e3, 1e6, 1e8)]
+    calls = [
+        TimedCall(heads=h, kv_bytes=g, seconds=2e-6 * h + 5e-10 * g + 1e-5) for h in (1, 8) for g in (1e3, 1e6, 1e8)
+    ]
     assert fit_calls(calls) == pytest.approx((2e-6, 5e-10, 1e-5))
     assert fit_calls([]) == (0.0, 0.0, 0.0)
 

@@ -13,14 +13,14 @@ import torch
 
 from hetis.runtime.transport import connecting, shm
 from hetis.runtime.transport.channel import Channel, PipeChannel
-from hetis.runtime.transport.connecting import ChannelKind, Endpoint, accept, connect
+from hetis.runtime.transport.connecting import ChannelKind, WorkerEndpoint, accept, connect
 from hetis.runtime.transport.errors import ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.shm import SharedFile, is_supported
 from hetis.runtime.transport.tcp import TcpPipe
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="no shared memory here")
-PING = Frame(kind=Kind.PING, epoch=1, session=1)
+PING = Frame(kind=FrameKind.PING, epoch=1, session=1)
 Accepted = Future[tuple[Channel, Frame]]
 
 
@@ -32,13 +32,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[[], tuple[Endpoint, Accepted]]]:
+def worker() -> Iterator[Callable[[], tuple[WorkerEndpoint, Accepted]]]:
     """Listens, and accepts one connection in a thread."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener, ThreadPoolExecutor() as threads:
         listener.settimeout(10)
 
-        def serve() -> tuple[Endpoint, Accepted]:
-            endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
+        def serve() -> tuple[WorkerEndpoint, Accepted]:
+            endpoint = WorkerEndpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
             return endpoint, threads.submit(lambda: accept(listener.accept()[0], stall_s=10))
 
         yield serve
@@ -49,19 +49,19 @@ def refuse(path: Path) -> SharedFile:
 
 
 @contextmanager
-def ends(worker: Callable[[], tuple[Endpoint, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
+def ends(worker: Callable[[], tuple[WorkerEndpoint, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
     """An engine's and a worker's, once the first frame is through."""
     endpoint, accepted = worker()
     with closing(connect(endpoint)) as one:
         one.send([PING])
         other, first = accepted.result(10)
         with closing(other):
-            assert first.kind is Kind.PING
+            assert first.kind is FrameKind.PING
             yield one, other
 
 
 def test_both_ends_take_the_memory_and_its_names_go(
-    folder: Path, worker: Callable[[], tuple[Endpoint, Accepted]]
+    folder: Path, worker: Callable[[], tuple[WorkerEndpoint, Accepted]]
 ) -> None:
     with ends(worker) as (one, other):
         assert one.name.startswith("shm over ")
@@ -73,7 +73,7 @@ def test_both_ends_take_the_memory_and_its_names_go(
 
 def test_where_the_worker_cannot_open_the_memory_the_socket_does(
     folder: Path,
-    worker: Callable[[], tuple[Endpoint, Accepted]],
+    worker: Callable[[], tuple[WorkerEndpoint, Accepted]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -98,18 +98,20 @@ def test_an_engine_that_is_stopped_meanwhile_leaves_nothing(folder: Path, monkey
 
     monkeypatch.setattr(PipeChannel, "receive", stop)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(SystemExit):
-        connect(Endpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"k" * 16))
+        connect(WorkerEndpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"k" * 16))
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", [b"/dev/shm/hetis-\0", b"/dev/shm/hetis-none", b"\xff", b"/etc/passwd"])
-def test_a_path_that_is_none_of_ours_is_refused(worker: Callable[[], tuple[Endpoint, Accepted]], path: bytes) -> None:
+def test_a_path_that_is_none_of_ours_is_refused(
+    worker: Callable[[], tuple[WorkerEndpoint, Accepted]], path: bytes
+) -> None:
     endpoint, accepted = worker()
     with closing(PipeChannel(TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=10))) as stranger:
         words = torch.frombuffer(bytearray(path), dtype=torch.uint8)
-        stranger.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(words,))])
+        stranger.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(words,))])
         answer = stranger.receive(10)
         assert answer is not None
-        assert answer.kind is Kind.ERROR
+        assert answer.kind is FrameKind.ERROR
     with pytest.raises(ChannelError):
         accepted.result(10)

@@ -21,17 +21,25 @@ from hypothesis import strategies as st
 
 from hetis.runtime.transport import shm
 from hetis.runtime.transport.channel import Channel, PipeChannel
-from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
+from hetis.runtime.transport.connecting import ChannelKind, WorkerEndpoint, connect
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
-from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, Kind, bytes_of, header_of, read_header
-from hetis.runtime.transport.inproc import InprocPipe
+from hetis.runtime.transport.frames import (
+    HEADER_BYTES,
+    MOST_BODY_BYTES,
+    Frame,
+    FrameKind,
+    bytes_of,
+    header_of,
+    read_header,
+)
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import AHEAD_BYTES, TcpPipe
+from tests.runtime.transport.inproc import InprocPipe
 
 Ends = tuple[PipeChannel, PipeChannel]
 
 
-def frame(size: int, *, serial: int = 0, kind: Kind = Kind.ATTEND) -> Frame:
+def frame(size: int, *, serial: int = 0, kind: FrameKind = FrameKind.ATTEND) -> Frame:
     body = (torch.arange(size) % 251).to(torch.uint8)
     return Frame(kind=kind, epoch=3, session=2**63 - 1, serial=serial, step=5, layer=7, counts=(1, 2, 3), parts=(body,))
 
@@ -256,8 +264,8 @@ def test_an_end_that_reads_nothing_stalls_the_writer(kind: str) -> None:
     ],
 )
 def test_a_wrong_header_says_what_is_wrong(place: int, value: int, says: str) -> None:
-    header = bytearray(header_of(frame(0, kind=Kind.ATTEND)))
-    header[6] = Kind.ATTEND
+    header = bytearray(header_of(frame(0, kind=FrameKind.ATTEND)))
+    header[6] = FrameKind.ATTEND
     header[place] = value
     with pytest.raises(FrameError, match=says.replace("kind 2 ", "kind . ")):
         read_header(header)
@@ -265,14 +273,14 @@ def test_a_wrong_header_says_what_is_wrong(place: int, value: int, says: str) ->
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.sampled_from(Kind),
+    st.sampled_from(FrameKind),
     st.tuples(*[st.integers(0, 2**64 - 1)] * 3),
     st.tuples(*[st.integers(0, 2**32 - 1)] * 5),
     st.sampled_from(["", "float32", "float64", "bfloat16", "float16"]),
     st.integers(0, 300),
 )
 def test_a_header_says_what_the_frame_said(
-    kind: Kind, long: tuple[int, int, int], short: tuple[int, int, int, int, int], dtype: str, size: int
+    kind: FrameKind, long: tuple[int, int, int], short: tuple[int, int, int, int, int], dtype: str, size: int
 ) -> None:
     (epoch, session, serial), (step, layer, *counts) = long, short
     written = Frame(
@@ -322,7 +330,7 @@ def test_where_shared_memory_has_no_room_the_socket_does(
     monkeypatch.setattr(shm, "FOLDER", tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
+        endpoint = WorkerEndpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
         with closing(connect(endpoint)) as channel:
             assert channel.name.startswith("tcp:")
         assert "no shared memory: No space left on device" in caplog.text

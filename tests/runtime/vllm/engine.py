@@ -233,12 +233,12 @@ def sampled(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """What the plugin has measured and counted since the start."""
-    from hetis.runtime.vllm.counts import Counts
+    """Return what the plugin has measured and counted since the start."""
+    from hetis.runtime.vllm.counts import SchedulerCounts
 
     stage = engine.side.costs.stage
     return {
-        "counts": Counts(engine.side).take(is_last=True),
+        "counts": SchedulerCounts(engine.side).take(is_last=True),
         "head_s": stage.head_s[:, 0].tolist(),
         "kv_byte_s": stage.kv_byte_s[:, 0].tolist(),
         "call_s": stage.call_s[:, 0].tolist(),

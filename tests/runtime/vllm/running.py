@@ -28,7 +28,7 @@ Acts = list[dict[str, Any]]
 
 
 def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) -> list[dict[str, Any]]:
-    """What each act returned."""
+    """Return what each act returned."""
     scenario = {"model": str(model), "hetis": config is not None, "acts": acts, "options": options}
     environment = os.environ | {
         # Of this tree, whichever the environment was made for.

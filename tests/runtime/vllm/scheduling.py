@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
-from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steering import SteeredVllm
 from hetis.runtime.vllm.steps import LOCAL, DeviceReport, Event, MoveStep, RankReport, StepPlan
 from hetis.runtime.vllm.surroundings import surround
@@ -62,7 +62,7 @@ class CountedBlocks:
         return self.free
 
     def take(self, request_id: str, tokens: int) -> bool:
-        """What vLLM does for a request that is to have room for so many tokens; False: there is none."""
+        """Do what vLLM does for a request that is to have room for so many tokens; False: there is none."""
         needed = -(-tokens // BLOCK)
         if not self.homes.has_room(request_id, tokens):
             return False
@@ -196,7 +196,7 @@ class World:
         }
         self.now_s, self.epoch, self.generation = 100.0, 1, 0
         self.blocks = CountedBlocks(pool)
-        self.side = SchedulerSide(Settings.model_validate(document))
+        self.side = SchedulerSide(PluginSettings.model_validate(document))
         heads = head_shape(groups=GROUPS, queries=2, head_dim=8, item_bytes=4, block_tokens=BLOCK)
         self.side.bind(self.blocks, EngineShape(heads=heads, num_layers=LAYERS, tensor_parallel=ranks))
         attached = surround(self.side)

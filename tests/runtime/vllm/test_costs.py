@@ -7,8 +7,8 @@ import pytest
 from hetis.runtime.measured.calibration import Calibration
 from hetis.runtime.measured.coefficients import Coefficients
 from hetis.runtime.measured.timed import Taken
-from hetis.runtime.vllm.costs import HERE, Costs, head_shape
-from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, Counts, merged, summary
+from hetis.runtime.vllm.costs import HERE, EngineCosts, head_shape
+from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
 from hetis.runtime.vllm.steps import DeviceReport, RankReport
 from tests.runtime.vllm.scheduling import NAMES, World
 
@@ -29,7 +29,7 @@ def test_a_group_has_all_its_queries_and_exchanges_its_key_and_value_once() -> N
 
 
 def test_of_several_ranks_the_slowest_counts() -> None:
-    costs = Costs(SHAPE, ["w"])
+    costs = EngineCosts(SHAPE, ["w"])
     costs.measured(0, {0: calibration(3e-6), 1: calibration(1e-6, call_s=9e-6)})
     costs.measured(1, {0: calibration(2e-6, copy_byte_s=5e-9), 1: calibration(4e-6)})
     assert costs.stage.devices == (HERE, "w")
@@ -40,7 +40,7 @@ def test_of_several_ranks_the_slowest_counts() -> None:
 
 def test_what_the_plan_says_counts_only_where_nothing_was_measured() -> None:
     planned = {"w": Coefficients(pieces=((7e-6, 0.0, 0.0),))}
-    costs = Costs(SHAPE, ["w"])
+    costs = EngineCosts(SHAPE, ["w"])
     costs.planned(planned)
     assert costs.stage.head_s[1, 0] == 7e-6
     costs.measured(0, {0: calibration(3e-6), 1: calibration(1e-6)})
@@ -73,7 +73,7 @@ def test_the_solver_sends_groups_where_they_cost_least() -> None:
 def test_counts_say_what_happened_since_the_last_time() -> None:
     now_s = 0.0
     world = World(policy="remote")
-    counts = Counts(world.side, clock=lambda: now_s)
+    counts = SchedulerCounts(world.side, clock=lambda: now_s)
     assert counts.take(is_last=False) is not None
     world.add("a")
     name = world.side.allocator.running[0]

@@ -139,7 +139,7 @@ def _checkpoint(family: str, parent: Path) -> Path:
 
 @cache
 def _stock(family: str, options: str, parent: Path) -> dict[str, dict[str, Any]]:
-    """What stock vLLM, in one process and eager, says to the acts of all rows that compare with it: by act."""
+    """Return what stock vLLM, in one process and eager, says to the acts of all rows that compare with it: by act."""
     acts = {
         json.dumps(asked): asked
         for row in ROWS

@@ -19,10 +19,9 @@ from hypothesis import strategies as st
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import DeviceLostError
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.vllm.batch import Part
-from hetis.runtime.vllm.direct import attend_directly
-from hetis.runtime.vllm.rank import Rank
-from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, Grown, Move, MoveStep, Rehomed, StepPlan
+from hetis.runtime.vllm.batch import VirtualBatch
+from hetis.runtime.vllm.rank import Rank, attend_directly
+from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
 
 GROUPS, QUERIES, DIM, LAYERS, BLOCK = 3, 2, 8, 2, 4
@@ -67,7 +66,7 @@ class Blocks:
         at = _slots(blocks, first, first + k.shape[1])
         self.kv[0][:, at], self.kv[1][:, at] = k, v
 
-    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
+    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
         return part, tables
 
 
@@ -134,7 +133,7 @@ class World:
         self.free = list(range(399, 0, -1))
         self.events: list[Event] = []
         self.plans = self.numbers = self.moves = self.committed = self.restarts = 0
-        self.open: dict[int, Move] = {}
+        self.open: dict[int, GroupMove] = {}
         self.spoils = 0.0  # how often another rank makes a request's step void, of which this one knows nothing
 
     # --- the scheduler
@@ -169,7 +168,7 @@ class World:
         if not groups or target == source:
             return
         self.moves += 1
-        move = Move(self.moves, one.anchor, groups[: self.rng.randrange(1, len(groups) + 1)], source, target)
+        move = GroupMove(self.moves, one.anchor, groups[: self.rng.randrange(1, len(groups) + 1)], source, target)
         if target == LOCAL:
             for group in move.groups:
                 self.grow(one, group, max(one.computed, 1))
@@ -187,7 +186,7 @@ class World:
         if move.source == LOCAL:
             self._free(move)
 
-    def _free(self, move: Move) -> None:
+    def _free(self, move: GroupMove) -> None:
         one = next(one for one in self.running if one.anchor == move.anchor)
         for group in move.groups:
             self.free += one.tables[group]
@@ -339,7 +338,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
     world.events = [Admitted(one.anchor, one.number, tuple(one.devices))]
     for _ in range(3):
         world.step()
-    move = Move(1, one.anchor, (0,), LOCAL, 1)
+    move = GroupMove(1, one.anchor, (0,), LOCAL, 1)
     world.events.append(MoveStep("begin", move))
     world.spoils = 1.0
     world.step()

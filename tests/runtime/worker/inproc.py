@@ -9,10 +9,10 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.shape import KvShape
 from hetis.runtime.transport.channel import PipeChannel
 from hetis.runtime.transport.errors import ChannelError
-from hetis.runtime.transport.frames import Frame, Kind, bytes_of, header_of
-from hetis.runtime.transport.inproc import InprocPipe
+from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of, header_of
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
+from tests.runtime.transport.inproc import InprocPipe
 
 KEY = bytes(range(16))
 
@@ -36,7 +36,7 @@ class InprocWorker:
     pages: int
     fault: Fault | None = None
     fault_at: int = -1
-    handled: list[Kind] = field(default_factory=list)
+    handled: list[FrameKind] = field(default_factory=list)
     has_failed: bool = False
     is_running: bool = True
     core: WorkerCore = field(init=False)
@@ -83,7 +83,7 @@ class InprocWorker:
         self.run(self._channel, self._pipe)
 
     def _handle(self, frame: Frame, channel: PipeChannel) -> None:
-        if frame.kind is Kind.BYE:
+        if frame.kind is FrameKind.BYE:
             self._leave(channel)
             return
         answer = self.core.handle(frame)

@@ -10,7 +10,7 @@ import torch
 from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import DeviceLostError, UnknownSequenceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
-from hetis.runtime.transport.frames import Frame, Kind, bytes_of
+from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of
 from hetis.runtime.transport.messages import ErrorCode, Hello, read_error
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
@@ -45,7 +45,7 @@ def carry(device: RemoteDevice) -> None:
 def test_a_copy_has_every_kind_of_message_that_moves_have() -> None:
     worker = InprocWorker("w0", PAGES)
     carry(worker.join(SHAPE))
-    assert {Kind.ADOPT, Kind.EXPORT, Kind.DIGEST, Kind.DROP, Kind.PING} <= set(worker.handled)
+    assert {FrameKind.ADOPT, FrameKind.EXPORT, FrameKind.DIGEST, FrameKind.DROP, FrameKind.PING} <= set(worker.handled)
 
 
 @pytest.mark.parametrize("fault", Fault)
@@ -74,10 +74,10 @@ def test_a_zombie_that_serves_an_old_connection_answers_nobody() -> None:
     worker = InprocWorker("w0", PAGES)
     old = worker.join(SHAPE)
     new = worker.join(SHAPE)
-    answer = worker.core.handle(old._session.frame(Kind.PING))
+    answer = worker.core.handle(old._session.frame(FrameKind.PING))
     assert answer is not None
-    assert answer.kind is Kind.ERROR
-    assert worker.core.handle(old._session.frame(Kind.BEGIN)) is None
+    assert answer.kind is FrameKind.ERROR
+    assert worker.core.handle(old._session.frame(FrameKind.BEGIN)) is None
     assert worker.core.device is not None
     assert len(worker.core.device.pool) == 0
     carry(new)
@@ -93,7 +93,7 @@ def test_a_worker_without_memory_for_its_kv_says_so_and_lives() -> None:
         assert answer is not None
         assert answer.counts[0] == ErrorCode.FAILED
         assert read_error(received(answer))[2] == "no memory for its KV: you tried to allocate 990 TiB"
-    assert core.handle(Frame(kind=Kind.FINISH, epoch=2, session=2)) is None  # nobody is served
+    assert core.handle(Frame(kind=FrameKind.FINISH, epoch=2, session=2)) is None  # nobody is served
 
 
 def test_kv_of_an_earlier_incarnation_is_refused_and_that_of_a_later_one_takes_its_place() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.transport.keys import InvalidKeyError, key_of, read_key
-from hetis.runtime.worker.options import VARIABLES, OptionError, WorkerOptions, read_options
+from hetis.runtime.worker.options import VARIABLES, WorkerOptionError, WorkerOptions, read_options
 from tests.command_line import command_of, run_command
 
 SECRET = "nobody knows this sentence"
@@ -74,7 +74,7 @@ def test_all_that_is_wrong_is_said_with_its_source() -> None:
         "HETIS_WORKER_THREADS": "0",
         "HETIS_WORKER_LISTEN": "0.0.0.0:70000",
     }
-    with pytest.raises(OptionError) as caught:
+    with pytest.raises(WorkerOptionError) as caught:
         read_options(["--timeout", "nan", "--log-level", "loud"], variables)
     messages = caught.value.messages
     assert messages[:2] == (
@@ -109,7 +109,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> Non
     says = f"{path}: its mode is {mode:04o}: others may use it, must be 0600 or 0400"
     with pytest.raises(InvalidKeyError, match=re.escape(says)):
         read_key(path, {})
-    with pytest.raises(OptionError, match=re.escape(says)):
+    with pytest.raises(WorkerOptionError, match=re.escape(says)):
         read_options([*REQUIRED, "--key-file", str(path)], {})
 
 

@@ -15,7 +15,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnknownSequenceError
 from hetis.runtime.kv.shape import SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Frame, Kind, read_header
+from hetis.runtime.transport.frames import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Frame, FrameKind, read_header
 from hetis.runtime.transport.messages import Hello
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
@@ -28,7 +28,7 @@ SESSION = 7
 
 
 @pytest.fixture(scope="module")
-def messages() -> tuple[Kind, ...]:
+def messages() -> tuple[FrameKind, ...]:
     """What a worker is sent when nothing goes wrong."""
     worker = InprocWorker("w0", PAGES)
     check(worker.join(CASE.shape()), CASE)
@@ -37,7 +37,7 @@ def messages() -> tuple[Kind, ...]:
 
 @pytest.mark.parametrize("fault", Fault)
 def test_a_fault_at_any_message_is_a_lost_device_and_the_next_connection_computes_all_again(
-    fault: Fault, messages: tuple[Kind, ...]
+    fault: Fault, messages: tuple[FrameKind, ...]
 ) -> None:
     for index in range(1, len(messages)):
         worker = InprocWorker("w0", PAGES, fault=fault, fault_at=index)
@@ -108,11 +108,11 @@ def begun(pages: int = 20) -> WorkerCore:
     """A worker that has an engine, and is within a step of a range of 3 positions."""
     core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, pages), key=KEY)
     core.handle(received(Hello(shape=CASE.shape(), key=KEY).frame(epoch=1, session=SESSION)))
-    core.handle(frame_of(Kind.BEGIN, (2, 4, 0), np.array([[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]).tobytes()))
+    core.handle(frame_of(FrameKind.BEGIN, (2, 4, 0), np.array([[0, 1], [0, 0], [0, 0], [0, 0], [3, 1]]).tobytes()))
     return core
 
 
-def frame_of(kind: Kind, counts: tuple[int, int, int], body: bytes, *, layer: int = 0, dtype: str = "") -> Frame:
+def frame_of(kind: FrameKind, counts: tuple[int, int, int], body: bytes, *, layer: int = 0, dtype: str = "") -> Frame:
     raw = np.frombuffer(bytearray(body), np.uint8)
     return Frame(kind=kind, epoch=1, session=SESSION, layer=layer, counts=counts, dtype=dtype, parts=(raw,))
 
@@ -139,15 +139,15 @@ def test_ranges_that_contradict_themselves_end_the_connection(
     counts: tuple[int, int, int], columns: list[list[int]]
 ) -> None:
     with pytest.raises(FrameError, match="BEGIN"):
-        begun().handle(frame_of(Kind.BEGIN, counts, np.array(columns, np.int64).tobytes()))
+        begun().handle(frame_of(FrameKind.BEGIN, counts, np.array(columns, np.int64).tobytes()))
 
 
 def test_queries_of_another_number_than_was_begun_end_the_connection() -> None:
     rows = torch.zeros(2, CASE.r + 2, CASE.d).numpy().tobytes()
     with pytest.raises(FrameError, match="ATTEND of 2 positions in layer 0: 4 were begun"):
-        begun().handle(frame_of(Kind.ATTEND, (2, 0, 0), rows, dtype="float32"))
+        begun().handle(frame_of(FrameKind.ATTEND, (2, 0, 0), rows, dtype="float32"))
     with pytest.raises(FrameError, match=f"in layer {LAYERS}"):
-        begun().handle(frame_of(Kind.ATTEND, (4, 0, 0), 2 * rows, layer=LAYERS, dtype="float32"))
+        begun().handle(frame_of(FrameKind.ATTEND, (4, 0, 0), 2 * rows, layer=LAYERS, dtype="float32"))
 
 
 numbers = st.one_of(st.integers(0, 5), st.integers(0, 2**32 - 1))
@@ -157,7 +157,7 @@ words = st.one_of(st.integers(-2, 30), st.integers(-(2**63), 2**63 - 1))
 @given(
     frames=st.lists(
         st.tuples(
-            st.sampled_from([kind for kind in Kind if kind is not Kind.HELLO]),
+            st.sampled_from([kind for kind in FrameKind if kind is not FrameKind.HELLO]),
             st.tuples(numbers, numbers, numbers),
             st.one_of(
                 st.lists(words, max_size=16).map(lambda some: struct.pack(f"<{len(some)}q", *some)),
@@ -172,7 +172,7 @@ words = st.one_of(st.integers(-2, 30), st.integers(-(2**63), 2**63 - 1))
 )
 @settings(max_examples=150)
 def test_whatever_frames_come_a_worker_answers_or_hangs_up_and_keeps_its_pages_in_order(
-    frames: list[tuple[Kind, tuple[int, int, int], bytes, int, str]],
+    frames: list[tuple[FrameKind, tuple[int, int, int], bytes, int, str]],
 ) -> None:
     core = begun()
     for kind, counts, body, layer, dtype in frames:
@@ -187,7 +187,7 @@ def test_whatever_frames_come_a_worker_answers_or_hangs_up_and_keeps_its_pages_i
     hello = Hello(shape=CASE.shape(), key=KEY).frame(epoch=2, session=SESSION + 1)
     answer = core.handle(received(hello))
     assert answer is not None
-    assert answer.kind is Kind.WELCOME
+    assert answer.kind is FrameKind.WELCOME
     assert core.device is not None
     assert core.device.pool.free_pages == core.device.num_pages
 
@@ -209,7 +209,7 @@ def test_a_header_is_read_as_it_was_written_or_refused(kind: int, dtype: int, re
     try:
         frame, body = read_header(raw, most_body_bytes=10_000)
     except FrameError:
-        assert kind not in set(Kind) or dtype >= len(DTYPES) or body_bytes > 10_000
+        assert kind not in set(FrameKind) or dtype >= len(DTYPES) or body_bytes > 10_000
         return
     assert (frame.kind, DTYPES.index(frame.dtype), len(body)) == (kind, dtype, body_bytes)
     assert [*frame[1:6], *frame.counts] == rest
@@ -220,7 +220,7 @@ def test_no_greeting_breaks_a_worker(shape: tuple[int, int, int, int], body: byt
     core = WorkerCore("w0", lambda shape: LocalDevice("w0", shape, 0), key=KEY)
     layers, *counts = shape
     hello = Frame(
-        kind=Kind.HELLO,
+        kind=FrameKind.HELLO,
         epoch=1,
         session=1,
         layer=layers % 30,
@@ -233,7 +233,7 @@ def test_no_greeting_breaks_a_worker(shape: tuple[int, int, int, int], body: byt
     except FrameError:
         return
     assert answer is not None
-    assert answer.kind is Kind.ERROR  # nobody guesses the key
+    assert answer.kind is FrameKind.ERROR  # nobody guesses the key
 
 
 def test_a_device_that_was_lost_does_nothing_more() -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Primary, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Primary, Requests, Stage
 
 LoadKind = Literal["level", "uneven", "idle"]
 
@@ -82,7 +82,7 @@ def random_problem(
         primary=primary,
     )
     kv_bytes = running_bytes * on_device * (1 if primary is None else np.where(np.arange(num_devices) == 0, tp, 1))
-    running = Load(heads=running_heads, kv_bytes=kv_bytes, free_blocks=free_blocks)
+    running = DeviceLoad(heads=running_heads, kv_bytes=kv_bytes, free_blocks=free_blocks)
     return DispatchProblem(stage=stage, load=running, requests=requests)
 
 

@@ -14,7 +14,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, admit
 from hetis.solver.dispatch.exact import solve_exactly
 from hetis.solver.dispatch.exact_admission import admit_exactly
-from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, IntArray, Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, IntArray, Requests
 from hetis.solver.dispatch.result import DispatchPlan, Resource
 from hetis.solver.dispatch.solve import solve_dispatch
 from tests.solver.dispatch.instances import problems, random_problem
@@ -73,7 +73,7 @@ def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> 
     blocks = contexts // 16
     free = np.diff(np.sort(np.concatenate([[0], rng.integers(0, blocks.sum() + 3, 2), [blocks.sum() + 2]])))
     problem = DispatchProblem(
-        stage=stage_of(3, heads=MLA), load=Load.idle(free), requests=requests_of(*contexts.tolist())
+        stage=stage_of(3, heads=MLA), load=DeviceLoad.idle(free), requests=requests_of(*contexts.tolist())
     )
     plan = solve_exactly(problem)
     admitted: list[int] = []
@@ -88,7 +88,7 @@ def test_whole_requests_are_refused_only_if_they_cannot_be_placed(seed: int) -> 
 
 
 def fit_by_enumeration(free: list[int], unit: list[int], blocks: list[int], head_groups: int) -> bool:
-    """Whether some split of every request's groups over the devices keeps to all blocks."""
+    """Return whether some split of every request's groups over the devices keeps to all blocks."""
     splits = [
         split for split in itertools.product(*(range(0, head_groups + 1, u) for u in unit)) if sum(split) == head_groups
     ]
@@ -178,7 +178,7 @@ def test_a_primary_that_takes_several_groups_is_packed_too(tp: int) -> None:
 def test_a_request_makes_room_for_the_next(solve: type[solve_dispatch]) -> None:
     # 10 and 5 free blocks for latents of 5 and 10: the first device is the second one's.
     problem = DispatchProblem(
-        stage=stage_of(2, heads=MLA), load=Load.idle(np.array([10, 5])), requests=requests_of(80, 160)
+        stage=stage_of(2, heads=MLA), load=DeviceLoad.idle(np.array([10, 5])), requests=requests_of(80, 160)
     )
     plan = solve(problem)
     assert plan.groups.tolist() == [[0, 1], [1, 0]]
@@ -187,7 +187,7 @@ def test_a_request_makes_room_for_the_next(solve: type[solve_dispatch]) -> None:
 def test_earlier_requests_are_not_dropped_for_later_ones() -> None:
     # The first takes the only device with room for it; both that come after would fit without it.
     problem = DispatchProblem(
-        stage=stage_of(2, heads=MLA), load=Load.idle(np.array([10, 4])), requests=requests_of(96, 96, 80)
+        stage=stage_of(2, heads=MLA), load=DeviceLoad.idle(np.array([10, 4])), requests=requests_of(96, 96, 80)
     )
     plan = solve_exactly(problem)
     assert plan.groups.tolist() == [[1, 0], [0, 0], [0, 0]]
@@ -204,7 +204,7 @@ def unlucky() -> tuple[IntArray, IntArray]:
 def test_what_the_fast_path_overlooks_is_said_to_be_unproved() -> None:
     free, blocks = unlucky()  # all of them fit, with no block to spare
     problem = DispatchProblem(
-        stage=stage_of(24, heads=MLA), load=Load.idle(free), requests=requests_of(*(16 * blocks).tolist())
+        stage=stage_of(24, heads=MLA), load=DeviceLoad.idle(free), requests=requests_of(*(16 * blocks).tolist())
     )
     plan = solve_dispatch(problem)
     unproved = [unplaced for unplaced in plan.unplaced if not unplaced.proved]
@@ -219,7 +219,7 @@ def test_what_the_fast_path_overlooks_is_said_to_be_unproved() -> None:
 def test_a_spent_budget_proves_nothing_more() -> None:
     free, blocks = unlucky()
     problem = DispatchProblem(
-        stage=stage_of(24, heads=MLA), load=Load.idle(free), requests=requests_of(*(16 * blocks).tolist())
+        stage=stage_of(24, heads=MLA), load=DeviceLoad.idle(free), requests=requests_of(*(16 * blocks).tolist())
     )
     admission = admit_exactly(problem, budget=Budget(time_limit_s=0.0))
     assert np.any(admission.verdict == NOT_FOUND)

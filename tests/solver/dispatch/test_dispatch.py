@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from hetis.solver.dispatch.certificate import proven_bound
 from hetis.solver.dispatch.exact import improve_plan, solve_exactly
-from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.specification import solve_specification
 from hetis.solver.dispatch.tables import costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan, makespan_of
+from tests.solver.dispatch.specification import solve_specification
 
 CLOSE = 1e-9
 
@@ -178,7 +178,7 @@ def test_the_order_of_devices_does_not_matter_to_the_relaxation(seed: int) -> No
             transfer_byte_s=stage.transfer_byte_s[order],
             transfer_s=stage.transfer_s[order],
         ),
-        load=Load(heads=load.heads[order], kv_bytes=load.kv_bytes[order], free_blocks=load.free_blocks[order]),
+        load=DeviceLoad(heads=load.heads[order], kv_bytes=load.kv_bytes[order], free_blocks=load.free_blocks[order]),
         requests=problem.requests,
     )
     assert solve_dispatch(turned).bound_s == pytest.approx(solve_dispatch(problem).bound_s, rel=CLOSE)
@@ -218,7 +218,7 @@ def test_a_dispatcher_can_be_used_again() -> None:
     problem = random_problem(rng, num_devices=12, num_requests=8, free_ratio=1.3)
     dispatcher = Dispatcher(problem.stage)
     first = dispatcher.dispatch(problem.load, problem.requests)
-    dispatcher.dispatch(Load.idle(np.full(12, 10**6)), problem.requests)
+    dispatcher.dispatch(DeviceLoad.idle(np.full(12, 10**6)), problem.requests)
     again = dispatcher.dispatch(problem.load, problem.requests)
     assert np.array_equal(first.groups, again.groups)
     assert first.bound_s == again.bound_s
@@ -237,7 +237,7 @@ def test_two_equal_cards_share_a_request_evenly() -> None:
         transfer_s=np.zeros(2),
     )
     requests = Requests(ids=("r",), context_tokens=np.array([100]), growth_tokens=np.array([0]))
-    plan = solve_dispatch(DispatchProblem(stage=stage, load=Load.idle(np.array([1000, 1000])), requests=requests))
+    plan = solve_dispatch(DispatchProblem(stage=stage, load=DeviceLoad.idle(np.array([1000, 1000])), requests=requests))
     assert plan.groups.tolist() == [[4, 4]]
     assert plan.makespan_s == pytest.approx(14e-6, rel=CLOSE)
     assert plan.bound_s == pytest.approx(14e-6, rel=CLOSE)

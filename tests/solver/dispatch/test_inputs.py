@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_model
-from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, Load, Primary, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Primary, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
 from hetis.solver.dispatch.solve import Dispatcher, _place_admitted, solve_dispatch
 from hetis.solver.errors import InvalidProblemError
@@ -43,7 +43,7 @@ def requests_of(*context_tokens: int, growth_tokens: int = 0) -> Requests:
 
 
 def solve(stage: Stage, free_blocks: list[int], requests: Requests) -> tuple[DispatchProblem, DispatchPlan]:
-    problem = DispatchProblem(stage=stage, load=Load.idle(np.array(free_blocks)), requests=requests)
+    problem = DispatchProblem(stage=stage, load=DeviceLoad.idle(np.array(free_blocks)), requests=requests)
     plan = solve_dispatch(problem)
     assert_feasible(problem, plan.groups, {unplaced.request for unplaced in plan.unplaced})
     assert plan.makespan_s == pytest.approx(makespan_of(problem, plan.groups))
@@ -131,7 +131,7 @@ def test_errors_name_the_thing_and_the_limit() -> None:
     with pytest.raises(InvalidProblemError, match=r"^primary device is 2, must be one of 2 devices$"):
         stage_of(2, primary=Primary(device=2))
     with pytest.raises(InvalidProblemError, match=r"^the load is of 3 devices, the stage has 2$"):
-        DispatchProblem(stage=stage_of(2), load=Load.idle(np.zeros(3, np.int64)), requests=requests_of(1))
+        DispatchProblem(stage=stage_of(2), load=DeviceLoad.idle(np.zeros(3, np.int64)), requests=requests_of(1))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_errors_name_the_thing_and_the_limit() -> None:
 )
 def test_hostile_loads_are_refused_with_field_value_and_limit(field: str, values: Any, value: str) -> None:
     with pytest.raises(InvalidProblemError, match=rf"^{field} is {value}, must be "):
-        replace(Load.idle(np.array([1, 1])), **{field: values})
+        replace(DeviceLoad.idle(np.array([1, 1])), **{field: values})
 
 
 @pytest.mark.parametrize(
@@ -176,14 +176,14 @@ def test_hostile_requests_are_refused(context: float, growth: int, message: str)
 
 
 def test_minus_zero_bytes_are_none() -> None:
-    assert replace(Load.idle(np.array([1])), kv_bytes=np.array([-0.0])).kv_bytes[0] == 0
+    assert replace(DeviceLoad.idle(np.array([1])), kv_bytes=np.array([-0.0])).kv_bytes[0] == 0
 
 
 def test_arrays_of_arrays_are_refused() -> None:
     table = np.zeros((2, 1))
     for field in ("heads", "kv_bytes", "free_blocks"):
         with pytest.raises(InvalidProblemError, match=rf"^{field} has shape \(2, 1\), must be "):
-            replace(Load.idle(np.array([1, 1])), **{field: table})  # type: ignore[arg-type]
+            replace(DeviceLoad.idle(np.array([1, 1])), **{field: table})  # type: ignore[arg-type]
 
 
 def test_the_largest_numbers_allowed_overflow_nothing() -> None:
@@ -214,7 +214,7 @@ def test_costs_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize("num", [2, 4])
 def test_a_load_of_another_stage_is_refused(num: int) -> None:
     with pytest.raises(InvalidProblemError, match=rf"^the load is of {num} devices, the stage has 3$"):
-        Dispatcher(stage_of(3)).dispatch(Load.idle(np.full(num, 1000)), requests_of(100))
+        Dispatcher(stage_of(3)).dispatch(DeviceLoad.idle(np.full(num, 1000)), requests_of(100))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

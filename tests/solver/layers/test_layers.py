@@ -17,7 +17,7 @@ from hetis.formats.documents import load_layers_problem
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.layers import solve
-from hetis.solver.layers.annealing import Placement, weights, worth
+from hetis.solver.layers.annealing import LayerPlacement, weights, worth
 from hetis.solver.layers.bound import rate_bound
 from hetis.solver.layers.check import check_layers_plan
 from hetis.solver.layers.naming import named
@@ -50,7 +50,7 @@ def test_the_compiled_rate_is_that_of_the_docs(problem: LayersProblem, seed: int
     kind = np.repeat(np.arange(len(problem.node_types)), [one.count for one in problem.node_types])
     held = np.array([dice.randint(0, problem.most_layers(problem.node_types[t])) for t in kind])
     first = np.array([dice.randint(0, problem.num_layers - k) for k in held])
-    placement = Placement(first, held, np.array([dice.uniform(0.2, 5) for _ in kind]))
+    placement = LayerPlacement(first, held, np.array([dice.uniform(0.2, 5) for _ in kind]))
     sweep, weight = new_sweep(len(kind), problem.num_layers), np.ones(len(kind))
     rate = worth(placement, kind, tables, False, weight, sweep)
     covered = set(range(problem.num_layers)) <= {

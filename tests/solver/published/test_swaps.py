@@ -25,13 +25,13 @@ UNBALANCED = Arrangement(((0,), (1, 2, 3, 4, 5)), (Role.PREFILL, Role.DECODE))
 
 
 @pytest.fixture(scope="module")
-def network() -> swaps.Network:
+def network() -> swaps.SwapNetwork:
     weak, strong = make_profile("A", flops=5e11), make_profile("B", flops=8e12)
     nodes = [make_node("weak", "A", gpus=3), make_node("strong", "B", gpus=3)]
     fast = Network(default=Link(bytes_per_s=1e11, latency_s=1e-6))
     problem = make_problem(nodes, profiles={"A": weak, "B": strong}, network=fast, workload=make_workload((800, 10)))
     atlas = build_atlas(replace(problem, family=STRATEGIES["hexgen2-paper"].restrict(problem.family)))
-    return swaps.Network(
+    return swaps.SwapNetwork(
         graph=fleet_graph(problem.cluster, atlas.classes, [1.0, 1.0]),
         search=ReplicaSearch(atlas),
         duties={(role, "default"): duty_of(atlas, role, "default") for role in (Role.PREFILL, Role.DECODE)},
@@ -40,7 +40,7 @@ def network() -> swaps.Network:
     )
 
 
-def test_a_bottleneck_gets_gpus_until_none_helps(network: swaps.Network) -> None:
+def test_a_bottleneck_gets_gpus_until_none_helps(network: swaps.SwapNetwork) -> None:
     start = network.evaluated(UNBALANCED)
     assert start.loads()[0] >= SATURATED
     assert start.loads()[1] < SATURATED
@@ -52,7 +52,7 @@ def test_a_bottleneck_gets_gpus_until_none_helps(network: swaps.Network) -> None
         assert network.evaluated(proposal).flow.value <= found.flow.value * (1 + 1e-9)
 
 
-def test_proposals_move_gpus_from_slack_to_saturated_groups_only(network: swaps.Network) -> None:
+def test_proposals_move_gpus_from_slack_to_saturated_groups_only(network: swaps.SwapNetwork) -> None:
     start = network.evaluated(UNBALANCED)
     for proposal in proposals(network.graph, start, np.random.default_rng(0)):
         assert {gpu for group in proposal.groups for gpu in group} == ALL
@@ -60,7 +60,7 @@ def test_proposals_move_gpus_from_slack_to_saturated_groups_only(network: swaps.
         assert proposal.roles == UNBALANCED.roles  # either side keeps a group
 
 
-def test_a_third_group_may_change_sides(network: swaps.Network) -> None:
+def test_a_third_group_may_change_sides(network: swaps.SwapNetwork) -> None:
     three = Arrangement(((0,), (1, 2), (3, 4, 5)), (Role.PREFILL, Role.DECODE, Role.DECODE))
     start = network.evaluated(three)
     changed = [p.roles for p in proposals(network.graph, start, np.random.default_rng(0)) if p.roles != three.roles]
@@ -68,12 +68,12 @@ def test_a_third_group_may_change_sides(network: swaps.Network) -> None:
     assert all(Role.PREFILL in roles and Role.DECODE in roles for roles in changed)
 
 
-def test_a_group_without_a_replica_counts_as_saturated(network: swaps.Network) -> None:
+def test_a_group_without_a_replica_counts_as_saturated(network: swaps.SwapNetwork) -> None:
     none_fits = replace(network.evaluated(UNBALANCED), replicas=(None, None))
     assert none_fits.loads() == [1.0, 1.0]
 
 
-def test_a_spent_budget_ends_the_swaps(network: swaps.Network) -> None:
+def test_a_spent_budget_ends_the_swaps(network: swaps.SwapNetwork) -> None:
     start = network.evaluated(UNBALANCED)
     budget = Budget()
     budget.cancelled.set()

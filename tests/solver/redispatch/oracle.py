@@ -63,7 +63,7 @@ def reachable(problem: RedispatchProblem) -> list[IntArray]:
 def all_moves_pay(
     problem: RedispatchProblem, x: IntArray, *, horizons: tuple[int, ...], short_s: FloatArray
 ) -> bool:  # fmt: skip
-    """Whether each move on the straight way to ``x`` saves more than its copy takes, the others being made."""
+    """Return whether each move on the straight way to ``x`` saves more than its copy takes, the others being made."""
     snapshot, tables = problem.snapshot, tables_of(problem)
     for step in steps_between(tables, snapshot.groups, x):
         without, copy_s = x.copy(), 0.0

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.redispatch.moves import Part, Step, applied, steps_between
+from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, applied, steps_between
 from hetis.solver.redispatch.ordering import order, whole_steps
-from hetis.solver.redispatch.tables import Tables, tables_of
+from hetis.solver.redispatch.tables import RedispatchTables, tables_of
 from tests.solver.redispatch.instances import random_problem
 
 NAMES = ("a", "b", "c", "d")
 
 
 @st.composite
-def journeys(draw: st.DrawFn) -> tuple[Tables, IntArray, IntArray]:
+def journeys(draw: st.DrawFn) -> tuple[RedispatchTables, IntArray, IntArray]:
     """A stage, and two placements on it of which each fits, hardly."""
     seed, tp = draw(st.integers(0, 2**32)), draw(st.sampled_from([None, 1, 2]))
     problems = [random_problem(s, num_devices=4, num_requests=5, tp=tp) for s in (seed, seed + 1)]
@@ -33,7 +33,9 @@ def journeys(draw: st.DrawFn) -> tuple[Tables, IntArray, IntArray]:
 
 
 @given(journeys())
-def test_every_wave_fits_while_its_sources_still_hold_their_blocks(journey: tuple[Tables, IntArray, IntArray]) -> None:
+def test_every_wave_fits_while_its_sources_still_hold_their_blocks(
+    journey: tuple[RedispatchTables, IntArray, IntArray],
+) -> None:
     tables, before, after = journey
     ordered, waiting = order(tables, before, steps_between(tables, before, after), NAMES)
     x = before
@@ -55,7 +57,7 @@ def test_every_wave_fits_while_its_sources_still_hold_their_blocks(journey: tupl
 
 
 @given(journeys())
-def test_detours_keep_the_budget(journey: tuple[Tables, IntArray, IntArray]) -> None:
+def test_detours_keep_the_budget(journey: tuple[RedispatchTables, IntArray, IntArray]) -> None:
     tables, before, after = journey
     ordered, _ = order(tables, before, steps_between(tables, before, after), NAMES)
     copied = sum(one.step.groups * float(tables.num_bytes[one.step.j]) for one in ordered)
@@ -63,7 +65,7 @@ def test_detours_keep_the_budget(journey: tuple[Tables, IntArray, IntArray]) -> 
 
 
 @given(journeys())
-def test_the_primary_takes_and_gives_whole_units(journey: tuple[Tables, IntArray, IntArray]) -> None:
+def test_the_primary_takes_and_gives_whole_units(journey: tuple[RedispatchTables, IntArray, IntArray]) -> None:
     tables, before, after = journey
     ordered, _ = order(tables, before, steps_between(tables, before, after), NAMES)
     for one in ordered:
@@ -74,7 +76,7 @@ def test_the_primary_takes_and_gives_whole_units(journey: tuple[Tables, IntArray
         assert np.all(moved % tables.unit == 0)
 
 
-def crowded(*, room: tuple[int, ...], budget_groups: float, tp: int | None = None) -> tuple[Tables, IntArray]:
+def crowded(*, room: tuple[int, ...], budget_groups: float, tp: int | None = None) -> tuple[RedispatchTables, IntArray]:
     """Requests of four groups and ten blocks each, one on every device but the last."""
     num = len(room) - 1
     problem = random_problem(0, num_devices=num + 1, num_requests=num, tp=tp)
@@ -87,7 +89,7 @@ def crowded(*, room: tuple[int, ...], budget_groups: float, tp: int | None = Non
     return tables._replace(room=np.array(room), budget=budget), groups
 
 
-SWAP = [Step(0, (Part(4, 0, 1),)), Step(1, (Part(4, 1, 0),))]
+SWAP = [RequestMoves(0, (MovedGroups(4, 0, 1),)), RequestMoves(1, (MovedGroups(4, 1, 0),))]
 
 
 def test_requests_that_swap_full_devices_go_by_a_third_one() -> None:
@@ -95,9 +97,9 @@ def test_requests_that_swap_full_devices_go_by_a_third_one() -> None:
     ordered, waiting = order(tables, before, SWAP, NAMES)
     assert waiting == []
     assert [(one.step.parts, one.wave, one.is_detour) for one in ordered] == [
-        ((Part(4, 0, 2),), 0, True),
-        ((Part(4, 1, 0),), 1, False),
-        ((Part(4, 2, 1),), 2, False),
+        ((MovedGroups(4, 0, 2),), 0, True),
+        ((MovedGroups(4, 1, 0),), 1, False),
+        ((MovedGroups(4, 2, 1),), 2, False),
     ]
 
 
@@ -120,7 +122,7 @@ def test_a_detour_takes_what_the_third_device_has_room_for(groups: float, is_eno
 def test_a_second_detour_has_what_the_first_leaves_of_the_budget(groups: int, detours: int) -> None:
     # Two pairs of requests swap full devices by the same fifth one: 16 groups, and 4 for every detour.
     tables, before = crowded(room=(40, 40, 40, 40, 40), budget_groups=groups)
-    swaps = [Step(j, (Part(4, j, j ^ 1),)) for j in range(4)]
+    swaps = [RequestMoves(j, (MovedGroups(4, j, j ^ 1),)) for j in range(4)]
     ordered, waiting = order(tables, before, swaps, ("a", "b", "c", "d", "e"))
     assert sum(one.is_detour for one in ordered) == detours
     assert len(waiting) == 4 - 2 * detours
@@ -129,5 +131,7 @@ def test_a_second_detour_has_what_the_first_leaves_of_the_budget(groups: int, de
 def test_only_whole_units_of_the_primary_move_where_fewer_would_fit() -> None:
     tables, before = crowded(room=(40, 70, 0), budget_groups=100, tp=2)
     ordered, waiting = order(tables, before, [SWAP[0]], NAMES)
-    assert [one.step.parts for one in ordered] == [(Part(2, 0, 1),)]  # three fit, the primary gives two at a time
-    assert [one.step.parts for one in waiting] == [(Part(2, 0, 1),)]
+    assert [one.step.parts for one in ordered] == [
+        (MovedGroups(2, 0, 1),)
+    ]  # three fit, the primary gives two at a time
+    assert [one.step.parts for one in waiting] == [(MovedGroups(2, 0, 1),)]

@@ -20,10 +20,10 @@ from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.relaxation import relax
 from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
 from hetis.solver.redispatch.solve import Redispatcher, solve_redispatch
-from hetis.solver.redispatch.specification import solve_specification
 from hetis.solver.redispatch.tables import horizons, objective_s, tables_of
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import problems, random_problem
+from tests.solver.redispatch.specification import solve_specification
 
 
 def carried_out(problem: RedispatchProblem, plan: RedispatchPlan) -> StateSnapshot:

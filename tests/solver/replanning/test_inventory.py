@@ -54,7 +54,7 @@ def named_groups(draw: st.DrawFn) -> list[Option]:
 
 
 def rows_admit(inventory: Inventory, going_on: list[Option], new: list[int]) -> bool:
-    """Whether the rows hold, with the most room in shared nodes that their whole variables can say."""
+    """Return whether the rows hold, with the most room in shared nodes that their whole variables can say."""
     total = np.zeros(len(inventory.limits), dtype=np.int64)
     for use in itertools.chain(
         (inventory.of_option(o) for o in going_on), (inventory.of_template(template(tp)) for tp in new)

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from hetis.solver.tenants.bound import Goal, bound_of
+from hetis.solver.tenants.bound import TenantsGoal, bound_of
 
 PRICES, LIMITS = np.array([0.5, 2.0]), np.array([8.0, 3.0])
 WORTH = 10.0
@@ -29,7 +29,7 @@ def test_gains_above_floors_are_bounded_by_their_optimum(tenants: list[tuple[flo
     gains, floors, efficiency = (list(column) for column in zip(*tenants, strict=True))
     needed = sum(floor / e for floor, e in zip(floors, efficiency, strict=True))
     assume(abs(needed - WORTH) > 1e-6)
-    goal = Goal(gains=np.array(gains), floors=np.array(floors))
+    goal = TenantsGoal(gains=np.array(gains), floors=np.array(floors))
     bound = bound_of(goal, PRICES, np.array(efficiency), LIMITS)
     best = best_sum(gains, floors, efficiency)
     assert (bound is None) == (best is None) == (needed > WORTH)
@@ -44,7 +44,7 @@ def test_gains_above_floors_are_bounded_by_their_optimum(tenants: list[tuple[flo
 @given(st.lists(st.tuples(some, some), min_size=1, max_size=4))
 def test_the_level_of_all_claims_is_bounded_by_its_optimum(tenants: list[tuple[float, float]]) -> None:
     claims, efficiency = (np.array(column) for column in zip(*tenants, strict=True))
-    goal = Goal(gains=np.zeros(len(claims)), floors=np.zeros(len(claims)), claims=claims)
+    goal = TenantsGoal(gains=np.zeros(len(claims)), floors=np.zeros(len(claims)), claims=claims)
     bound = bound_of(goal, PRICES, efficiency, LIMITS)
     assert bound is not None
     assert bound.value == pytest.approx(WORTH / float((claims / efficiency).sum()))
@@ -53,12 +53,12 @@ def test_the_level_of_all_claims_is_bounded_by_its_optimum(tenants: list[tuple[f
 
 def test_who_can_serve_nothing_cannot_keep_a_floor() -> None:
     efficiency = np.array([2.0, 0.0])
-    none = Goal(gains=np.ones(2), floors=np.zeros(2))
+    none = TenantsGoal(gains=np.ones(2), floors=np.zeros(2))
     bound = bound_of(none, PRICES, efficiency, LIMITS)
     assert bound is not None
     assert bound.value == pytest.approx(20.0)
-    assert bound_of(Goal(gains=np.ones(2), floors=np.array([0.0, 0.1])), PRICES, efficiency, LIMITS) is None
-    level = Goal(gains=np.zeros(2), floors=np.zeros(2), claims=np.ones(2))
+    assert bound_of(TenantsGoal(gains=np.ones(2), floors=np.array([0.0, 0.1])), PRICES, efficiency, LIMITS) is None
+    level = TenantsGoal(gains=np.zeros(2), floors=np.zeros(2), claims=np.ones(2))
     level_bound = bound_of(level, PRICES, efficiency, LIMITS)
     assert level_bound is not None
     assert level_bound.value == 0.0

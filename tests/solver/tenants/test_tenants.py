@@ -19,13 +19,13 @@ from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.tenants import solve as solving
-from hetis.solver.tenants.bound import Goal, bound_of
+from hetis.solver.tenants.bound import TenantsGoal, bound_of
 from hetis.solver.tenants.check import check_fleet_shares
-from hetis.solver.tenants.contender import Listed
 from hetis.solver.tenants.master import TenantColumns, choose_whole
 from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import FleetShares, TenantRule
 from hetis.solver.tenants.solve import FleetSearch, part_of
+from hetis.solver.tenants.tenant_solver import EnumeratedTenant
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -189,14 +189,18 @@ def test_any_prices_prove_a_bound(tenancy: Tenancy, drawn: list[float], share: f
     search = searched(tenancy)
     if search is None:
         return
-    listed = [contender for contender in search.contenders if isinstance(contender, Listed)]
+    listed = [solver for solver in search.solvers if isinstance(solver, EnumeratedTenant)]
     prices = np.array(drawn[: len(search.limits)])
     bought = np.array([most_per_worth(c, a.rate, prices) for c, a in zip(listed, search.alone, strict=True)])
     limits = search.limits.astype(float)
     weights = np.array([tenant.weight for tenant in tenancy.tenants])
     gains, none = np.array([1.0, 0.7]), np.zeros(2)
     level = search.share(TenantRule.MAX_MIN).level
-    for goal in (Goal(gains, none), Goal(gains, share * level * weights), Goal(gains, none, weights)):
+    for goal in (
+        TenantsGoal(gains, none),
+        TenantsGoal(gains, share * level * weights),
+        TenantsGoal(gains, none, weights),
+    ):
         choice, _, _ = search._pack(goal)
         bound = bound_of(goal, prices, bought, limits)
         assert bound is not None, "floors that are met were proved impossible"
@@ -204,9 +208,9 @@ def test_any_prices_prove_a_bound(tenancy: Tenancy, drawn: list[float], share: f
         assert np.all(bound.multipliers * bought <= bound_scale(bound.row_prices, prices) * (1 + REL))
 
 
-def most_per_worth(contender: Listed, alone: float, prices: np.ndarray) -> float:
+def most_per_worth(solver: EnumeratedTenant, alone: float, prices: np.ndarray) -> float:
     """Normalised rate that a unit of worth buys: of whole replicas, or of a pair of halves."""
-    columns = contender.ceilings(alone)
+    columns = solver.ceilings(alone)
     ratios = columns.rates / (columns.uses @ prices)
     by_side = [float(ratios[columns.sides == side].max(initial=0.0)) for side in range(4)]
     pair = 1 / (1 / by_side[1] + 1 / by_side[3]) if by_side[1] and by_side[3] else 0.0
@@ -310,7 +314,7 @@ def test_halves_of_requests_serve_what_the_scarcer_half_allows() -> None:
     )
     assert columns.served(np.array([1, 1, 1])) == pytest.approx(0.3)
     assert columns.served(np.array([0, 5, 1])) == pytest.approx(0.5)
-    goal = Goal(np.ones(1), np.zeros(1))
+    goal = TenantsGoal(np.ones(1), np.zeros(1))
     choice = choose_whole([columns], np.array([2, 4, 1]), goal, time_limit_s=np.inf, gap=0.0)
     assert choice is not None
     assert choice.counts[0].tolist() == [2, 3, 1] or choice.counts[0].tolist() == [2, 4, 1]
@@ -323,7 +327,7 @@ def test_tenants_whose_models_allow_other_tp_sizes_are_bound_to_the_gpus_they_we
     wide = make_problem(nodes, model=make_model(q_heads=8, kv_heads=8), family=UNIFIED)
     for first, second in ((narrow, wide), (wide, narrow)):
         search = FleetSearch(Tenancy(tenants=(Tenant(name="one", problem=first), Tenant(name="two", problem=second))))
-        assert search.contenders[0].atlas.ranks != search.contenders[1].atlas.ranks
+        assert search.solvers[0].atlas.ranks != search.solvers[1].atlas.ranks
         for rule in TenantRule:
             assert check_fleet_shares(search.tenancy, search.share(rule)) == ()
 

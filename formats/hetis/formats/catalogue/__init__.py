@@ -1,6 +1,6 @@
 """GPUs, models and workloads that hetis knows, each fact with its source.
 
-The data are committed files made by ``python -m hetis.formats.catalogue.build``; they are read when first asked for.
+The data are committed files made by ``python -m tools.catalogue``; they are read when first asked for.
 Names are found in the spellings people use; a name that could mean two things is refused with the candidates.
 """
 

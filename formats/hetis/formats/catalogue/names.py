@@ -134,7 +134,8 @@ def resolve_model(name: str, known: Collection[str]) -> str:
 
 
 def _model_key(name: str) -> str:
-    """What two spellings of one model share: ``meta-llama/Llama-2-70b-hf`` and ``Llama2-70B`` are ``llama270b``."""
+    """Return what two spellings of one model share: ``meta-llama/Llama-2-70b-hf`` and ``Llama2-70B`` are
+    ``llama270b``."""
     short = name.lower().rpartition("/")[2].removeprefix("meta-").removeprefix("meta_")
     while (cut := _MODEL_ENDINGS.sub("", short)) != short:
         short = cut

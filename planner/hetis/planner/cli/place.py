@@ -47,35 +47,38 @@ def place(
     from hetis.planner.cli.html_pages import refuse_page
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
-    from hetis.planner.use_cases import place as placing
-    from hetis.planner.use_cases.sources import load_inputs, ordered
+    from hetis.planner.use_cases.place import PlacementRequest, Settings, load, pose
+    from hetis.planner.use_cases.sources import ordered
 
     if out is not None:
         refuse_unwritable(out)
     refuse_page(html, beside=out)
-    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
-    loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
-    placing.require_demand(objective, rate, loaded.inputs.workload)
-    goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
-    settings = placing.Settings(
-        strategy=strategy,
-        roles=ordered(roles or ()),
-        engine=engine_rules(engine, strategy, max_stages, max_gpus),
-        time_limit_s=time_limit,
-        gap_target=gap,
-        seed=seed,
-        threads=threads,
-    )
-    problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
-    return PlacementRun(
-        terminal=terminal,
-        loaded=loaded,
-        problem=problem,
-        settings=settings,
-        profile_error=profile_error,
-        price_pins=price_pins,
-        out=out,
-        html=html,
-        strict=strict,
+    request = PlacementRequest(
+        cluster=cluster,
+        model=model,
+        workload=workload,
+        profiles=profile or (),
+        pins=pin or (),
+        forbids=forbid or (),
+        objective=objective,
+        demand_rps=rate,
+        ttft_s=ttft,
+        tpot_s=tpot,
+        settings=Settings(
+            strategy=strategy,
+            roles=ordered(roles or ()),
+            engine=engine_rules(engine, strategy, max_stages, max_gpus),
+            time_limit_s=time_limit,
+            gap_target=gap,
+            seed=seed,
+            threads=threads,
+        ),
         verify=verify,
+        price_pins=price_pins,
+        profile_error=profile_error,
+    )
+    loaded = load(request)
+    problem = pose(request, loaded)
+    return PlacementRun(
+        terminal=terminal, request=request, loaded=loaded, problem=problem, out=out, html=html, strict=strict
     ).finish()

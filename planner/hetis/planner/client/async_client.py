@@ -11,11 +11,10 @@ import grpc
 from grpc import aio
 
 from hetis.planner.client.async_leader_channel import AsyncLeaderChannel
-from hetis.planner.client.connection import Connection
+from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
 from hetis.planner.client.dispatching import AsyncDispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
-from hetis.planner.client.health import HEALTH_METHOD, says_serving
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
     audit_service_pb2,
@@ -98,7 +97,7 @@ class AsyncClient:
     # --- the planner itself
 
     async def is_serving(self) -> bool:
-        """Whether the planner takes calls; False while it starts or drains.
+        """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
             CallError: it is not reached.

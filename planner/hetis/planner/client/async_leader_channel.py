@@ -19,7 +19,8 @@ from hetis.planner.client.preparing import CallDetails, prepared_details, prepar
 
 
 class AsyncLeaderChannel:
-    """As a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses through it."""
+    """Channel to the leader: a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses
+    through it."""
 
     def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._connection = connection
@@ -36,7 +37,7 @@ class AsyncLeaderChannel:
         """A channel to one planner, whose calls are prepared and raise `CallError`."""
         if endpoint not in self._channels:
             connection, options = self._connection, channel_options(self._connection, endpoint)
-            interceptors: list[aio.ClientInterceptor] = [_Unary(connection), _Streaming(connection)]
+            interceptors: list[aio.ClientInterceptor] = [_AsyncUnary(connection), _AsyncStreaming(connection)]
             self._channels[endpoint] = (
                 aio.insecure_channel(endpoint.address, options, interceptors=interceptors)
                 if connection.is_plain
@@ -47,7 +48,7 @@ class AsyncLeaderChannel:
         return self._channels[endpoint]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """What generated stubs ask for."""
+        """Return what generated stubs ask for."""
 
         async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
@@ -79,17 +80,17 @@ class AsyncLeaderChannel:
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
         """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
 
-        def call(request: Any, **settings: Any) -> _Stream:
+        def call(request: Any, **settings: Any) -> _AsyncStream:
             def open_stream(endpoint: Endpoint) -> Any:
                 one: Any = self.to(endpoint).unary_stream(method, *arguments, **named)
                 return one(request, **settings)
 
-            return _Stream(self.leaders, open_stream)
+            return _AsyncStream(self.leaders, open_stream)
 
         return call
 
 
-class _Stream:
+class _AsyncStream:
     """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
 
     def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
@@ -120,7 +121,7 @@ class _Stream:
         return getattr(self._call, name)
 
 
-class _Unary(aio.UnaryUnaryClientInterceptor):
+class _AsyncUnary(aio.UnaryUnaryClientInterceptor):
     """Prepares a unary call and gives its failure its details."""
 
     def __init__(self, connection: Connection) -> None:
@@ -136,7 +137,7 @@ class _Unary(aio.UnaryUnaryClientInterceptor):
         return call
 
 
-class _Streaming(aio.UnaryStreamClientInterceptor):
+class _AsyncStreaming(aio.UnaryStreamClientInterceptor):
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 

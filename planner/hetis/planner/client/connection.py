@@ -53,7 +53,7 @@ SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """Where a planner is and as whom to speak to it.
+    """The place of a planner and the identity to speak to it with.
 
     The connection is plain only where that is asked for or the address is of this machine and nothing of TLS is given.
 
@@ -114,7 +114,7 @@ class Connection:
         )
 
     def metadata(self) -> list[tuple[str, str]]:
-        """What every call carries.
+        """Return what every call carries.
 
         Raises:
             OSError: the token file cannot be read.
@@ -124,5 +124,14 @@ class Connection:
 
 
 def default_deadline_s(method: str) -> float:
-    """Of a unary call that is given none; ``method`` as gRPC has it: ``/hetis.v1.PlanService/GetPlan``."""
+    """Return the deadline of a unary call that is given none; ``method`` as gRPC has it:
+    ``/hetis.v1.PlanService/GetPlan``."""
     return DISPATCH_DEADLINE_S if method.startswith(f"/{DISPATCH_SERVICE}/") else DEFAULT_DEADLINE_S
+
+
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
+
+
+def says_serving(response: bytes) -> bool:
+    return response == _SERVING

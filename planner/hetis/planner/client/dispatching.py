@@ -18,7 +18,7 @@ from typing import Any, Self
 import grpc
 
 from hetis.planner.client.connection import DISPATCH_DEADLINE_S
-from hetis.planner.client.errors import CallError, Violation, call_error
+from hetis.planner.client.errors import CallError, FieldViolation, call_error
 from hetis.planner.failures import code_of_reason
 from hetis.v1 import dispatch_service_pb2, failure_pb2
 
@@ -32,7 +32,7 @@ class _Step:
 
 
 class AsyncDispatchStream:
-    """For asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
+    """Dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
 
     Steps that are made while another one is under way travel together in the next message, so that many tasks that ask
     at once cost the planner one solve. They must name different requests, or go one after the other all the same.
@@ -107,7 +107,7 @@ class AsyncDispatchStream:
             self._sending = None
 
     def _next_steps(self) -> list[_Step]:
-        """Those that wait, as many as may go together."""
+        """Take the steps that wait, as many as may go together."""
         steps, names = list[_Step](), set[str]()
         while self._waiting:
             message = self._waiting[0].message
@@ -232,7 +232,7 @@ def _joined(
 def _part_of(
     answer: dispatch_service_pb2.DispatchRequestsResponse, message: dispatch_service_pb2.DispatchRequestsRequest
 ) -> dispatch_service_pb2.DispatchRequestsResponse:
-    """What an answer to several messages says of one; the quality is that of all."""
+    """Return what an answer to several messages says of one; the quality is that of all."""
     new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
     placements = [one for one in answer.placements if one.request in new]
     return dispatch_service_pb2.DispatchRequestsResponse(
@@ -254,14 +254,14 @@ def _settle(step: _Step, answer: dispatch_service_pb2.DispatchRequestsResponse) 
 
 
 def _error_of(failure: failure_pb2.Failure) -> CallError:
-    """As if the failure had come as a status."""
+    """Return the error as if the failure had come as a status."""
     name = failure_pb2.ErrorReason.Name(failure.reason).removeprefix("ERROR_REASON_")
     return CallError(
         failure.message,
         code=code_of_reason(failure.reason),
         reason=name,
         metadata=failure.metadata,
-        violations=[Violation(field=one.field, description=one.description) for one in failure.field_violations],
+        violations=[FieldViolation(field=one.field, description=one.description) for one in failure.field_violations],
     )
 
 

@@ -21,7 +21,7 @@ DOMAIN = "hetis"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
+class FieldViolation:
     """One wrong field of a request; ``field`` is its path, after ``#`` the path inside a document."""
 
     field: str
@@ -46,7 +46,7 @@ class CallError(HetisError):
         code: grpc.StatusCode,
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
-        violations: Iterable[Violation] = (),
+        violations: Iterable[FieldViolation] = (),
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ def call_error(error: grpc.RpcError) -> CallError:
     """The same error with its details read; details that cannot be read are left out."""
     code, message, trailers = _code(error), _message(error), _trailers(error)
     reason, metadata, retry_after_s = "", dict[str, str](), None
-    violations: list[Violation] = []
+    violations: list[FieldViolation] = []
     for detail in _details(trailers):
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo.FromString(detail.value)
@@ -83,10 +83,10 @@ def call_error(error: grpc.RpcError) -> CallError:
                 reason, metadata = info.reason, dict(info.metadata)
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             wrong = error_details_pb2.BadRequest.FromString(detail.value)
-            violations += [Violation(field=v.field, description=v.description) for v in wrong.field_violations]
+            violations += [FieldViolation(field=v.field, description=v.description) for v in wrong.field_violations]
         elif detail.Is(error_details_pb2.PreconditionFailure.DESCRIPTOR):
             missing = error_details_pb2.PreconditionFailure.FromString(detail.value)
-            violations += [Violation(field=v.subject, description=v.description) for v in missing.violations]
+            violations += [FieldViolation(field=v.subject, description=v.description) for v in missing.violations]
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
             retry_after_s = delay.seconds + delay.nanos / 1e9

@@ -17,7 +17,8 @@ from hetis.planner.client.preparing import prepared_details, prepared_request
 
 
 class LeaderChannel:
-    """As a ``grpc.Channel`` to generated stubs, which make unary calls and streams of responses through it.
+    """Channel to the leader: a ``grpc.Channel`` to generated stubs, which make unary calls and streams of responses
+    through it.
 
     A unary call goes to the leader, also where that changes while it is made: a planner that does not lead names who
     does, and one that does not answer leaves it to the next. It is the same request each time, with one ``request_id``.
@@ -56,7 +57,7 @@ class LeaderChannel:
             return self._channels[endpoint][1]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """What generated stubs ask for."""
+        """Return what generated stubs ask for."""
 
         def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
@@ -132,7 +133,8 @@ class _Stream:
 
 
 def channel_options(connection: Connection, endpoint: Endpoint) -> list[tuple[str, str | int]]:
-    """Where one of several planners is gone the client asks another; where there is one gRPC asks it again."""
+    """Return channel options: where one of several planners is gone the client asks another; where there is one gRPC
+    asks it again."""
     options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
     if endpoint.name:
         options.append(("grpc.default_authority", endpoint.name))

@@ -18,7 +18,8 @@ NOT_LEADER = "NOT_LEADER"
 
 
 def search_for(connection: Connection) -> LeaderSearch:
-    """Who is asked with a connection. Tokens go nowhere in the clear but to this machine, whoever names the leader."""
+    """Return the search for the leader with a connection. Tokens go nowhere in the clear but to this machine, whoever
+    names the leader."""
     return LeaderSearch(
         connection.addresses,
         lambda address: not connection.is_plain or (connection.is_local and is_loopback(address)),
@@ -26,7 +27,7 @@ def search_for(connection: Connection) -> LeaderSearch:
 
 
 def leader_of(error: CallError) -> str:
-    """Where the leader is, as a planner said that does not lead; empty: it did not say."""
+    """Return where the leader is, as a planner said that does not lead; empty: it did not say."""
     return error.metadata.get("leader_address", "") if error.reason == NOT_LEADER else ""
 
 
@@ -52,13 +53,13 @@ class Attempts:
 
     @property
     def timeout_s(self) -> float:
-        """Of the next one."""
+        """Return the timeout of the next try."""
         left_s = max(self.end_s - self.clock(), 0.0)
         is_dispatch = self.method.startswith(f"/{DISPATCH_SERVICE}/")
         return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
 
     def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float:
-        """How long to wait before the next try.
+        """Return how long to wait before the next try.
 
         Raises:
             CallError: the error itself, which no other planner and no waiting helps.

@@ -9,11 +9,10 @@ from typing import Any, Self, TypeVar, cast
 
 import grpc
 
-from hetis.planner.client.connection import Connection
+from hetis.planner.client.connection import HEALTH_METHOD, Connection, says_serving
 from hetis.planner.client.dispatching import DispatchStream
 from hetis.planner.client.documents import joined
 from hetis.planner.client.errors import call_error
-from hetis.planner.client.health import HEALTH_METHOD, says_serving
 from hetis.planner.client.leader_channel import LeaderChannel
 from hetis.planner.client.watches import Patience
 from hetis.v1 import (
@@ -87,7 +86,7 @@ class Client:
     # --- the planner itself
 
     def is_serving(self) -> bool:
-        """Whether the planner takes calls; False while it starts or drains.
+        """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
             CallError: it is not reached.

@@ -32,7 +32,7 @@ class Patience:
         self._waited_s, self._attempts = 0.0, 0
 
     def next_wait_s(self, error: CallError | None) -> float:
-        """How long to wait before the next try.
+        """Return how long to wait before the next try.
 
         Args:
             error: what the stream ended with; None: with OK, although there is more to come.

@@ -17,7 +17,7 @@ FULL = view_pb2.VIEW_FULL
 def cluster_body(
     name: str, document: document_pb2.Document, value: Cluster, policy: cluster_pb2.ClusterPolicy | None
 ) -> cluster_pb2.Cluster:
-    """What is kept of a cluster. ``document`` is canonical, and ``value`` what it says."""
+    """Return what is kept of a cluster. ``document`` is canonical, and ``value`` what it says."""
     return cluster_pb2.Cluster(
         name=name,
         document=document,

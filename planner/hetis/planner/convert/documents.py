@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hetis.formats import documents
+from hetis.formats.canonical import canonical_json, content_digest
 from hetis.formats.cluster import parse_cluster
 from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.model import parse_model
@@ -15,7 +14,7 @@ from hetis.formats.plan import parse_plan
 from hetis.formats.positions import Bounds, Text, parse_text
 from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
-from hetis.planner.beside import stop_if_unwanted
+from hetis.planner.threads import stop_if_unwanted
 from hetis.solver.cluster import Cluster
 from hetis.solver.profile import Profile
 from hetis.v1 import document_pb2
@@ -109,13 +108,12 @@ def document_of(value: documents.Value, *, source_name: str = "", text: bytes = 
 
 def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str = "") -> document_pb2.Document:
     """The document of plain data that is known to be right."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    content = text.encode()
+    content = canonical_json(data)
     return document_pb2.Document(
         kind=KINDS[kind],
         content=content,
         source_name=source_name,
-        digest=f"sha256:{hashlib.sha256(content).hexdigest()}",
+        digest=content_digest(content),
     )
 
 

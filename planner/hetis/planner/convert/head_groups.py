@@ -40,7 +40,7 @@ def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: i
 
 
 def card_of(stage: Stage) -> list[int]:
-    """For every head group the card of the primary that computes it; of several the first."""
+    """Return for every head group the card of the primary that computes it; of several the first."""
     num = stage.heads.head_groups
     share = num // stage.primary_groups
     return [group // share for group in range(num)]

@@ -40,7 +40,7 @@ def snapshot_from_proto(
     high_water: float | None = None,
     changed: Collection[str] = (),
 ) -> StateSnapshot:
-    """What a head map says, for the solver.
+    """Return what a head map says, for the solver.
 
     Requests with head groups on a lost device are left out, for they will be prefilled again; blocks that they still
     hold elsewhere are taken off what those devices have. Devices of the stage that the map does not name have no

@@ -12,7 +12,7 @@ _MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # given by the planner
 
 
 def is_id(text: str) -> bool:
-    """Whether callers may call a resource so."""
+    """Return whether callers may call a resource so."""
     return re.fullmatch(ID, text) is not None
 
 
@@ -56,5 +56,5 @@ def last_part(name: str) -> str:
 
 
 def node_name(cluster: str, node: str) -> str:
-    """Of a node id of ``clusters/{cluster}``."""
+    """Return the resource name of a node id of ``clusters/{cluster}``."""
     return f"{cluster}/nodes/{node}"

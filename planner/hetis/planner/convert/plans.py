@@ -103,5 +103,5 @@ def price_to_proto(price: ClassPrice) -> plan_pb2.ClassPrice:
 
 
 def digest_of(document: bytes) -> str:
-    """As ``Document.digest``, of a document in canonical JSON."""
+    """Return the ``Document.digest`` of a document in canonical JSON."""
     return f"sha256:{hashlib.sha256(document).hexdigest()}"

@@ -25,7 +25,7 @@ def profile_document(source: document_pb2.Document) -> tuple[document_pb2.Docume
 
 
 def profile_body(name: str, document: document_pb2.Document, value: Profile) -> profile_pb2.Profile:
-    """What is kept of a profile. ``document`` is canonical, and ``value`` what it says."""
+    """Return what is kept of a profile. ``document`` is canonical, and ``value`` what it says."""
     used = {fit.provenance.source for fit in value.fits}
     errors = [fit.provenance.held_out_mape for fit in value.fits if fit.provenance.held_out_mape is not None]
     return profile_pb2.Profile(

@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 
 def timestamp(time_s: float) -> Timestamp:
-    """Of a Unix time, to the microsecond."""
+    """Return the timestamp of a Unix time, to the microsecond."""
     whole = int(time_s // 1)
     return Timestamp(seconds=whole, nanos=min(round((time_s - whole) * 1e6), 999_999) * 1000)
 

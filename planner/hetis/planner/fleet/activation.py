@@ -42,7 +42,7 @@ UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ReplicaOnNode:
     """What a node says of its part of a replica.
 
     Attributes:
@@ -71,7 +71,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """Where a replica is.
+    """The state of a replica in its life.
 
     Attributes:
         state: its state.
@@ -106,7 +106,7 @@ class Surroundings:
     is_blocked: bool
     is_late: bool
     generation: int
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ReplicaOnNode]
     devices: tuple[str, ...]
     dense_nodes: frozenset[str]
 
@@ -176,7 +176,7 @@ def _serving(now: Standing, around: Surroundings) -> Standing:
 
 
 def _draining(now: Standing, around: Surroundings) -> Standing:
-    def is_empty(part: Part) -> bool:
+    def is_empty(part: ReplicaOnNode) -> bool:
         return part.is_lost or part.held == 0 or part.state == AssignmentState.ASSIGNMENT_STATE_STOPPED
 
     primary_idle = any(part.is_idle and part.held >= around.generation for part in around.parts.values())
@@ -197,7 +197,7 @@ def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
     return replace(now, state=State.REPLICA_STATE_FAILED, failure=failure)
 
 
-def _failure_of(parts: Iterable[Part]) -> failure_pb2.Failure | None:
+def _failure_of(parts: Iterable[ReplicaOnNode]) -> failure_pb2.Failure | None:
     for part in parts:
         if part.failure is not None:
             return part.failure

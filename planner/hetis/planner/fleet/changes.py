@@ -158,7 +158,7 @@ class ChangeCoordinator:
         return self._parts.keys()
 
     def to_save(self) -> Saving:
-        """What the store should know now."""
+        """Return what the store should know now."""
         body = redispatch_pb2.Redispatch()
         body.CopyFrom(self.body)
         return Saving(revision=self._revision, body=body, outcome=self._outcome)
@@ -170,7 +170,7 @@ class ChangeCoordinator:
         self._advance()
 
     def directives(self) -> dict[str, Directive]:
-        """What each node should have been told last; nodes that are not here: nothing more."""
+        """Return what each node should have been told last; nodes that are not here: nothing more."""
         knows_end = self._durable_outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
         match self._durable:
             case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:
@@ -343,12 +343,12 @@ class ChangeCoordinator:
         self._answered_s.clear()
 
     def _presume(self) -> None:
-        """With the engine all that it may have flipped is gone."""
+        """Presume the change aborted: with the engine all that it may have flipped is gone."""
         if self._forgotten is not None and self._engine_is_new:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self._forgotten)
 
     def _correct(self) -> None:
-        """It had flipped after all. Some may have been told otherwise."""
+        """Correct the presumption: the change had flipped after all. Some nodes may have been told otherwise."""
         self.num_contradictions += 1
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
         self._is_presumed = False

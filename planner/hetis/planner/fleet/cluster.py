@@ -14,7 +14,7 @@ from hetis.planner.convert.enums import name_of
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet import link_events as events
-from hetis.planner.fleet.activation import NodeState, Part
+from hetis.planner.fleet.activation import NodeState, ReplicaOnNode
 from hetis.planner.fleet.cluster_changes import ClusterChanges
 from hetis.planner.fleet.counters import FleetCounters, count
 from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
@@ -62,7 +62,7 @@ class ClusterFleet:
         self.node_writes: dict[str, NodeWrite] = {}
         self.unprepared: dict[str, None] = {}
         self.dirty: set[str] = set()
-        self.look_at_all = True
+        self.decide_all = True
         self.shown: set[tuple[str, str]] = set()
         self.reported: dict[tuple[str, str], report_pb2.ReplicaReport] = {}
         self.capacity_changed = False
@@ -83,7 +83,7 @@ class ClusterFleet:
         """The cluster as it was just read; ``declared``: node ids of its document."""
         is_first = self.record is None
         self.record, self.plan = kept.cluster, kept.plan
-        self.look_at_all = True
+        self.decide_all = True
         earlier = {last_part(record.name) for record in kept.nodes if record.body.agent_version} if is_first else set()
         self.note_presence(self.leases.declare(declared, now_s=now_s, known=earlier))
         for record in kept.nodes:
@@ -211,7 +211,7 @@ class ClusterFleet:
             match event:
                 case events.Reported():
                     self._note_report(node, event, time_s)
-                case events.Found():
+                case events.InventoryReceived():
                     self._write_node(node, event)
                 case events.Answered():
                     self._note_answer(node, event, now_s)
@@ -252,7 +252,7 @@ class ClusterFleet:
         self._talking.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
-        """By node id; to be sent now."""
+        """Return the messages to be sent now, by node id."""
         found = {}
         talking, self._talking = self._talking, set()
         for node in talking:
@@ -330,11 +330,11 @@ class ClusterFleet:
                     link.forget(name)
         self.shown.add(("replica", name))
         self.dirty.discard(name)
-        self.look_at_all = True
+        self.decide_all = True
 
     # For the rule of activation.
 
-    def parts(self, replica: Replica) -> Mapping[str, Part]:
+    def parts(self, replica: Replica) -> Mapping[str, ReplicaOnNode]:
         return {node: self._part(replica, node) for node in replica.nodes}
 
     def is_clearing(self, replica: Replica) -> bool:
@@ -347,20 +347,22 @@ class ClusterFleet:
 
     # Inside.
 
-    def _part(self, replica: Replica, node: str) -> Part:
+    def _part(self, replica: Replica, node: str) -> ReplicaOnNode:
         state = self.leases.state(node)
         link = self.links.get(node)
         slot = None if link is None else link.slots.get(replica.name)
         if slot is None:
-            return Part(presence=state, is_draining=self.is_draining(node))
+            return ReplicaOnNode(presence=state, is_draining=self.is_draining(node))
         if not slot.is_believed:  # as good as lost, for this replica
-            return Part(presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure)
+            return ReplicaOnNode(
+                presence=NodeState.NODE_STATE_LOST, is_draining=self.is_draining(node), failure=slot.failure
+            )
         report = slot.report
         draining = report_pb2.ASSIGNMENT_STATE_DRAINING, report_pb2.ASSIGNMENT_STATE_UNMANAGED
         is_idle = None
         if report is not None and node == replica.primary_node:
             is_idle = slot.state in draining and report.num_running == report.num_waiting == 0
-        return Part(
+        return ReplicaOnNode(
             presence=state,
             is_draining=self.is_draining(node),
             held=slot.held,
@@ -416,7 +418,7 @@ class ClusterFleet:
                 link = self.links[node]
                 if not link.slots[answer.replica].held:
                     link.forget(answer.replica)
-                self.look_at_all = True  # something may have waited for this
+                self.decide_all = True  # something may have waited for this
             return
         self.changes.answered(node, answer, now_s=now_s)
 
@@ -464,7 +466,7 @@ class ClusterFleet:
             ):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it whole
 
-    def _write_node(self, node: str, found: events.Found | None) -> None:
+    def _write_node(self, node: str, found: events.InventoryReceived | None) -> None:
         link = self.links[node]
         before = self.node_writes.get(node)
         self.node_writes[node] = NodeWrite(

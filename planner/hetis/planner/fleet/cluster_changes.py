@@ -13,7 +13,7 @@ from hetis.planner.fleet.activation import NodeState
 from hetis.planner.fleet.change_parts import parts_of
 from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome, State
 from hetis.planner.fleet.counters import FleetCounters, count
-from hetis.planner.fleet.deltas import Answer
+from hetis.planner.fleet.deltas import DeltaAnswer
 from hetis.planner.fleet.late_changes import MOST_OF_NODE, LateChanges
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink
@@ -67,7 +67,7 @@ class ClusterChanges:
 
     @property
     def have_news(self) -> bool:
-        """For the store."""
+        """There is something that the store should know."""
         return bool(self.advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
 
     def of(self, replica: Replica) -> ChangeCoordinator | None:
@@ -194,7 +194,7 @@ class ClusterChanges:
             if change.state != was:
                 self.tell(change)
 
-    def answered(self, node: str, answer: Answer, *, now_s: float) -> None:
+    def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
         """A directive was."""
         change = self.under_way.get(answer.change_id)
         if change is not None:

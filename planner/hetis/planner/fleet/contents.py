@@ -24,21 +24,21 @@ _KEPT = 2  # parsed plans: the one in force and the one before
 
 
 class ContentsSource(Protocol):
-    """Who knows what plans say of their replicas."""
+    """Source of what plans say of their replicas."""
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Of these replicas of a plan; None: the plan is gone, or cannot be read."""
+        """Return the contents of these replicas of a plan; None: the plan is gone, or cannot be read."""
 
 
 class PlanContents:
-    """From the documents in the store."""
+    """Contents of plans from their documents in the store."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """As of `ContentsSource`. A plan's document never changes, so that what was read stays right."""
+        """Return what `ContentsSource` asks for. A plan's document never changes, so that what was read stays right."""
         found = self._parsed.get(plan)
         if found is None:
             document = await self._store.read(lambda tx: tx.plan_documents.get(plan))

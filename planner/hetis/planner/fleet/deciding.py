@@ -1,4 +1,4 @@
-"""One look at a cluster: what the store should know next, and what follows for the nodes once it does."""
+"""Decisions about a cluster: what the store should know next, and what follows for the nodes once it does."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Activation = plan_pb2.ActivationState
 _log = logging.getLogger("hetis.planner.fleet")
 
 
-def needs_look(cluster: ClusterFleet) -> bool:
-    """Whether `decide` might find something."""
-    return bool(cluster.dirty or cluster.look_at_all or cluster.node_writes or cluster.changes.have_news)
+def needs_decision(cluster: ClusterFleet) -> bool:
+    """Return whether `decide` might find something."""
+    return bool(cluster.dirty or cluster.decide_all or cluster.node_writes or cluster.changes.have_news)
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
-    """What should be written. Replicas whose contents are not looked up yet are left as they are."""
+    """Return what should be written. Replicas whose contents are not looked up yet are left as they are."""
     if cluster.record is None:
         return Writes(cluster=cluster.name)
-    view = _View.of(cluster)
-    names = cluster.replicas if cluster.look_at_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
+    view = _ClusterView.of(cluster)
+    names = cluster.replicas if cluster.decide_all or view.is_unsettled else cluster.dirty & cluster.replicas.keys()
     replicas = []
     for name in list(names):
         try:
@@ -48,14 +48,14 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
         redispatches=_decide_changes(cluster),
     )
     cluster.dirty.clear()
-    cluster.look_at_all = False
+    cluster.decide_all = False
     cluster.node_writes.clear()
     cluster.changes.advised = []
     return writes
 
 
 def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
-    """The store has it: now the nodes are told."""
+    """Take over what the store now has, and tell the nodes."""
     for record in kept.nodes.values():
         cluster.note_drained(record)
     for write in writes.replicas:
@@ -77,8 +77,8 @@ def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
 
 
 def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
-    """The store could not be written: the next look finds it all again."""
-    cluster.look_at_all = True
+    """Undo what a failed write left, so that the next round decides it all again."""
+    cluster.decide_all = True
     for node in writes.nodes:
         cluster.node_writes.setdefault(last_part(node.name), node)
     cluster.changes.advised += [
@@ -87,7 +87,7 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _ClusterView:
     """What the rule needs to know of all replicas together.
 
     Attributes:
@@ -103,7 +103,7 @@ class _View:
     is_unsettled: bool
 
     @classmethod
-    def of(cls, cluster: ClusterFleet) -> _View:
+    def of(cls, cluster: ClusterFleet) -> _ClusterView:
         replicas = cluster.replicas.values()
         wanted = frozenset(_wanted(cluster))
         is_unsettled = any(one.state not in UP_STATES or one.name not in wanted for one in replicas)
@@ -141,7 +141,7 @@ def _waits_for_others(replica: Replica, occupied: dict[str, list[str]]) -> bool:
     )
 
 
-def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s: float) -> ReplicaWrite | None:
+def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica, now_s: float) -> ReplicaWrite | None:
     now = replica.standing
     parts = cluster.parts(replica)
     if replica.is_stopping:
@@ -199,7 +199,7 @@ def _decide_replica(cluster: ClusterFleet, view: _View, replica: Replica, now_s:
 
 
 def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s: float) -> bool:
-    """How long it has been starting, from when its GPUs are free; or draining."""
+    """Return since when it has been starting, from when its GPUs are free; or draining."""
     if replica.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
         replica.since_s = None
         return False
@@ -244,7 +244,7 @@ def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> No
     before = replica.assigned_generation
     if write.standing.state != replica.state:
         replica.since_s = None
-        cluster.look_at_all = True  # others may have waited for this
+        cluster.decide_all = True  # others may have waited for this
     replica.renew(record, write.standing)
     if write.assigned_generation != before:
         cluster.assign(replica)
@@ -254,7 +254,7 @@ def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> No
     cluster.shown.add(("replica", replica.name))
 
 
-def _decide_plan(cluster: ClusterFleet, view: _View, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
+def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[ReplicaWrite]) -> PlanWrite | None:
     plan = cluster.plan
     if plan is None or plan.activation == Activation.ACTIVATION_STATE_INACTIVE:
         return None
@@ -280,7 +280,8 @@ def _decide_plan(cluster: ClusterFleet, view: _View, writes: Iterable[ReplicaWri
 
 
 def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
-    """How far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the plan."""
+    """Return how far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the
+    plan."""
     of_plan = [states[name] for name in wanted if name in states]
     failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
     num_serving = sum(one.state in UP_STATES for one in of_plan)

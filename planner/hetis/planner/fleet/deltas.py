@@ -77,7 +77,7 @@ _FIELDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class DeltaAnswer:
     """A delta was answered.
 
     Attributes:
@@ -136,7 +136,8 @@ class ReplicaSlot:
         return len(self._directives)
 
     def due_s(self, answer_s: float) -> float | None:
-        """When time alone may make a delta due: no answer came yet, or a try was put off. None: it never does."""
+        """Return when time alone may make a delta due: no answer came yet, or a try was put off. None: it never
+        does."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -182,7 +183,7 @@ class ReplicaSlot:
         self._retry_s = 0.0
 
     def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
-        """What to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
+        """Return what to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -196,7 +197,7 @@ class ReplicaSlot:
         self._sent_s = now_s
         return self._in_flight
 
-    def acknowledge(self, ack: agent_service_pb2.DeltaAck) -> Answer | None:
+    def acknowledge(self, ack: agent_service_pb2.DeltaAck) -> DeltaAnswer | None:
         """None: an answer to something else."""
         delta = self._answered(ack.nonce)
         if delta is None:
@@ -212,7 +213,7 @@ class ReplicaSlot:
             self.state, self.report = AssignmentState.ASSIGNMENT_STATE_STOPPED, None
         return self._answer(delta, None)
 
-    def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> Answer | None:
+    def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> DeltaAnswer | None:
         """None: an answer to something else. An assignment is tried again, ``retry_s`` from now where that may help."""
         delta = self._answered(nack.nonce)
         if delta is None:
@@ -262,13 +263,13 @@ class ReplicaSlot:
         self._in_flight = None
         return delta
 
-    def _answer(self, delta: Delta, failure: failure_pb2.Failure | None) -> Answer:
+    def _answer(self, delta: Delta, failure: failure_pb2.Failure | None) -> DeltaAnswer:
         kind = delta.WhichOneof("change")
         assert kind is not None
         change_id = _change_id(delta)
         if change_id in self._directives:
             self._told[change_id] = kind
-        return Answer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
+        return DeltaAnswer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
 
     def _difference(self, now_s: float) -> Delta | None:
         # Ends of changes first: an assignment would end them too, but as the agent thinks best.

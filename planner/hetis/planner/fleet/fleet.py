@@ -19,7 +19,7 @@ from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.head_map_pieces import HeadMaps
 from hetis.planner.fleet.link import check_hello
 from hetis.planner.fleet.link_events import Fenced, HeadMapsRead
-from hetis.planner.fleet.looks import Looks
+from hetis.planner.fleet.reconciler import Reconciler
 from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.fleet.streams import Stream
 from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing
@@ -35,7 +35,7 @@ Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 
 
-class Fleet:
+class LiveFleet:
     """Live nodes and replicas of all clusters.
 
     Attributes:
@@ -63,7 +63,7 @@ class Fleet:
         self._clock = clock
         self._contents = contents or PlanContents(store)
         self._clusters: dict[str, ClusterFleet] = {}
-        self._looks: dict[str, Looks] = {}  # also at clusters that are read for the first time
+        self._reconcilers: dict[str, Reconciler] = {}  # also at clusters that are read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
         self._ticks: asyncio.Task[None] | None = None
@@ -86,7 +86,11 @@ class Fleet:
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
             self._send(cluster)
-        tasks = [task for task in (self._ticks, *(looks.task for looks in self._looks.values())) if task is not None]
+        tasks = [
+            task
+            for task in (self._ticks, *(reconciler.task for reconciler in self._reconcilers.values()))
+            if task is not None
+        ]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -133,7 +137,7 @@ class Fleet:
         return self._live_node(cluster, node)
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
-        """By resource name: those that are declared, and those that are connected."""
+        """Return nodes by resource name: those that are declared, and those that are connected."""
         found = self._clusters.get(cluster)
         if found is None:
             return {}
@@ -152,12 +156,12 @@ class Fleet:
         return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """What the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in it; an empty one has the defaults."""
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
 
     def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
-        """How far a plan in force is; None: it is not in force."""
+        """Return how far a plan in force is; None: it is not in force."""
         for cluster in self._clusters.values():
             if cluster.plan is not None and cluster.plan.name == plan:
                 return cluster.progress
@@ -166,21 +170,21 @@ class Fleet:
     async def cluster_changed(self, cluster: str) -> None:
         """Something of it was changed in the store: reads it again, and does what follows."""
         while True:
-            looks = self._looks_at(cluster)
-            async with looks.lock:
-                if self._looks.get(cluster) is not looks:
+            reconciler = self._reconciler_of(cluster)
+            async with reconciler.lock:
+                if self._reconcilers.get(cluster) is not reconciler:
                     continue  # it was gone when it was read before, and may be back
-                if not await looks.read():
-                    self._forget(looks.cluster)
+                if not await reconciler.read():
+                    self._forget(reconciler.cluster)
                     return
-                self._clusters[cluster] = looks.cluster
-            self._after(looks.cluster)
+                self._clusters[cluster] = reconciler.cluster
+            self._after(reconciler.cluster)
             return
 
-    def _looks_at(self, cluster: str) -> Looks:
+    def _reconciler_of(self, cluster: str) -> Reconciler:
         """The one for all who come, from the first moment."""
-        if cluster not in self._looks:
-            self._looks[cluster] = Looks(
+        if cluster not in self._reconcilers:
+            self._reconcilers[cluster] = Reconciler(
                 ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
                 store=self._store,
                 hubs=self._hubs,
@@ -190,7 +194,7 @@ class Fleet:
                 send=self._send,
                 lose_leadership=self.lose_leadership,
             )
-        return self._looks[cluster]
+        return self._reconcilers[cluster]
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
         """Asks the primary's agent.
@@ -225,7 +229,7 @@ class Fleet:
         if cluster is None:
             raise not_found(redispatch.replica)
         cluster.changes.propose(redispatch, now_s=self._clock.monotonic())
-        await self._looks[cluster.name].look()
+        await self._reconcilers[cluster.name].reconcile()
 
     def disconnect(self, name: str) -> None:
         """Ends the stream of a node; whoever comes next with its credentials is let in.
@@ -310,7 +314,7 @@ class Fleet:
             answer.set_result(event.result)
 
     def _fail_readings(self, node: str | None, error: ServiceError) -> None:
-        """Of one node, or of all."""
+        """Fail the open readings of one node, or of all."""
         for name, answer in list(self._readings.values()):
             if node in (None, name) and not answer.done():
                 answer.set_exception(error)
@@ -328,9 +332,9 @@ class Fleet:
             cluster.capacity_changed = False
             for observer in self.observers:
                 observer.capacity_changed(cluster.name)
-        looks = self._looks.get(cluster.name)
-        if looks is not None and self._ending is None:
-            looks.begin()
+        reconciler = self._reconcilers.get(cluster.name)
+        if reconciler is not None and self._ending is None:
+            reconciler.begin()
 
     def _send(self, cluster: ClusterFleet) -> None:
         slow = []
@@ -345,7 +349,7 @@ class Fleet:
 
     def _forget(self, cluster: ClusterFleet) -> None:
         """The cluster is gone."""
-        self._looks.pop(cluster.name, None)
+        self._reconcilers.pop(cluster.name, None)
         self._clusters.pop(cluster.name, None)
         cluster.record = None
         for node in cluster.links:
@@ -379,7 +383,7 @@ class Fleet:
                 _log.exception("the fleet's time stumbled")
 
     def tick(self) -> None:
-        """Looks at the time: leases, deadlines, what is to be said again, what watchers should hear."""
+        """Look at the time: leases, deadlines, what is to be said again, what watchers should hear."""
         now_s = self._clock.monotonic()
         gap_s, self._ticked_s = now_s - self._ticked_s - self._settings.tick_s, now_s
         stood_still = gap_s > _STOOD_STILL * self._settings.tick_s

@@ -10,7 +10,7 @@ from hetis.v1 import agent_service_pb2, failure_pb2, head_map_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadMaps:
-    """Who owns which head group in a replica: one map per copy of each stage.
+    """The owners of all head groups of a replica: one map per copy of each stage.
 
     Attributes:
         generation: of the replica's state at its authority.
@@ -81,7 +81,7 @@ class HeadMapPieces:
 
 
 def _failed(failure: failure_pb2.Failure) -> ServiceError:
-    """As the agent says; a reason that only a newer one knows has no status code here."""
+    """Return the agent's failure as an error; a reason that only a newer one knows has no status code here."""
     if failure.reason in Reason.values() and failure.reason:
         return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
     message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"

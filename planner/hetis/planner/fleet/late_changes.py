@@ -36,7 +36,7 @@ class LateChanges:
         return list(self._waiting)
 
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Who spoke of it, and what it said."""
+        """Take out the nodes that spoke of a change, with what they said."""
         taken = self._waiting.pop(change_id, {})
         for node in taken:
             self._num_of_node[node] -= 1
@@ -51,7 +51,7 @@ class LateChanges:
         outcome: Outcome.ValueType | None,
         moves: Iterable[change_pb2.MoveResult],
     ) -> Directive:
-        """What the node should be told. ``outcome``: how the change ended; None: there is no record of it.
+        """Return what the node should be told. ``outcome``: how the change ended; None: there is no record of it.
 
         What was never recorded was never permitted to flip, so that an end can only be the node's own word.
         """

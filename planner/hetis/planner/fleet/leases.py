@@ -1,4 +1,4 @@
-"""Who is there: a node is READY while it is heard, SUSPECT when it is late, LOST when its lease ran out."""
+"""Presence of nodes: a node is READY while it is heard, SUSPECT when it is late, LOST when its lease ran out."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Leases:
         return changed
 
     def stood_still(self, gap_s: float, *, now_s: float) -> None:
-        """For ``gap_s`` until ``now_s`` nobody listened: that is nobody's silence."""
+        """Forgive the silence of ``gap_s`` until ``now_s`` in which nobody listened: that is nobody's silence."""
         self._due.clear()
         for node, presence in self._nodes.items():
             if presence.heard_s is not None:

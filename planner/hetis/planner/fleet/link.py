@@ -15,8 +15,8 @@ from hetis.planner.fleet.link_events import (
     Answered,
     Behind,
     Fenced,
-    Found,
     HeadMapsRead,
+    InventoryReceived,
     LinkEvent,
     Progressed,
     Reported,
@@ -149,12 +149,12 @@ class NodeLink:
 
     @property
     def session(self) -> str:
-        """Of the stream that counts. Empty: there is none."""
+        """The session of the stream that counts. Empty: there is none."""
         return self._session
 
     @property
     def boot_id(self) -> str:
-        """Of the run of the agent that spoke last. Empty: none did."""
+        """The boot id of the agent that spoke last. Empty: none did."""
         return self._boot_id
 
     @property
@@ -173,18 +173,19 @@ class NodeLink:
 
     @property
     def is_clearing(self) -> bool:
-        """It holds something that it was told to remove."""
+        """The node holds something that it was told to remove."""
         return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self._slots.values())
 
     def slot(self, replica: str) -> ReplicaSlot:
-        """To be used when it is about to change: what is to be sent is looked for there."""
+        """Return the slot of a replica that is about to change: what is to be sent is looked for there."""
         self._active.add(replica)
         if replica not in self._slots:
             self._slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
         return self._slots[replica]
 
     def heard_slot(self, replica: str) -> ReplicaSlot | None:
-        """As `slot`, of a replica that the node speaks of. None: it has spoken of too many that are not its own."""
+        """Return the slot of a replica that the node speaks of. None: it has spoken of too many that are not its
+        own."""
         if replica not in self._slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
                 self.num_ignored += 1
@@ -282,7 +283,7 @@ class NodeLink:
                 return []
 
     def messages(self, now_s: float) -> list[Response]:
-        """What is to be sent now, and no more than once."""
+        """Return what is to be sent now, and no more than once."""
         if not self._session:
             return []
         found, self._outbox = self._outbox, []
@@ -337,7 +338,7 @@ class NodeLink:
         self._head_maps.pop(request_id, None)
 
     def say_goodbye(self, reason: str) -> None:
-        """At the next `messages`."""
+        """Say goodbye with the next `messages`."""
         goodbye = agent_service_pb2.Goodbye(reason=reason, reconnect_within=duration(self._settings.reconnect_s))
         self._outbox.append(Response(epoch=self._epoch, goodbye=goodbye))
 
@@ -370,7 +371,7 @@ class NodeLink:
         if self.inventory == inventory:
             return []
         self.inventory = inventory
-        return [Found(inventory=inventory)]
+        return [InventoryReceived(inventory=inventory)]
 
     def _take_ack(self, ack: agent_service_pb2.DeltaAck) -> list[LinkEvent]:
         if ack.replica not in self._slots:

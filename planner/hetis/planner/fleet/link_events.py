@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.deltas import Answer
+from hetis.planner.fleet.deltas import DeltaAnswer
 from hetis.planner.fleet.head_map_pieces import HeadMaps
 from hetis.v1 import change_pb2, inventory_pb2, report_pb2
 
@@ -24,7 +24,7 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class InventoryReceived:
     """The node's inventory came."""
 
     inventory: inventory_pb2.NodeInventory
@@ -34,7 +34,7 @@ class Found:
 class Answered:
     """A delta was acknowledged or refused."""
 
-    answer: Answer
+    answer: DeltaAnswer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,4 +67,4 @@ class Fenced:
     newest_epoch: int
 
 
-LinkEvent = Reported | Found | Answered | Behind | Progressed | HeadMapsRead | Fenced
+LinkEvent = Reported | InventoryReceived | Answered | Behind | Progressed | HeadMapsRead | Fenced

@@ -1,4 +1,5 @@
-"""When capacity has changed for long, the planner makes a plan for what there is now: advice, or what is done.
+"""Proposals: when capacity has changed for long, the planner makes a plan for what there is now: advice, or what is
+done.
 
 Capacity is the nodes that can be planned with: declared, not draining, not lost. It has changed when the plan in force
 uses a node that is gone, or when there is one that was not there when that plan was made. A change counts once it has
@@ -34,7 +35,7 @@ _log = logging.getLogger("hetis.planner.proposals")
 
 
 class NodeCapacity(Protocol):
-    """As `hetis.planner.fleet.views.LiveNode`."""
+    """The part of `hetis.planner.fleet.views.LiveNode` that proposals need."""
 
     @property
     def state(self) -> cluster_pb2.NodeState.ValueType: ...
@@ -53,7 +54,7 @@ class Placements(Protocol):
     """What is asked of the plans."""
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
-        """With its spec and its replicas."""
+        """Return the plan in force with its spec and its replicas."""
         ...
 
     async def plan(self, name: str) -> plan_pb2.Plan | None: ...
@@ -141,7 +142,7 @@ class PlacementProposals:
             await asyncio.sleep(GATHERED_S)
 
     async def step(self) -> float | None:
-        """Looks at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
+        """Look at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
         waits = list[float]()
         for name, known in list(self._clusters.items()):
             self._take_change(name, known)
@@ -235,20 +236,21 @@ class PlacementProposals:
 
 
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
-    """Whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is known."""
+    """Return whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is
+    known."""
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
     return served_rps(proposal.result) > left_rps(plan.result, set(nodes)) * (1 + LEAST_GAIN)
 
 
 def served_rps(result: plan_pb2.PlanResult) -> float:
-    """What a plan serves: by its unified replicas, and over its routes."""
+    """Return what a plan serves: by its unified replicas, and over its routes."""
     unified = sum(one.rate_rps for one in result.replicas if role_of(one) is Role.UNIFIED)
     return unified + sum(route.rate_rps for route in result.kv_routes)
 
 
 def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
-    """What the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
+    """Return what the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
     left = dict.fromkeys(Role, 0.0)
     for replica in result.replicas:
         if _dense_nodes(replica) <= there:
@@ -277,7 +279,7 @@ def _node_of(device: str) -> str:
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
-    """In one sentence, for people."""
+    """Return the reason in one sentence, for people."""
     parts = [
         f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
         for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))

@@ -68,7 +68,7 @@ def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica
 
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
-    """Of its state, as its primary said last; of its last assignment where it said nothing yet."""
+    """Return a replica's generation as its primary said last; that of its last assignment where it said nothing yet."""
     link = cluster.links.get(replica.primary_node)
     slot = None if link is None else link.slots.get(replica.name)
     return slot.held if slot is not None and slot.held else replica.assigned_generation

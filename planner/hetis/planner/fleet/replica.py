@@ -39,7 +39,7 @@ class Contents:
 
     @classmethod
     def nothing(cls) -> Contents:
-        """Of a plan that can no longer be read: enough for a replica to end its life."""
+        """Return the contents of a plan that can no longer be read: enough for a replica to end its life."""
         return cls(model=document_pb2.Document(), stages=())
 
 
@@ -121,7 +121,7 @@ class Replica:
         )
 
     def assignments(self, peers: Mapping[str, str], plan: str) -> dict[str, WantedAssignment]:
-        """By node id. Its last assignment: the same generation means the same content on every node."""
+        """Return the replica's last assignment by node id: the same generation means the same content on every node."""
         contents, goal = self.contents, self.standing.goal
         assert contents is not None
         assert goal is not None
@@ -148,7 +148,7 @@ class Replica:
 
 
 def standing_of(record: ReplicaRecord) -> Standing:
-    """Where a replica is, by its record alone."""
+    """Return where a replica is, by its record alone."""
     body = record.body
     return Standing(
         state=record.state or State.REPLICA_STATE_STARTING,

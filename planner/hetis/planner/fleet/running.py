@@ -28,7 +28,7 @@ class RunningReplica(Protocol):
     def stages(self) -> Sequence[stage_pb2.StageModel]: ...
     @property
     def conditions(self) -> Mapping[str, report_pb2.DeviceStatus.ValueType]:
-        """By GPU as ``node/index``; those that are not here are OK."""
+        """Conditions by GPU as ``node/index``; a GPU that is not here is OK."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class ReadHeadMaps(Protocol):
 
 
 class RunningReplicas(Protocol):
-    """Who knows the replicas."""
+    """Source of what is known of running replicas."""
 
     def replica_view(self, name: str) -> RunningReplica | None: ...
 
@@ -56,7 +56,7 @@ class Redispatching(RunningReplicas, Protocol):
     """What the re-dispatch loop asks of the fleet."""
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """What the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in it; an empty one has the defaults."""
         ...
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> ReadHeadMaps: ...

@@ -51,7 +51,7 @@ class FleetSettings:
             )
 
     def to_proto(self) -> agent_service_pb2.Settings:
-        """What agents are told."""
+        """Return what agents are told."""
         return agent_service_pb2.Settings(
             heartbeat_interval=duration(self.heartbeat_s),
             lease=duration(self.lease_s),

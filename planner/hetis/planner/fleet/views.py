@@ -85,17 +85,17 @@ class LiveReplica:
 
 
 class Publishing(Protocol):
-    """Where watchers hear of changes: the hubs of this leadership term."""
+    """Hubs where watchers hear of changes: those of this leadership term."""
 
     @property
     def plans(self) -> Hub[str, plan_pb2.Plan]: ...
 
     def cluster(self, name: str) -> Hub[tuple[str, str], Any]:
-        """Of ``clusters/{cluster}``; to be asked for each time."""
+        """Return the hub of ``clusters/{cluster}``; to be asked for each time."""
 
 
 class CallerIdentity(Protocol):
-    """Who opens a stream."""
+    """The identity of whoever opens a stream."""
 
     def require_node(self, node: str) -> None:
         """
@@ -105,7 +105,7 @@ class CallerIdentity(Protocol):
 
 
 class FleetObserver(Protocol):
-    """Is told in the fleet's loop, and must return at once."""
+    """Listener that is told in the fleet's loop, and must return at once."""
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
         """A report came of a node of the replica, the primary's or another."""

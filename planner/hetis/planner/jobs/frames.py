@@ -15,7 +15,7 @@ _LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class JobFrame:
     """``kind`` says what it is; ``fields`` are plain data, ``payload`` is a document or nothing."""
 
     kind: str
@@ -23,12 +23,12 @@ class Frame:
     payload: bytes = b""
 
 
-def to_bytes(frame: Frame) -> bytes:
+def to_bytes(frame: JobFrame) -> bytes:
     header = json.dumps({"kind": frame.kind, **frame.fields}, allow_nan=False).encode()
     return _LENGTHS.pack(len(header), len(frame.payload)) + header + frame.payload
 
 
-def read_frame(pipe: BinaryIO) -> Frame | None:
+def read_frame(pipe: BinaryIO) -> JobFrame | None:
     """The next frame; None: the other side is gone."""
     lengths = pipe.read(_LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
@@ -38,8 +38,8 @@ def read_frame(pipe: BinaryIO) -> Frame | None:
     return _from_body(body, header_bytes) if len(body) == header_bytes + payload_bytes else None
 
 
-async def receive_frame(stream: StreamReader) -> Frame | None:
-    """As `read_frame`, without waiting in the loop's way."""
+async def receive_frame(stream: StreamReader) -> JobFrame | None:
+    """Read a frame as `read_frame` does, without blocking the loop."""
     try:
         header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
         body = await stream.readexactly(header_bytes + payload_bytes)
@@ -48,6 +48,6 @@ async def receive_frame(stream: StreamReader) -> Frame | None:
     return _from_body(body, header_bytes)
 
 
-def _from_body(body: bytes, header_bytes: int) -> Frame:
+def _from_body(body: bytes, header_bytes: int) -> JobFrame:
     fields = json.loads(body[:header_bytes])
-    return Frame(kind=fields.pop("kind"), fields=fields, payload=body[header_bytes:])
+    return JobFrame(kind=fields.pop("kind"), fields=fields, payload=body[header_bytes:])

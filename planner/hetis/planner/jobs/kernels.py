@@ -31,7 +31,7 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 
 def are_cached() -> bool:
-    """Whether machine code of all searches is on disk."""
+    """Return whether machine code of all searches is on disk."""
     return all(is_cached(kernel) for kernel in (explore, *KERNELS))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundPlan:
     """A plan that passed the independent checker; perhaps interrupted, as its status says.
 
     Attributes:
@@ -63,29 +63,29 @@ class CalledOff:
     """Nobody searched: it was called off in the queue, or its process did not listen and had to be ended."""
 
 
-Answer = Found | Infeasible | NothingFound | Unsound | Invalid
+Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
 Outcome = Answer | Crashed | CalledOff
 
 
-def answer_to_frame(answer: Answer) -> Frame:
+def answer_to_frame(answer: Answer) -> JobFrame:
     match answer:
-        case Found(document, result):
-            return Frame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
+        case FoundPlan(document, result):
+            return JobFrame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
         case Infeasible(reasons):
-            return Frame(kind="infeasible", fields={"reasons": list(reasons)})
+            return JobFrame(kind="infeasible", fields={"reasons": list(reasons)})
         case NothingFound(message):
-            return Frame(kind="nothing_found", fields={"message": message})
+            return JobFrame(kind="nothing_found", fields={"message": message})
         case Unsound(violations):
-            return Frame(kind="unsound", fields={"violations": list(violations)})
+            return JobFrame(kind="unsound", fields={"violations": list(violations)})
         case Invalid(message):
-            return Frame(kind="invalid", fields={"message": message})
+            return JobFrame(kind="invalid", fields={"message": message})
 
 
-def answer_from_frame(frame: Frame) -> Answer | None:
+def answer_from_frame(frame: JobFrame) -> Answer | None:
     """None: the frame is no answer."""
     match frame.kind:
         case "found":
-            return Found(frame.payload, base64.b64decode(frame.fields["result"]))
+            return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))
         case "infeasible":
             return Infeasible(tuple(frame.fields["reasons"]))
         case "nothing_found":

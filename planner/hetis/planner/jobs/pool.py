@@ -100,11 +100,11 @@ class SolverPool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the processes that there are now."""
+        """Process ids of the present processes."""
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     def searches_of(self) -> dict[str, dict[str, int]]:
-        """Those ``running`` and ``queued`` by caller."""
+        """Return a caller's searches that are ``running`` and ``queued``."""
         found: dict[str, dict[str, int]] = {}
         for search in self._places:
             counts = found.setdefault(search.caller, {"running": 0, "queued": 0})
@@ -152,7 +152,7 @@ class SolverPool:
         return min(self._settings.running_per_caller or self._settings.num_processes, self._settings.num_processes)
 
     def retry_after_s(self) -> float:
-        """When the first of the running searches ends at the latest."""
+        """Return in how many seconds the first running search ends at the latest."""
         now_s = self._clock()
         left_s = [since_s + search.time_limit_s - now_s for search, (_, since_s) in self._running.items()]
         return max(LEAST_RETRY_S, min(left_s, default=LEAST_RETRY_S))
@@ -187,7 +187,7 @@ class SolverPool:
             self._end(search, outcome)
 
     def _next(self) -> Search | None:
-        """What is to be searched now: callers take turns, those first of whom fewest searches run."""
+        """Return what is to be searched now: callers take turns, those first of whom fewest searches run."""
         running = Counter(search.caller for search in self._running)
         for caller in [caller for caller, waiting in self._waiting.items() if not waiting]:
             del self._waiting[caller]

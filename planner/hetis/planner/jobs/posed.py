@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hetis.formats.canonical import canonical_json
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.plan import Objective, ObjectiveKind, Role
@@ -37,7 +38,7 @@ class PosedProblem:
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
         }
-        return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return canonical_json(data)
 
 
 def posed_from_json(text: bytes) -> PosedProblem:

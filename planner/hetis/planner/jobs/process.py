@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
-from hetis.planner.jobs.frames import Frame, receive_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
 
 # -P: what lies in the service's working directory is not imported.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "hetis.planner.jobs.worker")
@@ -50,12 +50,12 @@ class SolverProcess:
     def is_alive(self) -> bool:
         return self._process.returncode is None
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: JobFrame) -> None:
         """Tells the process; one that has ended hears nothing, and `receive` says so."""
         if not self._stdin.is_closing():
             self._stdin.write(to_bytes(frame))
 
-    async def receive(self) -> Frame | None:
+    async def receive(self) -> JobFrame | None:
         """The next frame; None: the process has ended."""
         return await receive_frame(self._stdout)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 from hetis.solver.budget import Progress
 
 PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
 
 
-class Reporter:
+class ProgressReporter:
     """Sends each new phase, and within a phase one report per `PROGRESS_INTERVAL_S` at most."""
 
-    def __init__(self, send: Callable[[Frame], None]) -> None:
+    def __init__(self, send: Callable[[JobFrame], None]) -> None:
         self._send = send
         self._phase = ""
         self._last_s = -math.inf
@@ -26,12 +26,12 @@ class Reporter:
         self._send(progress_to_frame(progress))
 
 
-def progress_to_frame(progress: Progress) -> Frame:
-    """What is not finite is not known: it is left out."""
+def progress_to_frame(progress: Progress) -> JobFrame:
+    """Return what is not finite is not known: it is left out."""
     numbers = {"incumbent": progress.incumbent, "bound": progress.bound, "gap": progress.gap}
     known = {name: float(value) for name, value in numbers.items() if value is not None and math.isfinite(value)}
-    return Frame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})
+    return JobFrame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})
 
 
-def progress_from_frame(frame: Frame) -> Progress:
+def progress_from_frame(frame: JobFrame) -> Progress:
     return Progress(**frame.fields)

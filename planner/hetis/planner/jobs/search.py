@@ -20,7 +20,7 @@ class Begun(Enum):
 News = Begun | Progress | Outcome
 
 
-class Pool(Protocol):
+class SearchPool(Protocol):
     """What a search asks of its pool."""
 
     def enqueue(self, search: Search) -> None: ...
@@ -31,7 +31,7 @@ class Pool(Protocol):
 class Search:
     """A place in the pool, and what became of it. `SolverPool.reserve` makes them."""
 
-    def __init__(self, pool: Pool, caller: str) -> None:
+    def __init__(self, pool: SearchPool, caller: str) -> None:
         self._pool = pool
         self.caller = caller
         self._news: asyncio.Queue[News] = asyncio.Queue()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.jobs.outcomes import answer_to_frame
 from hetis.planner.jobs.posed import posed_from_json
-from hetis.planner.jobs.progress import Reporter
-from hetis.planner.jobs.search_clock import SearchClock
+from hetis.planner.jobs.progress import ProgressReporter
 from hetis.planner.jobs.solving import solve
 from hetis.solver.compiled import compilations_told_to
 
 
 class Sender(Protocol):
-    def send(self, frame: Frame) -> None: ...
+    def send(self, frame: JobFrame) -> None: ...
 
 
 class Searcher:
@@ -38,18 +39,18 @@ class Searcher:
         on disk, stops the clock, and is told as ``compiling``.
         """
         posed = posed_from_json(posed_json)
-        report = Reporter(self._outbox.send)
+        report = ProgressReporter(self._outbox.send)
         load_kernels(posed.loaded.inputs.cluster.num_gpus(), report=report)
 
         def tell(compiles: bool) -> None:
             if compiles:
-                self._outbox.send(Frame(kind="compiling", fields={}))
+                self._outbox.send(JobFrame(kind="compiling", fields={}))
             else:
-                self._outbox.send(Frame(kind="searching", fields={"spent_s": clock() - began_s}))
+                self._outbox.send(JobFrame(kind="searching", fields={"spent_s": clock() - began_s}))
 
         clock = SearchClock(on_change=tell)
         began_s = clock()
-        self._outbox.send(Frame(kind="searching", fields={"spent_s": 0.0}))
+        self._outbox.send(JobFrame(kind="searching", fields={"spent_s": 0.0}))
         with compilations_told_to(clock.note):
             answer = solve(posed, cancelled=cancelled, report=report, clock=clock)
         self._outbox.send(answer_to_frame(answer))
@@ -57,3 +58,36 @@ class Searcher:
     def cancel(self) -> None:
         """Makes the search return its incumbent; nothing if there is none."""
         self._cancelled.set()
+
+
+class SearchClock:
+    """Seconds but for those in which a thread of this process compiled or waited for another process that did.
+
+    Args:
+        clock: seconds that only grow.
+        on_change: called, in that thread, when compiling begins (True) and when all of it has ended (False).
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, on_change: Callable[[bool], None] = lambda _: None
+    ) -> None:
+        self._clock, self._on_change = clock, on_change
+        self._lock = threading.Lock()
+        self._num_compiling = 0
+        self._since_s = self._compiled_s = 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            return (self._since_s if self._num_compiling else self._clock()) - self._compiled_s
+
+    def note(self, begins: bool) -> None:
+        """A compilation begins or ends; one inside another, or beside it in another thread, takes no more time."""
+        with self._lock:
+            self._num_compiling += 1 if begins else -1
+            changes = self._num_compiling == (1 if begins else 0)
+            if changes and begins:
+                self._since_s = self._clock()
+            elif changes:
+                self._compiled_s += self._clock() - self._since_s
+        if changes:
+            self._on_change(begins)

@@ -7,7 +7,7 @@ import logging
 import signal
 from collections.abc import Awaitable, Callable
 
-from hetis.planner.jobs.frames import Frame
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome, answer_from_frame
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.progress import progress_from_frame
@@ -44,11 +44,11 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """Of the process; None: there is none."""
+        """The id of the process; None: there is none."""
         return None if self._process is None else self._process.pid
 
     async def warm_up(self) -> None:
-        """Has a process ready before there is work. If none can be started the next search says why."""
+        """Start a process before there is work. If none can be started the next search says why."""
         if self._process is not None and self._process.num_searches >= self._searches_per_process:
             await self.stop()
         self._wait_for_preparation()
@@ -73,7 +73,7 @@ class Slot:
         What it compiles at that moment it finishes: the next search would have to begin with it again.
         """
         if self._process is not None and self._is_ready:
-            self._process.send(Frame(kind="cancel", fields={}))
+            self._process.send(JobFrame(kind="cancel", fields={}))
         if self._is_searching:
             self._expect_end()
 
@@ -89,7 +89,7 @@ class Slot:
             self._process = None
 
     async def _attempt(self, search: Search) -> tuple[Outcome, bool]:
-        """How it ended, and whether the process had heard of the search before it did."""
+        """Return how it ended, and whether the process had heard of the search before it did."""
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
             return CalledOff() if search.is_called_off else crashed, True
@@ -98,7 +98,7 @@ class Slot:
         process = self._process
         assert process is not None, "it was prepared"
         process.num_searches += 1
-        process.send(Frame(kind="solve", fields={}, payload=search.posed_json))
+        process.send(JobFrame(kind="solve", fields={}, payload=search.posed_json))
         if self._search is not search:
             self._search = search
             search.tell(Begun.BEGUN)
@@ -140,7 +140,7 @@ class Slot:
         return None
 
     async def _bury(self, process: SolverProcess) -> Crashed:
-        """What became of a process whose output has ended."""
+        """Return what became of a process whose output has ended."""
         self._is_ready = False
         exit_code = await process.stop()
         self._process = None

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from hetis.formats.canonical import canonical_json
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
-from hetis.planner.jobs.outcomes import Answer, Found, Infeasible, Invalid, NothingFound, Unsound
+from hetis.planner.jobs.outcomes import Answer, FoundPlan, Infeasible, Invalid, NothingFound, Unsound
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan
@@ -36,13 +37,12 @@ def solve(
         return Unsound(error.violations)
     except InvalidProblemError as error:
         return Invalid(str(error))
-    document = canonical_json(plan)
-    if canonical_json(from_data(json.loads(document))) != document:
+    document = document_bytes(plan)
+    if document_bytes(from_data(json.loads(document))) != document:
         return Unsound(("its document reads as another plan",))
-    return Found(document, result_to_proto(plan, document).SerializeToString())
+    return FoundPlan(document, result_to_proto(plan, document).SerializeToString())
 
 
-def canonical_json(plan: Value) -> bytes:
+def document_bytes(plan: Value) -> bytes:
     """The bytes that a plan's digest is of."""
-    data = to_data(plan, self_contained=True)
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return canonical_json(to_data(plan, self_contained=True))

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from hetis.planner.jobs.frames import Frame, read_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame, read_frame, to_bytes
 
 _CRASHED = 70  # EX_SOFTWARE
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     load_cached_kernels()
     searcher = Searcher(outbox)
-    outbox.send(Frame(kind="ready", fields={}))
+    outbox.send(JobFrame(kind="ready", fields={}))
     while (frame := read_frame(inbox)) is not None:
         match frame.kind:
             case "solve":
@@ -45,14 +45,14 @@ def main() -> None:
     os._exit(0)  # a search in compiled code cannot be ended otherwise
 
 
-class Outbox:
+class FrameSender:
     """The way to the service, for several threads."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: JobFrame) -> None:
         with self._lock, suppress(BrokenPipeError):  # the service is gone; so is our input, which ends us
             self._pipe.write(to_bytes(frame))
             self._pipe.flush()
@@ -67,18 +67,18 @@ def _finish_or_crash(search: Callable[[], None]) -> None:
         os._exit(_CRASHED)
 
 
-def _private_pipes() -> tuple[BinaryIO, Outbox]:
+def _private_pipes() -> tuple[BinaryIO, FrameSender]:
     """The pipes, out of the reach of libraries that print."""
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
     os.dup2(nowhere, 1)
     os.close(nowhere)
-    return inbox, Outbox(outbox)
+    return inbox, FrameSender(outbox)
 
 
 def _be_the_first_to_go() -> None:
-    """Where memory runs out, the kernel shall take a search and not the service. Linux only."""
+    """Have the kernel take a search, and not the service, where memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 

@@ -1,9 +1,9 @@
-"""What the wishes of a plan cost: a table, and the same as data for the plan's file."""
+"""The table of what the wishes of a plan cost."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -13,21 +13,6 @@ from hetis.planner.report.plan import section
 
 if TYPE_CHECKING:
     from hetis.solver.wish_prices import WishPrice
-
-WILL_PRICES = "will_prices"  # entry of `Plan.inputs`
-
-
-def price_rows(prices: Sequence[WishPrice]) -> list[dict[str, Any]]:
-    """As `Plan.inputs` keeps them."""
-    return [
-        {
-            "wishes": [str(wish) for wish in price.will],
-            "least": price.least,
-            "most": price.most,
-            "solved": price.is_solved,
-        }
-        for price in prices
-    ]
 
 
 def render_wish_prices(prices: Sequence[WishPrice], unit: str) -> RenderableType:

@@ -42,7 +42,7 @@ def with_documents(answer: A, tx: Transaction) -> A:
 
 
 def _bodies(answer: Message, tx: Transaction) -> Iterator[Message]:
-    """What is kept of the resources in an answer."""
+    """Yield what is kept of the resources in an answer."""
     for field, table in (("cluster", tx.clusters), ("profile", tx.profiles), ("plan", tx.plans)):
         if field in answer.DESCRIPTOR.fields_by_name and answer.HasField(field):
             record = table.get(getattr(answer, field).name)

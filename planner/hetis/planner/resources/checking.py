@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert.names import ID_RULE, NameForm, is_id
 from hetis.planner.failures import ServiceError, invalid_document, invalid_fields
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import document_pb2, failure_pb2
 
 V = TypeVar("V")
@@ -53,9 +53,9 @@ class Checks:
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
     ) -> V | None:
-        """What ``read`` makes of it, beside the event loop; None: something is wrong with it."""
+        """Return what ``read`` makes of it, beside the event loop; None: something is wrong with it."""
         try:
-            return await beside_loop(read, document)
+            return await run_in_thread_gc_paused(read, document)
         except DocumentError as error:
             self._documents.append(invalid_document(error, field))
             return None

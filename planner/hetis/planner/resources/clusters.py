@@ -6,7 +6,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from hetis.planner.beside import beside_loop
+from google.protobuf.duration_pb2 import Duration
+
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
 from hetis.planner.convert.documents import MAX_NODES
@@ -16,10 +17,10 @@ from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.paging import read_page_request
-from hetis.planner.resources.policies import check_policy
 from hetis.planner.resources.publishing import publish_cluster, publish_nodes
-from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, once, to_the_end
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
 from hetis.v1 import cluster_pb2, document_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
@@ -77,7 +78,7 @@ class Clusters:
             record = tx.clusters.insert(record)
             return service_pb2.CreateClusterResponse(cluster=self._message(record, FULL))
 
-        async def change() -> Answer[service_pb2.CreateClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.CreateClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.CreateClusterResponse, lambda: insert(tx))
             )
@@ -134,7 +135,7 @@ class Clusters:
                 after = tx.clusters.update(after)
             return service_pb2.UpdateClusterResponse(cluster=self._message(after, FULL))
 
-        async def change() -> Answer[service_pb2.UpdateClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.UpdateClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.UpdateClusterResponse, lambda: update(tx))
             )
@@ -164,7 +165,7 @@ class Clusters:
             tx.clusters.delete(request.name)
             return service_pb2.DeleteClusterResponse()
 
-        async def change() -> Answer[service_pb2.DeleteClusterResponse]:
+        async def change() -> CallAnswer[service_pb2.DeleteClusterResponse]:
             answer = await self._store.write(
                 lambda tx: once(tx, request, service_pb2.DeleteClusterResponse, lambda: delete(tx))
             )
@@ -192,7 +193,7 @@ class Clusters:
         publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
-            changed = await beside_loop(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
+            changed = await run_in_thread_gc_paused(lambda: sorted({*was.nodes} ^ {*is_.nodes}))
             publish_nodes(self._hubs, record.name, changed, now_s=self._clock())
         await self._fleet.cluster_changed(record.name)
 
@@ -209,7 +210,7 @@ _POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
 
 
 def _paths(checks: Checks, request: service_pb2.UpdateClusterRequest) -> frozenset[str]:
-    """What is to be changed: the mask, or the fields that are set."""
+    """Return what is to be changed: the mask, or the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
     if not given:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
@@ -275,3 +276,29 @@ def _in_use(name: str, user: str, why: str) -> ServiceError:
     return ServiceError(
         Reason.ERROR_REASON_RESOURCE_IN_USE, f"{name} is in use: {user} {why}", metadata={"name": name, "user": user}
     )
+
+
+_LONGEST_S = 315_576_000_000  # of a valid Duration
+
+
+def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
+    """The limits that stand in ``cluster.proto``."""
+    ratio = policy.deviation_ratio
+    checks.require(0 <= ratio <= 100, f"{field}.deviation_ratio", f"is {ratio}, must be from 0 to 100")
+    mark = policy.high_water
+    checks.require(0 <= mark <= 1, f"{field}.high_water", f"is {mark}, must be above 0 and at most 1, or 0 for 0.9")
+    for name, least_s, most_s, words in (
+        ("redispatch_interval", 0.0, 3600.0, "0 to 1 hour"),
+        ("prepare_timeout", 0.1, 600.0, "100 ms to 10 minutes"),
+        ("placement_patience", 1.0, 86400.0, "1 s to 24 hours"),
+    ):
+        if policy.HasField(name):  # type: ignore[arg-type]
+            _check_duration(checks, getattr(policy, name), f"{field}.{name}", least_s, most_s, words)
+
+
+def _check_duration(checks: Checks, duration: Duration, field: str, least_s: float, most_s: float, words: str) -> None:
+    signs_agree = duration.seconds * duration.nanos >= 0
+    valid = abs(duration.seconds) <= _LONGEST_S and abs(duration.nanos) < 10**9 and signs_agree
+    if checks.require(valid, field, f"is no valid duration: {duration.seconds} s and {duration.nanos} ns"):
+        seconds = duration.seconds + duration.nanos / 1e9
+        checks.require(least_s <= seconds <= most_s, field, f"is {seconds:g} s, must be {words}")

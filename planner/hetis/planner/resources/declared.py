@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import documents
 from hetis.planner.store import ClusterRecord
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
 
 _KEPT_NODES = 100 * documents.MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
@@ -39,10 +39,10 @@ class DeclaredFleets:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
 
     async def of(self, record: ClusterRecord) -> Declared:
-        """Beside the event loop where it must be parsed."""
+        """Return the declared cluster, parsed in a thread where it must be parsed."""
         digest = record.body.document.digest
         if digest not in self._by_digest:
-            self._by_digest[digest] = await beside_loop(_read, record)
+            self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)
             self._forget_some()
         self._by_digest.move_to_end(digest)
         return self._by_digest[digest]

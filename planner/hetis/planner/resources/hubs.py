@@ -1,4 +1,4 @@
-"""Who hears of what: one hub for plans, one for each cluster and what is in it."""
+"""Hubs of watchers: one for plans, one for each cluster and what is in it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Hubs:
         return self._clusters[name]
 
     def round_of(self, name: str) -> int:
-        """How often `renew_cluster` was called: sequences of one round say nothing in another."""
+        """Return how often `renew_cluster` was called: sequences of one round say nothing in another."""
         return self._rounds.get(name, 0)
 
     def renew_cluster(self, name: str) -> None:

@@ -9,7 +9,6 @@ from hetis.planner.convert.clusters import node_message
 from hetis.planner.convert.names import last_part, node_name
 from hetis.planner.resources.declared import Declared, DeclaredFleets
 from hetis.planner.resources.live import FleetNow, NodeNow
-from hetis.planner.resources.replica_places import ReplicaPlaces
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store
 from hetis.v1 import cluster_pb2, view_pb2
 
@@ -40,12 +39,12 @@ class NodeViews:
     live: Mapping[str, NodeNow]
 
     def exists(self, node: str) -> bool:
-        """Whether it is declared or connected."""
+        """Return whether it is declared or connected."""
         live = self.live.get(node)
         return node in self.declared or (live is not None and live.state in _HERE)
 
     def state(self, node: str) -> State.ValueType:
-        """Of a node that exists."""
+        """Return the state of a node that exists."""
         live = self.live.get(node)
         if node not in self.declared:
             return State.NODE_STATE_UNDECLARED
@@ -72,7 +71,8 @@ class NodeViews:
         )
 
     def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
-        """Of all nodes that exist, in order; or of some, among which are all that are in one of ``states``."""
+        """Return the ids of all nodes that exist, in order; or of some, among which are all that are in one of
+        ``states``."""
         undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
         if states and State.NODE_STATE_EXPECTED not in states:  # all but a few nodes of a large fleet may be EXPECTED
             heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
@@ -92,7 +92,8 @@ class NodeReader:
         self._places = ReplicaPlaces()
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
-        """Of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large fleet feels.
+        """Read the nodes of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large
+        fleet feels.
 
         Raises:
             ServiceError: NOT_FOUND: the cluster.
@@ -122,3 +123,46 @@ def _read(
     else:
         kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
     return record, {last_part(node.name): node for node in kept}, places.read(tx, cluster)
+
+
+_AT_ONCE = 500  # names in one query
+
+
+class ReplicaPlaces:
+    """Names of replicas by node id, for each cluster that was asked for. To be used in the store's thread alone."""
+
+    def __init__(self) -> None:
+        self._by_cluster: dict[str, _Places] = {}
+
+    def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
+        """Read the places as they are in this transaction; not to be changed."""
+        present = tx.replicas.versions(cluster=cluster)
+        if not present:
+            self._by_cluster.pop(cluster, None)
+            return {}
+        places = self._by_cluster.setdefault(cluster, _Places())
+        places.update(tx, present)
+        return places.by_node
+
+
+class _Places:
+    def __init__(self) -> None:
+        self.by_node: Mapping[str, Sequence[str]] = {}
+        self._versions: dict[str, int] = {}
+        self._nodes: dict[str, tuple[str, ...]] = {}
+
+    def update(self, tx: Reader, present: dict[str, int]) -> None:
+        if present == self._versions:
+            return
+        changed = [name for name, version in present.items() if self._versions.get(name) != version]
+        nodes = {name: found for name, found in self._nodes.items() if name in present}
+        for start in range(0, len(changed), _AT_ONCE):
+            for replica in tx.replicas.all(name=changed[start : start + _AT_ONCE]):
+                nodes[replica.name] = tuple(last_part(node) for node in replica.body.nodes)
+        if nodes != self._nodes:
+            by_node = dict[str, list[str]]()  # a new one: readers may still have the old one
+            for name in sorted(nodes):
+                for node in nodes[name]:
+                    by_node.setdefault(node, []).append(name)
+            self.by_node, self._nodes = by_node, nodes
+        self._versions = present

@@ -8,7 +8,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable
 
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL
 from hetis.planner.convert.inventories import FoundNode, inventory_message
@@ -20,8 +19,9 @@ from hetis.planner.resources.live import FleetNow, NodeNow
 from hetis.planner.resources.node_views import CONNECTED, NodeReader, NodeViews
 from hetis.planner.resources.paging import read_page_request
 from hetis.planner.resources.publishing import publish_nodes
-from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, once, to_the_end
 from hetis.planner.store import NodeRecord, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
 
@@ -77,7 +77,7 @@ class Nodes:
             if live.state in CONNECTED and (found := _found(live)) is not None
         }
         etag = etag_of(views.cluster)
-        inventory = await beside_loop(
+        inventory = await run_in_thread_gc_paused(
             inventory_message, views.cluster.name, views.declared.value, found, cluster_etag=etag
         )
         return service_pb2.GetInventoryResponse(inventory=inventory)
@@ -127,7 +127,7 @@ class Nodes:
             now = dataclasses.replace(views, records={node: record} if record else {})
             return response(node=now.node(node, FULL))
 
-        async def do() -> Answer[service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse]:
+        async def do() -> CallAnswer[service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse]:
             answer = await self._store.write(lambda tx: once(tx, request, response, lambda: change(tx)))
             if answer.is_new and is_changed:
                 publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
@@ -137,7 +137,7 @@ class Nodes:
         return (await to_the_end(do())).response.node
 
     async def _read(self, name: str) -> NodeViews:
-        """With the node of that name, which must exist."""
+        """Read the cluster with the node of that name, which must exist."""
         views = await self._reader.read(cluster_of(name), [last_part(name)])
         if not views.exists(last_part(name)):
             raise not_found(name)

@@ -68,7 +68,7 @@ class PageRequest:
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
-    """Of a List request: its fields ``page_size`` (checked before: not below 0) and ``page_token``; others filter.
+    """Read a List request's fields ``page_size`` (checked before: not below 0) and ``page_token``; others filter.
 
     Args:
         request: of a List method.
@@ -115,7 +115,7 @@ def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
 
 
 def _is_text(name: str) -> bool:
-    """Whether a database takes it: tokens can be made up."""
+    """Return whether a database takes it: tokens can be made up."""
     return bool(name) and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from hetis.formats.documents import digest
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
@@ -17,7 +16,15 @@ from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.declared import DeclaredFleets
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.live import FleetNow
-from hetis.planner.resources.plan_changes import Change, Target, coming, earlier_after, new_replica, past, transition_to
+from hetis.planner.resources.plan_changes import (
+    ChangedPlans,
+    Target,
+    coming,
+    earlier_after,
+    new_replica,
+    past,
+    transition_to,
+)
 from hetis.planner.resources.plan_documents import PlanDocuments, plan_state
 from hetis.planner.resources.plan_imports import require_gpus
 from hetis.planner.resources.plan_views import IN_FORCE, basic_view
@@ -25,6 +32,7 @@ from hetis.planner.resources.plan_weights import load_bytes_of
 from hetis.planner.resources.publishing import publish_cluster
 from hetis.planner.resources.requests import once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
@@ -66,7 +74,7 @@ class PlanActivation:
                 _require_idle(reader, cluster)
             return plan
 
-        def respond(change: Change) -> pb2.ActivatePlanResponse:
+        def respond(change: ChangedPlans) -> pb2.ActivatePlanResponse:
             return _fitting(pb2.ActivatePlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
 
         if request.validate_only:
@@ -92,7 +100,7 @@ class PlanActivation:
                 )
             return reader.plans.require(cluster.earlier_plan)
 
-        def respond(change: Change) -> pb2.RollbackPlanResponse:
+        def respond(change: ChangedPlans) -> pb2.RollbackPlanResponse:
             return _fitting(pb2.RollbackPlanResponse(plan=basic_view(change.plans[0]), steps=change.steps))
 
         try:
@@ -104,7 +112,7 @@ class PlanActivation:
         if request.validate_only:
             return respond(await self._store.read(lambda reader: self._planned(reader, earlier(reader), target)))
 
-        def go_back(tx: Transaction) -> Change:
+        def go_back(tx: Transaction) -> ChangedPlans:
             return self._put_in_force(tx, earlier(tx), target, is_rollback=True)
 
         return await self._change(request, pb2.RollbackPlanResponse, go_back, respond)
@@ -138,17 +146,17 @@ class PlanActivation:
                 load_bytes=lambda shape: load_bytes(replica_from_proto(shape)),
             )
 
-        return await beside_loop(prepare)
+        return await run_in_thread_gc_paused(prepare)
 
     async def _change(
         self,
         request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest,
         response: type[R],
-        put_in_force: Callable[[Transaction], Change],
-        respond: Callable[[Change], R],
+        put_in_force: Callable[[Transaction], ChangedPlans],
+        respond: Callable[[ChangedPlans], R],
     ) -> R:
         """One durable transaction, then word to watchers and fleet."""
-        done: Change | None = None
+        done: ChangedPlans | None = None
 
         def work(tx: Transaction) -> R:
             nonlocal done
@@ -167,17 +175,19 @@ class PlanActivation:
 
         return await to_the_end(change())
 
-    def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> Change:
-        """What `_put_in_force` would do."""
+    def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
+        """Return what `_put_in_force` would do."""
         if plan.activation in IN_FORCE:
-            return Change(cluster=None, plans=(plan,), steps=())
+            return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = reader.clusters.require(plan.cluster)
         steps, _ = transition_to(reader.replicas.all(cluster=cluster.name), cluster, target)
-        return Change(cluster=None, plans=(plan,), steps=tuple(steps))
+        return ChangedPlans(cluster=None, plans=(plan,), steps=tuple(steps))
 
-    def _put_in_force(self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool = False) -> Change:
+    def _put_in_force(
+        self, tx: Transaction, plan: PlanRecord, target: Target, *, is_rollback: bool = False
+    ) -> ChangedPlans:
         if plan.activation in IN_FORCE:
-            return Change(cluster=None, plans=(plan,), steps=())
+            return ChangedPlans(cluster=None, plans=(plan,), steps=())
         cluster = tx.clusters.require(plan.cluster)
         if plan.name != target.record.name or cluster.body.document.digest != target.cluster_digest:
             raise ServiceError(
@@ -197,7 +207,7 @@ class PlanActivation:
                 cluster, active_plan=plan.name, earlier_plan="" if is_rollback else earlier_after(cluster, plan, before)
             )
         )
-        return Change(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
+        return ChangedPlans(cluster=cluster, plans=tuple(plans), steps=tuple(steps))
 
     def _keep_replicas(
         self,

@@ -35,7 +35,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class ChangedPlans:
     """What a transaction did.
 
     Attributes:
@@ -112,7 +112,7 @@ def past(plan: PlanRecord) -> PlanRecord:
 
 
 def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord | None) -> str:
-    """Where a later rollback goes: to the last plan that came up, never to the one that comes into force."""
+    """Return where a later rollback goes: to the last plan that came up, never to the one that comes into force."""
     was_up = before is not None and before.activation != plan_pb2.ACTIVATION_STATE_FAILED
     earlier = before.name if before is not None and was_up else cluster.earlier_plan
     return "" if earlier == plan.name else earlier

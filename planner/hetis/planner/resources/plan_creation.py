@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.beside import beside_loop
 from hetis.planner.callers import present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.plans import result_to_proto
@@ -32,8 +31,9 @@ from hetis.planner.resources.plan_specs import (
     read_spec,
 )
 from hetis.planner.resources.plan_views import basic_view
-from hetis.planner.resources.requests import Answer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, plan_pb2
 from hetis.v1 import plan_service_pb2 as pb2
@@ -42,7 +42,7 @@ _SPEC, _IMPORTED = "plan.spec", "plan.imported"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Posed:
+class SearchableProblem:
     """A problem that is ready to be searched."""
 
     problem: PosedProblem
@@ -90,7 +90,7 @@ class PlanCreation:
             case None:
                 checks.require(False, _SPEC, "is missing: send a spec to be solved, or a plan as imported")
         checks.raise_if_wrong()
-        answer: Posed | ImportedPlan
+        answer: SearchableProblem | ImportedPlan
         if spec is not None:
             answer = await self._posed(request.plan.cluster, spec)
         else:
@@ -112,7 +112,7 @@ class PlanCreation:
         made = await self._make(request, await self._posed(cluster, read), proposal_reason=reason)
         return made.plan.name
 
-    async def _posed(self, cluster: str, spec: ReadSpec) -> Posed:
+    async def _posed(self, cluster: str, spec: ReadSpec) -> SearchableProblem:
         def read(reader: Reader) -> tuple[ClusterRecord, list[str], list[ProfileRecord]]:
             record = reader.clusters.require(cluster)
             draining = [names.last_part(node.name) for node in reader.nodes.all(cluster=cluster, draining=True)]
@@ -130,24 +130,24 @@ class PlanCreation:
         stored = await self._store.read(lambda reader: reader.profiles.all(gpu_type=frozenset(gpus)))
         profiles = choose_profiles(spec, named, stored, gpus, _SPEC)
 
-        def posed() -> Posed:
+        def posed() -> SearchableProblem:
             problem = pose(spec, record, declared.value, left_out, profiles)
-            return Posed(problem=problem, json=problem.to_json())
+            return SearchableProblem(problem=problem, json=problem.to_json())
 
-        return await beside_loop(posed)
+        return await run_in_thread_gc_paused(posed)
 
     async def _imported(self, cluster: str, plan: Plan, source_name: str) -> ImportedPlan:
         record = await self._store.read(lambda reader: reader.clusters.require(cluster))
         declared = await self._fleets.of(record)
         try:
-            imported = await beside_loop(checked, plan, source_name or "document")
+            imported = await run_in_thread_gc_paused(checked, plan, source_name or "document")
         except DocumentError as error:
             raise invalid_document(error, _IMPORTED) from None
-        await beside_loop(require_gpus, cluster, declared.value, plan.replicas)
+        await run_in_thread_gc_paused(require_gpus, cluster, declared.value, plan.replicas)
         return imported
 
     async def _make(
-        self, request: pb2.CreatePlanRequest, answer: Posed | ImportedPlan, *, proposal_reason: str = ""
+        self, request: pb2.CreatePlanRequest, answer: SearchableProblem | ImportedPlan, *, proposal_reason: str = ""
     ) -> pb2.CreatePlanResponse:
         record = self._record(request, answer, proposal_reason)
 
@@ -175,13 +175,13 @@ class PlanCreation:
                 tx.plan_documents.put(problem_name(record.name), answer.json)
             return pb2.CreatePlanResponse(plan=basic_view(record))
 
-        async def change() -> Answer[pb2.CreatePlanResponse]:
+        async def change() -> CallAnswer[pb2.CreatePlanResponse]:
             is_begun = False
             try:
                 made = await self._store.write(lambda tx: once(tx, request, pb2.CreatePlanResponse, lambda: insert(tx)))
                 if made.is_new:
                     self._hubs.plans.publish(record.name, basic_view(record), now_s=self._clock())
-                    if isinstance(answer, Posed) and isinstance(place, Search):
+                    if isinstance(answer, SearchableProblem) and isinstance(place, Search):
                         self._searches.begin(record.name, place, answer.problem, answer.json)
                         is_begun = True
                 return made
@@ -191,7 +191,7 @@ class PlanCreation:
 
         return (await to_the_end(change())).response
 
-    def _place(self, answer: Posed | ImportedPlan) -> Search | ServiceError | None:
+    def _place(self, answer: SearchableProblem | ImportedPlan) -> Search | ServiceError | None:
         """A place in the queue, or why there is none: a repeated request is answered even if the queue is full."""
         if isinstance(answer, ImportedPlan):
             return None
@@ -200,7 +200,9 @@ class PlanCreation:
         except ServiceError as error:
             return error
 
-    def _record(self, request: pb2.CreatePlanRequest, answer: Posed | ImportedPlan, proposal_reason: str) -> PlanRecord:
+    def _record(
+        self, request: pb2.CreatePlanRequest, answer: SearchableProblem | ImportedPlan, proposal_reason: str
+    ) -> PlanRecord:
         given = request.plan
         plan_id = request.plan_id or f"plan-{uuid.uuid4().hex[:12]}"
         body = plan_pb2.Plan(
@@ -228,7 +230,7 @@ class PlanCreation:
 
 
 def _without_state(record: PlanRecord) -> plan_pb2.Plan:
-    """What would be, as far as it is not decided when it is."""
+    """Return what would be, as far as it is not decided when it is."""
     plan = basic_view(record)
     for field in ("state", "activation", "etag", "create_time"):
         plan.ClearField(field)

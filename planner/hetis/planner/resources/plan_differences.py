@@ -49,7 +49,8 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
 
 
 def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
-    """Those of the first plan in their order, then what is added. Nothing is kept for another model."""
+    """Yield the differences of the first plan's replicas in their order, then what is added. Nothing is kept for
+    another model."""
     first, second = one.plan.replicas, other.plan.replicas
     is_same_model = one.problem.model == other.problem.model
     by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}
@@ -84,7 +85,7 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
 
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Which weights are on which GPU."""
+    """Return which weights are on which GPU."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
 
 

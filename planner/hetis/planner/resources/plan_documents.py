@@ -7,10 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
-from hetis.planner.beside import beside_loop
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.plan_views import SEARCHING
 from hetis.planner.store import PlanRecord, Reader, Store
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
@@ -20,7 +20,7 @@ _MOST_KEPT_BYTES = 64 << 20  # of documents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answered:
+class AnsweredPlan:
     """A plan with an answer, and the problem that it solves."""
 
     record: PlanRecord
@@ -43,7 +43,7 @@ class PlanDocuments:
         self._store = store
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
-    async def answered(self, name: str) -> Answered:
+    async def answered(self, name: str) -> AnsweredPlan:
         """
         Raises:
             ServiceError: NOT_FOUND; PLAN_STATE, it has no answer.
@@ -52,17 +52,17 @@ class PlanDocuments:
         require_answer(record)
         return await self.of(record)
 
-    async def of(self, record: PlanRecord) -> Answered:
-        """Of a plan that has an answer."""
+    async def of(self, record: PlanRecord) -> AnsweredPlan:
+        """Return the answered plan of a record that has an answer."""
         digest = record.body.result.document.digest
         if digest not in self._read:
             document = await self._store.read(lambda reader: _document(reader, record.name))
-            self._read[digest] = document, await beside_loop(_parsed, document, record.name)
+            self._read[digest] = document, await run_in_thread_gc_paused(_parsed, document, record.name)
         self._read.move_to_end(digest)
         document, found = self._read[digest]
         while len(self._read) > 1 and sum(len(kept) for kept, _ in self._read.values()) > _MOST_KEPT_BYTES:
             self._read.popitem(last=False)
-        return Answered(record=record, document=document, found=found)
+        return AnsweredPlan(record=record, document=document, found=found)
 
 
 def require_answer(record: PlanRecord) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.jobs.solving import canonical_json
+from hetis.planner.jobs.solving import document_bytes
 from hetis.planner.use_cases.sources import problem_of_plan
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
@@ -57,7 +57,7 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
             f"the plan breaks its own problem in {len(violations)} ways: {'; '.join(shown)}",
             metadata={"violations": len(violations)},
         )
-    return ImportedPlan(plan=plan, document=canonical_json(plan))
+    return ImportedPlan(plan=plan, document=document_bytes(plan))
 
 
 def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.beside import beside_loop
 from hetis.planner.callers import PLANNER
 from hetis.planner.convert.plans import digest_of, progress_to_proto
 from hetis.planner.convert.times import timestamp
@@ -17,7 +16,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.jobs.outcomes import (
     CalledOff,
     Crashed,
-    Found,
+    FoundPlan,
     Infeasible,
     Invalid,
     NothingFound,
@@ -30,6 +29,7 @@ from hetis.planner.jobs.search import Begun, Search
 from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.plan_views import SEARCHING, basic_view
 from hetis.planner.store import PlanRecord, Store, Transaction
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.budget import Progress
 from hetis.v1 import failure_pb2, plan_pb2
 
@@ -89,7 +89,7 @@ class PlanSearches:
                 await self._end(record.name, None, CalledOff())
                 continue
             try:
-                posed = await beside_loop(posed_from_json, posed_json)
+                posed = await run_in_thread_gc_paused(posed_from_json, posed_json)
             except DocumentError as error:
                 await self._end(record.name, None, Invalid(f"the problem was posed by another version: {error}"))
                 continue
@@ -135,9 +135,9 @@ class PlanSearches:
         self, plan: str, posed: PosedProblem | None, outcome: Outcome, *, is_called_off: bool = True
     ) -> None:
         result: plan_pb2.PlanResult | None = None
-        if isinstance(outcome, Found):
+        if isinstance(outcome, FoundPlan):
             result = plan_pb2.PlanResult.FromString(outcome.result)
-            if await beside_loop(digest_of, outcome.document) != result.document.digest:
+            if await run_in_thread_gc_paused(digest_of, outcome.document) != result.document.digest:
                 outcome = Unsound(("its document is not the one that was checked",))
 
         def change(record: PlanRecord, tx: Transaction) -> PlanRecord:
@@ -145,7 +145,7 @@ class PlanSearches:
             record.body.solve_end_time.CopyFrom(timestamp(self._clock()))
             if (progress := self._progress.get(plan)) is not None:
                 record.body.progress.CopyFrom(progress)
-            if result is not None and isinstance(outcome, Found):
+            if result is not None and isinstance(outcome, FoundPlan):
                 tx.plan_documents.put(plan, outcome.document)
                 record.body.result.CopyFrom(result)
                 interrupted = result.status == plan_pb2.SOLVE_STATUS_INTERRUPTED

@@ -1,11 +1,11 @@
-"""From a plan that a caller wants to a problem that is posed: every wrong field first, then what contradicts itself."""
+"""Posing the problem of a plan that a caller wants: every wrong field first, then what contradicts itself."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, did_you_mean
@@ -15,11 +15,10 @@ from hetis.planner.convert.objectives import objective_from_proto
 from hetis.planner.convert.roles import FROM_PROTO
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.plan_fleets import without_nodes
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, family_of, ordered
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
@@ -243,7 +242,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
 
 
 def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
-    """Those that are right; ``checks`` knows of the others."""
+    """Return the roles that are right; ``checks`` knows of the others."""
     names = ", ".join(role.name for role in Role)
     for position, value in enumerate(spec.roles[: len(Role) + 1]):
         named = enums.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
@@ -255,3 +254,36 @@ def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, .
         f"has {len(spec.roles)} entries of {num_different} roles, each may be there once",
     )
     return ordered(FROM_PROTO[value] for value in spec.roles if value in FROM_PROTO)
+
+
+def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
+    """The cluster without these nodes; the others keep their names and their links."""
+    if not nodes:
+        return cluster
+    groups = tuple(part for group in cluster.node_groups for part in _rest(group, nodes))
+    network: Network = replace(
+        cluster.network,
+        between_nodes={
+            pair: link for pair, link in cluster.network.between_nodes.items() if not set(pair) & set(nodes)
+        },
+        between_zones={
+            pair: link
+            for pair, link in cluster.network.between_zones.items()
+            if set(pair) <= {group.zone for group in groups}
+        },
+    )
+    return replace(cluster, node_groups=groups, network=network)
+
+
+def _rest(group: NodeGroup, nodes: Collection[str]) -> Iterator[NodeGroup]:
+    """A group counts from 0 without gaps: what stands behind the first gap becomes groups of one node each."""
+    names = [group.node_name(index) for index in range(group.count)]
+    gaps = [index for index, name in enumerate(names) if name in nodes]
+    if not gaps:
+        yield group
+        return
+    if gaps[0]:
+        yield replace(group, count=gaps[0])
+    for name in names[gaps[0] :]:
+        if name not in nodes:
+            yield replace(group, name=name, count=1, numbered=False)

@@ -29,7 +29,7 @@ def basic_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = Non
 
 
 def is_settled(plan: plan_pb2.Plan) -> bool:
-    """Whether nothing about it can change by itself: no search, nothing that comes up or drains."""
+    """Return whether nothing about it can change by itself: no search, nothing that comes up or drains."""
     if plan.state in SEARCHING or plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         return False
     if plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:

@@ -10,7 +10,7 @@ from hetis.solver.plan import ReplicaPlan
 
 
 def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
-    """Of the replicas of this plan; equal shapes are worked out once."""
+    """Return the bytes that the replicas of this plan load; equal shapes are worked out once."""
     from hetis.solver.placement.explanation.replica_view import replica_views
 
     known: dict[tuple[object, ...], int] = {}
@@ -26,5 +26,5 @@ def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    """What decides about weights: layers and GPU types, whatever the GPUs are called."""
+    """Return what decides about weights: layers and GPU types, whatever the GPUs are called."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers) for s in replica.stages)

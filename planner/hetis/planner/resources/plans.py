@@ -6,7 +6,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from hetis.planner.beside import beside_loop
 from hetis.planner.convert import names
 from hetis.planner.convert.explanations import explanation_to_proto
 from hetis.planner.convert.plans import complete
@@ -20,6 +19,7 @@ from hetis.planner.resources.plan_searches import PlanSearches, problem_name
 from hetis.planner.resources.plan_views import IN_FORCE, SEARCHING, basic_view, full_view, is_settled
 from hetis.planner.resources.requests import once, to_the_end
 from hetis.planner.store import PlanRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
@@ -52,7 +52,7 @@ class Plans:
         plan = full_view(record, self._searches.progress_of(record.name))
         if record.body.HasField("result"):
             answered = await self._documents.of(record)
-            await beside_loop(complete, plan, answered.plan, answered.document)
+            await run_in_thread_gc_paused(complete, plan, answered.plan, answered.document)
         return pb2.GetPlanResponse(plan=plan)
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:
@@ -152,7 +152,7 @@ class Plans:
         def explained() -> pb2.ExplainPlanResponse:
             return explanation_to_proto(answered.plan, explain_plan(answered.plan, answered.problem))
 
-        return await beside_loop(explained)
+        return await run_in_thread_gc_paused(explained)
 
     async def diff(self, request: pb2.DiffPlansRequest) -> pb2.DiffPlansResponse:
         checks = Checks()
@@ -161,7 +161,7 @@ class Plans:
         checks.raise_if_wrong()
         one = await self._documents.answered(request.name)
         other = await self._documents.answered(request.other)
-        return await beside_loop(compare, one.found, other.found)
+        return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
         """The document from the offset on, in pieces; one empty piece where the offset is its end."""

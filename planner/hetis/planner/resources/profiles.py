@@ -114,7 +114,7 @@ class Profiles:
 
 
 async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) -> profile_pb2.Profile:
-    """What is kept of a profile that a caller sent; raises what ``checks`` has found by then."""
+    """Return what is kept of a profile that a caller sent; raises what ``checks`` has found by then."""
     parsed = None
     if checks.require(profile.HasField("document"), "profile.document", "is required"):
         parsed = await checks.document("profile.document", profile.document, profile_document)

@@ -21,14 +21,14 @@ _under_way = set[asyncio.Task[Any]]()  # the loop itself keeps tasks weakly
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[A]):
-    """Of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
+class CallAnswer(Generic[A]):
+    """The answer of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
 
     response: A
     is_new: bool
 
 
-def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> Answer[A]:
+def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> CallAnswer[A]:
     """Does ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
 
     Args:
@@ -46,12 +46,12 @@ def once(tx: Transaction, request: Message, response: type[A], work: Callable[[]
     if earlier is not None:
         answered = response.FromString(earlier)
         _write_down(tx, request, answered, audit.REPEATED)
-        return Answer(with_documents(answered, tx), is_new=False)
+        return CallAnswer(with_documents(answered, tx), is_new=False)
     answer = work()
     _write_down(tx, request, answer, audit.OK)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
-    return Answer(answer, is_new=True)
+    return CallAnswer(answer, is_new=True)
 
 
 def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
@@ -91,7 +91,7 @@ def fingerprint(request: Message) -> str:
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` returns; it goes on when the caller is cancelled.
+    """Return what ``work`` returns; it goes on when the caller is cancelled.
 
     A call whose deadline passes while its transaction commits must still tell watchers and fleet what it changed.
     """

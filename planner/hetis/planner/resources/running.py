@@ -26,7 +26,7 @@ def replica_now(fleet: FleetNow, record: ReplicaRecord, view: view_pb2.View.Valu
     )
 
 
-class Running:
+class RunningResources:
     """The resources ``clusters/{cluster}/replicas/{replica}`` and ``clusters/{cluster}/redispatches/{redispatch}``."""
 
     def __init__(self, store: Store, fleet: FleetNow) -> None:

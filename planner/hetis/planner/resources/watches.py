@@ -158,7 +158,7 @@ class ClusterWatches:
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
     ) -> AsyncIterator[Response]:
-        """What is newer than ``after``; a watcher that has resumed is told when it has caught up."""
+        """Yield what is newer than ``after``; a watcher that has resumed is told when it has caught up."""
         async for events in hub.watch(after):
             changed = {last_part(event.key[1]): event.sequence for event in events if event.key[0] == "node"}
             nodes = await self._shown.read(hub, name, changed) if changed else {}
@@ -193,6 +193,6 @@ class ClusterWatches:
 
 
 def _can_resume(token: ResumeToken, hub: ClusterHub, here: ResumeToken) -> bool:
-    """Whether all that has changed since is known; else the present state is sent again."""
+    """Return whether all that has changed since is known; else the present state is sent again."""
     is_here = (token.made, token.round) == (here.made, here.round)
     return is_here and token.sequence > 0 and not hub.is_too_old(token.sequence)

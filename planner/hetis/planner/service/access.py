@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.identity import Identity, Role
+from hetis.planner.service.identity import CallerRole, Identity
 
-_TABLE: dict[str, dict[tuple[Role, ...], str]] = {
+_TABLE: dict[str, dict[tuple[CallerRole, ...], str]] = {
     "hetis.v1.ClusterService": {
-        (Role.VIEWER,): (
+        (CallerRole.VIEWER,): (
             "GetCluster ListClusters WatchCluster GetInventory GetNode ListNodes GetReplica ListReplicas"
             " GetRedispatch ListRedispatches"
         ),
-        (Role.ORCHESTRATOR,): "CreateCluster UpdateCluster DrainNode UndrainNode",
-        (Role.ADMIN,): "DeleteCluster DisconnectNode",
+        (CallerRole.ORCHESTRATOR,): "CreateCluster UpdateCluster DrainNode UndrainNode",
+        (CallerRole.ADMIN,): "DeleteCluster DisconnectNode",
     },
     "hetis.v1.ProfileService": {
-        (Role.VIEWER,): "GetProfile ListProfiles",
-        (Role.ORCHESTRATOR,): "CreateProfile UpdateProfile",
-        (Role.ADMIN,): "DeleteProfile",
+        (CallerRole.VIEWER,): "GetProfile ListProfiles",
+        (CallerRole.ORCHESTRATOR,): "CreateProfile UpdateProfile",
+        (CallerRole.ADMIN,): "DeleteProfile",
     },
     "hetis.v1.PlanService": {
-        (Role.VIEWER,): "GetPlan ListPlans WatchPlan ExplainPlan DiffPlans ReadPlanDocument",
-        (Role.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
+        (CallerRole.VIEWER,): "GetPlan ListPlans WatchPlan ExplainPlan DiffPlans ReadPlanDocument",
+        (CallerRole.ORCHESTRATOR,): "CreatePlan DeletePlan CancelPlan ActivatePlan RollbackPlan",
     },
     "hetis.v1.DispatchService": {
-        (Role.ORCHESTRATOR, Role.AGENT): (
+        (CallerRole.ORCHESTRATOR, CallerRole.AGENT): (
             "AdmitRequests DispatchRequests FinishRequests GrowRequests UpdateDispatchState"
         ),
-        (Role.VIEWER, Role.AGENT): "GetDispatchState",
+        (CallerRole.VIEWER, CallerRole.AGENT): "GetDispatchState",
     },
-    "hetis.v1.AuditService": {(Role.ADMIN,): "ListAuditedChanges"},
-    "hetis.v1.AgentService": {(Role.AGENT,): "ConnectNode"},
+    "hetis.v1.AuditService": {(CallerRole.ADMIN,): "ListAuditedChanges"},
+    "hetis.v1.AgentService": {(CallerRole.AGENT,): "ConnectNode"},
 }
-NEEDED: dict[str, tuple[Role, ...]] = {
+NEEDED: dict[str, tuple[CallerRole, ...]] = {
     f"/{service}/{method}": roles
     for service, rows in _TABLE.items()
     for roles, methods in rows.items()
@@ -50,7 +50,7 @@ OPEN_SERVICES = (
 
 
 def is_open(method: str) -> bool:
-    """Whether a method is of a service that asks for no role and no deadline."""
+    """Return whether a method is of a service that asks for no role and no deadline."""
     return method.split("/")[1] in OPEN_SERVICES
 
 
@@ -65,7 +65,7 @@ STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.
 
 
 def needs_leader(method: str, *, reads_too: bool) -> bool:
-    """Whether the leader alone may answer.
+    """Return whether the leader alone may answer.
 
     Args:
         method: as gRPC has it.
@@ -73,7 +73,7 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
     """
     if is_open(method) or method in STANDBY_READS:
         return False
-    return reads_too or (Role.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
+    return reads_too or (CallerRole.VIEWER not in NEEDED.get(method, ()) and method != CONNECT)
 
 
 def require_role(identity: Identity, method: str) -> None:

@@ -1,25 +1,26 @@
-"""Where the planner listens: ``host:port``, and who can reach it there."""
+"""Addresses to listen on: ``host:port`` or a Unix socket."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
+
+from hetis.formats import endpoints
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host, without the brackets of IPv6, and port.
+    """Return the host to listen on, without the brackets of IPv6, and the port; 0 asks for a free one.
 
     Raises:
         ValueError: not ``host:port`` with a port up to 65535.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ValueError(f"{address!r} is not an address: write host:port with a port up to 65535, 0 for a free one")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
+    try:
+        host, port = endpoints.split_address(address, least_port=0)
+    except ValueError:
+        message = f"{address!r} is not an address: write host:port with a port up to 65535, 0 for a free one"
+        raise ValueError(message) from None
+    if ":" in host and not address.startswith(f"[{host}]:"):
         raise ValueError(f"{address!r} is not an address: put brackets around IPv6, like [::1]:8470")
-    return host, int(port)
+    return host, port
 
 
 def join_address(host: str, port: int) -> str:
@@ -33,18 +34,5 @@ def reachable_from_elsewhere(address: str) -> str:
 
 
 def is_socket_path(address: str) -> bool:
-    """Whether it is a Unix socket, ``unix:/run/hetis/planner.sock``."""
+    """Return whether it is a Unix socket, ``unix:/run/hetis/planner.sock``."""
     return address.startswith("unix:")
-
-
-def is_local(address: str) -> bool:
-    """Whether only this machine can connect: a loopback address, ``localhost``, or a Unix socket."""
-    if is_socket_path(address):
-        return True
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # another name may mean anything

@@ -12,7 +12,7 @@ from pathlib import Path
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.dispatching.states import DispatchStates
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetSettings
@@ -31,7 +31,7 @@ from hetis.planner.resources.plan_searches import PlanSearches
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.running import Running
+from hetis.planner.resources.running import RunningResources
 from hetis.planner.resources.watches import ClusterWatches
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.fleet_metrics import FleetCollector
@@ -100,7 +100,9 @@ class Term:
             lease_s=config.agents.lease,
             suspect_s=_SUSPECT_HEARTBEATS * config.agents.heartbeat,
         )
-        self._fleet = fleet = Fleet(store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters)
+        self._fleet = fleet = LiveFleet(
+            store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters
+        )
         self._states = states = DispatchStates(fleet)
         self._loop = RedispatchLoop(fleet, states, clock=clock)
         fleet.observers.append(self._loop)
@@ -109,7 +111,7 @@ class Term:
         reader = NodeReader(store, fleet, declared)
         clusters = Clusters(store, hubs, fleet, declared)
         nodes = Nodes(store, hubs, fleet, reader)
-        running = Running(store, fleet)
+        running = RunningResources(store, fleet)
         self._searches = searches = PlanSearches(store, hubs, self._pool)
         clusters.deleted.append(searches.cluster_deleted)
         documents = PlanDocuments(store)
@@ -260,5 +262,5 @@ def pool_settings(config: PlannerConfig) -> PoolSettings:
 
 
 def _threads(config: PlannerConfig) -> int:
-    """Of one search: all processes together use the machine once."""
+    """Return the threads of one search: all processes together use the machine once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)

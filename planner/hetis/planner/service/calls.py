@@ -16,7 +16,6 @@ from hetis.planner.service import statuses
 from hetis.planner.service.access import is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
-from hetis.planner.service.deadlines import require_deadline
 from hetis.planner.service.identity import ANYBODY, set_caller
 from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
@@ -79,7 +78,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer)
 
     def refuse_new(self) -> None:
-        """From now on every call fails with DRAINING, but health and reflection."""
+        """Make every call from now on fail with DRAINING, but health and reflection."""
         self.is_draining = True
 
     async def end_streams(self, error: ServiceError | None = None) -> None:
@@ -287,8 +286,38 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:
-    """What a servicer set on its context; None: nothing."""
+    """Return what a servicer set on its context; None: nothing."""
     code = context.code()
     if code is None or isinstance(code, grpc.StatusCode):
         return code
     return next((known for known in grpc.StatusCode if known.value[0] == code), None)
+
+
+LONGEST_S = 60.0
+LONGEST_OF_DISPATCH_S = 10.0
+_CLOCKS_S = 0.5  # a deadline is rounded up on its way, and counted on two clocks
+
+
+def longest_s(method: str) -> float:
+    """The farthest deadline of a unary method."""
+    return LONGEST_OF_DISPATCH_S if method.startswith("/hetis.v1.DispatchService/") else LONGEST_S
+
+
+def require_deadline(method: str, remaining_s: float | None) -> None:
+    """
+    Raises:
+        ServiceError: DEADLINE_REQUIRED or DEADLINE_TOO_LONG.
+    """
+    most_s = longest_s(method)
+    if remaining_s is None:
+        raise ServiceError(
+            Reason.ERROR_REASON_DEADLINE_REQUIRED,
+            f"{method} has no deadline: set one, of at most {most_s:g} s",
+            metadata={"max_s": f"{most_s:g}"},
+        )
+    if remaining_s > most_s + _CLOCKS_S:
+        raise ServiceError(
+            Reason.ERROR_REASON_DEADLINE_TOO_LONG,
+            f"{method} has a deadline in {remaining_s:.0f} s: it may be {most_s:g} s away at most",
+            metadata={"max_s": f"{most_s:g}"},
+        )

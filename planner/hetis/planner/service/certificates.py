@@ -34,7 +34,7 @@ class Certificates:
 
     @property
     def expiries_s(self) -> dict[str, float]:
-        """When the first certificate of each file ends, Unix seconds; as the files are now."""
+        """Return when the first certificate of each file ends, Unix seconds; as the files are now."""
         found = dict[str, float]()
         for path in self._paths:
             try:
@@ -52,7 +52,7 @@ class Certificates:
         )
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """What gRPC asks before each handshake, in a thread of its own; None: nothing is new."""
+        """Return what gRPC asks before each handshake, in a thread of its own; None: nothing is new."""
         version, value = self.files.version, self.files.value
         if version == self._told:
             return None
@@ -77,7 +77,7 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
 
 
 def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
-    """What OpenSSL says against the files; gRPC would only refuse handshakes later."""
+    """Return what OpenSSL says against the files; gRPC would only refuse handshakes later."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     problems: list[Problem] = []
     if b"-----BEGIN CERTIFICATE-----" not in texts[tls.certificate]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 
 _HELP = (
     "Serve the planning service: plans, clusters, dispatch, and the agents of GPU nodes.\n\n"
@@ -28,11 +28,12 @@ _EXAMPLES = """Examples:
   hetis-planner --listen 127.0.0.1:0 --status-page off --ready-json
 
   hetis-planner token create --file tokens.yaml --name node-7 --role agent --node clusters/c/nodes/n7"""
-_EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
+_EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ServiceExitCode)
 
 
-class Role(StrEnum):
-    """As `hetis.planner.service.identity.Role`, which imports too much for --help; a test keeps them in step."""
+class RoleOption(StrEnum):
+    """The values of `hetis.planner.service.identity.CallerRole`, which imports too much for --help; a test keeps them
+    in step."""
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"
@@ -165,7 +166,7 @@ def hetis_planner(
 @token.command("create")
 def create(
     file: Annotated[str, typer.Option("--file", metavar="FILE", help="The token file; made where there is none.")],
-    role: Annotated[Role, typer.Option("--role", help="What its bearer may do.")],
+    role: Annotated[RoleOption, typer.Option("--role", help="What its bearer may do.")],
     name: Annotated[str | None, typer.Option("--name", help="For logs; unless given, made from role and node.")] = None,
     node: Annotated[
         str | None, typer.Option("--node", metavar="clusters/C/nodes/N", help="The node of an agent.")
@@ -283,14 +284,14 @@ def run(arguments: Sequence[str]) -> int:
     try:
         app(list(arguments), prog_name="hetis-planner")
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else ExitCode.OK
+        return stop.code if isinstance(stop.code, int) else ServiceExitCode.OK
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+        return ServiceExitCode.INTERRUPTED
     except Exception as error:
         if os.environ.get("HETIS_DEBUG") == "1":
             raise
         from hetis.planner.service.starting import report
 
         return report(error)
-    return ExitCode.OK
+    return ServiceExitCode.OK

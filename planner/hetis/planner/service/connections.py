@@ -36,7 +36,7 @@ class ConnectionLimits:
 
     @classmethod
     def of_descriptors(cls, limit: int, *, of_a_host: int | None = None) -> ConnectionLimits:
-        """What so many descriptors allow: three quarters for connections, a quarter of those for one host."""
+        """Return what so many descriptors allow: three quarters for connections, a quarter of those for one host."""
         num = _UNLIMITED if limit == resource.RLIM_INFINITY else limit
         of_all = max(8, int(num * (1 - _KEPT_FOR_OTHERS)))
         return cls(of_all=of_all, of_a_host=min(of_all, of_a_host or max(2, int(of_all * _SHARE_OF_A_HOST))))
@@ -56,7 +56,7 @@ class ConnectionWatch:
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
 
     async def run(self) -> None:
-        """Looks until it is cancelled."""
+        """Look until it is cancelled."""
         while os.path.isdir(_FOLDER):
             try:
                 await asyncio.to_thread(self.look)
@@ -103,12 +103,12 @@ class _Connection:
 
 
 def ports_of(addresses: Iterable[str]) -> frozenset[int]:
-    """Of what is listened on; Unix sockets have none, and file modes instead."""
+    """Return the ports that are listened on; Unix sockets have none, and file modes instead."""
     return frozenset(split_address(address)[1] for address in addresses if not is_socket_path(address))
 
 
 def _inode_of(link: str) -> int | None:
-    """Of what a descriptor is, where that is a socket."""
+    """Return the inode of a descriptor, where it is a socket."""
     return int(link[len("socket:[") : -1]) if link.startswith("socket:[") else None
 
 

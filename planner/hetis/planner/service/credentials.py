@@ -1,4 +1,4 @@
-"""From what a call carries to who makes it: a bearer token, or the certificate of its connection."""
+"""Identification of callers by what a call carries: a bearer token, or the certificate of its connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.certificates import ends_of_certificates
-from hetis.planner.service.identity import ANYBODY, Identity, Role
+from hetis.planner.service.identity import ANYBODY, CallerRole, Identity
 from hetis.planner.service.tokens import NODE, Tokens, refused
 
 AuthContext = Mapping[str, Iterable[bytes]]
@@ -101,9 +101,9 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
         raise refused(f"the client certificate has {how_many} URI {start}... among its subject alternative names")
     path = ours[0].removeprefix(start)
     if NODE.fullmatch(path):
-        return Identity(name=ours[0], roles=Role.AGENT.includes, scope=path)
+        return Identity(name=ours[0], roles=CallerRole.AGENT.includes, scope=path)
     if person := _PERSON.fullmatch(path):
-        return Identity(name=ours[0], roles=Role(person[1]).includes)
+        return Identity(name=ours[0], roles=CallerRole(person[1]).includes)
     raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
 
 

@@ -28,5 +28,6 @@ def raise_descriptor_limit() -> int:
 
 
 def reserved_for_page(limit: int) -> int:
-    """How many of so many descriptors the status page may take: an eighth; the rest stays for gRPC and the store."""
+    """Return how many of so many descriptors the status page may take: an eighth; the rest stays for gRPC and the
+    store."""
     return 256 if limit == resource.RLIM_INFINITY else max(8, min(256, limit // 8))

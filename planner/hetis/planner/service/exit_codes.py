@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class ExitCode(IntEnum):
+class ServiceExitCode(IntEnum):
     """Exit codes of `hetis-planner`. 0 to 2 mean what they mean for `hetis-plan`; 3 to 7 and 10 are its own there."""
 
     OK = 0
@@ -18,16 +18,16 @@ class ExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """In one line; what comes before the comma is the short form."""
+        """The meaning in one line; what comes before the comma is the short form."""
         return _MEANINGS[self]
 
 
 _MEANINGS = {
-    ExitCode.OK: "stopped when asked to",
-    ExitCode.INTERNAL: "internal error, or the machine failed (a full disk)",
-    ExitCode.INVALID: "invalid configuration, certificate or token file, every problem is listed",
-    ExitCode.ADDRESS: "an address cannot be listened on, in use or not of this machine",
-    ExitCode.STORE: "the store cannot be used, held by another planner or of a newer version",
-    ExitCode.INTERRUPTED: "stopped at once, by a second SIGINT",
-    ExitCode.TERMINATED: "stopped at once, by a second SIGTERM",
+    ServiceExitCode.OK: "stopped when asked to",
+    ServiceExitCode.INTERNAL: "internal error, or the machine failed (a full disk)",
+    ServiceExitCode.INVALID: "invalid configuration, certificate or token file, every problem is listed",
+    ServiceExitCode.ADDRESS: "an address cannot be listened on, in use or not of this machine",
+    ServiceExitCode.STORE: "the store cannot be used, held by another planner or of a newer version",
+    ServiceExitCode.INTERRUPTED: "stopped at once, by a second SIGINT",
+    ServiceExitCode.TERMINATED: "stopped at once, by a second SIGTERM",
 }

@@ -17,7 +17,7 @@ SERVICE = "grpc.health.v1.Health"
 Status = Any  # health_pb2 has no types
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """All services serve, or none."""
 
     def __init__(self, services: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Who calls: a name for logs, roles, and for an agent the nodes that it speaks for."""
+"""The identity of a caller: a name for logs, roles, and for an agent the nodes that it speaks for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.planner.callers import Caller, set_present_caller
 from hetis.planner.failures import Reason, ServiceError
 
 
-class Role(StrEnum):
+class CallerRole(StrEnum):
     """What credentials are given for. AGENT stands apart: its own node's stream, and dispatch."""
 
     VIEWER = "viewer"
@@ -19,16 +19,16 @@ class Role(StrEnum):
     AGENT = "agent"
 
     @property
-    def includes(self) -> frozenset[Role]:
+    def includes(self) -> frozenset[CallerRole]:
         """Itself and the roles that it may stand in for."""
         return _INCLUDES[self]
 
 
 _INCLUDES = {
-    Role.VIEWER: frozenset({Role.VIEWER}),
-    Role.ORCHESTRATOR: frozenset({Role.VIEWER, Role.ORCHESTRATOR}),
-    Role.ADMIN: frozenset({Role.VIEWER, Role.ORCHESTRATOR, Role.ADMIN}),
-    Role.AGENT: frozenset({Role.AGENT}),
+    CallerRole.VIEWER: frozenset({CallerRole.VIEWER}),
+    CallerRole.ORCHESTRATOR: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR}),
+    CallerRole.ADMIN: frozenset({CallerRole.VIEWER, CallerRole.ORCHESTRATOR, CallerRole.ADMIN}),
+    CallerRole.AGENT: frozenset({CallerRole.AGENT}),
 }
 
 
@@ -44,7 +44,7 @@ class Identity:
     """
 
     name: str
-    roles: frozenset[Role]
+    roles: frozenset[CallerRole]
     scope: str | None = None
 
     @property
@@ -54,8 +54,8 @@ class Identity:
         return ", ".join(sorted(self.roles - implied))
 
     def speaks_for(self, node: str) -> bool:
-        """Whether it may act as the agent of a node."""
-        if Role.AGENT not in self.roles:
+        """Return whether it may act as the agent of a node."""
+        if CallerRole.AGENT not in self.roles:
             return False
         return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
 
@@ -72,18 +72,18 @@ class Identity:
             )
 
 
-ANYBODY = Identity(name="local", roles=frozenset(Role))
+ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
 """Every caller of a planner that asks for no credentials; it listens on loopback only."""
 
 _caller: ContextVar[Identity] = ContextVar("hetis_caller")
 
 
 def caller() -> Identity:
-    """Who makes the call that is being answered. The service has set it before a servicer runs."""
+    """Return the caller of the call that is being answered. The service has set it before a servicer runs."""
     return _caller.get()
 
 
 def set_caller(identity: Identity) -> None:
-    """For the rest of this task, which is one call, and for the tasks that it starts."""
+    """Set the caller for the rest of this task, which is one call, and for the tasks that it starts."""
     _caller.set(identity)
     set_present_caller(Caller(name=identity.name, role=identity.role))

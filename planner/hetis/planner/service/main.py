@@ -15,7 +15,7 @@ def main() -> NoReturn:
             raise
         sys.exit(f"hetis-planner needs {error.name}: pip install 'hetis[planner]'")
     code = run(sys.argv[1:])
-    from hetis.planner.daemons import exit_process
+    from hetis.planner.threads import exit_process
 
     exit_process(code)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hetis.formats.errors import single_problem
-from hetis.planner.service.exit_codes import ExitCode
+from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.setting_sources import Given, load_config
 from hetis.planner.store import Reader
 from hetis.planner.store.audit import AuditFilter, AuditLine
@@ -68,16 +68,16 @@ def print_audit(
     read_store(url, show)
 
 
-def check_audit(url: str) -> ExitCode:
+def check_audit(url: str) -> ServiceExitCode:
     """Says whether any line was changed, and what to keep elsewhere to notice a log that was cut off."""
 
-    def check(reader: Reader) -> ExitCode:
+    def check(reader: Reader) -> ServiceExitCode:
         if (wrong := reader.audit.first_wrong()) is not None:
             print(f"error: line {wrong} of the audit log is not what was written, or is missing", file=sys.stderr)
-            return ExitCode.STORE
+            return ServiceExitCode.STORE
         last = reader.audit.last()
         print("no lines" if last is None else f"{last.number} lines, unbroken; the last hash is {last.hash}")
-        return ExitCode.OK
+        return ServiceExitCode.OK
 
     return read_store(url, check)
 

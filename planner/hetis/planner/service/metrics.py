@@ -16,7 +16,7 @@ LOOK_S = 0.25  # between two looks at the event loop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
+class ServiceMetrics:
     """The service's metrics, in a registry of their own; other rooms add theirs to ``registry``."""
 
     def __init__(self, version: str) -> None:
@@ -135,7 +135,7 @@ class Metrics:
         self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
-        """When each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
+        """Note when each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
         ends_s = list(tokens_s)
         self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
         self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))

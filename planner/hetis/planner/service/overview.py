@@ -50,10 +50,10 @@ class Overview:
 
 
 class OverviewSource(Protocol):
-    """Who knows."""
+    """Source of the overview."""
 
     async def overview(self) -> Overview:
-        """At once, also where the store does not answer: then with what was known before."""
+        """Return the overview at once; where the store does not answer, with what was known before."""
         ...
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:

@@ -16,7 +16,7 @@ from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.live import FleetNow
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.running import Running
+from hetis.planner.resources.running import RunningResources
 from hetis.planner.service.overview import ClusterOverview, Overview
 from hetis.planner.store import Reader, Store
 from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
@@ -44,7 +44,7 @@ class Overviews:
         pool: SolverPool,
         clusters: Clusters,
         nodes: Nodes,
-        running: Running,
+        running: RunningResources,
         *,
         epoch: int,
         leader_since_s: float,

@@ -67,7 +67,7 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
             self._watch()
 
         def _watch(self) -> None:
-            """From the connection's begin or the last answer; what comes bit by bit gains no time."""
+            """Watch the time since the connection's begin or the last answer; what comes bit by bit gains no time."""
             if self._timer is None and not self.transport.is_closing():
                 self._timer = self.loop.call_later(limits.request_s, self.transport.abort)
 

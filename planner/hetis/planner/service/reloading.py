@@ -64,7 +64,7 @@ class Reloaded(Generic[T]):
 async def keep_fresh(
     sources: Iterable[Refreshable], interval_s: float, *, then: Callable[[], None] = lambda: None
 ) -> None:
-    """Looks after files until it is cancelled; calls ``then`` after each look, in the loop."""
+    """Look after files until it is cancelled; calls ``then`` after each look, in the loop."""
     kept = tuple(sources)
     while True:
         await asyncio.sleep(interval_s)

@@ -6,6 +6,8 @@ import asyncio
 import gc
 import json
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,13 +24,13 @@ from hetis.planner.service.certificates import Certificates
 from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.overview import OverviewSource
 from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.settings import OFF, PlannerConfig, without_password
-from hetis.planner.service.signals import StopSignals
 from hetis.planner.service.status_page import StatusPage, status_app
 from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.service.tokens import Tokens
@@ -72,7 +74,7 @@ class Planner(OverviewSource, Protocol):
         ...
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Who ends all streams when this planner does not lead any more."""
+        """Called to end all streams when this planner does not lead any more."""
         ...
 
     def note_refusal(self, change: AuditedChange) -> None:
@@ -139,7 +141,7 @@ class Access:
 
 
 def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
-    """What is wrong with the files of certificates and tokens."""
+    """Return what is wrong with the files of certificates and tokens."""
     try:
         Access(config)
     except DocumentError as error:
@@ -162,7 +164,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     limits = ConnectionLimits.of_descriptors(descriptors, of_a_host=config.connections.per_host)
     access = Access(config)
     traces = open_traces(config.telemetry.otlp_endpoint, version)
-    metrics = Metrics(version)
+    metrics = ServiceMetrics(version)
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
         stack.push_async_callback(_close_traces, traces)
@@ -275,3 +277,27 @@ def _leave_to_collector_what_is_new() -> None:
 
 async def _close_traces(traces: Traces) -> None:
     await asyncio.to_thread(traces.close)
+
+
+_CODES = {signal.SIGINT: ServiceExitCode.INTERRUPTED, signal.SIGTERM: ServiceExitCode.TERMINATED}
+
+
+class StopSignals:
+    """Waits for the first signal of this process."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+        for number in _CODES:
+            asyncio.get_running_loop().add_signal_handler(number, self._came, number)
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    def close(self) -> None:
+        for number in _CODES:
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _came(self, number: signal.Signals) -> None:
+        if self._asked.is_set():
+            os._exit(_CODES[number])  # whatever hangs, hangs no more; the store is made to bear this
+        self._asked.set()

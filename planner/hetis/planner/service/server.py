@@ -6,17 +6,17 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from hetis.planner.service import reflection
 from hetis.planner.service.addresses import is_socket_path, join_address, split_address
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.health import SERVICE as HEALTH
-from hetis.planner.service.health import Health
+from hetis.planner.service.health import ServiceHealth
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_CALLS = 30_000  # at a time, also those whose message has not come: 10,000 agents and twice as many others
@@ -75,7 +75,7 @@ class PlannerServer:
         if max_connections is not None:
             options += ((MAX_CONNECTIONS, max_connections),)
         self._server = grpc.aio.server(interceptors=[calls], options=options, maximum_concurrent_rpcs=MAX_CALLS)
-        self.health = Health(())
+        self.health = ServiceHealth(())
         self.health.add_to(self._server)
         self._servicings = list(servicings)
 
@@ -106,7 +106,7 @@ class PlannerServer:
         for servicing in self._servicings:
             servicing.add(servicing.servicer, self._server)
         self.health.add(names)
-        reflection.add_reflection([*names, HEALTH], self._server)
+        add_reflection([*names, HEALTH], self._server)
         await self._server.start()
         self.health.serve(True)
 
@@ -157,7 +157,7 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """What binding an address fails with."""
+    """Return what binding an address fails with."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -165,3 +165,19 @@ def _error_of(
     except OSError as error:
         return error
     return None
+
+
+REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+
+
+def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
+    """Lets tools such as grpcurl read the contract of ``services`` from the server."""
+    servicer: Any = reflection.aio.ReflectionServicer([*services, *REFLECTION_SERVICES])
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for service in REFLECTION_SERVICES:
+        methods = {"ServerReflectionInfo": handler}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, methods),))

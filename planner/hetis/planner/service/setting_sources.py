@@ -1,4 +1,4 @@
-"""Where settings come from: flags over environment over file over defaults, with the place of everything wrong."""
+"""Sources of settings: flags over environment over file over defaults, with the place of everything wrong."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load_config(
 
 
 def _in_order(problems: Iterable[Problem]) -> list[Problem]:
-    """As `validated` has them: those without a line first."""
+    """Return problems in the order of `validated`: those without a line first."""
     return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
 
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from hetis.formats import units
-from hetis.formats.fields import Duration, Part
-from hetis.planner.service.addresses import is_local, is_socket_path, reachable_from_elsewhere, split_address
+from hetis.formats.endpoints import is_loopback
+from hetis.formats.fields import DocumentPart, Duration
+from hetis.planner.service.addresses import is_socket_path, reachable_from_elsewhere, split_address
 
 OFF = "off"
 
@@ -68,7 +69,7 @@ Address = Annotated[str, AfterValidator(_address)]
 FilePath = Annotated[str, Field(min_length=1)]
 
 
-class StatusPagePart(Part):
+class StatusPagePart(DocumentPart):
     """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
 
     ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
@@ -79,7 +80,7 @@ class StatusPagePart(Part):
     hosts: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
-class SolverPart(Part):
+class SolverPart(DocumentPart):
     """Searches run in processes of their own; what finds none free waits.
 
     Of one caller so many run and wait at most. Unless said, one process and three quarters of the queue are left to
@@ -93,20 +94,21 @@ class SolverPart(Part):
     queued_per_caller: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
 
-class WritesPart(Part):
+class WritesPart(DocumentPart):
     """How often one caller may change things, in a row and in the long run. Dispatch is not among it."""
 
     per_second: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
-class ConnectionsPart(Part):
-    """Of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors allow."""
+class ConnectionsPart(DocumentPart):
+    """Most connections of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors
+    allow."""
 
     per_host: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class TlsPart(Part):
+class TlsPart(DocumentPart):
     """Certificate of the planner, and the authority whose clients it takes. Files are PEM."""
 
     certificate: FilePath
@@ -115,20 +117,20 @@ class TlsPart(Part):
     trust_domain: Annotated[str, AfterValidator(_domain)] = "hetis"
 
 
-class LogPart(Part):
+class LogPart(DocumentPart):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "text"] = "json"
 
 
-class AgentsPart(Part):
+class AgentsPart(DocumentPart):
     """How often a silent agent says that it lives, and after how long a silence its node is lost."""
 
     heartbeat: Annotated[Duration, Field(ge=0.05, le=600)] = 5.0
     lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
 
 
-class LeadershipPart(Part):
-    """Who decides where several planners share a store.
+class LeadershipPart(DocumentPart):
+    """Leadership where several planners share a store.
 
     ``standby``: whether this one waits where another one leads; unless said, on PostgreSQL it does. ``lease``: how long
     one on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; unless said,
@@ -140,13 +142,13 @@ class LeadershipPart(Part):
     advertise: Annotated[list[Address], BeforeValidator(_listed)] = Field(default_factory=list)
 
 
-class TelemetryPart(Part):
-    """Where traces go, by OTLP over gRPC."""
+class TelemetryPart(DocumentPart):
+    """Export of traces, by OTLP over gRPC."""
 
     otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
 
 
-class PlannerConfig(Part):
+class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
     ``reload`` is how often certificate and token files are looked at; they are read again when they changed.
@@ -189,16 +191,20 @@ class PlannerConfig(Part):
         return self.model_copy(update={"leadership": leadership})
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """What cannot be used although every field by itself can, as (path, message)."""
+        """Yield what cannot be used although every field by itself can, as (path, message)."""
         for position, address in enumerate(self.listen):
-            if not is_local(address) and not (self.tls is not None and self.asks_for_credentials):
+            if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
                 yield (
                     ("listen", position),
                     f"{address} can be reached from other machines, which needs tls.certificate and tls.key, and"
                     " tokens or tls.client_ca to know callers by; without them only loopback is allowed, such as"
                     " 127.0.0.1:8470",
                 )
-        if self.status_page.address != OFF and not is_local(self.status_page.address) and not self.status_page.public:
+        if (
+            self.status_page.address != OFF
+            and not is_loopback(self.status_page.address)
+            and not self.status_page.public
+        ):
             yield (
                 ("status_page", "address"),
                 f"{self.status_page.address} can be reached from other machines, and the page asks nobody for"

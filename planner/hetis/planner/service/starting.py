@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, Problem
-from hetis.planner.service.exit_codes import ExitCode
-from hetis.planner.service.identity import Role
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.identity import CallerRole
 from hetis.planner.service.setting_sources import Given, load_config, mistaken_variables
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.service.tokens import create_token
@@ -72,7 +72,7 @@ def make_token(
     scope = _scope(role, node, cluster)
     expires = datetime.now(UTC) + _days(valid_days)
     chosen = name or "-".join([role, *((scope or "").split("/")[1::2])])
-    token = create_token(path, name=chosen, role=Role(role), scope=scope, expires=expires)
+    token = create_token(path, name=chosen, role=CallerRole(role), scope=scope, expires=expires)
     print(token)
     ends = expires.isoformat(timespec="seconds")
     print(f"token {chosen}, role {role}, valid until {ends}; it is shown this once", file=sys.stderr)
@@ -80,9 +80,9 @@ def make_token(
 
 def _scope(role: str, node: str | None, cluster: str | None) -> str | None:
     given = [scope for scope in (node, cluster) if scope is not None]
-    if role == Role.AGENT and len(given) != 1:
+    if role == CallerRole.AGENT and len(given) != 1:
         raise DocumentError([Problem(file="--role agent", message="needs either --node or --cluster")])
-    if role != Role.AGENT and given:
+    if role != CallerRole.AGENT and given:
         raise DocumentError([Problem(file=f"--role {role}", message="takes neither --node nor --cluster")])
     if node is not None and "/nodes/" not in node:
         raise DocumentError([Problem(file="--node", message=f"{node!r} is not clusters/CLUSTER/nodes/NODE")])
@@ -101,7 +101,7 @@ def _days(text: str) -> timedelta:
     return timedelta(days=days)
 
 
-def report(error: Exception) -> ExitCode:
+def report(error: Exception) -> ServiceExitCode:
     """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
     from hetis.planner.failures import ServiceError
     from hetis.planner.service.server import AddressError
@@ -110,21 +110,21 @@ def report(error: Exception) -> ExitCode:
 
     match error:
         case DocumentError():
-            code, lines = ExitCode.INVALID, [str(problem) for problem in error.problems]
+            code, lines = ServiceExitCode.INVALID, [str(problem) for problem in error.problems]
         case MissingExtraError():
-            code, lines = ExitCode.INVALID, [str(error)]
+            code, lines = ServiceExitCode.INVALID, [str(error)]
         case AddressError():
-            code, lines = ExitCode.ADDRESS, [str(error)]
+            code, lines = ServiceExitCode.ADDRESS, [str(error)]
         case ServiceError() | StoreError():
-            code, lines = ExitCode.STORE, [str(error)]
+            code, lines = ServiceExitCode.STORE, [str(error)]
         case OSError():
             name = f"{error.filename}: " if error.filename else ""
-            code, lines = ExitCode.INTERNAL, [f"{name}{error.strerror or error}"]
+            code, lines = ServiceExitCode.INTERNAL, [f"{name}{error.strerror or error}"]
         case _:
             lines = [
                 f"internal error: {type(error).__name__}: {error}",
                 "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback.",
             ]
-            code = ExitCode.INTERNAL
+            code = ServiceExitCode.INTERNAL
     print("error: " + lines[0], *(f"       {line}" for line in lines[1:]), sep="\n", file=sys.stderr)
     return code

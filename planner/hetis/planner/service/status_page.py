@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.service.addresses import join_address, split_address
-from hetis.planner.service.metrics import CONTENT_TYPE, Metrics
+from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.overview import Overview, OverviewSource
 from hetis.planner.service.page_connections import PageLimits, limited_protocol
 from hetis.planner.service.server import AddressError
@@ -31,7 +31,7 @@ _GRACE_S = 1
 
 def status_app(
     source: OverviewSource,
-    metrics: Metrics,
+    metrics: ServiceMetrics,
     *,
     version: str,
     is_ready: Callable[[], bool],

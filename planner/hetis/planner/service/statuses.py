@@ -46,7 +46,7 @@ def draining() -> ServiceError:
 
 
 def incident(incident_id: str) -> ServiceError:
-    """What callers hear of a bug: nothing but where to find it."""
+    """Return what callers hear of a bug: nothing but where to find it."""
     return ServiceError(
         Reason.ERROR_REASON_INTERNAL,
         f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry",

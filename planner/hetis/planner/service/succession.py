@@ -122,12 +122,12 @@ class Succession:
             raise self._store.not_leader()
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Who ends the streams that do not end by themselves when the term is over."""
+        """Called to end the streams that do not end by themselves when the term is over."""
         self._end_streams = end_streams
 
     @property
     def is_ready(self) -> bool:
-        """It can serve what it is for: as the leader with a lease, or as a standby; and the store answers."""
+        """The planner can serve what it is for: as the leader with a lease, or as a standby; and the store answers."""
         is_well = self._store.health.answered_s_ago < ANSWERED_S
         return is_well and (self._store.lease.may_decide if self._leading is not None else self._stands_by)
 

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
-from hetis.planner.service.metrics import Metrics
+from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.traces import Span, Traces
 from hetis.planner.store import AuditedChange
 
@@ -40,7 +40,7 @@ class CallRecord:
         return self._span.trace_id
 
     def refused_change(self) -> AuditedChange:
-        """For the audit log."""
+        """Note a refused change for the audit log."""
         return AuditedChange(
             caller=self.caller,
             role=self.role,
@@ -50,7 +50,7 @@ class CallRecord:
             outcome=self.reason,
         )
 
-    def end(self, code: grpc.StatusCode, metrics: Metrics) -> None:
+    def end(self, code: grpc.StatusCode, metrics: ServiceMetrics) -> None:
         seconds = time.perf_counter() - self._began
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
         if self.quota:
@@ -81,7 +81,7 @@ class CallRecord:
 class Telemetry:
     """Begins records."""
 
-    def __init__(self, metrics: Metrics, traces: Traces) -> None:
+    def __init__(self, metrics: ServiceMetrics, traces: Traces) -> None:
         self.metrics = metrics
         self._traces = traces
 

@@ -17,12 +17,12 @@ from pydantic import AfterValidator, Field
 
 from hetis.formats.documents import dump_data
 from hetis.formats.errors import DocumentError, single_problem
-from hetis.formats.fields import API_VERSION, Name, Part
+from hetis.formats.fields import API_VERSION, DocumentPart, Name
 from hetis.formats.files import read_text, unreadable
 from hetis.formats.loading import validated
 from hetis.formats.positions import parse_text
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.identity import Identity, Role
+from hetis.planner.service.identity import CallerRole, Identity
 
 _START = "hetis_"  # so that scanners for leaked secrets can know one
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
@@ -47,7 +47,7 @@ def _scope(value: str) -> str:
     return value
 
 
-class TokenPart(Part):
+class TokenPart(DocumentPart):
     """One token, by its hash. ``scope`` is the node or cluster of an agent's token."""
 
     name: Name
@@ -57,7 +57,7 @@ class TokenPart(Part):
     expires: Annotated[str, AfterValidator(_moment)]
 
 
-class PlannerTokens(Part):
+class PlannerTokens(DocumentPart):
     """The token file."""
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -92,7 +92,7 @@ class Tokens:
 
     @property
     def expiries_s(self) -> list[float]:
-        """When each ends, Unix seconds."""
+        """Return when each token ends, Unix seconds."""
         return [grant.expires_s for grant in self._grants.values()]
 
     def __len__(self) -> int:
@@ -124,7 +124,7 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def create_token(path: str, *, name: str, role: Role, scope: str | None, expires: datetime) -> str:
+def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
     """Makes a token, appends its hash to the file, which it makes (mode 0600) where there is none, and returns it.
 
     Raises:
@@ -169,7 +169,7 @@ def _grants(text: str, path: str) -> dict[str, Grant]:
 
 
 def _grant(entry: TokenPart) -> Grant:
-    identity = Identity(name=entry.name, roles=Role(entry.role).includes, scope=entry.scope)
+    identity = Identity(name=entry.name, roles=CallerRole(entry.role).includes, scope=entry.scope)
     return Grant(identity=identity, expires_s=datetime.fromisoformat(entry.expires).timestamp())
 
 

@@ -14,14 +14,14 @@ class Span(Protocol):
 
     @property
     def trace_id(self) -> str:
-        """For logs; empty: the call is not traced."""
+        """Return the trace id for logs; empty: the call is not traced."""
         ...
 
     def end(self, code: str, *, is_error: bool) -> None: ...
 
 
 class Traces(Protocol):
-    """Where spans begin."""
+    """Maker of spans."""
 
     def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
         """The span of a call; it is the current one of this task until it ends."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from hetis.planner.failures import quota_exceeded
 from hetis.planner.service.access import NEEDED, STANDBY_READS
-from hetis.planner.service.identity import Role
+from hetis.planner.service.identity import CallerRole
 
 WRITES = frozenset(
     method
     for method, roles in NEEDED.items()
-    if Role.VIEWER not in roles
+    if CallerRole.VIEWER not in roles
     and method not in STANDBY_READS
     and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
 )

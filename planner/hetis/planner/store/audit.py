@@ -57,7 +57,7 @@ class AuditLine:
     hash: str
 
     def expected_hash(self, before: str) -> str:
-        """Of what stands in the line, and the hash of the one before."""
+        """Return the hash of what stands in the line and of the hash of the one before."""
         values = [before, self.number, self.time_s, self.epoch, *asdict(self.change).values()]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 

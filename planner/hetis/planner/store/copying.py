@@ -77,7 +77,7 @@ def back_up(url: str, file: Path) -> int:
 
 
 def read_store(url: str, work: Callable[[Reader], T]) -> T:
-    """What ``work`` returns of one consistent state of a store, which may be in use.
+    """Return what ``work`` returns of one consistent state of a store, which may be in use.
 
     Raises:
         StoreError: the store cannot be read or is of another version.

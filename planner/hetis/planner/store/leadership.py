@@ -1,4 +1,4 @@
-"""Who may write: the leadership term, its epoch, and the lease that holds it on a server.
+"""Leadership: the term of whoever may write, its epoch, and the lease that holds it on a server.
 
 Every write transaction reads the epoch of the one row, locked so that a takeover waits for it or it fails after the
 takeover. So a planner that lost its term can change nothing, whatever it believes and whatever its clock says.
@@ -18,7 +18,7 @@ _ROW = schema.leadership.c.id == 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who leads.
+    """The holder of the leadership.
 
     Attributes:
         name: for people, without blanks.
@@ -34,12 +34,12 @@ class Holder:
         return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
 
     def to_text(self) -> str:
-        """As it stands in the one row."""
+        """Return the text that stands in the one row."""
         return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
 
 
 def look(connection: sa.Connection) -> tuple[Holder, float]:
-    """Who led last, and how long its lease lasts still; nothing is locked. Negative: it is over."""
+    """Return who led last, and how long its lease lasts still; nothing is locked. Negative: it is over."""
     row = connection.execute(sa.select(schema.leadership).where(_ROW)).one()
     return Holder.from_text(row.holder), row.lease_end_s - _now_s(connection)
 
@@ -91,7 +91,7 @@ def check(connection: sa.Connection, epoch: int) -> None:
 
 
 def holder_of(connection: sa.Connection) -> str:
-    """Who led last."""
+    """Return who led last."""
     return str(connection.execute(sa.select(schema.leadership.c.holder).where(_ROW)).scalar_one())
 
 

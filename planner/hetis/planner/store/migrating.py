@@ -17,7 +17,7 @@ _FOLDER = Path(__file__).parent / "migrations"
 
 
 def needs_migration(connection: sa.Connection, store: str) -> bool:
-    """Whether the tables are older than this planner; ``store`` is how messages call the store.
+    """Return whether the tables are older than this planner; ``store`` is how messages call the store.
 
     Raises:
         StoreError: they are newer, or not those of a planner at all.

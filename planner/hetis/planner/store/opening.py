@@ -1,4 +1,4 @@
-"""Where a store is, and a connection to it that keeps what it says it keeps."""
+"""The place of a store, and a connection to it that keeps what it says it keeps."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def keep_private(file: Path) -> None:
 
 
 def label_of(url: sa.URL) -> str:
-    """How messages call the store."""
+    """Return how messages call the store."""
     return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
 
 
@@ -168,7 +168,7 @@ def check_file(connection: sa.Connection, store: str) -> None:
 
 
 def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
-    """What to tell whoever starts the planner."""
+    """Return what to tell whoever starts the planner."""
     reason = _reason(error)
     if not isinstance(error.orig, sqlite3.Error):
         return StoreError(f"store {store} cannot be reached: {reason}")
@@ -182,7 +182,8 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
 
 
 def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
-    """What to tell a caller whose transaction the store could not do. It was undone, unless the connection broke."""
+    """Return what to tell a caller whose transaction the store could not do. It was undone, unless the connection
+    broke."""
     broken = error.connection_invalidated
     what = "whether the change was made is not known" if broken else "nothing was changed"
     return ServiceError(
@@ -193,7 +194,7 @@ def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
 
 
 def is_a_bug(error: sa.exc.DBAPIError) -> bool:
-    """Whether the statement was wrong, not the store."""
+    """Return whether the statement was wrong, not the store."""
     return isinstance(
         error, sa.exc.IntegrityError | sa.exc.ProgrammingError | sa.exc.DataError | sa.exc.NotSupportedError
     )

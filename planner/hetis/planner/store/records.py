@@ -22,7 +22,7 @@ class Record(Protocol):
 
 
 def etag_of(record: Record | None) -> str:
-    """What conditional changes compare. None: a resource of which nothing is kept yet."""
+    """Return what conditional changes compare. None: a resource of which nothing is kept yet."""
     return f"v{record.version if record else 0}"
 
 

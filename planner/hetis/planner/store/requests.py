@@ -18,7 +18,7 @@ class RequestTable:
         self._now_s = now_s
 
     def replay(self, method: str, request_id: str, fingerprint: str) -> bytes | None:
-        """What the same request was answered; None: it was not done, or gave no id.
+        """Return what the same request was answered; None: it was not done, or gave no id.
 
         Args:
             method: such as ``/hetis.v1.ClusterService/CreateCluster``.

@@ -109,7 +109,7 @@ class Store:
 
     @property
     def epoch(self) -> int | None:
-        """Of the present term. None: this planner does not lead."""
+        """The epoch of the present term. None: this planner does not lead."""
         return self._epoch
 
     async def lead(self, holder: str, addresses: Sequence[str] = ()) -> int:
@@ -157,7 +157,7 @@ class Store:
         await self._ended.wait()
 
     async def read(self, work: Callable[[Reader], T]) -> T:
-        """What ``work`` returns; it runs in the store's thread and sees one consistent state.
+        """Return what ``work`` returns; it runs in the store's thread and sees one consistent state.
 
         A server that answers nobody is not waited for in the queue of all who ask it: another planner may answer.
 
@@ -175,7 +175,8 @@ class Store:
         return await reading
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
-        """What ``work`` returns, in the store's thread, once all its changes are durable; if it raises none is made.
+        """Return what ``work`` returns, in the store's thread, once all its changes are durable; if it raises none is
+        made.
 
         Raises:
             ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
@@ -201,11 +202,11 @@ class Store:
             raise self.not_leader()
 
     def not_leader(self) -> ServiceError:
-        """What callers are told who have come to the wrong planner."""
+        """Return what callers are told who have come to the wrong planner."""
         return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
 
     def undecided(self) -> ServiceError:
-        """What callers are told in the last third of the lease."""
+        """Return what callers are told in the last third of the lease."""
         return ServiceError(
             Reason.ERROR_REASON_STORE_UNAVAILABLE,
             f"the lease of this planner on {self._label} was not renewed for {self.lease.age_s:.1f} s of"
@@ -253,7 +254,7 @@ class Store:
         return False
 
     async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns, if that is in the term that began with it: later nobody may be told."""
+        """Return what ``work`` returns, if that is in the term that began with it: later nobody may be told."""
         working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
         working.add_done_callback(_forget)  # the caller may be cancelled
         try:
@@ -321,7 +322,7 @@ class Store:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _limited(self, work: Callable[..., T], *arguments: object, limit_s: float | None = None) -> T:
-        """What ``work`` returns, in the thread of the lease; whoever waits too long breaks its connection.
+        """Return what ``work`` returns, in the thread of the lease; whoever waits too long breaks its connection.
 
         Raises:
             ServiceError: what ``work`` raises; STORE_UNAVAILABLE after ``limit_s``, where the store is on a server.
@@ -385,7 +386,7 @@ class Store:
                 self._lock.release()
 
     def _look(self) -> float:
-        """How long the lease of whoever leads lasts still; with a file, 0: its lock says whether it is free."""
+        """Return how long the lease of whoever leads lasts still; with a file, 0: its lock says whether it is free."""
         left_s = self._look_by(opening.reading(self._lease_engine))
         return 0.0 if self._lock is not None else left_s
 

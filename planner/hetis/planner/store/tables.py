@@ -61,12 +61,12 @@ class TableView(Generic[R]):
         return [self._from_row(row) for row in self._connection.execute(self._filtered(filters))]
 
     def versions(self, **filters: Filter) -> dict[str, int]:
-        """Of each record by its name: what has changed, without reading it."""
+        """Return the version of each record by its name: what has changed, without reading it."""
         query = sa.select(self._table.c.name, self._table.c.version).where(*_conditions(self._table, filters))
         return {row.name: row.version for row in self._connection.execute(query)}
 
     def place_of(self, record: R) -> str | tuple[float, str]:
-        """What `page` goes on from."""
+        """Return what `page` goes on from."""
         if self._newest_first:
             return record.create_time_s, record.name  # type: ignore[attr-defined]
         return record.name
@@ -129,7 +129,7 @@ class RecordTable(TableView[R]):
             raise failures.not_found(name)
 
     def delete_all(self, **filters: Filter) -> int:
-        """How many records there were."""
+        """Return how many records there were."""
         return self._delete(*_conditions(self._table, filters))
 
     def _delete(self, *conditions: sa.ColumnElement[bool]) -> int:
@@ -183,7 +183,7 @@ class PlanDocumentView:
         self._connection = connection
 
     def get(self, name: str) -> bytes | None:
-        """Of the plan of that name."""
+        """Return the record of the plan of that name."""
         table = schema.plan_documents
         return self._connection.execute(sa.select(table.c.content).where(table.c.name == name)).scalar_one_or_none()
 

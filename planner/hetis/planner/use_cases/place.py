@@ -1,24 +1,33 @@
-"""From a loaded problem to a plan that has been checked and says what it was made from."""
+"""`hetis-plan place`, step by step: `load` -> `pose` -> `search` (which binds) -> `describe` -> `check` -> report.
+
+`place` takes a loaded problem through them and studies the plan as far as it is asked to; `make_plan` is its middle,
+which `compare` and the solver jobs of the service share. What `place` returns is drawn by `hetis.planner.report.plan`.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors
-from hetis.planner.use_cases.sources import LoadedInputs
-from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
+from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
+from hetis.planner.use_cases.verify import misses, verification_of, verified
 from hetis.planner.use_cases.versions import installed_versions
-from hetis.solver.budget import Budget, Report
+from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
+    from hetis.planner.use_cases.robustness.study import Robustness
     from hetis.solver.placement.infeasible import Market
+    from hetis.solver.wish_prices import WishPrice
 
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
@@ -26,6 +35,7 @@ DEFAULT_STRATEGY = "hetis"
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
 SIMPLE_SETUPS = "simple_setups"  # and this: the same by TP size, where every replica has that one
 EQUAL_STAGES_S = 5.0  # at most, to find both
+WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: what every constraint costs, where it was asked for
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
@@ -41,6 +51,185 @@ class Settings:
     gap_target: float = 0.001
     seed: int = 0
     threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRequest:
+    """What ``place`` is asked, as files, names and options say it.
+
+    Attributes:
+        pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
+        ttft_s: None asks for the default limit, infinity lifts it; ``tpot_s`` likewise.
+        verify: simulate the plan before it is shown.
+        price_pins: say what every constraint costs.
+        profile_error: study the plan under profiles that are off by up to this share; None: no study.
+    """
+
+    cluster: str
+    model: str
+    workload: str
+    profiles: Sequence[str] = ()
+    pins: Sequence[str] = ()
+    forbids: Sequence[str] = ()
+    objective: ObjectiveKind = ObjectiveKind.GOODPUT
+    demand_rps: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    settings: Settings = Settings()
+    verify: bool = True
+    price_pins: bool = False
+    profile_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedPlan:
+    """A plan that passed the checker, and what was studied about it."""
+
+    plan: Plan
+    robustness: Robustness | None = None
+    prices: tuple[WishPrice, ...] = ()
+
+
+def load(request: PlacementRequest) -> LoadedInputs:
+    """Read the files and names of a request.
+
+    Raises:
+        DocumentError: with the problems of all inputs together.
+        InvalidProblemError: an objective that needs a demanded rate has none, or a GPU type has no profile.
+    """
+    loaded = load_inputs(
+        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
+    ).with_will(pins=request.pins, forbids=request.forbids)
+    require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
+    return loaded
+
+
+def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
+    """Make the problem: the inputs, the objective with its limits, the strategy's family of plans.
+
+    Raises:
+        InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles.
+    """
+    goal = objective(
+        request.objective, ttft_s=request.ttft_s, tpot_s=request.tpot_s, demand_rps=request.demand_rps
+    )  # fmt: skip
+    settings = request.settings
+    return loaded.inputs.problem(goal, settings.strategy, settings.roles, settings.engine)
+
+
+def place(
+    request: PlacementRequest,
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+) -> PlacedPlan:
+    """Search, describe and check a plan, then verify, price and study it as far as the request asks.
+
+    The time limit is that of the search; a study may take as long again, and so may the prices.
+
+    Raises:
+        InfeasibleError: no plan of the family exists; says which GPUs of the catalogue could be added.
+        NoPlanFoundError: stopped before one was found.
+        UncheckedPlanError: the plan fails the independent checker.
+    """
+    settings = request.settings
+
+    def budget() -> Budget:
+        return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+
+    plan = make_plan(
+        loaded,
+        problem,
+        settings,
+        budget=budget(),
+        report=report,
+        market=catalogue_market,
+        beside_equal_stages=True,
+    )
+    if request.verify:
+        told = _simulation_report(plan, report)
+        plan = verified(plan, problem, seed=settings.seed, cancelled=cancelled, report=told)
+    prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
+    if prices:
+        plan = replace(plan, inputs={**plan.inputs, WILL_PRICES: _price_rows(prices)})
+    if request.profile_error is None or not plan.replicas:
+        return PlacedPlan(plan=plan, prices=prices)
+    found = _robustness(plan, problem, request.profile_error, settings, budget(), report)
+    return PlacedPlan(plan=with_robustness(plan, found), robustness=found, prices=prices)
+
+
+def make_plan(
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    settings: Settings,
+    *,
+    budget: Budget,
+    report: Report,
+    market: Market | None = None,
+    beside_equal_stages: bool = False,
+) -> Plan:
+    """Search a plan, complete it with its inputs and notes, check it, and add what its profiles' errors make of it.
+
+    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks). ``beside_equal_stages`` asks
+    what equal stages reach, which takes time of its own.
+
+    Raises:
+        InfeasibleError: no plan of the family exists.
+        NoPlanFoundError: stopped before one was found.
+        UncheckedPlanError: the plan fails the independent checker.
+    """
+    plan = search(problem, settings, budget=budget, report=report, market=market)
+    plan = describe(plan, loaded, problem, settings)
+    if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+        plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
+    check(plan, problem)
+    return with_profile_errors(plan, problem)
+
+
+def search(
+    problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report, market: Market | None = None
+) -> Plan:
+    """Find the best plan of the strategy's family and bind it to named GPUs, in `hetis.solver.planning`.
+
+    Raises:
+        InfeasibleError: no plan of the family exists.
+        NoPlanFoundError: stopped before one was found.
+    """
+    from hetis.solver.planning import solve_placement
+
+    return solve_placement(
+        problem,
+        strategy=settings.strategy,
+        budget=budget,
+        gap_target=settings.gap_target,
+        seed=settings.seed,
+        threads=settings.threads,
+        report=report,
+        market=market,
+    )
+
+
+def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings) -> Plan:
+    """Add to a plan what it was made from, and notes on its links and profiles."""
+    from hetis.solver.placement.explanation.routes import link_sentences
+
+    routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
+    notes = (*plan.notes, *routed, *profile_notes(problem))
+    return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
+
+
+def check(plan: Plan, problem: PlacementProblem) -> None:
+    """Derive every number of the plan again, with code that shares nothing with the search.
+
+    Raises:
+        UncheckedPlanError: a number or a constraint is broken.
+    """
+    from hetis.solver.check import check_plan
+
+    if violations := check_plan(plan, problem):
+        raise UncheckedPlanError(tuple(str(violation) for violation in violations))
 
 
 def objective(
@@ -67,62 +256,6 @@ def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Work
     if kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
         raise InvalidProblemError(f"objective {kind} needs a demanded rate: --rate{hint}")
-
-
-def make_plan(
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    settings: Settings,
-    *,
-    budget: Budget,
-    report: Report,
-    market: Market | None = None,
-    beside_equal_stages: bool = False,
-) -> Plan:
-    """Solves, completes the plan with its inputs and notes, checks it, and says what its profiles' errors make of it.
-
-    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks). ``beside_equal_stages`` asks
-    what equal stages reach, which takes time of its own.
-
-    Raises:
-        InfeasibleError: no plan of the family exists.
-        NoPlanFoundError: stopped before one was found.
-        UncheckedPlanError: the plan fails the independent checker.
-    """
-    from hetis.solver.check import check_plan
-    from hetis.solver.placement.explanation.routes import link_sentences
-    from hetis.solver.placement.solve import equal_stages_value
-    from hetis.solver.planning import solve_placement
-
-    plan = solve_placement(
-        problem,
-        strategy=settings.strategy,
-        budget=budget,
-        gap_target=settings.gap_target,
-        seed=settings.seed,
-        threads=settings.threads,
-        report=report,
-        market=market,
-    )
-    routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (*plan.notes, *routed, *profile_notes(problem))
-    inputs = inputs_of_plan(loaded, settings, problem)
-    if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
-        alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=budget.cancelled)
-        inputs[EQUAL_STAGES] = equal_stages_value(problem, budget=alone, seed=settings.seed)
-        most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
-        sizes = [tp for tp in problem.family.tp_sizes if tp <= most]
-        inputs[SIMPLE_SETUPS] = {
-            str(tp): equal_stages_value(
-                replace(problem, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
-            )
-            for tp in sizes
-        }
-    plan = replace(plan, inputs=inputs, notes=notes)
-    violations = check_plan(plan, problem)
-    if violations:
-        raise UncheckedPlanError(tuple(str(violation) for violation in violations))
-    return with_profile_errors(plan, problem)
 
 
 def missed(plan: Plan, settings: Settings) -> list[str]:
@@ -156,3 +289,76 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
         "digests": loaded.inputs.digests(),
         "documents": loaded.inputs.documents(),
     }
+
+
+def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings, cancelled: threading.Event) -> Plan:
+    """The plan with what equal stages reach, which is what engines do without a planner."""
+    from hetis.solver.placement.solve import equal_stages_value
+
+    alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+    value = equal_stages_value(problem, budget=alone, seed=settings.seed)
+    most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
+    by_size = {
+        str(tp): equal_stages_value(
+            replace(problem, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
+        )
+        for tp in problem.family.tp_sizes
+        if tp <= most
+    }
+    return replace(plan, inputs={**plan.inputs, EQUAL_STAGES: value, SIMPLE_SETUPS: by_size})
+
+
+def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
+    """Progress of a simulation as progress of the search, once for every quarter of its requests."""
+    started_s, told = time.monotonic() - plan.result.solve_s, [-1]
+
+    def requests(given: int, total: int) -> None:
+        if given * 4 // total == told[0]:
+            return
+        told[0] = given * 4 // total
+        phase = f"simulating the plan, {given:,} of {total:,} requests"
+        report(Progress(phase=phase, elapsed_s=time.monotonic() - started_s, incumbent=plan.result.value))
+
+    return requests
+
+
+def _constraint_prices(
+    plan: Plan, problem: PlacementProblem, settings: Settings, budget: Budget, report: Report
+) -> tuple[WishPrice, ...]:
+    """What every constraint costs; empty where the problem has none."""
+    if not problem.will:
+        return ()
+    from hetis.solver.wish_prices import price_wishes
+
+    return price_wishes(
+        problem,
+        plan,
+        budget=budget,
+        gap_target=settings.gap_target,
+        seed=settings.seed,
+        threads=settings.threads,
+        report=report,
+    )
+
+
+def _price_rows(prices: Sequence[WishPrice]) -> list[dict[str, Any]]:
+    """Prices as `Plan.inputs` keeps them."""
+    return [
+        {
+            "wishes": [str(wish) for wish in price.will],
+            "least": price.least,
+            "most": price.most,
+            "solved": price.is_solved,
+        }
+        for price in prices
+    ]
+
+
+def _robustness(
+    plan: Plan, problem: PlacementProblem, error: float, settings: Settings, budget: Budget, report: Report
+) -> Robustness:
+    from hetis.planner.use_cases.robustness.study import study
+
+    return study(
+        plan, problem, error=error, seed=settings.seed, budget=budget, threads=settings.threads, report=report
+    )  # fmt: skip

@@ -63,7 +63,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
 
 
 def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> LoadedStage:
-    """Looks up what the GPU types of a state cost. ``measured``: file and profile by GPU type.
+    """Look up what the GPU types of a state cost. ``measured``: file and profile by GPU type.
 
     Raises:
         InvalidProblemError: a GPU type has no profile and none can be modelled.

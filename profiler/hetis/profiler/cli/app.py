@@ -11,7 +11,7 @@ import typer
 from hetis.formats.command_line.running import run_application, version_printer
 from hetis.profiler.cli.check import check
 from hetis.profiler.cli.compare import compare
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.fit import FIT_EXAMPLES, fit
 from hetis.profiler.cli.import_tables import import_tables
 from hetis.profiler.cli.model import model
@@ -20,7 +20,7 @@ from hetis.profiler.cli.run import RUN_EXAMPLES
 from hetis.profiler.cli.run import run as run_verb
 from hetis.profiler.cli.show import show
 
-_EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ExitCode)
+_EPILOG = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partition(',')[0]}" for code in ProfileExitCode)
 
 app = typer.Typer(
     name="hetis-profile",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import ClusterOption, GpuOrFileArgument
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def check(
     terminal: Terminal,
     profile: GpuOrFileArgument,
     cluster: ClusterOption = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Check a profile: its form, rates no GPU of that type can reach, memory it lacks, errors and regions.
 
     What is impossible ends with exit code 2; what is merely doubtful is a warning.
@@ -47,4 +47,4 @@ def check(
         return Text(f"the profile of {found.gpu} holds: {len(found.fits)} fits, {len(doubts)} doubts", style="green")
 
     terminal.emit(lambda: {"ok": not broken, "broken": broken, "doubts": doubts}, table)
-    return ExitCode.INVALID if broken else ExitCode.OK
+    return ProfileExitCode.INVALID if broken else ProfileExitCode.OK

@@ -8,7 +8,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import GpuOrFileArgument
 
 
@@ -21,7 +21,7 @@ def compare(
         str, typer.Option("--model", "-m", metavar="NAME|FILE", help="The model whose layer is compared.")
     ] = "meta-llama/Llama-3.1-8B",
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")] = 1,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Compare the times of two profiles over typical points of one layer; ratio: B's over A's."""
     from rich.console import Group, RenderableType
     from rich.table import Table
@@ -58,4 +58,4 @@ def compare(
         return Group(Text(title, style="bold"), Text(f"A: {a} ({first.gpu})\nB: {b} ({second.gpu})"), found)
 
     terminal.emit(document, table)
-    return ExitCode.OK
+    return ProfileExitCode.OK

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 
-class ExitCode(IntEnum):
+class ProfileExitCode(IntEnum):
     """Exit codes of every verb; they mean what those of `hetis-plan` do."""
 
     OK = 0
@@ -16,14 +16,14 @@ class ExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """In one line; what comes before the comma is the short form."""
+        """The meaning in one line; what comes before the comma is the short form."""
         return _MEANINGS[self]
 
 
 _MEANINGS = {
-    ExitCode.OK: "success",
-    ExitCode.INTERNAL: "internal error, or the machine failed (a full disk, a lost process, a missing library)",
-    ExitCode.INVALID: "invalid input or usage, every problem is listed",
-    ExitCode.INTERRUPTED: "interrupted, what was measured is kept",
-    ExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
+    ProfileExitCode.OK: "success",
+    ProfileExitCode.INTERNAL: "internal error, or the machine failed (a full disk, a lost process, a missing library)",
+    ProfileExitCode.INVALID: "invalid input or usage, every problem is listed",
+    ProfileExitCode.INTERRUPTED: "interrupted, what was measured is kept",
+    ProfileExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
 }

@@ -6,7 +6,7 @@ from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.command_line.internal_errors import internal_error
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.solver.errors import HetisError, InvalidProblemError
 
 # What a missing module is called where it can be had.
@@ -18,33 +18,33 @@ _EXTRAS = {
 }
 
 
-def report_failure(error: Exception) -> ExitCode:
+def report_failure(error: Exception) -> ProfileExitCode:
     """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
     code, message, details = describe(error)
     Terminal().error(message, details)
     return code
 
 
-def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
+def describe(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
     """Exit code, headline, and the lines below it."""
     match error:
         case DocumentError():
             count = len(error.problems)
             headline = f"{count} problem{'' if count == 1 else 's'} in the input"
-            return ExitCode.INVALID, headline, [str(problem) for problem in error.problems]
+            return ProfileExitCode.INVALID, headline, [str(problem) for problem in error.problems]
         case InvalidProblemError() | UnknownNameError():
-            return ExitCode.INVALID, str(error), []
+            return ProfileExitCode.INVALID, str(error), []
         case HetisError():
-            return ExitCode.INTERNAL, str(error), []
+            return ProfileExitCode.INTERNAL, str(error), []
         case ModuleNotFoundError() if error.name in _EXTRAS:
-            return ExitCode.INTERNAL, f"{error.name} is not installed: pip install {_EXTRAS[error.name]}", []
+            return ProfileExitCode.INTERNAL, f"{error.name} is not installed: pip install {_EXTRAS[error.name]}", []
         case OSError():
             name = f"{error.filename}: " if error.filename else ""
-            return ExitCode.INTERNAL, f"{name}{error.strerror or error}", []
+            return ProfileExitCode.INTERNAL, f"{name}{error.strerror or error}", []
         case RuntimeError() if type(error).__module__ == "torch" and "OutOfMemory" in type(error).__name__:
             return (
-                ExitCode.INTERNAL,
+                ProfileExitCode.INTERNAL,
                 "the GPU is out of memory: is somebody else using it?",
                 [str(error).split(". ")[0]],
             )
-    return ExitCode.INTERNAL, *internal_error(error)
+    return ProfileExitCode.INTERNAL, *internal_error(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +11,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import ClusterOption, ProfileOutOption
 
 FIT_EXAMPLES = "Example: hetis-profile fit raw.json --out profile.json -o json | jq .held_out_mape"
@@ -21,7 +23,7 @@ def fit(
     raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements of one GPU type.")],
     out: ProfileOutOption,
     cluster: ClusterOption = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Fit a profile to measurements and report its error on points the fit never saw.
 
     -o json has held_out_mape of every operator in the serving range (batch 4 and more, context 256 to 16k) and by
@@ -33,7 +35,6 @@ def fit(
     from hetis.profiler.cli.loading import all_of
     from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.profiles import gpu_type, save_profile, with_relative
-    from hetis.profiler.cli.waiting import waiting
     from hetis.profiler.fit import fit_profile
 
     require_outputs([out])
@@ -53,4 +54,15 @@ def fit(
         fitted = fit_profile(measurements, gpu)
     save_profile(out, fitted.profile)
     terminal.emit(lambda: report_document(fitted, out), lambda: report_table(fitted, out))
-    return ExitCode.OK
+    return ProfileExitCode.OK
+
+
+@contextmanager
+def waiting(terminal: Terminal, what: str) -> Iterator[None]:
+    """Shows ``what`` while the block runs."""
+    console = terminal.stderr_console()
+    if terminal.verbosity < 0 or not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    with console.status(what):
+        yield

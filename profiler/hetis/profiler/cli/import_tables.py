@@ -10,7 +10,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import RawOutOption
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def import_tables(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Tables: .csv, .csv.gz or .parquet.")],
     form: Annotated[Format, typer.Option("--format", help="Whose tables they are.")],
     out: RawOutOption,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Import tables of other tools as measurements.
 
     Tables of several GPUs, engines or hosts become a file each: raw.json, raw-2.json, ...
@@ -50,7 +50,7 @@ def import_tables(
     for path, measurements in found.items():
         save_measurements(path, measurements)
     terminal.emit(lambda: _document(found), lambda: _table(found))
-    return ExitCode.OK
+    return ProfileExitCode.OK
 
 
 def _paths(out: Path) -> list[Path]:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def all_of(load: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """What ``load`` makes of every file.
+    """Return what ``load`` makes of every file.
 
     Raises:
         DocumentError: with the problems of all files.

@@ -8,7 +8,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import ClusterOption, ProfileOutOption
 
 
@@ -18,7 +18,7 @@ def model(
     gpu: Annotated[str, typer.Argument(metavar="GPU", help="A GPU type of the catalogue or of --cluster.")],
     out: ProfileOutOption,
     cluster: ClusterOption = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Model a GPU without measurements from its nearest measured relative, by the ratios of their peaks.
 
     The error of an operator is what leaving out one measured GPU at a time costs: docs/profiles-modelled.md.
@@ -31,4 +31,4 @@ def model(
     save_profile(out, profile)
     document: dict[str, Any] = {"out": str(out)} | profile_document(profile)
     terminal.emit(lambda: document, lambda: profile_table(profile, title=f"{profile.gpu} -> {out}"))
-    return ExitCode.OK
+    return ProfileExitCode.OK

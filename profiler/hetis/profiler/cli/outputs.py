@@ -1,4 +1,4 @@
-"""Where results go, looked at before the work is done."""
+"""Files that results go to, checked before the work is done."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import ClusterOption, GpuOrFileArgument
 
 
@@ -20,7 +20,7 @@ def plot(
     raw: Annotated[list[Path], typer.Argument(metavar="RAW...", help="Measurements to hold it against.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Picture to write: .png or .html.")],
     cluster: ClusterOption = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Draw measured against fitted times, and the residuals of each region.
 
     HTML needs plotly, PNG matplotlib; neither needs a browser or a network.
@@ -74,4 +74,4 @@ def plot(
         for one in pairs
     ]
     terminal.emit(lambda: {"out": str(out), "pairs": document}, lambda: table)
-    return ExitCode.OK
+    return ProfileExitCode.OK

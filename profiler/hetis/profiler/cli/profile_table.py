@@ -68,7 +68,7 @@ def piece_words(piece: Piece) -> str:
 
 
 def scope_words(scope: FitScope) -> Iterator[str]:
-    """What a fit is for, a condition each."""
+    """Yield what a fit is for, a condition each."""
     if scope.model is not None:
         yield scope.model.rpartition("/")[2]
     if scope.tp is not None:

@@ -9,7 +9,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import RawOutOption
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(
             help="Also write a cluster of this one device, with its measured peaks, to plan on.",
         ),
     ] = None,
-) -> ExitCode:
+) -> ProfileExitCode:
     """Measure this host with torch: where the fit is least certain first, until it is certain enough.
 
     What was measured is kept in RAW.journal until the run is complete: Ctrl-C loses one point at most.
@@ -105,7 +105,7 @@ def run(
         else:
             journal.unlink(missing_ok=True)
             terminal.line("interrupted before the first point: nothing is kept")
-        return ExitCode.INTERRUPTED
+        return ProfileExitCode.INTERRUPTED
     save_measurements(out, result.measurements)
     journal.unlink(missing_ok=True)
     for note in result.measurements.notes:
@@ -115,7 +115,7 @@ def run(
     if result.num_known:
         terminal.say(f"{result.num_known} points were known from the interrupted run")
     terminal.emit(lambda: _document(result, out), lambda: _table(result, out))
-    return ExitCode.OK
+    return ProfileExitCode.OK
 
 
 def _write_cluster(path: Path, result: RunResult) -> None:

@@ -40,10 +40,10 @@ def run_progress(terminal: Terminal) -> Iterator[Report]:
 
             yield update
     else:
-        yield SparseLines(terminal.say, time.monotonic)
+        yield RunLines(terminal.say, time.monotonic)
 
 
-class SparseLines:
+class RunLines:
     """Prints a line at most every `PLAIN_INTERVAL_S` seconds."""
 
     def __init__(self, say: Callable[[str], None], clock: Callable[[], float]) -> None:

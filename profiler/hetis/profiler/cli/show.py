@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.profiler.cli.exit_codes import ExitCode
+from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.profiler.cli.options import GpuOrFileArgument
 
 
 @verb()
-def show(terminal: Terminal, profile: GpuOrFileArgument) -> ExitCode:
+def show(terminal: Terminal, profile: GpuOrFileArgument) -> ProfileExitCode:
     """Show a profile: its pieces, where they are from, their error and the region they were measured in."""
     from hetis.profiler.cli.profile_table import origins, profile_document, profile_table
     from hetis.profiler.cli.profiles import profile_of
@@ -18,4 +18,4 @@ def show(terminal: Terminal, profile: GpuOrFileArgument) -> ExitCode:
     terminal.emit(lambda: profile_document(found), lambda: profile_table(found, title=found.gpu))
     for line in origins(found):
         terminal.detail(line)
-    return ExitCode.OK
+    return ProfileExitCode.OK

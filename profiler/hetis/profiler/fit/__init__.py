@@ -1,4 +1,4 @@
-"""From measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
+"""Fit of measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.profiler.fit.errors import SERVING, ErrorStats, covered, error_stats,
 from hetis.profiler.fit.layers import dense_points
 from hetis.profiler.fit.links import link_points, step_points
 from hetis.profiler.fit.pieces import fit_points
-from hetis.profiler.fit.points import FEATURES, Points, Selection, Unfitted, distinct
+from hetis.profiler.fit.points import FEATURES, FitPoints, Points, Unfitted, distinct
 from hetis.profiler.fit.report import (
     SMALL_BATCH,
     FewHeads,
@@ -98,9 +98,9 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
     )
 
 
-def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> Selection:
-    """What is fitted, and what is not."""
-    selection = Selection()
+def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> FitPoints:
+    """Return what is fitted, and what is not."""
+    selection = FitPoints()
     dense_points(measurements, gpu, selection)
     attention_points(measurements, gpu, selection)
     link_points(measurements, gpu, selection)
@@ -159,7 +159,8 @@ def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport
 
 
 def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
-    """What the fit of the same scope says of points in the serving range from another source; None without either."""
+    """Return what the fit of the same scope says of points in the serving range from another source; None without
+    either."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
     served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
     if fit is None or not len(served):
@@ -168,7 +169,8 @@ def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
 
 
 def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
-    """What the fit of ``points`` says of fewer query heads, where a plan would ask it for them; None without any."""
+    """Return what the fit of ``points`` says of fewer query heads, where a plan would ask it for them; None without
+    any."""
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (points.op, points.scope)), None)
     if fit is None or points.few_heads is None:
         return None

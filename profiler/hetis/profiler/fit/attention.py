@@ -14,9 +14,9 @@ from hetis.profiler.fit.points import (
     CACHE_BYTES,
     MAX_BANDWIDTH,
     MAX_IMPOSSIBLE,
+    FitPoints,
     LeftOut,
     Points,
-    Selection,
     Unfitted,
     tables_of,
     unknown_cache,
@@ -32,7 +32,7 @@ _LATER = " was measured too, and comes first"
 LAUNCH_S = 2e-6  # a KV read in less is hidden by the launch, whether from cache or memory
 
 
-def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
     """Decode and prefill attention by (head_dim, queries per group), from the first source that is possible at all."""
     doubted = set[str]()
     for measured, op in (

@@ -12,7 +12,7 @@ import numpy as np
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
 from hetis.formats.measurements import MeasuredOp, Measurements, Table
-from hetis.profiler.fit.points import CACHE_BYTES, Cells, Points, Selection, tables_of, unknown_cache
+from hetis.profiler.fit.points import CACHE_BYTES, Cells, FitPoints, Points, tables_of, unknown_cache
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 from hetis.solver.profile import FitScope, Op
@@ -53,7 +53,7 @@ class _Row:
     cells: Cells = frozenset()
 
 
-def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
     """The points of 16-bit weights; of 8 and 4-bit ones under scopes of their own; from the first source of each."""
     for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0)), (4, _NVFP4)):
         chosen = into.points

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.formats.measurements import MeasuredOp, Measurements
-from hetis.profiler.fit.points import MAX_BANDWIDTH, MAX_IMPOSSIBLE, Points, Selection, Unfitted, tables_of
+from hetis.profiler.fit.points import MAX_BANDWIDTH, MAX_IMPOSSIBLE, FitPoints, Points, Unfitted, tables_of
 from hetis.profiler.work import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
 
-def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Selection) -> None:
+def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
     """All-reduce by number of GPUs, the fastest library at each size; transfers between two GPUs."""
     link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
     chosen = into.points
@@ -59,7 +59,7 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: Select
             return
 
 
-def step_points(measurements: Sequence[Measurements], into: Selection) -> None:
+def step_points(measurements: Sequence[Measurements], into: FitPoints) -> None:
     """What an engine adds per iteration."""
     for origin, table in tables_of(measurements, MeasuredOp.STEP):
         tokens = table.numbers("tokens")
@@ -84,7 +84,7 @@ _ALSO_BRIDGED = (
 
 
 def _is_beyond(wire_s: FloatArray, seconds: FloatArray) -> bool:
-    """Whether more than a few messages were faster than the nominal link."""
+    """Return whether more than a few messages were faster than the nominal link."""
     return bool((wire_s > MAX_BANDWIDTH * seconds).mean() > MAX_IMPOSSIBLE)
 
 

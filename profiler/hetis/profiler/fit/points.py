@@ -105,7 +105,8 @@ class Points:
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
 
     def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
-        """Which points a plan would ask the fit of these points for: those without a fit of their own in ``fitted``."""
+        """Return which points a plan would ask the fit of these points for: those without a fit of their own in
+        ``fitted``."""
         alone = [scope != self.scope and scope in fitted for scope in self.scopes]
         return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 
@@ -151,7 +152,7 @@ class Unfitted:
 
 
 @dataclass(slots=True)
-class Selection:
+class FitPoints:
     """What the measurements of one GPU give: points by operator and scope, and the tables that are not fitted.
 
     ``others`` are of sources that come after the one fitted: no fit sees them, and what it says of them is reported.

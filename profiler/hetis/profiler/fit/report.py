@@ -153,8 +153,8 @@ class FitReport:
 
 
 def stated_error(report: OpReport) -> float:
-    """What a profile says of the fit: its error in the serving range, or of all held-out points if that is larger and
-    the serving range has only a few.
+    """Return what a profile says of the fit: its error in the serving range, or of all held-out points if that is
+    larger and the serving range has only a few.
     """
     if report.serving.num_points >= _FEW:
         return report.serving.mape
@@ -192,7 +192,7 @@ _THROUGH_MEMORY_AT = ("batch 16 to 63, context 256 to 1,023", "batch >= 64, cont
 
 
 def _reason(report: OpReport, region: str) -> str:
-    """What was found behind too fast fits of the published tables in such a region; empty elsewhere."""
+    """Return what was found behind too fast fits of the published tables in such a region; empty elsewhere."""
     if report.op is Op.DECODE_ATTENTION and region in _SERIAL_AT:
         return _SERIAL
     if report.op is Op.PREFILL_ATTENTION and region in _THROUGH_MEMORY_AT:

@@ -29,7 +29,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Holdout:
     """One turn, or several whose judges are disjoint; ``shapes`` names the shapes that are held out whole."""
 
     turns: tuple[Turn, ...]
@@ -42,7 +42,7 @@ class Split:
         return some
 
 
-def split(points: Points) -> Split:
+def split(points: Points) -> Holdout:
     """A quarter of the shapes (none of fewer than four), and a sixth of the points of the others.
 
     Fewer than `FEW` points are all judges, in four turns. Layers put together from a grid of matrix products judge
@@ -53,7 +53,7 @@ def split(points: Points) -> Split:
     checksums = _checksums(points)
     if len(points) < FEW:
         rank = np.argsort(np.argsort(checksums, kind="stable"), kind="stable")
-        return Split(
+        return Holdout(
             tuple(_turn(rank % _FOLDS != part, rank % _FOLDS == part, checksums) for part in range(_FOLDS)), ()
         )
     names = sorted(set(points.shapes), key=lambda shape: (zlib.crc32(shape.encode()), shape))
@@ -65,7 +65,7 @@ def split(points: Points) -> Split:
     whole = tuple(sorted(names[: len(names) // SHAPES_IN]))
     held_out = np.array([shape in whole for shape in points.shapes]) | (checksums % POINTS_IN == 0)
     judged = held_out if composed.all() else held_out & ~composed
-    return Split((_turn(~held_out, judged, checksums),), whole)
+    return Holdout((_turn(~held_out, judged, checksums),), whole)
 
 
 def _checksums(points: Points) -> NDArray[np.int64]:
@@ -77,7 +77,7 @@ def _checksums(points: Points) -> NDArray[np.int64]:
     )
 
 
-def _by_cells(points: Points, names: list[str], checksums: NDArray[np.int64]) -> Split | None:
+def _by_cells(points: Points, names: list[str], checksums: NDArray[np.int64]) -> Holdout | None:
     """A turn for each of a quarter of the shapes; None when their cells leave too little to fit."""
     cells: dict[str, Cells] = {}
     for shape, of_point in zip(points.shapes, points.cells, strict=True):
@@ -88,7 +88,7 @@ def _by_cells(points: Points, names: list[str], checksums: NDArray[np.int64]) ->
         if fitted.sum() >= _LEAST and len(judges) < len(names) // SHAPES_IN:
             turns.append(_turn(fitted, np.array([shape == name for shape in points.shapes]), checksums))
             judges.append(name)
-    return Split(tuple(turns), tuple(sorted(judges))) if turns else None
+    return Holdout(tuple(turns), tuple(sorted(judges))) if turns else None
 
 
 def _turn(fitted: Mask, judged: Mask, checksums: NDArray[np.int64]) -> Turn:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis.profiler.measure.points import Measured, Point, Series
-from hetis.profiler.measure.surrogate import Prediction, predict
+from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries
+from hetis.profiler.measure.surrogate import SurrogatePrediction, predict
 
 FloatArray = NDArray[np.float64]
 
@@ -19,7 +19,7 @@ _FEW = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingRule:
-    """When a surface is known well enough.
+    """Rule for when a surface is known well enough.
 
     Attributes:
         uncertainty: largest relative error expected anywhere among the candidates.
@@ -35,11 +35,11 @@ class StoppingRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class NextPoint:
     """The next point and why: the error expected there before it is measured (1 while too few points are known)."""
 
     series: str
-    point: Point
+    point: MeasuredPoint
     uncertainty: float
 
 
@@ -47,49 +47,49 @@ class Choice:
 class SeriesState:
     """A series and what has been measured of it."""
 
-    series: Series
+    series: PointSeries
     rule: StoppingRule
     measured: list[Measured] = field(default_factory=list)
-    _next: Choice | None = None
+    _next: NextPoint | None = None
     _is_stale: bool = True
 
     def add(self, found: Measured) -> None:
         self.measured.append(found)
         self._is_stale = True
 
-    def next(self) -> Choice | None:
+    def next(self) -> NextPoint | None:
         """The candidate that is known worst, or None when all are known well enough."""
         if self._is_stale:
             self._next = self._choose()
             self._is_stale = False
         return self._next
 
-    def _choose(self) -> Choice | None:
+    def _choose(self) -> NextPoint | None:
         done = {found.point.key for found in self.measured}
         left = [point for point in self.series.candidates if point.key not in done]
         if not left or len(self.measured) >= self.rule.max_points:
             return None
         start = [point for point in first_points(self.series) if point.key not in done]
         if len(self.measured) < 2 and start:
-            return Choice(series=self.series.name, point=start[0], uncertainty=1.0)
+            return NextPoint(series=self.series.name, point=start[0], uncertainty=1.0)
         at = self.predict(left)
         affordable = at.seconds <= self.rule.max_point_s
         index_of = {point.key: index for index, point in enumerate(left)}
         for point in start:
             if affordable[index_of[point.key]]:
-                return Choice(series=self.series.name, point=point, uncertainty=1.0)
+                return NextPoint(series=self.series.name, point=point, uncertainty=1.0)
         begun = {self.series.groups.get(key) for key in done} - {None}
         for index, point in enumerate(left):
             if self.series.groups.get(point.key) in begun and affordable[index]:
-                return Choice(series=self.series.name, point=point, uncertainty=float(at.uncertainty[index]))
+                return NextPoint(series=self.series.name, point=point, uncertainty=float(at.uncertainty[index]))
         worst = int(np.argmax(np.where(affordable, at.uncertainty, -1.0)))
         if not affordable[worst]:
             return None
         if len(self.measured) < self.rule.min_points:
-            return Choice(series=self.series.name, point=left[worst], uncertainty=1.0)
+            return NextPoint(series=self.series.name, point=left[worst], uncertainty=1.0)
         if at.uncertainty[worst] <= self.rule.uncertainty:
             return None
-        return Choice(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
+        return NextPoint(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
 
     def worst(self) -> float:
         """The largest relative error expected at any candidate; 0 when all are known as well as the rule asks."""
@@ -102,8 +102,8 @@ class SeriesState:
         worst = float(np.where(at.seconds <= self.rule.max_point_s, at.uncertainty, 0.0).max())
         return worst if worst > self.rule.uncertainty else 0.0
 
-    def predict(self, points: Sequence[Point]) -> Prediction:
-        """What the measured points say of others."""
+    def predict(self, points: Sequence[MeasuredPoint]) -> SurrogatePrediction:
+        """Return what the measured points say of others."""
         return predict(
             self._logs(found.point for found in self.measured),
             np.array([found.sample.seconds for found in self.measured]),
@@ -111,7 +111,7 @@ class SeriesState:
             self._logs(points),
         )
 
-    def _logs(self, points: Iterable[Point]) -> FloatArray:
+    def _logs(self, points: Iterable[MeasuredPoint]) -> FloatArray:
         # One more than the size: a past of no tokens is a point too.
         return np.log1p([[float(point.columns[axis]) for axis in self.series.axes] for point in points])
 
@@ -119,7 +119,7 @@ class SeriesState:
 class Campaign:
     """All series together: the next point is the one, over all of them, that is known worst."""
 
-    def __init__(self, series: Iterable[Series], rule: StoppingRule, known: Iterable[Measured] = ()) -> None:
+    def __init__(self, series: Iterable[PointSeries], rule: StoppingRule, known: Iterable[Measured] = ()) -> None:
         self.states = [SeriesState(series=one, rule=rule) for one in series]
         self._state_of = {point.key: state for state in self.states for point in state.series.candidates}
         for found in known:
@@ -131,8 +131,9 @@ class Campaign:
         """Everything found, series by series."""
         return [found for state in self.states for found in state.measured]
 
-    def next(self) -> Choice | None:
-        """What to measure now; None when every series is known well enough. Of equals the series with fewest points."""
+    def next(self) -> NextPoint | None:
+        """Return what to measure now; None when every series is known well enough. Of equals the series with fewest
+        points."""
         choices = [(state, choice) for state in self.states if (choice := state.next()) is not None]
         if not choices:
             return None
@@ -142,7 +143,7 @@ class Campaign:
         self._state_of[found.point.key].add(found)
 
     def is_started(self) -> bool:
-        """Whether every series has a few points: less than that is no measurement of the device."""
+        """Return whether every series has a few points: less than that is no measurement of the device."""
         return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
 
     def worst(self) -> float:
@@ -150,8 +151,9 @@ class Campaign:
         return max((state.worst() for state in self.states), default=0.0)
 
 
-def first_points(series: Series) -> list[Point]:
-    """Where to begin: for every axis its least, middle and greatest size, the other axes in the middle; the corners."""
+def first_points(series: PointSeries) -> list[MeasuredPoint]:
+    """Return the points to begin with: for every axis its least, middle and greatest size, the other axes in the
+    middle; the corners."""
     values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
     middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}
     least = {axis: sizes[0] for axis, sizes in values.items()}
@@ -160,7 +162,7 @@ def first_points(series: Series) -> list[Point]:
     for axis in series.axes:
         wanted += [middle | {axis: values[axis][0]}, middle | {axis: values[axis][-1]}]
     wanted.append(most)
-    found: dict[object, Point] = {}
+    found: dict[object, MeasuredPoint] = {}
     for target in wanted:  # not every combination is a candidate: the nearest one is
         goal = np.log1p([float(target[axis]) for axis in series.axes])
         nearest = min(

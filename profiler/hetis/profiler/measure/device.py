@@ -28,7 +28,7 @@ class Operator:
     cold: bool = False
 
 
-class Pool:
+class OperandPool:
     """One long 16-bit tensor that operands are views of; it grows to what the largest point needs."""
 
     def __init__(self, device: torch.device, cache: Cache) -> None:
@@ -72,7 +72,7 @@ class CpuDevice:
         self.name = host.cpu_device_name()
         self.memory_bytes = host.memory_bytes()
         self.architecture = "unknown"
-        self.pool = Pool(self.torch_device, host.last_level_cache())
+        self.pool = OperandPool(self.torch_device, host.last_level_cache())
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
         """Seconds of n calls in a row; the rotation goes on from batch to batch. Nothing is ever queued here."""
@@ -110,7 +110,7 @@ class CudaDevice:
         self.address = _address(properties)
         l2_bytes = int(getattr(properties, "L2_cache_size", 0))
         cache = Cache(num_bytes=l2_bytes or _ASSUMED_L2, origin="as the driver says" if l2_bytes else "assumed")
-        self.pool = Pool(self.torch_device, cache)
+        self.pool = OperandPool(self.torch_device, cache)
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
         """Seconds of n calls in a row; a batch is whole rotations, and counts for as many calls as were asked for.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from hetis.profiler.measure.points import Point, Series
+from hetis.profiler.measure.points import MeasuredPoint, PointSeries
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 
@@ -54,7 +54,7 @@ _ODD_TOKENS = (3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)  # between th
 
 
 def extent_of(*, on_cuda: bool, quick: bool) -> Extent:
-    """What is worth measuring: the serving range on a GPU, what ends in reasonable time on a CPU."""
+    """Return what is worth measuring: the serving range on a GPU, what ends in reasonable time on a CPU."""
     most = 16384 if on_cuda else 512 if quick else 2048
     tokens = _powers(1, most)
     if not quick:
@@ -74,7 +74,7 @@ def extent_of(*, on_cuda: bool, quick: bool) -> Extent:
 
 def series_of(
     model: ModelSpec, extent: Extent, *, paths: Sequence[str], peer_kernel: str, peer_path: str
-) -> tuple[Series, ...]:
+) -> tuple[PointSeries, ...]:
     """Every series of ``model``.
 
     Args:
@@ -105,7 +105,7 @@ def series_of(
         points = (_bytes("transfer", f"{peer_kernel} send", size, path=peer_path) for size in extent.links)
         found.append(_series(f"message {peer_path}", points, ("num_bytes",)))
         reduced = (
-            Point(
+            MeasuredPoint(
                 op="all_reduce",
                 kernel=f"{peer_kernel} all_reduce",
                 columns={"num_gpus": 2, "num_bytes": size},
@@ -117,12 +117,12 @@ def series_of(
     return tuple(found)
 
 
-def _series(name: str, points: Iterator[Point], axes: tuple[str, ...]) -> Series:
+def _series(name: str, points: Iterator[MeasuredPoint], axes: tuple[str, ...]) -> PointSeries:
     unique = {point.key: point for point in points}
-    return Series(name=name, candidates=tuple(unique.values()), axes=axes)
+    return PointSeries(name=name, candidates=tuple(unique.values()), axes=axes)
 
 
-def _products(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Series:
+def _products(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> PointSeries:
     """Matrix products; the four of a layer belong together, so that layers can be put together from them."""
     series = _series("GEMM", _gemms(model, extent, tps), ("m", "n", "k"))
     tp_of = {(n, k): tp for tp in tps for name, (n, k) in matrices(model, tp).items() if name != "lm_head"}
@@ -147,40 +147,42 @@ def matrices(model: ModelSpec, tp: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def _layers(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[Point]:
+def _layers(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[MeasuredPoint]:
     for tokens, tp in product(extent.tokens, tps):
         params = sum(n * k for name, (n, k) in matrices(model, tp).items() if name != "lm_head")
         columns = {"tp": tp, "tokens": tokens, "hidden": model.hidden, "params": params, "weight_bits": _WEIGHT_BITS}
-        yield Point(op="layer", kernel=LAYER_KERNEL, columns=columns, texts={"model": model.name, "op": "layer"})
+        yield MeasuredPoint(
+            op="layer", kernel=LAYER_KERNEL, columns=columns, texts={"model": model.name, "op": "layer"}
+        )
 
 
-def _gemms(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[Point]:
+def _gemms(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[MeasuredPoint]:
     for m, tp in product(extent.tokens, tps):
         for name, (n, k) in matrices(model, tp).items():
             if name != "lm_head" or m <= 256:  # one row per sequence, not per token
-                yield Point(
+                yield MeasuredPoint(
                     op="gemm", kernel=GEMM_KERNEL, columns={"m": m, "n": n, "k": k, "weight_bits": _WEIGHT_BITS}
                 )
 
 
-def _prefills(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[Point]:
+def _prefills(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[MeasuredPoint]:
     for tokens, past, tp in product(extent.prompts, extent.pasts, tps):
         if tokens + past <= extent.contexts[-1]:
             columns = {"batch": 1, "tokens": tokens, "past_tokens": past} | _heads(model, model.kv_heads // tp)
-            yield Point(op="prefill_attention", kernel=ATTENTION_KERNEL, columns=columns)
+            yield MeasuredPoint(op="prefill_attention", kernel=ATTENTION_KERNEL, columns=columns)
 
 
-def _decodes(model: ModelSpec, extent: Extent) -> Iterator[Point]:
+def _decodes(model: ModelSpec, extent: Extent) -> Iterator[MeasuredPoint]:
     """Any number of head groups may end up on a device, not only what a rank of some degree holds."""
     groups = sorted({*_powers(1, model.kv_heads), model.kv_heads})
     for batch, context, kv_heads in product(extent.batches, extent.contexts, groups):
         if batch * context * kv_heads * model.head_dim * 4 <= extent.kv_limit_bytes:
             columns = {"batch": batch, "context_tokens": context} | _heads(model, kv_heads)
-            yield Point(op="decode_attention", kernel=ATTENTION_KERNEL, columns=columns)
+            yield MeasuredPoint(op="decode_attention", kernel=ATTENTION_KERNEL, columns=columns)
 
 
-def _kv_copies(extent: Extent) -> Iterator[Point]:
-    """From a KV block of a head group on: less is never copied."""
+def _kv_copies(extent: Extent) -> Iterator[MeasuredPoint]:
+    """Yield copies from a KV block of a head group on: less is never copied."""
     for num_bytes in extent.messages:
         if num_bytes >= KV_BLOCK_BYTES:
             yield _bytes("kv_copy", GATHER_KERNEL, num_bytes)
@@ -190,5 +192,5 @@ def _heads(model: ModelSpec, kv_heads: int) -> dict[str, int]:
     return {"query_heads": kv_heads * model.queries_per_group, "kv_heads": kv_heads, "head_dim": model.head_dim}
 
 
-def _bytes(op: str, kernel: str, num_bytes: int, **texts: str) -> Point:
-    return Point(op=op, kernel=kernel, columns={"num_bytes": num_bytes}, texts=texts)
+def _bytes(op: str, kernel: str, num_bytes: int, **texts: str) -> MeasuredPoint:
+    return MeasuredPoint(op=op, kernel=kernel, columns={"num_bytes": num_bytes}, texts=texts)

@@ -13,18 +13,18 @@ from typing import Any, TextIO
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import unreadable, write_atomically
-from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 
 _VERSION = 1
 
 
 def journal_of(out: str | os.PathLike[str]) -> Path:
-    """Where the journal of a run that writes ``out`` lies."""
+    """Return the path of the journal of a run that writes ``out``."""
     return Path(f"{os.fspath(out)}.journal")
 
 
 def points_in(path: Path) -> int | None:
-    """How many points were written to a journal; None when the file is none.
+    """Return how many points were written to a journal; None when the file is none.
 
     Raises:
         DocumentError: it cannot be read.
@@ -118,7 +118,7 @@ def _header(line: str, path: Path) -> Mapping[str, Any]:
 def _measured(line: str, path: Path, number: int) -> Measured:
     try:
         data = json.loads(line)
-        found = Measured(point=Point(**data["point"]), sample=Sample(**data["sample"]))
+        found = Measured(point=MeasuredPoint(**data["point"]), sample=TimedSample(**data["sample"]))
         if _is_sound(found):
             return found
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -127,7 +127,7 @@ def _measured(line: str, path: Path, number: int) -> Measured:
 
 
 def _is_sound(found: Measured) -> bool:
-    """Whether the values are of their kinds; a file may hold anything."""
+    """Return whether the values are of their kinds; a file may hold anything."""
     point, sample = found.point, found.sample
     texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
     counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from hetis.profiler.measure.device import Call, Device, Operator, TimeCalls
 from hetis.profiler.measure.grid import KV_BLOCK_BYTES, matrices
-from hetis.profiler.measure.points import Point
+from hetis.profiler.measure.points import MeasuredPoint
 from hetis.solver.model import ModelSpec
 
 
@@ -23,7 +23,7 @@ class Kernels:
         self._device = device
         self._model = model
         self._while_queued = while_queued
-        self._build: dict[str, Callable[[Point], Operator]] = {
+        self._build: dict[str, Callable[[MeasuredPoint], Operator]] = {
             "gemm": self._gemm,
             "layer": self._layer,
             "prefill_attention": self._prefill,
@@ -32,7 +32,7 @@ class Kernels:
             "transfer": self._copy,
         }
 
-    def timer(self, point: Point) -> tuple[TimeCalls, bool]:
+    def timer(self, point: MeasuredPoint) -> tuple[TimeCalls, bool]:
         """(what times ``point``, whether its operands are cold); they live as long as it."""
         crosses = point.texts.get("path") in ("h2d", "d2h")
         operator = self._build[point.op](point)
@@ -42,14 +42,14 @@ class Kernels:
         empty = torch.empty(shape, dtype=torch.bfloat16, device=self._device.torch_device)
         return empty.uniform_(-1.0, 1.0)
 
-    def _gemm(self, point: Point) -> Operator:
+    def _gemm(self, point: MeasuredPoint) -> Operator:
         m, n, k = (point.columns[name] for name in ("m", "n", "k"))
         x = self._tensor(m, k)
         views, cold = self._device.pool.views(n * k)
         weights = [view.view(n, k) for view in views]
         return Operator([lambda w=w: functional.linear(x, w) for w in weights], cold)  # type: ignore[misc]
 
-    def _layer(self, point: Point) -> Operator:
+    def _layer(self, point: MeasuredPoint) -> Operator:
         """Norms, projections and the feed-forward network of one layer; attention itself is left out."""
         model, tp = self._model, point.columns["tp"]
         shapes = matrices(model, tp)
@@ -77,7 +77,7 @@ class Kernels:
             calls.append(lambda q=qkv, o=output, u=up, d=down: layer(q, o, u, d))  # type: ignore[misc]
         return Operator(calls, cold)
 
-    def _prefill(self, point: Point) -> Operator:
+    def _prefill(self, point: MeasuredPoint) -> Operator:
         """Prompts are computed layer by layer, so that what they attend to has just been written: warm operands."""
         batch, tokens, past, heads, groups, width = (point.columns[name] for name in _PREFILL)
         q = self._tensor(batch, heads, tokens, width)
@@ -91,7 +91,7 @@ class Kernels:
         attention = functional.scaled_dot_product_attention
         return Operator([lambda: attention(q, k, v, enable_gqa=heads > groups, **masked)])
 
-    def _decode(self, point: Point) -> Operator:
+    def _decode(self, point: MeasuredPoint) -> Operator:
         """The query heads of a group go in as rows of one head, so that its KV is read once."""
         batch, context, heads, groups, width = (point.columns[name] for name in _DECODE)
         q = self._tensor(batch, groups, heads // groups, width)
@@ -101,7 +101,7 @@ class Kernels:
         attention = functional.scaled_dot_product_attention
         return Operator([lambda kv=kv: attention(q, kv[0], kv[1]) for kv in caches], cold)  # type: ignore[misc]
 
-    def _kv_copy(self, point: Point) -> Operator:
+    def _kv_copy(self, point: MeasuredPoint) -> Operator:
         """Blocks from anywhere in memory; none is read again before all of the rotation were."""
         cache, row = self._device.pool.cache, KV_BLOCK_BYTES // 2
         count = point.columns["num_bytes"] // KV_BLOCK_BYTES
@@ -114,7 +114,7 @@ class Kernels:
         calls: list[Call] = [lambda chosen=chosen: select(blocks, 0, chosen, out=out) for chosen in order.split(count)]  # type: ignore[misc]
         return Operator(calls, cache.is_evicted(sets, num_bytes))
 
-    def _copy(self, point: Point) -> Operator:
+    def _copy(self, point: MeasuredPoint) -> Operator:
         elements, path = point.columns["num_bytes"] // 2, point.texts["path"]
         if path == "d2d":
             views, cold = self._device.pool.views(2 * elements)

@@ -155,7 +155,7 @@ class GpuWatch:
 
 
 def architecture_of(major: int, minor: int) -> str:
-    """What the catalogue calls a compute capability; ``sm_65`` where it has no name for it."""
+    """Return what the catalogue calls a compute capability; ``sm_65`` where it has no name for it."""
     known = [name for since, name in _ARCHITECTURES.items() if since <= (major, minor)]
     return known[-1] if known and (major, minor) < _UNKNOWN else f"sm_{major}{minor}"
 
@@ -166,7 +166,7 @@ def throttle_reasons(bits: int) -> set[str]:
 
 
 def strangers(running: Sequence[int], own: Collection[int]) -> int:
-    """How many of the processes ``running`` on a GPU are not ``own``.
+    """Return how many of the processes ``running`` on a GPU are not ``own``.
 
     In a container NVML may give the numbers of the host, among which ours are not to be recognised: then as many as
     are ours are taken off.

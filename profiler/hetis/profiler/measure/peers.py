@@ -22,7 +22,7 @@ class PeersLostError(HetisError):
     """The two processes did not answer; the message holds what they last said."""
 
 
-class Peers:
+class PeerProcesses:
     """Starts both processes; a context manager that ends them."""
 
     def __init__(self, devices: tuple[str, str], command: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ class Peers:
         self._folder = tempfile.TemporaryDirectory(prefix="hetis-peers-")
         self._processes: list[subprocess.Popen[str]] = []
 
-    def __enter__(self) -> Peers:
+    def __enter__(self) -> PeerProcesses:
         store = Path(self._folder.name) / "store"
         with open(self._log, "w", encoding="utf-8") as log:
             for rank, device in enumerate(self._devices):

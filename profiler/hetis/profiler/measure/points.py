@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
+class MeasuredPoint:
     """One thing to time.
 
     Attributes:
@@ -29,7 +29,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class TimedSample:
     """Seconds of one call at a point.
 
     ``spread`` is the half-width of the 95% confidence interval of the median, relative to it; ``jitter`` is how far
@@ -47,12 +47,12 @@ class Sample:
 class Measured:
     """A point and what was found there."""
 
-    point: Point
-    sample: Sample
+    point: MeasuredPoint
+    sample: TimedSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
+class PointSeries:
     """Points that one smooth surface describes, because one kernel computes them all.
 
     Attributes:
@@ -64,6 +64,6 @@ class Series:
     """
 
     name: str
-    candidates: tuple[Point, ...]
+    candidates: tuple[MeasuredPoint, ...]
     axes: tuple[str, ...]
     groups: Mapping[tuple[object, ...], str] = field(default_factory=dict)

@@ -1,4 +1,5 @@
-"""Who measured, with what, on which host; and what kept watch over the device meanwhile. Needs torch."""
+"""Provenance of measurements: who measured, with what, on which host; and what kept watch over the device meanwhile.
+Needs torch."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ class HostWatch:
         self._own = host.own_cpu_s()
 
     def share(self) -> float:
-        """Of all cores; a little is always the system's own. 0 where the system does not say."""
+        """Share of all cores; a little is always the system's own. 0 where the system does not say."""
         busy, total = host.cpu_times()
         elapsed = total - self._total
         if elapsed <= 0:
@@ -37,7 +38,7 @@ class HostWatch:
         return max(0.0, (busy - self._busy - own) / elapsed)
 
 
-class Watch:
+class DeviceWatch:
     """What looks at the device and the host while points are measured: NVML at a GPU, the host's accounts always."""
 
     def __init__(self, device: Device) -> None:
@@ -45,7 +46,7 @@ class Watch:
         self._host = HostWatch()
 
     def begin(self) -> None:
-        """From now on what is seen counts."""
+        """Count what is seen from now on."""
         self._host = HostWatch()
         if self._gpu is not None:
             self._gpu.begin()
@@ -61,11 +62,11 @@ class Watch:
             self._gpu.look_at_processes(own_processes() | set(own))
 
     def others_share(self) -> float:
-        """Of the host's cores, what other processes took since `begin`."""
+        """Return the share of the host's cores that other processes took since `begin`."""
         return self._host.share()
 
     def gpu_news(self) -> GpuNews | None:
-        """What was seen of the GPU since `begin`; None on a processor."""
+        """Return what was seen of the GPU since `begin`; None on a processor."""
         return None if self._gpu is None else self._gpu.news()
 
     def driver(self) -> str:
@@ -86,7 +87,8 @@ def gpu_name(wanted: str, device: Device) -> str:
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
-    """What must be equal for an interrupted run to go on: what is measured, and the machine it is measured on."""
+    """Return what must be equal for an interrupted run to go on: what is measured, and the machine it is measured
+    on."""
     of_gpu = {
         "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
         "driver": driver or "unknown",
@@ -106,7 +108,7 @@ def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> d
 
 
 def cache_note(device: Device) -> str:
-    """What was assumed of the cache for operands to be cold."""
+    """Return what was assumed of the cache for operands to be cold."""
     cache = device.pool.cache
     return (
         f"the operands of tables marked cold rotate: between two uses {format_bytes(TIMES * cache.num_bytes)} or more "

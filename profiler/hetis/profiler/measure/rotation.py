@@ -20,12 +20,12 @@ class Cache:
     origin: str
 
     def sets(self, num_bytes: int) -> int:
-        """How many sets of operands of ``num_bytes`` each to rotate through."""
+        """Return how many sets of operands of ``num_bytes`` each to rotate through."""
         if num_bytes >= TIMES * self.num_bytes:
             return 1  # one pass over them empties the cache by itself
         return min(MAX_SETS, 1 + -(-TIMES * self.num_bytes // num_bytes))
 
     def is_evicted(self, sets: int, num_bytes: int) -> bool:
-        """Whether one of ``sets`` has left the cache when its turn comes again."""
+        """Return whether one of ``sets`` has left the cache when its turn comes again."""
         others = num_bytes * (sets - 1) if sets > 1 else num_bytes
         return others >= TIMES * self.num_bytes

@@ -8,14 +8,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from hetis.formats.measurements import Measurements
+import numpy as np
+
+from hetis.formats.measurements import Column, MeasuredBy, MeasuredOp, Measurements, Table
 from hetis.profiler.measure.adaptive import Campaign, StoppingRule
 from hetis.profiler.measure.disturbance import disturbance_notes
 from hetis.profiler.measure.grid import extent_of, series_of
 from hetis.profiler.measure.journal import Journal, read_journal
-from hetis.profiler.measure.points import Measured, Point, Sample
+from hetis.profiler.measure.points import Measured, MeasuredPoint, TimedSample
 from hetis.profiler.measure.request import RunRequest
-from hetis.profiler.measure.results import to_measurements
 from hetis.profiler.measure.statistics import SamplingRule, sample
 from hetis.solver.errors import HetisError
 
@@ -29,7 +30,7 @@ class NotEnoughPointsError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """Where a run stands, before its next point; ``left_s`` is the most it will still take."""
+    """The progress of a run before its next point; ``left_s`` is the most it will still take."""
 
     done: int
     total: int
@@ -61,8 +62,8 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     """
     from hetis.profiler.measure.device import open_device
     from hetis.profiler.measure.kernels import Kernels
-    from hetis.profiler.measure.peers import Peers
-    from hetis.profiler.measure.provenance import Watch, cache_note, gpu_name, measured_by, settings_of
+    from hetis.profiler.measure.peers import PeerProcesses
+    from hetis.profiler.measure.provenance import DeviceWatch, cache_note, gpu_name, measured_by, settings_of
 
     begin_s = time.monotonic()
     device = open_device(request.device)
@@ -71,7 +72,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     extent = extent_of(on_cuda=device.on_cuda, quick=request.quick)
     extent = replace(extent, kv_limit_bytes=min(extent.kv_limit_bytes, device.memory_bytes // 4))
     series = series_of(request.model, extent, paths=device.copies, peer_kernel=backend, peer_path=path)
-    watch = Watch(device)
+    watch = DeviceWatch(device)
     driver = watch.driver()
     settings = settings_of(request, gpu, device, driver)
     known = read_journal(request.journal, settings) if request.resume and request.journal.exists() else []
@@ -80,10 +81,10 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     kernels = Kernels(device, request.model, watch.look)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(request.journal, settings, known))
-        peers = stack.enter_context(Peers(peer_devices))
+        peers = stack.enter_context(PeerProcesses(peer_devices))
         peers.wait_until_ready()
 
-        def time_point(point: Point) -> Sample:
+        def time_point(point: MeasuredPoint) -> TimedSample:
             if point.texts.get("path") == path or point.op == "all_reduce":
                 timer, cold = peers.timer(point.op, point.columns["num_bytes"]), False
             else:
@@ -128,12 +129,12 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
 
 
 def stopping_rule(quick: bool) -> StoppingRule:
-    """When a surface is known well enough."""
+    """The rule for when a surface is known well enough."""
     return StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25) if quick else StoppingRule()
 
 
 def sampling_rule(quick: bool) -> SamplingRule:
-    """How long to stay at one point."""
+    """Return how long to stay at one point."""
     return (
         SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30)
         if quick
@@ -143,7 +144,7 @@ def sampling_rule(quick: bool) -> SamplingRule:
 
 def _run(
     campaign: Campaign,
-    time_point: Callable[[Point], Sample],
+    time_point: Callable[[MeasuredPoint], TimedSample],
     report: Callable[[RunProgress], None],
     journal: Journal,
     *,
@@ -185,3 +186,36 @@ def _peers_of(name: str, device: Device) -> tuple[tuple[str, str], str, str]:
             index = int(name.partition(":")[2] or 0)
             return (f"cuda:{index}", f"cuda:{(index + 1) % count}"), "nccl", "peer"
     return ("cpu", "cpu"), "gloo", "loopback"
+
+
+def to_measurements(
+    gpu: str, provenance: MeasuredBy, measured: Sequence[Measured], notes: Sequence[str]
+) -> Measurements:
+    """One table per operator and kernel, rows in the order of their sizes: the order of measuring does not matter.
+
+    Points with cold operands and points with warm ones are tables of their own, as a fit treats them apart.
+    """
+    groups: dict[tuple[str, str, bool], list[Measured]] = {}  # cold ones sort first, as fits take the first table
+    for found in measured:
+        groups.setdefault((found.point.op, found.point.kernel, not found.sample.cold), []).append(found)
+    return Measurements(
+        gpu=gpu,
+        provenance=provenance,
+        tables=tuple(_table(op, kernel, not warm, rows) for (op, kernel, warm), rows in sorted(groups.items())),
+        notes=tuple(notes),
+    )
+
+
+def _table(op: str, kernel: str, cold: bool, rows: list[Measured]) -> Table:
+    rows = sorted(rows, key=lambda found: (tuple(found.point.texts.values()), tuple(found.point.columns.values())))
+    first = rows[0].point
+    columns: dict[str, Column] = {name: np.array([found.point.texts[name] for found in rows]) for name in first.texts}
+    columns |= {name: np.array([float(found.point.columns[name]) for found in rows]) for name in first.columns}
+    columns["seconds"] = np.array([_digits(found.sample.seconds) for found in rows])
+    columns["spread"] = np.array([_digits(found.sample.spread) for found in rows])
+    return Table(op=MeasuredOp(op), kernel=kernel, columns=columns, cold=cold)
+
+
+def _digits(value: float) -> float:
+    """Five significant digits: more would be noise."""
+    return float(f"{value:.4e}")

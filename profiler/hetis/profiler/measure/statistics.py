@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from hetis.profiler.measure.points import Sample
+from hetis.profiler.measure.points import TimedSample
 
 # Half the width, in ranks, of the 95% order-statistic interval of a median is 0.98 sqrt(n).
 _RANKS_95 = 0.98
@@ -15,7 +15,7 @@ _RANKS_95 = 0.98
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRule:
-    """When a point has been repeated enough.
+    """Rule for when a point has been repeated enough.
 
     Attributes:
         spread: stop when the median is known this well, relative.
@@ -33,7 +33,7 @@ class SamplingRule:
     max_calls: int = 200  # of a batch
 
 
-def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> Sample:
+def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:
     """Times one point until the rule is content.
 
     Args:
@@ -53,7 +53,7 @@ def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule:
             break
         if clock() - start_s >= rule.limit_s and len(batches) >= 3:
             break
-    return Sample(seconds=median(batches), spread=spread_of_median(batches), jitter=jitter(batches))
+    return TimedSample(seconds=median(batches), spread=spread_of_median(batches), jitter=jitter(batches))
 
 
 def spread_of_median(samples: Sequence[float]) -> float:
@@ -68,6 +68,6 @@ def spread_of_median(samples: Sequence[float]) -> float:
 
 
 def jitter(samples: Sequence[float]) -> float:
-    """How far the ninth decile lies above the median, relative to it."""
+    """Return how far the ninth decile lies above the median, relative to it."""
     ordered = sorted(samples)
     return ordered[math.ceil(0.9 * len(ordered)) - 1] / median(ordered) - 1.0

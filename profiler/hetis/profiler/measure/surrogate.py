@@ -22,14 +22,16 @@ _LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
+class SurrogatePrediction:
     """Seconds expected at each candidate, and the relative error of that."""
 
     seconds: FloatArray
     uncertainty: FloatArray
 
 
-def predict(points: FloatArray, seconds: FloatArray, spreads: FloatArray, candidates: FloatArray) -> Prediction:
+def predict(
+    points: FloatArray, seconds: FloatArray, spreads: FloatArray, candidates: FloatArray
+) -> SurrogatePrediction:
     """The surface at ``candidates``.
 
     Args:
@@ -56,7 +58,7 @@ def predict(points: FloatArray, seconds: FloatArray, spreads: FloatArray, candid
     mean = whitened.T @ np.linalg.solve(lower, y)
     prior = variance + _LINEAR_VARIANCE * (1.0 + (z**2).sum(axis=1))
     deviation = np.sqrt(np.maximum(prior - (whitened**2).sum(axis=0), 0.0))
-    return Prediction(seconds=np.exp(mean + level), uncertainty=deviation)
+    return SurrogatePrediction(seconds=np.exp(mean + level), uncertainty=deviation)
 
 
 def _kernel(a: FloatArray, b: FloatArray, length: float, variance: float) -> FloatArray:

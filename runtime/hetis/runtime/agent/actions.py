@@ -45,14 +45,14 @@ EngineResponse = (
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """To the planner, on the stream that is open."""
+    """Send a message to the planner, on the stream that is open."""
 
     message: ConnectNodeRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """To the engine; the type of the request says which method. Its answer goes to `AgentCore.answered`.
+class EngineCall:
+    """A call to the engine; the type of the request says which method. Its answer goes to `AgentCore.answered`.
 
     Attributes:
         number: names the call; never used again in this run.
@@ -92,4 +92,4 @@ class EndStream:
     within_s: float | None = None
 
 
-Action = Send | Call | Cancel | Persist | EndStream
+Action = Send | EngineCall | Cancel | Persist | EndStream

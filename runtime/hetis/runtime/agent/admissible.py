@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from hetis.runtime.agent.held import HeldChange, HeldReplica, Wanted
+from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, ReplicaState
 from hetis.runtime.executor.refusals import failure_of, generation_mismatch
 from hetis.v1.agent_service_pb2 import AgentCapability, Delta
 from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
@@ -16,7 +16,7 @@ MOST_AHEAD = 1 << 32
 MOST_AT_FIRST = 1 << 40
 
 
-def refusal_of(delta: Delta, held: HeldReplica, can: Collection[AgentCapability.ValueType]) -> Failure | None:
+def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability.ValueType]) -> Failure | None:
     """Why it cannot be taken; None: it can."""
     kind = delta.WhichOneof("change")
     if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
@@ -36,7 +36,7 @@ def refusal_of(delta: Delta, held: HeldReplica, can: Collection[AgentCapability.
     return None
 
 
-def _assignment_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+def _assignment_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
     if delta.base_generation and delta.base_generation != held.held_generation:
         return generation_mismatch(delta.base_generation, held.held_generation)
     if delta.generation > held.generation:
@@ -47,10 +47,10 @@ def _assignment_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
     return None if same else generation_mismatch(delta.base_generation, held.generation)
 
 
-def _prepare_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+def _prepare_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
     known = held.changes.get(delta.prepare.change.change_id)
     if known is not None:
-        return None if known.is_open and known.wanted is Wanted.PREPARED else _wrong_phase(known, "has ended")
+        return None if known.is_open and known.desired is DesiredPhase.PREPARED else _wrong_phase(known, "has ended")
     other = held.open_change
     if other is not None:
         return failure_of(
@@ -63,7 +63,7 @@ def _prepare_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
     return None
 
 
-def _commit_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
+def _commit_refusal(delta: Delta, held: ReplicaState) -> Failure | None:
     change = held.changes.get(delta.commit.change_id)
     if change is None:
         return failure_of(
@@ -76,7 +76,7 @@ def _commit_refusal(delta: Delta, held: HeldReplica) -> Failure | None:
     return _wrong_phase(change, "is not ready") if change.phase == ChangePhase.CHANGE_PHASE_PREPARING else None
 
 
-def _too_far_ahead(delta: Delta, held: HeldReplica) -> Failure:
+def _too_far_ahead(delta: Delta, held: ReplicaState) -> Failure:
     failure = generation_mismatch(delta.base_generation, held.held_generation)
     failure.message = (
         f"generation {delta.generation} is too far above {held.generation}, which is the newest here, to be meant"
@@ -84,12 +84,12 @@ def _too_far_ahead(delta: Delta, held: HeldReplica) -> Failure:
     return failure
 
 
-def _contradicts(change: HeldChange, outcome: ChangeOutcome.ValueType) -> bool:
+def _contradicts(change: ChangeState, outcome: ChangeOutcome.ValueType) -> bool:
     has_flipped = change.phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
     return has_flipped != (outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED)
 
 
-def _wrong_phase(change: HeldChange, why: str) -> Failure:
+def _wrong_phase(change: ChangeState, why: str) -> Failure:
     phase = ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_")
     return failure_of(
         ErrorReason.ERROR_REASON_CHANGE_PHASE,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetis.runtime.agent.connecting import PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
 from hetis.runtime.agent.daemon import AgentDaemon
 from hetis.runtime.agent.devices import open_devices
@@ -52,7 +52,7 @@ class Parts:
     agent_version: str
 
 
-async def run_agent(parts: Parts, waiting: Waiting) -> None:
+async def run_agent(parts: Parts, waiting: ReconnectBackoff) -> None:
     """Runs an agent until it is cancelled.
 
     Raises:
@@ -155,7 +155,7 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
 
 
 async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
-    """Of no engine: an empty one, so that the agent need not wait for it."""
+    """Yield one empty report of no engine, so that the agent need not wait for it."""
     yield WatchReportsResponse()
     await asyncio.Event().wait()
 

@@ -29,7 +29,7 @@ _OPTIONS = (
 )
 
 
-class OptionError(Exception):
+class AgentOptionError(Exception):
     """Options that cannot be used, in words for the person who gave them: one message for each thing that is wrong."""
 
     def __init__(self, *messages: str) -> None:
@@ -39,7 +39,8 @@ class OptionError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerAddress:
-    """Where the planner is and how to show who is asking. Files are read at every attempt, so that they can rotate.
+    """The place of the planner and the credentials to show there. Files are read at every attempt, so that they can
+    rotate.
 
     Attributes:
         server: ``host:port``, or several with commas between them: the leader among them is found. A name with several
@@ -60,7 +61,7 @@ class PlannerAddress:
 
     def __post_init__(self) -> None:
         if wrong := list(self._problems()):
-            raise OptionError(*wrong)
+            raise AgentOptionError(*wrong)
 
     def _problems(self) -> Iterator[str]:
         try:
@@ -81,7 +82,8 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """For the planner that leads. In the clear a leader that a planner names is believed on this machine only."""
+        """Return the search for the planner that leads. In the clear a leader that a planner names is believed on this
+        machine only."""
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
@@ -101,12 +103,12 @@ class PlannerAddress:
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Of a call: the token, if there is one."""
+        """Return the metadata of a call: the token, if there is one."""
         token = self._token()
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
-        """What a failure to connect most likely means, before gRPC's own words for it."""
+        """Return what a failure to connect most likely means, before gRPC's own words for it."""
         if "CERTIFICATE_VERIFY_FAILED" in message:
             signed = (
                 f"--tls-ca {self.ca}" if self.ca is not None else "an authority that this system trusts; give --tls-ca"
@@ -126,7 +128,7 @@ class PlannerAddress:
         return os.environ.get(self.token_variable, "").strip()
 
 
-class Waiting:
+class ReconnectBackoff:
     """Full jitter: a random moment within a time that doubles with every attempt that failed."""
 
     def __init__(self, seed: random.Random) -> None:

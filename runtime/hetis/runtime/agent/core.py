@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.agent.actions import Action, EngineResponse
-from hetis.runtime.agent.desk import ReplicaDesk
 from hetis.runtime.agent.fence import Fence
 from hetis.runtime.agent.head_maps import HeadMapCalls
-from hetis.runtime.agent.held import NODE_PART, DamagedStateError, HeldReplica, epoch_from_bytes
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.reporting import Reporter, with_kv
+from hetis.runtime.agent.replica import ReplicaAgent
+from hetis.runtime.agent.replica_state import NODE_PART, DamagedStateError, ReplicaState, epoch_from_bytes
+from hetis.runtime.agent.reporting import NodeReporter, with_kv
 from hetis.runtime.executor.refusals import failure_of, stale_epoch
 from hetis.v1.agent_service_pb2 import (
     AgentCapability,
@@ -25,11 +25,11 @@ from hetis.v1.agent_service_pb2 import (
     ConnectNodeResponse,
     Delta,
     DeltaNack,
+    HeldReplica,
     Hello,
     NodeReport,
     StateRequest,
 )
-from hetis.v1.agent_service_pb2 import HeldReplica as HelloReplica
 from hetis.v1.executor_service_pb2 import (
     CopyMovesResponse,
     WatchReportsResponse,
@@ -80,7 +80,7 @@ class AgentCore:
         self.inventory = inventory
         self.damaged: dict[str, str] = {}
         self._outbox = Outbox()
-        self._reporter = Reporter(seed)
+        self._reporter = NodeReporter(seed)
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
         self._restart_is_untold = False  # nobody heard yet that the engine came up anew
@@ -88,7 +88,7 @@ class AgentCore:
         self._head_maps = HeadMapCalls(self._outbox, identity.capabilities)
         held = self._read(saved)
         self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
-        self._desks = {entry.replica: self._desk(entry) for entry in held}
+        self._replicas = {entry.replica: self._replica_agent(entry) for entry in held}
 
     # --- the stream
 
@@ -96,7 +96,7 @@ class AgentCore:
         """The first message of a new stream; whatever went over an earlier one is over."""
         self._is_welcome = False
         self._head_maps.forget()
-        desks = self._desks.values()
+        replicas = self._replicas.values()
         hello = Hello(
             node=self.identity.node,
             protocol_version=PROTOCOL_VERSION,
@@ -106,16 +106,16 @@ class AgentCore:
             inventory_digest=self.inventory.digest,
             newest_epoch=self._fence.newest,
             replicas=[
-                HelloReplica(
-                    replica=desk.held.replica,
-                    generation=desk.held.held_generation,
-                    epoch=desk.held.epoch,
-                    assignment_state=self._report_of(desk).assignment_state,
+                HeldReplica(
+                    replica=replica.held.replica,
+                    generation=replica.held.held_generation,
+                    epoch=replica.held.epoch,
+                    assignment_state=self._report_of(replica).assignment_state,
                 )
-                for desk in desks
-                if desk.held.assignment is not None
+                for replica in replicas
+                if replica.held.assignment is not None
             ],
-            changes=[status for desk in desks for status in desk.statuses()],
+            changes=[status for replica in replicas for status in replica.statuses()],
             capabilities=sorted(self.identity.capabilities),
             engine_address=self.identity.engine_address,
         )
@@ -154,7 +154,7 @@ class AgentCore:
     # --- the engine and the devices
 
     def on_engine_report(self, report: WatchReportsResponse, now_s: float) -> list[Action]:
-        """What the engine says of itself."""
+        """Return what the engine says of itself."""
         restarted = self._engine is not None and self._engine.engine_id != report.engine_id
         first = self._engine is None
         self._engine = report
@@ -162,14 +162,14 @@ class AgentCore:
             self._overtaken(report.newest_epoch)
         if restarted:
             self._restart_is_untold = True
-            for desk in self._desks.values():
-                desk.engine_restarted(now_s)
+            for replica in self._replicas.values():
+                replica.engine_restarted(now_s)
         for status in report.changes:
             if not status.replica:
                 continue  # given up before the engine heard of it
-            if status.replica not in self._desks:
-                self._desks[status.replica] = self._desk(HeldReplica(replica=status.replica))
-            self._desks[status.replica].hear_change(status, now_s)
+            if status.replica not in self._replicas:
+                self._replicas[status.replica] = self._replica_agent(ReplicaState(replica=status.replica))
+            self._replicas[status.replica].hear_change(status, now_s)
         if first or restarted:
             self._advance(now_s)
         self._report(now_s, asked=restarted)
@@ -182,7 +182,7 @@ class AgentCore:
         return self._outbox.take()
 
     def on_inventory(self, inventory: NodeInventory, now_s: float) -> list[Action]:
-        """What the node has, where it changed."""
+        """Return what the node has, where it changed."""
         if inventory.digest != self.inventory.digest:
             self.inventory = inventory
             self._outbox.send(ConnectNodeRequest(inventory=inventory))
@@ -191,9 +191,9 @@ class AgentCore:
 
     def progressed(self, number: int, response: CopyMovesResponse, now_s: float) -> list[Action]:
         """A call of CopyMoves tells how far it is."""
-        for desk in self._desks.values():
-            if desk.waits_for(number):
-                desk.progressed(response, now_s)
+        for replica in self._replicas.values():
+            if replica.waits_for(number):
+                replica.progressed(response, now_s)
         return self._outbox.take()
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
@@ -201,16 +201,16 @@ class AgentCore:
         if self._head_maps.waits_for(number):
             self._head_maps.answered(number, answer)
             return self._outbox.take()
-        for desk in self._desks.values():
-            if desk.waits_for(number):
+        for replica in self._replicas.values():
+            if replica.waits_for(number):
                 if isinstance(answer, Failure) and answer.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
                     newest = answer.metadata.get("newest_epoch", "")
                     is_older = newest.isdigit() and int(newest) > self._fence.newest
                     if is_older:
                         self._overtaken(int(newest))
-                    if is_older and desk.is_applying():
-                        desk.forget_assignment()
-                desk.answered(answer, now_s)
+                    if is_older and replica.is_applying():
+                        replica.forget_assignment()
+                replica.answered(answer, now_s)
                 break
         self._report(now_s)
         return self._outbox.take()
@@ -219,15 +219,15 @@ class AgentCore:
 
     def tick(self, now_s: float) -> list[Action]:
         """Whatever is due by now."""
-        for desk in self._desks.values():
-            desk.tick(now_s)
+        for replica in self._replicas.values():
+            replica.tick(now_s)
         self._forget_removed()
         self._report(now_s)
         return self._outbox.take()
 
     def next_s(self) -> float:
-        """When `tick` is due if nothing happens; infinity: never."""
-        times = [desk.next_s() for desk in self._desks.values()]
+        """Return when `tick` is due if nothing happens; infinity: never."""
+        times = [replica.next_s() for replica in self._replicas.values()]
         if self._is_welcome:
             times.append(self._reporter.next_s())
         return min(times, default=float("inf"))
@@ -245,19 +245,19 @@ class AgentCore:
         """The node's devices as they were sampled last, with KV as the engine says."""
         return with_kv(self._devices, self._engine.devices if self._engine else ())
 
-    def held(self) -> list[HeldReplica]:
-        """What is held, for metrics and tests."""
-        return [desk.held for desk in self._desks.values()]
+    def held(self) -> list[ReplicaState]:
+        """Return what is held, for metrics and tests."""
+        return [replica.held for replica in self._replicas.values()]
 
     # --- inside
 
-    def _read(self, saved: Mapping[str, bytes]) -> list[HeldReplica]:
+    def _read(self, saved: Mapping[str, bytes]) -> list[ReplicaState]:
         held = []
         for name, body in saved.items():
             if name == NODE_PART:
                 continue
             try:
-                entry = HeldReplica.from_bytes(body, clock=self.identity.clock)
+                entry = ReplicaState.from_bytes(body, clock=self.identity.clock)
                 if entry.replica != name:
                     raise DamagedStateError(f"it is of {entry.replica}")
                 held.append(entry)
@@ -265,8 +265,9 @@ class AgentCore:
                 self.damaged[name] = str(error)
         return held
 
-    def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[HeldReplica]) -> int:
-        """As saved, or, where that is damaged, the newest that any assignment or change came from."""
+    def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[ReplicaState]) -> int:
+        """Return the newest epoch as saved, or, where that is damaged, the newest that any assignment or change came
+        from."""
         epochs = [entry.epoch for entry in held] + [c.epoch for entry in held for c in entry.changes.values()]
         if NODE_PART in saved:
             try:
@@ -275,22 +276,22 @@ class AgentCore:
                 self.damaged[NODE_PART] = str(error)
         return max(epochs, default=0)
 
-    def _desk(self, held: HeldReplica) -> ReplicaDesk:
+    def _replica_agent(self, held: ReplicaState) -> ReplicaAgent:
         can = self.identity.capabilities
         if AgentCapability.AGENT_CAPABILITY_ASSIGN not in can:
             held.assignment_state = AssignmentState.ASSIGNMENT_STATE_UNMANAGED
-        return ReplicaDesk(held, capabilities=can, clock=self.identity.clock, fence=self._fence, outbox=self._outbox)
+        return ReplicaAgent(held, capabilities=can, clock=self.identity.clock, fence=self._fence, outbox=self._outbox)
 
     def _refuse_stale(self, message: ConnectNodeResponse) -> None:
         failure = stale_epoch(message.epoch, self._fence.newest)
         if message.HasField("delta"):
-            desk = self._desks.get(message.delta.replica)
+            replica = self._replicas.get(message.delta.replica)
             self._outbox.send(
                 ConnectNodeRequest(
                     nack=DeltaNack(
                         nonce=message.delta.nonce,
                         replica=message.delta.replica,
-                        generation=desk.held.held_generation if desk else 0,
+                        generation=replica.held.held_generation if replica else 0,
                         failure=failure,
                     )
                 )
@@ -324,18 +325,18 @@ class AgentCore:
         self._reporter.begin(message.welcome.settings, now_s)
         if message.welcome.send_inventory:
             self._outbox.send(ConnectNodeRequest(inventory=self.inventory))
-        for desk in self._desks.values():
-            desk.tell_unresolved()
+        for replica in self._replicas.values():
+            replica.tell_unresolved()
 
     def _delta(self, delta: Delta, *, epoch: int, now_s: float) -> None:
-        desk = self._desks.get(delta.replica)
-        if desk is None:
-            desk = self._desk(HeldReplica(replica=delta.replica))
-            desk.handle(delta, epoch=epoch, now_s=now_s)
-            if delta.replica and (desk.held.generation or desk.held.changes):  # else it was refused
-                self._desks[delta.replica] = desk
+        replica = self._replicas.get(delta.replica)
+        if replica is None:
+            replica = self._replica_agent(ReplicaState(replica=delta.replica))
+            replica.handle(delta, epoch=epoch, now_s=now_s)
+            if delta.replica and (replica.held.generation or replica.held.changes):  # else it was refused
+                self._replicas[delta.replica] = replica
             return
-        desk.handle(delta, epoch=epoch, now_s=now_s)
+        replica.handle(delta, epoch=epoch, now_s=now_s)
 
     def _state_request(self, request: StateRequest, now_s: float) -> None:
         match request.WhichOneof("subject"):
@@ -344,13 +345,13 @@ class AgentCore:
             case "report":
                 self._report(now_s, asked=True)
             case "head_map_of":
-                desk = self._desks.get(request.head_map_of)
-                held = desk is not None and desk.held.assignment is not None
+                replica = self._replicas.get(request.head_map_of)
+                held = replica is not None and replica.held.assignment is not None
                 self._head_maps.ask(request, is_held=held)
 
     def _advance(self, now_s: float) -> None:
-        for desk in self._desks.values():
-            desk.advance(now_s)
+        for replica in self._replicas.values():
+            replica.advance(now_s)
 
     def _report(self, now_s: float, *, asked: bool = False) -> None:
         if self._is_welcome:
@@ -361,26 +362,27 @@ class AgentCore:
 
     def _node_report(self) -> NodeReport:
         """The devices as sampled, with KV as the engine tells it, and every replica that is held."""
-        held = [self._report_of(desk) for desk in self._desks.values() if desk.held.assignment is not None]
+        held = [self._report_of(replica) for replica in self._replicas.values() if replica.held.assignment is not None]
         for report in held:
             report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
         return NodeReport(devices=self.devices(), replicas=held)
 
-    def _report_of(self, desk: ReplicaDesk) -> ReplicaReport:
-        """What the engine says; once after its restart that it loads, also where it has done so already: KV is gone."""
+    def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
+        """Return what the engine says; once after its restart that it loads, also where it has done so already: KV is
+        gone."""
         if self._restart_is_untold:
-            return desk.report_anew()
+            return replica.report_anew()
         said = self._engine.replicas if self._engine else ()
-        return desk.report(next((report for report in said if report.replica == desk.held.replica), None))
+        return replica.report(next((report for report in said if report.replica == replica.held.replica), None))
 
     def _forget_removed(self) -> None:
         removed = [
             name
-            for name, desk in self._desks.items()
-            if desk.held.assignment is None and desk.held.is_applied and desk.held.open_change is None
+            for name, replica in self._replicas.items()
+            if replica.held.assignment is None and replica.held.is_applied and replica.held.open_change is None
         ]
         for name in removed[: max(len(removed) - MOST_REMOVED, 0)]:
-            del self._desks[name]
+            del self._replicas[name]
             self._outbox.persist(name, None)
 
 

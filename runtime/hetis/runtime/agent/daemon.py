@@ -9,7 +9,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from hetis.runtime.agent.actions import Action, Call, Cancel, EndStream, EngineRequest, EngineResponse, Persist, Send
+from hetis.runtime.agent.actions import (
+    Action,
+    Cancel,
+    EndStream,
+    EngineCall,
+    EngineRequest,
+    EngineResponse,
+    Persist,
+    Send,
+)
 from hetis.runtime.agent.core import AgentCore
 from hetis.runtime.agent.devices import Devices
 from hetis.runtime.agent.disk import StateDirectory, StateError
@@ -40,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class EngineReports(Protocol):
-    """Where reports of the engine come from: its socket, or its metrics. Raises RefusedError when it is gone."""
+    """Source of the engine's reports: its socket, or its metrics. Raises RefusedError when it is gone."""
 
     def __call__(self) -> AsyncIterator[WatchReportsResponse]: ...
 
@@ -127,7 +136,7 @@ class AgentDaemon:
                     self._count(action.message)
                     if self._stream is not None:
                         self._stream.send(action.message)
-                case Call():
+                case EngineCall():
                     self._calls[action.number] = asyncio.create_task(self._call(action))
                 case Cancel():
                     if action.number in self._calls:
@@ -146,7 +155,7 @@ class AgentDaemon:
             if phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED):
                 self._metrics.change_ended(ChangePhase.Name(phase).removeprefix("CHANGE_PHASE_").lower())
 
-    async def _call(self, call: Call) -> None:
+    async def _call(self, call: EngineCall) -> None:
         answer: EngineResponse | Failure
         try:
             async with asyncio.timeout(call.timeout_s):

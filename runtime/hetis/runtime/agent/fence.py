@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hetis.runtime.agent.held import NODE_PART, epoch_to_bytes
 from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.replica_state import NODE_PART, epoch_to_bytes
 
 
 class Fence:
@@ -14,7 +14,7 @@ class Fence:
         self._outbox = outbox
 
     def is_stale(self, epoch: int) -> bool:
-        """Whether a planner of this epoch may change nothing any more. 0 is no epoch."""
+        """Return whether a planner of this epoch may change nothing any more. 0 is no epoch."""
         return epoch < max(self.newest, 1)
 
     def raise_to(self, epoch: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hetis.runtime.agent.actions import EngineResponse
-from hetis.runtime.agent.engine_steps import CALL_S
 from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.replica import CALL_S
 from hetis.runtime.executor.pieces import pieces_of
 from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, HeadMapPiece, StateRequest
@@ -23,7 +23,7 @@ class HeadMapCalls:
         self._waiting: dict[int, tuple[str, str]] = {}  # by number of the call: id of the request, replica
 
     def forget(self) -> None:
-        """Who asked is gone."""
+        """Forget the requests of a stream that is gone."""
         self._waiting.clear()
 
     def ask(self, request: StateRequest, *, is_held: bool) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.runtime.agent.connecting import OptionError, PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import AgentOptionError, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.options import (
     Checking,
     EngineChoice,
@@ -160,7 +160,7 @@ def run(
     checking.get(lambda: checked_address("--peer-address", peer_address))
     try:
         checking.finish()
-    except OptionError as error:
+    except AgentOptionError as error:
         _fail_options(error)
     assert address is not None
     assert choice is not None
@@ -183,7 +183,7 @@ def run(
                 metrics=listen,
                 agent_version=version("hetis"),
             ),
-            Waiting(random.Random()),
+            ReconnectBackoff(random.Random()),
         )
 
     _run_until_told(work())
@@ -221,7 +221,7 @@ def simulate(
     checking.get(lambda: checked_address("--peer-address", peer_address))
     try:
         checking.finish()
-    except OptionError as error:
+    except AgentOptionError as error:
         _fail_options(error)
 
     async def work() -> None:
@@ -275,7 +275,7 @@ def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
 def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
-        raise OptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
+        raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
     if level.upper() != "DEBUG":  # gRPC has lines of its own for every handshake that fails; ours say it
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(
@@ -288,7 +288,7 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _fail_options(error: OptionError) -> NoReturn:
+def _fail_options(error: AgentOptionError) -> NoReturn:
     """One line for everything that is wrong."""
     for message in error.messages[:-1]:
         print(f"hetis-agent: {message}", file=sys.stderr)

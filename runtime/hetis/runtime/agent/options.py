@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from hetis.formats.endpoints import is_loopback, split_endpoints
-from hetis.runtime.agent.connecting import OptionError
+from hetis.formats.endpoints import is_loopback, split_address, split_endpoints
+from hetis.runtime.agent.connecting import AgentOptionError
 
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -26,10 +26,10 @@ class Checking:
         self._wrong: list[str] = []
 
     def get(self, check: Callable[[], T]) -> T | None:
-        """What the check returns; None where it says that something is wrong."""
+        """Return what the check returns; None where it says that something is wrong."""
         try:
             return check()
-        except OptionError as error:
+        except AgentOptionError as error:
             self._wrong += error.messages
             return None
 
@@ -40,7 +40,7 @@ class Checking:
             OptionError: with all that was wrong.
         """
         if self._wrong:
-            raise OptionError(*self._wrong)
+            raise AgentOptionError(*self._wrong)
 
 
 class EngineKind(StrEnum):
@@ -76,38 +76,38 @@ class EngineChoice:
                 return cls(EngineKind(head), _metrics_url(rest))
             case "simulated" | "none" if not rest:
                 return cls(EngineKind(head))
-        raise OptionError(f"--engine is {text!r}, must be {expected}")
+        raise AgentOptionError(f"--engine is {text!r}, must be {expected}")
 
 
 def _metrics_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise OptionError(f"--engine has the address {text!r}, must be http://host:port")
+        raise AgentOptionError(f"--engine has the address {text!r}, must be http://host:port")
     return text if parts.path.strip("/") else f"{parts.scheme}://{parts.netloc}/metrics"
 
 
 def checked_node(text: str) -> str:
     if not text:
-        raise OptionError("--node is missing: clusters/CLUSTER/nodes/NODE")
+        raise AgentOptionError("--node is missing: clusters/CLUSTER/nodes/NODE")
     if not _NODE.fullmatch(text):
-        raise OptionError(f"--node is {text!r}, must be clusters/CLUSTER/nodes/NODE")
+        raise AgentOptionError(f"--node is {text!r}, must be clusters/CLUSTER/nodes/NODE")
     return text
 
 
 def checked_address(option: str, text: str) -> tuple[str, int]:
-    """Host and port to listen on.
+    """Return host and port to listen on.
 
     Raises:
         OptionError: it is no such thing.
     """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise OptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470")
-    return host.strip("[]"), int(port)
+    try:
+        return split_address(text, least_port=0)
+    except ValueError:
+        raise AgentOptionError(f"{option} is {text!r}, must be host:port such as 127.0.0.1:9470") from None
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
-    """Where devices come from; ``engine``: beside them, if that is known.
+    """Check where devices come from; ``engine``: beside them, if that is known.
 
     Raises:
         OptionError: there is no such source, or a simulated engine has no simulated devices.
@@ -121,16 +121,16 @@ def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
         try:
             SimulatedDevices.parse(rest)
         except DevicesUnavailableError as error:
-            raise OptionError(str(error)) from None
+            raise AgentOptionError(str(error)) from None
     elif kind not in ("auto", "nvml", "none") or rest:
-        raise OptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
+        raise AgentOptionError(f"--devices is {source!r}, must be {SOURCES.replace('`', '')}")
     elif engine is not None and engine.kind is EngineKind.SIMULATED:
-        raise OptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
+        raise AgentOptionError("--engine simulated needs --simulated-devices, such as A100-SXM-80GB:4")
     return source
 
 
 def loopback_server(server: str) -> bool:
-    """Whether the planner is on this machine, where it listens without TLS by default."""
+    """Return whether the planner is on this machine, where it listens without TLS by default."""
     try:
         return all(is_loopback(address) for address in split_endpoints(server))
     except ValueError:

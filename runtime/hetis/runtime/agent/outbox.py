@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.runtime.agent.actions import Action, Call, Cancel, EndStream, EngineRequest, Persist, Send
+from hetis.runtime.agent.actions import Action, Cancel, EndStream, EngineCall, EngineRequest, Persist, Send
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
 from hetis.v1.failure_pb2 import Failure
 
@@ -42,7 +42,7 @@ class Outbox:
         """Asks the engine; returns the number of the call."""
         number = self._next_call
         self._next_call += 1
-        self._actions.append(Call(number, request, timeout_s))
+        self._actions.append(EngineCall(number, request, timeout_s))
         return number
 
     def cancel(self, number: int) -> None:
@@ -57,6 +57,6 @@ class Outbox:
         self.is_connected = False
 
     def take(self) -> list[Action]:
-        """What is to be done, in order; the box is empty after."""
+        """Return what is to be done, in order; the box is empty after."""
         taken, self._actions = self._actions, []
         return taken

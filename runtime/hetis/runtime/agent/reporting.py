@@ -1,4 +1,5 @@
-"""When a node reports: at once when KV crosses a threshold, soon when something changed, a heartbeat otherwise."""
+"""Timing of a node's reports: at once when KV crosses a threshold, soon when something changed, a heartbeat
+otherwise."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slo
 JITTER_RATIO = 0.1
 
 
-class Reporter:
+class NodeReporter:
     """Decides what to send when; no clock of its own.
 
     What counts as changed: a device's share of used blocks by more than ``kv_change_ratio``; what a report says in
@@ -43,7 +44,7 @@ class Reporter:
         self._draw_beat()
 
     def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
-        """What to send now: a report, a heartbeat, or nothing."""
+        """Return what to send now: a report, a heartbeat, or nothing."""
         rested = now_s - self._sent_s >= _seconds(self._settings.min_report_interval)
         if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
             return self._send(report, now_s)
@@ -56,7 +57,7 @@ class Reporter:
         return None
 
     def next_s(self) -> float:
-        """When a heartbeat is due if nothing changes."""
+        """Return when a heartbeat is due if nothing changes."""
         return self._spoke_s + self._beat_s
 
     def _send(self, report: NodeReport, now_s: float) -> ConnectNodeRequest:
@@ -131,7 +132,7 @@ def _speeds(report: NodeReport) -> dict[object, float]:
 
 
 def _words(report: NodeReport) -> object:
-    """What is no measure: any difference is news."""
+    """Return what is no measure: any difference is news."""
     return (
         [(d.index, d.total_blocks, d.unhealthy, _hot(d)) for d in report.devices],
         [

@@ -1,4 +1,4 @@
-"""Where the agent's reports of its engine come from: `ExecutorService`, or the metrics of vLLM and SGLang."""
+"""Sources of the agent's reports of its engine: `ExecutorService`, or the metrics of vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from hetis.runtime.agent.executor import Executor
-from hetis.runtime.agent.held import HeldReplica
 from hetis.runtime.agent.pressure import EngineNews, device_reports, replica_report, watch_engine
 from hetis.runtime.agent.pressure.reports import unreachable_report
+from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 
 LEAST_REPORT_S = 0.2  # between two reports of an engine that is asked
@@ -28,7 +28,7 @@ def executor_reports(executor: Executor) -> Reports:
 
 def scraped_reports(
     url: str,
-    held: Callable[[], Sequence[HeldReplica]],
+    held: Callable[[], Sequence[ReplicaState]],
     num_devices: int,
     *,
     clock: Callable[[], float] = time.monotonic,
@@ -51,7 +51,7 @@ def scraped_reports(
 
 
 def report_of(
-    news: EngineNews, held: Sequence[HeldReplica], num_devices: int, *, engine_id: str
+    news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
 ) -> WatchReportsResponse:
     """One report. The engine's model is that of the replica whose model document names it; one of one is taken so."""
     report = WatchReportsResponse(
@@ -75,7 +75,7 @@ def report_of(
     return report
 
 
-def _model_of(entry: HeldReplica, news: EngineNews, *, alone: bool) -> str | None:
+def _model_of(entry: ReplicaState, news: EngineNews, *, alone: bool) -> str | None:
     assert entry.assignment is not None
     text = entry.assignment.model.content.decode(errors="replace")
     named = [model for model in news.readings if f'"{model}"' in text or f" {model}\n" in text]

@@ -11,7 +11,7 @@ import grpc
 
 from hetis.formats.endpoints import Endpoint
 from hetis.runtime.agent.actions import EndStream
-from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, Waiting
+from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.executor.refusals import failure_of_call, reason_name
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Who the stream is for."""
+    """The listener that the stream is for."""
 
     def hello(self) -> ConnectNodeRequest: ...
 
@@ -41,7 +41,7 @@ class Listener(Protocol):
 class PlannerStream:
     """One stream after the other, to whichever planner leads, until it is cancelled."""
 
-    def __init__(self, address: PlannerAddress, listener: Listener, waiting: Waiting) -> None:
+    def __init__(self, address: PlannerAddress, listener: Listener, waiting: ReconnectBackoff) -> None:
         self._address = address
         self._leaders = address.search()
         self._listener = listener
@@ -52,7 +52,7 @@ class PlannerStream:
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """To the planner, in order; whatever the stream that ends does not take is gone with it."""
+        """Send messages to the planner, in order; whatever the stream that ends does not take is gone with it."""
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
@@ -86,7 +86,7 @@ class PlannerStream:
             await asyncio.sleep(wait_s)
 
     def _wait_s(self, endpoint: Endpoint, why: Failure | None, within_s: float | None, tried: set[Endpoint]) -> float:
-        """How long to wait, and with whom to try then."""
+        """Return how long to wait, and with whom to try then."""
         if self._welcome_s is not None:
             tried.clear()
         is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER

@@ -32,7 +32,7 @@ class Backend(Protocol):
         """
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """As `AttentionDevice.attend`: stores keys and values of qkv [T, r + 2, d], returns outputs [T, r, d]."""
+        """Store keys and values of qkv [T, r + 2, d] as `AttentionDevice.attend` does, and return outputs [T, r, d]."""
 
 
 class TorchBackend:

@@ -54,7 +54,7 @@ class _Pieces(NamedTuple):
 def plan_buckets(
     pool: PagePool, rows: IntArray, positions: IntArray, starts: IntArray, counts: IntArray
 ) -> list[Bucket]:
-    """For sequences whose rows of the step begin at ``starts``.
+    """Plan buckets for sequences whose rows of the step begin at ``starts``.
 
     Args:
         rows: of the pool's table, shape [N].
@@ -76,7 +76,7 @@ def plan_buckets(
 
 
 def each_position(rows: IntArray, positions: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
-    """For every position that is written its sequence's number in ``rows``, and itself; each [T]."""
+    """Return for every position that is written its sequence's number in ``rows``, and itself; each [T]."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(rows, counts), np.repeat(positions, counts) + within
 
@@ -136,7 +136,8 @@ def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
 
 
 def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
-    """What queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece sees."""
+    """Return what queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece
+    sees."""
     size, device = pool.shape.page_tokens, pool.k.device
     first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
     last = at[:, -1] // size

@@ -168,7 +168,7 @@ class Sizes(NamedTuple):
     stages: int
 
     def constants(self, shape: KvShape, *, has_splits: bool) -> dict[str, int | bool]:
-        """Of `attend`."""
+        """Return the constants of `attend`."""
         return {
             "D": shape.head_dim,
             "R": shape.queries_per_group,
@@ -183,7 +183,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> Sizes:
-    """What fits into the shared memory and registers of a device; tiles of a chunk have more rows."""
+    """Return what fits into the shared memory and registers of a device; tiles of a chunk have more rows."""
     block_d = max(16, triton.next_power_of_2(shape.head_dim))
     least = max(16, triton.next_power_of_2(shape.queries_per_group))
     is_old = capability < LEAST_CAPABILITY_TENSOR_CORES

@@ -1,4 +1,4 @@
-"""Where an engine listens for its agent."""
+"""The socket where an engine listens for its agent."""
 
 from __future__ import annotations
 

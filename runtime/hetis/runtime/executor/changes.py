@@ -31,7 +31,7 @@ class Authority(Protocol):
         """
 
     def is_ready(self, change: EngineChange) -> bool:
-        """Whether `flip` could be called as far as the copies are concerned that only the authority knows of."""
+        """Return whether `flip` could be called as far as the copies are concerned that only the authority knows of."""
 
     def flip(self, change: EngineChange) -> Failure | None:
         """Between two steps: every move that still fits, at once. Says why if none does; nothing changed then."""

@@ -33,7 +33,7 @@ from hetis.v1.report_pb2 import AssignmentState
 
 
 class NoCopies:
-    """Of an engine that holds no KV of a change."""
+    """Copies of an engine that holds no KV of a change."""
 
     def plan(self, change: EngineChange, moves: object) -> None:
         """Nothing is copied."""
@@ -95,7 +95,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
 
     @abstractmethod
     def _state(self, held: TakenT, now_s: float) -> AssignmentState.ValueType:
-        """How far it is with a replica."""
+        """Return how far it is with a replica."""
 
     def authority_of(self, change_id: str) -> str | None:
         """Address of the engine that decides the change, if that is another one and the change is open here."""
@@ -144,7 +144,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return change
 
     def copy_answer(self, change: EngineChange) -> CopyMovesResponse:
-        """How far a copy is."""
+        """Return how far a copy is."""
         return CopyMovesResponse(
             copied_bytes=change.copied_bytes, total_bytes=change.copy_bytes, moves=change.results()
         )
@@ -156,7 +156,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> FlipMovesResponse | None:
-        """How a flip that was asked for ended; None: it has not."""
+        """Return how a flip that was asked for ended; None: it has not."""
         changes = self._changes_of(change_id)
         change = changes.known[change_id]
         return None if change.is_open else changes.flip_answer(change)
@@ -184,7 +184,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
     # --- for the engines
 
     def statuses(self) -> list[ChangeStatus]:
-        """Of all changes that are remembered."""
+        """Return the statuses of all changes that are remembered."""
         return [
             change.status(name, held.changes.generation)
             for name, held in self._held.items()

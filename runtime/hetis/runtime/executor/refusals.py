@@ -9,24 +9,11 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.statuses import CODE_OF_REASON, REASON_PREFIX
 
 DOMAIN = "hetis"
-_PREFIX = "ERROR_REASON_"
 _NAMES = frozenset(ErrorReason.keys())
 _DETAILS = "grpc-status-details-bin"
-# Codes of the reasons that an engine answers with; docs/api.md has the whole table.
-_CODES = {
-    ErrorReason.ERROR_REASON_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
-    ErrorReason.ERROR_REASON_CHANGE_UNKNOWN: grpc.StatusCode.NOT_FOUND,
-    ErrorReason.ERROR_REASON_INVALID_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
-    ErrorReason.ERROR_REASON_KV_BLOCKS_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE: grpc.StatusCode.UNAVAILABLE,
-    ErrorReason.ERROR_REASON_COPY_FAILED: grpc.StatusCode.UNAVAILABLE,
-    ErrorReason.ERROR_REASON_PREPARE_EXPIRED: grpc.StatusCode.DEADLINE_EXCEEDED,
-    ErrorReason.ERROR_REASON_CHANGE_CANCELLED: grpc.StatusCode.ABORTED,
-    ErrorReason.ERROR_REASON_ENGINE_CANNOT: grpc.StatusCode.UNIMPLEMENTED,
-    ErrorReason.ERROR_REASON_INTERNAL: grpc.StatusCode.INTERNAL,
-}
 
 
 class RefusedError(Exception):
@@ -46,9 +33,9 @@ def refusal(reason: ErrorReason.ValueType, message: str, **metadata: object) -> 
 
 
 def reason_name(failure: Failure) -> str:
-    """As ``ErrorInfo.reason`` has it: without the prefix."""
+    """Return the name of a reason as ``ErrorInfo.reason`` has it, without the prefix."""
     known = failure.reason in ErrorReason.values()
-    return ErrorReason.Name(failure.reason).removeprefix(_PREFIX) if known else str(failure.reason)
+    return ErrorReason.Name(failure.reason).removeprefix(REASON_PREFIX) if known else str(failure.reason)
 
 
 def stale_epoch(epoch: int, newest: int) -> Failure:
@@ -75,7 +62,7 @@ def unreachable(message: str) -> Failure:
 
 def status_of(failure: Failure) -> status_pb2.Status:
     """The status of a call that fails so, with ErrorInfo."""
-    code = _CODES.get(failure.reason, grpc.StatusCode.FAILED_PRECONDITION)
+    code = CODE_OF_REASON.get(failure.reason, grpc.StatusCode.FAILED_PRECONDITION)
     status = status_pb2.Status(code=code.value[0], message=failure.message)
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(domain=DOMAIN, reason=reason_name(failure), metadata=dict(failure.metadata))
@@ -84,15 +71,14 @@ def status_of(failure: Failure) -> status_pb2.Status:
 
 
 def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
-    """What a failed call says: its ErrorInfo if it has one of ours, else what the status code means."""
+    """Return what a failed call says: its ErrorInfo if it has one of ours, else what the status code means."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:
                 found = error_details_pb2.ErrorInfo()
-                if detail.Unpack(found) and found.domain == DOMAIN and _PREFIX + found.reason in _NAMES:
-                    return failure_of(
-                        ErrorReason.Value(_PREFIX + found.reason), error.details() or found.reason, **found.metadata
-                    )
+                if detail.Unpack(found) and found.domain == DOMAIN and REASON_PREFIX + found.reason in _NAMES:
+                    known = ErrorReason.Value(REASON_PREFIX + found.reason)
+                    return failure_of(known, error.details() or found.reason, **found.metadata)
     reason = {
         grpc.StatusCode.UNIMPLEMENTED: ErrorReason.ERROR_REASON_ENGINE_CANNOT,
         grpc.StatusCode.NOT_FOUND: ErrorReason.ERROR_REASON_NOT_FOUND,

@@ -20,7 +20,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
-class _Held:
+class _Sequence:
     """One virtual sequence: its row in the table, its pages, and how many positions have been written."""
 
     row: int
@@ -46,7 +46,7 @@ class PagePool:
         self.table = np.zeros((16, 16), np.int32)
         self._free = list(range(num_pages - 1, -1, -1))
         self._free_rows = list(range(len(self.table) - 1, -1, -1))
-        self._held: dict[SequenceKey, _Held] = {}
+        self._held: dict[SequenceKey, _Sequence] = {}
 
     @property
     def free_pages(self) -> int:
@@ -61,7 +61,7 @@ class PagePool:
 
     @property
     def sequences(self) -> tuple[SequenceKey, ...]:
-        """Those held, in the order they came."""
+        """The sequences held, in the order they came."""
         return tuple(self._held)
 
     def tokens(self, key: SequenceKey) -> int:
@@ -69,7 +69,7 @@ class PagePool:
         return self._find(key).tokens
 
     def rows(self, keys: Sequence[SequenceKey]) -> IntArray:
-        """Where in `table` these sequences are, shape [keys]."""
+        """Return where in `table` these sequences are, shape [keys]."""
         return np.fromiter((self._find(key).row for key in keys), np.int64, len(keys))
 
     def extend(self, keys: Sequence[SequenceKey], first: Sequence[int], last: Sequence[int]) -> None:
@@ -93,7 +93,7 @@ class PagePool:
         for key, end in zip(keys, last, strict=True):
             there = held.get(key)
             if there is None:
-                there = held[key] = _Held(self._take_row())
+                there = held[key] = _Sequence(self._take_row())
             missing = self.shape.pages(end) - len(there.pages)
             if missing > 0:
                 self._add_pages(there, missing)
@@ -122,7 +122,8 @@ class PagePool:
         self.v.flatten(1, 2)[:, slots] = v.to(self.v)
 
     def slots(self, rows: IntArray | int, positions: IntArray) -> torch.Tensor:
-        """Where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the device."""
+        """Return where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the
+        device."""
         size = self.shape.page_tokens
         slots = self.table[rows, positions // size].astype(np.int64) * size + positions % size
         return torch.from_numpy(slots).to(self.k.device)
@@ -144,7 +145,7 @@ class PagePool:
 
     # --- inside
 
-    def _find(self, key: SequenceKey) -> _Held:
+    def _find(self, key: SequenceKey) -> _Sequence:
         there = self._held.get(key)
         if there is None:
             raise UnknownSequenceError(self.name, f"{key} is not here")
@@ -157,7 +158,7 @@ class PagePool:
             self._free_rows = list(range(2 * rows - 1, rows - 1, -1))
         return self._free_rows.pop()
 
-    def _add_pages(self, there: _Held, missing: int) -> None:
+    def _add_pages(self, there: _Sequence, missing: int) -> None:
         begin = len(there.pages)
         there.pages += [self._free.pop() for _ in range(missing)]
         while len(there.pages) > self.table.shape[1]:

@@ -40,12 +40,12 @@ class KvShape:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """That of the words of a bfloat16, which numpy does not have."""
+        """The type of the words of a bfloat16, which numpy does not have."""
         return _NUMPY_DTYPES[self.dtype]
 
     @property
     def item_bytes(self) -> int:
-        """Of one number."""
+        """Bytes of one number."""
         return _NUMPY_DTYPES[self.dtype].itemsize
 
     @property

@@ -13,7 +13,7 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending, Ready
 from hetis.runtime.kv.shape import SequenceKey
 from hetis.runtime.measured.coefficients import Coefficients
-from hetis.runtime.measured.fitting import Call, fit_calls
+from hetis.runtime.measured.fitting import TimedCall, fit_calls
 from hetis.runtime.measured.timed import Clock, Taken, TimedDevice, token_bytes
 
 _OWN = 2**62  # number of the made-up request that is measured with
@@ -75,7 +75,7 @@ def calibrate(
 
 
 def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, copy_s: float) -> Coefficients:
-    """What calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
+    """Return what calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
 
     Args:
         whole: of one piece, without an exchange.
@@ -104,7 +104,7 @@ class _Measuring:
         self._device, self._groups, self._clock, self._pause = device, groups, clock, pause
 
     def calibration(self, exchange_bytes_per_head: float, *, is_primary: bool) -> Calibration | None:
-        calls: list[Call] = []
+        calls: list[TimedCall] = []
         read_s, copy = 0.0, (0.0, 0.0)
         points = self._points()
         for sequences, context in points:
@@ -131,7 +131,7 @@ class _Measuring:
         wanted = [(count, context) for count in (1, self._groups, 4 * self._groups) for context in _CONTEXTS]
         return [(n, context) for n, context in wanted if n * device.shape.pages(context) <= device.num_pages]
 
-    def _measured(self, sequences: int, context: int) -> Call:
+    def _measured(self, sequences: int, context: int) -> TimedCall:
         """Fills the sequences, and measures steps of them."""
         shape = self._device.shape
         kv = torch.zeros(sequences, shape.layers, context - 1, shape.head_dim, dtype=shape.torch_dtype)
@@ -143,7 +143,7 @@ class _Measuring:
         while len(taken) < 1 + _MOST_ROUNDS and (len(taken) < 1 + _LEAST_ROUNDS or self._clock() - begun_s < _POINT_S):
             self._step(timed, sequences, context)
         seconds = median(one.most_s for one in taken[1:])
-        return Call(heads=taken[0].heads, kv_bytes=taken[0].kv_bytes, seconds=seconds)
+        return TimedCall(heads=taken[0].heads, kv_bytes=taken[0].kv_bytes, seconds=seconds)
 
     def _read_s(self, sequences: int, context: int, call_s: float) -> float:
         """Seconds to take an answer that was there before it was asked for."""

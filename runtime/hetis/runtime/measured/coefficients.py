@@ -16,7 +16,7 @@ Piece = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """Of one device, for one layer; see `hetis.solver.dispatch.problem`.
+    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`.
 
     Attributes:
         pieces: seconds per query head, per KV byte read and per call; the largest piece counts.

@@ -14,7 +14,7 @@ _LEAST_S = 1e-9  # a clock's tick: shorter times count as this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class TimedCall:
     """One layer's attention as it was measured: query heads, KV bytes that they read, seconds."""
 
     heads: float
@@ -22,7 +22,7 @@ class Call:
     seconds: float
 
 
-def fit_calls(calls: Sequence[Call]) -> Piece:
+def fit_calls(calls: Sequence[TimedCall]) -> Piece:
     """``a heads + b kv_bytes + c`` with a, b, c >= 0 (Hetis, SC'25); all 0 where nothing was measured.
 
     Errors count relative to what was measured, so that short calls count as much as long ones.

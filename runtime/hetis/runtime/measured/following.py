@@ -47,7 +47,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceCost:
+class MeasuredDevice:
     """What is known of one device: its scale in use, and of the layers whose time is known, what they took and what
     was predicted with the scale then in use."""
 
@@ -80,7 +80,7 @@ class Following:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """In use, by device."""
+        """Return the scales in use, by device."""
         return tuple(device.scale for device in self._devices)
 
     @property
@@ -88,10 +88,10 @@ class Following:
         """Seconds to take an answer that is there already, by device."""
         return tuple(device.read_s for device in self._devices)
 
-    def costs(self) -> tuple[DeviceCost, ...]:
-        """Of every device; may be asked from another thread."""
+    def costs(self) -> tuple[MeasuredDevice, ...]:
+        """Return the costs of every device; may be asked from another thread."""
         return tuple(
-            DeviceCost(
+            MeasuredDevice(
                 name=device.name,
                 scale=device.scale,
                 measured_s=device.measured_s,

@@ -16,7 +16,7 @@ import torch
 
 from hetis.runtime.transport.channel import Channel, PipeChannel
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.messages import ErrorCode, error_answer, read_error
 from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
 from hetis.runtime.transport.tcp import TcpPipe
@@ -33,15 +33,15 @@ class ChannelKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a worker listens, and the key that it wants to hear."""
+class WorkerEndpoint:
+    """The address of a worker, and the key that it wants to hear."""
 
     host: str
     port: int
     key: bytes
 
 
-def connect(endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
+def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
     """The engine's end of a channel to a worker.
 
     Raises:
@@ -58,7 +58,7 @@ def connect(endpoint: Endpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s
 
 
 def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
-    """What is then used in place of the socket, or the socket."""
+    """Return what is then used in place of the socket, or the socket."""
     if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
         return channel
     if not pipe.is_local or not is_supported():
@@ -73,11 +73,11 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         return channel  # the socket does as well, only slower
     try:
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
-        channel.send([Frame(kind=Kind.ATTACH, epoch=0, session=0, parts=(path,))])
+        channel.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
         answer = channel.receive(stall_s)
         if answer is None:
             raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
-        refused = None if answer.kind is Kind.WELCOME else read_error(answer)[2]
+        refused = None if answer.kind is FrameKind.WELCOME else read_error(answer)[2]
     except BaseException:
         shared.unlink()
         channel.close()
@@ -109,7 +109,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
     channel: Channel = PipeChannel(pipe, stall_s=stall_s)
     try:
         frame = _first(channel, stall_s)
-        if frame.kind is Kind.ATTACH:
+        if frame.kind is FrameKind.ATTACH:
             channel = _attached(channel, pipe, frame, stall_s=stall_s)
             frame = _first(channel, stall_s)
     except ChannelError:
@@ -119,7 +119,8 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
 
 
 def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
-    """What is used from now on: the memory that an engine offers, or the socket, where it cannot be opened here."""
+    """Return what is used from now on: the memory that an engine offers, or the socket, where it cannot be opened
+    here."""
     if not pipe.is_local:
         raise FrameError(f"{pipe.name}: shared memory was offered from another host")
     try:
@@ -129,7 +130,7 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
         return channel
     attached = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
     try:
-        channel.send([Frame(kind=Kind.WELCOME, epoch=0, session=0)])
+        channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
     except ChannelError:
         attached.close()
         raise

@@ -43,7 +43,7 @@ Numbers: TypeAlias = torch.Tensor | npt.NDArray[Any]
 DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame is; those from WELCOME on are answers."""
 
     HELLO = 1
@@ -81,7 +81,7 @@ class Frame(NamedTuple):
         parts: the body, one after the other. A frame that was received has one, of bytes: `body`, or `raw`.
     """
 
-    kind: Kind
+    kind: FrameKind
     epoch: int
     session: int
     serial: int = 0
@@ -109,7 +109,7 @@ class Frame(NamedTuple):
 
     def answered(
         self,
-        kind: Kind,
+        kind: FrameKind,
         *,
         counts: tuple[int, int, int] = (0, 0, 0),
         dtype: str = "",
@@ -170,4 +170,4 @@ def bytes_of(numbers: Numbers) -> memoryview:
     return np.ascontiguousarray(numbers).data.cast("B") if numbers.size else memoryview(b"")
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+_KINDS = {int(kind): kind for kind in FrameKind}

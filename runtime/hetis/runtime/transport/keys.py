@@ -24,7 +24,7 @@ class InvalidKeyError(HetisError):
 
 
 def key_of(secret: str) -> bytes:
-    """What is said of a secret. White space around it does not count.
+    """Return what is said of a secret. White space around it does not count.
 
     Raises:
         InvalidKeyError: it is too short to be one.

@@ -17,7 +17,7 @@ import torch
 from hetis.runtime.attention.device import DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, Frame, Kind
+from hetis.runtime.transport.frames import DTYPES, Frame, FrameKind
 from hetis.runtime.transport.keys import KEY_BYTES
 
 Array = npt.NDArray[Any]
@@ -47,7 +47,7 @@ class Hello:
         factors = torch.tensor([shape.scale, shape.soft_cap], dtype=torch.float64)
         key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
         return Frame(
-            kind=Kind.HELLO,
+            kind=FrameKind.HELLO,
             epoch=epoch,
             session=session,
             layer=shape.layers,
@@ -58,7 +58,7 @@ class Hello:
 
     @classmethod
     def read(cls, frame: Frame) -> Hello:
-        _expect(frame, Kind.HELLO, 8 * frame.layer + 16 + KEY_BYTES)
+        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 16 + KEY_BYTES)
         head_dim, queries, page_tokens = frame.counts
         limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
         fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
@@ -82,7 +82,7 @@ class Hello:
         return cls(shape=shape, key=raw[-KEY_BYTES:])
 
 
-class Part(NamedTuple):
+class KvRange(NamedTuple):
     """Positions ``first`` to ``last - 1`` of some heads of one request."""
 
     request: int
@@ -130,7 +130,7 @@ def read_step(frame: Frame) -> DeviceStep:
     count, num_rows, _ = frame.counts
     has_counts = num_rows != count
     columns = 5 if has_counts else 4
-    rows = _integers(frame, Kind.BEGIN, columns * count).reshape(columns, count)
+    rows = _integers(frame, FrameKind.BEGIN, columns * count).reshape(columns, count)
     if count and int(rows.min()) < 0:
         raise FrameError("BEGIN has negative numbers")
     if has_counts and not (count and 0 < rows[4].min() <= rows[4].max() <= num_rows == rows[4].sum()):
@@ -154,12 +154,12 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
     """
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
-    return _as_came(frame, Kind.ATTEND, shape, (count, shape.queries_per_group + 2, shape.head_dim))
+    return _as_came(frame, FrameKind.ATTEND, shape, (count, shape.queries_per_group + 2, shape.head_dim))
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
     """Outputs [T, r, d] of OUT."""
-    return _tensor(frame, Kind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
+    return _tensor(frame, FrameKind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
 
 
 def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
@@ -168,21 +168,21 @@ def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
 
 
 def read_keys(frame: Frame) -> list[SequenceKey]:
-    rows = _integers(frame, Kind.DROP, 3 * frame.counts[0]).reshape(-1, 3)
+    rows = _integers(frame, FrameKind.DROP, 3 * frame.counts[0]).reshape(-1, 3)
     return [SequenceKey(*row) for row in rows.tolist()]
 
 
-def read_part(frame: Frame) -> Part:
-    """What EXPORT or DIGEST is about."""
+def read_part(frame: Frame) -> KvRange:
+    """Return what EXPORT or DIGEST is about."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 
-def read_adopted(frame: Frame, shape: KvShape) -> tuple[Part, torch.Tensor, torch.Tensor]:
-    """What ADOPT brings: K and V, each [H, layers, positions, d]."""
+def read_adopted(frame: Frame, shape: KvShape) -> tuple[KvRange, torch.Tensor, torch.Tensor]:
+    """Return what ADOPT brings: K and V, each [H, layers, positions, d]."""
     heads, positions, _ = frame.counts
     begin = 8 * (4 + heads)
     sizes = heads * shape.layers * positions * shape.head_dim
-    _expect(frame, Kind.ADOPT, begin + 2 * sizes * shape.item_bytes, dtype=shape.dtype)
+    _expect(frame, FrameKind.ADOPT, begin + 2 * sizes * shape.item_bytes, dtype=shape.dtype)
     part = _part(frame.raw[:begin].view("<i8"), frame)
     if part.last - part.first != positions:
         raise FrameError(f"ADOPT of positions {part.first} to {part.last} with {positions} of them")
@@ -190,15 +190,15 @@ def read_adopted(frame: Frame, shape: KvShape) -> tuple[Part, torch.Tensor, torc
     return part, k, v
 
 
-def read_kv(frame: Frame, shape: KvShape, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def read_kv(frame: Frame, shape: KvShape, part: KvRange) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of KV, each [H, layers, positions, d]."""
     size = (2, len(part.heads), shape.layers, part.last - part.first, shape.head_dim)
-    k, v = _tensor(frame, Kind.KV, shape, size)
+    k, v = _tensor(frame, FrameKind.KV, shape, size)
     return k, v
 
 
-def read_digests(frame: Frame, shape: KvShape, part: Part) -> IntArray:
-    return _integers(frame, Kind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
+def read_digests(frame: Frame, shape: KvShape, part: KvRange) -> IntArray:
+    return _integers(frame, FrameKind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
 
 
 def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
@@ -207,15 +207,15 @@ def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
 
 
 def read_stats(frame: Frame) -> WorkerStats:
-    """What PONG says."""
-    return WorkerStats(*_integers(frame, Kind.PONG, len(WorkerStats._fields)).tolist())
+    """Return what PONG says."""
+    return WorkerStats(*_integers(frame, FrameKind.PONG, len(WorkerStats._fields)).tolist())
 
 
 def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
     """ERROR in answer to a frame."""
     words = torch.frombuffer(bytearray(text.encode()[:4096] or b" "), dtype=torch.uint8)
     numbers = torch.tensor([needed, free], dtype=torch.int64)
-    return frame.answered(Kind.ERROR, counts=(code, 0, 0), parts=(numbers, words))
+    return frame.answered(FrameKind.ERROR, counts=(code, 0, 0), parts=(numbers, words))
 
 
 def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
@@ -226,7 +226,7 @@ def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
 
 def read_error(frame: Frame) -> tuple[int, int, str]:
     raw = bytes(frame.raw)
-    if frame.kind is not Kind.ERROR or len(raw) < 16:
+    if frame.kind is not FrameKind.ERROR or len(raw) < 16:
         raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, an error was expected")
     needed, free = struct.unpack_from("<qq", raw)
     return needed, free, raw[16:].decode(errors="replace")
@@ -240,7 +240,7 @@ def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
 
 def read_welcome(frame: Frame) -> tuple[int, str]:
     raw = bytes(frame.raw)
-    if frame.kind is not Kind.WELCOME or len(raw) < 8:
+    if frame.kind is not FrameKind.WELCOME or len(raw) < 8:
         raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, a welcome was expected")
     return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
 
@@ -248,30 +248,30 @@ def read_welcome(frame: Frame) -> tuple[int, str]:
 # --- inside
 
 
-def _part(numbers: IntArray, frame: Frame) -> Part:
+def _part(numbers: IntArray, frame: Frame) -> KvRange:
     request, incarnation, first, last, *heads = numbers.tolist()
     if not 0 <= first <= last or min([request, incarnation, *heads]) < 0 or len(set(heads)) < len(heads):
         raise FrameError(f"{frame.kind.name} of positions {first} to {last} of heads {heads}")
-    return Part(request, incarnation, first, last, tuple(heads))
+    return KvRange(request, incarnation, first, last, tuple(heads))
 
 
-def _integers(frame: Frame, kind: Kind, count: int) -> IntArray:
+def _integers(frame: Frame, kind: FrameKind, count: int) -> IntArray:
     _expect(frame, kind, 8 * count)
     numbers: IntArray = frame.raw.view("<i8")
     return numbers
 
 
-def _as_came(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> Array:
+def _as_came(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> Array:
     """An array, of a bfloat16's words."""
     _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
     return frame.raw.view(shape.numpy_dtype).reshape(size)
 
 
-def _tensor(frame: Frame, kind: Kind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
+def _tensor(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
 
 
-def _expect(frame: Frame, kind: Kind, num_bytes: int, *, dtype: str | None = None) -> None:
+def _expect(frame: Frame, kind: FrameKind, num_bytes: int, *, dtype: str | None = None) -> None:
     if frame.kind is not kind:
         raise FrameError(f"{frame.kind.name} came, {kind.name} was expected")
     if frame.body_bytes != num_bytes:

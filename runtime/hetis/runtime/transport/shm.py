@@ -44,7 +44,7 @@ _FUTEX, _WAIT, _WAKE = 202, 0, 1  # of Linux on x86-64: the call, and what it do
 
 
 def is_supported() -> bool:
-    """Whether processes of this host can talk so."""
+    """Return whether processes of this host can talk so."""
     return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir() and _has_futex()
 
 

@@ -1,4 +1,4 @@
-"""Where the head groups of requests live, as vLLM's scheduler decides it: placed at admission, moved while they run.
+"""Allocation of requests' head groups in vLLM's scheduler: placed at admission, moved while they run.
 
 `hetis.solver.dispatch` says how many groups of a new request go to which device, from measured costs and the room of
 every device; this room names the groups. What runs is kept in the solver's own state of a stage, so that re-dispatch
@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from hetis.runtime.vllm.steps import LOCAL, Admitted, Move
-from hetis.solver.dispatch.problem import HeadShape, IntArray, Load, Requests, Stage
+from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
@@ -34,8 +34,8 @@ class DispatchRule(Protocol):
     def stage(self) -> Stage:
         """The devices and what they cost."""
 
-    def dispatch(self, load: Load, requests: Requests) -> DispatchAnswer:
-        """Where the groups of one request go."""
+    def dispatch(self, load: DeviceLoad, requests: Requests) -> DispatchAnswer:
+        """Return where the groups of one request go."""
 
 
 class DispatchAnswer(Protocol):
@@ -91,7 +91,7 @@ class _Prepared:
     """A move under way: ``prepared`` is its number in the solver's state."""
 
     request_id: str
-    move: Move
+    move: GroupMove
     prepared: int
 
 
@@ -155,7 +155,7 @@ class HeadAllocator:
         return (LOCAL,) * self.heads.head_groups if placed is None else placed.devices
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Whether the groups of a request on workers could grow to so many tokens."""
+        """Return whether the groups of a request on workers could grow to so many tokens."""
         placed = self._placed.get(request_id)
         if placed is None or not any(placed.devices):
             return True
@@ -281,7 +281,7 @@ class HeadAllocator:
 
     # --- moves
 
-    def prepare(self, request_id: str, groups: Sequence[int], target: int) -> Move | None:
+    def prepare(self, request_id: str, groups: Sequence[int], target: int) -> GroupMove | None:
         """Takes room at ``target`` for groups that live together elsewhere; None: it cannot have them now."""
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
@@ -299,11 +299,11 @@ class HeadAllocator:
         if prepared is None:
             return None
         self._next_move += 1
-        move = Move(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
+        move = GroupMove(self._next_move, placed.anchor, tuple(sorted(groups)), source, target)
         self._moves[move.number] = _Prepared(request_id, move, prepared.number)
         return move
 
-    def commit(self, number: int) -> tuple[str, Move]:
+    def commit(self, number: int) -> tuple[str, GroupMove]:
         """The target owns the groups from now on; returns whose they are."""
         one = self._moves.pop(number)
         self.state.commit_moves(one.prepared)
@@ -315,7 +315,7 @@ class HeadAllocator:
         self.stats.moved_groups += len(one.move.groups)
         return one.request_id, one.move
 
-    def abort(self, number: int) -> tuple[str, Move] | None:
+    def abort(self, number: int) -> tuple[str, GroupMove] | None:
         """The groups stay where they are; None: the move has ended already."""
         one = self._moves.pop(number, None)
         if one is None:
@@ -324,12 +324,12 @@ class HeadAllocator:
         return one.request_id, one.move
 
     @property
-    def moves(self) -> tuple[Move, ...]:
+    def moves(self) -> tuple[GroupMove, ...]:
         """Moves under way, the oldest first."""
         return tuple(one.move for one in self._moves.values())
 
     def is_under_way(self, number: int) -> bool:
-        """Whether a move has neither been committed nor come to nothing."""
+        """Return whether a move has neither been committed nor come to nothing."""
         return number in self._moves
 
     def moving(self, request_id: str) -> set[int]:
@@ -355,7 +355,7 @@ class HeadAllocator:
         return max(min(total, self._limits.get(device, total)), total - free), total - free
 
     def snapshot(self) -> StateSnapshot:
-        """What runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
+        """Return what runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
         snapshot = self.state.snapshot()
         used = _ENDLESS - int(self.state.free_blocks()[LOCAL])
         here = replace(snapshot.devices[LOCAL], total_blocks=used + self._free_here())
@@ -403,7 +403,7 @@ class HeadAllocator:
         self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
 
     def _choose(self, tokens: int, growth: int) -> tuple[tuple[int, ...] | None, str]:
-        """Where the groups go, None: there is no room; and the reason."""
+        """Choose where the groups go, None: there is no room; and say the reason."""
         if not any(device.status is DeviceStatus.OK for device in self.state.devices[1:]):
             return (LOCAL,) * self.heads.head_groups, "no_worker"
         match self._policy:
@@ -428,8 +428,9 @@ class HeadAllocator:
             free[device] = max(free[device] - max(self.state.devices[device].total_blocks - limit, 0), 0)
         return free
 
-    def _load(self) -> Load:
-        """What a new request joins. Of the ranks the pool knows what is free, the state what will still be taken."""
+    def _load(self) -> DeviceLoad:
+        """Return what a new request joins. Of the ranks the pool knows what is free, the state what will still be
+        taken."""
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
         self._within_limits(load.free_blocks)
@@ -489,7 +490,7 @@ class HeadAllocator:
 
 
 def _named(counts: Sequence[int]) -> tuple[int, ...]:
-    """Which group goes where: the first ones stay here, the others go to the workers in turns."""
+    """Return which group goes where: the first ones stay here, the others go to the workers in turns."""
     devices = [LOCAL] * counts[LOCAL]
     left = list(counts)
     left[LOCAL] = 0

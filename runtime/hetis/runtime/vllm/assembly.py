@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape
@@ -15,7 +16,7 @@ from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.rank import Rank
 from hetis.runtime.vllm.scheduler import EngineShape
-from hetis.runtime.vllm.settings import Settings
+from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL
 from hetis.runtime.vllm.store import BlockStore
 from hetis.runtime.vllm.workers import Workers
@@ -36,7 +37,7 @@ def rank_number() -> int:
     return int(get_pp_group().rank_in_group * tensor.world_size + tensor.rank_in_group)
 
 
-def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings, number: int) -> Rank:
+def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSettings, number: int) -> Rank:
     """The rank of this process, connected to its workers."""
     [group] = cache.kv_cache_groups
     spec = group.kv_cache_spec
@@ -53,11 +54,11 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: Settings,
         one = settings.workers[worker - 1]
         key = read_key(one.key_file, {})
         assert key is not None, "a file was named"
-        host, _, port = one.addresses[number].rpartition(":")
+        host, port = split_address(one.addresses[number])
         device = join_at(
             one.name,
-            host.strip("[]"),
-            int(port),
+            host,
+            port,
             key,
             shape,
             epoch=epoch,
@@ -104,7 +105,7 @@ def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
 
 
 def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
-    """What placement has to know of the engine."""
+    """Return what placement has to know of the engine."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     queries = max(model.get_num_attention_heads(parallel) // spec.head_groups, 1)
     return EngineShape(
@@ -116,7 +117,7 @@ def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
 
 
 def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvShape:
-    """What the virtual sequences of a stage look like to a worker. Raises UnsupportedModelError."""
+    """Return what the virtual sequences of a stage look like to a worker. Raises UnsupportedModelError."""
     first = impls[0]
     for impl in impls:
         if not isinstance(impl, HeadGroupImpl):

@@ -15,7 +15,7 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from hetis.runtime.vllm.batch import Part
+from hetis.runtime.vllm.batch import VirtualBatch
 from hetis.runtime.vllm.current import current_rank
 from hetis.runtime.vllm.specs import HeadGroupSpec
 
@@ -55,7 +55,9 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     ) -> HeadGroupMetadata:
         return HeadGroupMetadata(common_attn_metadata, self)
 
-    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata) -> Any:
+    def build_base(
+        self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
+    ) -> Any:
         """The base backend's metadata of the virtual sequences of ``part``, whose block tables are [N, width]."""
         starts = torch.from_numpy(part.starts.astype(np.int32))
         lasts = torch.from_numpy(part.lasts.astype(np.int32))

@@ -17,7 +17,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Requests:
+class StepRequests:
     """The requests of a step, in the order of vLLM's batch.
 
     Attributes:
@@ -37,7 +37,7 @@ class Requests:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Part:
+class VirtualBatch:
     """N virtual sequences with V tokens in all. Where each has one token, requests come in order, and in each of them
     its groups: what vLLM hands over is in that order. Else groups in order, and in each of them the requests.
 
@@ -71,7 +71,7 @@ class Part:
         return len(self.rows)
 
 
-def part_of(requests: Requests, chosen: Bools) -> Part:
+def part_of(requests: StepRequests, chosen: Bools) -> VirtualBatch:
     """The part of a step with the groups that are ``chosen``, shape [R, G]."""
     num_groups = chosen.shape[1]
     is_in_order = bool((requests.counts == 1).all())
@@ -89,7 +89,7 @@ def part_of(requests: Requests, chosen: Bools) -> Part:
         offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
         rows = (np.repeat(begins[indices], counts) + offsets) * num_groups + np.repeat(groups, counts)
         positions = np.repeat(requests.firsts[indices], counts) + offsets
-    return Part(
+    return VirtualBatch(
         requests=indices,
         groups=groups,
         counts=counts,
@@ -102,7 +102,7 @@ def part_of(requests: Requests, chosen: Bools) -> Part:
     )
 
 
-def slots_of(part: Part, tables: Table, block_tokens: int) -> IntArray:
+def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
     """Slot of each token, shape [V]: its block times ``block_tokens`` and the place in it; ``tables`` is [N, width]."""
     sequences = np.repeat(np.arange(len(part)), part.counts)
     blocks = tables[sequences, part.positions // block_tokens].astype(np.int64)

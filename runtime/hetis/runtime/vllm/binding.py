@@ -26,5 +26,5 @@ class Binding:
     planned_blocks: int
 
     def name(self, device: int) -> str:
-        """What the planner calls a device; its own name where the plan does not have it."""
+        """Return what the planner calls a device; its own name where the plan does not have it."""
         return next((name for name, number in self.index.items() if number == device), f"device {device}")

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class Homes(Protocol):
-    """Who knows where head groups live: the scheduler's side of the connector."""
+    """Source of where head groups live: the scheduler's side of the connector."""
 
     def devices(self, request_id: str) -> Sequence[int]:
         """Device of each head group of a request that has been placed."""
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Whether its groups elsewhere could grow to so many tokens."""
+        """Return whether its groups elsewhere could grow to so many tokens."""
 
     def grow(self, request_id: str, tokens: int) -> None:
         """They have grown to so many tokens."""

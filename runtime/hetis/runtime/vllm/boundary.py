@@ -1,4 +1,4 @@
-"""Who may touch the scheduler's state: vLLM's thread while anything runs, whoever comes first while nothing does.
+"""Access to the scheduler's state: by vLLM's thread while anything runs, whoever comes first while nothing does.
 
 vLLM's engine sleeps while it has no request, so that nothing would be answered between two steps that are not made.
 What another thread wants done is therefore done by vLLM's thread between two steps, or at once where there are none.
@@ -44,7 +44,7 @@ class Boundary:
                 self._is_busy = True
 
     def leave(self, *, is_idle: bool) -> None:
-        """At a boundary, with `lock` held: does what others want; all of it where nothing will run (``is_idle``)."""
+        """Do at a boundary, with `lock` held, what others want; all of it where nothing will run (``is_idle``)."""
         self.num_steps += 1
         begun_s, done = self._clock(), 0
         while self._works and (is_idle or not done or (done < MOST_WORKS and self._clock() - begun_s < MOST_S)):
@@ -58,7 +58,7 @@ class Boundary:
     # --- other threads
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Has ``work`` done; the future has what it returned or raised."""
+        """Have ``work`` done; the future has what it returned or raised."""
         future: Future[T] = Future()
 
         def do() -> None:

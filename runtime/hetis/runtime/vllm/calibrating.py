@@ -13,8 +13,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from hetis.runtime.measured.calibration import Calibration
 from hetis.runtime.measured.coefficients import Coefficients
-from hetis.runtime.measured.fitting import Call, fit_calls
-from hetis.runtime.vllm.batch import Requests, part_of, slots_of
+from hetis.runtime.measured.fitting import TimedCall, fit_calls
+from hetis.runtime.vllm.batch import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.store import BlockStore
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def _measured(
     width: int,
     block_tokens: int,
     clock: Callable[[], float],
-) -> Call:
+) -> TimedCall:
     """The median call of one layer with so many virtual sequences, each of one request."""
     impl = layers[0].impl
     counts = np.ones(sequences, np.int64)
     lasts = np.full(sequences, context, np.int64)
-    requests = Requests(rows=np.arange(sequences, dtype=np.int64), counts=counts, lasts=lasts)
+    requests = StepRequests(rows=np.arange(sequences, dtype=np.int64), counts=counts, lasts=lasts)
     part = part_of(requests, np.ones((sequences, 1), np.bool_))
     tables = 1 + np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
     device, dtype = layers[0].kv_cache.device, layers[0].kv_cache.dtype
@@ -105,7 +105,7 @@ def _measured(
                 taken_s.append(clock() - begun_s)
     kv_bytes = float(sequences * context * 2 * impl.head_size * dtype.itemsize)
     # The first round allocates, and meets cold caches.
-    return Call(heads=sequences * impl.num_heads, kv_bytes=kv_bytes, seconds=median(taken_s[len(layers) :]))
+    return TimedCall(heads=sequences * impl.num_heads, kv_bytes=kv_bytes, seconds=median(taken_s[len(layers) :]))
 
 
 def _copy_byte_s(

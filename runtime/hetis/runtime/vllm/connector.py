@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from hetis.runtime.vllm.current import set_current_rank
 from hetis.runtime.vllm.scheduler import SchedulerSide
-from hetis.runtime.vllm.settings import Settings, SettingsError, read_settings
+from hetis.runtime.vllm.settings import PluginSettings, SettingsError, read_settings
 from hetis.runtime.vllm.stats import HetisPromMetrics, HetisStats
 from hetis.runtime.vllm.steps import RankReport, StepPlan
 
@@ -209,7 +209,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler
 
 
-def _check(vllm_config: VllmConfig, settings: Settings) -> None:
+def _check(vllm_config: VllmConfig, settings: PluginSettings) -> None:
     """Refuses what cannot work together, in one message. Raises SettingsError."""
     parallel, problems = vllm_config.parallel_config, []
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size

@@ -17,7 +17,7 @@ HERE = "here"  # the ranks, as a device
 _LINK_BYTE_S = 1e-9  # of copies, where nothing was measured
 
 
-class Costs:
+class EngineCosts:
     """The costs of one engine's devices: 0 the ranks themselves, then the workers.
 
     Ranks are measured each for itself, and so are their workers; the slowest counts.

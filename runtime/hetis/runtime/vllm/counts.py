@@ -55,7 +55,7 @@ COUNTERS = {
 DISPATCH_SECONDS = Described("Seconds that it took to decide where the head groups of a request live.")
 
 
-class Counts:
+class SchedulerCounts:
     """Takes the counts of one scheduler."""
 
     def __init__(self, side: SchedulerSide, clock: Callable[[], float] = time.monotonic) -> None:
@@ -64,8 +64,8 @@ class Counts:
         self._taken_s = float("-inf")
 
     def take(self, *, is_last: bool) -> dict[str, Any] | None:
-        """What was counted since the last time, and how it is; None: it is not time yet. ``is_last``: nothing runs any
-        more, so that nobody will ask again soon."""
+        """Return what was counted since the last time, and how it is; None: it is not time yet. ``is_last``: nothing
+        runs any more, so that nobody will ask again soon."""
         now_s = self._clock()
         if not is_last and now_s < self._taken_s + EVERY_S:
             return None
@@ -95,7 +95,7 @@ def merged(one: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(data: dict[str, Any]) -> dict[str, int | float]:
-    """What a line of the log says of a take."""
+    """Return what a line of the log says of a take."""
     found: dict[str, int | float] = {
         f"groups on {device}": int(value)
         for device, value in data.get("gauges", {}).get("hetis_head_groups", {}).items()

@@ -18,7 +18,7 @@ from hetis.runtime.kv.errors import DeviceError, DeviceLostError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.vllm.batch import IntArray
 from hetis.runtime.vllm.head_map import HeadMap
-from hetis.runtime.vllm.steps import LOCAL, Move, MoveStep
+from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep
 from hetis.runtime.vllm.workers import Workers
 
 
@@ -33,10 +33,10 @@ class KvStore(Protocol):
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenMove:
     """A move under way: ``copied`` positions are at the target."""
 
-    move: Move
+    move: GroupMove
     copied: int = 0
     is_reported: bool = False
 
@@ -50,7 +50,7 @@ class Mover:
         """``bytes_per_step``: KV copied between two steps at most, but one position of every group."""
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenMove] = {}
         self._copied: set[int] = set()
         self._failed: set[int] = set()
 
@@ -61,7 +61,7 @@ class Mover:
             if self._heads.row(move.anchor) is None or not self._is_there(move):
                 self._failed.add(move.number)
             else:
-                self._open[move.number] = _Open(move)
+                self._open[move.number] = _OpenMove(move)
             return
         one = self._open.pop(move.number, None)
         if step.phase == "commit":
@@ -119,7 +119,7 @@ class Mover:
 
     # --- inside
 
-    def _commit(self, move: Move, one: _Open | None) -> None:
+    def _commit(self, move: GroupMove, one: _OpenMove | None) -> None:
         """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
         row = self._heads.row(move.anchor)
         if row is None:
@@ -136,7 +136,7 @@ class Mover:
         finally:
             self._heads.devices[row, list(move.groups)] = move.target
 
-    def _copy(self, one: _Open, last: int) -> None:
+    def _copy(self, one: _OpenMove, last: int) -> None:
         move, first = one.move, one.copied
         row, groups = self._row(move), list(move.groups)
         number = int(self._heads.numbers[row])
@@ -151,14 +151,14 @@ class Mover:
         else:
             self._device(move.target).adopt(number, 0, groups, first, k, v)
 
-    def _drop(self, device: int, move: Move) -> None:
+    def _drop(self, device: int, move: GroupMove) -> None:
         row = self._heads.row(move.anchor)
         there = self._workers.get(device)
         if there is not None and row is not None:
             number = int(self._heads.numbers[row])
             there.drop([SequenceKey(number, 0, group) for group in move.groups])
 
-    def _is_there(self, move: Move) -> bool:
+    def _is_there(self, move: GroupMove) -> bool:
         ends: Sequence[int] = move.source, move.target
         return all(end == LOCAL or self._workers.get(end) is not None for end in ends)
 
@@ -168,7 +168,7 @@ class Mover:
             raise DeviceLostError(self._workers.names[number - 1], "it is gone")
         return device
 
-    def _row(self, move: Move) -> int:
+    def _row(self, move: GroupMove) -> int:
         row = self._heads.row(move.anchor)
         assert row is not None, "moves of a request end with it"
         return row

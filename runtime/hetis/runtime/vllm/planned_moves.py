@@ -16,7 +16,7 @@ from hetis.v1.head_map_pb2 import Move
 
 
 @dataclass(slots=True)
-class _Carried:
+class _InFlightMove:
     """A move that is under way: ``number`` names it in the scheduler."""
 
     move: Move
@@ -31,7 +31,7 @@ class PlannedMoves:
 
     def __init__(self, side: SchedulerSide, binding: Binding) -> None:
         self._side, self._binding = side, binding
-        self._open: dict[str, list[_Carried]] = {}
+        self._open: dict[str, list[_InFlightMove]] = {}
 
     def in_flight(self) -> list[tuple[str, Move]]:
         """Moves that are under way, with their changes."""
@@ -42,7 +42,7 @@ class PlannedMoves:
     def reserve(self, taken: EngineChange, generation: int) -> None:
         change = taken.change
         self._check(change, generation)
-        carried: list[_Carried] = []
+        carried: list[_InFlightMove] = []
         names = self._names()
         for move in change.moves:
             why, number = self._refusal_of(move, names), None
@@ -55,7 +55,7 @@ class PlannedMoves:
                 assert why is not None
                 taken.left_out[move.number] = why
             else:
-                carried.append(_Carried(move, number))
+                carried.append(_InFlightMove(move, number))
         self._keep_together(taken, carried)
         if not carried:
             raise RefusedError(taken.left_out[min(taken.left_out)])
@@ -151,7 +151,7 @@ class PlannedMoves:
                 return not_owner(move, group, binding.name(owners[here]) if exists else "")
         return None
 
-    def _leave_out_void(self, change: EngineChange, carried: list[_Carried]) -> None:
+    def _leave_out_void(self, change: EngineChange, carried: list[_InFlightMove]) -> None:
         void = [one for one in carried if not self._side.is_under_way(one.number)]
         if not void:
             return
@@ -161,7 +161,7 @@ class PlannedMoves:
             change.left_out.setdefault(one.move.number, self._refusal_of(one.move, names) or _copy_failed(one.move))
         self._keep_together(change, carried)
 
-    def _keep_together(self, change: EngineChange, carried: list[_Carried]) -> None:
+    def _keep_together(self, change: EngineChange, carried: list[_InFlightMove]) -> None:
         """Moves that flip at the same step or not at all share the fate of the first that is left out."""
         moves = [move for move in change.change.moves if move.number in change.left_out]
         out = {(move.request, move.together): change.left_out[move.number] for move in moves}
@@ -172,7 +172,7 @@ class PlannedMoves:
                 change.left_out[one.move.number] = why
                 self._side.abort(one.number)
 
-    def _are_copied(self, carried: Sequence[_Carried]) -> bool:
+    def _are_copied(self, carried: Sequence[_InFlightMove]) -> bool:
         return all(self._side.is_copied(one.number) or not self._side.is_under_way(one.number) for one in carried)
 
     def _no_room(self, move: Move, names: Mapping[str, str]) -> Failure:
@@ -181,7 +181,7 @@ class PlannedMoves:
         needed = len(self._groups(move)) * allocator.blocks(names[move.request]) * each
         return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
-    def _bytes(self, carried: Sequence[_Carried]) -> int:
+    def _bytes(self, carried: Sequence[_InFlightMove]) -> int:
         """KV of moves, as it is now."""
         names, allocator, shape = self._names(), self._side.allocator, self._side.shape
         tokens = sum(

@@ -24,8 +24,7 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.measured.calibration import Calibration
 from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
-from hetis.runtime.vllm.batch import Part, Requests, part_of, slots_of
-from hetis.runtime.vllm.direct import attend_directly
+from hetis.runtime.vllm.batch import StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.head_map import HeadMap
 from hetis.runtime.vllm.moving import KvStore, Mover
 from hetis.runtime.vllm.steps import (
@@ -48,7 +47,7 @@ MOST_TAKEN = 15  # steps of each device in a report: as many as the median is of
 class BaseBuilder(Protocol):
     """Describes virtual sequences to vLLM's own backend."""
 
-    def build_base(self, part: Part, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
+    def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
         """The metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's description of the step."""
 
 
@@ -82,7 +81,7 @@ class LocalAttention(Protocol):
 
 
 @dataclass(slots=True)
-class _Layers:
+class _LayerTimes:
     """What layers of a step took on one device, between ``least_s`` and ``most_s`` seconds in all."""
 
     count: int = 0
@@ -100,14 +99,14 @@ class _Remote:
     """What one worker computes of a step: rows ``begin`` to ``end - 1`` of those that are sorted by device."""
 
     device: int
-    part: Part
+    part: VirtualBatch
     begin: int
     end: int
     kv_bytes: float  # that its attention reads in one layer
     pending: Pending | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
-    layers: _Layers = field(default_factory=lambda: _Layers())
+    layers: _LayerTimes = field(default_factory=lambda: _LayerTimes())
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -120,16 +119,16 @@ class _Batch:
         base: metadata of vLLM's backend, by builder.
     """
 
-    requests: Requests
+    requests: StepRequests
     num_tokens: int
-    local: Part
+    local: VirtualBatch
     tables: torch.Tensor
     slots: torch.Tensor
     remotes: list[_Remote]
     order: torch.Tensor
     places: torch.Tensor
     base: dict[int, Any] = field(default_factory=dict)
-    layers: _Layers = field(default_factory=_Layers)  # that were computed here
+    layers: _LayerTimes = field(default_factory=_LayerTimes)  # that were computed here
 
 
 class Rank:
@@ -217,7 +216,7 @@ class Rank:
         return void
 
     def take_report(self) -> RankReport:
-        """What the scheduler has to know; counters only now and then."""
+        """Return what the scheduler has to know; counters only now and then."""
         copied, failed = self.mover.take_results()
         report = RankReport(copied=copied, failed=failed)
         now_s = self._clock()
@@ -300,7 +299,7 @@ class Rank:
         num = common.num_reqs
         anchors = common.block_table_tensor[:num, 0].cpu().numpy()
         starts = common.query_start_loc_cpu[: num + 1].numpy().astype(np.int64)
-        requests = Requests(
+        requests = StepRequests(
             rows=self.heads.row_of[anchors],
             counts=np.diff(starts),
             lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
@@ -344,7 +343,7 @@ class Rank:
             self._announce(remote, requests)
         return batch
 
-    def _announce(self, remote: _Remote, requests: Requests) -> None:
+    def _announce(self, remote: _Remote, requests: StepRequests) -> None:
         part = remote.part
         step = DeviceStep(
             epoch=self.workers.epoch,
@@ -435,7 +434,7 @@ class Rank:
         was_late = got_s - waits_s > OVER_READING * read_s
         remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
 
-    def _remember(self, device: int, part: Part, layers: _Layers) -> None:
+    def _remember(self, device: int, part: VirtualBatch, layers: _LayerTimes) -> None:
         """What a step took on a device is told to the scheduler, if it only decoded there."""
         if not layers.count or part.num_tokens != len(part):
             return
@@ -506,3 +505,27 @@ class Rank:
             self.mover.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True
+
+
+def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
+    """Causal attention of a whole sequence, computed in float32.
+
+    Args:
+        q: queries of one head group, shape [tokens, r, d].
+        k, v: its keys and values, shape [tokens, d].
+        shape: has the scale, the soft cap, and the window of ``layer``.
+
+    Returns:
+        Outputs, shape [tokens, r, d], float32.
+    """
+    tokens = len(k)
+    scores = torch.einsum("trd,sd->rts", q.float(), k.float()) * shape.scale
+    if shape.soft_cap:
+        scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    at = torch.arange(tokens, device=q.device)
+    distance = at[:, None] - at[None, :]
+    seen = distance >= 0
+    if window := shape.windows[layer]:
+        seen &= distance < window
+    weights = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1)
+    return torch.einsum("rts,sd->trd", weights, v.float())

@@ -18,7 +18,7 @@ from hetis.solver.redispatch.watch import Watch
 
 if TYPE_CHECKING:
     from hetis.runtime.vllm.allocator import HeadAllocator
-    from hetis.runtime.vllm.settings import RedispatchSettings
+    from hetis.runtime.vllm.settings import EngineRedispatchSettings
 
 BeginMove = Callable[[str, Sequence[int], int], int | None]
 
@@ -34,7 +34,7 @@ class Redispatch:
         self,
         allocator: HeadAllocator,
         begin_move: BeginMove,
-        settings: RedispatchSettings,
+        settings: EngineRedispatchSettings,
         *,
         num_layers: int,
         link_byte_s: Callable[[], FloatArray],

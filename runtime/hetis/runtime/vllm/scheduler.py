@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hetis.runtime.vllm.boundary import Boundary
-from hetis.runtime.vllm.settings import Settings
-from hetis.runtime.vllm.steps import LOCAL, Event, Move, MoveStep, RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.settings import PluginSettings
+from hetis.runtime.vllm.steps import LOCAL, Event, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
     from hetis.runtime.vllm.allocator import HeadAllocator
-    from hetis.runtime.vllm.costs import Costs
+    from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _RECENT = 64  # times that means are taken of
 MovedBy = Literal["planner", "engine", "relief"]
 
 
-class Request(Protocol):
+class VllmRequest(Protocol):
     """What is used of vLLM's requests."""
 
     request_id: str
@@ -46,7 +46,7 @@ class Request(Protocol):
     def num_output_tokens(self) -> int: ...
 
 
-class Pool(Protocol):
+class VllmBlockPool(Protocol):
     """vLLM's pool of blocks."""
 
     def get_num_free_blocks(self) -> int: ...
@@ -60,7 +60,7 @@ class Blocks(Protocol):
     events: list[Event]
 
     @property
-    def block_pool(self) -> Pool: ...
+    def block_pool(self) -> VllmBlockPool: ...
     def anchor(self, request_id: str) -> int: ...
     def blocks_of(self, request_id: str) -> int: ...
     def held(self, request_id: str, group: int) -> int: ...
@@ -130,14 +130,14 @@ class SchedulerSide:
         moves: how many moves began, were committed, and were aborted, by who wanted them.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: PluginSettings) -> None:
         self.settings = settings
         self.boundary = Boundary()
         self.exchanged = {device: Exchanged() for device in range(1, len(settings.workers) + 1)}
         self.moves: Counter[tuple[MovedBy, str]] = Counter()
         self.shape: EngineShape
         self.allocator: HeadAllocator
-        self.costs: Costs
+        self.costs: EngineCosts
         self._plans = 0
         self._manager: Blocks
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
@@ -147,7 +147,7 @@ class SchedulerSide:
         self._steered: Steering | None = None
         self._executor: Closing | None = None
         self._requests = _Requests()
-        self._placed: dict[str, Request] = {}
+        self._placed: dict[str, VllmRequest] = {}
 
     # --- life
 
@@ -155,14 +155,14 @@ class SchedulerSide:
         """Meets the block manager."""
         # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
         from hetis.runtime.vllm.allocator import HeadAllocator
-        from hetis.runtime.vllm.costs import Costs
+        from hetis.runtime.vllm.costs import EngineCosts
         from hetis.runtime.vllm.redispatch import Redispatch
         from hetis.solver.dispatch.warming import compile_dispatch
 
         settings = self.settings
         names = [worker.name for worker in settings.workers]
         self.shape, self._manager = shape, manager
-        self.costs = Costs(shape.heads, names)
+        self.costs = EngineCosts(shape.heads, names)
         self.allocator = HeadAllocator(
             self.costs.stage,
             free_here=manager.block_pool.get_num_free_blocks,
@@ -207,12 +207,12 @@ class SchedulerSide:
 
     # --- requests
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: VllmRequest) -> None:
         """vLLM has taken a request."""
         self.boundary.enter()
         self._requests.arrived(request)
 
-    def place(self, request: Request, num_computed_tokens: int) -> None:
+    def place(self, request: VllmRequest, num_computed_tokens: int) -> None:
         """vLLM is about to admit a request."""
         self.boundary.enter()
         self._placed[request.request_id] = request
@@ -220,7 +220,7 @@ class SchedulerSide:
         most = max(request.max_tokens - request.num_output_tokens, 0)
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
 
-    def finished(self, request: Request) -> None:
+    def finished(self, request: VllmRequest) -> None:
         """A request ended; its blocks are about to be freed if it ran."""
         with self.boundary.lock:
             self._requests.finished(request, has_run=request.request_id in self.allocator.state)
@@ -260,14 +260,14 @@ class SchedulerSide:
                         self._compute_again(request_id)
 
     def take_stats(self) -> dict[str, Any] | None:
-        """What was counted since the last time, after a step; None: it is not time yet."""
+        """Return what was counted since the last time, after a step; None: it is not time yet."""
         with self.boundary.lock:
             return self._counts.take(is_last=self.is_idle)
 
     # --- moves
 
     def begin_move(self, request_id: str, groups: Sequence[int], target: int, *, by: MovedBy = "engine") -> int | None:
-        """Has groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
+        """Have groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
         where the planner wants it, when `commit` is called.
 
         Returns the number of the move; None where the target has no room or the groups are not at rest together.
@@ -279,11 +279,11 @@ class SchedulerSide:
         return move.number
 
     def is_copied(self, number: int) -> bool:
-        """Whether all ranks have copied what there was of a move when they looked last."""
+        """Return whether all ranks have copied what there was of a move when they looked last."""
         return len(self._copied.get(number, ())) == len(self._blocks) > 0
 
     def is_under_way(self, number: int) -> bool:
-        """Whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
+        """Return whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
         return self.allocator.is_under_way(number)
 
     def commit(self, numbers: Iterable[int]) -> None:
@@ -379,7 +379,7 @@ class SchedulerSide:
         for number in report.failed:
             self.abort(number)
 
-    def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> Move | None:
+    def _prepare(self, request_id: str, groups: Sequence[int], target: int, by: MovedBy) -> GroupMove | None:
         manager = self._manager
         if target == LOCAL:
             needed = len(groups) * manager.blocks_of(request_id)
@@ -396,7 +396,7 @@ class SchedulerSide:
         return move
 
     def _compute_again(self, request_id: str) -> None:
-        """Has vLLM begin a request again.
+        """Have vLLM begin a request again.
 
         With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
         of them begins again already, said twice; vLLM itself looks at the step that failed only.
@@ -438,7 +438,7 @@ class _Requests:
     def __init__(self) -> None:
         self.num_finished = self.num_ran_to_end = 0
         self._known: set[str] = set()
-        self._awaited: dict[str, Request] = {}  # that have no token yet
+        self._awaited: dict[str, VllmRequest] = {}  # that have no token yet
         self._first_s: dict[str, float] = {}  # when they had their first token
         self._ttft_s: deque[float] = deque(maxlen=_RECENT)
         self._tpot_s: deque[float] = deque(maxlen=_RECENT)
@@ -463,7 +463,7 @@ class _Requests:
         """Mean seconds per token after the first."""
         return sum(self._tpot_s) / len(self._tpot_s) if self._tpot_s else 0.0
 
-    def arrived(self, request: Request) -> None:
+    def arrived(self, request: VllmRequest) -> None:
         self._known.add(request.request_id)
         self._awaited[request.request_id] = request
 
@@ -474,7 +474,7 @@ class _Requests:
             self._first_s[request.request_id] = now_s
             self._ttft_s.append(max(now_s - request.arrival_time, 0.0))
 
-    def finished(self, request: Request, *, has_run: bool) -> None:
+    def finished(self, request: VllmRequest, *, has_run: bool) -> None:
         name = request.request_id
         if name not in self._known:
             return

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from hetis.formats.endpoints import split_address
 from hetis.formats.errors import DocumentError
 from hetis.formats.files import read_text
 from hetis.formats.positions import parse_text
@@ -59,14 +60,15 @@ class WorkerSettings(_Document):
     @classmethod
     def _check_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
         for address in addresses:
-            host, colon, port = address.rpartition(":")
-            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-                raise ValueError(f"{address!r} is not host:port")
+            try:
+                split_address(address)
+            except ValueError:
+                raise ValueError(f"{address!r} is not host:port") from None
         return addresses
 
 
 class DispatchSettings(_Document):
-    """Where the head groups of new requests go.
+    """Policy for where the head groups of new requests go.
 
     Attributes:
         policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay with the rank while it has room;
@@ -78,8 +80,8 @@ class DispatchSettings(_Document):
     expected_output_tokens: int = Field(default=256, ge=1, le=2**20)
 
 
-class RedispatchSettings(_Document):
-    """When head groups of running requests move.
+class EngineRedispatchSettings(_Document):
+    """Policy for when head groups of running requests move.
 
     Attributes:
         enabled: whether they do while no planner has assigned a replica.
@@ -94,7 +96,7 @@ class RedispatchSettings(_Document):
     copy_bytes_per_step: int = Field(default=8 << 20, ge=1 << 10)
 
 
-class Settings(_Document):
+class PluginSettings(_Document):
     """The whole file.
 
     Attributes:
@@ -114,12 +116,12 @@ class Settings(_Document):
     page_tokens: int = Field(default=16, ge=1, le=1024)
     base_backend: Literal["FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"] | None = None
     dispatch: DispatchSettings = DispatchSettings()
-    redispatch: RedispatchSettings = RedispatchSettings()
+    redispatch: EngineRedispatchSettings = EngineRedispatchSettings()
     executor: Path | None = None
     calibrate: bool = True
 
     @model_validator(mode="after")
-    def _check_workers(self) -> Settings:
+    def _check_workers(self) -> PluginSettings:
         names = [worker.name for worker in self.workers]
         if len(set(names)) < len(names):
             raise ValueError(f"worker names are not unique: {', '.join(names)}")
@@ -129,7 +131,7 @@ class Settings(_Document):
         return self
 
 
-def read_settings() -> Settings | None:
+def read_settings() -> PluginSettings | None:
     """The settings of the file that `VARIABLE` names; None: it names none.
 
     Raises:
@@ -139,7 +141,7 @@ def read_settings() -> Settings | None:
     return None if not path else load_settings(Path(path))
 
 
-def load_settings(path: Path) -> Settings:
+def load_settings(path: Path) -> PluginSettings:
     """The settings in a file. Raises SettingsError with all problems at once."""
     try:
         data, source = parse_text(read_text(path), str(path))
@@ -148,7 +150,7 @@ def load_settings(path: Path) -> Settings:
     if source.problems:
         raise SettingsError(f"{VARIABLE}: " + "; ".join(map(str, source.problems)))
     try:
-        return Settings.model_validate(data)
+        return PluginSettings.model_validate(data)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'document'}: {e['msg']}" for e in error.errors()]
         raise SettingsError(f"{VARIABLE}: {path}: " + "; ".join(problems)) from None

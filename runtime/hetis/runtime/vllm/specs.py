@@ -41,7 +41,7 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
         )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Of one request of the longest length: blocks of all groups, and its anchor."""
+        """Return the bytes of one request of the longest length: blocks of all groups, and its anchor."""
         blocks = cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.head_groups + 1
         return int(blocks * self.page_size_bytes)
 

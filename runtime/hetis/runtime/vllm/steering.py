@@ -205,7 +205,7 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
 
 
 def _planned_costs(binding: Binding) -> dict[str, Coefficients]:
-    """What the plan says of the devices, by their names here."""
+    """Return what the plan says of the devices, by their names here."""
     return {
         HERE if device.is_primary else device.name: Coefficients(
             pieces=tuple((piece.head_s, piece.kv_byte_s, piece.call_s) for piece in device.pieces),

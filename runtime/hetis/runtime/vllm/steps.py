@@ -51,7 +51,7 @@ class Rehomed:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class GroupMove:
     """Groups of one request on their way to another device; `Grown` gives them blocks where that is `LOCAL`."""
 
     number: int  # of the move, rising
@@ -66,7 +66,7 @@ class MoveStep:
     """What happens to a move: its copies begin, the target owns the groups from this step on, or it is given up."""
 
     phase: Literal["begin", "commit", "abort"]
-    move: Move
+    move: GroupMove
 
 
 Event = Admitted | Gone | Grown | Rehomed | MoveStep

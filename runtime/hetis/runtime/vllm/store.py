@@ -54,7 +54,7 @@ class BlockStore:
     # --- inside
 
     def _found_places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each number of K and V is in a block, each [block tokens, d]."""
+        """Return where each number of K and V is in a block, each [block tokens, d]."""
         if self._places is None:
             layer = self._layers[0]
             head_dim, size = _impl(layer).head_size, self._block_tokens

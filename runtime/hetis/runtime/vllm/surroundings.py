@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.runtime.vllm.counts import Counts
+from hetis.runtime.vllm.counts import SchedulerCounts
 from hetis.runtime.vllm.executing import ExecutorThread
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.runtime.vllm.settings import SettingsError
@@ -17,12 +17,12 @@ def surround(side: SchedulerSide) -> SteeredVllm | None:
     """
     path = side.settings.executor
     if path is None:
-        side.attach(Counts(side))
+        side.attach(SchedulerCounts(side))
         return None
     steered = SteeredVllm(side)
     try:
         executor = ExecutorThread(path, steered, side.boundary)
     except OSError as error:
         raise SettingsError(f"hetis: executor: {error}") from None
-    side.attach(Counts(side), steered, executor)
+    side.attach(SchedulerCounts(side), steered, executor)
     return steered

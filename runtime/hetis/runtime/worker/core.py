@@ -22,7 +22,7 @@ from hetis.runtime.attention.local import LocalDevice
 from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.messages import (
     ErrorCode,
     Hello,
@@ -62,12 +62,12 @@ class WorkerCore:
         self._failed: Exception | None = None  # of a frame without an answer
 
     def handle(self, frame: Frame) -> Frame | None:
-        """What one frame does; returns the answer, where the kind has one.
+        """Do what one frame asks; return the answer, where the kind has one.
 
         Raises:
             FrameError: the frame does not fit: the connection is to be closed, and what it left is void.
         """
-        if frame.kind is Kind.HELLO:
+        if frame.kind is FrameKind.HELLO:
             return self._hello(frame)
         if (frame.epoch, frame.session) != (self.epoch, self._session):
             return self._stale(frame) if frame.kind in _ANSWERED else None
@@ -107,7 +107,7 @@ class WorkerCore:
                 return error_answer(frame, ErrorCode.FAILED, why)
         self._forget()
         self.epoch, self._session = frame.epoch, frame.session
-        return frame.answered(Kind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
+        return frame.answered(FrameKind.WELCOME, parts=pack_welcome(self.device.num_pages, self.name))
 
     def _forget(self) -> None:
         self._step, self._failed = None, None
@@ -117,37 +117,37 @@ class WorkerCore:
 
     def _obey(self, frame: Frame, device: LocalDevice) -> Frame | None:
         match frame.kind:
-            case Kind.ATTEND:
+            case FrameKind.ATTEND:
                 return self._attend(frame, device)
-            case Kind.BEGIN:
+            case FrameKind.BEGIN:
                 self._step = None
                 step = read_step(frame)
                 device.begin(step)
                 self._step = step.number, step.num_rows
                 self._meter.begin(step, device.shape.windows)
-            case Kind.FINISH | Kind.ABORT:
+            case FrameKind.FINISH | FrameKind.ABORT:
                 self._step = None
-                if frame.kind is Kind.ABORT:
+                if frame.kind is FrameKind.ABORT:
                     self._failed = None  # the engine knows, and does it again
                 device.abort(frame.step)
-            case Kind.DROP:
+            case FrameKind.DROP:
                 self._drop(read_keys(frame), device)
-            case Kind.ADOPT:
+            case FrameKind.ADOPT:
                 self._adopt(frame, device)
-            case Kind.EXPORT:
+            case FrameKind.EXPORT:
                 self._raise_failed()
                 part = read_part(frame)
                 k, v = device.export(part.request, part.incarnation, part.heads, part.first, part.last)
                 counts = len(part.heads), part.last - part.first, 0
-                return frame.answered(Kind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
-            case Kind.DIGEST:
+                return frame.answered(FrameKind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
+            case FrameKind.DIGEST:
                 self._raise_failed()
                 part = read_part(frame)
                 sums = device.digest(part.request, part.incarnation, part.heads, part.last)
-                return frame.answered(Kind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
-            case Kind.PING:
+                return frame.answered(FrameKind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
+            case FrameKind.PING:
                 stats = self._meter.stats(free_pages=device.pool.free_pages, sequences=len(device.pool))
-                return frame.answered(Kind.PONG, parts=pack_stats(stats))
+                return frame.answered(FrameKind.PONG, parts=pack_stats(stats))
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a worker")
         return None
@@ -160,7 +160,7 @@ class WorkerCore:
         begun_ns = time.perf_counter_ns()
         out = device.attend_received(frame.layer, qkv)
         self._meter.add(frame.layer, rows=len(out), busy_ns=time.perf_counter_ns() - begun_ns)
-        return frame.answered(Kind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
+        return frame.answered(FrameKind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:
         part, k, v = read_adopted(frame, device.shape)
@@ -221,4 +221,4 @@ class _Meter:
         return WorkerStats(free_pages, sequences, self._calls, self._rows, self._read, self._busy_ns)
 
 
-_ANSWERED = frozenset({Kind.HELLO, Kind.ATTEND, Kind.EXPORT, Kind.DIGEST, Kind.PING})
+_ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.DIGEST, FrameKind.PING})

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from hetis.runtime.kv.errors import DeviceLostError, UnreachedDeviceError
 from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.transport.connecting import ChannelKind, Endpoint, connect
+from hetis.runtime.transport.connecting import ChannelKind, WorkerEndpoint, connect
 from hetis.runtime.transport.errors import ChannelError
 from hetis.runtime.worker.remote import RemoteDevice
 
@@ -57,12 +57,12 @@ def join_at(
         DeviceLostError: it does not answer, has no memory for such KV, or its key is another.
         StaleEpochError: it obeys a later engine.
     """
-    return join(name, Endpoint(host=host, port=port, key=key), shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
+    return join(name, WorkerEndpoint(host=host, port=port, key=key), shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
 
 
 def join(
     name: str,
-    endpoint: Endpoint,
+    endpoint: WorkerEndpoint,
     shape: KvShape,
     *,
     epoch: int,

@@ -9,9 +9,9 @@ from typing import Protocol
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.connecting import accept
 from hetis.runtime.transport.errors import ChannelError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.messages import ErrorCode
-from hetis.runtime.worker.newcomers import Newcomers
+from hetis.runtime.worker.pending import PendingConnections
 
 LOOK_S = 0.1  # between two looks for another engine while this one says nothing
 IDLE_S = 1.0  # between two looks while there is none
@@ -26,7 +26,7 @@ class Core(Protocol):
     epoch: int
 
     def handle(self, frame: Frame) -> Frame | None:
-        """What one frame does; returns the answer, where the kind has one. Raises FrameError."""
+        """Do what one frame asks; return the answer, where the kind has one. Raises FrameError."""
 
     def leave(self) -> None:
         """The connection ended."""
@@ -37,7 +37,7 @@ class WorkerLoop:
 
     def __init__(self, core: Core, listener: socket.socket, *, stall_s: float = 10.0) -> None:
         self.core = core
-        self._newcomers = Newcomers(listener, silent_s=stall_s)
+        self._pending = PendingConnections(listener, silent_s=stall_s)
         self._stall_s = stall_s
         self._channel: Channel | None = None
 
@@ -55,7 +55,7 @@ class WorkerLoop:
             frame = self._channel.receive(LOOK_S)
             if frame is None:
                 self._take_newcomer(0.0, GREETING_S)
-            elif frame.kind is Kind.BYE:
+            elif frame.kind is FrameKind.BYE:
                 self._leave("it said goodbye")
             else:
                 self._answer(self._channel, frame)
@@ -64,7 +64,7 @@ class WorkerLoop:
 
     def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
         """Another engine is heard when this one is silent; it is obeyed if its key is right and its epoch not old."""
-        connection = self._newcomers.speaking(wait_s)
+        connection = self._pending.speaking(wait_s)
         if connection is None:
             return
         try:
@@ -73,7 +73,7 @@ class WorkerLoop:
             self._refused("a connection came to nothing", error)
             return
         try:
-            answer = self.core.handle(hello) if hello.kind is Kind.HELLO else None
+            answer = self.core.handle(hello) if hello.kind is FrameKind.HELLO else None
             if answer is None:
                 channel.close()
                 return
@@ -82,7 +82,7 @@ class WorkerLoop:
             self._refused("a connection came to nothing", error)
             channel.close()
             return
-        if answer.kind is Kind.ERROR:
+        if answer.kind is FrameKind.ERROR:
             self._refused("refused an engine", ErrorCode(answer.counts[0]).name)
             channel.close()
             return

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from hetis.runtime.worker.options import OptionError, WorkerOptions, read_options
+from hetis.runtime.worker.options import WorkerOptionError, WorkerOptions, read_options
 from hetis.solver.errors import HetisError
 
 if TYPE_CHECKING:  # torch comes with it, and `--help` does not wait for that
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serves engines until SIGTERM or SIGINT; returns the exit code."""
     try:
         options = read_options(arguments, os.environ)
-    except OptionError as error:
+    except WorkerOptionError as error:
         for message in error.messages:
             print(f"hetis worker: {message}", file=sys.stderr)
         return EXIT_INVALID
@@ -75,7 +75,7 @@ def _serve(options: WorkerOptions) -> int:
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
-    """What it serves with. Raises StartError."""
+    """Return what it serves with. Raises StartError."""
     from hetis.formats.units import format_bytes
     from hetis.runtime.attention.cuda import cuda_count
     from hetis.runtime.attention.local import LocalDevice

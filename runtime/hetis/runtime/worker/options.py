@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.formats.endpoints import split_address
 from hetis.formats.units import parse_bytes
 from hetis.runtime.transport import keys
 from hetis.solver.errors import HetisError
@@ -30,7 +31,7 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 """
 
 
-class OptionError(HetisError):
+class WorkerOptionError(HetisError):
     """Options or variables are wrong; the messages are all that is."""
 
     def __init__(self, *messages: str) -> None:
@@ -39,7 +40,7 @@ class OptionError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class WorkerSetting:
     """One setting; ``default`` None: it must be given."""
 
     option: str
@@ -55,9 +56,9 @@ class Setting:
         )
 
 
-def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> Setting:
+def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> WorkerSetting:
     variable = "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper()
-    return Setting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
+    return WorkerSetting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
 
 
 _SETTINGS = (
@@ -136,7 +137,7 @@ class _Reading:
     """
 
     def __init__(
-        self, settings: Sequence[Setting], given: Mapping[str, str | None], environment: Mapping[str, str]
+        self, settings: Sequence[WorkerSetting], given: Mapping[str, str | None], environment: Mapping[str, str]
     ) -> None:
         """``given``: by option, None where it was not."""
         self.wrong: list[str] = []
@@ -155,7 +156,7 @@ class _Reading:
     def finish(self) -> None:
         """Raises OptionError: with all that was missing or wrong."""
         if self.wrong:
-            raise OptionError(*self.wrong)
+            raise WorkerOptionError(*self.wrong)
 
     def text(self, option: str) -> str:
         return self._of(option)[1]
@@ -185,12 +186,11 @@ class _Reading:
 
     def address(self, option: str, *, least_port: int) -> tuple[str, int]:
         source, text = self._of(option)
-        host, _, port = text.rpartition(":")
-        host = host.strip("[]")
-        if not host or not port.isdecimal() or not least_port <= int(port) <= 65_535:
+        try:
+            return split_address(text, least_port=least_port)
+        except ValueError:
             self._note(source, f" is {text!r}, must be HOST:PORT with a port >= {least_port} and <= 65535")
             return "127.0.0.1", 1
-        return host, int(port)
 
     def size(self, option: str) -> int:
         source, text = self._of(option)

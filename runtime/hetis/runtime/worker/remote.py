@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -13,11 +14,11 @@ from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpoch
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.errors import ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, Kind
+from hetis.runtime.transport.frames import Frame, FrameKind, Numbers
 from hetis.runtime.transport.messages import (
     ErrorCode,
     Hello,
-    Part,
+    KvRange,
     WorkerStats,
     pack_keys,
     pack_step,
@@ -28,7 +29,6 @@ from hetis.runtime.transport.messages import (
     read_stats,
     read_welcome,
 )
-from hetis.runtime.transport.session import Session
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class RemoteDevice:
         self._step = step
         self._queued.append(
             self._session.frame(
-                Kind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step)
+                FrameKind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step)
             )
         )
 
@@ -76,19 +76,19 @@ class RemoteDevice:
         assert self._step is not None, "a step was begun"
         counts, dtype = (len(qkv), 0, 0), self.shape.dtype
         frame = self._session.frame(
-            Kind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
+            FrameKind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
         )
         return _Outputs(self, self._ask(frame), counts[0])
 
     def finish(self, number: int) -> None:
         self._step = None
-        self._queued.append(self._session.frame(Kind.FINISH, step=number))
+        self._queued.append(self._session.frame(FrameKind.FINISH, step=number))
 
     def abort(self, number: int) -> None:
         self._step = None
         if self.is_lost:
             return
-        self._queued.append(self._session.frame(Kind.ABORT, step=number))
+        self._queued.append(self._session.frame(FrameKind.ABORT, step=number))
         # Read what is still under way: a worker that cannot get rid of its answers takes no more frames.
         if self._owed:
             self._answer(self._owed)
@@ -98,13 +98,13 @@ class RemoteDevice:
     def drop(self, keys: Sequence[SequenceKey]) -> None:
         if self.is_lost or not keys:
             return
-        self._send(self._session.frame(Kind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
+        self._send(self._session.frame(FrameKind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
 
     def export(
         self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        part = Part(request, incarnation, first, last, tuple(heads))
-        asked = self._session.frame(Kind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        part = KvRange(request, incarnation, first, last, tuple(heads))
+        asked = self._session.frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
         answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
 
@@ -113,16 +113,16 @@ class RemoteDevice:
     ) -> None:
         self._check_here()
         positions = k.shape[2]
-        part = Part(request, incarnation, first, first + positions, tuple(heads))
+        part = KvRange(request, incarnation, first, first + positions, tuple(heads))
         dtype = self.shape.torch_dtype
         parts = (part.numbers(), k.to(dtype), v.to(dtype))
         self._send(
-            self._session.frame(Kind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts)
+            self._session.frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts)
         )
 
     def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
-        part = Part(request, incarnation, 0, last, tuple(heads))
-        asked = self._session.frame(Kind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        part = KvRange(request, incarnation, 0, last, tuple(heads))
+        asked = self._session.frame(FrameKind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
         answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_digests(frame, self.shape, part))
 
@@ -135,14 +135,14 @@ class RemoteDevice:
 
     def stats(self) -> WorkerStats:
         """Asks, between two steps, for its room and what its attention has taken. Raises DeviceLostError."""
-        return self._read(self._answer(self._ask(self._session.frame(Kind.PING))), read_stats)
+        return self._read(self._answer(self._ask(self._session.frame(FrameKind.PING))), read_stats)
 
     def close(self) -> None:
         """Says goodbye; the worker forgets what it holds and waits for the next engine."""
         if not self.is_lost:
             self.is_lost = True
             with contextlib.suppress(ChannelError):  # it is gone already, which is as good
-                self._channel.send([*self._queued, self._session.frame(Kind.BYE)])
+                self._channel.send([*self._queued, self._session.frame(FrameKind.BYE)])
             self._channel.close()
 
     # --- inside
@@ -177,7 +177,7 @@ class RemoteDevice:
                 break
         if self._owed == serial:
             self._owed = 0
-        if frame.kind is Kind.ERROR:
+        if frame.kind is FrameKind.ERROR:
             raise self._error(frame)
         return frame
 
@@ -220,3 +220,44 @@ class _Outputs(NamedTuple):
         device = self.device
         answer = device._answer(self.serial)
         return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows))
+
+
+class Session:
+    """Makes the frames of one connection, each with a serial of its own, from 1 on.
+
+    Attributes:
+        epoch: of the engine.
+        number: of the connection, drawn at random, so that no two have the same.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.number = epoch, secrets.randbits(63)
+        self._serial = 0
+
+    def frame(
+        self,
+        kind: FrameKind,
+        *,
+        step: int = 0,
+        layer: int = 0,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[Numbers, ...] = (),
+    ) -> Frame:
+        """A frame of this connection; what `Frame` says of the arguments."""
+        self._serial += 1
+        return Frame(
+            kind=kind,
+            epoch=self.epoch,
+            session=self.number,
+            serial=self._serial,
+            step=step,
+            layer=layer,
+            counts=counts,
+            dtype=dtype,
+            parts=parts,
+        )
+
+    def has(self, frame: Frame) -> bool:
+        """Return whether a frame is of this connection."""
+        return (frame.epoch, frame.session) == (self.epoch, self.number)

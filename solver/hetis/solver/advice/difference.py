@@ -45,7 +45,7 @@ class Proven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Of the best plans, after less before, in the objective's unit: not below ``low``, not above ``high``.
+    """Difference of the best plans, after less before, in the objective's unit: not below ``low``, not above ``high``.
 
     ``found`` is the difference of the two plans that were found.
     """
@@ -57,7 +57,7 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """What the two proofs imply; infinite or NaN-free: an unknown side gives an infinite end."""
+    """Return what the two proofs imply; infinite or NaN-free: an unknown side gives an infinite end."""
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise
@@ -76,7 +76,7 @@ def difference(before: Proven, after: Proven, *, maximises: bool, change: Change
 
 
 def _span(side: Proven, maximises: bool) -> tuple[float, float]:
-    """Where the best value lies."""
+    """Return the interval of the best value."""
     return (side.value, side.bound) if maximises else (side.bound, side.value)
 
 

@@ -99,7 +99,7 @@ def node_names(cluster: Cluster) -> Iterator[str]:
 
 
 def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
-    """What is left of a group: itself with fewer nodes where the last ones went, else its nodes one by one."""
+    """Yield what is left of a group: itself with fewer nodes where the last ones went, else its nodes one by one."""
     if group.name in gone:
         return
     left = [i for i in range(group.count) if group.node_name(i) not in gone]
@@ -123,7 +123,7 @@ def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:
 
 
 def usd_per_hour_of(cluster: Cluster) -> float | None:
-    """What the whole fleet costs, used or not; None where a GPU has no price."""
+    """Return what the whole fleet costs, used or not; None where a GPU has no price."""
     total = 0.0
     for group in cluster.node_groups:
         for slots in group.gpus:

@@ -49,8 +49,8 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
     """The rows that the table must have."""
     workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
     used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
-    classes: defaultdict[DeviceClass, list[str]] = defaultdict(list)
-    class_of: dict[tuple[str, str], DeviceClass] = {}
+    classes: defaultdict[EqualDevices, list[str]] = defaultdict(list)
+    class_of: dict[tuple[str, str], EqualDevices] = {}
     explicit = _worst_node_links(fleet)
     for name, device in fleet.devices.items():
         kind = (device.group.name, device.gpu)
@@ -68,7 +68,7 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
         )
 
 
-class DeviceClass(NamedTuple):
+class EqualDevices(NamedTuple):
     """GPUs that no number of a plan tells apart."""
 
     gpu: str
@@ -80,13 +80,13 @@ class DeviceClass(NamedTuple):
     node_link: Link | None  # the worst explicit link of its nodes
 
 
-def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link]) -> DeviceClass:
+def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link]) -> EqualDevices:
     slots = [slots for slots in group.gpus if slots.gpu == gpu]
     count, prices = sum(s.count for s in slots), [fleet.cluster.price_of(s) for s in slots]
     known = [price * s.count for price, s in zip(prices, slots, strict=True) if price is not None]
     nodes = [group.node_name(i) for i in range(group.count)] if explicit else []
     links = [explicit[node] for node in nodes if node in explicit]
-    return DeviceClass(
+    return EqualDevices(
         gpu=gpu,
         zone=group.zone,
         gpus_per_node=count,

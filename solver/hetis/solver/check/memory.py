@@ -10,7 +10,7 @@ from hetis.solver.plan import Role
 
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """What one primary rank of a stage must hold, reserve included."""
+    """Return what one primary rank of a stage must hold, reserve included."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
@@ -18,7 +18,7 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
 
 
 def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
-    """What the fullest card of a pool must hold, reserve included."""
+    """Return what the fullest card of a pool must hold, reserve included."""
     per_token = worker_kv_bytes_per_token(setting, stage, pool, is_first=is_first)
     kv_tokens = kv_tokens_of_a_copy(setting, stage.copies)
     return setting.problem.profiles[pool.gpu].reserve_bytes + per_token * kv_tokens
@@ -54,7 +54,8 @@ def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
 
 
 def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
-    """What a rank keeps of its pool's head groups: prompts under way, which later chunks attend to on the rank."""
+    """Return what a rank keeps of its pool's head groups: prompts under way, which later chunks attend to on the
+    rank."""
     given = stage.pool.head_groups if stage.pool else 0
     tokens = prompt_tokens_of_a_copy(setting, stage.copies)
     return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()

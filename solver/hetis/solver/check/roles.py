@@ -32,7 +32,7 @@ def check_role(replica: ReplicaPlan, where: str, problem: PlacementProblem, flee
 
 
 def check_types_of_roles(plan: Plan, problem: PlacementProblem) -> list[Violation]:
-    """Where the family wants one GPU type per role, all replicas of a role use it."""
+    """Check that, where the family wants one GPU type per role, all replicas of a role use it."""
     if not problem.family.one_type_per_role:
         return []
     types: defaultdict[Role, set[str]] = defaultdict(set)

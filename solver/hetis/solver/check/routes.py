@@ -1,4 +1,4 @@
-"""Where the KV of prompts goes: routes between prefill and decode replicas, and all traffic between zones."""
+"""Checks of where the KV of prompts goes: routes between prefill and decode replicas, and all traffic between zones."""
 
 from __future__ import annotations
 

@@ -89,6 +89,7 @@ def query_heads_per_group(model: ModelSpec, tp: int) -> float:
 
 
 def divides(model: ModelSpec, tp: int) -> bool:
-    """Whether a TP size is possible: it divides the query heads, and it and the head groups divide one another."""
+    """Return whether a TP size is possible: it divides the query heads, and it and the head groups divide one
+    another."""
     groups = model.head_groups
     return tp >= 1 and model.q_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)

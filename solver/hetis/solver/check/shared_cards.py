@@ -24,7 +24,7 @@ def busy_seconds(setting: Setting, shape: ReplicaShape, positions: tuple[int, ..
 
 
 def shared_card_bytes(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
-    """What the card must hold: its reserve once, and the KV of every stage."""
+    """Return what the card must hold: its reserve once, and the KV of every stage."""
     kv_bytes = sum(
         per_token * kv_tokens_of_a_copy(setting, shape.stages[i].copies)
         for i, per_token in _bytes_per_token(setting, shape, positions)

@@ -111,7 +111,8 @@ def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> floa
 
 
 def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
-    """Of any stage, by micro-batches in flight (M) per stage copy (K); and the factor of its unevenness."""
+    """Return the least slack of any stage, by micro-batches in flight (M) per stage copy (K); and the factor of its
+    unevenness."""
     if setting.in_flight == 1:
         return 0.0, 0.0
     assumed, is_full = setting.problem.assumptions, setting.in_flight >= 2 * num_copies

@@ -78,7 +78,7 @@ def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
 
 
 def _adds(of: Sum, name: str, fleet: Fleet) -> float:
-    """What a device adds to a sum; nothing if it does not exist."""
+    """Return what a device adds to a sum; nothing if it does not exist."""
     device = fleet.devices.get(name)
     if device is None or of is Sum.GPUS:
         return float(device is not None)

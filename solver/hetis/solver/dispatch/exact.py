@@ -199,7 +199,7 @@ class _Milp:
         return units * self.costs.unit
 
     def makespan_s(self, groups: IntArray) -> float:
-        """Of a placement [J, D]."""
+        """Return the makespan of a placement [J, D]."""
         placement = placement_of(
             self.costs, self.running, self.free_blocks, self.contexts, self.blocks, np.ascontiguousarray(groups)
         )

@@ -57,7 +57,7 @@ def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) ->
 def _pack(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, *, time_limit_s: float, seed: int
 ) -> tuple[bool | None, IntArray | None]:
-    """Whether whole groups of all requests fit, None: unknown; and where, [J, D]."""
+    """Return whether whole groups of all requests fit, None: unknown; and where, [J, D]."""
     J, D = len(blocks), len(unit)
     room = np.maximum(0, free_blocks)
     highs = quiet_highs(time_limit_s=time_limit_s, seed=seed)

@@ -109,7 +109,7 @@ def _move_or_swap(
 
 @kernel
 def _any_is_full(placement: Placement, blocks: IntArray) -> bool:
-    """Whether some device has no room for one more group of every request."""
+    """Return whether some device has no room for one more group of every request."""
     most = blocks.max()
     for i in range(len(placement.room)):  # noqa: SIM110  (compiled)
         if placement.room[i] < most:

@@ -34,7 +34,7 @@ CHEAPER = 1e-9  # a column joins if it is cheaper than what its request pays by 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LpSolution:
+class DispatchLpSolution:
     """Fractions x [J, D], the level z, and the multipliers of pieces [D, K], blocks [D] and the network card."""
 
     x: FloatArray
@@ -55,7 +55,7 @@ class LpProblem:
     blocks: IntArray
 
     def group_costs(self, piece: FloatArray, block: FloatArray, nic: float) -> FloatArray:
-        """What a head group of request j costs on device i at such prices, shape [J, D]."""
+        """Return what a head group of request j costs on device i at such prices, shape [J, D]."""
         costs = self.costs
         per_group = (piece * costs.alpha).sum(axis=1) + nic * costs.nic_head_s * costs.queries * self.is_worker
         per_token = (piece * costs.beta).sum(axis=1)
@@ -76,7 +76,7 @@ class RelaxationLp:
 
     def solve(
         self, problem: LpProblem, *, guess_s: float, start: IntArray, piece: FloatArray, block: FloatArray, nic: float
-    ) -> LpSolution | None:
+    ) -> DispatchLpSolution | None:
         """The optimum, or None if memory is short.
 
         Args:
@@ -87,7 +87,7 @@ class RelaxationLp:
         open_at, level = problem.running.open_at, guess_s
         cost = problem.group_costs(piece, block, nic)
         columns = (cost <= cost.min(axis=1, keepdims=True) * (1 + NEAR)) | (start > 0)
-        best: LpSolution | None = None
+        best: DispatchLpSolution | None = None
         for _ in range(MOST_GUESSES):
             # A device that opens right at the level has no room: were it open, its constants would hold the level up.
             is_open = open_at < level * (1 - 1e-9)
@@ -106,7 +106,7 @@ class RelaxationLp:
 
     def _solve_open(
         self, problem: LpProblem, is_open: BoolArray, columns: BoolArray, scale: float
-    ) -> LpSolution | None:
+    ) -> DispatchLpSolution | None:
         """The program with these devices open; ``scale`` turns seconds into numbers near 1, as HiGHS likes them."""
         if not is_open.any():
             return None
@@ -123,7 +123,7 @@ class RelaxationLp:
         for i in np.flatnonzero(~is_open):
             least = problem.costs.alpha[i, 0] + problem.costs.beta[i, 0] * problem.contexts
             piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
-        return LpSolution(x=x, level_s=float(sifted.values[0]) / scale, piece=piece, block=block, nic=nic)
+        return DispatchLpSolution(x=x, level_s=float(sifted.values[0]) / scale, piece=piece, block=block, nic=nic)
 
 
 class RelaxationModel:

@@ -163,12 +163,12 @@ class Stage:
         return 1 if self.primary is None else min(self.primary.tp, self.heads.head_groups)
 
     def has_primary_at(self, device: int) -> bool:
-        """Whether ``device`` is the primary."""
+        """Return whether ``device`` is the primary."""
         return self.primary is not None and self.primary.device == device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Load:
+class DeviceLoad:
     """What the devices hold of the micro-batch that new requests join. Of the primary: all its cards together.
 
     Attributes:
@@ -202,7 +202,7 @@ class Load:
                 raise InvalidProblemError(f"kv_bytes is {bad[0]}, must be >= 0 and <= {MOST_KV_BYTES:g}")
 
     @classmethod
-    def idle(cls, free_blocks: IntArray) -> Load:
+    def idle(cls, free_blocks: IntArray) -> DeviceLoad:
         """Devices that run nothing."""
         return cls(
             heads=np.zeros(len(free_blocks), np.int64), kv_bytes=np.zeros(len(free_blocks)), free_blocks=free_blocks
@@ -245,7 +245,7 @@ class DispatchProblem:
     """Which device each head group of the new requests should live on."""
 
     stage: Stage
-    load: Load
+    load: DeviceLoad
     requests: Requests
 
     def __post_init__(self) -> None:

@@ -16,14 +16,14 @@ import numpy as np
 from hetis.solver.dispatch.chain import TINY, level
 from hetis.solver.dispatch.compiled import kernel
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.rows import Rows
+from hetis.solver.dispatch.rows import DeviceRows
 from hetis.solver.dispatch.tables import Running
 
 SETTLED = 1e-9  # a row broken by less, as a share of the level, counts as kept
 NARROW = 1e-3  # where bisection of a weight has come this far, other devices have moved on: look further again
 
 
-class Mix(NamedTuple):
+class ChainMix(NamedTuple):
     """What limits every device in the chain: (1 - weight) of row ``low`` and weight of row ``high``; all [D].
 
     Of the two, ``high`` charges more for tokens and less for groups. ``price``: of a second of that limit.
@@ -35,7 +35,7 @@ class Mix(NamedTuple):
     price: FloatArray
 
 
-class Relaxed(NamedTuple):
+class ChainRelaxation(NamedTuple):
     """Least level found for the chain, and what proves it.
 
     The level leaves out the time of the running load: it is that of the devices that still have room, so that ties at
@@ -44,22 +44,22 @@ class Relaxed(NamedTuple):
 
     level_s: float
     settled: bool  # no row is broken at that level
-    mix: Mix
+    mix: ChainMix
     order: IntArray
 
 
 @kernel
 def relax(
-    rows: Rows, running: Running, guess: float, contexts: FloatArray, blocks: FloatArray, head_groups: int,
+    rows: DeviceRows, running: Running, guess: float, contexts: FloatArray, blocks: FloatArray, head_groups: int,
     most_rounds: int,
-) -> Relaxed:  # fmt: skip
+) -> ChainRelaxation:  # fmt: skip
     """Solves the relaxation for requests sorted by context; ``contexts`` and ``blocks`` [J], ``guess`` a level."""
     num = len(rows.block_scale)
     alpha, beta, base, kappa = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
     groups, tokens, held, key = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
     first = _first_rows(rows, guess, contexts.mean())
-    now = Mix(first, first.copy(), np.zeros(num), np.ones(num))
-    best = Mix(first.copy(), first.copy(), np.zeros(num), np.ones(num))
+    now = ChainMix(first, first.copy(), np.zeros(num), np.ones(num))
+    best = ChainMix(first.copy(), first.copy(), np.zeros(num), np.ones(num))
     under, over = np.zeros(num), np.ones(num)  # bracket of every weight
     order = np.arange(num)
     best_level, z = -1.0, guess
@@ -80,7 +80,7 @@ def relax(
             now.price,
         )  # fmt: skip
         if z == np.inf:
-            return Relaxed(best_level, False, best, order)
+            return ChainRelaxation(best_level, False, best, order)
         if z > best_level:
             best_level = z
             for i in range(len(now.low)):
@@ -88,8 +88,8 @@ def relax(
             for j in range(len(now.price)):
                 best.price[j] = now.price[j]
         if not _adjust(rows, z, contexts, groups, tokens, held, now, under, over):
-            return Relaxed(z, True, now, order)
-    return Relaxed(best_level, False, best, order)
+            return ChainRelaxation(z, True, now, order)
+    return ChainRelaxation(best_level, False, best, order)
 
 
 @kernel
@@ -105,7 +105,7 @@ def sort_again(key: FloatArray, order: IntArray) -> None:
 
 
 @kernel
-def _first_rows(rows: Rows, guess: float, context: float) -> IntArray:
+def _first_rows(rows: DeviceRows, guess: float, context: float) -> IntArray:
     """The piece that binds first when requests of the mean context fill a device to the guessed level, shape [D]."""
     num, width = rows.alpha.shape
     first = np.zeros(num, np.int64)
@@ -121,8 +121,8 @@ def _first_rows(rows: Rows, guess: float, context: float) -> IntArray:
 
 @kernel
 def _adjust(
-    rows: Rows, z: float, contexts: FloatArray, groups: FloatArray, tokens: FloatArray, held: FloatArray, now: Mix,
-    under: FloatArray, over: FloatArray,
+    rows: DeviceRows, z: float, contexts: FloatArray, groups: FloatArray, tokens: FloatArray, held: FloatArray,
+    now: ChainMix, under: FloatArray, over: FloatArray,
 ) -> bool:  # fmt: skip
     """Moves every device whose rows are broken towards the row broken most. Returns whether there was any."""
     num, width = rows.alpha.shape
@@ -170,7 +170,9 @@ def _adjust(
 
 
 @kernel
-def _go_to(rows: Rows, i: int, worst: int, shortest: float, now: Mix, under: FloatArray, over: FloatArray) -> None:
+def _go_to(
+    rows: DeviceRows, i: int, worst: int, shortest: float, now: ChainMix, under: FloatArray, over: FloatArray
+) -> None:
     """Puts device i on its row ``worst``, with the row it comes from on the other side of the bracket."""
     nic = rows.alpha.shape[1] - 1
     came_from = now.high[i] if now.weight[i] > 0.5 else now.low[i]
@@ -190,7 +192,7 @@ def _go_to(rows: Rows, i: int, worst: int, shortest: float, now: Mix, under: Flo
 
 
 @kernel
-def _most_weight(rows: Rows, i: int, now: Mix, shortest: float) -> float:
+def _most_weight(rows: DeviceRows, i: int, now: ChainMix, shortest: float) -> float:
     """Below 1 for the network card: its row pays for groups taken, and a mix must still charge for every request."""
     if rows.alpha[i, now.high[i]] >= 0.0:
         return 1.0

@@ -1,4 +1,4 @@
-"""From fractions to whole head groups: round down, then give every group that is left to the marginal device."""
+"""Rounding of fractions to whole head groups: round down, then give every group that is left to the marginal device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ BLOCK = 16  # devices looked at together: a group changes one of them, and the r
 
 @kernel
 def round_down(
-    costs: Costs, running: Running, placement: Placement, fractions: FloatArray, contexts: IntArray, blocks: IntArray
+    costs: Costs,
+    running: Running,
+    placement: Placement,
+    fractions: FloatArray,
+    contexts: IntArray,
+    blocks: IntArray,
 ) -> None:
     """Places the whole groups (of the primary: whole multiples of what it takes at a time) in ``fractions`` [J, D]."""
     for j in range(len(contexts)):
@@ -90,7 +95,7 @@ def _first_to_end(costs: Costs, ends: FloatArray, block: int) -> int:
 def _end_with_unit(
     costs: Costs, running: Running, placement: Placement, device: int, context: int, blocks: int
 ) -> float:
-    """When a device ends with one more unit of a request; infinite without room for it."""
+    """Return when a device ends with one more unit of a request; infinite without room for it."""
     unit = costs.unit[device]
     if placement.room[device] < unit * blocks:
         return np.inf
@@ -99,7 +104,14 @@ def _end_with_unit(
 
 @kernel
 def marginal_device(
-    costs: Costs, running: Running, placement: Placement, left: int, context: int, blocks: int, but: int, nor: int
+    costs: Costs,
+    running: Running,
+    placement: Placement,
+    left: int,
+    context: int,
+    blocks: int,
+    but: int,
+    nor: int,
 ) -> int:
     """The device, other than ``but`` and ``nor``, that ends first with one more unit; -1 if none has room.
 

@@ -22,7 +22,7 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
 
-class Rows(NamedTuple):
+class DeviceRows(NamedTuple):
     """Rows of all devices, [D, R] with R = K + 2; ``block_scale`` [D]: seconds that a block counts for in row K."""
 
     alpha: FloatArray
@@ -33,7 +33,9 @@ class Rows(NamedTuple):
 
 
 @kernel
-def rows_of(costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray) -> Rows:
+def rows_of(
+    costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray
+) -> DeviceRows:
     """All rows, for requests of these contexts and blocks per head group, both [J]."""
     num, pieces = costs.alpha.shape
     shape = (num, pieces + 2)
@@ -66,11 +68,11 @@ def rows_of(costs: Costs, running: Running, free_blocks: IntArray, contexts: Flo
         alpha[i, pieces + 1] = -running.nic_group_s
         base[i, pieces + 1] = running.nic_base + running.nic_group_s * costs.head_groups * len(contexts)
         kappa[i, pieces + 1] = 1.0
-    return Rows(alpha, beta, base, kappa, block_scale)
+    return DeviceRows(alpha, beta, base, kappa, block_scale)
 
 
 @kernel
-def likely_level(rows: Rows, running: Running, context: float, num_groups: float) -> float:
+def likely_level(rows: DeviceRows, running: Running, context: float, num_groups: float) -> float:
     """A level near the optimum: where groups of equal ``context`` would fill every device's affine pieces."""
     num, width = rows.alpha.shape
     z = TINY
@@ -102,7 +104,7 @@ def likely_level(rows: Rows, running: Running, context: float, num_groups: float
 
 @kernel
 def prices_of(
-    rows: Rows, low: IntArray, high: IntArray, weight: FloatArray, price: FloatArray, piece: FloatArray,
+    rows: DeviceRows, low: IntArray, high: IntArray, weight: FloatArray, price: FloatArray, piece: FloatArray,
     block: FloatArray,
 ) -> float:  # fmt: skip
     """Multipliers of pieces [D, K] and KV blocks [D], written, and of the network card, returned, of mixed rows [D]."""

@@ -8,7 +8,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, IntArray, Load, Stage
+from hetis.solver.dispatch.problem import MOST_BLOCKS, MOST_TOKENS, DeviceLoad, IntArray, Stage
 from hetis.solver.errors import InvalidProblemError
 
 
@@ -159,7 +159,7 @@ class StateSnapshot:
         return self._blocks_on_devices(self.context_blocks())
 
     def total_blocks(self) -> IntArray:
-        """Of each device, shape [D]."""
+        """Return the blocks of each device, shape [D]."""
         return np.array([device.total_blocks for device in self.devices], np.int64)
 
     def takes_groups(self) -> npt.NDArray[np.bool_]:
@@ -174,11 +174,11 @@ class StateSnapshot:
             coming[index[move.request], move.target] += move.groups
         return coming
 
-    def load(self) -> Load:
-        """What new requests join; devices that take no groups have no free blocks."""
+    def load(self) -> DeviceLoad:
+        """Return what new requests join; devices that take no groups have no free blocks."""
         heads = self.stage.heads
         free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
-        return Load(
+        return DeviceLoad(
             heads=self.groups.sum(axis=0) * heads.queries_per_group,
             kv_bytes=(self.context_tokens @ self.groups).astype(np.float64) * heads.kv_bytes_per_token,
             free_blocks=np.where(self.takes_groups(), free, 0),

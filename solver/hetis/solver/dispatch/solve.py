@@ -14,7 +14,7 @@ from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
 from hetis.solver.dispatch.perturbation import perturb
 from hetis.solver.dispatch.placement import empty_placement, makespan, put
 from hetis.solver.dispatch.pour import pour
-from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests, Stage
 from hetis.solver.dispatch.relaxation import relax
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
 from hetis.solver.dispatch.rounding import place_rest, round_down
@@ -35,7 +35,7 @@ WORTH_POLISHING = 0.01  # a gap below this is not worth ruining and recreating
 POLISHING = 2000  # rounds of it, times requests, times devices
 
 
-class Answer(NamedTuple):
+class PassResult(NamedTuple):
     """What one pass of compiled code found; requests in the order of the problem."""
 
     groups: IntArray  # [J, D]
@@ -77,7 +77,7 @@ class Dispatcher:
         self._lp: RelaxationLp | None = None  # set up when first needed
 
     def dispatch(
-        self, load: Load, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
+        self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
     ) -> DispatchPlan:
         """Places the head groups of new requests so that the slowest device finishes soonest.
 
@@ -115,7 +115,7 @@ class Dispatcher:
                 answer, path = by_lp, Path.LP
         return _plan_of(requests, answer, path)
 
-    def _by_lp(self, load: Load, requests: Requests, blocks: IntArray, first: Answer) -> Answer | None:
+    def _by_lp(self, load: DeviceLoad, requests: Requests, blocks: IntArray, first: PassResult) -> PassResult | None:
         """The same with HiGHS's relaxation, the better of both plans and bounds; None if HiGHS gave up."""
         self._lp = self._lp or RelaxationLp()
         running = running_load(self._costs, load.heads, load.kv_bytes)
@@ -167,7 +167,7 @@ class Dispatcher:
 def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
     all_blocks: IntArray, verdict: IntArray, missing: IntArray, all_groups: IntArray,
-) -> Answer:  # fmt: skip
+) -> PassResult:  # fmt: skip
     """Everything after admission; ``all_groups`` [J, D] are the groups reserved there, and is written."""
     num, pieces = costs.alpha.shape
     running = running_load(costs, heads, kv_bytes)
@@ -176,7 +176,7 @@ def _place_admitted(
     piece, block = np.zeros((num, pieces)), np.zeros(num)
     if len(order) == 0:
         floor_s = running.floor_s
-        return Answer(
+        return PassResult(
             all_groups, floor_s, floor_s, floor_s, True, verdict, missing, order, piece, block, 0.0,
             np.zeros(len(all_contexts)),
         )  # fmt: skip
@@ -200,7 +200,7 @@ def _place_admitted(
     for position in range(len(order)):
         for i in range(num):
             all_groups[order[position], i] = groups[position, i]
-    return Answer(
+    return PassResult(
         all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block,
         nic, request_prices(costs, all_contexts, all_blocks, piece, block, nic),
     )  # fmt: skip
@@ -237,7 +237,7 @@ def _admit(costs: Costs, free_blocks: IntArray, blocks: IntArray) -> Admission:
     return Admission(verdict=verdict, missing=missing, reserved=reserved)
 
 
-def _plan_of(requests: Requests, answer: Answer, path: Path) -> DispatchPlan:
+def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan:
     left_out = np.flatnonzero(answer.verdict != PLACED) if len(answer.order) < len(requests.ids) else ()
     unplaced = tuple(
         Unplaced(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.dispatch.ledger import Ledger
-from hetis.solver.dispatch.problem import MOST_TOKENS, IntArray, Load, Requests, Stage
+from hetis.solver.dispatch.problem import MOST_TOKENS, DeviceLoad, IntArray, Requests, Stage
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import (
     DeviceSnapshot,
@@ -117,11 +117,11 @@ class DispatchState:
         free: IntArray = self._total - self._ledger.used
         return free
 
-    def load(self) -> Load:
-        """What new requests join: free blocks are net of expected growth, 0 on devices that take no groups."""
+    def load(self) -> DeviceLoad:
+        """Return what new requests join: free blocks are net of expected growth, 0 on devices that take no groups."""
         heads = self.stage.heads
         takes = np.array([device.status is DeviceStatus.OK for device in self._devices])
-        return Load(
+        return DeviceLoad(
             heads=self._ledger.held * heads.queries_per_group,
             kv_bytes=self._ledger.tokens.astype(np.float64) * heads.kv_bytes_per_token,
             free_blocks=np.where(takes, self._total - self._ledger.expected, 0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import HeadShape, Load, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, Requests, Stage
 from hetis.solver.dispatch.solve import Dispatcher
 
 
@@ -25,4 +25,4 @@ def small_stage() -> Stage:
 def compile_dispatch() -> None:
     """Places a request; takes up to a minute the first time on a machine."""
     requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
-    Dispatcher(small_stage()).dispatch(Load.idle(np.array([64, 64])), requests)
+    Dispatcher(small_stage()).dispatch(DeviceLoad.idle(np.array([64, 64])), requests)

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.layers.compiled import kernel
-from hetis.solver.layers.sweep import Sweep, rate_of
-from hetis.solver.layers.tables import FloatArray, IntArray, Tables
+from hetis.solver.layers.sweep import SweepRoom, rate_of
+from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
 MOST_TILT, MOST_WILD_TILT = 8.0, 1000.0  # a node's weight is at most so many times its KV room per layer, or so few
 NEW_TILT = 0.2  # of nodes in a new place, where weights are wild: those that get any weight
 
 
-class Placement(NamedTuple):
+class LayerPlacement(NamedTuple):
     """Node i holds ``held[i]`` layers from ``first[i]``, none if 0; ``tilt[i]`` multiplies its weight."""
 
     first: IntArray
@@ -26,13 +26,15 @@ class Placement(NamedTuple):
     tilt: FloatArray
 
 
-def copy_of(placement: Placement) -> Placement:
+def copy_of(placement: LayerPlacement) -> LayerPlacement:
     """A placement that may be changed without changing this one."""
-    return Placement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
+    return LayerPlacement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
 
 
 @kernel
-def weights(placement: Placement, kind: IntArray, tables: Tables, flow_only: bool, weight: FloatArray) -> None:
+def weights(
+    placement: LayerPlacement, kind: IntArray, tables: LayerTables, flow_only: bool, weight: FloatArray
+) -> None:
     """Fills ``weight``: KV room per layer, or the measured rate where only flow counts, tilted."""
     for i in range(weight.shape[0]):
         if placement.held[i] > 0:
@@ -43,7 +45,12 @@ def weights(placement: Placement, kind: IntArray, tables: Tables, flow_only: boo
 
 @kernel
 def worth(
-    placement: Placement, kind: IntArray, tables: Tables, flow_only: bool, weight: FloatArray, sweep: Sweep
+    placement: LayerPlacement,
+    kind: IntArray,
+    tables: LayerTables,
+    flow_only: bool,
+    weight: FloatArray,
+    sweep: SweepRoom,
 ) -> float:
     """Requests per second of a placement."""
     weights(placement, kind, tables, flow_only, weight)
@@ -52,12 +59,12 @@ def worth(
 
 @kernel
 def anneal(
-    placement: Placement,
-    best: Placement,
+    placement: LayerPlacement,
+    best: LayerPlacement,
     kind: IntArray,
-    tables: Tables,
+    tables: LayerTables,
     flow_only: bool,
-    sweep: Sweep,
+    sweep: SweepRoom,
     num_moves: int,
     hot: float,
     cold: float,
@@ -73,7 +80,7 @@ def anneal(
     np.random.seed(seed)
     n = placement.first.shape[0]
     weight = np.ones(n)
-    trial = Placement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
+    trial = LayerPlacement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
     rate = worth(placement, kind, tables, flow_only, weight, sweep)
     best_rate = worth(best, kind, tables, flow_only, weight, sweep)
     for step in range(num_moves):
@@ -93,7 +100,7 @@ def anneal(
 
 @kernel
 def polish(
-    placement: Placement, kind: IntArray, tables: Tables, flow_only: bool, sweep: Sweep, num_rounds: int
+    placement: LayerPlacement, kind: IntArray, tables: LayerTables, flow_only: bool, sweep: SweepRoom, num_rounds: int
 ) -> float:
     """Tilts weights one by one, in ever smaller steps, as long as that pays; returns the rate."""
     weight = np.ones(placement.first.shape[0])
@@ -120,13 +127,13 @@ def polish(
 
 
 @kernel
-def _copy(source: Placement, target: Placement) -> None:
+def _copy(source: LayerPlacement, target: LayerPlacement) -> None:
     for i in range(len(source.first)):
         target.first[i], target.held[i], target.tilt[i] = source.first[i], source.held[i], source.tilt[i]
 
 
 @kernel
-def _move(trial: Placement, kind: IntArray, tables: Tables, wild: bool) -> bool:
+def _move(trial: LayerPlacement, kind: IntArray, tables: LayerTables, wild: bool) -> bool:
     """Changes ``trial`` at random; False where the move is not possible."""
     first, held = trial.first, trial.held
     n = first.shape[0]
@@ -156,14 +163,14 @@ def _move(trial: Placement, kind: IntArray, tables: Tables, wild: bool) -> bool:
 
 @kernel
 def _new_tilt(wild: bool) -> float:
-    """Of a node in a new place: by its KV room, or any."""
+    """Draw the tilt of a node in a new place: by its KV room, or any."""
     if wild and np.random.random() < NEW_TILT:
         return float(MOST_WILD_TILT ** np.random.uniform(-1.0, 1.0))
     return 1.0
 
 
 @kernel
-def _join(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild: bool) -> bool:
+def _join(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int, wild: bool) -> bool:
     """Node i takes the range of node j, or as much of its begin as it can hold."""
     if i == j or trial.held[j] == 0:
         return False
@@ -174,7 +181,7 @@ def _join(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild
 
 
 @kernel
-def _swap(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild: bool) -> bool:
+def _swap(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int, wild: bool) -> bool:
     """Nodes of two types change places."""
     if kind[i] == kind[j] or trial.held[i] > tables.most[kind[j]] or trial.held[j] > tables.most[kind[i]]:
         return False
@@ -185,7 +192,7 @@ def _swap(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int, wild
 
 
 @kernel
-def _trade(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int) -> bool:
+def _trade(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int) -> bool:
     """The range of node i gives one of its layers to that of node j, and all ranges between move along."""
     first, held = trial.first, trial.held
     if held[i] < 2 or held[j] == 0 or (first[i] == first[j] and held[i] == held[j]):
@@ -215,7 +222,7 @@ def _trade(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int) -> 
 
 
 @kernel
-def _shift_boundary(trial: Placement, kind: IntArray, tables: Tables, boundary: int, by: int) -> bool:
+def _shift_boundary(trial: LayerPlacement, kind: IntArray, tables: LayerTables, boundary: int, by: int) -> bool:
     """Ranges that end or begin at a layer end or begin ``by`` later."""
     first, held = trial.first, trial.held
     if boundary <= 0 or boundary >= tables.num_layers:
@@ -236,7 +243,7 @@ def _shift_boundary(trial: Placement, kind: IntArray, tables: Tables, boundary: 
 
 
 @kernel
-def _stretch(trial: Placement, kind: IntArray, tables: Tables, i: int) -> bool:
+def _stretch(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int) -> bool:
     """Node i alone begins or ends one layer earlier or later, or both."""
     if trial.held[i] == 0:
         return False
@@ -251,7 +258,7 @@ def _stretch(trial: Placement, kind: IntArray, tables: Tables, i: int) -> bool:
 
 
 @kernel
-def _split(trial: Placement, i: int) -> bool:
+def _split(trial: LayerPlacement, i: int) -> bool:
     """The nodes of one range become two stages."""
     first, held = trial.first[i], trial.held[i]
     if held < 2:
@@ -268,7 +275,7 @@ def _split(trial: Placement, i: int) -> bool:
 
 
 @kernel
-def _merge(trial: Placement, kind: IntArray, tables: Tables, i: int, j: int) -> bool:
+def _merge(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int) -> bool:
     """The nodes of two ranges that follow each other hold both."""
     first, held = trial.first, trial.held
     if held[i] == 0 or held[j] == 0 or first[i] + held[i] != first[j]:

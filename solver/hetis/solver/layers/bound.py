@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.layers.plan import PricedInterval, RateBound
-from hetis.solver.layers.tables import FloatArray, IntArray, Tables
+from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
 _PRECISION = 5e-4  # of the bound: intervals are halved until one is as narrow
 _INTERVALS = 600  # where more in flight neither helps nor harms, most of them are needed: then the bound is looser
@@ -37,7 +37,7 @@ _DEAREST = 1e4  # price of a layer over what it costs at most in itself: dearer 
 _ROUNDS = 60  # of bisection
 
 
-def rate_bound(tables: Tables, counts: IntArray, *, served: float) -> RateBound:
+def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateBound:
     """Requests per second that no placement exceeds, never less than ``served``, what one is known to serve.
 
     Args:
@@ -81,7 +81,7 @@ class _Nodes:
     hop_slope: FloatArray  # seconds per visit and sequence
 
     @classmethod
-    def of(cls, tables: Tables, counts: IntArray, served: float) -> _Nodes:
+    def of(cls, tables: LayerTables, counts: IntArray, served: float) -> _Nodes:
         rows = []
         tokens = tables.prompt_tokens + tables.output_tokens
         prompts = tables.prompt_tokens / tables.output_tokens

@@ -19,7 +19,7 @@ TOLERANCE = 1e-6  # relative, of rates and shares
 
 
 def check_layers_plan(problem: LayersProblem, plan: LayersPlan) -> tuple[str, ...]:
-    """What is wrong with a plan, one sentence each; nothing if it is what it says."""
+    """Return what is wrong with a plan, one sentence each; nothing if it is what it says."""
     broken = tuple(_structure(problem, plan))
     return broken or (*_flow(problem, plan), *_rate(problem, plan), *check_prices(problem, plan))
 

@@ -23,7 +23,8 @@ _SECTIONS = 50
 
 
 def check_prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """What keeps the prices from proving the bound: holes between the intervals, and intervals that allow more."""
+    """Yield what keeps the prices from proving the bound: holes between the intervals, and intervals that allow
+    more."""
     kept = problem.mean_prompt_tokens + 2 * problem.mean_output_tokens
     room = sum(kind.count * max(kind.kv_token_layers[: problem.most_layers(kind)]) for kind in problem.node_types)
     most = room / (kept * problem.num_layers)

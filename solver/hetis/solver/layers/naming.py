@@ -1,4 +1,4 @@
-"""From arrays to named nodes, and from shares at every layer to flows on links."""
+"""Conversion of arrays to named nodes, and from shares at every layer to flows on links."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hetis.solver.layers.annealing import Placement, weights
+from hetis.solver.layers.annealing import LayerPlacement, weights
 from hetis.solver.layers.plan import LinkShare, PlacedNode
 from hetis.solver.layers.problem import LayersProblem
-from hetis.solver.layers.sweep import Sweep, share_requests
-from hetis.solver.layers.tables import IntArray, Tables
+from hetis.solver.layers.sweep import SweepRoom, share_requests
+from hetis.solver.layers.tables import IntArray, LayerTables
 
 _NOTHING = 1e-12  # shares of all requests below this are rounding
 
@@ -19,10 +19,10 @@ Placed = tuple[tuple[PlacedNode, ...], tuple[LinkShare, ...], tuple[str, ...]]
 
 def named(
     problem: LayersProblem,
-    placement: Placement,
+    placement: LayerPlacement,
     kind: IntArray,
-    sweep: Sweep,
-    tables: Tables,
+    sweep: SweepRoom,
+    tables: LayerTables,
     *,
     flow_only: bool = False,
 ) -> Placed:
@@ -47,7 +47,7 @@ def named(
     return tuple(nodes.values()), links, idle
 
 
-def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: Sweep) -> Iterator[LinkShare]:
+def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: SweepRoom) -> Iterator[LinkShare]:
     """Requests that leave at a layer are handed, in order, to the nodes they enter there: the fewest links."""
     visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
     for layer in range(num_layers + 1):

@@ -45,7 +45,7 @@ def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[L
         if visits[node.name] > 0
     )
     views = [
-        _View.of(problem, kinds[node.kind], node, tuple(shares[node.name]), visits[node.name], in_flight)
+        _NodeView.of(problem, kinds[node.kind], node, tuple(shares[node.name]), visits[node.name], in_flight)
         for node in nodes
     ]
     round_trip_s = sum(view.visits * view.visit_s for view in views)
@@ -77,7 +77,7 @@ def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[L
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
+class _NodeView:
     """One node at N requests in flight: seconds per visit, and seconds of computing and sending per request."""
 
     node: PlacedNode
@@ -98,7 +98,7 @@ class _View:
         shares: tuple[float, ...],
         visits: float,
         in_flight: float,
-    ) -> _View:
+    ) -> _NodeView:
         held = node.num_layers
         prompt_tokens, output_tokens = problem.mean_prompt_tokens, problem.mean_output_tokens
         decode = kind.decode_table(held)
@@ -125,5 +125,5 @@ class _View:
         )
 
 
-def _fullest(views: Sequence[_View]) -> _View:
+def _fullest(views: Sequence[_NodeView]) -> _NodeView:
     return max(views, key=lambda view: view.kv_fill)

@@ -10,14 +10,14 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
-from hetis.solver.layers.annealing import Placement, anneal, copy_of, polish
+from hetis.solver.layers.annealing import LayerPlacement, anneal, copy_of, polish
 from hetis.solver.layers.bound import rate_bound
 from hetis.solver.layers.naming import named
 from hetis.solver.layers.objective import judge
 from hetis.solver.layers.plan import LayersPlan
 from hetis.solver.layers.problem import LayersProblem
-from hetis.solver.layers.sweep import Sweep, new_sweep
-from hetis.solver.layers.tables import IntArray, Tables, tabulate
+from hetis.solver.layers.sweep import SweepRoom, new_sweep
+from hetis.solver.layers.tables import IntArray, LayerTables, tabulate
 
 STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as hold the layers
 FINALISTS = 2  # of the starts, searched longer
@@ -86,9 +86,9 @@ class _Search:
     """One search: what it works on and who waits for it."""
 
     problem: LayersProblem
-    tables: Tables
+    tables: LayerTables
     kind: IntArray  # of every node
-    sweep: Sweep
+    sweep: SweepRoom
     budget: Budget
     report: Report
     flow_only: bool
@@ -116,9 +116,9 @@ class _Search:
     def counts(self) -> IntArray:
         return np.array([kind.count for kind in self.problem.node_types], np.int64)
 
-    def run(self, seed: int) -> Placement:
+    def run(self, seed: int) -> LayerPlacement:
         """The best placement from all starts."""
-        found: list[tuple[float, Placement, bool]] = []
+        found: list[tuple[float, LayerPlacement, bool]] = []
         for start, placement in enumerate(self._starts(seed)):
             if found and self.budget.is_spent():
                 break
@@ -144,8 +144,8 @@ class _Search:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
     def _anneal(
-        self, placement: Placement, moves_per_node: int, hottest: float, wild: bool, seed: int
-    ) -> tuple[float, Placement, bool]:
+        self, placement: LayerPlacement, moves_per_node: int, hottest: float, wild: bool, seed: int
+    ) -> tuple[float, LayerPlacement, bool]:
         """The best placement met, after its rate and before ``wild``; in slices, so that the budget is heard."""
         num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
@@ -171,7 +171,7 @@ class _Search:
                 break
         return rate, best, wild
 
-    def _starts(self, seed: int) -> Iterator[Placement]:
+    def _starts(self, seed: int) -> Iterator[LayerPlacement]:
         """Chains of nodes that hold some share of what they can.
 
         First of all nodes in random order, what is left over joins others; then type by type, what is left over stays
@@ -184,9 +184,9 @@ class _Search:
                 fill = min(1.0, 1.15 * fill)
             yield placement
 
-    def _chain(self, random: np.random.Generator, fill: float, *, is_sparse: bool) -> Placement | None:
+    def _chain(self, random: np.random.Generator, fill: float, *, is_sparse: bool) -> LayerPlacement | None:
         n, num_layers = self.problem.num_nodes, self.problem.num_layers
-        placement = Placement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
+        placement = LayerPlacement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
         layer, chain = 0, []
         for i in self._by_type(random) if is_sparse else random.permutation(n):
             most = int(self.tables.most[self.kind[i]])

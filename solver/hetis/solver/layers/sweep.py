@@ -13,10 +13,10 @@ import numpy as np
 
 from hetis.solver.layers.compiled import kernel
 from hetis.solver.layers.problem import BATCH_SHARE
-from hetis.solver.layers.tables import FloatArray, IntArray, Tables
+from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
 
-class Sweep(NamedTuple):
+class SweepRoom(NamedTuple):
     """Room for a sweep over n nodes, used again and again. Requests enter node i for the e-th time at ``entry[i, e]``.
 
     ``share[i, e]`` is the share of all requests that do, ``arrived[l]`` that of requests whose next layer is l.
@@ -30,10 +30,10 @@ class Sweep(NamedTuple):
     beside: IntArray  # [n] another one of the same first layer, or -1
 
 
-def new_sweep(num_nodes: int, num_layers: int) -> Sweep:
+def new_sweep(num_nodes: int, num_layers: int) -> SweepRoom:
     """Empty room."""
     shape = (num_nodes, num_layers)
-    return Sweep(
+    return SweepRoom(
         entries=np.zeros(num_nodes, np.int64),
         entry=np.zeros(shape, np.int64),
         share=np.zeros(shape),
@@ -44,7 +44,7 @@ def new_sweep(num_nodes: int, num_layers: int) -> Sweep:
 
 
 @kernel
-def share_requests(first: IntArray, held: IntArray, weight: FloatArray, sweep: Sweep) -> bool:
+def share_requests(first: IntArray, held: IntArray, weight: FloatArray, sweep: SweepRoom) -> bool:
     """Fills ``sweep`` for nodes that hold ``held`` layers from ``first`` (0: nothing); False if a layer is nowhere."""
     n = first.shape[0]
     sweep.entries[:] = 0
@@ -81,7 +81,7 @@ def share_requests(first: IntArray, held: IntArray, weight: FloatArray, sweep: S
 
 
 @kernel
-def _enter(i: int, layer: int, share: float, end: int, sweep: Sweep) -> None:
+def _enter(i: int, layer: int, share: float, end: int, sweep: SweepRoom) -> None:
     sweep.entry[i, sweep.entries[i]] = layer
     sweep.share[i, sweep.entries[i]] = share
     sweep.entries[i] += 1
@@ -102,7 +102,13 @@ def seconds_at(batch: float, sizes: FloatArray, seconds: FloatArray) -> float:
 
 @kernel
 def rate_of(
-    first: IntArray, held: IntArray, weight: FloatArray, kind: IntArray, tables: Tables, flow_only: bool, sweep: Sweep
+    first: IntArray,
+    held: IntArray,
+    weight: FloatArray,
+    kind: IntArray,
+    tables: LayerTables,
+    flow_only: bool,
+    sweep: SweepRoom,
 ) -> float:
     """Requests per second of a placement, 0 where a layer is nowhere.
 

@@ -13,7 +13,7 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
-class Tables(NamedTuple):
+class LayerTables(NamedTuple):
     """Shapes: T node types, K layers held (column k - 1), Q points of a time table (the last one repeated as padding).
 
     Seconds of one layer: ``wait_s`` whatever the batch, ``prompt_s`` of a prompt per output token, ``decode_s`` of
@@ -34,7 +34,7 @@ class Tables(NamedTuple):
     output_tokens: float
 
 
-def tabulate(problem: LayersProblem) -> Tables:
+def tabulate(problem: LayersProblem) -> LayerTables:
     """All that the search needs to know of a problem."""
     kinds = problem.node_types
     most = np.array([problem.most_layers(kind) for kind in kinds], np.int64)
@@ -50,7 +50,7 @@ def tabulate(problem: LayersProblem) -> Tables:
             wait_s[t, column] = WAIT_SHARE * decode.at(1)
             prompt_s[t, column] = prompt.at(problem.mean_prompt_tokens) / problem.mean_output_tokens
             decode_at[t, column], decode_s[t, column] = _padded(decode, points)
-    return Tables(
+    return LayerTables(
         num_layers=problem.num_layers,
         most=most,
         kv=kv,

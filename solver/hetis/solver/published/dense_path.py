@@ -19,7 +19,7 @@ from hetis.solver.cost import DeviceCost
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.published.layers import best_split
 from hetis.solver.published.parallelism import Composition, tp_groups
-from hetis.solver.published.pipelines import Duty, Ranks, priced
+from hetis.solver.published.pipelines import Ranks, ReplicaDuty, priced
 
 LEAST_GAIN = 0.05  # delta: what a type must take off the cost to stay in the dense path
 REFERENCE_BATCH, REFERENCE_CHUNK = 32, 512
@@ -34,7 +34,7 @@ class DensePath:
     leavers: tuple[int, ...]
 
 
-def dense_path(atlas: Atlas, duty: Duty, group: Composition) -> DensePath | None:
+def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath | None:
     """The dense path of a replica on these GPUs after the 5% rule; None if no types together can hold the weights."""
     reference = _reference(atlas, duty)
     staying = sorted(group, key=lambda part: (-_speed(atlas, reference, part[0]), part[0]))
@@ -48,17 +48,17 @@ def dense_path(atlas: Atlas, duty: Duty, group: Composition) -> DensePath | None
     return None if best is None else DensePath(best.ranks, best.cost_s, tuple(leavers))
 
 
-def _reference(atlas: Atlas, duty: Duty) -> Duty:
+def _reference(atlas: Atlas, duty: ReplicaDuty) -> ReplicaDuty:
     """The same duty at one mix: the family's closest to the reference."""
 
     def distance(x: int) -> tuple[float, float]:
         mix = atlas.mixes[x]
         return abs(np.log(mix.chunk_tokens / REFERENCE_CHUNK)), abs(np.log(mix.micro_batch / REFERENCE_BATCH))
 
-    return Duty(duty.role, duty.scope, (min(duty.mixes, key=distance),))
+    return ReplicaDuty(duty.role, duty.scope, (min(duty.mixes, key=distance),))
 
 
-def _speed(atlas: Atlas, reference: Duty, device_class: int) -> float:
+def _speed(atlas: Atlas, reference: ReplicaDuty, device_class: int) -> float:
     """Layers per second of one GPU."""
     t = atlas.scopes[reference.scope].tables
     speeds = [
@@ -67,7 +67,7 @@ def _speed(atlas: Atlas, reference: Duty, device_class: int) -> float:
     return float(max(speeds, default=0.0))
 
 
-def _path(atlas: Atlas, reference: Duty, parts: list[tuple[int, tuple[int, ...]]]) -> DensePath | None:
+def _path(atlas: Atlas, reference: ReplicaDuty, parts: list[tuple[int, tuple[int, ...]]]) -> DensePath | None:
     """The dense path over all GPUs of these classes, in this order; None if it cannot hold the weights."""
     rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
     stages: list[int] = []
@@ -78,7 +78,7 @@ def _path(atlas: Atlas, reference: Duty, parts: list[tuple[int, tuple[int, ...]]
     return DensePath(tuple(stages), cost_s, ()) if cost_s < np.inf else None
 
 
-def _cost_s(atlas: Atlas, reference: Duty, ranks: Ranks) -> float:
+def _cost_s(atlas: Atlas, reference: ReplicaDuty, ranks: Ranks) -> float:
     """C = C_comp + C_comm at the split of layers that balances computing; infinite if the weights do not fit."""
     t = atlas.scopes[reference.scope].tables
     x, s = reference.mixes[0], np.array(ranks)

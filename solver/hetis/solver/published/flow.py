@@ -90,7 +90,7 @@ def maximum_flow(
 
 
 def _paired(sent: Mapping[int, int], received: Mapping[int, int]) -> dict[tuple[int, int], int]:
-    """What each sender of a link sends to each of its receivers: first come, first served."""
+    """Return what each sender of a link sends to each of its receivers: first come, first served."""
     pairs: dict[tuple[int, int], int] = {}
     waiting = [[j, units] for j, units in received.items() if units > 0]
     for i, left in sent.items():

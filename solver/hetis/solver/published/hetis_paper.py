@@ -32,11 +32,17 @@ from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.dense_path import DensePath, dense_path
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import weight_bytes
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import Composition, composition
-from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
+from hetis.solver.published.pipelines import ReplicaDuty, duty_of
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    weight_bytes,
+)
 from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
 MAX_GPUS = 4096  # GPUs are dealt one by one
@@ -49,7 +55,7 @@ NOTES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ReplicaShare:
     """The GPUs of one replica and its dense path."""
 
     gpus: tuple[int, ...]
@@ -71,7 +77,7 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
     if not replicas:
         raise no_plan(budget, "hetis-paper found no replica that keeps memory and limits")
     notes = (*NOTES, *_who_serves_attention(replicas))
-    return plan_of(atlas, "hetis-paper", Answer(replicas=tuple(replicas), notes=notes), budget)
+    return plan_of(atlas, "hetis-paper", HeuristicPlan(replicas=tuple(replicas), notes=notes), budget)
 
 
 def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
@@ -84,12 +90,12 @@ def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
 
 
 def _of_zone(
-    atlas: Atlas, graph: FleetGraph, duty: Duty, zone: str, budget: Budget, report: Report
+    atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str, budget: Budget, report: Report
 ) -> list[ReplicaPlan]:
     """The replicas of one zone at the cheapest degree of data parallelism that can be had."""
     degrees = sorted(_degrees(atlas, graph, duty, zone), key=_cost_together)
     search = _PoolSearch(atlas, duty)
-    best: list[tuple[Share, Template]] = []
+    best: list[tuple[ReplicaShare, Template]] = []
     for shares in degrees:
         if budget.is_spent():
             break
@@ -104,7 +110,7 @@ def _of_zone(
     return [_replica(atlas, graph, share.gpus, template) for share, template in best]
 
 
-def _degrees(atlas: Atlas, graph: FleetGraph, duty: Duty, zone: str) -> Iterator[list[Share]]:
+def _degrees(atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str) -> Iterator[list[ReplicaShare]]:
     """Every number of replicas whose dense paths hold the weights."""
     members: dict[int, list[int]] = defaultdict(list)
     for gpu in range(graph.num_gpus):
@@ -122,7 +128,7 @@ def _degrees(atlas: Atlas, graph: FleetGraph, duty: Duty, zone: str) -> Iterator
             path = paths[group]
             if path is None:
                 break
-            shares.append(Share(gpus, path))
+            shares.append(ReplicaShare(gpus, path))
         else:
             yield shares
 
@@ -132,18 +138,18 @@ def _dealt(gpus: Sequence[int], degree: int, number: int) -> Sequence[int]:
     return gpus[number * each : (number + 1) * each]
 
 
-def _cost_together(shares: Sequence[Share]) -> float:
+def _cost_together(shares: Sequence[ReplicaShare]) -> float:
     return 1.0 / sum(1.0 / share.path.cost_s for share in shares)
 
 
-def _rate(chosen: Sequence[tuple[Share, Template]]) -> float:
+def _rate(chosen: Sequence[tuple[ReplicaShare, Template]]) -> float:
     return sum(template.rate for _, template in chosen)
 
 
 class _PoolSearch:
     """Finds the best setting of a replica with its attention workers; equal replicas once."""
 
-    def __init__(self, atlas: Atlas, duty: Duty) -> None:
+    def __init__(self, atlas: Atlas, duty: ReplicaDuty) -> None:
         self._atlas, self._duty = atlas, duty
         self._found: dict[Composition, Template | None] = {}
 

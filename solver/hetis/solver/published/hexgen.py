@@ -31,12 +31,18 @@ from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import replica_bytes
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch, composition
 from hetis.solver.published.partition import Part
-from hetis.solver.published.pipelines import Duty, duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
+from hetis.solver.published.pipelines import ReplicaDuty, duty_of
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    replica_bytes,
+)
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends
@@ -79,7 +85,7 @@ def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report
                 replicas.append(replica_plan(atlas, template, named_stages(atlas, graph, group, template)))
     if not replicas:
         raise no_plan(budget, "hexgen-paper found no groups that serve a request within the limits")
-    return plan_of(atlas, "hexgen-paper", Answer(replicas=tuple(replicas), notes=NOTES), budget)
+    return plan_of(atlas, "hexgen-paper", HeuristicPlan(replicas=tuple(replicas), notes=NOTES), budget)
 
 
 def evolved(
@@ -161,11 +167,11 @@ class Mutations:
         return (*rest, tuple(sorted((*one[first], *one[second]))))
 
 
-def _fitness(search: ReplicaSearch, graph: FleetGraph, duty: Duty, one: Individual) -> tuple[float, int]:
+def _fitness(search: ReplicaSearch, graph: FleetGraph, duty: ReplicaDuty, one: Individual) -> tuple[float, int]:
     """Rate and number of groups."""
     found = [_replica(search, graph, group, duty) for group in one]
     return sum(template.rate for template in found if template is not None), len(one)
 
 
-def _replica(search: ReplicaSearch, graph: FleetGraph, group: Part, duty: Duty) -> Template | None:
+def _replica(search: ReplicaSearch, graph: FleetGraph, group: Part, duty: ReplicaDuty) -> Template | None:
     return search.best_replica(composition(graph, group), duty) if group else None

@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from hetis.solver.budget import Budget, Report, silent
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.solve import replica_plan
@@ -29,15 +31,20 @@ from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.bipartition import coarsened, maximum_cut
-from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.memory import replica_bytes
-from hetis.solver.published.naming import named_stages
+from hetis.solver.published.graph import FleetGraph, FloatArray, graph_of
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.partition import Part, refine, spectral_partition
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
-from hetis.solver.published.swaps import Arrangement, Evaluated, Network, improved, with_other_role
+from hetis.solver.published.plans import (
+    WITHOUT_PROOF,
+    HeuristicPlan,
+    named_stages,
+    no_plan,
+    plan_of,
+    refuse_larger,
+    replica_bytes,
+)
+from hetis.solver.published.swaps import Arrangement, Evaluated, SwapNetwork, improved, with_other_role
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
@@ -64,7 +71,7 @@ def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, repor
     networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
     counts = _group_counts(atlas, graph)
     starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
-    found: list[tuple[Network, Evaluated]] = []
+    found: list[tuple[SwapNetwork, Evaluated]] = []
     for start in starts:
         if found and budget.is_spent():
             break
@@ -87,7 +94,8 @@ def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
 
 
 def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
-    """For every headroom the groups of every zone: as many as memory allows, two in all at least; the most first."""
+    """Yield for every headroom the groups of every zone: as many as memory allows, two in all at least; the most
+    first."""
     members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
     room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
     found: list[tuple[float, dict[str, int]]] = []
@@ -111,11 +119,11 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
         yield dict(counts)
 
 
-def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> Network:
+def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> SwapNetwork:
     zones = atlas.problem.cluster.zones()
     model, cluster = atlas.problem.model, atlas.problem.cluster
     kv_bytes = atlas.moments.mean_prompt * model.kv_bytes_per_token()
-    return Network(
+    return SwapNetwork(
         graph=graph,
         search=search,
         duties={
@@ -139,8 +147,8 @@ def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom:
 
 
 def _first_to_serve(
-    networks: Sequence[Network], starts: Iterable[Arrangement], budget: Budget
-) -> list[tuple[Network, Evaluated]]:  # fmt: skip
+    networks: Sequence[SwapNetwork], starts: Iterable[Arrangement], budget: Budget
+) -> list[tuple[SwapNetwork, Evaluated]]:  # fmt: skip
     """The first arrangement through which requests flow, one group on the other side if need be, on every network."""
     for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
         found = [(network, network.evaluated(arrangement)) for network in networks]
@@ -161,14 +169,14 @@ def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
 
 
 def _refined(
-    network: Network, start: Evaluated, budget: Budget, seed: int, report: Report
-) -> tuple[Network, Evaluated]:  # fmt: skip
+    network: SwapNetwork, start: Evaluated, budget: Budget, seed: int, report: Report
+) -> tuple[SwapNetwork, Evaluated]:  # fmt: skip
     return network, improved(network, start, budget=budget, seed=seed, report=report)
 
 
 def _from_without_limits(
-    network: Network, start: Arrangement, budget: Budget, seed: int, report: Report
-) -> tuple[Network, Evaluated]:
+    network: SwapNetwork, start: Arrangement, budget: Budget, seed: int, report: Report
+) -> tuple[SwapNetwork, Evaluated]:
     """Swaps without the latency limits, then with them: none leads out of an arrangement that serves nothing."""
     relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
     found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
@@ -185,7 +193,7 @@ def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> lis
     return [tuple(gpus[i] for i in part) for part in parts]
 
 
-def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> Plan:
+def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) -> Plan:
     """The replicas with their GPUs by name; those that the flow leaves out idle."""
     numbers: dict[Role, list[int]] = {Role.PREFILL: [], Role.DECODE: []}
     replicas: list[ReplicaPlan] = []
@@ -202,7 +210,7 @@ def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> P
     ]
     used = sorted({number for route in routes for number in (route.prefill, route.decode)})
     place = {number: position for position, number in enumerate(used)}
-    answer = Answer(
+    answer = HeuristicPlan(
         replicas=tuple(replicas[number] for number in used),
         kv_routes=tuple(
             KvRoute(prefill=place[route.prefill], decode=place[route.decode], rate=route.rate) for route in routes
@@ -210,3 +218,43 @@ def _plan(atlas: Atlas, network: Network, found: Evaluated, budget: Budget) -> P
         notes=NOTES,
     )
     return plan_of(atlas, "hexgen2-paper", answer, budget)
+
+
+def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
+    """Total edge weight between every two parts, shape [K, K], 0 on the diagonal."""
+    members = np.zeros((len(parts), len(weights)))
+    for number, part in enumerate(parts):
+        members[number, list(part)] = 1.0
+    coarse: FloatArray = members @ weights @ members.T
+    np.fill_diagonal(coarse, 0.0)
+    return coarse
+
+
+def maximum_cut(weights: FloatArray) -> tuple[Part, Part]:
+    """Two sides, none empty, with a large cut between them; vertex 0 is on the first.
+
+    Kernighan-Lin exchanges keep the sizes of the sides, so every size from the spectral cut's neighbourhood is tried:
+    the K vertices are split at each position along the eigenvector, and the best cut after refinement wins.
+    """
+    order = _opposing_order(weights)
+    best: tuple[Part, Part] | None = None
+    best_cut = -1.0
+    for size in sorted(range(1, len(order)), key=lambda size: (abs(2 * size - len(order)), size)):
+        first, second = refine(weights, np.ones(len(order)), [tuple(order[:size]), tuple(order[size:])], 1.0, sign=-1.0)
+        cut = float(weights[np.ix_(first, second)].sum())
+        if cut > best_cut * (1 + 1e-12):
+            best, best_cut = (first, second), cut
+    assert best is not None, "a cut needs two vertices"
+    return best
+
+
+def _opposing_order(weights: FloatArray) -> list[int]:
+    """Vertices along the eigenvector of the Laplacian's largest eigenvalue, its sign fixed; ties by number."""
+    laplacian = np.diag(weights.sum(axis=1)) - weights
+    scale = float(np.abs(laplacian).max()) or 1.0
+    _, vectors = np.linalg.eigh(laplacian / scale)
+    last = np.round(vectors[:, -1], 9)
+    leading = np.flatnonzero(last)
+    if len(leading) and last[leading[0]] > 0:
+        last = -last
+    return [int(v) for v in np.argsort(last, kind="stable")]

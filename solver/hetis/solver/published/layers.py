@@ -42,7 +42,7 @@ class Pipeline(NamedTuple):
     tight: Regime
 
 
-class Split(NamedTuple):
+class LayerSplit(NamedTuple):
     """``interval_s`` is infinite where no split fits; x and f are positions in the pipeline's arrays."""
 
     interval_s: float
@@ -52,14 +52,14 @@ class Split(NamedTuple):
 
 
 @kernel
-def best_split(p: Pipeline) -> Split:
+def best_split(p: Pipeline) -> LayerSplit:
     """The setting and the split of layers with the shortest interval between completions.
 
     For a full pipeline a layer goes to the stage that is quickest with it, one after another: no split has a quicker
     slowest stage. For a single micro-batch, whose stages take turns, it goes to the stage where it costs least.
     """
     num_mixes, num_stages = p.layer_s.shape
-    best = Split(np.inf, -1, -1, np.zeros(num_stages, np.int64))
+    best = LayerSplit(np.inf, -1, -1, np.zeros(num_stages, np.int64))
     for x in range(num_mixes):
         for f in range(p.in_flight.shape[0]):
             m = p.in_flight[f]
@@ -74,7 +74,7 @@ def best_split(p: Pipeline) -> Split:
                 and interval < best.interval_s
                 and _chunk_trip(p, x, layers) <= p.trip_cap[x, f]
             ):
-                best = Split(interval, x, f, layers)
+                best = LayerSplit(interval, x, f, layers)
     return best
 
 

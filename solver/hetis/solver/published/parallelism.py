@@ -20,7 +20,7 @@ from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.plan import Role
 from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.layers import best_split
-from hetis.solver.published.pipelines import Duty, Ranks, pipeline_of
+from hetis.solver.published.pipelines import Ranks, ReplicaDuty, pipeline_of
 
 MAX_ORDERED_TYPES = 3  # of a group whose types are tried in every order
 
@@ -29,7 +29,7 @@ Composition = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def composition(graph: FleetGraph, gpus: Sequence[int]) -> Composition:
-    """What the best replica of a group depends on: classes, and how their GPUs share nodes."""
+    """Return what the best replica of a group depends on: classes, and how their GPUs share nodes."""
     counted: dict[int, Counter[str]] = defaultdict(Counter)
     for gpu in gpus:
         device_class, node = graph.kind(gpu)
@@ -43,13 +43,13 @@ class ReplicaSearch:
 
     atlas: Atlas
     keeps_limits: bool = True
-    _found: dict[tuple[Composition, Duty], Template | None] = field(default_factory=dict)
+    _found: dict[tuple[Composition, ReplicaDuty], Template | None] = field(default_factory=dict)
     _rank_of: dict[tuple[int, int], int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._rank_of = {rank: s for s, rank in enumerate(self.atlas.ranks)}
 
-    def best_replica(self, group: Composition, duty: Duty) -> Template | None:
+    def best_replica(self, group: Composition, duty: ReplicaDuty) -> Template | None:
         """The replica on all GPUs of a group, or on those of some of its types where all together fit none.
 
         None where no shape fits in memory and meets the limits.
@@ -59,7 +59,7 @@ class ReplicaSearch:
             self._found[key] = self._search(group, duty)
         return self._found[key]
 
-    def _search(self, group: Composition, duty: Duty) -> Template | None:
+    def _search(self, group: Composition, duty: ReplicaDuty) -> Template | None:
         for size in range(len(group), 0, -1):
             found = [self._of_all(part, duty) for part in _subsets(group, size)]
             templates = [template for template in found if template is not None]
@@ -67,7 +67,7 @@ class ReplicaSearch:
                 return max(templates, key=lambda template: template.rate)
         return None
 
-    def _of_all(self, group: Composition, duty: Duty) -> Template | None:
+    def _of_all(self, group: Composition, duty: ReplicaDuty) -> Template | None:
         """The replica of a group that uses all its types."""
         shapes = list(self.shapes(group))
         if duty.role is Role.PREFILL:
@@ -99,7 +99,7 @@ class ReplicaSearch:
         profile = self.atlas.problem.profiles[self.atlas.classes[device_class].gpu]
         return float(profile.room_bytes)
 
-    def _latency_s(self, shape: Ranks, duty: Duty) -> float:
+    def _latency_s(self, shape: Ranks, duty: ReplicaDuty) -> float:
         """Seconds of a mean prompt that is alone in the pipeline (or among as few as the family allows)."""
         p = pipeline_of(self.atlas, duty, shape)
         fewest = int(np.argmin(p.in_flight))
@@ -113,7 +113,7 @@ class ReplicaSearch:
         )
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
-    def at_best_setting(self, shape: Ranks, duty: Duty) -> Template | None:
+    def at_best_setting(self, shape: Ranks, duty: ReplicaDuty) -> Template | None:
         """The replica of this shape with the highest rate; None where it fits no setting, or none keeps the limits."""
         pipeline = pipeline_of(self.atlas, duty, shape)
         if not self.keeps_limits:

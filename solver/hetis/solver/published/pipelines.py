@@ -18,7 +18,7 @@ Ranks = tuple[int, ...]  # rank type (index into `Atlas.ranks`) of every stage i
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class ReplicaDuty:
     """What replicas are wanted for: a role in a zone, and the mixes of the family that serve it."""
 
     role: Role
@@ -26,14 +26,14 @@ class Duty:
     mixes: tuple[int, ...]  # indices into `Atlas.mixes`
 
 
-def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> Duty:
+def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> ReplicaDuty:
     """The duty of a role in a zone; ``sends_afar``: a prefill replica may send KV to all zones."""
     scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,) and role in scope.roles)
     mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and mix.sends_afar == sends_afar]
-    return Duty(role, scope, tuple(mixes))
+    return ReplicaDuty(role, scope, tuple(mixes))
 
 
-def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
+def pipeline_of(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
     """Times and room of a pipeline without attention workers under every mix of a duty."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
@@ -43,7 +43,7 @@ def pipeline_of(atlas: Atlas, duty: Duty, ranks: Ranks) -> Pipeline:
 
 
 def priced(
-    atlas: Atlas, duty: Duty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
+    atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
 ) -> Pipeline:
     """A pipeline whose layers compute for ``compute_s`` [X, S] a request and ``chunk_s`` [X, S] an iteration with a
     chunk, and give away ``given`` [S] head groups per rank."""

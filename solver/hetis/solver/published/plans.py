@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.model import ModelSpec
+from hetis.solver.placement.binding import BoundStage
 from hetis.solver.placement.classes import class_of_slots, class_prices
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.tables import Atlas
+from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.work_bound import least_cost
 
 WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it has the bound of the fleet's dense work"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class HeuristicPlan:
     """What a heuristic decided."""
 
     replicas: tuple[ReplicaPlan, ...]
@@ -47,7 +52,7 @@ def no_plan(budget: Budget, message: str) -> NoPlanFoundError:
     return NoPlanFoundError(message)
 
 
-def plan_of(atlas: Atlas, strategy: str, answer: Answer, budget: Budget) -> Plan:
+def plan_of(atlas: Atlas, strategy: str, answer: HeuristicPlan, budget: Budget) -> Plan:
     """The plan, with the bound that dense work gives: no plan of any strategy is better than that.
 
     Raises:
@@ -97,10 +102,40 @@ def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[flo
     return value, min(value, math.ceil(bound - 1e-6) if kind is ObjectiveKind.GPUS else bound)
 
 
-def _used(atlas: Atlas, answer: Answer) -> tuple[Counter[int], Counter[int]]:
+def _used(atlas: Atlas, answer: HeuristicPlan) -> tuple[Counter[int], Counter[int]]:
     """GPUs of every class that the plan uses, and of these the attention workers."""
     class_of = class_of_slots(atlas.classes)
     device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}
     used = {name for replica in answer.replicas for name in replica.devices()}
     workers = {name for replica in answer.replicas for pool in replica.attention_workers for name in pool.devices}
     return Counter(device_class[name] for name in used), Counter(device_class[name] for name in workers)
+
+
+def weight_bytes(model: ModelSpec) -> float:
+    """All weights of a model, once."""
+    ends = model.embedding_params * (1 if model.tie_embeddings else 2)
+    return (model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes
+
+
+def replica_bytes(model: ModelSpec, headroom: float) -> float:
+    """Estimated memory of a replica: weights, and KV of ``headroom`` times as many bytes."""
+    return (1.0 + headroom) * weight_bytes(model)
+
+
+def named_stages(atlas: Atlas, graph: FleetGraph, group: Sequence[int], template: Template) -> list[BoundStage]:
+    """TP groups inside nodes, the largest first, each into the fullest node that holds it.
+
+    TP sizes are powers of two, so that this succeeds for every shape that the group's nodes admit.
+    """
+    free: dict[tuple[int, str], list[int]] = defaultdict(list)
+    for gpu in sorted(group):
+        free[graph.kind(gpu)].append(gpu)
+    ranks = [atlas.ranks[stage.rank] for stage in template.stages]
+    bound = [BoundStage() for _ in ranks]
+    for i in sorted(range(len(ranks)), key=lambda i: (-ranks[i][1], i)):
+        device_class, tp = ranks[i]
+        places = [kind for kind, gpus in free.items() if kind[0] == device_class and len(gpus) >= tp]
+        place = min(places, key=lambda kind: (len(free[kind]), kind[1]))
+        bound[i].devices.extend(graph.names[gpu] for gpu in free[place][:tp])
+        del free[place][:tp]
+    return bound

@@ -18,7 +18,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage
 from hetis.solver.published.layers import Pipeline, best_split
-from hetis.solver.published.pipelines import Duty, Ranks, pipeline_of, priced
+from hetis.solver.published.pipelines import Ranks, ReplicaDuty, pipeline_of, priced
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class SharedPool:
     cards: int
 
 
-def best_with_pool(atlas: Atlas, duty: Duty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
+def best_with_pool(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
     """The dense path at its best setting with these attention workers, or with none; None where nothing fits."""
     best = _template(atlas, duty, ranks, None, np.zeros(len(ranks), dtype=np.int64), pipeline_of(atlas, duty, ranks))
     if pool is None:
@@ -41,7 +41,7 @@ def best_with_pool(atlas: Atlas, duty: Duty, ranks: Ranks, pool: SharedPool | No
     return best
 
 
-def pooled_pipeline(atlas: Atlas, duty: Duty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
+def pooled_pipeline(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
     """Times and room of the dense path whose stages give ``given`` [S] head groups of every rank to the pool."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
@@ -74,7 +74,7 @@ def worker_cost(atlas: Atlas, pool: SharedPool) -> DeviceCost:
     return DeviceCost(model, atlas.problem.profiles[c.gpu], atlas.moments, shape, c.intra)
 
 
-def _card_bytes(atlas: Atlas, duty: Duty, groups: int, cards: int) -> FloatArray:
+def _card_bytes(atlas: Atlas, duty: ReplicaDuty, groups: int, cards: int) -> FloatArray:
     """KV bytes of one layer on the fullest card, shape [X, F]; ``groups`` of all ranks together."""
     t = atlas.scopes[duty.scope].tables
     x = np.array(duty.mixes, dtype=np.int64)
@@ -95,7 +95,7 @@ def _shares(atlas: Atlas, ranks: Ranks) -> Iterator[IntArray]:
 
 
 def _template(
-    atlas: Atlas, duty: Duty, ranks: Ranks, pool: SharedPool | None, given: IntArray, pipeline: Pipeline
+    atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None, given: IntArray, pipeline: Pipeline
 ) -> Template | None:
     split = best_split(pipeline)
     if split.x < 0:

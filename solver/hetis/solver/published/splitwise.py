@@ -32,10 +32,9 @@ from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.naming import named_stages
 from hetis.solver.published.parallelism import ReplicaSearch
 from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, Answer, no_plan, plan_of, refuse_larger
+from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, named_stages, no_plan, plan_of, refuse_larger
 
 MAX_GPUS = 1024  # every prompt machine has a route to every token machine
 MAX_STAGES = 8  # TP groups of a machine
@@ -117,7 +116,7 @@ def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, rep
     if not replicas or budget.is_spent():
         raise no_plan(budget, "splitwise-paper found no pools that serve a request within the limits")
     return plan_of(
-        atlas, "splitwise-paper", Answer(replicas=tuple(replicas), kv_routes=tuple(routes), notes=NOTES), budget
+        atlas, "splitwise-paper", HeuristicPlan(replicas=tuple(replicas), kv_routes=tuple(routes), notes=NOTES), budget
     )
 
 

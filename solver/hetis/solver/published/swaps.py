@@ -20,7 +20,7 @@ from hetis.solver.published.flow import Flow, Station, maximum_flow
 from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.parallelism import ReplicaSearch, composition
 from hetis.solver.published.partition import Part
-from hetis.solver.published.pipelines import Duty
+from hetis.solver.published.pipelines import ReplicaDuty
 
 SATURATED = 1.0 - 1e-9  # share of a group's capacity
 GAIN = 1.0 + 1e-9
@@ -52,12 +52,12 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Network:
+class SwapNetwork:
     """What arrangements are judged by: duties by (role, zone), and the links between zones in requests/s."""
 
     graph: FleetGraph
     search: ReplicaSearch
-    duties: Mapping[tuple[Role, str], Duty]
+    duties: Mapping[tuple[Role, str], ReplicaDuty]
     link_rates: Mapping[tuple[str, str], float]
     sends_afar: bool
 
@@ -78,7 +78,7 @@ class Network:
         return self.search.best_replica(composition(self.graph, group), duty)
 
 
-def improved(network: Network, start: Evaluated, *, budget: Budget, seed: int, report: Report) -> Evaluated:
+def improved(network: SwapNetwork, start: Evaluated, *, budget: Budget, seed: int, report: Report) -> Evaluated:
     """The arrangement at which no proposal raises the flow any more, or the best one when the budget is spent."""
     best, order = start, np.random.default_rng(seed)
     while True:

@@ -33,7 +33,8 @@ class LayerSpeeds:
 
     @staticmethod
     def of(atlas: Atlas) -> LayerSpeeds:
-        """From the tables of a problem whose family has all roles: a role that is missing gets no speed."""
+        """Derive the bound from the tables of a problem whose family has all roles: a role that is missing gets no
+        speed."""
         layer_s = atlas.scopes[0].tables.layer_s
         speeds = np.zeros((3, len(atlas.classes)))
         for x, mix in enumerate(atlas.mixes):
@@ -43,7 +44,7 @@ class LayerSpeeds:
         return LayerSpeeds(*speeds)
 
     def at(self, share: float) -> FloatArray:
-        """What a GPU of each class adds at most to r L, shape [N]."""
+        """Return what a GPU of each class adds at most to r L, shape [N]."""
         result: FloatArray = np.maximum(self.unified, np.maximum(share * self.prefill, (1.0 - share) * self.decode))
         return result
 

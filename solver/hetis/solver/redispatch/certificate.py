@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray
-from hetis.solver.redispatch.tables import Tables
+from hetis.solver.redispatch.tables import RedispatchTables
 from hetis.solver.sifting import BoolArray
 
 
@@ -34,7 +34,7 @@ class Prices(NamedTuple):
     budget: float
 
 
-def group_prices(tables: Tables, prices: Prices) -> FloatArray:
+def group_prices(tables: RedispatchTables, prices: Prices) -> FloatArray:
     """w: what a head group of each request costs on each device, shape [N, D]."""
     w: FloatArray = np.outer(tables.context, (prices.piece * tables.beta).sum(axis=1)) + (
         prices.piece * tables.alpha
@@ -45,13 +45,13 @@ def group_prices(tables: Tables, prices: Prices) -> FloatArray:
     return w
 
 
-def arrival_prices(tables: Tables, prices: Prices, is_open: BoolArray) -> FloatArray:
-    """What a head group costs that moves to a device; infinite where it cannot, shape [N, D]."""
+def arrival_prices(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> FloatArray:
+    """Return what a head group costs that moves to a device; infinite where it cannot, shape [N, D]."""
     arriving = group_prices(tables, prices) + tables.charge + prices.budget * tables.num_bytes[:, None]
     return np.where(tables.takes & is_open, arriving, np.inf)
 
 
-def proven_bound(tables: Tables, prices: Prices, is_open: BoolArray) -> float:
+def proven_bound(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> float:
     """The bound over all placements that use open devices only; any multipliers will do, optimal ones give the most."""
     fixed, bound = feasible(tables, prices, is_open), 0.0
     bound += float((fixed.piece * tables.base)[is_open].sum()) + fixed.nic * tables.nic_base
@@ -64,7 +64,7 @@ def proven_bound(tables: Tables, prices: Prices, is_open: BoolArray) -> float:
     return bound + float((tables.now * np.minimum(staying, leaving, where=holds, out=np.zeros_like(staying))).sum())
 
 
-def feasible(tables: Tables, prices: Prices, is_open: BoolArray) -> Prices:
+def feasible(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> Prices:
     """The nearest multipliers that obey their limits: none below 0, nothing for closed devices."""
     piece = np.maximum(0.0, prices.piece) * is_open[:, None]
     # The card's row holds only while workers are in use; where that is open, it may be slack for no reason.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, Requests
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
@@ -22,4 +22,4 @@ def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draini
         context_tokens=snapshot.context_tokens,
         growth_tokens=np.zeros(len(snapshot.ids), np.int64),
     )
-    return dispatcher.dispatch(Load.idle(np.array(free, np.int64)), everything, tolerance=0.01)
+    return dispatcher.dispatch(DeviceLoad.idle(np.array(free, np.int64)), everything, tolerance=0.01)

@@ -1,4 +1,4 @@
-"""From fractions to whole head groups, and step by step to a lower objective."""
+"""Rounding of fractions to whole head groups, and step by step to a lower objective."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import device_s
 from hetis.solver.redispatch.compiled import kernel
-from hetis.solver.redispatch.tables import Tables, card_s
+from hetis.solver.redispatch.tables import RedispatchTables, card_s
 
 MOST_STEPS = 2000
 
 
-class Placement(NamedTuple):
+class JointPlacement(NamedTuple):
     """Mutable arrays; scalars are arrays of one."""
 
     x: IntArray  # [N, D] groups
@@ -28,11 +28,11 @@ class Placement(NamedTuple):
 
 
 @kernel
-def placement_of(tables: Tables, x: IntArray) -> Placement:
+def placement_of(tables: RedispatchTables, x: IntArray) -> JointPlacement:
     """Sums of groups ``x`` [N, D], which is kept and changed."""
     num_requests, num = x.shape
     horizons = tables.later.shape[0]
-    placement = Placement(
+    placement = JointPlacement(
         x, np.zeros(num, np.int64), np.zeros(num), np.zeros(num, np.int64), np.zeros((horizons, num)),
         np.zeros(num), np.zeros(1, np.int64), np.zeros(1),
     )  # fmt: skip
@@ -52,14 +52,14 @@ def placement_of(tables: Tables, x: IntArray) -> Placement:
 
 
 @kernel
-def seconds_with(tables: Tables, placement: Placement, device: int, groups: int, tokens: float) -> float:
+def seconds_with(tables: RedispatchTables, placement: JointPlacement, device: int, groups: int, tokens: float) -> float:
     """Time of a device if it held so many more groups and tokens; 0 when it holds no heads."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
     return device_s(tables, tables, device, float(n), float(t))
 
 
 @kernel
-def short_with(tables: Tables, placement: Placement, device: int, request: int, groups: int) -> float:
+def short_with(tables: RedispatchTables, placement: JointPlacement, device: int, request: int, groups: int) -> float:
     """Price of the blocks above the limit of a device if it held so many more groups of a request."""
     most = 0.0
     for t in range(tables.later.shape[0]):
@@ -69,7 +69,9 @@ def short_with(tables: Tables, placement: Placement, device: int, request: int, 
 
 
 @kernel
-def shift(tables: Tables, placement: Placement, request: int, source: int, target: int, count: int) -> None:
+def shift(
+    tables: RedispatchTables, placement: JointPlacement, request: int, source: int, target: int, count: int
+) -> None:
     """Moves groups of a request."""
     for i, n in ((source, -count), (target, count)):
         before = max(0, placement.x[request, i] - tables.now[request, i])
@@ -87,7 +89,7 @@ def shift(tables: Tables, placement: Placement, request: int, source: int, targe
 
 
 @kernel
-def round_to_groups(tables: Tables, fractions: FloatArray) -> IntArray:
+def round_to_groups(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
     """Whole groups near ``fractions`` [N, D]: the primary's to the nearest multiple, the others by largest remainder.
 
     A request whose new home has no room for it stays where it is.
@@ -101,7 +103,7 @@ def round_to_groups(tables: Tables, fractions: FloatArray) -> IntArray:
 
 
 @kernel
-def _round_row(tables: Tables, fractions: FloatArray, now: IntArray, row: IntArray) -> None:
+def _round_row(tables: RedispatchTables, fractions: FloatArray, now: IntArray, row: IntArray) -> None:
     """Writes whole groups of one request to ``row`` [D]; leaves it as it is where remainders do not tell enough."""
     whole, left = np.zeros(len(now), np.int64), now.sum()
     if tables.primary >= 0:
@@ -129,7 +131,7 @@ def _round_row(tables: Tables, fractions: FloatArray, now: IntArray, row: IntArr
 
 
 @kernel
-def _take_back_what_does_not_fit(tables: Tables, x: IntArray) -> None:
+def _take_back_what_does_not_fit(tables: RedispatchTables, x: IntArray) -> None:
     """Puts requests back where they were, those with the most bytes moved first, until blocks and budget suffice."""
     num_requests, num = x.shape
     placement = placement_of(tables, x)
@@ -152,7 +154,7 @@ def _take_back_what_does_not_fit(tables: Tables, x: IntArray) -> None:
 
 
 @kernel
-def improve(tables: Tables, x: IntArray) -> int:
+def improve(tables: RedispatchTables, x: IntArray) -> int:
     """Moves single groups, or takes whole moves back, as long as the objective falls; changes ``x`` [N, D].
 
     A step takes the change that lowers the objective most: of `_best_shift` or, where the primary takes several groups
@@ -176,7 +178,7 @@ def improve(tables: Tables, x: IntArray) -> int:
 
 
 @kernel
-def _slowest(placement: Placement) -> tuple[int, int, int]:
+def _slowest(placement: JointPlacement) -> tuple[int, int, int]:
     """The three slowest devices: whatever two change, the slowest of all others is among them; -1 for fewer devices."""
     first, second, third = -1, -1, -1
     for i in range(len(placement.seconds)):
@@ -192,9 +194,9 @@ def _slowest(placement: Placement) -> tuple[int, int, int]:
 
 @kernel
 def _best_shift(
-    tables: Tables, placement: Placement, slowest: tuple[int, int, int]
+    tables: RedispatchTables, placement: JointPlacement, slowest: tuple[int, int, int]
 ) -> tuple[float, int, int, int, int]:  # fmt: skip
-    """Of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
+    """Return of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
 
     Looks at the slowest device, at those short of blocks, and at all groups that are not where they were. Returns the
     gain, the request, source, target and groups; -1 for the request if nothing gains.
@@ -243,7 +245,9 @@ def _best_shift(
 
 
 @kernel
-def _best_exchange(tables: Tables, placement: Placement, slowest: int, least_gain: float) -> tuple[int, IntArray]:
+def _best_exchange(
+    tables: RedispatchTables, placement: JointPlacement, slowest: int, least_gain: float
+) -> tuple[int, IntArray]:
     """The request, and its new row [D], for which one unit on the primary more or less gains most; -1: none does.
 
     The primary's groups go one by one to the device that then ends first, or come from those that end last.
@@ -287,7 +291,7 @@ def _best_exchange(tables: Tables, placement: Placement, slowest: int, least_gai
 
 
 @kernel
-def _partner(tables: Tables, placement: Placement, request: int, arrives: bool) -> int:
+def _partner(tables: RedispatchTables, placement: JointPlacement, request: int, arrives: bool) -> int:
     """The worker to take a group of a request from, or to give one to; -1: none."""
     best, most = -1, -np.inf
     for i in range(len(tables.unit)):
@@ -304,7 +308,7 @@ def _partner(tables: Tables, placement: Placement, request: int, arrives: bool) 
 
 
 @kernel
-def _part_of_objective(tables: Tables, placement: Placement, request: int) -> float:
+def _part_of_objective(tables: RedispatchTables, placement: JointPlacement, request: int) -> float:
     """The objective but for what other requests' moves cost."""
     value: float = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     for i in range(len(tables.unit)):
@@ -314,7 +318,7 @@ def _part_of_objective(tables: Tables, placement: Placement, request: int) -> fl
 
 
 @kernel
-def _set_row(tables: Tables, placement: Placement, request: int, row: IntArray) -> None:
+def _set_row(tables: RedispatchTables, placement: JointPlacement, request: int, row: IntArray) -> None:
     """Moves a request's groups so that they lie as in ``row`` [D]."""
     for i in range(len(row)):
         for k in range(len(row)):

@@ -16,7 +16,7 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 from hetis.solver.redispatch.certificate import Prices, arrival_prices
-from hetis.solver.redispatch.tables import Tables, device_seconds
+from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 from hetis.solver.sifting import BoolArray, sift
 
 NEAR = 0.02  # arrivals start in the model if they cost at most this share more than the cheapest of their request
@@ -24,7 +24,7 @@ CHEAPER = 1e-7  # an arrival joins if it is cheaper than what its request pays b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LpSolution:
+class RedispatchLpSolution:
     """Groups x [N, D] in fractions, the objective in seconds, and the multipliers."""
 
     x: FloatArray
@@ -38,7 +38,7 @@ class MoveLp:
     def __init__(self) -> None:
         self._highs = quiet_highs(GROWING_SIMPLEX)
 
-    def solve(self, tables: Tables, is_open: BoolArray, guess: Prices) -> LpSolution | None:
+    def solve(self, tables: RedispatchTables, is_open: BoolArray, guess: Prices) -> RedispatchLpSolution | None:
         """The optimum with these devices open, or None: closed ones cannot be emptied.
 
         ``guess`` are prices near the optimal ones, to choose the first columns by.
@@ -58,7 +58,7 @@ class MoveLp:
         x[program.sources] -= values[program.first : program.first_arrival]
         np.add.at(x, (sifted.requests, sifted.devices), values[program.first_arrival :])
         value = float(self._highs.getInfo().objective_function_value) / program.scale
-        return LpSolution(x=np.maximum(0.0, x), value_s=value, prices=prices)
+        return RedispatchLpSolution(x=np.maximum(0.0, x), value_s=value, prices=prices)
 
 
 class _Program:
@@ -67,7 +67,7 @@ class _Program:
     Columns: z, s [D], departures, then arrivals in the order they came. Seconds are multiplied by ``scale``.
     """
 
-    def __init__(self, tables: Tables, is_open: BoolArray) -> None:
+    def __init__(self, tables: RedispatchTables, is_open: BoolArray) -> None:
         self.tables, self.is_open = tables, is_open
         self.N, self.D = tables.now.shape
         self.K, self.H = tables.alpha.shape[1], len(tables.later)

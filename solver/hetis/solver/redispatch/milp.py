@@ -15,14 +15,14 @@ import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import quiet_highs
-from hetis.solver.redispatch.tables import Tables, device_seconds
+from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 
 MOST_CELLS = 200  # requests that may move times devices
 MOST_NODES = 50
 REL_GAP = 0.005
 
 
-def search(tables: Tables, fractions: FloatArray) -> IntArray | None:
+def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
     """Whole groups [N, D] with the least objective HiGHS finds; None if it finds none.
 
     Args:
@@ -32,7 +32,7 @@ def search(tables: Tables, fractions: FloatArray) -> IntArray | None:
     movable = _movable(tables, fractions)
     if not len(movable):
         return None
-    program = _Program(tables, movable)
+    program = _MilpProgram(tables, movable)
     highs = quiet_highs({"mip_rel_gap": REL_GAP, "mip_max_nodes": MOST_NODES})
     highs.passModel(program.model())
     highs.run()
@@ -42,7 +42,7 @@ def search(tables: Tables, fractions: FloatArray) -> IntArray | None:
     return x if _is_allowed(tables, x) else None
 
 
-def _movable(tables: Tables, fractions: FloatArray) -> IntArray:
+def _movable(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
     """Requests that may move: so many that the program stays small."""
     most = MOST_CELLS // max(1, tables.now.shape[1])
     moves = np.abs(fractions - tables.now).sum(axis=1) > 1e-6
@@ -53,7 +53,7 @@ def _movable(tables: Tables, fractions: FloatArray) -> IntArray:
     return np.sort(ranked[can_move[ranked]])
 
 
-def _is_allowed(tables: Tables, x: IntArray) -> bool:
+def _is_allowed(tables: RedispatchTables, x: IntArray) -> bool:
     """HiGHS keeps rows within tolerances; groups are whole and must obey them exactly."""
     arrives = np.maximum(0, x - tables.now)
     return bool(
@@ -64,13 +64,13 @@ def _is_allowed(tables: Tables, x: IntArray) -> bool:
     )
 
 
-class _Program:
+class _MilpProgram:
     """Columns: z, s [D], y [D] (in use), u (workers in use), units [M, D], arrivals [M, D]; M requests may move.
 
     Seconds are multiplied by ``scale``, bytes by ``1 / budget``.
     """
 
-    def __init__(self, tables: Tables, movable: IntArray) -> None:
+    def __init__(self, tables: RedispatchTables, movable: IntArray) -> None:
         self.tables, self.movable = tables, movable
         self.M, self.D = len(movable), tables.now.shape[1]
         self.now = tables.now[movable]

@@ -1,4 +1,4 @@
-"""From one placement to another as moves from device to device, and what each of them is worth."""
+"""The way from one placement to another as moves from device to device, and what each of them is worth."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.redispatch.compiled import kernel
 from hetis.solver.redispatch.local_search import placement_of, seconds_with, short_with
-from hetis.solver.redispatch.tables import Tables, card_s
+from hetis.solver.redispatch.tables import RedispatchTables, card_s
 
 
-class Part(NamedTuple):
+class MovedGroups(NamedTuple):
     """Head groups from one device to another; indices."""
 
     groups: int
@@ -21,7 +21,7 @@ class Part(NamedTuple):
     target: int
 
 
-class Step(NamedTuple):
+class RequestMoves(NamedTuple):
     """Moves of request ``j`` that are committed together.
 
     More than one part only where the primary, which takes several groups at a time, has them from several devices or
@@ -29,15 +29,15 @@ class Step(NamedTuple):
     """
 
     j: int
-    parts: tuple[Part, ...]
+    parts: tuple[MovedGroups, ...]
 
     @property
     def groups(self) -> int:
         return sum(part.groups for part in self.parts)
 
-    def part_of(self, groups: int) -> Step:
-        """So many groups of a step of one part."""
-        return Step(self.j, (self.parts[0]._replace(groups=groups),))
+    def part_of(self, groups: int) -> RequestMoves:
+        """Return so many groups of a step of one part."""
+        return RequestMoves(self.j, (self.parts[0]._replace(groups=groups),))
 
 
 class Worth(NamedTuple):
@@ -47,20 +47,20 @@ class Worth(NamedTuple):
     relieved_s: float
 
 
-def steps_between(tables: Tables, before: IntArray, after: IntArray) -> list[Step]:
+def steps_between(tables: RedispatchTables, before: IntArray, after: IntArray) -> list[RequestMoves]:
     """Steps that lead from ``before`` to ``after`` [N, D]."""
-    found = list[Step]()
+    found = list[RequestMoves]()
     for j in np.flatnonzero((before != after).any(axis=1)).tolist():
         change = (after[j] - before[j]).tolist()
         if tables.primary >= 0 and change[tables.primary]:
             found += _steps_of_primary(j, change, tables.primary, int(tables.unit[tables.primary]))
         gains = [(i, n) for i, n in enumerate(change) if n > 0]
         loses = [(i, -n) for i, n in enumerate(change) if n < 0]
-        found += [Step(j, (Part(n, source, target),)) for n, source, target in _pairs(loses, gains)]
+        found += [RequestMoves(j, (MovedGroups(n, source, target),)) for n, source, target in _pairs(loses, gains)]
     return found
 
 
-def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[Step]:
+def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[RequestMoves]:
     """Steps to or from the primary: whole multiples with one device, what is left with several; empties ``change``."""
     arrives = change[primary] > 0
     sign = -1 if arrives else 1
@@ -68,23 +68,23 @@ def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> lis
     partners = sorted(
         (i for i in range(len(change)) if sign * change[i] > 0 and i != primary), key=lambda i: (-sign * change[i], i)
     )
-    steps, rest = list[Step](), list[Part]()
+    steps, rest = list[RequestMoves](), list[MovedGroups]()
 
-    def part(i: int, groups: int) -> Part:
+    def part(i: int, groups: int) -> MovedGroups:
         change[i] -= sign * groups
-        return Part(groups, i, primary) if arrives else Part(groups, primary, i)
+        return MovedGroups(groups, i, primary) if arrives else MovedGroups(groups, primary, i)
 
     for i in partners:
         n = min(left, sign * change[i]) // unit * unit
         if n:
-            steps.append(Step(j, (part(i, n),)))
+            steps.append(RequestMoves(j, (part(i, n),)))
             left -= n
     for i in partners:
         while left and change[i]:
             n = min(unit - sum(p.groups for p in rest), sign * change[i])
             rest.append(part(i, n))
             if sum(p.groups for p in rest) == unit:
-                steps.append(Step(j, tuple(rest)))
+                steps.append(RequestMoves(j, tuple(rest)))
                 left, rest = left - unit, []
     change[primary] = 0
     return steps
@@ -102,7 +102,7 @@ def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterab
                 wanted -= n
 
 
-def applied(x: IntArray, steps: Iterable[Step]) -> IntArray:
+def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
     """Groups [N, D] after all steps."""
     result = x.copy()
     for step in steps:
@@ -112,18 +112,18 @@ def applied(x: IntArray, steps: Iterable[Step]) -> IntArray:
     return result
 
 
-def part_seconds(tables: Tables, link_byte_s: FloatArray, j: int, part: Part) -> float:
-    """What the copy takes on the slower of its two links."""
+def part_seconds(tables: RedispatchTables, link_byte_s: FloatArray, j: int, part: MovedGroups) -> float:
+    """Return what the copy takes on the slower of its two links."""
     return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
 
 
-def step_seconds(tables: Tables, link_byte_s: FloatArray, step: Step) -> float:
+def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: RequestMoves) -> float:
     """The same of all parts, one after the other."""
     return sum(part_seconds(tables, link_byte_s, step.j, part) for part in step.parts)
 
 
-def worth(tables: Tables, x: IntArray, steps: Sequence[Step]) -> list[Worth]:
-    """What ``x`` [N, D], to which all steps led, would lose without each of them alone."""
+def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
+    """Return what ``x`` [N, D], to which all steps led, would lose without each of them alone."""
     if not steps:
         return []
     undone = np.zeros((len(steps), x.shape[1]), np.int64)
@@ -136,7 +136,9 @@ def worth(tables: Tables, x: IntArray, steps: Sequence[Step]) -> list[Worth]:
 
 
 @kernel
-def _without_each(tables: Tables, x: IntArray, requests: IntArray, undone: IntArray) -> tuple[FloatArray, FloatArray]:
+def _without_each(
+    tables: RedispatchTables, x: IntArray, requests: IntArray, undone: IntArray
+) -> tuple[FloatArray, FloatArray]:
     """Seconds of makespan and of price lost when each of the changes ``undone`` [S, D] of ``requests`` [S] is made."""
     placement = placement_of(tables, x)
     now_s = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
@@ -161,15 +163,16 @@ def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | No
     return seconds / (num_layers * saved_s) if saved_s > 0 else None
 
 
-def pays(tables: Tables, step: Step, value: Worth, seconds: float, num_layers: int) -> bool:
-    """Whether a step saves more time than it takes within its request's patience, or relieves memory at its price."""
+def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float, num_layers: int) -> bool:
+    """Return whether a step saves more time than it takes within its request's patience, or relieves memory at its
+    price."""
     lost_s = seconds / (num_layers * float(tables.steps[step.j]))
     return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
 
 
 def paying(
-    tables: Tables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[Step]
-) -> tuple[list[Step], list[float]]:
+    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[RequestMoves]
+) -> tuple[list[RequestMoves], list[float]]:
     """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes.
 
     Each is judged alone: that a step makes room for another, only an order shows.
@@ -184,9 +187,9 @@ def paying(
 
 
 def judged(
-    tables: Tables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[Step]
+    tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[RequestMoves]
 ) -> tuple[list[float], list[int]]:
-    """Of steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
+    """Return for steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
 
     The least worthwhile first.
     """
@@ -200,5 +203,7 @@ def judged(
     return gains, [position for _, position in sorted(losing)]
 
 
-def _taken_back(x: IntArray, step: Step) -> IntArray:
-    return applied(x, [Step(step.j, tuple(Part(groups, target, source) for groups, source, target in step.parts))])
+def _taken_back(x: IntArray, step: RequestMoves) -> IntArray:
+    return applied(
+        x, [RequestMoves(step.j, tuple(MovedGroups(groups, target, source) for groups, source, target in step.parts))]
+    )

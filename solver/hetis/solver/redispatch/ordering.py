@@ -12,28 +12,28 @@ from typing import NamedTuple
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.redispatch.moves import Part, Step, step_seconds
-from hetis.solver.redispatch.tables import Tables
+from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, step_seconds
+from hetis.solver.redispatch.tables import RedispatchTables
 
 
 class Ordered(NamedTuple):
     """A step with its wave. ``is_detour``: on to the target in a later wave."""
 
-    step: Step
+    step: RequestMoves
     wave: int
     is_detour: bool
 
 
-class Waiting(NamedTuple):
+class WaitingStep(NamedTuple):
     """A step that cannot be made, and why."""
 
-    step: Step
+    step: RequestMoves
     why: str
 
 
 def order(
-    tables: Tables, before: IntArray, steps: list[Step], names: tuple[str, ...]
-) -> tuple[list[Ordered], list[Waiting]]:
+    tables: RedispatchTables, before: IntArray, steps: list[RequestMoves], names: tuple[str, ...]
+) -> tuple[list[Ordered], list[WaitingStep]]:
     """Orders steps from ``before`` [N, D]; earlier ones in ``steps`` go first where there is a choice.
 
     ``names`` of devices are for the reasons of those refused.
@@ -43,7 +43,7 @@ def order(
     on_detour = set[tuple[int, int]]()  # request, third device
     budget = tables.budget - sum(step.groups * float(tables.num_bytes[step.j]) for step in steps)
     while waiting:
-        freed, later = np.zeros_like(room), list[Step]()
+        freed, later = np.zeros_like(room), list[RequestMoves]()
         started = len(ordered)
         for step in waiting:
             fitting, rest = _split(tables, room, step)
@@ -65,15 +65,17 @@ def order(
             later[place : place + 1] = [rest] if rest.groups else []
             later.append(onward)
         room, waiting, wave = room + freed, later, wave + 1
-    return ordered, [Waiting(step, _why(tables, room, step, names)) for step in waiting]
+    return ordered, [WaitingStep(step, _why(tables, room, step, names)) for step in waiting]
 
 
-def whole_steps(tables: Tables, link_byte_s: FloatArray, ordered: list[Ordered]) -> list[tuple[Step | None, float]]:
-    """Of each step the one it completes, from where its groups began, and the seconds of all that took.
+def whole_steps(
+    tables: RedispatchTables, link_byte_s: FloatArray, ordered: list[Ordered]
+) -> list[tuple[RequestMoves | None, float]]:
+    """Return for each step the one it completes, from where its groups began, and the seconds of all that took.
 
     None for a step that is a detour: it completes nothing.
     """
-    result = list[tuple[Step | None, float]]()
+    result = list[tuple[RequestMoves | None, float]]()
     began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
     for step, _, is_detour in ordered:
         seconds, first = step_seconds(tables, link_byte_s, step), step.parts[0]
@@ -82,14 +84,16 @@ def whole_steps(tables: Tables, link_byte_s: FloatArray, ordered: list[Ordered])
             result.append((None, seconds))
         elif len(step.parts) == 1 and (step.j, first.source) in began:
             source, before_s = began[step.j, first.source]
-            result.append((Step(step.j, (first._replace(source=source),)), seconds + before_s))
+            result.append((RequestMoves(step.j, (first._replace(source=source),)), seconds + before_s))
         else:
             result.append((step, seconds))
     return result
 
 
-def _split(tables: Tables, room: IntArray, step: Step) -> tuple[Step | None, Step | None]:
-    """What of a step has room, and the rest."""
+def _split(
+    tables: RedispatchTables, room: IntArray, step: RequestMoves
+) -> tuple[RequestMoves | None, RequestMoves | None]:
+    """Return what of a step has room, and the rest."""
     if len(step.parts) == 1:
         fits = _fitting(tables, room, step, step.parts[0].target)
         if 0 < fits < step.groups:
@@ -101,22 +105,27 @@ def _split(tables: Tables, room: IntArray, step: Step) -> tuple[Step | None, Ste
     return (step, None) if np.all(needed <= np.maximum(0, room)) else (None, step)
 
 
-def _fitting(tables: Tables, room: IntArray, step: Step, *targets: int) -> int:
+def _fitting(tables: RedispatchTables, room: IntArray, step: RequestMoves, *targets: int) -> int:
     """Groups of a step of one part that the first target has room for, in units of all devices involved."""
     unit = max(int(tables.unit[i]) for i in (step.parts[0].source, *targets))
     return max(0, int(min(step.groups, room[targets[0]] // tables.blocks[step.j]))) // unit * unit
 
 
-def _start(tables: Tables, room: IntArray, freed: IntArray, step: Step) -> None:
+def _start(tables: RedispatchTables, room: IntArray, freed: IntArray, step: RequestMoves) -> None:
     for groups, source, target in step.parts:
         room[target] -= groups * tables.blocks[step.j]
         freed[source] += groups * tables.blocks[step.j]
 
 
 def _detour(
-    tables: Tables, room: IntArray, waiting: list[Step], on_detour: set[tuple[int, int]], budget: float
-) -> tuple[int, Step, Step] | None:
-    """Of all detours of a step whose departure frees blocks that another waits for the one that copies the least.
+    tables: RedispatchTables,
+    room: IntArray,
+    waiting: list[RequestMoves],
+    on_detour: set[tuple[int, int]],
+    budget: float,
+) -> tuple[int, RequestMoves, RequestMoves] | None:
+    """Return of all detours of a step whose departure frees blocks that another waits for the one that copies the
+    least.
 
     The step's place among those that wait, the detour, and the way on. Nobody takes a detour twice.
     """
@@ -132,13 +141,16 @@ def _detour(
                 continue
             num_bytes = fits * float(tables.num_bytes[step.j])
             if num_bytes < least and num_bytes <= budget:
-                detour, onward = Step(step.j, (Part(fits, source, third),)), Step(step.j, (Part(fits, third, target),))
+                detour, onward = (
+                    RequestMoves(step.j, (MovedGroups(fits, source, third),)),
+                    RequestMoves(step.j, (MovedGroups(fits, third, target),)),
+                )
                 best, least = (place, detour, onward), num_bytes
             break
     return best
 
 
-def _why(tables: Tables, room: IntArray, step: Step, names: tuple[str, ...]) -> str:
+def _why(tables: RedispatchTables, room: IntArray, step: RequestMoves, names: tuple[str, ...]) -> str:
     reasons = list[str]()
     for part in step.parts:
         unit = part.groups if len(step.parts) > 1 else max(int(tables.unit[i]) for i in part[1:])

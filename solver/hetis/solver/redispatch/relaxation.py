@@ -14,10 +14,10 @@ import numpy as np
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.redispatch.certificate import Prices, proven_bound
 from hetis.solver.redispatch.lp import MoveLp
-from hetis.solver.redispatch.tables import Tables, objective_s
+from hetis.solver.redispatch.tables import RedispatchTables, objective_s
 
 
-class Relaxed(NamedTuple):
+class JointRelaxation(NamedTuple):
     """The best groups [N, D] in fractions; the certified bound on the objective; multipliers of that program."""
 
     x: FloatArray
@@ -25,7 +25,7 @@ class Relaxed(NamedTuple):
     prices: Prices
 
 
-def relax(tables: Tables, lp: MoveLp, *, floor_s: float, guess: FloatArray) -> Relaxed:
+def relax(tables: RedispatchTables, lp: MoveLp, *, floor_s: float, guess: FloatArray) -> JointRelaxation:
     """Solves the relaxation.
 
     Args:
@@ -50,4 +50,4 @@ def relax(tables: Tables, lp: MoveLp, *, floor_s: float, guess: FloatArray) -> R
         bound_s = min(bound_s, max(start_s, proven_bound(tables, solution.prices, is_open)))
         if solution.value_s < best_s:
             best_s, best, prices = solution.value_s, solution.x, solution.prices
-    return Relaxed(best, min(bound_s, best_s), prices)
+    return JointRelaxation(best, min(bound_s, best_s), prices)

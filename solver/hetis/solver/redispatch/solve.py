@@ -16,7 +16,7 @@ from hetis.solver.redispatch.local_search import improve, round_to_groups
 from hetis.solver.redispatch.lp import MoveLp
 from hetis.solver.redispatch.milp import search
 from hetis.solver.redispatch.moves import (
-    Step,
+    RequestMoves,
     applied,
     judged,
     part_seconds,
@@ -27,17 +27,26 @@ from hetis.solver.redispatch.moves import (
     steps_between,
     worth,
 )
-from hetis.solver.redispatch.ordering import Ordered, Waiting, order, whole_steps
+from hetis.solver.redispatch.ordering import Ordered, WaitingStep, order, whole_steps
 from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.relaxation import Relaxed, relax
+from hetis.solver.redispatch.relaxation import JointRelaxation, relax
 from hetis.solver.redispatch.result import Move, MoveReason, RedispatchPlan, Refused
-from hetis.solver.redispatch.tables import Tables, continued, device_seconds, objective_s, short_blocks, tables_of
+from hetis.solver.redispatch.tables import (
+    RedispatchTables,
+    continued,
+    device_seconds,
+    objective_s,
+    short_blocks,
+    tables_of,
+)
 
 MOST_ROUNDS = 8
 # Gap to the bound above which the integer program is asked. At 0.05 a tenth more of 10,000 tiny stages were over 0.5%
 # above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
 WIDE = 0.02
-_Judge: TypeAlias = Callable[[RedispatchProblem, Tables, list[Step]], tuple[list[Ordered], list[Waiting]]]
+_Judge: TypeAlias = Callable[
+    [RedispatchProblem, RedispatchTables, list[RequestMoves]], tuple[list[Ordered], list[WaitingStep]]
+]
 
 
 class _Attempt(NamedTuple):
@@ -45,7 +54,7 @@ class _Attempt(NamedTuple):
 
     x: IntArray
     ordered: list[Ordered]
-    refused: list[Waiting]
+    refused: list[WaitingStep]
 
 
 def solve_redispatch(problem: RedispatchProblem) -> RedispatchPlan:
@@ -93,10 +102,10 @@ class Redispatcher:
             attempt = direct
         return _plan(problem, tables, relaxed, attempt)
 
-    def _relax(self, tables: Tables, ideal: DispatchPlan) -> Relaxed:
+    def _relax(self, tables: RedispatchTables, ideal: DispatchPlan) -> JointRelaxation:
         return relax(tables, self._lp, floor_s=ideal.bound_s, guess=ideal.prices.piece)
 
-    def _attempt(self, problem: RedispatchProblem, tables: Tables, relaxed: Relaxed) -> _Attempt:
+    def _attempt(self, problem: RedispatchProblem, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
         """One round from ``tables.now``; no moves where they do not gain enough."""
         stay = _Attempt(tables.now, [], [])
         found = list[IntArray]()
@@ -116,14 +125,14 @@ class Redispatcher:
             return stay._replace(refused=attempt.refused)
         return attempt
 
-    def _searched(self, tables: Tables, relaxed: Relaxed) -> IntArray | None:
+    def _searched(self, tables: RedispatchTables, relaxed: JointRelaxation) -> IntArray | None:
         """The integer program's answer, with what single steps still gain."""
         x = search(tables, relaxed.x)
         if x is not None:
             improve(tables, x)
         return x
 
-    def _ordered(self, problem: RedispatchProblem, tables: Tables, x: IntArray) -> _Attempt:
+    def _ordered(self, problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> _Attempt:
         """Moves to ``x`` that pay, in order.
 
         First each is judged alone, then ordered. Where that drops any, all are ordered as well, and judged with those
@@ -137,9 +146,11 @@ class Redispatcher:
         second = self._completed(problem, tables, steps, _judged_together)
         return second if objective_s(tables, second.x) < objective_s(tables, first.x) * (1 - 1e-9) else first
 
-    def _completed(self, problem: RedispatchProblem, tables: Tables, steps: list[Step], judge: _Judge) -> _Attempt:
+    def _completed(
+        self, problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge
+    ) -> _Attempt:
         """Steps in order; where an order refuses some, the others are looked at again without."""
-        refused = list[Waiting]()
+        refused = list[WaitingStep]()
         while True:
             ordered, waiting = judge(problem, tables, steps)
             reached = applied(tables.now, [o.step for o in ordered])
@@ -153,20 +164,22 @@ class Redispatcher:
             steps = steps_between(tables, tables.now, reached)
 
 
-def _judged_alone(problem: RedispatchProblem, tables: Tables, steps: list[Step]) -> tuple[list[Ordered], list[Waiting]]:
+def _judged_alone(
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
+) -> tuple[list[Ordered], list[WaitingStep]]:
     """The steps that pay by themselves, in order."""
     steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
     return _by_gain(problem, tables, steps, gains)
 
 
 def _judged_together(
-    problem: RedispatchProblem, tables: Tables, steps: list[Step]
-) -> tuple[list[Ordered], list[Waiting]]:
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
+) -> tuple[list[Ordered], list[WaitingStep]]:
     """Steps in order, without those that neither pay nor make room for what does.
 
     A step that does not pay alone goes only if the plan without it, and without what then has no room, is better.
     """
-    kept, spared = list(steps), set[Step]()
+    kept, spared = list(steps), set[RequestMoves]()
     while True:
         gains, losing = judged(tables, problem.link_byte_s, problem.num_layers, applied(tables.now, kept), kept)
         ordered, waiting = _by_gain(problem, tables, kept, gains)
@@ -182,13 +195,13 @@ def _judged_together(
 
 
 def _by_gain(
-    problem: RedispatchProblem, tables: Tables, steps: list[Step], gains: list[float]
-) -> tuple[list[Ordered], list[Waiting]]:
+    problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], gains: list[float]
+) -> tuple[list[Ordered], list[WaitingStep]]:
     ranked = sorted(range(len(steps)), key=lambda s: -gains[s])
     return order(tables, tables.now, [steps[s] for s in ranked], problem.snapshot.stage.devices)
 
 
-def _cost_s(problem: RedispatchProblem, tables: Tables, ordered: list[Ordered]) -> float:
+def _cost_s(problem: RedispatchProblem, tables: RedispatchTables, ordered: list[Ordered]) -> float:
     """Makespan, price of short blocks and what the copies take within patience, after these steps."""
     x = applied(tables.now, [o.step for o in ordered])
     copies_s = sum(
@@ -199,32 +212,36 @@ def _cost_s(problem: RedispatchProblem, tables: Tables, ordered: list[Ordered]) 
 
 
 def _detours_that_do_not_pay(
-    problem: RedispatchProblem, tables: Tables, x: IntArray, ordered: list[Ordered], waiting: list[Waiting]
-) -> list[Waiting]:
+    problem: RedispatchProblem,
+    tables: RedispatchTables,
+    x: IntArray,
+    ordered: list[Ordered],
+    waiting: list[WaitingStep],
+) -> list[WaitingStep]:
     """Moves that would have paid on the straight way."""
-    result = list[Waiting]()
+    result = list[WaitingStep]()
     stuck = {w.step.j for w in waiting}
     on_detour = {o.step.j for o in ordered if o.is_detour}
     for whole, seconds in whole_steps(tables, problem.link_byte_s, ordered):
         if whole is None or whole.j in stuck or whole.j not in on_detour:
             continue
         if not pays(tables, whole, worth(tables, x, [whole])[0], seconds, problem.num_layers):
-            result.append(Waiting(whole, f"{_names_of(problem, whole)} needs a detour, and does not pay with one"))
+            result.append(WaitingStep(whole, f"{_names_of(problem, whole)} needs a detour, and does not pay with one"))
             stuck.add(whole.j)
     return result
 
 
-def _names_of(problem: RedispatchProblem, step: Step) -> str:
+def _names_of(problem: RedispatchProblem, step: RequestMoves) -> str:
     """The move in words."""
     names = problem.snapshot.stage.devices
     return f"{names[step.parts[0].source]} to {names[step.parts[0].target]}"
 
 
-def _can_be_undone(x: IntArray, step: Step) -> bool:
+def _can_be_undone(x: IntArray, step: RequestMoves) -> bool:
     return all(x[step.j, part.target] >= part.groups for part in step.parts)
 
 
-def _short_or_draining(problem: RedispatchProblem, tables: Tables, x: IntArray) -> float:
+def _short_or_draining(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> float:
     """Blocks expected to be short, and all that lie on draining devices: also those of requests under way."""
     snapshot = problem.snapshot
     draining = np.array([device.status is DeviceStatus.DRAINING for device in snapshot.devices])
@@ -233,7 +250,9 @@ def _short_or_draining(problem: RedispatchProblem, tables: Tables, x: IntArray) 
     return float(np.where(draining, held, short_blocks(tables, x)).sum())
 
 
-def _plan(problem: RedispatchProblem, tables: Tables, relaxed: Relaxed, attempt: _Attempt) -> RedispatchPlan:
+def _plan(
+    problem: RedispatchProblem, tables: RedispatchTables, relaxed: JointRelaxation, attempt: _Attempt
+) -> RedispatchPlan:
     snapshot, x = problem.snapshot, attempt.x
     draining = [device.status is DeviceStatus.DRAINING for device in snapshot.devices]
     moves = list[Move]()

@@ -16,7 +16,7 @@ from hetis.solver.sifting import BoolArray
 EXACT = 4.0  # how often a block on a draining device can change hands before staying would be cheaper
 
 
-class Tables(NamedTuple):
+class RedispatchTables(NamedTuple):
     """N requests, D devices, K affine pieces, H horizons.
 
     Requests with groups under way are part of ``base``: these run where they will be, and hold blocks at both ends,
@@ -47,7 +47,7 @@ class Tables(NamedTuple):
     budget: float  # bytes
 
 
-def tables_of(problem: RedispatchProblem) -> Tables:
+def tables_of(problem: RedispatchProblem) -> RedispatchTables:
     """Tabulates a problem."""
     snapshot = problem.snapshot
     stage, shape = snapshot.stage, snapshot.stage.heads
@@ -82,7 +82,7 @@ def tables_of(problem: RedispatchProblem) -> Tables:
     )
     leaves_s = EXACT * (group_s + nic_group_s + 2 * charge.max(initial=0.0)) / fewest
     mark = marks(problem) - blocks @ both_ends
-    return Tables(
+    return RedispatchTables(
         now=now,
         alpha=costs.alpha,
         beta=costs.beta,
@@ -108,19 +108,19 @@ def tables_of(problem: RedispatchProblem) -> Tables:
     )
 
 
-def continued(tables: Tables, x: IntArray, *, spent_bytes: float) -> Tables:
+def continued(tables: RedispatchTables, x: IntArray, *, spent_bytes: float) -> RedispatchTables:
     """The problem that is left when groups lie as in ``x`` [N, D]."""
     room = np.maximum(tables.mark, tables.blocks @ x)
     return tables._replace(now=x, room=room, budget=max(0.0, tables.budget - spent_bytes))
 
 
-def device_seconds(tables: Tables, x: IntArray | FloatArray) -> FloatArray:
+def device_seconds(tables: RedispatchTables, x: IntArray | FloatArray) -> FloatArray:
     """Seconds of each device under whole or fractional groups ``x`` [N, D], and of the primary's card, [D + 1]."""
     return _device_seconds(tables, x.sum(axis=0).astype(np.float64), tables.context @ x)
 
 
 @kernel
-def _device_seconds(tables: Tables, groups: FloatArray, tokens: FloatArray) -> FloatArray:
+def _device_seconds(tables: RedispatchTables, groups: FloatArray, tokens: FloatArray) -> FloatArray:
     """The same of groups and tokens, both [D]."""
     num = len(groups)
     seconds = np.empty(num + 1)
@@ -133,21 +133,21 @@ def _device_seconds(tables: Tables, groups: FloatArray, tokens: FloatArray) -> F
 
 
 @kernel
-def card_s(tables: Tables, workers: float) -> float:
+def card_s(tables: RedispatchTables, workers: float) -> float:
     """Time of the primary's network card with so many groups on workers, those that are no part of ``now`` besides."""
     if tables.primary < 0 or workers + tables.on_workers <= 0:
         return 0.0
     return tables.nic_base + tables.nic_group_s * workers
 
 
-def short_blocks(tables: Tables, x: IntArray) -> FloatArray:
+def short_blocks(tables: RedispatchTables, x: IntArray) -> FloatArray:
     """s: blocks above the limits of each device at the worst horizon, shape [D]."""
     short: FloatArray = np.maximum(0.0, tables.later @ x - tables.limit).max(axis=0)
     return short
 
 
-def objective_s(tables: Tables, x: IntArray) -> float:
-    """What re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
+def objective_s(tables: RedispatchTables, x: IntArray) -> float:
+    """Return what re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
     moved = float((tables.charge * np.abs(x - tables.now)).sum())
     return float(device_seconds(tables, x).max()) + moved + float(tables.short_s @ short_blocks(tables, x))
 

@@ -1,4 +1,4 @@
-"""When re-dispatch should look at a stage: the makespan drifted from the ideal, memory fills, devices changed."""
+"""Triggers of a look at a stage: the makespan drifted from the ideal, memory fills, devices changed."""
 
 from __future__ import annotations
 

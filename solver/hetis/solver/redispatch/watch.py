@@ -39,7 +39,7 @@ class Watch:
         self._seen: _Seen | None = None
 
     def due(self, snapshot: StateSnapshot, fired: tuple[Trigger, ...]) -> tuple[Trigger, ...]:
-        """Those of the triggers that fired that are worth a look."""
+        """Return the fired triggers that are worth a look."""
         seen = self._seen
         if seen is None or _devices(snapshot) != seen.devices or self._has_changed(seen, snapshot):
             return fired

@@ -115,7 +115,8 @@ def _context(replica: ReplicaPlan, moments: WorkloadMoments) -> float:
 
 
 def _partners(before: Plan, after: Plan) -> dict[int, int]:
-    """Which replica of before each one of after continues: pairs by the GPUs they share in equal roles, most first."""
+    """Return which replica of before each one of after continues: pairs by the GPUs they share in equal roles, most
+    first."""
     owner = {
         device: (number, holding)
         for number, replica in enumerate(before.replicas)
@@ -159,7 +160,8 @@ def _change_of(
 
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
-    """Whether an engine that runs the one need not be told to run the other: GPUs, layers, head groups, settings."""
+    """Return whether an engine that runs the one need not be told to run the other: GPUs, layers, head groups,
+    settings."""
     return (
         (one.stages, one.attention_workers, one.role) == (other.stages, other.attention_workers, other.role)
         and (one.micro_batch, one.in_flight, one.chunk_tokens)

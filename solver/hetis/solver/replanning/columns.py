@@ -40,7 +40,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class ColumnChoice:
     """Candidates with their counts, the flows at net rates, the net value and what the columns seen allow at most."""
 
     chosen: tuple[tuple[Candidate, int], ...]
@@ -73,7 +73,7 @@ class NetMaster:
         self.is_settled = False
 
     def start_s(self, template: Template) -> float:
-        """Of a new replica: all its GPUs read their weights."""
+        """Return the start time of a new replica: all its GPUs read their weights."""
         return self.costs.start_s(max(stage_bytes(self.atlas, template)))
 
     def net(self, candidate: Candidate) -> tuple[float, float]:
@@ -88,7 +88,7 @@ class NetMaster:
 
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
-    ) -> Choice | None:
+    ) -> ColumnChoice | None:
         """The best whole counts of these candidates; None if none was found (`is_settled`).
 
         ``penalty``: taken off per GPU that moves, so that of equally good plans the one with the fewest is chosen.
@@ -147,16 +147,16 @@ class NetMaster:
         return self.atlas.side_of(template.scope, template.mix)
 
     def links(self, template: Template) -> FloatArray:
-        """What a replica over several zones takes of the links between them."""
+        """Return what a replica over several zones takes of the links between them."""
         routes = self.atlas.routes
         return routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS
 
-    def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> Choice:
+    def _choice(self, candidates: Sequence[Candidate], found: MilpSolution) -> ColumnChoice:
         chosen = tuple((candidate, int(n)) for candidate, n in zip(candidates, found.counts, strict=False) if n)
-        return Choice(chosen=chosen, value=found.value, bound=found.bound)
+        return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """What a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""
+        """Return what a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""
         kept = [c.option.old for c, _ in chosen if c.option is not None and c.option.fate is Fate.KEPT]
         if not self.master.maximises:
             return sum(n * self.net(c)[1] for c, n in chosen)
@@ -167,7 +167,7 @@ class NetMaster:
         return self._served(chosen, net=False)
 
     def rent_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """What is minimised, once all replicas run."""
+        """Return what is minimised, once all replicas run."""
         return sum(n * float(self.row_costs @ use_of(self.atlas, c.template)) for c, n in chosen)
 
     def flows_of(self, chosen: Sequence[tuple[Candidate, int]]) -> FloatArray:

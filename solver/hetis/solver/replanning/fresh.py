@@ -114,7 +114,7 @@ def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Bud
 
 
 def _bound_of(best: Verdict, atlas: Atlas, master: Master) -> float:
-    """What no plan exceeds, as far as HiGHS came in its time."""
+    """Return what no plan exceeds, as far as HiGHS came in its time."""
     if best.proves_none:
         return 0.0 if master.maximises else np.inf
     return _known_at_once(atlas, master) if best.found is None else best.found.bound

@@ -31,7 +31,8 @@ class Holding:
         return self.bytes_to_load(model, None)
 
     def bytes_to_load(self, model: ModelSpec, before: Holding | None) -> float:
-        """What a GPU reads that held ``before``: nothing of layers it keeps, all of them where its shard differs."""
+        """Return what a GPU reads that held ``before``: nothing of layers it keeps, all of them where its shard
+        differs."""
         if self.is_worker:
             return 0.0
         same_shard = before is not None and (before.gpu, before.tp, before.rank) == (self.gpu, self.tp, self.rank)
@@ -58,7 +59,7 @@ def _layer_bytes(model: ModelSpec, layer: int) -> float:
 
 
 def holdings(plan: Plan) -> dict[str, Holding]:
-    """What every GPU of the plan holds, by device name; shared attention workers as of their first stage."""
+    """Return what every GPU of the plan holds, by device name; shared attention workers as of their first stage."""
     found: dict[str, Holding] = {}
     for replica in plan.replicas:
         for device, holding in holdings_of(replica):

@@ -46,7 +46,7 @@ class Inventory:
     shared: frozenset[Slot] = field(default_factory=frozenset)
 
     def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
-        """What a new replica takes."""
+        """Return what a new replica takes."""
         parts = [self.atlas.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
         parts += [
             (s.pool_class, 1) for s in template.stages if s.pool_class >= 0 for _ in range(s.copies * s.pool_cards)
@@ -54,7 +54,7 @@ class Inventory:
         return self._of_parts(parts, count_moves)
 
     def of_option(self, option: Option) -> dict[Row, int]:
-        """What a running replica takes that goes on: its own GPUs by name, others like a new one."""
+        """Return what a running replica takes that goes on: its own GPUs by name, others like a new one."""
         use = Counter(self._of_parts(option.missing(self.atlas), True))
         for slot, count in _by_slot(option.named(), self.places).items():
             _, g = slot

@@ -37,7 +37,7 @@ class ChangeCosts:
         return self.restart_s + longest_load_bytes / self.load_bytes_per_s
 
     def served_share(self, start_s: float) -> float:
-        """Of the horizon."""
+        """Share of the horizon."""
         return max(0.0, 1.0 - start_s / self.horizon_s)
 
 

@@ -51,7 +51,7 @@ def bound_of(
 
 
 @dataclass(slots=True)
-class _Program:
+class _BoundProgram:
     """A bounding program, gathered column by column; ``routes`` say what sides and links there are."""
 
     limits: dict[Row, int]
@@ -110,7 +110,7 @@ def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
 
 
 def _stay(net: NetMaster, option: Option) -> float:
-    """What staying is worth beside the rate."""
+    """Return what staying is worth beside the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
@@ -120,7 +120,7 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     share, later = net.costs.served_share(start_s), 1.0 + start_s / net.costs.horizon_s
     if atlas.routes.splits_roles or not maximises:
         share = 1.0
-    program = _Program(_limits_of(net, "gpus", "replica", "moves"), replace(atlas.routes, splits_roles=False))
+    program = _BoundProgram(_limits_of(net, "gpus", "replica", "moves"), replace(atlas.routes, splits_roles=False))
     for candidate in options:
         option, (rate, cost) = candidate.option, net.net(candidate)
         assert option is not None
@@ -152,7 +152,7 @@ def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time
     atlas, maximises = net.atlas, net.master.maximises
     rows: list[Row] = [("row", *row) for row in atlas.resources.rows]
     limits = dict(zip(rows, map(int, atlas.resources.limits), strict=True))
-    program = _Program({**limits, **_limits_of(net, "replica", "stays", "moves")}, atlas.routes)
+    program = _BoundProgram({**limits, **_limits_of(net, "replica", "stays", "moves")}, atlas.routes)
     for candidate in options:
         template, option = candidate.template, candidate.option
         assert option is not None

@@ -29,7 +29,7 @@ WITHIN = 1.0 + 1e-9  # a limit is met up to rounding
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a GPU is: its node, and its class in the atlas."""
+    """The place of a GPU: its node, and its class in the atlas."""
 
     node: str
     gpu: str
@@ -260,7 +260,7 @@ class Continuations:
 
 
 def is_allowed(atlas: Atlas, template: Template) -> bool:
-    """Whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
+    """Return whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
     tables = atlas.scopes[template.scope].tables
     m = int(tables.in_flight[template.in_flight_index])
     if m > 1 and m < template.num_copies:

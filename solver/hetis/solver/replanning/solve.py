@@ -19,7 +19,7 @@ from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.change import Fate, PlanChange, plan_change
-from hetis.solver.replanning.columns import Candidate, Choice, NetMaster
+from hetis.solver.replanning.columns import Candidate, ColumnChoice, NetMaster
 from hetis.solver.replanning.fresh import Fresh, search_fresh
 from hetis.solver.replanning.holdings import holdings
 from hetis.solver.replanning.naming import name_gpus
@@ -140,7 +140,7 @@ def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
 def _choose(
     net: NetMaster, candidates: Sequence[Candidate], running: Survivors, fresh: Fresh, gap_target: float, seed: int,
     budget: Budget,
-) -> Choice | None:  # fmt: skip
+) -> ColumnChoice | None:  # fmt: skip
     """The best choice found; never worse than keeping all replicas that can be kept."""
     if not candidates:
         return None
@@ -153,7 +153,7 @@ def _choose(
         return found
     kept = tuple((c, 1) for c in running.candidates if c.option is not None and c.option.fate is Fate.KEPT)
     if kept and (found is None or net.value_of(found.chosen) <= net.value_of(kept)):
-        return Choice(chosen=kept, value=net.value_of(kept), bound=np.inf)
+        return ColumnChoice(chosen=kept, value=net.value_of(kept), bound=np.inf)
     return found if found is not None and net.rate_of(found.chosen) > 0.0 else None
 
 
@@ -174,7 +174,7 @@ def _none(
 
 
 def _answer(
-    posed: ReplanningProblem, atlas: Atlas, running: Survivors, net: NetMaster, fresh: Fresh, choice: Choice,
+    posed: ReplanningProblem, atlas: Atlas, running: Survivors, net: NetMaster, fresh: Fresh, choice: ColumnChoice,
     bound: float, strategy: str, budget: Budget,
 ) -> Replanning:  # fmt: skip
     problem, scale = atlas.problem, objective_scale(atlas.problem)
@@ -210,7 +210,7 @@ def _continued(candidate: Candidate) -> Continued:
     return Continued(old=option.old, fate=option.fate, start_s=option.start_s)
 
 
-def _outcome(net: NetMaster, fresh: Fresh, choice: Choice, *, interrupted: bool) -> Outcome:
+def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
     """The choice as a search of placement would return it: its worth once it runs, the bound of the empty fleet."""
     atlas, maximises = net.atlas, net.master.maximises
     by_template: dict[Template, int] = {}

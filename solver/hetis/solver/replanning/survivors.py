@@ -45,7 +45,8 @@ class Survivors:
         return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
-        """What is lost if no running replica is kept: the requests in flight on all that are whole, in net's unit.
+        """Return what is lost if no running replica is kept: the requests in flight on all that are whole, in net's
+        unit.
 
         The master counts what keeping gains against that; people count what dropping loses.
         """

@@ -1,4 +1,4 @@
-"""In which order to stop and start replicas, so that the capacity on the way is as high as it can be.
+"""The order in which to stop and start replicas, so that the capacity on the way is as high as it can be.
 
 Replicas whose GPUs are idle start first; stopping comes when a replica that starts needs the GPUs, and at the very end
 for what nobody needs. Both can only raise the capacity: more replicas never serve less. What is left is the order of
@@ -135,7 +135,8 @@ def _order(
 def _exact(
     blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
 ) -> tuple[list[Start], float]:
-    """By dynamic program over the sets of what has started; of equal lows the one that loses the fewest requests."""
+    """Order the steps by a dynamic program over the sets of what has started; of equal lows the one that loses the
+    fewest requests."""
     count = len(blocked)
     best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)
     last = [-1] * (1 << count)

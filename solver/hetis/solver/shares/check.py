@@ -13,7 +13,7 @@ TOLERANCE = 1e-6
 
 
 def check_shares(problem: ShareProblem, shares: Shares) -> tuple[str, ...]:
-    """What is wrong with shares, a sentence each; nothing where all is well. Sums are taken term by term."""
+    """Return what is wrong with shares, a sentence each; nothing where all is well. Sums are taken term by term."""
     names = [f"{tenant.name}/{job.name}" for tenant in problem.tenants for job in tenant.jobs]
     found = []
     for j, gpu in enumerate(problem.gpus):

@@ -1,4 +1,4 @@
-"""Who shares what: GPU types with counts, tenants with weights and speed-ups."""
+"""The problem of shares: GPU types with counts, tenants with weights and speed-ups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From chosen replicas of several tenants to named GPUs, none of them twice, and a plan for each tenant."""
+"""Binding of several tenants' chosen replicas to named GPUs, none of them twice, and a plan for each tenant."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hetis.solver.placement.solve import plan_of
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import Plan
-from hetis.solver.tenants.contender import Contender, Reach, templates_of, utilisation
-from hetis.solver.tenants.master import Choice
+from hetis.solver.tenants.master import TenantsChoice
+from hetis.solver.tenants.tenant_solver import TenantReach, TenantSolver, templates_of, utilisation
 
 
 def plans_of(
-    contenders: Sequence[Contender], choice: Choice, alone: Sequence[Reach], *, prices: FloatArray,
+    solvers: Sequence[TenantSolver], choice: TenantsChoice, alone: Sequence[TenantReach], *, prices: FloatArray,
     multipliers: Sequence[float], budget: Budget, strategy: str, seed: int,
 ) -> list[Plan | None]:  # fmt: skip
     """The plan of every tenant on the whole cluster's GPUs, disjoint; None: it has no replica.
@@ -29,15 +29,15 @@ def plans_of(
     A plan's bound is what its tenant could reach alone, which it may be far from; its prices are those of the shared
     inventory, in the tenant's own rate.
     """
-    chosen = [templates_of(c, counts.tolist()) for c, counts in zip(contenders, choice.counts, strict=True)]
+    chosen = [templates_of(c, counts.tolist()) for c, counts in zip(solvers, choice.counts, strict=True)]
     singles = [[template for template, n in parts for _ in range(n)] for parts in chosen]
-    bound = bind_together([c.atlas for c in contenders], singles, seed=seed)
+    bound = bind_together([c.atlas for c in solvers], singles, seed=seed)
     plans: list[Plan | None] = []
-    for i, (contender, stages) in enumerate(zip(contenders, bound, strict=True)):
+    for i, (solver, stages) in enumerate(zip(solvers, bound, strict=True)):
         if not singles[i]:
             plans.append(None)
             continue
-        unit, atlas = utilisation(contender.tenant), contender.atlas
+        unit, atlas = utilisation(solver.tenant), solver.atlas
         outcome = _outcome(
             atlas, chosen[i], bound=alone[i].bound / unit,
             prices=prices / (multipliers[i] * unit / alone[i].rate) if multipliers[i] > 0.0 else 0.0 * prices,

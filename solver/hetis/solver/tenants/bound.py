@@ -25,7 +25,7 @@ from hetis.solver.placement.tables import FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Goal:
+class TenantsGoal:
     """What the master maximises: ``sum gains u`` with ``u >= floors``; with ``claims`` the least ``u / claims``.
 
     All arrays have shape [tenants], u being normalised rates.
@@ -37,7 +37,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bound:
+class TenantsBound:
     """No placement has a higher ``value``: by ``row_prices`` [rows] and ``multipliers`` [tenants], dual feasible."""
 
     value: float
@@ -45,7 +45,9 @@ class Bound:
     multipliers: FloatArray
 
 
-def bound_of(goal: Goal, row_prices: FloatArray, efficiency: FloatArray, limits: FloatArray) -> Bound | None:
+def bound_of(
+    goal: TenantsGoal, row_prices: FloatArray, efficiency: FloatArray, limits: FloatArray
+) -> TenantsBound | None:
     """The bound that prices prove, given e_i(y) [tenants]; None: they prove that the floors cannot be met."""
     worth = float(row_prices @ limits)
     effort = np.divide(1.0, efficiency, out=np.full(len(efficiency), np.inf), where=efficiency > 0.0)
@@ -53,7 +55,7 @@ def bound_of(goal: Goal, row_prices: FloatArray, efficiency: FloatArray, limits:
         needed = float(goal.claims @ effort)  # worth of a level of 1
         scale = 1.0 / needed if np.isfinite(needed) else 0.0
         multipliers = scale * np.where(np.isfinite(effort), effort, 0.0)
-        return Bound(scale * worth, scale * row_prices, multipliers)
+        return TenantsBound(scale * worth, scale * row_prices, multipliers)
     owing = goal.floors > 0.0
     if float(goal.floors[owing] @ effort[owing]) > worth:
         return None
@@ -61,4 +63,4 @@ def bound_of(goal: Goal, row_prices: FloatArray, efficiency: FloatArray, limits:
     # Who can serve nothing has no price to speak of: any that is not below its gain will do.
     multipliers = np.where(np.isfinite(effort), scale * np.where(np.isfinite(effort), effort, 1.0), goal.gains)
     value = scale * worth - float((multipliers - goal.gains) @ goal.floors)
-    return Bound(value, scale * row_prices, multipliers)
+    return TenantsBound(value, scale * row_prices, multipliers)

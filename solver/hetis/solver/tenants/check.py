@@ -114,7 +114,7 @@ def _check_result(answer: FleetShares) -> Iterator[str]:
 
 
 def _check_proof(cluster: Cluster, answer: FleetShares, proof: PriceProof) -> Iterator[str]:
-    """That its rows are those of the cluster, and that the replicas placed keep to its multipliers."""
+    """Check that the proof's rows are those of the cluster, and that the replicas placed keep to its multipliers."""
     if min([row.price for row in proof.rows] + list(proof.multipliers)) < 0.0:
         yield "a price is negative"
     has = Counter[tuple[str, int, int]]()
@@ -167,7 +167,7 @@ def _price(proof: PriceProof, gpu: str, per_node: int, tp: int) -> float:
 
 
 def _check_what_proofs_say(answer: FleetShares) -> Iterator[str]:
-    """That the bounds follow from prices, multipliers and floors."""
+    """Check that the bounds follow from prices, multipliers and floors."""
     gains = [share.worth * share.alone for share in answer.shares]
     if answer.level_proof is not None and answer.level_bound is not None:
         proof = answer.level_proof

@@ -16,9 +16,9 @@ from hetis.solver.placement.classes import Resources
 from hetis.solver.placement.generation import MAX_ROUNDS, SMOOTHING
 from hetis.solver.placement.pool import lifted
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.tenants.bound import Bound, Goal, bound_of
-from hetis.solver.tenants.contender import Priced, utilisation
-from hetis.solver.tenants.master import Relaxed, TenantColumns, solve_relaxation
+from hetis.solver.tenants.bound import TenantsBound, TenantsGoal, bound_of
+from hetis.solver.tenants.master import TenantColumns, TenantsRelaxation, solve_relaxation
+from hetis.solver.tenants.tenant_solver import PricedTenant, utilisation
 
 LEAST_MULTIPLIER = 1e-6  # of the greatest: nobody's rate is worth nothing, or a replica's floor would be infinite
 
@@ -27,14 +27,14 @@ class JointGeneration:
     """Prices and solves the relaxation of one goal in turn. ``alone`` [tenants] are the rates that count as 1."""
 
     def __init__(
-        self, contenders: Sequence[Priced], alone: FloatArray, goal: Goal, budget: Budget, report: Report
+        self, solvers: Sequence[PricedTenant], alone: FloatArray, goal: TenantsGoal, budget: Budget, report: Report
     ) -> None:
-        self.contenders, self.alone, self.goal = contenders, alone, goal
+        self.solvers, self.alone, self.goal = solvers, alone, goal
         self.budget, self.report = budget, report
-        self.resources: Resources = contenders[0].atlas.resources
+        self.resources: Resources = solvers[0].atlas.resources
         # A request/s of a tenant as a normalised rate; pricing knows saturated rates only.
-        self._scales = np.array([utilisation(c.tenant) / a for c, a in zip(contenders, alone, strict=True)])
-        self.bound: Bound | None = None
+        self._scales = np.array([utilisation(c.tenant) / a for c, a in zip(solvers, alone, strict=True)])
+        self.bound: TenantsBound | None = None
         self.is_infeasible = False  # whether some prices prove that the floors cannot be met
 
     def run(self, target_gap: float) -> None:
@@ -59,18 +59,18 @@ class JointGeneration:
             return
         prices = self._lifted(self.bound.row_prices, self.bound.value)
         multipliers = self._least(self.bound.multipliers) * self._scales
-        for contender, multiplier in zip(self.contenders, multipliers.tolist(), strict=True):
-            contender.vary(prices, multiplier, self.budget)
+        for solver, multiplier in zip(self.solvers, multipliers.tolist(), strict=True):
+            solver.vary(prices, multiplier, self.budget)
 
     def _columns(self) -> list[TenantColumns]:
-        return [c.capped_columns(float(a)) for c, a in zip(self.contenders, self.alone, strict=True)]
+        return [c.capped_columns(float(a)) for c, a in zip(self.solvers, self.alone, strict=True)]
 
-    def _gap(self, relaxed: Relaxed) -> float:
+    def _gap(self, relaxed: TenantsRelaxation) -> float:
         if self.bound is None:
             return np.inf
         return (self.bound.value - relaxed.value) / max(relaxed.value, 1e-12)
 
-    def _between(self, relaxed: Relaxed) -> tuple[FloatArray, FloatArray]:
+    def _between(self, relaxed: TenantsRelaxation) -> tuple[FloatArray, FloatArray]:
         """Prices and multipliers between the relaxation's and the best bound's: dual feasible for columns seen."""
         if self.bound is None:
             return relaxed.row_prices, relaxed.multipliers
@@ -90,9 +90,9 @@ class JointGeneration:
 
     def _price(self, prices: FloatArray, multipliers: FloatArray) -> tuple[int, bool]:
         """Prices every tenant's replicas and makes a bound of it; how many are new, and whether all was searched."""
-        efficiency, added, complete = np.zeros(len(self.contenders)), 0, True
-        for i, contender in enumerate(self.contenders):
-            most, new, whole = contender.price(prices, float(multipliers[i] * self._scales[i]), self.budget)
+        efficiency, added, complete = np.zeros(len(self.solvers)), 0, True
+        for i, solver in enumerate(self.solvers):
+            most, new, whole = solver.price(prices, float(multipliers[i] * self._scales[i]), self.budget)
             efficiency[i], added, complete = most * self._scales[i], added + new, complete and whole
         found = bound_of(self.goal, prices, efficiency, self.resources.limits.astype(float))
         self.is_infeasible = found is None
@@ -100,11 +100,11 @@ class JointGeneration:
             self.bound = found
         return added, complete
 
-    def _tell(self, relaxed: Relaxed) -> None:
-        columns = sum(len(c.pool.templates) for c in self.contenders)
+    def _tell(self, relaxed: TenantsRelaxation) -> None:
+        columns = sum(len(c.pool.templates) for c in self.solvers)
         self.report(
             Progress(
-                phase=f"column generation, {columns} columns of {len(self.contenders)} tenants",
+                phase=f"column generation, {columns} columns of {len(self.solvers)} tenants",
                 elapsed_s=self.budget.elapsed_s(),
                 bound=self.bound.value if self.bound is not None else None,
                 gap=self._gap(relaxed) if self.bound is not None else None,

@@ -26,7 +26,7 @@ from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.tenants.bound import Goal
+from hetis.solver.tenants.bound import TenantsGoal
 
 ROWS_OF_TENANT = 3  # rate, sent, received
 
@@ -45,14 +45,14 @@ class TenantColumns:
         return float(unified + min(sent, received))
 
     def _rows(self) -> IntArray:
-        """Which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
+        """Return which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
         # Sides of one zone: unified, local senders, senders to all zones (none), receivers.
         rows: IntArray = np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2))
         return rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Relaxed:
+class TenantsRelaxation:
     """Optimum of the relaxation: ``row_prices`` [rows] and ``multipliers`` [tenants] are its duals."""
 
     value: float
@@ -62,19 +62,19 @@ class Relaxed:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class TenantsChoice:
     """Whole counts of every tenant's columns, normalised rates [tenants], and a bound over whole counts of these."""
 
     counts: tuple[IntArray, ...]
     rates: FloatArray
     bound: float
 
-    def of_more(self, blocks: Sequence[TenantColumns]) -> Choice:
+    def of_more(self, blocks: Sequence[TenantColumns]) -> TenantsChoice:
         """The same choice where columns were added behind those it counts."""
-        return Choice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
+        return TenantsChoice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
 
-    def value(self, goal: Goal) -> float:
-        """What the choice is worth; -inf where it owes somebody its floor."""
+    def value(self, goal: TenantsGoal) -> float:
+        """Return what the choice is worth; -inf where it owes somebody its floor."""
         if np.any(self.rates < goal.floors * (1.0 - 1e-9)):
             return -np.inf
         if goal.claims is not None:
@@ -82,7 +82,7 @@ class Choice:
         return float(goal.gains @ self.rates)
 
 
-def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Goal) -> Relaxed | None:
+def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal) -> TenantsRelaxation | None:
     """The relaxation; None if these columns cannot meet the floors."""
     highs = quiet_highs()
     highs.passModel(_model(blocks, limits, goal, whole=False))
@@ -92,7 +92,7 @@ def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Go
     solution = highs.getSolution()
     duals = np.maximum(0.0, np.array(solution.row_dual))
     of_tenants = duals[len(limits) : len(limits) + ROWS_OF_TENANT * len(blocks)].reshape(-1, ROWS_OF_TENANT)
-    return Relaxed(
+    return TenantsRelaxation(
         value=float(highs.getInfo().objective_function_value),
         row_prices=duals[: len(limits)],
         multipliers=of_tenants[:, 0],
@@ -103,14 +103,14 @@ def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Go
 def choose_whole(
     blocks: Sequence[TenantColumns],
     limits: IntArray,
-    goal: Goal,
+    goal: TenantsGoal,
     *,
     time_limit_s: float,
     gap: float,
     start: Sequence[IntArray] | None = None,
     least: Sequence[IntArray] | None = None,
     seed: int = 0,
-) -> Choice | None:
+) -> TenantsChoice | None:
     """Whole counts within a relative gap; None if none was found in time.
 
     ``start`` is a known feasible choice of the first columns of each tenant. With ``least`` counts are no less than
@@ -131,18 +131,18 @@ def choose_whole(
         return None
     counts = tuple(np.rint(part).astype(np.int64) for part in _split(np.array(highs.getSolution().col_value), blocks))
     bound = float(info.mip_dual_bound)
-    return Choice(counts, _rates(blocks, counts), bound if np.isfinite(bound) else np.inf)
+    return TenantsChoice(counts, _rates(blocks, counts), bound if np.isfinite(bound) else np.inf)
 
 
 def fewest_gpus(
     blocks: Sequence[TenantColumns], limits: IntArray, gpus: Sequence[FloatArray], floors: FloatArray, *,
     time_limit_s: float, start: Sequence[IntArray], seed: int = 0,
-) -> Choice:  # fmt: skip
+) -> TenantsChoice:  # fmt: skip
     """The choice of the fewest GPUs that meets the floors; ``start`` where no better one is found in time.
 
     ``gpus`` are those of every column.
     """
-    goal = Goal(np.zeros(len(blocks)), floors)
+    goal = TenantsGoal(np.zeros(len(blocks)), floors)
     model = _model(blocks, limits, goal, whole=True)
     cost = np.zeros(model.num_col_)
     cost[: sum(map(len, gpus))] = np.concatenate(list(gpus))
@@ -156,7 +156,7 @@ def fewest_gpus(
         found = tuple(np.rint(p).astype(np.int64) for p in _split(np.array(highs.getSolution().col_value), blocks))
         if np.all(_rates(blocks, found) >= floors * (1.0 - 1e-9)):
             counts = found
-    return Choice(counts, _rates(blocks, counts), np.inf)
+    return TenantsChoice(counts, _rates(blocks, counts), np.inf)
 
 
 def _rates(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> FloatArray:
@@ -168,7 +168,7 @@ def _padded(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> list
     return [np.pad(n, (0, len(b.rates) - len(n))) for b, n in zip(blocks, counts, strict=True)]
 
 
-def _as_solution(blocks: Sequence[TenantColumns], goal: Goal, counts: Sequence[IntArray]) -> Any:
+def _as_solution(blocks: Sequence[TenantColumns], goal: TenantsGoal, counts: Sequence[IntArray]) -> Any:
     whole = _padded(blocks, counts)
     rates = _rates(blocks, whole)
     flows = [min(np.bincount(b._rows(), n * b.rates, ROWS_OF_TENANT)[1:]) for b, n in zip(blocks, whole, strict=True)]
@@ -184,7 +184,7 @@ def _split(values: FloatArray, blocks: Sequence[TenantColumns]) -> tuple[FloatAr
     return tuple(np.split(values[: ends[-1]], ends[:-1]))
 
 
-def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: Goal, *, whole: bool) -> Any:
+def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, whole: bool) -> Any:
     """The master as a HiGHS model: columns n, f, u, L; rows inventory, three of each tenant, levels."""
     inf, tenants = highspy.kHighsInf, len(blocks)
     replicas = sum(len(block.rates) for block in blocks)

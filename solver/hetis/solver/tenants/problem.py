@@ -1,4 +1,4 @@
-"""Who shares a fleet: tenants, each with a placement problem of its own on the same cluster."""
+"""The tenants that share a fleet, each with a placement problem of its own on the same cluster."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Status
 from hetis.solver.tenants.binding import plans_of
-from hetis.solver.tenants.bound import Bound, Goal
-from hetis.solver.tenants.contender import Contender, Listed, Priced, Reach, SearchSettings
+from hetis.solver.tenants.bound import TenantsBound, TenantsGoal
 from hetis.solver.tenants.generation import JointGeneration
-from hetis.solver.tenants.master import Choice, TenantColumns, choose_whole, fewest_gpus, solve_relaxation
+from hetis.solver.tenants.master import TenantColumns, TenantsChoice, choose_whole, fewest_gpus, solve_relaxation
 from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPrice, TenantRule, TenantShare
+from hetis.solver.tenants.tenant_solver import EnumeratedTenant, PricedTenant, SearchSettings, TenantReach, TenantSolver
 
 SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
 MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
@@ -63,50 +63,54 @@ class FleetSearch:
         self.tenancy = Tenancy(tenants=self.tenants)  # with the families that are searched
         atlases = [build_atlas(tenant.problem) for tenant in self.tenants]
         self.limits = atlases[0].resources.limits
-        self.contenders: list[Contender] = []
+        self.solvers: list[TenantSolver] = []
         if all(is_small(atlas) for atlas in atlases):
-            listed = [Listed(*pair, self.settings, self.budget) for pair in zip(self.tenants, atlases, strict=True)]
+            listed = [
+                EnumeratedTenant(*pair, self.settings, self.budget) for pair in zip(self.tenants, atlases, strict=True)
+            ]
             if not all(one.complete for one in listed):
                 raise NoPlanFoundError(f"no shares found within {self.budget.elapsed_s():.1f} s; allow more time")
-            self.contenders.extend(listed)
+            self.solvers.extend(listed)
         else:
-            self.contenders.extend(Priced(*pair, self.settings) for pair in zip(self.tenants, atlases, strict=True))
-        self.alone = tuple(self._alone(contender) for contender in self.contenders)
+            self.solvers.extend(PricedTenant(*pair, self.settings) for pair in zip(self.tenants, atlases, strict=True))
+        self.alone = tuple(self._alone(solver) for solver in self.solvers)
         self.parts = tuple(
-            self._reach(contender, part_of(self.limits, claim), f"{contender.tenant.name} on its part of the fleet")
-            for contender, claim in zip(self.contenders, tenancy.claims, strict=True)
+            self._reach(solver, part_of(self.limits, claim), f"{solver.tenant.name} on its part of the fleet")
+            for solver, claim in zip(self.solvers, tenancy.claims, strict=True)
         )
-        self._highest: tuple[Choice, Bound | None, float] | None = None  # the highest level, once it was looked for
-        self._known: list[Choice] = self._all_parts()  # and of earlier rules: they may do for the next
+        self._highest: tuple[TenantsChoice, TenantsBound | None, float] | None = (
+            None  # the highest level, once it was looked for
+        )
+        self._known: list[TenantsChoice] = self._all_parts()  # and of earlier rules: they may do for the next
 
-    def _all_parts(self) -> list[Choice]:
+    def _all_parts(self) -> list[TenantsChoice]:
         """Everybody on its part, all at once: what the sharing incentive can always fall back on."""
-        priced = [c for c in self.contenders if isinstance(c, Priced)]
+        priced = [c for c in self.solvers if isinstance(c, PricedTenant)]
         if not priced:
             return []
         counts = tuple(c.counts_of(part.chosen) for c, part in zip(priced, self.parts, strict=True))
         rates = np.array([part.rate / alone.rate for part, alone in zip(self.parts, self.alone, strict=True)])
-        return [Choice(counts, rates, np.inf)]
+        return [TenantsChoice(counts, rates, np.inf)]
 
-    def _alone(self, contender: Contender) -> Reach:
-        name = contender.tenant.name
-        found = self._reach(contender, self.limits, f"{name} alone on the whole fleet")
+    def _alone(self, solver: TenantSolver) -> TenantReach:
+        name = solver.tenant.name
+        found = self._reach(solver, self.limits, f"{name} alone on the whole fleet")
         if found.rate > 0.0:
             return found
         if self.budget.is_spent():
             raise NoPlanFoundError(f"no plan for {name} found within {self.budget.elapsed_s():.1f} s; allow more time")
         s, nobody = self.settings, f"tenant {name} can be served by no replica on this fleet, even alone"
-        why = why_infeasible(contender.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
+        why = why_infeasible(solver.tenant.problem, self.budget, seed=s.seed, threads=s.threads, report=self.report)
         raise ExplainedInfeasibleError((nobody, *why.reasons), why)
 
-    def _reach(self, contender: Contender, limits: IntArray, phase: str) -> Reach:
+    def _reach(self, solver: TenantSolver, limits: IntArray, phase: str) -> TenantReach:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
         budget = self.budget
         if not np.array_equal(limits, self.limits):
             time_limit_s = min(PART_SECONDS, max(0.0, budget.remaining_s()))
             budget = Budget(time_limit_s=time_limit_s, clock=budget.clock, cancelled=budget.cancelled)
-        found = contender.alone(limits, budget, silent)
-        return found if found is not None else Reach(rate=0.0, bound=0.0)
+        found = solver.alone(limits, budget, silent)
+        return found if found is not None else TenantReach(rate=0.0, bound=0.0)
 
     # --- one rule
 
@@ -121,7 +125,7 @@ class FleetSearch:
         none = np.zeros(len(claims))
         level_bound, level_proof, best_level = None, None, 0.0
         if rule.has_level:
-            goal = Goal(gains, none, claims)
+            goal = TenantsGoal(gains, none, claims)
             if self._highest is None:  # both rules with a level raise it in the same way
                 self._highest = self._solve(goal, "the least rate")
             choice, bound, proven = self._highest
@@ -134,7 +138,7 @@ class FleetSearch:
         if rule.has_level:
             floors = claims * best_level
         floors = floors * (1.0 - ROUNDING)
-        goal = Goal(gains, floors)
+        goal = TenantsGoal(gains, floors)
         if rule is TenantRule.EQUAL_THROUGHPUT:
             assert level_bound is not None
             choice = self._fewest(floors, choice)
@@ -148,12 +152,12 @@ class FleetSearch:
             rule, choice, granted, value, max(proven, value), best_level, level_bound, proof, level_proof
         )
 
-    def _solve(self, goal: Goal, phase: str) -> tuple[Choice, Bound | None, float]:
+    def _solve(self, goal: TenantsGoal, phase: str) -> tuple[TenantsChoice, TenantsBound | None, float]:
         """The best choice found, the bound from prices, and the best value proved."""
         rates = self._rates()
-        if isinstance(self.contenders[0], Listed):
+        if isinstance(self.solvers[0], EnumeratedTenant):
             return self._pack(goal)
-        priced = [c for c in self.contenders if isinstance(c, Priced)]
+        priced = [c for c in self.solvers if isinstance(c, PricedTenant)]
         joint = JointGeneration(priced, rates, goal, self.budget, self.report)
         joint.run(self.settings.gap_target / 2)
         joint.vary()
@@ -162,14 +166,14 @@ class FleetSearch:
             raise NoPlanFoundError(f"no whole replicas found within {self.budget.elapsed_s():.1f} s; allow more time")
         return choice, joint.bound, joint.bound.value if joint.bound is not None else self._bound_alone(goal)
 
-    def _bound_alone(self, goal: Goal) -> float:
-        """What holds before any pricing: nobody exceeds what it could reach alone."""
+    def _bound_alone(self, goal: TenantsGoal) -> float:
+        """Return what holds before any pricing: nobody exceeds what it could reach alone."""
         most = np.array([reach.bound / reach.rate for reach in self.alone])
         return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
 
-    def _pack(self, goal: Goal) -> tuple[Choice, None, float]:
+    def _pack(self, goal: TenantsGoal) -> tuple[TenantsChoice, None, float]:
         """A small fleet: the best packing of sub-fleets, and no packing of what they could be at most is better."""
-        listed, rates = [c for c in self.contenders if isinstance(c, Listed)], self._rates()
+        listed, rates = [c for c in self.solvers if isinstance(c, EnumeratedTenant)], self._rates()
         columns = [c.columns(a) for c, a in zip(listed, rates, strict=True)]
         ceilings = [c.ceilings(a) for c, a in zip(listed, rates, strict=True)]
         choice = choose_whole(columns, self.limits, goal, time_limit_s=np.inf, gap=0.0, seed=self.settings.seed)
@@ -178,7 +182,7 @@ class FleetSearch:
         assert above is not None, "ceilings are no lower"
         return choice, None, above.bound
 
-    def _choose(self, goal: Goal, bound: float, phase: str) -> Choice | None:
+    def _choose(self, goal: TenantsGoal, bound: float, phase: str) -> TenantsChoice | None:
         """Whole counts over all columns seen; never worse than what an earlier rule chose."""
         columns, s = self._columns(), self.settings
         relaxed = solve_relaxation(columns, self.limits, goal)
@@ -203,10 +207,10 @@ class FleetSearch:
             self.report(Progress(phase=f"whole counts: {phase}", elapsed_s=self.budget.elapsed_s(), incumbent=value))
         return best
 
-    def _fewest(self, floors: FloatArray, choice: Choice) -> Choice:
+    def _fewest(self, floors: FloatArray, choice: TenantsChoice) -> TenantsChoice:
         """The same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
         columns = self._columns()
-        counted = self.contenders[0].atlas.resources.counts_gpus
+        counted = self.solvers[0].atlas.resources.counts_gpus
         gpus = [block.uses @ counted for block in columns]
         return fewest_gpus(
             columns, self.limits, gpus, floors, time_limit_s=self._choosing_s(), start=choice.counts,
@@ -214,25 +218,26 @@ class FleetSearch:
         )  # fmt: skip
 
     def _choosing_s(self) -> float:
-        """How long whole counts may be searched for; a little even when the time is over, for there must be some."""
+        """Return how long whole counts may be searched for; a little even when the time is over, for there must be
+        some."""
         return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
 
     def _rates(self) -> FloatArray:
         return np.array([reach.rate for reach in self.alone])
 
     def _columns(self) -> list[TenantColumns]:
-        return [c.columns(float(a)) for c, a in zip(self.contenders, self._rates(), strict=True)]
+        return [c.columns(float(a)) for c, a in zip(self.solvers, self._rates(), strict=True)]
 
     # --- the answer
 
     def _answer(
-        self, rule: TenantRule, choice: Choice, granted: FloatArray, value: float, bound: float, level: float,
+        self, rule: TenantRule, choice: TenantsChoice, granted: FloatArray, value: float, bound: float, level: float,
         level_bound: float | None, proof: PriceProof | None, level_proof: PriceProof | None,
     ) -> FleetShares:  # fmt: skip
         multipliers = proof.multipliers if proof is not None else (1.0,) * len(self.tenants)
         prices = np.array([row.price for row in proof.rows]) if proof is not None else np.zeros(len(self.limits))
         plans = plans_of(
-            self.contenders, choice, self.alone, prices=prices, multipliers=multipliers, budget=self.budget,
+            self.solvers, choice, self.alone, prices=prices, multipliers=multipliers, budget=self.budget,
             strategy=self.settings.strategy, seed=self.settings.seed,
         )  # fmt: skip
         shares = []
@@ -272,10 +277,10 @@ class FleetSearch:
             solve_s=self.budget.elapsed_s(),
         )
 
-    def _proof(self, bound: Bound | None, floors: FloatArray) -> PriceProof | None:
+    def _proof(self, bound: TenantsBound | None, floors: FloatArray) -> PriceProof | None:
         if bound is None:
             return None
-        atlas = self.contenders[0].atlas
+        atlas = self.solvers[0].atlas
         rows = tuple(
             RowPrice(
                 gpu=atlas.classes[g].gpu,
@@ -293,13 +298,13 @@ class FleetSearch:
     # --- envy
 
     def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
-        """What every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
+        """Return what every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
 
         On the diagonal stands what it has. Searches end with the budget: a cell then tells what was found.
         """
         uses = [self._use_of(share) for share in shares.shares]
         table = []
-        for i, contender in enumerate(self.contenders):
+        for i, solver in enumerate(self.solvers):
             row = []
             for j, use in enumerate(uses):
                 if i == j:
@@ -307,15 +312,15 @@ class FleetSearch:
                     row.append(EnvyCell(rate=placed, bound=placed))
                     continue
                 other = shares.shares[j].name
-                reach = self._reach(contender, use, f"{contender.tenant.name} with the GPUs of {other}")
+                reach = self._reach(solver, use, f"{solver.tenant.name} with the GPUs of {other}")
                 row.append(EnvyCell(rate=reach.rate, bound=reach.bound))
             table.append(tuple(row))
         return tuple(table)
 
     def _use_of(self, share: TenantShare) -> IntArray:
-        """As much of every row of the inventory as the GPUs of a share allow."""
+        """Return as much of every row of the inventory as the GPUs of a share allow."""
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
-        rows = self.contenders[0].atlas.resources.rows
+        rows = self.solvers[0].atlas.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
 
 
@@ -330,6 +335,6 @@ def part_of(limits: IntArray, claim: float) -> IntArray:
     return part
 
 
-def worth(tenant: Tenant, alone: Reach) -> float:
-    """Of a request/s."""
+def worth(tenant: Tenant, alone: TenantReach) -> float:
+    """Return the worth of a request/s."""
     return tenant.worth if tenant.worth is not None else 1.0 / alone.rate

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import IntArray, Load
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 
 # After so many rounds whatever is refused is final. It may be too much where stages are short of memory in turns: those
@@ -44,14 +44,14 @@ class Quality:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Home:
-    """Where the head groups of a request go on one stage: ``groups`` [D]."""
+    """The place of a request's head groups on one stage: ``groups`` [D]."""
 
     copy: StageCopy
     groups: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class BatchAdmission:
     """What a batch leads to, requests by their position in it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Admission:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class _AdmissionAnswer:
     """What one stage says of requests by their position in the batch."""
 
     homes: dict[int, Home]
@@ -75,13 +75,13 @@ class _Answer:
 
 
 def admit(
-    stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[Load]], newcomers: Sequence[Newcomer]
-) -> Admission:
+    stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[DeviceLoad]], newcomers: Sequence[Newcomer]
+) -> BatchAdmission:
     """Places a batch on copies of all stages, which are under ``loads``; looks at nothing else that changes."""
     standing, refused = list(range(len(newcomers))), dict[int, Refusal]()
-    answers: list[_Answer | None] = [None] * len(stages)
+    answers: list[_AdmissionAnswer | None] = [None] * len(stages)
     for round_number in range(len(newcomers) + 1):
-        done = list[_Answer]()
+        done = list[_AdmissionAnswer]()
         for s, copies in enumerate(stages):
             answer = answers[s]
             if answer is None or answer.homes.keys() != set(standing):
@@ -92,14 +92,14 @@ def admit(
             break
         refused |= final
         standing = [j for j in standing if j not in final]
-    return Admission(
+    return BatchAdmission(
         homes={j: tuple(answer.homes[j] for answer in done) for j in standing},
         refused=refused,
         qualities=tuple(quality for answer in done for quality in answer.qualities) if standing else (),
     )
 
 
-def _final_refusals(answers: Sequence[_Answer], *, is_last: bool) -> dict[int, Refusal]:
+def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> dict[int, Refusal]:
     """Requests refused by a stage that has judged without all those refused before."""
     final = dict[int, Refusal]()
     for j in sorted({j for answer in answers for j in answer.refused}):
@@ -113,8 +113,8 @@ def _final_refusals(answers: Sequence[_Answer], *, is_last: bool) -> dict[int, R
 
 
 def _on_stage(
-    copies: Sequence[StageCopy], loads: Sequence[Load], standing: Sequence[int], newcomers: Sequence[Newcomer]
-) -> _Answer:
+    copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[int], newcomers: Sequence[Newcomer]
+) -> _AdmissionAnswer:
     """Each request on the copy that has most free blocks; where that has no room, on the next."""
     free = [int(np.maximum(0, load.free_blocks).sum()) for load in loads]
     heads = copies[0].terms.stage.heads
@@ -148,4 +148,4 @@ def _on_stage(
                 stale.add(give(j))
             else:
                 refused[j] = unplaced
-    return _Answer(homes, refused, tuple(quality for c, quality in sorted(qualities.items()) if on[c]))
+    return _AdmissionAnswer(homes, refused, tuple(quality for c, quality in sorted(qualities.items()) if on[c]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hetis.planner.convert.head_groups import owners_of
 from hetis.planner.fleet.dispatching.admission import Home, Quality, Refusal
-from hetis.planner.fleet.dispatching.replica import Running
+from hetis.planner.fleet.dispatching.replica import RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import StageCopy
 from hetis.solver.dispatch.result import Path, Resource
 from hetis.v1 import dispatch_service_pb2
@@ -24,9 +24,9 @@ _RESOURCES = {
 
 
 def placement_to_proto(
-    request: str, running: Running | None, homes: Sequence[Home] | None
+    request: str, running: RunningRequest | None, homes: Sequence[Home] | None
 ) -> dispatch_service_pb2.Placement:
-    """Where a request is, else where it would go."""
+    """Return where a request is, or else where it would go."""
     if running is not None:
         owners = [(copy, copy.owners[request]) for copy in running.copies]
     else:

@@ -7,7 +7,7 @@ from itertools import islice
 
 from hetis.planner.convert.stages_in import StageTerms
 from hetis.planner.failures import invalid_fields
-from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, Running
+from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import MOST_BLOCKS
 from hetis.solver.errors import InvalidProblemError
@@ -66,7 +66,7 @@ def declared(
             context_tokens=request.context_tokens,
             growth_tokens=request.remaining_tokens,
         )
-        replica.running[name] = Running(
+        replica.running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
     # A request that lost its KV on one stage has to be prefilled again on all.
@@ -177,7 +177,7 @@ def _across_stages(
 
 
 def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb2.FieldViolation]:
-    """Of the name of a request; ``seen`` are those before it, and gets it too."""
+    """Yield what is wrong with the name of a request; ``seen`` has those before it, and gets it too."""
     num_bytes = len(name.encode())
     if not 1 <= num_bytes <= MOST_NAME_BYTES:
         yield _violation(path, f"has {num_bytes} bytes, must have 1 to {MOST_NAME_BYTES}")
@@ -187,7 +187,7 @@ def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb
 
 
 def token_violations(path: str, tokens: int, *, least: int = 0) -> Iterator[failure_pb2.FieldViolation]:
-    """Of a number of tokens."""
+    """Yield what is wrong with a number of tokens."""
     if not least <= tokens <= MOST_TOKENS:
         yield _violation(path, f"is {tokens}, must be {least} to {MOST_TOKENS}")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.dispatching.admission import Admission, Home, Quality, Refusal, admit
+from hetis.planner.fleet.dispatching.admission import BatchAdmission, Home, Quality, Refusal, admit
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import IntArray, Load
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
 MOST_IN_LOOP = 16  # new requests that are planned in the event loop: about a millisecond on two stages
@@ -19,7 +19,7 @@ MOST_TRIES = 3  # of planning more in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
+class RunningRequest:
     """A request that runs: its numbers when it was admitted, and the copy that it is on, one per stage."""
 
     admitted: Newcomer
@@ -27,7 +27,7 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Growth:
+class RequestGrowth:
     """How long a request has become. ``remaining_tokens`` None: what was expected before, less the growth."""
 
     id: str
@@ -36,7 +36,7 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Admitted:
+class AdmittedRequests:
     """What became of the requests of one call that did not run before.
 
     Attributes:
@@ -55,7 +55,7 @@ class _Coming:
     """A call that waits for the next turn of the loop."""
 
     newcomers: Sequence[Newcomer]
-    answer: asyncio.Future[Admitted]
+    answer: asyncio.Future[AdmittedRequests]
 
 
 class ReplicaDispatch:
@@ -67,7 +67,11 @@ class ReplicaDispatch:
     """
 
     def __init__(
-        self, state_id: str, generation: int, stages: Sequence[Sequence[StageCopy]], running: Mapping[str, Running]
+        self,
+        state_id: str,
+        generation: int,
+        stages: Sequence[Sequence[StageCopy]],
+        running: Mapping[str, RunningRequest],
     ) -> None:
         """``stages`` hold what is ``running``, as `hetis.planner.fleet.dispatching.declaring` reads it."""
         self.state_id, self.generation = state_id, generation
@@ -82,7 +86,7 @@ class ReplicaDispatch:
     def copies(self) -> Iterable[StageCopy]:
         return (copy for copies in self.stages for copy in copies)
 
-    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> Admitted:
+    async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> AdmittedRequests:
         """Places requests, in their order, and adds those that fit; those that run with the same numbers are ignored.
 
         Small batches that come in one turn of the event loop are planned as one: where many engines ask at once, one
@@ -108,7 +112,7 @@ class ReplicaDispatch:
         return _part_of(admission, fresh, range(len(fresh)))
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
-        """Those that do not run already, or are ``finished``.
+        """Return the requests that do not run already, or are ``finished``.
 
         Raises:
             ServiceError: REQUEST_RUNNING, one runs with other numbers.
@@ -168,8 +172,8 @@ class ReplicaDispatch:
         for one, positions in parts:
             one.answer.set_result(_part_of(admission, fresh, positions))
 
-    async def _plan(self, newcomers: Sequence[Newcomer]) -> Admission:
-        """Where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
+    async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
+        """Plan where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
 
         A large batch is planned in a thread, on what ran at that moment: when that has changed meanwhile it is planned
         again, at last in the loop, where nothing can change.
@@ -181,19 +185,21 @@ class ReplicaDispatch:
                 return admission
         return admit(self.stages, self._loads(), newcomers)
 
-    def _loads(self) -> list[list[Load]]:
+    def _loads(self) -> list[list[DeviceLoad]]:
         return [[copy.load() for copy in copies] for copies in self.stages]
 
-    def _add(self, newcomers: Sequence[Newcomer], admission: Admission) -> None:
+    def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:
         """Adds what was placed, of the state that it was planned on."""
         self.version += 1
         for j, homes in admission.homes.items():
             for home in homes:
                 home.copy.admit(newcomers[j], home.groups)
-            self.running[newcomers[j].id] = Running(admitted=newcomers[j], copies=tuple(home.copy for home in homes))
+            self.running[newcomers[j].id] = RunningRequest(
+                admitted=newcomers[j], copies=tuple(home.copy for home in homes)
+            )
 
     def finish(self, requests: Iterable[str]) -> None:
-        """Those not running are ignored."""
+        """Finish requests; those not running are ignored."""
         self.version += 1
         for request in requests:
             running = self.running.pop(request, None)
@@ -201,13 +207,13 @@ class ReplicaDispatch:
                 if request in copy.state:
                     copy.finish(request)
 
-    def grow(self, growths: Sequence[Growth]) -> tuple[str, ...]:
+    def grow(self, growths: Sequence[RequestGrowth]) -> tuple[str, ...]:
         """Lengthens requests, on all stages or on none; those not running, or not longer, are ignored.
 
         Returns those that stay as they were, for want of blocks; earlier ones get room first.
         """
         self.version += 1
-        growing = list[tuple[Growth, int]]()
+        growing = list[tuple[RequestGrowth, int]]()
         for growth in growths:
             running = self.running.get(growth.id)
             if running is not None:
@@ -230,7 +236,7 @@ class ReplicaDispatch:
                         copy.state.expect(growth.id, growth.remaining_tokens)
         return tuple(growth.id for growth, _ in growing if growth.id in stalled)
 
-    def _without_room(self, growing: Sequence[tuple[Growth, int]]) -> set[str]:
+    def _without_room(self, growing: Sequence[tuple[RequestGrowth, int]]) -> set[str]:
         """Requests that some device has no block left for, all stages taken together."""
         needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: place of the copy, blocks [D]
         copies = list(self.copies)
@@ -293,17 +299,17 @@ class ReplicaDispatch:
     # --- messages
 
     def head_maps(self, requests: Sequence[str] | None = None) -> list[head_map_pb2.HeadMap]:
-        """What runs, or of that ``requests`` only."""
+        """Return what runs, or of that ``requests`` only."""
         names = list(self.running) if requests is None else requests
         incarnations = {name: self.running[name].admitted.incarnation for name in names}
         return [copy.head_map(incarnations, requests) for copy in self.copies]
 
 
-def _part_of(admission: Admission, newcomers: Sequence[Newcomer], positions: range) -> Admitted:
-    """What an admission says of some of its requests."""
+def _part_of(admission: BatchAdmission, newcomers: Sequence[Newcomer], positions: range) -> AdmittedRequests:
+    """Return what an admission says of some of its requests."""
     homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
     used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
-    return Admitted(
+    return AdmittedRequests(
         homes=homes,
         refused={newcomers[j].id: admission.refused[j] for j in positions if j in admission.refused},
         qualities=tuple(quality for quality in admission.qualities if (quality.stage, quality.copy) in used),

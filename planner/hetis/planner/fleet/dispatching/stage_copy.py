@@ -10,7 +10,7 @@ import numpy as np
 from hetis.planner.convert.head_groups import owners_of
 from hetis.planner.convert.head_maps import snapshot_from_proto, status_from_proto, status_to_proto
 from hetis.planner.convert.stages_in import StageTerms
-from hetis.solver.dispatch.problem import IntArray, Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.solve import Dispatcher
@@ -70,11 +70,11 @@ class StageCopy:
 
     # --- requests
 
-    def load(self) -> Load:
+    def load(self) -> DeviceLoad:
         return self.state.load()
 
-    def plan(self, load: Load, newcomers: Sequence[Newcomer]) -> DispatchPlan:
-        """Where new requests would go; nothing is changed."""
+    def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
+        """Return where new requests would go; nothing is changed."""
         return self._dispatcher.dispatch(
             load,
             Requests(
@@ -111,7 +111,7 @@ class StageCopy:
     # --- devices and moves
 
     def set_conditions(self, statuses: Iterable[report_pb2.DeviceStatus.ValueType]) -> set[str]:
-        """What is known of each device; returns requests that lost KV, which left this copy."""
+        """Take over what is known of each device; return requests that lost KV, which left this copy."""
         gone = set[str]()
         for i, status in enumerate(map(status_from_proto, statuses)):
             now = self.state.devices[i].status
@@ -170,7 +170,7 @@ class StageCopy:
     # --- messages
 
     def head_map(self, incarnations: dict[str, int], requests: Iterable[str] | None = None) -> head_map_pb2.HeadMap:
-        """What runs here, or of that those of ``requests`` that do."""
+        """Return what runs here, or of that those of ``requests`` that do."""
         state = self.state
         return head_map_pb2.HeadMap(
             stage=self.stage,

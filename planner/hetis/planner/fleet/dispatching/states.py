@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hetis.planner.convert.stages_in import stage_from_proto
-from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
 from hetis.planner.fleet.dispatching.batches import (
@@ -28,9 +27,10 @@ from hetis.planner.fleet.dispatching.batches import (
     newcomer_violations,
 )
 from hetis.planner.fleet.dispatching.declaring import declared
-from hetis.planner.fleet.dispatching.replica import Admitted, Growth, ReplicaDispatch
+from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.running import RunningReplica, RunningReplicas
+from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
 from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
 
@@ -64,7 +64,7 @@ class DispatchStates:
         DEADLINE_EXCEEDED and tries again.
         """
         if self._warming is None:
-            self._warming = asyncio.ensure_future(in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
+            self._warming = asyncio.ensure_future(run_in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
         await asyncio.shield(self._warming)
 
     # --- calls
@@ -113,7 +113,7 @@ class DispatchStates:
         requests: Iterable[dispatch_service_pb2.NewRequest],
         *,
         keep: bool = True,
-    ) -> Admitted:
+    ) -> AdmittedRequests:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:
             raise self._lost(name, state.state_id)  # the engine declared another one meanwhile
@@ -181,7 +181,7 @@ class DispatchStates:
     # --- what the planner itself asks and says
 
     def head_maps(self, replica: str) -> KnownHeadMaps | None:
-        """What runs on a replica; None: no state was declared."""
+        """Return what runs on a replica; None: no state was declared."""
         state = self._states.get(replica)
         return None if state is None else KnownHeadMaps(generation=state.generation, maps=state.head_maps())
 
@@ -277,9 +277,9 @@ def _newcomers(requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newc
     ]
 
 
-def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[Growth]:
+def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGrowth]:
     return [
-        Growth(
+        RequestGrowth(
             id=one.id,
             context_tokens=one.context_tokens,
             remaining_tokens=one.remaining_tokens if one.HasField("remaining_tokens") else None,
@@ -289,9 +289,9 @@ def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[Growth]:
 
 
 def _placements(
-    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: Admitted
+    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: AdmittedRequests
 ) -> list[dispatch_service_pb2.Placement]:
-    """Of those that were admitted, and those that ran before."""
+    """Return the placements of the requests admitted now, and of those that ran before."""
     return [
         placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
         for one in requests

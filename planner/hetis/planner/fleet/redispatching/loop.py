@@ -20,7 +20,6 @@ from functools import partial
 from hetis.planner.convert.names import cluster_of
 from hetis.planner.convert.redispatches import triggers_to_proto
 from hetis.planner.convert.times import timestamp
-from hetis.planner.daemons import in_daemon_thread
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
@@ -29,6 +28,7 @@ from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.running import ReadHeadMaps, Redispatching, RunningReplica
 from hetis.planner.fleet.settings import duration
 from hetis.planner.fleet.views import Clock
+from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
 from hetis.solver.redispatch.warming import compile_redispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
@@ -116,7 +116,7 @@ class RedispatchLoop:
 
         try:
             # First of all: a compilation would spend the budget of a solve.
-            await in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
+            await run_in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
             while True:
                 for look in self._begin_due():
                     looks.add(look)
@@ -130,7 +130,7 @@ class RedispatchLoop:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def step(self) -> None:
-        """Looks at every replica whose time has come, and waits until that is done."""
+        """Look at every replica whose time has come, and waits until that is done."""
         await asyncio.gather(*self._begin_due())
 
     def _begin_due(self) -> list[asyncio.Task[None]]:
@@ -247,7 +247,7 @@ class RedispatchLoop:
             return None
 
     def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:
-        """What is remembered of a replica; None: it is not to be watched now."""
+        """Return what is remembered of a replica; None: it is not to be watched now."""
         view = self._fleet.replica_view(name)
         if view is None or not view.stages:
             self._watched.pop(name, None)

@@ -1,4 +1,4 @@
-"""From a head map to the moves of one change; pure, and slow enough for a thread."""
+"""Search for the moves of one change in a head map; pure, and slow enough for a thread."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FoundMoves:
 
 
 class StagePlanner:
-    """Looks at one copy of one stage, again and again; not to be shared between threads.
+    """Look at one copy of one stage, again and again; not to be shared between threads.
 
     It remembers looks in vain (`Watch`), so that what cannot be helped is not worked out over and over.
     """

@@ -12,7 +12,7 @@ from hetis.v1 import cluster_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPolicy:
-    """As `ClusterPolicy`.
+    """The re-dispatch part of a `ClusterPolicy`.
 
     Attributes:
         mode: OFF, ADVISORY or AUTOMATIC.
@@ -41,7 +41,7 @@ class RedispatchPolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalPolicy:
-    """As `ClusterPolicy`: ``mode``, and how long capacity must have changed."""
+    """The proposal part of a `ClusterPolicy`: ``mode``, and how long capacity must have changed."""
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
     patience_s: float = 300.0

@@ -15,7 +15,7 @@ over all prefixes. Of a device with several affine pieces each gives a bound, so
 
 So a makespan within the deviation ratio of the bound is within that of the ideal: no trigger is missed. The other way
 round it may be a false alarm, since memory, whole head groups, the network card and the mix of lengths are not seen;
-then the head map is read once in vain, and `hetis.planner.fleet.redispatching.patience` keeps quiet until something has
+then the head map is read once in vain, and `hetis.planner.fleet.redispatching.watched` keeps quiet until something has
 changed.
 
 A report costs a few microseconds as a rule: with loads at least ``s`` times those that the bound was worked out for,
@@ -40,7 +40,7 @@ _SHARES = np.linspace(0.0, 1.0, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sums:
+class StageSums:
     """A stage in a report; devices in the order of the stage, those not reported idle and ok.
 
     Attributes:
@@ -56,7 +56,9 @@ class Sums:
     status: tuple[int, ...]
 
 
-def sums_of(load: report_pb2.StageLoad, terms: StageTerms, known: Sequence[report_pb2.DeviceStatus.ValueType]) -> Sums:
+def sums_of(
+    load: report_pb2.StageLoad, terms: StageTerms, known: Sequence[report_pb2.DeviceStatus.ValueType]
+) -> StageSums:
     """The sums of a report; ``known``: what the planner knows of each device."""
     num = len(terms.gpus)
     heads, kv_bytes, used, status = [0] * num, [0.0] * num, [0.0] * num, list(known)
@@ -67,7 +69,7 @@ def sums_of(load: report_pb2.StageLoad, terms: StageTerms, known: Sequence[repor
             total = device.total_blocks
             used[i] = device.used_blocks / total if total else 0.0
             status[i] = max(status[i], device.status)
-    return Sums(heads=tuple(heads), kv_bytes=tuple(kv_bytes), used_ratio=tuple(used), status=tuple(status))
+    return StageSums(heads=tuple(heads), kv_bytes=tuple(kv_bytes), used_ratio=tuple(used), status=tuple(status))
 
 
 class SumTest:
@@ -83,7 +85,7 @@ class SumTest:
         self._primary, self._nic_head_s, self._nic_s = costs.primary, costs.nic_head_s, costs.nic_s
         self._bounded: tuple[int, float, tuple[int, ...], float] | None = None  # heads, bytes, statuses, bound
 
-    def makespan_s(self, sums: Sums) -> float:
+    def makespan_s(self, sums: StageSums) -> float:
         """Seconds per layer and decode step of the slowest device, or of the primary's network card."""
         slowest = 0.0
         for heads, kv_bytes, row in zip(sums.heads, sums.kv_bytes, self._rows, strict=True):
@@ -102,8 +104,9 @@ class SumTest:
         """Seconds per layer and decode step of one device; 0 when it holds nothing."""
         return max(a * heads + b * kv_bytes + c for a, b, c in self._rows[i]) if heads else 0.0
 
-    def deviation(self, sums: Sums, limit: float) -> float:
-        """How far the makespan is above the bound, as a share; any number up to ``limit`` says that it is not above.
+    def deviation(self, sums: StageSums, limit: float) -> float:
+        """Return how far the makespan is above the bound, as a share; any number up to ``limit`` says that it is not
+        above.
 
         Above, it is right to within ``NEAR`` of the makespan.
         """
@@ -125,7 +128,7 @@ class SumTest:
         self._bounded = (heads, kv_bytes, sums.status, bound_s)
         return makespan_s / max(bound_s, 1e-12) - 1.0
 
-    def bound_s(self, sums: Sums) -> float:
+    def bound_s(self, sums: StageSums) -> float:
         """No placement of these heads and bytes on devices that take head groups is faster; 0 where none does."""
         takes = np.array([status <= report_pb2.DEVICE_STATUS_OK for status in sums.status])
         heads, kv_bytes = float(sum(sums.heads)), float(sum(sums.kv_bytes))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
 
 from hetis.planner.convert.stages_in import stage_from_proto
-from hetis.planner.fleet.redispatching.patience import Patience
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
-from hetis.planner.fleet.redispatching.slowness import Slowness
-from hetis.planner.fleet.redispatching.sums import Sums, SumTest, sums_of
+from hetis.planner.fleet.redispatching.sums import StageSums, SumTest, sums_of
 from hetis.planner.fleet.running import RunningReplica
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
+from hetis.solver.redispatch.watch import ALWAYS, CHANGE, MOST_CHANGE
 from hetis.v1 import report_pb2, stage_pb2
 
 Place = tuple[int, int]  # stage and copy
@@ -24,9 +26,9 @@ class WatchedStage:
     def __init__(self, model: stage_pb2.StageModel) -> None:
         self.model = model
         self.planner = StagePlanner()
-        self.patience = Patience()
+        self.backoff = AlarmBackoff()
         self.terms = stage_from_proto(model)
-        self.sums: Sums | None = None
+        self.sums: StageSums | None = None
         self.alarms: tuple[Trigger, ...] = ()
         self.changed: frozenset[str] = frozenset()  # devices that the next look is told of
         self._slowness = Slowness()
@@ -34,7 +36,7 @@ class WatchedStage:
         self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
 
     def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> bool:
-        """What the planner knows of GPUs; whether it is news."""
+        """Take what the planner knows of GPUs; return whether it is news."""
         known = self.terms.statuses(conditions)
         news = {
             name for name, now, then in zip(self.terms.stage.devices, known, self._known, strict=True) if now != then
@@ -69,13 +71,13 @@ class WatchedStage:
         """The head map was looked at, with what was known of the devices ``seen``."""
         self.changed -= seen
         if self.sums is not None:
-            self.patience.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
+            self.backoff.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
 
     def _rescale(self) -> None:
         self.terms = stage_from_proto(self.model, slowness=self._slowness.factors)
         self._test = SumTest(self.terms)
 
-    def _alarms(self, sums: Sums, policy: RedispatchPolicy) -> list[Trigger]:
+    def _alarms(self, sums: StageSums, policy: RedispatchPolicy) -> list[Trigger]:
         found = list[Trigger]()
         if not any(sums.heads):
             return found
@@ -129,7 +131,7 @@ class WatchedReplica:
         return self.is_wanted and not self.is_looking and not self.under_way
 
     def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
-        """Whether the replica still has the stages that are watched."""
+        """Return whether the replica still has the stages that are watched."""
         return models is self._models or list(models) == list(self._models)
 
     def set_conditions(self, view: RunningReplica) -> None:
@@ -150,7 +152,7 @@ class WatchedReplica:
                 continue
             alarms = stage.report(load, policy)
             if alarms and stage.sums is not None:
-                self.is_wanted = self.is_wanted or stage.patience.due(
+                self.is_wanted = self.is_wanted or stage.backoff.due(
                     stage.sums, alarms, num_running=self.num_running, num_finished=self.num_finished
                 )
 
@@ -164,3 +166,101 @@ class WatchedReplica:
 
         found = [place for place, stage in self.stages.items() if stage.alarms or stage.changed]
         return sorted(found, key=urgency, reverse=True)
+
+
+class _Vain(NamedTuple):
+    """A stage as of the last look in vain."""
+
+    sums: StageSums
+    num_finished: int
+    values: dict[tuple[TriggerKind, str | None], float]
+
+
+class AlarmBackoff:
+    """`hetis.solver.redispatch.watch.Watch` on sums.
+
+    After a look that moved nothing an alarm counts again when it is new, when its value has grown by the share
+    ``CHANGE``, when a device's status changed, when that share of the KV came, went or moved, or when so many requests
+    have finished that the KV is replaced by that share. After every further look in vain the share doubles, up to
+    ``MOST_CHANGE``; a look that moves something resets it.
+    """
+
+    def __init__(self) -> None:
+        self._vain: _Vain | None = None
+        self._change = CHANGE
+
+    def due(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_running: int, num_finished: int) -> bool:
+        """Return whether any of the alarms is worth a look."""
+        vain = self._vain
+        if not alarms or vain is None or vain.sums.status != sums.status:
+            return bool(alarms)
+        # A replica that finishes fewer requests than before has a new engine.
+        replaced = num_finished < vain.num_finished or (
+            num_finished - vain.num_finished >= self._change * max(1, num_running)
+        )
+        moved = sum(abs(now - then) for now, then in zip(sums.kv_bytes, vain.sums.kv_bytes, strict=True))
+        if replaced or moved > self._change * (sum(sums.kv_bytes) + sum(vain.sums.kv_bytes)):
+            return True
+        return any(alarm.kind in ALWAYS or self._is_news(vain, alarm) for alarm in alarms)
+
+    def looked(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_finished: int, moved: bool) -> None:
+        """A look, for these alarms, has moved something or not."""
+        if moved:
+            self._vain, self._change = None, CHANGE
+            return
+        values = {(alarm.kind, alarm.device): alarm.value for alarm in alarms}
+        if self._vain is not None and self._vain.sums.status == sums.status:
+            self._change = min(MOST_CHANGE, 2 * self._change)
+            values = self._vain.values | values
+        self._vain = _Vain(sums, num_finished, values)
+
+    def _is_news(self, vain: _Vain, alarm: Trigger) -> bool:
+        before = vain.values.get((alarm.kind, alarm.device))
+        return before is None or alarm.value > before * (1 + self._change)
+
+
+WINDOW = 7  # reports
+STEP = 0.25  # share that the factor must change by before it is believed
+MOST = 16.0  # and its inverse: beyond that the measurement is nonsense, or the device is as good as lost
+
+
+class Slowness:
+    """Measured by predicted time of each device of a stage, as a factor that changes seldom.
+
+    The median of the last seven ratios: three outliers of seven change nothing, and a device that is twice as slow is
+    known as exactly that after four reports, where a mean would pass through all values in between, each of them a
+    reason to move something. The factor is changed when the median has left it by more than a quarter, which medians of
+    ordinary noise do not. Until seven ratios are known there are 1s in their place: the profile is right unless four
+    reports say otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._ratios: dict[str, deque[float]] = {}
+        self._factors: dict[str, float] = {}
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """Return slow-downs by device name; devices as fast as profiled are not there."""
+        return dict(self._factors)
+
+    def observe(self, device: str, observed_s: float, predicted_s: float) -> bool:
+        """One measurement, 0 being none; whether the factor changed."""
+        if observed_s <= 0 or predicted_s <= 0:
+            return False
+        ratios = self._ratios.get(device)
+        if ratios is None:
+            ratios = self._ratios[device] = deque([1.0] * WINDOW, WINDOW)
+        ratios.append(min(MOST, max(1 / MOST, observed_s / predicted_s)))
+        now, before = median(ratios), self._factors.get(device, 1.0)
+        if 1 / (1 + STEP) <= now / before <= 1 + STEP:
+            return False
+        if 1 / (1 + STEP) <= now <= 1 + STEP:
+            del self._factors[device]  # as profiled again: then exactly so
+        else:
+            self._factors[device] = now
+        return True
+
+    def forget(self, device: str) -> None:
+        """The device went, or came back: what was measured before says nothing of it."""
+        self._ratios.pop(device, None)
+        self._factors.pop(device, None)

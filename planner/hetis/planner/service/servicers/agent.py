@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from hetis.planner.fleet.fleet import Fleet
+from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.service.identity import caller
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc
@@ -21,7 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
     """Messages in, messages out; failures are the interceptor's to translate."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: LiveFleet) -> None:
         self._fleet = fleet
 
     async def ConnectNode(

@@ -11,7 +11,7 @@ import grpc
 
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.running import Running
+from hetis.planner.resources.running import RunningResources
 from hetis.planner.resources.watches import ClusterWatches
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1 import cluster_service_pb2_grpc
@@ -20,7 +20,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ClusterServicer(cluster_service_pb2_grpc.ClusterServiceServicer):
-    def __init__(self, clusters: Clusters, nodes: Nodes, running: Running, watches: ClusterWatches) -> None:
+    def __init__(self, clusters: Clusters, nodes: Nodes, running: RunningResources, watches: ClusterWatches) -> None:
         self._clusters = clusters
         self._nodes = nodes
         self._running = running

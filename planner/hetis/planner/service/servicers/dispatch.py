@@ -10,7 +10,7 @@ import grpc
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.running import RunningReplicas
-from hetis.planner.service.identity import Identity, Role, caller
+from hetis.planner.service.identity import CallerRole, Identity, caller
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import dispatch_service_pb2_grpc
 
@@ -32,7 +32,7 @@ class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
         async for request in request_iterator:
             try:
                 self._require_lease()
-                self._require_primary(request.parent, Role.ORCHESTRATOR)
+                self._require_primary(request.parent, CallerRole.ORCHESTRATOR)
                 response = await self._states.step(request)
             except ServiceError as error:
                 response = pb2.DispatchRequestsResponse(sequence=request.sequence, failure=error.to_proto())
@@ -41,34 +41,34 @@ class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
     async def AdmitRequests(  # noqa: N802  # gRPC's names
         self, request: pb2.AdmitRequestsRequest, context: _Context
     ) -> pb2.AdmitRequestsResponse:
-        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        self._require_primary(request.parent, CallerRole.ORCHESTRATOR)
         return await self._states.admit(request)
 
     async def FinishRequests(  # noqa: N802
         self, request: pb2.FinishRequestsRequest, context: _Context
     ) -> pb2.FinishRequestsResponse:
-        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        self._require_primary(request.parent, CallerRole.ORCHESTRATOR)
         return self._states.finish(request)
 
     async def GrowRequests(  # noqa: N802
         self, request: pb2.GrowRequestsRequest, context: _Context
     ) -> pb2.GrowRequestsResponse:
-        self._require_primary(request.parent, Role.ORCHESTRATOR)
+        self._require_primary(request.parent, CallerRole.ORCHESTRATOR)
         return self._states.grow(request)
 
     async def GetDispatchState(  # noqa: N802
         self, request: pb2.GetDispatchStateRequest, context: _Context
     ) -> pb2.GetDispatchStateResponse:
-        self._require_primary(_replica_of(request.name), Role.VIEWER)
+        self._require_primary(_replica_of(request.name), CallerRole.VIEWER)
         return self._states.get(request)
 
     async def UpdateDispatchState(  # noqa: N802
         self, request: pb2.UpdateDispatchStateRequest, context: _Context
     ) -> pb2.UpdateDispatchStateResponse:
-        self._require_primary(_replica_of(request.dispatch_state.name), Role.ORCHESTRATOR)
+        self._require_primary(_replica_of(request.dispatch_state.name), CallerRole.ORCHESTRATOR)
         return await self._states.update(request)
 
-    def _require_primary(self, replica: str, role: Role) -> None:
+    def _require_primary(self, replica: str, role: CallerRole) -> None:
         """An agent without ``role`` is of the node of the replica's primary.
 
         Raises:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from hetis.runtime.agent.devices.gpu_types import gpu_entry
 from hetis.runtime.agent.devices.node import MAX_DEVICES, node_inventory
-from hetis.runtime.agent.devices.nvml_health import Health
+from hetis.runtime.agent.devices.nvml_health import GpuHealth
 from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
 from hetis.v1 import inventory_pb2, report_pb2
 
@@ -66,7 +66,7 @@ class NvmlDevices:
         self._gpu_types = gpu_types
         self._host_name = host_name
         self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when they could last be read
-        self._health = Health(library, [device.whole for device in found])
+        self._health = GpuHealth(library, [device.whole for device in found])
 
     @classmethod
     def open(cls, *, gpu_types: Mapping[str, str], host_name: str = "") -> NvmlDevices:
@@ -104,7 +104,7 @@ class NvmlDevices:
     # --- inventory
 
     def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        """What a device is; a GPU that was lost stays what it was, and its reports say that it is lost."""
+        """Return what a device is; a GPU that was lost stays what it was, and its reports say that it is lost."""
         if index not in self._devices or not self._is_lost(found):
             self._devices[index] = self._described(index, found)
         return self._devices[index]
@@ -207,7 +207,7 @@ class NvmlDevices:
         return False
 
     def _known(self, read: Callable[[], T], otherwise: U) -> T | U:
-        """What a call says; ``otherwise`` where it is not supported, not permitted, or the driver lacks it."""
+        """Return what a call says; ``otherwise`` where it is not supported, not permitted, or the driver lacks it."""
         try:
             return read()
         except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:

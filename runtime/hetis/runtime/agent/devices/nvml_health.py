@@ -16,7 +16,7 @@ HARMLESS_XIDS = frozenset({13, 31, 43, 45, 63, 68, 92, 94, 109})
 _MAX_EVENTS = 256  # read at a time: an event storm must not hold up a sample
 
 
-class Health:
+class GpuHealth:
     """Critical events of the GPUs since this object was made, which stay, and counters as they are."""
 
     def __init__(self, library: ModuleType, handles: Sequence[Any]) -> None:
@@ -79,8 +79,8 @@ class Health:
             return ""
 
     def _remapping(self, handle: Any) -> bool | None:
-        """Whether remapping a row has failed; None: the GPU does not remap rows. A pending remapping waits for the
-        next reset and harms nobody until then."""
+        """Return whether remapping a row has failed; None: the GPU does not remap rows. A pending remapping waits for
+        the next reset and harms nobody until then."""
         try:
             _corrected, _uncorrected, _pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)
         except self._nvml.NVMLError:

@@ -1,11 +1,12 @@
-"""Where devices come from, said in one string, and what every source can do."""
+"""Sources of devices, each said in one string, and what every source can do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from hetis.runtime.agent.devices.none import NoDevices
+from hetis.runtime.agent.devices.node import node_inventory
 from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
 from hetis.v1 import inventory_pb2, report_pb2
 
@@ -18,11 +19,11 @@ class Devices(Protocol):
     """The devices of one node. Calls may take tens of milliseconds; one thread at a time."""
 
     def inventory(self) -> inventory_pb2.NodeInventory:
-        """What the node has, digest included. Equal inventories have equal digests."""
+        """Return what the node has, digest included. Equal inventories have equal digests."""
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        """How every device of the inventory is now, in its order; KV fields are the engine's to fill in. Never fails:
-        a device that cannot be read is ``unhealthy``, a value that cannot be read is not known."""
+        """Return how every device of the inventory is now, in its order; KV fields are the engine's to fill in. Never
+        fails: a device that cannot be read is ``unhealthy``, a value that cannot be read is not known."""
 
     def close(self) -> None:
         """Lets go of the library. Nothing may be called after it."""
@@ -69,3 +70,20 @@ def discover(
         return devices.inventory()
     finally:
         devices.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoDevices:
+    """No devices, and why, for the log."""
+
+    host_name: str
+    reason: str
+
+    def inventory(self) -> inventory_pb2.NodeInventory:
+        return node_inventory(inventory_pb2.DEVICE_SOURCE_NONE, [], host_name=self.host_name)
+
+    def sample(self) -> list[report_pb2.DeviceReport]:
+        return []
+
+    def close(self) -> None:
+        pass

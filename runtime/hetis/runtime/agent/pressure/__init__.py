@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.judging import Limits, Pressure, judge
+from hetis.runtime.agent.pressure.judging import Pressure, PressureLimits, judge
 from hetis.runtime.agent.pressure.reading import EngineReading
 from hetis.runtime.agent.pressure.reports import device_reports, replica_report
 from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
@@ -11,8 +11,8 @@ from hetis.runtime.agent.pressure.watching import EngineNews, watch_engine
 __all__ = [
     "EngineNews",
     "EngineReading",
-    "Limits",
     "Pressure",
+    "PressureLimits",
     "Scrape",
     "ScrapeState",
     "device_reports",

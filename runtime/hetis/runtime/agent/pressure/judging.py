@@ -12,8 +12,8 @@ from hetis.runtime.agent.pressure.reading import EngineReading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """From when on it is pressure.
+class PressureLimits:
+    """Limits from which on it is pressure.
 
     Attributes:
         use_ratio: share of KV held by requests.
@@ -24,7 +24,7 @@ class Limits:
     preemptions_per_s: float = 0.05
 
 
-DEFAULT_LIMITS = Limits()
+DEFAULT_LIMITS = PressureLimits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Pressure:
 
 
 def judge(
-    reading: EngineReading, earlier: EngineReading | None, elapsed_s: float, limits: Limits = DEFAULT_LIMITS
+    reading: EngineReading, earlier: EngineReading | None, elapsed_s: float, limits: PressureLimits = DEFAULT_LIMITS
 ) -> Pressure:
     """Judges a reading by itself and by the one ``elapsed_s`` seconds before it, if there is one."""
     use = reading.kv_use_ratio

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class EngineKind(StrEnum):
+class ScrapedEngine(StrEnum):
     VLLM = "vllm"
     SGLANG = "sglang"
 
@@ -44,7 +44,7 @@ class EngineReading:
         ttft_s, tpot_s: seconds to the first token and per output token, since the engine started.
     """
 
-    kind: EngineKind
+    kind: ScrapedEngine
     model: str
     num_running: int | None = None
     num_waiting: int | None = None

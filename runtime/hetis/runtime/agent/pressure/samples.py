@@ -18,7 +18,7 @@ class UnreadableMetricsError(HetisError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class MetricSample:
     """One line: its labels and its value, which is finite."""
 
     labels: Mapping[str, str]
@@ -29,9 +29,9 @@ class Sample:
 class Samples:
     """All samples, by name. Names are those of the lines: counters end in ``_total``, means come as _sum and _count."""
 
-    by_name: Mapping[str, tuple[Sample, ...]]
+    by_name: Mapping[str, tuple[MetricSample, ...]]
 
-    def of(self, *names: str) -> tuple[Sample, ...]:
+    def of(self, *names: str) -> tuple[MetricSample, ...]:
         """Samples of the first of these names that has any; newer names come first. Empty: none of them is there."""
         for name in names:
             if found := self.by_name.get(name):
@@ -39,7 +39,7 @@ class Samples:
         return ()
 
     def where(self, label: str, value: str) -> Samples:
-        """Those whose label has this value; without the label it is empty."""
+        """Return the samples whose label has this value; without the label it is empty."""
         return Samples(
             by_name={
                 name: kept
@@ -49,7 +49,7 @@ class Samples:
         )
 
     def beginning(self, prefix: str) -> Samples:
-        """Those whose names begin so."""
+        """Return the samples whose names begin so."""
         return Samples(by_name={name: found for name, found in self.by_name.items() if name.startswith(prefix)})
 
     def values_of(self, label: str) -> list[str]:
@@ -63,19 +63,19 @@ def parse_samples(text: str) -> Samples:
     Raises:
         UnreadableMetricsError: the text is malformed somewhere, so that nothing of it can be trusted.
     """
-    by_name: dict[str, list[Sample]] = {}
+    by_name: dict[str, list[MetricSample]] = {}
     for name, sample in _all_samples(text):
         if math.isfinite(sample.value):
             by_name.setdefault(name, []).append(sample)
     return Samples(by_name={name: tuple(samples) for name, samples in by_name.items()})
 
 
-def _all_samples(text: str) -> Iterator[tuple[str, Sample]]:
+def _all_samples(text: str) -> Iterator[tuple[str, MetricSample]]:
     from prometheus_client.parser import text_string_to_metric_families
 
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                yield sample.name, Sample(labels=sample.labels, value=float(sample.value))
+                yield sample.name, MetricSample(labels=sample.labels, value=float(sample.value))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what its parser raises on bad text
         raise UnreadableMetricsError(f"not Prometheus text: {error}"[:300]) from None

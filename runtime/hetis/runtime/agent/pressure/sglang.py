@@ -6,8 +6,8 @@ Its unit of KV is the token. ``token_usage`` is the fullest of its pools and lea
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.reading import EngineKind, EngineReading, Total
-from hetis.runtime.agent.pressure.samples import Sample, Samples
+from hetis.runtime.agent.pressure.reading import EngineReading, ScrapedEngine, Total
+from hetis.runtime.agent.pressure.samples import MetricSample, Samples
 
 PREFIX = "sglang:"
 
@@ -25,7 +25,7 @@ def _read(model: str, samples: Samples) -> EngineReading:
     if ratio is None and total and used is not None:
         ratio = min(used / total, 1.0)
     return EngineReading(
-        kind=EngineKind.SGLANG,
+        kind=ScrapedEngine.SGLANG,
         model=model,
         num_running=_sum(samples.of("sglang:num_running_reqs")),
         num_waiting=_sum(samples.of("sglang:num_queue_reqs")),
@@ -62,7 +62,7 @@ def _used(samples: Samples, total: int | None, evictable: int | None, ratio: flo
     return counted
 
 
-def _sum(samples: tuple[Sample, ...]) -> int | None:
+def _sum(samples: tuple[MetricSample, ...]) -> int | None:
     return round(_over_ranks(samples)) if samples else None
 
 
@@ -74,7 +74,7 @@ def _total(samples: Samples, *names: str) -> Total | None:
     return None
 
 
-def _over_ranks(samples: tuple[Sample, ...]) -> float:
+def _over_ranks(samples: tuple[MetricSample, ...]) -> float:
     """The sum over data-parallel ranks; tensor- and pipeline-parallel ones all speak of the same requests."""
     per_rank: dict[tuple[str, ...], float] = {}
     for sample in samples:

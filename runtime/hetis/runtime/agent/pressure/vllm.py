@@ -6,8 +6,8 @@ that nobody uses are free blocks to vLLM, so that no evictable ones are told.
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.reading import EngineKind, EngineReading, Total
-from hetis.runtime.agent.pressure.samples import Sample, Samples
+from hetis.runtime.agent.pressure.reading import EngineReading, ScrapedEngine, Total
+from hetis.runtime.agent.pressure.samples import MetricSample, Samples
 
 PREFIX = "vllm:"
 _CAPACITY = "capacity"
@@ -28,7 +28,7 @@ def _read(model: str, samples: Samples, nameless: Samples) -> EngineReading:
     by_reason = samples.of("vllm:num_requests_waiting_by_reason")
     for_kv = [sample for sample in by_reason if sample.labels.get("reason") == _CAPACITY]
     return EngineReading(
-        kind=EngineKind.VLLM,
+        kind=ScrapedEngine.VLLM,
         model=model,
         num_running=_sum(samples.of("vllm:num_requests_running")),
         num_waiting=_sum(samples.of("vllm:num_requests_waiting") or by_reason),
@@ -49,11 +49,11 @@ def _read(model: str, samples: Samples, nameless: Samples) -> EngineReading:
     )
 
 
-def _sum(samples: tuple[Sample, ...]) -> int | None:
+def _sum(samples: tuple[MetricSample, ...]) -> int | None:
     return round(sum(sample.value for sample in samples)) if samples else None
 
 
-def _mean(samples: tuple[Sample, ...]) -> float | None:
+def _mean(samples: tuple[MetricSample, ...]) -> float | None:
     """Engines of one model have equally many blocks each."""
     return min(max(sum(sample.value for sample in samples) / len(samples), 0.0), 1.0) if samples else None
 

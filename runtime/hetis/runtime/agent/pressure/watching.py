@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from hetis.runtime.agent.pressure.judging import DEFAULT_LIMITS, Limits, Pressure, judge
+from hetis.runtime.agent.pressure.judging import DEFAULT_LIMITS, Pressure, PressureLimits, judge
 from hetis.runtime.agent.pressure.reading import EngineReading
 from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
 
@@ -33,7 +33,7 @@ class EngineNews:
     message: str = ""
 
     def age_s(self, now_s: float) -> float:
-        """How old the readings are; 0 while there are none."""
+        """Return how old the readings are; 0 while there are none."""
         return max(now_s - self.taken_s, 0.0) if self.readings else 0.0
 
 
@@ -42,7 +42,7 @@ async def watch_engine(
     *,
     interval_s: float,
     timeout_s: float = 2.0,
-    limits: Limits = DEFAULT_LIMITS,
+    limits: PressureLimits = DEFAULT_LIMITS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     take: Callable[[], Awaitable[Scrape]] | None = None,
@@ -71,8 +71,8 @@ async def watch_engine(
         await sleep(max(interval_s - (clock() - begun_s), 0.0))
 
 
-def after(news: EngineNews, taken: Scrape, now_s: float, limits: Limits) -> EngineNews:
-    """What is known after one more scrape. A failed one keeps the readings, which grow older."""
+def after(news: EngineNews, taken: Scrape, now_s: float, limits: PressureLimits) -> EngineNews:
+    """Return what is known after one more scrape. A failed one keeps the readings, which grow older."""
     if taken.state is not ScrapeState.READ:
         return EngineNews(
             state=taken.state,

@@ -1,4 +1,4 @@
-"""Where a new request's head groups go: by hetis' own dispatcher, or a simple rule where it is not installed."""
+"""Placement of a new request's head groups: by hetis' own dispatcher, or a simple rule where it is not installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
 GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
 
 
-class Admission(Protocol):
+class AdmissionRule(Protocol):
     """A rule of admission."""
 
     def warm_up(self) -> None:
@@ -64,7 +64,7 @@ class SolverAdmission:
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
         import numpy as np
 
-        from hetis.solver.dispatch.problem import Load, Requests
+        from hetis.solver.dispatch.problem import DeviceLoad, Requests
         from hetis.solver.dispatch.solve import Dispatcher
 
         key = (stage.model.SerializeToString(deterministic=True), tuple(stage.slowness))
@@ -73,7 +73,7 @@ class SolverAdmission:
                 self._dispatchers.clear()
             self._dispatchers[key] = Dispatcher(solver_stage(stage.model, stage.slowness))
         heads, kv_bytes = stage.heads_and_bytes()
-        load = Load(
+        load = DeviceLoad(
             heads=np.array(heads, np.int64),
             kv_bytes=np.array(kv_bytes),
             free_blocks=np.array(stage.free_blocks(), np.int64),
@@ -87,7 +87,7 @@ class SolverAdmission:
         return None if plan.unplaced else owners_of([int(count) for count in plan.groups[0]])
 
 
-def best_admission() -> Admission:
+def best_admission() -> AdmissionRule:
     """The dispatcher where numba, which compiles it, is installed."""
     return SolverAdmission() if find_spec("numba") else ProportionalAdmission()
 

@@ -46,7 +46,7 @@ class Control:
 
     @classmethod
     def of(cls, data: Any, *, source: str) -> Control:
-        """From plain data.
+        """Read the controls from plain data.
 
         Raises:
             ControlError: a field is unknown or out of range.
@@ -71,7 +71,7 @@ class ControlFile:
         self.control = Control()
 
     def look(self) -> bool:
-        """Whether the control has changed. A missing file is an empty one."""
+        """Return whether the control has changed. A missing file is an empty one."""
         try:
             found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_size)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.agent.simulated.admission import Admission, ProportionalAdmission
+from hetis.runtime.agent.simulated.admission import AdmissionRule, ProportionalAdmission
 from hetis.runtime.agent.simulated.authority import HeadMapAuthority
 from hetis.runtime.agent.simulated.control import Control
-from hetis.runtime.agent.simulated.copies import TimedCopies
 from hetis.runtime.agent.simulated.replica import PrimaryRun
 from hetis.runtime.executor.change import EngineChange
 from hetis.runtime.executor.changes import EngineChanges
@@ -23,6 +22,7 @@ from hetis.v1.executor_service_pb2 import (
     WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason
+from hetis.v1.head_map_pb2 import Move
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
@@ -59,7 +59,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         num_devices: int,
         *,
         seed: int = 0,
-        admission: Admission | None = None,
+        admission: AdmissionRule | None = None,
         engine_id: str | None = None,
     ) -> None:
         super().__init__(engine_id)
@@ -149,7 +149,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
     # --- other engines
 
     def peer_of(self, assignment: Assignment) -> str | None:
-        """Where the engine of the replica's primary listens; None: it is this one, or it is not known."""
+        """Return where the engine of the replica's primary listens; None: it is this one, or it is not known."""
         primary = assignment.primary_node.rpartition("/")[2]
         if primary == self.node:
             return None
@@ -187,13 +187,13 @@ class SimulatedEngine(SteeredEngine[_Held]):
         self._given_up.advance(now_s)
 
     def catch_up(self, now_s: float) -> None:
-        """In real time: what a process that was stopped missed is not made good."""
+        """Catch up with real time: what a process that was stopped missed is not made good."""
         for held in self._held.values():
             if held.primary is not None:
                 held.primary.catch_up(now_s)
 
     def next_s(self) -> float:
-        """When the next decode step begins; infinity: no primary is here."""
+        """Return when the next decode step begins; infinity: no primary is here."""
         times = [held.primary.next_boundary_s() for held in self._held.values() if held.primary is not None]
         return min(times, default=float("inf"))
 
@@ -254,3 +254,37 @@ def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:
         for first in range(0, len(stage.devices), tp):
             groups[stage.devices[first]] = list(stage.devices[first : first + tp])
     return groups
+
+
+DEFAULT_LINK_BYTES_PER_S = 10e9  # where neither the stage nor the move says how long a copy takes
+
+
+class TimedCopies:
+    """The copies of one replica in one engine, one after the other within a change: `Copies`.
+
+    Args:
+        authority: knows the links, where this is the primary's engine.
+    """
+
+    def __init__(self, authority: HeadMapAuthority | None) -> None:
+        self._authority = authority
+        self._seconds: dict[str, float] = {}  # of changes that are open
+
+    def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
+        change.copy_bytes = int(sum(move.kv_bytes for move in moves))
+        self._seconds = {change.change.change_id: sum(self._copy_s(change, move) for move in moves)}
+
+    def look(self, change: EngineChange, now_s: float) -> bool:
+        if change.copy_begun_s is None:
+            return False
+        whole_s = self._seconds.get(change.change.change_id, 0.0)
+        share = 1.0 if whole_s <= 0 else min(max(now_s - change.copy_begun_s, 0.0) / whole_s, 1.0)
+        change.copied_bytes = int(change.copy_bytes * share)
+        return share >= 1
+
+    def _copy_s(self, change: EngineChange, move: Move) -> float:
+        """Seconds that a copy takes on the slower of its two links."""
+        link_byte_s = self._authority.link_byte_s(change, move) if self._authority is not None else 0.0
+        if link_byte_s:
+            return move.kv_bytes * link_byte_s
+        return move.copy_s or move.kv_bytes / DEFAULT_LINK_BYTES_PER_S

@@ -18,7 +18,7 @@ AGAIN_S = 0.5
 _INTERVAL = Duration(nanos=200_000_000)
 
 
-class Peers:
+class PeerWatches:
     """One watch per replica whose primary is on another node; kept in line with the assignments by `follow`."""
 
     def __init__(self, engine: SimulatedEngine) -> None:

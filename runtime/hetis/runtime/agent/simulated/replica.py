@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 
-from hetis.runtime.agent.simulated.admission import Admission
+from hetis.runtime.agent.simulated.admission import AdmissionRule
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
 from hetis.v1.head_map_pb2 import HeadMap, Move
@@ -27,7 +27,7 @@ class PrimaryRun:
     prompts are gone when they would begin to decode.
     """
 
-    def __init__(self, assignment: Assignment, *, seed: int, admission: Admission, now_s: float) -> None:
+    def __init__(self, assignment: Assignment, *, seed: int, admission: AdmissionRule, now_s: float) -> None:
         self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}
@@ -67,7 +67,7 @@ class PrimaryRun:
     # --- time
 
     def next_boundary_s(self) -> float:
-        """When the next decode step begins: owners change before it or not at all."""
+        """Return when the next decode step begins: owners change before it or not at all."""
         return self._next_step_s
 
     def step(self, control: Control, *, serves: bool) -> None:
@@ -143,7 +143,7 @@ class PrimaryRun:
             self.waiting.popleft()
 
     def _admit(self, request: SimulatedRequest) -> bool:
-        """Whether the request runs now; the copies of a stage take requests in turn."""
+        """Return whether the request runs now; the copies of a stage take requests in turn."""
         numbers = sorted({stage for stage, _ in self.stages})
         copies = tuple(self._turn % sum(stage == number for stage, _ in self.stages) for number in numbers)
         found = {}
@@ -239,5 +239,5 @@ class PrimaryRun:
 
 
 def slow_of(stage: StageRun, slow: Mapping[str, float]) -> list[float]:
-    """How many times slower each device is: a tensor-parallel group as its slowest card."""
+    """Return how many times slower each device is: a tensor-parallel group as its slowest card."""
     return [max((slow.get(gpu, 1.0) for gpu in device.gpus), default=1.0) for device in stage.model.devices]

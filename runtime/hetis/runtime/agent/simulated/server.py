@@ -14,7 +14,7 @@ import grpc
 
 from hetis.runtime.agent.simulated.control import ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.agent.simulated.peers import Peers
+from hetis.runtime.agent.simulated.peers import PeerWatches
 from hetis.runtime.executor.binding import bind, bind_socket
 from hetis.runtime.executor.engine import SteeredEngine
 from hetis.runtime.executor.servicer import ExecutorServicer
@@ -54,7 +54,7 @@ class SimulatedServer:
         self._control = control
         self._clock = clock
         self._stepped = asyncio.Event()
-        self._peers = Peers(engine)
+        self._peers = PeerWatches(engine)
         self._servers: list[grpc.aio.Server] = []
         self._loop: asyncio.Task[None] | None = None
         self._warming: asyncio.Task[None] | None = None

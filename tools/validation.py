@@ -18,11 +18,11 @@ from hetis.profiler.fit.points import CACHE_BYTES, FEATURES, Points, tables_of
 from hetis.profiler.importers import import_tables
 from hetis.profiler.importers.reading import Rows, read_sheet
 from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipping import ENGINE_TABLE, measurements_for
-from hetis.profiler.whole_engine import EngineTime, engine_times
 from hetis.profiler.work import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, FitScope, Op, Profile
+from tools.profiles import ENGINE_TABLE, measurements_for
+from tools.whole_engine import EngineTime, engine_times
 
 LLAMA_2_70B = "meta-llama/Llama-2-70b-hf"
 _GPUS = ("A100-SXM-80GB", "H100-SXM-80GB", "L40S")

@@ -1,4 +1,4 @@
-"""Makes the catalogue files from reference tables: ``python -m hetis.formats.catalogue.build --data DIR``.
+"""Make the catalogue files from reference tables: ``python -m tools.catalogue --data DIR``.
 
 The tables themselves are other people's and stay outside; what is committed are the facts hetis uses, each row with
 its source. Equal inputs give equal bytes.
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hetis.formats import dtypes
+from hetis.formats import catalogue, dtypes
 from hetis.formats.histogram import length_bins
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
@@ -48,7 +48,8 @@ def build(data: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the catalogue files from reference tables.")
     parser.add_argument("--data", type=Path, required=True, help="folder with gpus.csv, models.csv and traces/")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="default: the package's own")
+    ours = Path(catalogue.__file__).parent / "data"
+    parser.add_argument("--out", type=Path, default=ours, help="default: the package's own")
     arguments = parser.parse_args()
     for name, text in build(arguments.data).items():
         path = arguments.out / name

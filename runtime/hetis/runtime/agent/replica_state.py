@@ -1,4 +1,4 @@
-"""What an agent holds of one replica, in memory and on disk: the last assignment, its changes, its last answer."""
+"""The state of one replica on one node, in memory and on disk: assignment, changes, last answer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class DamagedStateError(ValueError):
     """A part of the saved state cannot be read."""
 
 
-class Wanted(StrEnum):
-    """What was last asked of a change; beginning to prepare needs no asking."""
+class DesiredPhase(StrEnum):
+    """The phase that a change was last asked to reach; preparing begins without being asked."""
 
     PREPARED = "prepared"
     FLIPPED = "flipped"
@@ -43,7 +43,7 @@ _RANK = {
 
 
 @dataclass(slots=True, kw_only=True)
-class HeldChange:
+class ChangeState:
     """A change on this node.
 
     Attributes:
@@ -52,7 +52,7 @@ class HeldChange:
         epoch: of the planner that asked last.
         deadline_s: until when it may be prepared, on the clock that is passed in.
         status: how far it is, as it is told to the planner.
-        wanted: what is to be reached.
+        desired: the phase that is to be reached.
         why: reason of an abort that is wanted.
         is_resolved: a ``resolved`` delta came.
         ended_s: when it reached its last phase. None: it has not.
@@ -65,7 +65,7 @@ class HeldChange:
     epoch: int
     deadline_s: float
     status: ChangeStatus
-    wanted: Wanted = Wanted.PREPARED
+    desired: DesiredPhase = DesiredPhase.PREPARED
     why: Failure | None = None
     is_resolved: bool = False
     ended_s: float | None = None
@@ -82,17 +82,17 @@ class HeldChange:
 
     @property
     def is_open(self) -> bool:
-        """It can still flip and still abort."""
+        """The change can still flip and still abort."""
         return self.phase in (ChangePhase.CHANGE_PHASE_PREPARING, ChangePhase.CHANGE_PHASE_READY)
 
     @property
     def is_being_prepared(self) -> bool:
-        """It may stay so until its deadline."""
-        return self.is_open and self.wanted is Wanted.PREPARED
+        """The change is open and may stay so until its deadline."""
+        return self.is_open and self.desired is DesiredPhase.PREPARED
 
     @property
     def has_ended(self) -> bool:
-        """It is in a last phase."""
+        """The change is in its last phase."""
         return self.phase in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
 
     @property
@@ -101,19 +101,19 @@ class HeldChange:
 
     @property
     def copies(self) -> bool:
-        """Whether this node sends or receives KV in it."""
+        """This node sends or receives KV in the change."""
         return any(part != ChangePart.CHANGE_PART_AUTHORITY for part in self.parts)
 
     def may_become(self, phase: ChangePhase.ValueType) -> bool:
-        """Phases only go forward, and FLIPPED never becomes ABORTED."""
+        """Return whether the change may enter a phase: they only go forward, and FLIPPED never becomes ABORTED."""
         if self.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
             return phase == ChangePhase.CHANGE_PHASE_RELEASED
         return _RANK[phase] > _RANK[self.phase]
 
 
 @dataclass(slots=True, kw_only=True)
-class HeldReplica:
-    """What the agent holds of one replica.
+class ReplicaState:
+    """The state of one replica as the agent holds it.
 
     Attributes:
         replica: its name.
@@ -136,7 +136,7 @@ class HeldReplica:
     assignment: Assignment | None = None
     nonce: str = ""
     answer: ConnectNodeRequest | None = None
-    changes: dict[str, HeldChange] = field(default_factory=dict)
+    changes: dict[str, ChangeState] = field(default_factory=dict)
     is_applied: bool = False
     is_anew: bool = False
     assignment_state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_LOADING
@@ -144,16 +144,16 @@ class HeldReplica:
 
     @property
     def held_generation(self) -> int:
-        """As the planner is told: 0 when nothing is held."""
+        """The generation as the planner is told: 0 when nothing is held."""
         return self.generation if self.assignment is not None else 0
 
     @property
-    def open_change(self) -> HeldChange | None:
-        """The one change that is under way, if one is: neither ended nor, after a flip, resolved here."""
+    def open_change(self) -> ChangeState | None:
+        """The one change that is under way: neither ended nor, after a flip, resolved here."""
         return next((change for change in self.changes.values() if not change.has_ended), None)
 
     def to_bytes(self, *, clock: str) -> bytes:
-        """As it is kept on disk. ``clock`` names what deadlines count on, which a reboot changes."""
+        """Return the bytes kept on disk. ``clock`` names what deadlines count on, which a reboot changes."""
         data = {
             "replica": self.replica,
             "generation": self.generation,
@@ -168,8 +168,8 @@ class HeldReplica:
         return json.dumps(data, sort_keys=True).encode()
 
     @classmethod
-    def from_bytes(cls, body: bytes, *, clock: str) -> HeldReplica:
-        """The inverse of `to_bytes`; deadlines of another clock have passed.
+    def from_bytes(cls, body: bytes, *, clock: str) -> ReplicaState:
+        """Read what `to_bytes` wrote; deadlines of another clock have passed.
 
         Raises:
             DamagedStateError: the bytes are no such thing.
@@ -197,7 +197,7 @@ def epoch_to_bytes(epoch: int) -> bytes:
 
 
 def epoch_from_bytes(body: bytes) -> int:
-    """The newest epoch that was obeyed.
+    """Read the newest epoch that was obeyed.
 
     Raises:
         DamagedStateError: the bytes do not say.
@@ -208,28 +208,28 @@ def epoch_from_bytes(body: bytes) -> int:
         raise DamagedStateError(f"{type(error).__name__}: {error}") from None
 
 
-def _change_data(change: HeldChange) -> dict[str, Any]:
+def _change_data(change: ChangeState) -> dict[str, Any]:
     return {
         "change": _text(change.change.SerializeToString()),
         "parts": [int(part) for part in change.parts],
         "epoch": change.epoch,
         "deadline_s": change.deadline_s,
         "status": _text(change.status.SerializeToString()),
-        "wanted": change.wanted.value,
+        "wanted": change.desired.value,
         "why": None if change.why is None else _text(change.why.SerializeToString()),
         "is_resolved": change.is_resolved,
         "ended_s": change.ended_s,
     }
 
 
-def _change_of(data: dict[str, Any], *, same_clock: bool) -> HeldChange:
-    return HeldChange(
+def _change_of(data: dict[str, Any], *, same_clock: bool) -> ChangeState:
+    return ChangeState(
         change=Change.FromString(_bytes(data["change"])),
         parts=tuple(data["parts"]),
         epoch=int(data["epoch"]),
         deadline_s=float(data["deadline_s"]) if same_clock else float("-inf"),
         status=ChangeStatus.FromString(_bytes(data["status"])),
-        wanted=Wanted(data["wanted"]),
+        desired=DesiredPhase(data["wanted"]),
         why=None if data["why"] is None else Failure.FromString(_bytes(data["why"])),
         is_resolved=bool(data["is_resolved"]),
         ended_s=None if data["ended_s"] is None or not same_clock else float(data["ended_s"]),

@@ -100,7 +100,7 @@ def _run(time: EngineTime) -> tuple[str, int, int, int, int]:
 
 
 def _least_s(time: EngineTime) -> float:
-    """What the layers' FLOPs alone take at the nominal peak."""
+    """Return what the layers' FLOPs alone take at the nominal peak."""
     spec, gpu = catalogue.find_model(time.model).model, catalogue.find_gpu(time.gpu).gpu
     tokens = time.batch * time.prompt_tokens
     return 2.0 * tokens * spec.num_layers * spec.active_layer_params() / (time.tp * gpu.fp16_flops)

@@ -13,7 +13,7 @@ AGAIN_S = 0.01  # after a connection that could not be taken
 _log = logging.getLogger(__name__)
 
 
-class Newcomers:
+class PendingConnections:
     """Lets connections in, and hands out those that have begun to speak."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Newcomers:
         self._said = ""  # in the log: why no connection is taken
 
     def __len__(self) -> int:
-        """That are silent."""
+        """Return how many connections are silent."""
         return len(self._silent)
 
     def close(self) -> None:

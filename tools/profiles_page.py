@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from hetis.formats.measurements import Measurements
 from hetis.profiler.fit import FittedProfile
 from hetis.profiler.fit.report import SMALL_BATCH, FitReport, mean_mape
-from hetis.profiler.over_past import OverPast
 from hetis.profiler.ranges import error_of
-from hetis.profiler.whole_engine import EngineTime, engine_times, mean_error
 from hetis.solver.profile import FitScope, Op, Source
+from tools.over_past import OverPast
+from tools.whole_engine import EngineTime, engine_times, mean_error
 
 _MODEL = "meta-llama/Llama-2-70b-hf"
 _INTRODUCTION = """\
@@ -59,7 +59,7 @@ _SELECTION = """\
 - **Prefill attention** is fitted in FLOPs, tokens and (token, query head) pairs. The KV of a chunk and of its past is
   charged one reading at the nominal bandwidth, which is given, not fitted (see "Chunks over a past").
 - **All-reduce** takes the fastest library at each size, one fit for each number of GPUs.
-- Several sources for one operator: the first counts, in the order of the files in `hetis.profiler.shipping.SOURCES`.
+- Several sources for one operator: the first counts, in the order of the files in `tools.profiles.SOURCES`.
   What the fits say of the others is under "Other sources".
 - Points in the serving range count four times as much as others; the fits reach beyond it, to the regions stated in
   each file, outside of which a plan warns.

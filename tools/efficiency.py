@@ -1,4 +1,4 @@
-"""Derives efficiency.json from the measured tables: ``python -m hetis.profiler.calibrate --data DIR --out FILE``.
+"""Derive efficiency.json from the measured tables: ``python -m tools.efficiency --data DIR --out FILE``.
 
 Points and fits are those of `hetis.profiler.fit`, with the work divided by the peaks of the GPU it was measured on, so
 that the GPUs of an architecture share one fit. The number of pieces is chosen within the points fitted; errors are of
@@ -22,7 +22,6 @@ import numpy as np
 from hetis.formats import catalogue
 from hetis.formats.files import write_atomically
 from hetis.formats.measurements import MeasuredOp, Measurements
-from hetis.profiler import report
 from hetis.profiler.efficiency import (
     Architecture,
     Efficiencies,
@@ -39,11 +38,12 @@ from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import Coefficients, mape, predict, rounded
 from hetis.profiler.importers import import_tables
-from hetis.profiler.report import Pair
-from hetis.profiler.shipping import measurements_for
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
+from tools import modelled_page
+from tools.modelled_page import Pair
+from tools.profiles import measurements_for
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
@@ -138,9 +138,7 @@ def calibrate(folder: Path) -> Calibration:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hetis.profiler.calibrate", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.efficiency", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="efficiency.json to write")
     parser.add_argument("--doc", type=Path, help="Markdown report to write")
@@ -149,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calibration = calibrate(options.data)
         write_atomically(options.out, to_json(calibration.efficiencies))
         if options.doc:
-            text = report.render(calibration.efficiencies, calibration.pairs, options.data)
+            text = modelled_page.render(calibration.efficiencies, calibration.pairs, options.data)
             write_atomically(options.doc, text)
     except HetisError as error:
         print(f"calibrate: {error}", file=sys.stderr)
@@ -197,7 +195,7 @@ def _fit(sets: Sequence[Points], names: Sequence[str]) -> OpEfficiency:
 
 
 def _pairs(op: str, by_gpu: Mapping[str, Points]) -> list[Pair]:
-    """What the fit of each GPU says of all points of every other one."""
+    """Return what the fit of each GPU says of all points of every other one."""
     pieces = {name: fit_points(points).pieces for name, points in by_gpu.items()}
     return [
         Pair(op=op, fitted=a, judged=b, num_points=len(by_gpu[b]), mape=stats.mape, bias=stats.bias)
@@ -261,7 +259,8 @@ def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
 
 
 def _step(folder: Path) -> OpEfficiency:
-    """What is left per iteration when the host's work overlaps the device's: the sampler at the smallest batch."""
+    """Return what is left per iteration when the host's work overlaps the device's: the sampler at the smallest
+    batch."""
     hosts = import_tables("vidur", [folder / "vidur_cpu_overheads.csv.gz"])
     (table,) = next(measured for measured in hosts if measured.gpu == "A100-SXM-80GB").tables
     batch = table.numbers("batch")

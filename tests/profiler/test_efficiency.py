@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetis.profiler import calibrate
-from hetis.profiler.calibrate import _fit, _joined, _pairs
 from hetis.profiler.efficiency import shipped
 from hetis.profiler.fit.points import Points
 from hetis.profiler.fit.split import split
 from hetis.solver.profile import FitScope, Op
+from tools import efficiency
+from tools.efficiency import _fit, _joined, _pairs
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -27,7 +27,7 @@ needs_tables = pytest.mark.skipif(
 @pytest.mark.soak
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
     out, doc = tmp_path / "efficiency.json", tmp_path / "doc.md"
-    assert calibrate.main(["--data", str(SHARED / "profiles"), "--out", str(out), "--doc", str(doc)]) == 0
+    assert efficiency.main(["--data", str(SHARED / "profiles"), "--out", str(out), "--doc", str(doc)]) == 0
     assert out.read_bytes() == resources.files("hetis.profiler").joinpath("efficiency.json").read_bytes()
     assert doc.read_bytes() == (ROOT / "docs" / "profiles-modelled.md").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.md", "efficiency.json"]
@@ -49,7 +49,7 @@ def test_measured_architectures_keep_the_bars(architecture: str) -> None:
 
 def test_a_missing_table_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "efficiency.json"
-    assert calibrate.main(["--data", str(tmp_path), "--out", str(out)]) == 1
+    assert efficiency.main(["--data", str(tmp_path), "--out", str(out)]) == 1
     assert str(tmp_path / "aic_a100_sxm_comm.csv.gz") in capsys.readouterr().err
     assert not out.exists()
 

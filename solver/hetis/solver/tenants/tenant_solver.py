@@ -1,7 +1,7 @@
 """A tenant as the search sees it: columns on the shared inventory, and what it reaches alone on any part of it.
 
-`Listed` knows the best replica of every sub-fleet of a small fleet, so that packings of its columns are optimal.
-`Priced` knows some replicas of a larger fleet and finds more at given prices.
+`EnumeratedTenant` knows the best replica of every sub-fleet of a small fleet, so that packings of its columns are
+optimal. `PricedTenant` knows some replicas of a larger fleet and finds more at given prices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reach:
+class TenantReach:
     """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s.
 
     ``chosen`` are the replicas that reach it, where they were searched for.
@@ -56,14 +56,14 @@ class SearchSettings:
     threads: int
 
 
-class Contender(Protocol):
+class TenantSolver(Protocol):
     """What the rules need of a tenant."""
 
     tenant: Tenant
     atlas: Atlas
 
-    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
-        """What it reaches with so much of every row; None: proved that it is nothing."""
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
+        """Return what it reaches with so much of every row; None: proved that it is nothing."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:
@@ -76,7 +76,7 @@ class Contender(Protocol):
 
 
 def utilisation(tenant: Tenant) -> float:
-    """From a saturated rate to the tenant's objective."""
+    """Return the factor from a saturated rate to the tenant's objective."""
     problem = tenant.problem
     return problem.assumptions.planned_utilisation if problem.objective.kind.value == "goodput" else 1.0
 
@@ -101,7 +101,7 @@ def within(atlas: Atlas, limits: IntArray) -> Atlas:
     )
 
 
-class Listed:
+class EnumeratedTenant:
     """A tenant on a fleet small enough to know the best replica of every sub-fleet."""
 
     def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings, budget: Budget) -> None:
@@ -112,7 +112,7 @@ class Listed:
         self._chosen, self._columns = self._search.columns(self._search.rates())
         self._ceilings = self._search.columns(self._search.ceilings(TOLERANCES[-1]))[1]
 
-    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
         if not self._chosen:
             return None
         master, unit = self._master(limits), utilisation(self.tenant)
@@ -120,7 +120,7 @@ class Listed:
         above = master.solve_milp(self._ceilings, time_limit_s=np.inf, gap=0.0, seed=self._seed)
         if found is None or found.value <= 0.0 or above is None:
             return None
-        return Reach(rate=unit * found.value, bound=unit * max(found.value, above.bound))
+        return TenantReach(rate=unit * found.value, bound=unit * max(found.value, above.bound))
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self._columns, utilisation(self.tenant) / alone)
@@ -136,7 +136,7 @@ class Listed:
         return Master(limits, None, self.atlas.routes)
 
 
-class Priced:
+class PricedTenant:
     """A tenant on a larger fleet. ``rate_cap`` is a saturated rate that no plan of it exceeds."""
 
     def __init__(self, tenant: Tenant, atlas: Atlas, settings: SearchSettings) -> None:
@@ -152,7 +152,7 @@ class Priced:
         self._barren: BoolArray = np.zeros(len(self._pricers), dtype=bool)  # sides without a single replica
         self.rate_cap = np.inf
 
-    def alone(self, limits: IntArray, budget: Budget, report: Report) -> Reach | None:
+    def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
         s, part, unit = self._settings, within(self.atlas, limits), utilisation(self.tenant)
         is_whole = np.array_equal(part.resources.limits, self.atlas.resources.limits)
         master = Master(part.resources.limits, None, part.routes)
@@ -175,8 +175,8 @@ class Priced:
         if found is not None:
             self.pool.add([template for template, _ in found.chosen])
         if found is None:
-            return Reach(rate=0.0, bound=unit * bound)
-        return Reach(rate=unit * found.value, bound=unit * bound, chosen=found.chosen)
+            return TenantReach(rate=0.0, bound=unit * bound)
+        return TenantReach(rate=unit * found.value, bound=unit * bound, chosen=found.chosen)
 
     def columns(self, alone: float) -> TenantColumns:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
@@ -228,7 +228,8 @@ class Priced:
                 )  # fmt: skip
 
     def _ratios_that_matter(self, prices: FloatArray, multiplier: float) -> FloatArray:
-        """Of every side: no column seen has a better ratio unless it improves something; [sides]."""
+        """Return the ratio of every side that matters: no column seen has a better ratio unless it improves something;
+        [sides]."""
         routes, columns = self.atlas.routes, self.pool.columns(self.rate_cap)
         seen = np.zeros(routes.num_sides)
         np.maximum.at(seen, columns.sides, columns.rates / (columns.uses @ prices))
@@ -244,6 +245,6 @@ def _normalised(columns: Columns, scale: float) -> TenantColumns:
     return TenantColumns(scale * columns.rates, columns.uses, columns.sides)
 
 
-def templates_of(contender: Contender, counts: Sequence[int]) -> tuple[tuple[Template, int], ...]:
+def templates_of(solver: TenantSolver, counts: Sequence[int]) -> tuple[tuple[Template, int], ...]:
     """The replicas behind counts of columns."""
-    return tuple((contender.template(k), int(n)) for k, n in enumerate(counts) if n)
+    return tuple((solver.template(k), int(n)) for k, n in enumerate(counts) if n)

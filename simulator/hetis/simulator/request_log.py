@@ -11,7 +11,7 @@ from hetis.simulator.values import Request, Run, Series, TraceEvent
 NEVER = math.nan
 
 
-class Book:
+class RequestLog:
     """Requests by number, in their order of arrival; the attributes up to ``moved_bytes`` are those of `Run`.
 
     Attributes:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hetis.profiler.efficiency import Efficiencies, OpEfficiency, RelativePiece
-from hetis.profiler.validation import comparisons, splitwise_token_times
+from tools.validation import comparisons, splitwise_token_times
 
 _INTRODUCTION = """\
 # Modelled profiles
 
-Made by `python -m hetis.profiler.calibrate --data ../shared/data/profiles --out profiler/hetis/profiler/efficiency.json
+Made by `python -m tools.efficiency --data ../shared/data/profiles --out profiler/hetis/profiler/efficiency.json
 --doc docs/profiles-modelled.md`; do not edit.
 
 A GPU's profile is a roofline: the coefficients below times the peaks the catalogue gives for it. `f` is the time the

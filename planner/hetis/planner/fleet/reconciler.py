@@ -1,4 +1,4 @@
-"""Looks at one cluster, never two at once: it is read, decided and kept, and then the nodes are told."""
+"""Reconciles one cluster at a time: what is decided is written to the store, and then the nodes are told."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from hetis.planner.store import ClusterRecord, Store
 
 _log = logging.getLogger("hetis.planner.fleet")
 _ENDS_AT_ONCE = 1000  # changes that the store is asked for in one read
-_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two looks
-_PAUSE = 3.0  # between two looks, in times of what the last one took: what comes meanwhile is one look
+_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two rounds
+_PAUSE = 3.0  # between two rounds, in times of what the last one took: what comes meanwhile is one round
 _MOST_PAUSE_S = 1.0
-_ROUNDS = 100  # looks one after another before others have their turn
+_ROUNDS = 100  # rounds one after another before others have their turn
 
 
-class Looks:
-    """Attributes:
-    cluster: that is looked at; its ``record`` is None before the first read, and when it is gone.
-    lock: held by whoever reads or decides.
-    task: the look that is under way or about to be. None: there is none.
+class Reconciler:
+    """Brings the store and the nodes of one cluster to what should be, whenever something changed.
+
+    Attributes:
+        cluster: its ``record`` is None before the first read, and when it is gone.
+        lock: held by whoever reads or decides.
+        task: the reconciliation that is under way or about to be. None: there is none.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Looks:
         self._declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
 
     async def read(self) -> bool:
-        """Takes what the store has, under the lock; False: the cluster is gone."""
+        """Take what the store has, under the lock; False: the cluster is gone."""
         kept = await self._store.read(partial(read_cluster, name=self.cluster.name))
         if kept.cluster is None:
             return False
@@ -65,16 +67,16 @@ class Looks:
     def has_work(self) -> bool:
         cluster = self.cluster
         return cluster.record is not None and (
-            deciding.needs_look(cluster) or bool(cluster.changes.late.unknown) or bool(cluster.unprepared)
+            deciding.needs_decision(cluster) or bool(cluster.changes.late.unknown) or bool(cluster.unprepared)
         )
 
     def begin(self) -> None:
-        """Where there is something to decide; whatever comes in the same moment is decided together."""
+        """Start a round if there is something to decide; whatever comes in the same moment is decided together."""
         if self.task is None and self.has_work:
-            self.task = asyncio.create_task(self._look_soon(), name=f"a look at {self.cluster.name}")
+            self.task = asyncio.create_task(self._reconcile_soon(), name=f"reconciling {self.cluster.name}")
 
-    async def look(self) -> None:
-        """Decides, keeps and tells, until nothing is left to decide."""
+    async def reconcile(self) -> None:
+        """Decide, keep and tell, until nothing is left to decide."""
         async with self.lock:
             for _ in range(_ROUNDS):
                 if not self.has_work:
@@ -85,12 +87,12 @@ class Looks:
                 if writes:
                     await self._keep(writes)
 
-    async def _look_soon(self) -> None:
+    async def _reconcile_soon(self) -> None:
         extra = {"cluster": self.cluster.name}
         try:
             await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE * self._took_s))
             began_s = self._clock.monotonic()
-            await self.look()
+            await self.reconcile()
             self._took_s = self._clock.monotonic() - began_s
         except ServiceError as error:
             _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
@@ -98,7 +100,7 @@ class Looks:
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self._lose_leadership(error)
         except Exception:
-            _log.exception("a look at a cluster failed", extra=extra)
+            _log.exception("reconciling a cluster failed", extra=extra)
         finally:
             self.task = None
 
@@ -123,7 +125,7 @@ class Looks:
                 observer.redispatch_ended(body)
 
     async def _prepare(self) -> None:
-        """Looks up what plans say of replicas that were not looked up yet."""
+        """Look up what plans say of replicas that were not looked up yet."""
         cluster = self.cluster
         by_plan: dict[str, list[tuple[str, int]]] = {}
         for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:

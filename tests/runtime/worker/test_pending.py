@@ -13,7 +13,7 @@ import pytest
 
 from hetis.runtime.transport.connecting import accept
 from hetis.runtime.transport.errors import ChannelClosedError
-from hetis.runtime.worker.newcomers import MOST, Newcomers
+from hetis.runtime.worker.pending import MOST, PendingConnections
 
 
 class Clock:
@@ -35,17 +35,17 @@ def connected(listener: socket.socket) -> socket.socket:
 
 
 def test_who_speaks_is_handed_out_before_those_that_came_earlier_and_are_silent(listener: socket.socket) -> None:
-    newcomers = Newcomers(listener, silent_s=10)
+    pending = PendingConnections(listener, silent_s=10)
     with connected(listener) as silent, connected(listener) as speaking:
-        assert newcomers.speaking(0.0) is None
+        assert pending.speaking(0.0) is None
         speaking.sendall(b"x")
-        found = newcomers.speaking(10.0)
+        found = pending.speaking(10.0)
         assert found is not None
         with found:
             assert found.getpeername() == speaking.getsockname()
-        assert newcomers.speaking(0.0) is None
+        assert pending.speaking(0.0) is None
         silent.sendall(b"y")
-        later = newcomers.speaking(10.0)
+        later = pending.speaking(10.0)
         assert later is not None
         with later:
             assert later.getpeername() == silent.getsockname()
@@ -53,43 +53,43 @@ def test_who_speaks_is_handed_out_before_those_that_came_earlier_and_are_silent(
 
 def test_who_says_nothing_is_closed_in_time(listener: socket.socket) -> None:
     clock = Clock()
-    newcomers = Newcomers(listener, silent_s=10, clock=clock)
+    pending = PendingConnections(listener, silent_s=10, clock=clock)
     with connected(listener) as silent:
-        assert newcomers.speaking(1.0) is None
+        assert pending.speaking(1.0) is None
         clock.now_s = 9.9
-        assert newcomers.speaking(0.0) is None
+        assert pending.speaking(0.0) is None
         silent.setblocking(False)
         with pytest.raises(BlockingIOError):
             silent.recv(1)
         clock.now_s = 10.0
-        assert newcomers.speaking(0.0) is None
+        assert pending.speaking(0.0) is None
         silent.settimeout(10)
         assert silent.recv(1) == b""
 
 
 def test_the_oldest_of_too_many_makes_room(listener: socket.socket) -> None:
-    newcomers = Newcomers(listener, silent_s=10)
+    pending = PendingConnections(listener, silent_s=10)
     with ExitStack() as opened:
-        opened.callback(newcomers.close)
+        opened.callback(pending.close)
         first, *others = [opened.enter_context(connected(listener)) for _ in range(MOST + 1)]
-        while newcomers.speaking(0.1) is None and len(newcomers) < MOST:
+        while pending.speaking(0.1) is None and len(pending) < MOST:
             pass
         first.settimeout(10)
         assert first.recv(1) == b""
         others[-1].sendall(b"x")
-        found = newcomers.speaking(10.0)
+        found = pending.speaking(10.0)
         assert found is not None
         with found:
             assert found.getpeername() == others[-1].getsockname()
 
 
 def test_a_connection_that_was_reset_is_told_as_closed(listener: socket.socket) -> None:
-    newcomers = Newcomers(listener, silent_s=10)
+    pending = PendingConnections(listener, silent_s=10)
     other = connected(listener)
-    assert newcomers.speaking(1.0) is None
+    assert pending.speaking(1.0) is None
     other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     other.close()  # a reset, not a goodbye
-    found = newcomers.speaking(10.0)
+    found = pending.speaking(10.0)
     assert found is not None
     with pytest.raises(ChannelClosedError):
         accept(found, stall_s=1.0)
@@ -108,9 +108,9 @@ def test_without_descriptors_newcomers_wait_and_the_log_says_so_once(
             return super().accept()
 
     with Full(fileno=listener.detach()) as full, connected(full) as other:
-        newcomers = Newcomers(full, silent_s=10)
+        pending = PendingConnections(full, silent_s=10)
         other.sendall(b"x")
-        found = [newcomers.speaking(10.0) for _ in range(4)]
+        found = [pending.speaking(10.0) for _ in range(4)]
         assert found[:3] == [None] * 3
         assert found[3] is not None
         found[3].close()

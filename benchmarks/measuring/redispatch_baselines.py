@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import IntArray, Load, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.moves import part_seconds, payback_steps, step_seconds, steps_between
 from hetis.solver.redispatch.ordering import order
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.result import Move, MoveReason
-from hetis.solver.redispatch.tables import Tables, device_seconds, short_blocks, tables_of
+from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
 
 
 def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: int | None = None) -> tuple[Move, ...]:
@@ -99,11 +99,11 @@ def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = 
 
 
 def _redispatched(
-    snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: Load, free_blocks: IntArray
+    snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: DeviceLoad, free_blocks: IntArray
 ) -> IntArray | None:
     """Where dispatch would put request ``j`` if it were new, [D]."""
     heads = snapshot.stage.heads
-    without = Load(
+    without = DeviceLoad(
         heads=load.heads - groups * heads.queries_per_group,
         kv_bytes=np.maximum(
             0.0, load.kv_bytes - groups * (float(snapshot.context_tokens[j]) * heads.kv_bytes_per_token)
@@ -119,7 +119,7 @@ def _redispatched(
     return None if plan.unplaced else plan.groups[0]
 
 
-def _as_moves(problem: RedispatchProblem, tables: Tables, x: IntArray) -> tuple[Move, ...]:
+def _as_moves(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> tuple[Move, ...]:
     """Moves to ``x`` [N, D] in an order that memory allows; those that none allows are left out."""
     steps = steps_between(tables, tables.now, x)
     ordered, _ = order(tables, tables.now, steps, problem.snapshot.stage.devices)

@@ -1,4 +1,4 @@
-"""Makes the shipped profiles and docs/profiles.md from the published tables: ``python -m hetis.profiler.shipping``.
+"""Make the shipped profiles and docs/profiles.md from the published tables: ``python -m tools.profiles``.
 
 Run again on the same tables it writes the same bytes.
 """
@@ -15,13 +15,14 @@ from pathlib import Path
 from hetis.formats import catalogue
 from hetis.formats.files import write_atomically
 from hetis.formats.measurements import Measurements
-from hetis.profiler import shipping_doc
+from hetis.profiler import shipped
 from hetis.profiler.fit import FittedProfile, fit_profile
 from hetis.profiler.importers import import_tables
-from hetis.profiler.over_past import OverPast, over_past
 from hetis.profiler.shipped import FOLDER, profile_text
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import Op
+from tools import profiles_page
+from tools.over_past import OverPast, over_past
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")
@@ -53,7 +54,7 @@ PAST_TABLE, PAST_GPU = "vidur_attention_a100.csv.gz", "A100-SXM-80GB"
 
 
 def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
-    """What the profile of ``gpu`` is made from.
+    """Return what the profile of ``gpu`` is made from.
 
     Raises:
         DocumentError: a table is missing or not what it should be.
@@ -80,7 +81,7 @@ def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
 
 
 def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast | None:
-    """What the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
+    """Return what the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
     if PAST_GPU not in results:
         return None
     (measured,) = import_tables("vidur", [folder / PAST_TABLE])
@@ -92,11 +93,10 @@ def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast |
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m hetis.profiler.shipping", description=(__doc__ or "").split(":")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m tools.profiles", description=(__doc__ or "").split(":")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the published tables")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / FOLDER, help="folder of the profiles")
+    ours = Path(shipped.__file__).parent / FOLDER
+    parser.add_argument("--out", type=Path, default=ours, help="folder of the profiles")
     parser.add_argument("--doc", type=Path, help="Markdown report to write")
     parser.add_argument("--gpu", action="append", choices=list(SOURCES), help="only this one; repeatable")
     parser.add_argument("--workers", type=int, default=2, help="processes")
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.doc:
             engines = import_tables("splitwise", [options.data / ENGINE_TABLE])
             past = _over_past(options.data, results)
-            text = shipping_doc.render(results, engines, past)
+            text = profiles_page.render(results, engines, past)
         options.out.mkdir(parents=True, exist_ok=True)
         for gpu, result in results.items():
             write_atomically(options.out / f"{gpu}.json", profile_text(result.profile))

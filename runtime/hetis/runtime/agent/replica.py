@@ -1,0 +1,556 @@
+"""One replica on one node: takes what the planner wants or refuses it, and brings the engine there call by call.
+
+What is held (`hetis.runtime.agent.replica_state`) says what is wanted and what the engine has done. The next call is
+worked out from that difference, so that it does not matter whether a directive came once or twice, before or after a
+restart. Whatever changes is on disk before the planner hears of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+
+from hetis.runtime.agent.actions import EngineRequest, EngineResponse
+from hetis.runtime.agent.admissible import refusal_of
+from hetis.runtime.agent.checks import wrong_fields
+from hetis.runtime.agent.fence import Fence
+from hetis.runtime.agent.outbox import Outbox
+from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, ReplicaState
+from hetis.runtime.executor.refusals import failure_of
+from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
+from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus, MoveResult
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    AbortMovesResponse,
+    ApplyAssignmentRequest,
+    ApplyAssignmentResponse,
+    CopyMovesRequest,
+    CopyMovesResponse,
+    FlipMovesRequest,
+    FlipMovesResponse,
+    ReleaseMovesRequest,
+    ReserveMovesRequest,
+    ReserveMovesResponse,
+)
+from hetis.v1.failure_pb2 import ErrorReason, Failure
+from hetis.v1.replica_pb2 import Assignment
+from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
+
+LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a call that failed is made again
+CALL_S = 10.0  # an engine that does not answer for so long is taken to be unreachable
+PROGRESS_S = 1.0  # between two statuses that only tell of copied bytes
+MOST_ENDED = 64  # changes that have ended and are remembered
+REMEMBERED_S = 600.0
+_UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
+_OUTCOME = {
+    ChangeOutcome.CHANGE_OUTCOME_FLIPPED: ChangePhase.CHANGE_PHASE_FLIPPED,
+    ChangeOutcome.CHANGE_OUTCOME_ABORTED: ChangePhase.CHANGE_PHASE_ABORTED,
+}
+
+
+class ReplicaAgent:
+    """The agent's work on one replica.
+
+    Args:
+        held: the state of the replica here, as read from disk or empty.
+        capabilities: what the agent can do for its engine.
+        clock: names what times count on, see `ReplicaState.to_bytes`.
+    """
+
+    def __init__(
+        self,
+        held: ReplicaState,
+        *,
+        capabilities: frozenset[AgentCapability.ValueType],
+        clock: str,
+        fence: Fence,
+        outbox: Outbox,
+    ) -> None:
+        self.held = held
+        self._can = capabilities
+        self._clock = clock
+        self._fence = fence
+        self._outbox = outbox
+        self._call: tuple[int, EngineRequest, ChangeState | None] | None = None
+        self._retry_s = float("-inf")
+        self._wait_s = LEAST_WAIT_S
+        self._told_progress_s = float("-inf")
+
+    # --- the planner
+
+    def handle(self, delta: Delta, *, epoch: int, now_s: float) -> None:
+        """Store and acknowledge a delta whose epoch may change things, or refuse it."""
+        if delta.nonce and delta.nonce == self.held.nonce and self.held.answer is not None:
+            self._outbox.send(self.held.answer)
+            return
+        kind = delta.WhichOneof("change")
+        failure = wrong_fields(delta) or refusal_of(delta, self.held, self._can)
+        if failure is not None:
+            self.refuse(delta, failure)
+            return
+        told: ChangeState | None = None
+        if kind in ("assignment", "removal"):
+            self._take_assignment(delta, epoch=epoch)
+        elif kind == "prepare":
+            told = self._take_prepare(delta, epoch=epoch, now_s=now_s)
+        else:
+            told = self._take_directive(delta, epoch=epoch, now_s=now_s)
+        self.held.nonce = delta.nonce
+        self.held.answer = ConnectNodeRequest(
+            ack=DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=self.held.held_generation)
+        )
+        self._wait_no_longer(now_s)
+        self._persist()
+        self._outbox.send(self.held.answer)
+        if told is not None:
+            self._tell(told)
+        self.advance(now_s)
+
+    def refuse(self, delta: Delta, failure: Failure) -> None:
+        """Refuse a delta and leave everything as it was; the same delta is refused again, whatever comes in between."""
+        held = self.held
+        held.nonce = delta.nonce
+        held.answer = ConnectNodeRequest(
+            nack=DeltaNack(nonce=delta.nonce, replica=delta.replica, generation=held.held_generation, failure=failure)
+        )
+        if held.generation:  # nothing was ever held: a file would only keep a mistake
+            self._persist()
+        self._outbox.send(held.answer)
+
+    def _take_assignment(self, delta: Delta, *, epoch: int) -> None:
+        held = self.held
+        if delta.generation == held.generation:
+            held.epoch = epoch  # the same again
+            return
+        self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came")
+        held.generation, held.epoch = delta.generation, epoch
+        before, new = held.assignment or Assignment(), delta.assignment
+        held.is_anew = (list(before.stages), list(before.devices)) != (list(new.stages), list(new.devices))
+        held.assignment = None
+        if delta.HasField("assignment"):
+            held.assignment = Assignment()
+            held.assignment.CopyFrom(new)
+        held.is_applied, held.failure = False, None
+        held.assignment_state = self._first_state()
+
+    def _take_prepare(self, delta: Delta, *, epoch: int, now_s: float) -> ChangeState:
+        known = self.held.changes.get(delta.prepare.change.change_id)
+        if known is not None:
+            return known
+        change = Change()
+        change.CopyFrom(delta.prepare.change)
+        timeout = change.prepare_timeout
+        taken = ChangeState(
+            change=change,
+            parts=tuple(dict.fromkeys(delta.prepare.parts)),
+            epoch=epoch,
+            deadline_s=now_s + timeout.seconds + timeout.nanos / 1e9,
+            status=self._status(change, ChangePhase.CHANGE_PHASE_PREPARING),
+        )
+        self.held.changes[taken.id] = taken
+        return taken
+
+    def _take_directive(self, delta: Delta, *, epoch: int, now_s: float) -> ChangeState | None:
+        """Take a commit, an abort or a resolution. Returns the change if its status is to be told now."""
+        kind = delta.WhichOneof("change")
+        change_id = (
+            delta.commit.change_id
+            if kind == "commit"
+            else delta.abort.change_id
+            if kind == "abort"
+            else delta.resolved.change_id
+        )
+        change = self.held.changes.get(change_id)
+        if change is None:
+            change = self._unheard(change_id, epoch=epoch, now_s=now_s)
+        change.epoch = epoch
+        if kind == "resolved":
+            change.is_resolved = True
+            flipped = delta.resolved.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+            if flipped and not change.has_ended:
+                change.desired = DesiredPhase.RELEASED
+                change.change.generation = change.change.generation or delta.generation
+                del change.status.moves[:]
+                change.status.moves.extend(delta.resolved.moves)
+                return None
+            if not flipped and change.is_open:
+                self._want_abort(
+                    change, failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "the authority aborted the change")
+                )
+                return None
+        elif kind == "commit" and change.phase == ChangePhase.CHANGE_PHASE_READY:
+            if change.desired is DesiredPhase.PREPARED:
+                change.desired = DesiredPhase.FLIPPED
+            return None
+        elif kind == "abort" and change.is_open:
+            self._want_abort(change, delta.abort.failure)
+            return None
+        return change
+
+    def forget_assignment(self) -> None:
+        """Drop an assignment that the engine knows to be of an old planner, so that the present one sends its own."""
+        self.held.assignment, self.held.generation, self.held.is_applied = None, 0, True
+        self.held.nonce, self.held.answer = "", None
+        self._persist()
+
+    # --- time
+
+    def tick(self, now_s: float) -> None:
+        """End what was prepared for too long, forget what ended long ago, try again what failed."""
+        self._expire_changes(now_s)
+        self.advance(now_s)
+
+    def next_s(self) -> float:
+        """Return when `tick` is due; infinity: not by itself."""
+        deadlines = [change.deadline_s for change in self.held.changes.values() if change.is_being_prepared]
+        retries = self._call is None and self._next_request(self._retry_s) is not None
+        return min([*deadlines, self._retry_s if retries else float("inf")])
+
+    # --- calls to the engine
+
+    def _wait_no_longer(self, now_s: float) -> None:
+        """Make the next call due now, because something else is wanted."""
+        self._retry_s, self._wait_s = now_s, LEAST_WAIT_S
+
+    def waits_for(self, number: int) -> bool:
+        return self._call is not None and self._call[0] == number
+
+    def is_applying(self) -> bool:
+        """Return whether the call that is being waited for applies the assignment."""
+        return self._call is not None and isinstance(self._call[1], ApplyAssignmentRequest)
+
+    def advance(self, now_s: float) -> None:
+        """Make the next call of the engine, if one is due and none is being waited for."""
+        if self._call is not None:
+            number, request, change = self._call
+            is_copy = isinstance(request, CopyMovesRequest)
+            if not is_copy or change is None or change.desired is DesiredPhase.PREPARED:
+                return
+            self._outbox.cancel(number)
+            self._call = None
+        if now_s < self._retry_s:
+            return
+        found = self._next_request(now_s)
+        if found is None:
+            return
+        request, change = found
+        timeout_s = None if isinstance(request, CopyMovesRequest) else CALL_S
+        self._call = (self._outbox.call(request, timeout_s=timeout_s), request, change)
+
+    def _next_request(self, now_s: float) -> tuple[EngineRequest, ChangeState | None] | None:
+        """Return the next request to the engine and the change that it is about."""
+        held = self.held
+        aborting = next((c for c in held.changes.values() if c.is_open and c.desired is DesiredPhase.ABORTED), None)
+        must_apply = (
+            not held.is_applied and held.failure is None and AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
+        )
+        if aborting is not None and not (must_apply and aborting.is_abort_tried):
+            return AbortMovesRequest(epoch=self._fence.newest, change_id=aborting.id, failure=aborting.why), aborting
+        if must_apply and held.generation:
+            apply = ApplyAssignmentRequest(epoch=self._fence.newest, generation=held.generation)
+            if held.assignment is None:
+                apply.removed_replica = held.replica
+            else:
+                apply.assignment.CopyFrom(held.assignment)
+            return apply, None
+        for change in held.changes.values():
+            request = self._next_of_change(change, now_s)
+            if request is not None:
+                return request, change
+        return None
+
+    def _next_of_change(self, change: ChangeState, now_s: float) -> EngineRequest | None:
+        if change.desired is DesiredPhase.RELEASED and not change.has_ended:
+            return ReleaseMovesRequest(
+                epoch=self._fence.newest,
+                change_id=change.id,
+                moves=change.status.moves,
+                generation=change.change.generation,
+            )
+        if not change.is_open:
+            return None
+        if change.desired is DesiredPhase.FLIPPED:
+            return FlipMovesRequest(
+                epoch=change.epoch, change_id=change.id, timeout=_duration(change.deadline_s - now_s)
+            )
+        if change.desired is DesiredPhase.PREPARED and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
+            if change.is_reserved:
+                return CopyMovesRequest(epoch=change.epoch, change_id=change.id)
+            left = Change()
+            left.CopyFrom(change.change)
+            left.prepare_timeout.CopyFrom(_duration(max(change.deadline_s - now_s, 1e-3)))
+            return ReserveMovesRequest(epoch=change.epoch, change=left, parts=change.parts)
+        return None
+
+    def progressed(self, response: CopyMovesResponse, now_s: float) -> None:
+        """Note the progress of a copy, and tell the planner once a second."""
+        change = self._call[2] if self._call else None
+        if change is not None and change.is_open:
+            _note_copy(change, response)
+            if now_s - self._told_progress_s >= PROGRESS_S:
+                self._told_progress_s = now_s
+                self._tell(change)
+
+    def answered(self, answer: EngineResponse | Failure, now_s: float) -> None:
+        """Take the engine's answer to the call that is being waited for."""
+        assert self._call is not None
+        _, request, change = self._call
+        self._call = None
+        if isinstance(answer, Failure) and answer.reason in _UNREACHABLE:
+            self._try_later(request, change, answer, now_s)
+        else:
+            self._wait_no_longer(now_s)
+            if change is None:
+                self._applied(answer)
+            elif isinstance(answer, Failure):
+                self._change_refused(request, change, answer, now_s)
+            else:
+                self._change_answered(answer, change, now_s)
+        self.advance(now_s)
+
+    def _try_later(self, request: EngineRequest, change: ChangeState | None, failure: Failure, now_s: float) -> None:
+        self._retry_s = now_s + self._wait_s
+        self._wait_s = min(2 * self._wait_s, MOST_WAIT_S)
+        if change is None:
+            return
+        if isinstance(request, AbortMovesRequest):
+            if not change.is_abort_tried and not self.held.is_applied:
+                self._retry_s = now_s  # the assignment that waits goes on
+            change.is_abort_tried = True
+        elif isinstance(request, FlipMovesRequest) and now_s >= change.deadline_s:
+            self._want_abort(change, failure)  # it may have flipped: AbortMoves says which
+        elif isinstance(request, CopyMovesRequest):
+            change.is_reserved = False  # another engine may answer next: begin again
+
+    def _applied(self, answer: EngineResponse | Failure) -> None:
+        held = self.held
+        held.is_applied = True
+        if isinstance(answer, Failure):
+            held.failure, held.assignment_state = answer, AssignmentState.ASSIGNMENT_STATE_FAILED
+        elif isinstance(answer, ApplyAssignmentResponse):
+            held.assignment_state = answer.state
+            held.is_anew = False
+            self._persist()
+
+    def _change_refused(self, request: EngineRequest, change: ChangeState, failure: Failure, now_s: float) -> None:
+        if isinstance(request, AbortMovesRequest):
+            self._retry_s = now_s + self._wait_s
+            change.is_abort_tried = True
+        elif isinstance(request, ReleaseMovesRequest):
+            if failure.reason == ErrorReason.ERROR_REASON_CHANGE_UNKNOWN:
+                self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of it
+            else:
+                self._retry_s = now_s + MOST_WAIT_S
+        elif isinstance(request, FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
+            change.desired = DesiredPhase.PREPARED  # whose permission it was may give none
+            self._persist()
+        else:
+            self._want_abort(change, failure)
+            self._persist()
+
+    def _change_answered(self, answer: EngineResponse, change: ChangeState, now_s: float) -> None:
+        ready = False
+        if isinstance(answer, ReserveMovesResponse):
+            change.is_reserved = True
+            _add_moves(change, answer.moves)
+            ready = not change.copies
+        elif isinstance(answer, CopyMovesResponse):
+            _note_copy(change, answer)
+            ready = True
+        elif isinstance(answer, FlipMovesResponse | AbortMovesResponse):
+            _add_moves(change, answer.moves)
+            if isinstance(answer, FlipMovesResponse):
+                change.status.step = answer.step
+                if answer.HasField("failure"):
+                    change.why = answer.failure
+            flipped = answer.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
+            if flipped:
+                change.change.generation = change.change.generation or answer.generation
+            self._enter(change, _OUTCOME[answer.outcome], now_s=now_s)
+        else:
+            self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)
+        if ready and change.desired is DesiredPhase.PREPARED:
+            self._enter(change, ChangePhase.CHANGE_PHASE_READY, now_s=now_s)
+
+    # --- what the engine says of itself
+
+    def hear_change(self, said: ChangeStatus, now_s: float) -> None:
+        """Take what the engine's report says of a change, whose end the agent may have missed."""
+        change = self.held.changes.get(said.change_id)
+        ended = said.phase in (
+            ChangePhase.CHANGE_PHASE_FLIPPED,
+            ChangePhase.CHANGE_PHASE_ABORTED,
+            ChangePhase.CHANGE_PHASE_RELEASED,
+        )
+        if change is None:
+            if said.phase not in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED):
+                self._adopt(said, now_s)
+            return
+        if not ended or not change.may_become(said.phase):
+            return
+        _add_moves(change, said.moves)
+        change.status.step = change.status.step or said.step
+        if said.HasField("failure"):
+            change.why = said.failure
+        self._enter(change, said.phase, now_s=now_s)
+
+    def _adopt(self, said: ChangeStatus, now_s: float) -> None:
+        """Take up a change that the engine has and the agent lost its record of; its deadline is not known."""
+        change = self._unheard(said.change_id, epoch=0, now_s=now_s)
+        if said.phase == ChangePhase.CHANGE_PHASE_FLIPPED:
+            change.change.generation = said.generation
+            change.status.step = said.step
+            _add_moves(change, said.moves)
+            self._enter(change, said.phase, now_s=now_s)
+        else:
+            self._want_abort(
+                change,
+                failure_of(
+                    ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"the agent lost its record of change {said.change_id}"
+                ),
+            )
+            self._persist()
+
+    def engine_restarted(self, now_s: float) -> None:
+        """Apply the assignment again and give up open changes: the engine's KV is gone."""
+        if self.held.assignment is not None:
+            self.held.is_applied, self.held.failure = False, None
+            self.held.assignment_state = self._first_state()
+        self._call = None
+        self._wait_no_longer(now_s)
+        self._give_up_open(ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, "the engine restarted")
+        self._persist()
+
+    # --- telling
+
+    def statuses(self) -> list[ChangeStatus]:
+        """Return the statuses of all changes that are remembered."""
+        return [change.status for change in self.held.changes.values()]
+
+    def tell_unresolved(self) -> None:
+        """Tell the planner again how far changes are, until a ``resolved`` delta came."""
+        for change in self.held.changes.values():
+            if not change.is_resolved or not change.has_ended:
+                self._tell(change)
+
+    def report(self, engine: ReplicaReport | None) -> ReplicaReport:
+        """Return the report on this node's part of the replica, from what the engine says and what the agent holds.
+
+        An engine that speaks of a replica has taken it in its present run, so it need not have answered to the last
+        assignment, nor to this run of the agent: a node that serves is not said to load because it is told more.
+        """
+        report = self._unsaid(self.held.assignment_state)
+        is_steered = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
+        is_told = self.held.is_applied or not self.held.is_anew or not is_steered
+        if engine is not None and is_told and self.held.failure is None:
+            report.CopyFrom(engine)
+            report.replica, report.generation = self.held.replica, self.held.held_generation
+        if self.held.failure is not None:
+            report.failure.CopyFrom(self.held.failure)
+        return report
+
+    def report_anew(self) -> ReplicaReport:
+        """Return the report for an engine that has just started, without anything from its run before."""
+        return self._unsaid(self._first_state())
+
+    def _unsaid(self, state: AssignmentState.ValueType) -> ReplicaReport:
+        held = self.held
+        return ReplicaReport(replica=held.replica, assignment_state=state, generation=held.held_generation)
+
+    # --- what is held, on disk first
+
+    def _persist(self) -> None:
+        self._outbox.persist(self.held.replica, self.held.to_bytes(clock=self._clock))
+
+    def _tell(self, change: ChangeState) -> None:
+        """Tell the planner how far the change is."""
+        self._outbox.send(ConnectNodeRequest(change_status=change.status))
+
+    def _first_state(self) -> AssignmentState.ValueType:
+        """Return the state of an assignment that the engine has not answered yet."""
+        can = AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
+        return AssignmentState.ASSIGNMENT_STATE_LOADING if can else AssignmentState.ASSIGNMENT_STATE_UNMANAGED
+
+    def _status(self, change: Change, phase: ChangePhase.ValueType) -> ChangeStatus:
+        return ChangeStatus(
+            change_id=change.change_id, replica=self.held.replica, phase=phase, generation=self.held.held_generation
+        )
+
+    def _unheard(self, change_id: str, *, epoch: int, now_s: float) -> ChangeState:
+        """Record a change whose end is the first that the agent hears of it: only the engine may know it."""
+        change = Change(change_id=change_id, replica=self.held.replica)
+        heard = ChangeState(
+            change=change,
+            parts=(),
+            epoch=epoch,
+            deadline_s=now_s,
+            status=self._status(change, ChangePhase.CHANGE_PHASE_PREPARING),
+        )
+        self.held.changes[change_id] = heard
+        return heard
+
+    def _want_abort(self, change: ChangeState, why: Failure) -> None:
+        change.desired = DesiredPhase.ABORTED
+        change.why = why
+        change.is_abort_tried = False
+
+    def _give_up_open(self, reason: ErrorReason.ValueType, message: str) -> None:
+        """Want every open change aborted."""
+        for change in self.held.changes.values():
+            if change.is_open and change.desired is not DesiredPhase.ABORTED:
+                self._want_abort(change, failure_of(reason, message))
+
+    def _enter(self, change: ChangeState, phase: ChangePhase.ValueType, *, now_s: float) -> None:
+        """Move a change to its next phase: on disk first, then to the planner."""
+        if not change.may_become(phase):
+            return
+        has_flipped = phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
+        if has_flipped and self.held.assignment is not None:
+            self.held.generation = max(self.held.generation, change.change.generation)
+        if change.desired is DesiredPhase.FLIPPED or (change.desired is DesiredPhase.ABORTED and has_flipped):
+            change.desired = DesiredPhase.RELEASED if change.is_resolved else DesiredPhase.PREPARED
+        change.status.phase = phase
+        change.status.generation = self.held.held_generation
+        if phase == ChangePhase.CHANGE_PHASE_ABORTED and change.why is not None:
+            change.status.failure.CopyFrom(change.why)
+        if change.has_ended:
+            change.ended_s = now_s
+            self._forget_oldest()
+        self._persist()
+        self._tell(change)
+
+    def _expire_changes(self, now_s: float) -> None:
+        """End what was prepared for too long, and forget what ended long ago."""
+        for change in list(self.held.changes.values()):
+            if change.is_being_prepared and now_s >= change.deadline_s:
+                late = f"change {change.id}: its time to prepare passed"
+                self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, late))
+                self._persist()
+            if change.has_ended and change.ended_s is None:
+                change.ended_s = now_s
+            if change.is_resolved and change.ended_s is not None and now_s - change.ended_s >= REMEMBERED_S:
+                del self.held.changes[change.id]
+                self._persist()
+
+    def _forget_oldest(self) -> None:
+        ended = [change.id for change in self.held.changes.values() if change.has_ended]
+        for change_id in ended[: max(len(ended) - MOST_ENDED, 0)]:
+            del self.held.changes[change_id]
+
+
+def _add_moves(change: ChangeState, moves: Iterable[MoveResult]) -> None:
+    """Add the results of moves that are not known yet."""
+    known = {move.number for move in change.status.moves}
+    change.status.moves.extend(move for move in moves if move.number not in known)
+
+
+def _note_copy(change: ChangeState, response: CopyMovesResponse) -> None:
+    change.status.copied_bytes = max(change.status.copied_bytes, response.copied_bytes)
+    _add_moves(change, response.moves)
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(max(int(seconds * 1e9), 0))
+    return duration
