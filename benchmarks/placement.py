@@ -36,8 +36,9 @@ from benchmarks.measuring.instances import (
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
 from hetis.solver.cluster import Cluster
+from hetis.solver.placement.engines import ANY_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 BETWEEN = (
     ("20 GPUs, TTFT 4 s", (1, 4, "A100-PCIe-80GB"), (4, 2, "RTX-3090"), (2, 4, "P100-PCIe-12GB")),
@@ -92,7 +93,12 @@ class Case:
 def main() -> None:
     """Prints all rows and draws the curves."""
     parser = rows.parser("benchmarks.placement", __doc__)
+    parser.add_argument("--engine", choices=[*ENGINES, ANY_ENGINE], default=ANY_ENGINE, help="whose plans are searched")
     arguments = parser.parse_args()
+    if arguments.engine != ANY_ENGINE:
+        found = engine_rows(arguments.engine, quick=arguments.quick, only=arguments.only)
+        rows.exit_if_crashed(rows.show(found, arguments, name="placement_engine"))
+        return
     shown = rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="placement")
     for kind, across in (("by size", "gpus"), ("by types", "types")):
         curve = [row for row in shown if str(row["name"]).startswith(kind)]
@@ -113,6 +119,24 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
         in_own_process(measure, Solve(problem=problem(of_types(2, 1024)), time_limit_s=1.0))
     for case in cases:
         yield _row(case, case.measured())
+
+
+def engine_rows(engine: str, *, quick: bool, only: str = "") -> Iterator[Row]:
+    """The same fleets under the rules of an engine, whose search is another one (`listing.py`)."""
+    rules = EngineRules(name=engine)
+    paper = Case(name="12 GPUs", problem=problem(example("paper"), objective=SLOWER), time_limit_s=10.0)
+    cases = [paper, *_between_cases(quick), *_fleet_cases(quick)]
+    warmed = False
+    for case in cases:
+        named = f"{engine}: {case.name}"
+        if only not in named:
+            continue
+        posed = replace(case.problem, family=run_by(case.problem.family, rules))
+        ready = replace(case, name=named, problem=posed)
+        if not warmed:
+            in_own_process(measure, Solve(problem=posed, time_limit_s=1.0))  # compiles, so that no row pays for it
+            warmed = True
+        yield _row(ready, ready.measured())
 
 
 def _exact_rows(quick: bool, only: str) -> Iterator[Row]:

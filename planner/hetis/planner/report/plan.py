@@ -117,7 +117,9 @@ def _facts(plan: Plan) -> Table:
     if (compared := beside_equal_stages(plan)) is not None:
         table.add_row("Uniform", compared)
     table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
-    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}")
+    engine = plan.inputs.get("engine")
+    runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
+    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
     if plan.objective.demand_rps is not None:
         table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
     for name, reached, limit in limits(plan):

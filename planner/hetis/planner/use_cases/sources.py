@@ -250,7 +250,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
     inputs = replace(inputs, will=_will_of(plan, inputs.cluster, name))
-    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), _engine_of(plan, name))
+    problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
 
@@ -318,8 +318,12 @@ def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
     return ordered(Role(name) for name in names)
 
 
-def _engine_of(plan: Plan, path: str) -> EngineRules | None:
-    """The engine that a plan is for; None for any, as in plans of a time before engines."""
+def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
+    """The engine that a plan is for; None for any, as in plans of a time before engines.
+
+    Raises:
+        DocumentError: it is none that is known; messages call the plan ``path``.
+    """
     data = plan.inputs.get("engine")
     if data is None:
         return None

@@ -21,7 +21,7 @@ from hetis.planner.use_cases.compare import Compared, figures_of
 from hetis.planner.use_cases.latency_curve import Curve
 from hetis.planner.use_cases.replan import Posed
 from hetis.planner.use_cases.simulate import Simulated
-from hetis.planner.use_cases.sources import Inputs
+from hetis.planner.use_cases.sources import Inputs, engine_of_plan
 from hetis.planner.use_cases.what_if import BuyNext, Side, WhatIf
 from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
@@ -63,7 +63,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
     sections = [Section(anchor="beside", heading="Strategies side by side", lead=lead, blocks=tuple(blocks))]
     if with_plan:
         name, best = with_plan[_best([plan for _, plan in with_plan])]
-        problem = inputs.problem(best.objective, best.strategy)
+        problem = inputs.problem(best.objective, best.strategy, engine=engine_of_plan(best))
         sections.append(_section(ShownPlan(name=f"The best: {name}", plan=best, problem=problem), 1))
     return _page(f"{inputs.model.name} on {inputs.cluster.name}", sections)
 
@@ -176,7 +176,7 @@ def _side(name: str, side: Side, number: int) -> list[Section]:
         lines = side.outcome.reasons or (side.outcome.status,)
         blocks = (Sentences(title=f"No plan: {side.outcome.status}", lines=lines),)
         return [Section(anchor=f"plan-{number}", heading=name, lead="", blocks=blocks)]
-    problem = side.loaded.inputs.problem(plan.objective, plan.strategy)
+    problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=engine_of_plan(plan))
     return [_section(ShownPlan(name=name, plan=plan, problem=problem), number)]
 
 
