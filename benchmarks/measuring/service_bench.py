@@ -23,6 +23,7 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 CLUSTER, PLAN = "clusters/cells", "plans/cells"
 QUIET_CORES = 0.5
+MOST_BETWEEN = 0.1  # share of agents that may be between two connections, which end after half an hour
 KEYS = (
     "name",
     "agents",
@@ -143,7 +144,8 @@ class Bench:
     async def behind(self) -> tuple[float, float]:
         """Reports that the planner has taken so far, and those sent that it has not."""
         counts = await asyncio.to_thread(self.crowd.counts)
-        if counts.connected < self.extent.agents - len(self.engine_cell) - len(self.planner_cell):
+        there = self.extent.agents - len(self.engine_cell) - len(self.planner_cell)
+        if counts.connected < there * (1 - MOST_BETWEEN):
             raise RuntimeError(f"only {counts.connected} agents are still connected: {self.planner.log()[-2000:]}")
         taken = await asyncio.to_thread(self.planner.messages, "report")
         return taken, max(0.0, counts.sent - taken)
