@@ -116,8 +116,7 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
             memory = bench.memory()
             parts.append((float(memory["rss_mib"] or 0.0), latencies.ms(99)))
             name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min"
-            note = f"{len(latencies.failures)} failed, the first: {latencies.failures[0]}" if latencies.failures else ""
-            row = bench.latency_row(name, latencies, at_once=1, watched=watched, note=note)
+            row = bench.latency_row(name, latencies, at_once=1, watched=watched)
             yield {**row, **memory, "cpu_us": None, "lag_s": behind / SOAK_REPORTS_PER_S}
         early, last = parts[max(0, SOAK_PARTS // 6 - 1)], parts[-1]
         note = f"memory {last[0] / early[0] - 1:+.1%} and p99 times {last[1] / early[1]:.2f} since {minutes / 6:g} min"

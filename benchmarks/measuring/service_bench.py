@@ -184,6 +184,8 @@ class Bench:
         self, name: str, found: Latencies, *, at_once: int, watched: Watched | None = None, note: str = ""
     ) -> Row:
         empty = self.empty.get(at_once)
+        if found.failures:
+            note = f"{len(found.failures)} failed, the first: {found.failures[0]}" + (f"; {note}" if note else "")
         return self.row(
             name,
             at_once=at_once,
