@@ -24,7 +24,7 @@ from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import replica_pb2, report_pb2, stage_pb2
 
 ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the connection's end, and a write after it
-MOST_REOPENED = 4  # times for one step
+MOST_REOPENED = 4  # attempts at one step
 MOST_FINISHED = 64  # requests in one step
 Call = Callable[[list[float]], Awaitable[None]]
 
@@ -123,7 +123,7 @@ class DispatchedReplica:
         """
         async with AsyncExitStack() as stack:
             opened = [
-                _ReopenedStream(partial(self._client.dispatch_stream, self._replica, self._state_id))
+                ReopenedStream(partial(self._client.dispatch_stream, self._replica, self._state_id))
                 for _ in range(streams)
             ]
             for stream in opened:
@@ -164,7 +164,7 @@ class DispatchedReplica:
         await self._client.dispatch.FinishRequests(finish, timeout=10.0)
 
 
-class _ReopenedStream:
+class ReopenedStream:
     """A dispatch stream that is replaced when its connection ends."""
 
     def __init__(self, open_stream: Callable[[], AsyncDispatchStream]) -> None:
