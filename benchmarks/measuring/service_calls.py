@@ -29,6 +29,13 @@ MOST_FINISHED = 64  # requests in one step
 Call = Callable[[list[float]], Awaitable[None]]
 
 
+class NoRoomError(Exception):
+    """A replica took less than all of a batch."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(f"{missing} requests found no room")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
     """Attributes:
@@ -39,7 +46,7 @@ class Latencies:
 
     seconds: Sequence[float]
     total_s: float
-    failures: Sequence[CallError] = ()
+    failures: Sequence[CallError | NoRoomError] = ()
 
     @property
     def per_s(self) -> float:
@@ -65,12 +72,12 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
     """Calls that begin at a rate, whether or not those before have ended; those that fail are counted."""
-    found, failures, running = list[float](), list[CallError](), set[asyncio.Task[None]]()
+    found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
 
     async def one() -> None:
         try:
             await call(found)
-        except CallError as error:
+        except (CallError, NoRoomError) as error:
             failures.append(error)
 
     began_s = time.perf_counter()
@@ -143,9 +150,10 @@ class DispatchedReplica:
                     raise
                 finally:
                     ended.extend(one.id for one in request.requests)
-                seconds.append(time.perf_counter() - began_s)
+                taken_s = time.perf_counter() - began_s
                 if len(answer.placements) != batch:
-                    raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+                    raise NoRoomError(batch - len(answer.placements))
+                seconds.append(taken_s)
 
             yield step
             while ended:
@@ -158,7 +166,7 @@ class DispatchedReplica:
         answer = await self._client.dispatch.AdmitRequests(request, timeout=10.0)
         seconds.append(time.perf_counter() - began_s)
         if len(answer.placements) != batch:
-            raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+            raise NoRoomError(batch - len(answer.placements))
         names = [one.id for one in request.requests]
         finish = pb.FinishRequestsRequest(parent=self._replica, state_id=self._state_id, requests=names)
         await self._client.dispatch.FinishRequests(finish, timeout=10.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -12,7 +13,7 @@ import pytest
 
 from benchmarks.measuring import service_agents
 from benchmarks.measuring.service_agents import ScriptedAgent
-from benchmarks.measuring.service_calls import MOST_REOPENED, Latencies, ReopenedStream, paced
+from benchmarks.measuring.service_calls import MOST_REOPENED, Latencies, NoRoomError, ReopenedStream, paced
 from hetis.planner.client import CallError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
@@ -201,11 +202,15 @@ def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
         return await paced(call, per_s=1000.0, seconds=0.01)
 
     async def call(seconds: list[float]) -> None:
-        if len(numbers) % 2:
-            raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
-        numbers.append(0)
-        seconds.append(0.0)
+        match next(numbers):
+            case 0:
+                seconds.append(0.0)
+            case 1:
+                raise NoRoomError(2)
+            case _:
+                raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
 
-    numbers = list[int]()
+    numbers = itertools.count()
     found = asyncio.run(session())
     assert (len(found.seconds), len(found.failures)) == (1, 9)
+    assert str(found.failures[0]) == "2 requests found no room"
