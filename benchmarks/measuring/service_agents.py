@@ -1,5 +1,6 @@
 """Node agents that cost next to nothing: they speak the protocol and do at once, in memory, what they are told.
 
+A stream that ends is opened again, as the real agent does: the planner ends every connection after half an hour.
 Nothing is stored, copied or decoded. A primary has a head map of made-up requests; where it is asked to flip a change,
 the map follows.
 """
@@ -30,6 +31,8 @@ CHANNEL_OPTIONS = (  # as hetis-agent has them; a pool of its own gives every ag
 )
 REQUESTS, CONTEXT_TOKENS = 24, 1400  # that run on a primary: they fit there, and nothing is wrong with it
 VARIETY = 64  # reports differ in so many ways before they repeat
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # between two streams, as at the real agent's first attempt
+WELCOME_S = 30.0
 
 Phase = change_pb2.ChangePhase
 State = report_pb2.AssignmentState
@@ -38,6 +41,8 @@ _REACHED = {
     replica_pb2.ASSIGNMENT_GOAL_SERVE: State.ASSIGNMENT_STATE_SERVING,
     replica_pb2.ASSIGNMENT_GOAL_DRAIN: State.ASSIGNMENT_STATE_DRAINING,
 }
+# An error status, its cancellation, a write or read after the end, no Welcome.
+STREAM_ENDED = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, ConnectionError, TimeoutError)
 _ALL = (pb.AGENT_CAPABILITY_ASSIGN, pb.AGENT_CAPABILITY_MOVE, pb.AGENT_CAPABILITY_HEAD_MAP)
 _admission = SolverAdmission()
 _balanced: dict[tuple[int, ...], list[list[int]]] = {}
@@ -53,18 +58,20 @@ class ScriptedAgent:
         sent_s: when something was sent last, by the monotonic clock.
         num_sent: reports that were sent.
         num_finished: requests of `stage` that ended so far.
+        num_reconnects: streams after the first that the planner welcomed.
     """
 
     def __init__(self, cluster: str, node: str, *, num_gpus: int, has_head_map: bool = True) -> None:
         self.cluster, self.node = cluster, node
         self.stage: StageRun | None = None
         self.heard: Callable[[pb.ConnectNodeResponse], None] | None = None
-        self.sent_s, self.num_sent, self.num_finished = 0.0, 0, 0
+        self.sent_s, self.num_sent, self.num_finished, self.num_reconnects = 0.0, 0, 0, 0
         self.heartbeat_s = 5.0
         self._num_gpus = num_gpus
         self._capabilities = _ALL if has_head_map else _ALL[:2]
         self._held: dict[str, tuple[int, replica_pb2.Assignment]] = {}
-        self._changes: dict[str, change_pb2.Change] = {}
+        self._changes: dict[str, tuple[change_pb2.Change, Phase.ValueType]] = {}
+        self._boot_id = str(uuid.uuid4())
         self._epoch = self._sequence = 0
         self._numbers = itertools.cycle(range(VARIETY))
         self._report = pb.NodeReport()
@@ -76,27 +83,10 @@ class ScriptedAgent:
     # --- the stream
 
     async def connect(self, address: str) -> None:
-        """Says hello, and returns when the planner said welcome."""
+        """Says hello, and returns when the planner said welcome; from then on the agent stays connected by itself."""
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._call = AgentServiceStub(self._channel).ConnectNode()
-        inventory = self._inventory()
-        hello = pb.Hello(
-            node=f"{self.cluster}/nodes/{self.node}",
-            protocol_version=1,
-            min_protocol_version=1,
-            agent_version="0.0",
-            boot_id=str(uuid.uuid4()),
-            inventory_digest=inventory.digest,
-            capabilities=self._capabilities,
-        )
-        await self._write(pb.ConnectNodeRequest(hello=hello))
-        welcome = await self._call.read()
-        self._epoch = welcome.epoch
-        interval = welcome.welcome.settings.heartbeat_interval
-        self.heartbeat_s = interval.seconds + interval.nanos / 1e9
-        if welcome.welcome.send_inventory:
-            await self._write(pb.ConnectNodeRequest(inventory=inventory))
-        self._reading = asyncio.create_task(self._read(), name=f"agent of {self.node}")
+        await self._open(self._channel)
+        self._reading = asyncio.create_task(self._stay_connected(self._channel), name=f"agent of {self.node}")
 
     async def close(self) -> None:
         if self._reading is not None:
@@ -107,7 +97,57 @@ class ScriptedAgent:
 
     @property
     def is_connected(self) -> bool:
-        return self._reading is not None and not self._reading.done()
+        return self._call is not None
+
+    async def _open(self, channel: grpc.aio.Channel) -> None:
+        """A stream, until its Welcome; only then others may write to it."""
+        call: Any = AgentServiceStub(channel).ConnectNode()
+        async with asyncio.timeout(WELCOME_S):
+            await call.write(self._hello())
+            welcome = await call.read()
+        if welcome is grpc.aio.EOF:
+            raise ConnectionError(f"no Welcome for {self.node}")
+        self._epoch, self._sequence = welcome.epoch, 1
+        interval = welcome.welcome.settings.heartbeat_interval
+        self.heartbeat_s = interval.seconds + interval.nanos / 1e9
+        self._call = call
+        if welcome.welcome.send_inventory:
+            await self._write(pb.ConnectNodeRequest(inventory=self._inventory()))
+        for change, phase in list(self._changes.values()):
+            await self._write(pb.ConnectNodeRequest(change_status=self._status(change, phase)))
+
+    async def _stay_connected(self, channel: grpc.aio.Channel) -> None:
+        """Reads; after the end of a stream says hello again, however often that takes."""
+        while True:
+            try:
+                if self._call is None:
+                    await self._open(channel)
+                    self.num_reconnects += 1
+                await self._read()
+            except STREAM_ENDED:
+                pass
+            self._call = None
+            await asyncio.sleep(random.uniform(LEAST_PAUSE_S, MOST_PAUSE_S))
+
+    def _hello(self) -> pb.ConnectNodeRequest:
+        hello = pb.Hello(
+            node=f"{self.cluster}/nodes/{self.node}",
+            protocol_version=1,
+            min_protocol_version=1,
+            agent_version="0.0",
+            boot_id=self._boot_id,
+            inventory_digest=self._inventory().digest,
+            capabilities=self._capabilities,
+            newest_epoch=self._epoch,
+            replicas=[
+                pb.HeldReplica(
+                    replica=name, generation=generation, epoch=self._epoch, assignment_state=_REACHED[assignment.goal]
+                )
+                for name, (generation, assignment) in self._held.items()
+            ],
+            changes=[self._status(change, phase) for change, phase in self._changes.values()],
+        )
+        return pb.ConnectNodeRequest(sequence=1, hello=hello)
 
     def next_heartbeat_s(self) -> float:
         """When something has to be said at the latest, a tenth more or less."""
@@ -125,23 +165,32 @@ class ScriptedAgent:
         for replica in self._report.replicas:
             replica.num_steps += 1
             replica.tpot_s = 0.05 + 1e-4 * number
-        await self._write(pb.ConnectNodeRequest(report=self._report))
-        self.num_sent += 1
+        if await self._write(pb.ConnectNodeRequest(report=self._report)):
+            self.num_sent += 1
 
     async def report_stage(self) -> None:
         """A report after `stage` was changed."""
         self._write_report()
         await self.report()
 
-    async def _write(self, message: pb.ConnectNodeRequest) -> None:
+    async def _write(self, message: pb.ConnectNodeRequest) -> bool:
+        """Whether the stream took it; what one that has ended does not take is said again after the next Welcome."""
         async with self._writing:
+            call = self._call
+            if call is None:
+                return False
             self._sequence += 1
             message.sequence, message.epoch = self._sequence, self._epoch
             self.sent_s = time.monotonic()
-            await self._call.write(message)
+            try:
+                await call.write(message)
+            except STREAM_ENDED:
+                return False  # the reader finds the same, and connects again
+            return True
 
     async def _read(self) -> None:
-        while (message := await self._call.read()) is not grpc.aio.EOF:
+        call = self._call
+        while (message := await call.read()) is not grpc.aio.EOF:
             if self.heard is not None:
                 self.heard(message)
             for answer in self._answers(message):
@@ -184,20 +233,23 @@ class ScriptedAgent:
                 self._held.pop(delta.replica, None)
                 reports = True
             case "prepare":
-                change = self._changes[delta.prepare.change.change_id] = delta.prepare.change
+                change = delta.prepare.change
+                self._changes[change.change_id] = (change, Phase.CHANGE_PHASE_READY)
                 statuses = [self._status(change, Phase.CHANGE_PHASE_READY)]
             case "commit":
-                change = self._changes[delta.commit.change_id]
-                self._flip(change)
+                change, phase = self._changes[delta.commit.change_id]
+                if phase != Phase.CHANGE_PHASE_FLIPPED:  # said again after a new stream
+                    self._flip(change)
+                self._changes[change.change_id] = (change, Phase.CHANGE_PHASE_FLIPPED)
                 statuses, reports = [self._status(change, Phase.CHANGE_PHASE_FLIPPED)], True
             case "abort":
                 if (aborted := self._changes.pop(delta.abort.change_id, None)) is not None:
-                    statuses = [self._status(aborted, Phase.CHANGE_PHASE_ABORTED)]
+                    statuses = [self._status(aborted[0], Phase.CHANGE_PHASE_ABORTED)]
             case "resolved":
                 resolved = self._changes.pop(delta.resolved.change_id, None)
                 if resolved is not None and delta.resolved.outcome == change_pb2.CHANGE_OUTCOME_FLIPPED:
-                    self._reach(resolved)
-                    statuses = [self._status(resolved, Phase.CHANGE_PHASE_RELEASED)]
+                    self._reach(resolved[0])
+                    statuses = [self._status(resolved[0], Phase.CHANGE_PHASE_RELEASED)]
         generation, _ = self._held.get(delta.replica, (0, None))
         ack = pb.DeltaAck(nonce=delta.nonce, replica=delta.replica, generation=generation)
         answers = [pb.ConnectNodeRequest(ack=ack)]

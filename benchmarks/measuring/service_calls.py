@@ -10,10 +10,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import grpc
 import numpy as np
 
 from benchmarks.measuring.service_agents import CONTEXT_TOKENS, balanced_owners, request_of
-from hetis.planner.client import AsyncClient
+from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError
 from hetis.planner.convert.stages_in import stage_from_proto
 from hetis.planner.fleet.dispatching import declaring
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
@@ -22,7 +23,17 @@ from hetis.runtime.agent.simulated.stage import StageRun
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import replica_pb2, report_pb2, stage_pb2
 
+ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the connection's end, and a write after it
+MOST_REOPENED = 4  # attempts at one step
+MOST_FINISHED = 64  # requests in one step
 Call = Callable[[list[float]], Awaitable[None]]
+
+
+class NoRoomError(Exception):
+    """A replica took less than all of a batch."""
+
+    def __init__(self, missing: int) -> None:
+        super().__init__(f"{missing} requests found no room")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +41,12 @@ class Latencies:
     """Attributes:
     seconds: of each call.
     total_s: from the first call's start to the last one's end.
+    failures: of calls that have no seconds.
     """
 
     seconds: Sequence[float]
     total_s: float
+    failures: Sequence[CallError | NoRoomError] = ()
 
     @property
     def per_s(self) -> float:
@@ -58,16 +71,23 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 
 
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
-    """Calls that begin at a rate, whether or not those before have ended."""
-    found, running = list[float](), set[asyncio.Task[None]]()
+    """Calls that begin at a rate, whether or not those before have ended; those that fail are counted."""
+    found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
+
+    async def one() -> None:
+        try:
+            await call(found)
+        except (CallError, NoRoomError) as error:
+            failures.append(error)
+
     began_s = time.perf_counter()
     for number in range(max(1, round(per_s * seconds))):
         await asyncio.sleep(max(0.0, began_s + number / per_s - time.perf_counter()))
-        task = asyncio.ensure_future(call(found))
+        task = asyncio.create_task(one())
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)
-    return Latencies(seconds=found, total_s=time.perf_counter() - began_s)
+    return Latencies(seconds=found, total_s=time.perf_counter() - began_s, failures=failures)
 
 
 def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
@@ -103,28 +123,42 @@ class DispatchedReplica:
 
     @asynccontextmanager
     async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
-        """A call for `timed`: one step of a stream, which finishes what an earlier one admitted, too."""
+        """A call for `timed`: one step of a stream, which finishes what earlier ones admitted, too.
+
+        A stream whose connection has ended, as the planner ends all after half an hour, is opened again, and its steps
+        are made again; their time counts from the first attempt.
+        """
         async with AsyncExitStack() as stack:
             opened = [
-                await stack.enter_async_context(self._client.dispatch_stream(self._replica, self._state_id))
+                ReopenedStream(partial(self._client.dispatch_stream, self._replica, self._state_id))
                 for _ in range(streams)
             ]
+            for stream in opened:
+                stack.push_async_callback(stream.close)
             turn = itertools.cycle(opened)
-            ended = list[list[str]]()  # what earlier steps admitted, for later ones to finish
+            ended = list[str]()  # what earlier steps admitted, for later ones to finish
 
             async def step(seconds: list[float]) -> None:
-                finished = ended.pop() if ended else []
+                finished = ended[:MOST_FINISHED]
+                del ended[:MOST_FINISHED]
                 request = admission(self._replica, self._state_id, self._numbers, batch)
                 began_s = time.perf_counter()
-                answer = await next(turn).step(finished=finished, new=request.requests, timeout=10.0)
-                seconds.append(time.perf_counter() - began_s)
+                try:
+                    answer = await next(turn).step(finished, request.requests)
+                except CallError:
+                    ended.extend(finished)  # it may have been done all the same: to finish twice is no error
+                    raise
+                finally:
+                    ended.extend(one.id for one in request.requests)
+                taken_s = time.perf_counter() - began_s
                 if len(answer.placements) != batch:
-                    raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
-                ended.append([one.id for one in request.requests])
+                    raise NoRoomError(batch - len(answer.placements))
+                seconds.append(taken_s)
 
             yield step
-            for finished in ended:
-                await opened[0].step(finished=finished)
+            while ended:
+                await opened[0].step(ended[:MOST_FINISHED], ())
+                del ended[:MOST_FINISHED]
 
     async def _admit_and_finish(self, batch: int, seconds: list[float]) -> None:
         request = admission(self._replica, self._state_id, self._numbers, batch)
@@ -132,10 +166,35 @@ class DispatchedReplica:
         answer = await self._client.dispatch.AdmitRequests(request, timeout=10.0)
         seconds.append(time.perf_counter() - began_s)
         if len(answer.placements) != batch:
-            raise RuntimeError(f"{batch - len(answer.placements)} requests found no room")
+            raise NoRoomError(batch - len(answer.placements))
         names = [one.id for one in request.requests]
         finish = pb.FinishRequestsRequest(parent=self._replica, state_id=self._state_id, requests=names)
         await self._client.dispatch.FinishRequests(finish, timeout=10.0)
+
+
+class ReopenedStream:
+    """A dispatch stream that is replaced when its connection ends."""
+
+    def __init__(self, open_stream: Callable[[], AsyncDispatchStream]) -> None:
+        self._open = open_stream
+        self._stream = open_stream()
+
+    async def step(self, finished: Sequence[str], new: Sequence[pb.NewRequest]) -> pb.DispatchRequestsResponse:
+        """The step, made again on a new stream for as often as the old one ends under it."""
+        for left in reversed(range(MOST_REOPENED)):
+            stream = self._stream
+            try:
+                return await stream.step(finished=finished, new=new, timeout=10.0)
+            except CallError as error:
+                if error.code not in ENDED or not left:
+                    raise
+                if stream is self._stream:  # the first of the steps that were under way
+                    self._stream = self._open()
+                    await stream.close()
+        raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        await self._stream.close()
 
 
 def admission(replica: str, state_id: str, numbers: itertools.count[int], batch: int) -> pb.AdmitRequestsRequest:

@@ -97,19 +97,26 @@ class PlannerProcess:
         return float(found[1]) if found else 0.0
 
 
+def stolen_s() -> float:
+    """CPU seconds that this machine's host has kept from it so far: whoever waits for them stands still."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+    return int(fields[8]) / _TICKS_PER_S
+
+
 class Watched:
-    """CPU time of a planner over a while: ``with watched: ...``, then `cores` and `seconds`."""
+    """CPU time of a planner over a while: ``with watched: ...``, then `cores`, `stolen_cores` and `seconds`."""
 
     def __init__(self, planner: PlannerProcess) -> None:
         self._planner = planner
 
     def __enter__(self) -> Watched:
-        self._began_s, self._cpu_s = time.monotonic(), self._planner.cpu_s()
+        self._began_s, self._cpu_s, self._stolen_s = time.monotonic(), self._planner.cpu_s(), stolen_s()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.monotonic() - self._began_s
         self.cpu_s = self._planner.cpu_s() - self._cpu_s
+        self.stolen_cores = (stolen_s() - self._stolen_s) / self.seconds
 
     @property
     def cores(self) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
 import pytest
 
-from hetis.planner.client import AsyncClient, CallError, Client
+from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError, Client
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.service.calls import Calls
@@ -181,6 +181,51 @@ def test_steps_of_many_tasks_travel_together_and_one_that_fails_fails_alone() ->
                 assert len({answer.sequence for answer in together}) <= 2  # the first alone, the others behind it
 
     asyncio.run(session())
+
+
+class HeldCall:
+    """A stream of gRPC whose answers come when the test says so; `written`: the requests of each message."""
+
+    def __init__(self) -> None:
+        self.written = list[list[str]]()
+        self.answers = asyncio.Queue[pb2.DispatchRequestsResponse]()
+        self.read = self.answers.get
+
+    async def write(self, message: pb2.DispatchRequestsRequest) -> None:
+        self.written.append([one.id for one in message.new_requests])
+
+    async def is_sent(
+        self, step: Coroutine[Any, Any, pb2.DispatchRequestsResponse]
+    ) -> asyncio.Task[pb2.DispatchRequestsResponse]:
+        """The step, begun and on its way."""
+        before, task = len(self.written), asyncio.create_task(step)
+        while len(self.written) == before:
+            await asyncio.sleep(0)
+        return task
+
+
+def test_a_step_that_nobody_waits_for_any_more_is_not_sent() -> None:
+    async def session() -> None:
+        call = HeldCall()
+        stream = AsyncDispatchStream(call, REPLICA, "state")
+        under_way = await call.is_sent(stream.step(new=[new("a")]))
+        with pytest.raises(CallError) as caught:
+            await stream.step(new=[new("b")], timeout=0)
+        assert caught.value.code == grpc.StatusCode.DEADLINE_EXCEEDED
+        behind = asyncio.create_task(stream.step(new=[new("c")]))
+        for task in (under_way, behind):
+            call.answers.put_nowait(pb2.DispatchRequestsResponse())
+            await task
+        assert call.written == [["a"], ["c"]]
+        under_way = await call.is_sent(stream.step(new=[new("d")]))
+        with pytest.raises(CallError):
+            await stream.step(new=[new("e")], timeout=0)
+        for name in ("d", "f"):  # nothing is left behind the first: the stream goes on all the same
+            call.answers.put_nowait(pb2.DispatchRequestsResponse())
+            await (under_way if name == "d" else stream.step(new=[new("f")]))
+        assert call.written[2:] == [["d"], ["f"]]
+
+    asyncio.run(asyncio.wait_for(session(), 30))
 
 
 def test_a_stream_for_code_without_an_event_loop() -> None:

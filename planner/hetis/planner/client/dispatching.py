@@ -65,7 +65,7 @@ class AsyncDispatchStream:
 
         Raises:
             CallError: nothing of it was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after
-                ``timeout``, the stream then goes on.
+                ``timeout``, the stream then goes on, and a step that was still waiting for its turn is not sent.
         """
         message = _message(self._replica, self._state_id, finished, grown, new)
         step = _Step(message, asyncio.get_running_loop().create_future())
@@ -89,6 +89,8 @@ class AsyncDispatchStream:
         try:
             while self._waiting:
                 steps = self._next_steps()
+                if not steps:
+                    break
                 answer = await self._exchange(_joined([step.message for step in steps]))
                 if answer.HasField("failure") and len(steps) > 1:
                     for step in steps:  # one of them is to blame: each hears of its own
@@ -107,9 +109,12 @@ class AsyncDispatchStream:
             self._sending = None
 
     def _next_steps(self) -> list[_Step]:
-        """Take the steps that wait, as many as may go together."""
+        """Take the steps that wait, as many as may go together; what nobody waits for any more is not sent."""
         steps, names = list[_Step](), set[str]()
         while self._waiting:
+            if self._waiting[0].answer.done():
+                self._waiting.pop(0)
+                continue
             message = self._waiting[0].message
             its_names = {
                 *message.finished,

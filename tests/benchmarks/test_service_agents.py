@@ -1,0 +1,216 @@
+"""Agents and dispatch streams of the service's benchmark outlive their connections, all of which the planner ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from benchmarks.measuring import service_agents
+from benchmarks.measuring.service_agents import ScriptedAgent
+from benchmarks.measuring.service_calls import MOST_REOPENED, Latencies, NoRoomError, ReopenedStream, paced
+from hetis.planner.client import CallError
+from hetis.v1 import agent_service_pb2 as pb
+from hetis.v1 import agent_service_pb2_grpc, change_pb2, replica_pb2, report_pb2
+from hetis.v1 import dispatch_service_pb2 as pb2
+
+REPLICA, EPOCH, GENERATION = "clusters/c/replicas/r", 3, 7
+Talk = Callable[["Stream"], Awaitable[None]]
+
+
+class Stream:
+    """A stream of an agent, as the planner has it."""
+
+    def __init__(self, messages: AsyncIterator[pb.ConnectNodeRequest], context: Any) -> None:
+        self._messages, self._context = messages, context
+
+    async def hear(self, kind: str) -> pb.ConnectNodeRequest:
+        """The next message of a kind; what comes before is left out."""
+        async for message in self._messages:
+            if message.WhichOneof("message") == kind:
+                return message
+        raise AssertionError(f"the agent ended the stream before its {kind}")
+
+    async def say(self, message: pb.ConnectNodeResponse) -> None:
+        message.epoch = EPOCH
+        await self._context.write(message)
+
+
+class Planner:
+    """Says Welcome, talks as the test says, and then ends the stream as gRPC does one whose connection is too old."""
+
+    def __init__(self, talks: Sequence[Talk]) -> None:
+        self._talks = iter(talks)
+        self.hellos = list[pb.Hello]()
+        self.is_done = asyncio.Event()
+
+    async def ConnectNode(self, requests: AsyncIterator[pb.ConnectNodeRequest], context: Any) -> None:  # noqa: N802
+        stream = Stream(requests, context)
+        first = await stream.hear("hello")
+        assert first.sequence == 1
+        self.hellos.append(first.hello)
+        welcome = pb.Welcome(protocol_version=1)
+        welcome.settings.heartbeat_interval.FromSeconds(5)
+        await stream.say(pb.ConnectNodeResponse(welcome=welcome))
+        talk = next(self._talks, None)
+        if talk is None:
+            self.is_done.set()
+            await asyncio.Event().wait()
+        else:
+            await talk(stream)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "max connection age")
+
+
+@asynccontextmanager
+async def agent_of(*talks: Talk) -> AsyncIterator[tuple[ScriptedAgent, Planner]]:
+    """An agent whose streams end after each of the talks; the last one stays."""
+    planner, server = Planner(talks), grpc.aio.server()
+    agent_service_pb2_grpc.add_AgentServiceServicer_to_server(cast(Any, planner), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    agent = ScriptedAgent("clusters/c", "n", num_gpus=1)
+    try:
+        await agent.connect(f"127.0.0.1:{port}")
+        yield agent, planner
+    finally:
+        await agent.close()
+        await server.stop(None)
+
+
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_agents, "LEAST_PAUSE_S", 0.0)
+    monkeypatch.setattr(service_agents, "MOST_PAUSE_S", 0.01)
+
+
+async def assign_and_prepare(stream: Stream) -> None:
+    assignment = replica_pb2.Assignment(goal=replica_pb2.ASSIGNMENT_GOAL_SERVE, primary_node="elsewhere")
+    delta = pb.Delta(replica=REPLICA, generation=GENERATION, nonce="a", assignment=assignment)
+    await stream.say(pb.ConnectNodeResponse(delta=delta))
+    await stream.hear("ack")
+    prepare = pb.PrepareChange(change=change_pb2.Change(change_id="x", replica=REPLICA, generation=GENERATION + 1))
+    await stream.say(pb.ConnectNodeResponse(delta=pb.Delta(replica=REPLICA, nonce="b", prepare=prepare)))
+    await stream.hear("change_status")
+
+
+def test_an_agent_whose_connection_ends_comes_back_as_the_same_and_says_what_it_holds() -> None:
+    async def ask_for_report(stream: Stream) -> None:
+        await stream.say(pb.ConnectNodeResponse(state_request=pb.StateRequest(request_id="q", report=True)))
+        reports.append((await stream.hear("report")).report)
+
+    async def session() -> None:
+        async with agent_of(assign_and_prepare, ask_for_report) as (agent, planner):
+            await planner.is_done.wait()
+            first, second, third = planner.hellos
+            assert first.boot_id == second.boot_id == third.boot_id
+            assert not first.replicas
+            held = pb.HeldReplica(
+                replica=REPLICA,
+                generation=GENERATION,
+                epoch=EPOCH,
+                assignment_state=report_pb2.ASSIGNMENT_STATE_SERVING,
+            )
+            assert [*second.replicas] == [*third.replicas] == [held]
+            assert [status.change_id for status in third.changes] == ["x"]
+            assert [replica.replica for replica in reports[0].replicas] == [REPLICA]
+            while agent.num_reconnects < 2:  # the agent has yet to hear the last Welcome
+                await asyncio.sleep(0)
+
+    reports = list[pb.NodeReport]()
+    asyncio.run(asyncio.wait_for(session(), 30))
+
+
+def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> None:
+    async def wait(_: Stream) -> None:
+        await left.wait()
+
+    async def session() -> None:
+        async with agent_of(wait) as (agent, planner):
+            left.set()
+            while agent.is_connected:
+                await agent.report()  # also when the stream has ended and the agent has not read so
+                await asyncio.sleep(0)
+            before = agent.num_sent
+            await agent.report()
+            await agent.heartbeat()
+            assert agent.num_sent == before
+            await planner.is_done.wait()
+            while not agent.is_connected:
+                await asyncio.sleep(0)
+            await agent.report()
+            assert agent.num_sent == before + 1
+
+    left = asyncio.Event()
+    asyncio.run(asyncio.wait_for(session(), 30))
+
+
+class EndingStream:
+    """A dispatch stream every step of which fails, or is answered with the stream's number."""
+
+    def __init__(self, number: int, code: grpc.StatusCode | None) -> None:
+        self._number, self._code = number, code
+        self.is_closed = False
+
+    async def step(self, **_: Any) -> pb2.DispatchRequestsResponse:
+        await asyncio.sleep(0)
+        if self._code is not None:
+            raise CallError("max connection age", code=self._code)
+        return pb2.DispatchRequestsResponse(sequence=self._number)
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], list[EndingStream]]:
+    """What ``at_once`` steps heard, and the streams, which fail with ``codes`` one after the other."""
+    opened, left = list[EndingStream](), iter(codes)
+
+    def open_stream() -> Any:
+        opened.append(EndingStream(len(opened), next(left)))
+        return opened[-1]
+
+    async def session() -> list[Any]:
+        stream = ReopenedStream(open_stream)
+        made = (stream.step([], []) for _ in range(at_once))
+        return await asyncio.gather(*made, return_exceptions=True)
+
+    return asyncio.run(session()), opened
+
+
+def test_steps_whose_stream_ends_are_made_again_on_one_new_stream() -> None:
+    heard, opened = steps(grpc.StatusCode.UNAVAILABLE, None, at_once=3)
+    assert [answer.sequence for answer in heard] == [1, 1, 1]
+    assert [stream.is_closed for stream in opened] == [True, False]
+
+
+def test_a_step_gives_up_where_no_stream_lasts_and_at_once_where_the_planner_refuses() -> None:
+    (error,), opened = steps(*[grpc.StatusCode.UNAVAILABLE] * (MOST_REOPENED + 1))
+    assert isinstance(error, CallError)
+    assert len(opened) == MOST_REOPENED
+    (error,), opened = steps(grpc.StatusCode.FAILED_PRECONDITION)
+    assert isinstance(error, CallError)
+    assert len(opened) == 1
+
+
+def test_calls_that_fail_are_counted_and_end_no_measurement() -> None:
+    async def session() -> Latencies:
+        return await paced(call, per_s=1000.0, seconds=0.01)
+
+    async def call(seconds: list[float]) -> None:
+        match next(numbers):
+            case 0:
+                seconds.append(0.0)
+            case 1:
+                raise NoRoomError(2)
+            case _:
+                raise CallError("no answer within 10 s", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+
+    numbers = itertools.count()
+    found = asyncio.run(session())
+    assert (len(found.seconds), len(found.failures)) == (1, 9)
+    assert str(found.failures[0]) == "2 requests found no room"
