@@ -19,6 +19,7 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, settled
+from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.pipelines import (
     Settings,
@@ -239,7 +240,7 @@ class _Search:
         self.atlas, self.master, self.budget, self.report = atlas, master, budget, report
         self.gap_target, self.seed = gap_target, seed
         self.listing = Listing(atlas, row_costs, shapes, budget)
-        self.bound = np.inf if master.maximises else 0.0
+        self.bound = rate_bound(atlas) if master.maximises else 0.0  # of dense work alone, until more is known
         self.is_complete = False  # whether the bound is one on the whole family
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
