@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.engines import ENGINES, run_by
+from hetis.solver.placement.master import Columns
 from hetis.solver.placement.options import EVERYTHING, list_options
-from hetis.solver.placement.pipelines import Workers, settings_of, shapes_of, stage_times
+from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
@@ -89,11 +91,65 @@ def test_stages_take_what_the_options_of_other_families_take(problem: PlacementP
             if o.rank[i] not in shape.ranks or (q >= 0 and mix.role is not Role.UNIFIED):
                 continue
             workers = None if q < 0 else Workers(q, atlas.pool_sizes.index(cards))
-            times = stage_times(atlas, shape, settings_of(atlas, depth, np.array([x]), np.array([k])), workers)
+            times = stage_times(atlas, shape, sweep_of(atlas, depth, np.array([x]), np.array([k])), workers)
             s = shape.ranks.tolist().index(o.rank[i])
             assert times.layer_s[0, s] == pytest.approx(o.layer_s[i], rel=1e-9)
             assert times.fixed_s[0, s] == pytest.approx(o.fixed_s[i], rel=1e-9)
             assert np.array_equal(times.most[0, s], o.max_layers[i])
+
+
+def with_twin_zone(problem: PlacementProblem) -> PlacementProblem:
+    """The same with every node once more, in another zone."""
+    groups = [replace(group, zone="east") for group in problem.cluster.node_groups]
+    twins = [replace(group, name=f"twin-{group.name}", zone="west") for group in groups]
+    return replace(problem, cluster=replace(problem.cluster, node_groups=(*groups, *twins)))
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=4, family=WITH_WORKERS, num_zones=1), share=st.floats(0.5, 2.0))
+def test_what_is_learned_of_a_replica_holds_in_every_zone_that_shares_it(
+    problem: PlacementProblem, share: float
+) -> None:
+    atlas = build_atlas(with_twin_zone(problem))
+    candidates = list(candidates_of(atlas))
+    assume(candidates)
+    assert len({id(each.evaluator) for each in candidates}) < len(candidates) or len(atlas.scopes) < 2
+    for each in candidates:
+        alone = Evaluator(atlas, each.shape, each.evaluator.mixes, each.workers)
+        every, least_s = np.arange(len(each.fits)), alone.shortest_s.copy()
+        alone.evaluate(every, np.full(len(every), np.inf))
+        best_s = np.where(alone.is_known, alone.shortest_s, np.inf)
+        assert np.all(best_s >= least_s * (1 - REL)), "an interval below the shortest conceivable"
+        shared = each.evaluator
+        shared.evaluate(every, np.where(np.isfinite(best_s), best_s * share, 1.0))
+        assert np.all(shared.shortest_s <= best_s * (1 + REL)), "more is ruled out than was looked at"
+        assert shared.shortest_s[shared.is_known] == pytest.approx(best_s[shared.is_known], rel=REL)
+        assert np.all(shared.is_known[np.isfinite(best_s) & (best_s * share > best_s)])
+        for c in np.flatnonzero(shared.is_known)[:3]:
+            template = each.template(int(c))
+            assert template.interval_s == pytest.approx(best_s[c], rel=1e-5)
+            assert template.scope == each.shape.scope
+
+
+@given(data=st.data(), num=st.integers(1, 12), num_rows=st.integers(1, 3))
+def test_columns_are_left_out_only_where_another_does_as_much_with_no_more(
+    data: st.DataObject, num: int, num_rows: int
+) -> None:
+    few = st.integers(0, 2)
+    uses = np.array(
+        data.draw(st.lists(st.lists(few, min_size=num_rows, max_size=num_rows), min_size=num, max_size=num))
+    )
+    rates = np.array(data.draw(st.lists(few.map(float), min_size=num, max_size=num)))
+    sides = np.array(data.draw(st.lists(st.integers(0, 1), min_size=num, max_size=num)))
+    columns = Columns(rates, uses.sum(axis=1).astype(float), uses, sides, np.zeros((num, 0, 0)))
+    kept = columns.undominated().tolist()
+
+    def is_outdone(i: int, j: int) -> bool:
+        return bool(sides[i] == sides[j] and rates[j] >= rates[i] and np.all(uses[j] <= uses[i]))
+
+    for i in range(num):
+        others = [j for j in kept if j != i and is_outdone(i, j)]
+        assert (i in kept) == (not others)
 
 
 def a_plan(**changes: object) -> tuple[Plan, PlacementProblem]:

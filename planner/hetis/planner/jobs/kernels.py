@@ -32,7 +32,7 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 def are_cached() -> bool:
     """Return whether machine code of all searches is on disk."""
-    return all(is_cached(kernel) for kernel in (explore, *KERNELS))
+    return all(is_cached(kernel) for kernel in (best_splits, explore, *KERNELS))
 
 
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
@@ -43,9 +43,7 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
     if for_engine:
         if not is_cached(best_splits):
             report(Progress(phase=COMPILING, elapsed_s=0.0))
-        problem = _smallest_problem(1)
-        family = run_by(problem.family, EngineRules(name=DEFAULT_ENGINE))
-        solve_placement(replace(problem, family=family))
+            solve_placement(_smallest_of_engine())
         return
     is_small = num_gpus <= MAX_GPUS
     if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):
@@ -72,8 +70,13 @@ def compile_all_kernels() -> None:
 def load_cached_kernels() -> None:
     """Takes a second, before there is work; nothing if they are still to be compiled."""
     if are_cached():
-        for num_gpus in (1, MAX_GPUS + 1):
-            solve_placement(_smallest_problem(num_gpus))
+        for problem in (_smallest_of_engine(), _smallest_problem(1), _smallest_problem(MAX_GPUS + 1)):
+            solve_placement(problem)
+
+
+def _smallest_of_engine() -> PlacementProblem:
+    problem = _smallest_problem(1)
+    return replace(problem, family=run_by(problem.family, EngineRules(name=DEFAULT_ENGINE)))
 
 
 def _smallest_problem(num_nodes: int) -> PlacementProblem:

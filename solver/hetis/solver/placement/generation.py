@@ -32,12 +32,11 @@ from dataclasses import replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.master import Columns, LpSolution, Master, MilpSolution, settled
+from hetis.solver.placement.master import LpSolution, Master, MilpSolution, padded, settled
 from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, sound_bound
+from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
 from hetis.solver.placement.parts import SHARE, Part, contained_parts
-from hetis.solver.placement.pool import Bound, Pool, lifted
+from hetis.solver.placement.pool import Bound, Pool, first_prices, lifted
 from hetis.solver.placement.pricing import Priced, Pricer, pricers_of
 from hetis.solver.placement.routes import Valuation
 from hetis.solver.placement.tables import Atlas, FloatArray
@@ -78,7 +77,7 @@ class ColumnGeneration:
         self.pool = Pool(atlas, row_costs)
         # Without wishes, which pricing does not know: its bounds are to improve on this one.
         self._dense = rate_bound(atlas, self.roles, with_wishes=False) if master.maximises else 0.0
-        self.bound = self._no_bound(self._first_prices())
+        self.bound = self._no_bound(first_prices(atlas))
         self.incumbent: MilpSolution | None = None
         self._last_pricers: list[Pricer] = []  # of the latest run: they know ceilings
         self.may_have_plan = True  # until a complete pricing finds nothing at all
@@ -88,12 +87,6 @@ class ColumnGeneration:
         """What is known before any pricing."""
         routes = self.atlas.routes
         return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
-
-    def _first_prices(self) -> FloatArray:
-        """A GPU is worth about its memory bandwidth."""
-        types = self.atlas.problem.cluster.gpu_types
-        worth = np.array([types[self.atlas.classes[g].gpu].mem_bytes_per_s for g, _ in self.atlas.resources.rows])
-        return np.asarray(worth / worth.max() * self.atlas.resources.counts_gpus)
 
     def solve(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
@@ -151,7 +144,9 @@ class ColumnGeneration:
 
     def _report_of_part(self, progress: Progress) -> None:
         """A part's news, its choice only where it is better than what is known."""
-        if self.incumbent is not None and (progress.incumbent is None or not self._is_better(progress.incumbent)):
+        if self.incumbent is not None and (
+            progress.incumbent is None or not self.master.prefers(progress.incumbent, self.incumbent)
+        ):
             progress = replace(progress, incumbent=self.incumbent.value)
         self.report(progress)
 
@@ -161,13 +156,8 @@ class ColumnGeneration:
     def absorb(self, pool: Pool, choice: MilpSolution | None) -> None:
         """Takes over the columns of another search, and its choice if that is better."""
         self.pool.add(pool.templates)
-        if choice is not None and self._is_better(choice.value):
+        if choice is not None and self.master.prefers(choice.value, self.incumbent):
             self.incumbent = replace(choice, counts=self.pool.counts_from(pool, choice.counts))
-
-    def _is_better(self, value: float) -> bool:
-        if self.incumbent is None:
-            return True
-        return value > self.incumbent.value if self.master.maximises else value < self.incumbent.value
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
         """Prices and solves the relaxation in turn until the bound is within ``target_gap`` of it.
@@ -338,10 +328,10 @@ class ColumnGeneration:
         columns, start = self.pool.columns(), self.incumbent
         relaxed = self.master.solve_lp(columns) if self.master.pins is None else None
         (least,) = (settled([relaxed.counts]) if relaxed is not None else None) or (None,)
-        if least is not None and start is not None and np.any(self._padded(start.counts) < least):
+        if least is not None and start is not None and np.any(padded(start.counts, len(self.pool.templates)) < least):
             start = None
         if start is None and relaxed is not None and self.master.maximises:
-            start = self._rounded_down(columns, relaxed)
+            start = self.master.rounded_down(columns, relaxed.counts)
         found = self.master.solve_milp(
             columns,
             time_limit_s=max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s())),
@@ -350,16 +340,10 @@ class ColumnGeneration:
             least=least,
             seed=seed,
         )
-        if found is not None and found.value > 0.0 and self._is_better(found.value):
+        if found is not None and found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
             self.incumbent = found
             self._tell("whole counts")
         return self.incumbent
-
-    def _rounded_down(self, columns: Columns, relaxed: LpSolution) -> MilpSolution:
-        """The whole part of a relaxation, which always fits: a plan even where no time is left for a better one."""
-        counts = np.floor(relaxed.counts + 1e-9).astype(np.int64)
-        flows = self.master.best_flows(columns, counts)
-        return MilpSolution(counts, flows, self.master.served(columns, counts, flows), np.inf)
 
     def gap(self) -> float:
         """Between the incumbent and the bound."""
@@ -367,7 +351,7 @@ class ColumnGeneration:
             return np.inf
         if self.atlas.problem.objective.kind is ObjectiveKind.GPUS:  # they come whole
             return max(0.0, self.incumbent.value - float(np.ceil(self.bound.value - 1e-6))) / self.incumbent.value
-        return abs(self.bound.value - self.incumbent.value) / max(abs(self.incumbent.value), 1e-12)
+        return relative_gap(self.incumbent, self.bound.value)
 
     def outcome(self) -> Outcome | None:
         """The incumbent as an outcome; None without one, or if it serves nothing."""
@@ -378,7 +362,9 @@ class ColumnGeneration:
         worth = self.bound.rate_prices
         reduced = [
             (worth[self.atlas.side_of(t.scope, t.mix)] * t.rate - float(self.bound.row_prices @ use), t)
-            for t, use, n in zip(self.pool.templates, self.pool.uses, self._padded(counts), strict=True)
+            for t, use, n in zip(
+                self.pool.templates, self.pool.uses, padded(counts, len(self.pool.templates)), strict=True
+            )
             if n == 0
         ]
         reduced.sort(key=lambda item: -item[0])
@@ -393,9 +379,6 @@ class ColumnGeneration:
             runners_up=tuple(t for _, t in reduced[:5]),
             interrupted=self.budget.cancelled.is_set(),
         )
-
-    def _padded(self, counts: IntArray) -> IntArray:
-        return np.concatenate([counts, np.zeros(len(self.pool.templates) - len(counts), dtype=np.int64)])
 
     def _tell(self, phase: str) -> None:
         known = self.is_whole_family and np.isfinite(self.bound.value)

@@ -1,195 +1,77 @@
-"""The search of an engine's family: all its pipelines are columns of the master, and whole counts of them are proved.
+"""The search of an engine's family: columns where prices ask for them, then whole counts of all that may matter.
 
-`pipelines.py` lists the best replica of every composition. Those without attention workers are few and all there from
-the start. Those with workers are many, and hardly any of them is worth its cards: at the relaxation's prices only
-those are listed that improve it, until none does. Then the relaxation's value bounds every plan of the family; and a
-replica whose rate is worth less than its GPUs by more than what lies between bound and incumbent is in no better plan
-(reduced-cost fixing), so that whole counts over the others are the best of the family, and HiGHS's bound is one on all.
+At the relaxation's prices only those replicas join it that improve it (`candidates.py`), until none does. Then its
+value bounds every plan of the family; and a replica whose rate is worth less than its GPUs by more than what lies
+between bound and incumbent is in no better plan (reduced-cost fixing), so that whole counts over the others are the
+best of the family, and HiGHS's bound on them is one on all.
+
+A replica improves the relaxation where its rate at the rate's price is worth more than its GPUs. Where that stops at a
+share of ``1 + ALIKE`` too much, GPUs dearer by this share prove the bound: it is wider by so much.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.classes import IntArray
-from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, settled
+from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, padded, settled
 from hetis.solver.placement.out_of_reach import rate_bound
-from hetis.solver.placement.outcome import Outcome, sound_bound
-from hetis.solver.placement.pipelines import (
-    Settings,
-    Shape,
-    StageTimes,
-    Workers,
-    best_splits,
-    settings_of,
-    shapes_of,
-    shortest_with,
-    stage_times,
-    template_of_pipeline,
-    workers_of,
-)
-from hetis.solver.placement.pool import NO_LINKS, Bound
-from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
+from hetis.solver.placement.pool import Bound, first_prices
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Template
 
-ALIKE = 1e-7  # share of the relaxation's value that prices may be wrong by
-SIFTED, ADDED = 3000, 1000  # columns that the relaxation begins with, and that join it at a time
+ALIKE = 1e-7  # share by which replicas may be worth more than their GPUs when the relaxation ends
+FIRST, AT_ONCE = 32, 64  # compositions of each kind that are evaluated before there are prices, and at a time
+MORE = 8  # times as many where those improved nothing
+ADDED = 1000  # columns that join the relaxation at a time
+MOST_ROUNDS = 100
 QUICK_S, LEAST_S = 2.0, 0.2  # for whole counts of the likeliest columns, before all of them; the least, time or not
-LIKELY = 400  # columns of every side that lose least at the relaxation's prices: most plans are made of these
-MOST_ROUNDS = 50
+LIKELY = (50, 400)  # columns of every side that lose least at the relaxation's prices: most plans are made of these
+FEW = 200_000  # compositions: so many may all be evaluated where prices rule hardly any out, until time is over
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Replicas of a shape on one side, the best of each composition: intervals [C], and what `best_splits` found."""
+class Listed:
+    """Columns of some candidates: the compositions [K] behind them, and the number of the first."""
 
-    shape: Shape
-    side: int
-    workers: Workers | None
-    counts: IntArray
-    interval_s: FloatArray
-    found: IntArray
+    candidates: Candidates
+    compositions: IntArray
+    begin: int
 
 
 class Listing:
     """The columns of one problem, as far as they are listed."""
 
-    def __init__(self, atlas: Atlas, row_costs: FloatArray, shapes: Sequence[Shape], budget: Budget) -> None:
-        self.atlas, self.row_costs, self.shapes, self.budget = atlas, row_costs, shapes, budget
-        self.blocks = list[Block]()
-        self.columns = self._columns_of([])
-        self._begins: IntArray = np.zeros(1, dtype=np.int64)
+    def __init__(self, atlas: Atlas, row_costs: FloatArray) -> None:
+        self.row_costs = row_costs
+        self.candidates = list(candidates_of(atlas))
+        self.columns: Columns | None = None
+        self._listed = list[Listed]()
 
-    def add(self, blocks: Sequence[Block]) -> None:
-        """Appends columns; those before keep their numbers."""
-        self.blocks += blocks
-        more = self._columns_of(blocks)
-        self.columns = Columns(
-            *(np.concatenate([getattr(self.columns, name), getattr(more, name)]) for name in _FIELDS)
-        )
-        self._begins = np.cumsum([0, *(len(block.counts) for block in self.blocks)])
+    def add(self, candidates: Candidates, which: IntArray) -> None:
+        """Known replicas become columns; those before keep their numbers."""
+        more = candidates.columns(which, self.row_costs)
+        begin = 0 if self.columns is None else len(self.columns.rates)
+        self.columns = more if self.columns is None else self.columns.followed_by(more)
+        self._listed.append(Listed(candidates, which, begin))
+        candidates.is_listed[which] = True
 
     def template(self, column: int) -> Template:
         """The replica behind a column."""
-        number = int(np.searchsorted(self._begins, column, side="right")) - 1
-        block, c = self.blocks[number], column - int(self._begins[number])
-        return template_of_pipeline(self.atlas, block.shape, block.counts[c], block.found[c], block.workers)
+        begins = [listed.begin for listed in self._listed]
+        listed = self._listed[int(np.searchsorted(begins, column, side="right")) - 1]
+        return listed.candidates.template(int(listed.compositions[column - listed.begin]))
 
-    def _columns_of(self, blocks: Sequence[Block]) -> Columns:
-        atlas, num_rows = self.atlas, len(self.atlas.resources.rows)
-        uses = np.concatenate([np.zeros((0, num_rows), dtype=np.int64), *map(self._uses, blocks)])
-        links = np.zeros_like(atlas.routes.capacity) if atlas.routes.has_links else NO_LINKS
-        return Columns(
-            rates=1.0 / np.concatenate([np.zeros(0), *(block.interval_s for block in blocks)]),
-            costs=uses @ self.row_costs,
-            uses=uses,
-            sides=np.concatenate(
-                [np.zeros(0, np.int64), *(np.full(len(block.counts), block.side) for block in blocks)]
-            ),
-            links=np.broadcast_to(links, (len(uses), *links.shape)),
-        )
-
-    def _uses(self, block: Block) -> IntArray:
-        return self._use(block.shape, block.counts, block.workers)
-
-    def _use(self, shape: Shape, counts: IntArray, workers: Workers | None) -> IntArray:
-        use = counts @ self.atlas.group_use[shape.ranks]
-        if workers is not None:
-            cards = shape.depth * self.atlas.pool_sizes[workers.size]
-            use = use + cards * self.atlas.card_use[workers.device_class]
-        return np.asarray(use)
-
-    # --- listing
-
-    def plain(self) -> list[Block] | None:
-        """Replicas without attention workers, the best of every composition; None: no time was left."""
-        found, done = list[Block](), dict[tuple[bytes, ...], tuple[FloatArray, IntArray]]()
-        for shape in self.shapes:
-            for side, mixes in self._mixes(shape.scope).items():
-                if self.budget.is_spent():
-                    return None
-                settings = settings_of(self.atlas, shape.depth, mixes, np.zeros(1, dtype=np.int64))
-                times = stage_times(self.atlas, shape, settings, None)
-                # Zones are often alike: what is the same work is done once.
-                t_cap = self.atlas.scopes[shape.scope].tables.t_cap[mixes, shape.in_flight_index]
-                work = tuple(values.tobytes() for values in (shape.counts, mixes, t_cap, *times))
-                if work not in done:
-                    best_s = np.full(len(shape.counts), np.inf)
-                    best = np.full((len(shape.counts), 4), -1, dtype=np.int64)
-                    self._split(shape, settings, times, best_s, best)
-                    done[work] = best_s, best
-                found += _block(shape, side, None, *done[work])
-        return found
-
-    def with_workers(self, needed_s: Callable[[IntArray, FloatArray], FloatArray]) -> list[Block] | None:
-        """Replicas with attention workers whose interval is shorter than ``needed_s(uses, costs)``; None: no time."""
-        found = list[Block]()
-        for shape in self.shapes:
-            every = list(workers_of(self.atlas, shape))
-            mixes = self._mixes(shape.scope).get(UNIFIED, np.zeros(0, dtype=np.int64))
-            groups = int(self.atlas.scopes[shape.scope].tables.rank_groups[shape.ranks].min())
-            settings = settings_of(self.atlas, shape.depth, mixes, np.arange(1, groups + 1))
-            for alike in itertools.groupby(every, lambda workers: workers.device_class) if len(mixes) else ():
-                by_size = list(alike[1])
-                # As quick as with the most cards, at the price of the fewest: hardly any composition is.
-                quickest_s = shortest_with(self.atlas, shape, mixes, by_size[-1])
-                if not np.any(quickest_s < self._needed(shape, by_size[0], needed_s)):
-                    continue
-                for workers in by_size:
-                    if self.budget.is_spent():
-                        return None
-                    best_s = self._needed(shape, workers, needed_s)
-                    if np.any(shortest_with(self.atlas, shape, mixes, workers) < best_s):
-                        best = np.full((len(shape.counts), 4), -1, dtype=np.int64)
-                        times = stage_times(self.atlas, shape, settings, workers)
-                        self._split(shape, settings, times, best_s, best)
-                        found += _block(shape, UNIFIED, workers, best_s, best)
-        return found
-
-    def _needed(
-        self, shape: Shape, workers: Workers, needed_s: Callable[[IntArray, FloatArray], FloatArray]
-    ) -> FloatArray:
-        """The interval that each composition must beat; 0 where the fleet has no room for it."""
-        uses = self._use(shape, shape.counts, workers)
-        fits = np.all(uses <= self.atlas.resources.limits, axis=1)
-        return np.where(fits, needed_s(uses, uses @ self.row_costs), 0.0)
-
-    def _split(self, shape: Shape, settings: Settings, times: StageTimes, best_s: FloatArray, best: IntArray) -> None:
-        """Improves the best of every composition with settings that may be better, the most promising first."""
-        t = self.atlas.scopes[shape.scope].tables
-        shortest_s = times.shortest_s(t.num_layers, shape.counts)
-        longest_s = t.t_cap[settings.mixes, shape.in_flight_index]
-        promising = shortest_s < np.minimum(best_s[:, None], longest_s * (1.0 + ALIKE))
-        some = np.flatnonzero(promising.any(axis=0))
-        for i in some[np.argsort(shortest_s[:, some].min(axis=0))]:
-            which = np.flatnonzero(promising[:, i] & (shortest_s[:, i] < best_s))
-            if len(which):
-                best_splits(
-                    t.num_layers, shape.counts, which, times.layer_s[i], times.fixed_s[i], times.most[i],
-                    float(longest_s[i]), t.t_floor, int(settings.mixes[i]), int(settings.groups[i]), best_s, best,
-                )  # fmt: skip
-
-    def _mixes(self, scope: int) -> dict[int, IntArray]:
-        by_side: dict[int, list[int]] = {}
-        for x, mix in enumerate(self.atlas.mixes):
-            if self.atlas.scopes[scope].serves(mix):
-                by_side.setdefault(self.atlas.side_of(scope, x), []).append(x)
-        return {side: np.array(mixes, dtype=np.int64) for side, mixes in by_side.items()}
-
-
-_FIELDS = ("rates", "costs", "uses", "sides", "links")
-
-
-def _block(shape: Shape, side: int, workers: Workers | None, best_s: FloatArray, best: IntArray) -> list[Block]:
-    here = np.isfinite(best_s) & (best[:, 0] >= 0)
-    return [Block(shape, side, workers, shape.counts[here], best_s[here], best[here])] if here.any() else []
+    @property
+    def num_compositions(self) -> int:
+        return sum(len(each.fits) for each in self.candidates)
 
 
 def search_listing(
@@ -201,12 +83,7 @@ def search_listing(
         InvalidProblemError: the family is too large to list, or the model may not be cut everywhere.
         NoPlanFoundError: none was found in time, nor proved that there is none.
     """
-    if atlas.problem.model.forbidden_cuts:
-        raise InvalidProblemError(
-            f"{atlas.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
-            "ask for any engine"
-        )
-    return _Search(atlas, master, row_costs, shapes_of(atlas), budget, gap_target, seed, report).run()
+    return _Search(atlas, master, row_costs, budget, gap_target, seed, report).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,266 +102,273 @@ class Explored:
 def explore_listing(
     atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int, report: Report
 ) -> Explored:
-    """Replicas to choose from where some run already, with the relaxation's prices."""
-    found = _Search(atlas, master, row_costs, shapes_of(atlas), budget, gap_target, seed, report)
-    return found.explored()
+    """Replicas to choose from where some run already, with the relaxation's prices; raises as `search_listing`."""
+    return _Search(atlas, master, row_costs, budget, gap_target, seed, report).explored()
 
 
 class _Search:
-    """One search. ``bound`` speaks of the whole family from `_complete` on."""
+    """One search. ``bound`` speaks of the whole family when ``is_complete``."""
 
     def __init__(
-        self, atlas: Atlas, master: Master, row_costs: FloatArray, shapes: Sequence[Shape], budget: Budget,
-        gap_target: float, seed: int, report: Report,
+        self, atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int,
+        report: Report,
     ) -> None:  # fmt: skip
-        self.atlas, self.master, self.budget, self.report = atlas, master, budget, report
-        self.gap_target, self.seed = gap_target, seed
-        self.listing = Listing(atlas, row_costs, shapes, budget)
+        if atlas.problem.model.forbidden_cuts:
+            raise InvalidProblemError(
+                f"{atlas.problem.model.name} has forbidden cuts, which the search of an engine's plans does not know; "
+                "ask for any engine"
+            )
+        self.atlas, self.master, self.row_costs = atlas, master, row_costs
+        self.budget, self.report, self.gap_target, self.seed = budget, report, gap_target, seed
+        self.listing = Listing(atlas, row_costs)
         self.bound = rate_bound(atlas) if master.maximises else 0.0  # of dense work alone, until more is known
-        self.is_complete = False  # whether the bound is one on the whole family
+        self.is_complete = False
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
-        self._listed_slack = 0.0  # replicas with workers that lose no more than this are known
-        self.has_workers = any(True for shape in shapes for _ in workers_of(atlas, shape))
 
     def run(self) -> Outcome | None:
         """The best plan."""
-        if self._find() and self.is_complete:
+        self._relax()
+        if self.is_complete:
             self._prove()
         return self._outcome()
 
-    def _find(self) -> bool:
-        """Lists what may matter, and whole counts of the likeliest; False: the fleet has no replica, as far as known.
-
-        Raises:
-            NoPlanFoundError: there was no time for that.
-        """
-        plain = self.listing.plain()
-        if plain is None:
-            raise NoPlanFoundError(UNDECIDED)
-        self.listing.add(plain)
-        self.relaxed = self._relaxation()
-        self._set_bound(complete=not self.has_workers)
-        self._choose(QUICK_S)
-        if self.has_workers:
-            self._complete()
-        return self.relaxed is not None
-
     def explored(self) -> Explored:
         """The same without a proof over whole counts."""
-        if not self._find():
-            return Explored((), None, None, is_empty=self.is_complete and self.relaxed is None)
-        assert self.relaxed is not None, "something was found"
-        chosen = np.flatnonzero(self._likeliest(LIKELY))
+        self._relax()
+        if self.relaxed is None:
+            return Explored((), None, None, is_empty=self.is_complete)
+        chosen = np.flatnonzero(self._likeliest(max(LIKELY)))
         if self.incumbent is not None:
             chosen = np.union1d(chosen, np.flatnonzero(self.incumbent.counts))
-        lp = self.relaxed
-        prices = Bound(lp.value, lp.row_prices, lp.link_prices, lp.rate_prices) if self.is_complete else None
+        lp, dearer = self.relaxed, 1.0 + ALIKE
+        prices = Bound(self.bound, lp.row_prices * dearer, lp.link_prices * dearer, lp.rate_prices)
         value = None if self.incumbent is None else self.incumbent.value
-        return Explored(tuple(self.listing.template(int(i)) for i in chosen), value, prices, is_empty=False)
-
-    def _set_bound(self, *, complete: bool) -> None:
-        self.is_complete = complete
-        if complete and self.relaxed is not None:
-            self.bound = self.relaxed.value
-        elif complete:
-            self.bound = 0.0 if self.master.maximises else np.inf
-        self._tell("relaxation")
+        return Explored(
+            templates=tuple(self.listing.template(int(i)) for i in chosen),
+            value=value,
+            prices=prices if self.is_complete else None,
+            is_empty=False,
+        )
 
     # --- relaxation
 
-    def _relaxation(self) -> LpSolution | None:
-        """Over all columns: those join that are worth more than their GPUs, until none is."""
-        columns, master = self.listing.columns, self.master
-        if not len(columns.rates):
-            return None
-        if self.relaxed is not None:
-            inside = self._likeliest(SIFTED)
-        else:
-            inside = np.zeros(len(columns.rates), dtype=bool)
-            worth = columns.costs + columns.uses @ self._first_prices()
-            for side in np.unique(columns.sides):
-                here = np.flatnonzero(columns.sides == side)
-                ratio = columns.rates[here] / np.maximum(worth[here], 1e-300)
-                inside[here[np.argsort(-ratio)[:SIFTED]]] = True
-        for _ in range(MOST_ROUNDS):
-            found = master.solve_lp(_some(columns, inside))
-            if found is None:
-                if inside.all():
-                    return None
-                inside[:] = True  # too few to meet the demand
-                continue
-            reduced = self._reduced(found, columns)
-            missing = np.flatnonzero((reduced < -ALIKE * max(abs(found.value), 1e-12)) & ~inside)
-            if not len(missing):
-                counts = np.zeros(len(inside))
-                counts[inside] = found.counts
-                return replace(found, counts=counts)
-            inside[missing[np.argsort(reduced[missing])[:ADDED]]] = True
-        return master.solve_lp(columns)
+    def _relax(self) -> None:
+        """Solves the relaxation over all replicas of the family, and whole counts of the likeliest.
 
-    def _first_prices(self) -> FloatArray:
-        types, rows = self.atlas.problem.cluster.gpu_types, self.atlas.resources.rows
-        speed = np.array([types[self.atlas.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
-        return np.asarray(speed / speed.max() * self.atlas.resources.counts_gpus)
-
-    def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
-        """What a replica's GPUs are worth beyond its rate: how much a plan that holds it loses at least."""
-        price = columns.uses @ lp.row_prices + (0.0 if self.master.maximises else columns.costs)
-        return np.asarray(price - lp.rate_prices[columns.sides] * columns.rates)
-
-    # --- attention workers
-
-    def _complete(self) -> bool:
-        """Adds replicas with workers until none improves the relaxation; False: the time was over before.
-
-        Those are listed, too, that lose less than what lies between bound and incumbent: where none improves the
-        relaxation, its prices stay, and these are all that may be part of a better plan.
+        Raises:
+            NoPlanFoundError: there was no time for any.
         """
-        for _ in range(MOST_ROUNDS):
-            known = len(self.listing.columns.rates)
-            slack = self._distance() if self._is_telling() else 0.0
-            if not self._add_workers(slack):
-                return False
-            if self.relaxed is None:  # every replica is listed now
-                self.relaxed = self._relaxation()
+        self._list_first()
+        for number in range(MOST_ROUNDS):
+            lp = self._solve_relaxation()
+            if number == 0:
                 self._choose(LEAST_S)
-                if self.relaxed is not None:
-                    continue
-                self._set_bound(complete=True)
+            if self.budget.is_spent():
+                break
+            if self._list_improving(lp):
+                self._set_bound()
+                break
+        if self.listing.columns is None and not self.is_complete:
+            raise NoPlanFoundError(UNDECIDED)
+        self._choose(QUICK_S)
+
+    def _solve_relaxation(self) -> LpSolution | None:
+        """Over the columns listed, which it leaves in ``relaxed``; where they do not meet the demand, their most."""
+        columns, master = self.listing.columns, self.master
+        if columns is None:
+            return None
+        self.relaxed = master.solve_lp(columns)
+        if self.relaxed is None and not master.maximises:
+            return replace(master, demand=None).solve_lp(columns)
+        return self.relaxed
+
+    def _list_first(self) -> None:
+        """Replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
+        prices = first_prices(self.atlas)
+        for each in self.listing.candidates:
+            if each.workers is None and not self.budget.is_spent():
+                ratio = each.evaluator.shortest_s * (each.worth(prices) + each.worth(self.row_costs))
+                which = np.argsort(ratio)[:FIRST]
+                which = which[each.fits[which] & np.isfinite(ratio[which])]
+                each.evaluator.evaluate(which, np.full(len(which), np.inf))
+                self._add(each, which[each.evaluator.is_known[which]])
+
+    def _list_improving(self, lp: LpSolution | None) -> bool:
+        """Lists replicas that improve the relaxation; returns whether there is none in the whole family."""
+        at_once = AT_ONCE if lp is not None else self.listing.num_compositions
+        while not self.budget.is_spent():
+            found, is_whole = self._improving(lp, at_once)
+            if found:
+                by_side: dict[int, list[FloatArray]] = {}
+                for each, _, reduced in found:
+                    by_side.setdefault(each.side, []).append(reduced)
+                most = {side: _smallest(np.concatenate(parts), ADDED) for side, parts in by_side.items()}
+                for each, which, reduced in found:
+                    self._add(each, which[reduced <= most[each.side]])
+                return False
+            if is_whole:
                 return True
-            new = self._reduced(self.relaxed, self.listing.columns)[known:]
-            improves = bool(np.any(new < -ALIKE * max(abs(self.relaxed.value), 1e-12)))
-            if not improves:
-                self._listed_slack = slack
-                self._set_bound(complete=True)
-                return True
-            self.relaxed = self._relaxation()
-            self._choose(LEAST_S)
+            at_once *= MORE
         return False
 
-    def _is_telling(self) -> bool:
-        """Whether what lies between bound and incumbent is less than a replica: else no replica is ruled out by it."""
-        if self.relaxed is None:
-            return False
-        return self._distance() * float(self.relaxed.counts.sum()) <= abs(self.relaxed.value)
+    def _improving(
+        self, lp: LpSolution | None, at_once: int
+    ) -> tuple[list[tuple[Candidates, IntArray, FloatArray]], bool]:
+        """Replicas that improve the relaxation, with what they lose, and whether these are all.
 
-    def _distance(self) -> float:
-        """Between the relaxation and the incumbent."""
-        if self.relaxed is None or self.incumbent is None:
-            return np.inf
-        return abs(self.relaxed.value - self.incumbent.value)
+        So many of each candidates are evaluated: those that promise most.
+        """
+        found, is_whole = list[tuple[Candidates, IntArray, FloatArray]](), True
+        for each, worth, needed_s in self._needed_s(lp):
+            which = np.flatnonzero(each.fits & ~each.is_listed & (each.evaluator.shortest_s < needed_s))
+            if len(which) > at_once:
+                share = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
+                which, is_whole = which[np.argpartition(share, at_once)[:at_once]], False
+            if not len(which):
+                continue
+            if self.budget.is_spent():
+                return found, False
+            each.evaluator.evaluate(which, needed_s[which])
+            interval_s = each.evaluator.shortest_s[which]
+            better = each.evaluator.is_known[which] & (interval_s < needed_s[which])
+            if better.any():
+                price = 0.0 if lp is None else lp.rate_prices[each.side]
+                found.append((each, which[better], (worth[which] - price / interval_s)[better]))
+        return found, is_whole
 
-    def _add_workers(self, slack: float) -> bool:
-        """Lists replicas with workers that lose less than ``slack`` at the relaxation's prices; False: no time."""
-        lp, maximises = self.relaxed, self.master.maximises
-        rounding = ALIKE * (max(abs(lp.value), 1e-12) if lp is not None else 0.0)
-        least = slack + (rounding if slack else -rounding)
+    def _needed_s(
+        self, lp: LpSolution | None, slack: float | None = None
+    ) -> Iterator[tuple[Candidates, FloatArray, FloatArray]]:
+        """Of all candidates: what GPUs are worth, and the interval below which a replica improves the relaxation.
 
-        def needed_s(uses: IntArray, costs: FloatArray) -> FloatArray:
-            if lp is None or not np.isfinite(least):
-                return np.full(len(uses), np.inf)
-            price = uses @ lp.row_prices + (0.0 if maximises else costs) - least
-            found: FloatArray = np.where(price > 0.0, float(lp.rate_prices[0]) / np.maximum(price, 1e-300), np.inf)
-            return found
+        With ``slack`` that below which it loses no more than this. Without prices any replica may be wanted.
+        """
+        for each in self.listing.candidates:
+            if lp is None:
+                yield each, np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
+                continue
+            is_for_cost = not self.master.maximises and self.relaxed is not None
+            worth, price = (
+                each.worth(lp.row_prices + (self.row_costs if is_for_cost else 0.0)),
+                lp.rate_prices[each.side],
+            )
+            least, otherwise = (worth * (1.0 + ALIKE), price > 0.0) if slack is None else (worth - slack, True)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                yield each, worth, np.where(least > 0.0, price / least, np.inf if otherwise else 0.0)
 
-        found = self.listing.with_workers(needed_s)
-        if found is None:
-            return False
-        self.listing.add(found)
-        return True
+    def _add(self, candidates: Candidates, which: IntArray) -> None:
+        if len(which):
+            self.listing.add(candidates, which)
+
+    def _set_bound(self) -> None:
+        self.is_complete, lp = True, self.relaxed
+        if lp is None:
+            self.bound = 0.0 if self.master.maximises else np.inf
+        elif self.master.demand is None:
+            self.bound = min(self.bound, lp.value * (1.0 + ALIKE))
+        else:
+            self.bound = max(0.0, lp.value - ALIKE * self.master.demand * lp.demand_price)
+        self._tell("relaxation")
 
     # --- whole counts
 
     def _choose(self, limit_s: float) -> None:
-        """Whole counts of the likeliest columns."""
+        """Whole counts of the likeliest columns, of few first: they are soon good."""
         if self.relaxed is None:
             return
         self._round_down()
-        self._solve(self._likeliest(LIKELY), limit_s)
+        for num in LIKELY:
+            if self._gap() > self.gap_target and (self.incumbent is None or not self.budget.is_spent()):
+                self._solve(self._likeliest(num), limit_s)
+
+    def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
+        """What a replica's GPUs are worth beyond its rate: how much a plan that holds it loses at least."""
+        worth = columns.uses @ lp.row_prices + (0.0 if self.master.maximises else columns.costs)
+        return np.asarray(worth - lp.rate_prices[columns.sides] * columns.rates)
 
     def _likeliest(self, num: int) -> BoolArray:
         """So many columns of every side that lose least, and those of the relaxation."""
-        assert self.relaxed is not None, "prices say which are likely"
         columns = self.listing.columns
-        inside = np.zeros(len(columns.rates), dtype=bool)
-        inside[: len(self.relaxed.counts)] = self.relaxed.counts > 0.0
+        assert self.relaxed is not None, "prices say which are likely"
+        assert columns is not None, "prices are those of columns"
+        inside = padded(self.relaxed.counts, len(columns.rates)) > 0.0
         reduced = self._reduced(self.relaxed, columns)
         for side in np.unique(columns.sides):
             here = np.flatnonzero(columns.sides == side)
             inside[here[np.argsort(reduced[here])[:num]]] = True
-        return inside
+        return np.asarray(inside)
 
     def _round_down(self) -> None:
-        """The whole part of the relaxation, which always fits: a plan where no time is left for a better one."""
-        if self.relaxed is None or not self.master.maximises or self.master.pins is not None:
-            return
+        """A plan where no time is left for a better one."""
         columns = self.listing.columns
-        counts = np.zeros(len(columns.rates), dtype=np.int64)
-        counts[: len(self.relaxed.counts)] = np.floor(self.relaxed.counts + 1e-9).astype(np.int64)
-        flows = self.master.best_flows(columns, counts)
-        value = self.master.served(columns, counts, flows)
-        if value > 0.0 and self._is_better(value):
-            self.incumbent = MilpSolution(counts, flows, value, np.inf)
+        if columns is not None and self.relaxed is not None and self.master.maximises and self.master.pins is None:
+            found = self.master.rounded_down(columns, padded(self.relaxed.counts, len(columns.rates)))
+            if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
+                self.incumbent = found
 
     def _prove(self) -> None:
         """Whole counts over every column that may be part of a better plan: HiGHS's bound is one on the family."""
         if self.relaxed is None or self._gap() <= self.gap_target or self.budget.is_spent():
             return
-        distance = self._distance()
-        if self.has_workers and distance > self._listed_slack:
-            if not self._is_telling():
-                self._solve(self._likeliest(SIFTED), min(QUICK_S, self.budget.remaining_s()))
-                return
-            if not self._add_workers(distance):
-                return
+        distance = np.inf if self.incumbent is None else abs(self.bound - self.incumbent.value)
+        is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
+        may_take_long = self.listing.num_compositions <= FEW and np.isfinite(self.budget.remaining_s())
+        if not (is_telling or may_take_long) or not self._list_within(distance):
+            return
         columns = self.listing.columns
-        worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE) + ALIKE * abs(self.bound)
+        assert columns is not None, "the relaxation has columns"
+        worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE)
         bound = self._solve(worthwhile, self.budget.remaining_s(), proves=True)
         if bound is not None:
             self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
         self._tell("whole counts")
 
+    def _list_within(self, distance: float) -> bool:
+        """Lists every replica that loses no more than that; False: no time was left."""
+        for each, _, needed_s in self._needed_s(self.relaxed, slack=distance * (1.0 + ALIKE)):
+            which = np.flatnonzero(each.fits & ~each.is_listed & (each.evaluator.shortest_s < needed_s))
+            if len(which):
+                if self.budget.is_spent():
+                    return False
+                each.evaluator.evaluate(which, needed_s[which])
+                known_s = each.evaluator.shortest_s[which]
+                self._add(each, which[each.evaluator.is_known[which] & (known_s < needed_s[which])])
+        return True
+
     def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False) -> float | None:
         """Whole counts of some columns, never worse than the incumbent; returns HiGHS's bound on them."""
-        columns = self.listing.columns
+        columns, num = self.listing.columns, len(which)
         chosen = np.flatnonzero(which)
-        if not len(chosen):
+        if columns is None or not len(chosen):
             return None
+        if self.master.pins is None:
+            chosen = chosen[columns.some(chosen).undominated()]
         start = None
         if self.incumbent is not None:
-            inside = np.zeros(len(columns.rates), dtype=np.int64)
-            inside[: len(self.incumbent.counts)] = self.incumbent.counts
+            inside = padded(self.incumbent.counts, num)
             chosen = np.union1d(chosen, np.flatnonzero(inside))
             start = replace(self.incumbent, counts=inside[chosen])
-        part = _some(columns, chosen)
         least = None
         if not proves and self.relaxed is not None and self.master.pins is None:
-            relaxed = np.zeros(len(columns.rates))
-            relaxed[: len(self.relaxed.counts)] = self.relaxed.counts
-            (least,) = settled([relaxed[chosen]]) or (None,)
+            (least,) = settled([padded(self.relaxed.counts, num)[chosen]]) or (None,)
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
         found = self.master.solve_milp(
-            part, time_limit_s=max(LEAST_S, limit_s), gap=self.gap_target / (1 if proves else 10), seed=self.seed,
-            start=start, least=least,
+            columns.some(chosen), time_limit_s=max(LEAST_S, limit_s), gap=self.gap_target / (1 if proves else 10),
+            seed=self.seed, start=start, least=least,
         )  # fmt: skip
-        if found is not None and (found.value > 0.0 or not self.master.maximises) and self._is_better(found.value):
-            counts = np.zeros(len(columns.rates), dtype=np.int64)
+        if found is None:
+            return None
+        if (found.value > 0.0 or not self.master.maximises) and self.master.prefers(found.value, self.incumbent):
+            counts = np.zeros(num, dtype=np.int64)
             counts[chosen] = found.counts
             self.incumbent = replace(found, counts=counts)
             self._tell("whole counts")
-        return None if found is None else found.bound
-
-    def _is_better(self, value: float) -> bool:
-        if self.incumbent is None:
-            return True
-        return value > self.incumbent.value if self.master.maximises else value < self.incumbent.value
+        return found.bound
 
     def _gap(self) -> float:
-        if self.incumbent is None or not self.is_complete:
-            return np.inf
-        return abs(self.bound - self.incumbent.value) / max(abs(self.incumbent.value), 1e-12)
+        return relative_gap(self.incumbent, self.bound) if self.is_complete else np.inf
 
     def _tell(self, phase: str) -> None:
         known = self.is_complete and np.isfinite(self.bound)
@@ -499,12 +383,12 @@ class _Search:
         )
 
     def _outcome(self) -> Outcome | None:
-        if self.incumbent is None or self.relaxed is None or (self.master.maximises and self.incumbent.value <= 0.0):
+        columns = self.listing.columns
+        if self.incumbent is None or self.relaxed is None or columns is None:
             if self.is_complete and self.master.pins is None:
                 return None
             raise NoPlanFoundError(UNDECIDED)
-        columns, counts = self.listing.columns, np.zeros(len(self.listing.columns.rates), dtype=np.int64)
-        counts[: len(self.incumbent.counts)] = self.incumbent.counts
+        counts = padded(self.incumbent.counts, len(columns.rates))
         reduced = self._reduced(self.relaxed, columns)
         others = [int(i) for i in np.argsort(reduced)[: 5 + int((counts > 0).sum())] if not counts[i]][:5]
         value = self.incumbent.value
@@ -520,5 +404,6 @@ class _Search:
         )
 
 
-def _some(columns: Columns, which: IntArray | BoolArray) -> Columns:
-    return Columns(*(getattr(columns, name)[which] for name in _FIELDS))
+def _smallest(values: FloatArray, num: int) -> float:
+    """The last of so many that are smallest, or the largest of all."""
+    return float(np.partition(values, num)[num] if len(values) > num else values.max(initial=-np.inf))

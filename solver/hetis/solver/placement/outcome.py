@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetis.solver.errors import BrokenProofError
+from hetis.solver.placement.master import MilpSolution
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import Template
 
@@ -21,6 +22,13 @@ def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
     if beyond > ROUNDING * abs(value):
         raise BrokenProofError(f"a plan of value {value:.9g} contradicts the bound {bound:.9g}; please report this")
     return value if beyond > 0.0 else bound
+
+
+def relative_gap(incumbent: MilpSolution | None, bound: float) -> float:
+    """Between a plan and a bound, as a share of the plan's value; inf without a plan."""
+    if incumbent is None:
+        return float("inf")
+    return abs(bound - incumbent.value) / max(abs(incumbent.value), 1e-12)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Sweep:
     """What replicas of a shape are tried with, one in each row: mixes [X], and the head groups of every rank that
     workers take [X], 0 without workers; ``least_slack`` and ``unevenness`` [X] are those of the regime."""
 
@@ -65,44 +65,45 @@ class Settings:
     unevenness: FloatArray
 
 
-def settings_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Settings:
+def sweep_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
     """Every mix with every number of head groups given."""
-    regimes = [
-        Regime(0.0, 0.0) if depth == 1 else by_role  # a single stage waits for nobody
-        for by_role in (_tight_regimes(atlas)[atlas.mixes[x].role] for x in mixes.tolist())
-    ]
+    roles = [atlas.mixes[x].role for x in mixes.tolist()]
+    alone = Regime(0.0, 0.0)  # a single stage waits for nobody; others have as many micro-batches as stages
+    of_role = {role: alone if depth == 1 else atlas.regimes(role)[1] for role in set(roles)}
     each = len(groups)
-    return Settings(
+    return Sweep(
         mixes=np.repeat(mixes, each),
         groups=np.tile(groups, len(mixes)),
-        least_slack=np.repeat([regime.least for regime in regimes], each),
-        unevenness=np.repeat([regime.unevenness for regime in regimes], each),
+        least_slack=np.repeat([of_role[role].least for role in roles], each),
+        unevenness=np.repeat([of_role[role].unevenness for role in roles], each),
     )
 
 
-def _tight_regimes(atlas: Atlas) -> dict[Role, Regime]:
-    """Those of as many micro-batches as stages."""
-    return {role: atlas.regimes(role)[1] for role in Role}
-
-
 class StageTimes(NamedTuple):
-    """Stages under some settings X, of rank types R: seconds per repeated layer [X, R], beside them [X, R, 4] by role,
-    slack included, and the most repeated layers that fit in memory and in a round trip with a chunk [X, R, 4]."""
+    """Stages of rank types R under the X rows of a sweep, slack included.
+
+    Seconds per repeated layer [X, R], beside them [X, R, 4] by role, and the most repeated layers that fit in memory
+    and in a round trip with a chunk [X, R, 4].
+    """
 
     layer_s: FloatArray
     fixed_s: FloatArray
     most: IntArray
 
     def shortest_s(self, num_layers: int, counts: IntArray) -> FloatArray:
-        """No split of a composition has a shorter interval: layers in fractions, the cheapest role; [C, X]."""
-        return _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(axis=2))
+        """No split of a composition has a shorter interval: layers in fractions, the cheapest role; [C, X].
+
+        inf where its stages have no room for all layers.
+        """
+        room = counts @ self.most.max(axis=2).T
+        return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
 
 
-def stage_times(atlas: Atlas, shape: Shape, settings: Settings, workers: Workers | None) -> StageTimes:
-    """What `options.list_options` says of single copies, many settings at once; with workers, of unified mixes."""
-    t, f, s, x = atlas.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, settings.mixes
+def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | None) -> StageTimes:
+    """What `options.list_options` says of single copies, a whole sweep at once; with workers, of unified mixes."""
+    t, f, s, x = atlas.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
     at = np.ix_(x, s)
-    groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], settings.groups[:, None]
+    groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], sweep.groups[:, None]
     kv_bytes = t.kv_group_bytes * t.kv_tokens[x, f, 0][:, None]
     if workers is None:
         attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
@@ -130,7 +131,7 @@ def stage_times(atlas: Atlas, shape: Shape, settings: Settings, workers: Workers
         with np.errstate(divide="ignore", invalid="ignore"):
             in_time = (chunk_cap_s - beside_s) / chunk_s[:, :, None] + ROUNDING
         most = np.where(np.isfinite(chunk_cap_s), np.minimum(most, in_time), most)
-    longer = 1.0 + _slack(atlas, shape, settings, layer_s, chunk_s)
+    longer = 1.0 + _slack(atlas, shape, sweep, layer_s, chunk_s)
     return StageTimes(
         layer_s=layer_s * longer,
         fixed_s=fixed_s * longer[:, :, None],
@@ -144,17 +145,18 @@ def _shortest_s(num_layers: int, counts: IntArray, layer_s: FloatArray, beside_s
     return found * (1.0 - EXACT)
 
 
-def shortest_with(atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers) -> FloatArray:
-    """No replica of a composition with these workers has a shorter interval, whatever they take; [C].
+def shortest_with(atlas: Atlas, shape: Shape, counts: IntArray, mixes: IntArray, workers: Workers) -> FloatArray:
+    """No replica of a composition with these workers has a shorter interval, whatever they take; [C, X].
 
-    Attention takes the least of any number of head groups, memory is no limit.
+    Attention takes the least of any number of head groups, memory is no limit; inf beyond what latency allows.
     """
     t, at = atlas.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
     entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
     layer_s = t.layer_s[at] + t.least_pool_s[np.ix_(mixes, entries)]
     prefix_s = t.prefix_layers * (layer_s + t.prefix_delta_s[at])
     beside_s = t.step_s[at] + np.minimum(t.hop_s[at], prefix_s)
-    return np.asarray(_shortest_s(atlas.scopes[shape.scope].tables.num_layers, shape.counts, layer_s, beside_s).min(1))
+    found_s = _shortest_s(t.num_layers, counts, layer_s, beside_s)
+    return np.where(found_s > t.t_cap[mixes, shape.in_flight_index] * (1.0 + EXACT), np.inf, found_s)
 
 
 def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
@@ -178,10 +180,10 @@ def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s
     return fixed_s
 
 
-def _slack(atlas: Atlas, shape: Shape, settings: Settings, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
+def _slack(atlas: Atlas, shape: Shape, sweep: Sweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
     """`options.stretch`, less 1; [X, R]. ``request_s`` and ``chunk_s`` are of a repeated layer."""
-    t, x, f = atlas.scopes[shape.scope].tables, settings.mixes, shape.in_flight_index
-    least, unevenness = settings.least_slack[:, None], settings.unevenness[:, None]
+    t, x, f = atlas.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
+    least, unevenness = sweep.least_slack[:, None], sweep.unevenness[:, None]
     iterations, nc, none = t.iterations[x][:, None], t.chunk_iterations[x][:, None], t.without_chunk[x, f][:, None]
     plain = iterations - nc
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -239,7 +241,7 @@ def fill(
     for i in range(count):
         if layers[i] < 0:
             carried = (shortest_s - fixed_s[stages[i], roles[i]]) / layer_s[stages[i]]
-            layers[i] = max(1, min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - 1e-12)))))
+            layers[i] = max(1, min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - EXACT)))))
         held += layers[i]
     while held != num_layers:
         at, best_s = -1, np.inf if held < num_layers else -np.inf
@@ -304,7 +306,7 @@ def best_splits(
             for last in range(counts.shape[1] if depth > 1 else 1):
                 if depth > 1 and (counts[c, last] == 0 or (last == first and counts[c, last] == 1)):
                     continue
-                worse_s = min(best_s[c], longest_s * (1.0 + 1e-12))
+                worse_s = min(best_s[c], longest_s * (1.0 + EXACT))
                 if worse_s <= shortest_s:
                     continue
                 count = _line_up(counts[c], first, last if depth > 1 else -1, stages, roles)
@@ -317,7 +319,7 @@ def best_splits(
 
 
 def shapes_of(atlas: Atlas) -> list[Shape]:
-    """The compositions of every scope, TP size and depth that the fleet has room for.
+    """The compositions of every scope, TP size and depth that the fleet has room for, and that have room for the model.
 
     Raises:
         InvalidProblemError: they are too many to list.
@@ -326,8 +328,8 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
     assert family.engine is not None, "other families have replicas that are not listed"
     for number in range(len(atlas.scopes)):
         for tp in sorted({tp for _, tp in atlas.ranks}):
+            ranks = _ranks_of(atlas, number, tp)
             for depth in range(1, family.engine.max_stages + 1):
-                ranks = _ranks_of(atlas, number, tp)
                 if family.mixed_types and math.comb(len(ranks) + depth - 1, depth) > MOST_COMPOSITIONS:
                     raise InvalidProblemError(
                         f"{len(ranks)} kinds of GPUs in a zone make too many pipelines of {depth} stages "
@@ -361,7 +363,10 @@ def _compositions(atlas: Atlas, scope: int, ranks: list[int], tp: int, depth: in
         counts = np.stack([(chosen == i).sum(axis=1) for i in range(len(ranks))], axis=1)
     else:
         counts = depth * np.eye(len(ranks), dtype=np.int64)
-    fits = np.all(counts <= most, axis=1)
+    t = atlas.scopes[scope].tables
+    layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
+    fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
+    fits &= np.all(counts <= most, axis=1)
     fits &= np.all(counts @ atlas.group_use[ranks] <= atlas.resources.limits, axis=1)
     return np.asarray(counts[fits])
 
@@ -410,8 +415,8 @@ def template_of_pipeline(
     x, first, last, groups = found.tolist()
     stages, roles, layers = np.empty((3, shape.depth), dtype=np.int64)
     _line_up(counts, first, last if shape.depth > 1 else -1, stages, roles)
-    settings = settings_of(atlas, shape.depth, np.array([x]), np.array([groups]))
-    times = stage_times(atlas, shape, settings, workers)
+    sweep = sweep_of(atlas, shape.depth, np.array([x]), np.array([groups]))
+    times = stage_times(atlas, shape, sweep, workers)
     fill(
         t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0], np.inf, layers
     )  # fmt: skip

@@ -85,3 +85,10 @@ def lifted(prices: FloatArray, resources: Resources, total: float) -> FloatArray
     """Row prices with a floor under those of GPUs. ``total``: what the whole inventory is worth; [rows]."""
     gpus = resources.counts_gpus
     return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(gpus @ resources.limits)) * gpus)
+
+
+def first_prices(atlas: Atlas) -> FloatArray:
+    """Row prices before there are better ones: a GPU is worth about its memory bandwidth; [rows]."""
+    types, rows = atlas.problem.cluster.gpu_types, atlas.resources.rows
+    worth = np.array([types[atlas.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
+    return np.asarray(worth / worth.max() * atlas.resources.counts_gpus)

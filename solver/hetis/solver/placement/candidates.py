@@ -1,0 +1,215 @@
+"""Replicas of an engine's family that may join the master, evaluated when prices ask for them.
+
+Every composition has a shortest conceivable interval, which is cheap to say, and a best replica, which takes a search
+over mixes, ends and splits (`pipelines.py`). At the relaxation's prices a replica improves it only below some interval:
+where even the shortest conceivable one is longer, nothing is evaluated. What was learned is kept, and shared by zones
+whose GPUs and links are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.master import Columns
+from hetis.solver.placement.pipelines import (
+    Shape,
+    StageTimes,
+    Sweep,
+    Workers,
+    best_splits,
+    shapes_of,
+    shortest_with,
+    stage_times,
+    sweep_of,
+    template_of_pipeline,
+    workers_of,
+)
+from hetis.solver.placement.pool import NO_LINKS
+from hetis.solver.placement.routes import UNIFIED
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
+from hetis.solver.placement.template import Template
+
+MARGIN = 1.03  # replicas are sought that are slower than needed by so much: other zones and later prices need others
+EVERY_MIX = 1.0 + 1e-7  # share of the longest interval up to which a mix is tried
+
+
+class Evaluator:
+    """The best replica of every composition of a shape, with the same attention workers or none.
+
+    ``shortest_s`` [C]: no replica of a composition has a shorter interval; where ``is_known`` [C], the best has it,
+    and is what ``found`` [C, 4] says (see `best_splits`).
+    """
+
+    def __init__(self, atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
+        self.atlas, self.shape, self.mixes, self.workers = atlas, shape, mixes, workers
+        self._num_layers = atlas.scopes[shape.scope].tables.num_layers
+        self.shortest_s = self._shortest_s(shape.counts).min(axis=1)
+        self.is_known = np.zeros(len(shape.counts), dtype=bool)
+        self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
+
+    def _shortest_s(self, counts: IntArray) -> FloatArray:
+        """By composition and what is tried: mixes with workers, else rows of the sweep."""
+        if self.workers is not None:
+            return shortest_with(self.atlas, self.shape, counts, self.mixes, self.workers)
+        sweep, times = self._without_workers
+        found_s = times.shortest_s(self._num_layers, counts)
+        return np.where(found_s > self._longest_s(sweep) * EVERY_MIX, np.inf, found_s)
+
+    def _longest_s(self, sweep: Sweep) -> FloatArray:
+        tables = self.atlas.scopes[self.shape.scope].tables
+        return np.asarray(tables.t_cap[sweep.mixes, self.shape.in_flight_index])
+
+    @cached_property
+    def _without_workers(self) -> tuple[Sweep, StageTimes]:
+        sweep = sweep_of(self.atlas, self.shape.depth, self.mixes, np.zeros(1, dtype=np.int64))
+        return sweep, stage_times(self.atlas, self.shape, sweep, None)
+
+    def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
+        """Finds the best replica of these compositions [W], where it has a shorter interval than is needed [W]."""
+        ask = ~self.is_known[which] & (self.shortest_s[which] < needed_s)
+        which, best_s = which[ask], needed_s[ask] * MARGIN
+        if not len(which):
+            return
+        counts, worse_s = self.shape.counts[which], best_s.copy()
+        sweep, times = self._without_workers if self.workers is None else self._with_workers(counts, worse_s)
+        found = np.full((len(which), 4), -1, dtype=np.int64)
+        self._split(counts, sweep, times, best_s, found)
+        is_found = found[:, 0] >= 0
+        self.shortest_s[which] = np.where(is_found, best_s, np.maximum(self.shortest_s[which], worse_s))
+        self.found[which], self.is_known[which] = found, is_found
+
+    def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[Sweep, StageTimes]:
+        """Mixes that may be quick enough, with every number of head groups."""
+        assert self.workers is not None, "there are none"
+        promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
+        groups = int(self.atlas.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
+        sweep = sweep_of(self.atlas, self.shape.depth, self.mixes[promising], np.arange(1, groups + 1))
+        return sweep, stage_times(self.atlas, self.shape, sweep, self.workers)
+
+    def _split(
+        self, counts: IntArray, sweep: Sweep, times: StageTimes, best_s: FloatArray, found: IntArray
+    ) -> None:  # fmt: skip
+        """Improves the best of every composition with what may be better, the most promising first."""
+        t_floor = self.atlas.scopes[self.shape.scope].tables.t_floor
+        shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
+        promising = shortest_s < np.minimum(best_s[:, None], longest_s * EVERY_MIX)
+        some = np.flatnonzero(promising.any(axis=0))
+        for i in some[np.argsort(shortest_s[:, some].min(axis=0))]:
+            which = np.flatnonzero(promising[:, i] & (shortest_s[:, i] < best_s))
+            if len(which):
+                best_splits(
+                    self._num_layers, counts, which, times.layer_s[i], times.fixed_s[i], times.most[i],
+                    float(longest_s[i]), t_floor, int(sweep.mixes[i]), int(sweep.groups[i]), best_s, found,
+                )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Replicas of a shape on one side of the master, one of each composition.
+
+    ``fits`` [C]: the fleet has room for it; ``is_listed`` [C]: it is a column.
+    """
+
+    atlas: Atlas
+    shape: Shape
+    side: int
+    workers: Workers | None
+    evaluator: Evaluator
+    fits: BoolArray
+    is_listed: BoolArray
+
+    def worth(self, row_prices: FloatArray) -> FloatArray:
+        """What the GPUs of every composition are worth; [C]."""
+        worth = self.shape.counts @ (self.atlas.group_use[self.shape.ranks] @ row_prices)
+        return np.asarray(worth + self._beside() @ row_prices)
+
+    def _beside(self) -> IntArray:
+        """What attention workers take of every row; [rows]."""
+        return _taken_by_workers(self.atlas, self.shape, self.workers)
+
+    def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
+        """Known replicas as columns."""
+        uses = self.shape.counts[which] @ self.atlas.group_use[self.shape.ranks] + self._beside()
+        routes = self.atlas.routes
+        links = np.zeros_like(routes.capacity) if routes.has_links else NO_LINKS  # replicas lie in one zone
+        return Columns(
+            rates=1.0 / self.evaluator.shortest_s[which],
+            costs=uses @ row_costs,
+            uses=uses,
+            sides=np.full(len(which), self.side),
+            links=np.broadcast_to(links, (len(which), *links.shape)),
+        )
+
+    def template(self, composition: int) -> Template:
+        """A known replica."""
+        counts, found = self.shape.counts[composition], self.evaluator.found[composition]
+        return template_of_pipeline(self.atlas, self.shape, counts, found, self.workers)
+
+
+def candidates_of(atlas: Atlas) -> Iterator[Candidates]:
+    """All replicas of an engine's family, none of them evaluated; those without attention workers first.
+
+    Raises:
+        InvalidProblemError: they are too many to list.
+    """
+    shapes, evaluators = shapes_of(atlas), dict[Hashable, Evaluator]()
+    kinds = {number: _kind_of_scope(atlas, number) for number in {shape.scope for shape in shapes}}
+
+    def made(shape: Shape, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
+        place = None if workers is None else (_place_in_zone(atlas, workers.device_class), workers.size)
+        alike = kinds[shape.scope], shape.depth, _tp(atlas, shape), shape.counts.tobytes(), mixes.tobytes(), place
+        if alike not in evaluators:
+            evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
+        uses = shape.counts @ atlas.group_use[shape.ranks] + _taken_by_workers(atlas, shape, workers)
+        fits = np.all(uses <= atlas.resources.limits, axis=1)
+        return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
+
+    mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}
+    for shape in shapes:
+        for side, mixes in mixes_of[shape.scope].items():
+            yield made(shape, side, mixes, None)
+    for shape in shapes:
+        for workers in workers_of(atlas, shape) if UNIFIED in mixes_of[shape.scope] else ():
+            yield made(shape, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+
+
+def _taken_by_workers(atlas: Atlas, shape: Shape, workers: Workers | None) -> IntArray:
+    if workers is None:
+        return np.zeros(len(atlas.resources.rows), dtype=np.int64)
+    cards = shape.depth * atlas.pool_sizes[workers.size]
+    return np.asarray(cards * atlas.card_use[workers.device_class])
+
+
+def _tp(atlas: Atlas, shape: Shape) -> int:
+    return atlas.ranks[int(shape.ranks[0])][1]
+
+
+def _mixes_by_side(atlas: Atlas, scope: int) -> dict[int, IntArray]:
+    by_side: dict[int, list[int]] = {}
+    for x, mix in enumerate(atlas.mixes):
+        if atlas.scopes[scope].serves(mix):
+            by_side.setdefault(atlas.side_of(scope, x), []).append(x)
+    return {side: np.array(mixes, dtype=np.int64) for side, mixes in by_side.items()}
+
+
+def _classes_in(atlas: Atlas, zones: Sequence[str]) -> list[int]:
+    return [g for g, c in enumerate(atlas.classes) if c.zone in zones]
+
+
+def _place_in_zone(atlas: Atlas, device_class: int) -> int:
+    return _classes_in(atlas, [atlas.classes[device_class].zone]).index(device_class)
+
+
+def _kind_of_scope(atlas: Atlas, scope: int) -> Hashable:
+    """The same of two scopes where replicas of equal classes, in their order, take equal times and memory."""
+    here, t, cluster = atlas.scopes[scope], atlas.scopes[scope].tables, atlas.problem.cluster
+    ranks = [s for s, (g, _) in enumerate(atlas.ranks) if atlas.classes[g].zone in here.zones]
+    classes = [atlas.classes[g] for g in _classes_in(atlas, here.zones)]
+    gpus = [(c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.mark) for c in classes]
+    arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])
+    return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)
