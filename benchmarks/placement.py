@@ -1,13 +1,19 @@
 """How long a placement takes and how good it is proved to be, from 12 GPUs to a million; Llama-2-70B, azure_conv_2023.
 
-    python -m benchmarks.placement [--quick] [--json]
+    python -m benchmarks.placement [--quick] [--json] [--engine any]
+
+For vLLM with the plugin, as `hetis-plan place` does, or for another engine, or with ``--engine any`` for none in
+particular: replicas that no engine runs, which another search looks for.
 
 Every row is a process of its own. ``seconds`` is the first solve of that process, which loads compiled kernels from
-numba's cache, binding to named GPUs included (rows called "warm": the median of the next five); ``to_1_percent_s`` and
-``to_half_percent_s`` say when the gap was proved to be that small; ``gap`` is what was left in the end. Large fleets
-search until 0.1% or their time limit. Seconds, those of limits too, are CPU seconds of the process. Fleets with P100s
-have 4 s to the first token, for within 2 s they have no plan. Without --quick, cost against the size of the fleet and
-the number of GPU types is drawn to ``benchmarks/results/``.
+numba's cache, binding to named GPUs included (rows called "warm": the median of the next five); ``first_plan_s`` and
+``first_bound_s`` say when there was a plan, and a bound on the whole family, ``to_1_percent_s`` and
+``to_half_percent_s`` when the gap was proved to be that small; ``gap`` is what was left in the end. Large fleets search
+until 0.1% or their time limit. Seconds, those of limits too, are CPU seconds of the process. Fleets with P100s have 4 s
+to the first token, for within 2 s they have no plan.
+
+Without --quick, cost against the size of the fleet and the number of GPU types is drawn to ``benchmarks/results/``, and
+value and bound against time; with --markdown these are drawn to ``docs/figures/``, too.
 
 Bars (DESIGN section 10): 12 GPUs optimal in 1 s (2 s without limits); 24 to 60 GPUs 0.5% in 5 s; 160 GPUs 0.5% in 5 s
 (cost and GPUs: 1% in 10 s); 1,000 GPUs 0.5% in 8 s; 10,000 GPUs 0.5% in 10 s and 2 GiB; 1,000,000 GPUs 0.5% in 20 s.
@@ -36,7 +42,7 @@ from benchmarks.measuring.instances import (
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.solving import Measured, Solve, Timing, failed, in_own_process, measure, peak_mib
 from hetis.solver.cluster import Cluster
-from hetis.solver.placement.engines import ANY_ENGINE, ENGINES, run_by
+from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, ENGINES, run_by
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
@@ -51,12 +57,7 @@ SCALES = (1, 4, 16, 64, 256, 1024, 8192, 83333)
 TYPE_COUNTS = range(1, 9)
 GPUS_PER_TYPES_ROW = 1024
 SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s: under 2 s these have no plan
-OBJECTIVES = {
-    "": DEFAULT_LIMITS,
-    ", throughput": replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT),
-    ", cost of 30 requests/s": Objective(kind=ObjectiveKind.COST, demand_rps=30.0),
-    ", GPUs for 30 requests/s": Objective(kind=ObjectiveKind.GPUS, demand_rps=30.0),
-}
+THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
 # One choice of each for all replicas: small enough for the compact MILP.
@@ -78,6 +79,7 @@ class Case:
     gap_target: float = 0.001
     warm: int = 0
     empty_cache: bool = False
+    panel: tuple[str, str] | None = None  # of the figure of searches: fleet and objective
 
     def measured(self) -> Measured:
         """Solves it in a process of its own."""
@@ -93,102 +95,108 @@ class Case:
 def main() -> None:
     """Prints all rows and draws the curves."""
     parser = rows.parser("benchmarks.placement", __doc__)
-    parser.add_argument("--engine", choices=[*ENGINES, ANY_ENGINE], default=ANY_ENGINE, help="whose plans are searched")
+    parser.add_argument(
+        "--engine", choices=[*ENGINES, ANY_ENGINE], default=DEFAULT_ENGINE, help="whose plans are searched"
+    )
     arguments = parser.parse_args()
-    if arguments.engine != ANY_ENGINE:
-        found = engine_rows(arguments.engine, quick=arguments.quick, only=arguments.only)
-        rows.exit_if_crashed(rows.show(found, arguments, name="placement_engine"))
-        return
-    shown = rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="placement")
+    benchmark = Benchmark(engine=arguments.engine, quick=arguments.quick, only=arguments.only)
+    name = "placement" if arguments.engine == DEFAULT_ENGINE else f"placement_{arguments.engine}"
+    shown = rows.show(benchmark.rows(), arguments, name=name)
     for kind, across in (("by size", "gpus"), ("by types", "types")):
         curve = [row for row in shown if str(row["name"]).startswith(kind)]
         if len(curve) > 1:
-            plots.draw_cost(curve, across=across, name=f"placement_{kind.replace(' ', '_')}")
+            plots.draw_cost(curve, across=across, name=f"{name}_{kind.replace(' ', '_')}")
+    if benchmark.searches:
+        plots.draw_searches(benchmark.searches, name=f"{name}_searches", document=arguments.markdown)
     rows.exit_if_crashed(shown)
 
 
-def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
-    """Rows in the order of the documentation."""
-    yield from _exact_rows(quick, only)
-    if only in "12 GPUs, compact MILP":
-        yield from _milp_rows(5.0 if quick else MILP_LIMIT_S)
-    cases = [*_between_cases(quick), *_fleet_cases(quick), *([] if quick else _curve_cases())]
-    cases = [case for case in cases if only in case.name]
-    if cases and not quick:
-        # Compiles column generation where its sources changed, so that no row pays for it.
-        in_own_process(measure, Solve(problem=problem(of_types(2, 1024)), time_limit_s=1.0))
-    for case in cases:
-        yield _row(case, case.measured())
+class Benchmark:
+    """The rows of one engine, in the order of the documentation; ``searches``: how those of a fleet closed in."""
 
+    def __init__(self, *, engine: str, quick: bool, only: str) -> None:
+        self.engine, self.quick, self.only = engine, quick, only
+        self.searches = list[plots.Search]()
 
-def engine_rows(engine: str, *, quick: bool, only: str = "") -> Iterator[Row]:
-    """The same fleets under the rules of an engine, whose search is another one (`listing.py`)."""
-    rules = EngineRules(name=engine)
-    paper = Case(name="12 GPUs", problem=problem(example("paper"), objective=SLOWER), time_limit_s=10.0)
-    cases = [paper, *_between_cases(quick), *_fleet_cases(quick)]
-    warmed = False
-    for case in cases:
-        named = f"{engine}: {case.name}"
-        if only not in named:
-            continue
-        posed = replace(case.problem, family=run_by(case.problem.family, rules))
-        ready = replace(case, name=named, problem=posed)
-        if not warmed:
-            in_own_process(measure, Solve(problem=posed, time_limit_s=1.0))  # compiles, so that no row pays for it
-            warmed = True
-        yield _row(ready, ready.measured())
+    def rows(self) -> Iterator[Row]:
+        """Measures them."""
+        yield from self._smallest_rows()
+        if self.only in "12 GPUs, compact MILP":
+            yield from _milp_rows(5.0 if self.quick else MILP_LIMIT_S)
+        cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
+        cases = [case for case in cases if self.only in case.name]
+        if cases and not self.quick:
+            # Compiles the search where its sources changed, so that no row pays for it.
+            in_own_process(measure, Solve(problem=cases[0].problem, time_limit_s=60.0, gap_target=0.5))
+        for case in cases:
+            measured = case.measured()
+            if case.panel is not None:
+                self.searches.append(plots.Search(*case.panel, curve=measured.first.curve))
+            yield _row(case, measured)
 
+    def posed(self, cluster: Cluster, objective: Objective) -> PlacementProblem:
+        """A fleet's problem, for the engine."""
+        found = problem(cluster, objective=objective)
+        rules = None if self.engine == ANY_ENGINE else EngineRules(name=self.engine)
+        return replace(found, family=run_by(found.family, rules))
 
-def _exact_rows(quick: bool, only: str) -> Iterator[Row]:
-    """12 GPUs: compiled for the first time, loaded from the cache, and warm."""
-    for limits, objective in ((", TTFT 4 s", SLOWER), (", no limits", NO_LIMITS)):
-        name = f"12 GPUs{limits}"
-        posed = problem(example("paper"), objective=objective)
-        if objective is SLOWER and not quick and only in f"{name}, empty cache":
-            case = Case(name=f"{name}, empty cache", problem=posed, time_limit_s=120.0, empty_cache=True)
-            yield _row(case, case.measured())
-        if only not in f"{name}, warm":
-            continue
-        if not quick:
-            in_own_process(measure, Solve(problem=posed, time_limit_s=60.0))  # fills the cache
-        case = Case(name=name, problem=posed, time_limit_s=60.0, warm=3 if quick else 5)
-        measured = case.measured()
-        yield _row(case, measured)
-        yield _row(replace(case, name=f"{name}, warm"), measured)
+    def _smallest_rows(self) -> Iterator[Row]:
+        """12 GPUs: compiled for the first time, loaded from the cache, and warm."""
+        for limits, objective in ((", TTFT 4 s", SLOWER), (", no limits", NO_LIMITS)):
+            name = f"12 GPUs{limits}"
+            posed = self.posed(example("paper"), objective)
+            if objective is SLOWER and not self.quick and self.only in f"{name}, empty cache":
+                case = Case(name=f"{name}, empty cache", problem=posed, time_limit_s=120.0, empty_cache=True)
+                yield _row(case, case.measured())
+            if self.only not in f"{name}, warm":
+                continue
+            if not self.quick:
+                in_own_process(measure, Solve(problem=posed, time_limit_s=60.0))  # fills the cache
+            case = Case(name=name, problem=posed, time_limit_s=60.0, warm=3 if self.quick else 5)
+            measured = case.measured()
+            yield _row(case, measured)
+            yield _row(replace(case, name=f"{name}, warm"), measured)
 
+    def _between_cases(self) -> Iterator[Case]:
+        """Few replicas: what gap is left, honestly."""
+        for name, *nodes in BETWEEN[1:2] if self.quick else BETWEEN:
+            objective = SLOWER if any(gpu.startswith("P100") for _, _, gpu in nodes) else DEFAULT_LIMITS
+            posed = self.posed(fleet(name, *nodes), objective)
+            yield Case(name=name, problem=posed, time_limit_s=2.0 if self.quick else BETWEEN_LIMIT_S)
 
-def _between_cases(quick: bool) -> Iterator[Case]:
-    """Many sub-fleets for the exact search, few replicas for column generation: what gap is left, honestly."""
-    for name, *nodes in BETWEEN[1:2] if quick else BETWEEN:
-        objective = SLOWER if any(gpu.startswith("P100") for _, _, gpu in nodes) else DEFAULT_LIMITS
-        posed = problem(fleet(name, *nodes), objective=objective)
-        yield Case(name=name, problem=posed, time_limit_s=2.0 if quick else BETWEEN_LIMIT_S)
+    def _fleet_cases(self) -> Iterator[Case]:
+        """Fleets of every size, by objective; the demand is about what half of the GPUs serve."""
+        _, *nodes = BETWEEN[1]
+        fleets = (
+            (fleet("24 GPUs", *nodes), 10.0, 3.0),
+            (example("fleet-160"), 10.0, 30.0),
+            (of_types(8, 1000), 15.0, 300.0),
+            (example("fleet-10000"), 30.0, 3000.0),
+            (example("fleet-1000000"), 30.0, None),
+        )
+        for cluster, limit_s, demand in fleets[1:2] if self.quick else fleets:
+            objectives = {"goodput": DEFAULT_LIMITS}
+            if demand is not None and not self.quick:
+                objectives["throughput"] = THROUGHPUT
+                objectives[f"cost of {demand:,.0f} requests/s"] = Objective(kind=ObjectiveKind.COST, demand_rps=demand)
+                objectives[f"GPUs for {demand:,.0f} requests/s"] = Objective(kind=ObjectiveKind.GPUS, demand_rps=demand)
+            for name, objective in objectives.items():
+                yield Case(
+                    name=f"{cluster.num_gpus():,} GPUs, {name}",
+                    problem=self.posed(cluster, objective),
+                    time_limit_s=3.0 if self.quick else limit_s,
+                    panel=None if demand is None else (f"{cluster.num_gpus():,} GPUs", name.split(" ", 1)[0]),
+                )
 
-
-def _fleet_cases(quick: bool) -> Iterator[Case]:
-    fleets = (
-        (example("fleet-160"), 10.0, tuple(OBJECTIVES)),
-        (of_types(8, 1000), 10.0, ("",)),
-        (example("fleet-10000"), 30.0, ("", ", throughput")),
-        (example("fleet-1000000"), 30.0, ("",)),
-    )
-    for cluster, limit_s, objectives in fleets[:1] if quick else fleets:
-        for name in objectives[:1] if quick else objectives:
-            posed = problem(cluster, objective=OBJECTIVES[name])
-            case = Case(
-                name=f"{cluster.num_gpus():,} GPUs{name}", problem=posed, time_limit_s=3.0 if quick else limit_s
-            )
-            yield case
-
-
-def _curve_cases() -> Iterator[Case]:
-    """The mix of the paper's cluster, ever larger, under the same limits; 1,024 GPUs of ever more types."""
-    for times in SCALES:
-        posed = problem(scaled(example("paper"), times), objective=SLOWER)
-        yield Case(name=f"by size: {posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=CURVE_LIMIT_S)
-    for count in TYPE_COUNTS:
-        posed = problem(of_types(count, GPUS_PER_TYPES_ROW))
-        yield Case(name=f"by types: {GPUS_PER_TYPES_ROW:,} GPUs of {count}", problem=posed, time_limit_s=CURVE_LIMIT_S)
+    def _curve_cases(self) -> Iterator[Case]:
+        """The mix of the paper's cluster, ever larger, under the same limits; 1,024 GPUs of ever more types."""
+        for times in SCALES:
+            posed = self.posed(scaled(example("paper"), times), SLOWER)
+            yield Case(name=f"by size: {posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=CURVE_LIMIT_S)
+        for count in TYPE_COUNTS:
+            posed = self.posed(of_types(count, GPUS_PER_TYPES_ROW), DEFAULT_LIMITS)
+            name = f"by types: {GPUS_PER_TYPES_ROW:,} GPUs of {count}"
+            yield Case(name=name, problem=posed, time_limit_s=CURVE_LIMIT_S)
 
 
 def _row(case: Case, measured: Measured) -> Row:
@@ -231,6 +239,8 @@ def _cells(
         "bound": answer.bound,
         "gap": answer.gap,
         "seconds": timing.seconds,
+        "first_plan_s": timing.first_plan_s,
+        "first_bound_s": timing.first_bound_s,
         "to_1_percent_s": timing.to_1_percent_s,
         "to_half_percent_s": timing.to_half_percent_s,
         "peak_mib": answer.peak_mib,
@@ -266,7 +276,7 @@ def specify(argument: tuple[PlacementProblem, float]) -> Specified:
         value=result.value,
         bound=result.bound,
         gap=abs(result.bound - result.value) / result.value if result.value else math.inf,
-        timing=Timing(seconds=time.process_time() - started, to_1_percent_s=None, to_half_percent_s=None),
+        timing=Timing(seconds=time.process_time() - started),
         num_binaries=result.num_binaries,
         peak_mib=peak_mib(),
     )

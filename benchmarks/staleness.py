@@ -41,7 +41,7 @@ _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "kv", 
 # What each table measures: files, folders with all below, and with "!" what is not of it.
 SOURCES: dict[str, tuple[str, ...]] = {
     "placement": ("benchmarks/placement.py", *_SEARCH),
-    "placement_engine": ("benchmarks/placement.py", *_SEARCH),
+    "placement_any": ("benchmarks/placement.py", *_SEARCH),
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),

@@ -25,6 +25,8 @@ NODE_SIZES = {
     "A100-PCIe-40GB": 4,
 }
 
+PRICES = {"A100-PCIe-40GB": 3.67}  # a board without a price in the catalogue: that of A100-SXM-40GB stands in
+
 
 def example(name: str) -> Cluster:
     """The fleet of ``examples/NAME.yaml``."""
@@ -38,7 +40,7 @@ def fleet(name: str, *nodes: tuple[int, int, str]) -> Cluster:
         "kind": "Cluster",
         "name": name,
         "nodes": [
-            {"name": f"n{index}", "count": count, "gpus": [{"type": gpu, "count": gpus}]}
+            {"name": f"n{index}", "count": count, "gpus": [{"type": gpu, "count": gpus} | _price_of(gpu)]}
             for index, (count, gpus, gpu) in enumerate(nodes)
         ],
         "network": {"bandwidth": "100Gbps", "latency": "20us"},
@@ -46,6 +48,10 @@ def fleet(name: str, *nodes: tuple[int, int, str]) -> Cluster:
     cluster = from_data(document, name=name)
     assert isinstance(cluster, Cluster)
     return cluster
+
+
+def _price_of(gpu: str) -> dict[str, float]:
+    return {"usd_per_hour": PRICES[gpu]} if gpu in PRICES else {}
 
 
 def scaled(cluster: Cluster, times: int) -> Cluster:

@@ -48,6 +48,15 @@ class Bars:
     heights: Mapping[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a search closed in: seconds, value of the best plan, and bound, None while there is none."""
+
+    fleet: str
+    objective: str
+    curve: Sequence[tuple[float, float | None, float | None]]
+
+
 MARKS = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"), (1.0, "max"))
 COLORS = ("#0072b2", "#999999", "#e69f00", "#009e73", "#56b4e9", "#d55e00", "#cc79a7")
 SHADES = {"to the best known": "#0072b2", "to the relaxation": "#e69f00"}
@@ -79,6 +88,40 @@ def draw_bars(bars: Sequence[Bars], *, name: str, label: str, document: bool) ->
             paths.append(FIGURES / f"{name}.svg")
         _bars_pictures(panels, label, paths)
     print(f"drawn: {RESULTS / name}.html", file=sys.stderr)
+
+
+def draw_searches(searches: Sequence[Search], *, name: str, document: bool) -> None:
+    """Value and bound against time, a row of panels per fleet; with ``document`` to ``docs/figures/`` (as SVG)."""
+    figures: Any = importlib.import_module("matplotlib.figure")
+    fleets = list(dict.fromkeys(search.fleet for search in searches))
+    objectives = list(dict.fromkeys(search.objective for search in searches))
+    size = (3.1 * len(objectives), 2.1 * len(fleets) + 0.4)
+    figure = figures.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(fleets), len(objectives), squeeze=False)
+    for search in searches:
+        axis = axes[fleets.index(search.fleet), objectives.index(search.objective)]
+        best = next((value for _, value, _ in reversed(search.curve) if value), 1.0)
+        for label, at, color in (("bound", 2, COLORS[2]), ("plan", 1, COLORS[0])):
+            points = [(point[0], value / best) for point in search.curve if (value := point[at]) is not None]
+            if points:
+                seconds, shares = zip(*points, strict=True)
+                last_s = max(point[0] for point in search.curve)
+                axis.step([*seconds, last_s], [*shares, shares[-1]], where="post", color=color, label=label)
+                axis.plot(seconds, shares, ".", color=color, markersize=4)
+        axis.set_title(f"{search.fleet}, {search.objective}", fontsize="small")
+        axis.set_xlim(0, None)
+        axis.set_ylim(0.9, 1.1)
+        axis.tick_params(labelsize="x-small")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize="small", ncols=2, loc="outside upper center")
+    figure.supxlabel("CPU seconds since the search began", fontsize="small")
+    figure.supylabel("as a share of the last plan's value", fontsize="small")
+    RESULTS.mkdir(exist_ok=True)
+    paths = [RESULTS / f"{name}.png", *([FIGURES / f"{name}.svg"] if document else [])]
+    for path in paths:
+        figure.savefig(path, dpi=120)
+    print(f"drawn: {', '.join(map(str, paths))}", file=sys.stderr)
 
 
 def _bars_html(panels: dict[str, list[Bars]], label: str, path: Path) -> None:

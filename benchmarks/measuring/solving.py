@@ -39,11 +39,18 @@ class Solve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """CPU seconds of a solve, binding included, and until a gap of 1% and of 0.5% was proved (None: never)."""
+    """CPU seconds of a solve, binding included.
+
+    And until the first plan and the first bound of the whole family, and until a gap of 1% and of 0.5% was proved;
+    None: never. ``curve``: seconds, value of the best plan and bound, whenever there was news.
+    """
 
     seconds: float
-    to_1_percent_s: float | None
-    to_half_percent_s: float | None
+    first_plan_s: float | None = None
+    first_bound_s: float | None = None
+    to_1_percent_s: float | None = None
+    to_half_percent_s: float | None = None
+    curve: tuple[tuple[float, float | None, float | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +158,12 @@ def failed(note: str) -> Measured:
 
 
 def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> Timing:
+    family = _of_the_whole_family(reports)
     return Timing(
         seconds=seconds,
+        first_plan_s=next((report.elapsed_s for report in reports if report.incumbent is not None), None),
+        first_bound_s=next((report.elapsed_s for report in family if report.bound is not None), None),
+        curve=tuple((report.elapsed_s, report.incumbent, report.bound) for report in reports),
         to_1_percent_s=time_to_gap(reports, plan, seconds, 0.01),
         to_half_percent_s=time_to_gap(reports, plan, seconds, 0.005),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import highspy
@@ -20,9 +20,16 @@ LEAST_S = 0.01  # HiGHS is given at least this long
 
 
 def quiet_highs(
-    options: Mapping[str, str | int | float] | None = None, *, time_limit_s: float = np.inf, seed: int = 0
+    options: Mapping[str, str | int | float] | None = None,
+    *,
+    time_limit_s: float = np.inf,
+    seed: int = 0,
+    stop: Callable[[], bool] | None = None,
 ) -> Any:
-    """A HiGHS solver without a model. ``options`` are HiGHS's own names; an infinite time limit sets none."""
+    """A HiGHS solver without a model. ``options`` are HiGHS's own names; an infinite time limit sets none.
+
+    The limit is one of wall time. ``stop`` is asked now and then whether to end, by other clocks or for other reasons.
+    """
     highs: Any = highspy.Highs()
     highs.silent()
     highs.setOptionValue("threads", 1)
@@ -31,4 +38,12 @@ def quiet_highs(
         highs.setOptionValue(option, value)
     if np.isfinite(time_limit_s):
         highs.setOptionValue("time_limit", max(LEAST_S, time_limit_s))
+    if stop is not None:
+
+        def interrupt(event: Any) -> None:
+            if stop():
+                event.interrupt()
+
+        highs.cbMipInterrupt.subscribe(interrupt)
+        highs.cbSimplexInterrupt.subscribe(interrupt)
     return highs

@@ -11,7 +11,7 @@ share of ``1 + ALIKE`` too much, GPUs dearer by this share prove the bound: it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,7 +33,9 @@ MORE = 8  # times as many where those improved nothing
 ADDED = 1000  # columns that join the relaxation at a time
 MOST_ROUNDS = 100
 QUICK_S, LEAST_S = 2.0, 0.2  # for whole counts of the likeliest columns, before all of them; the least, time or not
-LIKELY = (50, 400)  # columns of every side that lose least at the relaxation's prices: most plans are made of these
+# Columns of every side that lose least at the relaxation's prices: most plans are made of these. Few are soon good.
+LIKELY, MANY_LIKELY = 50, 400
+MOST_PROVED = 20_000  # columns: with more HiGHS comes to no bound in a minute
 FEW = 200_000  # compositions: so many may all be evaluated where prices rule hardly any out, until time is over
 
 
@@ -129,16 +131,17 @@ class _Search:
     def run(self) -> Outcome | None:
         """The best plan."""
         self._relax()
-        if self.is_complete:
-            self._prove()
+        if not (self.is_complete and self._prove()):
+            self._choose(MANY_LIKELY, QUICK_S)
         return self._outcome()
 
     def explored(self) -> Explored:
         """The same without a proof over whole counts."""
         self._relax()
+        self._choose(MANY_LIKELY, QUICK_S)
         if self.relaxed is None:
             return Explored((), None, None, is_empty=self.is_complete)
-        chosen = np.flatnonzero(self._likeliest(max(LIKELY)))
+        chosen = np.flatnonzero(self._likeliest(MANY_LIKELY))
         if self.incumbent is not None:
             chosen = np.union1d(chosen, np.flatnonzero(self.incumbent.counts))
         lp, dearer = self.relaxed, 1.0 + ALIKE
@@ -163,7 +166,7 @@ class _Search:
         for number in range(MOST_ROUNDS):
             lp = self._solve_relaxation()
             if number == 0:
-                self._choose(LEAST_S)
+                self._choose(LIKELY, LEAST_S)
             if self.budget.is_spent():
                 break
             if self._list_improving(lp):
@@ -171,7 +174,7 @@ class _Search:
                 break
         if self.listing.columns is None and not self.is_complete:
             raise NoPlanFoundError(UNDECIDED)
-        self._choose(QUICK_S)
+        self._choose(LIKELY, QUICK_S)
 
     def _solve_relaxation(self) -> LpSolution | None:
         """Over the columns listed, which it leaves in ``relaxed``; where they do not meet the demand, their most."""
@@ -273,14 +276,13 @@ class _Search:
 
     # --- whole counts
 
-    def _choose(self, limit_s: float) -> None:
-        """Whole counts of the likeliest columns, of few first: they are soon good."""
-        if self.relaxed is None:
+    def _choose(self, num: int, limit_s: float) -> None:
+        """Whole counts of so many of the likeliest columns of each side."""
+        if self.relaxed is None or self._gap() <= self.gap_target:
             return
         self._round_down()
-        for num in LIKELY:
-            if self._gap() > self.gap_target and (self.incumbent is None or not self.budget.is_spent()):
-                self._solve(self._likeliest(num), limit_s)
+        if self.incumbent is None or not self.budget.is_spent():
+            self._solve(self._likeliest(num), limit_s)
 
     def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
         """What a replica's GPUs are worth beyond its rate: how much a plan that holds it loses at least."""
@@ -307,22 +309,28 @@ class _Search:
             if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
                 self.incumbent = found
 
-    def _prove(self) -> None:
-        """Whole counts over every column that may be part of a better plan: HiGHS's bound is one on the family."""
-        if self.relaxed is None or self._gap() <= self.gap_target or self.budget.is_spent():
-            return
+    def _prove(self) -> bool:
+        """Whole counts over every column that may be part of a better plan: HiGHS's bound is one on the family.
+
+        Returns whether that was tried: not where hardly any column is ruled out, or no time is left.
+        """
+        if self.relaxed is None or self._gap() <= self.gap_target:
+            return True
         distance = np.inf if self.incumbent is None else abs(self.bound - self.incumbent.value)
         is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
         may_take_long = self.listing.num_compositions <= FEW and np.isfinite(self.budget.remaining_s())
-        if not (is_telling or may_take_long) or not self._list_within(distance):
-            return
+        if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
+            return False
         columns = self.listing.columns
         assert columns is not None, "the relaxation has columns"
         worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE)
+        if worthwhile.sum() > MOST_PROVED:
+            return False
         bound = self._solve(worthwhile, self.budget.remaining_s(), proves=True)
         if bound is not None:
             self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
         self._tell("whole counts")
+        return True
 
     def _list_within(self, distance: float) -> bool:
         """Lists every replica that loses no more than that; False: no time was left."""
@@ -355,8 +363,9 @@ class _Search:
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
         found = self.master.solve_milp(
-            columns.some(chosen), time_limit_s=max(LEAST_S, limit_s), gap=self.gap_target / (1 if proves else 10),
-            seed=self.seed, start=start, least=least,
+            columns.some(chosen), time_limit_s=max(LEAST_S, limit_s),
+            gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
+            presolves=self.master.pins is not None, stop=self._is_over(limit_s),
         )  # fmt: skip
         if found is None:
             return None
@@ -366,6 +375,11 @@ class _Search:
             self.incumbent = replace(found, counts=counts)
             self._tell("whole counts")
         return found.bound
+
+    def _is_over(self, limit_s: float) -> Callable[[], bool]:
+        """Whether so much time has gone by, by the budget's clock, or the caller gave up."""
+        end_s = self.budget.elapsed_s() + max(LEAST_S, limit_s)
+        return lambda: self.budget.cancelled.is_set() or self.budget.elapsed_s() >= end_s
 
     def _gap(self) -> float:
         return relative_gap(self.incumbent, self.bound) if self.is_complete else np.inf

@@ -14,7 +14,7 @@ This module is the only one of placement that talks to highspy; its functions re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import IntArray
+from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.routes import UNIFIED, Routes
-from hetis.solver.placement.tables import FloatArray
+from hetis.solver.placement.tables import BoolArray, FloatArray
 
 # How HiGHS ends when it has not run out of time. Nothing is unbounded here: replicas take GPUs, flows need replicas.
 SETTLED = (
@@ -65,17 +66,7 @@ class Columns:
         long.
         """
         order = np.lexsort((self.uses.sum(axis=1), -self.rates, self.sides))
-        kept = list[int]()
-        for side in np.unique(self.sides):
-            here = order[self.sides[order] == side]
-            uses, best = self.uses[here], np.empty((len(here), self.uses.shape[1]), dtype=np.int64)
-            num = 0
-            for i, use in zip(here.tolist(), uses, strict=True):
-                if not np.any(np.all(best[:num] <= use, axis=1)):
-                    best[num] = use
-                    num += 1
-                    kept.append(i)
-        return np.sort(np.array(kept, dtype=np.int64))
+        return np.sort(order[_undominated(self.sides[order], self.uses[order])])
 
     def followed_by(self, more: Columns) -> Columns:
         """These, then others."""
@@ -181,13 +172,19 @@ class Master:
         start: MilpSolution | None = None,
         least: IntArray | None = None,
         seed: int = 0,
+        presolves: bool = True,
+        stop: Callable[[], bool] | None = None,
     ) -> MilpSolution | None:
-        """Whole counts within a relative gap; None if none was found in time.
+        """Whole counts within a relative gap; None if none was found in time, or before ``stop`` says so.
 
         ``start`` is a known feasible choice of the first columns: the result is never worse. With ``least`` [K] counts
         are no less than that, and so is what the bound speaks of.
         """
-        return self.attempt(columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed)[0]
+        found, _ = self.attempt(
+            columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed, presolves=presolves,
+            stop=stop,
+        )  # fmt: skip
+        return found
 
     def decide(self, columns: Columns, *, time_limit_s: float, seed: int = 0) -> Verdict:
         """The best whole counts, or a proof that none of these columns serve anything, or the demand."""
@@ -206,9 +203,14 @@ class Master:
         seed: int,
         start: MilpSolution | None = None,
         least: IntArray | None = None,
+        presolves: bool = True,
+        stop: Callable[[], bool] | None = None,
     ) -> tuple[MilpSolution | None, bool]:
         """As `solve_milp`, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose."""
-        highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
+        options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
+        if not presolves:  # looks for dominated columns pair by pair, and for no limit meanwhile
+            options["presolve"] = "off"
+        highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed, stop=stop)
         model = self._model(columns, whole=True, pinned=True)
         if least is not None:
             lower = np.array(model.col_lower_)
@@ -359,6 +361,30 @@ class Master:
             replicas = np.concatenate([replicas, columns.links[:, between[0], between[1]]], axis=1)
             limits = np.concatenate([limits, routes.capacity[between]])
         return np.concatenate([replicas, flows]), limits
+
+
+@kernel
+def _undominated(sides: IntArray, uses: IntArray) -> BoolArray:
+    """Of columns by side and falling rate: those that take less of some row than any kept before them; [K]."""
+    kept = np.zeros(len(sides), np.bool_)
+    places, begin, num = np.empty(len(sides), np.int64), 0, 0
+    for i in range(len(sides)):
+        if i > 0 and sides[i] != sides[i - 1]:
+            begin = num
+        is_dominated = False
+        for k in range(begin, num):
+            other, takes_less = places[k], False
+            for r in range(uses.shape[1]):
+                if uses[i, r] < uses[other, r]:
+                    takes_less = True
+                    break
+            if not takes_less:
+                is_dominated = True
+                break
+        if not is_dominated:
+            kept[i], places[num] = True, i
+            num += 1
+    return kept
 
 
 def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
