@@ -18,7 +18,8 @@ planner's process per second. ``cpu_us``: the same for one of what the row is ab
 yet, at the rate at which they are taken. ``load``: running processes of the machine, a minute's mean.
 
 ``--soak``: 500 reports/s and 200 admissions/s, a row for each of twelve parts of the time, and one that compares the
-last part with the one that ended after a sixth of the time: memory as a share, p99 as a ratio.
+last part with the one that ended after a sixth of the time: memory as a share, p99 as a ratio. That p99 is of the
+calls that ran, and for 2 s before, while the machine's host kept less than a twentieth of a processor from it.
 
 ``change``: from the report that shows the need, as it is written, to where the name says; ``DONE`` is durable and by
 the planner's clock. ``in process``: the same admissions without gRPC, and the solver's share of them. ``--profile``
@@ -35,13 +36,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.measuring import rows
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.service_bench import Bench, Extent, opened, percentiles
 from benchmarks.measuring.service_calls import DispatchedReplica, in_process_seconds, paced, timed, timed_call
 from benchmarks.measuring.service_changes import CellUnderStress, ChangeTimes
 from benchmarks.measuring.service_fleet import cell_fleet
-from benchmarks.measuring.service_process import Watched
+from benchmarks.measuring.service_process import HostWatch, Watched
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 
 QUICK = Extent(agents=100, idle_s=3.0, report_s=2.0, rates=(200, 1000), beside_rate=50, changes=20, calls=200)
@@ -106,17 +109,20 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
         dispatched = DispatchedReplica(bench.client, found.name)
         await dispatched.declare(stage, found.generation)
         await bench.set_rate(SOAK_REPORTS_PER_S)
-        parts = list[tuple[float, float]]()  # memory, p99
+        parts = list[tuple[float, float]]()  # memory, p99 while the host lets the machine be
         part_s = 60 * minutes / SOAK_PARTS
         for number in range(SOAK_PARTS):
             async with dispatched.streaming(1, streams=1) as step:
-                with Watched(bench.planner) as watched:
+                with Watched(bench.planner) as watched, HostWatch() as host:
                     latencies = await paced(step, per_s=SOAK_ADMITS_PER_S, seconds=part_s)
             _, behind = await bench.behind()
             memory = bench.memory()
-            parts.append((float(memory["rss_mib"] or 0.0), latencies.ms(99)))
+            calm = np.array(latencies.seconds)[host.undisturbed(latencies.began_s, latencies.seconds)]
+            calm_ms = 1e3 * float(np.percentile(calm, 99)) if len(calm) else float("nan")
+            parts.append((float(memory["rss_mib"] or 0.0), calm_ms))
+            note = f"p99 {calm_ms:.1f} ms of the {len(calm) / len(latencies.seconds):.0%} that the host let be"
             name = f"soak, {(number + 1) * minutes / SOAK_PARTS:g} min"
-            row = bench.latency_row(name, latencies, at_once=1, watched=watched)
+            row = bench.latency_row(name, latencies, at_once=1, watched=watched, note=note)
             yield {**row, **memory, "cpu_us": None, "lag_s": behind / SOAK_REPORTS_PER_S}
         early, last = parts[max(0, SOAK_PARTS // 6 - 1)], parts[-1]
         note = f"memory {last[0] / early[0] - 1:+.1%} and p99 times {last[1] / early[1]:.2f} since {minutes / 6:g} min"

@@ -42,11 +42,13 @@ class Latencies:
     seconds: of each call.
     total_s: from the first call's start to the last one's end.
     failures: of calls that have no seconds.
+    began_s: when each began, by the monotonic clock, where `paced` made them.
     """
 
     seconds: Sequence[float]
     total_s: float
     failures: Sequence[CallError | NoRoomError] = ()
+    began_s: Sequence[float] = ()
 
     @property
     def per_s(self) -> float:
@@ -73,12 +75,16 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
     """Calls that begin at a rate, whether or not those before have ended; those that fail are counted."""
     found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
+    began = list[float]()
 
     async def one() -> None:
+        timed, at_s = list[float](), time.monotonic()
         try:
-            await call(found)
+            await call(timed)
         except (CallError, NoRoomError) as error:
             failures.append(error)
+        found.extend(timed)
+        began.extend([at_s] * len(timed))
 
     began_s = time.perf_counter()
     for number in range(max(1, round(per_s * seconds))):
@@ -87,7 +93,7 @@ async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)
-    return Latencies(seconds=found, total_s=time.perf_counter() - began_s, failures=failures)
+    return Latencies(seconds=found, total_s=time.perf_counter() - began_s, failures=failures, began_s=began)
 
 
 def timed_call(call: Callable[[], Awaitable[object]]) -> Call:

@@ -13,9 +13,14 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 ROOT = Path(__file__).parents[2]
 PROFILE = "HETIS_BENCHMARK_PROFILE"  # not read by the planner
@@ -97,10 +102,46 @@ class PlannerProcess:
         return float(found[1]) if found else 0.0
 
 
+HOST_WATCH_S, AFTERMATH_S = 0.5, 2.0
+MOST_STOLEN_SHARE = 0.05
+
+
 def stolen_s() -> float:
     """CPU seconds that this machine's host has kept from it so far: whoever waits for them stands still."""
     fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
     return int(fields[8]) / _TICKS_PER_S
+
+
+class HostWatch:
+    """When the host kept processors from this machine: ``with HostWatch() as host: ...``, then ``host.undisturbed``."""
+
+    def __enter__(self) -> HostWatch:
+        self._ended = threading.Event()
+        self._samples = [(time.monotonic(), stolen_s())]
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(HOST_WATCH_S):
+            self._samples.append((time.monotonic(), stolen_s()))
+
+    def undisturbed(self, began_s: Sequence[float], seconds: Sequence[float]) -> npt.NDArray[np.bool_]:
+        """Which calls ran while the host kept at most `MOST_STOLEN_SHARE` of a processor, nor just before them.
+
+        A call waits for those before it, so that what the host takes is felt for `AFTERMATH_S`.
+        """
+        at_s, stolen = (np.array(values) for values in zip(*self._samples, strict=True))
+        share = np.diff(stolen) / np.diff(at_s)
+        disturbed = np.concatenate([[0.0], np.cumsum(share > MOST_STOLEN_SHARE)])
+        began = np.array(began_s)
+        first = np.clip(np.searchsorted(at_s, began - AFTERMATH_S) - 1, 0, len(share))
+        last = np.clip(np.searchsorted(at_s, began + np.array(seconds)), 0, len(share))
+        return np.asarray(disturbed[last] == disturbed[first])
 
 
 class Watched:
