@@ -18,7 +18,7 @@ MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones shar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Duty:
+class Duty:
     """What a GPU does: the texts of its cell."""
 
     role: str
@@ -26,7 +26,7 @@ class _Duty:
     lines: tuple[str, ...]
 
 
-_IDLE = _Duty(role="idle", color=PLAIN, lines=("idle",))
+IDLE = Duty(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
@@ -54,24 +54,26 @@ def replica_name(number: int, role: Role) -> str:
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
-def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, _Duty]]:
+def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, Duty]]:
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
             name = f"R{number}" if named else f"{len(group.numbers):,} equal"
-            yield from _of_replica(replica, name, (number if named else color) % COLORS)
+            yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
-def _of_replica(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, _Duty]]:
+def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, Duty]]:
+    """Yield every GPU of a replica with what it does there."""
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
-        duty = _Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
+        duty = Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
         yield from ((device, duty) for device in stage.devices)
         for pool in pools:
             every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
             stages = "all stages" if pool.shared else f"stage {number + 1}"
-            lines = (f"{name} {stages}", "attention", f"{pool.kv_head_groups} of {every} heads")
-            helping = _Duty(role="worker", color=color, lines=lines)
+            together = f", {len(pool.devices)} cards" if len(pool.devices) > 1 else ""
+            lines = (f"{name} {stages}", f"attention{together}", f"{pool.kv_head_groups} of {every} heads")
+            helping = Duty(role="worker", color=color, lines=lines)
             yield from ((device, helping) for device in pool.devices)
 
 
@@ -97,7 +99,7 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         yield f"{plural(len(group.numbers), 'equal replica')}{role}", color
 
 
-def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, _Duty]) -> ZoneMap:
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty]) -> ZoneMap:
     cards = [card for group in groups for card in _cards(group, duties)]
     rest = len(cards) - MAX_NODES
     return ZoneMap(
@@ -107,13 +109,13 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, _Duty]) -> Zo
     )
 
 
-def _cards(group: NodeGroup, duties: Mapping[str, _Duty]) -> Iterator[NodeCard]:
+def _cards(group: NodeGroup, duties: Mapping[str, Duty]) -> Iterator[NodeCard]:
     """A card for all nodes of the group whose GPUs do the same, in the order of the first of them."""
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-    alike: dict[tuple[_Duty, ...], list[str]] = {}
+    alike: dict[tuple[Duty, ...], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
-        alike.setdefault(tuple(duties.get(f"{node}/{i}", _IDLE) for i in range(len(gpus))), []).append(node)
+        alike.setdefault(tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus))), []).append(node)
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
     for pattern, nodes in alike.items():
         name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
@@ -125,7 +127,7 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[_Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
+def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
     for index, (duty, gpu) in enumerate(zip(pattern, gpus, strict=True)):
         lines = (gpu, *duty.lines) if mixed else duty.lines
         yield GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines)
