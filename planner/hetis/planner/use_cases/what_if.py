@@ -6,6 +6,7 @@ turn. Every answer is a solve, with the options of `hetis-plan place`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import LoadedInputs, default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, Status
 from hetis.solver.replanning.change import PlanChange, plan_change
@@ -108,7 +109,7 @@ def what_if(
         InvalidProblemError: an unknown node, a type without profile, no node left.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report)
+    solve = _solver(objective, settings, budget, report, count=2)
     changed = _changed(loaded, change)
     before = _side(loaded, "before", solve, objective)
     after = _side(changed, "after", solve, objective)
@@ -140,7 +141,7 @@ def buy_next(
         InvalidProblemError: a type has no profile and none can be modelled.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report)
+    solve = _solver(objective, settings, budget, report, count=1 + len(market))
     fleets = {a.gpu.name: _changed(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
     before = _side(loaded, "before", solve, objective)
     duals = _duals(before)
@@ -185,11 +186,18 @@ def _duals(side: Side) -> dict[str, float]:
     return duals
 
 
-def _solver(objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report) -> Solve:
+def _solver(
+    objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report, *, count: int
+) -> Solve:
+    """Solves for one fleet after another; ``count``: of them, for those who wait."""
+    numbers = itertools.count(1)
+
     def solve(loaded: LoadedInputs, name: str) -> Compared:
+        numbered = one_of_several(report, next(numbers), count)
+
         def told(progress: Progress) -> None:
             phase = progress.phase.removeprefix(f"{settings.strategy}: ")
-            report(replace(progress, phase=f"{name}: {phase}"))
+            numbered(replace(progress, phase=f"{name}: {phase}"))
 
         outcome = planned(loaded, objective, settings, budget(), told)
         if outcome.status == FAILED:
