@@ -40,7 +40,7 @@ def test_the_page_of_a_running_cluster(tmp_path: Path) -> None:
         if chapter != "killed":
             return
         for theme in THEMES:
-            assert picture(address, pictures_folder(tmp_path) / f"status-{theme}.png", theme, height=1900) == []
+            assert picture(address, pictures_folder(tmp_path) / f"status-{theme}.png", theme, height=2100) == []
         said = browse(address, tmp_path, "--virtual-time-budget=9000", "--dump-dom")
         assert console(said) == []
         assert "Pause</button>" in said

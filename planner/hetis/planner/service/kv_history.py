@@ -85,8 +85,9 @@ class KvHistory:
         now = np.where(known[-1], rows[-1], -1.0)
         fullest = sorted(self._columns, key=lambda device: (now[self._columns[device]], peaks[self._columns[device]]))
         chosen = [device for device in fullest[-most:] if peaks[self._columns[device]] >= 0]
+        begin = int(known.any(axis=1).argmax())  # before that nobody said anything
         return [
-            KvRecord(device=device, times_s=self._times_s, shares=rows[:, self._columns[device]])
+            KvRecord(device=device, times_s=self._times_s[begin:], shares=rows[begin:, self._columns[device]])
             for device in sorted(chosen, key=natural_order)
         ]
 

@@ -182,7 +182,7 @@ def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator
     if fullest is not None:
         tone = "bad" if fullest.now >= (cluster.high_water or FULL) else ""
         label = "KV of the fullest device"
-        yield Tile(label=label, value=percent(fullest.now), note=fullest.device, tone=tone)
+        yield Tile(label=label, value=_whole(fullest.now), note=fullest.device, tone=tone)
     ends = Counter(_state(one) for one in cluster.redispatches)
     under_way = sum(ends[state] for state in _UNDER_WAY)
     yield Tile(
@@ -238,7 +238,7 @@ def _cell(device: str, index: int, duties: Mapping[str, Duty], full: Mapping[str
         return GpuCell(index=str(index), role="idle", color=PLAIN, lines=(*lines, "lost"))
     is_known = not math.isnan(share)
     if is_known:
-        lines = (*lines, f"KV {percent(share)}")
+        lines = (*lines, f"KV {_whole(share)}")
     return GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines, filled=share if is_known else None)
 
 
@@ -303,12 +303,12 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
     rows = []
     for record in records:
         line, area = _paths(xs, record.shares)
-        now = "silent" if math.isnan(record.now) else f"{percent(record.now)} now"
+        now = "silent" if math.isnan(record.now) else f"{_whole(record.now)} now"
         tone = "bad" if record.now >= (cluster.high_water or FULL) else ""
         rows.append(
             Strip(
                 label=record.device,
-                text=f"{now}, {percent(record.peak)} at most",
+                text=f"{now}, {_whole(record.peak)} at most",
                 color=owners.get(record.device, PLAIN),
                 line=line,
                 area=area,
@@ -426,6 +426,11 @@ def _word(enum: object, value: int) -> str:
     """``READY`` of ``NODE_STATE_READY``."""
     prefix = name_of(enum, 0).removesuffix("UNSPECIFIED")
     return name_of(enum, value).removeprefix(prefix)
+
+
+def _whole(share: float) -> str:
+    """What changes every few seconds needs no decimals."""
+    return f"{share:.0%}"
 
 
 def _lower(word: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import LoadedInputs, default_profile
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
@@ -168,6 +168,28 @@ def buy_next(
         offers=tuple(sorted(offers, key=worth)),
         left_out=tuple(left_out),
     )
+
+
+def buy_next_to_plan(
+    found: PlanAndProblem, market: Sequence[Addition], shape: NodeShape, *, time_limit_s: float,
+    budget: Callable[[], Budget], report: Report,
+) -> BuyNext:  # fmt: skip
+    """The same question about a plan that was made before, with its inputs, wishes, goal, strategy and engine.
+
+    Raises:
+        InvalidProblemError, UncheckedPlanError: as `buy_next`.
+    """
+    plan, problem = found.plan, found.problem
+    inputs = Inputs(
+        cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles,
+        will=problem.will,
+    )  # fmt: skip
+    origins = plan.inputs.get("origins")
+    loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})
+    settings = Settings(
+        strategy=plan.strategy, roles=problem.family.roles, engine=problem.family.engine, time_limit_s=time_limit_s
+    )
+    return buy_next(loaded, plan.objective, settings, market, shape, budget=budget, report=report)
 
 
 def _price(addition: Addition) -> float | None:

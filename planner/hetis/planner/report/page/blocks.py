@@ -12,7 +12,6 @@ from typing import ClassVar
 
 COLORS = 8  # of the palette; more things than that share them
 PLAIN = COLORS  # the colour of what belongs to nobody: idle, unusable
-FREE = COLORS + 1  # and of what is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +121,46 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A bar that begins where the one before it ended."""
+
+    label: str
+    text: str
+    begin: float
+    share: float
+    color: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waterfall:
+    title: str
+    note: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waterfalls:
+    """What becomes of a whole, step by step, with all numbers as a table below."""
+
+    kind: ClassVar[str] = "waterfalls"
+    title: str
+    intro: str
+    falls: tuple[Waterfall, ...]
+    numbers: Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """One GPU of a node. ``role`` is ``stage``, ``worker`` or ``idle``; ``filled`` is the share of a bar below."""
+    """A GPU of a node, or ``span`` neighbours that do the same. ``role`` is ``stage``, ``worker`` or ``idle``, and
+    ``filled`` the share of a bar below.
+    """
 
     index: str
     role: str
     color: int
     lines: tuple[str, ...]
     filled: float | None = None
+    span: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +272,7 @@ class Links:
     links: tuple[tuple[str, str], ...]
 
 
-Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | Links
+Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | Links | Waterfalls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from hetis.solver.explain import Explanation
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 MAX_NODES = 60  # cards in a zone; the rest is counted
+ROW = 4  # GPUs of a node side by side
 MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
 
 
@@ -49,6 +50,11 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
     )
 
 
+def shape_letter(number: int) -> str:
+    """What equal replicas are called where there are too many to name each: A, B, ... Z, AA."""
+    return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
 def replica_name(number: int, role: Role) -> str:
     """``Replica 0``, ``Replica 3 (decode)``."""
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
@@ -58,7 +64,7 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
-            name = f"R{number}" if named else f"{len(group.numbers):,} equal"
+            name = f"R{number}" if named else shape_letter(color)
             yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
@@ -96,7 +102,8 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         return
     for color, group in enumerate(groups[:COLORS]):
         role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
-        yield f"{plural(len(group.numbers), 'equal replica')}{role}", color
+        equal = f"{len(group.numbers):,} equal replicas" if len(group.numbers) > 1 else "1 replica"
+        yield f"{shape_letter(color)}: {equal}{role}", color
 
 
 def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty]) -> ZoneMap:
@@ -128,6 +135,16 @@ def _nodes(nodes: list[str]) -> str:
 
 
 def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
-    for index, (duty, gpu) in enumerate(zip(pattern, gpus, strict=True)):
+    """A cell for every GPU; neighbours of one row that do the same share one."""
+    alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
+    first = 0
+    while first < len(alike):
+        row_end = min((first // ROW + 1) * ROW, len(alike))
+        last = first
+        while last + 1 < row_end and alike[last + 1] == alike[first]:
+            last += 1
+        duty, gpu = alike[first]
+        index = str(first) if last == first else f"{first}–{last}"
         lines = (gpu, *duty.lines) if mixed else duty.lines
-        yield GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines)
+        yield GpuCell(index=index, role=duty.role, color=duty.color, lines=lines, span=last - first + 1)
+        first = last + 1
