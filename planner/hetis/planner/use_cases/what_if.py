@@ -110,7 +110,7 @@ def what_if(
         UncheckedPlanError: a plan fails the independent checker.
     """
     solve = _solver(objective, settings, budget, report, count=2)
-    changed = _changed(loaded, change)
+    changed = changed_inputs(loaded, change)
     before = _side(loaded, "before", solve, objective)
     after = _side(changed, "after", solve, objective)
     return WhatIf(
@@ -142,7 +142,7 @@ def buy_next(
         UncheckedPlanError: a plan fails the independent checker.
     """
     solve = _solver(objective, settings, budget, report, count=1 + len(market))
-    fleets = {a.gpu.name: _changed(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
+    fleets = {a.gpu.name: changed_inputs(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
     before = _side(loaded, "before", solve, objective)
     duals = _duals(before)
     offers, left_out = [], []
@@ -272,7 +272,7 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
     return plan_change(old, new, inputs.model, moments)
 
 
-def _changed(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
+def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
     """The same inputs with another fleet; types that join get `default_profile`."""
     cluster = with_added(loaded.inputs.cluster, change.add, change.shape)  # first: nothing else may be left
     if change.remove:
