@@ -23,6 +23,7 @@ class DemoProcesses:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.status_page = ""  # of the planner that was started last
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -36,7 +37,7 @@ class DemoProcesses:
     def start_planner(self, *, listen: str, lease: str, heartbeat: str) -> str:
         """Starts the planner and returns its address once it serves."""
         command = [
-            *("hetis-planner", "--listen", listen, "--status-page", "off", "--ready-json"),
+            *("hetis-planner", "--listen", listen, "--status-page", "127.0.0.1:0", "--ready-json"),
             *("--store", f"sqlite:///{self.folder}/planner.db", "--set", "solver.processes=1"),
             *("--set", f"agents.lease={lease}", "--set", f"agents.heartbeat={heartbeat}"),
         ]
@@ -45,7 +46,9 @@ class DemoProcesses:
         line = planner.stdout.readline()
         if not line:
             raise ProcessError(f"the planner did not start\n{self.tail('planner')}")
-        address: str = json.loads(line)["listen"][0]
+        ready = json.loads(line)
+        address: str = ready["listen"][0]
+        self.status_page = ready["status_page"]
         return address
 
     def kill(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,4 +57,48 @@ def test_an_unpacked_wheel_works_far_from_the_repository(wheel: Path, tmp_path: 
     program += f"assert hetis.__file__.startswith({str(tmp_path)!r}), hetis.__file__\n"
     program += f"assert hetis.formats.__file__.startswith({str(tmp_path)!r}), hetis.formats.__file__\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+ORDERS = {"as listed": ROOTS, "reversed": ROOTS[::-1], "planner last": (*ROOTS[:5], *ROOTS[6:], "planner")}
+EVERY_ROOT = (
+    "import hetis.solver.errors, hetis.formats.errors, hetis.engines.errors, hetis.v1, hetis.runtime, hetis.planner"
+)
+
+
+def run_with(roots: Sequence[Path], program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a program that finds our packages in these folders alone: without site (-S), no link of an editable install
+    is followed.
+    """
+    libraries = [one for one in sys.path if Path(one).name == "site-packages"]
+    begin = f"import sys\nsys.path[:0] = {[str(one) for one in (*roots, *libraries)]!r}\n"
+    return subprocess.run(
+        [sys.executable, "-S", "-c", begin + program], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_roots_are_one_package_in_any_order(order: str, tmp_path: Path) -> None:
+    """The one with ``__init__`` says what ``hetis`` is and looks for the others, wherever it stands among them."""
+    program = EVERY_ROOT + "\nassert hetis.__version__ and 'place' in dir(hetis)"
+    done = run_with([ROOT / root for root in ORDERS[order]], program, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_planner_the_other_roots_are_a_namespace(tmp_path: Path) -> None:
+    """What is below it must not need it: then nobody has said what ``hetis`` itself is."""
+    program = (
+        "import hetis.solver.errors, hetis.formats.errors\n"
+        "assert getattr(hetis, '__file__', None) is None and not hasattr(hetis, 'place'), hetis\n"
+    )
+    done = run_with([ROOT / root for root in ("formats", "solver")], program, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_packages_of_others_may_join(tmp_path: Path) -> None:
+    """A folder further down the path that adds a package to ``hetis`` is found, as with any namespace."""
+    (tmp_path / "hetis" / "added").mkdir(parents=True)
+    (tmp_path / "hetis" / "added" / "__init__.py").write_text("HERE = True\n")
+    roots = [*(ROOT / root for root in ROOTS), tmp_path]
+    done = run_with(roots, "import hetis.added, hetis.solver.errors\nassert hetis.added.HERE", tmp_path)
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Story:
         self._client: Client
         self._seen: dict[str, Any] = {}
 
-    def tell(self) -> dict[str, Any]:
-        """Runs the whole story; returns what was seen.
+    def tell(self, *, after: Callable[[str], None] = lambda _chapter: None) -> dict[str, Any]:
+        """Runs the whole story; returns what was seen. ``after`` is called with the name of every chapter that ended.
 
         Raises:
             ProcessError: something did not happen in time.
@@ -53,12 +54,16 @@ class Story:
         self._steer({})
         self._start()
         try:
-            self._place()
-            self._serve()
-            self._slow_one_down()
-            self._kill_one()
-            self._kill_the_planner()
-            self._bring_it_back()
+            for name, chapter in {
+                "place": self._place,
+                "serve": self._serve,
+                "slow": self._slow_one_down,
+                "killed": self._kill_one,
+                "planner": self._kill_the_planner,
+                "recovered": self._bring_it_back,
+            }.items():
+                chapter()
+                after(name)
         finally:
             self._client.close()
         return self._seen
@@ -69,7 +74,7 @@ class Story:
         say = self._teller.say
         self._teller.chapter("A planner and twelve agents")
         self._address = self._processes.start_planner(listen="127.0.0.1:0", lease=LEASE, heartbeat=HEARTBEAT)
-        say(f"hetis-planner serves on {self._address}")
+        say(f"hetis-planner serves on {self._address}; watch it on {self._processes.status_page}")
         self._client = Client(self._address)
         self._client.clusters.CreateCluster(
             cluster_service_pb2.CreateClusterRequest(

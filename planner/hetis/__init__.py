@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
+    from hetis.planner.export.targets import Export
     from hetis.planner.library.loading import load_cluster, load_plan
     from hetis.planner.library.placing import place
     from hetis.planner.library.plan import Plan
@@ -30,6 +31,7 @@ __path__ = extend_path(__path__, __name__)
 
 __all__ = [
     "Client",
+    "Export",
     "HetisError",
     "InfeasibleError",
     "NoPlanFoundError",
@@ -43,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "Client": "hetis.planner.client",
+    "Export": "hetis.planner.export.targets",
     "HetisError": "hetis.solver.errors",
     "InfeasibleError": "hetis.solver.errors",
     "NoPlanFoundError": "hetis.solver.errors",

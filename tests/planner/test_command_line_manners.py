@@ -186,6 +186,67 @@ def test_a_wrong_file_of_defaults_is_named(
 # --- what people read first
 
 
+SAMPLE = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (("place", *SAMPLE, "--out", "p.json"), "by hetis for vllm-hetis, 1 time 60.0 s at most"),
+        (("compare", *SAMPLE, "--strategies", "hetis,uniform"), "by hetis, uniform, 2 times 60.0 s at most"),
+        (("what-if", *SAMPLE, "--buy-next", "--market", "L4,T4"), "by hetis for vllm-hetis, 3 times 60.0 s at most"),
+        (("share", "tenants.yaml", "-c", "cluster.yaml"), "by hetis, 1 time 300 s at most"),
+    ],
+)
+def test_a_whole_call_can_be_checked_without_solving(
+    call: tuple[str, ...], said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    Path("tenants.yaml").write_text(
+        "apiVersion: hetis/v1\nkind: Tenants\ntenants: [{name: a, model: Llama-2-7B, workload: 500/100}]\n"
+    )
+    capsys.readouterr()
+    assert run_verb([*call, "--dry-run"]) == ExitCode.OK
+    table = capsys.readouterr().out
+    assert "Llama-2-7b-hf on my-fleet (10 GPUs) for 500/100" in table
+    assert said in " ".join(table.split())
+    assert run_verb([*call, "--dry-run", "-o", "json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["kind"] == "DryRun"
+    assert not Path("p.json").exists()
+
+
+def test_what_is_wrong_with_a_call_is_found_without_solving(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file, name and option, and where results would go."""
+    assert run_verb(["init", "-q"]) == ExitCode.OK
+    wrong = {
+        ("--pin", "type=L5:as=worker"): "L5",
+        ("--out", "nowhere/plan.json"): "nowhere",
+        ("-w", "azure_conv"): "did you mean azure_conv_2023",
+        ("--objective", "cost"): "rate",
+    }
+    for options, words in wrong.items():
+        assert run_verb(["place", *SAMPLE, *options, "--dry-run"]) == ExitCode.INVALID, options
+        assert words in capsys.readouterr().err
+
+
+def test_an_empty_list_of_the_catalogue_says_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_verb(["catalog", "gpus", "H10O-SXM-80GB"]) == ExitCode.OK
+    said = capsys.readouterr().err
+    assert "no name of the gpus contains 'H10O-SXM-80GB', did you mean H100-SXM-80GB?" in said
+    assert run_verb(["catalog", "gpus", "h100"]) == ExitCode.OK
+    assert capsys.readouterr().err == ""
+
+
+def test_the_answer_comes_first_with_its_cost(folder: Path) -> None:
+    """What is served, what it costs, what it gains; proofs and how it was found come after."""
+    done = hetis_plan_here("explain", "plan.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:13]]
+    order = ["Goodput", "Cost", "TTFT p95", "Fleet", "Bound", "Solved"]
+    assert [name for name in names if name in order] == order
+    assert " USD per million output tokens" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["ray", "kubernetes"])
 def test_help_shows_what_is_in_brackets(name: str) -> None:
     from typer.testing import CliRunner

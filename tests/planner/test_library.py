@@ -19,8 +19,8 @@ from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
 
 NAMES = [
-    "Client", "HetisError", "InfeasibleError", "NoPlanFoundError", "Plan", "Simulation", "__version__", "load_cluster",
-    "load_plan", "place",
+    "Client", "Export", "HetisError", "InfeasibleError", "NoPlanFoundError", "Plan", "Simulation", "__version__",
+    "load_cluster", "load_plan", "place",
 ]  # fmt: skip
 CLUSTER = """\
 apiVersion: hetis/v1
@@ -105,6 +105,33 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
     for name in ("plan.json", "plan.yaml"):
         plan.save(tmp_path / name)
         assert hetis.load_plan(tmp_path / name).to_dict() == plan.to_dict()
+
+
+def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:
+    """The same files by either way, what is wrong with options all at once, and no folder is written over."""
+    plan.save(tmp_path / "plan.json")
+    options = ("--model", "/models/x", "--node-address", "a100=10.0.0.1", "--", "--max-model-len", "512")
+    done = hetis_plan_here("export", "plan.json", "--to", "vllm", "--out", "theirs", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = plan.export(
+        "vllm", tmp_path / "ours", model="/models/x", node_address={"a100": "10.0.0.1"},
+        engine_options=["--max-model-len", "512"],
+    )  # fmt: skip
+    assert files_in(tmp_path / "ours") == files_in(tmp_path / "theirs") == dict(made.files)
+    assert made.lost == ()
+    with pytest.raises(hetis.HetisError) as caught:
+        plan.export("vllm", tmp_path / "ours", dtype="int3", engine_options=["--tp-size", "2"])
+    assert [line.partition(": ")[2] for line in str(caught.value).splitlines()] == [
+        f"{tmp_path / 'ours'} is not empty: name another, or force it",
+        "--tp-size is no option to give the engine: the plan decides it",
+        "dtype is 'int3', must be one of auto, bfloat16, float16, float32",
+    ]
+    with pytest.raises(hetis.HetisError, match="unknown target 'punch-cards', expected one of vllm"):
+        plan.export("punch-cards")
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_frames_have_a_row_for_every_part(plan: hetis.Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hetis.planner.cli.progress import SparseLines, describe
+from hetis.planner.cli.simulation_progress import SparseRequests
 from hetis.solver.budget import Progress
 
 
@@ -23,3 +24,18 @@ def test_a_line_tells_incumbent_bound_and_gap() -> None:
 
 def test_what_is_not_known_yet_is_left_out() -> None:
     assert describe(Progress(phase="pricing", elapsed_s=0), "requests/s") == "  0.0 s  pricing"
+
+
+def test_a_sweep_says_which_rate_it_is_at_and_how_far() -> None:
+    lines, times_s = list[str](), iter((0.0, 1.0, 5.0, 6.0, 9.9, 10.0, 11.0))
+    news = SparseRequests(lines.append, clock=lambda: next(times_s))
+    news.begins("rate 1 of 40 at most: 1.5 requests/s")
+    for _ in range(4):
+        news(1_000, 2_000)
+    news.begins("rate 2 of 40 at most: 2 requests/s")
+    for _ in range(2):
+        news(50, 2_000)
+    assert lines == [
+        "simulating: rate 1 of 40 at most: 1.5 requests/s, 1,000 of 2,000 requests have arrived",
+        "simulating: rate 2 of 40 at most: 2 requests/s, 50 of 2,000 requests have arrived",
+    ]

@@ -11,9 +11,10 @@ import pytest
 
 from hetis.formats.documents import load_cluster, load_plan
 from hetis.planner.report.figures import digits
-from hetis.planner.report.page.fleet_map import fleet_map
+from hetis.planner.report.page.blocks import Waterfalls
+from hetis.planner.report.page.fleet_map import fleet_map, shape_letter
 from hetis.planner.report.page.pages import ShownPlan, plans_page
-from hetis.planner.report.page.plan_section import reason_words, shape_words
+from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
@@ -166,9 +167,10 @@ def test_the_map_shows_every_gpu_with_what_it_does() -> None:
     (zone,) = drawn.zones
     nodes = {node.name: node.cells for node in zone.nodes}
     assert list(nodes) == ["a100", "r3090-[0-1] (2 equal nodes)", "p100"]
-    assert [cell.role for cell in nodes["p100"]] == ["stage", "stage", "worker", "worker"]
+    assert [(cell.index, cell.role, cell.span) for cell in nodes["p100"]] == [("0–1", "stage", 2), ("2–3", "worker", 2)]
+    assert [cell.index for cell in nodes["a100"]] == ["0–3"]
     assert nodes["a100"][0].lines == ("R0 stage 1", "layers 0–51", "TP4, 1 of 2 heads")
-    assert nodes["p100"][3].lines == ("R0 stage 1", "attention", "1 of 2 heads")
+    assert nodes["p100"][1].lines == ("R0 stage 1", "attention, 2 cards", "1 of 2 heads")
     assert drawn.idle == (("4 × RTX-3090", "too slow"),)
 
 
@@ -178,6 +180,50 @@ def test_a_fleet_of_many_equal_nodes_is_drawn_in_a_few() -> None:
     explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
     drawn = fleet_map(plan, cluster, explanation)
     assert sum(len(zone.nodes) for zone in drawn.zones) == len(cluster.node_groups)
+
+
+def test_many_replicas_are_called_by_their_shape() -> None:
+    """Equal ones share a letter and a colour; a row of the map has four GPUs, whatever stands in it."""
+    cluster = load_cluster(str(EXAMPLES / "fleet-160.yaml"))
+    equal = [
+        plans.replica(plans.stage("A100-SXM-80GB", tp=1, first=0, layers=80, devices=(f"a100-0/{i}",)))
+        for i in range(6)
+    ]
+    other = [
+        plans.replica(plans.stage("L4", tp=1, first=0, layers=80, devices=(f"l4-{i}/0",))) for i in range(4)
+    ]  # fmt: skip
+    explanation = Explanation(memory=(), stage_times=(), bottlenecks=(), idle=(), attention_workers="")
+    drawn = fleet_map(plans.plan(*equal, *other), cluster, explanation)
+    assert [name for name, _ in drawn.legend] == ["A: 6 equal replicas", "B: 4 equal replicas"]
+    nodes = {node.name: node.cells for zone in drawn.zones for node in zone.nodes}
+    assert [(cell.index, cell.lines[0]) for cell in nodes["a100-0"]] == [
+        ("0–3", "A stage 1"), ("4–5", "A stage 1"), ("6–7", "idle"),
+    ]  # fmt: skip
+    assert [shape_letter(number) for number in (0, 25, 26, 701, 702)] == ["A", "Z", "AA", "ZZ", "AAA"]
+
+
+def test_memory_falls_to_what_is_free(folder: Path) -> None:
+    """Every step begins where the one before ended, and the last ends with the card."""
+    found = load_plan_and_problem(str(folder / "plan.json"))
+    section = plan_section("The plan", found.plan, found.problem, anchor="plan-1")
+    (memory,) = (block for block in section.blocks if isinstance(block, Waterfalls))
+    assert {fall.title for fall in memory.falls} == {price.gpu for price in found.plan.prices if price.used}
+    for fall in memory.falls:
+        ends = [step.begin + step.share for step in fall.steps]
+        assert [step.begin for step in fall.steps] == pytest.approx([0.0, *ends[:-1]])
+        assert ends[-1] == pytest.approx(1.0)
+        assert fall.steps[-1].label == "free"
+
+
+def test_what_to_buy_next_is_found_by_solving_again(folder: Path) -> None:
+    """The market of `what-if --buy-next` on the plan's own inputs, in a part of the page of its own."""
+    asked = ("--buy-next", "--count", "2", "--time-limit", "5s")
+    done = hetis_plan_here("report", "plan.json", *asked, "--out", "bought.html", "-q", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    text = whole((folder / "bought.html").read_text()).text
+    assert "What to buy next" in text
+    assert "2 GPUs of one type added, and everything solved again." in text
+    assert "H100-SXM-80GB" in text[text.index("The market, best purchase per dollar first") :]
 
 
 def test_shapes_and_reasons_are_said_in_words() -> None:

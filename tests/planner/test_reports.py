@@ -75,7 +75,7 @@ def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
     assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
     assert "sends KV to east, west" in text
     routes = [line.split() for line in lines[lines.index("KV routes") + 2 :]]
-    assert routes[0][:5] + routes[0][-3:] == ["3", "equal", "(L4)", "replica", "3", "1.600", "53%", "100%"]
+    assert routes[0][:5] + routes[0][-3:] == ["replicas", "0-2", "(L4)", "replica", "3", "1.600", "53%", "100%"]
     assert "prefill" not in text_of(render_plan(PLANS["paper"]))
 
 

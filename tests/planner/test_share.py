@@ -53,9 +53,11 @@ def test_every_tenant_gets_a_plan_that_the_checker_passes(tmp_path: Path) -> Non
     assert len(devices) == len(set(devices))
 
 
-def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path) -> None:
+def test_the_table_fits_80_columns_and_says_what_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetis.planner.cli.progress.PLAIN_INTERVAL_S", 0.0)
     result = invoke("share", written(tmp_path), "-c", FLEET, "--rule", "sharing-incentive")
     assert result.exit_code == 0, result.output
+    assert all(f" {number} of 5, " in result.stderr for number in range(1, 6)), "four rules and envy"
     table = result.stdout
     assert "yes: nobody is worse off than on its own part of the fleet" in table
     assert "rules compared" in table

@@ -46,6 +46,16 @@ def value_of(fleet: str) -> float:
     return float(json.loads(result.stdout)["result"]["value"])
 
 
+def test_those_who_wait_hear_which_of_how_many_is_solved(fleet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hetis.planner.cli.progress.PLAIN_INTERVAL_S", 0.0)
+    told = invoke(*asked(fleet, "--add", "1xL4")).stderr
+    assert "1 of 2, before: " in told
+    assert "2 of 2, after: " in told
+    told = invoke(*asked(fleet, "--buy-next", "--market", "L4,T4")).stderr
+    assert "1 of 3, before: " in told
+    assert "3 of 3, with 1 " in told
+
+
 def test_the_difference_is_that_of_two_solves(fleet: str, tmp_path: Path) -> None:
     answer = answer_to(fleet, "--add", "2xL4", "--remove", "t4", "--gpus-per-node", "1")
     after = tmp_path / "after.yaml"

@@ -18,7 +18,7 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.explain import Explanation
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
-from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan
+from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver import test_check_roles
@@ -201,6 +201,18 @@ def test_replicas_of_every_role_add_up() -> None:
     assert "KV leaves" not in explanation.bottlenecks[3]
     assert "mean TPOT" not in explanation.bottlenecks[0]
     assert "p95 TTFT" not in explanation.bottlenecks[1]
+
+
+def test_a_plan_that_leaves_a_zone_idle_is_explained_although_it_might_send_there() -> None:
+    """The prefill replica may send KV to all zones; the plan's other devices are in its own."""
+    problem = test_check_roles.the_problem()
+    plan = test_check_roles.sound(problem)
+    fleet = Fleet.of(problem.cluster)
+    (prefill,) = (one for one in plan.replicas if one.role is Role.PREFILL)
+    assert set(prefill.kv_zones) == set(problem.cluster.zones())
+    assert len(fleet.zones_of(prefill.devices())) == 1
+    alone = replace(plan, replicas=(prefill,), kv_routes=())
+    assert explain_plan(alone, problem).bottlenecks[0].startswith("replica 0 (prefill)")
 
 
 def test_replica_that_waits_for_its_wire_says_so_and_adds_up() -> None:

@@ -57,6 +57,10 @@ class Hub(Generic[K, V]):
         self._wake()
         return self._last
 
+    def newest(self) -> list[Event[K, V]]:
+        """Return the last state of every key that is not gone, the latest change first."""
+        return [event for event in reversed(self._events.values()) if event.value is not None]
+
     def is_too_old(self, after: int) -> bool:
         """Return whether something that a watcher at ``after`` has not seen is no longer known."""
         return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 def _no_clock() -> float:
@@ -67,3 +67,8 @@ Report = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Reports to nobody."""
+
+
+def one_of_several(report: Report, number: int, count: int) -> Report:
+    """News of one search of several, with its place among them, from 1."""
+    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {progress.phase}"))

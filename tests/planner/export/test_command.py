@@ -43,7 +43,7 @@ def test_a_folder_with_something_in_it_is_left_alone(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path)]) == ExitCode.INVALID
-    assert f"--out {tmp_path} is not empty: name another, or give --force" in capsys.readouterr().err
+    assert f"{tmp_path} is not empty: name another, or force it" in capsys.readouterr().err
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(tmp_path), "--force"]) == 0
     assert run(["export", str(plan_file), "--to", "vllm", "--out", str(plan_file)]) == ExitCode.INVALID
 
@@ -94,7 +94,7 @@ def test_all_that_is_wrong_with_options_is_said_at_once(plan_file: Path, capsys:
     assert capsys.readouterr().err.splitlines() == [
         "error: 6 problems in the input",
         "  export: --node-address is 'a', must be NODE=HOST, such as gpu2=10.0.0.2",
-        "  export: --tp-size stands after --: the plan decides it",
+        "  export: --tp-size is no option to give the engine: the plan decides it",
         "  export: --engine is vllm: --to sglang runs sglang",
         "  export: --dtype is 'int3', must be one of auto, bfloat16, float16, float32",
         "  export: --name is 'No', must be 1 to 30 small letters, digits and -, a letter first",

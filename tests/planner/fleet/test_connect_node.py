@@ -178,6 +178,10 @@ def test_a_plan_comes_into_force_and_a_redispatch_is_done() -> None:
             await until(lambda: not any(reconciler.task for reconciler in fleet._reconcilers.values()))
             keys = {event.key for event in hubs.cluster(CLUSTER)._newer(0)}
             assert {("replica", REPLICA), ("redispatch", body.name), ("node", f"{CLUSTER}/nodes/a")} <= keys
+            told = {event.key: event.value for event in hubs.cluster(CLUSTER).newest()}[("redispatch", body.name)]
+            assert told.end_time == store.tables.redispatches.rows[body.name].body.end_time
+            assert [replica.name for replica in fleet.replicas_of(CLUSTER)] == [REPLICA]
+            assert fleet.cluster_names == [CLUSTER]
 
     run(body)
 

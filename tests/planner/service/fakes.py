@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from hetis.formats.errors import single_problem
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found
 from hetis.planner.service.identity import caller
-from hetis.planner.service.overview import ClusterOverview, Overview
+from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig
 from hetis.planner.store import AuditedChange
@@ -123,6 +123,7 @@ class FakePlanner:
         self.closed = False
         self.failed = asyncio.Event()
         self.failures: list[str] = []
+        self.clusters: list[ClusterNow] = []
 
     @property
     def servicings(self) -> Sequence[Servicing]:
@@ -169,6 +170,9 @@ class FakePlanner:
             searching=1,
             solver_processes=2,
         )
+
+    def clusters_now(self) -> Sequence[ClusterNow]:
+        return self.clusters
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return {"cluster": {"name": name}} if name == "clusters/c" else None

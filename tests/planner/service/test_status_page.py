@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
 import resource
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
+from hetis.planner.service.kv_history import NUM_SAMPLES, KvHistory
 from hetis.planner.service.metrics import ServiceMetrics
+from hetis.planner.service.overview import ClusterNow, Overview
 from hetis.planner.service.page_connections import PageLimits
 from hetis.planner.service.server import AddressError
+from hetis.planner.service.status_html import status_html
 from hetis.planner.service.status_page import StatusPage, status_app
+from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
+from tests.planner.html_pages import ReadPage
+from tests.planner.resources.served import LiveNode
 from tests.planner.service.fakes import FakePlanner
 from tests.planner.service.serving import run
 
 
 async def ask(
-    address: str, path: str, method: str = "GET", called: str = "localhost"
+    address: str, path: str, method: str = "GET", called: str = "localhost", accept: str = "*/*"
 ) -> tuple[int, dict[str, str], str]:
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"{method} {path} HTTP/1.1\r\nHost: {called}\r\nConnection: close\r\n\r\n".encode())
+    writer.write(
+        f"{method} {path} HTTP/1.1\r\nHost: {called}\r\nAccept: {accept}\r\nConnection: close\r\n\r\n".encode()
+    )
     head, _, body = (await reader.read()).decode().partition("\r\n\r\n")
     writer.close()
     status, *lines = head.split("\r\n")
@@ -33,12 +45,18 @@ async def ask(
 
 
 async def page(
-    is_ready: bool = True, limits: PageLimits | None = None, failures: Sequence[str] = (), hosts: Sequence[str] = ()
+    is_ready: bool = True,
+    limits: PageLimits | None = None,
+    failures: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    clusters: Sequence[ClusterNow] = (),
 ) -> tuple[StatusPage, str]:
     made = StatusPage(limits)
     address = made.listen("127.0.0.1:0")
+    planner = FakePlanner()
+    planner.clusters += clusters
     app = status_app(
-        FakePlanner(),
+        planner,
         ServiceMetrics("1.2"),
         version="1.2",
         is_ready=lambda: is_ready,
@@ -77,6 +95,106 @@ def test_the_page_shows_the_planner_and_its_clusters() -> None:
     assert json.loads(cluster[2]) == {"cluster": {"name": "clusters/c"}}
     assert (missing[0], json.loads(missing[2])) == (404, {"error": "clusters/d does not exist"})
     assert nothing[0] == 404
+
+
+BROWSER = "text/html,application/xhtml+xml,*/*;q=0.8"
+
+
+def test_browsers_get_a_page_and_programs_json() -> None:
+    """The page is told apart by what is asked for, and allows itself nothing but its own script and its own server."""
+
+    async def test() -> Any:
+        served, address = await page(clusters=[running_cluster(), running_cluster("clusters/<b>")])
+        answers = [await ask(address, path, accept=BROWSER) for path in ("/", "/clusters/c", "/clusters/d")]
+        plain = await ask(address, "/", accept="*/*")
+        strange = await ask(address, "/", called="evil.example", accept=BROWSER)
+        await served.stop()
+        return answers, plain, strange
+
+    (first, one, missing), plain, strange = run(test)
+    assert (first[0], one[0], missing[0], strange[0]) == (200, 200, 404, 421)
+    assert plain[1]["content-type"] == "application/json"
+    assert plain[1]["vary"] == first[1]["vary"] == "accept"
+    assert first[1]["content-type"].startswith("text/html")
+    assert first[1]["cache-control"] == "no-store"
+    policy = first[1]["content-security-policy"]
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    script = first[2].partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode().lower()
+    assert f"script-src 'sha256-{digest}'" in policy.split("; ")
+    assert "<b>" not in first[2].replace("<b>R0", "")
+    read = ReadPage(one[2])
+    assert "Cluster c" in read.text
+    assert "This planner" not in read.text, "of the one cluster alone"
+
+
+def test_the_page_shows_what_runs_as_it_is_now() -> None:
+    """Replicas with their states, the devices with their KV, a re-dispatch under way; the store is not asked."""
+    text = ReadPage(status_html(OVERVIEW, [running_cluster()], version="1", is_ready=True)).text
+    for words in (
+        "degraded, heads move", "7 running", "2 waiting", "KV 75%", "75% now, 90% at most",
+        "deviation (156% above 50%)", "preparing", "844 us → 367 us", "1 lost", "epoch 3", "2.0 GiB",
+    ):  # fmt: skip
+        assert words in text, words
+    away = replace(OVERVIEW, store_answered_s_ago=12.0)
+    assert "last heard 12.0 s ago" in ReadPage(status_html(away, [], version="1", is_ready=False)).text
+    standby = ReadPage(status_html(replace(OVERVIEW, leads=False, leader="b:7"), [], version="1", is_ready=True)).text
+    assert "This planner stands by. What runs is on the page of the one that leads (b:7)." in standby
+
+
+def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
+    """The fullest devices are drawn, the others counted."""
+    kv = KvHistory()
+    for step in range(NUM_SAMPLES + 5):
+        kv.add(1_000.0 + 5 * step, ((f"n{i}/0", (i % 100) / 100) for i in range(2_000)))
+    nodes = {f"clusters/c/nodes/n{i}": LiveNode(heard_time_s=1.0) for i in range(2_000)}
+    html = status_html(OVERVIEW, [replace(running_cluster(), kv=kv, nodes=nodes)], version="1", is_ready=True)
+    assert len(html) < 400_000
+    text = ReadPage(html).text
+    assert "1,968 others are emptier" in text
+    assert "more nodes" in text
+
+
+OVERVIEW = Overview(epoch=3, leader_since_s=1_800_000_000.0, num_plans={}, queued=0, searching=0, solver_processes=1)
+
+
+def running_cluster(name: str = "clusters/c") -> ClusterNow:
+    """A replica of one stage with an attention worker on another node, which was fuller; a third node is lost."""
+    kv = KvHistory()
+    kv.add(1_000.0, [("a/0", 0.5), ("w/0", 0.9)])
+    kv.add(1_005.0, [("a/0", 0.6), ("w/0", 0.75)])
+    shape = replica_pb2.ReplicaPlan(
+        rate_rps=1.0, ttft_s=1.0, tpot_s=0.1, micro_batch=4, in_flight=1, chunk_tokens=512, kv_tokens=1_000,
+        stages=[
+            replica_pb2.StagePlan(
+                gpu_type="A100", tp=1, copies=1, num_layers=80, devices=["a/0"], kv_head_groups_kept=5
+            )
+        ],
+        attention_workers=[
+            replica_pb2.AttentionWorkerPool(gpu_type="P100", devices=["w/0"], kv_head_groups=3)
+        ],
+    )  # fmt: skip
+    replica = LiveReplica(
+        name=f"{name}/replicas/r", cluster=name, plan="plans/p", plan_index=0,
+        state=replica_pb2.REPLICA_STATE_DEGRADED, generation=4,
+        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE, primary_node="a", shape=shape, model=None, stages=(),
+        conditions={}, report=report_pb2.ReplicaReport(num_running=7, num_waiting=2), report_time_s=1.0,
+        redispatch=f"{name}/redispatches/1",
+    )  # fmt: skip
+    moved = redispatch_pb2.Redispatch(
+        name=f"{name}/redispatches/1", replica=f"{name}/replicas/r", num_moves=12, kv_bytes=2 * 2**30,
+        makespan_before_s=844e-6, makespan_after_s=367e-6, state=redispatch_pb2.REDISPATCH_STATE_PREPARING,
+        triggers=[redispatch_pb2.RedispatchTrigger(kind=redispatch_pb2.TRIGGER_KIND_DEVIATION, value=1.56, limit=0.5)],
+    )  # fmt: skip
+    moved.create_time.FromSeconds(1_003)
+    ready, lost = cluster_pb2.NODE_STATE_READY, cluster_pb2.NODE_STATE_LOST
+    return ClusterNow(
+        name=name,
+        nodes={
+            f"{name}/nodes/{node}": LiveNode(state=lost if node == "x" else ready, heard_time_s=1.0) for node in "awx"
+        },
+        replicas=[replica], redispatches=[moved], kv=kv, high_water=0.8, now_s=1_005.0,
+    )  # fmt: skip
 
 
 def test_metrics_are_read_by_prometheus() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -36,6 +37,7 @@ def catalog(
     def chosen(name: str) -> bool:
         return containing.lower() in name.lower()
 
+    _suggest(terminal, containing, which)
     match which:
         case Catalogue.GPUS:
             gpus = [entry for entry in catalogue.gpus() if chosen(entry.gpu.name)]
@@ -61,3 +63,19 @@ def catalog(
                 lambda: tables.strategy_table([(one.name, one.summary) for one in strategies]),
             )
     return ExitCode.OK
+
+
+def _suggest(terminal: Terminal, containing: str, which: Catalogue) -> None:
+    """A text that is in no name is told with the nearest one: an empty list alone would look like all there is."""
+    from hetis.formats import catalogue
+    from hetis.formats.errors import did_you_mean
+    from hetis.solver.placement.strategies import STRATEGIES
+
+    names: Sequence[str] = {
+        Catalogue.GPUS: lambda: [entry.gpu.name for entry in catalogue.gpus()],
+        Catalogue.MODELS: lambda: [entry.model.name for entry in catalogue.models()],
+        Catalogue.WORKLOADS: lambda: [entry.workload.name for entry in catalogue.workloads()],
+        Catalogue.STRATEGIES: lambda: list(STRATEGIES),
+    }[which]()
+    if not any(containing.lower() in name.lower() for name in names):
+        terminal.warn(f"no name of the {which.value} contains {containing!r}{did_you_mean(containing, names)}")

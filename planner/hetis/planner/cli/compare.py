@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
+from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.families import ALL_STRATEGIES
 from hetis.solver.plan import ObjectiveKind, Status
@@ -40,6 +41,7 @@ def compare(
     threads: options.ThreadsOption = 1,
     out: options.PlansFolderOption = None,
     html: options.HtmlOption = None,
+    dry_run: DryRunOption = False,
 ) -> ExitCode:
     """Plan by several strategies and show their plans side by side, checked alike.
 
@@ -65,6 +67,11 @@ def compare(
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
+    if dry_run:
+        return say_what_would_be_solved(
+            terminal, [(loaded.inputs, goal)], strategies=strategies.names, solves=len(strategies.names),
+            time_limit_s=time_limit,
+        )  # fmt: skip
     cancelled = threading.Event()
 
     def work(report: Report) -> tuple[Compared, ...]:

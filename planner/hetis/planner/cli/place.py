@@ -5,6 +5,7 @@ from __future__ import annotations
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
+from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.plan import ObjectiveKind
 
@@ -38,6 +39,7 @@ def place(
     html: options.HtmlOption = None,
     strict: options.StrictOption = False,
     verify: options.VerifyOption = True,
+    dry_run: DryRunOption = False,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
@@ -79,6 +81,11 @@ def place(
     )
     loaded = load(request)
     problem = pose(request, loaded)
+    if dry_run:
+        return say_what_would_be_solved(
+            terminal, [(loaded.inputs, problem.objective)], strategies=[strategy], solves=1, time_limit_s=time_limit,
+            engine=None if problem.family.engine is None else problem.family.engine.name,
+        )  # fmt: skip
     return PlacementRun(
         terminal=terminal, request=request, loaded=loaded, problem=problem, out=out, html=html, strict=strict
     ).finish()

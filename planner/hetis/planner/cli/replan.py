@@ -11,6 +11,7 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options, quantities, words
+from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 
 REPLAN_EXAMPLES = """Examples:\n
@@ -110,6 +111,7 @@ def replan(
     threads: options.ThreadsOption = 1,
     out: options.OutOption = None,
     html: options.HtmlOption = None,
+    dry_run: DryRunOption = False,
 ) -> ExitCode:
     """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
 
@@ -137,6 +139,12 @@ def replan(
     )  # fmt: skip
     for warning in posed.warnings:
         terminal.warn(warning)
+    if dry_run:
+        engine = posed.problem.family.engine
+        return say_what_would_be_solved(
+            terminal, [(posed.loaded.inputs, posed.problem.objective)], strategies=[posed.settings.strategy], solves=1,
+            time_limit_s=time_limit, engine=None if engine is None else engine.name,
+        )  # fmt: skip
     costs = ChangeCosts(horizon_s=horizon, restart_s=restart, load_bytes_per_s=load)
     cancelled = threading.Event()
     budget = Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled)

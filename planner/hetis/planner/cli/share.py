@@ -14,6 +14,7 @@ import typer
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import options
+from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 
 SHARE_EXAMPLES = """Examples:\n
@@ -59,6 +60,7 @@ def share(
             help="Also save every tenant's plan there, as TENANT.json.",
         ),
     ] = None,
+    dry_run: DryRunOption = False,
 ) -> ExitCode:
     """Share one fleet among tenants with different models, and plan every tenant's replicas.
 
@@ -80,6 +82,12 @@ def share(
         with contextlib.suppress(OSError):  # what stands in the way is told below
             out.mkdir(exist_ok=True)
         refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
+    if dry_run:
+        given = zip(loaded.inputs, loaded.tenancy.tenants, strict=True)
+        return say_what_would_be_solved(
+            terminal, [(one.inputs, tenant.problem.objective) for one, tenant in given], strategies=[strategy],
+            solves=1, time_limit_s=time_limit,
+        )  # fmt: skip
     first = TenantRule(rule.value)
     rules = (first, *(other for other in TenantRule if other is not first and others))
     settings = Settings(strategy=strategy, time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)

@@ -5,38 +5,75 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from hetis.formats.command_line.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_INTERVAL_S = 5.0
 
 
+class SimulationNews(Protocol):
+    """Takes requests that have arrived and that will, and what is begun; safe to call from another thread."""
+
+    def __call__(self, given: int, total: int) -> None: ...
+
+    def begins(self, part: str) -> None: ...
+
+
 @contextmanager
-def requests_on_stderr(terminal: Terminal) -> Iterator[Callable[[int, int], None]]:
-    """A report of requests that have arrived and that will; safe to call from another thread."""
+def requests_on_stderr(terminal: Terminal) -> Iterator[SimulationNews]:
+    """News of a simulation, as the terminal can show them."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
-        yield lambda _given, _total: None
+        yield _Silence()
     elif console.is_terminal and not console.is_dumb_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
         with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-            task = progress.add_task("requests", total=None)
-            yield lambda given, total: progress.update(task, completed=given, total=total)
+            yield _Bar(progress)
     else:
-        yield _SparseLines(terminal.say)
+        yield SparseRequests(terminal.say)
 
 
-class _SparseLines:
-    """Says nothing of what is over within seconds."""
+class _Silence:
+    def __call__(self, given: int, total: int) -> None:
+        pass
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._last_s = time.monotonic()
+    def begins(self, part: str) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("simulating", total=None)
 
     def __call__(self, given: int, total: int) -> None:
-        now_s = time.monotonic()
+        self._progress.update(self._task, completed=given, total=total)
+
+    def begins(self, part: str) -> None:
+        self._progress.update(self._task, description=f"simulating {part}", completed=0)
+
+
+class SparseRequests:
+    """Says nothing of what is over within seconds, and a line every `PLAIN_INTERVAL_S` at most."""
+
+    def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._last_s = clock()
+        self._part = ""
+
+    def __call__(self, given: int, total: int) -> None:
+        now_s = self._clock()
         if now_s >= self._last_s + PLAIN_INTERVAL_S:
             self._last_s = now_s
-            self._say(f"simulating: {given:,} of {total:,} requests have arrived")
+            part = f" {self._part}," if self._part else ""
+            self._say(f"simulating:{part} {given:,} of {total:,} requests have arrived")
+
+    def begins(self, part: str) -> None:
+        self._part = part

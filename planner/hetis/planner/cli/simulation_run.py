@@ -61,6 +61,7 @@ class SimulationRun:
                     processes=self.processes,
                     cancelled=cancelled,
                     report=report,
+                    begins=report.begins,
                 ),
                 cancelled=cancelled,
                 on_cancel=lambda: self.terminal.say("stopping with what was simulated; Ctrl-C again leaves at once"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
 from hetis.planner.cli import fleet_options, options
+from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.plan import ObjectiveKind
 
@@ -54,6 +55,7 @@ def what_if(
     seed: options.SeedOption = 0,
     threads: options.ThreadsOption = 1,
     html: options.HtmlOption = None,
+    dry_run: DryRunOption = False,
 ) -> ExitCode:
     """Solve before and after a change of the fleet, and say what the two proofs imply of the difference.
 
@@ -91,6 +93,13 @@ def what_if(
         fleet, add=add or (), remove=remove or (), market=(market, count) if buy_next else None,
         like=node_like, gpus_per_node=gpus_per_node, zone=zone, nic=card,
     )  # fmt: skip
+    if dry_run:
+        asking.changed_inputs(loaded, wanted.change)
+        solves = 1 + (len(wanted.market) if buy_next else 1)
+        return say_what_would_be_solved(
+            terminal, [(loaded.inputs, goal)], strategies=[strategy], solves=solves,
+            time_limit_s=time_limit, engine=None if settings.engine is None else settings.engine.name,
+        )  # fmt: skip
     cancelled = threading.Event()
 
     def budget() -> Budget:

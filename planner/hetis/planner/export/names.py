@@ -19,3 +19,10 @@ class Target(StrEnum):
     RAY = "ray"
     SLURM = "slurm"
     HETIS_LAUNCH = "hetis-launch"
+
+
+class Device(StrEnum):
+    """What engines compute on."""
+
+    CUDA = "cuda"
+    CPU = "cpu"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hetis.engines.versions import RECORDED
+from hetis.formats.errors import single_problem
+from hetis.formats.files import write_atomically
 from hetis.planner.export.replicas import Launchable
 from hetis.planner.export.routing import shares_of
 
@@ -79,3 +82,32 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
 
 def _gpus(node: str, gpus: tuple[int, ...]) -> str:
     return f"{node}/{','.join(map(str, gpus))}"
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes every file whole, scripts as programs.
+
+    Raises:
+        DocumentError: one cannot be written.
+    """
+    for path, text in files.items():
+        target = folder / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise single_problem(str(target.parent), f"cannot be made: {error.strerror}") from None
+        write_atomically(target, text)
+        if path.endswith(".sh"):
+            target.chmod(target.stat().st_mode | 0o111)
+
+
+def folder_refusals(folder: Path, *, force: bool) -> list[str]:
+    """Why files cannot be written there."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            return [f"{folder} is no folder"]
+        if not force and folder.is_dir() and any(folder.iterdir()):
+            return [f"{folder} is not empty: name another, or force it"]
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
@@ -17,6 +17,7 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.contents import ContentsSource, PlanContents
 from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.head_map_pieces import HeadMaps
+from hetis.planner.fleet.kv_in_use import kv_in_use
 from hetis.planner.fleet.link import check_hello
 from hetis.planner.fleet.link_events import Fenced, HeadMapsRead
 from hetis.planner.fleet.reconciler import Reconciler
@@ -154,6 +155,26 @@ class LiveFleet:
         cluster = self._clusters.get(cluster_of(name))
         replica = None if cluster is None else cluster.replicas.get(name)
         return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
+
+    def replicas_of(self, cluster: str) -> list[LiveReplica]:
+        """Return the replicas of a cluster that were not stopped, by name."""
+        found = self._clusters.get(cluster)
+        if found is None:
+            return []
+        replicas = sorted(found.replicas.values(), key=lambda replica: replica.name)
+        return [publishing.live_replica(found, replica) for replica in replicas if not replica.is_stopping]
+
+    @property
+    def cluster_names(self) -> list[str]:
+        return list(self._clusters)
+
+    def kv_in_use(self, cluster: str) -> Iterator[tuple[str, float]]:
+        """Yield every device, ``node/index``, that says how much KV it holds, with the share of its blocks in use.
+
+        Whoever goes through many devices may let others work in between; nodes that join meanwhile are left out.
+        """
+        found = self._clusters.get(cluster)
+        return iter(()) if found is None else kv_in_use(found)
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
         """Return what the planner may do in it; an empty one has the defaults."""

@@ -36,9 +36,14 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
             hub.publish((kind, name), basic_redispatch(under_way[name]), now_s=now_s)
 
 
-def publish_end(cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
-    """A re-dispatch that is final."""
-    hubs.cluster(cluster.name).publish(("redispatch", body.name), basic_redispatch(body), now_s=now_s)
+def publish_end(
+    cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
+) -> None:
+    """A re-dispatch that is final; ``ended_s``: when, as the store has it."""
+    message = basic_redispatch(body)
+    if not message.HasField("end_time"):
+        message.end_time.CopyFrom(timestamp(ended_s))
+    hubs.cluster(cluster.name).publish(("redispatch", body.name), message, now_s=now_s)
 
 
 def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:

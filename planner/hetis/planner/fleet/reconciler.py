@@ -105,9 +105,9 @@ class Reconciler:
             self.task = None
 
     async def _keep(self, writes: Writes) -> None:
-        cluster = self.cluster
+        cluster, kept_s = self.cluster, self._clock.time()
         try:
-            kept = await self._store.write(partial(apply, writes=writes, now_s=self._clock.time()))
+            kept = await self._store.write(partial(apply, writes=writes, now_s=kept_s))
         except BaseException:  # whatever ended it: nothing that was decided is to be forgotten
             deciding.not_applied(cluster, writes)
             raise
@@ -117,7 +117,7 @@ class Reconciler:
         now_s = self._clock.time()
         publishing.publish(cluster, self._hubs, now_s=now_s)
         for body in ended:
-            publishing.publish_end(cluster, self._hubs, body, now_s=now_s)
+            publishing.publish_end(cluster, self._hubs, body, ended_s=kept_s, now_s=now_s)
         for observer in self._observers:
             for write in writes.replicas:
                 observer.replica_changed(write.name)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan
-from hetis.planner.library.quantities import Quantity, limit_of, ratio_of, seconds_of
+from hetis.planner.library.quantities import Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.sources import engine_rules, load_inputs, ordered
@@ -73,12 +73,12 @@ def place(
         cluster=_text_or_value(cluster), model=_text_or_value(model), workload=_text_or_value(workload),
         profiles=[os.fspath(path) for path in profiles],
     ).with_will(pins=pin, forbids=forbid)  # fmt: skip
-    kind = _kind(objective)
+    kind = member(ObjectiveKind, objective, "objective")
     placing.require_demand(kind, rate, loaded.inputs.workload)
     goal = placing.objective(kind, ttft_s=limit_of(ttft), tpot_s=limit_of(tpot), demand_rps=rate)
     settings = placing.Settings(
         strategy=_strategy(strategy),
-        roles=ordered(map(_role, roles)),
+        roles=ordered(member(Role, role, "role") for role in roles),
         engine=engine_rules(engine, strategy, max_stages=max_stages, max_gpus=max_gpus),
         time_limit_s=seconds_of(time_limit),
         gap_target=ratio_of(gap),
@@ -101,20 +101,6 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
-
-
-def _kind(name: str) -> ObjectiveKind:
-    try:
-        return ObjectiveKind(name)
-    except ValueError:
-        raise InvalidProblemError(f"unknown objective {name!r}, expected one of {', '.join(ObjectiveKind)}") from None
-
-
-def _role(name: str) -> Role:
-    try:
-        return Role(name)
-    except ValueError:
-        raise InvalidProblemError(f"unknown role {name!r}, expected some of {', '.join(Role)}") from None
 
 
 def _strategy(name: str) -> str:

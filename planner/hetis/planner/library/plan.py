@@ -5,14 +5,15 @@ from __future__ import annotations
 import html
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
-from hetis.planner.library.quantities import Quantity, ratio_of
+from hetis.planner.export.targets import Export
+from hetis.planner.library.quantities import Quantity, member, ratio_of
 from hetis.planner.library.simulation import Simulation, simulation_of
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -101,6 +102,64 @@ class Plan:
             self.value, self.problem, rate_rps=rate, num_requests=requests, seeds=tuple(range(seed, seed + seeds)),
             sweeps=sweep, tolerance=ratio_of(tolerance),
         )  # fmt: skip
+
+    def export(
+        self,
+        target: str,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        force: bool = False,
+        engine: str | None = None,
+        engine_options: Sequence[str] = (),
+        model: str = "",
+        served_name: str = "",
+        dtype: str = "auto",
+        program: str = "",
+        device: str = "cuda",
+        node_address: Mapping[str, str] | None = None,
+        port: int = 8000,
+        name: str = "hetis",
+        namespace: str = "",
+        image: str = "",
+        worker_image: str = "",
+        model_claim: str = "",
+        api_key_secret: str = "",
+        worker_key_secret: str = "",
+        insecure: bool = False,
+    ) -> Export:
+        """The plan as the files of an engine or orchestrator; options mean what those of ``hetis-plan export`` mean.
+
+        Args:
+            target: ``vllm``, ``sglang``, ``compose``, ``kubernetes``, ``lws``, ``llm-d``, ``kserve``, ``dynamo``,
+                ``ray``, ``slurm`` or ``hetis-launch``.
+            folder: new or empty, where the files are written; unless given they are only returned.
+            force: write into a folder that is not empty.
+            engine: ``vllm``, ``vllm-hetis`` or ``sglang``; unless given vLLM, with the plugin for attention workers.
+            engine_options: of the engine, as its command line takes them.
+            model: as the engine takes it: a folder, the same on every node, or a name.
+            node_address: where nodes are reached; those that are not here by their own names.
+
+        Raises:
+            HetisError: an option or the folder cannot be used, all problems at once, or no replica can be launched
+                on the target.
+        """
+        from hetis.engines.versions import Engine
+        from hetis.planner.export.names import Device, Target
+        from hetis.planner.export.wanted import export_wanted
+        from hetis.planner.export.written import folder_refusals, write_files
+
+        wrong = [] if folder is None else folder_refusals(Path(folder), force=force)
+        made = export_wanted(
+            self.value, member(Target, target, "target"), more_wrong=wrong,
+            engine=None if engine is None else member(Engine, engine, "engine"), engine_options=engine_options,
+            model=model, served_name=served_name, dtype=dtype, program=program,
+            device=member(Device, device, "device"), hosts=node_address, port=port, name=name, namespace=namespace,
+            image=image, worker_image=worker_image, model_claim=model_claim, api_key_secret=api_key_secret,
+            worker_key_secret=worker_key_secret, insecure=insecure,
+        )  # fmt: skip
+        if folder is not None:
+            write_files(Path(folder), made.files)
+        return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan with its inputs, YAML for ``.yaml`` and ``.yml``, else JSON; `hetis.load_plan` reads it.

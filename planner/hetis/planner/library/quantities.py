@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from typing import TypeVar
+
 from hetis.formats.units import parse_duration, parse_ratio
 from hetis.solver.errors import InvalidProblemError
 
 Quantity = float | str
+Name = TypeVar("Name", bound=StrEnum)
+
+
+def member(names: type[Name], text: str, what: str) -> Name:
+    """The name that the text says.
+
+    Raises:
+        InvalidProblemError: there is none such.
+    """
+    try:
+        return names(text)
+    except ValueError:
+        raise InvalidProblemError(f"unknown {what} {text!r}, expected one of {', '.join(names)}") from None
 
 
 def seconds_of(value: Quantity) -> float:

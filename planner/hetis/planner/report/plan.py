@@ -11,14 +11,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import device_table, render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
+from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
+from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.planner.use_cases.verify import Verification, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
@@ -112,14 +115,10 @@ def _facts(plan: Plan) -> Table:
     table.add_column(overflow="fold")
     value = Text.assemble((f"{digits(result.value, 4)} {result.unit}", "bold green"), f"  {verdict(result)}")
     table.add_row(_VALUE_NAMES[result.objective], value)
-    if (expected := predicted_of(plan)) is not None:
-        table.add_row("Range", _range(expected, plan))
+    if (cost := _cost(plan)) is not None:
+        table.add_row("Price" if result.objective is ObjectiveKind.COST else "Cost", cost)
     if (compared := beside_equal_stages(plan)) is not None:
         table.add_row("Uniform", compared)
-    table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
-    engine = plan.inputs.get("engine")
-    runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
-    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
     if plan.objective.demand_rps is not None:
         table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
     for name, reached, limit in limits(plan):
@@ -129,7 +128,34 @@ def _facts(plan: Plan) -> Table:
     table.add_row("Fleet", _fleet(plan))
     if count_by_role(plan):
         table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
+    if (expected := predicted_of(plan)) is not None:
+        table.add_row("Range", _range(expected, plan))
+    table.add_row("Bound", f"{digits(result.bound, 4)} {result.unit}  gap {percent(result.gap)}")
+    engine = plan.inputs.get("engine")
+    runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
+    table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
     return table
+
+
+def _cost(plan: Plan) -> str | None:
+    """What the GPUs in use cost, and so the tokens; None where the plan's inputs are not in it."""
+    documents = plan.inputs.get("documents")
+    if not plan.replicas or not isinstance(documents, Mapping):
+        return None
+    try:
+        inputs = inputs_from_documents(documents, "plan")
+        figures = figures_of(plan, inputs)
+    except DocumentError:
+        return None
+    if figures.usd_per_hour is None:
+        used = {price.gpu for price in plan.prices if price.used}
+        slots = [one for group in inputs.cluster.node_groups for one in group.gpus if one.gpu in used]
+        unknown = dict.fromkeys(one.gpu for one in slots if inputs.cluster.price_of(one) is None)
+        return f"not known: no price of {', '.join(unknown)}"
+    if figures.usd_per_million_output_tokens is None:
+        return f"{digits(figures.usd_per_hour)} USD/h"
+    tokens = f"{digits(figures.usd_per_million_output_tokens)} USD per million output tokens"
+    return f"{digits(figures.usd_per_hour)} USD/h, {tokens}"
 
 
 def beside_equal_stages(plan: Plan) -> str | None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.use_cases.devices import number_ranges
 from hetis.planner.use_cases.grouping import ReplicaGroup
 from hetis.solver.plan import Plan, Role
 
+MAX_NUMBERS = 24  # characters of the numbers of equal replicas
 MAX_ROUTES = 12  # pairs of replica shapes; the rest is summed up in a line
 
 
@@ -54,5 +56,7 @@ def route_table(plan: Plan, groups: Sequence[ReplicaGroup]) -> Table:
 
 def _named(group: ReplicaGroup) -> str:
     gpus = ", ".join(dict.fromkeys(stage.gpu for stage in group.first.stages))
-    name = f"replica {group.numbers[0]}" if len(group.numbers) == 1 else f"{len(group.numbers):,} equal"
-    return f"{name} ({gpus})"
+    numbers = number_ranges(group.numbers).strip("[]")
+    if len(numbers) > MAX_NUMBERS:
+        numbers = f"{numbers[:MAX_NUMBERS].rpartition(',')[0]},… ({len(group.numbers):,})"
+    return f"{'replica' if len(group.numbers) == 1 else 'replicas'} {numbers} ({gpus})"

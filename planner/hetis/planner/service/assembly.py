@@ -35,6 +35,7 @@ from hetis.planner.resources.running import RunningResources
 from hetis.planner.resources.watches import ClusterWatches
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.fleet_metrics import FleetCollector
+from hetis.planner.service.kv_history import KvHistories
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.overviews import Overviews
 from hetis.planner.service.server import Servicing
@@ -158,9 +159,12 @@ class Term:
                 add=add_AgentServiceServicer_to_server,
             ),
         )
+        self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)
         self.overviews = Overviews(
             store,
             fleet,
+            hubs,
+            kv,
             self._pool,
             clusters,
             nodes,
@@ -193,6 +197,7 @@ class Term:
         self._loops.start("the audit log of refusals", self._refusals.run())
         self._loops.start("placement proposals", self._proposals.run())
         self._loops.start("warming up dispatch", self._states.warm_up())
+        self._loops.start("the history of KV", self._kv.run())
         await self._searches.resume()
         self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
 

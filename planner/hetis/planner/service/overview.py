@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from hetis.planner.fleet.views import LiveReplica
+from hetis.planner.resources.live import NodeNow
+from hetis.planner.service.kv_history import KvHistory
+from hetis.v1 import redispatch_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +54,34 @@ class Overview:
     store_answered_s_ago: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterNow:
+    """A cluster as the planner has it in memory: the store is not asked.
+
+    Attributes:
+        nodes: by resource name.
+        replicas: all that were not stopped, by name.
+        redispatches: of this leadership term, the latest change first.
+        kv: how full the devices were in the last minutes.
+        high_water: share of a device's KV above which head groups leave; None: as each stage says.
+        now_s: when this was, Unix seconds.
+    """
+
+    name: str
+    nodes: Mapping[str, NodeNow]
+    replicas: Sequence[LiveReplica]
+    redispatches: Sequence[redispatch_pb2.Redispatch]
+    kv: KvHistory
+    high_water: float | None
+    now_s: float
+
+
 class OverviewSource(Protocol):
     """Source of the overview."""
+
+    def clusters_now(self) -> Sequence[ClusterNow]:
+        """Return the clusters that this planner leads, by name; none of a standby."""
+        ...
 
     async def overview(self) -> Overview:
         """Return the overview at once; where the store does not answer, with what was known before."""

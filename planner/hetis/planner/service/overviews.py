@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.redispatching.policy import redispatch_policy
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.live import FleetNow
+from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.nodes import Nodes
 from hetis.planner.resources.running import RunningResources
-from hetis.planner.service.overview import ClusterOverview, Overview
+from hetis.planner.service.kv_history import KvHistories
+from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.store import Reader, Store
-from hetis.v1 import cluster_pb2, plan_pb2, view_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
 FRESH_S = 2.0  # so long one count is good for, however many scrape
@@ -40,7 +43,9 @@ class Overviews:
     def __init__(
         self,
         store: Store,
-        fleet: FleetNow,
+        fleet: LiveFleet,
+        hubs: Hubs,
+        kv: KvHistories,
         pool: SolverPool,
         clusters: Clusters,
         nodes: Nodes,
@@ -53,6 +58,8 @@ class Overviews:
     ) -> None:
         self._store = store
         self._fleet = fleet
+        self._hubs = hubs
+        self._kv = kv
         self._pool = pool
         self._clusters = clusters
         self._nodes = nodes
@@ -82,6 +89,21 @@ class Overviews:
             searching=self._pool.num_running,
             solver_processes=self._most_searches,
             searches_of=self._pool.searches_of(),
+        )
+
+    def clusters_now(self) -> Sequence[ClusterNow]:
+        return [self._cluster_now(name) for name in sorted(self._fleet.cluster_names)]
+
+    def _cluster_now(self, name: str) -> ClusterNow:
+        moved = [event.value for event in self._hubs.cluster(name).newest()]
+        return ClusterNow(
+            name=name,
+            nodes=self._fleet.nodes_of(name),
+            replicas=self._fleet.replicas_of(name),
+            redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
+            kv=self._kv.of(name),
+            high_water=redispatch_policy(self._fleet.policy_of(name)).high_water,
+            now_s=time.time(),
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The read-only JSON page: what the planner knows, for people with curl, for Prometheus, and for probes."""
+"""The read-only page: what the planner knows, for people with browsers or curl, for Prometheus, and for probes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hetis.planner.failures import ServiceError
+from hetis.planner.report.page.render import live_script_policy
 from hetis.planner.service.addresses import join_address, split_address
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
 from hetis.planner.service.overview import Overview, OverviewSource
 from hetis.planner.service.page_connections import PageLimits, limited_protocol
 from hetis.planner.service.server import AddressError
+from hetis.planner.service.status_html import status_html
 
 _GRACE_S = 1
+_VARIES = {"Vary": "Accept"}
+# What a browser may do with the page: nothing but show it and ask this server again. Its own policy allows less still.
+_PAGE_HEADERS = {
+    **_VARIES,
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    f"script-src {live_script_policy()}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 def status_app(
@@ -45,18 +57,30 @@ def status_app(
         hosts: names by which the page may be asked for, beside addresses, `localhost` and this machine's own name.
     """
 
-    async def planner(_request: Request) -> Response:
-        return JSONResponse(overview_data(await source.overview(), version=version, is_ready=is_ready()))
+    async def drawn(only: str = "") -> Response:
+        found = source.clusters_now()
+        if only and only not in {one.name for one in found}:
+            return PlainTextResponse(f"{only} is not led here\n", status_code=404)
+        page = status_html(await source.overview(), found, version=version, is_ready=is_ready(), only=only)
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    async def planner(request: Request) -> Response:
+        if _wants_html(request):
+            return await drawn()
+        data = overview_data(await source.overview(), version=version, is_ready=is_ready())
+        return JSONResponse(data, headers=_VARIES)
 
     async def cluster(request: Request) -> Response:
         name = f"clusters/{request.path_params['cluster']}"
+        if _wants_html(request):
+            return await drawn(name)
         try:
             details = await source.cluster_details(name)
         except ServiceError as error:
             return JSONResponse({"error": str(error)}, status_code=503)
         if details is None:
             return JSONResponse({"error": f"{name} does not exist"}, status_code=404)
-        return JSONResponse(dict(details))
+        return JSONResponse(dict(details), headers=_VARIES)
 
     async def show_metrics(_request: Request) -> Response:
         metrics.show(await source.overview())
@@ -80,6 +104,11 @@ def status_app(
         ],
         middleware=[Middleware(_KnownHosts, hosts=hosts)],
     )
+
+
+def _wants_html(request: Request) -> bool:
+    """Browsers say so; curl and what else reads JSON takes anything."""
+    return "text/html" in request.headers.get("accept", "")
 
 
 class _KnownHosts:

@@ -15,7 +15,7 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.access import needs_leader
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overview import Overview, OverviewSource
+from hetis.planner.service.overview import ClusterNow, Overview, OverviewSource
 from hetis.planner.service.server import Servicing
 from hetis.planner.store import AuditedChange, Store
 
@@ -141,6 +141,9 @@ class Succession:
             lease_age_s=store.lease.age_s,
             store_answered_s_ago=store.health.answered_s_ago,
         )
+
+    def clusters_now(self) -> Sequence[ClusterNow]:
+        return self.present.overviews.clusters_now()
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
         return await self.present.overviews.cluster_details(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings, make_plan
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.outcome import sound_bound
@@ -89,7 +89,11 @@ def compare_strategies(
     found: dict[str, Compared] = {}
     for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
         found[strategy] = planned(
-            loaded, objective, replace(settings, strategy=strategy), budget(), _counted(report, number, len(ordered))
+            loaded,
+            objective,
+            replace(settings, strategy=strategy),
+            budget(),
+            one_of_several(report, number, len(ordered)),
         )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
@@ -98,11 +102,6 @@ def compare_strategies(
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
-
-
-def _counted(report: Report, number: int, count: int) -> Report:
-    """News of one search of several, with its place among them."""
-    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {progress.phase}"))
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:

@@ -17,15 +17,16 @@ def abbreviate(devices: Sequence[str]) -> str:
     same_indices: dict[tuple[str, str], list[int]] = {}
     for node, indices in nodes.items():
         match = _NUMBERED.match(node)
-        numbers = same_indices.setdefault((match["stem"] if match else node, _ranges(indices)), [])
+        numbers = same_indices.setdefault((match["stem"] if match else node, number_ranges(indices)), [])
         if match:
             numbers.append(int(match["number"]))
     return " ".join(
-        f"{stem}{_ranges(numbers) if numbers else ''}/{indices}" for (stem, indices), numbers in same_indices.items()
+        f"{stem}{number_ranges(numbers) if numbers else ''}/{indices}"
+        for (stem, indices), numbers in same_indices.items()
     )
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def number_ranges(numbers: Iterable[int]) -> str:
     """``3`` or ``[0-2,5]``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):

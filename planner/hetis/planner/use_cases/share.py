@@ -14,7 +14,7 @@ from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan, objective
 from hetis.planner.use_cases.robustness.notes import profile_notes
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.tenants.problem import Tenancy, Tenant
@@ -103,19 +103,26 @@ def share_out_fleet(
         NoPlanFoundError: stopped before there were shares by the first rule.
         UncheckedPlanError: an answer fails the independent checker.
     """
+    number, count = 1, len(rules) + with_envy
+
+    def told(progress: Progress) -> None:
+        one_of_several(report, number, count)(progress)
+
     search = FleetSearch(
         loaded.tenancy, strategy=settings.strategy, budget=budget, gap_target=settings.gap_target, seed=settings.seed,
-        threads=settings.threads, report=report,
+        threads=settings.threads, report=told,
     )  # fmt: skip
     first, *others = rules
-    answers = [_finished(search, loaded, first, settings, report)]
+    answers = [_finished(search, loaded, first, settings, told)]
     for rule in others:
         if budget.is_spent():
             break
+        number += 1
         try:
-            answers.append(_finished(search, loaded, rule, settings, report))
+            answers.append(_finished(search, loaded, rule, settings, told))
         except NoPlanFoundError:
             break  # the time is over: what there is will do
+    number = count
     envy = search.envy(answers[0]) if with_envy and not budget.is_spent() else None
     return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy)
 

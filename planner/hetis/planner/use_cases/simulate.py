@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
@@ -15,7 +16,7 @@ from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits, Metrics, Prediction, prediction_of
 from hetis.simulator.running import Job, Report, Runner, runner
 from hetis.simulator.summary import Summary, summarise
-from hetis.simulator.sweep import Sweep, sweep
+from hetis.simulator.sweep import MAX_ROUNDS, Sweep, sweep
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
@@ -167,8 +168,11 @@ def answer(
     processes: int,
     cancelled: threading.Event,
     report: Report,
+    begins: Callable[[str], None] = lambda _part: None,
 ) -> Simulated:
     """Runs the simulator as often as the question needs; after ``cancelled`` the answer is of what was run by then.
+
+    ``begins`` is told of every part of a question of several: the rates of a sweep, the doublings of the requests.
 
     Raises:
         NothingSimulatedError: cancelled before anything was.
@@ -176,11 +180,12 @@ def answer(
     """
     with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
         if question.sweeps:
-            return _swept(runs, question)
+            return _swept(runs, question, begins)
         found = _run(runs, question)
-        for _ in range(DOUBLINGS if question.precision is not None else 0):
+        for number in range(DOUBLINGS if question.precision is not None else 0):
             if cancelled.is_set() or found.precise:
                 break
+            begins(f"with twice the requests, {number + 1} of {DOUBLINGS} times at most")
             question = replace(question, num_requests=2 * question.num_requests)
             found = _run(runs, question)
         return found
@@ -207,10 +212,13 @@ def _run(runs: Runner, question: Question) -> Simulated:
     )
 
 
-def _swept(runs: Runner, question: Question) -> Simulated:
+def _swept(runs: Runner, question: Question, begins: Callable[[str], None]) -> Simulated:
     clipped: list[int] = []  # of every load: all rates draw the same requests
+    rounds = itertools.count(1)
 
     def evaluate(rates: Sequence[float]) -> list[Summary]:
+        tried = ", ".join(f"{rate:.3g}" for rate in rates)
+        begins(f"rate {next(rounds)} of {MAX_ROUNDS} at most: {tried} requests/s")
         loads = [replace(question.load, rate_rps=rate) for rate in rates]
         answers = runs.run([job for load in loads for job in _jobs(question, load)])
         if runs.cancelled.is_set():

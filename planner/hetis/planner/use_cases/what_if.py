@@ -6,6 +6,7 @@ turn. Every answer is a solve, with the options of `hetis-plan place`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,10 @@ from typing import Any
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import LoadedInputs, default_profile
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, Status
 from hetis.solver.replanning.change import PlanChange, plan_change
@@ -108,8 +109,8 @@ def what_if(
         InvalidProblemError: an unknown node, a type without profile, no node left.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report)
-    changed = _changed(loaded, change)
+    solve = _solver(objective, settings, budget, report, count=2)
+    changed = changed_inputs(loaded, change)
     before = _side(loaded, "before", solve, objective)
     after = _side(changed, "after", solve, objective)
     return WhatIf(
@@ -140,8 +141,8 @@ def buy_next(
         InvalidProblemError: a type has no profile and none can be modelled.
         UncheckedPlanError: a plan fails the independent checker.
     """
-    solve = _solver(objective, settings, budget, report)
-    fleets = {a.gpu.name: _changed(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
+    solve = _solver(objective, settings, budget, report, count=1 + len(market))
+    fleets = {a.gpu.name: changed_inputs(loaded, FleetChange(add=(a,), shape=shape)) for a in market}
     before = _side(loaded, "before", solve, objective)
     duals = _duals(before)
     offers, left_out = [], []
@@ -169,6 +170,28 @@ def buy_next(
     )
 
 
+def buy_next_to_plan(
+    found: PlanAndProblem, market: Sequence[Addition], shape: NodeShape, *, time_limit_s: float,
+    budget: Callable[[], Budget], report: Report,
+) -> BuyNext:  # fmt: skip
+    """The same question about a plan that was made before, with its inputs, wishes, goal, strategy and engine.
+
+    Raises:
+        InvalidProblemError, UncheckedPlanError: as `buy_next`.
+    """
+    plan, problem = found.plan, found.problem
+    inputs = Inputs(
+        cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles,
+        will=problem.will,
+    )  # fmt: skip
+    origins = plan.inputs.get("origins")
+    loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})
+    settings = Settings(
+        strategy=plan.strategy, roles=problem.family.roles, engine=problem.family.engine, time_limit_s=time_limit_s
+    )
+    return buy_next(loaded, plan.objective, settings, market, shape, budget=budget, report=report)
+
+
 def _price(addition: Addition) -> float | None:
     return addition.usd_per_hour if addition.usd_per_hour is not None else addition.gpu.usd_per_hour
 
@@ -185,11 +208,18 @@ def _duals(side: Side) -> dict[str, float]:
     return duals
 
 
-def _solver(objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report) -> Solve:
+def _solver(
+    objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report, *, count: int
+) -> Solve:
+    """Solves for one fleet after another; ``count``: of them, for those who wait."""
+    numbers = itertools.count(1)
+
     def solve(loaded: LoadedInputs, name: str) -> Compared:
+        numbered = one_of_several(report, next(numbers), count)
+
         def told(progress: Progress) -> None:
             phase = progress.phase.removeprefix(f"{settings.strategy}: ")
-            report(replace(progress, phase=f"{name}: {phase}"))
+            numbered(replace(progress, phase=f"{name}: {phase}"))
 
         outcome = planned(loaded, objective, settings, budget(), told)
         if outcome.status == FAILED:
@@ -242,7 +272,7 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
     return plan_change(old, new, inputs.model, moments)
 
 
-def _changed(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
+def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
     """The same inputs with another fleet; types that join get `default_profile`."""
     cluster = with_added(loaded.inputs.cluster, change.add, change.shape)  # first: nothing else may be left
     if change.remove:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
@@ -12,6 +12,14 @@ from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import LeaveOut, Will
+
+
+def left_out_by(will: Will) -> Callable[[Device], bool]:
+    """Return what says of a device whether it is forbidden."""
+    out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
+    return lambda device: any(
+        gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +35,8 @@ class Fleet:
 
     def without_left_out(self, will: Will) -> Fleet:
         """The fleet as it is where GPUs are forbidden: these do not exist."""
-        out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
-        if not out:
-            return self
-        left = {
-            name: device
-            for name, device in self.devices.items()
-            if not any(
-                gpus.takes(device=name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
-            )
-        }  # fmt: skip
-        return replace(self, devices=left)
+        is_out = left_out_by(will)
+        return replace(self, devices={name: device for name, device in self.devices.items() if not is_out(device)})
 
     @cached_property
     def zones(self) -> tuple[str, ...]:

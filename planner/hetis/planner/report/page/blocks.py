@@ -12,7 +12,6 @@ from typing import ClassVar
 
 COLORS = 8  # of the palette; more things than that share them
 PLAIN = COLORS  # the colour of what belongs to nobody: idle, unusable
-FREE = COLORS + 1  # and of what is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,9 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table. ``strong`` is the row that matters most; a ``folded`` one is opened by a click."""
+    """A table. ``strong`` is the row that matters most, ``bad`` are those with trouble; a ``folded`` one is opened by a
+    click.
+    """
 
     kind: ClassVar[str] = "grid"
     title: str
@@ -49,6 +50,7 @@ class Grid:
     intro: str = ""
     note: str = ""
     strong: int | None = None
+    bad: tuple[int, ...] = ()
     folded: bool = False
 
 
@@ -119,13 +121,46 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A bar that begins where the one before it ended."""
+
+    label: str
+    text: str
+    begin: float
+    share: float
+    color: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waterfall:
+    title: str
+    note: str
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waterfalls:
+    """What becomes of a whole, step by step, with all numbers as a table below."""
+
+    kind: ClassVar[str] = "waterfalls"
+    title: str
+    intro: str
+    falls: tuple[Waterfall, ...]
+    numbers: Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """One GPU of a node, or several that do the same. ``role`` is ``stage``, ``worker`` or ``idle``."""
+    """A GPU of a node, or ``span`` neighbours that do the same. ``role`` is ``stage``, ``worker`` or ``idle``, and
+    ``filled`` the share of a bar below.
+    """
 
     index: str
     role: str
     color: int
     lines: tuple[str, ...]
+    filled: float | None = None
+    span: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +172,8 @@ class NodeCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZoneMap:
+    """Nodes of a zone; without a name they are all nodes that there are."""
+
     name: str
     nodes: tuple[NodeCard, ...]
     rest: str = ""  # what is not drawn
@@ -149,6 +186,7 @@ class FleetMap:
     zones: tuple[ZoneMap, ...]
     legend: tuple[tuple[str, int], ...]
     idle: tuple[tuple[str, str], ...] = ()
+    note: str = "Solid: holds layers. Dashed: an attention worker. Dotted: idle."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +235,44 @@ class Charts:
     intro: str = ""
 
 
-Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strip:
+    """A small picture of one quantity over time, in units of its drawing; ``area`` is what lies under the line."""
+
+    label: str
+    text: str
+    color: int
+    line: str
+    area: str
+    tone: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strips:
+    """Strips under each other on one axis of time, with lines across all of them: a limit, and moments with names."""
+
+    kind: ClassVar[str] = "strips"
+    title: str
+    rows: tuple[Strip, ...]
+    width: int
+    height: int
+    ticks: tuple[Tick, ...]
+    limit: float | None = None
+    moments: tuple[float, ...] = ()
+    intro: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """Other pages of the same server: what they are and their paths."""
+
+    kind: ClassVar[str] = "links"
+    title: str
+    links: tuple[tuple[str, str], ...]
+
+
+Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | Links | Waterfalls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +287,9 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
+    """``is_live``: what is shown changes, and the page looks again where it came from as long as it is open."""
+
     title: str
     sections: tuple[Section, ...]
     footer: str
+    is_live: bool = False

@@ -14,11 +14,12 @@ from hetis.solver.explain import Explanation
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 MAX_NODES = 60  # cards in a zone; the rest is counted
+ROW = 4  # GPUs of a node side by side
 MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Duty:
+class Duty:
     """What a GPU does: the texts of its cell."""
 
     role: str
@@ -26,7 +27,7 @@ class _Duty:
     lines: tuple[str, ...]
 
 
-_IDLE = _Duty(role="idle", color=PLAIN, lines=("idle",))
+IDLE = Duty(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
@@ -49,29 +50,36 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
     )
 
 
+def shape_letter(number: int) -> str:
+    """What equal replicas are called where there are too many to name each: A, B, ... Z, AA."""
+    return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
+
+
 def replica_name(number: int, role: Role) -> str:
     """``Replica 0``, ``Replica 3 (decode)``."""
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
-def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, _Duty]]:
+def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Iterator[tuple[str, Duty]]:
     for color, group in enumerate(groups):
         for number in group.numbers:
             replica = plan.replicas[number]
-            name = f"R{number}" if named else f"{len(group.numbers):,} equal"
-            yield from _of_replica(replica, name, (number if named else color) % COLORS)
+            name = f"R{number}" if named else shape_letter(color)
+            yield from replica_duties(replica, name, (number if named else color) % COLORS)
 
 
-def _of_replica(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, _Duty]]:
+def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, Duty]]:
+    """Yield every GPU of a replica with what it does there."""
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
-        duty = _Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
+        duty = Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
         yield from ((device, duty) for device in stage.devices)
         for pool in pools:
             every = stage.kv_head_groups_kept + sum(one.kv_head_groups for one in pools)
             stages = "all stages" if pool.shared else f"stage {number + 1}"
-            lines = (f"{name} {stages}", "attention", f"{pool.kv_head_groups} of {every} heads")
-            helping = _Duty(role="worker", color=color, lines=lines)
+            together = f", {len(pool.devices)} cards" if len(pool.devices) > 1 else ""
+            lines = (f"{name} {stages}", f"attention{together}", f"{pool.kv_head_groups} of {every} heads")
+            helping = Duty(role="worker", color=color, lines=lines)
             yield from ((device, helping) for device in pool.devices)
 
 
@@ -94,10 +102,11 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         return
     for color, group in enumerate(groups[:COLORS]):
         role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
-        yield f"{plural(len(group.numbers), 'equal replica')}{role}", color
+        equal = f"{len(group.numbers):,} equal replicas" if len(group.numbers) > 1 else "1 replica"
+        yield f"{shape_letter(color)}: {equal}{role}", color
 
 
-def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, _Duty]) -> ZoneMap:
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty]) -> ZoneMap:
     cards = [card for group in groups for card in _cards(group, duties)]
     rest = len(cards) - MAX_NODES
     return ZoneMap(
@@ -107,13 +116,13 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, _Duty]) -> Zo
     )
 
 
-def _cards(group: NodeGroup, duties: Mapping[str, _Duty]) -> Iterator[NodeCard]:
+def _cards(group: NodeGroup, duties: Mapping[str, Duty]) -> Iterator[NodeCard]:
     """A card for all nodes of the group whose GPUs do the same, in the order of the first of them."""
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-    alike: dict[tuple[_Duty, ...], list[str]] = {}
+    alike: dict[tuple[Duty, ...], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
-        alike.setdefault(tuple(duties.get(f"{node}/{i}", _IDLE) for i in range(len(gpus))), []).append(node)
+        alike.setdefault(tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus))), []).append(node)
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
     for pattern, nodes in alike.items():
         name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
@@ -125,7 +134,17 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[_Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
-    for index, (duty, gpu) in enumerate(zip(pattern, gpus, strict=True)):
+def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
+    """A cell for every GPU; neighbours of one row that do the same share one."""
+    alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
+    first = 0
+    while first < len(alike):
+        row_end = min((first // ROW + 1) * ROW, len(alike))
+        last = first
+        while last + 1 < row_end and alike[last + 1] == alike[first]:
+            last += 1
+        duty, gpu = alike[first]
+        index = str(first) if last == first else f"{first}–{last}"
         lines = (gpu, *duty.lines) if mixed else duty.lines
-        yield GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines)
+        yield GpuCell(index=index, role=duty.role, color=duty.color, lines=lines, span=last - first + 1)
+        first = last + 1

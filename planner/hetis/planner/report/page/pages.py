@@ -33,17 +33,25 @@ ROOM = 1.02  # beyond the longest bar
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPlan:
-    """A plan on a page: what it is called there, and how its latencies grow with the rate, if that was simulated."""
+    """A plan on a page: what it is called there, how its latencies grow with the rate and what more GPUs would gain, if
+    that was asked for.
+    """
 
     name: str
     plan: Plan
     problem: PlacementProblem
     curve: Curve | None = None
+    market: BuyNext | None = None
 
 
 def plans_page(shown: Sequence[ShownPlan]) -> str:
     """One plan, or several with a comparison before them."""
-    sections = [_section(one, number) for number, one in enumerate(shown, start=1)]
+    sections = list[Section]()
+    for number, one in enumerate(shown, start=1):
+        sections.append(_section(one, number))
+        if one.market is not None:
+            heading = "What to buy next" + (f": {one.name}" if len(shown) > 1 else "")
+            sections.append(_market_section(one.market, anchor=f"market-{number}", heading=heading))
     first = shown[0]
     if len(shown) > 1:
         rows = [(one.name, one.plan, _inputs(one.problem)) for one in shown]
@@ -87,25 +95,8 @@ def what_if_page(found: WhatIf) -> str:
 
 def buy_next_page(found: BuyNext) -> str:
     """The market, the best purchase first, and the plan of today."""
-    unit, inputs = found.objective.unit, found.before.loaded.inputs
-    rows = tuple(tuple(offer_row(offer)) for offer in found.offers)
-    columns = _columns(
-        "'GPU", "USD/h each", "marginal price", f"{unit} then", "gain", "per GPU", "per USD/h", "proven", "'"
-    )
-    blocks: list[Block] = list(_purchase(found))
-    blocks.append(
-        Grid(
-            title="The market, best purchase per dollar first",
-            intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
-            columns=columns,
-            rows=rows,
-            note="Gain: of the plans found, all added GPUs together. Proven: what both bounds leave possible.",
-        )
-    )
-    if found.left_out:
-        blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
-    lead = _problem_line(inputs, found.objective)
-    sections = [Section(anchor="market", heading="What to buy next", lead=lead, blocks=tuple(blocks))]
+    inputs = found.before.loaded.inputs
+    sections = [_market_section(found, anchor="market", heading="What to buy next")]
     sections += _side("The fleet as it is", found.before, 1)
     return _page(f"What to buy next: {inputs.model.name} on {inputs.cluster.name}", sections)
 
@@ -178,6 +169,27 @@ def _side(name: str, side: Side, number: int) -> list[Section]:
         return [Section(anchor=f"plan-{number}", heading=name, lead="", blocks=blocks)]
     problem = side.loaded.inputs.problem(plan.objective, plan.strategy, engine=engine_of_plan(plan))
     return [_section(ShownPlan(name=name, plan=plan, problem=problem), number)]
+
+
+def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
+    """The best purchase in words, and all of the market."""
+    blocks: list[Block] = list(_purchase(found))
+    blocks.append(
+        Grid(
+            title="The market, best purchase per dollar first",
+            intro=f"{plural(found.count, 'GPU')} of one type added, and everything solved again.",
+            columns=_columns(
+                "'GPU", "USD/h each", "marginal price", f"{found.objective.unit} then", "gain", "per GPU", "per USD/h",
+                "proven", "'",
+            ),
+            rows=tuple(tuple(offer_row(offer)) for offer in found.offers),
+            note="Gain: of the plans found, all added GPUs together. Proven: what both bounds leave possible.",
+        )
+    )  # fmt: skip
+    if found.left_out:
+        blocks.append(Sentences(title="Not solved in time", lines=found.left_out))
+    lead = _problem_line(found.before.loaded.inputs, found.objective)
+    return Section(anchor=anchor, heading=heading, lead=lead, blocks=tuple(blocks))
 
 
 def _purchase(found: BuyNext) -> Iterator[Block]:

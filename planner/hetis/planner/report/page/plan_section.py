@@ -11,7 +11,6 @@ from hetis.planner.report.explanation import memory_shares, time_shares
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds, tokens
 from hetis.planner.report.page.axes import chart_of
 from hetis.planner.report.page.blocks import (
-    FREE,
     PLAIN,
     Block,
     Charts,
@@ -24,10 +23,13 @@ from hetis.planner.report.page.blocks import (
     Sentences,
     Stack,
     StackRow,
+    Step,
     Tile,
     Tiles,
+    Waterfall,
+    Waterfalls,
 )
-from hetis.planner.report.page.fleet_map import fleet_map, replica_name
+from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
 from hetis.planner.report.plan import beside_equal_stages, folded, limits, simple_setups, verdict, worth
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -38,7 +40,7 @@ from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.perturbing import used_fits
 from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verify import misses, verification_of
-from hetis.solver.explain import Explanation
+from hetis.solver.explain import Explanation, MemoryBar
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
@@ -47,7 +49,7 @@ MAX_SHAPES = 12  # of replicas told in full
 AXIS = 1.25  # of a limit: how far the axis goes beyond it
 ROOM = 1.02  # beyond the longest bar
 
-_MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": FREE}
+_MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": 7}
 _TIME_COLORS = {
     "dense": 0, "all-reduce": 5, "prefill att.": 1, "decode att.": 2, "transfer": 3, "head": 4, "other": 7, "wait": 6,
 }  # fmt: skip
@@ -104,7 +106,7 @@ def _blocks(
     yield fleet_map(plan, problem.cluster, explanation)
     groups = group_replicas(plan.replicas)
     if groups:
-        yield _replicas(groups)
+        yield _replicas(groups, lettered=len(plan.replicas) > MAX_NAMED)
         yield _stages(groups)
     if panels:
         yield Charts(title="Under simulated traffic", intro=traffic, charts=tuple(chart_of(one) for one in panels))
@@ -263,13 +265,14 @@ def _columns(*names: str) -> tuple[Column, ...]:
     return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
 
 
-def _replicas(groups: Sequence[ReplicaGroup]) -> Grid:
+def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
+    """``lettered``: the map calls them by letters."""
     rows = []
-    for group in groups[:MAX_SHAPES]:
+    for number, group in enumerate(groups[:MAX_SHAPES]):
         one = group.first
         rows.append(
             (
-                _numbered(group),
+                (f"{shape_letter(number)}: " if lettered else "") + _numbered(group),
                 f"{digits(one.rate, 4)}",
                 "" if one.role is Role.DECODE else seconds(one.ttft_s),
                 "" if one.role is Role.PREFILL else seconds(one.tpot_s),
@@ -339,24 +342,41 @@ def _explained(explanation: Explanation, plan: Plan) -> list[str]:
 # --- where memory and time go
 
 
-def _memory(explanation: Explanation) -> Stack:
-    rows, numbers, names = [], [], list[str]()
+def _memory(explanation: Explanation) -> Waterfalls:
+    """A waterfall for every GPU type, of the cards that have least left, and all parts in figures."""
+    numbers, names, tightest = [], list[str](), dict[str, MemoryBar]()
     for part in explanation.memory:
-        amounts = {share.name: share.amount for share in memory_shares(part)} | {"free": part.free_bytes}
+        amounts = _amounts(part)
         names = names or list(amounts)
-        worker = part.role != "primary"
-        label = f"R{part.replica} stage {part.stage + 1}{', attention worker' if worker else ''}"
-        rows.append(
-            StackRow(
-                label=f"{label}: {part.num_devices} × {part.gpu}",
-                text=f"{gigabytes(part.free_bytes)} free of {gigabytes(part.nominal_bytes)}",
-                segments=_segments(amounts, part.nominal_bytes, _MEMORY_COLORS),
-            )
-        )
         cells = (f"{amount / 2**30:.1f}" for amount in (*amounts.values(), part.nominal_bytes))
-        numbers.append((f"{label}, {part.gpu}", *cells))
-    table = Grid(title="In GiB", columns=_columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True)
-    return Stack(title="Memory of one GPU", rows=tuple(rows), numbers=table)
+        numbers.append((f"{_part_label(part)}, {part.gpu}", *cells))
+        before = tightest.get(part.gpu)
+        if before is None or part.free_bytes < before.free_bytes:
+            tightest[part.gpu] = part
+    table = Grid(
+        title="All stages, in GiB", columns=_columns("'GPU", *names, "nominal"), rows=tuple(numbers), folded=True
+    )
+    falls = []
+    for gpu, part in tightest.items():
+        steps, begin = list[Step](), 0.0
+        for name, amount in _amounts(part).items():
+            share = amount / part.nominal_bytes if part.nominal_bytes else 0.0
+            text = f"{amount / 2**30:.1f} GiB"
+            steps.append(Step(label=name, text=text, begin=begin, share=share, color=_MEMORY_COLORS[name]))
+            begin += share
+        note = f"{gigabytes(part.nominal_bytes)}; {_part_label(part)}, {plural(part.num_devices, 'card')}"
+        falls.append(Waterfall(title=gpu, note=note, steps=tuple(steps)))
+    intro = "Of every GPU type the cards with the least room left."
+    return Waterfalls(title="Memory of one GPU, by type", intro=intro, falls=tuple(falls), numbers=table)
+
+
+def _amounts(part: MemoryBar) -> dict[str, float]:
+    return {share.name: share.amount for share in memory_shares(part)} | {"free": part.free_bytes}
+
+
+def _part_label(part: MemoryBar) -> str:
+    worker = ", attention worker" if part.role != "primary" else ""
+    return f"R{part.replica} stage {part.stage + 1}{worker}"
 
 
 def _times(explanation: Explanation) -> Stack:
@@ -417,7 +437,7 @@ def _prices(plan: Plan) -> Grid:
         columns=_columns("'GPU", *where, "there", "used", "as workers", "idle", "marginal price"),
         rows=rows,
         note="The marginal price is what one GPU of the class is worth in the relaxation of this plan. What to buy "
-        "next is found by solving again: hetis-plan what-if --buy-next --html.",
+        "next is found by solving again for every type on the market: hetis-plan report --buy-next.",
     )
 
 

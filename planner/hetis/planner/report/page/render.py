@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from functools import cache
+from hashlib import sha256
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from hetis.planner.report.page.blocks import Page
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PACKAGE = "hetis.planner.report.page"
 
@@ -15,12 +22,27 @@ def render_page(page: Page) -> str:
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
     """
+    return _template().render(page=page, css=_text("page.css"), script=_script(page.is_live))
+
+
+def live_script_policy() -> str:
+    """Return what a content security policy allows as the script of a live page: that one and no other."""
+    digest = sha256(_script(True).encode()).digest()
+    return f"'sha256-{b64encode(digest).decode()}'"
+
+
+@cache
+def _template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    template = environment.from_string(_text("page.html.j2"))
-    return template.render(page=page, css=_text("page.css"), script=_text("page.js"))
+    return environment.from_string(_text("page.html.j2"))
 
 
+def _script(is_live: bool) -> str:
+    return _text("page.js") + (_text("live.js") if is_live else "")
+
+
+@cache
 def _text(name: str) -> str:
     return files(PACKAGE).joinpath(name).read_text(encoding="utf-8")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, left_out_by, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.timing import chunk_seconds, least_slack, slack
-from hetis.solver.cluster import Cluster, Link
+from hetis.solver.cluster import Device, Link
 from hetis.solver.cost import (
     DeviceCost,
     Mix,
@@ -288,7 +288,7 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         key = _nameless(one)
         first.setdefault(key, number)
         count[key] = count.get(key, 0) + 1
-    fleet = _fleet_of(problem.cluster, {name for n in first.values() for name in plan.replicas[n].devices()})
+    fleet = _fleet_of(problem, {name for n in first.values() for name in plan.replicas[n].devices()})
     workload = problem.workload.clipped_to(problem.model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     views = []
@@ -318,6 +318,13 @@ def _nameless(one: ReplicaPlan) -> ReplicaPlan:
     )
 
 
-def _fleet_of(cluster: Cluster, names: set[str]) -> Fleet:
-    """The devices of these names; the others of a large fleet are not kept."""
-    return Fleet(cluster=cluster, devices={d.name: d for d in cluster.devices() if d.name in names} if names else {})
+def _fleet_of(problem: PlacementProblem, names: set[str]) -> Fleet:
+    """The devices of these names, and one of every zone, so that all zones are known; the others of a large fleet are
+    not kept.
+    """
+    is_out, devices, zones = left_out_by(problem.will), dict[str, Device](), set[str]()
+    for device in problem.cluster.devices() if names else ():
+        if device.name in names or (device.group.zone not in zones and not is_out(device)):
+            devices[device.name] = device
+            zones.add(device.group.zone)
+    return Fleet(cluster=problem.cluster, devices=devices)

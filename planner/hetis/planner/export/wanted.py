@@ -1,0 +1,131 @@
+"""What may be asked of an export: options checked before anything is made, the same from a shell and from a program."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+
+from hetis.engines.kubernetes import NAMESPACE
+from hetis.engines.layout import DTYPE_BYTES
+from hetis.engines.planned import planned_model
+from hetis.engines.serving import names_of
+from hetis.engines.versions import Engine
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.planner.export.names import Device, Target
+from hetis.planner.export.replicas import Settings
+from hetis.planner.export.targets import ENGINES, Export, export_plan
+from hetis.solver.plan import Plan
+
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
+# What the plan decides; the rest of an engine's options may be given.
+_DECIDED = frozenset(
+    (
+        *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
+        *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
+        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
+        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
+        *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
+        *("--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-total-tokens"),
+    )
+)
+_MAX_PORT = 60_000  # below the ports that systems hand out
+
+
+def export_wanted(
+    plan: Plan,
+    target: Target,
+    *,
+    file: str = "export",
+    spelled: Callable[[str], str] = str,
+    more_wrong: Sequence[str] = (),
+    engine: Engine | None = None,
+    engine_options: Sequence[str] = (),
+    model: str = "",
+    served_name: str = "",
+    dtype: str = "auto",
+    program: str = "",
+    device: Device = Device.CUDA,
+    hosts: Mapping[str, str] | None = None,
+    port: int = 8000,
+    name: str = "hetis",
+    namespace: str = "",
+    image: str = "",
+    worker_image: str = "",
+    model_claim: str = "",
+    api_key_secret: str = "",
+    worker_key_secret: str = "",
+    insecure: bool = False,
+) -> Export:
+    """The plan as the files of a target, as the options ask for.
+
+    Args:
+        file: of the plan, for messages.
+        spelled: how an option is written where the caller's user writes it.
+        more_wrong: what the caller found wrong, told together with what is found here.
+
+    Raises:
+        DocumentError: options that cannot be kept, all of them at once, or a plan without its model.
+        NotExportableError: no replica can be launched on the target.
+    """
+    hosts = hosts or {}
+    wrong = [*more_wrong, *_wrong_hosts(hosts, spelled), *_wrong_options(engine_options)]
+    allowed = ENGINES.get(target, tuple(Engine))
+    if engine is not None and engine not in allowed:
+        runs = " or ".join(one.value for one in allowed)
+        wrong.append(f"{spelled('engine')} is {engine.value}: {spelled('to')} {target.value} runs {runs}")
+    if dtype not in DTYPE_BYTES:
+        wrong.append(f"{spelled('dtype')} is {dtype!r}, must be one of {', '.join(DTYPE_BYTES)}")
+    if not _NAME.fullmatch(name):
+        wrong.append(f"{spelled('name')} is {name!r}, must be 1 to 30 small letters, digits and -, a letter first")
+    if namespace and not NAMESPACE.fullmatch(namespace):
+        wrong.append(f"{spelled('namespace')} is {namespace!r}, must be 1 to 63 small letters, digits and -")
+    if not 1 <= port <= _MAX_PORT:
+        wrong.append(f"{spelled('port')} is {port}, must be from 1 to {_MAX_PORT}")
+    if device is Device.CPU and target not in (Target.VLLM, Target.HETIS_LAUNCH):
+        wrong.append(f"{spelled('device')} is cpu: {spelled('to')} {target.value} is for GPUs")
+    try:
+        words = tuple(shlex.split(program))
+    except ValueError as error:
+        wrong.append(f"{spelled('program')} is {program!r}: {error}")
+    if wrong:
+        raise DocumentError(Problem(file="export", message=message) for message in wrong)
+    shape = planned_model(plan)
+    if shape is None:
+        raise single_problem(file, "inputs.documents.model is missing: the layout follows from it")
+    settings = Settings(
+        model=model or shape.name,
+        served_name=served_name,
+        engine=engine or (allowed[0] if len(allowed) == 1 else None),
+        program=words,
+        device=device.value,
+        options=tuple(engine_options),
+        dtype=dtype,
+        hosts=hosts,
+        port=port,
+        name=name,
+        namespace=namespace,
+        image=image,
+        worker_image=worker_image,
+        model_claim=model_claim,
+        key_secret=api_key_secret,
+        worker_secret=worker_key_secret,
+        is_open=insecure,
+    )
+    return export_plan(plan, shape, target, settings)
+
+
+def _wrong_hosts(hosts: Mapping[str, str], spelled: Callable[[str], str]) -> list[str]:
+    """Addresses that are none; each is shown as the command line takes it."""
+    given = {f"{node}={host}" if node else host: node and _HOST.fullmatch(host) for node, host in hosts.items()}
+    must = "must be NODE=HOST, such as gpu2=10.0.0.2"
+    return [f"{spelled('node_address')} is {text!r}, {must}" for text, is_right in given.items() if not is_right]
+
+
+def _wrong_options(options: Sequence[str]) -> list[str]:
+    decided = sorted(names_of(options) & _DECIDED)
+    wrong = [f"{option} is no option to give the engine: the plan decides it" for option in decided]
+    if options and not options[0].startswith("-"):
+        wrong.append(f"{options[0]!r} is no option of the engine, which begin with -")
+    return wrong

@@ -1,0 +1,156 @@
+"""How full the KV memory of every device was in the last minutes: kept in memory, for people who look at the page."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+SAMPLE_S = 5.0
+NUM_SAMPLES = 180  # a quarter of an hour
+MAX_DEVICES = 20_000  # of a cluster: 7 MB; those that come later are not kept
+_AT_ONCE = 500  # devices that are read before others may work
+
+_log = logging.getLogger("hetis.planner.kv_history")
+
+Shares = npt.NDArray[np.float32]
+KvInUse = Iterable[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRecord:
+    """What is known of one device.
+
+    Attributes:
+        device: as ``node/index``.
+        times_s: Unix seconds of the samples, ascending.
+        shares: of its KV blocks in use, as many; NaN where it said nothing.
+    """
+
+    device: str
+    times_s: Sequence[float]
+    shares: Shares
+
+    @property
+    def now(self) -> float:
+        """The last of the shares; NaN: it says nothing any more."""
+        return float(self.shares[-1]) if len(self.shares) else math.nan
+
+    @property
+    def peak(self) -> float:
+        known = self.shares[~np.isnan(self.shares)]
+        return float(known.max()) if len(known) else math.nan
+
+
+class KvHistory:
+    """The last samples of one cluster: a row for each of them, a column for each device."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, int] = {}
+        self._times_s: list[float] = []
+        self._rows = np.full((NUM_SAMPLES, 0), np.nan, dtype=np.float16)
+
+    def add(self, time_s: float, in_use: KvInUse) -> None:
+        """A sample; the oldest goes when there are too many."""
+        found = dict(in_use)
+        for device in found:
+            if device not in self._columns and len(self._columns) < MAX_DEVICES:
+                self._columns[device] = len(self._columns)
+        missing = len(self._columns) - self._rows.shape[1]
+        if missing > 0:
+            more = np.full((NUM_SAMPLES, max(missing, self._rows.shape[1])), np.nan, dtype=np.float16)
+            self._rows = np.concatenate([self._rows, more], axis=1)
+        self._rows = np.roll(self._rows, -1, axis=0)
+        self._rows[-1] = np.nan
+        for device, share in found.items():
+            if device in self._columns:
+                self._rows[-1, self._columns[device]] = share
+        self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
+
+    def records(self, most: int) -> list[KvRecord]:
+        """Return the devices that are fullest now, or were in the time that is kept, by name; ``most`` of them."""
+        num = len(self._times_s)
+        if not num or not self._columns:
+            return []
+        rows = self._rows[-num:, : len(self._columns)].astype(np.float32)
+        known = ~np.isnan(rows)
+        peaks = np.where(known, rows, -1.0).max(axis=0)
+        now = np.where(known[-1], rows[-1], -1.0)
+        fullest = sorted(self._columns, key=lambda device: (now[self._columns[device]], peaks[self._columns[device]]))
+        chosen = [device for device in fullest[-most:] if peaks[self._columns[device]] >= 0]
+        begin = int(known.any(axis=1).argmax())  # before that nobody said anything
+        return [
+            KvRecord(device=device, times_s=self._times_s[begin:], shares=rows[begin:, self._columns[device]])
+            for device in sorted(chosen, key=natural_order)
+        ]
+
+    def now(self) -> dict[str, float]:
+        """Return the shares of the last sample, of the devices that were in it."""
+        if not self._times_s:
+            return {}
+        last = self._rows[-1]
+        return {device: float(last[i]) for device, i in self._columns.items() if not np.isnan(last[i])}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that said something in the time that is kept."""
+        if not self._times_s or not self._columns:
+            return 0
+        return int((~np.isnan(self._rows[-len(self._times_s) :])).any(axis=0).sum())
+
+
+class KvHistories:
+    """Samples every cluster as long as `run` runs.
+
+    Args:
+        clusters: names of those that there are.
+        in_use: devices of one with the shares in use.
+    """
+
+    def __init__(
+        self,
+        clusters: Callable[[], Sequence[str]],
+        in_use: Callable[[str], Iterator[tuple[str, float]]],
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clusters, self._in_use = clusters, in_use
+        self._clock, self._sleep = clock, sleep
+        self._of: dict[str, KvHistory] = {}
+
+    def of(self, cluster: str) -> KvHistory:
+        return self._of.get(cluster, KvHistory())
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.sample()
+            except Exception:  # a picture for people: nothing else may end with it
+                _log.exception("the KV in use could not be read")
+            await self._sleep(SAMPLE_S)
+
+    async def sample(self) -> None:
+        """Read every device of every cluster once, a few hundred at a time."""
+        names = set(self._clusters())
+        self._of = {name: history for name, history in self._of.items() if name in names}
+        for name in sorted(names):
+            found = list[tuple[str, float]]()
+            for item in self._in_use(name):
+                found.append(item)
+                if len(found) % _AT_ONCE == 0:
+                    await self._sleep(0)
+            self._of.setdefault(name, KvHistory()).add(self._clock(), found)
+
+
+def natural_order(device: str) -> list[tuple[bool, int, str]]:
+    """A key by which ``p100-2/0`` comes before ``p100-10/0``."""
+    parts = re.split(r"(\d+)", device)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]

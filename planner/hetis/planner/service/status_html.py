@@ -1,0 +1,437 @@
+"""The status page for people: replicas, KV in use over time, re-dispatches as they happen, in the look of the reports.
+
+Everything here is what the planner has in memory; a store that is away is shown, and takes nothing from the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+
+from hetis.planner.convert.enums import name_of
+from hetis.planner.convert.names import last_part
+from hetis.planner.convert.replicas import replica_from_proto
+from hetis.planner.fleet.views import LiveReplica
+from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.page.blocks import (
+    COLORS,
+    PLAIN,
+    Block,
+    Column,
+    FleetMap,
+    GpuCell,
+    Grid,
+    Links,
+    NodeCard,
+    Page,
+    Section,
+    Sentences,
+    Strip,
+    Strips,
+    Tick,
+    Tile,
+    Tiles,
+    ZoneMap,
+)
+from hetis.planner.report.page.fleet_map import IDLE, Duty, replica_duties
+from hetis.planner.report.page.render import render_page
+from hetis.planner.resources.live import NodeNow
+from hetis.planner.service.kv_history import NUM_SAMPLES, SAMPLE_S, KvRecord, natural_order
+from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
+from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
+
+MAX_CLUSTERS = 4  # in full on the first page; others have a page each
+MAX_NODES = 36  # of a cluster, drawn
+MAX_STRIPS = 32
+MAX_REPLICAS = 40
+MAX_REDISPATCHES = 15
+FULL = 0.9  # a share of KV in use from which a device is shown as in trouble
+STORE_AWAY_S = 10.0  # without an answer
+_WIDTH, _HEIGHT = 600, 28
+_LEAST_SPAN_S = 60.0  # of the axis of time
+_UNDER_WAY = ("PREPARING", "COMMITTING", "RELEASING", "ABORTING")
+
+
+def status_html(
+    overview: Overview, clusters: Sequence[ClusterNow], *, version: str, is_ready: bool, only: str = ""
+) -> str:
+    """The page. ``only`` names the one cluster that is asked for; without it there are the planner and all clusters."""
+    counted = {one.name: one for one in overview.clusters}
+    shown = [one for one in clusters if one.name == only] if only else clusters[:MAX_CLUSTERS]
+    sections = [] if only else [_planner_section(overview, clusters, version=version, is_ready=is_ready)]
+    sections += [_cluster_section(one, counted.get(one.name)) for one in shown]
+    title = f"Cluster {last_part(only)}" if only else "hetis planner"
+    footer = (
+        f"hetis-planner {version}, {_clock(overview, clusters)}. The page renews itself. The same as JSON: "
+        "curl this address; for Prometheus: /metrics."
+    )
+    return render_page(Page(title=title, sections=tuple(sections), footer=footer, is_live=True))
+
+
+def _clock(overview: Overview, clusters: Sequence[ClusterNow]) -> str:
+    """Minutes are enough: a page on which nothing happens stays the same."""
+    now_s = max((one.now_s for one in clusters), default=overview.leader_since_s)
+    return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+# --- the planner
+
+
+def _planner_section(overview: Overview, clusters: Sequence[ClusterNow], *, version: str, is_ready: bool) -> Section:
+    blocks: list[Block] = [Tiles(tiles=tuple(_planner_tiles(overview, is_ready=is_ready)))]
+    others = clusters[MAX_CLUSTERS:]
+    if others:
+        links = tuple((last_part(one.name), f"/{one.name}") for one in others)
+        blocks.append(Links(title="More clusters", links=links))
+    if not clusters:
+        known = ", ".join(last_part(one.name) for one in overview.clusters)
+        if not overview.leads:
+            where = f" ({overview.leader})" if overview.leader else ""
+            lines = [f"This planner stands by. What runs is on the page of the one that leads{where}."]
+        elif known:
+            lines = [f"Clusters that are being read: {known}."]
+        else:
+            lines = ["There is no cluster yet: hetis-plan apply cluster.yaml"]
+        blocks.append(Sentences(title="Clusters", lines=tuple(lines)))
+    role = "leads" if overview.leads else "stands by"
+    return Section(anchor="planner", heading="Planner", lead=f"hetis-planner {version} {role}", blocks=tuple(blocks))
+
+
+def _planner_tiles(overview: Overview, *, is_ready: bool) -> Iterator[Tile]:
+    since = ""
+    if overview.leads and overview.leader_since_s:
+        began = datetime.fromtimestamp(overview.leader_since_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        since = f"epoch {overview.epoch}, since {began}"
+    yield Tile(
+        label="This planner",
+        value="ready" if is_ready else "not ready",
+        note=since or f"epoch {overview.epoch}",
+        tone="good" if is_ready else "bad",
+    )
+    away = overview.store_answered_s_ago >= STORE_AWAY_S
+    yield Tile(
+        label="Store",
+        value="away" if away else "answers",
+        note=f"last heard {seconds(overview.store_answered_s_ago)} ago" if away else "",
+        tone="bad" if away else "good",
+    )
+    yield Tile(
+        label="Searches",
+        value=f"{overview.searching:,}",
+        unit=f"of {overview.solver_processes:,} at a time",
+        note=f"{overview.queued:,} waiting",
+    )
+    plans = ", ".join(f"{count:,} {_lower(state)}" for state, count in overview.num_plans.items())
+    yield Tile(label="Plans", value=f"{sum(overview.num_plans.values()):,}", note=plans)
+
+
+# --- a cluster
+
+
+def _cluster_section(cluster: ClusterNow, counted: ClusterOverview | None) -> Section:
+    colors = {replica.name: number % COLORS for number, replica in enumerate(cluster.replicas)}
+    records = cluster.kv.records(MAX_STRIPS)
+    blocks: list[Block] = [Tiles(tiles=tuple(_cluster_tiles(cluster, records)))]
+    blocks.append(_map(cluster, colors))
+    if cluster.replicas:
+        blocks.append(_replicas(cluster))
+    if records:
+        blocks.append(_pressure(cluster, colors, records))
+    blocks.append(_redispatches(cluster))
+    plan = counted.active_plan if counted is not None else ""
+    lead = f"{last_part(plan)} is in force" if plan else "No plan is in force."
+    name = last_part(cluster.name)
+    return Section(anchor=f"cluster-{name}", heading=f"Cluster {name}", lead=lead, blocks=tuple(blocks))
+
+
+def _cluster_tiles(cluster: ClusterNow, records: Sequence[KvRecord]) -> Iterator[Tile]:
+    nodes = Counter(_word(cluster_pb2.NodeState, node.state) for node in cluster.nodes.values())
+    lost = nodes["LOST"] + nodes["SUSPECT"]
+    other = ", ".join(f"{count:,} {_lower(state)}" for state, count in nodes.items() if state != "READY")
+    yield Tile(
+        label="Nodes ready",
+        value=f"{nodes['READY']:,}",
+        unit=f"of {sum(nodes.values()):,}",
+        note=other,
+        tone="bad" if lost else "",
+    )
+    states = Counter(_word(replica_pb2.ReplicaState, replica.state) for replica in cluster.replicas)
+    notes = [f"{count:,} {_lower(state)}" for state, count in states.items() if state not in ("SERVING", "DEGRADED")]
+    if states["DEGRADED"]:
+        notes.insert(0, f"{states['DEGRADED']:,} of them without a lost attention worker")
+    yield Tile(
+        label="Replicas serving",
+        value=f"{states['SERVING'] + states['DEGRADED']:,}",
+        unit=f"of {len(cluster.replicas):,}",
+        note=", ".join(notes),
+        tone="bad" if states["DEGRADED"] or states["FAILED"] else "",
+    )
+    reports = [replica.report for replica in cluster.replicas if replica.report is not None]
+    yield Tile(
+        label="Requests",
+        value=f"{sum(report.num_running for report in reports):,}",
+        unit="running",
+        note=f"{sum(report.num_waiting for report in reports):,} waiting, "
+        f"{sum(report.num_finished for report in reports):,} finished",
+    )
+    fullest = max((one for one in records if not math.isnan(one.now)), key=lambda one: one.now, default=None)
+    if fullest is not None:
+        tone = "bad" if fullest.now >= (cluster.high_water or FULL) else ""
+        label = "KV of the fullest device"
+        yield Tile(label=label, value=_whole(fullest.now), note=fullest.device, tone=tone)
+    ends = Counter(_state(one) for one in cluster.redispatches)
+    under_way = sum(ends[state] for state in _UNDER_WAY)
+    yield Tile(
+        label="Re-dispatches",
+        value=f"{ends['DONE']:,}",
+        unit="done",
+        note=f"{under_way:,} under way, {ends['ABORTED']:,} called off, in this term",
+    )
+
+
+# --- the map
+
+
+def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
+    duties = dict[str, Duty]()
+    for number, replica in enumerate(cluster.replicas):
+        duties.update(replica_duties(replica_from_proto(replica.shape), f"R{number}", colors[replica.name]))
+    full = cluster.kv.now()
+    busy = {device.rpartition("/")[0] for device in duties}
+    nodes = sorted(cluster.nodes.items(), key=lambda item: (last_part(item[0]) not in busy, natural_order(item[0])))
+    rest = len(nodes) - MAX_NODES
+    cards = [_card(last_part(name), node, duties, full) for name, node in nodes[:MAX_NODES]]
+    legend = [
+        (f"R{number}: {_lower(_word(replica_pb2.ReplicaState, replica.state))}", colors[replica.name])
+        for number, replica in enumerate(cluster.replicas[:COLORS])
+    ]
+    zone = ZoneMap(
+        name="",
+        nodes=tuple(cards),
+        rest=f"and {plural(rest, 'more node')}" if rest > 0 else "",
+    )
+    note = "Solid: holds layers. Dashed: an attention worker. Dotted: in no replica."
+    return FleetMap(title="The fleet now", zones=(zone,), legend=tuple(legend), note=note)
+
+
+def _card(name: str, node: NodeNow, duties: Mapping[str, Duty], full: Mapping[str, float]) -> NodeCard:
+    found = [] if node.inventory is None else list(node.inventory.devices)
+    planned = {int(device.rpartition("/")[2]) for device in duties if device.rpartition("/")[0] == name}
+    known = planned | {device.index for device in found} | {device.index for device in node.devices}
+    types = Counter(device.gpu_type for device in found if device.gpu_type)
+    held = ", ".join(f"{count:,} × {gpu}" for gpu, count in types.items())
+    state = _word(cluster_pb2.NodeState, node.state)
+    cells = tuple(_cell(f"{name}/{index}", index, duties, full, state) for index in sorted(known))
+    gpus = " · ".join(part for part in (held, "" if state == "READY" else state) if part)
+    return NodeCard(name=name, gpus=gpus, cells=cells)
+
+
+def _cell(device: str, index: int, duties: Mapping[str, Duty], full: Mapping[str, float], state: str) -> GpuCell:
+    duty = duties.get(device, IDLE)
+    share = full.get(device, math.nan)
+    lines = duty.lines if duty is not IDLE else ("no replica",)
+    if state == "LOST":
+        return GpuCell(index=str(index), role="idle", color=PLAIN, lines=(*lines, "lost"))
+    is_known = not math.isnan(share)
+    if is_known:
+        lines = (*lines, f"KV {_whole(share)}")
+    return GpuCell(index=str(index), role=duty.role, color=duty.color, lines=lines, filled=share if is_known else None)
+
+
+# --- replicas
+
+
+def _replicas(cluster: ClusterNow) -> Grid:
+    rows, bad = list[tuple[str, ...]](), list[int]()
+    for number, replica in enumerate(cluster.replicas[:MAX_REPLICAS]):
+        state = _word(replica_pb2.ReplicaState, replica.state)
+        if state in ("DEGRADED", "FAILED"):
+            bad.append(number)
+        rows.append(_replica_row(number, replica, state))
+    rest = len(cluster.replicas) - MAX_REPLICAS
+    return Grid(
+        title="Replicas",
+        columns=(
+            Column(name="", numeric=False),
+            Column(name="replica", numeric=False),
+            Column(name="plan", numeric=False),
+            Column(name="state", numeric=False),
+            *(Column(name=name) for name in ("GPUs", "running", "waiting", "TTFT", "TPOT", "preempted", "generation")),
+        ),
+        rows=tuple(rows),
+        bad=tuple(bad),
+        note=f"and {plural(rest, 'more replica')}" if rest > 0 else "",
+    )
+
+
+def _replica_row(number: int, replica: LiveReplica, state: str) -> tuple[str, ...]:
+    report = replica.report
+    devices = {device for stage in replica.shape.stages for device in stage.devices}
+    devices |= {device for pool in replica.shape.attention_workers for device in pool.devices}
+    moving = ", heads move" if replica.redispatch else ""
+    return (
+        f"R{number}",
+        last_part(replica.name),
+        last_part(replica.plan),
+        f"{_lower(state)}{moving}",
+        f"{len(devices):,}",
+        "" if report is None else f"{report.num_running:,}",
+        "" if report is None else f"{report.num_waiting:,}",
+        "" if report is None or not report.ttft_s else seconds(report.ttft_s),
+        "" if report is None or not report.tpot_s else seconds(report.tpot_s),
+        "" if report is None else f"{report.num_preempted:,}",
+        f"{replica.generation:,}",
+    )
+
+
+# --- KV over time
+
+
+def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[KvRecord]) -> Strips:
+    owners = dict[str, int]()
+    for replica in cluster.replicas:
+        for parts in (replica.shape.stages, replica.shape.attention_workers):
+            owners |= {device: colors[replica.name] for part in parts for device in part.devices}
+    times_s = np.asarray(records[0].times_s)
+    last_s = float(times_s[-1])
+    span_s = max(_LEAST_SPAN_S, last_s - float(times_s[0]))
+    xs = _WIDTH * (1.0 - (last_s - times_s) / span_s)
+    rows = []
+    for record in records:
+        line, area = _paths(xs, record.shares)
+        now = "silent" if math.isnan(record.now) else f"{_whole(record.now)} now"
+        tone = "bad" if record.now >= (cluster.high_water or FULL) else ""
+        rows.append(
+            Strip(
+                label=record.device,
+                text=f"{now}, {_whole(record.peak)} at most",
+                color=owners.get(record.device, PLAIN),
+                line=line,
+                area=area,
+                tone=tone,
+            )
+        )
+    moments = [
+        round(_WIDTH * (1.0 - (last_s - one.create_time.ToMicroseconds() / 1e6) / span_s), 1)
+        for one in cluster.redispatches
+    ]
+    rest = cluster.kv.num_devices - len(records)
+    notes = ["A vertical line is a re-dispatch."] if any(0 <= at <= _WIDTH for at in moments) else []
+    if cluster.high_water is not None:
+        notes.append("The dashed line is the share from which head groups leave.")
+    if rest > 0:
+        notes.append(f"The fullest {len(records)} devices are shown, {rest:,} others are emptier.")
+    return Strips(
+        title="KV in use, by device",
+        intro=f"Share of the KV blocks that cannot be dropped, every {SAMPLE_S:g} s; the planner remembers the last "
+        f"{NUM_SAMPLES * SAMPLE_S / 60:.0f} minutes of its term.",
+        rows=tuple(rows),
+        width=_WIDTH,
+        height=_HEIGHT,
+        ticks=tuple(_ticks(span_s)),
+        limit=None if cluster.high_water is None else round(_y_of(cluster.high_water), 1),
+        moments=tuple(at for at in moments if 0 <= at <= _WIDTH),
+        note=" ".join(notes),
+    )
+
+
+def _paths(xs: np.ndarray, shares: np.ndarray) -> tuple[str, str]:
+    """A line, and what lies under it, with gaps where nothing was said."""
+    lines, areas = list[str](), list[str]()
+    known = np.flatnonzero(~np.isnan(shares))
+    for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
+        if not len(run):
+            continue
+        points = [f"{xs[i]:.1f} {_y_of(float(shares[i])):.1f}" for i in run]
+        if len(run) == 1:  # a dot: a line needs two points
+            points.append(f"{min(xs[run[0]] + 1.5, _WIDTH):.1f} {_y_of(float(shares[run[0]])):.1f}")
+        lines.append("M" + "L".join(points))
+        areas.append(f"M{xs[run[0]]:.1f} {_HEIGHT}L{'L'.join(points)}L{xs[run[-1]]:.1f} {_HEIGHT}Z")
+    return "".join(lines), "".join(areas)
+
+
+def _y_of(share: float) -> float:
+    return (_HEIGHT - 2) * (1.0 - min(max(share, 0.0), 1.0)) + 1
+
+
+def _ticks(span_s: float) -> Iterator[Tick]:
+    for part in (0.0, 0.5, 1.0):
+        ago_s = span_s * (1.0 - part)
+        text = "now" if not ago_s else f"{ago_s / 60:.1f} min ago" if ago_s >= 60 else f"{ago_s:.0f} s ago"
+        yield Tick(at=_WIDTH * part, text=text)
+
+
+# --- re-dispatches
+
+
+def _redispatches(cluster: ClusterNow) -> Block:
+    if not cluster.redispatches:
+        return Sentences(title="Re-dispatches", lines=("None yet in this term.",))
+    numbers = {replica.name: f"R{number}" for number, replica in enumerate(cluster.replicas)}
+    newest = sorted(cluster.redispatches, key=lambda one: one.create_time.ToMicroseconds(), reverse=True)
+    rows, bad = list[tuple[str, ...]](), list[int]()
+    for number, one in enumerate(newest[:MAX_REDISPATCHES]):
+        if _state(one) == "ABORTED":
+            bad.append(number)
+        rows.append(
+            (
+                one.create_time.ToDatetime().strftime("%H:%M:%S"),
+                numbers.get(one.replica, last_part(one.replica)),
+                ", ".join(_trigger(trigger) for trigger in one.triggers),
+                f"{one.num_moves:,}",
+                gigabytes(one.kv_bytes),
+                f"{seconds(one.makespan_before_s)} → {seconds(one.makespan_after_s)}",
+                _ended(one),
+            )
+        )
+    rest = len(newest) - len(rows)
+    numeric = {"moves", "KV", "a layer of a step"}
+    names = ("at", "replica", "because", "moves", "KV", "a layer of a step", "state")
+    return Grid(
+        title="Re-dispatches",
+        intro="Head groups that were moved while requests ran, the latest first; times are UTC.",
+        columns=tuple(Column(name=name, numeric=name in numeric) for name in names),
+        rows=tuple(rows),
+        bad=tuple(bad),
+        strong=next((i for i, one in enumerate(newest[: len(rows)]) if _state(one) in _UNDER_WAY), None),
+        note=f"and {plural(rest, 'earlier one')}" if rest > 0 else "",
+    )
+
+
+def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
+    kind = _lower(_word(redispatch_pb2.TriggerKind, trigger.kind))
+    where = f" of {trigger.device}" if trigger.device else ""
+    return f"{kind}{where}" + (f" ({percent(trigger.value)} above {percent(trigger.limit)})" if trigger.limit else "")
+
+
+def _ended(one: redispatch_pb2.Redispatch) -> str:
+    state = _lower(_state(one))
+    if one.HasField("failure"):
+        return f"{state}: {one.failure.message}"
+    if not one.HasField("end_time"):
+        return state
+    took_s = (one.end_time.ToMicroseconds() - one.create_time.ToMicroseconds()) / 1e6
+    return f"{state} in {digits(took_s, 2)} s"
+
+
+def _state(one: redispatch_pb2.Redispatch) -> str:
+    return _word(redispatch_pb2.RedispatchState, one.state)
+
+
+def _word(enum: object, value: int) -> str:
+    """``READY`` of ``NODE_STATE_READY``."""
+    prefix = name_of(enum, 0).removesuffix("UNSPECIFIED")
+    return name_of(enum, value).removeprefix(prefix)
+
+
+def _whole(share: float) -> str:
+    """What changes every few seconds needs no decimals."""
+    return f"{share:.0%}"
+
+
+def _lower(word: str) -> str:
+    return word.lower().replace("_", " ")
