@@ -276,6 +276,14 @@ StrictOption = Annotated[
         help="Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.",
     ),
 ]
+OtherEnginesOption = Annotated[
+    bool,
+    typer.Option(
+        "--other-engines/--no-other-engines",
+        rich_help_panel=_RESULT,
+        help="Say what plans for other engines reach, found in a tenth of the time limit.",
+    ),
+]
 VerifyOption = Annotated[
     bool,
     typer.Option(

@@ -38,6 +38,7 @@ def place(
     html: options.HtmlOption = None,
     strict: options.StrictOption = False,
     verify: options.VerifyOption = True,
+    other_engines: options.OtherEnginesOption = True,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
@@ -74,6 +75,7 @@ def place(
             threads=threads,
         ),
         verify=verify,
+        other_engines=other_engines,
         price_pins=price_pins,
         profile_error=profile_error,
     )

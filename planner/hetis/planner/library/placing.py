@@ -48,6 +48,7 @@ def place(
     seed: int = 0,
     threads: int = 1,
     verify: bool = True,
+    other_engines: bool = False,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
     """Decides which GPUs form which replicas, and proves how good that is. Options mean what those of the verb mean.
@@ -62,6 +63,7 @@ def place(
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``.
         pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at the rate it promises.
+        other_engines: say what plans for other engines reach, found in a tenth of the time limit.
         progress: called with news of the search, from this thread.
 
     Raises:
@@ -92,8 +94,9 @@ def place(
     cancelled = threading.Event()
     budget = Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
     plan = placing.make_plan(
-        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True
-    )
+        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True,
+        beside_engines=other_engines,
+    )  # fmt: skip
     if verify:
         plan = verified(plan, problem, seed=seed, cancelled=cancelled, report=lambda _given, _total: None)
     return Plan(value=plan, problem=problem)
