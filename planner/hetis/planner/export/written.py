@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hetis.engines.versions import RECORDED
+from hetis.formats.dtypes import weights_of
 from hetis.planner.export.replicas import Launchable
 from hetis.planner.export.routing import shares_of
+from hetis.solver.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
             f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
-            f"{left:.3g}.",
+            f"{left:.3g}.{_precision(launchable.model)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -75,6 +77,13 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
         )
     )
+
+
+def _precision(model: ModelSpec) -> str:
+    """What the checkpoint must be, where that is not what models are published in."""
+    if model.weights in ("", "bf16"):
+        return ""
+    return f" The plan counts on weights in {weights_of(model)}: give a checkpoint that is kept so."
 
 
 def _gpus(node: str, gpus: tuple[int, ...]) -> str:

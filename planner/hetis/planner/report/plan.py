@@ -124,6 +124,8 @@ def _facts(plan: Plan) -> Table:
     engine = plan.inputs.get("engine")
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
+    if (kept := precision(plan)) is not None:
+        table.add_row("Precision", kept)
     if plan.objective.demand_rps is not None:
         table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
     for name, reached, limit in limits(plan):
@@ -134,6 +136,15 @@ def _facts(plan: Plan) -> Table:
     if count_by_role(plan):
         table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
     return table
+
+
+def precision(plan: Plan) -> str | None:
+    """What weights and KV are kept in; None where the plan does not say its model."""
+    document = plan.inputs.get("documents", {}).get("model", {})
+    if "weight_bytes" not in document:
+        return None
+    weights = document.get("weights") or f"{digits(document['weight_bytes'])} bytes a parameter"
+    return f"weights {weights}, KV {'fp8' if document.get('kv_bytes') == 1 else 'bf16'}"
 
 
 def beside_equal_stages(plan: Plan) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.precision import for_engine, in_precision, stages_that_do_not_start
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.verify import misses, verification_of, verified
@@ -60,6 +61,7 @@ class PlacementRequest:
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
+        weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
         ttft_s: None asks for the default limit, infinity lifts it; ``tpot_s`` likewise.
         verify: simulate the plan before it is shown.
         other_engines: say what plans for other engines reach.
@@ -73,6 +75,8 @@ class PlacementRequest:
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()
     forbids: Sequence[str] = ()
+    weights: str | None = None
+    kv: str | None = None
     objective: ObjectiveKind = ObjectiveKind.GOODPUT
     demand_rps: float | None = None
     ttft_s: float | None = None
@@ -104,7 +108,8 @@ def load(request: PlacementRequest) -> LoadedInputs:
         cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
     ).with_will(pins=request.pins, forbids=request.forbids)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
-    return loaded
+    loaded, is_asked = in_precision(loaded, weights=request.weights, kv=request.kv), bool(request.weights or request.kv)
+    return for_engine(loaded, request.settings.engine, is_asked=is_asked)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
@@ -226,7 +231,9 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
     from hetis.solver.placement.explanation.routes import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (*plan.notes, *routed, *profile_notes(problem))
+    notes = (
+        *plan.notes, *loaded.notes, *stages_that_do_not_start(plan, problem), *routed, *profile_notes(problem)
+    )  # fmt: skip
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 
 

@@ -146,10 +146,11 @@ def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedInputs:
-    """Inputs and the file or name each of them came from, profiles by GPU type."""
+    """Inputs and the file or name each of them came from, profiles by GPU type; ``notes`` say what became of them."""
 
     inputs: Inputs
     origins: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
         """The same with what ``--pin`` and ``--forbid`` ask for.
