@@ -90,3 +90,26 @@ def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: p
     assert "mxfp4 is a format of experts" in capsys.readouterr().err
     assert run([*inputs, "--weights", "fp9"]) == ExitCode.INVALID
     assert "did you mean fp8?" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_fleet_that_is_changed_is_held_to_the_table_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs that are added are left out, too, where they do not run the precision: nothing is gained."""
+    inputs = ("-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "--engine", "vllm", "--weights", "fp8")
+    options = ("--strategy", "uniform", "--add", "2xV100-PCIe-16GB", "-q", "-o", "json")
+    assert run(["what-if", *inputs, *options]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    before, after = (found[side]["plan"]["result"]["value"] for side in ("before", "after"))
+    assert before == pytest.approx(after)
+    assert gpus_of(found["after"]["plan"]) == {"A100-SXM-40GB"}
+
+
+def test_engines_are_compared_where_one_of_them_does_not_run_the_precision(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "T4"))
+    inputs = ("compare", "-c", "fleet.yaml", "-m", "Llama-2-7B", "-w", "1024/256", "--weights", "fp8", "--tpot", "none")
+    assert run([*inputs, "--engine", "vllm,sglang", "--strategies", "uniform", "-o", "json", "-q"]) == ExitCode.OK
+    vllm, sglang = json.loads(capsys.readouterr().out)["strategies"]
+    assert gpus_of(vllm["plan"]) == {"T4"}
+    assert (sglang["plan"], sglang["status"]) == (None, "no plan")
+    assert "sglang 0.5 takes compute capability 8 for fp8 weights, T4 (Turing) has 7.5" in sglang["reasons"][0]

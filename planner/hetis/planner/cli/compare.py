@@ -86,7 +86,6 @@ def compare(
             settings,
             names,
             rules,
-            has_precision=bool(weights or kv),
             budget=lambda: Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled),
             report=report,
         )

@@ -69,7 +69,7 @@ def what_if(
     from hetis.planner.use_cases import place as placing
     from hetis.planner.use_cases import purchases
     from hetis.planner.use_cases import what_if as asking
-    from hetis.planner.use_cases.precision import for_engine, in_precision
+    from hetis.planner.use_cases.precision import in_precision
     from hetis.planner.use_cases.sources import load_inputs, ordered
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
@@ -89,7 +89,6 @@ def what_if(
         threads=threads,
     )
     loaded = in_precision(loaded, weights=weights, kv=kv)
-    loaded = for_engine(loaded, settings.engine, is_asked=bool(weights or kv))
     fleet = loaded.inputs.cluster
     card = None if nic is None else Link(bytes_per_s=nic, latency_s=fleet.network.default.latency_s)
     wanted = purchases.read(

@@ -94,7 +94,7 @@ def place(
         threads=threads,
     )
     loaded = in_precision(loaded, weights=_known(weights, PRECISIONS), kv=_known(kv, KV_PRECISIONS))
-    loaded = for_engine(loaded, settings.engine, is_asked=bool(weights or kv))
+    loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     compile_kernels(
         problem.cluster.num_gpus(), (strategy,), for_engine=settings.engine is not None, report=progress

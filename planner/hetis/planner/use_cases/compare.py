@@ -118,14 +118,12 @@ def compare_engines(
     strategies: Sequence[str],
     engines: Mapping[str, EngineRules | None],
     *,
-    has_precision: bool = False,
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
     """`compare_strategies` for each engine, by strategy, the engines as they were asked for.
 
-    A plan that an engine runs is one of any engine, where it keeps to the rules of that family. ``has_precision``: the
-    model's precision was asked for.
+    A plan that an engine runs is one of any engine, where it keeps to the rules of that family.
 
     Raises:
         InvalidProblemError: the objective asks for what the cluster does not have, a price say.
@@ -133,7 +131,7 @@ def compare_engines(
     found = dict[tuple[str, str], Compared]()
     for number, (name, rules) in enumerate(engines.items(), start=1):
         for outcome in compare_strategies(
-            for_engine(loaded, rules, is_asked=has_precision),
+            loaded,
             objective,
             replace(settings, engine=rules),
             strategies,
@@ -177,6 +175,10 @@ def planned(
     if settings.engine is not None and STRATEGIES[name].is_published:
         reason = f"a published heuristic does not know {settings.engine.name}"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
+    try:
+        loaded = for_engine(loaded, settings.engine)
+    except InvalidProblemError as error:
+        return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
     problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)

@@ -108,8 +108,7 @@ def load(request: PlacementRequest) -> LoadedInputs:
         cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
     ).with_will(pins=request.pins, forbids=request.forbids)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
-    loaded, is_asked = in_precision(loaded, weights=request.weights, kv=request.kv), bool(request.weights or request.kv)
-    return for_engine(loaded, request.settings.engine, is_asked=is_asked)
+    return for_engine(in_precision(loaded, weights=request.weights, kv=request.kv), request.settings.engine)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:

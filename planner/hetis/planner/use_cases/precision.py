@@ -20,20 +20,21 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
     """The inputs with the model's weights or KV in another precision than its checkpoint's; None: as they are there."""
     model = dtypes.with_precision(loaded.inputs.model, weights=weights, kv=kv)
-    return replace(loaded, inputs=replace(loaded.inputs, model=model))
+    asked = loaded.has_precision or weights is not None or kv is not None
+    return replace(loaded, inputs=replace(loaded.inputs, model=model), has_precision=asked)
 
 
-def for_engine(loaded: LoadedInputs, engine: EngineRules | None, *, is_asked: bool = False) -> LoadedInputs:
+def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
     """The inputs without the GPUs on which the engine cannot run the model in its precision, and why they are left out.
 
-    A model in 16 bits is left as it is, unless its precision ``is_asked`` for.
+    A model in 16 bits keeps all GPUs, unless its precision was asked for. Doing it again changes nothing.
 
     Raises:
         InvalidProblemError: no GPU is left; says why.
     """
     inputs = loaded.inputs
     model, is_plain = inputs.model, inputs.model.weights in ("", "bf16") and inputs.model.kv_bytes == 2
-    if engine is None or engine.name not in SUPPORT or (is_plain and not is_asked):
+    if engine is None or engine.name not in SUPPORT or (is_plain and not loaded.has_precision):
         return loaded
     gpus = gpu_types_of(inputs.cluster)
     refused = {name: why for name, gpu in gpus.items() if (why := why_not(model, gpu, engine.name)) is not None}
@@ -49,7 +50,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None, *, is_asked: bo
         notes.append("no attention workers: they keep KV in 16 bits")
     notes += remarks(model, {name: gpu for name, gpu in gpus.items() if name not in refused}, engine.name)
     will = tuple(dict.fromkeys((*wishes, *inputs.will)))
-    return replace(loaded, inputs=replace(inputs, will=will), notes=(*loaded.notes, *notes))
+    return replace(loaded, inputs=replace(inputs, will=will), notes=tuple(dict.fromkeys((*loaded.notes, *notes))))
 
 
 def stages_that_do_not_start(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
