@@ -143,7 +143,8 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
         moe=moe,
     )
     model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
-    shape = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
+    shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
     del shape["forbidden_cuts"]  # none in the tables, and a set has no order
     return {
         "model": shape,

@@ -56,21 +56,34 @@ def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> 
     assert (model.embedding_bytes, model.activation_bytes, model.kv_bytes) == (2.0, 2.0, 2.0)
 
 
+def compressed(**weights: object) -> dict[str, object]:
+    """A quantisation of the library compressed-tensors."""
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
 @pytest.mark.parametrize(
-    ("quantisation", "weight_bytes"),
+    ("quantisation", "weight_bytes", "weights"),
     [
-        ({"quant_method": "gptq", "bits": 8}, 1.0),
-        ({"quant_method": "fp8"}, 1.0),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125),
-        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, 1.0),
+        ({"quant_method": "gptq", "bits": 8}, 1.0, "int8"),
+        ({"quant_method": "gptq", "bits": 4}, 0.53125, "gptq-int4"),
+        ({"quant_method": "awq", "bits": 4}, 0.53125, "awq-int4"),
+        ({"quant_method": "fp8"}, 1.0, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.53125, "int4"),
+        (compressed(num_bits=8), 1.0, "int8"),
+        (compressed(num_bits=8, type="float"), 1.0, "fp8"),
+        (compressed(num_bits=4, type="float"), 0.5625, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 0.5625, "nvfp4"),
     ],
 )
-def test_quantisation_is_honoured(tmp_path: Path, quantisation: dict[str, object], weight_bytes: float) -> None:
+def test_quantisation_is_honoured(
+    tmp_path: Path, quantisation: dict[str, object], weight_bytes: float, weights: str
+) -> None:
     config = json.loads((FOLDER / "meta-llama__Llama-2-70b-hf.json").read_text()) | {
         "quantization_config": quantisation
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path).weight_bytes == weight_bytes
+    model = load_model(tmp_path)
+    assert (model.weight_bytes, model.weights) == (weight_bytes, weights)
 
 
 def test_a_folder_with_a_config_is_named_after_the_folder(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.formats import catalogue
+from hetis.formats import catalogue, dtypes
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
@@ -47,6 +47,31 @@ def test_a_dtype_sets_the_bytes(tmp_path: Path, dtype: str, weight_bytes: float,
 def test_explicit_bytes_go_before_the_dtype(tmp_path: Path) -> None:
     model = model_of(tmp_path, SHAPE.format(kv_heads=2) + "dtype: bfloat16\nweight_bytes: 0.5\nkv_bytes: 1\n")
     assert (model.weight_bytes, model.kv_bytes, model.embedding_bytes) == (0.5, 1.0, 2.0)
+
+
+def test_a_quantised_dtype_names_the_precision_and_both_are_written(tmp_path: Path) -> None:
+    model = model_of(tmp_path, SHAPE.format(kv_heads=2) + "dtype: bfloat16+fp8\n")
+    assert model.weights == "fp8"
+    assert model_of(tmp_path, dump(model)) == model
+    assert model_of(tmp_path, SHAPE.format(kv_heads=2) + "weights: awq-int4\n").weights == "awq-int4"
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv", "sizes"),
+    [
+        ("fp8", None, (1.0, 2.0)),
+        ("awq-int4", "fp8", (0.53125, 1.0)),
+        ("bf16", None, (2.0, 2.0)),
+        (None, "fp8", (2.0, 1.0)),
+    ],
+)
+def test_a_model_in_another_precision(weights: str | None, kv: str | None, sizes: tuple[float, float]) -> None:
+    model = catalogue.find_model("Llama-3.1-70B").model
+    found = dtypes.with_precision(model, weights=weights, kv=kv)
+    assert (found.weight_bytes, found.kv_bytes) == sizes
+    assert found.embedding_bytes == model.embedding_bytes
+    assert dtypes.weights_of(found) == (weights or "bf16")
+    assert dtypes.kv_of(found) == (kv or "bf16")
 
 
 def test_every_model_of_the_catalogue_can_be_written_and_read(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from hetis.planner.use_cases import compare as comparing
 from hetis.planner.use_cases.compare import compare_strategies, figures_of
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import load_inputs
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import KvRoute, Objective, ObjectiveKind, Plan, Role
+from hetis.solver.problem import PlacementProblem
 from tests.planner import plans
 from tests.planner.command_line import EXAMPLES
 
@@ -261,3 +262,47 @@ def test_least_cost_is_compared_by_cost(solver: Solver, capsys: pytest.CaptureFi
 def test_all_strategies_are_not_given_beside_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*COMMAND, "--strategies", "all,uniform"]) == ExitCode.INVALID
     assert "all beside others" in " ".join(capsys.readouterr().err.split())
+
+
+def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One search for each; any engine runs what the others do, here where its own search found less."""
+    monkeypatch.setattr(comparing, "check_plan", lambda *_: ())
+    values = {None: 2.0, "vllm": 2.4, "vllm-hetis": 3.0}
+
+    def make_plan(_loaded: object, problem: PlacementProblem, settings: Settings, **_options: object) -> Plan:
+        assert problem.family.engine == settings.engine
+        name = None if settings.engine is None else settings.engine.name
+        return plan_of(settings.strategy, values[name], 3.5, problem.objective)
+
+    monkeypatch.setattr(comparing, "make_plan", make_plan)
+    engines = {name: engine_rules(name, "hetis") for name in ("any", "vllm", "vllm-hetis")}
+    found = comparing.compare_engines(
+        LOADED, Objective(), Settings(), ["hetis", "hexgen-paper"], engines, budget=Budget, report=silent
+    )
+    rows = {(o.strategy, o.engine): o.plan.result.value if o.plan is not None else o.reasons for o in found}
+    assert rows == {
+        ("hetis", "any"): 3.0,
+        ("hetis", "vllm"): 2.4,
+        ("hetis", "vllm-hetis"): 3.0,
+        ("hexgen-paper", "any"): 2.0,
+        ("hexgen-paper", "vllm"): ("a published heuristic does not know vllm",),
+        ("hexgen-paper", "vllm-hetis"): ("a published heuristic does not know vllm-hetis",),
+    }
+
+
+def test_compare_of_engines_has_a_row_and_a_file_for_each(
+    solver: Solver, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    solver({"hetis": (1.0, 1.0)})
+    assert run([*COMMAND, "--engine", "vllm,any", "--max-gpus", "4", "--out", str(tmp_path)]) == ExitCode.OK
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert {"engine", "vllm", "any"} <= set(rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"hetis-vllm.json", "hetis-any.json"}
+    run([*COMMAND, "--engine", "vllm", "--strategies", "hetis,hexgen-paper", "-o", "json"])
+    entries = json.loads(capsys.readouterr().out)["strategies"]
+    assert [(entry["strategy"], entry["engine"], entry["status"]) for entry in entries] == [
+        ("hetis", "vllm", "feasible"),
+        ("hexgen-paper", "vllm", "no plan"),
+    ]
+    assert run([*COMMAND, "--max-gpus", "4"]) == ExitCode.INVALID
+    assert "limited for an engine" in " ".join(capsys.readouterr().err.split())

@@ -54,7 +54,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(folder: Path) -> hetis.Plan:
     """Llama-2-7B on two A100."""
-    return hetis.place(folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="5s")
+    return hetis.place(
+        folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="5s", other_engines=False
+    )
 
 
 def test_the_names_are_stable_and_all_there() -> None:
@@ -71,7 +73,19 @@ def test_importing_hetis_loads_nothing_else() -> None:
 
 
 def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> None:
-    arguments = ("-c", "cluster.yaml", "-m", "Llama-2-7B", "-w", "500/100", "--tpot", "80ms", "--time-limit", "5s")
+    arguments = (
+        "-c",
+        "cluster.yaml",
+        "-m",
+        "Llama-2-7B",
+        "-w",
+        "500/100",
+        "--tpot",
+        "80ms",
+        "--time-limit",
+        "5s",
+        "--no-other-engines",
+    )
     done = hetis_plan_here("place", *arguments, "-q", "-o", "json", cwd=folder)
     assert done.returncode == 0, done.stderr
     ours, theirs = json.loads(json.dumps(plan.to_dict())), json.loads(done.stdout)

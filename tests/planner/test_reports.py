@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hetis.planner.report.explanation import render_explanation
-from hetis.planner.report.plan import MAX_SHAPES, render_plan, verdict
+from hetis.planner.report.plan import MAX_SHAPES, beside_engines, render_plan, verdict
+from hetis.planner.use_cases.engine_values import ENGINE_VALUES
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.solver.plan import ObjectiveKind, Plan, Status
 from tests.planner import plans
@@ -38,6 +39,34 @@ def text_of(report: RenderableType, width: int = 80) -> str:
 def test_no_line_of_a_report_is_wider_than_80_columns(plan: Plan) -> None:
     for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):
         assert max(len(line) for line in text_of(report).splitlines()) <= 80
+
+
+def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
+    """The plan's value is 1.35; costs say it the other way round."""
+    rows = [
+        {"engine": "vllm", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
+        {"engine": "sglang", "value": 1.08, "bound": 1.08, "lacks": ["attention workers"], "why_not": ""},
+        {"engine": "any", "value": 1.485, "bound": 1.62, "lacks": ["stage copies", "several TP sizes"], "why_not": ""},
+    ]
+    for kind, more in ((ObjectiveKind.GOODPUT, "with"), (ObjectiveKind.COST, "without")):
+        plan = plans.plan(plans.paper_replica(), kind=kind)
+        less = "without" if more == "with" else "with"
+        assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: rows})) == [
+            f"vllm, sglang: 20% less, {less} attention workers",
+            f"any: 10% more found, 20% more at best, {more} stage copies and several TP sizes",
+        ]
+    plan = plans.plan(plans.paper_replica())
+    known = {"engine": "any", "value": 1.35, "bound": 9.0, "lacks": [], "why_not": ""}
+    unknown = {**known, "value": None, "lacks": ["stage copies"], "why_not": "no time was left"}
+    for row, words in (
+        (known, "any: the same found in the time it had"),
+        ({**known, "bound": 1.35}, "any: the same"),
+        ({**known, "bound": None, "why_not": "no time was left"},
+         "any: runs this plan; none better was looked for: no time was left"),
+        (unknown, "any: does not run this plan (stage copies); no time was left"),
+    ):  # fmt: skip
+        assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [row]})) == [words]
+    assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())

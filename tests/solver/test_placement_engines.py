@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
+from hetis.solver.check.engine import check_engine
+from hetis.solver.check.fleet import Fleet
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Evaluator, candidates_of
-from hetis.solver.placement.engines import ENGINES, run_by
+from hetis.solver.placement.engines import ENGINES, beyond, run_by
 from hetis.solver.placement.master import Columns
 from hetis.solver.placement.options import EVERYTHING, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
@@ -192,6 +194,38 @@ def test_uneven_workers_are_not_an_engines() -> None:
     messages = [v.message for v in check_plan(replace(plan, replicas=(uneven,)), problem)]
     assert any("different numbers" in message for message in messages)
     assert any("different head groups" in message for message in messages)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=5, family=Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,))))
+def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProblem) -> None:
+    """Of plans for any engine; the checker derives it on its own, one replica after another."""
+    try:
+        plan = solve_placement(problem, strategy="hetis")
+    except InfeasibleError:
+        assume(False)
+    rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4)
+    held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)
+    for replica in plan.replicas:
+        found = check_engine(replica, "replica", held, fleet)
+        assert bool(found) == bool(beyond([replica], rules, problem.cluster)), (found, replica)
+        without = beyond([replica], replace(rules, name="vllm"), problem.cluster)
+        assert ("attention workers" in without) == bool(replica.attention_workers)
+
+
+def test_what_an_engine_lacks_is_said_once_and_in_words() -> None:
+    plan, problem = a_plan()
+    one = plan.replicas[0]
+    copies = replace(one, stages=tuple(replace(stage, copies=2) for stage in one.stages))
+    sizes = replace(one, stages=(replace(one.stages[0], tp=1), replace(one.stages[0], tp=2)), in_flight=5)
+    small = EngineRules(name="vllm", max_stages=1)
+    assert beyond([copies, copies], EngineRules(name="vllm-hetis"), problem.cluster) == ("stage copies",)
+    assert beyond([copies, sizes], EngineRules(name="vllm-hetis"), problem.cluster)[:3] == (
+        "stage copies",
+        "several TP sizes in a replica",
+        "more batches in flight than stages",
+    )
+    assert "replicas of over 1 stages" in beyond([sizes], small, problem.cluster)
 
 
 @pytest.mark.parametrize("name", ENGINES)

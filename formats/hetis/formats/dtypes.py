@@ -17,6 +17,19 @@ BYTES_PER_PARAMETER = {
     "nvfp4": 0.5625,  # 4 bits and an 8-bit scale per 16: 4.5 bits
 }
 
+# What engines and people call the precision of weights, and the format it is; `ModelSpec.weights` has the name.
+PRECISIONS = {
+    "bf16": "bfloat16",
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "int4",
+    "awq-int4": "int4",
+    "gptq-int4": "int4",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4",
+}
+KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes of an element of the KV cache
+
 _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {
     "float8": "fp8",
     "awq": "int4",
@@ -59,3 +72,31 @@ def base_bytes(dtype: str) -> float:
 def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
     """The same model with weights of another size."""
     return replace(model, weight_bytes=weight_bytes)
+
+
+def with_precision(model: ModelSpec, *, weights: str | None = None, kv: str | None = None) -> ModelSpec:
+    """The same model with its layers' weights, or its KV, in another precision; None: as they are.
+
+    Args:
+        model: embeddings and LM head stay as they are.
+        weights: a name of `PRECISIONS`.
+        kv: a name of `KV_PRECISIONS`.
+    """
+    if weights is not None:
+        dtype = f"bfloat16+{PRECISIONS[weights]}"
+        model = replace(model, weights=weights, weight_bytes=layer_weight_bytes(dtype, model))
+    return model if kv is None else replace(model, kv_bytes=KV_PRECISIONS[kv])
+
+
+def weights_of(model: ModelSpec) -> str:
+    """The precision of the layers' weights, for people: its name, or the bytes where nobody named it."""
+    if model.weights:
+        return model.weights
+    return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes a parameter"
+
+
+def kv_of(model: ModelSpec) -> str:
+    """The precision of the KV cache, for people."""
+    return next(
+        (n for n, size in KV_PRECISIONS.items() if size == model.kv_bytes), f"{model.kv_bytes:g} bytes a number"
+    )

@@ -34,11 +34,12 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
-    dtype = _dtype(config)
+    quantised = _quantised(config)
+    dtype = _dtype(config, quantised)
     if config.problems or model is None:
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
-    model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base)
+    model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
     return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
 
 
@@ -62,11 +63,10 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     )
 
 
-def _dtype(config: Config) -> str:
+def _dtype(config: Config, quantised: str | None) -> str:
     """Formats of activations and weights; see `hetis.formats.dtypes`."""
     base = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
-    quantised = _quantised(config)
-    dtype = f"{base}+{quantised}" if quantised else str(base)
+    dtype = f"{base}+{dtypes.PRECISIONS[quantised]}" if quantised else str(base)
     try:
         dtypes.split_dtype(dtype)
     except ValueError:
@@ -76,7 +76,7 @@ def _dtype(config: Config) -> str:
 
 
 def _quantised(config: Config) -> str | None:
-    """Format of quantised weights; None: not quantised."""
+    """Precision of quantised weights, a name of `dtypes.PRECISIONS`; None: not quantised."""
     quantisation = config.data.get("quantization_config")
     if quantisation is None:
         return None
@@ -89,19 +89,27 @@ def _quantised(config: Config) -> str | None:
     if method in by_method:
         return by_method[method]
     if method in ("awq", "gptq", "auto-round") and bits in (4, 8):
-        return "int4" if bits == 4 else "int8"
+        return {"awq": "awq-int4"}.get(method, "gptq-int4") if bits == 4 else "int8"
     if method == "compressed-tensors":
         groups = quantisation.get("config_groups")
         first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
         weights = first.get("weights") if isinstance(first, dict) else None
-        bits = weights.get("num_bits") if isinstance(weights, dict) else None
+        weights = weights if isinstance(weights, dict) else {}
+        bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
         if bits in (4, 8):
-            return "int4" if bits == 4 else "int8"
+            return {(4, True): "nvfp4", (8, True): "fp8", (4, False): "int4", (8, False): "int8"}[bits, is_float]
+    if method == "modelopt":
+        bits = str(quantisation.get("quant_algo", "")).upper()
+        if bits in ("FP8", "NVFP4"):
+            return bits.lower()
     if method == "bitsandbytes":
         return "int4" if quantisation.get("load_in_4bit") or quantisation.get("_load_in_4bit") else "int8"
-    what = f"{method} with {bits} bits" if method in ("awq", "gptq", "compressed-tensors") else shown(method)
+    what = (
+        f"{method} with {bits} bits" if method in ("awq", "gptq", "compressed-tensors", "modelopt") else shown(method)
+    )
     config.refuse(
         "quantization_config",
-        f"{what} is not supported; supported: fp8, mxfp4, bitsandbytes, awq, gptq, compressed-tensors of 4 or 8 bits",
+        f"{what} is not supported; supported: fp8, mxfp4, bitsandbytes, modelopt, awq, gptq, "
+        "compressed-tensors of 4 or 8 bits",
     )
     return None

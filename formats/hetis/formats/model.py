@@ -51,6 +51,7 @@ class ModelSpecDocument(DocumentPart):
 
     ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the
     ``*_bytes`` fields, in bytes per parameter or element, go before it. The KV cache has 2 unless ``kv_bytes`` says so.
+    ``weights`` is what engines call the precision, which decides on what GPUs it runs; unless given, that of ``dtype``.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -65,6 +66,7 @@ class ModelSpecDocument(DocumentPart):
     vocab: Whole
     attention: Literal["mha", "gqa", "mla"] | None = None
     dtype: Annotated[str, AfterValidator(_dtype)] = "bfloat16"
+    weights: Literal["", "bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4"] = ""
     weight_bytes: ElementBytes | None = None
     kv_bytes: ElementBytes = 2.0
     activation_bytes: ElementBytes | None = None
@@ -134,6 +136,8 @@ def model_to_data(model: ModelSpec) -> dict[str, Any]:
         shape = getattr(model, name)
         if shape is not None:
             data[name] = {field: getattr(shape, field) for field in fields if getattr(shape, field) is not None}
+    if model.weights:
+        data["weights"] = model.weights
     if model.forbidden_cuts:
         data["forbidden_cuts"] = sorted(model.forbidden_cuts)
     return data
@@ -151,7 +155,9 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     kind = document.attention
     if kind is None:
         kind = "mla" if document.mla else "mha" if document.q_heads == document.kv_heads else "gqa"
-    weight_bytes = fields.pop("weight_bytes")
+    weight_bytes, quantised = fields.pop("weight_bytes"), document.dtype.partition("+")[2]
+    if not fields["weights"] and quantised in dtypes.PRECISIONS:
+        fields["weights"] = quantised
     model = ModelSpec(
         **fields,
         attention=AttentionKind(kind),

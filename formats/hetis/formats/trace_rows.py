@@ -1,4 +1,4 @@
-"""Rows of trace files, CSV or JSONL, plain or gzip-compressed, as text: line numbers and the values of `COLUMNS`."""
+"""Rows of trace files, CSV or JSONL, plain or gzip-compressed, as text: line numbers, arrival, prompt and output."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import IO, Any
 
-from hetis.formats.errors import single_problem
+from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import unreadable
+from hetis.formats.trace_forms import OURS, TraceForm, expected, fields_of, form_of
 
-COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CSV_ENDINGS = (".csv", ".csv.gz")
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
 MAX_LINE = 100_000  # characters
 
-Row = tuple[int, list[str]]
+MOST_SHOWN = 12  # fields of a file in no known form
+
+Row = tuple[int, TraceForm, list[str]]
 
 
 def rows_of(label: str) -> Iterator[Row]:
-    """Line number and the three values of every row; JSONL where the name says so, else CSV.
+    """Line number, the file's form and the three values of every row; JSONL where the name says so, else CSV.
 
     Raises:
         DocumentError: not readable, no such columns, or no such syntax.
@@ -51,23 +53,35 @@ def _opened(label: str) -> IO[str]:
 def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
     reader = csv.reader(lines)
     header = [column.strip() for column in next(reader, [])]
-    missing = [column for column in COLUMNS if column not in header]
     if not header:
         raise single_problem(label, "is empty", line=1)
-    if missing:
-        expected = f"the header must have {','.join(COLUMNS)}"
-        raise single_problem(label, f"column {', '.join(missing)} is missing, {expected}", line=1)
-    places = [header.index(column) for column in COLUMNS]
+    form = form_of(header)
+    if form is None:
+        raise _unknown(label, 1, "column", "columns", header)
+    places = [header.index(column) for column in form.fields]
     for row in reader:
         if row:
-            yield reader.line_num, [row[place] if place < len(row) else "" for place in places]
+            yield reader.line_num, form, [row[place] if place < len(row) else "" for place in places]
 
 
 def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
+    form: TraceForm | None = None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            fields = _json_object(label, number, line)
-            yield number, [_text(fields.get(column)) for column in COLUMNS]
+            fields = fields_of(_json_object(label, number, line))
+            form = form or form_of(fields)
+            if form is None:
+                raise _unknown(label, number, "field", "fields", list(fields))
+            yield number, form, [_text(fields.get(column)) for column in form.fields]
+
+
+def _unknown(label: str, line: int, one: str, many: str, found: Sequence[str]) -> DocumentError:
+    """A file in no form that is known: what it lacks of ours, what it has, what it might have."""
+    missing = ", ".join(column for column in OURS.fields if column not in found)
+    has = ", ".join(name[:40] for name in found[:MOST_SHOWN]) + (", ..." if len(found) > MOST_SHOWN else "")
+    return single_problem(
+        label, f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}", line=line
+    )
 
 
 def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
@@ -78,8 +92,8 @@ def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
     except (RecursionError, ValueError) as error:  # nested without end, a number of thousands of digits
         raise single_problem(label, f"is not a JSON object: {error}", line=number) from None
     if not isinstance(fields, dict):
-        expected = ", ".join(f'"{column}"' for column in COLUMNS)
-        raise single_problem(label, f"is not a JSON object with {expected}", line=number)
+        wanted = ", ".join(f'"{column}"' for column in OURS.fields)
+        raise single_problem(label, f"is not a JSON object with {wanted}", line=number)
     return fields
 
 

@@ -1,4 +1,4 @@
-"""Request traces: CSV with the columns ``arrival_s,prompt_tokens,output_tokens``, or JSONL with these fields."""
+"""Request traces, CSV or JSONL: ``arrival_s,prompt_tokens,output_tokens``, or another form of `trace_forms.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.histogram import length_bins
-from hetis.formats.trace_rows import COLUMNS, CSV_ENDINGS, JSONL_ENDINGS, rows_of
+from hetis.formats.trace_forms import TraceForm
+from hetis.formats.trace_rows import CSV_ENDINGS, JSONL_ENDINGS, rows_of
 from hetis.solver.workload import Workload
 
 MAX_TOKENS = 10_000_000  # of one prompt or output
@@ -27,7 +28,8 @@ ENDINGS = CSV_ENDINGS + JSONL_ENDINGS
 class Trace:
     """Requests in the order of their arrival, at least one; all arrays have the shape [requests].
 
-    ``arrival_s`` counts from the source's own start; lengths are in tokens, as the file has them (not clipped).
+    ``arrival_s`` counts from the source's own start, or from the first request where it has the time of day. Lengths
+    are in tokens, as the file has them (not clipped).
     """
 
     name: str
@@ -56,8 +58,12 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trac
     problems: list[Problem] = []
     num_problems = 0
     arrivals, prompts, outputs = array("d"), array("q"), array("q")
-    for line, row in rows_of(label):
-        request = _request(row)
+    is_absolute = False
+    for line, form, row in rows_of(label):
+        is_absolute = form.is_absolute
+        if form.failed_without_output and row[2].strip() in ("0", ""):
+            continue
+        request = _request(row, form)
         if isinstance(request, list):
             num_problems += len(request)
             problems += [Problem(file=label, line=line, path=column, message=text) for column, text in request]
@@ -74,10 +80,11 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trac
         raise DocumentError(problems)
     if not prompts:
         raise single_problem(label, "has no requests")
-    order = np.argsort(np.array(arrivals), kind="stable")
+    arrival_s = np.array(arrivals)
+    order = np.argsort(arrival_s, kind="stable")
     return Trace(
         name=name or _without_endings(Path(label).name),
-        arrival_s=np.array(arrivals)[order],
+        arrival_s=arrival_s[order] - (arrival_s.min() if is_absolute else 0.0),
         prompt_tokens=np.array(prompts, dtype=np.int64)[order],
         output_tokens=np.array(outputs, dtype=np.int64)[order],
     )
@@ -98,22 +105,23 @@ def _without_endings(name: str) -> str:
     return name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
 
 
-def _request(row: list[str]) -> tuple[float, int, int] | list[tuple[str, str]]:
+def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[tuple[str, str]]:
     """Arrival, prompt and output of a row, or what is wrong with it as (column, message)."""
     wrong: list[tuple[str, str]] = []
     arrival, tokens = 0.0, [0, 0]
     try:
-        arrival = float(row[0])
+        arrival = form.seconds(row[0])
         if not (math.isfinite(arrival) and arrival >= 0):
-            wrong.append((COLUMNS[0], f"is {row[0].strip()}, must be finite and >= 0"))
-    except ValueError:
-        wrong.append((COLUMNS[0], f"{row[0][:80]!r} is not a number"))
+            wrong.append((form.fields[0], f"is {row[0].strip()}, must be finite and >= 0"))
+    except (ValueError, OverflowError):
+        what = "a time" if form.is_absolute else "a number"
+        wrong.append((form.fields[0], f"{row[0][:80]!r} is not {what}"))
     for i in (1, 2):
         try:
             tokens[i - 1] = int(row[i]) if len(row[i]) <= 40 else MAX_TOKENS + 1
         except ValueError:
-            wrong.append((COLUMNS[i], f"{row[i][:80]!r} is not a whole number"))
+            wrong.append((form.fields[i], f"{row[i][:80]!r} is not a whole number"))
             continue
         if not 1 <= tokens[i - 1] <= MAX_TOKENS:
-            wrong.append((COLUMNS[i], f"is {row[i].strip()[:40]}, must be 1 to {MAX_TOKENS}"))
+            wrong.append((form.fields[i], f"is {row[i].strip()[:40]}, must be 1 to {MAX_TOKENS}"))
     return wrong or (arrival, tokens[0], tokens[1])

@@ -351,6 +351,9 @@ class PlanSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    MAX_STAGES_FIELD_NUMBER: _builtins.int
+    MAX_GPUS_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -367,6 +370,14 @@ class PlanSpec(_message.Message):
     """The same seed with one thread gives the same plan, unless the time limit ends the search. 0 is a seed like others."""
     num_threads: _builtins.int
     """Threads of the search; the server may allow fewer. 0: as many as it gives."""
+    engine: _builtins.str
+    """Engine whose rules replicas keep to: `vllm-hetis`, `vllm` or `sglang`; `any`: no engine's. A name, as `strategy` is.
+    Empty: `vllm-hetis`, and `any` where the strategy is a published heuristic, which knows no engine.
+    """
+    max_stages: _builtins.int
+    """Pipeline stages that a replica may have, at most 16; not with `any`. 0: as many as the engine runs."""
+    max_gpus: _builtins.int
+    """GPUs that a replica may have, attention workers included; not with `any`. 0: any number."""
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -412,10 +423,13 @@ class PlanSpec(_message.Message):
         seed: _builtins.int = ...,
         num_threads: _builtins.int = ...,
         roles: _abc.Iterable[_replica_pb2.ReplicaRole.ValueType] | None = ...,
+        engine: _builtins.str = ...,
+        max_stages: _builtins.int = ...,
+        max_gpus: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "max_gpus", b"max_gpus", "max_stages", b"max_stages", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

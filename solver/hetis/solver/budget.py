@@ -69,6 +69,6 @@ def silent(_: Progress) -> None:
     """Reports to nobody."""
 
 
-def one_of_several(report: Report, number: int, count: int) -> Report:
-    """News of one search of several, with its place among them, from 1."""
-    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {progress.phase}"))
+def one_of_several(report: Report, number: int, count: int, what: str = "") -> Report:
+    """News of one search of several, with its place among them, from 1, and what it is for."""
+    return lambda progress: report(replace(progress, phase=f"{number} of {count}, {what}{progress.phase}"))

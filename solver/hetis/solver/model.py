@@ -53,6 +53,7 @@ class ModelSpec:
     head_dim: int
     vocab: int
     attention: AttentionKind
+    weights: str = ""  # what the precision of the layers is called, such as fp8 or awq-int4; empty: nobody said
     weight_bytes: float = 2.0  # per parameter of the layers; 1 for fp8, about 0.53 for 4-bit with scales
     kv_bytes: float = 2.0  # per element of the KV cache
     activation_bytes: float = 2.0  # per element sent between devices

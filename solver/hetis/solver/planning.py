@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hetis.solver.budget import Budget, Report, silent
+from hetis.solver.compiled import is_cached
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.placement.cover import best_column
+from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.grounding import grounded, restored
 from hetis.solver.placement.infeasible import Market
+from hetis.solver.placement.pipelines import best_splits
 from hetis.solver.placement.solve import in_objective_units, solve_family
 from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.plan import Plan
@@ -49,6 +53,13 @@ def solve_placement(
         problem, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed, threads=threads, report=report,
         market=market,
     )  # fmt: skip
+
+
+def is_compiled(problem: PlacementProblem) -> bool:
+    """Whether what takes long to compile for a search of the family, up to a minute, is on disk."""
+    if problem.family.engine is not None:
+        return is_cached(best_splits)
+    return is_cached(explore) and is_cached(best_column)
 
 
 def _by_published_heuristic(

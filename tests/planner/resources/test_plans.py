@@ -110,6 +110,37 @@ def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -
     with_planner(tmp_path, scenario)
 
 
+def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
+    """Unless it is said, the one that `hetis-plan place` plans for."""
+
+    async def scenario(planner: Planner) -> None:
+        values, kept = dict[str, float](), dict[str, object]()
+        for name, spec in (
+            ("default", {}),
+            ("stock", {"engine": "vllm"}),
+            ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2}),
+            ("free", {"engine": "any", "strategy": "uniform"}),
+        ):
+            await planner.create(name, model_name="Llama-2-13B", **spec)  # type: ignore[arg-type]
+            solved = await planner.solved(f"plans/{name}")
+            assert solved.state == READY, solved
+            values[name] = solved.result.value
+            plan = from_data(json.loads((await planner.get(f"plans/{name}")).result.document.content))
+            assert isinstance(plan, Plan)
+            assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
+            kept[name] = plan.inputs.get("engine")
+            if name == "small":
+                assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
+        assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
+        assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
+            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None
+        }  # fmt: skip
+        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
+        assert list(changed.changed_inputs) == ["engine"]
+
+    with_planner(tmp_path, scenario)
+
+
 def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
         await planner.create("no", objective=plan_pb2.Objective(tpot_limit_s=1e-6))
@@ -223,6 +254,19 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         ):
             split = await refused(planner.call("CreatePlan", create_request(strategy=strategy, roles=roles)))
             assert split.fields == {"plan.spec.roles": says}
+
+        for asked, says in (
+            ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, any, did you mean vllm?"),
+            ({"engine": "any", "max_gpus": 8}, "stages and GPUs of a replica are limited for an engine: name one, too"),
+            (
+                {"engine": "vllm", "strategy": "hexgen-paper"},
+                "strategy hexgen-paper is a published heuristic, which does not know vllm",
+            ),
+        ):
+            refusal = await refused(planner.call("CreatePlan", create_request(**asked)))  # type: ignore[arg-type]
+            assert refusal.fields == {"plan.spec.engine": says}
+        deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
+        assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}
 
         workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
         request = create_request(workload_document=document_pb2.Document(content=workload))

@@ -86,6 +86,9 @@ def apply(
     tpot: options.TpotOption = None,
     strategy: options.StrategyOption = options.DEFAULT_STRATEGY,
     roles: options.RolesOption = None,
+    engine: options.EngineOption = None,
+    max_stages: options.MaxStagesOption = None,
+    max_gpus: options.MaxGpusOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -115,7 +118,9 @@ def apply(
     Ctrl-C while waiting stops nothing: the plan goes on, and how to come back to it is said.
     """
     from hetis.planner.cli.applying import Application, Goal
+    from hetis.planner.cli.families import engine_rules
 
+    engine_rules(engine, strategy, max_stages, max_gpus)
     goal = Goal(
         cluster=cluster,
         model=model,
@@ -127,6 +132,9 @@ def apply(
         tpot_s=tpot,
         strategy=strategy,
         roles=roles or frozenset(),
+        engine=engine,
+        max_stages=max_stages,
+        max_gpus=max_gpus,
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

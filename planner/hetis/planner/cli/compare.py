@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.planner.cli import options
+from hetis.planner.cli import families, options
 from hetis.planner.cli.dry_run import DryRunOption, say_what_would_be_solved
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.families import ALL_STRATEGIES
@@ -27,6 +28,8 @@ def compare(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    weights: options.WeightsOption = None,
+    kv: options.KvOption = None,
     profile: options.ProfilesOption = None,
     objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
     rate: options.RateOption = None,
@@ -34,7 +37,10 @@ def compare(
     tpot: options.TpotOption = None,
     pin: options.PinsOption = None,
     forbid: options.ForbidsOption = None,
-    strategies: options.StrategiesOption = ALL_STRATEGIES,  # type: ignore[assignment]  # defaults go through the parser
+    strategies: options.StrategiesOption = None,
+    engine: options.EnginesOption = None,
+    max_stages: options.MaxStagesOption = None,
+    max_gpus: options.MaxGpusOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -43,9 +49,9 @@ def compare(
     html: options.HtmlOption = None,
     dry_run: DryRunOption = False,
 ) -> ExitCode:
-    """Plan by several strategies and show their plans side by side, checked alike.
+    """Plan by several strategies, or for several engines, and show the plans side by side, checked alike.
 
-    Every strategy has the whole time limit. One without a plan is a row with its reason.
+    Each has the whole time limit. One without a plan is a row with its reason.
 
     Ctrl-C once ends the strategy at work and shows what there is; twice leaves at once.
     """
@@ -55,15 +61,19 @@ def compare(
     from hetis.planner.jobs.kernels import compile_kernels
     from hetis.planner.report.comparison import comparison_document, render_comparison
     from hetis.planner.use_cases import place as placing
-    from hetis.planner.use_cases.compare import compare_strategies
+    from hetis.planner.use_cases.compare import compare_engines
+    from hetis.planner.use_cases.precision import in_precision
     from hetis.planner.use_cases.sources import load_inputs
     from hetis.solver.budget import Budget
 
+    compares_engines = engine is not None and len(engine.names) > 1
+    names = (strategies or families.strategies(options.DEFAULT_STRATEGY if compares_engines else ALL_STRATEGIES)).names
+    rules = families.rules_of_engines(engine, max_stages, max_gpus)
     if out is not None:
-        refuse_unwritable_plans(out, strategies.names)
+        refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)
     refuse_page(html)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
-    loaded = loaded.with_will(pins=pin or (), forbids=forbid or ())
+    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv)
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
@@ -75,19 +85,22 @@ def compare(
     cancelled = threading.Event()
 
     def work(report: Report) -> tuple[Compared, ...]:
-        compile_kernels(loaded.inputs.cluster.num_gpus(), strategies.names, report=report)
-        return compare_strategies(
+        for for_engine in {one is not None for one in rules.values()}:
+            compile_kernels(loaded.inputs.cluster.num_gpus(), names, for_engine=for_engine, report=report)
+        compared = compare_engines(
             loaded,
             goal,
             settings,
-            strategies.names,
+            names,
+            rules,
             budget=lambda: Budget(time_limit_s=time_limit, clock=time.monotonic, cancelled=cancelled),
             report=report,
         )
+        return compared if engine is not None else tuple(replace(outcome, engine=None) for outcome in compared)
 
     compared = search_interruptibly(terminal, work, unit=goal.unit, cancelled=cancelled, so_far="the plans")
     if out is not None:
-        save_plans(terminal, out, {outcome.strategy: outcome.plan for outcome in compared if outcome.plan is not None})
+        save_plans(terminal, out, {outcome.name: outcome.plan for outcome in compared if outcome.plan is not None})
     if html is not None:
         from hetis.planner.report.page.pages import comparison_page
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from hetis.solver.plan import Role
 if TYPE_CHECKING:
     from hetis.solver.problem import EngineRules
 
-ALL_STRATEGIES = "all"
+DEFAULT_STRATEGY = "hetis"
+ALL_STRATEGIES = ALL_ENGINES = "all"
 
 
 def strategy(text: str) -> str:
@@ -36,6 +38,44 @@ def engine(text: str) -> str:
     return text
 
 
+def weights(text: str) -> str:
+    """The precision of weights."""
+    from hetis.formats.dtypes import PRECISIONS
+
+    return _one_of(text, PRECISIONS)
+
+
+def kv(text: str) -> str:
+    """The precision of KV."""
+    from hetis.formats.dtypes import KV_PRECISIONS
+
+    return _one_of(text, KV_PRECISIONS)
+
+
+def _one_of(text: str, known: Collection[str]) -> str:
+    from hetis.formats.errors import did_you_mean
+
+    if text not in known:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """Engines by name; a class of its own, for typer takes a tuple for several arguments."""
+
+    names: tuple[str, ...]
+
+
+def engines(text: str) -> Engines:
+    """Names of engines with commas between them, each once; ``all`` for every one, with ``any``."""
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+
+    if text == ALL_ENGINES:
+        return Engines((*ENGINES, ANY_ENGINE))
+    return Engines(tuple(dict.fromkeys(engine(name.strip()) for name in text.split(","))))
+
+
 def engine_rules(name: str | None, strategy: str, max_stages: int | None, max_gpus: int | None) -> EngineRules | None:
     """What ``--engine`` and its limits ask for; None: any engine will do, as for published heuristics by default."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of
@@ -45,6 +85,20 @@ def engine_rules(name: str | None, strategy: str, max_stages: int | None, max_gp
         return rules_of(name, strategy, max_stages=max_stages, max_gpus=max_gpus)
     except InvalidProblemError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def rules_of_engines(
+    asked: Engines | None, max_stages: int | None, max_gpus: int | None
+) -> dict[str, EngineRules | None]:
+    """The rules of engines by name, those that are limited with their limits; ``any`` unless others are asked for."""
+    from hetis.solver.placement.engines import ANY_ENGINE
+
+    names = (ANY_ENGINE,) if asked is None else asked.names
+    limited = [name for name in names if name != ANY_ENGINE or len(names) == 1]
+    return {
+        name: engine_rules(name, DEFAULT_STRATEGY, *((max_stages, max_gpus) if name in limited else (None, None)))
+        for name in names
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,9 @@ class Goal:
     tpot_s: float | None
     strategy: str
     roles: frozenset[Role]  # empty: all of the strategy
+    engine: str | None
+    max_stages: int | None
+    max_gpus: int | None
     time_limit_s: float
     gap_target: float
     seed: int
@@ -109,6 +112,9 @@ class Goal:
             objective=self._objective(),
             strategy=self.strategy,
             roles=[TO_PROTO[role] for role in Role if role in self.roles],
+            engine=self.engine or "",
+            max_stages=self.max_stages or 0,
+            max_gpus=self.max_gpus or 0,
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,

@@ -54,6 +54,29 @@ ProfilesOption = Annotated[
     ),
 ]
 
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        parser=families.weights,
+        metavar="PRECISION",
+        rich_help_panel=_INPUTS,
+        show_default="the checkpoint's",
+        help="Of the model's weights: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4 or nvfp4.",
+    ),
+]
+KvOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        parser=families.kv,
+        metavar="PRECISION",
+        rich_help_panel=_INPUTS,
+        show_default="bf16, or the file's",
+        help="Of the KV cache: bf16 or fp8.",
+    ),
+]
+
 # --- goal
 
 _GOAL = "Goal"
@@ -131,7 +154,7 @@ PricePinsOption = Annotated[
 _SEARCH = "Search"
 
 
-DEFAULT_STRATEGY = "hetis"
+DEFAULT_STRATEGY = families.DEFAULT_STRATEGY
 
 StrategyOption = Annotated[
     str,
@@ -188,13 +211,25 @@ RolesOption = Annotated[
         help="What replicas may do: unified, or prefill,decode, or all three.",
     ),
 ]
+EnginesOption = Annotated[
+    families.Engines | None,
+    typer.Option(
+        "--engine",
+        parser=families.engines,
+        metavar="NAME,...",
+        rich_help_panel=_SEARCH,
+        show_default="any",
+        help="Plan only what this engine runs; with several (or all), their plans side by side.",
+    ),
+]
 StrategiesOption = Annotated[
-    families.Strategies,
+    families.Strategies | None,
     typer.Option(
         "--strategies",
         parser=families.strategies,
         metavar="NAME,...",
         rich_help_panel=_SEARCH,
+        show_default="all; hetis where engines are compared",
         help="Families of plans to search, names of `catalog strategies`, or all.",
     ),
 ]
@@ -274,6 +309,14 @@ StrictOption = Annotated[
         "--strict",
         rich_help_panel=_RESULT,
         help="Exit 5 when the gap, the demanded rate or, simulated, a latency limit is missed.",
+    ),
+]
+OtherEnginesOption = Annotated[
+    bool,
+    typer.Option(
+        "--other-engines/--no-other-engines",
+        rich_help_panel=_RESULT,
+        help="Say what plans for other engines reach, found in a tenth of the time limit.",
     ),
 ]
 VerifyOption = Annotated[

@@ -17,6 +17,8 @@ def place(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    weights: options.WeightsOption = None,
+    kv: options.KvOption = None,
     profile: options.ProfilesOption = None,
     objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
     rate: options.RateOption = None,
@@ -40,6 +42,7 @@ def place(
     strict: options.StrictOption = False,
     verify: options.VerifyOption = True,
     dry_run: DryRunOption = False,
+    other_engines: options.OtherEnginesOption = True,
 ) -> ExitCode:
     """Decide which GPUs form which replicas, and prove how good that is.
 
@@ -60,6 +63,8 @@ def place(
         model=model,
         workload=workload,
         profiles=profile or (),
+        weights=weights,
+        kv=kv,
         pins=pin or (),
         forbids=forbid or (),
         objective=objective,
@@ -76,6 +81,7 @@ def place(
             threads=threads,
         ),
         verify=verify,
+        other_engines=other_engines,
         price_pins=price_pins,
         profile_error=profile_error,
     )

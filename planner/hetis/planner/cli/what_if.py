@@ -31,6 +31,8 @@ def what_if(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    weights: options.WeightsOption = None,
+    kv: options.KvOption = None,
     profile: options.ProfilesOption = None,
     add: fleet_options.AddOption = None,
     remove: fleet_options.RemoveOption = None,
@@ -69,6 +71,7 @@ def what_if(
     from hetis.planner.use_cases import place as placing
     from hetis.planner.use_cases import purchases
     from hetis.planner.use_cases import what_if as asking
+    from hetis.planner.use_cases.precision import in_precision
     from hetis.planner.use_cases.sources import load_inputs, ordered
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
@@ -87,6 +90,7 @@ def what_if(
         seed=seed,
         threads=threads,
     )
+    loaded = in_precision(loaded, weights=weights, kv=kv)
     fleet = loaded.inputs.cluster
     card = None if nic is None else Link(bytes_per_s=nic, latency_s=fleet.network.default.latency_s)
     wanted = purchases.read(

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetis.engines.versions import RECORDED
+from hetis.formats.dtypes import weights_of
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
 from hetis.planner.export.replicas import Launchable
 from hetis.planner.export.routing import shares_of
+from hetis.solver.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
             f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
-            f"{left:.3g}.",
+            f"{left:.3g}.{_precision(launchable.model)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -78,6 +80,13 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
         )
     )
+
+
+def _precision(model: ModelSpec) -> str:
+    """What the checkpoint must be, where that is not what models are published in."""
+    if model.weights in ("", "bf16"):
+        return ""
+    return f" The plan counts on weights in {weights_of(model)}: give a checkpoint that is kept so."
 
 
 def _gpus(node: str, gpus: tuple[int, ...]) -> str:

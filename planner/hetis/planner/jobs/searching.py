@@ -40,7 +40,8 @@ class Searcher:
         """
         posed = posed_from_json(posed_json)
         report = ProgressReporter(self._outbox.send)
-        load_kernels(posed.loaded.inputs.cluster.num_gpus(), report=report)
+        for_engine = posed.settings.engine is not None
+        load_kernels(posed.loaded.inputs.cluster.num_gpus(), for_engine=for_engine, report=report)
 
         def tell(compiles: bool) -> None:
             if compiles:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
+from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan
 from hetis.planner.library.quantities import Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import engine_rules, load_inputs, ordered
 from hetis.planner.use_cases.verify import verified
 from hetis.solver.budget import Budget, Progress, silent
@@ -35,6 +37,8 @@ def place(
     rate: float | None = None,
     ttft: Quantity | None = "default",
     tpot: Quantity | None = "default",
+    weights: str | None = None,
+    kv: str | None = None,
     pin: Sequence[str] = (),
     forbid: Sequence[str] = (),
     strategy: str = placing.DEFAULT_STRATEGY,
@@ -48,6 +52,7 @@ def place(
     seed: int = 0,
     threads: int = 1,
     verify: bool = True,
+    other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
     """Decides which GPUs form which replicas, and proves how good that is. Options mean what those of the verb mean.
@@ -58,10 +63,13 @@ def place(
         workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
         ttft, tpot: limits in seconds or as ``"200ms"``; None lifts one, ``"default"`` is 2 s and 100 ms.
+        weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
+            ``nvfp4``; None: the checkpoint's. ``kv``: of the KV cache, ``bf16`` or ``fp8``.
         engine: ``vllm-hetis`` (the default, but for published heuristics), ``vllm``, ``sglang`` or ``any``: plan only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``.
         pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at the rate it promises.
+        other_engines: say what plans for other engines reach, found in a tenth of the time limit.
         progress: called with news of the search, from this thread.
 
     Raises:
@@ -85,6 +93,8 @@ def place(
         seed=seed,
         threads=threads,
     )
+    loaded = in_precision(loaded, weights=_known(weights, PRECISIONS), kv=_known(kv, KV_PRECISIONS))
+    loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     compile_kernels(
         problem.cluster.num_gpus(), (strategy,), for_engine=settings.engine is not None, report=progress
@@ -92,8 +102,9 @@ def place(
     cancelled = threading.Event()
     budget = Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
     plan = placing.make_plan(
-        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True
-    )
+        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True,
+        beside_engines=other_engines,
+    )  # fmt: skip
     if verify:
         plan = verified(plan, problem, seed=seed, cancelled=cancelled, report=lambda _given, _total: None)
     return Plan(value=plan, problem=problem)
@@ -101,6 +112,12 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _known(name: str | None, known: Collection[str]) -> str | None:
+    if name is not None and name not in known:
+        raise InvalidProblemError(f"unknown precision {name!r}, expected one of {', '.join(known)}")
+    return name
 
 
 def _strategy(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Strategies side by side: one row each, and below the table why some have no plan."""
+"""Strategies, or engines, side by side: one row each, and below the table why some have no plan."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -28,16 +28,16 @@ _WIDEST_GAP = 9.99  # shown as it is
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
     """At most 80 columns wide where the names allow it."""
     parts: list[RenderableType] = [_title(inputs), goal_line(objective), Text(), _table(compared, inputs, objective)]
-    published = [outcome.strategy for outcome in compared if STRATEGIES[outcome.strategy].is_published]
+    published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
         parts += [Text(f"\n{PUBLISHED_MEANS}", style="dim"), _published(published)]
     without = [outcome for outcome in compared if outcome.plan is None]
     if without:
-        parts += [Text("\nWithout a plan", style="bold"), _reasons(without)]
+        parts += [Text("\nWithout a plan", style="bold"), _reasons(without, _labels(compared))]
     return Group(*parts)
 
 
-def _published(strategies: Sequence[str]) -> Table:
+def _published(strategies: Iterable[str]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for name in strategies:
@@ -59,6 +59,7 @@ def _entry(outcome: Compared, inputs: Inputs) -> dict[str, Any]:
     plan = outcome.plan
     return {
         "strategy": outcome.strategy,
+        "engine": outcome.engine,
         "status": outcome.status,
         "result": json_value(plan.result) if plan is not None else None,
         "figures": json_value(figures_of(plan, inputs)) if plan is not None else None,
@@ -88,7 +89,8 @@ def goal_line(objective: Objective) -> Text:
 
 def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column("strategy", no_wrap=True, vertical="bottom")
+    label = _labels(compared)
+    table.add_column("engine" if _compares_engines(compared) else "strategy", no_wrap=True, vertical="bottom")
     rate = "through-\nput" if objective.kind is ObjectiveKind.THROUGHPUT else "good-\nput"
     headings = [f"{rate} /s", "bound", "gap", "USD\n/h", "USD/M\ntokens", "TTFT\ns", "TPOT\nms", "KV\ntokens"]
     if not objective.maximises:
@@ -98,11 +100,24 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
     best = _best(compared, objective)
     for outcome in compared:
         if outcome.plan is None:
-            table.add_row(outcome.strategy, *["-"] * 9, _solve_time(outcome.solve_s), style="dim")
+            table.add_row(label(outcome), *["-"] * 9, _solve_time(outcome.solve_s), style="dim")
         else:
             row = _row(outcome.plan, figures_of(outcome.plan, inputs), outcome.solve_s)
-            table.add_row(outcome.strategy, *row, style="bold" if outcome is best else "")
+            table.add_row(label(outcome), *row, style="bold" if outcome is best else "")
     return table
+
+
+def _compares_engines(compared: Sequence[Compared]) -> bool:
+    """Whether there are several engines and one strategy."""
+    return len({outcome.strategy for outcome in compared}) == 1 < len({outcome.engine for outcome in compared})
+
+
+def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
+    """What a row is called: a strategy, an engine, or both where there are several of both."""
+    if _compares_engines(compared):
+        return lambda outcome: outcome.engine or ""
+    several = len({outcome.engine for outcome in compared}) > 1
+    return lambda outcome: outcome.name if several else outcome.strategy
 
 
 def _best(compared: Sequence[Compared], objective: Objective) -> Compared | None:
@@ -139,11 +154,11 @@ def _solve_time(solve_s: float) -> str:
     return f"{solve_s:.1f}" if solve_s < 99.95 else f"{solve_s:,.0f}"
 
 
-def _reasons(without: Sequence[Compared]) -> Table:
+def _reasons(without: Sequence[Compared], label: Callable[[Compared], str]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for outcome in without:
         reasons = "\n".join(outcome.reasons[:_LINES_PER_REASON])
-        table.add_row(f" {outcome.strategy}", f"{outcome.status}: {reasons}")
+        table.add_row(f" {label(outcome)}", f"{outcome.status}: {reasons}")
     return table

@@ -17,6 +17,7 @@ from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import device_table, render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
 from hetis.planner.use_cases.compare import figures_of
+from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
@@ -28,6 +29,7 @@ from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Stat
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
 MAX_CLASSES = 40
 SMALLEST_PRICE = 1e-4  # shown of a device class as a number
+PROVED = 0.005  # share by which a bound may be off another engine's value without a word
 BINDS_FROM = 0.99  # micro-batches are whole numbers: a limit binds when the next size would break it
 
 _VALUE_NAMES = {
@@ -119,6 +121,10 @@ def _facts(plan: Plan) -> Table:
         table.add_row("Price" if result.objective is ObjectiveKind.COST else "Cost", cost)
     if (compared := beside_equal_stages(plan)) is not None:
         table.add_row("Uniform", compared)
+    if engines := beside_engines(plan):
+        table.add_row("Engines", "\n".join(engines))
+    if (kept := precision(plan)) is not None:
+        table.add_row("Precision", kept)
     if plan.objective.demand_rps is not None:
         table.add_row("Demand", f"{digits(plan.objective.demand_rps, 4)} requests/s")
     for name, reached, limit in limits(plan):
@@ -158,6 +164,15 @@ def _cost(plan: Plan) -> str | None:
     return f"{digits(figures.usd_per_hour)} USD/h, {tokens}"
 
 
+def precision(plan: Plan) -> str | None:
+    """What weights and KV are kept in; None where the plan does not say its model."""
+    document = plan.inputs.get("documents", {}).get("model", {})
+    if "weight_bytes" not in document:
+        return None
+    weights = document.get("weights") or f"{digits(document['weight_bytes'])} bytes a parameter"
+    return f"weights {weights}, KV {'fp8' if document.get('kv_bytes') == 1 else 'bf16'}"
+
+
 def beside_equal_stages(plan: Plan) -> str | None:
     """What replicas of equal stages reach, as engines are set up without a planner; None where nobody asked."""
     if EQUAL_STAGES not in plan.inputs:
@@ -167,6 +182,30 @@ def beside_equal_stages(plan: Plan) -> str | None:
         return "replicas of equal stages: none keeps the limits" if alone is None else None
     more = _beside(result.value, alone)
     return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; this plan {more}"
+
+
+def beside_engines(plan: Plan) -> list[str]:
+    """What plans for the other engines reach, and what keeps them apart; equal engines share a line."""
+    said = dict[str, list[str]]()
+    for other in engine_values_of(plan):
+        said.setdefault(_engine_words(other, plan), []).append(other.engine)
+    return [f"{', '.join(names)}: {words}" for words, names in said.items()]
+
+
+def _engine_words(other: EngineValue, plan: Plan) -> str:
+    lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
+    if other.value is None:
+        return f"does not run this plan ({lacks}); {other.why_not}"
+    if other.why_not:
+        return f"runs this plan; none better was looked for: {other.why_not}"
+    words = _beside(other.value, ours)
+    if other.bound is not None and abs(other.bound - other.value) > PROVED * abs(other.value):
+        near = abs(other.bound - ours) < ours
+        words += f" found, {_beside(other.bound, ours)} at best" if near else " found in the time it had"
+    if lacks and other.value != ours:
+        is_richer = (other.value > ours) == plan.objective.maximises
+        words += f", {'with' if is_richer else 'without'} {lacks}"
+    return words
 
 
 def simple_setups(plan: Plan) -> list[str]:

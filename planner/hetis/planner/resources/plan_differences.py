@@ -15,7 +15,7 @@ from hetis.v1 import plan_service_pb2 as pb2
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # of the answer
 _Kind = pb2.ReplicaDifferenceKind
-_SETTINGS = ("roles", "seed", "threads", "gap_target", "time_limit_s")
+_SETTINGS = ("roles", "engine", "seed", "threads", "gap_target", "time_limit_s")
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 

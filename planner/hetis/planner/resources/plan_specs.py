@@ -17,11 +17,12 @@ from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, family_of, ordered
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, engine_rules, family_of, ordered
 from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
+from hetis.solver.problem import EngineRules
 from hetis.solver.workload import Workload
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 
@@ -30,6 +31,7 @@ LEAST_TIME_S = 0.01
 LONGEST_TIME_S = 24 * 3600.0
 MOST_PROFILES = 64
 MOST_LABELS = 64
+MOST_STAGES = 16
 _SEEDS = 2**31  # the solvers' own are so many
 _LABEL = re.compile(r"[a-z0-9._/-]*")
 
@@ -221,6 +223,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
             family_of(strategy, roles)
         except InvalidProblemError as error:
             checks.require(False, f"{field}.roles", str(error))
+    engine = _engine(checks, spec, field) if strategy in STRATEGIES else None
     gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
     checks.require(0 <= gap <= 1, f"{field}.gap_target", f"is {gap:g}, must be from 0 to 1")
     time_limit_s = min(defaults.time_limit_s, limits.time_s)
@@ -234,6 +237,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
     return Settings(
         strategy=strategy,
         roles=roles,
+        engine=engine,
         time_limit_s=time_limit_s,
         gap_target=gap,
         seed=spec.seed % _SEEDS,
@@ -254,6 +258,31 @@ def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, .
         f"has {len(spec.roles)} entries of {num_different} roles, each may be there once",
     )
     return ordered(FROM_PROTO[value] for value in spec.roles if value in FROM_PROTO)
+
+
+def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules | None:
+    """Return the rules that plans keep to; where they are wrong, None, and ``checks`` knows why."""
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+
+    strategy, known = spec.strategy or DEFAULT_STRATEGY, [*ENGINES, ANY_ENGINE]
+    if spec.engine and spec.engine not in known:
+        hint = did_you_mean(spec.engine, known)
+        checks.require(
+            False, f"{field}.engine", f"is {spec.engine[:80]!r}, must be one of {', '.join(known)}{hint}"
+        )  # fmt: skip
+        return None
+    checks.require(
+        spec.max_stages <= MOST_STAGES, f"{field}.max_stages", f"is {spec.max_stages}, must be {MOST_STAGES} at most"
+    )
+    try:
+        rules = engine_rules(
+            spec.engine or None, strategy, max_stages=spec.max_stages or None, max_gpus=spec.max_gpus or None
+        )  # fmt: skip
+        family_of(strategy, engine=rules)
+    except InvalidProblemError as error:
+        checks.require(False, f"{field}.engine", str(error))
+        return None
+    return rules
 
 
 def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:

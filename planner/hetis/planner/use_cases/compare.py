@@ -1,4 +1,4 @@
-"""Several strategies on one problem: their plans side by side, each checked, each with the best bound that is known."""
+"""Several strategies, or engines, on one problem: plans side by side, each checked, each with the best bound known."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings, make_plan
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.check import check_plan
 from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.outcome import sound_bound
-from hetis.solver.placement.strategies import wishes_ignored
+from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineRules, PlacementProblem
 
 # Every plan of a strategy is one of its container's, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
@@ -35,13 +36,22 @@ NO_PLAN, FAILED = "no plan", "failed"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What became of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` say more."""
+    """What became of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` say more.
+
+    ``engine``: the one that its plans are for; None: engines were not compared.
+    """
 
     strategy: str
+    engine: str | None = None
     status: str
     plan: Plan | None = None
     reasons: tuple[str, ...] = ()
     solve_s: float
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return self.strategy if self.engine is None else f"{self.strategy}-{self.engine}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +109,48 @@ def compare_strategies(
         container = CONTAINERS.get(strategy)
         if container in found:
             problem = loaded.inputs.problem(objective, container, engine=settings.engine)
-            found[container] = _with_better_plan(found[container], found[strategy].plan, problem)
+            note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
+            found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
     plans = {name: compared.plan for name, compared in found.items() if compared.plan is not None}
     return tuple(_with_best_bound(found[strategy], plans) for strategy in dict.fromkeys(strategies))
+
+
+def compare_engines(
+    loaded: LoadedInputs,
+    objective: Objective,
+    settings: Settings,
+    strategies: Sequence[str],
+    engines: Mapping[str, EngineRules | None],
+    *,
+    budget: Callable[[], Budget],
+    report: Report,
+) -> tuple[Compared, ...]:
+    """`compare_strategies` for each engine, by strategy, the engines as they were asked for.
+
+    A plan that an engine runs is one of any engine, where it keeps to the rules of that family.
+
+    Raises:
+        InvalidProblemError: the objective asks for what the cluster does not have, a price say.
+    """
+    found = dict[tuple[str, str], Compared]()
+    for number, (name, rules) in enumerate(engines.items(), start=1):
+        for outcome in compare_strategies(
+            loaded,
+            objective,
+            replace(settings, engine=rules),
+            strategies,
+            budget=budget,
+            report=report if len(engines) == 1 else one_of_several(report, number, len(engines), f"for {name}, "),
+        ):
+            found[outcome.strategy, name] = replace(outcome, engine=name)
+    for (strategy, name), outcome in found.items():
+        if engines[name] is None and not STRATEGIES[strategy].is_published:
+            problem = loaded.inputs.problem(objective, strategy, settings.roles)
+            for other in engines.keys() - {name}:
+                note = f"the plan was found for {other}"
+                outcome = _with_better_plan(outcome, found[strategy, other].plan, problem, note)
+            found[strategy, name] = outcome
+    return tuple(found[strategy, name] for strategy in dict.fromkeys(strategies) for name in engines)
 
 
 def _contained_first(strategies: Iterable[str]) -> list[str]:
@@ -122,6 +171,13 @@ def planned(
 ) -> Compared:  # fmt: skip
     """The plan of one strategy, or why there is none."""
     name = settings.strategy
+    if settings.engine is not None and STRATEGIES[name].is_published:
+        reason = f"a published heuristic does not know {settings.engine.name}"
+        return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
+    try:
+        loaded = for_engine(loaded, settings.engine)
+    except InvalidProblemError as error:
+        return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
     problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
@@ -150,8 +206,10 @@ def planned(
     return Compared(strategy=name, status=status, reasons=reasons, solve_s=budget.elapsed_s())
 
 
-def _with_better_plan(container: Compared, contained: Plan | None, problem: PlacementProblem) -> Compared:
-    """The container with a plan of a strategy inside it, where its own search ended with a worse one.
+def _with_better_plan(
+    container: Compared, contained: Plan | None, problem: PlacementProblem, note: str
+) -> Compared:  # fmt: skip
+    """The container with a plan of a family inside it, where its own search ended with a worse one; ``note`` says so.
 
     Bound and prices stay the container's. Each has its time limit: a heuristic may be ahead of a search that is cut
     short.
@@ -160,7 +218,6 @@ def _with_better_plan(container: Compared, contained: Plan | None, problem: Plac
     if own is None or contained is None or not _is_better(contained, own):
         return container
     duals = [price.dual for price in own.prices]
-    note = f"the plan was found by strategy {contained.strategy}, whose plans are all of {own.strategy}"
     result = _with_bound(replace(contained.result, solve_s=own.result.solve_s), own.result.bound, own.objective)
     better = replace(
         contained,

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hetis.planner.use_cases.engine_values import with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
+from hetis.planner.use_cases.precision import for_engine, in_precision, stages_that_do_not_start
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.verify import misses, verification_of, verified
@@ -59,8 +61,10 @@ class PlacementRequest:
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
+        weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
         ttft_s: None asks for the default limit, infinity lifts it; ``tpot_s`` likewise.
         verify: simulate the plan before it is shown.
+        other_engines: say what plans for other engines reach.
         price_pins: say what every constraint costs.
         profile_error: study the plan under profiles that are off by up to this share; None: no study.
     """
@@ -71,12 +75,15 @@ class PlacementRequest:
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()
     forbids: Sequence[str] = ()
+    weights: str | None = None
+    kv: str | None = None
     objective: ObjectiveKind = ObjectiveKind.GOODPUT
     demand_rps: float | None = None
     ttft_s: float | None = None
     tpot_s: float | None = None
     settings: Settings = Settings()
     verify: bool = True
+    other_engines: bool = True
     price_pins: bool = False
     profile_error: float | None = None
 
@@ -101,7 +108,7 @@ def load(request: PlacementRequest) -> LoadedInputs:
         cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
     ).with_will(pins=request.pins, forbids=request.forbids)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
-    return loaded
+    return for_engine(in_precision(loaded, weights=request.weights, kv=request.kv), request.settings.engine)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
@@ -147,6 +154,7 @@ def place(
         report=report,
         market=catalogue_market,
         beside_equal_stages=True,
+        beside_engines=request.other_engines,
     )
     if request.verify:
         told = _simulation_report(plan, report)
@@ -169,11 +177,12 @@ def make_plan(
     report: Report,
     market: Market | None = None,
     beside_equal_stages: bool = False,
+    beside_engines: bool = False,
 ) -> Plan:
     """Search a plan, complete it with its inputs and notes, check it, and add what its profiles' errors make of it.
 
     Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks). ``beside_equal_stages`` asks
-    what equal stages reach, which takes time of its own.
+    what equal stages reach, and ``beside_engines`` what plans for other engines do, which takes time of its own.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -184,6 +193,11 @@ def make_plan(
     plan = describe(plan, loaded, problem, settings)
     if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
         plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
+    if beside_engines and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+        plan = with_engine_values(
+            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
+            report=report,
+        )  # fmt: skip
     check(plan, problem)
     return with_profile_errors(plan, problem)
 
@@ -216,7 +230,9 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
     from hetis.solver.placement.explanation.routes import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (*plan.notes, *routed, *profile_notes(problem))
+    notes = (
+        *plan.notes, *loaded.notes, *stages_that_do_not_start(plan, problem), *routed, *profile_notes(problem)
+    )  # fmt: skip
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 
 

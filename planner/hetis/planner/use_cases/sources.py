@@ -146,10 +146,15 @@ def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedInputs:
-    """Inputs and the file or name each of them came from, profiles by GPU type."""
+    """Inputs and the file or name each of them came from, profiles by GPU type.
+
+    ``has_precision``: that of the model was asked for; ``notes`` say what became of the inputs.
+    """
 
     inputs: Inputs
     origins: Mapping[str, Any]
+    has_precision: bool = False
+    notes: tuple[str, ...] = ()
 
     def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
         """The same with what ``--pin`` and ``--forbid`` ask for.

@@ -1,14 +1,15 @@
 """From replica shapes to named GPUs.
 
-TP groups go into nodes largest first; sizes are powers of two, so that whatever the master's packing rows admit fits
-(first fit decreasing is exact for sizes that divide one another). A replica's parts go where the replica already is,
-if there is room. On small fleets CP-SAT then looks for the assignment that spreads each replica over the fewest nodes,
-starting from that one.
+Where all GPUs of a node are of one class, an integer program puts every replica on as few nodes as can be
+(`packing.py`). Elsewhere, and where that found nothing in time, TP groups go into nodes largest first; sizes are powers
+of two, so that whatever the master's packing rows admit fits (first fit decreasing is exact for sizes that divide one
+another), and a replica's parts go where the replica already is, if there is room. On small fleets CP-SAT then looks
+for the assignment that spreads replicas over the fewest nodes of several classes, starting from that one.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +17,11 @@ from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.classes import DeviceClass
+from hetis.solver.placement.packing import pack
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 
+PACKING_S, PACKING_SHARE = 1.0, 0.1  # for a class: at least so long, and of the time that is left
 MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: more are left to first fit
 CP_SAT_SECONDS = 1.0  # of deterministic time
 
@@ -53,8 +56,12 @@ def bind(
     parts = [part for i, template in enumerate(templates) for part in _parts_of(atlas, i, template)]
     nodes = _first_fit(atlas, parts)
     budget = budget if budget is not None else Budget()
-    if _num_pairs(atlas, parts) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
-        nodes = _fewest_nodes(atlas, parts, nodes, seed, budget)
+    alone = _packed(atlas, parts, nodes, seed, budget)
+    rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
+    if rest and _num_pairs(atlas, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+        found = _fewest_nodes(atlas, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
+        for i, node in zip(rest, found, strict=True):
+            nodes[i] = node
     names = _Names(atlas)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
@@ -70,6 +77,33 @@ def _parts_of(atlas: Atlas, replica: int, template: Template) -> Iterable[Part]:
             yield Part(replica, index, False, device_class, tp)
         for _ in range(stage.copies * stage.pool_cards if stage.pool_class >= 0 else 0):
             yield Part(replica, index, True, stage.pool_class, 1)
+
+
+def _packed(atlas: Atlas, parts: Sequence[Part], nodes: list[int], seed: int, budget: Budget) -> set[int]:
+    """Classes whose parts are on the fewest nodes now, each replica's: they are alone in their nodes."""
+    classes_of = Counter(group.name for c in atlas.classes for group in c.groups)
+    done = set[int]()
+    for device_class, c in enumerate(atlas.classes):
+        members = defaultdict[int, list[int]](list)
+        for i, part in enumerate(parts):
+            if part.device_class == device_class:
+                members[part.replica].append(i)
+        if not members or budget.is_spent() or any(classes_of[group.name] > 1 for group in c.groups):
+            continue
+        packing = pack(
+            [[parts[i].size for i in mine] for mine in members.values()],
+            node_size=c.gpus_per_node,
+            num_nodes=c.num_nodes,
+            time_limit_s=max(PACKING_S, PACKING_SHARE * budget.remaining_s()),
+            seed=seed,
+        )
+        if packing is None or packing.num_pieces > sum(len({nodes[i] for i in mine}) for mine in members.values()):
+            continue
+        done.add(device_class)
+        for mine, places in zip(members.values(), packing.nodes, strict=True):
+            for i, node in zip(mine, places, strict=True):
+                nodes[i] = node
+    return done
 
 
 def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.problem import EngineRules, Family
 
 MAX_WORKERS = 8  # of a stage: with more, exchanging heads takes longer than their attention
@@ -73,3 +75,48 @@ def run_by(family: Family, rules: EngineRules | None) -> Family:
         family, engine=rules, max_copies=1, max_pool=min(family.max_pool, ENGINES[rules.name].max_pool),
         in_flight=tuple(range(1, rules.max_stages + 1)),
     )  # fmt: skip
+
+
+def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster) -> tuple[str, ...]:
+    """What an engine lacks to run these replicas, each thing once, in a few words; empty: it runs them all."""
+    zones = {
+        group.node_name(index): group.zone for group in cluster.node_groups for index in range(group.count)
+    } if len(cluster.zones()) > 1 else {}  # fmt: skip
+    found = dict[str, None]()
+    for replica in replicas:
+        found |= dict.fromkeys(_beyond(replica, rules, zones))
+    return tuple(found)
+
+
+def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str]) -> Iterator[str]:
+    depth, pools = len(replica.stages), replica.attention_workers
+    if any(stage.copies > 1 for stage in replica.stages):
+        yield "stage copies"
+    if len({stage.tp for stage in replica.stages}) > 1:
+        yield "several TP sizes in a replica"
+    if depth > rules.max_stages:
+        yield f"replicas of over {rules.max_stages} stages"
+    elif replica.in_flight != depth and all(stage.copies == 1 for stage in replica.stages):
+        yield "more batches in flight than stages" if replica.in_flight > depth else "one batch at a time"
+    names = replica.devices()
+    if rules.max_gpus is not None and len(names) > rules.max_gpus:
+        yield f"replicas of over {rules.max_gpus} GPUs"
+    if len({zones.get(name.rpartition("/")[0], "") for name in names}) > 1:
+        yield "replicas across zones"
+    if pools:
+        yield from _workers_beyond(replica, rules)
+
+
+def _workers_beyond(replica: ReplicaPlan, rules: EngineRules) -> Iterator[str]:
+    pools, depth, most = replica.attention_workers, len(replica.stages), ENGINES[rules.name].max_pool
+    if not most:
+        yield "attention workers"
+        return
+    if replica.role is not Role.UNIFIED:
+        yield f"attention workers of replicas that {replica.role} only"
+    if depth > rules.max_pooled_stages:
+        yield f"attention workers at over {rules.max_pooled_stages} stages"
+    if any(len(pool.devices) > most for pool in pools):
+        yield f"over {most} attention workers at a stage"
+    if len(pools) < depth or len({(len(pool.devices), pool.gpu, pool.kv_head_groups) for pool in pools}) > 1:
+        yield "attention workers that differ by stage"

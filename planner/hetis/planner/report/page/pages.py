@@ -62,8 +62,8 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
 
 def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
     """Strategies side by side, and the best plan in full."""
-    with_plan = [(one.strategy, one.plan) for one in compared if one.plan is not None]
-    without = tuple((one.strategy, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
+    with_plan = [(one.name, one.plan) for one in compared if one.plan is not None]
+    without = tuple((one.name, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
     if without:
         blocks.append(Sentences(title="Without a plan", terms=without))

@@ -30,7 +30,7 @@ from hetis.planner.report.page.blocks import (
     Waterfalls,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
-from hetis.planner.report.plan import beside_equal_stages, folded, limits, simple_setups, verdict, worth
+from hetis.planner.report.plan import beside_engines, beside_equal_stages, folded, limits, simple_setups, verdict, worth
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.devices import abbreviate
@@ -222,6 +222,7 @@ def _worth(plan: Plan) -> Scale:
         notes.append("The band is what the errors of the profiles make of it.")
     if (words := beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are how engines are set up without a planner: {words}.")
+    notes += [f"What other engines would serve: {words}." for words in beside_engines(plan)]
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
 
 

@@ -1,0 +1,130 @@
+"""What runs where: for each engine, precision of weights and of KV the GPUs it takes, and where that was read.
+
+What is not recorded (GPUs of other vendors, architectures that nobody named) is not refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from hetis.formats.dtypes import kv_of, weights_of
+from hetis.solver.cluster import GpuType
+from hetis.solver.model import AttentionKind, ModelSpec
+
+# CUDA's compute capability of the architectures in the catalogue, the lowest where an architecture has several.
+CAPABILITIES: Mapping[str, float] = {
+    "Pascal": 6.0,
+    "Volta": 7.0,
+    "Turing": 7.5,
+    "Ampere": 8.0,
+    "Ada": 8.9,
+    "Hopper": 9.0,
+    "Blackwell": 10.0,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Least:
+    """The least compute capability that something takes.
+
+    Attributes:
+        capability: of CUDA; infinite: no GPU has it.
+        source: where that was read.
+        how: what is done below the GPUs that compute in the format; empty: nothing worth telling.
+    """
+
+    capability: float
+    source: str
+    how: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """What one version of an engine takes.
+
+    Attributes:
+        engine: at least this, whatever the precision.
+        weights: by precision, a name of `hetis.formats.dtypes.PRECISIONS`.
+        fp8_kv: by kind of attention.
+    """
+
+    version: str
+    engine: Least
+    weights: Mapping[str, Least]
+    fp8_kv: Mapping[AttentionKind, Least]
+
+
+_QUANTISATION = "vllm/model_executor/layers/quantization"
+_VLLM = Support(
+    version="0.32.0",
+    engine=Least(capability=7.5, source="docs/getting_started/installation/gpu.cuda.inc.md since v0.21"),
+    weights={
+        "fp8": Least(
+            capability=7.5, source=f"{_QUANTISATION}/fp8.py", how="weights are fp8, products 16-bit (Marlin)"
+        ),
+        "int8": Least(capability=7.5, source=f"{_QUANTISATION}/compressed_tensors, scheme w8a8_int8"),
+        "int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py; compressed-tensors by the same kernels"),
+        "awq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_awq.py"),
+        "gptq-int4": Least(capability=7.5, source=f"{_QUANTISATION}/auto_gptq.py has 6.0, vLLM itself 7.5"),
+        "mxfp4": Least(capability=8.0, source=f"{_QUANTISATION}/mxfp4.py"),
+        "nvfp4": Least(
+            capability=7.5,
+            source=f"{_QUANTISATION}/modelopt.py",
+            how="weights are nvfp4, products 16-bit (Marlin)",
+        ),
+    },
+    fp8_kv={
+        AttentionKind.MHA: (_FP8_KV := Least(capability=8.0, source="vllm/v1/attention/backends/flashinfer.py")),
+        AttentionKind.GQA: _FP8_KV,
+        AttentionKind.MLA: Least(capability=8.9, source="vllm/v1/attention/backends/mla/triton_mla.py: Triton's fp8"),
+    },
+)  # fmt: skip
+_SGLANG = Support(
+    version="0.5",
+    engine=Least(capability=7.5, source="docs/get_started/install.md: FlashInfer takes sm75 and above"),
+    weights={
+        "fp8": Least(capability=8.0, source="python/sglang/srt/layers/quantization/fp8.py"),
+        "int8": Least(capability=7.5, source="python/sglang/srt/layers/quantization/w8a8_int8.py"),
+        "gptq-int4": Least(capability=7.5, source="python/sglang/srt/layers/quantization/gptq.py has 6.0, SGLang 7.5"),
+        "mxfp4": Least(capability=8.0, source="python/sglang/srt/layers/quantization/mxfp4.py"),
+    },
+    fp8_kv={},
+)
+SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": _SGLANG}
+
+
+def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
+    """Why an engine cannot run a model, in the precision of its weights and KV, on a GPU; None: it can, or nobody
+    wrote down whether it can."""
+    return next(_reasons(model, gpu, engine), None)
+
+
+def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:
+    """What is worth knowing of GPUs that run the model without computing in its precision."""
+    least = SUPPORT[engine].weights.get(model.weights)
+    natively = {"fp8": 8.9, "nvfp4": 10.0}.get(model.weights)
+    if least is None or not least.how or natively is None:
+        return
+    below = [name for name, gpu in gpus.items() if CAPABILITIES.get(gpu.architecture, natively) < natively]
+    if below:
+        yield f"{', '.join(below)}: {least.how}"
+
+
+def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
+    has, support = CAPABILITIES.get(gpu.architecture), SUPPORT[engine]
+    if model.weights == "mxfp4" and model.moe is None:
+        yield f"mxfp4 is a format of experts, which {model.name} has not ({support.weights['mxfp4'].source})"
+    if has is None:
+        return
+    wanted = [
+        (f"{weights_of(model)} weights", support.weights.get(model.weights)),
+        (f"{kv_of(model)} KV", support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None),
+        ("any model", support.engine),
+    ]
+    for what, least in wanted:
+        if least is not None and has < least.capability:
+            yield (
+                f"{engine} {support.version} takes compute capability {least.capability:g} for {what}, "
+                f"{gpu.name} ({gpu.architecture}) has {has:g} ({least.source})"
+            )

@@ -1,0 +1,124 @@
+"""What the limits of a plan's engine cost: what plans of the other engines reach, and what keeps them apart."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hetis.planner.use_cases.sources import family_of
+from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.errors import InfeasibleError, NoPlanFoundError
+from hetis.solver.plan import Plan
+from hetis.solver.problem import EngineRules, Family, PlacementProblem
+
+ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
+SHARE = 0.1  # of the time limit, at most, to find all of them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineValue:
+    """What the best plan for another engine reaches.
+
+    Attributes:
+        engine: its name, or ``any``.
+        value: in the unit of the objective; None: no plan was found.
+        bound: none of its plans is better; None: nothing was proved.
+        lacks: what keeps the two apart: of a richer engine's plan what the plan's own engine has not, and of the plan
+            what a poorer engine has not.
+        why_not: why there is no value.
+    """
+
+    engine: str
+    value: float | None
+    bound: float | None
+    lacks: tuple[str, ...] = ()
+    why_not: str = ""
+
+
+def with_engine_values(
+    plan: Plan, problem: PlacementProblem, *, seed: int, time_limit_s: float, cancelled: threading.Event, report: Report
+) -> Plan:
+    """The plan with what other engines' plans reach; ``time_limit_s`` is that of its own search, this takes a share."""
+    budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
+
+    def told(engine: str) -> None:
+        spent_s = plan.result.solve_s + budget.elapsed_s()
+        report(Progress(phase=f"plans for {engine}", elapsed_s=spent_s, incumbent=plan.result.value))
+
+    values = list(_values(plan, problem, seed, budget, told))
+    return replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [_row(value) for value in values]})
+
+
+def engine_values_of(plan: Plan) -> list[EngineValue]:
+    """What a plan says of the other engines; nothing where nobody asked, or in a form of another version."""
+    rows = plan.inputs.get(ENGINE_VALUES)
+    try:
+        return [EngineValue(**{**row, "lacks": tuple(row["lacks"])}) for row in rows or ()]
+    except (TypeError, KeyError):
+        return []
+
+
+def _values(
+    plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
+) -> Iterator[EngineValue]:
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES, beyond
+
+    own, known = problem.family.engine, dict[Family, EngineValue]()
+    for name in (*ENGINES, ANY_ENGINE):  # last the one whose search takes long
+        if name == (ANY_ENGINE if own is None else own.name):
+            continue
+        rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
+        family = family_of(plan.strategy, problem.family.roles, rules)
+        alike = _but_for_its_name(family)
+        if alike not in known:
+            lacks = () if rules is None else beyond(plan.replicas, rules, problem.cluster)
+            found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
+            if not lacks and _has_all_of(problem.family, family):
+                found = replace(found, bound=plan.result.bound)
+            else:
+                told(name)
+                found = _searched(found, plan, replace(problem, family=family), own, seed, budget)
+            known[alike] = found
+        yield replace(known[alike], engine=name)
+
+
+def _but_for_its_name(family: Family) -> Family:
+    return family if family.engine is None else replace(family, engine=replace(family.engine, name=""))
+
+
+def _has_all_of(family: Family, poorer: Family) -> bool:
+    """Whether all plans of another engine are of this family, under limits that are the same."""
+    return family.engine is None or (poorer.engine is not None and family.max_pool >= poorer.max_pool)
+
+
+def _searched(
+    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int, budget: Budget
+) -> EngineValue:
+    """What a search finds, or what was known before where that is better: the value of a plan that the engine runs."""
+    from hetis.solver.placement.engines import beyond
+    from hetis.solver.planning import is_compiled, solve_placement
+
+    if not is_compiled(problem):
+        return replace(known, why_not="its search is not compiled yet, --engine any does that")
+    if budget.is_spent():
+        return replace(known, why_not="no time was left")
+    try:
+        other = solve_placement(problem, strategy=plan.strategy, budget=budget, seed=seed)
+    except InfeasibleError as error:
+        return replace(known, why_not=error.reasons[0] if error.reasons else str(error))
+    except NoPlanFoundError:
+        return replace(known, why_not="none was found in time")
+    value, bound = other.result.value, other.result.bound
+    if known.value is not None and not (value > known.value if plan.objective.maximises else value < known.value):
+        return replace(known, bound=bound)
+    more = () if own is None else beyond(other.replicas, own, problem.cluster)
+    return replace(known, value=value, bound=bound, lacks=known.lacks or more)
+
+
+def _row(value: EngineValue) -> dict[str, Any]:
+    bound = value.bound if value.bound is not None and math.isfinite(value.bound) else None
+    return {**asdict(value), "bound": bound, "lacks": list(value.lacks)}

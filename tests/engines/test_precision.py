@@ -1,0 +1,98 @@
+"""Which GPUs run which precision: the table is complete, agrees with the installed vLLM, refuses with reasons."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from hetis.engines.precision import CAPABILITIES, SUPPORT, Least, remarks, why_not
+from hetis.formats import catalogue
+from hetis.formats.dtypes import PRECISIONS, with_precision
+from hetis.solver.model import AttentionKind
+
+LLAMA, DEEPSEEK = catalogue.find_model("Llama-3.1-70B").model, catalogue.find_model("DeepSeek-V3").model
+V100, T4, A100, L4, H100, B200, MI300X = (
+    catalogue.find_gpu(name).gpu
+    for name in ("V100-SXM2-32GB", "T4", "A100-SXM-80GB", "L4", "H100-SXM-80GB", "B200", "MI300X")
+)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv", "runs_on", "not_on"),
+    [
+        ("fp8", None, (T4, A100, H100), (V100,)),
+        ("fp8", "fp8", (A100, H100), (V100, T4)),
+        ("mxfp4", None, (), (V100, A100, H100)),  # no experts
+        ("awq-int4", None, (T4, A100), (V100,)),
+        ("nvfp4", None, (A100, B200), (V100,)),
+    ],
+)
+def test_what_vllm_runs(weights: str, kv: str | None, runs_on: tuple[object, ...], not_on: tuple[object, ...]) -> None:
+    model = with_precision(LLAMA, weights=weights, kv=kv)
+    for gpu in runs_on:
+        assert why_not(model, gpu, "vllm") is None  # type: ignore[arg-type]
+    for gpu in not_on:
+        assert why_not(model, gpu, "vllm") is not None  # type: ignore[arg-type]
+
+
+def test_refusals_say_what_is_missing_and_where_that_was_read() -> None:
+    assert why_not(with_precision(LLAMA, weights="fp8"), V100, "vllm") == (
+        "vllm 0.32.0 takes compute capability 7.5 for fp8 weights, V100-SXM2-32GB (Volta) has 7 "
+        "(vllm/model_executor/layers/quantization/fp8.py)"
+    )
+    assert "mxfp4 is a format of experts" in str(why_not(with_precision(LLAMA, weights="mxfp4"), H100, "sglang"))
+    assert "fp8 KV" in str(why_not(with_precision(LLAMA, kv="fp8"), T4, "vllm"))
+
+
+def test_fp8_kv_of_latent_attention_takes_newer_gpus() -> None:
+    model = with_precision(DEEPSEEK, kv="fp8")
+    assert why_not(model, A100, "vllm") is not None
+    assert why_not(model, L4, "vllm") is None
+    assert why_not(replace(model, kv_bytes=2.0), A100, "vllm") is None
+
+
+def test_what_nobody_recorded_is_not_refused() -> None:
+    assert why_not(with_precision(LLAMA, weights="fp8"), MI300X, "vllm") is None
+
+
+def test_gpus_that_only_keep_the_format_are_told() -> None:
+    model = with_precision(LLAMA, weights="fp8")
+    gpus = {"A100": A100, "H100": H100}
+    assert list(remarks(model, gpus, "vllm")) == ["A100: weights are fp8, products 16-bit (Marlin)"]
+    assert not list(remarks(LLAMA, gpus, "vllm"))
+
+
+def test_every_row_has_a_source() -> None:
+    for support in SUPPORT.values():
+        rows = [support.engine, *support.weights.values(), *support.fp8_kv.values()]
+        assert all(row.source and row.capability in CAPABILITIES.values() for row in rows)
+        assert support.weights.keys() <= PRECISIONS.keys()
+        assert set(support.fp8_kv) <= set(AttentionKind)
+    assert {entry.gpu.architecture for entry in catalogue.gpus() if entry.vendor == "NVIDIA"} <= CAPABILITIES.keys()
+
+
+_PROGRAM = """
+from vllm.model_executor.layers.quantization import get_quantization_config
+for name in ("fp8", "mxfp4", "modelopt_fp4", "awq", "gptq"):
+    try:
+        print(name, get_quantization_config(name).get_min_capability())
+    except Exception as error:
+        print(name, "missing", type(error).__name__)
+"""
+
+
+@pytest.mark.skipif("HETIS_VLLM_PYTHON" not in os.environ, reason="HETIS_VLLM_PYTHON names no python with vLLM")
+def test_the_table_says_what_the_installed_vllm_says() -> None:
+    done = subprocess.run(
+        [os.environ["HETIS_VLLM_PYTHON"], "-c", _PROGRAM], capture_output=True, text=True, check=True, timeout=300
+    )
+    said = dict(re.findall(r"^(\w+) (\d+)$", done.stdout, re.MULTILINE))
+    names = {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "awq": "awq-int4", "gptq": "gptq-int4"}
+    assert said
+    rows: dict[str, Least] = dict(SUPPORT["vllm"].weights)
+    for method, capability in said.items():
+        assert rows[names[method]].capability == max(int(capability) / 10, SUPPORT["vllm"].engine.capability), method

@@ -1,0 +1,76 @@
+"""What plans of other engines reach, beside a plan: by the real solver, on a fleet on which all of it is found."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.jobs.kernels import load_kernels
+from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
+from hetis.planner.use_cases.place import Settings, objective, search
+from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
+from hetis.solver.budget import Budget, silent
+from hetis.solver.placement.exact import MAX_GPUS
+from hetis.solver.plan import ObjectiveKind, Plan
+
+FLEET = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: workers pay here
+nodes:
+  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 1}]}
+  - {name: p100, gpus: [{type: P100-PCIe-12GB, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+RELATIVE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedInputs:
+    for num_gpus in (1, MAX_GPUS + 1):  # engines whose search is not compiled are left out
+        load_kernels(num_gpus, report=silent)
+    path: Path = tmp_path_factory.mktemp("fleet") / "fleet.yaml"
+    path.write_text(FLEET, encoding="utf-8")
+    return load_inputs(cluster=str(path), model="Qwen2.5-32B", workload="8000/300")
+
+
+def placed(loaded: LoadedInputs, engine: str, **limits: int) -> tuple[Plan, list[EngineValue]]:
+    """A plan for an engine, and what it says of the others."""
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
+    settings = Settings(engine=engine_rules(engine, "hetis", **limits))
+    problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
+    plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
+    asked = {"seed": 0, "time_limit_s": 600.0, "cancelled": threading.Event(), "report": silent}
+    return plan, engine_values_of(with_engine_values(plan, problem, **asked))  # type: ignore[arg-type]
+
+
+def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: LoadedInputs) -> None:
+    plans = {name: placed(loaded, name) for name in ("vllm-hetis", "vllm", "sglang", "any")}
+    values = {name: plan.result.value for name, (plan, _) in plans.items()}
+    assert values["vllm"] == values["sglang"] < values["vllm-hetis"] <= values["any"] * (1 + RELATIVE)
+    for name, (_, others) in plans.items():
+        assert {other.engine for other in others} == values.keys() - {name}
+        for other in others:
+            assert other.value == pytest.approx(values[other.engine], rel=RELATIVE), (name, other)
+            assert other.bound == pytest.approx(values[other.engine], rel=RELATIVE), (name, other)
+    (of_plain,) = (other for other in plans["vllm"][1] if other.engine == "vllm-hetis")
+    (of_hetis,) = (other for other in plans["vllm-hetis"][1] if other.engine == "vllm")
+    assert of_plain.lacks == of_hetis.lacks == ("attention workers",)
+
+
+def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
+    settings = Settings(engine=engine_rules("vllm-hetis", "hetis"))
+    problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
+    plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
+    told = with_engine_values(
+        plan, problem, seed=0, time_limit_s=0.0, cancelled=threading.Event(), report=silent
+    )  # fmt: skip
+    plain, _, anything = engine_values_of(told)
+    assert (plain.value, plain.lacks, plain.why_not) == (None, ("attention workers",), "no time was left")
+    assert (anything.value, anything.bound) == (plan.result.value, None)
+    assert replace(told, inputs=plan.inputs) == plan

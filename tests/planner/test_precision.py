@@ -1,0 +1,115 @@
+"""`--weights` and `--kv`: plans in a precision use GPUs that run it, and say which ones do not, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hetis.planner.cli.app import run
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.use_cases.precision import for_engine, in_precision
+from hetis.planner.use_cases.sources import engine_rules, load_inputs
+from hetis.solver.errors import InvalidProblemError
+
+FLEET = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: old and new
+nodes:
+  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 1}]}
+  - {name: v100, gpus: [{type: V100-SXM2-32GB, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+REASON = "takes compute capability 7.5 for fp8 weights, V100-SXM2-32GB (Volta) has 7"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "fleet.yaml").write_text(FLEET)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def place(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "-q", "-o", "json")
+    assert run([*inputs, "--no-verify", "--no-other-engines", "--strategy", "uniform", *options]) == ExitCode.OK
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def gpus_of(plan: dict[str, Any]) -> set[str]:
+    return {stage["gpu"] for replica in plan["replicas"] for stage in replica["stages"]}
+
+
+def test_a_plan_in_fp8_leaves_out_what_cannot_run_it_and_says_why(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, quantised = place(capsys, "--engine", "vllm"), place(capsys, "--engine", "vllm", "--weights", "fp8")
+    assert gpus_of(plain) == {"A100-SXM-40GB", "V100-SXM2-32GB"}
+    assert any("stages on V100-SXM2-32GB do not start" in note for note in plain["notes"])  # vLLM takes 7.5
+    assert gpus_of(quantised) == {"A100-SXM-40GB"}
+    assert quantised["inputs"]["documents"]["model"]["weights"] == "fp8"
+    assert any(note.startswith("V100-SXM2-32GB left out: ") and REASON in note for note in quantised["notes"])
+    assert any(note == "A100-SXM-40GB: weights are fp8, products 16-bit (Marlin)" for note in quantised["notes"])
+    (folder / "plan.json").write_text(json.dumps(quantised))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_more_requests_fit_in_fp8(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rooms = [
+        place(capsys, "--engine", "vllm", "--forbid", "type=V100-SXM2-32GB", *precision)["replicas"][0]["kv_tokens"]
+        for precision in ((), ("--weights", "fp8"), ("--weights", "fp8", "--kv", "fp8"))
+    ]
+    assert rooms[0] < rooms[1] < rooms[2]
+    assert rooms[2] > 1.9 * rooms[1]
+
+
+def test_any_engine_is_not_held_to_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpus_of(place(capsys, "--engine", "any", "--weights", "fp8")) == {"A100-SXM-40GB", "V100-SXM2-32GB"}
+
+
+def test_workers_may_be_gpus_that_cannot_compute_in_the_format(folder: Path) -> None:
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    rules = engine_rules("vllm-hetis", "hetis")
+    held = for_engine(in_precision(loaded, weights="fp8", kv=None), rules)
+    assert [str(wish) for wish in held.inputs.will] == ["--forbid type=V100-SXM2-32GB:as=primary"]
+    fp8_kv = for_engine(in_precision(loaded, weights="fp8", kv="fp8"), rules)
+    assert [str(wish) for wish in fp8_kv.inputs.will] == ["--forbid type=V100-SXM2-32GB", "--forbid workers"]
+    assert for_engine(loaded, rules) == loaded
+
+
+def test_where_no_gpu_runs_it_the_reasons_are_the_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_inputs(cluster="fleet.yaml", model="Meta-Llama-3-8B", workload="1024/256")
+    with pytest.raises(InvalidProblemError, match="mxfp4 is a format of experts"):
+        for_engine(in_precision(loaded, weights="mxfp4", kv=None), engine_rules("vllm", "hetis"))
+    inputs = ("place", "-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256")
+    assert run([*inputs, "--weights", "mxfp4"]) == ExitCode.INVALID
+    assert "mxfp4 is a format of experts" in capsys.readouterr().err
+    assert run([*inputs, "--weights", "fp9"]) == ExitCode.INVALID
+    assert "did you mean fp8?" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_fleet_that_is_changed_is_held_to_the_table_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GPUs that are added are left out, too, where they do not run the precision: nothing is gained."""
+    inputs = ("-c", "fleet.yaml", "-m", "Meta-Llama-3-8B", "-w", "1024/256", "--engine", "vllm", "--weights", "fp8")
+    options = ("--strategy", "uniform", "--add", "2xV100-PCIe-16GB", "-q", "-o", "json")
+    assert run(["what-if", *inputs, *options]) == ExitCode.OK
+    found = json.loads(capsys.readouterr().out)
+    before, after = (found[side]["plan"]["result"]["value"] for side in ("before", "after"))
+    assert before == pytest.approx(after)
+    assert gpus_of(found["after"]["plan"]) == {"A100-SXM-40GB"}
+
+
+def test_engines_are_compared_where_one_of_them_does_not_run_the_precision(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "fleet.yaml").write_text(FLEET.replace("A100-SXM-40GB", "T4"))
+    inputs = ("compare", "-c", "fleet.yaml", "-m", "Llama-2-7B", "-w", "1024/256", "--weights", "fp8", "--tpot", "none")
+    assert run([*inputs, "--engine", "vllm,sglang", "--strategies", "uniform", "-o", "json", "-q"]) == ExitCode.OK
+    vllm, sglang = json.loads(capsys.readouterr().out)["strategies"]
+    assert gpus_of(vllm["plan"]) == {"T4"}
+    assert (sglang["plan"], sglang["status"]) == (None, "no plan")
+    assert "sglang 0.5 takes compute capability 8 for fp8 weights, T4 (Turing) has 7.5" in sglang["reasons"][0]
