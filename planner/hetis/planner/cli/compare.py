@@ -79,7 +79,7 @@ def compare(
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
     if dry_run:
         return say_what_would_be_solved(
-            terminal, [(loaded.inputs, goal)], strategies=strategies.names, solves=len(strategies.names),
+            terminal, [(loaded.inputs, goal)], strategies=names, solves=len(names) * len(rules),
             time_limit_s=time_limit,
         )  # fmt: skip
     cancelled = threading.Event()
