@@ -15,6 +15,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, Stag
 
 MAX_NODES = 60  # cards in a zone; the rest is counted
 ROW = 4  # GPUs of a node side by side
+MAX_SINGLE = 48  # GPUs of a fleet whose every GPU has a cell; in larger ones neighbours that do the same share one
 MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
 
 
@@ -33,10 +34,11 @@ IDLE = Duty(role="idle", color=PLAIN, lines=("idle",))
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
     """The map of a plan on its cluster, with the reasons of idle GPUs beside it."""
     groups = group_replicas(plan.replicas)
-    named = len(plan.replicas) <= MAX_NAMED
+    named, joined = len(plan.replicas) <= MAX_NAMED, cluster.num_gpus() > MAX_SINGLE
     duties = dict(_duties(plan, groups, named=named))
     zones = [
-        _zone(zone, [group for group in cluster.node_groups if group.zone == zone], duties) for zone in cluster.zones()
+        _zone(zone, [group for group in cluster.node_groups if group.zone == zone], duties, joined=joined)
+        for zone in cluster.zones()
     ]
     several = len(zones) > 1
     return FleetMap(
@@ -106,8 +108,8 @@ def _legend(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
         yield f"{shape_letter(color)}: {equal}{role}", color
 
 
-def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty]) -> ZoneMap:
-    cards = [card for group in groups for card in _cards(group, duties)]
+def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joined: bool) -> ZoneMap:
+    cards = [card for group in groups for card in _cards(group, duties, joined=joined)]
     rest = len(cards) - MAX_NODES
     return ZoneMap(
         name=name,
@@ -116,7 +118,7 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty]) -> Zon
     )
 
 
-def _cards(group: NodeGroup, duties: Mapping[str, Duty]) -> Iterator[NodeCard]:
+def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Iterator[NodeCard]:
     """A card for all nodes of the group whose GPUs do the same, in the order of the first of them."""
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
     alike: dict[tuple[Duty, ...], list[str]] = {}
@@ -126,7 +128,9 @@ def _cards(group: NodeGroup, duties: Mapping[str, Duty]) -> Iterator[NodeCard]:
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
     for pattern, nodes in alike.items():
         name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
-        yield NodeCard(name=name, gpus=held, cells=tuple(_cells(pattern, gpus, mixed=len(group.gpus) > 1)))
+        yield NodeCard(
+            name=name, gpus=held, cells=tuple(_cells(pattern, gpus, mixed=len(group.gpus) > 1, joined=joined))
+        )
 
 
 def _nodes(nodes: list[str]) -> str:
@@ -134,12 +138,12 @@ def _nodes(nodes: list[str]) -> str:
     return short if len(short) <= 40 else f"{nodes[0]} … {nodes[-1]}"
 
 
-def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool) -> Iterator[GpuCell]:
-    """A cell for every GPU; neighbours of one row that do the same share one."""
+def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
+    """A cell for every GPU; ``joined``: neighbours of one row that do the same share one."""
     alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
     first = 0
     while first < len(alike):
-        row_end = min((first // ROW + 1) * ROW, len(alike))
+        row_end = min((first // ROW + 1) * ROW, len(alike)) if joined else first + 1
         last = first
         while last + 1 < row_end and alike[last + 1] == alike[first]:
             last += 1
