@@ -354,6 +354,8 @@ class PlanSpec(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     MAX_STAGES_FIELD_NUMBER: _builtins.int
     MAX_GPUS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    KV_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -378,6 +380,12 @@ class PlanSpec(_message.Message):
     """Pipeline stages that a replica may have, at most 16; not with `any`. 0: as many as the engine runs."""
     max_gpus: _builtins.int
     """GPUs that a replica may have, attention workers included; not with `any`. 0: any number."""
+    weights: _builtins.str
+    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `awq-int4`, `gptq-int4`, `mxfp4` or `nvfp4`. GPUs on which the
+    engine does not run it are left out; the plan's notes say why. Empty: that of the model.
+    """
+    kv: _builtins.str
+    """Precision of the KV cache: `bf16` or `fp8`. Empty: that of the model."""
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -426,10 +434,12 @@ class PlanSpec(_message.Message):
         engine: _builtins.str = ...,
         max_stages: _builtins.int = ...,
         max_gpus: _builtins.int = ...,
+        weights: _builtins.str = ...,
+        kv: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "max_gpus", b"max_gpus", "max_stages", b"max_stages", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_stages", b"max_stages", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

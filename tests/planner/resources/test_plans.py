@@ -120,6 +120,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             ("stock", {"engine": "vllm"}),
             ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2}),
             ("free", {"engine": "any", "strategy": "uniform"}),
+            ("fp8", {"engine": "vllm", "weights": "fp8"}),
         ):
             await planner.create(name, model_name="Llama-2-13B", **spec)  # type: ignore[arg-type]
             solved = await planner.solved(f"plans/{name}")
@@ -129,11 +130,15 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             assert isinstance(plan, Plan)
             assert check_plan(plan, problem_of_plan(plan, "plan").problem) == ()
             kept[name] = plan.inputs.get("engine")
+            if name == "fp8":  # the P100s are of no use to it, the RTX 3090s and A100s are
+                assert plan.inputs["documents"]["model"]["weights"] == "fp8"
+                assert plan.inputs["will"] == ["--forbid type=P100-PCIe-12GB"]
+                assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 takes") for note in plan.notes)
             if name == "small":
                 assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
         assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
         assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
-            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None
+            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "fp8": "vllm"
         }  # fmt: skip
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
         assert list(changed.changed_inputs) == ["engine"]
@@ -265,6 +270,9 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         ):
             refusal = await refused(planner.call("CreatePlan", create_request(**asked)))  # type: ignore[arg-type]
             assert refusal.fields == {"plan.spec.engine": says}
+        precise = await refused(planner.call("CreatePlan", create_request(weights="fp9", kv="int4")))
+        assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv"}
+        assert precise.fields["plan.spec.weights"].endswith("did you mean fp8?")
         deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
         assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}
 

@@ -70,6 +70,8 @@ def apply(
             help="As at place.",
         ),
     ] = None,
+    weights: options.WeightsOption = None,
+    kv: options.KvOption = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,6 +134,8 @@ def apply(
         tpot_s=tpot,
         strategy=strategy,
         roles=roles or frozenset(),
+        weights=weights,
+        kv=kv,
         engine=engine,
         max_stages=max_stages,
         max_gpus=max_gpus,

@@ -44,6 +44,8 @@ class Goal:
     tpot_s: float | None
     strategy: str
     roles: frozenset[Role]  # empty: all of the strategy
+    weights: str | None
+    kv: str | None
     engine: str | None
     max_stages: int | None
     max_gpus: int | None
@@ -112,6 +114,8 @@ class Goal:
             objective=self._objective(),
             strategy=self.strategy,
             roles=[TO_PROTO[role] for role in Role if role in self.roles],
+            weights=self.weights or "",
+            kv=self.kv or "",
             engine=self.engine or "",
             max_stages=self.max_stages or 0,
             max_gpus=self.max_gpus or 0,

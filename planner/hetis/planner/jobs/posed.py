@@ -8,6 +8,7 @@ from typing import Any
 
 from hetis.formats.canonical import canonical_json
 from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
@@ -21,14 +22,22 @@ class PosedProblem:
     objective: Objective
     settings: Settings
 
+    def inputs_for_engine(self) -> LoadedInputs:
+        """The inputs on the GPUs on which the engine runs the model in its precision.
+
+        Raises:
+            InvalidProblemError: there are none.
+        """
+        return for_engine(self.loaded, self.settings.engine)
+
     def problem(self) -> PlacementProblem:
         """The placement problem.
 
         Raises:
             InvalidProblemError: the inputs contradict each other.
         """
-        settings = self.settings
-        return self.loaded.inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
+        settings, inputs = self.settings, self.inputs_for_engine().inputs
+        return inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
 
     def to_json(self) -> bytes:
         """Equal problems give equal bytes; `posed_from_json` reads them."""
@@ -37,6 +46,7 @@ class PosedProblem:
             "origins": dict(self.loaded.origins),
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
+            "has_precision": self.loaded.has_precision,
         }
         return canonical_json(data)
 
@@ -52,7 +62,9 @@ def posed_from_json(text: bytes) -> PosedProblem:
     settings: dict[str, Any] = data["settings"]
     return PosedProblem(
         loaded=LoadedInputs(
-            inputs=inputs_from_documents(data["documents"], "the posed problem"), origins=data["origins"]
+            inputs=inputs_from_documents(data["documents"], "the posed problem"),
+            origins=data["origins"],
+            has_precision=data.get("has_precision", False),
         ),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
         settings=Settings(

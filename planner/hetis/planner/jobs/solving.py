@@ -28,7 +28,8 @@ def solve(
     """Searches until the answer is good enough, the time is over, or ``cancelled`` is set; what is found is checked."""
     budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=clock, cancelled=cancelled)
     try:
-        plan = make_plan(posed.loaded, posed.problem(), posed.settings, budget=budget, report=report)
+        loaded, problem = posed.inputs_for_engine(), posed.problem()
+        plan = make_plan(loaded, problem, posed.settings, budget=budget, report=report)
     except InfeasibleError as error:
         return Infeasible(error.reasons)
     except NoPlanFoundError as error:

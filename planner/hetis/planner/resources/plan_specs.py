@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats import catalogue
+from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
 from hetis.formats.errors import DocumentError, did_you_mean
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, enums, names
@@ -17,6 +18,7 @@ from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.precision import in_precision
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, engine_rules, family_of, ordered
 from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
@@ -50,6 +52,8 @@ class ReadSpec:
 
     model: ModelSpec
     workload: Workload
+    weights: str | None = None  # precision, a name of `PRECISIONS`; None: the model's
+    kv: str | None = None
     origins: Mapping[str, str]  # of model and workload
     profiles: Sequence[str]
     objective: Objective
@@ -74,6 +78,13 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
         spec.objective, f"{field}.objective", lambda path, text: checks.require(False, path, text)
     )
     settings = _settings(checks, spec, field, limits)
+    for name, asked, known in (("weights", spec.weights, PRECISIONS), ("kv", spec.kv, KV_PRECISIONS)):
+        hint = did_you_mean(asked, known)
+        checks.require(
+            not asked or asked in known,
+            f"{field}.{name}",
+            f"is {asked[:80]!r}, must be one of {', '.join(known)}{hint}",
+        )
     checks.require(
         len(spec.profiles) <= MOST_PROFILES,
         f"{field}.profiles",
@@ -86,6 +97,8 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
     return ReadSpec(
         model=model,
         workload=workload,
+        weights=spec.weights or None,
+        kv=spec.kv or None,
         origins={
             "model": spec.model_name or spec.model_document.source_name or "document",
             "workload": spec.workload_name or spec.workload_document.source_name or "document",
@@ -146,20 +159,21 @@ def pose(
     origin = f"{record.name} {etag_of(record)}"
     if left_out:
         origin += f" without {', '.join(sorted(left_out))}"
-    posed = PosedProblem(
-        loaded=LoadedInputs(
-            inputs=Inputs(
-                cluster=cluster,
-                model=spec.model,
-                workload=spec.workload,
-                profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
-            ),
-            origins={
-                **spec.origins,
-                "cluster": origin,
-                "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
-            },
+    loaded = LoadedInputs(
+        inputs=Inputs(
+            cluster=cluster,
+            model=spec.model,
+            workload=spec.workload,
+            profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
         ),
+        origins={
+            **spec.origins,
+            "cluster": origin,
+            "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
+        },
+    )
+    posed = PosedProblem(
+        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv),
         objective=spec.objective,
         settings=spec.settings,
     )
