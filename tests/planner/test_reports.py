@@ -99,7 +99,7 @@ def test_the_table_view_shows_roles_and_routes_at_a_glance() -> None:
     assert "6 replicas (1 unified, 3 prefill, 2 decode) on " in " ".join(text.split())
     assert "requests/s: prefill 3.00, decode 2.60, routed 2.60, unified 1.50" in text
     assert "3 equal replicas, prefill  1.000 requests/s saturated each, 3.000 together" in text
-    assert "Replica 3 decode  1.600 requests/s saturated" in text
+    assert "Replica 3 decode  1.600 requests/s saturated · room for " in text
     assert "TTFT 1.21 s until the KV is there · 4 prompts in flight · chunks of 512" in text
     assert "TPOT 99.8 ms · 64 decoding = 16 × 4 in flight\n" in text
     assert "sends KV to east, west" in text

@@ -38,6 +38,7 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
 
 
 def _headline(group: ReplicaGroup) -> Text:
+    """What it serves and how, in two lines; where its KV goes, if that may be to several zones, in a third."""
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
     each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
@@ -45,9 +46,8 @@ def _headline(group: ReplicaGroup) -> Text:
     return Text.assemble(
         (f"\n{name}", "bold"),
         (role, "bold magenta"),
-        f"  {digits(replica.rate, 4)} requests/s saturated{each}\n",
-        f" {_latencies(replica)} · {_in_flight(replica)}\n",
-        f" KV room {tokens(replica.kv_tokens)} tokens{_kv_zones(replica)}",
+        f"  {digits(replica.rate, 4)} requests/s saturated{each} · room for {tokens(replica.kv_tokens)} tokens\n",
+        f" {_latencies(replica)} · {_in_flight(replica)}{_kv_zones(replica)}",
     )
 
 
@@ -73,7 +73,7 @@ def _in_flight(replica: ReplicaPlan) -> str:
 
 
 def _kv_zones(replica: ReplicaPlan) -> str:
-    return f" · sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
+    return f"\n sends KV to {', '.join(replica.kv_zones)}" if len(replica.kv_zones) > 1 else ""
 
 
 def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
