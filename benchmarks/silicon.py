@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import staleness
 from benchmarks.measuring import rows
 from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
@@ -53,6 +52,7 @@ from hetis.solver.cost import intra_link
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile
 from hetis.solver.workload import LengthBin, Workload
+from tools import tables
 
 POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "serving_points.csv.gz"
 PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
@@ -116,27 +116,25 @@ def write_document(shown: Sequence[Row], points: Path, peer: Peer | None) -> Non
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
     covered, skipped = ([row for row in shown if row.get("coverage") == name] for name in ("covered", "skipped"))
-    reasons = [{"points": row["n"], "why not": row["reason"]} for row in skipped]
     about = PEER_ABSENT if peer is None else f"aiconfigurator {peer_version(peer)} answered the same points."
-    text = (
-        f"{staleness.stamp('silicon')}\n{points.name}: {covered[0]['n']:,} points predicted, "
-        f"{sum(int(row['n'] or 0) for row in skipped):,} rows skipped. {about}\n\n"
-        f"### By GPU and engine\n\n{percent_table(whole)}\n\n### By model\n\n{percent_table(single)}\n\n"
-        f"### Skipped\n\n{rows.markdown(reasons)}"
+    skipped_rows = [{"points": row["n"], "why not": row["reason"]} for row in skipped]
+    tables.write("silicon skipped", list(skipped_rows[0]), (list(row.values()) for row in skipped_rows))
+    said = (
+        f"{points.name}: {covered[0]['n']:,} points predicted, "
+        f"{sum(int(row['n'] or 0) for row in skipped):,} rows skipped. {about}"
     )
-    rows.write_section(DOCUMENT, "silicon", text)
+    rows.keep("silicon", in_percent([*whole, *single]), said, DOCUMENT)
 
 
-def percent_table(groups: Sequence[Row]) -> str:
+def in_percent(groups: Sequence[Row]) -> list[Row]:
     """Errors as percentages, to a tenth."""
-    shown = [
+    return [
         {
             key: f"{v:+.1%}" if key.endswith("bias") else f"{v:.1%}" if isinstance(v, float) else v
             for key, v in row.items()
         }
         for row in groups
     ]
-    return rows.markdown(shown)
 
 
 def predicted(

@@ -41,8 +41,8 @@ from hetis.profiler.importers import import_tables
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
-from tools import modelled_page
-from tools.modelled_page import Pair
+from tools import tables
+from tools.modelled_tables import Pair, modelled_tables
 from tools.profiles import measurements_for
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
@@ -141,14 +141,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.efficiency", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="efficiency.json to write")
-    parser.add_argument("--doc", type=Path, help="Markdown report to write")
+    parser.add_argument(
+        "--tables",
+        nargs="?",
+        type=Path,
+        const=tables.DATA,
+        metavar="FOLDER",
+        help="also write the tables of docs/profiles-modelled.md",
+    )
     options = parser.parse_args(arguments)
     try:
         calibration = calibrate(options.data)
         write_atomically(options.out, to_json(calibration.efficiencies))
-        if options.doc:
-            text = modelled_page.render(calibration.efficiencies, calibration.pairs, options.data)
-            write_atomically(options.doc, text)
+        if options.tables:
+            for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data):
+                tables.write(*found, folder=options.tables)
+        if options.tables == tables.DATA:
+            tables.main()
     except HetisError as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Make the shipped profiles and docs/profiles.md from the published tables: ``python -m tools.profiles``.
+"""Make the shipped profiles and their tables in docs/data from the published ones: ``python -m tools.profiles``.
 
 Run again on the same tables it writes the same bytes.
 """
@@ -21,8 +21,9 @@ from hetis.profiler.importers import import_tables
 from hetis.profiler.shipped import FOLDER, profile_text
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import Op
-from tools import profiles_page
+from tools import tables
 from tools.over_past import OverPast, over_past
+from tools.profile_tables import profile_tables
 
 _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")
@@ -97,7 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of the published tables")
     ours = Path(shipped.__file__).parent / FOLDER
     parser.add_argument("--out", type=Path, default=ours, help="folder of the profiles")
-    parser.add_argument("--doc", type=Path, help="Markdown report to write")
+    parser.add_argument(
+        "--tables",
+        nargs="?",
+        type=Path,
+        const=tables.DATA,
+        metavar="FOLDER",
+        help="also write the tables of docs/profiles.md",
+    )
     parser.add_argument("--gpu", action="append", choices=list(SOURCES), help="only this one; repeatable")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     options = parser.parse_args(arguments)
@@ -110,16 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wrong:
             raise HetisError("\n".join(dict.fromkeys(line for text in wrong for line in text.split("\n"))))
         results = {outcome.profile.gpu: outcome for outcome in outcomes if not isinstance(outcome, str)}
-        text = ""
-        if options.doc:
+        found = []
+        if options.tables:
             engines = import_tables("splitwise", [options.data / ENGINE_TABLE])
-            past = _over_past(options.data, results)
-            text = profiles_page.render(results, engines, past)
+            found = list(profile_tables(results, engines, _over_past(options.data, results)))
         options.out.mkdir(parents=True, exist_ok=True)
         for gpu, result in results.items():
             write_atomically(options.out / f"{gpu}.json", profile_text(result.profile))
-        if options.doc:
-            write_atomically(options.doc, text)
+        for name, headings, rows in found:
+            tables.write(name, headings, rows, folder=options.tables)
+        if options.tables == tables.DATA:
+            tables.main()
     except HetisError as error:
         print(f"shipping: {error}", file=sys.stderr)
         return 1

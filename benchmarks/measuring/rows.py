@@ -1,4 +1,4 @@
-"""Rows of a benchmark: an aligned table, one JSON object per line, or the table kept in ``docs/benchmarks.md``."""
+"""Rows of a benchmark: an aligned table, one JSON object per line, or a file of ``docs/data`` and what pages show."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import staleness
 from hetis.planner.cli.native_output import no_native_output
+from tools import tables
 
 Cell = str | int | float | None
 Row = Mapping[str, Cell]
@@ -31,7 +32,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--only", metavar="TEXT", default="", help="only rows whose name contains TEXT")
     forms = result.add_mutually_exclusive_group()
     forms.add_argument("--json", action="store_true", help="one JSON object per row, printed as soon as it is measured")
-    forms.add_argument("--markdown", action="store_true", help=f"also put the table into {DOCUMENT.parent.name}/")
+    forms.add_argument("--markdown", action="store_true", help="also write docs/data and what docs/ shows of it")
     return result
 
 
@@ -56,8 +57,17 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
     if not arguments.json:
         print(table(shown))
     if arguments.markdown:
-        write_section(DOCUMENT, name, f"{staleness.stamp(name)}\n{machine()}\n\n{markdown(shown)}")
+        keep(name, shown, machine(), DOCUMENT)
     return shown
+
+
+def keep(name: str, shown: Sequence[Row], about: str, document: Path) -> None:
+    """Writes the table's file, when and where it was measured, and the excerpts that pages show."""
+    if not shown:
+        raise SystemExit(f"{name}: no rows, so the table stays as it is")
+    tables.write(name, _headings(shown[0]), ([_plain(key, value) for key, value in row.items()] for row in shown))
+    write_section(document, name, f"{staleness.stamp(name)}\n{about}")
+    tables.main()
 
 
 def exit_if_crashed(shown: Sequence[Row]) -> None:
@@ -74,15 +84,6 @@ def table(rows: Sequence[Row]) -> str:
     lines = [_headings(rows[0]), *([_text(key, value) for key, value in row.items()] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The same as a Markdown table."""
-    if not rows:
-        return "no rows"
-    rule = ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]
-    lines = [_headings(rows[0]), rule, *([_text(key, value) for key, value in row.items()] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def machine() -> str:
@@ -130,6 +131,11 @@ def _text(key: str, value: Cell) -> str:
             return f"{value:.3%}"
         return f"{value:.3f}" if key == "seconds" or key.endswith("_s") else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else " ".join(value.split()).replace("|", "/")  # one line, one cell
+
+
+def _plain(key: str, value: Cell) -> str:
+    """A cell of a file: numbers without separators of thousands."""
+    return str(value) if isinstance(value, int) else _text(key, value)
 
 
 def _at_least_one(text: str) -> int:

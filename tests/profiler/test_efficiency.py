@@ -17,6 +17,7 @@ from tools import efficiency
 from tools.efficiency import _fit, _joined, _pairs
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / "docs" / "data"
 SHARED = ROOT.parent / "shared" / "data"
 needs_tables = pytest.mark.skipif(
     not SHARED.exists(), reason=f"{SHARED} is not here: the shipped efficiencies were NOT compared with the tables"
@@ -26,11 +27,12 @@ needs_tables = pytest.mark.skipif(
 @needs_tables
 @pytest.mark.soak
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
-    out, doc = tmp_path / "efficiency.json", tmp_path / "doc.md"
-    assert efficiency.main(["--data", str(SHARED / "profiles"), "--out", str(out), "--doc", str(doc)]) == 0
+    out, made = tmp_path / "efficiency.json", tmp_path / "tables"
+    assert efficiency.main(["--data", str(SHARED / "profiles"), "--out", str(out), "--tables", str(made)]) == 0
     assert out.read_bytes() == resources.files("hetis.profiler").joinpath("efficiency.json").read_bytes()
-    assert doc.read_bytes() == (ROOT / "docs" / "profiles-modelled.md").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.md", "efficiency.json"]
+    assert {path.name for path in made.iterdir()} == {path.name for path in DATA.glob("modelled-*.csv")}
+    for path in made.iterdir():
+        assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("architecture", ["Ada", "Ampere", "Hopper"])

@@ -16,6 +16,7 @@ from tools import profiles
 from tools.whole_engine import predicted_s
 
 ROOT = Path(__file__).parents[2]
+DATA = ROOT / "docs" / "data"
 TABLES = ROOT.parent / "shared" / "data" / "profiles"
 needs_tables = pytest.mark.skipif(
     not TABLES.exists(), reason=f"{TABLES} is not here: the shipped profiles were NOT compared with the tables"
@@ -40,9 +41,11 @@ def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_the_command_makes_every_shipped_byte_and_the_report(tmp_path: Path) -> None:
     remade(tmp_path, "A100-SXM-80GB", "H100-SXM-80GB", "L40S")
-    doc = tmp_path / "profiles.md"
-    assert profiles.main(["--data", str(TABLES), "--out", str(tmp_path), "--doc", str(doc)]) == 0
-    assert doc.read_bytes() == (ROOT / "docs" / "profiles.md").read_bytes()
+    made = tmp_path / "tables"
+    assert profiles.main(["--data", str(TABLES), "--out", str(tmp_path), "--tables", str(made)]) == 0
+    assert {path.name for path in made.iterdir()} == {path.name for path in DATA.glob("profiles-*.csv")}
+    for path in made.iterdir():
+        assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
 
 
 def test_every_gpu_with_tables_is_shipped() -> None:

@@ -97,13 +97,8 @@ class WorkerOptions:
     port_file: Path | None
 
 
-def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
-    """The settings that options and variables give together.
-
-    Raises:
-        OptionError: with all that is missing or wrong.
-        SystemExit: an option that there is not, or ``--help``.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `hetis-worker`; what options mean together is checked by `read_options`."""
     parser = argparse.ArgumentParser(
         prog="hetis-worker",
         description="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
@@ -113,6 +108,17 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
     )
     for setting in _SETTINGS:
         parser.add_argument(setting.option, dest=setting.option, metavar=setting.metavar, help=setting.help)
+    return parser
+
+
+def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
+    """The settings that options and variables give together.
+
+    Raises:
+        OptionError: with all that is missing or wrong.
+        SystemExit: an option that there is not, or ``--help``.
+    """
+    parser = make_parser()
     read = _Reading(_SETTINGS, vars(parser.parse_args(arguments)), environment)
     options = WorkerOptions(
         name=read.name("--name"),

@@ -1,0 +1,172 @@
+"""Every command on every page is one that there is: options, verbs and values are read by the real parsers."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines, fences
+from tests.planner.command_line import hetis_plan_here
+
+OURS = {"hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-worker", "hetis-profile"}
+# What needs no planner, no engine and no search of seconds, on the files that `folder` has.
+QUICK = {
+    "catalog",
+    "check",
+    "dispatch",
+    "explain",
+    "export",
+    "fair",
+    "init",
+    "redispatch",
+    "schema",
+    "validate",
+    "version",
+}
+
+
+@cache
+def group(program: str) -> Any:
+    """The command of one of our programs."""
+    if program == "hetis-plan":
+        from hetis.planner.cli.app import app
+    elif program == "hetis-planner":
+        from hetis.planner.service.command import app
+    elif program == "hetis-agent":
+        from hetis.runtime.agent.main import app
+    elif program == "hetis-launch":
+        from hetis.runtime.launch.main import app
+    else:
+        from hetis.profiler.cli.app import app
+    return typer.main.get_command(app)
+
+
+def parse(words: list[str]) -> None:
+    """Reads a command line as its program would. Raises where that would refuse it."""
+    program, *arguments = words
+    if program == "hetis-worker":
+        from hetis.runtime.worker.options import make_parser
+
+        make_parser().parse_args(arguments)
+        return
+    command = group(program)
+    while verbs := getattr(command, "commands", None):
+        if arguments and not arguments[0].startswith("-"):
+            name, *arguments = arguments
+            assert name in verbs, f"{program} has no verb {name}"
+            command = verbs[name]
+        else:
+            assert command.invoke_without_command, f"{program} needs a verb"
+            break
+    command.make_context(program, list(arguments))
+
+
+LINES = list(command_lines())
+
+
+def test_there_are_commands_on_the_pages() -> None:
+    found = {words[0] for line in LINES for words in line.programs()}
+    assert found >= OURS | {"make", "python"}
+
+
+@pytest.mark.parametrize("page", [page.name for page in PAGES])
+def test_our_programs_take_what_pages_tell_people_to_type(page: str) -> None:
+    wrong = []
+    for line in LINES:
+        for words in line.programs() if line.page == page else ():
+            try:
+                if words[0] in OURS:
+                    parse(words)
+                elif words[0] == "make":
+                    _make(words)
+                elif words[:2] == ["python", "-m"]:
+                    _module(words)
+            except typer.Exit:
+                continue  # --help, --version
+            except (Exception, SystemExit) as error:
+                wrong.append(f"{line.line}: {getattr(error, 'message', error)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_commands_stand_in_blocks_of_bash() -> None:
+    """Elsewhere nobody would check them; a usage with its brackets is no command."""
+    for page in PAGES:
+        for kind, text in fences(page.read_text(encoding="utf-8")):
+            if kind != "bash":
+                first = re.search(r"^ *(hetis-\w+|make|python -m) .*$", text, re.MULTILINE)
+                assert first is None, f"{page.name}: {first and first[0]}"
+
+
+def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
+    """On a small plan, the samples of `init`, and the examples."""
+    folder = tmp_path
+    (folder / "examples").symlink_to(ROOT / "examples")
+    assert hetis_plan_here("init", cwd=folder).returncode == 0
+    inputs = (
+        "-c",
+        "examples/paper.yaml",
+        "-m",
+        "Llama-2-70B",
+        "-w",
+        "azure_conv_2023",
+        "--tpot",
+        "200ms",
+        "--ttft",
+        "5s",
+    )
+    made = hetis_plan_here("place", *inputs, "--no-verify", "--out", "plan.json", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")  # its plan is this one
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for line, value in (("Goodput", plan["result"]["value"]), ("Bound", plan["result"]["bound"])):
+        assert re.findall(rf"^{line} +([\d.]+) requests/s", readme, re.MULTILINE) == [f"{value:.4g}"]
+    ran = set()
+    for line in LINES:
+        for words in line.programs():
+            if words[0] == "hetis-plan" and len(words) > 1 and words[1] in QUICK and _has_files(words, folder):
+                if words[1] == "init":
+                    words = [*words, "--force"]
+                done = hetis_plan_here(*words[1:], cwd=folder)
+                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                ran.add(words[1])
+    assert ran >= {"catalog", "check", "dispatch", "explain", "export", "fair", "redispatch", "validate"}
+
+
+def _has_files(words: list[str], folder: Path) -> bool:
+    """Whether every file that a line reads is there."""
+    read = [word for before, word in pairwise(words) if before not in ("--out", "--html")]
+    return all((folder / word).exists() for word in read if re.search(r"\.(ya?ml|json)$", word))
+
+
+def _make(words: list[str]) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    wanted = {word for word in words[1:] if "=" not in word and not word.startswith("-")}
+    assert wanted <= targets, f"make has no {wanted - targets}"
+
+
+def _module(words: list[str]) -> None:
+    """A module of ours, whose text has every option."""
+    path = ROOT / (words[2].replace(".", "/") + ".py")
+    package = ROOT / words[2].replace(".", "/") / "__init__.py"
+    if words[2].split(".")[0] not in {"benchmarks", "tools", "tests", "examples"}:
+        return
+    assert path.is_file() or package.is_file(), f"there is no module {words[2]}"
+    shared = (ROOT / "benchmarks" / "measuring").glob("*.py") if words[2].startswith("benchmarks") else ()
+    text = "".join(file.read_text(encoding="utf-8") for file in [path, *shared] if file.is_file())
+    for word in words[3:]:
+        option = word.partition("=")[0]
+        assert not option.startswith("--") or f'"{option}"' in text, f"{words[2]} has no option {option}"
+
+
+def test_a_mistake_on_a_page_is_found() -> None:
+    for wrong in ("hetis-plan plaice", "hetis-plan place --modell x", "hetis-plan explain", "hetis-launch shows"):
+        (words,) = CommandLine("page.md", wrong).programs()
+        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever the parser of that program raises
+            parse(words)

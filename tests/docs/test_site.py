@@ -1,0 +1,72 @@
+"""The site is built without a warning and without a network, formulas are drawn, and nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT
+from tools import reference, tables
+
+needs_mkdocs = pytest.mark.skipif(
+    not all(map(find_spec, ("mkdocs", "material", "latex2mathml"))),
+    reason="NOT BUILT: the documentation's site needs pip install 'hetis[docs]', which make test installs",
+)
+
+
+def test_the_reference_is_what_the_code_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reference.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site, with warnings as errors. What proxies there are lead nowhere, so that nothing can be fetched."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
+    variables = os.environ | nowhere | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+    return folder
+
+
+@needs_mkdocs
+def test_nothing_of_the_site_comes_from_elsewhere(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]*\ssrc=\"(http[^\"]*)\"", text)
+        loaded += re.findall(r"<link[^>]*rel=\"(?:stylesheet|preconnect|preload)\"[^>]*href=\"(http[^\"]*)\"", text)
+        assert not loaded, f"{page.name} loads {loaded}"
+
+
+@needs_mkdocs
+def test_formulas_are_drawn_and_not_spelled(site: Path) -> None:
+    for name, least in (("cost-model", 100), ("dispatch", 15)):
+        text = (site / f"{name}.html").read_text(encoding="utf-8")
+        assert text.count("<math") >= least
+        assert "$`" not in text
+        assert "\\frac" not in text
+
+
+@needs_mkdocs
+def test_every_table_has_a_page_and_a_file(site: Path) -> None:
+    for path in tables.DATA.glob("*.csv"):
+        assert (site / "data" / path.name).read_bytes() == path.read_bytes()
+        text = (site / "data" / f"{path.stem}.html").read_text(encoding="utf-8")
+        assert text.count("<tr>") == len(tables.read(path.stem)) + 1
+
+
+@needs_mkdocs
+def test_a_formula_that_is_not_understood_is_an_error() -> None:
+    from tools.site.mathematics import mathml
+
+    assert "<msub>" in mathml("x_{ij} \\le 1", display="inline")
+    with pytest.raises(ValueError, match="is not understood"):
+        mathml("\\nonsense{x}", display="inline")

@@ -1,0 +1,465 @@
+"""Writes ``docs/reference``: command lines, files, the service and metrics, as the code says that they are.
+
+    make reference            writes the pages
+    python -m tools.reference --check    says which are out of date, and ends with 1 where one is
+
+Nothing on these pages is written by hand, so that they cannot disagree with the code: a test runs ``--check``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "reference"
+_MADE = "<!-- Made by `make reference` from the code; do not edit. -->\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.reference", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, say what is out of date")
+    check = parser.parse_args(arguments).check
+    pages = {f"{name}.md": make() for name, make in PAGES.items()}
+    stale = [name for name, text in pages.items() if _read(FOLDER / name) != text]
+    gone = [path.name for path in FOLDER.glob("*.md") if path.name not in pages]
+    if check:
+        for name in [*stale, *gone]:
+            print(f"docs/reference/{name} is out of date: run make reference", file=sys.stderr)
+        return 1 if stale or gone else 0
+    FOLDER.mkdir(exist_ok=True)
+    for name in stale:
+        (FOLDER / name).write_text(pages[name], encoding="utf-8")
+    for name in gone:
+        (FOLDER / name).unlink()
+    return 0
+
+
+# --- command lines
+
+
+def plan_page() -> str:
+    from hetis.planner.cli.app import app
+
+    return _typer_page("hetis-plan", app)
+
+
+def planner_page() -> str:
+    from hetis.planner.service.command import app
+
+    return _typer_page("hetis-planner", app)
+
+
+def agent_page() -> str:
+    from hetis.runtime.agent.main import app
+
+    return _typer_page("hetis-agent", app)
+
+
+def launch_page() -> str:
+    from hetis.runtime.launch.main import app
+
+    return _typer_page("hetis-launch", app)
+
+
+def profile_page() -> str:
+    from hetis.profiler.cli.app import app
+
+    return _typer_page("hetis-profile", app)
+
+
+def worker_page() -> str:
+    from hetis.runtime.worker.options import VARIABLES, make_parser
+
+    parser = make_parser()
+    rows = [
+        (
+            _code(", ".join(action.option_strings) + (f" {action.metavar}" if action.metavar else "")),
+            _prose((action.help or "").partition(" [")[0]),
+            _code(VARIABLES[action.option_strings[0]]) if action.option_strings[0] in VARIABLES else "",
+        )
+        for action in parser._actions
+    ]
+    parts = [_heading("hetis-worker", _prose(parser.description or ""))]
+    parts += [_table(("option", "meaning", "variable"), rows), _fence(parser.epilog or "")]
+    return _page(parts)
+
+
+def _typer_page(program: str, app: Any) -> str:
+    import typer
+
+    command: Any = typer.main.get_command(app)
+    return _page(
+        [_heading(program, _help(command)), *_parameters(command), *_epilog(command), *_verbs(command, program)]
+    )
+
+
+def _verbs(group: Any, program: str) -> Iterator[str]:
+    for name, command in sorted(getattr(group, "commands", {}).items()):
+        arguments = [_argument(p) for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join([program, name, *arguments])
+        yield f"## {program.partition(' ')[2]}{' ' if ' ' in program else ''}{name}\n"
+        yield f"`{usage}`\n\n{_help(command)}\n"
+        yield from _parameters(command)
+        yield from _epilog(command)
+        yield from _verbs(command, f"{program} {name}")
+
+
+def _argument(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    if name.startswith("["):
+        return str(name)
+    many = "..." if parameter.nargs == -1 and not name.endswith("...") else ""
+    return f"{name}{many}" if parameter.required else f"[{name}{many}]"
+
+
+def _parameters(command: Any) -> Iterator[str]:
+    rows = []
+    for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
+        if parameter.param_type_name == "argument":
+            if parameter.help:
+                rows.append((_code(parameter.metavar or parameter.name.upper()), _prose(parameter.help), ""))
+            continue
+        names = ", ".join(sorted(parameter.opts, key=len, reverse=True))
+        names += f" / {', '.join(parameter.secondary_opts)}" if parameter.secondary_opts else ""
+        value = "" if parameter.is_flag else f" {_value_name(parameter)}"
+        said = _prose(parameter.help or "")
+        if parameter.multiple and "repeat" not in said.lower():
+            said += " May be repeated."
+        if parameter.envvar:
+            said += f" Or in `{parameter.envvar}`."
+        rows.append((_code(names + value), said, _default(parameter)))
+    if rows:
+        yield _table(("option", "meaning", "default"), rows)
+
+
+def _value_name(parameter: Any) -> str:
+    if parameter.metavar:
+        return str(parameter.metavar)
+    kind = parameter.type_descriptor.annotation
+    choices = getattr(kind, "__members__", None)
+    if choices:
+        return "|".join(member.value for member in choices.values())
+    return str(getattr(kind, "__name__", "VALUE")).upper()
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    if isinstance(parameter.show_default, str):
+        return _prose(parameter.show_default)
+    if parameter.is_flag:
+        return _code(parameter.opts[0]) if parameter.default is True and parameter.secondary_opts else ""
+    if not parameter.show_default or parameter.default in (None, (), []):
+        return ""
+    value = parameter.default() if callable(parameter.default) else parameter.default
+    return _code(str(getattr(value, "value", value)))
+
+
+def _help(command: Any) -> str:
+    paragraphs = textwrap.dedent(command.help or "").strip().split("\n\n")
+    return "\n\n".join(_prose(paragraph) for paragraph in paragraphs)
+
+
+def _epilog(command: Any) -> Iterator[str]:
+    lines = [line for line in textwrap.dedent(command.epilog or "").replace("\\[", "[").splitlines() if line.strip()]
+    if lines:
+        yield _fence("\n".join(lines))
+
+
+# --- files
+
+
+def formats_page() -> str:
+    from hetis.formats.documents import KINDS, json_schema
+
+    parts = [
+        _heading(
+            "Files",
+            "Every file is YAML or JSON with `apiVersion: hetis/v1` and a `kind`. Sizes, rates and times are text with"
+            " a unit (`80GiB`, `100Gbps`, `20us`). `hetis-plan validate FILE` lists every problem of a file at once,"
+            " and `hetis-plan schema KIND` prints the JSON Schema that these tables are made of.",
+        )
+    ]
+    for kind in KINDS:
+        schema = json_schema(kind)
+        parts += [f"## {kind}\n", f"{_prose(schema.get('description', ''))}\n", _fields(kind, schema)]
+        for name, part in schema.get("$defs", {}).items():
+            if "properties" in part:
+                parts += [f"### {kind}: {name}\n", f"{_prose(part.get('description', ''))}\n", _fields(kind, part)]
+    return _page(parts)
+
+
+def _fields(kind: str, schema: Mapping[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = []
+    for name, field in schema.get("properties", {}).items():
+        default = (
+            "required" if name in required else "" if field.get("default") is None else _code(str(field["default"]))
+        )
+        rows.append((_code(name), _type(kind, field), default))
+    return _table(("field", "value", "default"), rows)
+
+
+def _type(kind: str, field: Mapping[str, Any]) -> str:
+    if "$ref" in field:
+        name = field["$ref"].rpartition("/")[2]
+        return f"[{name}](#{_slug(f'{kind}: {name}')})"
+    if "const" in field:
+        return _code(str(field["const"]))
+    if "enum" in field:
+        return ", ".join(_code(str(value)) for value in field["enum"])
+    for union in ("anyOf", "oneOf"):
+        if union in field:
+            several = [_type(kind, one) for one in field[union] if one.get("type") != "null"]
+            return " or ".join(dict.fromkeys(several))
+    if field.get("type") == "array":
+        items = field.get("items") or (field["prefixItems"][0] if field.get("prefixItems") else {})
+        return f"list of {_type(kind, items)}{_limits(field, 'minItems', 'maxItems')}"
+    if field.get("type") == "object":
+        values = field.get("additionalProperties")
+        return f"mapping to {_type(kind, values)}" if isinstance(values, dict) else "mapping"
+    examples = f" like {_code(str(field['examples'][0]))}" if field.get("examples") else ""
+    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+    return f"{words.get(field.get('type', ''), 'any value')}{examples}{_limits(field, 'minimum', 'maximum')}"
+
+
+def _limits(field: Mapping[str, Any], least: str, most: str) -> str:
+    low, high = field.get(least), field.get(most)
+    above = field.get("exclusiveMinimum")
+    said = [f"above {above:g}"] if above is not None and least == "minimum" else []
+    said += [f"at least {low:g}"] if low is not None else []
+    said += [f"at most {high:g}"] if high is not None and high < 1e6 else []
+    return f", {', '.join(said)}" if said else ""
+
+
+# --- the service
+
+
+def api_page() -> str:
+    parts = [
+        _heading(
+            "Services and messages",
+            "The contract of the planner, its agents and engines, from the comments of"
+            " [`proto/hetis/v1`](../../proto/hetis/v1). How calls behave together is on the page about"
+            " [the interface](../api.md).",
+        )
+    ]
+    described = _descriptors()
+    for file in described:
+        comments = {
+            tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location
+        }
+        for number, service in enumerate(file.service):
+            parts.append(f"## {service.name}\n\n{_prose(comments.get((6, number), ''))}\n")
+            rows = []
+            for place, method in enumerate(service.method):
+                ask, answer = (name.rpartition(".")[2] for name in (method.input_type, method.output_type))
+                ask = f"stream of {ask}" if method.client_streaming else ask
+                answer = f"stream of {answer}" if method.server_streaming else answer
+                says = _prose(comments.get((6, number, 2, place), ""))
+                rows.append((_code(method.name), ask, answer, says))
+            parts.append(_table(("call", "request", "response", "what it does"), rows))
+    for file in described:
+        comments = {
+            tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location
+        }
+        for number, message in enumerate(file.message_type):
+            parts += _message(message, (4, number), comments, message.name)
+        for number, enum in enumerate(file.enum_type):
+            parts += _enum(enum, (5, number), comments, enum.name)
+    return _page(parts)
+
+
+def _comments(file: Any) -> dict[tuple[int, ...], str]:
+    """The comment before everything of a file, by its place."""
+    return {tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location}
+
+
+def _message(message: Any, path: tuple[int, ...], comments: Mapping[tuple[int, ...], str], name: str) -> Iterator[str]:
+    if message.options.map_entry:
+        return
+    yield f"### {name}\n\n{_prose(comments.get(path, ''))}\n"
+    rows = []
+    for number, field in enumerate(message.field):
+        rows.append((_code(field.name), _field_type(field), _prose(comments.get((*path, 2, number), ""))))
+    if rows:
+        yield _table(("field", "type", "meaning"), rows)
+    for number, nested in enumerate(message.nested_type):
+        yield from _message(nested, (*path, 3, number), comments, f"{name}.{nested.name}")
+    for number, enum in enumerate(message.enum_type):
+        yield from _enum(enum, (*path, 4, number), comments, f"{name}.{enum.name}")
+
+
+def _enum(enum: Any, path: tuple[int, ...], comments: Mapping[tuple[int, ...], str], name: str) -> Iterator[str]:
+    yield f"### {name}\n\n{_prose(comments.get(path, ''))}\n"
+    rows = [
+        (_code(value.name), str(value.number), _prose(comments.get((*path, 2, number), "")))
+        for number, value in enumerate(enum.value)
+    ]
+    yield _table(("value", "number", "meaning"), rows)
+
+
+def _field_type(field: Any) -> str:
+    name = field.type_name.rpartition(".")[2] or field.Type.Name(field.type).removeprefix("TYPE_").lower()
+    return f"repeated {name}" if field.label == field.LABEL_REPEATED else name
+
+
+def _descriptors() -> Iterable[Any]:
+    from google.protobuf import descriptor_pb2
+
+    folder = ROOT / "proto"
+    sources = sorted(path.relative_to(folder).as_posix() for path in (folder / "hetis" / "v1").glob("*.proto"))
+    with tempfile.TemporaryDirectory() as made:
+        out = Path(made) / "set.bin"
+        arguments = [f"-I{folder}", "--include_source_info", f"--descriptor_set_out={out}"]
+        subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments, *sources], check=True)
+        return list(descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file)
+
+
+# --- metrics
+
+
+def metrics_page() -> str:
+    parts = [
+        _heading(
+            "Metrics",
+            "What Prometheus reads. [Operations](../operations.md) says which of them to watch; `deploy/` has alerts"
+            " and a dashboard.",
+        ),
+        "## hetis-planner\n\nOn the status page's port, under `/metrics`.\n",
+        _metrics(_planner_metrics()),
+        "## hetis-agent\n\nAt the address of `--metrics`.\n",
+        _metrics(_agent_metrics()),
+        "## vLLM with the plugin\n\nIn vLLM's own `/metrics`, with vLLM's labels beside these. `device` is `here` for"
+        " the ranks, and otherwise the worker's name.\n",
+        _metrics(_plugin_metrics()),
+    ]
+    return _page(parts)
+
+
+Described = tuple[str, str, Sequence[str], str]  # name, kind, labels, meaning
+
+
+def _metrics(found: Iterable[Described]) -> str:
+    return _table(
+        ("metric", "kind", "meaning"),
+        (
+            (_code(f"{name}{{{','.join(labels)}}}" if labels else name), kind, _prose(meaning))
+            for name, kind, labels, meaning in sorted(found)
+        ),
+    )
+
+
+def _of_registry(registry: Any) -> Iterator[Described]:
+    """Metrics of a registry, also those that have no sample yet."""
+    for collector in registry._collector_to_names:
+        if hasattr(collector, "_labelnames"):
+            (described,) = collector.describe()
+            yield _described(described, collector._labelnames)
+
+
+def _described(family: Any, labels: Sequence[str]) -> Described:
+    return family.name + ("_total" if family.type == "counter" else ""), family.type, labels, family.documentation
+
+
+def _planner_metrics() -> Iterator[Described]:
+    from hetis.planner.fleet.counters import FleetCounters
+    from hetis.planner.service.fleet_metrics import FleetCollector
+    from hetis.planner.service.metrics import ServiceMetrics
+    from hetis.planner.service.store_metrics import StoreCollector
+    from hetis.planner.store import Store
+    from hetis.planner.store.health import StoreHealth
+
+    yield from _of_registry(ServiceMetrics("").registry)
+    store = cast(
+        "Store", SimpleNamespace(health=StoreHealth(lambda: 0.0), lease=SimpleNamespace(age_s=0.0, is_held=False))
+    )
+    for collector in (FleetCollector(FleetCounters()), StoreCollector(store)):
+        for family in collector.collect():
+            yield _described(family, getattr(family, "_labelnames", ()))
+
+
+def _agent_metrics() -> Iterator[Described]:
+    from hetis.runtime.agent.metrics import AgentMetrics
+
+    return _of_registry(AgentMetrics(version="").registry)
+
+
+def _plugin_metrics() -> Iterator[Described]:
+    from hetis.runtime.vllm import counts
+
+    for name, gauge in counts.GAUGES.items():
+        yield name, "gauge", gauge.labels, gauge.text
+    for name, counter in counts.COUNTERS.items():
+        yield f"{name}_total", "counter", counter.labels, counter.text
+    yield "hetis_dispatch_seconds", "histogram", counts.DISPATCH_SECONDS.labels, counts.DISPATCH_SECONDS.text
+
+
+# --- Markdown
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "hetis-plan": plan_page,
+    "hetis-planner": planner_page,
+    "hetis-agent": agent_page,
+    "hetis-worker": worker_page,
+    "hetis-launch": launch_page,
+    "hetis-profile": profile_page,
+    "files": formats_page,
+    "services": api_page,
+    "metrics": metrics_page,
+}
+
+
+def _page(parts: Iterable[str]) -> str:
+    return _MADE + "\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
+
+
+def _heading(title: str, text: str) -> str:
+    return f"# {title}\n\n{text}\n"
+
+
+def _fence(text: str) -> str:
+    return f"```text\n{text.strip()}\n```\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("\n", " ") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('|', chr(92) + '|')}`" if text else ""
+
+
+def _prose(text: str) -> str:
+    """One line of Markdown from a docstring or a help text."""
+    line = " ".join(text.replace("``", "`").replace("\\[", "[").split())
+    return re.sub(r"(`[^`]*`)|([<>|*_{])", lambda m: m[1].replace("|", "\\|") if m[1] else _escape(m[2]), line)
+
+
+def _escape(sign: str) -> str:
+    return {"<": "&lt;", ">": "&gt;"}.get(sign, f"\\{sign}")
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower())).strip("-")
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

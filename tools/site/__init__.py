@@ -1,0 +1,1 @@
+"""What builds the documentation's site beside MkDocs: formulas, tables of data, links that leave the pages."""

@@ -1,0 +1,127 @@
+"""Tables beside the pages: ``docs/data/NAME.csv``, and the excerpts of them that pages show.
+
+    python -m tools.tables            writes every excerpt of every page again
+
+A page says which part of a table it shows, and whoever measures again writes both:
+
+    <!-- data: placement; columns: name | value | gap; rows: ^(12|160) GPUs -->
+    ...
+    <!-- end data -->
+
+Columns and rows (a regular expression on the first cell) may be left out: then all are shown. A test holds every
+excerpt to its file.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+DATA = DOCS / "data"
+
+_EXCERPT = re.compile(r"<!-- data: (?P<wanted>[^\n]*?) -->\n(?P<text>.*?)<!-- end data -->", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?(\d[\d,]*)?(\.\d+)?([eE][-+]?\d+)?%?$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Excerpt:
+    """A part of a table, as a page asks for it."""
+
+    table: str
+    columns: tuple[str, ...]  # none: all
+    rows: str  # a regular expression that is searched for in the first cell
+
+
+def main() -> None:
+    for page in pages():
+        refresh(page)
+
+
+def pages() -> list[Path]:
+    """README and every page that is written by hand."""
+    return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+
+
+def path_of(table: str) -> Path:
+    return DATA / f"{table.replace(' ', '-')}.csv"
+
+
+def write(table: str, header: Sequence[str], rows: Iterable[Sequence[object]], *, folder: Path = DATA) -> None:
+    """Replaces a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / path_of(table).name).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([str(cell) for cell in row] for row in rows)
+
+
+def read(table: str) -> list[dict[str, str]]:
+    """The rows of a table by heading.
+
+    Raises:
+        FileNotFoundError: there is no such table.
+    """
+    with path_of(table).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def refresh(page: Path) -> None:
+    """Writes the page's excerpts as its tables are now."""
+    text = page.read_text(encoding="utf-8")
+    new = refreshed(text, from_root=page.parent == ROOT)
+    if new != text:
+        page.write_text(new, encoding="utf-8")
+
+
+def refreshed(text: str, *, from_root: bool = False) -> str:
+    """The text of a page with its excerpts as they should be."""
+
+    def one(found: re.Match[str]) -> str:
+        asked = parse(found["wanted"])
+        link = path_of(asked.table).relative_to(ROOT if from_root else DOCS).as_posix()
+        return f"<!-- data: {found['wanted']} -->\n{markdown(asked, read(asked.table), link)}<!-- end data -->"
+
+    return _EXCERPT.sub(one, text)
+
+
+def excerpts(text: str) -> Iterator[Excerpt]:
+    """What a page shows of tables."""
+    return (parse(found["wanted"]) for found in _EXCERPT.finditer(text))
+
+
+def parse(wanted: str) -> Excerpt:
+    """Reads what stands after ``data:``."""
+    table, _, rest = wanted.partition("; ")
+    columns = re.search(r"(?:^|; )columns: (.*?)(?:; rows: |$)", rest)
+    rows = re.search(r"(?:^|; )rows: (.*)$", rest)
+    names = tuple(name.strip() for name in columns[1].split(" | ")) if columns else ()
+    return Excerpt(table=table, columns=names, rows=rows[1] if rows else "")
+
+
+def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str) -> str:
+    """The excerpt as Markdown, with a link to the whole where something was left out.
+
+    Raises:
+        KeyError: the table lacks a column.
+        ValueError: no row is like the excerpt's.
+    """
+    columns = asked.columns or tuple(table[0])
+    first = next(iter(table[0]))
+    shown = [[row[name] for name in columns] for row in table if re.search(asked.rows, row[first])]
+    if not shown:
+        raise ValueError(f"{asked.table} has no row like {asked.rows!r}")
+    numeric = [all(_NUMBER.match(line[place]) or line[place] == "-" for line in shown) for place in range(len(columns))]
+    lines = [columns, ["---:" if is_number else "---" for is_number in numeric], *shown]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    whole = len(shown) == len(table) and len(columns) == len(table[0])
+    says = f"[The table as a file]({link})" if whole else f"[All {len(table)} rows and {len(table[0])} columns]({link})"
+    return f"{text}\n\n{says}\n"
+
+
+if __name__ == "__main__":
+    main()
