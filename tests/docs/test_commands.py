@@ -140,9 +140,13 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
 
 
 def _has_files(words: list[str], folder: Path) -> bool:
-    """Whether every file that a line reads is there."""
+    """Whether every file that a line reads is there, and the nodes that it names are the plan's."""
     read = [word for before, word in pairwise(words) if before not in ("--out", "--html")]
-    return all((folder / word).exists() for word in read if re.search(r"\.(ya?ml|json)$", word))
+    fleet = (folder / "examples" / "paper.yaml").read_text(encoding="utf-8")  # the plan's
+    nodes = [re.sub(r"(-\d+)?=.*", "", word) for before, word in pairwise(words) if before == "--node-address"]
+    return all((folder / word).exists() for word in read if re.search(r"\.(ya?ml|json)$", word)) and all(
+        f"name: {node}," in fleet for node in nodes
+    )
 
 
 def _make(words: list[str]) -> None:
