@@ -415,7 +415,7 @@ def _ended(one: redispatch_pb2.Redispatch) -> str:
     if not one.HasField("end_time"):
         return state
     took_s = (one.end_time.ToMicroseconds() - one.create_time.ToMicroseconds()) / 1e6
-    return f"{state} in {digits(took_s, 2)} s"
+    return f"{state} in {digits(took_s, 2)}\N{NO-BREAK SPACE}s"
 
 
 def _state(one: redispatch_pb2.Redispatch) -> str:
