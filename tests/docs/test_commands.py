@@ -63,7 +63,7 @@ def parse(words: list[str]) -> None:
             assert name in verbs, f"{program} has no verb {name}"
             command = verbs[name]
         else:
-            assert command.invoke_without_command, f"{program} needs a verb"
+            assert command.invoke_without_command or arguments == ["--help"], f"{program} needs a verb"
             break
     command.make_context(program, list(arguments))
 
