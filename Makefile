@@ -84,9 +84,10 @@ kernels-placement: $(VENV)/.dev
 bytecode: $(VENV)/.dev
 	@$(BIN)/python -m pytest --collect-only --quiet --quiet >/dev/null
 
-# Warnings are errors: a link or an anchor that leads nowhere, a page that nobody is led to. No network.
+# Warnings are errors: a link or an anchor that leads nowhere, a page that nobody is led to. No network. Not --quiet:
+# what is not said does not count as a warning.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/site/index.html"
 
 reference: $(VENV)/.dev
