@@ -11,6 +11,7 @@ share of ``1 + ALIKE`` too much, GPUs dearer by this share prove the bound: it i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ FIRST, AT_ONCE = 32, 64  # compositions of each kind that are evaluated before t
 MORE = 8  # times as many where those improved nothing
 ADDED = 1000  # columns that join the relaxation at a time
 MOST_ROUNDS = 100
+MORE_TIME = 1.5  # times as long for every further try
 QUICK_S, LEAST_S = 2.0, 0.2  # for whole counts of the likeliest columns, before all of them; the least, time or not
 # Columns of every side that lose least at the relaxation's prices: most plans are made of these. Few are soon good.
 LIKELY, MANY_LIKELY = 50, 400
@@ -133,6 +135,7 @@ class _Search:
         self._relax()
         if not (self.is_complete and self._prove()):
             self._choose(MANY_LIKELY, QUICK_S)
+            self._go_on()
         return self._outcome()
 
     def explored(self) -> Explored:
@@ -174,7 +177,7 @@ class _Search:
                 break
         if self.listing.columns is None and not self.is_complete:
             raise NoPlanFoundError(UNDECIDED)
-        self._choose(LIKELY, QUICK_S)
+        self._choose(LIKELY, QUICK_S, back=8)
 
     def _solve_relaxation(self) -> LpSolution | None:
         """Over the columns listed, which it leaves in ``relaxed``; where they do not meet the demand, their most."""
@@ -276,13 +279,22 @@ class _Search:
 
     # --- whole counts
 
-    def _choose(self, num: int, limit_s: float) -> None:
-        """Whole counts of so many of the likeliest columns of each side."""
+    def _choose(self, num: int, limit_s: float, *, back: int = 1) -> None:
+        """Whole counts of so many of the likeliest columns of each side; ``back``: see `settled`."""
         if self.relaxed is None or self._gap() <= self.gap_target:
             return
         self._round_down()
         if self.incumbent is None or not self.budget.is_spent():
-            self._solve(self._likeliest(num), limit_s)
+            self._solve(self._likeliest(num), limit_s, back=back)
+
+    def _go_on(self) -> None:
+        """Looks for better whole counts while time is left: other columns, more of the relaxation given up."""
+        limit_s, back = QUICK_S, 1
+        for num in itertools.cycle((4 * LIKELY, LIKELY, 2 * LIKELY)):
+            if self._gap() <= self.gap_target or self.budget.is_spent() or not np.isfinite(self.budget.remaining_s()):
+                return
+            limit_s, back = MORE_TIME * limit_s, 2 * back
+            self._choose(num, min(limit_s, self.budget.remaining_s()), back=back)
 
     def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
         """What a replica's GPUs are worth beyond its rate: how much a plan that holds it loses at least."""
@@ -344,7 +356,7 @@ class _Search:
                 self._add(each, which[each.evaluator.is_known[which] & (known_s < needed_s[which])])
         return True
 
-    def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False) -> float | None:
+    def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False, back: int = 1) -> float | None:
         """Whole counts of some columns, never worse than the incumbent; returns HiGHS's bound on them."""
         columns, num = self.listing.columns, len(which)
         chosen = np.flatnonzero(which)
@@ -359,7 +371,7 @@ class _Search:
             start = replace(self.incumbent, counts=inside[chosen])
         least = None
         if not proves and self.relaxed is not None and self.master.pins is None:
-            (least,) = settled([padded(self.relaxed.counts, num)[chosen]]) or (None,)
+            (least,) = settled([padded(self.relaxed.counts, num)[chosen]], back=back) or (None,)
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
         found = self.master.solve_milp(

@@ -392,11 +392,11 @@ def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
     return np.pad(counts, (0, num - len(counts)))
 
 
-def settled(blocks: Sequence[FloatArray]) -> list[IntArray] | None:
-    """Of a relaxation with many replicas these, less one of each column: what need not be searched; None: few.
+def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:
+    """Of a relaxation with many replicas these, less ``back`` of each column: what need not be searched; None: few.
 
     ``blocks`` are counts of columns, which count together; [K] each.
     """
     if sum(float(counts.sum()) for counts in blocks) < MANY:
         return None
-    return [np.maximum(np.floor(counts + 1e-6).astype(np.int64) - 1, 0) for counts in blocks]
+    return [np.maximum(np.floor(counts + 1e-6).astype(np.int64) - back, 0) for counts in blocks]
