@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.use_cases.sources import Inputs
 from hetis.solver.plan import Objective
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.sources import Inputs
 
 DryRunOption = Annotated[
     bool,
