@@ -158,7 +158,8 @@ def failed(note: str) -> Measured:
 
 
 def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> Timing:
-    family = _of_the_whole_family(reports)
+    maximises = plan is None or plan.objective.maximises
+    family = _of_the_whole_family(reports, maximises=maximises)
     return Timing(
         seconds=seconds,
         first_plan_s=next((report.elapsed_s for report in reports if report.incumbent is not None), None),
@@ -173,23 +174,27 @@ def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, 
     """When the search had proved that its incumbent is within ``gap``."""
     if plan is None or not plan.result.gap <= gap:
         return None
-    for report in _of_the_whole_family(reports):
+    for report in _of_the_whole_family(reports, maximises=plan.objective.maximises):
         incumbent, bound = report.incumbent, report.bound
         if incumbent is not None and bound is not None and abs(bound - incumbent) <= gap * incumbent:
             return report.elapsed_s
     return solve_s
 
 
-def _of_the_whole_family(reports: Sequence[Progress]) -> Sequence[Progress]:
+def _of_the_whole_family(reports: Sequence[Progress], *, maximises: bool) -> Sequence[Progress]:
     """Column generation solves a smaller family first, down to whole counts: what it says until then bounds only that.
 
-    A bound that rises tells the same, for a proven bound only falls.
+    A bound that moves away from the plans tells the same, for a proven bound only closes in.
     """
     start = 0
     for i, (before, after) in enumerate(itertools.pairwise(reports), start=1):
         counted = before.phase.startswith(WHOLE_COUNTS) and not after.phase.startswith(WHOLE_COUNTS)
-        rose = before.bound is not None and after.bound is not None and after.bound > before.bound * (1 + 1e-12)
-        if counted or rose:
+        widened = (
+            before.bound is not None
+            and after.bound is not None
+            and (after.bound > before.bound * (1 + 1e-12) if maximises else after.bound < before.bound * (1 - 1e-12))
+        )
+        if counted or widened:
             start = i
     return reports[start:]
 
