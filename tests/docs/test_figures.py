@@ -67,7 +67,8 @@ def slowest(gpus: str, *, but: str = "-") -> Callable[[Rows], Sequence[float]]:
 
 
 FIGURES = [
-    Figure(BENCHMARKS, r"12 GPUs was proved after ([\d.]+) s", SEARCH, cell("12 GPUs, TTFT 4 s", HALF, name="12 GPUs, TTFT 4 s")),
+    Figure(BENCHMARKS, r"12 GPUs was proved after ([\d.]+) s", SEARCH,
+           cell("12 GPUs, TTFT 4 s", HALF, name="12 GPUs, TTFT 4 s")),
     Figure(BENCHMARKS, r"after at most ([\d.]+) s on 160 GPUs", SEARCH, slowest("160")),
     Figure(BENCHMARKS, r"([\d.]+) s on 1,000 and", SEARCH, slowest("1,000")),
     Figure(BENCHMARKS, r"([\d.]+) s on 10,000, but", SEARCH, slowest("10,000", but="GPUs for")),
