@@ -181,9 +181,9 @@ class Store:
         Raises:
             ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
         """
-        self._require_decision()
         ended = self._ended
         try:
+            self._require_decision()
             # Work that writes the audit log asks who the caller is.
             writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
@@ -291,9 +291,19 @@ class Store:
             )
 
     async def _renew_for_ever(self, epoch: int) -> None:
-        """Until the term ends. The loop asks, so that a planner whose loop hangs loses its lease, too."""
+        """Until the term ends, which every way out of here ends it but that its owner cancels this."""
+        try:
+            await self._renew_while_held(epoch)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("the lease is not renewed any more")
+        self._end_term()
+
+    async def _renew_while_held(self, epoch: int) -> None:
+        """The loop asks, so that a planner whose loop hangs loses its lease, too."""
         trouble = ""
-        while self.lease.is_held:
+        while self._epoch == epoch and self.lease.is_held:
             # No later than the end: what waits for a write then has to hear of it.
             await asyncio.sleep(max(min(self._lease_s / _RENEWALS, self.lease.left_s), 0.0))
             if not self.lease.is_held:
@@ -301,20 +311,20 @@ class Store:
             asked_s = self._machine_s()
             try:
                 await self._limited(self._renew, epoch, limit_s=min(2 * self._lease_s / _RENEWALS, self.lease.left_s))
-            except ServiceError as error:
-                if error.reason == Reason.ERROR_REASON_NOT_LEADER:
+            except Exception as error:  # whatever it is: the lease ends by the clock
+                if isinstance(error, ServiceError) and error.reason == Reason.ERROR_REASON_NOT_LEADER:
                     self._note_leader(error)
                     _log.error("another planner has taken over", extra=dict(error.metadata))
-                    break
+                    return
                 trouble = str(error)
                 _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
             else:
-                if self._machine_s() - asked_s < self._lease_s:
+                # A term that is over stays over, whatever the server granted meanwhile: callers have heard of its end.
+                if self._epoch == epoch and self.lease.is_held:
                     self.lease.grant(asked_s)
-        else:
+        if self._epoch == epoch:
             _log.error("the lease ran out", extra={"why": trouble})
             self._breaker.break_connection()
-        self._end_term()
 
     # The connections.
 
@@ -426,10 +436,12 @@ class Store:
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
         self._require_decision()  # it may have waited long for its turn
-        assert self._epoch is not None
+        epoch = self._epoch
+        if epoch is None:  # since a moment
+            raise self.not_leader()
         try:
             with self._engine.begin() as connection:
-                leadership.check(connection, self._epoch)
+                leadership.check(connection, epoch)
                 return work(Transaction(connection, now_s=self._clock()))
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
