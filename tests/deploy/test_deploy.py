@@ -78,7 +78,7 @@ def test_every_metric_of_alerts_and_dashboard_is_one_of_the_code() -> None:
 
 
 def test_every_metric_of_the_code_is_in_the_document_with_the_labels_that_are_used() -> None:
-    document = (ROOT / "docs" / "planner.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
     for name in metrics():
         if name.startswith("hetis_planner_"):
             assert re.sub(r"_(bucket|count|sum)$", "", name) in document, name

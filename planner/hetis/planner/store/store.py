@@ -156,6 +156,14 @@ class Store:
         """Returns when the term is over: another planner has taken over, or the lease could not be renewed."""
         await self._ended.wait()
 
+    async def until_failed(self) -> None:
+        """Returns when it is closed; raises what ended the guard over its connections."""
+        guard = self._guard
+        if guard is not None:
+            await asyncio.wait({guard})
+            if not guard.cancelled():
+                guard.result()
+
     async def read(self, work: Callable[[Reader], T]) -> T:
         """Return what ``work`` returns; it runs in the store's thread and sees one consistent state.
 
