@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.store import Store, Transaction
+from hetis.planner.store import Store, StoreError, Transaction
 from hetis.planner.store.lease import Lease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
@@ -275,5 +275,43 @@ def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_i
         assert await store.read(lambda tx: tx.clusters.all()) == []
         assert store.health.answered_s_ago < 1
         await store.close()
+
+    asyncio.run(scenario())
+
+
+def has_ended(name: str) -> bool:
+    return not any(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("words", [b"pg_catalog.version", b"alembic_version"], ids=["at once", "later"])
+def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
+    postgres_url: str, proxy: Proxy, words: bytes
+) -> None:
+    async def scenario() -> None:
+        proxy.freeze_at(words)
+        async with asyncio.timeout(60):
+            with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
+                await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+            while not has_ended("hetis-store"):  # the process could not end before
+                await asyncio.sleep(0.05)
+        proxy.mend()
+        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:
+    async def scenario() -> None:
+        proxy.freeze_at(b"alembic_version")
+        opening = asyncio.create_task(Store.open(through(proxy, postgres_url), lease_s=1e6))
+        async with asyncio.timeout(60):
+            while not proxy.is_frozen:
+                await asyncio.sleep(0.05)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            assert opening.cancelled()
+            while not has_ended("hetis-store"):
+                await asyncio.sleep(0.05)
 
     asyncio.run(scenario())

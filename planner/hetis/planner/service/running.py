@@ -181,7 +181,10 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
             stack.callback(page.abandon)
-        planner = await open_planner(config.reached_at(addresses))
+        planner = await _opened(signals, open_planner(config.reached_at(addresses)))
+        if planner is None:
+            _log.info("stopped before the store was open")
+            return
         loops = Loops()
         calls.require_leader = planner.require_leader
         planner.on_loss(calls.end_streams)
@@ -230,6 +233,24 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     _log.info("stopped")
     if is_replaced:
         raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
+
+
+async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner | None:
+    """Waits until the planner is open; None: a signal came first, which does not wait for a store that hangs."""
+    opened = asyncio.ensure_future(opening)
+    asked = asyncio.create_task(signals.wait())
+    try:
+        await asyncio.wait({opened, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if opened.done():
+            return opened.result()
+        opened.cancel()
+        (found,) = await asyncio.gather(opened, return_exceptions=True)
+        if not isinstance(found, BaseException):  # it was open in this very moment
+            await found.close()
+        return None
+    finally:
+        opened.cancel()
+        asked.cancel()
 
 
 async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:

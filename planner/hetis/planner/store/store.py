@@ -100,8 +100,9 @@ class Store:
         """
         store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock, machine=machine)
         try:
-            await store._run(store._open)
+            await store._open_in_time()
         except BaseException:
+            store._breaker.break_connection()  # else closing waits for whatever hangs
             await store.close()
             raise
         store._guard = asyncio.create_task(store._watch_over(), name="the store's guard")
@@ -371,6 +372,17 @@ class Store:
                 probing = asyncio.ensure_future(self._run(self._timed, self._look_by, self._readers))
                 probing.add_done_callback(_forget)
 
+    async def _open_in_time(self) -> None:
+        """Waits as long as a server answers something; a migration may take its time."""
+        working = asyncio.ensure_future(self._run(self._open))
+        working.add_done_callback(_forget)
+        while True:
+            done, _ = await asyncio.wait({working}, timeout=self._limit_s / 4)
+            if done:
+                return working.result()
+            if self._lease_s and self._breaker.silent_s > self._limit_s:
+                raise StoreError(f"store {self._label} cannot be reached: no answer for {self._limit_s:.1f} s")
+
     # In the store's thread from here on.
 
     def _open(self) -> None:
@@ -474,9 +486,11 @@ class Store:
                 leadership.release(connection, epoch)  # else the lease ends by itself
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
+            self._lease_breaker.close()
 
     def _close(self) -> None:
         self._engine.dispose()
+        self._breaker.close()
         if self._lock is not None:
             self._lock.release()
 
