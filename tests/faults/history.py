@@ -131,6 +131,13 @@ def check(history: History, last: Read) -> Findings:
         if not bases[version - 1]:
             violations.append(f"ghost: version {version} was made, and by no write that may have made it")
 
+    # What a write in doubt made is the version after the one that it builds on, or nothing.
+    base_of = {write.value: write.base for write in in_doubt}
+    for read in seen:
+        base = base_of.get(read.value)
+        if base is not None and read.version != base + 1:
+            violations.append(f"swap: {read.value} was to follow version {base} and was read as version {read.version}")
+
     known = {write.value for write in history.writes} | {history.first[1]}
     refused = {write.value for write in history.writes if write.refused}
     for read in seen:

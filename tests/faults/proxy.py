@@ -26,6 +26,7 @@ class Proxy:
         self._flows = threading.Event()
         self._flows.set()
         self._delay_s = 0.0
+        self._last_words: bytes | None = None
         self._is_cut = False
         self._is_closed = False
         self._lock = threading.Lock()
@@ -46,9 +47,17 @@ class Proxy:
         """From now on nothing comes through, and nobody is told."""
         self._flows.clear()
 
+    @property
+    def is_frozen(self) -> bool:
+        return not self._flows.is_set()
+
     def thaw(self) -> None:
         """Everything that was held back comes through, in its order."""
         self._flows.set()
+
+    def freeze_at(self, words: bytes) -> None:
+        """Freezes when a caller says this, which does not come through any more."""
+        self._last_words = words
 
     def delay(self, seconds: float) -> None:
         """Every piece takes so much longer, each way."""
@@ -61,7 +70,7 @@ class Proxy:
 
     def mend(self) -> None:
         """The network is well again: connections that were cut stay gone."""
-        self._is_cut, self._delay_s = False, 0.0
+        self._is_cut, self._delay_s, self._last_words = False, 0.0, None
         self.thaw()
 
     def close(self) -> None:
@@ -117,6 +126,8 @@ class Proxy:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(_PIECE_BYTES):
+                if self._last_words is not None and self._last_words in piece:
+                    self.freeze()
                 if self._delay_s:
                     time.sleep(self._delay_s)
                 self._flows.wait()

@@ -97,6 +97,20 @@ def test_a_refused_write_that_was_done_is_found() -> None:
     assert any("was refused, and read" in violation for violation in found(history, stale).violations)
 
 
+def test_a_write_in_doubt_that_was_done_on_another_version_than_it_builds_on_is_found() -> None:
+    """As by a planner that writes without comparing: nobody was told, and the register has the value."""
+    history, last = well(9)
+    lost_race = replace(
+        history.writes[-1], value="late", base=last.version - 1, version=None, refused=False, ended_s=last.began_s
+    )
+    history.writes += [lost_race, replace(lost_race, value="other", base=last.version)]  # which explains the version
+    assert found(history, last).violations == ()
+    read = replace(last, version=last.version + 1, value="late", began_s=last.ended_s + 1, ended_s=last.ended_s + 2)
+    assert found(history, replace(read, value="other")).violations == ()
+    (violation,) = found(history, read).violations
+    assert violation == f"swap: late was to follow version {lost_race.base} and was read as version {read.version}"
+
+
 def test_a_stale_read_is_found() -> None:
     history, last = well(6)
     history.reads.append(Read(version=1, value="first", began_s=last.ended_s + 1, ended_s=last.ended_s + 2))

@@ -383,3 +383,46 @@ def test_a_token_that_is_taken_back_or_expires_ends_its_streams_and_no_others() 
             assert "expired" in str((await failure_of(following)).details())
 
     run(test)
+
+
+def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> None:
+    token = f"hetis_{'a' * 43}"
+    node, cluster = "clusters/c/nodes/n", "clusters/c"
+
+    def of(*roles: CallerRole, scope: str | None) -> Tokens:
+        identity = Identity(name="n", roles=frozenset(roles), scope=scope)
+        return Tokens({digest(token): Grant(identity=identity, expires_s=100.0)})
+
+    agent, orchestrator = CallerRole.AGENT, CallerRole.ORCHESTRATOR
+
+    async def test(before: Tokens, after: Tokens, ends: bool) -> None:
+        known = before
+        credentials = Credentials(tokens=lambda: known, trust_domain=None, clock=lambda: 0.0)
+        async with served(authenticator=credentials) as planner:
+            stub = DispatchServiceStub(planner.channel)
+            stream = stub.DispatchRequests(metadata=(("authorization", f"Bearer {token}"),))
+            await stream.write(dispatch.DispatchRequestsRequest(sequence=1))
+            await stream.read()
+            known = after
+            planner.calls.end_revoked_streams()
+            if ends:
+                error = await failure_of(stream)
+                assert (error.code(), reason_of(error)) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+                assert "allow less than when this stream began" in str(error.details())
+            else:
+                await stream.write(dispatch.DispatchRequestsRequest(sequence=2))
+                answer = await stream.read()
+                assert isinstance(answer, dispatch.DispatchRequestsResponse)
+                assert answer.sequence == 2
+                stream.cancel()
+
+    whole, part = of(agent, scope=cluster), of(agent, scope=node)
+    for before, after, ends in (
+        (whole, part, True),
+        (part, whole, False),
+        (part, of(agent, scope="clusters/c/nodes/other"), True),
+        (of(orchestrator, scope=None), part, True),
+        (of(agent, orchestrator, scope=node), part, True),
+        (part, of(agent, orchestrator, scope=node), False),
+    ):
+        run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]

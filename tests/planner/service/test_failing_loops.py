@@ -1,13 +1,24 @@
-"""A loop of the planner that fails makes its health red."""
+"""What the planner does beside its calls makes its health red where it fails, and holds up no end of a term."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.jobs.pool import PoolSettings, SolverPool
+from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
+from hetis.planner.service.reloading import keep_fresh
 from hetis.planner.service.running import show_failure
+from hetis.planner.service.succession import LeadershipTerm, Succession
+from hetis.planner.store import Store
+from hetis.planner.store.health import StoreHealth
+from hetis.planner.store.lease import Lease
 from tests.planner.service.serving import run, served
 
 
@@ -30,15 +41,182 @@ def test_a_loop_that_fails_is_named_and_one_that_is_stopped_is_not() -> None:
     run(test)
 
 
-def test_health_says_that_nothing_serves_once_something_has_failed() -> None:
+@pytest.mark.parametrize("of_the_process", [False, True])
+def test_health_says_that_nothing_serves_once_something_has_failed(of_the_process: bool) -> None:
     async def test() -> None:
         async with served() as planner:
             stub = health_pb2_grpc.HealthStub(planner.channel)
-            showing = asyncio.create_task(show_failure(planner.planner, planner.server))
+            loops = Loops()
+            showing = asyncio.create_task(show_failure(planner.planner, loops, planner.server))
             watch = stub.Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-            planner.planner.failed.set()
+            if of_the_process:
+                loops.failed.set()
+            else:
+                planner.planner.failed.set()
             assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
             await showing
+
+    run(test)
+
+
+def test_loops_of_a_term_are_stopped_by_themselves_and_fail_for_all() -> None:
+    async def test() -> None:
+        whole = Loops()
+        part = Loops(whole)
+        ended = list[str]()
+
+        async def go_on(name: str) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(name)
+
+        async def fail() -> None:
+            raise ZeroDivisionError
+
+        whole.start("of the process", go_on("of the process"))
+        part.start("of the term", go_on("of the term"))
+        part.start("one that fails", fail())
+        await asyncio.wait_for(whole.failed.wait(), 10)
+        assert whole.failures == ["one that fails"]
+        await part.stop()
+        assert ended == ["of the term"]
+        await whole.stop()
+
+    run(test)
+
+
+def test_files_are_read_again_also_after_what_follows_from_them_has_failed() -> None:
+    async def test() -> None:
+        looks, looked_twice = 0, asyncio.Event()
+
+        def fail_once() -> None:
+            nonlocal looks
+            looks += 1
+            if looks == 1:
+                raise ZeroDivisionError
+            looked_twice.set()
+
+        keeping = asyncio.create_task(keep_fresh((), 0.0, then=fail_once))
+        await asyncio.wait({keeping, asyncio.create_task(looked_twice.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        assert not keeping.done()
+        keeping.cancel()
+
+    run(test)
+
+
+def test_a_solver_slot_that_ends_by_a_bug_is_heard_of() -> None:
+    async def start(*_: object) -> Any:
+        raise ZeroDivisionError
+
+    async def test() -> None:
+        pool = SolverPool(PoolSettings(num_processes=2), start_process=start)
+        pool.start()
+        with pytest.raises(ZeroDivisionError):
+            await pool.until_failed()
+        await pool.stop()
+
+    run(test)
+
+
+def test_a_guard_of_the_store_that_ends_by_a_bug_is_heard_of(tmp_path: Path) -> None:
+    is_broken = False
+
+    def machine_s() -> float:
+        if is_broken:
+            raise ZeroDivisionError
+        return 0.0
+
+    async def test() -> None:
+        nonlocal is_broken
+        store = await Store.open(f"sqlite:///{tmp_path}/hetis.db", machine=machine_s)
+        is_broken = True
+        with pytest.raises(ZeroDivisionError):
+            await store.until_failed()
+        is_broken = False
+        await store.close()
+        await store.until_failed()
+
+    run(test)
+
+
+class LostStore:
+    """A store whose term is over as soon as it has begun, and that notes who stands by."""
+
+    def __init__(self) -> None:
+        self.lease, self.health = Lease(5.0), StoreHealth(lambda: 0.0)
+        self.stands_by = asyncio.Event()
+
+    async def lead(self, *_: object) -> int:
+        return 1
+
+    async def stand_by(self, *_: object) -> int:
+        self.stands_by.set()
+        await asyncio.Event().wait()
+        return 2
+
+    async def until_replaced(self) -> None: ...
+
+    async def until_failed(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def not_leader(self) -> ServiceError:
+        return ServiceError(Reason.ERROR_REASON_NOT_LEADER, "this planner does not lead")
+
+
+class HangingTerm:
+    """A term that does not come to its end, not even when it is cancelled once."""
+
+    servicings = ()
+
+    def __init__(self) -> None:
+        self.is_released = asyncio.Event()
+
+    async def begin(self) -> None: ...
+
+    def lose(self, error: ServiceError) -> None: ...
+
+    async def close(self) -> None:
+        while not self.is_released.is_set():
+            try:
+                await self.is_released.wait()
+            except asyncio.CancelledError:
+                continue
+
+
+def test_a_planner_stands_by_again_though_streams_and_term_do_not_end() -> None:
+    async def test() -> None:
+        store: Any = LostStore()
+        terms = list[Any]()
+
+        def make_term(_epoch: int) -> LeadershipTerm:
+            terms.append(HangingTerm())
+            return terms[-1]  # type: ignore[no-any-return]
+
+        async def append(_: object) -> None: ...
+
+        succession = Succession(
+            store,
+            make_term,
+            holder="test",
+            addresses=(),
+            stands_by=True,
+            loops=Loops(),
+            refusals=AuditRefusals(append),
+            collectors=(),
+            step_down_s=0.01,
+        )
+
+        async def end_streams(_: ServiceError) -> None:
+            await asyncio.Event().wait()
+
+        succession.on_loss(end_streams)
+        await succession.start()
+        await asyncio.wait_for(store.stands_by.wait(), 20)
+        for term in terms:
+            term.is_released.set()
+        await succession.close()
 
     run(test)

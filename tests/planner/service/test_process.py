@@ -16,8 +16,9 @@ import grpc
 import pytest
 
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.running import run_planner
+from hetis.planner.service.running import Planner, run_planner
 from hetis.planner.service.setting_sources import Given, load_config
+from hetis.planner.service.settings import PlannerConfig
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, write
@@ -310,3 +311,27 @@ def test_what_was_made_before_it_was_ready_is_never_collected(tmp_path: Path) ->
         gc.unfreeze()
         gc.set_threshold(*before)
         sys.setswitchinterval(interval_s)
+
+
+def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path) -> None:
+    given = ("listen", "127.0.0.1:0"), ("status_page.address", "off"), ("store", f"sqlite:///{tmp_path}/h.db")
+    config = load_config(None, environment={}, flags=[Given(name=n, text=text, by=n) for n, text in given])
+    opening = asyncio.Event()
+    ended = list[str]()
+
+    async def open_for_ever(_: PlannerConfig) -> Planner:
+        opening.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("opening")
+        raise AssertionError
+
+    async def scenario() -> None:
+        serving = asyncio.create_task(run_planner(config, open_for_ever, version="0", ready_json=False))
+        await opening.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert ended == ["opening"]

@@ -273,6 +273,13 @@ def test_an_address_in_use_is_an_error() -> None:
     run(test)
 
 
+def test_metrics_count_what_has_failed() -> None:
+    metrics, failures = ServiceMetrics("0"), ["the re-dispatch loop"]
+    assert b"hetis_planner_failed_loops 0.0" in metrics.text()
+    metrics.count_failed_loops(lambda: len(failures))
+    assert b"hetis_planner_failed_loops 1.0" in metrics.text()
+
+
 def test_a_loop_that_failed_makes_health_red() -> None:
     async def test() -> None:
         served, address = await page(failures=["the re-dispatch loop"])

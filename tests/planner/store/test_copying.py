@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import sqlalchemy as sa
 
 from hetis.planner.store import Store, StoreError, Transaction, etag_of, opening, schema
 from hetis.planner.store.audit import AuditedChange
-from hetis.planner.store.copying import BEYOND, back_up, migrate_to, read_store, restore
+from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
 from hetis.planner.store.migrating import revisions
+from hetis.planner.watching import Hub
 from tests.planner.store import samples
 
 OLDEST = ("clusters", "nodes", "profiles", "plans", "plan_documents", "replicas", "redispatches", "requests")
@@ -95,7 +97,7 @@ def test_a_backup_brings_everything_back_with_an_epoch_and_etags_beyond_all_befo
     for target, replace in ((elsewhere, False), (url, True)):
         num, restored = restore(target, backup, replace=replace)
         assert num == sum(map(len, filled.values()))
-        assert restored == (later if replace else epoch) + BEYOND
+        assert restored > (later if replace else epoch)
 
         def read(tx: Transaction) -> tuple[str, str, bytes | None, int | None]:
             again = tx.clusters.insert(samples.cluster("clusters/gone"))
@@ -110,6 +112,48 @@ def test_a_backup_brings_everything_back_with_an_epoch_and_etags_beyond_all_befo
         last = read_store(target, lambda reader: reader.audit.last())
         assert last is not None
         assert (last.change.method, last.change.resource, last.number) == ("restore", "backup.db", 2)
+
+
+@pytest.mark.parametrize("start_s", [0.0, 1.8e9], ids=["the clock stands in 1970", "a clock that is right"])
+def test_a_backup_that_comes_back_twice_brings_no_epoch_and_no_etag_twice(
+    url: str, tmp_path: Path, start_s: float
+) -> None:
+    backup, seen, last_epoch = tmp_path / "backup.db", set[str](), 0
+
+    def use(tx: Transaction) -> list[str]:
+        known = tx.clusters.require("clusters/a")
+        again = tx.clusters.insert(samples.cluster("clusters/gone"))
+        tx.clusters.delete("clusters/gone")
+        anew = tx.clusters.insert(samples.cluster("clusters/gone"))
+        return [f"{record.name} {etag_of(record)}" for record in (known, tx.clusters.update(known), again, anew)]
+
+    with_store(url, fill)
+    back_up(url, backup)
+    for number in range(3):
+        _, restored = restore(url, backup, replace=True, clock=partial(float, start_s + number))
+        epoch, etags = with_store(url, use)
+        assert epoch > restored > last_epoch
+        assert len(set(etags)) == 4
+        assert seen.isdisjoint(etags)
+        seen.update(etags)
+        last_epoch = epoch
+    # Fresh stores know nothing of one another: the clock tells them apart.
+    for number in range(3, 5) if start_s else ():
+        fresh = f"sqlite:///{tmp_path}/fresh{number}.db"
+        restore(fresh, backup, replace=False, clock=partial(float, start_s + 10 * number))
+        epoch, etags = with_store(fresh, use)
+        assert epoch > last_epoch
+        assert seen.isdisjoint(etags)
+        seen.update(etags)
+        last_epoch = epoch
+
+
+def test_the_epoch_of_a_restored_store_leaves_room_for_events_of_watches_in_63_bits(tmp_path: Path) -> None:
+    url, backup, in_2050_s = f"sqlite:///{tmp_path}/hetis.db", tmp_path / "backup.db", 2_524_608_000.0
+    with_store(url, fill)
+    back_up(url, backup)
+    _, restored = restore(url, backup, replace=True, clock=partial(float, in_2050_s))
+    assert Hub[str, str](restored + 2**20).publish("key", "value", now_s=in_2050_s) < 2**63
 
 
 def test_a_backup_is_of_one_moment_while_a_planner_writes(url: str, tmp_path: Path) -> None:

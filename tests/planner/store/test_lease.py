@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.store import Store, Transaction
+from hetis.planner.store import Store, StoreError, Transaction
 from hetis.planner.store.lease import Lease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
@@ -114,6 +114,76 @@ def test_after_two_thirds_of_the_lease_nothing_is_decided_and_a_renewal_mends_th
     asyncio.run(scenario())
 
 
+def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(postgres_url: str) -> None:
+    """An error that nobody thought of must not leave a leader that neither renews nor ends."""
+    engine = sa.create_engine(sa.make_url(postgres_url).set(drivername="postgresql+psycopg"))
+
+    async def scenario() -> None:
+        store = await Store.open(postgres_url, lease_s=LEASE_S)
+        await store.lead("test")
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE leadership RENAME TO elsewhere")
+        async with asyncio.timeout(60):
+            await store.until_replaced()
+        assert not store.lease.is_held
+        assert store.epoch is None
+        with engine.begin() as connection:
+            connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO leadership")
+        async with asyncio.timeout(60):
+            assert await store.stand_by("test") == 2
+        await store.close()
+
+    asyncio.run(scenario())
+    engine.dispose()
+
+
+def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back(postgres_url: str) -> None:
+    """As when the process is suspended while it renews: callers have heard that it does not lead, others may."""
+    now_s, is_suspended = 0.0, False
+
+    def machine_s() -> float:
+        nonlocal now_s
+        if is_suspended and threading.current_thread().name.startswith("hetis-lease"):
+            now_s = LEASE_S + 0.1
+        return now_s
+
+    async def scenario() -> None:
+        nonlocal now_s, is_suspended
+        store = await Store.open(postgres_url, lease_s=LEASE_S, machine=machine_s)
+        await store.lead("test")
+        now_s, is_suspended = 0.4, True  # what is asked for now is good until 1.9, and answered at 1.6
+        async with asyncio.timeout(60):
+            await store.until_replaced()
+        assert now_s == LEASE_S + 0.1
+        assert not store.lease.is_held
+        assert store.epoch is None
+        other = await Store.open(postgres_url, lease_s=LEASE_S)
+        async with asyncio.timeout(60):
+            assert await other.stand_by("other") == 2  # nobody renews the old term
+        await other.close()
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
+    """What follows from NOT_LEADER is for good: agents are sent away."""
+    now_s = 0.0
+
+    async def scenario() -> None:
+        nonlocal now_s
+        store = await Store.open(postgres_url, lease_s=30.0, machine=lambda: now_s)
+        await store.lead("test")
+        now_s = 30.1
+        with pytest.raises(ServiceError, match="does not lead"):
+            await store.write(lambda tx: tx.clusters.insert(samples.cluster("clusters/a")))
+        assert store.epoch is None
+        await store.until_replaced()
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str) -> None:
     async def scenario() -> None:
         store = await Store.open(postgres_url, lease_s=LEASE_S)
@@ -205,5 +275,43 @@ def test_a_server_that_freezes_is_an_error_after_a_while_and_forgotten_when_it_i
         assert await store.read(lambda tx: tx.clusters.all()) == []
         assert store.health.answered_s_ago < 1
         await store.close()
+
+    asyncio.run(scenario())
+
+
+def has_ended(name: str) -> bool:
+    return not any(thread.name.startswith(name) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("words", [b"pg_catalog.version", b"alembic_version"], ids=["at once", "later"])
+def test_a_server_that_freezes_while_a_store_is_opened_is_an_error(
+    postgres_url: str, proxy: Proxy, words: bytes
+) -> None:
+    async def scenario() -> None:
+        proxy.freeze_at(words)
+        async with asyncio.timeout(60):
+            with pytest.raises(StoreError, match=r"cannot be reached: no answer for 5\.0 s"):
+                await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+            while not has_ended("hetis-store"):  # the process could not end before
+                await asyncio.sleep(0.05)
+        proxy.mend()
+        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S)
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_opening_a_store_whose_server_is_frozen_can_be_given_up(postgres_url: str, proxy: Proxy) -> None:
+    async def scenario() -> None:
+        proxy.freeze_at(b"alembic_version")
+        opening = asyncio.create_task(Store.open(through(proxy, postgres_url), lease_s=1e6))
+        async with asyncio.timeout(60):
+            while not proxy.is_frozen:
+                await asyncio.sleep(0.05)
+            opening.cancel()
+            await asyncio.gather(opening, return_exceptions=True)
+            assert opening.cancelled()
+            while not has_ended("hetis-store"):
+                await asyncio.sleep(0.05)
 
     asyncio.run(scenario())

@@ -77,6 +77,13 @@ class SolverPool:
             for number, slot in enumerate(self._slots)
         ]
 
+    async def until_failed(self) -> None:
+        """Returns when it was stopped; raises what ended a slot, on which nothing is searched any more."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            if not task.cancelled():
+                task.result()
+
     async def stop(self) -> None:
         """Ends all processes at once. Searches that have not ended get no outcome: they are begun again elsewhere."""
         for task in self._tasks:

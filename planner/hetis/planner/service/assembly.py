@@ -75,7 +75,7 @@ class Term:
     Args:
         epoch: of the term. 0: this planner does not lead, and will not in this one.
         counters: of the fleet; they go on from term to term.
-        loops: where what goes on beside the calls is started, and remembered where it fails.
+        loops: where is remembered what goes on beside the calls and fails.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Term:
         self.epoch = epoch
         self.since_s = clock.time()
         self._store = store
-        self._loops, self._refusals = loops, refusals
+        self._loops, self._refusals = Loops(loops), refusals
         self._parts = AsyncExitStack()
         self._hubs = hubs = Hubs(epoch)
         self._pool = SolverPool(pool_settings(config))
@@ -200,6 +200,7 @@ class Term:
         self._loops.start("the history of KV", self._kv.run())
         await self._searches.resume()
         self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
+        self._loops.start("the solver slots", self._pool.until_failed())
 
     def lose(self, error: ServiceError) -> None:
         """The term is over: agents and watchers go at once, nothing is decided any more."""

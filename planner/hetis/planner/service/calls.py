@@ -16,7 +16,7 @@ from hetis.planner.service import statuses
 from hetis.planner.service.access import is_open, require_role
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
-from hetis.planner.service.identity import ANYBODY, set_caller
+from hetis.planner.service.identity import ANYBODY, Identity, caller, set_caller
 from hetis.planner.service.stream_limits import StreamLimits
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
 from hetis.planner.service.write_rates import WRITES, WriteRates
@@ -40,7 +40,8 @@ class Calls(grpc.aio.ServerInterceptor):
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
-        self._streams: dict[asyncio.Task[None], tuple[str, Context]] = {}  # with its method
+        # With its method, and whose it was when it began.
+        self._streams: dict[asyncio.Task[None], tuple[str, Context, Identity]] = {}
         self._num_unary = 0
         self._unary_done = asyncio.Event()
         self._unary_done.set()
@@ -92,11 +93,17 @@ class Calls(grpc.aio.ServerInterceptor):
             await asyncio.wait(running)
 
     def end_revoked_streams(self) -> None:
-        """Ends the streams whose credentials would not be let in any more: taken back, expired, of a lesser role."""
-        for stream, (method, context) in list(self._streams.items()):
+        """Ends the streams whose credentials are good for less than when they began: taken back, expired, of a lesser
+        role or of fewer nodes. Whoever is still let in connects again, and is checked again."""
+        for stream, (method, context, began_as) in list(self._streams.items()):
             try:
                 identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
                 require_role(identity, method)
+                if not identity.covers(began_as):
+                    raise ServiceError(
+                        Reason.ERROR_REASON_DRAINING,
+                        f"the credentials {identity.name} allow less than when this stream began: connect again",
+                    )
             except ServiceError as error:
                 if not stream.done():
                     self._ended[stream] = error
@@ -185,7 +192,7 @@ class Calls(grpc.aio.ServerInterceptor):
         if is_open(method):  # probes watch to the end
             return await write()
         stream = asyncio.create_task(write())
-        self._streams[stream] = method, context
+        self._streams[stream] = method, context, caller()
         try:
             await stream
         except asyncio.CancelledError:

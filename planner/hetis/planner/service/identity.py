@@ -59,6 +59,14 @@ class Identity:
             return False
         return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
 
+    def covers(self, other: Identity) -> bool:
+        """Return whether it may do all that the other may."""
+        if not other.roles <= self.roles:
+            return False
+        if CallerRole.AGENT not in other.roles or self.scope in (None, other.scope):
+            return True
+        return other.scope is not None and other.scope.startswith(f"{self.scope}/nodes/")
+
     def require_node(self, node: str) -> None:
         """
         Raises:

@@ -1,4 +1,4 @@
-"""What the planner does beside its calls, for as long as it leads."""
+"""What the planner does beside its calls."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ _log = logging.getLogger("hetis.planner")
 class Loops:
     """One that fails is not begun again: nobody knows what it left half done.
 
+    Args:
+        whole: what the failures of these are failures of, too, while they are stopped by themselves.
+
     Attributes:
         failures: names of those that have failed.
         failed: set with the first of them.
     """
 
-    def __init__(self) -> None:
-        self.failures: list[str] = []
-        self.failed = asyncio.Event()
+    def __init__(self, whole: Loops | None = None) -> None:
+        self.failures: list[str] = [] if whole is None else whole.failures
+        self.failed: asyncio.Event = asyncio.Event() if whole is None else whole.failed
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:

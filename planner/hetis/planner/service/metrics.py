@@ -77,6 +77,12 @@ class ServiceMetrics:
             "Connections closed because their host had too many.",
             registry=self.registry,
         )
+        self._failed_loops = Gauge(
+            "hetis_planner_failed_loops",
+            "Parts that have failed for good and need a restart.",
+            registry=self.registry,
+        )
+        self._num_failed_loops: Callable[[], int] = lambda: 0
         self._closed_connections: Callable[[], int] = lambda: 0
         self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
@@ -125,10 +131,15 @@ class ServiceMetrics:
         """All of them, as Prometheus reads them."""
         self._lag.set(self._worst_lag_s)
         self._worst_lag_s = 0.0
+        self._failed_loops.set(self._num_failed_loops())
         closed = self._closed_connections()
         self._connections_closed.inc(closed - self._told_closed)
         self._told_closed = closed
         return generate_latest(self.registry)
+
+    def count_failed_loops(self, failed: Callable[[], int]) -> None:
+        """``failed``: how many have failed since the start."""
+        self._num_failed_loops = failed
 
     def count_closed_connections(self, closed: Callable[[], int]) -> None:
         """``closed``: how many were closed since the start, because their host had too many."""

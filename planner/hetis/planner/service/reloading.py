@@ -73,7 +73,10 @@ async def keep_fresh(
                 await asyncio.to_thread(source.refresh)
             except Exception:
                 _log.exception("looking for new files failed")
-        then()
+        try:
+            then()
+        except Exception:  # of one bad look must not be made none for ever
+            _log.exception("what follows from files failed")
 
 
 def _stat(path: str) -> tuple[int, int, int] | None:

@@ -25,6 +25,7 @@ from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch,
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
 from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.overview import OverviewSource
 from hetis.planner.service.page_connections import PageLimits
@@ -180,7 +181,11 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         if config.status_page.address != OFF:
             page_address = page.listen(config.status_page.address)
             stack.callback(page.abandon)
-        planner = await open_planner(config.reached_at(addresses))
+        planner = await _opened(signals, open_planner(config.reached_at(addresses)))
+        if planner is None:
+            _log.info("stopped before the store was open")
+            return
+        loops = Loops()
         calls.require_leader = planner.require_leader
         planner.on_loss(calls.end_streams)
         stack.push_async_callback(planner.close)
@@ -194,7 +199,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
                 metrics,
                 version=version,
                 is_ready=lambda: planner.is_ready and not calls.is_draining,
-                failures=lambda: planner.failures,
+                failures=lambda: [*planner.failures, *loops.failures],
                 hosts=config.status_page.hosts,
             )
             stack.push_async_callback(page.stop)
@@ -213,13 +218,12 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
             )
 
         look_at_credentials()
-        freshening = asyncio.create_task(keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
-        stack.callback(freshening.cancel)
-        counting = asyncio.create_task(connections.run(), name="counting connections")
-        stack.callback(counting.cancel)
-        lagging = asyncio.create_task(metrics.watch_loop(), name="watching the event loop")
-        stack.callback(lagging.cancel)
-        failing = asyncio.create_task(show_failure(planner, server))
+        metrics.count_failed_loops(lambda: len(planner.failures) + len(loops.failures))
+        stack.push_async_callback(loops.stop)
+        loops.start("reading files again", keep_fresh(access.refreshed, config.reload, then=look_at_credentials))
+        loops.start("counting connections", connections.run())
+        loops.start("watching the event loop", metrics.watch_loop())
+        failing = asyncio.create_task(show_failure(planner, loops, server))
         stack.callback(failing.cancel)
         _say_ready(addresses, page_address, config, as_json=ready_json)
         is_replaced = await _until_the_end(signals, planner)
@@ -229,6 +233,24 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     _log.info("stopped")
     if is_replaced:
         raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
+
+
+async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner | None:
+    """Waits until the planner is open; None: a signal came first, which does not wait for a store that hangs."""
+    opened = asyncio.ensure_future(opening)
+    asked = asyncio.create_task(signals.wait())
+    try:
+        await asyncio.wait({opened, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if opened.done():
+            return opened.result()
+        opened.cancel()
+        (found,) = await asyncio.gather(opened, return_exceptions=True)
+        if not isinstance(found, BaseException):  # it was open in this very moment
+            await found.close()
+        return None
+    finally:
+        opened.cancel()
+        asked.cancel()
 
 
 async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
@@ -243,9 +265,14 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
         asked.cancel()
 
 
-async def show_failure(planner: Planner, server: PlannerServer) -> None:
+async def show_failure(planner: Planner, loops: Loops, server: PlannerServer) -> None:
     """Health says from then on that no service serves; the page's ``/healthz`` asks by itself."""
-    await planner.until_failed()
+    either = [asyncio.ensure_future(found) for found in (planner.until_failed(), loops.failed.wait())]
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for waiting in either:
+            waiting.cancel()
     server.health.serve(False)
 
 

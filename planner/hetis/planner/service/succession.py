@@ -21,6 +21,7 @@ from hetis.planner.store import AuditedChange, Store
 
 ANSWERED_S = 10.0  # a store that has not answered for longer is away
 _AGAIN_S = 1.0  # after a term that could not begin
+_STEP_DOWN_S = 10.0  # for the streams of a term to end, and as long for the rest of it
 _log = logging.getLogger("hetis.planner.succession")
 
 
@@ -55,6 +56,7 @@ class Succession:
         loops: of all terms.
         refusals: changes that were refused, for the audit log.
         collectors: metrics of all terms.
+        step_down_s: how long it waits for what a term leaves behind before it stands by again.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Succession:
         loops: Loops,
         refusals: AuditRefusals,
         collectors: Sequence[Collector],
+        step_down_s: float = _STEP_DOWN_S,
     ) -> None:
         self._store = store
         self._make_term = make_term
@@ -75,6 +78,7 @@ class Succession:
         self._stands_by = stands_by
         self._loops = loops
         self._refusals = refusals
+        self._step_down_s = step_down_s
         self._standby = make_term(0)
         self._leading: LeadershipTerm | None = None
         self._lasting: asyncio.Task[None] | None = None
@@ -109,6 +113,7 @@ class Succession:
             _log.info("standing by", extra={"leader": error.metadata.get("leader", "")})
             self._warming = asyncio.create_task(self._standby.stand_by(), name="warming up a standby")
         self._lasting = asyncio.create_task(self._go_on(), name="succession")
+        self._loops.start("the guard of the store's connections", self._store.until_failed())
 
     def require_leader(self, method: str) -> None:
         """
@@ -169,6 +174,7 @@ class Succession:
         for task in filter(None, (self._lasting, self._warming)):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        await self._loops.stop()
         if self._leading is not None:
             await self._leading.close()
         await self._standby.close()
@@ -212,11 +218,23 @@ class Succession:
         _log.error("the term is over", extra={"leader": error.metadata.get("leader", "")})
         term.lose(error)
         if self._end_streams is not None:
-            await self._end_streams(error)
+            await self._in_time("the streams of the term", self._end_streams(error))
+        await self._in_time("the term", term.close())
+
+    async def _in_time(self, what: str, ending: Awaitable[None]) -> None:
+        """Waits for an end, and not for ever: this planner has to stand by again, whatever hangs."""
+        task = asyncio.ensure_future(ending)
         try:
-            await term.close()
-        except Exception:
-            _log.exception("the term did not end in order")
+            for limit_s in (self._step_down_s, 1.0):
+                done, _ = await asyncio.wait({task}, timeout=limit_s)
+                if done:
+                    break
+                _log.error("%s did not end in %g s", what, limit_s)
+                task.cancel()
+        finally:
+            task.cancel()
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("%s did not end in order", what, exc_info=error)
 
 
 class _Present:

@@ -33,8 +33,9 @@ T = TypeVar("T")
 _ROWS = 500  # at a time
 _LEASE_S = 3600.0  # what timeouts follow from: nobody waits for a lease here
 BEYOND = 2**20
-"""Epochs and versions that a restored store leaves out: the store may have used some since the backup, and agents obey
-the highest epoch that they saw, callers must never see an etag twice."""
+"""Epochs and versions above those of a backup that a restored store leaves out where the clock tells no more: the store
+may have used some since, and agents obey the highest epoch that they saw, callers must never see an etag twice."""
+_FIRST_S = 1_767_225_600  # 2026 began: epochs count seconds from here, so that they stay short
 
 
 def back_up(url: str, file: Path) -> int:
@@ -95,13 +96,17 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
         engine.dispose()
 
 
-def restore(url: str, file: Path, *, replace: bool) -> tuple[int, int]:
+def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] = time.time) -> tuple[int, int]:
     """Makes a store what a backup says, in one transaction; returns how many records it has, and its epoch.
+
+    Epoch and versions are above those of the backup and of what is replaced, and above what the clock says, so that
+    stores that are made of one backup at different times do not share them.
 
     Args:
         url: of a store that no planner uses.
         file: the backup; it stays as it is.
         replace: whether what is in the store may go.
+        clock: Unix time.
 
     Raises:
         StoreError: the backup or the store cannot be used, or the store is in use, or not empty.
@@ -127,13 +132,16 @@ def restore(url: str, file: Path, *, replace: bool) -> tuple[int, int]:
                     raise StoreError(
                         f"store {label} holds {kind}: nothing was changed; --replace puts the backup there"
                     )
-                before = written.execute(sa.select(schema.leadership.c.epoch)).scalar_one()
+                epoch_before, version_before = _epoch(written), _highest_version(written)
                 for table in reversed(schema.metadata.sorted_tables):
                     written.execute(sa.delete(table))
                 num = _copy(connection, written)
-                epoch = _go_beyond(written, before)
+                now_s = clock()
+                epoch = max(epoch_before + 1, _epoch(written) + BEYOND, int(now_s) - _FIRST_S)
+                version = max(version_before, _highest_version(written) + BEYOND, int(now_s * 1e6))
+                _raise(written, epoch=epoch, version=version)
                 change = AuditedChange(caller=_operator(), role="operator", method="restore", resource=file.name)
-                AuditLog(written).append(change, time_s=time.time())
+                AuditLog(written).append(change, time_s=now_s)
                 return num, epoch
         finally:
             source.dispose()
@@ -234,21 +242,31 @@ def _copy(source: sa.Connection, target: sa.Connection) -> int:
     return num
 
 
-def _go_beyond(connection: sa.Connection, epoch_before: int) -> int:
-    """Raises the epoch and all versions above any that were used since the backup; the new epoch."""
-    table = schema.leadership
-    epoch = max(epoch_before, connection.execute(sa.select(table.c.epoch)).scalar_one()) + BEYOND
-    connection.execute(sa.update(table).values(epoch=epoch, holder="", lease_end_s=0.0))
+def _epoch(connection: sa.Connection) -> int:
+    return int(connection.execute(sa.select(schema.leadership.c.epoch)).scalar_one())
+
+
+def _highest_version(connection: sa.Connection) -> int:
+    """Of all records, those that are gone included."""
+    found = [
+        connection.execute(sa.select(sa.func.max(table.c.version))).scalar_one() or 0 for table in _versioned_tables()
+    ]
+    return int(max(found))
+
+
+def _raise(connection: sa.Connection, *, epoch: int, version: int) -> None:
+    """Makes ``epoch`` the last one, and ``version`` the last that any record had before it came back."""
+    connection.execute(sa.update(schema.leadership).values(epoch=epoch, holder="", lease_end_s=0.0))
     gone = schema.gone_versions
-    for found in schema.metadata.sorted_tables:
-        if "version" in found.c:
-            connection.execute(sa.update(found).values(version=found.c.version + BEYOND))
-            if found is not gone:
-                known = sa.select(gone.c.version).where(gone.c.table_name == found.name)
-                if connection.execute(known).first() is None:
-                    connection.execute(sa.insert(gone).values(table_name=found.name, version=0))
-    connection.execute(sa.update(gone).where(gone.c.version < BEYOND).values(version=BEYOND))
-    return int(epoch)
+    connection.execute(sa.delete(gone))
+    for table in _versioned_tables():
+        if table is not gone:
+            connection.execute(sa.update(table).values(version=version + 1))
+            connection.execute(sa.insert(gone).values(table_name=table.name, version=version))
+
+
+def _versioned_tables() -> list[sa.Table]:
+    return [table for table in schema.metadata.sorted_tables if "version" in table.c]
 
 
 def _operator() -> str:

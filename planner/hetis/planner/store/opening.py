@@ -116,7 +116,8 @@ class Breaker:
         if engine.dialect.name == "postgresql":
             for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
                 event.listen(engine, name, self._moved)
-            event.listen(engine, "connect", self._connected)
+            # First of all: what SQLAlchemy asks a new connection may hang, too.
+            event.listen(engine, "connect", self._connected, insert=True)
             event.listen(engine, "close", self._closed)
 
     @property
@@ -134,16 +135,24 @@ class Breaker:
     def _moved(self, *_: object) -> None:
         self._moved_s = self._clock()
 
+    def close(self) -> None:
+        """Forgets the connection."""
+        with self._lock:
+            self._forget()
+
     def _connected(self, connection: Any, _: object) -> None:
         with self._lock:
+            self._forget()  # one that failed before it was of use
             # A descriptor of our own: the number of the driver's may be another file's by the time it is used.
             self._socket = socket.socket(fileno=os.dup(connection.fileno()))
 
     def _closed(self, _connection: object, _: object) -> None:
-        with self._lock:
-            if self._socket is not None:
-                self._socket.close()
-                self._socket = None
+        self.close()
+
+    def _forget(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
 def reading(engine: sa.Engine) -> sa.Engine:

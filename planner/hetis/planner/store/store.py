@@ -100,8 +100,9 @@ class Store:
         """
         store = cls(opening.parse_url(url), lease_s=lease_s, clock=clock, machine=machine)
         try:
-            await store._run(store._open)
+            await store._open_in_time()
         except BaseException:
+            store._breaker.break_connection()  # else closing waits for whatever hangs
             await store.close()
             raise
         store._guard = asyncio.create_task(store._watch_over(), name="the store's guard")
@@ -156,6 +157,14 @@ class Store:
         """Returns when the term is over: another planner has taken over, or the lease could not be renewed."""
         await self._ended.wait()
 
+    async def until_failed(self) -> None:
+        """Returns when it is closed; raises what ended the guard over its connections."""
+        guard = self._guard
+        if guard is not None:
+            await asyncio.wait({guard})
+            if not guard.cancelled():
+                guard.result()
+
     async def read(self, work: Callable[[Reader], T]) -> T:
         """Return what ``work`` returns; it runs in the store's thread and sees one consistent state.
 
@@ -181,9 +190,9 @@ class Store:
         Raises:
             ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
         """
-        self._require_decision()
         ended = self._ended
         try:
+            self._require_decision()
             # Work that writes the audit log asks who the caller is.
             writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
@@ -291,9 +300,19 @@ class Store:
             )
 
     async def _renew_for_ever(self, epoch: int) -> None:
-        """Until the term ends. The loop asks, so that a planner whose loop hangs loses its lease, too."""
+        """Until the term ends, which every way out of here ends it but that its owner cancels this."""
+        try:
+            await self._renew_while_held(epoch)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            _log.exception("the lease is not renewed any more")
+        self._end_term()
+
+    async def _renew_while_held(self, epoch: int) -> None:
+        """The loop asks, so that a planner whose loop hangs loses its lease, too."""
         trouble = ""
-        while self.lease.is_held:
+        while self._epoch == epoch and self.lease.is_held:
             # No later than the end: what waits for a write then has to hear of it.
             await asyncio.sleep(max(min(self._lease_s / _RENEWALS, self.lease.left_s), 0.0))
             if not self.lease.is_held:
@@ -301,20 +320,20 @@ class Store:
             asked_s = self._machine_s()
             try:
                 await self._limited(self._renew, epoch, limit_s=min(2 * self._lease_s / _RENEWALS, self.lease.left_s))
-            except ServiceError as error:
-                if error.reason == Reason.ERROR_REASON_NOT_LEADER:
+            except Exception as error:  # whatever it is: the lease ends by the clock
+                if isinstance(error, ServiceError) and error.reason == Reason.ERROR_REASON_NOT_LEADER:
                     self._note_leader(error)
                     _log.error("another planner has taken over", extra=dict(error.metadata))
-                    break
+                    return
                 trouble = str(error)
                 _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
             else:
-                if self._machine_s() - asked_s < self._lease_s:
+                # A term that is over stays over, whatever the server granted meanwhile: callers have heard of its end.
+                if self._epoch == epoch and self.lease.is_held:
                     self.lease.grant(asked_s)
-        else:
+        if self._epoch == epoch:
             _log.error("the lease ran out", extra={"why": trouble})
             self._breaker.break_connection()
-        self._end_term()
 
     # The connections.
 
@@ -352,6 +371,17 @@ class Store:
             if self.health.answered_s_ago > _PROBE_S and (probing is None or probing.done()):
                 probing = asyncio.ensure_future(self._run(self._timed, self._look_by, self._readers))
                 probing.add_done_callback(_forget)
+
+    async def _open_in_time(self) -> None:
+        """Waits as long as a server answers something; a migration may take its time."""
+        working = asyncio.ensure_future(self._run(self._open))
+        working.add_done_callback(_forget)
+        while True:
+            done, _ = await asyncio.wait({working}, timeout=self._limit_s / 4)
+            if done:
+                return working.result()
+            if self._lease_s and self._breaker.silent_s > self._limit_s:
+                raise StoreError(f"store {self._label} cannot be reached: no answer for {self._limit_s:.1f} s")
 
     # In the store's thread from here on.
 
@@ -426,10 +456,12 @@ class Store:
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
         self._require_decision()  # it may have waited long for its turn
-        assert self._epoch is not None
+        epoch = self._epoch
+        if epoch is None:  # since a moment
+            raise self.not_leader()
         try:
             with self._engine.begin() as connection:
-                leadership.check(connection, self._epoch)
+                leadership.check(connection, epoch)
                 return work(Transaction(connection, now_s=self._clock()))
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
@@ -454,9 +486,11 @@ class Store:
                 leadership.release(connection, epoch)  # else the lease ends by itself
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
+            self._lease_breaker.close()
 
     def _close(self) -> None:
         self._engine.dispose()
+        self._breaker.close()
         if self._lock is not None:
             self._lock.release()
 
