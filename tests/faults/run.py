@@ -21,12 +21,14 @@ from tests.planner.store.postgres import new_database, running_server
 @dataclass(slots=True)
 class Figures:
     """Seconds of each fault: ``takeovers`` from a kill to the next acknowledged write of a client that goes on trying,
-    ``partitions`` the same from the moment of the cut, ``agents`` from a fault to an agent's Welcome of the new term.
+    ``partitions`` the same from the moment of the cut, ``stands`` of a stop, ``delays`` of a delay above the lease,
+    ``agents`` from a fault to an agent's Welcome of the new term.
     """
 
     takeovers: list[float] = field(default_factory=list)
     partitions: list[float] = field(default_factory=list)
     stands: list[float] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)
     agents: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     findings: Findings | None = None
@@ -37,6 +39,7 @@ class Figures:
                 f"leader kills           {percentiles(self.takeovers)}",
                 f"partitions             {percentiles(self.partitions)}",
                 f"leaders stopped        {percentiles(self.stands)}",
+                f"leaders delayed        {percentiles(self.delays)}",
                 f"agents with the leader {percentiles(self.agents)}",
                 f"calls refused          {len(self.refused)}",
                 *(f"  {line}" for line in self.refused[:5]),
@@ -61,6 +64,7 @@ def inject(
     kills: int,
     partitions: int,
     stops: int = 0,
+    delays: int = 0,
     seed: int,
     lease_s: float,
     most_s: float = float("inf"),
@@ -69,7 +73,7 @@ def inject(
     end_s = time.monotonic() + most_s
     figures = Figures()
     with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
-        faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops
+        faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops + ["delay"] * delays
         faulty.chance.shuffle(faults)
         for number, fault in enumerate(faults):
             if time.monotonic() > end_s:
@@ -96,6 +100,21 @@ def inject(
                         led = faulty.term_after(began_s, faulty.other(leader))
                         seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
                         time.sleep(faulty.chance.uniform(0, lease_s))
+                        leader.network.mend()
+                case "delay":
+                    seconds = figures.delays
+                    # Most renewals come in time; where one does not, another may lead, and writers go on with that.
+                    faulty.history.faults.append("delay below the lease between leader and store")
+                    leader.network.delay(lease_s / 100)
+                    faulty.acknowledged_after(faulty.acknowledged_after(began_s))
+                    leader.network.mend()
+                    leader = faulty.leader()
+                    faulty.history.faults.append("delay above the lease between leader and store")
+                    with pinned(faulty, leader):
+                        began_s = time.time()
+                        leader.network.delay(2 * lease_s)
+                        led = faulty.term_after(began_s, faulty.other(leader))
+                        seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
                         leader.network.mend()
                 case _:
                     seconds = figures.stands
@@ -127,6 +146,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--partitions", type=int, default=2)
     parser.add_argument("--stops", type=int, default=0)
+    parser.add_argument("--delays", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lease", type=float, default=5.0, help="seconds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
@@ -138,6 +158,7 @@ def main() -> None:
             kills=given.kills,
             partitions=given.partitions,
             stops=given.stops,
+            delays=given.delays,
             seed=given.seed,
             lease_s=given.lease,
             most_s=given.minutes * 60,

@@ -1,19 +1,26 @@
-"""Any document of the allowed size costs at most 300 MB, and seconds, not minutes; also one made to cost much."""
+"""Any document of the allowed size costs at most 300 MB and 2 s of a core; also one made to cost much."""
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+
+import pytest
 
 from hetis.formats.errors import DocumentError
-from hetis.planner.convert.clusters import cluster_document
+from hetis.planner.convert.documents import read_document
 from hetis.v1 import document_pb2
 
 MOST_MB = 300
-MOST_CPU_S = 100  # of all of them together; some took that alone
+MOST_CPU_S = 2.0
+SLACK = 3  # a core that others use as well, with cold caches, takes longer for the same
 _SIZE = 2_700_000
 _HEAD = "apiVersion: hetis/v1\nkind: Cluster\nname: x\nnetwork: {bandwidth: 1Gbps, latency: 1s}\n"
 _JSON = '{"apiVersion":"hetis/v1","kind":"Cluster","name":"x","network":{"bandwidth":"1Gbps","latency":"1s"},'
@@ -42,30 +49,71 @@ def _texts() -> dict[str, str]:
     }
 
 
+def _profiles() -> dict[str, str]:
+    head = '{"apiVersion":"hetis/v1","kind":"Profile","gpu":"L4",'
+    return {
+        "profile of wrong samples": head + '"samples":[' + '{"q":1},' * (_SIZE // 8) + "{}]}",
+        "profile of unknown fields": head + ",".join(f'"k{i}":1' for i in range(190_000)) + "}",
+    }
+
+
+def _plans() -> dict[str, str]:
+    head = '{"apiVersion":"hetis/v1","kind":"Plan","name":"p",'
+    return {
+        "plan of wrong replicas": head + '"replicas":[' + '{"q":1},' * (_SIZE // 8) + "{}]}",
+        "plan of empty lists": head + '"replicas":[' + "[]," * (_SIZE // 3) + "{}]}",
+        "plan of many names": head + '"problem":{' + ",".join(f'"k{i}":{{}}' for i in range(150_000)) + "}}",
+    }
+
+
+def _documents() -> Iterator[tuple[str, str, str]]:
+    """Kind, name and text."""
+    for kind, texts in (("Cluster", _texts()), ("Profile", _profiles()), ("Plan", _plans())):
+        for name, text in texts.items():
+            yield kind, name, text
+
+
+def _high_water_mb() -> float:
+    """Most memory of this process since it was last asked to forget what there was."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def _read(kind: str, text: str) -> dict[str, float]:
+    content = text.encode()
+    Path("/proc/self/clear_refs").write_text("5")
+    before_mb, began_s = _high_water_mb(), time.process_time()
+    num_problems = 0
+    try:
+        read_document(document_pb2.Document(content=content), kind)
+    except DocumentError as error:
+        num_problems = len(error.problems)
+    return {"problems": num_problems, "mb": _high_water_mb() - before_mb, "cpu_s": time.process_time() - began_s}
+
+
 def _cost() -> None:
-    """Reads them all, each named when it was refused; kept from more memory and time than is allowed."""
-    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
-    for name, text in _texts().items():
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        try:
-            cluster_document(document_pb2.Document(content=text.encode()))
-            num_problems = 0
-        except DocumentError as error:
-            num_problems = len(error.problems)
-        grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        cost = {"name": name, "problems": num_problems, "mb": grown_mb, "cpu_s": time.process_time() - began}
-        print(json.dumps(cost), flush=True)
+    """Reads each in a process of its own, which leaves nothing to the next, and is kept from much more than is
+    allowed."""
+    for kind, name, text in _documents():
+        child = os.fork()
+        if not child:
+            resource.setrlimit(resource.RLIMIT_CPU, (10 * ceil(MOST_CPU_S), 10 * ceil(MOST_CPU_S)))
+            print(json.dumps({"name": name, **_read(kind, text)}), flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="NOT CHECKED: memory is measured with Linux")
 def test_no_document_of_the_allowed_size_exhausts_the_planner() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.planner.convert.test_costly_documents"], capture_output=True, text=True
     )
     costs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [cost["name"] for cost in costs] == list(_texts()), done.stderr
+    assert [cost["name"] for cost in costs] == [name for _, name, _ in _documents()], done.stderr
     for cost in costs:
         assert 1 <= cost["problems"] <= 100, cost
         assert cost["mb"] <= MOST_MB, cost
+        assert cost["cpu_s"] <= SLACK * MOST_CPU_S, cost
 
 
 if __name__ == "__main__":
