@@ -244,6 +244,8 @@ def test_what_no_engine_runs_is_refused() -> None:
         Family(engine=EngineRules(name="vllm"))
     with pytest.raises(InvalidProblemError, match="max_stages is 0"):
         EngineRules(name="vllm", max_stages=0)
+    with pytest.raises(InvalidProblemError, match="must be at most 64"):
+        EngineRules(name="vllm", max_stages=2**31 - 1)  # no list of so many is made
 
 
 def test_forbidden_cuts_are_refused_with_what_to_do() -> None:

@@ -53,6 +53,9 @@ MICRO_BATCHES = (
 POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 
 
+MOST_STAGES = 64  # of a replica
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRules:
     """What an engine executes: replicas that are pipelines of few stages in one zone, all stages of the same TP size
@@ -79,6 +82,8 @@ class EngineRules:
             value = getattr(self, field_name)
             if value is not None and value < least:
                 raise InvalidProblemError(f"{field_name} is {value}, must be at least {least}")
+        if self.max_stages > MOST_STAGES:
+            raise InvalidProblemError(f"max_stages is {self.max_stages}, must be at most {MOST_STAGES}")
 
     def describe(self) -> str:
         """In a few words."""

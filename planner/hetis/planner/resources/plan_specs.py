@@ -288,6 +288,8 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
     checks.require(
         spec.max_stages <= MOST_STAGES, f"{field}.max_stages", f"is {spec.max_stages}, must be {MOST_STAGES} at most"
     )
+    if spec.max_stages > MOST_STAGES:
+        return None
     try:
         rules = engine_rules(
             spec.engine or None, strategy, max_stages=spec.max_stages or None, max_gpus=spec.max_gpus or None
