@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.formats.errors import nearest
+from hetis.formats.errors import did_you_mean, nearest
 
 GPUS = ("H100-SXM-80GB", "H100-PCIe-80GB", "A100-SXM-80GB", "L4", "T4")
 WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
@@ -27,6 +27,14 @@ WORKLOADS = ("azure_conv_2023", "azure_code_2023", "sharegpt")
 def test_a_name_that_is_alike_or_begins_alike(name: str, known: tuple[str, ...], found: str | None) -> None:
 
     assert nearest(name, known) == found
+
+
+def test_names_that_are_equally_near_are_all_named_up_to_three() -> None:
+    assert did_you_mean("H10O", GPUS) == ", did you mean H100-SXM-80GB or H100-PCIe-80GB?"
+    several = [f"azure_conversations_{year}" for year in range(2021, 2025)]
+    assert did_you_mean("azur", several) == f", did you mean {several[0]}, {several[1]} or {several[2]}?"
+    assert did_you_mean("h100-sxm-80", GPUS) == ", did you mean H100-SXM-80GB?"
+    assert did_you_mean("mistral", GPUS) == ""
 
 
 @given(st.sampled_from(GPUS + WORKLOADS), st.integers(min_value=3, max_value=20))

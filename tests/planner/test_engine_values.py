@@ -71,6 +71,8 @@ def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInpu
         plan, problem, seed=0, time_limit_s=0.0, cancelled=threading.Event(), report=silent
     )  # fmt: skip
     plain, _, anything = engine_values_of(told)
-    assert (plain.value, plain.lacks, plain.why_not) == (None, ("attention workers",), "no time was left")
+    assert (plain.lacks, plain.why_not) == (("attention workers",), "no time was left")
+    assert plain.equal_stages
+    assert plain.value == pytest.approx(placed(loaded, "vllm")[0].result.value, rel=RELATIVE), "one card, one stage"
     assert (anything.value, anything.bound) == (plan.result.value, None)
     assert replace(told, inputs=plan.inputs) == plan

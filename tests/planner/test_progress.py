@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.planner.cli.progress import SparseLines, describe
+from hetis.planner.cli.progress import SparseLines, by_one_clock, describe
 from hetis.planner.cli.simulation_progress import SparseRequests
 from hetis.solver.budget import Progress
 
@@ -15,6 +15,14 @@ def test_a_line_every_two_seconds_however_often_phases_change() -> None:
     for _, elapsed_s in news:
         report(Progress(phase=f"strategy {elapsed_s}: pricing", elapsed_s=elapsed_s))
     assert [line.split()[0] for line in lines] == ["0.0", "2.1", "2.2"]
+
+
+def test_the_clock_of_a_command_never_runs_backwards() -> None:
+    lines, times_s = list[str](), iter((50.0, 77.3, 78.5))
+    report = by_one_clock(lambda news: lines.append(describe(news, "requests/s")), clock=lambda: next(times_s))
+    report(Progress(phase="plans for any", elapsed_s=27.3))
+    report(Progress(phase="simulating the plan", elapsed_s=20.4))
+    assert lines == [" 27.3 s  plans for any", " 28.5 s  simulating the plan"]
 
 
 def test_a_line_tells_incumbent_bound_and_gap() -> None:

@@ -17,7 +17,8 @@ from hetis.planner.report.page.pages import ShownPlan, plans_page
 from hetis.planner.report.page.plan_section import plan_section, reason_words, shape_words
 from hetis.planner.report.plan import simple_setups
 from hetis.planner.use_cases.compare import figures_of
-from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES
+from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.sources import inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.verify import VERIFICATION
 from hetis.solver.explain import Explanation, IdleGpus
@@ -166,7 +167,8 @@ def test_the_map_shows_every_gpu_with_what_it_does() -> None:
     )
     (zone,) = drawn.zones
     nodes = {node.name: node.cells for node in zone.nodes}
-    assert list(nodes) == ["a100", "r3090-[0-1] (2 equal nodes)", "p100"]
+    assert list(nodes) == ["a100", "r3090-0", "r3090-1", "p100"]
+    assert sum(map(len, nodes.values())) == cluster.num_gpus()
     assert [cell.role for cell in nodes["p100"]] == ["stage", "stage", "worker", "worker"]
     assert [cell.index for cell in nodes["a100"]] == ["0", "1", "2", "3"]
     assert nodes["a100"][0].lines == ("R0 stage 1", "layers 0–51", "TP4, 1 of 2 heads")

@@ -9,7 +9,7 @@ from rich.console import Console, RenderableType
 
 from hetis.planner.report.explanation import render_explanation
 from hetis.planner.report.plan import MAX_SHAPES, beside_engines, render_plan, verdict
-from hetis.planner.use_cases.engine_values import ENGINE_VALUES
+from hetis.planner.use_cases.engine_values import ENGINE_VALUES, NOT_COMPILED
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.solver.plan import ObjectiveKind, Plan, Status
 from tests.planner import plans
@@ -63,9 +63,13 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
         ({**known, "bound": 1.35}, "any: the same"),
         ({**known, "bound": None, "why_not": "no time was left"},
          "any: runs this plan; none better was looked for: no time was left"),
+        ({**unknown, "value": 1.08, "equal_stages": True},
+         "any: at least 1.080 requests/s by equal stages, 20% less, without stage copies"),
         (unknown, "any: does not run this plan (stage copies); no time was left"),
     ):  # fmt: skip
         assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [row]})) == [words]
+    unsearched = replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{**unknown, "why_not": NOT_COMPILED}]})
+    assert (len(beside_engines(unsearched)), beside_engines(unsearched, hints=False)) == (1, [])
     assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,6 +17,7 @@ from hetis.solver.errors import HetisError
 
 MAX_SHOWN = 100  # problems of one document that are looked for and printed
 _MOST_COMPARED = 1000  # names that a wrong one is compared with: 0.1 s
+_MOST_NAMED = 3  # names, of those that are equally near
 _LEAST_BEGINNING = 3  # letters: fewer begin too many names
 
 
@@ -66,7 +67,12 @@ def single_problem(file: str, message: str, *, line: int | None = None, column: 
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``name``, ignoring case; None when nothing is close.
+    """The known name most like ``name``, ignoring case; None when nothing is close."""
+    return next(iter(all_nearest(name, known)), None)
+
+
+def all_nearest(name: str, known: Iterable[str]) -> list[str]:
+    """The known names most like ``name``, ignoring case: up to three where several begin in the way most like it.
 
     Names that are alike as a whole come first, then names that begin like it: ``H10O`` is near H100-SXM-80GB.
     """
@@ -76,20 +82,26 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     wanted = name.lower()[:200]
     found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
     if found:
-        return by_lower[found[0]]
+        return [by_lower[found[0]]]
     if len(wanted) < _LEAST_BEGINNING:
-        return None
-    beginnings: dict[str, str] = {}
-    for lower in by_lower:
-        beginnings.setdefault(lower[: len(wanted)], lower)
+        return []
+    beginnings: dict[str, list[str]] = {}
+    for lower, candidate in by_lower.items():
+        beginnings.setdefault(lower[: len(wanted)], []).append(candidate)
     found = difflib.get_close_matches(wanted, beginnings, n=1, cutoff=0.7)
-    return by_lower[beginnings[found[0]]] if found else None
+    return beginnings[found[0]][:_MOST_NAMED] if found else []
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``, did you mean X?`` or nothing."""
-    found = nearest(name, known)
-    return f", did you mean {found}?" if found else ""
+    """``, did you mean X?``, ``, did you mean X, Y or Z?`` where they are equally near, or nothing."""
+    return did_you_mean_one_of(all_nearest(name, known))
+
+
+def did_you_mean_one_of(names: Sequence[str]) -> str:
+    """``, did you mean X, Y or Z?``; nothing where there are no names."""
+    if not names:
+        return ""
+    return f", did you mean {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}?"
 
 
 def shown(value: object) -> str:

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Collection, Iterable
 
-from hetis.formats.errors import nearest
+from hetis.formats.errors import all_nearest, did_you_mean_one_of, nearest
 from hetis.solver.errors import HetisError
 
 
@@ -15,15 +15,16 @@ class UnknownNameError(HetisError):
 
     Attributes:
         name: what was asked for.
-        candidates: the names it could mean; the nearest one, or nothing, when it means none.
+        candidates: the names it could mean; the nearest ones, or nothing, when it means none.
+        ambiguous: it means several things, not none.
     """
 
     def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
-        self.name, self.candidates = name, tuple(candidates)
+        self.name, self.candidates, self.ambiguous = name, tuple(candidates), ambiguous
         shown = name if len(name) <= 80 else f"{name[:77]}..."
         hint = f": ambiguous, one of {', '.join(self.candidates)}" if ambiguous else ""
         if self.candidates and not ambiguous:
-            hint = f", did you mean {self.candidates[0]}?"
+            hint = did_you_mean_one_of(self.candidates)
         super().__init__(f"unknown {what} {shown!r}{hint}")
 
 
@@ -77,8 +78,7 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
         return found[0]
     if found:
         raise UnknownNameError("GPU", name, found, ambiguous=True)
-    near = nearest(name, [*also, *known])
-    raise UnknownNameError("GPU", name, [near] if near else [])
+    raise UnknownNameError("GPU", name, all_nearest(name, [*also, *known]))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -152,5 +152,4 @@ def resolve_workload(name: str, known: Collection[str]) -> str:
     for candidate in known:
         if wanted in (candidate, candidate.removesuffix("_lengths")):
             return candidate
-    near = nearest(wanted, known)
-    raise UnknownNameError("workload", name, [near] if near else [])
+    raise UnknownNameError("workload", name, all_nearest(wanted, known))

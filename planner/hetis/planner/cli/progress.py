@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.report.figures import digits, percent
@@ -17,15 +18,21 @@ PLAIN_INTERVAL_S = 2.0  # between plain lines
 
 @contextmanager
 def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
-    """A `Report` to hand to the solver; safe to call from another thread."""
+    """A `Report` to hand to the solver; safe to call from another thread. Times are those of the whole command."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield silent
     elif console.is_terminal and not console.is_dumb_terminal:
         with console.status("loading the solver", spinner="dots") as status:
-            yield lambda progress: status.update(describe(progress, unit))
+            yield by_one_clock(lambda progress: status.update(describe(progress, unit)))
     else:
-        yield SparseLines(terminal.say, unit)
+        yield by_one_clock(SparseLines(terminal.say, unit))
+
+
+def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic) -> Report:
+    """News with the time since now: searches one after another each begin at zero seconds."""
+    started_s = clock()
+    return lambda progress: report(replace(progress, elapsed_s=clock() - started_s))
 
 
 class SparseLines:
@@ -42,7 +49,7 @@ class SparseLines:
 
     def __call__(self, progress: Progress) -> None:
         with self._lock:
-            now_s = self._clock()  # searches one after another each begin at zero seconds
+            now_s = self._clock()
             if now_s < self._next_s:
                 return
             self._next_s = now_s + PLAIN_INTERVAL_S

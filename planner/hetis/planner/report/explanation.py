@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.figures import gigabytes, percent, plural, seconds
+from hetis.planner.report.figures import percent, plural, seconds
 from hetis.planner.report.plan import bullets, headline, price_table, section
 from hetis.planner.report.replica import device_table
 from hetis.planner.report.stacked import Share, legend, stacked_bar
+from hetis.planner.use_cases.devices import abbreviate
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
-from hetis.solver.plan import Plan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 
 MAX_SHAPES = 6
 PRICES_MEAN = (
@@ -66,25 +67,34 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
         yield section(name, Text(sentence))
     memory = [part for part in explanation.memory if part.replica == number]
     if memory:
-        yield section(f"{name}: memory of one GPU", _memory(memory))
+        yield section(f"{name}: memory of one GPU", _memory(memory, group.first))
     times = [part for part in explanation.stage_times if part.replica == number]
     if times:
         yield section(f"{name}: time of one request", _times(times))
 
 
-def _memory(parts: list[MemoryBar]) -> RenderableType:
+def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
     table = Table.grid(padding=(0, 1))
+    for is_devices in (False, False, False, False, True):
+        table.add_column(overflow="fold", no_wrap=not is_devices)
     rows = [(part, memory_shares(part)) for part in parts]
     for part, shares in rows:
         worker = part.role != "primary"
         table.add_row(
             f"{part.stage + 1}{'└' if worker else ''}",
-            Text(part.gpu, overflow="fold"),
+            Text(part.gpu),
             f"×{part.num_devices}",
             stacked_bar(shares, whole=part.nominal_bytes, width=BAR_WIDTH),
-            Text(f"{gigabytes(part.free_bytes)} free of {gigabytes(part.nominal_bytes)}"),
+            Text(abbreviate(_devices(part, replica))),
         )
     return Group(table, legend(rows[0][1]), _waterfall(parts))
+
+
+def _devices(part: MemoryBar, replica: ReplicaPlan) -> Sequence[str]:
+    if part.role == "primary":
+        return replica.stages[part.stage].devices
+    pools = [pool for pool in replica.attention_workers if pool.stage == part.stage and pool.gpu == part.gpu]
+    return [device for pool in pools for device in pool.devices]
 
 
 def _waterfall(parts: list[MemoryBar]) -> Table:
@@ -114,6 +124,8 @@ def memory_shares(part: MemoryBar) -> list[Share]:
 def _times(parts: list[StageTime]) -> RenderableType:
     slowest = max(part.total_s / part.copies for part in parts)
     table = Table.grid(padding=(0, 1))
+    for wraps in (False, True, False, False, False):
+        table.add_column(overflow="fold", no_wrap=not wraps)
     for part in parts:
         per_copy = part.total_s / part.copies
         copies = f" ×{part.copies}" if part.copies > 1 else ""

@@ -16,10 +16,11 @@ from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.palette import Palette
 from hetis.planner.report.replica import device_table, render_replica
 from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
+from hetis.planner.report.unbroken import Unbroken
 from hetis.planner.use_cases.compare import figures_of
-from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import EQUAL_STAGES, SIMPLE_SETUPS
+from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
 from hetis.planner.use_cases.sources import inputs_from_documents
@@ -184,10 +185,13 @@ def beside_equal_stages(plan: Plan) -> str | None:
     return f"{digits(alone, 4)} {result.unit} by replicas of equal stages; this plan {more}"
 
 
-def beside_engines(plan: Plan) -> list[str]:
-    """What plans for the other engines reach, and what keeps them apart; equal engines share a line."""
+def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
+    """What plans for the other engines reach, and what keeps them apart; equal engines share a line. Without ``hints``
+    engines are left out of which there is nothing to say but how to find more."""
     said = dict[str, list[str]]()
     for other in engine_values_of(plan):
+        if not hints and other.why_not == NOT_COMPILED and not other.equal_stages:
+            continue
         said.setdefault(_engine_words(other, plan), []).append(other.engine)
     return [f"{', '.join(names)}: {words}" for words, names in said.items()]
 
@@ -196,6 +200,12 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
     lacks, ours = " and ".join(filter(None, [", ".join(other.lacks[:-1]), *other.lacks[-1:]])), plan.result.value
     if other.value is None:
         return f"does not run this plan ({lacks}); {other.why_not}"
+    if other.equal_stages:
+        least = "at least" if plan.objective.maximises else "at most"
+        apart = f", without {lacks}" if lacks else ""
+        return (
+            f"{least} {digits(other.value, 4)} {plan.result.unit} by equal stages, {_beside(other.value, ours)}{apart}"
+        )
     if other.why_not:
         return f"runs this plan; none better was looked for: {other.why_not}"
     words = _beside(other.value, ours)
@@ -322,7 +332,11 @@ def _runners_up(plan: Plan) -> Table:
     table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("why not", overflow="fold", ratio=3)
     for runner in plan.runners_up:
-        table.add_row(folded(runner.shape), digits(runner.rate), runner.reason)
+        table.add_row(
+            Unbroken([Text(stage) for stage in folded(runner.shape).split(" | ")], " | "),
+            digits(runner.rate),
+            runner.reason,
+        )
     return table
 
 

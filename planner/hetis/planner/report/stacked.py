@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from hetis.planner.report.unbroken import Unbroken
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
@@ -30,10 +32,6 @@ def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
     return text
 
 
-def legend(shares: Sequence[Share]) -> Text:
+def legend(shares: Sequence[Share]) -> Unbroken:
     """Which part is which."""
-    text = Text()
-    for share in shares:
-        text.append(f"{share.glyph} ", style=share.style)
-        text.append(f"{share.name}  ", style="dim")
-    return text
+    return Unbroken([Text.assemble((f"{s.glyph} ", s.style), (s.name, "dim")) for s in shares], "  ")

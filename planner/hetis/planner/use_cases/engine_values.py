@@ -16,7 +16,10 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
+EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
+EQUAL_STAGES_S = 5.0  # at most, to find what replicas of equal stages reach
 SHARE = 0.1  # of the time limit, at most, to find all of them
+NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +32,9 @@ class EngineValue:
         bound: none of its plans is better; None: nothing was proved.
         lacks: what keeps the two apart: of a richer engine's plan what the plan's own engine has not, and of the plan
             what a poorer engine has not.
-        why_not: why there is no value.
+        why_not: why there is no value, or no better one.
+        equal_stages: the value is that of the best replicas of equal stages, which the engine runs: no search found
+            another plan.
     """
 
     engine: str
@@ -37,6 +42,7 @@ class EngineValue:
     bound: float | None
     lacks: tuple[str, ...] = ()
     why_not: str = ""
+    equal_stages: bool = False
 
 
 def with_engine_values(
@@ -81,7 +87,10 @@ def _values(
                 found = replace(found, bound=plan.result.bound)
             else:
                 told(name)
-                found = _searched(found, plan, replace(problem, family=family), own, seed, budget)
+                other = replace(problem, family=family)
+                found = _searched(found, plan, other, own, seed, budget)
+                if found.value is None:
+                    found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             known[alike] = found
         yield replace(known[alike], engine=name)
 
@@ -103,7 +112,7 @@ def _searched(
     from hetis.solver.planning import is_compiled, solve_placement
 
     if not is_compiled(problem):
-        return replace(known, why_not="its search is not compiled yet, --engine any does that")
+        return replace(known, why_not=NOT_COMPILED)
     if budget.is_spent():
         return replace(known, why_not="no time was left")
     try:
@@ -117,6 +126,21 @@ def _searched(
         return replace(known, bound=bound)
     more = () if own is None else beyond(other.replicas, own, problem.cluster)
     return replace(known, value=value, bound=bound, lacks=known.lacks or more)
+
+
+def _by_equal_stages(
+    known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
+    cancelled: threading.Event,
+) -> EngineValue:  # fmt: skip
+    """What replicas of equal stages reach on an engine, where nothing else was found."""
+    from hetis.solver.placement.solve import equal_stages_value
+
+    if own is not None and EQUAL_STAGES in plan.inputs:
+        value = plan.inputs[EQUAL_STAGES]  # they have no attention workers, and the other limits are the same
+    else:
+        alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
+        value = equal_stages_value(problem, budget=alone, seed=seed)
+    return known if value is None else replace(known, value=value, equal_stages=True)
 
 
 def _row(value: EngineValue) -> dict[str, Any]:

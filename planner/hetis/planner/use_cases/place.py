@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hetis.planner.use_cases.engine_values import with_engine_values
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision, stages_that_do_not_start
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
-EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
 SIMPLE_SETUPS = "simple_setups"  # and this: the same by TP size, where every replica has that one
-EQUAL_STAGES_S = 5.0  # at most, to find both
 WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: what every constraint costs, where it was asked for
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 

@@ -39,7 +39,7 @@ def _could_be(text: str) -> tuple[str, ...]:
     try:
         catalogue.find_gpu(text)
     except catalogue.UnknownNameError as error:
-        return error.candidates if len(error.candidates) > 1 else ()
+        return error.candidates if error.ambiguous else ()
     return ()
 
 

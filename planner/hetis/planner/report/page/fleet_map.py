@@ -1,4 +1,4 @@
-"""The fleet as a map: zones, nodes, and what every GPU does; nodes that do the same are drawn once."""
+"""The fleet as a map: zones, nodes, and what every GPU does; in large fleets nodes that do the same are drawn once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, Stag
 
 MAX_NODES = 60  # cards in a zone; the rest is counted
 ROW = 4  # GPUs of a node side by side
-MAX_SINGLE = 48  # GPUs of a fleet whose every GPU has a cell; in larger ones neighbours that do the same share one
+MAX_SINGLE = 48  # GPUs of a fleet whose every GPU has a cell; in larger ones those that do the same share one
 MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
 
 
@@ -119,14 +119,16 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joi
 
 
 def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Iterator[NodeCard]:
-    """A card for all nodes of the group whose GPUs do the same, in the order of the first of them."""
+    """A card for all nodes of the group whose GPUs do the same, in the order of the first of them; in a small fleet
+    (not ``joined``) one for each node."""
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
-    alike: dict[tuple[Duty, ...], list[str]] = {}
+    alike: dict[tuple[int, tuple[Duty, ...]], list[str]] = {}
     for number in range(group.count):
         node = group.node_name(number)
-        alike.setdefault(tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus))), []).append(node)
+        pattern = tuple(duties.get(f"{node}/{i}", IDLE) for i in range(len(gpus)))
+        alike.setdefault((0 if joined else number, pattern), []).append(node)
     held = ", ".join(f"{slots.count} × {slots.gpu}" for slots in group.gpus)
-    for pattern, nodes in alike.items():
+    for (_, pattern), nodes in alike.items():
         name = nodes[0] if len(nodes) == 1 else f"{_nodes(nodes)} ({plural(len(nodes), 'equal node')})"
         yield NodeCard(
             name=name, gpus=held, cells=tuple(_cells(pattern, gpus, mixed=len(group.gpus) > 1, joined=joined))

@@ -34,8 +34,8 @@ from hetis.planner.report.plan import beside_engines, beside_equal_stages, folde
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES
 from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
-from hetis.planner.use_cases.place import EQUAL_STAGES
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.perturbing import used_fits
 from hetis.planner.use_cases.sources import Inputs
@@ -222,7 +222,8 @@ def _worth(plan: Plan) -> Scale:
         notes.append("The band is what the errors of the profiles make of it.")
     if (words := beside_equal_stages(plan)) is not None:
         notes.append(f"Equal stages are how engines are set up without a planner: {words}.")
-    notes += [f"What other engines would serve: {words}." for words in beside_engines(plan)]
+    if engines := beside_engines(plan, hints=False):
+        notes.append(f"What other engines would serve: {'; '.join(engines)}.")
     return Scale(title=f"How good it is: {result.objective.value}", rows=tuple(rows), note=" ".join(notes))
 
 
@@ -367,7 +368,7 @@ def _memory(explanation: Explanation) -> Waterfalls:
             begin += share
         note = f"{gigabytes(part.nominal_bytes)}; {_part_label(part)}, {plural(part.num_devices, 'card')}"
         falls.append(Waterfall(title=gpu, note=note, steps=tuple(steps)))
-    intro = "Of every GPU type the cards with the least room left."
+    intro = "The memory of each GPU type, shown for the cards with the least room left."
     return Waterfalls(title="Memory of one GPU, by type", intro=intro, falls=tuple(falls), numbers=table)
 
 
@@ -404,7 +405,7 @@ def _times(explanation: Explanation) -> Stack:
         for label, of, each in numbers
     )
     table = Grid(title="As numbers", columns=_columns("'stage", *names, "together"), rows=cells, folded=True)
-    intro = "What one request costs every stage, per copy; the longest of a replica sets its rate."
+    intro = "The time that one request costs every stage, per copy; the longest of a replica sets its rate."
     return Stack(title="Time per stage", intro=intro, rows=tuple(rows), numbers=table)
 
 
