@@ -67,6 +67,16 @@ def test_a_stream_of_ascii_has_signs_and_no_question_marks(folder: Path) -> None
     assert "####" in shown, "bars are drawn"
 
 
+def test_a_locale_of_ascii_has_signs_in_pipes_too(folder: Path) -> None:
+    """Python's UTF-8 mode, which such a locale turns on, makes the stream one of UTF-8."""
+    for locale in ({"LC_ALL": "C"}, {"LC_ALL": "", "LC_CTYPE": "", "LANG": "POSIX"}):
+        shown = piped("explain", "plan.json", cwd=folder, NO_COLOR="1", **locale)
+        assert shown.isascii(), [line for line in shown.splitlines() if not line.isascii()]
+        assert "####" in shown
+    shown = piped("explain", "plan.json", cwd=folder, LC_ALL="C.UTF-8", LANG="C")
+    assert not shown.isascii(), "the first that is set says it"
+
+
 def test_no_color_is_plain_even_on_a_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FORCE_COLOR makes any stream a terminal for rich."""
     shown = {

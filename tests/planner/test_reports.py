@@ -73,6 +73,24 @@ def test_what_other_engines_reach_is_said_with_what_keeps_them_apart() -> None:
     assert beside_engines(replace(plan, inputs={**plan.inputs, ENGINE_VALUES: [{"of": "another version"}]})) == []
 
 
+def test_explain_names_the_devices_of_every_stage_and_its_workers() -> None:
+    plan = PLANS["paper"]
+    shown = text_of(render_explanation(plan, plans.explanation(plan)))
+    table = shown[shown.index("memory of one GPU") : shown.index("unusable")]
+    assert [line.split()[-1] for line in table.splitlines() if "█" in line or "▒" in line] == [
+        "a100/[0-3]", "r3090-[0-1]/[0-1]", "p100/[0-1]", "p100/[2-3]",
+    ]  # fmt: skip
+
+
+def test_at_80_columns_names_in_legends_and_shapes_stay_whole() -> None:
+    plan = PLANS["paper"]
+    assert " - other" in text_of(render_explanation(plan, plans.explanation(plan))), "glyph and name on one line"
+    shape = "L4 TP2 ×1 L6 | A100-PCIe-40GB TP2 ×1 L20 | L4 TP2 ×1 L6 | T4 TP1 ×1 L3"
+    shown = text_of(render_plan(replace(plan, runners_up=(replace(plan.runners_up[0], shape=shape),))))
+    for stage in shape.split(" | "):
+        assert stage in shown
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 def test_reports_survive_a_narrow_terminal(plan: Plan) -> None:
     for report in (render_plan(plan), render_explanation(plan, plans.explanation(plan))):

@@ -25,6 +25,8 @@ _ASCII = str.maketrans(
     }
 )  # fmt: skip
 
+_COERCED = ("C.UTF-8", "C.utf8")
+
 
 class OutputFormat(StrEnum):
     TABLE = "table"
@@ -64,7 +66,8 @@ class Terminal:
             console = self._console(sys.stdout, WIDE if width is None and self.output is OutputFormat.WIDE else width)
             with console.capture() as captured:
                 console.print(table())
-            _write_all("".join(f"{line.rstrip(' ')}\n" for line in captured.get().splitlines()))
+            lines = "".join(f"{line.rstrip(' ')}\n" for line in captured.get().splitlines())
+            _write_all(lines.translate(_ASCII) if _asks_for_ascii() else lines)
             return
         from hetis.formats.documents import dump_data
 
@@ -109,7 +112,7 @@ class Terminal:
         text = Text()
         if label is not None:
             text.append(f"{label}: ", style=style)
-        text.append(message)
+        text.append(message.translate(_ASCII) if _asks_for_ascii() else message)
         # Soft wrap: a message that is copied or searched for must stay one line.
         self._console(sys.stderr).print(text, soft_wrap=True)
 
@@ -127,6 +130,14 @@ class Terminal:
 
 in_use: ContextVar[Terminal | None] = ContextVar("in_use", default=None)
 """The terminal of the verb that runs, for what is said after it has failed."""
+
+
+def _asks_for_ascii() -> bool:
+    """Whether the locale is C or POSIX: Python writes UTF-8 there all the same. No locale at all asks for nothing."""
+    named = os.environ.get
+    # Python itself sets LC_CTYPE to C.UTF-8 where LANG is C (PEP 538): that is nobody's wish.
+    kind = None if named("LC_CTYPE") in _COERCED else named("LC_CTYPE")
+    return (named("LC_ALL") or kind or named("LANG")) in ("C", "POSIX")
 
 
 def _write_all(text: str) -> None:

@@ -82,7 +82,13 @@ KvOption = Annotated[
 _GOAL = "Goal"
 
 ObjectiveOption = Annotated[
-    ObjectiveKind, typer.Option("--objective", rich_help_panel=_GOAL, help="What the plan is good for.")
+    ObjectiveKind,
+    typer.Option(
+        "--objective",
+        metavar="GOAL",
+        rich_help_panel=_GOAL,
+        help=f"What the plan is good for: {', '.join(ObjectiveKind)}.",
+    ),
 ]
 RateOption = Annotated[
     float | None,
