@@ -132,6 +132,15 @@ class Candidates:
         """What attention workers take of every row; [rows]."""
         return _taken_by_workers(self.atlas, self.shape, self.workers)
 
+    def asked(self, needed_s: FloatArray) -> IntArray:
+        """Compositions that fit and are no columns yet, and may have a shorter interval than is needed [C]."""
+        return np.flatnonzero(self.fits & ~self.is_listed & (self.evaluator.shortest_s < needed_s))
+
+    def found_among(self, which: IntArray, needed_s: FloatArray) -> IntArray:
+        """Of these compositions [W] those whose best replica has a shorter interval than is needed [W]: now known."""
+        self.evaluator.evaluate(which, needed_s)
+        return np.asarray(which[self.evaluator.is_known[which] & (self.evaluator.shortest_s[which] < needed_s)])
+
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
         """Known replicas as columns."""
         uses = self.shape.counts[which] @ self.atlas.group_use[self.shape.ranks] + self._beside()

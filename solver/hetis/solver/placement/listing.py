@@ -169,6 +169,7 @@ class _Search:
         for number in range(MOST_ROUNDS):
             lp = self._solve_relaxation()
             if number == 0:
+                self._round_down()
                 self._choose(LIKELY, LEAST_S)
             if self.budget.is_spent():
                 break
@@ -177,6 +178,7 @@ class _Search:
                 break
         if self.listing.columns is None and not self.is_complete:
             raise NoPlanFoundError(UNDECIDED)
+        self._round_down()
         self._choose(LIKELY, QUICK_S, back=8)
 
     def _solve_relaxation(self) -> LpSolution | None:
@@ -197,8 +199,7 @@ class _Search:
                 ratio = each.evaluator.shortest_s * (each.worth(prices) + each.worth(self.row_costs))
                 which = np.argsort(ratio)[:FIRST]
                 which = which[each.fits[which] & np.isfinite(ratio[which])]
-                each.evaluator.evaluate(which, np.full(len(which), np.inf))
-                self._add(each, which[each.evaluator.is_known[which]])
+                self._add(each, each.found_among(which, np.full(len(which), np.inf)))
 
     def _list_improving(self, lp: LpSolution | None) -> bool:
         """Lists replicas that improve the relaxation; returns whether there is none in the whole family."""
@@ -227,7 +228,7 @@ class _Search:
         """
         found, is_whole = list[tuple[Candidates, IntArray, FloatArray]](), True
         for each, worth, needed_s in self._needed_s(lp):
-            which = np.flatnonzero(each.fits & ~each.is_listed & (each.evaluator.shortest_s < needed_s))
+            which = each.asked(needed_s)
             if len(which) > at_once:
                 share = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
                 which, is_whole = which[np.argpartition(share, at_once)[:at_once]], False
@@ -235,12 +236,10 @@ class _Search:
                 continue
             if self.budget.is_spent():
                 return found, False
-            each.evaluator.evaluate(which, needed_s[which])
-            interval_s = each.evaluator.shortest_s[which]
-            better = each.evaluator.is_known[which] & (interval_s < needed_s[which])
-            if better.any():
+            better = each.found_among(which, needed_s[which])
+            if len(better):
                 price = 0.0 if lp is None else lp.rate_prices[each.side]
-                found.append((each, which[better], (worth[which] - price / interval_s)[better]))
+                found.append((each, better, worth[better] - price / each.evaluator.shortest_s[better]))
         return found, is_whole
 
     def _needed_s(
@@ -255,10 +254,8 @@ class _Search:
                 yield each, np.zeros(len(each.fits)), np.full(len(each.fits), np.inf)
                 continue
             is_for_cost = not self.master.maximises and self.relaxed is not None
-            worth, price = (
-                each.worth(lp.row_prices + (self.row_costs if is_for_cost else 0.0)),
-                lp.rate_prices[each.side],
-            )
+            worth = each.worth(lp.row_prices + (self.row_costs if is_for_cost else 0.0))
+            price = lp.rate_prices[each.side]
             least, otherwise = (worth * (1.0 + ALIKE), price > 0.0) if slack is None else (worth - slack, True)
             with np.errstate(divide="ignore", invalid="ignore"):
                 yield each, worth, np.where(least > 0.0, price / least, np.inf if otherwise else 0.0)
@@ -283,7 +280,6 @@ class _Search:
         """Whole counts of so many of the likeliest columns of each side; ``back``: see `settled`."""
         if self.relaxed is None or self._gap() <= self.gap_target:
             return
-        self._round_down()
         if self.incumbent is None or not self.budget.is_spent():
             self._solve(self._likeliest(num), limit_s, back=back)
 
@@ -347,13 +343,11 @@ class _Search:
     def _list_within(self, distance: float) -> bool:
         """Lists every replica that loses no more than that; False: no time was left."""
         for each, _, needed_s in self._needed_s(self.relaxed, slack=distance * (1.0 + ALIKE)):
-            which = np.flatnonzero(each.fits & ~each.is_listed & (each.evaluator.shortest_s < needed_s))
+            which = each.asked(needed_s)
             if len(which):
                 if self.budget.is_spent():
                     return False
-                each.evaluator.evaluate(which, needed_s[which])
-                known_s = each.evaluator.shortest_s[which]
-                self._add(each, which[each.evaluator.is_known[which] & (known_s < needed_s[which])])
+                self._add(each, each.found_among(which, needed_s[which]))
         return True
 
     def _solve(self, which: BoolArray, limit_s: float, *, proves: bool = False, back: int = 1) -> float | None:
