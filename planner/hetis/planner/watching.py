@@ -43,7 +43,7 @@ class Hub(Generic[K, V]):
 
     @property
     def sequence(self) -> int:
-        """Of the last event."""
+        """The number of the last event."""
         return self._last
 
     def publish(self, key: K, value: V | None, *, now_s: float) -> int:

@@ -145,7 +145,7 @@ def _signed(value: float) -> str:
 
 
 def _use_table(found: WhatIf) -> Table:
-    """Of every type how many there are and how many are used, before and after."""
+    """Tell how many GPUs of every type there are and are used, before and after."""
     table = plain_table(
         ("GPU", "left"), ("there", "right"), ("used", "right"), ("then there", "right"), ("used", "right")
     )

@@ -247,7 +247,7 @@ def _epoch(connection: sa.Connection) -> int:
 
 
 def _highest_version(connection: sa.Connection) -> int:
-    """Of all records, those that are gone included."""
+    """Return the highest version of all records, those that are gone included."""
     found = [
         connection.execute(sa.select(sa.func.max(table.c.version))).scalar_one() or 0 for table in _versioned_tables()
     ]

@@ -31,7 +31,7 @@ class DeviceTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Of every device, and of the primary's network card (0 while no worker holds heads)."""
+    """What every device takes, and the primary's network card, which takes 0 while no worker holds heads."""
 
     devices: tuple[DeviceTime, ...]
     card_s: float

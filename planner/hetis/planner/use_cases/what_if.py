@@ -77,7 +77,7 @@ class Offer:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of one GPU."""
+        """What one GPU costs an hour; None: no price is known."""
         price = self.addition.usd_per_hour
         return price if price is not None else self.addition.gpu.usd_per_hour
 

@@ -81,7 +81,7 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Of model and KV."""
+    """The type in which the model and its KV are kept."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"

@@ -193,7 +193,7 @@ class ExactSearch:
         return roomy
 
     def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
-        """Of a part of the family; by default of all of it."""
+        """The options of a part of the family; by default of all of it."""
         a, part = self.atlas, part or self.whole
         tables = a.scopes[c.scope].tables
         # Of any number of copies: whatever fits in memory.
