@@ -99,8 +99,8 @@ class StageTiming:
 
     def beside_layers_s(self, tokens: int, rows: int) -> float:
         """The part of `seconds` that no layer takes: the hop, the engine's step, the LM head."""
-        seconds = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
-        return seconds + (0.0 if self._is_first else self.cost.hop_s(tokens, self.shape.hop_link))
+        seconds: float = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
+        return seconds + (0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link)))
 
     def _head_s(self, rows: int) -> float:
         head = self._head.get(rows)

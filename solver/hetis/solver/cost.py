@@ -100,12 +100,12 @@ def _seconds(
     fit: Fit, *, flops: Scalars = 0.0, num_bytes: Scalars = 0.0, tokens: Scalars = 0.0, heads: Scalars = 0.0,
     wire_s: Scalars = 0.0,
 ) -> Scalars:  # fmt: skip
-    """``Fit.seconds`` for arrays."""
+    """``Fit.seconds``, of arrays too."""
     times = [
         p.fixed_s + p.flop_s * flops + p.byte_s * num_bytes + p.token_s * tokens + p.head_s * heads + p.wire * wire_s
         for p in fit.pieces
     ]
-    return reduce(np.maximum, times)
+    return max(times) if isinstance(times[0], float) else reduce(np.maximum, times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,27 +124,27 @@ class DeviceCost:
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
-    def dense_s(self, tokens: float, *, prefix_layer: bool = False) -> float:
+    def dense_s(self, tokens: Scalars, *, prefix_layer: bool = False) -> Scalars:
         """dense(T) of a repeated layer, or of one of the leading layers without experts."""
         m, n = self.model, self.shape.tp
         active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
-        touched = float(m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens))
+        touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
         activations = 8 * m.hidden * m.activation_bytes * tokens
-        experts, seconds = self._fits.get(Op.EXPERTS), 0.0
+        experts = self._fits.get(Op.EXPERTS)
+        experts_s: Scalars = 0.0
         if experts is not None and m.moe is not None and not prefix_layer:
             routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
             active, touched = active - routed, touched - read
             flops, num_bytes = 2.0 * tokens * routed / n, read * m.weight_bytes / n
-            seconds = _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
-        seconds += _seconds(
+            experts_s = _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
+        return experts_s + _seconds(
             self._fits[Op.DENSE],
             flops=2.0 * tokens * active / n,
             num_bytes=touched * m.weight_bytes / n + activations,
             tokens=tokens,
         )
-        return float(seconds)
 
-    def reduce_s(self, tokens: float) -> float:
+    def reduce_s(self, tokens: Scalars) -> Scalars:
         """reduce(T): one all-reduce over the TP group; a layer has two."""
         n = self.shape.tp
         if n == 1:
@@ -152,20 +152,18 @@ class DeviceCost:
         num_bytes = tokens * self.model.hidden * self.model.activation_bytes
         wire_s = 2.0 * (n - 1) / n * num_bytes / self.intra.bytes_per_s
         fit = self._fits[Op.ALL_REDUCE]
-        return float(_seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens)) + self.intra.latency_s
+        return _seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens) + self.intra.latency_s
 
-    def prefill_s(self, chunk_tokens: float) -> float:
+    def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
         """Attention of one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
         attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
-        return float(
-            _seconds(
-                self._fits[Op.PREFILL_ATTENTION],
-                flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
-                num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
-                tokens=chunk_tokens,
-                heads=chunk_tokens * m.q_heads / self.shape.tp,
-            )
+        return _seconds(
+            self._fits[Op.PREFILL_ATTENTION],
+            flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
+            num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
+            tokens=chunk_tokens,
+            heads=chunk_tokens * m.q_heads / self.shape.tp,
         )
 
     def decode_attention_s(self, pairs: Scalars, queries_per_group: int) -> Scalars:
@@ -184,12 +182,14 @@ class DeviceCost:
     def transfer_s(self, num_bytes: Scalars, link: Link) -> Scalars:
         """A message over ``link`` without the link's latency; 0 for an empty one."""
         seconds = _seconds(self._fits[Op.TRANSFER], num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
+        if isinstance(seconds, float):
+            return seconds if num_bytes > 0 else 0.0
         return np.where(np.asarray(num_bytes) > 0, seconds, 0.0)
 
-    def hop_s(self, tokens: float, link: Link) -> float:
+    def hop_s(self, tokens: Scalars, link: Link) -> Scalars:
         """hop(T): activations of T tokens arriving from the stage before."""
         num_bytes = tokens * self.model.hidden * self.model.activation_bytes
-        return float(self.transfer_s(num_bytes, link)) + link.latency_s
+        return self.transfer_s(num_bytes, link) + link.latency_s
 
     def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
         """KV of so many tokens in one layer, ``groups`` head groups of every rank, over ``link`` without its latency.
@@ -203,11 +203,11 @@ class DeviceCost:
         """Return what a prompt's last KV takes to its decode replica: that of the last chunk in the last layer."""
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
-    def step_s(self, tokens: float) -> float:
+    def step_s(self, tokens: Scalars) -> Scalars:
         fit = self._fits.get(Op.STEP)
-        return 0.0 if fit is None else float(_seconds(fit, tokens=tokens))
+        return 0.0 * tokens if fit is None else _seconds(fit, tokens=tokens)
 
-    def head_s(self, tokens: float) -> float:
+    def head_s(self, tokens: Scalars) -> Scalars:
         """LM head for T tokens, and what the engine does with each of them."""
         m, n = self.model, self.shape.tp
         num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
@@ -215,7 +215,7 @@ class DeviceCost:
             self._fits[Op.DENSE], flops=2.0 * tokens * m.embedding_params / n, num_bytes=num_bytes, tokens=tokens
         )
         sample = self._fits.get(Op.SAMPLE)
-        return float(product_s if sample is None else product_s + _seconds(sample, tokens=tokens))
+        return product_s if sample is None else product_s + _seconds(sample, tokens=tokens)
 
     # Memory of one rank, in bytes.
 
@@ -231,10 +231,10 @@ class DeviceCost:
         """The embedding table, or as much for the LM head."""
         return self.model.embedding_params * self.model.embedding_bytes / self.shape.tp
 
-    def logit_bytes(self, micro_batch: int) -> float:
-        return 4.0 * max(micro_batch, 1) * self.model.vocab / self.shape.tp
+    def logit_bytes(self, micro_batch: Scalars) -> Scalars:
+        return 4.0 * np.maximum(micro_batch, 1) * self.model.vocab / self.shape.tp
 
-    def activation_bytes(self, tokens: float) -> float:
+    def activation_bytes(self, tokens: Scalars) -> Scalars:
         m = self.model
         inner = m.intermediate
         if m.moe is not None:

@@ -41,16 +41,20 @@ EVERY_MIX = 1.0 + 1e-7  # share of the longest interval up to which a mix is tri
 class Evaluator:
     """The best replica of every composition of a shape, with the same attention workers or none.
 
-    ``shortest_s`` [C]: no replica of a composition has a shorter interval; where ``is_known`` [C], the best has it,
+    No replica of a composition has a shorter interval than ``shortest_s`` [C]; where ``is_known`` [C], the best has it,
     and is what ``found`` [C, 4] says (see `best_splits`).
     """
 
     def __init__(self, atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
         self.atlas, self.shape, self.mixes, self.workers = atlas, shape, mixes, workers
         self._num_layers = atlas.scopes[shape.scope].tables.num_layers
-        self.shortest_s = self._shortest_s(shape.counts).min(axis=1)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
         self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
+
+    @cached_property
+    def shortest_s(self) -> FloatArray:
+        """Known when first asked for: a first plan needs none of replicas with attention workers."""
+        return np.asarray(self._shortest_s(self.shape.counts).min(axis=1))
 
     def _shortest_s(self, counts: IntArray) -> FloatArray:
         """By composition and what is tried: mixes with workers, else rows of the sweep."""
@@ -167,24 +171,33 @@ def candidates_of(atlas: Atlas) -> Iterator[Candidates]:
         InvalidProblemError: they are too many to list.
     """
     shapes, evaluators = shapes_of(atlas), dict[Hashable, Evaluator]()
-    kinds = {number: _kind_of_scope(atlas, number) for number in {shape.scope for shape in shapes}}
+    scopes = {shape.scope for shape in shapes}
+    kinds = dict(zip(scopes, _numbered([_kind_of_scope(atlas, number) for number in scopes]), strict=True))
+    compositions = _numbered([shape.counts.tobytes() for shape in shapes])
+    uses = [shape.counts @ atlas.group_use[shape.ranks] for shape in shapes]
 
-    def made(shape: Shape, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
+    def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
+        shape = shapes[number]
         place = None if workers is None else (_place_in_zone(atlas, workers.device_class), workers.size)
-        alike = kinds[shape.scope], shape.depth, _tp(atlas, shape), shape.counts.tobytes(), mixes.tobytes(), place
+        alike = kinds[shape.scope], shape.depth, _tp(atlas, shape), compositions[number], mixes.tobytes(), place
         if alike not in evaluators:
             evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
-        uses = shape.counts @ atlas.group_use[shape.ranks] + _taken_by_workers(atlas, shape, workers)
-        fits = np.all(uses <= atlas.resources.limits, axis=1)
+        fits = np.all(uses[number] + _taken_by_workers(atlas, shape, workers) <= atlas.resources.limits, axis=1)
         return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}
-    for shape in shapes:
+    for number, shape in enumerate(shapes):
         for side, mixes in mixes_of[shape.scope].items():
-            yield made(shape, side, mixes, None)
-    for shape in shapes:
+            yield made(number, side, mixes, None)
+    for number, shape in enumerate(shapes):
         for workers in workers_of(atlas, shape) if UNIFIED in mixes_of[shape.scope] else ():
-            yield made(shape, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+            yield made(number, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+
+
+def _numbered(values: Sequence[Hashable]) -> list[int]:
+    """A number for each, the same for equal ones."""
+    numbers = dict[Hashable, int]()
+    return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
 def _taken_by_workers(atlas: Atlas, shape: Shape, workers: Workers | None) -> IntArray:

@@ -315,7 +315,9 @@ class _Search:
         if columns is not None and self.relaxed is not None and self.master.maximises and self.master.pins is None:
             found = self.master.rounded_down(columns, padded(self.relaxed.counts, len(columns.rates)))
             if found.value > 0.0 and self.master.prefers(found.value, self.incumbent):
-                self.incumbent = found
+                is_first, self.incumbent = self.incumbent is None, found
+                if is_first:
+                    self._tell("rounding")
 
     def _prove(self) -> bool:
         """Whole counts over every column that may be part of a better plan: HiGHS's bound is one on the family.
@@ -391,14 +393,14 @@ class _Search:
         return relative_gap(self.incumbent, self.bound) if self.is_complete else np.inf
 
     def _tell(self, phase: str) -> None:
-        known = self.is_complete and np.isfinite(self.bound)
+        known = np.isfinite(self.bound) and (self.is_complete or self.master.maximises)
         self.report(
             Progress(
                 phase=phase,
                 elapsed_s=self.budget.elapsed_s(),
                 incumbent=None if self.incumbent is None else self.incumbent.value,
                 bound=self.bound if known else None,
-                gap=self._gap() if known and self.incumbent is not None else None,
+                gap=relative_gap(self.incumbent, self.bound) if known and self.incumbent is not None else None,
             )
         )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, Mix, PoolCost
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
-from hetis.solver.placement.tables import Atlas, ChunkTables, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import DUTY_OF_ROLE, Duty
@@ -100,6 +100,23 @@ def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
             yield from combinations(zones, count)
 
 
+class _MixNumbers(NamedTuple):
+    """What mixes carry and how often, in their order; [X] each. ``tokens`` are those of an iteration with a chunk."""
+
+    micro_batch: FloatArray
+    chunk_tokens: FloatArray
+    tokens: FloatArray
+    chunk_iterations: FloatArray
+    plain_iterations: FloatArray
+    unified: BoolArray
+
+
+def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
+    rows = [(m.micro_batch, m.chunk_tokens, m.chunk_iterations, m.plain_iterations) for m in mixes]
+    b, c, nc, nd = np.array(rows, dtype=float).reshape(-1, 4).T
+    return _MixNumbers(b, c, b + c, nc, nd, np.array([m.role is Role.UNIFIED for m in mixes], dtype=bool))
+
+
 class _Tabulation:
     """Fills `Tables`; what does not depend on the zones of a replica is computed once."""
 
@@ -117,9 +134,10 @@ class _Tabulation:
         self.is_relaxation = is_relaxation
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
         self.ranks, self.pool_sizes = ranks, pool_sizes
+        self._numbers = _numbers_of(mixes)
         self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
-        self._hops_over: dict[tuple[str, Link, int, Link], list[tuple[float, float]]] = {}
+        self._hops_over: dict[tuple[str, Link, int, Link], FloatArray] = {}
         self.devices = [self._device(classes[i], tp) for i, tp in ranks]
         self.workers = [self._device(c, 1) for c in classes]
         self.own_s = self._own_table()
@@ -219,15 +237,15 @@ class _Tabulation:
         """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""
         groups = max((d.shape.groups for d in self.devices), default=0)
         own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
-        batches = np.array([mix.micro_batch for mix in self.mixes], dtype=float)[:, None]
-        iterations = np.array([mix.iterations for mix in self.mixes])[:, None]
-        done: dict[DeviceCost, FloatArray] = {}
+        m = self._numbers
+        batches, iterations = m.micro_batch[:, None], (m.chunk_iterations + m.plain_iterations)[:, None]
+        done: dict[int, FloatArray] = {}
         for s, device in enumerate(self.devices):
-            if device not in done:
+            if id(device) not in done:
                 kept = np.arange(device.shape.groups + 1.0)[None, :]
                 seconds = device.decode_attention_s(batches * kept, device.shape.queries_per_group)
-                done[device] = iterations * seconds
-            own[:, s, : device.shape.groups + 1] = done[device]
+                done[id(device)] = iterations * seconds
+            own[:, s, : device.shape.groups + 1] = done[id(device)]
         return own
 
     def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
@@ -235,48 +253,33 @@ class _Tabulation:
         key = (c.gpu, c.intra, d.shape.tp)
         if key in self._rows:
             return self._rows[key]
-        rows: dict[str, list[float]] = {
-            name: [] for name in (
-                "layer_s", "step_s", "last_s", "prefix_delta_s", "chunk_layer_s", "chunk_step_s", "chunk_last_s",
-                "chunk_prefix_delta_s", "act_bytes", "logit_bytes",
-            )
-        }  # fmt: skip
-        # Many mixes have iterations of the same size.
-        dense_s, reduce_s, step_s = cache(d.dense_s), cache(d.reduce_s), cache(d.step_s)
-        head_s, prefill_s = cache(d.head_s), cache(d.prefill_s)
-        prefix_s = cache(partial(d.dense_s, prefix_layer=True))
-        for mix in self.mixes:
-            b, both = mix.micro_batch, mix.micro_batch + mix.chunk_tokens
-            nc, nd = mix.chunk_iterations, mix.plain_iterations
-            with_chunk = dense_s(both) + 2 * reduce_s(both) + prefill_s(mix.chunk_tokens)
-            rows["layer_s"].append(nc * with_chunk + nd * (dense_s(b) + 2 * reduce_s(b)))
-            rows["step_s"].append(nc * step_s(both) + nd * step_s(b))
-            rows["last_s"].append(nc * head_s(b + 1) + nd * head_s(b))
-            one = 1.0 if mix.role is Role.UNIFIED else 0.0
-            rows["chunk_layer_s"].append(one * with_chunk)
-            rows["chunk_step_s"].append(one * step_s(both))
-            rows["chunk_last_s"].append(one * head_s(b + 1))
-            rows["chunk_prefix_delta_s"].append(one * (prefix_s(both) - dense_s(both)))
-            prefix = nc * prefix_s(both) + nd * prefix_s(b)
-            rows["prefix_delta_s"].append(prefix - nc * dense_s(both) - nd * dense_s(b))
-            rows["act_bytes"].append(d.activation_bytes(both))
-            rows["logit_bytes"].append(d.logit_bytes(b))
-        self._rows[key] = {name: np.array(values) for name, values in rows.items()}
+        m = self._numbers
+        b, both, nc, nd = m.micro_batch, m.tokens, m.chunk_iterations, m.plain_iterations
+        with_chunk = d.dense_s(both) + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
+        prefix = nc * d.dense_s(both, prefix_layer=True) + nd * d.dense_s(b, prefix_layer=True)
+        self._rows[key] = {
+            "layer_s": nc * with_chunk + nd * (d.dense_s(b) + 2 * d.reduce_s(b)),
+            "step_s": nc * d.step_s(both) + nd * d.step_s(b),
+            "last_s": nc * d.head_s(b + 1) + nd * d.head_s(b),
+            "chunk_layer_s": m.unified * with_chunk,
+            "chunk_step_s": m.unified * d.step_s(both),
+            "chunk_last_s": m.unified * d.head_s(b + 1),
+            "chunk_prefix_delta_s": m.unified * (d.dense_s(both, prefix_layer=True) - d.dense_s(both)),
+            "prefix_delta_s": prefix - nc * d.dense_s(both) - nd * d.dense_s(b),
+            "act_bytes": d.activation_bytes(both),
+            "logit_bytes": d.logit_bytes(b),
+        }
         return self._rows[key]
 
-    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> list[tuple[float, float]]:
-        """Per mix: of a request, and of one iteration with a chunk."""
+    def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> FloatArray:
+        """Of a request, and of one iteration with a chunk; [X, 2]."""
         link = c.link_in(self.problem.cluster, zones)
         key = (c.gpu, c.intra, d.shape.tp, link)
         if key not in self._hops_over:
-            hop_s = {tokens: d.hop_s(tokens, link) for m in self.mixes for tokens in (m.micro_batch, _tokens(m))}
-            self._hops_over[key] = [
-                (
-                    m.chunk_iterations * hop_s[_tokens(m)] + m.plain_iterations * hop_s[m.micro_batch],
-                    hop_s[_tokens(m)] if m.role is Role.UNIFIED else 0.0,
-                )
-                for m in self.mixes
-            ]
+            m = self._numbers
+            with_chunk = d.hop_s(m.tokens, link)
+            hop_s = m.chunk_iterations * with_chunk + m.plain_iterations * d.hop_s(m.micro_batch, link)
+            self._hops_over[key] = np.stack([hop_s, m.unified * with_chunk], axis=1)
         return self._hops_over[key]
 
     def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
@@ -288,10 +291,10 @@ class _Tabulation:
         if len(zones) > 1:
             return wire_s, landing_s
         cluster = self.problem.cluster
-        done: dict[tuple[DeviceCost, Link], tuple[FloatArray, FloatArray]] = {}
+        done: dict[tuple[int, Link], tuple[FloatArray, FloatArray]] = {}
         for s, (i, _) in enumerate(self.ranks):
             d, link = self.devices[s], self.classes[i].link_in(cluster, zones)
-            if (d, link) not in done:
+            if (id(d), link) not in done:
                 afar = link
                 for zone in cluster.zones():
                     afar = afar.slower_of(cluster.network.zone_link(zones[0], zone))
@@ -303,8 +306,8 @@ class _Tabulation:
                         wires[x], landings[x] = mix.chunk_iterations * chunk_s, d.landing_s(mix.chunk_tokens, kv_link)
                     elif mix.role is Role.DECODE:
                         wires[x] = d.kv_transfer_s(self.moments.mean_prompt, float(d.shape.groups), link)
-                done[d, link] = wires, landings
-            wire_s[:, s], landing_s[:, s] = done[d, link]
+                done[id(d), link] = wires, landings
+            wire_s[:, s], landing_s[:, s] = done[id(d), link]
         return wire_s, landing_s
 
     def _slowest_landing_s(self, zones: tuple[str, ...], landing_s: FloatArray) -> FloatArray:
@@ -386,7 +389,7 @@ class _Tabulation:
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
         parts: list[tuple[FloatArray, FloatArray]] = []
         wires: list[FloatArray] = []
-        offsets: dict[tuple[DeviceCost, DeviceCost, Link, Link], int] = {}
+        offsets: dict[tuple[int, int, Link, Link], int] = {}  # equal devices are one object: hashing it takes long
         total = 0
         for s, (i, _) in enumerate(self.ranks):
             if not self.pool_sizes or not self.devices[s].shape.splits_groups:
@@ -397,7 +400,7 @@ class _Tabulation:
                 zone = (worker_class.zone,)
                 own_link = self.classes[i].link_in(self.problem.cluster, zone)
                 link = own_link.slower_of(worker_class.link_in(self.problem.cluster, zone))
-                key = (self.devices[s], self.workers[q], link, own_link)
+                key = id(self.devices[s]), id(self.workers[q]), link, own_link
                 if key not in offsets:
                     pool = PoolCost(self.devices[s], self.workers[q], link)
                     part = self._pool_entries(pool, self._rank_rows(self.devices[s], self.classes[i])["chunk_layer_s"])
@@ -448,24 +451,18 @@ class _Tabulation:
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
         chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
-        of_role = np.array([mix.role for mix in self.mixes])
-        unified = of_role == Role.UNIFIED
-        columns = np.array([(m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations) for m in self.mixes])
+        m, unified = self._numbers, self._numbers.unified
         # All mixes at once: a call costs more than its arithmetic.
-        b, c, n_it, nc = columns.T[:, :, None, None]
+        n_it = m.chunk_iterations + m.plain_iterations
+        b, c, n_it, nc = (each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, n_it, m.chunk_iterations))
         own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
         remote = np.maximum(own, pool.attention_s(b, k, p))
-        entries = np.where(of_role[:, None, None] == Role.PREFILL, np.inf, n_it * remote)  # those have no pools
+        entries = np.where(b == 0.0, np.inf, n_it * remote)  # prefill replicas have no pools
         layer_s = chunk_layer_s[unified, None, None] + remote[unified]
         late = pool.late_s(b[unified], c[unified], k, p, layer_s)
         entries[unified] += nc[unified] * late
         chunk_entries[unified] = remote[unified] + late
         return entries.reshape(len(self.mixes), -1), chunk_entries.reshape(len(self.mixes), -1)
-
-
-def _tokens(mix: Mix) -> int:
-    """Tokens of an iteration with a chunk."""
-    return mix.micro_batch + mix.chunk_tokens
 
 
 def _cut_floor(problem: PlacementProblem) -> IntArray:

@@ -110,4 +110,5 @@ def _all_reduce_s(atlas: Atlas, x: int, rank: int) -> float:
     assert shape is not None, "rank types are valid shapes"
     device = DeviceCost(model, atlas.problem.profiles[c.gpu], atlas.moments, shape, c.intra)
     with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
-    return 2.0 * (mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain))
+    reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)
+    return float(2.0 * reduce_s)
