@@ -17,14 +17,14 @@ from hetis.solver.check.fleet import Fleet
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.engines import ENGINES, beyond, run_by
-from hetis.solver.placement.master import Columns
+from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.options import EVERYTHING, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
-from tests.solver.instances import make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import NO_LIMITS, make_model, make_node, make_problem, make_profile, problems
 from tests.solver.oracle import best_plan_value
 
 REL = 1e-6
@@ -259,3 +259,18 @@ def test_a_search_without_time_says_so() -> None:
     problem = make_problem([make_node("a", "A", nodes=2)], family=WITH_WORKERS)
     with pytest.raises(NoPlanFoundError):
         solve_placement(problem, strategy="hetis", budget=Budget(time_limit_s=0.0))
+
+
+@pytest.mark.parametrize(("is_settled", "error"), [(False, NoPlanFoundError), (True, InfeasibleError)])
+def test_whole_counts_that_found_nothing_prove_nothing_unless_they_came_to_their_end(
+    monkeypatch: pytest.MonkeyPatch, is_settled: bool, error: type[Exception]
+) -> None:
+    """Gave HiGHS up on plans that meet the demand, "no plan exists" would be a lie: the relaxation has one."""
+    fleet = [make_node("a", "BIG", gpus=2)]
+    most = value_of(make_problem(fleet, family=PLAIN))
+    objective = replace(NO_LIMITS, kind=ObjectiveKind.GPUS, demand_rps=most / 2)
+    problem = make_problem(fleet, objective=objective, family=PLAIN)
+    assert solve_placement(problem, strategy="hetis").replicas
+    monkeypatch.setattr(Master, "attempt", lambda *_args, **_options: (None, is_settled))
+    with pytest.raises(error):
+        solve_placement(problem, strategy="hetis")

@@ -111,7 +111,7 @@ def explore_listing(
 
 
 class _Search:
-    """One search. ``bound`` speaks of the whole family when ``is_complete``."""
+    """One search."""
 
     def __init__(
         self, atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, gap_target: float, seed: int,
@@ -126,7 +126,8 @@ class _Search:
         self.budget, self.report, self.gap_target, self.seed = budget, report, gap_target, seed
         self.listing = Listing(atlas, row_costs)
         self.bound = rate_bound(atlas) if master.maximises else 0.0  # of dense work alone, until more is known
-        self.is_complete = False
+        self.is_complete = False  # the bound is of the relaxation over the whole family
+        self.is_impossible = False  # no whole counts of the replicas of the family meet the demand
         self.incumbent: MilpSolution | None = None
         self.relaxed: LpSolution | None = None
 
@@ -328,7 +329,9 @@ class _Search:
             return True
         distance = np.inf if self.incumbent is None else abs(self.bound - self.incumbent.value)
         is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
-        may_take_long = self.listing.num_compositions <= FEW and np.isfinite(self.budget.remaining_s())
+        may_take_long = self.listing.num_compositions <= FEW and (
+            self.incumbent is None or np.isfinite(self.budget.remaining_s())
+        )
         if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
             return False
         columns = self.listing.columns
@@ -370,12 +373,13 @@ class _Search:
             (least,) = settled([padded(self.relaxed.counts, num)[chosen]], back=back) or (None,)
             if least is not None and start is not None and np.any(start.counts < least):
                 start = None
-        found = self.master.solve_milp(
+        found, is_settled = self.master.attempt(
             columns.some(chosen), time_limit_s=max(LEAST_S, limit_s),
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
             presolves=self.master.pins is not None, stop=self._is_over(limit_s),
         )  # fmt: skip
         if found is None:
+            self.is_impossible = proves and is_settled  # every replica of the family was there to choose from
             return None
         if (found.value > 0.0 or not self.master.maximises) and self.master.prefers(found.value, self.incumbent):
             counts = np.zeros(num, dtype=np.int64)
@@ -407,7 +411,8 @@ class _Search:
     def _outcome(self) -> Outcome | None:
         columns = self.listing.columns
         if self.incumbent is None or self.relaxed is None or columns is None:
-            if self.is_complete and self.master.pins is None:
+            serves_nothing = self.relaxed is None or (self.master.maximises and self.relaxed.value <= 0.0)
+            if self.master.pins is None and (self.is_impossible or (self.is_complete and serves_nothing)):
                 return None
             raise NoPlanFoundError(UNDECIDED)
         counts = padded(self.incumbent.counts, len(columns.rates))
