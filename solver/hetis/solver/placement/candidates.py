@@ -164,8 +164,8 @@ class Candidates:
         return template_of_pipeline(self.atlas, self.shape, counts, found, self.workers)
 
 
-def candidates_of(atlas: Atlas) -> Iterator[Candidates]:
-    """All replicas of an engine's family, none of them evaluated; those without attention workers first.
+def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]:
+    """All replicas of an engine's family, none of them evaluated: those without attention workers, and the many with.
 
     Raises:
         InvalidProblemError: they are too many to list.
@@ -186,12 +186,17 @@ def candidates_of(atlas: Atlas) -> Iterator[Candidates]:
         return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}
-    for number, shape in enumerate(shapes):
-        for side, mixes in mixes_of[shape.scope].items():
-            yield made(number, side, mixes, None)
-    for number, shape in enumerate(shapes):
-        for workers in workers_of(atlas, shape) if UNIFIED in mixes_of[shape.scope] else ():
-            yield made(number, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+    without = [
+        made(number, side, mixes, None)
+        for number, shape in enumerate(shapes)
+        for side, mixes in mixes_of[shape.scope].items()
+    ]
+    return without, (
+        made(number, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+        for number, shape in enumerate(shapes)
+        if UNIFIED in mixes_of[shape.scope]
+        for workers in workers_of(atlas, shape)
+    )
 
 
 def _numbered(values: Sequence[Hashable]) -> list[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -55,9 +56,14 @@ class Listing:
 
     def __init__(self, atlas: Atlas, row_costs: FloatArray) -> None:
         self.row_costs = row_costs
-        self.candidates = list(candidates_of(atlas))
+        self.without_workers, self._with_workers = candidates_of(atlas)
         self.columns: Columns | None = None
         self._listed = list[Listed]()
+
+    @cached_property
+    def candidates(self) -> list[Candidates]:
+        """All of them; a first plan is made without those with attention workers, which are most."""
+        return [*self.without_workers, *self._with_workers]
 
     def add(self, candidates: Candidates, which: IntArray) -> None:
         """Known replicas become columns; those before keep their numbers."""
@@ -195,9 +201,9 @@ class _Search:
     def _list_first(self) -> None:
         """Replicas that are worth their GPUs if a GPU is worth about its memory bandwidth."""
         prices = first_prices(self.atlas)
-        for each in self.listing.candidates:
-            if each.workers is None and not self.budget.is_spent():
-                ratio = each.evaluator.shortest_s * (each.worth(prices) + each.worth(self.row_costs))
+        for each in self.listing.without_workers:
+            if not self.budget.is_spent():
+                ratio = each.evaluator.shortest_s * each.worth(prices + self.row_costs)
                 which = np.argsort(ratio)[:FIRST]
                 which = which[each.fits[which] & np.isfinite(ratio[which])]
                 self._add(each, each.found_among(which, np.full(len(which), np.inf)))

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -95,7 +96,7 @@ class StageTimes(NamedTuple):
 
         inf where its stages have no room for all layers.
         """
-        room = counts @ self.most.max(axis=2).T
+        room = counts.astype(float) @ self.most.max(axis=2).T.astype(float)  # of whole numbers numpy multiplies slowly
         return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
 
 
@@ -324,18 +325,22 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
     Raises:
         InvalidProblemError: they are too many to list.
     """
-    family, found = atlas.problem.family, list[Shape]()
-    assert family.engine is not None, "other families have replicas that are not listed"
+    family, found, mixtures = atlas.problem.family, list[Shape](), cache(_mixtures)  # zones often have the same
+    engine = family.engine
+    assert engine is not None, "other families have replicas that are not listed"
     for number in range(len(atlas.scopes)):
         for tp in sorted({tp for _, tp in atlas.ranks}):
             ranks = _ranks_of(atlas, number, tp)
-            for depth in range(1, family.engine.max_stages + 1):
+            deepest = engine.max_stages if engine.max_gpus is None else min(engine.max_stages, engine.max_gpus // tp)
+            for depth in range(1, deepest + 1 if ranks else 1):
                 if family.mixed_types and math.comb(len(ranks) + depth - 1, depth) > MOST_COMPOSITIONS:
                     raise InvalidProblemError(
                         f"{len(ranks)} kinds of GPUs in a zone make too many pipelines of {depth} stages "
                         f"({MOST_COMPOSITIONS:,} are listed at most): allow fewer stages"
                     )
-                counts = _compositions(atlas, number, ranks, tp, depth)
+                pure = depth * np.eye(len(ranks), dtype=np.int64)
+                counts = mixtures(len(ranks), depth) if family.mixed_types else pure
+                counts = _with_room(atlas, number, ranks, counts)
                 if len(counts):
                     found.append(Shape(number, depth, np.array(ranks, dtype=np.int64), counts))
     return found
@@ -350,23 +355,20 @@ def _ranks_of(atlas: Atlas, scope: int, tp: int) -> list[int]:
     ]
 
 
-def _compositions(atlas: Atlas, scope: int, ranks: list[int], tp: int, depth: int) -> IntArray:
-    """How many stages of each rank type a replica may have; [C, ranks]."""
-    family, available = atlas.problem.family, atlas.scopes[scope].tables.available
-    engine = family.engine
-    most = np.array([int(available[atlas.ranks[s][0]]) // tp for s in ranks], dtype=np.int64)
-    too_large = engine is not None and engine.max_gpus is not None and depth * tp > engine.max_gpus
-    if not ranks or too_large:
-        return np.zeros((0, len(ranks)), dtype=np.int64)
-    if family.mixed_types:
-        chosen = np.array(list(itertools.combinations_with_replacement(range(len(ranks)), depth)), dtype=np.int64)
-        counts = np.stack([(chosen == i).sum(axis=1) for i in range(len(ranks))], axis=1)
-    else:
-        counts = depth * np.eye(len(ranks), dtype=np.int64)
+def _mixtures(num_ranks: int, depth: int) -> IntArray:
+    """Every number of stages of each rank type, ``depth`` in all; [C, ranks]."""
+    chosen = np.array(list(itertools.combinations_with_replacement(range(num_ranks), depth)), dtype=np.int64)
+    return np.stack([(chosen == i).sum(axis=1) for i in range(num_ranks)], axis=1)
+
+
+def _with_room(atlas: Atlas, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
+    """Those of ``counts`` [C, ranks] that the fleet has room for, and that have room for the model."""
     t = atlas.scopes[scope].tables
     layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
     fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
-    fits &= np.all(counts <= most, axis=1)
+    counts = counts[fits]
+    most = [int(t.available[g]) // tp for g, tp in (atlas.ranks[s] for s in ranks)]
+    fits = np.all(counts <= most, axis=1)
     fits &= np.all(counts @ atlas.group_use[ranks] <= atlas.resources.limits, axis=1)
     return np.asarray(counts[fits])
 
