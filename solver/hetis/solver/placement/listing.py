@@ -184,7 +184,7 @@ class _Search:
                 self._set_bound()
                 break
         if self.listing.columns is None and not self.is_complete:
-            raise NoPlanFoundError(UNDECIDED)
+            raise NoPlanFoundError(f"no plan found within {self.budget.elapsed_s():.1f} s; allow more time")
         self._round_down()
         self._choose(LIKELY, QUICK_S, back=8)
 
@@ -384,10 +384,12 @@ class _Search:
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
             presolves=self.master.pins is not None, stop=self._is_over(limit_s),
         )  # fmt: skip
+        serves = found is not None and (found.value > 0.0 or not self.master.maximises)
+        if not serves and proves:  # every replica of the family was there to choose from
+            self.is_impossible = is_settled and self.incumbent is None
         if found is None:
-            self.is_impossible = proves and is_settled  # every replica of the family was there to choose from
             return None
-        if (found.value > 0.0 or not self.master.maximises) and self.master.prefers(found.value, self.incumbent):
+        if serves and self.master.prefers(found.value, self.incumbent):
             counts = np.zeros(num, dtype=np.int64)
             counts[chosen] = found.counts
             self.incumbent = replace(found, counts=counts)
