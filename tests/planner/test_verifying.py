@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import load_plan
+from hetis.planner.report.figures import digits
+from hetis.planner.report.plan import headline
 from hetis.planner.use_cases.place import Settings, missed
 from hetis.planner.use_cases.simulate import default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
-from hetis.planner.use_cases.verify import VERIFICATION, misses, verification_of, verified
+from hetis.planner.use_cases.verify import VERIFICATION, misses, rate_to_simulate, verification_of, verified
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke
+from tests.planner.test_reports import text_of
 from tests.planner.test_simulate import CLUSTER
 
 Placed = tuple[Plan, PlacementProblem]
@@ -39,6 +42,11 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(placed: Path) -> Placed:
     found = load_plan_and_problem(str(placed))
     return found.plan, found.problem
+
+
+def drawn(plan: Plan) -> str:
+    """The words of a plan's first lines, however they are wrapped."""
+    return " ".join(text_of(headline(plan), width=160).split())
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
@@ -81,6 +89,17 @@ def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
     assert kept.kept
 
 
+def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:
+    plan, problem = pair
+    said = {"kept": False, "ttft_p95_s": 9.5, "kept_rps": 0.7 * plan.result.value}
+    missing = replace(plan, inputs={**plan.inputs, VERIFICATION: {**plan.inputs[VERIFICATION], **said}})
+    kept, planned = (f"{digits(rate, 4)} requests/s" for rate in (said["kept_rps"], plan.result.value))
+    assert f"Goodput {kept} within the limits, simulated; by the model {planned}" in drawn(missing)
+    assert f"Goodput {planned} proven" in drawn(plan)
+    assert rate_to_simulate(missing, problem) == said["kept_rps"]
+    assert rate_to_simulate(plan, problem) == default_rate(plan, problem)
+
+
 def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) -> None:
     plan, problem = pair
     bare = replace(plan, inputs={})
@@ -92,9 +111,10 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert left is bare
 
 
-@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}])
+@pytest.mark.parametrize("written", [None, 3, [], {"kept": True}, {"rate_rps": "x"}, {"kept_rps": "x"}])
 def test_what_is_not_readable_is_no_verification(pair: Placed, written: object) -> None:
-    plan = replace(pair[0], inputs={VERIFICATION: written})
+    whole = pair[0].inputs[VERIFICATION]
+    plan = replace(pair[0], inputs={VERIFICATION: {**whole, **written} if written == {"kept_rps": "x"} else written})
     assert verification_of(plan) is None
 
 

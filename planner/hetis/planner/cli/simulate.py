@@ -14,6 +14,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import HtmlOption, PlanArgument
 from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
+from hetis.planner.use_cases.verify import rate_to_simulate
 
 if TYPE_CHECKING:
     from hetis.simulator.metrics import Limits
@@ -89,7 +90,7 @@ def simulate(
         lengths=simulating.planned_lengths(found.plan, plan) if trace is None else simulating.load_lengths(trace),
         max_position=found.problem.model.max_position,
         arrivals=Arrivals.RECORDED if recorded else Arrivals.SATURATED if saturate else Arrivals.DRAWN,
-        rate_rps=simulating.default_rate(found.plan, found.problem) if drawn and rate is None else rate,
+        rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and rate is None else rate,
         gap_cv=cv,
     )
     num_requests = requests or simulating.default_requests(found.plan, load)

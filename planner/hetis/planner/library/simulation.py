@@ -13,10 +13,10 @@ from hetis.planner.use_cases.simulate import (
     Question,
     Simulated,
     answer,
-    default_rate,
     default_requests,
     sample_spacing_s,
 )
+from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits
 from hetis.simulator.summary import Summary
@@ -109,7 +109,7 @@ def simulation_of(
         lengths=problem.workload,
         max_position=problem.model.max_position,
         arrivals=Arrivals.DRAWN,
-        rate_rps=default_rate(plan, problem) if rate_rps is None else rate_rps,
+        rate_rps=rate_to_simulate(plan, problem) if rate_rps is None else rate_rps,
     )
     num_requests = num_requests or default_requests(plan, load)
     question = Question(

@@ -24,7 +24,7 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
 from hetis.planner.use_cases.sources import inputs_from_documents
-from hetis.planner.use_cases.verify import Verification, misses, verification_of
+from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
 MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
@@ -116,8 +116,7 @@ def _facts(plan: Plan) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    value = Text.assemble((f"{digits(result.value, 4)} {result.unit}", "bold green"), f"  {verdict(result)}")
-    table.add_row(_VALUE_NAMES[result.objective], value)
+    table.add_row(_VALUE_NAMES[result.objective], _value(plan))
     if (cost := _cost(plan)) is not None:
         table.add_row("Price" if result.objective is ObjectiveKind.COST else "Cost", cost)
     if (compared := beside_equal_stages(plan)) is not None:
@@ -142,6 +141,16 @@ def _facts(plan: Plan) -> Table:
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
     return table
+
+
+def _value(plan: Plan) -> Text:
+    """What may be promised: the rate that simulated traffic keeps the limits at, where the model's is higher."""
+    result, kept = plan.result, kept_rate(plan)
+    by_model = f"{digits(result.value, 4)} {result.unit}"
+    if kept is None or result.objective is not ObjectiveKind.GOODPUT:
+        return Text.assemble((by_model, "bold green"), f"  {verdict(result)}")
+    promised = (f"{digits(kept, 4)} {result.unit}", "bold yellow")
+    return Text.assemble(promised, f"  within the limits, simulated; by the model {by_model}, {verdict(result)}")
 
 
 def _cost(plan: Plan) -> str | None:

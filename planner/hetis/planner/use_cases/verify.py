@@ -72,7 +72,22 @@ def verification_of(plan: Plan) -> Verification | None:
         return None
     values: dict[str, Any] = {name: found[name] for name in names}
     numbers = [values[name] for name in ("rate_rps", "num_requests", "ttft_p95_s", "tpot_mean_s", "attainment")]
+    numbers += [values["kept_rps"] or 0.0]
     return Verification(**values) if all(isinstance(number, int | float) for number in numbers) else None
+
+
+def kept_rate(plan: Plan) -> float | None:
+    """The highest rate at which simulated traffic kept the limits, where the plan's own rate did not.
+
+    None: the plan was not simulated, or kept them, or no rate that was tried did.
+    """
+    found = verification_of(plan)
+    return None if found is None or found.kept else found.kept_rps
+
+
+def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
+    """Where none is asked for: the demanded rate, or the one that the plan keeps its limits at, as far as is known."""
+    return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
 def misses(verification: Verification, plan: Plan) -> list[str]:

@@ -39,7 +39,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.perturbing import used_fits
 from hetis.planner.use_cases.sources import Inputs
-from hetis.planner.use_cases.verify import misses, verification_of
+from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
 from hetis.solver.explain import Explanation, MemoryBar
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import ObjectiveKind, Plan, Role
@@ -138,11 +138,12 @@ def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[
     kind = plan.objective.kind
     expected = predicted_of(plan)
     span = "" if expected is None else f"{digits(expected.rate.low)} to {digits(expected.rate.high)} by profile errors"
+    kept = kept_rate(plan) if kind is ObjectiveKind.GOODPUT else None
     yield Tile(
         label="Throughput" if kind is ObjectiveKind.THROUGHPUT else "Served within the limits",
-        value=digits(figures.rate_rps),
+        value=digits(figures.rate_rps if kept is None else kept),
         unit="requests/s",
-        note=span,
+        note=span if kept is None else f"simulated; by the model {digits(figures.rate_rps)}",
     )
     yield Tile(
         label="Tokens",
