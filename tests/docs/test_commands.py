@@ -1,4 +1,7 @@
-"""Every command on every page is one that there is: options, verbs and values are read by the real parsers."""
+"""Every command on every page is one that there is: options, verbs and values are read by the real parsers.
+
+`test_commands_run.py` runs them, or says why not.
+"""
 
 from __future__ import annotations
 

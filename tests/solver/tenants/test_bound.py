@@ -62,3 +62,13 @@ def test_who_can_serve_nothing_cannot_keep_a_floor() -> None:
     level_bound = bound_of(level, PRICES, efficiency, LIMITS)
     assert level_bound is not None
     assert level_bound.value == 0.0
+
+
+@pytest.mark.parametrize("claims", [None, np.ones(2)], ids=["sum", "level"])
+def test_a_search_that_was_cut_off_at_once_proves_nothing(claims: np.ndarray | None) -> None:
+    """It knows no efficiency; the bound is no number that could be mistaken for one."""
+    goal = TenantsGoal(gains=np.ones(2), floors=np.zeros(2), claims=claims)
+    bound = bound_of(goal, PRICES, np.full(2, np.inf), LIMITS)
+    assert bound is not None
+    assert bound.value == np.inf
+    assert not bound.multipliers.any()

@@ -48,11 +48,16 @@ class TenantsBound:
 def bound_of(
     goal: TenantsGoal, row_prices: FloatArray, efficiency: FloatArray, limits: FloatArray
 ) -> TenantsBound | None:
-    """The bound that prices prove, given e_i(y) [tenants]; None: they prove that the floors cannot be met."""
+    """The bound that prices prove, given e_i(y) [tenants]; None: they prove that the floors cannot be met.
+
+    An efficiency is infinite where its search was cut off before it knew any. What that leaves unbounded is infinite.
+    """
     worth = float(row_prices @ limits)
     effort = np.divide(1.0, efficiency, out=np.full(len(efficiency), np.inf), where=efficiency > 0.0)
     if goal.claims is not None:
         needed = float(goal.claims @ effort)  # worth of a level of 1
+        if needed == 0.0:
+            return _nothing_proved(row_prices, efficiency)
         scale = 1.0 / needed if np.isfinite(needed) else 0.0
         multipliers = scale * np.where(np.isfinite(effort), effort, 0.0)
         return TenantsBound(scale * worth, scale * row_prices, multipliers)
@@ -60,7 +65,13 @@ def bound_of(
     if float(goal.floors[owing] @ effort[owing]) > worth:
         return None
     scale = float((goal.gains * efficiency).max())
+    if np.isinf(scale):
+        return _nothing_proved(row_prices, efficiency)
     # Who can serve nothing has no price to speak of: any that is not below its gain will do.
     multipliers = np.where(np.isfinite(effort), scale * np.where(np.isfinite(effort), effort, 1.0), goal.gains)
     value = scale * worth - float((multipliers - goal.gains) @ goal.floors)
     return TenantsBound(value, scale * row_prices, multipliers)
+
+
+def _nothing_proved(row_prices: FloatArray, efficiency: FloatArray) -> TenantsBound:
+    return TenantsBound(np.inf, row_prices, np.zeros_like(efficiency))

@@ -96,7 +96,7 @@ class JointGeneration:
             efficiency[i], added, complete = most * self._scales[i], added + new, complete and whole
         found = bound_of(self.goal, prices, efficiency, self.resources.limits.astype(float))
         self.is_infeasible = found is None
-        if found is not None and (self.bound is None or found.value < self.bound.value):
+        if found is not None and found.value < (np.inf if self.bound is None else self.bound.value):
             self.bound = found
         return added, complete
 

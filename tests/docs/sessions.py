@@ -1,0 +1,95 @@
+"""A folder in which lines of pages are run as a reader would: by bash, with our programs on its path."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.command_line import environment
+from tests.docs.pages import ROOT
+
+MAINS = {
+    "hetis-plan": "hetis.planner.cli.entry",
+    "hetis-planner": "hetis.planner.service.main",
+    "hetis-agent": "hetis.runtime.agent.main",
+    "hetis-launch": "hetis.runtime.launch.main",
+    "hetis-worker": "hetis.runtime.worker.main",
+    "hetis-profile": "hetis.profiler.cli.main",
+}
+
+
+class Session:
+    """A shell's folder and environment. ``replaced``: what stands on pages, and what is here instead."""
+
+    def __init__(self, folder: Path, *, replaced: Mapping[str, str] | None = None, **variables: str) -> None:
+        self.folder, self.replaced = folder, dict(replaced or {})
+        programs = folder / ".programs"
+        programs.mkdir()
+        for name, module in MAINS.items():
+            start = f"import sys; sys.argv[0] = {name!r}; from {module} import main; sys.exit(main())"
+            (programs / name).write_text(
+                f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(start)} "$@"\n'
+            )
+            (programs / name).chmod(0o755)
+        (folder / "examples").symlink_to(ROOT / "examples")
+        here = {"XDG_STATE_HOME": str(folder / "state"), "XDG_CONFIG_HOME": str(folder), **variables}
+        self.environment = environment(**here)
+        self.environment["PATH"] = f"{programs}:{self.environment['PATH']}"
+
+    def written(self, line: str) -> str:
+        """The line with what is here in place of what stands on the page."""
+        for there, here in self.replaced.items():
+            line = line.replace(there, here)
+        return line
+
+    def run(self, line: str, *, codes: tuple[int, ...] = (0,)) -> str:
+        """What a line prints; it ends by itself, with one of ``codes``."""
+        command = ["bash", "-o", "pipefail", "-c", self.written(line)]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode in codes, f"{line}\nends with {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    @contextmanager
+    def running(self, line: str, until: str, *, end: signal.Signals = signal.SIGTERM, code: int = 0) -> Iterator[str]:
+        """Runs a line that goes on by itself: from when it prints ``until``, a pattern, to a signal that ends it.
+
+        Yields what it printed so far.
+        """
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {self.written(line)}"],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        watchdog = threading.Timer(60, process.kill)
+        watchdog.start()
+        try:
+            printed = ""
+            while not re.search(until, printed):
+                read = process.stdout.readline()
+                assert read, f"{line}\nended, or said nothing of {until!r} for a minute\n{printed}"
+                printed += read
+            watchdog.cancel()
+            rest = threading.Thread(target=process.stdout.read)  # a full pipe would stop it
+            rest.start()
+            yield printed
+            process.send_signal(end)
+            assert process.wait(60) == code, line
+            rest.join()
+        finally:
+            watchdog.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()

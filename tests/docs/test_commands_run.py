@@ -1,0 +1,248 @@
+"""Every command on every page is run: here, by another test that the tables below name, or not, for a reason there.
+
+Commands that search are checked whole, with `--dry-run`, in every run, and run to their end by the soak test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from signal import SIGINT
+
+import pytest
+
+from hetis.planner.cli.exit_codes import ExitCode
+from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines
+from tests.docs.sessions import Session
+from tests.planner.command_line import hetis_plan_here
+from tests.planner.test_command_line_manners import tour
+
+LINES = list(command_lines())
+
+# What begins like this is not run by any test, and why.
+NOT_RUN = {
+    r"pip install ": "it installs from a registry; tests/test_packaging.py installs what we build",
+    r"make |\.ci/run|pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, this one among them, or is run by them below",
+    r"python -m tests\.faults\.run ": "50 kills take a quarter of an hour; tests/faults has one of each",
+    r"python -m benchmarks\.": "minutes to hours; tests/benchmarks runs the quick form of every one",
+    r"python -m tools\.efficiency ": "its tables are not in the repository; tests/profiler/test_efficiency.py",
+    r"grpcurl ": "a program of others; tests/planner/client calls the same method",
+    r"kubectl |helm ": "a Kubernetes cluster; tests/deploy renders the chart",
+    r"srun |hetis-launch ray ": "a cluster of Slurm or Ray; tests/runtime/launch/test_ray.py has a Ray of its own",
+    r"cat > workers\.yaml|export HETIS_VLLM_CONFIG|vllm serve ": "vLLM on a GPU; tests/runtime/vllm has it on a CPU",
+    r"hetis-worker |hetis-profile run --device cuda": "a GPU; tests/runtime/worker and tests/profiler have a CPU",
+    r"bash exported/|curl http://10\.": "the machines of the tutorial; tests/planner/export reads the scripts",
+    r"hetis-launch (show|processes) --plan plan.json --model /models/": "a model of 70B; those of docs/vllm.md are run",
+}
+# What begins like this is run by the test named.
+RUN_ELSEWHERE = {
+    r"hetis-launch (show|kubernetes) .*models/tiny": "tests/runtime/launch/test_command.py",
+    r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
+    r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
+}
+# Run on a planner, or with the authority and the nodes that the page makes, by the tests below.
+WITH_A_PLANNER = (
+    r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit) "
+)
+# Offline, to the end in the soak test; some of them in every run (`tests/docs/test_commands.py`).
+OFFLINE = r"hetis-plan |sed "
+PROFILES = r"--profile profile\.json"  # of a card that was measured just now: as `hetis-profile` above
+
+# What the files of a page are, beside `init`'s, the examples and `plan.json`, a plan of the paper's cluster.
+PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 5s --tpot 200ms --no-verify"
+FILES = {
+    "replanning.md": [
+        f"{PAPER} --out running.json",
+        "sed '/r3090/s/, count: 2//' examples/paper.yaml > fleet-now.yaml",
+    ],
+    "report.md": [f"{PAPER} --out today.json", f"{PAPER} --strategy uniform --out next-quarter.json"],
+    "simulator.md": ["printf 'arrival_s,prompt_tokens,output_tokens\\n0,500,20\\n1,300,30\\n2,400,25\\n' > mine.csv"],
+    "tutorial.md": [
+        "printf 'apiVersion: hetis/v1\\nkind: Cluster\\nname: my-fleet\\nnodes:\\n"
+        "  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 2}]}\\n"
+        "  - {name: l4, count: 2, gpus: [{type: L4, count: 4}]}\\n"
+        "network: {bandwidth: 100Gbps, latency: 20us}\\n' > fleet.yaml",
+    ],
+}
+# Lines whose exit code is part of what the page says.
+CODES = {
+    r"--tpot 20ms": (ExitCode.INFEASIBLE,),
+    r"--strict": (ExitCode.OK, ExitCode.MISSED),  # a slow machine proves less in the same time
+}
+
+
+def is_tour(line: CommandLine) -> bool:
+    """Whether `test_the_tour_runs_verbatim` runs it."""
+    return line.page == "README.md" and line.line.partition("  #")[0].strip() in tour()
+
+
+def begins(line: CommandLine, patterns: object) -> bool:
+    return any(re.match(pattern, line.line) for pattern in patterns)  # type: ignore[attr-defined]
+
+
+def offline_lines(page: str) -> list[CommandLine]:
+    """The lines of a page that need nobody else, in its order."""
+    return [
+        line
+        for line in LINES
+        if line.page == page
+        and not is_tour(line)
+        and not begins(line, [*NOT_RUN, *RUN_ELSEWHERE, WITH_A_PLANNER])
+        and not re.search(PROFILES, line.line)
+    ]
+
+
+def test_every_command_is_run_or_is_in_a_table_with_the_reason() -> None:
+    unknown = [str(line) for page in PAGES for line in offline_lines(page.name) if not re.match(OFFLINE, line.line)]
+    assert not unknown, "no test runs these:\n" + "\n".join(unknown)
+    for pattern in [*NOT_RUN, *RUN_ELSEWHERE]:
+        assert any(begins(line, [pattern]) for line in LINES), f"no page has a line like {pattern}"
+    for test in [*RUN_ELSEWHERE.values(), *re.findall(r"tests/[\w/.]+\w", " ".join(NOT_RUN.values()))]:
+        assert (ROOT / test).exists(), test
+
+
+def prepared(folder: Path, page: str) -> Session:
+    """The folder of somebody who reads that page, with the files that it takes for granted."""
+    session = Session(folder)
+    for line in FILES.get(page, ()):
+        session.run(line)
+    return session
+
+
+SEARCHING = [
+    line
+    for page in PAGES
+    for line in offline_lines(page.name)
+    if re.search(r"hetis-plan (place|compare|what-if|share|replan) ", line.line)
+]
+
+
+def test_commands_that_search_are_whole(tmp_path: Path) -> None:
+    """Every name, file and option of them, and whether their results could be written."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
+    (tmp_path / "plans").mkdir()
+    made = hetis_plan_here(*PAPER.split()[1:], "--out", "running.json", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "fleet-now.yaml").write_text((ROOT / "examples/paper.yaml").read_text(encoding="utf-8"))
+    assert len(SEARCHING) > 15
+    for line in SEARCHING:
+        (words, *_) = line.programs()
+        done = hetis_plan_here(*words[1:], "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", [page.name for page in PAGES if offline_lines(page.name)])
+def test_offline_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
+    """As they stand there, one after the other, in searches of 20 s."""
+    session = prepared(tmp_path, page)
+    (tmp_path / "hetis.toml").write_text('time-limit = "20s"\n')
+    lines = offline_lines(page)
+    if not any("hetis-plan init" in line.line for line in lines):
+        session.run("hetis-plan init")
+    if page == "tutorial.md":
+        session.replaced["--cluster cluster.yaml"] = "--cluster fleet.yaml"  # as the reader has edited it by then
+    elif any(" plan.json" in line.line for line in lines):
+        session.run(f"{PAPER} --out plan.json")
+    for line in lines:
+        (codes,) = [codes for pattern, codes in CODES.items() if re.search(pattern, line.line)] or [(ExitCode.OK,)]
+        session.run(line.line, codes=codes)
+
+
+# --- with a planner
+
+
+NODES = {"a100": "A100-PCIe-80GB:4", "r3090-0": "RTX-3090:2", "r3090-1": "RTX-3090:2", "p100": "P100-PCIe-12GB:4"}
+
+
+@contextmanager
+def serving(session: Session, line: str) -> Iterator[str]:
+    """A planner started by a line, on free ports, until it is stopped. Yields its address; the status page replaces
+    its usual one."""
+    here = {"HETIS_LISTEN": "127.0.0.1:0", "HETIS_STATUS_PAGE__ADDRESS": "127.0.0.1:0", "HETIS_LOG__FORMAT": "text"}
+    session.environment.update(here)
+    with session.running(line, r"listens on .*\n") as printed:
+        for name in here:
+            del session.environment[name]
+        addresses = re.search(r"listens on (\S+) .*status page (http://\S+/)", printed)
+        assert addresses, printed
+        session.replaced["http://127.0.0.1:8471/"] = addresses[2]
+        session.environment |= {"HETIS_SERVER": addresses[1], "HETIS_AGENT_SERVER": addresses[1]}
+        yield addresses[1]
+
+
+def lines_like(page: str, pattern: str) -> list[str]:
+    found = [line.line for line in LINES if line.page == page and re.match(pattern, line.line)]
+    assert found, f"{page} has no line like {pattern}"
+    return found
+
+
+def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
+    """A planner, an engine and four agents: plans are put in force, looked at and taken back."""
+    session = Session(tmp_path, replaced={"/run/hetis/": f"{tmp_path}/"})
+    with serving(session, *lines_like("README.md", "hetis-planner ")), ExitStack() as nodes:
+        session.run("hetis-plan apply examples/paper.yaml")
+        for node, cards in NODES.items():
+            session.environment |= {
+                "HETIS_AGENT_STATE_DIR": str(tmp_path / node),
+                "HETIS_AGENT_SIMULATED_DEVICES": cards,
+            }
+            start = f"hetis-agent --node clusters/paper/nodes/{node} --engine simulated"
+            if node == "a100":
+                engine = f"hetis-agent simulate --socket {tmp_path}/engine.sock --node clusters/paper/nodes/{node}"
+                nodes.enter_context(session.running(engine, "serv"))
+                (start,) = lines_like("README.md", "hetis-agent ")
+            nodes.enter_context(session.running(start, "connected: epoch"))
+        session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
+        for line in lines_like("cli.md", r"hetis-plan (apply|agents|get|rollback) "):
+            session.run(line)
+        with session.running(
+            *lines_like("cli.md", "hetis-plan watch "), "night", end=SIGINT, code=ExitCode.INTERRUPTED
+        ):
+            pass
+        for line in lines_like("planner.md", r"curl |hetis-plan audit "):
+            session.run(line)
+    for line in lines_like("planner.md", "hetis-planner audit "):
+        session.run(line)
+
+
+def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_path: Path) -> None:
+    names = {"DNS:planner-1.example": "DNS:localhost", "clusters/night/nodes/h100-3": "clusters/paper/nodes/a100"}
+    session = Session(tmp_path, replaced=names)
+    for line in [*lines_like("operations.md", "openssl "), *lines_like("operations.md", "hetis-planner token ")]:
+        session.run(line)
+    (tmp_path / "tokens.yaml").unlink()  # readers of the next page begin one of their own
+    tokens = [session.run(line) for line in lines_like("planner.md", "hetis-planner token ")]
+    (tmp_path / "ci.token").write_text(tokens[0], encoding="utf-8")  # an orchestrator's
+    settings = {
+        "apiVersion": "hetis/v1",
+        "kind": "PlannerConfig",
+        "listen": "localhost:0",
+        "store": f"sqlite:///{tmp_path}/hetis.db",
+        "tls": {"certificate": "planner.pem", "key": "planner.key", "client_ca": "ca.pem"},
+        "tokens": "tokens.yaml",
+    }
+    (tmp_path / "planner.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    check, serve = lines_like("planner.md", "hetis-planner --config ")
+    session.run(check)
+    (agent, devices) = lines_like("agent.md", "hetis-agent ")
+    json.loads(session.run(devices))
+    with serving(session, serve) as address:
+        server = f"localhost:{address.rpartition(':')[2]}"  # by the name in its certificate
+        session.run(
+            f"hetis-plan apply examples/paper.yaml --server {server} --ca ca.pem --cert node.pem --key node.key"
+            " --token-file ci.token"
+        )
+        session.replaced["planner.example:8470"] = server
+        session.replaced["unix:///run/hetis/engine.sock"] = "simulated"
+        session.environment["HETIS_AGENT_SIMULATED_DEVICES"] = NODES["a100"]
+        with session.running(agent, "connected: epoch"):
+            session.run(*lines_like("planner.md", "hetis-planner backup "))
+    for file in tmp_path.glob("hetis.db*"):
+        file.unlink()
+    session.run(*lines_like("planner.md", "hetis-planner restore "))
+    session.run(*lines_like("planner.md", "hetis-planner migrate "))
