@@ -16,6 +16,8 @@ from typing import Any
 from google.protobuf.message import DecodeError, Message
 
 from hetis.formats import documents
+from hetis.formats.discovery.fleet import discovered
+from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.errors import DocumentError
 from hetis.formats.faults import load_faults
 from hetis.formats.measurements import load_measurements
@@ -130,6 +132,10 @@ def _objective(message: plan_pb2.Objective) -> None:
     objective_from_proto(message, "objective", lambda field, why: wrong.append((field, why)))
 
 
+def _fleet(path: str) -> None:
+    discovered(read_inventory([path]), name="fuzz", said={})
+
+
 LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "cluster": (documents.load_cluster, "", ("tests/bad_input/cluster_*", "examples/paper.yaml")),
     "model": (documents.load_model, "", ("tests/bad_input/model_*",)),
@@ -142,6 +148,7 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
     "layers": (documents.load_layers_problem, "", ("tests/bad_input/layers_*", "examples/layers-24.yaml")),
     "tenants": (documents.load_tenants, "", ("tests/bad_input/tenants_*", "examples/tenants.yaml")),
+    "inventory": (_fleet, "", ("tests/formats/discovery/inputs/*.[jctx]*",)),
     "faults": (load_faults, ".csv", ("tests/bad_input/faults_*",)),
     "measurements": (load_measurements, "", ()),
     "planner_config": (partial(load_config, environment={}), "", ("examples/service/*.yaml",)),

@@ -152,7 +152,7 @@ def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, T
     """
     source = Text(file=file, text=text, bounds=bounds)
     not_json: json.JSONDecodeError | None = None
-    if text.lstrip()[:1] == "{":
+    if text.lstrip()[:1] in ("{", "["):
         if _may_exceed(text, bounds.max_values):
             raise single_problem(file, f"is larger than {bounds.max_values} values")
         try:  # JSON proper is read many times faster this way; anything unusual takes the other, for its messages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +17,7 @@ from hetis.planner.cli.audit import audit
 from hetis.planner.cli.cancel import cancel
 from hetis.planner.cli.catalog import catalog
 from hetis.planner.cli.check import check
+from hetis.planner.cli.cluster import cluster
 from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
 from hetis.planner.cli.defaults import default_files, default_map
@@ -83,6 +84,7 @@ app.command(rich_help_panel="With a planner")(cancel)
 app.command(rich_help_panel="With a planner")(disconnect)
 app.command(rich_help_panel="With a planner")(audit)
 app.command(rich_help_panel="Files")(init)
+app.add_typer(cluster, rich_help_panel="Files")
 app.command(rich_help_panel="Files")(validate)
 app.command(rich_help_panel="Files")(schema)
 app.command(rich_help_panel="Files")(catalog)
@@ -125,7 +127,6 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
         return None
     if not default_files(folder):
         return None
-    group: Any = typer.main.get_command(app)
     options = {
         verb: {
             option.removeprefix("--"): parameter.name
@@ -133,9 +134,18 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
             for option in parameter.opts
             if option.startswith("--") and option != "--help"
         }
-        for verb, command in group.commands.items()
+        for verb, command in _verbs(typer.main.get_command(app))
     }
     return default_map(options, folder)
+
+
+def _verbs(group: Any) -> Iterator[tuple[str, Any]]:
+    """Every verb with its command; those of a group as ``cluster.discover``."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from ((f"{name}.{inner}", one) for inner, one in _verbs(command))
+        else:
+            yield name, command
 
 
 def _report_failure(error: Exception) -> int:

@@ -1,7 +1,8 @@
 """Defaults of options from files: ``hetis.toml`` of the project, below it the user's.
 
-A table named like a verb holds options of that verb, and what stands before all tables holds for every verb that has
-the option. The command line comes first, then the project's verb, the project, the user's verb, the user.
+A table named like a verb (``[place]``, ``[cluster.discover]``) holds options of that verb, and what stands before all
+tables holds for every verb that has the option. The command line comes first, then the project's verb, the project,
+the user's verb, the user.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         DocumentError: a file is no TOML, or names a verb or an option that there is not.
     """
-    found: dict[str, dict[str, Any]] = {verb: {} for verb in options}
+    found: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
     for file in default_files(folder):
         for verb, name, value in _settings(file, options, problems):
-            found[verb][name] = value
+            inner = found
+            for part in verb.split("."):  # as click nests the groups of verbs
+                inner = inner.setdefault(part, {})
+            inner[name] = value
     if problems:
         raise DocumentError(problems)
     return found
@@ -61,7 +65,14 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
         for verb, names in options.items():
             if key in names:
                 yield verb, names[key], _as_given(value)
-    for verb, table in tables.items():
+    groups = {verb.partition(".")[0] for verb in options if "." in verb}
+    inner = {f"{name}.{verb}": table for name in groups & set(tables) for verb, table in tables[name].items()}
+    for verb, table in ({name: table for name, table in tables.items() if name not in groups} | inner).items():
+        if not isinstance(table, dict):
+            group, _, key = verb.partition(".")
+            message = f"{group} has no option --{key}: its verbs have tables of their own, such as [{group}.VERB]"
+            problems.append(Problem(file=str(file), message=message))
+            continue
         if verb not in options:
             problems.append(Problem(file=str(file), message=f"no verb {verb!r}{did_you_mean(verb, options)}"))
             continue

@@ -1,0 +1,210 @@
+"""The cluster that a fleet's inventory makes, and the file that says what was found, left out and assumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hetis.formats import catalogue
+from hetis.formats.discovery.boards import LEAVE_OUT, UnclearBoardError, board_of
+from hetis.formats.discovery.found import FoundNode, Inventory, counted, some_of
+from hetis.formats.documents import dump
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
+
+DEFAULT_LINK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbit/s: what a node's NIC has at least, mostly
+ZONE_LINK = Link(bytes_per_s=1.25e9, latency_s=1e-3)  # 10 Gbit/s: zones of one region, a share of their trunk
+
+_MOST_LEFT_OUT = 1000  # sentences in a file
+_WIDTH = 118
+_NUMBERED = re.compile(r"(.+)-(0|[1-9]\d{0,6})")
+
+# One direction of one NVLink, in bytes per second, by architecture (NVIDIA's white papers of each). Ampere's boards
+# without HBM have slower ones.
+_LANES = {"Pascal": 20e9, "Volta": 25e9, "Turing": 25e9, "Ampere": 25e9, "Hopper": 25e9, "Blackwell": 50e9}
+_SLOW_LANE = 14.0625e9
+_AMPERE_WITH_HBM = ("A100", "A800", "A30")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discovered:
+    """A fleet as its tools describe it.
+
+    Attributes:
+        cluster: what a plan may use.
+        left_out: a sentence for everything that it may not use.
+        assumed: what no tool said, and the file therefore states.
+    """
+
+    cluster: Cluster
+    left_out: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+
+def discovered(inventory: Inventory, *, name: str, link: Link | None = None, said: Mapping[str, str]) -> Discovered:
+    """The cluster of an inventory.
+
+    Args:
+        inventory: what the tools said.
+        name: of the cluster.
+        link: between any two nodes of a zone; None: `DEFAULT_LINK`, which the file then says.
+        said: types of products that the user named; see `boards.said_types`.
+
+    Raises:
+        DocumentError: a product name that means no type or several, two nodes of one name, or nothing that is usable.
+    """
+    groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
+    problems: dict[str, Problem] = {}
+    seen: dict[str, str] = {}
+    for node in inventory.nodes:
+        called = _name(node.name)
+        if called in seen:
+            told = f"two nodes are called {called!r}" + (f", of {seen[called]}" if seen[called] else "")
+            problems.setdefault(called, replace(node.where, message=told))
+        seen[called] = node.where.file
+        left_out += [f"{node.name}: {reason}" for reason in node.left_out]
+        slots, unwanted = _slots(node, said, problems)
+        left_out += unwanted
+        if slots:
+            intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
+            notes += [note] if note else []
+            groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra))
+    if problems:
+        raise DocumentError(problems.values())
+    if not groups:
+        raise single_problem(inventory.file, _nothing(inventory, left_out))
+    if inventory.num_without_gpus:
+        left_out.append(f"{counted(inventory.num_without_gpus, 'node')} without GPUs")
+    zones = list(dict.fromkeys(group.zone for group in groups))
+    used = {slots.gpu: catalogue.find_gpu(slots.gpu).gpu for group in groups for slots in group.gpus}
+    cluster = Cluster(
+        name=name,
+        node_groups=tuple(_numbered(groups)),
+        gpu_types=used,
+        network=Network(default=link or DEFAULT_LINK, zone_default=ZONE_LINK if len(zones) > 1 else None),
+    )
+    assumed = (*inventory.notes, *dict.fromkeys(notes), *_assumed(groups, used, zones, link))
+    return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed)
+
+
+def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
+    """The cluster file with comments: where it is from, what is left out and why, what is assumed."""
+    cluster = found.cluster
+    num_nodes = sum(group.count for group in cluster.node_groups)
+    by_type: dict[str, int] = {}
+    for group in cluster.node_groups:
+        for slots in group.gpus:
+            by_type[slots.gpu] = by_type.get(slots.gpu, 0) + group.count * slots.count
+    types = ", ".join(f"{count} {gpu}" for gpu, count in by_type.items())
+    lines = [f"Found by `hetis-plan cluster discover` in {some_of(sources)}: {num_nodes} nodes with {types}."]
+    if found.left_out:
+        lines += ["", "Left out:", *(f"- {one}" for one in found.left_out[:_MOST_LEFT_OUT])]
+        if len(found.left_out) > _MOST_LEFT_OUT:
+            lines.append(f"- and {len(found.left_out) - _MOST_LEFT_OUT} more")
+    lines += ["", "Not found, and therefore assumed; correct what is wrong:", *(f"- {one}" for one in found.assumed)]
+    return "".join(f"# {_comment(line)}".rstrip() + "\n" for line in lines) + dump(cluster)
+
+
+def _comment(line: str) -> str:
+    """A line that cannot end the comment, whatever names are in it."""
+    return "".join(sign if sign.isprintable() else "?" for sign in line)[:1000]
+
+
+def _slots(
+    node: FoundNode, said: Mapping[str, str], problems: dict[str, Problem]
+) -> tuple[tuple[GpuSlots, ...], list[str]]:
+    """GPUs of a node by their types, and what the user wants left out; a name that is unclear is a problem once."""
+    slots, unwanted = list[GpuSlots](), list[str]()
+    for gpus in node.gpus:
+        try:
+            board = board_of(gpus, said)
+        except UnclearBoardError as error:
+            problems.setdefault(str(error), replace(node.where, message=f"{node.name}: {error}"))
+            continue
+        if board == LEAVE_OUT:
+            unwanted.append(f"{node.name}: {counted(gpus.count)} ({gpus.product}): as --gpu says")
+        elif slots and slots[-1].gpu == board:
+            slots[-1] = replace(slots[-1], count=slots[-1].count + gpus.count)
+        else:
+            slots.append(GpuSlots(gpu=board, count=gpus.count))
+    return tuple(slots), unwanted
+
+
+def _nothing(inventory: Inventory, left_out: Iterable[str]) -> str:
+    reasons = list(left_out)
+    if not reasons:
+        return f"has no GPUs in its {counted(inventory.num_without_gpus, 'node')}"
+    return f"has no GPU that a plan may use: {'; '.join(reasons[:8])}" + ("; ..." if len(reasons) > 8 else "")
+
+
+def _name(text: str) -> str:
+    """A node's or zone's name with what cluster files do not allow as ``-``: they become parts of device names."""
+    kept = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in text)[:200]
+    return kept if kept[:1].isalnum() else f"n{kept}"[:200]
+
+
+def _inside(node: FoundNode, gpus: Sequence[GpuType]) -> tuple[Link | None, str]:
+    """The link between a node's GPUs where its topology says another than that of their types, and a note about it."""
+    switched = [gpu.nvlink_bytes_per_s for gpu in gpus if gpu.nvlink_bytes_per_s is not None]
+    if node.nvlinks is None or len(gpus) != 1:
+        return None, ""
+    if node.bridged:
+        return None, f"{node.name}: only some pairs of GPUs have NVLinks; the file has one link for all"
+    if node.nvlinks == 0 and switched:
+        slow = Link(bytes_per_s=gpus[0].pcie_bytes_per_s, latency_s=0.0)
+        return slow, f"{node.name}: its topology shows no NVLink, so that `link` is PCIe"
+    lane = _lane(gpus[0])
+    if node.nvlinks and not switched and lane:
+        fast = Link(bytes_per_s=node.nvlinks * lane, latency_s=0.0)
+        return fast, f"{node.name}: `link` is {node.nvlinks} NVLinks between every pair, as its topology shows"
+    return None, ""
+
+
+def _lane(gpu: GpuType) -> float | None:
+    if gpu.architecture == "Ampere" and not gpu.name.startswith(_AMPERE_WITH_HBM):
+        return _SLOW_LANE
+    return _LANES.get(gpu.architecture)
+
+
+def _numbered(groups: Sequence[NodeGroup]) -> list[NodeGroup]:
+    """The groups with equal nodes ``name-0``, ``name-1``, ... put together, where none is missing: no name changes."""
+    names = {group.name for group in groups}
+    members: dict[str, dict[int, NodeGroup]] = {}
+    for group in groups:
+        if found := _NUMBERED.fullmatch(group.name):
+            members.setdefault(found[1], {})[int(found[2])] = group
+    whole = {
+        prefix
+        for prefix, found in members.items()
+        if len(found) > 1
+        and prefix not in names
+        and set(found) == set(range(len(found)))
+        and len({replace(one, name=prefix) for one in found.values()}) == 1
+    }
+    together: dict[str, NodeGroup] = {}
+    for group in groups:
+        prefix = found[1] if (found := _NUMBERED.fullmatch(group.name)) else group.name
+        if prefix in whole:
+            together[prefix] = replace(group, name=prefix, count=len(members[prefix]), numbered=True)
+        else:
+            together[group.name] = group
+    return list(together.values())
+
+
+def _assumed(
+    groups: Sequence[NodeGroup], used: Mapping[str, GpuType], zones: Sequence[str], link: Link | None
+) -> Iterable[str]:
+    if link is None and len(groups) > 1:
+        yield "network: 100 Gbps and 20 us between nodes; --bandwidth and --latency, or `nic` of a node, say otherwise"
+    if len(zones) > 1:
+        yield "zones: 10 Gbps and 1 ms between nodes of different zones"
+    priced = [name for name, gpu in used.items() if gpu.usd_per_hour is not None]
+    unpriced = [name for name in used if name not in priced]
+    if priced:
+        yield (
+            "prices: list prices of the catalogue, whose sources `hetis-plan catalog gpus -o json` has; yours go into"
+            " `usd_per_hour`"
+        )
+    if unpriced:
+        yield f"prices: none is known for {', '.join(unpriced)}; --objective cost needs `usd_per_hour`"

@@ -1,0 +1,115 @@
+"""What a tool said about the nodes of a fleet, before names of GPUs are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hetis.formats.errors import Problem
+from hetis.formats.positions import Path, Text
+
+MAX_GPUS_SAID = 1024  # of a node; a larger number is a mistake
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundGpus:
+    """Equal GPUs of one node that a plan may use.
+
+    Attributes:
+        product: what the tool calls them.
+        count: how many there are.
+        memory_bytes: of each; None where the tool does not say.
+        hints: further words about the node that may tell boards of one name apart, such as Slurm's features.
+    """
+
+    product: str
+    count: int
+    memory_bytes: int | None = None
+    hints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundNode:
+    """A node and its free GPUs.
+
+    Attributes:
+        name, zone: as the tool has them.
+        gpus: what is usable, in the order of their indices.
+        left_out: a sentence for all GPUs of the node that are not.
+        nvlinks: NVLinks between every pair of GPUs; 0 where none has any; None where nobody said.
+        bridged: whether some pairs have NVLinks and others have not.
+        where: the place in its file, for problems.
+    """
+
+    name: str
+    zone: str = "default"
+    gpus: tuple[FoundGpus, ...] = ()
+    left_out: tuple[str, ...] = ()
+    nvlinks: int | None = None
+    bridged: bool = False
+    where: Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """Everything that the files say.
+
+    Attributes:
+        nodes: those with GPUs.
+        num_without_gpus: nodes that have none, which are no news.
+        notes: what the tool cannot say, for whoever reads the cluster file.
+        file: the first of its files, for what is wrong with all of them together.
+    """
+
+    nodes: tuple[FoundNode, ...]
+    num_without_gpus: int = 0
+    notes: tuple[str, ...] = ()
+    file: str = "cluster"
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """The mapping that a value is; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def listed(value: object) -> list[Any]:
+    """The list that a value is; empty where it is something else."""
+    return value if isinstance(value, list) else []
+
+
+def text(value: object) -> str:
+    """The text that a value is; empty where it is something else."""
+    return value if isinstance(value, str) else ""
+
+
+def whole_number(value: object, path: Path, source: Text, problems: list[Problem]) -> int:
+    """A number of GPUs, which tools write as text or as a number; 0 where there is none, or where it is a problem."""
+    if value is None or value == "":
+        return 0
+    number = int(value) if isinstance(value, int | float) and value == value and abs(value) < 1e9 else -1
+    if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) < 10:
+        number = int(value)
+    if isinstance(value, bool) or not 0 <= number <= MAX_GPUS_SAID:
+        shown = repr(value)[:40]
+        problems.append(source.problem(path, f"is {shown}, must be a number of GPUs from 0 to {MAX_GPUS_SAID}"))
+        return 0
+    return number
+
+
+def counted(count: int, what: str = "GPU") -> str:
+    """``1 GPU`` or ``8 GPUs``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def parts_text(count: int, product: str) -> str:
+    """What is said of parts of GPUs, which no plan uses."""
+    return f"{counted(count, 'device')} ({product}): parts of GPUs (MIG), no whole ones"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first names of many: ``a, b, c and 4 more``."""
+    every: Sequence[str] = list(dict.fromkeys(names))
+    rest = len(every) - _MOST_NAMED
+    return ", ".join(name[:80] for name in every[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,386 @@
+"""Nodes as ``kubectl get nodes,pods,resourceslices,resourceclaims -A -o json`` prints them, in one file or several.
+
+A node's GPUs are those of its ResourceSlices (DRA) where it has any, and else its extended resources, whose product
+and memory are labels: GPU feature discovery's or AMD's node labeller's, GKE's accelerator, or an AWS instance type.
+Labels speak of one type per node, so that a node of two types needs ResourceSlices to be told right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from hetis.formats.discovery.found import (
+    FoundGpus,
+    FoundNode,
+    Inventory,
+    counted,
+    listed,
+    mapping,
+    parts_text,
+    some_of,
+    text,
+    whole_number,
+)
+from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.positions import Text
+from hetis.formats.units import parse_bytes
+
+KINDS = ("Node", "Pod", "ResourceSlice", "ResourceClaim")
+
+_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu", "gpu.intel.com/xe", "gpu.intel.com/i915", "habana.ai/gaudi")
+_DRIVERS = {"gpu.nvidia.com": "nvidia.com/gpu", "gpu.amd.com": "amd.com/gpu", "gpu.intel.com": "gpu.intel.com/xe"}
+_ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
+_LEAVING = {
+    "ToBeDeletedByClusterAutoscaler": "the autoscaler removes it",
+    "karpenter.sh/disrupted": "Karpenter removes it",
+    "node.kubernetes.io/out-of-service": "out of service",
+}
+# cloud.google.com/gke-accelerator names machines, and each has one board (cloud.google.com/kubernetes-engine/docs,
+# "GPU machine types").
+_GKE = {
+    "nvidia-tesla-t4": "T4",
+    "nvidia-tesla-v100": "V100-SXM2-16GB",
+    "nvidia-tesla-a100": "A100-SXM-40GB",
+    "nvidia-a100-80gb": "A100-SXM-80GB",
+    "nvidia-l4": "L4",
+    "nvidia-h100-80gb": "H100-SXM-80GB",
+    "nvidia-h100-mega-80gb": "H100-SXM-80GB",
+    "nvidia-h200-141gb": "H200-SXM-141GB",
+    "nvidia-b200": "B200-SXM-180GB",
+    "nvidia-gb200": "GB200-per-GPU",
+    "nvidia-rtx-pro-6000": "RTX-PRO-6000-Server-96GB",
+}
+# AWS: instance families and their boards (aws.amazon.com/ec2/instance-types, "Accelerated Computing").
+_AWS = {
+    "p3": "V100-SXM2-16GB",
+    "p3dn": "V100-SXM2-32GB",
+    "p4d": "A100-SXM-40GB",
+    "p4de": "A100-SXM-80GB",
+    "p5": "H100-SXM-80GB",
+    "p5e": "H200-SXM-141GB",
+    "p5en": "H200-SXM-141GB",
+    "p6-b200": "B200-SXM-180GB",
+    "p6-b300": "B300-SXM-288GB",
+    "g4dn": "T4",
+    "g5": "A10G",
+    "g6": "L4",
+    "g6e": "L40S",
+}
+_PART = "parts of GPUs (MIG), no whole ones"
+_VRAM = re.compile(r"(\d+)([KMGT])i?B?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Object:
+    """An object of the API and where it stands."""
+
+    data: dict[str, Any]
+    source: Text
+    path: tuple[str | int, ...]
+
+    @property
+    def name(self) -> str:
+        return text(mapping(self.data.get("metadata")).get("name"))
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return mapping(mapping(self.data.get("metadata")).get("labels"))
+
+    def part(self, name: str) -> dict[str, Any]:
+        """``spec`` or ``status``."""
+        return mapping(self.data.get(name))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Use:
+    """Who uses the GPUs of a node: pods by resource, and claims by pool and device."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    pods: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Device:
+    """A device of a ResourceSlice; ``reason`` says why it is left out."""
+
+    product: str
+    memory_bytes: int | None
+    resource: str
+    reason: str = ""
+
+
+def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
+    """What the objects of all files say about nodes; with ``with_busy``, GPUs in use count as free.
+
+    Raises:
+        DocumentError: no nodes among them, or numbers that are none.
+    """
+    by_kind = _by_kind(files)
+    nodes, slices = by_kind.get("Node", []), by_kind.get("ResourceSlice", [])
+    if not nodes and not slices:
+        kinds = ", ".join(by_kind) or "nothing with a kind"
+        raise single_problem(
+            files[0][1].file, f"has no Node and no ResourceSlice, but {kinds}: kubectl get nodes -o json"
+        )
+    problems: list[Problem] = []
+    use = {} if with_busy else _use_by_node(by_kind.get("Pod", []), problems)
+    claimed = set() if with_busy else set(_claimed(by_kind.get("ResourceClaim", [])))
+    devices = _devices_by_node(slices, claimed)
+    known = {node.name for node in nodes}
+    found = [_found(node, devices.get(node.name, []), use.get(node.name, _Use()), problems) for node in nodes]
+    for one in slices:  # a node that only its slices speak of
+        name = text(one.part("spec").get("nodeName"))
+        if name and name not in known:
+            known.add(name)
+            found.append(_found(_node_of_slice(one, name), devices[name], use.get(name, _Use()), problems))
+    if problems:
+        raise DocumentError(problems)
+    notes = [] if "Pod" in by_kind or with_busy else ["no pods were given: GPUs that pods use count as free"]
+    return Inventory(
+        nodes=tuple(node for node in found if node.gpus or node.left_out),
+        num_without_gpus=sum(not (node.gpus or node.left_out) for node in found),
+        notes=tuple(notes),
+    )
+
+
+def _by_kind(files: Iterable[tuple[Any, Text]]) -> dict[str, list[_Object]]:
+    found: dict[str, list[_Object]] = {}
+    for data, source in files:
+        for one in _objects(data, source):
+            found.setdefault(text(one.data.get("kind"))[:40], []).append(one)
+    return found
+
+
+def _objects(data: Any, source: Text) -> Iterator[_Object]:
+    """Objects of a list, which need not say their kind where the list does, or the one that a file is."""
+    kind = text(mapping(data).get("kind"))
+    if kind.endswith("List") and isinstance(data.get("items"), list):
+        for i, item in enumerate(data["items"]):
+            if isinstance(item, dict):
+                yield _Object(data={"kind": kind.removesuffix("List"), **item}, source=source, path=("items", i))
+    elif kind:
+        yield _Object(data=data, source=source, path=())
+
+
+def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, _Use]:
+    found: dict[str, _Use] = {}
+    for pod in pods:
+        spec, node = pod.part("spec"), text(pod.part("spec").get("nodeName"))
+        if not node or pod.part("status").get("phase") in ("Succeeded", "Failed"):
+            continue
+        name = f"{text(mapping(pod.data.get('metadata')).get('namespace')) or 'default'}/{pod.name}"
+        for resource, count in _asked(pod, spec, problems).items():
+            use = found.setdefault(node, _Use())
+            use.counts[resource] = use.counts.get(resource, 0) + count
+            use.pods.setdefault(resource, []).append(name)
+    return found
+
+
+def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
+    """GPUs of a pod: those of its containers together, or of one that initialises it where that is more."""
+    found: dict[str, int] = {}
+    for resource in _RESOURCES:
+        each = {
+            group: [
+                whole_number(
+                    mapping(resources.get("limits")).get(resource, mapping(resources.get("requests")).get(resource)),
+                    (*pod.path, "spec", group, i, "resources", "limits", resource),
+                    pod.source,
+                    problems,
+                )
+                for i, container in enumerate(listed(spec.get(group)))
+                if (resources := mapping(mapping(container).get("resources")))
+            ]
+            for group in ("containers", "initContainers")
+        }
+        count = max(sum(each["containers"]), max(each["initContainers"], default=0))
+        if count:
+            found[resource] = count
+    return found
+
+
+def _claimed(claims: Iterable[_Object]) -> Iterator[tuple[str, str, str]]:
+    """Driver, pool and device of everything that is allocated to a claim."""
+    for claim in claims:
+        allocation = mapping(claim.part("status").get("allocation"))
+        for result in listed(mapping(allocation.get("devices")).get("results")):
+            one = mapping(result)
+            if not one.get("adminAccess"):  # that of monitoring, which keeps nobody out
+                yield text(one.get("driver")), text(one.get("pool")), text(one.get("device"))
+
+
+def _devices_by_node(slices: Sequence[_Object], claimed: set[tuple[str, str, str]]) -> dict[str, list[_Device]]:
+    """Devices of every node's newest slices: a pool with a higher generation replaces what was there before."""
+    newest: dict[tuple[str, str], int] = {}
+    for one in slices:
+        key, generation = _pool(one)
+        newest[key] = max(newest.get(key, 0), generation)
+    found: dict[str, list[_Device]] = {}
+    for one in slices:
+        spec, (key, generation) = one.part("spec"), _pool(one)
+        node, driver = text(spec.get("nodeName")), text(spec.get("driver"))
+        if not node or driver not in _DRIVERS or generation < newest[key]:
+            continue
+        found.setdefault(node, [])
+        for device in map(mapping, listed(spec.get("devices"))):
+            name = text(device.get("name"))
+            body = mapping(device.get("basic")) or device  # v1beta1 has one more level
+            found[node].append(_device(driver, body, (driver, key[1], name) in claimed))
+    return found
+
+
+def _pool(one: _Object) -> tuple[tuple[str, str], int]:
+    spec = one.part("spec")
+    pool = mapping(spec.get("pool"))
+    generation = pool.get("generation", 0)
+    return (text(spec.get("driver")), text(pool.get("name"))), generation if isinstance(generation, int) else 0
+
+
+def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
+    attributes = {name.rpartition("/")[2]: mapping(value) for name, value in mapping(body.get("attributes")).items()}
+    product = text(attributes.get("productName", {}).get("string"))
+    kind = text(attributes.get("type", {}).get("string")) or "gpu"
+    capacity = {name.rpartition("/")[2]: value for name, value in mapping(body.get("capacity")).items()}
+    memory = capacity.get("memory")
+    size = memory.get("value") if isinstance(memory, dict) else memory
+    reason = "in use by a resource claim" if is_claimed else ""
+    if kind != "gpu":
+        reason = _PART
+    elif any(mapping(taint).get("effect") in ("NoSchedule", "NoExecute") for taint in listed(body.get("taints"))):
+        reason = "tainted by the driver"
+    return _Device(product=product or driver, memory_bytes=_quantity(size), resource=_DRIVERS[driver], reason=reason)
+
+
+def _quantity(value: object) -> int | None:
+    """Bytes of ``80Gi``, ``81559Mi`` or ``85899345920``; None where it is none of these."""
+    if not isinstance(value, str | int) or isinstance(value, bool) or len(str(value)) > 40:
+        return None
+    try:
+        return parse_bytes(f"{value}B".replace("k", "K"))
+    except ValueError:
+        return None
+
+
+def _node_of_slice(one: _Object, name: str) -> _Object:
+    return _Object(data={"metadata": {"name": name}}, source=one.source, path=one.path)
+
+
+def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Problem]) -> FoundNode:
+    where = node.source.problem(node.path, "")
+    if not node.name:
+        problems.append(node.source.problem((*node.path, "metadata", "name"), "is missing: a node has a name"))
+    zone = next((text(node.labels[label]) for label in _ZONES if text(node.labels.get(label))), "default")
+    gpus, left_out = _of_devices(devices, use) if devices else _of_resources(node, use, problems)
+    unusable = _unusable(node)
+    if unusable and gpus:
+        count = sum(one.count for one in gpus)
+        gpus, left_out = [], [*left_out, f"{counted(count)} ({some_of(one.product for one in gpus)}): {unusable}"]
+    return FoundNode(name=node.name, zone=zone, gpus=tuple(gpus), left_out=tuple(left_out), where=where)
+
+
+def _unusable(node: _Object) -> str:
+    """Why nothing may run on a node; empty where it may."""
+    spec, taints = node.part("spec"), [mapping(taint) for taint in listed(node.part("spec").get("taints"))]
+    reasons = []
+    if mapping(node.data.get("metadata")).get("deletionTimestamp"):
+        reasons.append("is being deleted")
+    if spec.get("unschedulable") is True:
+        reasons.append("cordoned")
+    conditions = [mapping(one) for one in listed(node.part("status").get("conditions"))]
+    for condition in conditions:
+        if condition.get("type") == "Ready" and condition.get("status") != "True":
+            reasons.append(f"not ready ({text(condition.get('reason'))[:80] or condition.get('status')})")
+    reasons += [why for key, why in _LEAVING.items() if any(taint.get("key") == key for taint in taints)]
+    return ", ".join(reasons)
+
+
+def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus], list[str]]:
+    left_out = []
+    for reason in dict.fromkeys(device.reason for device in devices if device.reason):
+        alike = [device for device in devices if device.reason == reason]
+        what = counted(len(alike), "device" if reason == _PART else "GPU")
+        left_out.append(f"{what} ({some_of(device.product for device in alike)}): {reason}")
+    free = [device for device in devices if not device.reason]
+    for resource, count in use.counts.items():
+        taken = [i for i, device in enumerate(free) if device.resource == resource][:count]
+        if taken:
+            left_out.append(f"{counted(len(taken))}: in use by {some_of(use.pods[resource])}")
+            free = [device for i, device in enumerate(free) if i not in taken]
+    return [
+        FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
+        for (product, memory), alike in groupby(free, lambda device: (device.product, device.memory_bytes))
+    ], left_out
+
+
+def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:
+    gpus, left_out = list[FoundGpus](), list[str]()
+    for resource in _RESOURCES:
+        found, out = _of_resource(node, resource, use, problems)
+        gpus += found
+        left_out += out
+    slices = [name for name in mapping(node.part("status").get("capacity")) if name.startswith("nvidia.com/mig-")]
+    cut = {name: _number(node, "capacity", name, problems) for name in slices}
+    if any(cut.values()):
+        named = some_of(f"{count} {name.removeprefix('nvidia.com/')}" for name, count in cut.items() if count)
+        left_out.append(f"parts of GPUs (MIG): {named}")
+    return gpus, left_out
+
+
+def _number(node: _Object, of: str, name: str, problems: list[Problem]) -> int:
+    value = mapping(node.part("status").get(of)).get(name)
+    return whole_number(value, (*node.path, "status", of, name), node.source, problems)
+
+
+def _of_resource(node: _Object, resource: str, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:
+    capacity = _number(node, "capacity", resource, problems)
+    usable = min(capacity, _number(node, "allocatable", resource, problems))
+    if not capacity:
+        return [], []
+    product, memory = _product(node, resource)
+    if "-MIG-" in product:
+        return [], [parts_text(capacity, product)]
+    labelled, shares = _label(node, "count", problems), max(1, _label(node, "replicas", problems))
+    left_out = []
+    if shares > 1:  # several pods take turns on a GPU, and the node counts turns
+        if not labelled or capacity > labelled * shares:
+            return [], [
+                f"{counted(capacity)} ({product}): shared {shares} times, and its labels do not say by how many"
+            ]
+        capacity, usable = labelled, -(-usable // shares)
+    elif resource == "nvidia.com/gpu" and labelled and capacity > labelled:
+        why = f"its labels speak of {labelled}, which mixed types do: give its ResourceSlices or nvidia-smi -q -x"
+        return [], [f"{counted(capacity)} ({product}): {why}"]
+    if usable < capacity:
+        left_out.append(f"{counted(capacity - usable)} ({product}): not allocatable, which unhealthy ones are")
+    busy = min(usable, use.counts.get(resource, 0))
+    if busy:
+        left_out.append(f"{counted(busy)} ({product}): in use by {some_of(use.pods[resource])}")
+    if usable == busy:
+        return [], left_out
+    return [FoundGpus(product=product, count=usable - busy, memory_bytes=memory)], left_out
+
+
+def _label(node: _Object, name: str, problems: list[Problem]) -> int:
+    label = f"nvidia.com/gpu.{name}"
+    value = node.labels.get(label)
+    return whole_number(value, (*node.path, "metadata", "labels", label), node.source, problems)
+
+
+def _product(node: _Object, resource: str) -> tuple[str, int | None]:
+    """Product name and memory of a node's GPUs, as its labels say; the resource itself where they say nothing."""
+    labels = {name: text(value) for name, value in node.labels.items()}
+    vendor = resource.partition("/")[0]
+    product = labels.get(f"{vendor}/gpu.product") or labels.get(f"{vendor}/gpu.product-name")
+    if product:
+        megabytes = labels.get("nvidia.com/gpu.memory", "") if vendor == "nvidia.com" else ""
+        vram = _VRAM.fullmatch(labels.get(f"{vendor}/gpu.vram", ""))
+        if megabytes.isdecimal() and len(megabytes) < 10:
+            return product, int(megabytes) * 2**20
+        return product, _quantity(f"{vram[1]}{vram[2]}i") if vram else None
+    by_machine = _GKE.get(labels.get("cloud.google.com/gke-accelerator", ""))
+    family = labels.get("node.kubernetes.io/instance-type", "").partition(".")[0]
+    return by_machine or (_AWS.get(family) if vendor == "nvidia.com" else None) or resource, None

@@ -1,0 +1,173 @@
+"""Hosts as ``nvidia-smi -q -x`` describes them, one file per host; ``nvidia-smi topo -m`` beside it tells of NVLink.
+
+The output does not name its host: the file does. ``gpu-7.xml`` and ``gpu-7.topo.txt`` are of the host gpu-7.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import PurePath
+
+from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, some_of
+from hetis.formats.discovery.xml_tree import Element, parse_xml
+from hetis.formats.errors import DocumentError, Problem, single_problem
+
+ROOT = "nvidia_smi_log"
+STDIN_HOST = "host"  # what comes through a pipe has no name
+
+# Memory that is used without a process that we may see: one of another user or container. An idle driver keeps less.
+_IDLE_BYTES = 2**30
+_IDLE_SHARE = 0.05
+
+_ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log)$|\.topo$", re.IGNORECASE)
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
+_MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
+
+
+def is_topology(text: str) -> bool:
+    """Whether a text is what ``nvidia-smi topo -m`` prints."""
+    return bool(_rows(text[:100_000]))
+
+
+def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False) -> Inventory:
+    """Hosts of files, given as label and text; with ``with_busy``, GPUs in use count as free.
+
+    Raises:
+        DocumentError: not what ``nvidia-smi`` prints, or a topology of no host.
+    """
+    hosts = {label: content for label, content in files if not is_topology(content)}
+    if not hosts:
+        raise single_problem(files[0][0], "is a topology alone: nvidia-smi -q -x of the same host is needed, too")
+    problems: list[Problem] = []
+    links: dict[str, tuple[int | None, bool]] = {}
+    names = {_host(label) for label in hosts}
+    for label, content in files:
+        if label not in hosts:
+            name = next(iter(names)) if len(names) == 1 else _host(label)
+            if name not in names:
+                told = f"is a topology of the host {name!r}, but there are {some_of(sorted(names))}"
+                problems.append(Problem(file=label, message=told))
+            links[name] = _nvlinks(content)
+    nodes = []
+    for label, content in hosts.items():
+        try:
+            nodes.append(_node(label, parse_xml(content, label), links.get(_host(label), (None, False)), with_busy))
+        except DocumentError as error:
+            problems += error.problems
+    if problems:
+        raise DocumentError(problems)
+    return Inventory(
+        nodes=tuple(node for node in nodes if node.gpus or node.left_out),
+        num_without_gpus=sum(not (node.gpus or node.left_out) for node in nodes),
+        notes=("nvidia-smi does not say in which zone a host is",) if len(nodes) > 1 else (),
+    )
+
+
+def _host(label: str) -> str:
+    return STDIN_HOST if label == "stdin" else _ENDINGS.sub("", PurePath(label).name)
+
+
+def _node(label: str, root: Element, links: tuple[int | None, bool], with_busy: bool) -> FoundNode:
+    if root.tag != ROOT:
+        raise single_problem(label, f"is XML of {root.tag[:40]!r}, expected {ROOT!r}: nvidia-smi -q -x", line=root.line)
+    gpus = list(root.all("gpu"))
+    reasons = [_reason(gpu, with_busy) for gpu in gpus]
+    left_out = []
+    for reason in dict.fromkeys(filter(None, reasons)):
+        alike = [i for i, one in enumerate(reasons) if one == reason]
+        products = some_of(gpus[i].text_of("product_name") or "no name" for i in alike)
+        numbers = ", ".join(map(str, alike[:16])) + (", ..." if len(alike) > 16 else "")
+        left_out.append(f"{counted(len(alike))} (index {numbers}; {products}): {reason}")
+    free = [gpu for gpu, reason in zip(gpus, reasons, strict=True) if not reason]
+    nvlinks, bridged = links
+    return FoundNode(
+        name=_host(label),
+        gpus=tuple(
+            FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
+            for (product, memory), alike in groupby(free, lambda gpu: (gpu.text_of("product_name"), _memory(gpu)))
+        ),
+        left_out=tuple(left_out),
+        nvlinks=nvlinks if len(gpus) > 1 else None,
+        bridged=bridged,
+        where=Problem(file=label, message="", line=root.line),
+    )
+
+
+def _memory(gpu: Element, which: str = "total") -> int | None:
+    found = _MEBIBYTES.fullmatch(gpu.text_of(f"fb_memory_usage/{which}"))
+    return int(found[1]) * 2**20 if found else None
+
+
+def _reason(gpu: Element, with_busy: bool) -> str:
+    """Why a GPU is not for a plan; empty where it is."""
+    name = gpu.text_of("product_name")
+    if not name or "error" in name.lower() or name.startswith(("ERR", "[")):
+        return "the driver cannot read it"
+    if gpu.text_of("mig_mode/current_mig") == "Enabled":
+        num_parts = len(list((gpu.find("mig_devices") or gpu).all("mig_device")))
+        return f"MIG is on ({num_parts} parts)"
+    recovery = gpu.text_of("gpu_recovery_action")
+    if recovery not in ("", "None", "N/A"):
+        return f"the driver asks for recovery ({recovery[:40]})"
+    if "Yes" in (
+        gpu.text_of("gpu_reset_status/reset_required"),
+        gpu.text_of("gpu_reset_status/drain_and_reset_recommended"),
+    ):
+        return "the driver asks for a reset"
+    if gpu.text_of("compute_mode") == "Prohibited":
+        return "its compute mode is Prohibited"
+    return "" if with_busy else _busy(gpu)
+
+
+def _busy(gpu: Element) -> str:
+    processes = gpu.find("processes")
+    # G alone is a desktop; C, C+G and M+C compute.
+    computing = [one for one in processes.all("process_info") if "C" in one.text_of("type")] if processes else []
+    if computing:
+        named = (PurePath(one.text_of("process_name")).name or f"process {one.text_of('pid')}" for one in computing)
+        return f"in use by {some_of(named)}"
+    used, total = _memory(gpu, "used"), _memory(gpu)
+    if used is not None and total and used > max(_IDLE_BYTES, total * _IDLE_SHARE):
+        return f"{used / 2**30:.0f} of {total / 2**30:.0f} GiB in use, by no process that can be seen"
+    return ""
+
+
+def _rows(text: str) -> list[list[str]]:
+    """Cells between GPUs of every GPU's row; nothing where a text is no such table."""
+    lines = [_COLOURS.sub("", line).split() for line in text.splitlines()]
+    header = next((i for i, line in enumerate(lines) if line[:1] == ["GPU0"] and "X" not in line[:2]), None)
+    if header is None:
+        return []
+    num_gpus = sum(1 for _ in _numbered(lines[header]))
+    rows = [line[1 : 1 + num_gpus] for line in lines[header + 1 :] if line and re.fullmatch(r"GPU\d{1,4}", line[0])]
+    is_table = len(rows) == num_gpus and all(
+        len(row) == num_gpus and all(_CELL.fullmatch(cell) for cell in row) for row in rows
+    )
+    return rows if is_table else []
+
+
+def _numbered(header: Sequence[str]) -> list[str]:
+    """``GPU0``, ``GPU1``, ... as far as they go: NICs and affinities come after."""
+    found = []
+    for i, name in enumerate(header):
+        if name != f"GPU{i}":
+            break
+        found.append(name)
+    return found
+
+
+def _nvlinks(text: str) -> tuple[int | None, bool]:
+    """NVLinks between every pair of GPUs, and whether only some pairs have any."""
+    rows = _rows(text)
+    pairs = [
+        int(found[1] or 0) if (found := _CELL.fullmatch(cell)) else 0
+        for i, row in enumerate(rows)
+        for j, cell in enumerate(row)
+        if i != j
+    ]
+    if not pairs:
+        return None, False
+    return min(pairs), min(pairs) == 0 and max(pairs) > 0

@@ -1,0 +1,392 @@
+"""What kubectl, nvidia-smi, Slurm and Ray print becomes the fleet that it is, and what is left out has its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.formats.cluster import parse_cluster
+from hetis.formats.discovery.boards import UnclearBoardError, board_of, said_types
+from hetis.formats.discovery.fleet import Discovered, discovered, file_text
+from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
+from hetis.formats.discovery.reading import Source, read_inventory
+from hetis.formats.discovery.slurm import read_slurm
+from hetis.formats.discovery.xml_tree import parse_xml
+from hetis.formats.documents import load_cluster
+from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.positions import Text, parse_text
+from hetis.solver.cluster import Link
+
+INPUTS = Path(__file__).parent / "inputs"
+PROBLEM = Problem(file="here", message="")
+
+
+def found(*names: str, with_busy: bool = False, source: Source = Source.AUTO, **said: str) -> Discovered:
+    inventory = read_inventory([str(INPUTS / name) for name in names], source, with_busy=with_busy)
+    return discovered(inventory, name="test", said={name.casefold(): type_ for name, type_ in said.items()})
+
+
+def gpus(fleet: Discovered) -> dict[str, dict[str, int]]:
+    """GPUs of every node by type."""
+    return {
+        group.node_name(i): {slots.gpu: slots.count for slots in group.gpus}
+        for group in fleet.cluster.node_groups
+        for i in range(group.count)
+    }
+
+
+def reason(fleet: Discovered, node: str) -> str:
+    return " | ".join(line.removeprefix(f"{node}: ") for line in fleet.left_out if line.startswith(f"{node}: "))
+
+
+def refused(tmp_path: Path, name: str, content: str, source: Source = Source.AUTO) -> str:
+    """What is said of a file that is not usable."""
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DocumentError) as error:
+        discovered(read_inventory([str(path)], source), name="test", said={})
+    return str(error.value).replace(str(tmp_path), "")
+
+
+# --- names of boards
+
+
+@pytest.mark.parametrize(
+    ("product", "mebibytes", "board"),
+    [
+        ("NVIDIA-A100-SXM4-80GB", 81920, "A100-SXM-80GB"),
+        ("NVIDIA A100-PCIE-40GB", 40960, "A100-PCIe-40GB"),
+        ("NVIDIA-A100-SXM4-80GB-SHARED", 81920, "A100-SXM-80GB"),
+        ("NVIDIA-H100-80GB-HBM3", 81559, "H100-SXM-80GB"),
+        ("NVIDIA H100 PCIe", 81559, "H100-PCIe-80GB"),
+        ("NVIDIA H100 NVL", 95830, "H100-NVL-94GB"),
+        ("NVIDIA H200", 143771, "H200-SXM-141GB"),
+        ("NVIDIA H200 NVL", 143771, "H200-NVL-141GB"),
+        ("NVIDIA B200", 183359, "B200-SXM-180GB"),
+        ("NVIDIA B300 SXM6 AC", 275040, "B300-SXM-288GB"),
+        ("NVIDIA GB200", 189471, "GB200-per-GPU"),
+        ("NVIDIA GH200 480GB", 97871, "GH200-96GB"),
+        ("Tesla-V100-SXM2-32GB", 32768, "V100-SXM2-32GB"),
+        ("Tesla V100-PCIE-16GB", 16384, "V100-PCIe-16GB"),
+        ("Tesla P100-PCIE-12GB", 12288, "P100-PCIe-12GB"),
+        ("Tesla-T4", 15360, "T4"),
+        ("NVIDIA L4", 23034, "L4"),
+        ("NVIDIA L40S", 46068, "L40S"),
+        ("NVIDIA-A10G", 23028, "A10G"),
+        ("NVIDIA A16", 15356, "A16-per-GPU"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, "RTX-PRO-6000-Server-96GB"),
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "RTX-6000-Ada"),
+        ("NVIDIA RTX A6000", 49140, "RTX-A6000"),
+        ("NVIDIA GeForce RTX 4090", 24564, "RTX-4090"),
+        ("Quadro RTX 6000", 24576, "Quadro-RTX-6000"),
+        ("AMD_Instinct_MI300X_OAM", 196592, "MI300X-192GB"),
+        ("v100", 32510, None),  # PCIe or SXM2
+    ],
+)
+def test_products_as_drivers_spell_them_are_boards(product: str, mebibytes: int, board: str | None) -> None:
+    asked = FoundGpus(product=product, count=1, memory_bytes=mebibytes * 2**20)
+    if board is None:
+        with pytest.raises(UnclearBoardError, match="could be V100-PCIe-32GB or V100-SXM2-32GB"):
+            board_of(asked, {})
+    else:
+        assert board_of(asked, {}) == board
+
+
+def test_a_board_of_the_name_but_other_memory_is_another_board() -> None:
+    with pytest.raises(
+        UnclearBoardError, match=r"'NVIDIA H20' has 141 GiB; the catalogue knows H20 with 96 GiB; --gpu"
+    ):
+        board_of(FoundGpus(product="NVIDIA H20", count=1, memory_bytes=141 * 2**30), {})
+
+
+def test_hints_choose_among_boards_of_one_name_and_never_others() -> None:
+    asked = FoundGpus(product="a100", count=1, hints=("ib", "epyc", "a100_80gb", "t4", "sxm4"))
+    assert board_of(asked, {}) == "A100-SXM-80GB"
+    with pytest.raises(UnclearBoardError):
+        board_of(FoundGpus(product="a100", count=1, hints=("l4", "80gb")), {})
+
+
+def test_what_the_user_says_of_a_name_goes_first() -> None:
+    said, wrong = said_types(["Weird Card=h100-sxm-80gb", "a100=none"])
+    assert not wrong
+    assert board_of(FoundGpus(product="weird card", count=1, memory_bytes=1), said) == "H100-SXM-80GB"
+    assert board_of(FoundGpus(product="A100", count=1), said) == "none"
+    _, wrong = said_types(["a100", "b=H10O"])
+    assert len(wrong) == 2
+    assert "expected PRODUCT=TYPE" in wrong[0]
+    assert "H100-SXM-80GB" in wrong[1]
+
+
+# --- Kubernetes
+
+
+def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
+    fleet = found("kubectl_nodes.json", "kubectl_pods.json")
+    assert gpus(fleet) == {
+        "a100-0": {"A100-SXM-80GB": 8},
+        "a100-1": {"A100-SXM-80GB": 4},
+        "h100-0": {"H100-SXM-80GB": 7},
+        "l4-1": {"L4": 4},
+        "mig-mixed": {"A100-SXM-40GB": 2},
+        "mi300x": {"MI300X-192GB": 8},
+        "g6e-0": {"L40S": 4},
+        "gke-0": {"A100-SXM-40GB": 2},
+    }
+    assert {group.zone for group in fleet.cluster.node_groups if group.name != "h100-0"} == {"eu-west-1a"}
+    assert fleet.cluster.network.zone_default is not None
+    assert reason(fleet, "a100-1").endswith(
+        "4 GPUs (NVIDIA-A100-SXM4-80GB): in use by serving/llama-0, serving/llama-1"
+    )
+    assert "not allocatable" in reason(fleet, "h100-0")
+    assert reason(fleet, "h100-1") == "8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned"
+    assert "not ready (NodeStatusUnknown)" in reason(fleet, "l4-0")
+    assert "56 devices" in reason(fleet, "mig-single")
+    assert "4 mig-3g.20gb" in reason(fleet, "mig-mixed")
+    assert "mixed types" in reason(fleet, "mixed")
+    assert "1 node without GPUs" in fleet.left_out
+
+
+def test_gpus_in_use_are_part_of_the_fleet_where_that_is_asked_for() -> None:
+    assert gpus(found("kubectl_nodes.json", "kubectl_pods.json", with_busy=True))["a100-1"] == {"A100-SXM-80GB": 8}
+    assert gpus(found("sxm.xml", with_busy=True)) == {"sxm": {"A100-SXM-80GB": 4}}
+
+
+def test_slices_tell_mixed_nodes_right_and_claims_who_uses_them() -> None:
+    fleet = found("kubectl_slices.json")
+    assert gpus(fleet) == {"dra-0": {"A100-SXM-40GB": 1, "V100-SXM2-32GB": 1}, "dra-1": {"H200-SXM-141GB": 1}}
+    assert "1 GPU (NVIDIA A100-SXM4-40GB): in use by a resource claim" in reason(fleet, "dra-0")
+    assert "1 GPU (Tesla V100-SXM2-32GB): tainted by the driver" in reason(fleet, "dra-0")
+    assert "1 device (NVIDIA A100-SXM4-40GB): parts of GPUs (MIG)" in reason(fleet, "dra-0")
+
+
+def test_problems_of_kubernetes_come_all_at_once_with_their_places(tmp_path: Path) -> None:
+    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
+    data["items"][1]["status"]["capacity"]["nvidia.com/gpu"] = "eight"
+    data["items"][2]["status"]["allocatable"]["nvidia.com/gpu"] = 100_000
+    said = refused(tmp_path, "nodes.json", json.dumps(data, indent=1))
+    assert "items[1].status.capacity.nvidia.com/gpu: is 'eight', must be a number of GPUs from 0 to 1024" in said
+    assert "items[2].status.allocatable.nvidia.com/gpu: is 100000, must" in said
+    assert len(said.splitlines()) == 2
+    assert "has no Node and no ResourceSlice, but Pod" in refused(
+        tmp_path, "pods.json", (INPUTS / "kubectl_pods.json").read_text()
+    )
+
+
+def test_a_fleet_without_a_usable_gpu_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    data = json.loads((INPUTS / "kubectl_nodes.json").read_text())
+    data["items"] = [item for item in data["items"] if item["metadata"]["name"] in ("h100-1", "l4-0")]
+    said = refused(tmp_path, "nodes.json", json.dumps(data))
+    assert "has no GPU that a plan may use: h100-1: 8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned; l4-0: 4" in said
+
+
+# --- nvidia-smi
+
+
+def test_hosts_of_nvidia_smi_are_called_as_their_files() -> None:
+    fleet = found("sxm.xml", "mixed.xml", "bridge.xml", "bridge.topo.txt")
+    assert gpus(fleet) == {
+        "sxm": {"A100-SXM-80GB": 2},
+        "mixed": {"RTX-PRO-6000-Server-96GB": 2, "L40S": 1},
+        "bridge": {"RTX-A6000": 2},
+    }
+    links = {group.name: group.intra_link for group in fleet.cluster.node_groups}
+    assert links == {"sxm": None, "mixed": None, "bridge": Link(bytes_per_s=56.25e9, latency_s=0.0)}
+    why = reason(fleet, "sxm")
+    assert "(index 2; NVIDIA A100-SXM4-80GB): in use by python3.12" in why
+    assert "(index 3; NVIDIA A100-SXM4-80GB): MIG is on (2 parts)" in why
+    assert "(index 4; NVIDIA A100-SXM4-80GB): 59 of 80 GiB in use, by no process that can be seen" in why
+    assert "(index 5; NVIDIA A100-SXM4-80GB): the driver asks for a reset" in why
+    assert "Xorg" not in why, "a desktop does not compute"
+
+
+@pytest.mark.parametrize(
+    ("cells", "link", "note"),
+    [
+        ("SYS", Link(bytes_per_s=32e9, latency_s=0.0), "no NVLink"),
+        ("NV12", None, ""),
+    ],
+)
+def test_a_topology_without_nvlink_makes_switched_boards_use_pcie(
+    tmp_path: Path, cells: str, link: Link | None, note: str
+) -> None:
+    smi = (INPUTS / "bridge.xml").read_text().replace("NVIDIA RTX A6000", "NVIDIA A100-SXM4-40GB")
+    (tmp_path / "vm.xml").write_text(smi.replace("49140", "40960"))
+    (tmp_path / "vm.txt").write_text((INPUTS / "bridge.topo.txt").read_text().replace("NV4", cells))
+    fleet = discovered(read_inventory([str(tmp_path / "vm.xml"), str(tmp_path / "vm.txt")]), name="test", said={})
+    assert fleet.cluster.node_groups[0].intra_link == link
+    assert any(note in line for line in fleet.assumed)
+
+
+def test_bridges_between_pairs_are_told_and_not_written(tmp_path: Path) -> None:
+    node = FoundNode(name="n", gpus=(FoundGpus(product="RTX 3090", count=4),), nvlinks=0, bridged=True, where=PROBLEM)
+    fleet = discovered(Inventory(nodes=(node,)), name="test", said={})
+    assert fleet.cluster.node_groups[0].intra_link is None
+    assert any("only some pairs of GPUs have NVLinks" in line for line in fleet.assumed)
+
+
+def test_a_topology_of_no_host_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DocumentError, match="topology of the host 'bridge', but there are mixed, sxm"):
+        found("sxm.xml", "mixed.xml", "bridge.topo.txt")
+    with pytest.raises(DocumentError, match="is a topology alone"):
+        found("bridge.topo.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<html><body>no</body></html>", "x.xml:1: is XML of 'html', expected 'nvidia_smi_log': nvidia-smi -q -x"),
+        ("<nvidia_smi_log>\n<gpu></nvidia_smi_log>", "x.xml:2: is not XML: mismatched tag"),
+        ('<!DOCTYPE a [<!ENTITY b "cc">]>\n<nvidia_smi_log>&b;</nvidia_smi_log>', "x.xml:1: declares the entity 'b'"),
+        ("<nvidia_smi_log>" + "<gpu>" * 100, "x.xml:1: has more than 64 levels"),
+        ("<nvidia_smi_log></nvidia_smi_log>", "x.xml: has no GPUs in its 1 node"),
+        ("<", "x.xml:1: is not XML"),
+    ],
+)
+def test_xml_that_no_nvidia_smi_prints_is_refused(tmp_path: Path, content: str, said: str) -> None:
+    assert said in refused(tmp_path, "x.xml", content)
+
+
+def test_entities_from_outside_are_never_loaded(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    said = refused(tmp_path, "x.xml", f'<!DOCTYPE a [<!ENTITY b SYSTEM "file://{secret}">]><a>&b;</a>')
+    assert "declares the entity 'b'" in said
+    root = parse_xml(f'<!DOCTYPE a SYSTEM "file://{secret}"><a><b> text </b></a>', "x.xml")
+    assert root.text_of("b") == "text"
+
+
+# --- Slurm and Ray
+
+
+def test_nodes_of_slurm_have_what_jobs_and_states_leave() -> None:
+    fleet = found("scontrol.json")
+    assert gpus(fleet) == {
+        "gpu-0": {"A100-SXM-80GB": 4},
+        "gpu-1": {"A100-SXM-80GB": 2},
+        "gpu-4": {"L40S": 3, "A40": 2},
+    }
+    assert reason(fleet, "gpu-1") == "2 GPUs (a100): in use by jobs"
+    assert reason(fleet, "gpu-2") == "4 GPUs (a100): DRAIN (bad cable)"
+    assert reason(fleet, "gpu-3") == "8 GPUs (h100): DOWN, NOT_RESPONDING (Not responding)"
+    assert "parts of GPUs (MIG)" in reason(fleet, "gpu-5")
+    assert "ALLOCATED" in reason(fleet, "gpu-6")
+
+
+def test_old_slurm_writes_states_and_features_as_text() -> None:
+    fleet = found("scontrol_22.json", rtx8000="none")
+    assert gpus(fleet) == {"old-0": {"Quadro-RTX-6000": 2}}
+    assert reason(fleet, "old-1") == "2 GPUs (t4): DRAIN (Sanity Check Failed)"
+    assert reason(fleet, "old-0") == "1 GPU (rtx8000): as --gpu says"
+
+
+def slurm(**fields: Any) -> Discovered:
+    node = {"name": "n", "state": ["IDLE"], "features": [], **fields}
+    inventory = read_slurm({"nodes": [node]}, Text(file="slurm", text=None))
+    return discovered(inventory, name="test", said={"gpu": "L4"})
+
+
+def test_jobs_that_asked_for_any_type_use_the_type_of_their_node() -> None:
+    assert gpus(slurm(gres="gpu:t4:4", gres_used="gpu:3")) == {"n": {"T4": 1}}
+    assert gpus(slurm(gres="gpu:4", gres_used="gpu:(null):0")) == {"n": {"L4": 4}}
+    with pytest.raises(DocumentError, match="3 are in use, and it does not say of which type"):
+        slurm(gres="gpu:t4:4,gpu:l4:4", gres_used="gpu:3")
+    with pytest.raises(DocumentError, match=r"nodes\[0\].gres: is 'gpu:t4:x:y', expected gpu:TYPE:COUNT"):
+        slurm(gres="gpu:t4:x:y")
+
+
+def test_nodes_of_ray_are_those_alive_with_one_type() -> None:
+    with pytest.raises(DocumentError, match=r"'A100' could be A100-PCIe-80GB or A100-SXM-80GB; --gpu 'A100=TYPE'"):
+        found("ray_list.json", H200="H200-SXM-141GB")
+    fleet = found("ray_list.json", A100="A100-SXM-80GB")
+    assert gpus(fleet) == {"10.0.0.2": {"A100-SXM-80GB": 8}, "10.0.0.3": {"H200-SXM-141GB": 8}}
+    assert reason(fleet, "10.0.0.4") == "4 GPUs (L4): not alive"
+    assert "of several types (L4, T4)" in reason(fleet, "10.0.0.5")
+    assert {group.zone for group in fleet.cluster.node_groups} == {"us-east1-b"}
+    assert gpus(found("ray_nodes.json")) == {"ray-worker-0": {"A10G": 1}, "ray-worker-1": {"A10G": 1}}
+
+
+def test_a_list_of_rays_nodes_without_resources_says_how_to_have_them(tmp_path: Path) -> None:
+    nodes = json.loads((INPUTS / "ray_list.json").read_text())
+    for node in nodes:
+        del node["resources_total"]
+    assert "ray list nodes --detail --format json has them" in refused(tmp_path, "r.json", json.dumps(nodes))
+
+
+# --- tables, and files of no tool
+
+
+def test_a_table_of_nodes_is_a_fleet(tmp_path: Path) -> None:
+    assert gpus(found("nodes.csv")) == {"rack1": {"H100-SXM-80GB": 8}, "rack2": {"L4": 4, "T4": 2}}
+    said = refused(tmp_path, "n.csv", "node,gpu,count\na,L4,0\nb,,2\nc,L4,2,x\n", Source.FILE)
+    assert said.splitlines() == ["/n.csv:2: count: is '0', must be 1 to 1024", "/n.csv:3: gpu: is missing"]
+    assert "column count is missing; the file has node, gpu, number" in refused(tmp_path, "m.csv", "node,gpu,number\n")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "apiVersion: hetis/v1\nkind: Cluster\n", "hello", "[1, 2]", "{"])
+@pytest.mark.parametrize("source", list(Source))
+def test_what_is_of_no_tool_is_one_problem(tmp_path: Path, content: str, source: Source) -> None:
+    said = refused(tmp_path, "x.json", content, source)
+    assert said.startswith("/x.json")
+    assert len(said.splitlines()) == 1
+
+
+def test_files_of_two_tools_and_second_files_are_refused() -> None:
+    for names, said in (
+        (("sxm.xml", "scontrol.json"), "is of slurm, and .*sxm.xml of nvidia-smi: one tool at a time"),
+        (("scontrol.json", "scontrol_22.json"), "is one file too many"),
+        (("sxm.xml", "sxm.xml"), "is given twice"),
+        (("sxm.xml", "nowhere.xml"), "no such file"),
+    ):
+        with pytest.raises(DocumentError, match=said):
+            found(*names)
+
+
+# --- the file
+
+
+@pytest.mark.parametrize(
+    "names", [("kubectl_nodes.json",), ("sxm.xml", "bridge.xml", "bridge.topo.txt"), ("scontrol.json",), ("nodes.csv",)]
+)
+def test_the_file_reads_as_the_fleet_that_was_found(tmp_path: Path, names: tuple[str, ...]) -> None:
+    fleet = found(*names)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(file_text(fleet, sources=names))
+    assert load_cluster(path) == fleet.cluster
+    assert all(line in path.read_text() for line in fleet.left_out)
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=8), st.text(max_size=9))
+def test_names_of_any_signs_make_a_file_that_reads(names: list[str], zone: str) -> None:
+    nodes = tuple(
+        FoundNode(
+            name=f"{i}{name}", zone=zone, gpus=(FoundGpus(product="L4", count=1),), left_out=(name,), where=PROBLEM
+        )
+        for i, name in enumerate(names)
+    )
+    fleet = discovered(Inventory(nodes=nodes), name="test", said={})
+    assert parse_cluster(*parse_text(file_text(fleet, sources=names), "file")) == fleet.cluster
+
+
+def test_two_nodes_of_one_name_are_refused() -> None:
+    nodes = tuple(
+        FoundNode(name=name, gpus=(FoundGpus(product="L4", count=1),), where=PROBLEM) for name in ("a:b", "a/b")
+    )
+    with pytest.raises(DocumentError, match="two nodes are called 'a-b', of here"):
+        discovered(Inventory(nodes=nodes), name="test", said={})
+
+
+@given(st.sets(st.integers(0, 5), min_size=1), st.integers(0, 5))
+def test_equal_numbered_nodes_are_one_group_only_where_no_name_changes(numbers: set[int], other: int) -> None:
+    nodes = tuple(
+        FoundNode(name=f"n-{i}", gpus=(FoundGpus(product="L4", count=2 if i == other else 1),), where=PROBLEM)
+        for i in sorted(numbers)
+    )
+    fleet = discovered(Inventory(nodes=nodes), name="test", said={})
+    assert gpus(fleet) == {f"n-{i}": {"L4": 2 if i == other else 1} for i in numbers}
+    equal = len(numbers) > 1 and numbers == set(range(len(numbers))) and other not in numbers
+    assert len(fleet.cluster.node_groups) == (1 if equal else len(numbers))

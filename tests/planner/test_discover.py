@@ -1,0 +1,70 @@
+"""`hetis-plan cluster discover`: the file on stdout or in a file, news on stderr, and errors as all verbs have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.documents import load_cluster
+from hetis.planner.cli.app import run as run_verb
+from tests.planner.command_line import hetis_plan_here
+
+INPUTS = Path(__file__).parents[1] / "formats" / "discovery" / "inputs"
+NODES = str(INPUTS / "kubectl_nodes.json")
+
+
+def test_the_file_is_data_and_reasons_are_news(tmp_path: Path) -> None:
+    done = hetis_plan_here("cluster", "discover", NODES)
+    assert done.returncode == 0
+    assert "left out: h100-1: 8 GPUs (NVIDIA-H100-80GB-HBM3): cordoned" in done.stderr
+    assert "assumed: network: 100 Gbps" in done.stderr
+    out = tmp_path / "cluster.yaml"
+    again = hetis_plan_here("cluster", "discover", NODES, "--out", str(out), "-q")
+    assert (again.stdout, again.stderr) == ("", "")
+    assert out.read_text() == done.stdout
+    assert load_cluster(out).num_gpus() == 43
+    assert hetis_plan_here("validate", str(out)).returncode == 0
+
+
+def test_what_is_said_of_links_and_names_is_in_the_file(tmp_path: Path) -> None:
+    options = ("--bandwidth", "400Gbps", "--latency", "5us", "--name", "lab", "--gpu", "A100=A100-SXM-80GB")
+    done = hetis_plan_here("cluster", "discover", "--from", "ray", str(INPUTS / "ray_list.json"), *options)
+    (tmp_path / "c.yaml").write_text(done.stdout)
+    cluster = load_cluster(tmp_path / "c.yaml")
+    assert (cluster.name, cluster.network.default.bytes_per_s, cluster.network.default.latency_s) == ("lab", 50e9, 5e-6)
+    assert "assumed: network" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((str(INPUTS / "ray_list.json"),), "could be A100-PCIe-80GB or A100-SXM-80GB; --gpu 'A100=TYPE' says which"),
+        ((NODES, "--gpu", "a=b"), "unknown GPU 'b'"),
+        ((NODES, "--name", ""), "--name: '' is not a name"),
+        ((NODES, "--from", "slurm"), "kubectl_nodes.json: has no list of nodes, but apiVersion, kind"),
+        (("nowhere.json",), "nowhere.json: no such file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_error(arguments: tuple[str, ...], said: str) -> None:
+    done = hetis_plan_here("cluster", "discover", *arguments)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert done.stdout == ""
+
+
+def test_defaults_of_verbs_in_groups_have_tables_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hetis.toml").write_text('quiet = true\n[cluster.discover]\nname = "from-file"\n')
+    assert run_verb(["cluster", "discover", NODES]) == 0
+    shown = capsys.readouterr()
+    assert "name: from-file" in shown.out
+    assert shown.err == ""
+    (tmp_path / "hetis.toml").write_text('[cluster]\nname = "x"\n[cluster.discover]\nnam = "y"\n')
+    assert run_verb(["cluster", "discover", NODES]) == 2
+    shown = capsys.readouterr()
+    assert "cluster has no option --name: its verbs have tables of their own, such as [cluster.VERB]" in shown.err
+    assert "cluster.discover has no option --nam, did you mean name?" in shown.err
