@@ -1,6 +1,7 @@
-"""Two planners on one PostgreSQL server, each behind a proxy of its own, agents, and writers that record what they see.
+"""Two planners on one PostgreSQL server, each behind a proxy of its own, agents with engines that serve, and
+writers and watchers that record what they see.
 
-All are real processes, but the writers, which are threads. What is done to them is the caller's.
+All are real processes, but writers and watchers, which are threads. What is done to them is the caller's.
 """
 
 from __future__ import annotations
@@ -27,22 +28,26 @@ import sqlalchemy as sa
 import yaml
 
 from hetis.planner.client import CallError, Client
-from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2
-from tests.faults.history import History, Led, Read, Write
+from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2, replica_pb2
+from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
+from tests.faults.history import History, Led, Read, Sighting, Write
 from tests.faults.proxy import Proxy
 
 ROOT = Path(__file__).parents[2]
-REGISTER = "clusters/register"
+REGISTER, SERVED = "clusters/register", "clusters/served"
+NODES = ("a", "b")
+MODEL, WORKLOAD = "Llama-2-7B", "1000/200"
 _PAUSE_S = 0.1  # of a writer, between two writes: the machine is there for the planners
+_WITNESS_S = 0.02
 _VALUE = re.compile(r"r(\d+)")
 
 
-def fleet(number: int) -> document_pb2.Document:
+def fleet(number: int, kind: str = "r") -> document_pb2.Document:
     """The register's value is a number that the document carries."""
     text = f"""
 apiVersion: hetis/v1
 kind: Cluster
-name: r{number}
+name: {kind}{number}
 nodes:
 - {{name: a, gpus: [{{type: L4, count: 2}}]}}
 - {{name: b, gpus: [{{type: L4, count: 2}}]}}
@@ -81,7 +86,7 @@ class Planner:
             *("--listen", self.address, "--status-page", self.page),
             *("--store", found.set(host=host, port=port).render_as_string(hide_password=False)),
             *("--set", f"leadership.lease={lease_s:g}s", "--set", "solver.processes=1"),
-            *("--set", "agents.heartbeat=1s", "--set", "agents.lease=10s"),
+            *("--set", "agents.heartbeat=1s"),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -121,13 +126,18 @@ class Planner:
 
     def terms(self) -> list[Led]:
         """When it began to lead, by its own log."""
-        found = list[Led]()
+        return [
+            Led(planner=self.name, epoch=entry["epoch"], time_s=at_s, taken_s=at_s - entry["began_in_s"])
+            for at_s, entry in self._said("leading")
+        ]
+
+    def _said(self, message: str) -> list[tuple[float, dict[str, Any]]]:
+        found = list[tuple[float, dict[str, Any]]]()
         for line in self.lines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
-                if entry.get("message") == "leading":
-                    time_s = datetime.fromisoformat(entry["time"]).timestamp()
-                    found.append(Led(planner=self.name, epoch=entry["epoch"], time_s=time_s))
+                if entry.get("message") == message:
+                    found.append((datetime.fromisoformat(entry["time"]).timestamp(), entry))
         return found
 
     def lines(self) -> list[str]:
@@ -141,7 +151,7 @@ class Planner:
 
 
 class Agent:
-    """A `hetis-agent` of a node without an engine."""
+    """A `hetis-agent` of a node with a simulated engine."""
 
     def __init__(self, node: str, folder: Path, servers: str) -> None:
         self._log = folder / f"agent-{node}.log"
@@ -149,7 +159,7 @@ class Agent:
         self._process = subprocess.Popen(
             [
                 *(sys.executable, "-c", "from hetis.runtime.agent.main import main; main()", "--server", servers),
-                *("--node", f"{REGISTER}/nodes/{node}", "--simulated-devices", "L4:2", "--engine", "none"),
+                *("--node", f"{SERVED}/nodes/{node}", "--simulated-devices", "L4:2", "--engine", "simulated"),
                 *("--state-dir", str(folder / f"state-{node}")),
             ],
             stdout=self._file,
@@ -171,6 +181,47 @@ class Agent:
         self._process.kill()
         self._process.wait()
         self._file.close()
+
+
+class Watcher:
+    """Watches what serves with one planner, whenever that leads, and records each state that it reports."""
+
+    def __init__(self, planner: Planner, history: History) -> None:
+        self._planner, self._history = planner, history
+        self._stopped = threading.Event()
+        self._call: grpc.Call | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        while self._thread.is_alive():
+            if self._call is not None:
+                self._call.cancel()
+            self._thread.join(0.1)
+
+    def _run(self) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        while not self._stopped.is_set():
+            with grpc.insecure_channel(self._planner.address, options) as channel:
+                call = ClusterServiceStub(channel).WatchCluster(cluster_service_pb2.WatchClusterRequest(name=SERVED))
+                self._call = call
+                with contextlib.suppress(grpc.RpcError):
+                    for event in call:
+                        self._note(event)
+            self._stopped.wait(0.1)  # it stands by, or is gone
+
+    def _note(self, event: cluster_service_pb2.WatchClusterResponse) -> None:
+        if event.WhichOneof("event") == "node":
+            name, state = event.node.name, cluster_pb2.NodeState.Name(event.node.state)
+        elif event.WhichOneof("event") == "replica":
+            name, state = event.replica.name, replica_pb2.ReplicaState.Name(event.replica.state)
+        else:
+            return
+        state = state.partition("_STATE_")[2]
+        self._history.sightings.append(
+            Sighting(planner=self._planner.name, resource=name, state=state, time_s=time.time())
+        )
 
 
 class Writer:
@@ -257,6 +308,28 @@ def read(client: Client, *, timeout_s: float = 20.0) -> Read:
     return Read(version=version, value=match[1], began_s=began_s, ended_s=time.time())
 
 
+class Witness:
+    """Whether the machine gave processors to whoever asked: the longest time by which this process woke up too late."""
+
+    def __enter__(self) -> Witness:
+        self.longest_s = 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            began_s = time.monotonic()
+            if self._ended.wait(_WITNESS_S):
+                return
+            self.longest_s = max(self.longest_s, time.monotonic() - began_s - _WITNESS_S)
+
+
 class Faulty:
     """Everything together. ``history`` and the planners' logs say what became of it."""
 
@@ -269,6 +342,7 @@ class Faulty:
         self._folder = folder
         self._num_writers = num_writers
         self.writers: list[Writer] = []
+        self.watchers: list[Watcher] = []
         self.agents: list[Agent] = []
         self._stack = contextlib.ExitStack()
 
@@ -279,16 +353,37 @@ class Faulty:
             self.wait(planner.is_ready, 90)
         self.client = Client(self.addresses)
         self._stack.callback(self.client.close)
-        request = cluster_service_pb2.CreateClusterRequest(
-            cluster_id="register", cluster=cluster_pb2.Cluster(document=fleet(1000))
-        )
-        self.client.clusters.CreateCluster(request)
-        for node in ("a", "b"):
+        for name, document in (("register", fleet(1000)), ("served", fleet(1, "s"))):
+            cluster = cluster_pb2.Cluster(document=document)
+            self.client.clusters.CreateCluster(
+                cluster_service_pb2.CreateClusterRequest(cluster_id=name, cluster=cluster)
+            )
+        for node in NODES:
             self.agents.append(Agent(node, self._folder, self.addresses))
             self._stack.callback(self.agents[-1].close)
-        self.writers = [Writer(f"w{n}-", self.addresses, self.history) for n in range(self._num_writers)]
         self.wait(lambda: all(agent.epochs() for agent in self.agents), 60)
+        self._serve()
+        for planner in self.planners:
+            self.watchers.append(Watcher(planner, self.history))
+            self._stack.callback(self.watchers[-1].stop)
+        self.wait(lambda: any(seen.state == "SERVING" for seen in self.history.sightings[:]), 60)
+        self.writers = [Writer(f"w{n}-", self.addresses, self.history) for n in range(self._num_writers)]
         return self
+
+    def _serve(self) -> None:
+        """Puts a plan into force, so that a replica serves before anything is done to the planners."""
+        spec = plan_pb2.PlanSpec(
+            model_name=MODEL,
+            workload_name=WORKLOAD,
+            objective=plan_pb2.Objective(ttft_unlimited=True),
+            strategy="uniform",  # the family that is searched soonest
+            roles=[replica_pb2.REPLICA_ROLE_UNIFIED],
+        )
+        plan = plan_pb2.Plan(cluster=SERVED, spec=spec)
+        self.client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id="served", plan=plan))
+        self.client.wait("plans/served")
+        self.client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name="plans/served"))
+        self.client.wait("plans/served")
 
     def __exit__(self, *_: object) -> None:
         self._stop_writers()
@@ -371,8 +466,6 @@ def pinned(faulty: Faulty, planner: Planner) -> Iterator[list[Write]]:
     made = list[Write]()
 
     def run() -> None:
-        from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
-
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
         with grpc.insecure_channel(planner.address, options) as channel:
             stub = ClusterServiceStub(channel)

@@ -51,21 +51,36 @@ class Read:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Led:
-    """A planner began a term."""
+    """A planner began a term: at ``taken_s`` the store knew, at ``time_s`` it had taken up all that was under way."""
 
     planner: str
     epoch: int
+    time_s: float
+    taken_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """A state of a node or replica, as a planner that led reported it to a watcher."""
+
+    planner: str
+    resource: str
+    state: str
     time_s: float
 
 
 @dataclass(slots=True)
 class History:
-    """Everything that was recorded; ``first``: version and value of the register before the first write."""
+    """Everything that was recorded; ``first``: version and value of the register before the first write.
+
+    No fault hits agents or what lies between them and the planners: at any time they could reach whoever led.
+    """
 
     first: tuple[int, str]
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     terms: list[Led] = field(default_factory=list)
+    sightings: list[Sighting] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
@@ -80,6 +95,7 @@ class Findings:
     in_doubt_and_done: int
     lost: int
     doubled: int
+    sightings: int
     violations: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -92,6 +108,7 @@ class Findings:
                 f"  of them doubled      {self.doubled}",
                 f"writes refused         {self.refused}",
                 f"writes in doubt        {self.in_doubt} ({self.in_doubt_and_done} were done)",
+                f"states reported        {self.sightings} of what serves",
                 *(f"VIOLATION              {violation}" for violation in self.violations),
             ]
         )
@@ -147,6 +164,7 @@ def check(history: History, last: Read) -> Findings:
             violations.append(f"ghost: {read.value} was refused, and read as version {read.version}")
     violations += _out_of_order(history, seen)
     violations += _after_their_term(history)
+    violations += _given_up(history)
     return Findings(
         faults=Counter(history.faults),
         acknowledged=len(acknowledged),
@@ -155,6 +173,7 @@ def check(history: History, last: Read) -> Findings:
         in_doubt_and_done=len(untold),
         lost=lost,
         doubled=len(doubled),
+        sightings=len(history.sightings),
         violations=tuple(violations),
     )
 
@@ -210,4 +229,16 @@ def _after_their_term(history: History) -> list[str]:
                 f"term: {write.planner} acknowledged {write.value} at {write.ended_s:.3f}, after {led[-1].planner}"
                 f" led from {led[-1].time_s:.3f}"
             )
+    return found
+
+
+def _given_up(history: History) -> list[str]:
+    """No planner that leads gives up what serves: a node that was ready is not LOST, a replica serves on."""
+    found, well = list[str](), set[str]()
+    for seen in sorted(history.sightings, key=lambda seen: seen.time_s):
+        is_replica = "/replicas/" in seen.resource
+        if seen.state in ("READY", "SERVING"):
+            well.add(seen.resource)
+        elif seen.resource in well and (is_replica or seen.state != "SUSPECT"):
+            found.append(f"given up: {seen.planner} reported {seen.resource} {seen.state} at {seen.time_s:.3f}")
     return found

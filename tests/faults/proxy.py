@@ -19,6 +19,7 @@ class Proxy:
 
     Attributes:
         address: where callers connect.
+        num_asked: how many pieces came from callers; of a protocol of questions and answers, its round trips.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
@@ -28,6 +29,7 @@ class Proxy:
         self._delay_s = 0.0
         self._last_words: bytes | None = None
         self._is_cut = False
+        self.num_asked = 0
         self._is_closed = False
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
@@ -116,16 +118,19 @@ class Proxy:
             self._reset()
         back = threading.Thread(target=self._pump, args=(callee, caller), daemon=True)
         back.start()
-        self._pump(caller, callee)
+        self._pump(caller, callee, counts=True)
         back.join()
         with self._lock:
             self._sockets -= both
         for one in both:
             one.close()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, *, counts: bool = False) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(_PIECE_BYTES):
+                if counts:
+                    with self._lock:
+                        self.num_asked += 1
                 if self._last_words is not None and self._last_words in piece:
                     self.freeze()
                 if self._delay_s:

@@ -13,23 +13,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.faults.cluster import Faulty, pinned
+from tests.faults.cluster import Faulty, Planner, Witness, pinned
 from tests.faults.history import Findings, check
 from tests.planner.store.postgres import new_database, running_server
+
+FAR_SHARE = 1 / 60  # of the lease, each way to the store and back: 50 ms of 3 s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FarTerm:
+    """Two leases' time of a leader far from its store.
+
+    Attributes:
+        held: it led on.
+        starved_s: how long the machine gave no processor to this process at most, which only watched.
+    """
+
+    held: bool
+    starved_s: float
 
 
 @dataclass(slots=True)
 class Figures:
-    """Seconds of each fault: ``takeovers`` from a kill to the next acknowledged write of a client that goes on trying,
-    ``partitions`` the same from the moment of the cut, ``stands`` of a stop, ``delays`` of a delay above the lease,
-    ``agents`` from a fault to an agent's Welcome of the new term.
+    """Seconds of each fault.
+
+    Attributes:
+        takeovers: from a kill to the next acknowledged write of a client that goes on trying.
+        partitions: the same from the moment of the cut.
+        stands, delays: of a stop, and of a delay above the lease.
+        far: from the kill of a leader where both planners are far from the store.
+        taken, far_taken: from a kill until the store knew of the new term, near the store and far from it.
+        far_terms: what the distance alone did to leaders.
+        agents: from a fault to an agent's Welcome of the new term.
+        left: the same from a stop, which an agent has to find out by itself.
+        refused: what writers were told beside acknowledgements and lost races.
     """
 
     takeovers: list[float] = field(default_factory=list)
     partitions: list[float] = field(default_factory=list)
     stands: list[float] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
+    taken: list[float] = field(default_factory=list)
+    far_taken: list[float] = field(default_factory=list)
+    far_terms: list[FarTerm] = field(default_factory=list)
     agents: list[float] = field(default_factory=list)
+    left: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     findings: Findings | None = None
 
@@ -40,7 +69,11 @@ class Figures:
                 f"partitions             {percentiles(self.partitions)}",
                 f"leaders stopped        {percentiles(self.stands)}",
                 f"leaders delayed        {percentiles(self.delays)}",
+                f"far from the store     {percentiles(self.far)}",
+                f"  leaders that led on  {sum(term.held for term in self.far_terms)} of {len(self.far_terms)}",
+                f"kill to the new term   {percentiles(self.taken + self.far_taken)}",
                 f"agents with the leader {percentiles(self.agents)}",
+                f"  after a stop         {percentiles(self.left)}",
                 f"calls refused          {len(self.refused)}",
                 *(f"  {line}" for line in self.refused[:5]),
                 str(self.findings),
@@ -65,6 +98,7 @@ def inject(
     partitions: int,
     stops: int = 0,
     delays: int = 0,
+    far: int = 0,
     seed: int,
     lease_s: float,
     most_s: float = float("inf"),
@@ -73,7 +107,7 @@ def inject(
     end_s = time.monotonic() + most_s
     figures = Figures()
     with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
-        faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops + ["delay"] * delays
+        faults = ["kill"] * kills + ["partition"] * partitions + ["stop"] * stops + ["delay"] * delays + ["far"] * far
         faulty.chance.shuffle(faults)
         for number, fault in enumerate(faults):
             if time.monotonic() > end_s:
@@ -89,6 +123,7 @@ def inject(
                     leader.kill()
                     led = faulty.term_after(began_s, faulty.other(leader))
                     seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                    figures.taken.append(led.taken_s - began_s)
                     leader.start()
                 case "partition":
                     seconds = figures.partitions
@@ -99,16 +134,26 @@ def inject(
                         (leader.network.freeze if how == "freeze" else leader.network.cut)()
                         led = faulty.term_after(began_s, faulty.other(leader))
                         seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                        faulty.welcomes(led.epoch)  # the old leader must not hold its agents until it is mended
                         time.sleep(faulty.chance.uniform(0, lease_s))
                         leader.network.mend()
+                case "far":
+                    seconds = figures.far
+                    faulty.history.faults.append("leader and standby far from the store, kill -9 of the leader")
+                    for planner in faulty.planners:
+                        planner.network.delay(lease_s * FAR_SHARE)
+                    figures.far_terms.append(_lead_on(faulty, leader))
+                    leader = faulty.leader()
+                    began_s = time.time()
+                    leader.kill()
+                    led = faulty.term_after(began_s, faulty.other(leader))
+                    seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                    figures.far_taken.append(led.taken_s - began_s)
+                    for planner in faulty.planners:
+                        planner.network.mend()
+                    leader.start()
                 case "delay":
                     seconds = figures.delays
-                    # Most renewals come in time; where one does not, another may lead, and writers go on with that.
-                    faulty.history.faults.append("delay below the lease between leader and store")
-                    leader.network.delay(lease_s / 100)
-                    faulty.acknowledged_after(faulty.acknowledged_after(began_s))
-                    leader.network.mend()
-                    leader = faulty.leader()
                     faulty.history.faults.append("delay above the lease between leader and store")
                     with pinned(faulty, leader):
                         began_s = time.time()
@@ -124,20 +169,33 @@ def inject(
                         leader.signal(signal.SIGSTOP)
                         led = faulty.term_after(began_s, faulty.other(leader))
                         seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
+                        faulty.welcomes(led.epoch)
                         time.sleep(faulty.chance.uniform(0, lease_s))
                         leader.signal(signal.SIGCONT)
             welcomes = faulty.welcomes(led.epoch)
-            figures.agents += [welcome_s - began_s for welcome_s in welcomes]
+            agents = [welcome_s - began_s for welcome_s in welcomes]
+            (figures.left if fault == "stop" else figures.agents).extend(agents)
             for planner in faulty.planners:
                 faulty.wait(planner.is_ready, 90)
             print(
-                f"{number + 1}/{len(faults)} {fault}: {seconds[-1]:.2f} s, agents {max(figures.agents[-2:]):.2f} s",
+                f"{number + 1}/{len(faults)} {fault}: {seconds[-1]:.2f} s, agents {max(agents):.2f} s",
                 flush=True,
             )
         last = faulty.finish()
         figures.refused = faulty.errors
         figures.findings = check(faulty.history, last)
     return figures
+
+
+def _lead_on(faulty: Faulty, leader: Planner) -> FarTerm:
+    """Waits for two leases' time; whether the same term goes on then."""
+    before = sum(len(planner.terms()) for planner in faulty.planners)
+    with Witness() as witness:
+        time.sleep(2 * faulty.lease_s)
+    shown = leader.shown()
+    held = shown is not None and shown["role"] == "leader"
+    held &= sum(len(planner.terms()) for planner in faulty.planners) == before
+    return FarTerm(held=held, starved_s=witness.longest_s)
 
 
 def main() -> None:
@@ -147,6 +205,9 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=2)
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--delays", type=int, default=0)
+    parser.add_argument(
+        "--far", type=int, default=0, help="terms of leaders far from their store, which are then killed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lease", type=float, default=5.0, help="seconds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
@@ -159,6 +220,7 @@ def main() -> None:
             partitions=given.partitions,
             stops=given.stops,
             delays=given.delays,
+            far=given.far,
             seed=given.seed,
             lease_s=given.lease,
             most_s=given.minutes * 60,

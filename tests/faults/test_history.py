@@ -7,7 +7,20 @@ from dataclasses import replace
 
 import pytest
 
-from tests.faults.history import Findings, History, Led, Read, Write, check
+from tests.faults.history import Findings, History, Led, Read, Sighting, Write, check
+
+
+def led(planner: str, epoch: int, time_s: float) -> Led:
+    return Led(planner=planner, epoch=epoch, time_s=time_s, taken_s=time_s)
+
+
+def serving(planner: str, time_s: float) -> list[Sighting]:
+    """What a planner reports that takes over while a replica serves: its agents come one after the other."""
+    states = [("nodes/a", "SUSPECT"), ("replicas/0", "SERVING"), ("nodes/a", "READY")]
+    return [
+        Sighting(planner=planner, resource=f"clusters/served/{name}", state=state, time_s=time_s + 0.1 * number)
+        for number, (name, state) in enumerate(states)
+    ]
 
 
 def well(seed: int = 0, num_writes: int = 40) -> tuple[History, Read]:
@@ -15,13 +28,15 @@ def well(seed: int = 0, num_writes: int = 40) -> tuple[History, Read]:
     chance = random.Random(seed)
     history, version, value, now_s = History(first=(1, "first")), 1, "first", 100.0
     leader = 0
-    history.terms.append(Led(planner="p0", epoch=1, time_s=now_s))
+    history.terms.append(led("p0", 1, now_s))
+    history.sightings += serving("p0", now_s)
     for number in range(num_writes):
         now_s += 1
         if chance.random() < 0.1:
             leader += 1
             history.faults.append("kill")
-            history.terms.append(Led(planner=f"p{leader % 2}", epoch=leader + 1, time_s=now_s))
+            history.terms.append(led(f"p{leader % 2}", leader + 1, now_s))
+            history.sightings += serving(f"p{leader % 2}", now_s)
             now_s += 0.1
         write = Write(
             value=f"w{number}", base=version, began_s=now_s, ended_s=now_s + 0.5, planner=f"p{leader % 2}", version=None
@@ -120,12 +135,28 @@ def test_a_stale_read_is_found() -> None:
 def test_an_acknowledgement_after_the_term_is_found() -> None:
     history, last = well(7)
     write = history.writes[acknowledged(history)]
-    history.terms.append(Led(planner="p9", epoch=99, time_s=write.began_s - 0.01))
+    history.terms.append(led("p9", 99, write.began_s - 0.01))
     violations = found(history, last).violations
     assert any(violation.startswith(f"term: {write.planner} acknowledged {write.value}") for violation in violations)
 
 
 def test_an_epoch_that_does_not_grow_is_found() -> None:
     history, last = well(8)
-    history.terms.append(Led(planner="p9", epoch=1, time_s=last.ended_s))
+    history.terms.append(led("p9", 1, last.ended_s))
     assert any(violation.startswith("epoch: p9") for violation in found(history, last).violations)
+
+
+@pytest.mark.parametrize(
+    ("resource", "state"),
+    [("nodes/a", "LOST"), ("replicas/0", "STOPPED"), ("replicas/0", "FAILED"), ("replicas/0", "STARTING")],
+)
+def test_a_leader_that_gives_up_what_serves_is_found(resource: str, state: str) -> None:
+    """As the one that took over while the old leader held its agents."""
+    history, last = well(10)
+    assert found(history, last).sightings == len(history.sightings) > 3
+    given_up = Sighting(planner="p9", resource=f"clusters/served/{resource}", state=state, time_s=last.ended_s)
+    (violation,) = check(replace(history, sightings=[*history.sightings, given_up]), last).violations
+    assert violation == f"given up: p9 reported clusters/served/{resource} {state} at {last.ended_s:.3f}"
+    # Nobody gives up what never served.
+    other = replace(given_up, resource=f"clusters/served/{resource}-new")
+    assert check(replace(history, sightings=[*history.sightings, other]), last).violations == ()

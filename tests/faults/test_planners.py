@@ -8,26 +8,37 @@ import pytest
 
 from tests.faults.run import Figures, inject
 
-TAKEOVER_S, AGENTS_S = 10.0, 15.0  # what is promised
+TAKEOVER_S, AGENTS_S, LEFT_S = 10.0, 15.0, 20.0  # what is promised
 SLACK = 3  # times as long in CI, where a machine has more to do than to keep promises of time
+TERM_S = 2.0  # after the end of a lease at the latest the next term begins
 
 
-def assert_well(figures: Figures, *, slack: float = 1) -> None:
+def assert_well(figures: Figures, *, lease_s: float, slack: float = 1) -> None:
+    """What the machine decides has slack; what the protocol decides is asserted of the best of several takeovers: a
+    busy machine makes some late, and one that waits too long by itself makes all of them late."""
     assert figures.findings is not None
     assert figures.findings.violations == (), figures.findings
     assert figures.findings.acknowledged > 10, figures.findings
+    assert figures.findings.sightings > 4, figures.findings
     assert figures.refused == [], figures.refused
+    assert min(figures.taken) <= lease_s + TERM_S, figures.taken
+    assert min(figures.far_taken) <= lease_s + TERM_S, figures.far_taken
+    # Where nobody was given a processor for a third of a lease, no leader can keep one.
+    assert all(term.held or term.starved_s > lease_s / 3 for term in figures.far_terms), figures.far_terms
     assert max(figures.takeovers) <= slack * TAKEOVER_S, figures
     assert max(figures.agents) <= slack * AGENTS_S, figures
+    assert max(figures.left) <= slack * LEFT_S, figures
 
 
 def test_a_leader_that_is_killed_and_one_that_is_cut_off_are_followed(postgres_url: str, tmp_path: Path) -> None:
-    figures = inject(postgres_url, tmp_path, kills=1, partitions=1, stops=1, delays=1, seed=1, lease_s=3.0)
-    assert_well(figures, slack=SLACK)
+    """And one whose store is 50 ms away leads on, and is followed as soon by another so far from it."""
+    figures = inject(postgres_url, tmp_path, kills=2, partitions=1, stops=1, delays=1, far=2, seed=1, lease_s=3.0)
+    assert_well(figures, lease_s=3.0, slack=SLACK)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(3))
 def test_fifty_leaders_are_killed_and_ten_cut_off(postgres_url: str, tmp_path: Path, seed: int) -> None:
-    figures = inject(postgres_url, tmp_path, kills=50, partitions=10, stops=10, delays=10, seed=seed, lease_s=5.0)
-    assert_well(figures)
+    counts = {"kills": 50, "partitions": 10, "stops": 10, "delays": 10, "far": 10}
+    figures = inject(postgres_url, tmp_path, **counts, seed=seed, lease_s=5.0)
+    assert_well(figures, lease_s=5.0)

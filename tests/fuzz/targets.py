@@ -35,6 +35,7 @@ from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
 from hetis.solver.errors import HetisError, InvalidProblemError
 from hetis.v1 import dispatch_service_pb2, document_pb2, plan_pb2, stage_pb2
+from tests.fuzz.http_bytes import ask_agent, ask_page, read_engine
 from tests.planner.dispatching.stages import stage_model
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +166,9 @@ TARGETS: Mapping[str, Target] = {
     "request_plan": Target(read=partial(_document, "Plan"), seeds=("tests/bad_input/plan_*",)),
     "request_workload": Target(read=partial(_document, "Workload"), seeds=("tests/bad_input/workload_*.yaml",)),
     "prometheus": Target(read=_metrics),
+    "http_page": Target(read=ask_page),
+    "http_agent": Target(read=ask_agent),
+    "http_engine": Target(read=read_engine),
     "certificates": Target(read=_certificates),
     "plugin_settings": Target(read=partial(_from_file, _plugin_settings, "workers", "")),
     "stage": Target(read=partial(_message, stage_pb2.StageModel, _stage)),

@@ -10,10 +10,12 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
-from hetis.planner.client.connection import CHANNEL_OPTIONS
+from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS
 from hetis.planner.service import server
+from hetis.runtime.agent.connecting import OPTIONS as OPTIONS_OF_AGENTS
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
+from tests.faults.proxy import Proxy
 from tests.planner.service.serving import run, served
 
 ROOT = Path(__file__).parents[3]
@@ -35,6 +37,39 @@ def test_every_channel_argument_exists_in_the_installed_grpc() -> None:
     assert ("grpc.keepalive_time_ms", "docs/api.md") in used
     assert ("grpc.max_concurrent_streams", "planner/hetis/planner/service/server.py") in used
     assert {(name, path) for name, path in used if name.encode() + b"\0" not in library} == set()
+
+
+def test_a_ping_is_waited_for_as_long_as_is_said_everywhere() -> None:
+    """The longer of two limits counts, and the second one is a minute unless it is said, too."""
+    limits = dict[str, dict[str, int]]()
+    for options in (server.OPTIONS, CHANNEL_OPTIONS, SEVERAL_OPTIONS, OPTIONS_OF_AGENTS):
+        limits[str(options)] = {name: int(value) for name, value in options if name.endswith("_timeout_ms")}
+    for found in limits.values():
+        assert found["grpc.http2.ping_timeout_ms"] == found["grpc.keepalive_timeout_ms"] <= 20_000
+
+
+def test_a_planner_that_stands_still_is_left() -> None:
+    """Its machine acknowledges every byte, so that no timeout of TCP ends the connection."""
+
+    async def test() -> None:
+        async with served() as planner:
+            host, port = planner.address.split(":")
+            with Proxy((host, int(port))) as proxy:
+                options = [
+                    (name, value // FASTER if isinstance(value, int) and name.endswith("_ms") else value)
+                    for name, value in CHANNEL_OPTIONS
+                ]
+                options.append(("grpc.use_local_subchannel_pool", 1))
+                async with grpc.aio.insecure_channel(":".join(map(str, proxy.address)), options) as channel:
+                    watch = PlanServiceStub(channel).WatchPlan(plans.WatchPlanRequest(name="plans/p"))
+                    await watch.read()
+                    proxy.freeze()
+                    async with asyncio.timeout(40):
+                        while not watch.done():
+                            await asyncio.wait({asyncio.ensure_future(watch.read())})
+                    assert await watch.code() is grpc.StatusCode.UNAVAILABLE
+
+    run(test)
 
 
 def test_a_watch_on_which_nothing_happens_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,29 @@ async def page(
     return made, address
 
 
+def test_no_library_that_is_installed_takes_a_connection_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn gives one to whichever it finds for WebSockets, and nobody counts or limits it then."""
+    taken = list[object]()
+    monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", lambda **_: taken.append(1))
+
+    async def test() -> Any:
+        served, address = await page()
+        host, port = address.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        writer.write_eof()
+        answer = await reader.read()
+        writer.close()
+        await served.stop()
+        return answer
+
+    assert run(test).startswith(b"HTTP/1.1 200 ")
+    assert taken == []
+
+
 def test_the_page_shows_the_planner_and_its_clusters() -> None:
     async def test() -> Any:
         served, address = await page()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -198,6 +199,39 @@ def test_a_lease_is_renewed_while_a_write_takes_longer_than_it(postgres_url: str
 
         await store.write(slow)
         assert store.lease.may_decide
+        await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
+    postgres_url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal of five cost leaders far from their store the lease. Counted, it does not depend on the machine."""
+    granted = list[int]()  # questions until then
+    grant = Lease.grant
+
+    def counting(lease: Lease, asked_s: float) -> None:
+        granted.append(proxy.num_asked)
+        grant(lease, asked_s)
+
+    async def scenario() -> None:
+        other = await Store.open(postgres_url, lease_s=LEASE_S)
+        await other.lead("other")
+        # Its clock stands still: no probe of the other connection is due, no lease ends.
+        store = await Store.open(through(proxy, postgres_url), lease_s=LEASE_S, machine=lambda: 0.0)
+        with pytest.raises(ServiceError, match="another planner leads"):
+            await store.lead("store")
+        await other.close()
+        connected = proxy.num_asked
+        monkeypatch.setattr(Lease, "grant", counting)
+        await store.stand_by("store")
+        assert granted.pop() - connected == 5  # who leads? then BEGIN, the row, its change, COMMIT
+        async with asyncio.timeout(60):
+            while len(granted) < 9:
+                await asyncio.sleep(0.01)
+        trips = [after - before for before, after in itertools.pairwise(granted)]
+        assert sorted(trips) == [1] * 7 + [2]  # the sixth time it also prepares the statement
         await store.close()
 
     asyncio.run(scenario())

@@ -38,6 +38,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.enable_retries", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute by itself, and it is the longer of the two that counts
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.primary_user_agent", "hetis-client"),
 )

@@ -32,6 +32,7 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Finds clients that vanished without a word; their streams would stay for ever.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     # Connections end now and then, so that those of 10,000 agents spread after a restart.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),

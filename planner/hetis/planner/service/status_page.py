@@ -106,6 +106,20 @@ def status_app(
     )
 
 
+def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
+    """How the page is served."""
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(limits),
+        ws="none",  # else a library that happens to be installed takes connections over, and out of the limits
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
 def _wants_html(request: Request) -> bool:
     """Browsers say so; curl and what else reads JSON takes anything."""
     return "text/html" in request.headers.get("accept", "")
@@ -204,16 +218,7 @@ class StatusPage:
     async def start(self, app: Starlette) -> None:
         """Begins to answer with what `status_app` made."""
         assert self._socket is not None
-        config = uvicorn.Config(
-            app,
-            http=limited_protocol(self._limits),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-        self._server = _Server(config)
+        self._server = _Server(page_config(app, self._limits))
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.005)  # uvicorn tells by a flag

@@ -40,8 +40,9 @@ class Holder:
 
 def look(connection: sa.Connection) -> tuple[Holder, float]:
     """Return who led last, and how long its lease lasts still; nothing is locked. Negative: it is over."""
-    row = connection.execute(sa.select(schema.leadership).where(_ROW)).one()
-    return Holder.from_text(row.holder), row.lease_end_s - _now_s(connection)
+    left_s = (schema.leadership.c.lease_end_s - _now(connection)).label("left_s")
+    row = connection.execute(sa.select(schema.leadership.c.holder, left_s).where(_ROW)).one()
+    return Holder.from_text(row.holder), float(row.left_s)
 
 
 def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) -> int:
@@ -56,21 +57,21 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
     Raises:
         ServiceError: NOT_LEADER, with the leader and when to try again.
     """
-    row = connection.execute(sa.select(schema.leadership).where(_ROW).with_for_update()).one()
-    now_s = _now_s(connection)
-    if row.lease_end_s > now_s:
-        raise not_leader(row.holder, store=store, retry_after_s=row.lease_end_s - now_s)
+    left_s = (schema.leadership.c.lease_end_s - _now(connection)).label("left_s")
+    row = connection.execute(sa.select(schema.leadership, left_s).where(_ROW).with_for_update()).one()
+    if row.left_s > 0:
+        raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
     epoch: int = row.epoch + 1
-    lease_end_s = now_s + lease_s if lease_s else 0.0
+    lease_end_s = _now(connection) + lease_s if lease_s else 0.0
     values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
     connection.execute(sa.update(schema.leadership).where(_ROW).values(values))
     return epoch
 
 
 def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
-    """Raises NOT_LEADER when another has taken over."""
+    """Prolongs the lease, in one statement; raises NOT_LEADER when another has taken over."""
     ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
-    lease_end_s = _now_s(connection) + lease_s
+    lease_end_s = _now(connection) + lease_s
     if not connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
         raise not_leader(holder_of(connection))
 
@@ -110,8 +111,9 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
     )
 
 
-def _now_s(connection: sa.Connection) -> float:
-    """Unix time by the server's clock, which all planners share. A file needs none: there is no lease."""
+def _now(connection: sa.Connection) -> sa.ColumnElement[float]:
+    """Unix time by the server's clock, which all planners share, in the statement that needs it: asked for alone it
+    would cost each renewal another way there and back. A file needs none: there is no lease."""
     if connection.dialect.name == "sqlite":
-        return 0.0
-    return float(connection.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+        return sa.literal(0.0)
+    return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)

@@ -70,13 +70,15 @@ def label_of(url: sa.URL) -> str:
     return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
 
 
-def make_engine(url: sa.URL, *, lease_s: float) -> sa.Engine:
+def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.Engine:
     """Connects lazily. Write transactions of SQLite lock at once and reach the disk before they end.
 
     Args:
         url: as `parse_url` makes it.
         lease_s: what a server's timeouts follow from: a planner that is cut off in the middle of a transaction must
             not keep another from taking over when the lease is over.
+        asks_first: whether a connection to a server is asked whether it still works before each use. That is another
+            way there and back, which whoever tries again soon does not need.
     """
     if url.drivername != "sqlite":
         most_ms = round(1000 * max(lease_s, _LEAST_LIMIT_S))
@@ -94,7 +96,15 @@ def make_engine(url: sa.URL, *, lease_s: float) -> sa.Engine:
             "keepalives_interval": 2,
             "keepalives_count": 3,
         }
-        return sa.create_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=settings)
+        # HSTORE: a new connection would be asked whether the server knows that type.
+        return sa.create_engine(
+            url,
+            pool_size=1,
+            max_overflow=0,
+            pool_pre_ping=asks_first,
+            connect_args=settings,
+            use_native_hstore=False,
+        )
     engine = sa.create_engine(url, connect_args={"timeout": FILE_WAIT_S})
     event.listen(engine, "connect", _set_up_file)
     event.listen(engine, "begin", _begin)
@@ -158,6 +168,12 @@ class Breaker:
 def reading(engine: sa.Engine) -> sa.Engine:
     """The same connections, for transactions that only read."""
     return engine.execution_options(**{_READS: True})
+
+
+def at_once(engine: sa.Engine) -> sa.Engine:
+    """The same connections, for single statements that are durable when they are answered: nothing begins or commits
+    around them, which each cost a way to the server and back. A file is as near as ever: there it changes nothing."""
+    return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def use_write_ahead_log(engine: sa.Engine) -> None:

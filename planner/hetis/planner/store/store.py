@@ -65,7 +65,11 @@ class Store:
         self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")
         # A file has one connection for all: a second one would wait for the first one's locks.
-        self._lease_engine = opening.make_engine(url, lease_s=lease_s / 2) if is_served else self._engine
+        self._lease_engine = (
+            opening.make_engine(url, lease_s=lease_s / 2, asks_first=False) if is_served else self._engine
+        )
+        self._lease_statements = opening.at_once(self._lease_engine)
+        self._lease_looks = opening.reading(self._lease_statements)
         self._lease_breaker = opening.Breaker(self._lease_engine, machine) if is_served else self._breaker
         self._lease_thread = (
             ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-lease") if is_served else self._thread
@@ -125,9 +129,8 @@ class Store:
         """
         await self._end_renewal()
         text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
-        asked_s = self._machine_s()
         try:
-            epoch = await self._limited(self._lead, text)
+            asked_s, epoch = await self._limited(self._lead, text)
         except ServiceError as error:
             self._note_leader(error)
             raise
@@ -312,9 +315,12 @@ class Store:
     async def _renew_while_held(self, epoch: int) -> None:
         """The loop asks, so that a planner whose loop hangs loses its lease, too."""
         trouble = ""
+        asked_s = self._machine_s()
         while self._epoch == epoch and self.lease.is_held:
-            # No later than the end: what waits for a write then has to hear of it.
-            await asyncio.sleep(max(min(self._lease_s / _RENEWALS, self.lease.left_s), 0.0))
+            # From question to question: what an answer took is not waited for again. No later than the end: what waits
+            # for a write then has to hear of it.
+            rest_s = asked_s + self._lease_s / _RENEWALS - self._machine_s()
+            await asyncio.sleep(max(min(rest_s, self.lease.left_s), 0.0))
             if not self.lease.is_held:
                 continue  # the process stood still
             asked_s = self._machine_s()
@@ -417,7 +423,7 @@ class Store:
 
     def _look(self) -> float:
         """Return how long the lease of whoever leads lasts still; with a file, 0: its lock says whether it is free."""
-        left_s = self._look_by(opening.reading(self._lease_engine))
+        left_s = self._look_by(self._lease_looks)
         return 0.0 if self._lock is not None else left_s
 
     def _look_by(self, engine: sa.Engine) -> float:
@@ -430,19 +436,21 @@ class Store:
             self.leader = holder
         return left_s
 
-    def _lead(self, holder: str) -> int:
+    def _lead(self, holder: str) -> tuple[float, int]:
+        """Return when the lease begins to count, and the epoch."""
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         try:
             with self._lease_engine.begin() as connection:
-                return leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
+                asked_s = self._machine_s()  # with a connection: what that took is no part of the lease
+                return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
 
     def _renew(self, epoch: int) -> None:
         try:
-            with self._lease_engine.begin() as connection:
+            with self._lease_statements.begin() as connection:
                 leadership.renew(connection, epoch, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
@@ -482,7 +490,7 @@ class Store:
 
     def _release(self, epoch: int | None) -> None:
         if epoch is not None and self._lease_s:
-            with contextlib.suppress(sa.exc.DBAPIError), self._lease_engine.begin() as connection:
+            with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
                 leadership.release(connection, epoch)  # else the lease ends by itself
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()

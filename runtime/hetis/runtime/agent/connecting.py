@@ -15,10 +15,12 @@ from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
 MOST_WAIT_FOR_LEADER_S = 4.0  # where planners answer, and one of them is about to lead
 MOST_MESSAGE_BYTES = 4 << 20
-_OPTIONS = (
-    # A planner that stands still is left after 15 s; hetis-planner allows agents so many pings.
+OPTIONS = (
+    # A planner that stands still is left after 15 s; hetis-planner allows agents so many pings. Without the limit for a
+    # ping's answer, a minute by itself, that for a keepalive's is of no use where the other machine's kernel goes on.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
     # gRPC's own waiting stays below ours, which has the jitter.
@@ -95,9 +97,9 @@ class PlannerAddress:
             OSError: a file cannot be read any more.
         """
         if self.is_plain:
-            return grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
+            return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
         credentials = grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.cert))
-        options = list[tuple[str, str | int]](_OPTIONS)
+        options = list[tuple[str, str | int]](OPTIONS)
         if endpoint.name:
             options += [("grpc.ssl_target_name_override", endpoint.name), ("grpc.default_authority", endpoint.name)]
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)

@@ -49,6 +49,37 @@ def sends(body: bytes, status: int = 200) -> Answer:
     return answer
 
 
+def sends_to(where: str) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        if handler.path != "/metrics":
+            sends(SGLANG.encode())(handler)
+            return
+        handler.send_response(307)
+        handler.send_header("Location", where)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def test_an_engine_may_send_to_another_path_and_to_no_other_server() -> None:
+    with engine(sends_to("/metrics/")) as url:
+        assert scrape(url, timeout_s=5).state is ScrapeState.READ
+    asked = list[str]()
+
+    def other(handler: BaseHTTPRequestHandler) -> None:
+        asked.append(handler.path)
+        sends(SGLANG.encode())(handler)
+
+    with engine(other) as elsewhere:
+        for where in (elsewhere, elsewhere.replace("http", "ftp", 1), "file:///etc/hostname"):
+            with engine(sends_to(where)) as url:
+                found = scrape(url, timeout_s=5)
+            assert found.state is ScrapeState.UNREACHABLE
+            assert found.message
+    assert asked == []
+
+
 def drips(handler: BaseHTTPRequestHandler) -> None:
     """A few bytes now and then: each read is in time, the whole is not."""
     handler.send_response(200)

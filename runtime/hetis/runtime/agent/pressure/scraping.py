@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from enum import StrEnum
+from http.client import HTTPMessage
+from typing import IO
 
 from hetis.runtime.agent.pressure.reading import EngineReading
 from hetis.runtime.agent.pressure.samples import UnreadableMetricsError, parse_samples
@@ -97,5 +100,16 @@ def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
     return b"".join(pieces)
 
 
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Follows an engine to another path (vLLM's is ``/metrics/``), and never to another server."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if newurl.partition("://")[0] != req.type or urllib.parse.urlsplit(newurl).netloc != req.host:
+            raise urllib.error.URLError(f"it sends us to another server, {newurl[:100]!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 # No proxy: an engine is on this node.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServer())
