@@ -88,3 +88,19 @@ def test_cached_code_of_a_type_that_has_another_name_now_is_compiled_anew(tmp_pa
         file.write_text(TYPED.replace("Pair", name), encoding="utf-8")
         run = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, timeout=300)
         assert (run.stdout, run.stderr) == ("3.0 1\n", "")
+
+
+WITHOUT_SCIPY = """
+import sys
+from hetis.solver.compiled import kernel_of  # before numba itself is asked for anything
+import numpy as np
+from numba import njit
+print("scipy.linalg" in sys.modules)
+product = njit(lambda a, b: a @ b)  # of somebody else
+print(product(np.eye(2), np.full((2, 2), 3.0))[0, 1], "scipy.linalg" in sys.modules)
+"""
+
+
+def test_numba_imports_scipy_only_for_those_who_multiply_matrices() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_SCIPY], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "3.0", "True"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,8 +15,39 @@ from typing import IO, Any, TypeVar, cast
 from numba import config, njit
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.types import unliteral
+from numba.np import linalg as numba_linalg
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _check_scipy() -> None:
+    """Stand in for numba's `ensure_blas`, which imports ``scipy.linalg`` to see whether it is there: 0.34 s of CPU.
+
+    Raises:
+        ImportError: scipy is not installed, as `ensure_blas` has it.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise ImportError("scipy is required for linear algebra")
+
+
+@contextmanager
+def _unimported_scipy() -> Iterator[None]:
+    """Lets numba's array functions be imported without scipy, which no kernel of ours calls.
+
+    They ask for BLAS once, as they are imported; code that uses BLAS still asks the real function when it is compiled.
+    """
+    ensure_blas = numba_linalg.ensure_blas
+    numba_linalg.ensure_blas = _check_scipy
+    try:
+        yield
+    finally:
+        numba_linalg.ensure_blas = ensure_blas
+
+
+with _unimported_scipy():
+    _array_functions: Any = importlib.import_module("numba.np.arraymath")
+_array_functions.ensure_blas = numba_linalg.ensure_blas
+
 LONGEST_WAIT_S = 600.0  # for a process that compiles: it may have been stopped in the middle
 
 
