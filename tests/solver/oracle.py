@@ -333,7 +333,7 @@ class ReplicaSearch:
             copies = self.options[number].shape.copies
             if begun.copies + copies > self.most_copies:
                 continue
-            for held in range(1, self.layers - begun.layers + 1):
+            for held in range(self.least_layers(begun), self.layers - begun.layers + 1):
                 done = begun.layers + held
                 stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
                 fewest, most = self.extremes(begun, held)
@@ -344,6 +344,11 @@ class ReplicaSearch:
                 in_turn = self.setting.M == 1 and self.problem.family.engine is None
                 uneven = chunk_s * self.setting.n_it / u if in_turn else chunk_s / copies
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
+
+    def least_layers(self, begun: Begun) -> int:
+        """Repeated layers of the next stage; the model's leading dense layers are the first one's, too."""
+        engine, prefix = self.problem.family.engine, 0 if begun.layers else self.problem.model.prefix_layers
+        return 1 if engine is None else max(1, engine.min_layers - prefix)
 
     def extremes(self, begun: Begun, held: int) -> tuple[int, int]:
         """Fewest and most layers of a stage so far, in families of even layers."""

@@ -20,6 +20,7 @@ from hetis.solver.placement.engines import ENGINES, beyond, run_by
 from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.options import EVERYTHING, list_options
 from hetis.solver.placement.pipelines import Workers, shapes_of, stage_times, sweep_of
+from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import AttentionWorkerPool, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
@@ -35,7 +36,10 @@ WITH_WORKERS = run_by(
 )
 FEW_GPUS = replace(WITH_WORKERS, engine=EngineRules(name="vllm-hetis", max_stages=3, max_gpus=2))
 PLAIN = replace(WITH_WORKERS, max_pool=0, engine=EngineRules(name="vllm", max_stages=3))
-FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS)
+LARGE_STAGES = replace(
+    WITH_WORKERS, engine=EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, min_layers=2)
+)
+FAMILIES = (WITH_WORKERS, PLAIN, FEW_GPUS, LARGE_STAGES)
 
 
 def value_of(problem: PlacementProblem) -> float:
@@ -205,13 +209,40 @@ def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProble
         plan = solve_placement(problem, strategy="hetis")
     except InfeasibleError:
         assume(False)
-    rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4)
+    rules = EngineRules(name="vllm-hetis", max_stages=3, max_pooled_stages=2, max_gpus=4, min_layers=2)
     held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)
     for replica in plan.replicas:
         found = check_engine(replica, "replica", held, fleet)
         assert bool(found) == bool(beyond([replica], rules, problem.cluster)), (found, replica)
         without = beyond([replica], replace(rules, name="vllm"), problem.cluster)
         assert ("attention workers" in without) == bool(replica.attention_workers)
+
+
+@settings(max_examples=EXAMPLES)
+@given(problem=problems(max_gpus=5, family=PLAIN), fewest=st.integers(1, 4))
+def test_more_layers_to_a_stage_never_serve_more(problem: PlacementProblem, fewest: int) -> None:
+    assume(not problem.model.forbidden_cuts)
+    few, more = (
+        replace(problem, family=replace(PLAIN, engine=EngineRules(name="vllm", max_stages=3, min_layers=layers)))
+        for layers in (fewest, fewest + 1)
+    )
+    better = (lambda a, b: a >= b * (1 - REL)) if problem.objective.maximises else (lambda a, b: a <= b * (1 + REL))
+    assert better(value_of(few), value_of(more))
+
+
+@pytest.mark.parametrize("strategy", ["hetis", "uniform"])
+@pytest.mark.parametrize("limit", [{"max_gpus": 2}, {"min_layers": 3}, {"max_stages": 2}])
+def test_limits_of_a_replica_hold_for_every_strategy(strategy: str, limit: dict[str, int]) -> None:
+    groups = [make_node("a", "A", nodes=3), make_node("b", "B", nodes=4)]
+    family = STRATEGIES[strategy].restrict(Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,)))
+    rules = EngineRules(name="vllm", **limit)
+    problem = make_problem(groups, model=make_model(num_layers=8), family=run_by(family, rules))
+    plan = solve_placement(problem, strategy=strategy)
+    assert plan.replicas
+    assert check_plan(plan, problem) == ()
+    assert beyond(plan.replicas, rules, problem.cluster) == ()
+    nine = replace(problem, family=replace(problem.family, engine=replace(rules, min_layers=9)))
+    assert any("must have at least 9" in violation.message for violation in check_plan(plan, nine))
 
 
 def test_what_an_engine_lacks_is_said_once_and_in_words() -> None:
@@ -245,6 +276,8 @@ def test_what_no_engine_runs_is_refused() -> None:
         Family(engine=EngineRules(name="vllm"))
     with pytest.raises(InvalidProblemError, match="max_stages is 0"):
         EngineRules(name="vllm", max_stages=0)
+    with pytest.raises(InvalidProblemError, match="min_layers is 0"):
+        EngineRules(name="vllm", min_layers=0)
     with pytest.raises(InvalidProblemError, match="must be at most 64"):
         EngineRules(name="vllm", max_stages=2**31 - 1)  # no list of so many is made
 

@@ -70,15 +70,17 @@ class EngineRules:
         max_stages: of a replica.
         max_pooled_stages: of a replica with attention workers.
         max_gpus: of a replica, attention workers included; None: as many as it takes.
+        min_layers: of a stage, leading dense layers of the first included.
     """
 
     name: str
     max_stages: int = 8
     max_pooled_stages: int = 4
     max_gpus: int | None = None
+    min_layers: int = 1
 
     def __post_init__(self) -> None:
-        for field_name, least in (("max_stages", 1), ("max_pooled_stages", 0), ("max_gpus", 1)):
+        for field_name, least in (("max_stages", 1), ("max_pooled_stages", 0), ("max_gpus", 1), ("min_layers", 1)):
             value = getattr(self, field_name)
             if value is not None and value < least:
                 raise InvalidProblemError(f"{field_name} is {value}, must be at least {least}")
@@ -88,7 +90,9 @@ class EngineRules:
     def describe(self) -> str:
         """In a few words."""
         gpus = "" if self.max_gpus is None else f" and {self.max_gpus} GPUs"
-        return f"what {self.name} runs: at most {self.max_stages} stages{gpus} in one zone, as many batches in flight"
+        layers = "" if self.min_layers == 1 else f" of at least {self.min_layers} layers each"
+        stages = f"{self.max_stages} stages{layers}{gpus}"
+        return f"what {self.name} runs: at most {stages} in one zone, as many batches in flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

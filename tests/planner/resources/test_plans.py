@@ -118,7 +118,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
         for name, spec in (
             ("default", {}),
             ("stock", {"engine": "vllm"}),
-            ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2}),
+            ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2}),
             ("free", {"engine": "any", "strategy": "uniform"}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
         ):
@@ -262,7 +262,7 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
 
         for asked, says in (
             ({"engine": "vlm"}, "is 'vlm', must be one of vllm-hetis, vllm, sglang, any, did you mean vllm?"),
-            ({"engine": "any", "max_gpus": 8}, "stages and GPUs of a replica are limited for an engine: name one, too"),
+            ({"engine": "any", "max_gpus": 8}, "replicas are limited for an engine: name one, too"),
             (
                 {"engine": "vllm", "strategy": "hexgen-paper"},
                 "strategy hexgen-paper is a published heuristic, which does not know vllm",

@@ -91,6 +91,7 @@ def apply(
     engine: options.EngineOption = None,
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
+    min_layers: options.MinLayersOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -121,8 +122,10 @@ def apply(
     """
     from hetis.planner.cli.applying import Application, Goal
     from hetis.planner.cli.families import engine_rules
+    from hetis.planner.use_cases.sources import ReplicaLimits
 
-    engine_rules(engine, strategy, max_stages, max_gpus)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    engine_rules(engine, strategy, limits)
     goal = Goal(
         cluster=cluster,
         model=model,
@@ -137,8 +140,7 @@ def apply(
         weights=weights,
         kv=kv,
         engine=engine,
-        max_stages=max_stages,
-        max_gpus=max_gpus,
+        limits=limits,
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

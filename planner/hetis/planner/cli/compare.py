@@ -41,6 +41,7 @@ def compare(
     engine: options.EnginesOption = None,
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
+    min_layers: options.MinLayersOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -63,12 +64,13 @@ def compare(
     from hetis.planner.use_cases import place as placing
     from hetis.planner.use_cases.compare import compare_engines
     from hetis.planner.use_cases.precision import in_precision
-    from hetis.planner.use_cases.sources import load_inputs
+    from hetis.planner.use_cases.sources import ReplicaLimits, load_inputs
     from hetis.solver.budget import Budget
 
     compares_engines = engine is not None and len(engine.names) > 1
     names = (strategies or families.strategies(options.DEFAULT_STRATEGY if compares_engines else ALL_STRATEGIES)).names
-    rules = families.rules_of_engines(engine, max_stages, max_gpus)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    rules = families.rules_of_engines(engine, limits)
     if out is not None:
         refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)
     refuse_page(html)

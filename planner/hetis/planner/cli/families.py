@@ -11,6 +11,7 @@ import typer
 from hetis.solver.plan import Role
 
 if TYPE_CHECKING:
+    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.problem import EngineRules
 
 DEFAULT_STRATEGY = "hetis"
@@ -76,28 +77,26 @@ def engines(text: str) -> Engines:
     return Engines(tuple(dict.fromkeys(engine(name.strip()) for name in text.split(","))))
 
 
-def engine_rules(name: str | None, strategy: str, max_stages: int | None, max_gpus: int | None) -> EngineRules | None:
+def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
     """What ``--engine`` and its limits ask for; None: any engine will do, as for published heuristics by default."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of
     from hetis.solver.errors import InvalidProblemError
 
     try:
-        return rules_of(name, strategy, max_stages=max_stages, max_gpus=max_gpus)
+        return rules_of(name, strategy, limits)
     except InvalidProblemError as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def rules_of_engines(
-    asked: Engines | None, max_stages: int | None, max_gpus: int | None
-) -> dict[str, EngineRules | None]:
+def rules_of_engines(asked: Engines | None, limits: ReplicaLimits) -> dict[str, EngineRules | None]:
     """The rules of engines by name, those that are limited with their limits; ``any`` unless others are asked for."""
+    from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.placement.engines import ANY_ENGINE
 
     names = (ANY_ENGINE,) if asked is None else asked.names
     limited = [name for name in names if name != ANY_ENGINE or len(names) == 1]
     return {
-        name: engine_rules(name, DEFAULT_STRATEGY, *((max_stages, max_gpus) if name in limited else (None, None)))
-        for name in names
+        name: engine_rules(name, DEFAULT_STRATEGY, limits if name in limited else ReplicaLimits()) for name in names
     }
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from google.protobuf.duration_pb2 import Duration
@@ -19,6 +19,9 @@ from hetis.planner.client import Client
 from hetis.planner.convert.roles import TO_PROTO
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2
+
+if TYPE_CHECKING:
+    from hetis.planner.use_cases.sources import ReplicaLimits
 
 _KINDS = {
     ObjectiveKind.GOODPUT: plan_pb2.OBJECTIVE_KIND_GOODPUT,
@@ -47,8 +50,7 @@ class Goal:
     weights: str | None
     kv: str | None
     engine: str | None
-    max_stages: int | None
-    max_gpus: int | None
+    limits: ReplicaLimits
     time_limit_s: float
     gap_target: float
     seed: int
@@ -117,8 +119,9 @@ class Goal:
             weights=self.weights or "",
             kv=self.kv or "",
             engine=self.engine or "",
-            max_stages=self.max_stages or 0,
-            max_gpus=self.max_gpus or 0,
+            max_stages=self.limits.max_stages or 0,
+            max_gpus=self.limits.max_gpus or 0,
+            min_layers=self.limits.min_layers or 0,
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,

@@ -206,6 +206,16 @@ MaxGpusOption = Annotated[
         help="GPUs of a replica, attention workers included, of an engine's plans.",
     ),
 ]
+MinLayersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--min-layers-per-stage",
+        min=1,
+        rich_help_panel=_SEARCH,
+        show_default=False,
+        help="Layers that a stage holds at least, of an engine's plans.",
+    ),
+]
 RolesOption = Annotated[
     frozenset[Role] | None,
     typer.Option(

@@ -32,6 +32,7 @@ def place(
     engine: options.EngineOption = None,
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
+    min_layers: options.MinLayersOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -53,11 +54,12 @@ def place(
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
     from hetis.planner.use_cases.place import PlacementRequest, Settings, load, pose
-    from hetis.planner.use_cases.sources import ordered
+    from hetis.planner.use_cases.sources import ReplicaLimits, ordered
 
     if out is not None:
         refuse_unwritable(out)
     refuse_page(html, beside=out)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
     request = PlacementRequest(
         cluster=cluster,
         model=model,
@@ -74,7 +76,7 @@ def place(
         settings=Settings(
             strategy=strategy,
             roles=ordered(roles or ()),
-            engine=engine_rules(engine, strategy, max_stages, max_gpus),
+            engine=engine_rules(engine, strategy, limits),
             time_limit_s=time_limit,
             gap_target=gap,
             seed=seed,

@@ -52,6 +52,7 @@ def what_if(
     engine: options.EngineOption = None,
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
+    min_layers: options.MinLayersOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -72,7 +73,7 @@ def what_if(
     from hetis.planner.use_cases import purchases
     from hetis.planner.use_cases import what_if as asking
     from hetis.planner.use_cases.precision import in_precision
-    from hetis.planner.use_cases.sources import load_inputs, ordered
+    from hetis.planner.use_cases.sources import ReplicaLimits, load_inputs, ordered
     from hetis.solver.budget import Budget
     from hetis.solver.cluster import Link
 
@@ -81,10 +82,11 @@ def what_if(
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
     settings = placing.Settings(
         strategy=strategy,
         roles=ordered(roles or ()),
-        engine=engine_rules(engine, strategy, max_stages, max_gpus),
+        engine=engine_rules(engine, strategy, limits),
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

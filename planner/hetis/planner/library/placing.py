@@ -15,7 +15,7 @@ from hetis.planner.library.quantities import Quantity, limit_of, member, ratio_o
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision
-from hetis.planner.use_cases.sources import engine_rules, load_inputs, ordered
+from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs, ordered
 from hetis.planner.use_cases.verify import verified
 from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.cluster import Cluster
@@ -46,6 +46,7 @@ def place(
     engine: str | None = None,
     max_stages: int | None = None,
     max_gpus: int | None = None,
+    min_layers: int | None = None,
     profiles: Sequence[Path] = (),
     time_limit: Quantity = 60.0,
     gap: Quantity = 0.001,
@@ -66,7 +67,7 @@ def place(
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
             ``nvfp4``; None: the checkpoint's. ``kv``: of the KV cache, ``bf16`` or ``fp8``.
         engine: ``vllm-hetis`` (the default, but for published heuristics), ``vllm``, ``sglang`` or ``any``: plan only
-            what it runs, replicas of at most ``max_stages`` and ``max_gpus``.
+            what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more.
         pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at the rate it promises.
         other_engines: say what plans for other engines reach, found in a tenth of the time limit.
@@ -84,10 +85,11 @@ def place(
     kind = member(ObjectiveKind, objective, "objective")
     placing.require_demand(kind, rate, loaded.inputs.workload)
     goal = placing.objective(kind, ttft_s=limit_of(ttft), tpot_s=limit_of(tpot), demand_rps=rate)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
     settings = placing.Settings(
         strategy=_strategy(strategy),
         roles=ordered(member(Role, role, "role") for role in roles),
-        engine=engine_rules(engine, strategy, max_stages=max_stages, max_gpus=max_gpus),
+        engine=engine_rules(engine, strategy, limits),
         time_limit_s=seconds_of(time_limit),
         gap_target=ratio_of(gap),
         seed=seed,

@@ -19,7 +19,15 @@ from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.precision import in_precision
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, default_profile, engine_rules, family_of, ordered
+from hetis.planner.use_cases.sources import (
+    Inputs,
+    LoadedInputs,
+    ReplicaLimits,
+    default_profile,
+    engine_rules,
+    family_of,
+    ordered,
+)
 from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -290,10 +298,11 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
     )
     if spec.max_stages > MOST_STAGES:
         return None
+    limits = ReplicaLimits(
+        max_stages=spec.max_stages or None, max_gpus=spec.max_gpus or None, min_layers=spec.min_layers or None
+    )  # fmt: skip
     try:
-        rules = engine_rules(
-            spec.engine or None, strategy, max_stages=spec.max_stages or None, max_gpus=spec.max_gpus or None
-        )  # fmt: skip
+        rules = engine_rules(spec.engine or None, strategy, limits)
         family_of(strategy, engine=rules)
     except InvalidProblemError as error:
         checks.require(False, f"{field}.engine", str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -112,14 +112,27 @@ def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | N
     return run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
 
 
-def engine_rules(
-    name: str | None, strategy: str, *, max_stages: int | None = None, max_gpus: int | None = None
-) -> EngineRules | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLimits:
+    """What is asked of every replica beside the rules of its engine, see `EngineRules`; None: what the engine has."""
+
+    max_stages: int | None = None
+    max_gpus: int | None = None
+    min_layers: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        """Those that are asked for, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
     """The rules of the engine that plans are asked for; None: any will do, as for published heuristics by default.
 
     Args:
         name: of the engine, ``any``, or None for the default.
-        max_stages, max_gpus: of a replica; None: the engine's own.
+        strategy: the one that searches them.
+        limits: of a replica.
 
     Raises:
         InvalidProblemError: there is no such engine, or any is asked for and yet limited.
@@ -129,11 +142,10 @@ def engine_rules(
 
     chosen = name or (ANY_ENGINE if STRATEGIES[strategy].is_published else DEFAULT_ENGINE)
     if chosen == ANY_ENGINE:
-        if max_stages is not None or max_gpus is not None:
-            raise InvalidProblemError("stages and GPUs of a replica are limited for an engine: name one, too")
+        if limits.given:
+            raise InvalidProblemError("replicas are limited for an engine: name one, too")
         return None
-    rules = EngineRules(name=chosen, max_gpus=max_gpus)
-    rules = rules if max_stages is None else replace(rules, max_stages=max_stages)
+    rules = EngineRules(name=chosen, **limits.given)
     run_by(Family(), rules)
     return rules
 

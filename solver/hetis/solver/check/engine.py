@@ -32,6 +32,9 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, fleet: Fleet) -> Iterato
     names = replica.devices()
     if rules.max_gpus is not None and len(names) > rules.max_gpus:
         yield f"has {len(names)} GPUs, may have {rules.max_gpus}"
+    fewest = min((stage.num_layers for stage in replica.stages), default=rules.min_layers)
+    if fewest < rules.min_layers:
+        yield f"has a stage of {fewest} layers, must have at least {rules.min_layers} in each"
     zones = fleet.zones_of(name for name in names if name in fleet.devices)
     if len(zones) > 1:
         yield f"lies in {len(zones)} zones ({', '.join(zones)}), must lie in 1"

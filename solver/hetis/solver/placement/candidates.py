@@ -22,6 +22,7 @@ from hetis.solver.placement.pipelines import (
     Sweep,
     Workers,
     best_splits,
+    least_layers,
     shapes_of,
     shortest_with,
     stage_times,
@@ -47,7 +48,7 @@ class Evaluator:
 
     def __init__(self, atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
         self.atlas, self.shape, self.mixes, self.workers = atlas, shape, mixes, workers
-        self._num_layers = atlas.scopes[shape.scope].tables.num_layers
+        self._num_layers, self._least = atlas.scopes[shape.scope].tables.num_layers, least_layers(atlas)
         self.is_known = np.zeros(len(shape.counts), dtype=bool)
         self.found = np.full((len(shape.counts), 4), -1, dtype=np.int64)
 
@@ -108,7 +109,7 @@ class Evaluator:
             if len(which):
                 best_splits(
                     self._num_layers, counts, which, times.layer_s[i], times.fixed_s[i], times.most[i],
-                    float(longest_s[i]), t_floor, int(sweep.mixes[i]), int(sweep.groups[i]), best_s, found,
+                    self._least, float(longest_s[i]), t_floor, int(sweep.mixes[i]), int(sweep.groups[i]), best_s, found,
                 )  # fmt: skip
 
 

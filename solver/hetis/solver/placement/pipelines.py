@@ -198,20 +198,22 @@ def _slack(atlas: Atlas, shape: Shape, sweep: Sweep, request_s: FloatArray, chun
 @kernel
 def fill(
     num_layers: int, stages: IntArray, roles: IntArray, count: int, layer_s: FloatArray, fixed_s: FloatArray,
-    most: IntArray, worse_s: float, layers: IntArray,
+    most: IntArray, least: IntArray, worse_s: float, layers: IntArray,
 ) -> float:  # fmt: skip
-    """The shortest time of the longest of ``count`` stages that hold all layers between them, each at least one.
+    """The shortest time of the longest of ``count`` stages that hold all layers between them, each the least of its
+    role [4] or more.
 
     ``stages`` and ``roles`` say which row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4] each is; fills
     ``layers``. inf where they do not fit, or not below ``worse_s``.
 
     In fractions of layers all stages that are not full end at once. What each carries then is no more than it carries
-    at best; the layers that are missing go, one by one, where the stage ends first with them.
+    at best, or the least that it must; the layers that are missing go, one by one, where the stage ends first with
+    them, those that are too many leave the stages that end last.
     """
     total = 0
     for i in range(count):
         room = most[stages[i], roles[i]]
-        if room < 1:
+        if room < least[roles[i]]:
             return np.inf
         layers[i] = -1
         total += room
@@ -242,7 +244,7 @@ def fill(
     for i in range(count):
         if layers[i] < 0:
             carried = (shortest_s - fixed_s[stages[i], roles[i]]) / layer_s[stages[i]]
-            layers[i] = max(1, min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - EXACT)))))
+            layers[i] = max(least[roles[i]], min(most[stages[i], roles[i]], int(np.floor(carried * (1.0 - EXACT)))))
         held += layers[i]
     while held != num_layers:
         at, best_s = -1, np.inf if held < num_layers else -np.inf
@@ -254,7 +256,7 @@ def fill(
                     at, best_s = i, here
             else:
                 here = layers[i] * w + rest
-                if layers[i] > 1 and here > best_s:
+                if layers[i] > least[roles[i]] and here > best_s:
                     at, best_s = i, here
         if at < 0:
             return np.inf
@@ -288,7 +290,7 @@ def _line_up(counts: IntArray, first: int, last: int, stages: IntArray, roles: I
 @kernel
 def best_splits(
     num_layers: int, counts: IntArray, which: IntArray, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray,
-    longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
+    least: IntArray, longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
 ) -> None:  # fmt: skip
     """Where a mix serves a composition quicker than those before: its interval, itself, ends, and head groups given.
 
@@ -312,7 +314,7 @@ def best_splits(
                     continue
                 count = _line_up(counts[c], first, last if depth > 1 else -1, stages, roles)
                 interval_s = max(
-                    shortest_s, fill(num_layers, stages, roles, count, layer_s, fixed_s, most, worse_s, layers)
+                    shortest_s, fill(num_layers, stages, roles, count, layer_s, fixed_s, most, least, worse_s, layers)
                 )
                 if interval_s < worse_s:
                     best_s[c] = interval_s
@@ -326,13 +328,15 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
         InvalidProblemError: they are too many to list.
     """
     family, found, mixtures = atlas.problem.family, list[Shape](), cache(_mixtures)  # zones often have the same
-    engine = family.engine
+    engine, least = family.engine, least_layers(atlas)
     assert engine is not None, "other families have replicas that are not listed"
     for number in range(len(atlas.scopes)):
         for tp in sorted({tp for _, tp in atlas.ranks}):
             ranks = _ranks_of(atlas, number, tp)
             deepest = engine.max_stages if engine.max_gpus is None else min(engine.max_stages, engine.max_gpus // tp)
             for depth in range(1, deepest + 1 if ranks else 1):
+                if least[FIRST] + (depth - 1) * least[PLAIN] > atlas.scopes[number].tables.num_layers:
+                    break
                 if family.mixed_types and math.comb(len(ranks) + depth - 1, depth) > MOST_COMPOSITIONS:
                     raise InvalidProblemError(
                         f"{len(ranks)} kinds of GPUs in a zone make too many pipelines of {depth} stages "
@@ -390,7 +394,19 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
         and len(sizes) == len(zones) == len(pools) == 1
         and (workers == {-1} or mix.role is Role.UNIFIED)
         and (rules.max_gpus is None or gpus <= rules.max_gpus)
+        and all(
+            stage.layers >= least_layers(atlas)[FIRST if index == 0 else PLAIN]
+            for index, stage in enumerate(template.stages)
+        )
     )
+
+
+def least_layers(atlas: Atlas) -> IntArray:
+    """Repeated layers that a stage holds at least, by role; leading dense layers are the first one's own; [4]."""
+    engine, prefix = atlas.problem.family.engine, atlas.problem.model.prefix_layers
+    least = np.full(NUM_ROLES, 1 if engine is None else engine.min_layers, dtype=np.int64)
+    least[[FIRST, BOTH]] = np.maximum(1, least[[FIRST, BOTH]] - prefix)
+    return least
 
 
 def workers_of(atlas: Atlas, shape: Shape) -> Iterator[Workers]:
@@ -420,7 +436,8 @@ def template_of_pipeline(
     sweep = sweep_of(atlas, shape.depth, np.array([x]), np.array([groups]))
     times = stage_times(atlas, shape, sweep, workers)
     fill(
-        t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0], np.inf, layers
+        t.num_layers, stages, roles, shape.depth, times.layer_s[0], times.fixed_s[0], times.most[0],
+        least_layers(atlas), np.inf, layers,
     )  # fmt: skip
     pool = () if workers is None else (workers.device_class, atlas.pool_sizes[workers.size], groups)
     parts = tuple(TemplateStage(int(shape.ranks[s]), 1, int(n), *pool) for s, n in zip(stages, layers, strict=True))

@@ -11,6 +11,7 @@ from hetis.solver.cost import UNEVENNESS_STEP, Regime
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import ROUNDING, iterations_of, layers_on_rank, stretch
+from hetis.solver.placement.pipelines import is_run_by_engine
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, Tables
 from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
@@ -132,4 +133,5 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
             if np.any(t.cut_floor[cuts] != cuts):
                 continue  # the model may not be cut there
             template = Template(scope, x, f, stages, np.inf)
-            yield replace(template, interval_s=interval_of(atlas, template))
+            if is_run_by_engine(atlas, template):
+                yield replace(template, interval_s=interval_of(atlas, template))
