@@ -112,6 +112,13 @@ def is_cached(function: Callable[..., Any]) -> bool:
     return _is_plain() or bool(kernel._cache._cache_file._load_index())
 
 
+def compile_alike(function: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Compile a kernel, or load it, for the arguments that another one has been called with: both take the same."""
+    kernel, called = cast(Any, function), cast(Any, other)
+    for signature in () if _is_plain() else called.signatures:
+        kernel.compile(signature)
+
+
 Watcher = Callable[[bool], None]
 _watchers: list[Watcher] = []
 

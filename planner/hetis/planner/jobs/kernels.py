@@ -18,7 +18,7 @@ from hetis.solver.placement.engines import DEFAULT_ENGINE, run_by
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.pipelines import best_splits
-from hetis.solver.placement.pricing import KERNELS
+from hetis.solver.placement.pricing import KERNELS, compile_rest
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.published import PUBLISHED
@@ -49,6 +49,8 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
     if not all(is_cached(kernel) for kernel in ((explore,) if is_small else KERNELS)):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
         solve_placement(_smallest_problem(1 if is_small else MAX_GPUS + 1))
+        if not is_small:
+            compile_rest()
 
 
 def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
@@ -72,6 +74,7 @@ def load_cached_kernels() -> None:
     if are_cached():
         for problem in (_smallest_of_engine(), _smallest_problem(1), _smallest_problem(MAX_GPUS + 1)):
             solve_placement(problem)
+        compile_rest()
 
 
 def _smallest_of_engine() -> PlacementProblem:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.solver.budget import Budget
+from hetis.solver.compiled import compile_alike
 from hetis.solver.placement.ceiling import (
     Asked,
     Ceiling,
@@ -43,6 +44,11 @@ SCARCE = 256
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
 KERNELS = (all_lines, ceilings, list_options, best_column, useful_options, best_sequential, best_within_cap)
 ROUNDING = 1e-9  # share by which what is proved at other prices is widened
+
+
+def compile_rest() -> None:
+    """Compiles what only some searches call; where one has run that calls the rest."""
+    compile_alike(best_within_cap, best_sequential)
 
 
 def best_replica(
