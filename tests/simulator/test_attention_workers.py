@@ -28,7 +28,7 @@ AS_PLANNED = Settings(dispatch=False, redispatch=False)
 def pool_run(plan: Plan, problem: PlacementProblem, requests: list[Request], chosen: Settings) -> list[PoolCopy]:
     """Runs half a second and returns the stage copies with pools as they are then, moves under way included."""
     log, events = RequestLog(), Events()
-    fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, LeastWork())
+    fleet = SimulatedFleet(Builder(plan, problem, log, events, chosen).replicas(), log, events, LeastWork(0))
     fleet.serve(iter(requests))
     events.run(0.5)
     return [c.pool for one in fleet.replicas for copies in one.stages for c in copies if c.pool is not None]

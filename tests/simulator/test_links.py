@@ -34,7 +34,7 @@ def fleet_with_a_busy_link(
     """Replicas of a plan; something else comes to the device for `BUSY_S`."""
     log, events = RequestLog(), Events()
     builder = Builder(plan, problem, log, events, Settings(theta=0.05))
-    fleet = SimulatedFleet(builder.replicas(), log, events, LeastWork())
+    fleet = SimulatedFleet(builder.replicas(), log, events, LeastWork(0))
     if plan.kv_routes:
         fleet.transfers = KvTransfers(
             plan, problem, builder.fleet, fleet.replicas, log, events, fleet.route, builder.links

@@ -88,6 +88,11 @@ class ReplicaRun:
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its requests stay to decode; a prefill replica's are handed over."""
+        return self.batching.micro_batch > 0
+
     def waiting_tokens(self) -> int:
         """Prompt tokens of the requests given to it that are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from hetis.simulator.replica import ReplicaRun
@@ -19,30 +19,55 @@ class Router(Protocol):
         """One of at least one replica that takes prompts."""
 
 
-class LeastWork:
-    """The replica that would be done with its requests, and the new one, first, at its planned rate."""
-
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        return min(replicas, key=_work_s)
-
-
-class Weighted:
-    """Each in proportion to its planned rate, as evenly as whole requests allow (smooth weighted round robin)."""
+class _Turns:
+    """Smooth weighted round robin: everybody's share of the turns is in proportion, as evenly as whole turns allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._credit: dict[int, float] = {}
 
-    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        total, credit = 0.0, self._credit
-        for replica in replicas:
-            if replica.number not in credit:
-                credit[replica.number] = self._random.random() * replica.rate  # not all begin with the same one
-            credit[replica.number] += replica.rate
-            total += replica.rate
-        best = max(replicas, key=lambda replica: credit[replica.number])
-        credit[best.number] -= total
+    def next(self, weights: Mapping[int, float]) -> int:
+        """Whose turn it is, of these."""
+        credit = self._credit
+        for number, weight in weights.items():
+            if number not in credit:
+                credit[number] = self._random.random() * weight  # not all begin with the same one
+            credit[number] += weight
+        best = max(weights, key=credit.__getitem__)
+        credit[best] -= sum(weights.values())
         return best
+
+
+class LeastWork:
+    """The replica that would be done with its requests, and the new one, first, at its planned rate.
+
+    What a prefill replica has to do is not comparable with what a unified one has, which keeps its requests until they
+    have decoded: the former would look idle and be overrun. So the two kinds take turns in proportion to the rates that
+    are planned for them, and the least work decides among replicas of a kind.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        kinds: dict[int, list[ReplicaRun]] = {}
+        for replica in replicas:
+            kinds.setdefault(int(replica.decodes), []).append(replica)
+        if len(kinds) > 1:
+            rates = {kind: sum(replica.rate for replica in alike) for kind, alike in kinds.items()}
+            return min(kinds[self._turns.next(rates)], key=_work_s)
+        return min(replicas, key=_work_s)
+
+
+class Weighted:
+    """Each in proportion to its planned rate, whatever waits there."""
+
+    def __init__(self, seed: int) -> None:
+        self._turns = _Turns(seed)
+
+    def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
+        by_number = {replica.number: replica for replica in replicas}
+        return by_number[self._turns.next({number: replica.rate for number, replica in by_number.items()})]
 
 
 class FewestRequests:
@@ -61,8 +86,8 @@ class FewestTokens:
     """
 
     def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        prompt = [replica for replica in replicas if not replica.batching.micro_batch]
-        mixed = [replica for replica in replicas if replica.batching.micro_batch]
+        prompt = [replica for replica in replicas if not replica.decodes]
+        mixed = [replica for replica in replicas if replica.decodes]
         for pool in (prompt, mixed):
             waiting = {replica.number: replica.waiting_tokens() for replica in pool}
             shortest = min(pool, key=lambda replica: waiting[replica.number], default=None)
@@ -75,7 +100,7 @@ def router_of(settings: Settings) -> Router:
     """The router that the settings name."""
     match settings.router:
         case "least-work":
-            return LeastWork()
+            return LeastWork(settings.seed)
         case "weighted":
             return Weighted(settings.seed)
         case "fewest-requests":

@@ -72,9 +72,10 @@ class Settings:
             more than keep the seats filled on average, so that iterations are alike and pipelines with few
             micro-batches do not wait for long ones. Prompts then take more iterations.
         router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
-            rate; ``weighted``: to each in proportion to its planned rate, whatever waits there; ``fewest-requests``
-            and ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`router.py`), the latter also
-            of decode replicas.
+            rate; prefill replicas and those that decode, too, take turns in proportion to their planned rates;
+            ``weighted``: to each in proportion to its planned rate, whatever waits there; ``fewest-requests`` and
+            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`router.py`), the latter also of
+            decode replicas.
         dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
         redispatch: head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``.
         theta: deviation of a stage's attention time above which re-dispatch looks.
