@@ -131,17 +131,29 @@ class HostWatch:
             self._samples.append((time.monotonic(), stolen_s()))
 
     def undisturbed(self, began_s: Sequence[float], seconds: Sequence[float]) -> npt.NDArray[np.bool_]:
-        """Which calls ran while the host kept at most `MOST_STOLEN_SHARE` of a processor, nor just before them.
+        """Which calls ran while the host kept at most `MOST_STOLEN_SHARE` of a processor, nor just before them."""
+        return undisturbed(self._samples, began_s, seconds)
 
-        A call waits for those before it, so that what the host takes is felt for `AFTERMATH_S`.
-        """
-        at_s, stolen = (np.array(values) for values in zip(*self._samples, strict=True))
-        share = np.diff(stolen) / np.diff(at_s)
-        disturbed = np.concatenate([[0.0], np.cumsum(share > MOST_STOLEN_SHARE)])
-        began = np.array(began_s)
-        first = np.clip(np.searchsorted(at_s, began - AFTERMATH_S) - 1, 0, len(share))
-        last = np.clip(np.searchsorted(at_s, began + np.array(seconds)), 0, len(share))
-        return np.asarray(disturbed[last] == disturbed[first])
+
+def undisturbed(
+    samples: Sequence[tuple[float, float]], began_s: Sequence[float], seconds: Sequence[float]
+) -> npt.NDArray[np.bool_]:
+    """Which calls met no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
+
+    A call waits for those before it, so that what the host takes is felt for `AFTERMATH_S`. What the host took before
+    the first sample and after the last one is not known, and disturbs no call.
+
+    Args:
+        samples: moments, and what the host had kept until then (`stolen_s`), in the order of time.
+        began_s, seconds: of each call.
+    """
+    at_s, stolen = (np.array(values) for values in zip(*samples, strict=True))
+    share = np.diff(stolen) / np.diff(at_s)
+    disturbed = np.concatenate([[0.0], np.cumsum(share > MOST_STOLEN_SHARE)])
+    began = np.array(began_s)
+    first = np.clip(np.searchsorted(at_s, began - AFTERMATH_S) - 1, 0, len(share))
+    last = np.clip(np.searchsorted(at_s, began + np.array(seconds)), 0, len(share))
+    return np.asarray(disturbed[last] == disturbed[first])
 
 
 class Watched:

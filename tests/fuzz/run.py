@@ -2,9 +2,13 @@
 
     python -m tests.fuzz.run [TARGET ...] [--minutes N] [--seed N]     # every target, a minute each, unless said
     pip install atheris                                                # then inputs follow the code's own branches
+    python -m tests.fuzz.run --keep [TARGET ...]                       # and what reached new ones is kept
 
 Without atheris inputs are made by chance from the corpus, as in the tests. What fails is written to
-``tests/fuzz/corpus/TARGET/``, where the tests find it from then on, and its traceback is printed; the exit code is 1.
+``tests/fuzz/corpus/TARGET/found-*``, where the tests find it from then on, and its traceback is printed; the exit code
+is 1. With ``--keep`` the inputs that atheris grew are reduced to those of which each reaches something that the rest of
+the corpus does not, and the shortest of them become ``corpus/TARGET/grown-*``, in place of those that were there: at
+most 16 of at most 2 KiB.
 """
 
 from __future__ import annotations
@@ -12,12 +16,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 try:
@@ -28,15 +34,17 @@ except ImportError:
 if atheris is not None and "--one" in sys.argv:
     with atheris.instrument_imports(include=["hetis"]):
         from tests.fuzz.mutating import failure_of, mutations
-        from tests.fuzz.targets import CORPUS, MOST_BYTES, MOST_S, TARGETS
+        from tests.fuzz.targets import CORPUS, MOST_BYTES, MOST_S, ROOT, TARGETS
 else:
     from tests.fuzz.mutating import failure_of, mutations
-    from tests.fuzz.targets import CORPUS, MOST_BYTES, MOST_S, TARGETS
+    from tests.fuzz.targets import CORPUS, MOST_BYTES, MOST_S, ROOT, TARGETS
+
+MOST_GROWN, MOST_GROWN_BYTES = 16, 2048
 
 
-def keep(name: str, data: bytes) -> Path:
-    """Writes a finding into the corpus."""
-    path = CORPUS / name / f"found-{hashlib.sha256(data).hexdigest()[:12]}"
+def keep(name: str, data: bytes, kind: str = "found") -> Path:
+    """Writes an input into the corpus."""
+    path = CORPUS / name / f"{kind}-{hashlib.sha256(data).hexdigest()[:12]}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
@@ -56,39 +64,78 @@ def by_chance(name: str, seconds: float, seed: int) -> int:
     return 0
 
 
-def by_coverage(name: str, seconds: float, seed: int) -> int:
-    """The same with atheris, in a process of its own: it ends the process that it runs in."""
-    with tempfile.TemporaryDirectory(prefix="hetis-fuzz-") as folder:
-        seeds, found = Path(folder) / "seeds", Path(folder) / "found"
-        seeds.mkdir()
-        found.mkdir()
+def by_coverage(name: str, seconds: float, seed: int, *, keeps: bool = False) -> int:
+    """The same with atheris, in processes of their own: it ends the process that it runs in."""
+    with tempfile.TemporaryDirectory(prefix="hetis-fuzz-") as text:
+        folder = Path(text)
+        seeds, grown, found = (folder / part for part in ("seeds", "grown", "found"))
+        for made in (seeds, grown, found):
+            made.mkdir()
         for number, path in enumerate(TARGETS[name].inputs(name)):
-            (seeds / f"{number}").write_bytes(path.read_bytes()[:MOST_BYTES])
-        options = [
-            f"-max_total_time={int(seconds)}",
-            f"-max_len={MOST_BYTES}",
-            f"-seed={seed}",
-            f"-timeout={MOST_S:.0f}",
-        ]
-        command = [sys.executable, "-m", "tests.fuzz.run", "--one", name, *options, f"-artifact_prefix={found}/"]
-        done = subprocess.run([*command, str(seeds)], capture_output=True, text=True, check=False)
+            into = grown if path.name.startswith("grown-") else seeds
+            (into / f"{number}").write_bytes(path.read_bytes()[:MOST_BYTES])
+        options = [f"-max_len={MOST_BYTES}", f"-seed={seed}", f"-timeout={MOST_S:.0f}", f"-artifact_prefix={found}/"]
+        command = [str(_script(name, folder)), *options]
+        done = _run([*command, f"-max_total_time={int(seconds)}", str(grown), str(seeds)])
         findings = [keep(name, path.read_bytes()) for path in found.iterdir()]
         tail = done.stderr.strip().splitlines()
         if done.returncode or findings:
             print(f"{name}: {', '.join(map(str, findings)) or 'ended'}", *tail[-40:], sep="\n", flush=True)
             return 1
         print(f"{name}: {tail[-1] if tail else ''}", flush=True)
+        if keeps:
+            print(f"{name}: {keep_grown(name, command, seeds=seeds, grown=grown)} of them kept", flush=True)
         return 0
 
 
+def keep_grown(name: str, command: Sequence[str], *, seeds: Path, grown: Path) -> int:
+    """Replaces the ``grown-*`` of a target by the shortest that reach what the seeds do not; returns how many.
+
+    Args:
+        command: libFuzzer with its options.
+        seeds: what stays in the corpus; the rest is added to it here.
+        grown: what was there of the same kind, and what came to it.
+    """
+    short = grown.with_name("short")
+    short.mkdir()
+    for path in grown.iterdir():
+        if path.stat().st_size <= MOST_GROWN_BYTES:
+            path.rename(short / path.name)
+    old = set(seeds.iterdir())
+    done = _run([*command, "-merge=1", str(seeds), str(short)])
+    if done.returncode:
+        raise RuntimeError(f"{name}: the corpus was not reduced: {done.stderr[-2000:]}")
+    # The shortest first: libFuzzer merges in this order, so that one more rarely makes an earlier one useless.
+    chosen = sorted(set(seeds.iterdir()) - old, key=lambda path: (path.stat().st_size, path.name))[:MOST_GROWN]
+    texts = [path.read_bytes() for path in chosen]
+    for path in (CORPUS / name).glob("grown-*"):
+        path.unlink()
+    for text in texts:
+        keep(name, text, "grown")
+    return len(texts)
+
+
+def _script(name: str, folder: Path) -> Path:
+    """A command that is one file: to reduce a corpus libFuzzer starts itself again, by its own name."""
+    script = folder / "fuzz"
+    module = shlex.join([sys.executable, "-m", "tests.fuzz.run", "--one", name])
+    script.write_text(f'#!/bin/sh\ncd {shlex.quote(str(ROOT))} && exec {module} "$0" "$@"\n', encoding="utf-8")
+    script.chmod(0o700)
+    return script
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+
+
 def one(name: str, arguments: Sequence[str]) -> None:
-    """Fuzzes one target until libFuzzer's options say stop."""
+    """Fuzzes one target until libFuzzer's options say stop; the first argument is what it calls itself."""
     target = TARGETS[name]
 
     def read(data: bytes) -> None:
         target.read(data)
 
-    atheris.Setup([name, *arguments], read)
+    atheris.Setup(list(arguments), read)
     atheris.Fuzz()
 
 
@@ -99,11 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--minutes", type=float, default=1.0, help="of each target")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="keep some of the inputs that reached new code (atheris)")
     arguments = parser.parse_args(argv)
     names = arguments.targets or list(TARGETS)
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"{unknown[0]} is none of {', '.join(TARGETS)}")
-    fuzz = by_chance if atheris is None else by_coverage
+    if arguments.keep and atheris is None:
+        parser.error("--keep: atheris is not installed, and without it nobody knows what an input reaches")
+    fuzz = by_chance if atheris is None else partial(by_coverage, keeps=arguments.keep)
     sys.exit(1 if sum([fuzz(name, 60 * arguments.minutes, arguments.seed) for name in names]) else 0)
 
 
