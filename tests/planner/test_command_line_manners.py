@@ -73,6 +73,7 @@ def test_a_locale_of_ascii_has_signs_in_pipes_too(folder: Path) -> None:
         shown = piped("explain", "plan.json", cwd=folder, NO_COLOR="1", **locale)
         assert shown.isascii(), [line for line in shown.splitlines() if not line.isascii()]
         assert "####" in shown
+        assert piped("place", "--help", cwd=folder, NO_COLOR="1", **locale).isascii(), "the boxes of help, too"
     shown = piped("explain", "plan.json", cwd=folder, LC_ALL="C.UTF-8", LANG="C")
     assert not shown.isascii(), "the first that is set says it"
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from hetis.formats.command_line.terminal import plain_streams
+
 OK = 0
 INTERRUPTED = 130  # 128 and the number of the signal, as shells count
 BROKEN_PIPE = 141
@@ -36,19 +38,8 @@ def run_application(
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
             stream.reconfigure(errors="replace")  # bars and dashes become question marks, not errors
-    try:
-        code = _invoke(application, name, arguments, defaults())
-        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if _is_broken_pipe(error):
-            return _leave_broken_pipe()
-        if os.environ.get("HETIS_DEBUG") == "1":
-            raise
-        return report_failure(error)
-    return code
+    with plain_streams():
+        return _run(application, name, arguments, report_failure, defaults)
 
 
 def version_printer(name: str) -> Callable[[bool], None]:
@@ -62,6 +53,28 @@ def version_printer(name: str) -> Callable[[bool], None]:
             raise typer.Exit
 
     return print_version
+
+
+def _run(
+    application: typer.Typer,
+    name: str,
+    arguments: Sequence[str],
+    report_failure: Callable[[Exception], int],
+    defaults: Callable[[], Mapping[str, Any] | None],
+) -> int:
+    try:
+        code = _invoke(application, name, arguments, defaults())
+        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if _is_broken_pipe(error):
+            return _leave_broken_pipe()
+        if os.environ.get("HETIS_DEBUG") == "1":
+            raise
+        return report_failure(error)
+    return code
 
 
 def _invoke(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
@@ -112,7 +113,7 @@ class Terminal:
         text = Text()
         if label is not None:
             text.append(f"{label}: ", style=style)
-        text.append(message.translate(_ASCII) if _asks_for_ascii() else message)
+        text.append(message)
         # Soft wrap: a message that is copied or searched for must stay one line.
         self._console(sys.stderr).print(text, soft_wrap=True)
 
@@ -138,6 +139,29 @@ def _asks_for_ascii() -> bool:
     # Python itself sets LC_CTYPE to C.UTF-8 where LANG is C (PEP 538): that is nobody's wish.
     kind = None if named("LC_CTYPE") in _COERCED else named("LC_CTYPE")
     return (named("LC_ALL") or kind or named("LANG")) in ("C", "POSIX")
+
+
+class _AsciiStream:
+    """A text stream whose text becomes ASCII; bytes that are written to its buffer pass as they are."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.translate(_ASCII))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Where the locale asks for ASCII, help, wrong usage and messages are ASCII, too, whoever prints them."""
+    if not _asks_for_ascii():
+        yield
+        return
+    with redirect_stdout(_AsciiStream(sys.stdout)), redirect_stderr(_AsciiStream(sys.stderr)):
+        yield
 
 
 def _write_all(text: str) -> None:
