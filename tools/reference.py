@@ -180,8 +180,22 @@ def _epilog(command: Any) -> Iterator[str]:
 # --- files
 
 
+FILE_EXAMPLES = {
+    "Cluster": "examples/paper.yaml",
+    "ModelSpec": "examples/files/model.yaml",
+    "Workload": "examples/files/workload.yaml",
+    "Profile": "examples/files/profile.yaml",
+    "DispatchState": "examples/dispatch/a100-l4.yaml",
+    "DispatchRequests": "examples/dispatch/requests.yaml",
+    "ShareProblem": "examples/tenants.yaml",
+    "LayersProblem": "examples/files/layers.yaml",
+    "Tenants": "examples/three-models.yaml",
+}
+
+
 def formats_page() -> str:
     from hetis.formats.documents import KINDS, json_schema
+    from hetis.formats.trace_forms import CONVERSATIONS, FORMS, VLLM_BENCH, VLLM_LOG
 
     parts = [
         _heading(
@@ -193,11 +207,29 @@ def formats_page() -> str:
     ]
     for kind in KINDS:
         schema = json_schema(kind)
-        parts += [f"## {kind}\n", f"{_prose(schema.get('description', ''))}\n", _fields(kind, schema)]
+        parts += [f"## {kind}\n", f"{_prose(schema.get('description', ''))}\n", _example(kind), _fields(kind, schema)]
         for name, part in schema.get("$defs", {}).items():
             if "properties" in part:
                 parts += [f"### {kind}: {name}\n", f"{_prose(part.get('description', ''))}\n", _fields(kind, part)]
+    forms = [*FORMS, VLLM_BENCH, VLLM_LOG, CONVERSATIONS]
+    parts += [
+        "## Traces\n",
+        "A trace is CSV or JSONL with a row for each request. Other forms are known by their columns or fields, where"
+        " `a.b` is field b of the object in field a; [`hetis-plan convert`](../cli.md#convert) writes the first.\n",
+        _fence("arrival_s,prompt_tokens,output_tokens\n0.0,374,44\n4.3,396,109"),
+        _table(
+            ("form", "arrival, prompt, output", "known from"),
+            ((one.name, ", ".join(map(_code, one.fields)), _prose(one.source)) for one in forms),
+        ),
+    ]
     return _page(parts)
+
+
+def _example(kind: str) -> str:
+    if kind not in FILE_EXAMPLES:
+        return "`place --out` writes such a file; [what is in it](../cli.md#plan-files).\n"
+    path = FILE_EXAMPLES[kind]
+    return f"[`{path}`](../../{path}):\n\n```yaml\n{(ROOT / path).read_text(encoding='utf-8').rstrip()}\n```\n"
 
 
 def _fields(kind: str, schema: Mapping[str, Any]) -> str:

@@ -103,6 +103,38 @@ def test_links_of_a_node_and_gpu_types_of_its_own(tmp_path: Path) -> None:
     assert (gpu.memory_bytes, gpu.fp16_flops, gpu.nvlink_bytes_per_s) == (48 * 2**30, 300e12, 100e9)
 
 
+@pytest.mark.parametrize(
+    ("written", "bytes_per_s"),
+    [("400Gbps", 50e9), ("400Gbit/s", 50e9), ("50GB/s", 50e9), ("50GiB/s", 50 * 2**30), ("{bandwidth: 1bps}", 0.125)],
+)
+def test_a_bandwidth_alone_is_a_link_with_the_latency_that_is_due(
+    tmp_path: Path, written: str, bytes_per_s: float
+) -> None:
+    group = cluster_of(
+        tmp_path, f"nodes: [{{name: a, nic: {written}, link: {written}, gpus: [{{type: L4, count: 2}}]}}]\n"
+    ).node_groups[0]
+    assert group.nic == Link(bytes_per_s=bytes_per_s, latency_s=20e-6)
+    assert group.intra_link == Link(bytes_per_s=bytes_per_s, latency_s=0)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("400", "400 has no unit: write it like 100Gbps or 64GB/s"),
+        ("0Gbps", "is 0Gbps, must be > 0"),
+        ("400Gb/s", "did you mean 400Gbps, which is bits, or 400GB/s, bytes?"),
+        ("fast", "'fast' is not a bandwidth: expected a number and one of bps, Kbps, Mbps, Gbps"),
+        ("[400Gbps]", "a list is not a mapping"),
+        ("{bandwith: 1Gbps}", "unknown field, did you mean bandwidth?"),
+    ],
+)
+def test_a_link_that_is_none_is_one_problem_of_its_place(tmp_path: Path, written: str, said: str) -> None:
+    with pytest.raises(DocumentError) as error:
+        cluster_of(tmp_path, f"nodes: [{{name: a, nic: {written}, gpus: [{{type: L4}}]}}]\n")
+    assert "nodes[0].nic" in str(error.value)
+    assert said in str(error.value)
+
+
 def test_an_own_type_goes_before_the_catalogue(tmp_path: Path) -> None:
     own = "gpu_types:\n  L4: {memory: 23GiB, memory_bandwidth: 1TB/s, fp16: 300TFLOPS}\n"
     cluster = cluster_of(tmp_path, "nodes: [{name: a, gpus: [{type: L4}]}]\n", more=own)

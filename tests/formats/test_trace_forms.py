@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hetis.formats import trace_arrays
 from hetis.formats.errors import DocumentError
+from hetis.formats.trace_arrays import characters_counter
 from hetis.formats.trace_forms import FORMS
-from hetis.formats.traces import Trace, read_trace
+from hetis.formats.traces import Trace, read_trace, trace_text
 
 # Heads of the published files; the three requests of each are the ones below.
 AZURE_2023 = """\
@@ -46,6 +53,119 @@ def answer(created: int, prompt: int, completion: int) -> str:
 OPENAI = answer(1_700_000_000, 374, 44) + answer(1_700_000_003, 396, 109) + answer(1_700_000_004, 879, 55)
 
 
+def nested(**fields: object) -> str:
+    return json.dumps(fields) + "\n"
+
+
+def aiperf(start_s: float, prompt: int, output: int, *, phase: str = "profiling", error: object = None) -> str:
+    values = {"input_sequence_length": prompt, "output_sequence_length": output, "time_to_first_token": 45.5}
+    return nested(
+        metadata={
+            "session_num": 0,
+            "x_request_id": "r",
+            "request_start_ns": 1_763_000_000_000_000_000 + round(start_s * 1e9),
+            "benchmark_phase": phase,
+            "was_cancelled": False,
+        },
+        metrics={name: {"value": value, "unit": "tokens"} for name, value in values.items()},
+        error=error,
+    )
+
+
+AIPERF = (
+    aiperf(-9, 10, 10, phase="warmup")
+    + aiperf(0, 374, 44)
+    + aiperf(1, 5, 5, error={"code": 408, "type": "TimeoutError", "message": ""})
+    + aiperf(3, 396, 109)
+    + aiperf(4, 879, 55)
+)
+RESPONSES = "".join(
+    nested(id="resp_1", object="response", created_at=at, usage={"input_tokens": p, "output_tokens": o})
+    for at, p, o in ((1_700_000_000, 374, 44), (1_700_000_003, 396, 109), (1_700_000_004, 879, 55))
+)
+BATCH = "".join(
+    nested(id="batch_req_1", custom_id="1", response={"status_code": 200, "body": json.loads(line)}, error=None)
+    for line in OPENAI.splitlines()
+)
+LITELLM = """\
+request_id,call_type,api_key,spend,total_tokens,prompt_tokens,completion_tokens,startTime,endTime
+1,acompletion,sk,0.1,418,374,44,2025-01-01 12:00:00.000+00:00,2025-01-01 12:00:09
+2,acompletion,sk,0.1,505,396,109,2025-01-01T12:00:03Z,2025-01-01 12:00:09
+3,acompletion,sk,0.1,934,879,55,2025-01-01 12:00:04,2025-01-01 12:00:09
+4,acompletion,sk,0.0,0,77,0,2025-01-01 12:00:05,2025-01-01 12:00:09
+"""
+BENCH = json.dumps(
+    {
+        "date": "20261122-100000",
+        "backend": "vllm",
+        "num_prompts": 4,
+        "request_rate": 1.0,
+        "input_lens": [374, 396, 9, 879],
+        "output_lens": [44, 109, 0, 55],
+        "start_times": [9000.5, 9003.5, 9003.6, 9004.5],
+        "ttfts": [0.1, 0.1, 0.0, 0.1],
+        "errors": ["", "", "connection reset", ""],
+    }
+)
+
+
+def ids(number: int) -> str:
+    return str(list(range(number)))
+
+
+PID = "(APIServer pid=17) "
+ASKED, ANSWERED = "[request_logger.py:50] Request", "[request_logger.py:90] Generated response"
+IN, OUT, END = "prompt_token_ids: ", "output_token_ids: ", ", prompt_embeds shape: None."
+RECEIVED, PARAMS = "[logger.py:43] Received request", "params: SamplingParams(n=1, max_tokens=99)"
+OLD_END = ", prompt_embeds shape: None, lora_request: None."
+VLLM_LOG = f"""\
+{PID}INFO 11-22 10:00:00 [api_server.py:1834] Starting vLLM API server 0 on http://0.0.0.0:8000
+{PID}INFO 11-22 10:00:00 [request_logger.py:60] Received request chatcmpl-a: {PARAMS}, lora_request: None.
+{PID}DEBUG 11-22 10:00:00 {ASKED} chatcmpl-a details: prompt: 'hi', {IN}{ids(374)}{END}
+{PID}DEBUG 11-22 10:00:03 {ASKED} chatcmpl-b details: prompt: 'Generated response x: {IN}[1, 2]', {IN}{ids(396)}{END}
+{PID}DEBUG 11-22 10:00:04 {ASKED} chatcmpl-c details: prompt: '', {IN}{ids(879)}{END}
+{PID}DEBUG 11-22 10:00:05 {ASKED} chatcmpl-d details: prompt: '', prompt_token_ids: [1]{END}
+{PID}DEBUG 11-22 10:00:06 {ANSWERED} chatcmpl-b (streaming delta) details: output_token_ids: [1, 2]
+{PID}DEBUG 11-22 10:00:06 {ANSWERED} chatcmpl-a details: {OUT}{ids(44)}
+{PID}INFO 11-22 10:00:06 [request_logger.py:98] Generated response chatcmpl-a: output: 'hello', finish_reason: stop
+{PID}DEBUG 11-22 10:00:07 {ANSWERED} chatcmpl-b (streaming complete) details: {OUT}{ids(109)}
+{PID}DEBUG 11-22 10:00:07 {ANSWERED} chatcmpl-c (streaming delta) details: {OUT}{ids(50)}
+{PID}DEBUG 11-22 10:00:08 {ANSWERED} chatcmpl-c (streaming delta) details: {OUT}{ids(5)}
+"""
+OLD_VLLM_LOG = f"""\
+INFO 12-31 23:59:59 {RECEIVED} cmpl-a-0: prompt: 'x', {PARAMS}, {IN}{ids(374)}{OLD_END}
+INFO 01-01 00:00:02 {RECEIVED} cmpl-b-0: prompt: 'x', {PARAMS}, {IN}{ids(396)}{OLD_END}
+INFO 01-01 00:00:03 {RECEIVED} cmpl-c-0: prompt: 'x', {PARAMS}, {IN}{ids(879)}{OLD_END}
+INFO 01-01 00:00:05 [logger.py:68] Generated response cmpl-c-0: output: 'y', {OUT}{ids(55)}, finish_reason: stop
+INFO 01-01 00:00:05 [logger.py:68] Generated response cmpl-b-0: output: 'y', {OUT}{ids(109)}, finish_reason: length
+INFO 01-01 00:00:05 [logger.py:68] Generated response cmpl-a-0: output: 'y', {OUT}{ids(44)}, finish_reason: stop
+"""
+SHAREGPT = json.dumps(
+    [
+        {"id": "a_0", "conversations": [{"from": "human", "value": "a" * 40}, {"from": "gpt", "value": "b" * 80}]},
+        {
+            "id": "b_0",
+            "conversations": [
+                {"from": "gpt", "value": "an answer to nothing"},
+                {"from": "human", "value": "c" * 20},
+                {"from": "gpt", "value": "d" * 4},
+            ],
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "e" * 8},
+                {"role": "user", "content": "f" * 8},
+                {"role": "assistant", "content": "g" * 12},
+                {"role": "user", "content": "h" * 4},
+                {"role": "assistant", "content": "i" * 16},
+                {"role": "assistant", "content": ""},
+            ]
+        },
+        {"id": "empty", "conversations": []},
+    ]
+)
+
+
 def read(folder: Path, name: str, text: str) -> Trace:
     (folder / name).write_text(text, encoding="utf-8")
     return read_trace(folder / name)
@@ -59,8 +179,19 @@ def read(folder: Path, name: str, text: str) -> Trace:
         ("burst.csv", BURSTGPT, (5.0, 45.0, 118.0)),
         ("conversation_trace.jsonl", MOONCAKE, (27.482, 30.535, 30.6)),
         ("answers.jsonl", OPENAI, (0.0, 3.0, 4.0)),
+        ("answers.json", f"[{','.join(OPENAI.splitlines())}]", (0.0, 3.0, 4.0)),
+        ("responses.jsonl", RESPONSES, (0.0, 3.0, 4.0)),
+        ("batch_output.jsonl", BATCH, (0.0, 3.0, 4.0)),
+        ("spend.csv", LITELLM, (0.0, 3.0, 4.0)),
+        ("profile_export.jsonl", AIPERF, (0.0, 3.0, 4.0)),
+        ("bench.json", BENCH, (0.0, 3.0, 4.0)),
+        ("server.log", VLLM_LOG, (0.0, 3.0, 4.0)),
+        ("server.log", OLD_VLLM_LOG, (0.0, 3.0, 4.0)),
     ],
-    ids=["azure 2023", "azure 2024", "burstgpt", "mooncake", "openai"],
+    ids=[
+        *("azure 2023", "azure 2024", "burstgpt", "mooncake", "openai", "array", "responses", "batch", "litellm"),
+        *("aiperf", "vllm bench", "vllm log", "old vllm log"),
+    ],
 )
 def test_known_forms_are_read_as_they_are(tmp_path: Path, name: str, text: str, arrivals: tuple[float, ...]) -> None:
     trace = read(tmp_path, name, text)
@@ -89,3 +220,72 @@ def test_a_file_in_no_known_form_says_what_it_has_and_what_it_might(tmp_path: Pa
 def test_every_form_says_where_it_is_from() -> None:
     assert all(form.source for form in FORMS)
     assert len({form.fields for form in FORMS}) == len(FORMS)
+
+
+def test_conversations_are_a_request_for_every_answer(tmp_path: Path) -> None:
+    path = tmp_path / "sharegpt.json"
+    path.write_text(SHAREGPT)
+    trace = read_trace(path, count=characters_counter(4))
+    assert list(zip(trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)) == [
+        (10, 20),
+        (10, 1),
+        (4, 3),
+        (8, 4),
+    ]
+    assert (trace.form, trace.has_times, trace.rate_rps) == ("conversations", False, None)
+    with pytest.raises(DocumentError, match="has texts and no numbers of tokens: hetis-plan convert counts them"):
+        read_trace(path)
+
+
+@given(st.lists(st.integers(1, 10**6), min_size=1, max_size=9), st.integers(1, 40), st.sampled_from(["", " ", "\n,"]))
+def test_arrays_are_read_in_pieces_of_any_size(lengths: list[int], chunk: int, blank: str) -> None:
+    items = [{"timestamp": i, "input_length": n, "output_length": 1} for i, n in enumerate(lengths)]
+    text = "[" + f",{blank}".join(map(json.dumps, items)) + "]"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace_arrays, "_CHUNK", chunk)
+        rows = list(trace_arrays.array_rows("t.json", io.StringIO(text), None))
+    assert [int(values[1]) for _, _, values in rows] == lengths
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.json", "", "begins with '', expected a JSON array"),
+        ("t.json", "[1]", "[0] is 1, expected an object"),
+        ("t.json", "[{", "[0] is not JSON: "),
+        (
+            "t.json",
+            '[{"a": 1}]',
+            "[0]: field arrival_s, prompt_tokens, output_tokens is missing; the file has the fields a;",
+        ),
+        ("t.json", '{"input_lens": [1]}', "has no start_times, output_lens, but input_lens: expected an array"),
+        ("t.json", '{"input_lens": [1], "output_lens": [], "start_times": [1]}', "1 start_times, 1 input_lens, 0 out"),
+        ("t.json", "[" * 100_000, "[0] is nested too deep"),
+        ("t.json", '[{"timestamp": 0, "input_length": 0, "output_length": 1}]', "[0].input_length: is 0, must be 1 to"),
+        ("t.log", "INFO: 127.0.0.1 - GET /health", "has no request in vLLM's form: vLLM logs them with"),
+        (
+            "t.log",
+            "INFO 11-22 10:00:00 [l.py:1] Received request a-1: params: SamplingParams(), lora_request: None.",
+            "has no token ids of requests and their answers: vLLM logs them with --enable-log-requests",
+        ),
+        ("t.log", "INFO 13-45 10:00:00 [l.py:1] Received request a-1: params", "has no request in vLLM's form"),
+    ],
+)
+def test_what_is_no_trace_says_so_once(tmp_path: Path, name: str, text: str, said: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        read(tmp_path, name, text)
+    (problem,) = caught.value.problems
+    assert said in str(problem)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10**7), st.integers(1, 10**7)), min_size=1, max_size=9))
+def test_a_written_trace_reads_the_same(rows: list[tuple[float, int, int]]) -> None:
+    columns = [np.array(column) for column in zip(*sorted(rows), strict=True)]
+    trace = Trace(name="t", arrival_s=columns[0], prompt_tokens=columns[1], output_tokens=columns[2])
+    with tempfile.TemporaryDirectory() as folder:
+        for ending in ("csv", "jsonl"):
+            path = Path(folder) / f"t.{ending}"
+            path.write_text("".join(trace_text(trace, as_jsonl=ending == "jsonl")))
+            again = read_trace(path)
+            for name in ("arrival_s", "prompt_tokens", "output_tokens"):
+                assert np.array_equal(getattr(again, name), getattr(trace, name))

@@ -102,6 +102,9 @@ def test_short_texts_are_chosen() -> None:
 def test_a_wrong_unit_lists_the_right_ones() -> None:
     with pytest.raises(ValueError, match=r"^'100Gb' is not a bandwidth: expected a number and one of bps, Kbps, Mbps,"):
         units.parse_bandwidth("100Gb")
+    for unclear in ("100Gb", "100Gb/s"):
+        with pytest.raises(ValueError, match=r"did you mean 100Gbps, which is bits, or 100GB/s, bytes\?\)$"):
+            units.parse_bandwidth(unclear)
 
 
 def test_a_unit_in_the_wrong_case_is_put_right_when_only_one_fits() -> None:

@@ -22,6 +22,8 @@ from hetis.formats.errors import DocumentError
 from hetis.formats.faults import load_faults
 from hetis.formats.measurements import load_measurements
 from hetis.formats.positions import parse_text
+from hetis.formats.trace_arrays import characters_counter
+from hetis.formats.traces import read_trace
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.objectives import objective_from_proto
 from hetis.planner.convert.stages_in import stage_from_proto
@@ -137,6 +139,10 @@ def _fleet(path: str) -> None:
     discovered(read_inventory([path]), name="fuzz", said={})
 
 
+def _trace(path: str) -> None:
+    read_trace(path, count=characters_counter(4))
+
+
 LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "cluster": (documents.load_cluster, "", ("tests/bad_input/cluster_*", "examples/paper.yaml")),
     "model": (documents.load_model, "", ("tests/bad_input/model_*",)),
@@ -145,6 +151,8 @@ LOADERS: dict[str, tuple[Callable[[str], object], str, tuple[str, ...]]] = {
     "workload": (documents.load_workload, "", ("tests/bad_input/workload_*.yaml",)),
     "trace_csv": (documents.load_workload, ".csv", ("tests/bad_input/workload_*.csv",)),
     "trace_jsonl": (documents.load_workload, ".jsonl", ("tests/bad_input/workload_*.jsonl",)),
+    "trace_json": (_trace, ".json", ()),
+    "trace_log": (_trace, ".log", ()),
     "state": (documents.load_state, "", ("tests/bad_input/state_*",)),
     "requests": (documents.load_requests, "", ("tests/bad_input/requests_*",)),
     "layers": (documents.load_layers_problem, "", ("tests/bad_input/layers_*", "examples/layers-24.yaml")),

@@ -10,11 +10,13 @@ import jsonschema
 import pytest
 import yaml
 
+from hetis.formats.documents import kind_of, load
 from hetis.planner.cli.app import run
 from hetis.planner.cli.catalog import Catalogue
 from hetis.planner.cli.samples import SAMPLES
 from hetis.planner.cli.schema import Kind
 from tests.planner.command_line import EXAMPLES, invoke
+from tools.reference import FILE_EXAMPLES
 
 
 def test_init_writes_files_that_validate(tmp_path: Path) -> None:
@@ -41,8 +43,15 @@ def test_init_overwrites_when_told_to(tmp_path: Path) -> None:
 
 
 def test_every_example_is_valid() -> None:
-    result = invoke("validate", *map(str, sorted(EXAMPLES.glob("*.yaml"))))
+    examples = [path for folder in (".", "files", "dispatch") for path in sorted(EXAMPLES.glob(f"{folder}/*.yaml"))]
+    result = invoke("validate", *map(str, examples))
     assert result.exit_code == 0, result.stderr
+
+
+def test_every_kind_of_file_but_plans_has_an_example_of_its_own() -> None:
+    for kind, path in FILE_EXAMPLES.items():
+        assert kind_of(load(EXAMPLES.parent / path)) == kind
+    assert {kind.value for kind in Kind} - FILE_EXAMPLES.keys() == {"Plan"}
 
 
 def test_validate_lists_all_problems_of_all_files(tmp_path: Path) -> None:

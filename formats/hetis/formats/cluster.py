@@ -7,10 +7,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from hetis.formats import cluster_checks, units
-from hetis.formats.fields import API_VERSION, Bandwidth, DocumentPart, Duration, Flops, GpuName, Name, Size, Title, Usd
+from hetis.formats.fields import (
+    API_VERSION,
+    BANDWIDTH_PATTERN,
+    Bandwidth,
+    DocumentPart,
+    Duration,
+    Flops,
+    GpuName,
+    Name,
+    Size,
+    Title,
+    Usd,
+)
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
@@ -24,6 +38,30 @@ class LinkPart(DocumentPart):
 
     def link(self) -> Link:
         return Link(bytes_per_s=self.bandwidth, latency_s=self.latency)
+
+
+class NodeLinkPart(DocumentPart):
+    """A connection of a node, or its bandwidth alone: ``400Gbps``.
+
+    Unless given, the latency of ``nic`` is the network's, and that of ``link`` is 0.
+    """
+
+    bandwidth: Bandwidth
+    latency: Duration | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bandwidth_alone(cls, data: Any) -> Any:
+        return {"bandwidth": data} if isinstance(data, str | int | float) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core))
+        schema.update(type=["object", "string"], pattern=BANDWIDTH_PATTERN, examples=["400Gbps"])
+        return schema
+
+    def link(self, default_latency_s: float) -> Link:
+        return Link(bytes_per_s=self.bandwidth, latency_s=default_latency_s if self.latency is None else self.latency)
 
 
 class PairPart(LinkPart):
@@ -82,8 +120,8 @@ class NodePart(DocumentPart):
     gpus: Annotated[list[GpusPart], Field(min_length=1)]
     count: Annotated[int, Field(ge=1, le=cluster_checks.MAX_GPUS)] | None = None
     zone: Name = "default"
-    nic: LinkPart | None = None
-    link: LinkPart | None = None
+    nic: NodeLinkPart | None = None
+    link: NodeLinkPart | None = None
     usd_per_hour: Usd | None = None
 
 
@@ -164,7 +202,7 @@ def _to_cluster(document: ClusterDocument) -> Cluster:
     known = _catalogue_gpus()
     cluster = Cluster(
         name=document.name,
-        node_groups=tuple(_node_group(node) for node in document.nodes),
+        node_groups=tuple(_node_group(node, document.network) for node in document.nodes),
         gpu_types={name: known[name] for name in used if name not in inline} | inline,
         network=_network(document.network),
     )
@@ -187,7 +225,7 @@ def _gpu_type(name: str, part: GpuTypePart) -> GpuType:
     )
 
 
-def _node_group(node: NodePart) -> NodeGroup:
+def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
     num_gpus = sum(gpus.count for gpus in node.gpus)
     share = None if node.usd_per_hour is None else node.usd_per_hour / num_gpus
     return NodeGroup(
@@ -199,8 +237,8 @@ def _node_group(node: NodePart) -> NodeGroup:
         count=node.count or 1,
         numbered=node.count is not None,
         zone=node.zone,
-        nic=node.nic.link() if node.nic else None,
-        intra_link=node.link.link() if node.link else None,
+        nic=node.nic.link(network.latency) if node.nic else None,
+        intra_link=node.link.link(0.0) if node.link else None,
     )
 
 

@@ -100,11 +100,14 @@ SizeOrBytes = Annotated[
 ]
 """Bytes, as ``80GiB`` or a whole number."""
 
+_RATE = r"([KMGTP]?(bps|bit/s)|([KMGTP]i?)?B/s)\s*$"
+BANDWIDTH_PATTERN = _NUMBER + _RATE
+
 Bandwidth = Annotated[
     float,
     Field(gt=0),
     BeforeValidator(_unit_field(units.parse_bandwidth, "100Gbps or 64GB/s")),
-    _schema("100Gbps", _NUMBER + r"([KMGTP]?bps|([KMGTP]i?)?B/s)\s*$"),
+    _schema("100Gbps", BANDWIDTH_PATTERN),
 ]
 """Bytes per second, as ``100Gbps`` or ``64GB/s``."""
 
@@ -126,7 +129,7 @@ SecondsPerByte = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "pattern": f"{_NUMBER}([KMGTP]?bps|([KMGTP]i?)?B/s)\\s*$|^{UNLIMITED}$",
+            "pattern": f"{BANDWIDTH_PATTERN}|^{UNLIMITED}$",
             "examples": ["25Gbps"],
         }
     ),

@@ -146,6 +146,8 @@ def _plain(limit: float) -> str:
 
 def _value_at(data: Any, path: Sequence[str | int]) -> object:
     for part in path:
+        if isinstance(data, str | int | float):
+            break  # it stands for a mapping, such as a bandwidth for a link
         data = data[part]
     return data
 

@@ -5,10 +5,12 @@ A file is in the form whose fields its header, or its first line of JSON, has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+
+from hetis.formats.errors import DocumentError, single_problem
 
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 
@@ -23,6 +25,8 @@ class TraceForm:
         seconds: an arrival as it is written, in seconds.
         is_absolute: arrivals are points in time, and count from the first of them.
         failed_without_output: rows with no output are requests that failed, and are left out.
+        has_times: whether it says when requests arrive.
+        leaves_out: whether a row, by all its fields, is a request that failed or only warmed up.
         source: where the form is described.
     """
 
@@ -31,6 +35,8 @@ class TraceForm:
     seconds: Callable[[str], float]
     is_absolute: bool = False
     failed_without_output: bool = False
+    has_times: bool = True
+    leaves_out: Callable[[Mapping[str, object]], bool] | None = None
     source: str
 
     def matches(self, known: Collection[str]) -> bool:
@@ -53,6 +59,16 @@ def _timestamp(text: str) -> float:
 
 def _milliseconds(text: str) -> float:
     return float(text) / 1e3
+
+
+def _nanoseconds(text: str) -> float:
+    return float(text) / 1e9
+
+
+def _failed_in_aiperf(fields: Mapping[str, object]) -> bool:
+    phase = fields.get("metadata.benchmark_phase") or "profiling"
+    failed = fields.get("error") is not None or any(name.startswith("error.") for name in fields)
+    return failed or fields.get("metadata.was_cancelled") is True or phase != "profiling"
 
 
 OURS = TraceForm(name="hetis", fields=COLUMNS, seconds=float, source="docs/cli.md")
@@ -85,7 +101,91 @@ FORMS = (
         is_absolute=True,
         source="answers of /v1/chat/completions, one a line; they are created when they arrive",
     ),
+    TraceForm(
+        name="OpenAI responses",
+        fields=("created_at", "usage.input_tokens", "usage.output_tokens"),
+        seconds=float,
+        is_absolute=True,
+        source="answers of /v1/responses, one a line",
+    ),
+    TraceForm(
+        name="OpenAI batch",
+        fields=(
+            "response.body.created",
+            "response.body.usage.prompt_tokens",
+            "response.body.usage.completion_tokens",
+        ),
+        seconds=float,
+        is_absolute=True,
+        source="output files of /v1/batches",
+    ),
+    TraceForm(
+        name="LiteLLM",
+        fields=("startTime", "prompt_tokens", "completion_tokens"),
+        seconds=_timestamp,
+        is_absolute=True,
+        failed_without_output=True,
+        source="github.com/BerriAI/litellm, LiteLLM_SpendLogs",
+    ),
+    TraceForm(
+        name="aiperf",
+        fields=(
+            "metadata.request_start_ns",
+            "metrics.input_sequence_length.value",
+            "metrics.output_sequence_length.value",
+        ),
+        seconds=_nanoseconds,
+        is_absolute=True,
+        leaves_out=_failed_in_aiperf,
+        source="github.com/ai-dynamo/aiperf, profile_export.jsonl",
+    ),
 )
+VLLM_BENCH = TraceForm(
+    name="vllm bench",
+    fields=("start_times", "input_lens", "output_lens"),
+    seconds=float,
+    is_absolute=True,
+    failed_without_output=True,
+    source="vllm bench serve --save-result --save-detailed",
+)
+VLLM_LOG = TraceForm(
+    name="vLLM log",
+    fields=("time", "prompt_token_ids", "output_token_ids"),
+    seconds=float,
+    is_absolute=True,
+    source="vLLM's request logger",
+)
+CONVERSATIONS = TraceForm(
+    name="conversations",
+    fields=("time", "prompt", "answer"),
+    seconds=float,
+    has_times=False,
+    source="ShareGPT_V3_unfiltered_cleaned_split.json and what has its form",
+)
+
+Row = tuple[int | str, TraceForm, list[str]]
+"""The line of a request, or its place in an array; the form it is in; arrival, prompt and output as text."""
+
+_MOST_SHOWN = 12  # fields of a file in no known form
+_MOST_NESTED = 4  # levels of objects in objects that are looked into
+
+
+def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -> Iterator[Row]:
+    """The row that fields make; none where the form leaves them out."""
+    if form.leaves_out is None or not form.leaves_out(fields):
+        values = [fields.get(name) for name in form.fields]
+        # What a CSV file would hold; nothing for a field that is missing.
+        yield place, form, ["" if value is None else str(value) for value in values]
+
+
+def unknown_form(label: str, place: int | str, one: str, many: str, found: Sequence[str]) -> DocumentError:
+    """The error of a file in no form that is known: what it lacks of ours, what it has, what it might have."""
+    missing = ", ".join(column for column in OURS.fields if column not in found)
+    has = ", ".join(name[:40] for name in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
+    message = f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}"
+    if isinstance(place, str):
+        return single_problem(label, f"{place}: {message}")
+    return single_problem(label, message, line=place)
 
 
 def form_of(known: Collection[str]) -> TraceForm | None:
@@ -98,12 +198,12 @@ def expected() -> str:
     return "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
 
 
-def fields_of(value: Mapping[str, Any]) -> dict[str, object]:
+def fields_of(value: Mapping[str, Any], prefix: str = "", level: int = 1) -> dict[str, object]:
     """The fields of an object, those of objects in it as ``a.b``."""
     found = dict[str, object]()
     for name, one in value.items():
-        if isinstance(one, dict):
-            found |= {f"{name}.{inner}": field for inner, field in one.items()}
+        if isinstance(one, dict) and level < _MOST_NESTED:
+            found |= fields_of(one, f"{prefix}{name}.", level + 1)
         else:
-            found[name] = one
+            found[f"{prefix}{name}"] = one
     return found

@@ -1,4 +1,7 @@
-"""Rows of trace files, CSV or JSONL, plain or gzip-compressed, as text: line numbers, arrival, prompt and output."""
+"""Rows of trace files, plain or gzip-compressed, as text: place, arrival, prompt and output.
+
+The name says the syntax: JSONL, one JSON value, a log, or else CSV.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,41 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
 
-from hetis.formats.errors import DocumentError, single_problem
+from hetis.formats.errors import single_problem
 from hetis.formats.files import unreadable
-from hetis.formats.trace_forms import OURS, TraceForm, expected, fields_of, form_of
+from hetis.formats.trace_arrays import CountTokens, array_rows
+from hetis.formats.trace_forms import OURS, Row, TraceForm, fields_of, form_of, unknown_form, values_of
+from hetis.formats.vllm_logs import log_rows
 
 CSV_ENDINGS = (".csv", ".csv.gz")
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
-MAX_LINE = 100_000  # characters
-
-MOST_SHOWN = 12  # fields of a file in no known form
-
-Row = tuple[int, TraceForm, list[str]]
+JSON_ENDINGS = (".json", ".json.gz")
+LOG_ENDINGS = (".log", ".log.gz")
+MAX_LINE = 2_000_000  # characters; an answer may be logged with its text
 
 
-def rows_of(label: str) -> Iterator[Row]:
-    """Line number, the file's form and the three values of every row; JSONL where the name says so, else CSV.
+def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
+    """Place, form and the three values of every row.
+
+    Args:
+        label: the file.
+        count: tokens of a text, for files of texts; None: those are refused.
 
     Raises:
         DocumentError: not readable, no such columns, or no such syntax.
     """
     try:
         with _opened(label) as file:
+            if label.endswith(JSON_ENDINGS):
+                yield from array_rows(label, file, count)
+                return
             # A line without end is cut, and then fails as a row, before it fills the memory.
             lines = iter(partial(file.readline, MAX_LINE), "")
-            yield from (_json_rows if label.endswith(JSONL_ENDINGS) else _csv_rows)(label, lines)
+            yield from _reader(label)(label, lines)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise single_problem(label, f"is not a complete gzip file: {error}") from None
     except UnicodeDecodeError as error:
@@ -50,6 +60,12 @@ def _opened(label: str) -> IO[str]:
     return open(label, encoding="utf-8-sig", newline="")
 
 
+def _reader(label: str) -> Callable[[str, Iterator[str]], Iterator[Row]]:
+    if label.endswith(LOG_ENDINGS):
+        return log_rows
+    return _json_rows if label.endswith(JSONL_ENDINGS) else _csv_rows
+
+
 def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
     reader = csv.reader(lines)
     header = [column.strip() for column in next(reader, [])]
@@ -57,7 +73,7 @@ def _csv_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
         raise single_problem(label, "is empty", line=1)
     form = form_of(header)
     if form is None:
-        raise _unknown(label, 1, "column", "columns", header)
+        raise unknown_form(label, 1, "column", "columns", header)
     places = [header.index(column) for column in form.fields]
     for row in reader:
         if row:
@@ -71,17 +87,8 @@ def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
             fields = fields_of(_json_object(label, number, line))
             form = form or form_of(fields)
             if form is None:
-                raise _unknown(label, number, "field", "fields", list(fields))
-            yield number, form, [_text(fields.get(column)) for column in form.fields]
-
-
-def _unknown(label: str, line: int, one: str, many: str, found: Sequence[str]) -> DocumentError:
-    """A file in no form that is known: what it lacks of ours, what it has, what it might have."""
-    missing = ", ".join(column for column in OURS.fields if column not in found)
-    has = ", ".join(name[:40] for name in found[:MOST_SHOWN]) + (", ..." if len(found) > MOST_SHOWN else "")
-    return single_problem(
-        label, f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}", line=line
-    )
+                raise unknown_form(label, number, "field", "fields", list(fields))
+            yield from values_of(number, form, fields)
 
 
 def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
@@ -95,8 +102,3 @@ def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
         wanted = ", ".join(f'"{column}"' for column in OURS.fields)
         raise single_problem(label, f"is not a JSON object with {wanted}", line=number)
     return fields
-
-
-def _text(value: object) -> str:
-    """Return what a CSV file would hold; nothing for a field that is missing."""
-    return "" if value is None else str(value)

@@ -1,11 +1,13 @@
-"""Request traces, CSV or JSONL: ``arrival_s,prompt_tokens,output_tokens``, or another form of `trace_forms.py`."""
+"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form of `trace_forms.py`."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from array import array
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,16 @@ import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.histogram import length_bins
-from hetis.formats.trace_forms import TraceForm
-from hetis.formats.trace_rows import CSV_ENDINGS, JSONL_ENDINGS, rows_of
+from hetis.formats.trace_arrays import CountTokens
+from hetis.formats.trace_forms import COLUMNS, OURS, TraceForm
+from hetis.formats.trace_rows import CSV_ENDINGS, JSON_ENDINGS, JSONL_ENDINGS, LOG_ENDINGS, rows_of
 from hetis.solver.workload import Workload
 
 MAX_TOKENS = 10_000_000  # of one prompt or output
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
-ENDINGS = CSV_ENDINGS + JSONL_ENDINGS
+ENDINGS = CSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,13 +32,16 @@ class Trace:
     """Requests in the order of their arrival, at least one; all arrays have the shape [requests].
 
     ``arrival_s`` counts from the source's own start, or from the first request where it has the time of day. Lengths
-    are in tokens, as the file has them (not clipped).
+    are in tokens, as the file has them (not clipped). ``form`` is the form it was read from, and ``has_times`` is
+    whether that says when requests arrive; where it does not, all arrive at once.
     """
 
     name: str
     arrival_s: npt.NDArray[np.float64]
     prompt_tokens: npt.NDArray[np.int64]
     output_tokens: npt.NDArray[np.int64]
+    form: str = "hetis"
+    has_times: bool = True
 
     @property
     def rate_rps(self) -> float | None:
@@ -44,12 +50,14 @@ class Trace:
         return (len(self.arrival_s) - 1) / span_s if span_s > 0 else None
 
 
-def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trace:
+def read_trace(path: str | os.PathLike[str], *, name: str | None = None, count: CountTokens | None = None) -> Trace:
     """The requests of a trace. Rows may be in any order, and there may be more columns or fields.
 
     Args:
-        path: a ``.csv`` or ``.jsonl`` file, ``.gz`` behind it if it is compressed.
+        path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, with ``.gz`` behind it
+            if it is compressed.
         name: of the trace; default: the file's name without its endings.
+        count: tokens of a text, for conversations; None: those are refused.
 
     Raises:
         DocumentError: not readable, no such columns, no requests, or rows that are not requests (the first 20).
@@ -58,15 +66,14 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trac
     problems: list[Problem] = []
     num_problems = 0
     arrivals, prompts, outputs = array("d"), array("q"), array("q")
-    is_absolute = False
-    for line, form, row in rows_of(label):
-        is_absolute = form.is_absolute
+    form = OURS
+    for place, form, row in rows_of(label, count):
         if form.failed_without_output and row[2].strip() in ("0", ""):
             continue
         request = _request(row, form)
         if isinstance(request, list):
             num_problems += len(request)
-            problems += [Problem(file=label, line=line, path=column, message=text) for column, text in request]
+            problems += [_problem(label, place, column, text) for column, text in request]
             del problems[MAX_PROBLEMS:]
             continue
         arrivals.append(request[0])
@@ -84,10 +91,32 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Trac
     order = np.argsort(arrival_s, kind="stable")
     return Trace(
         name=name or _without_endings(Path(label).name),
-        arrival_s=arrival_s[order] - (arrival_s.min() if is_absolute else 0.0),
+        arrival_s=arrival_s[order] - (arrival_s.min() if form.is_absolute else 0.0),
         prompt_tokens=np.array(prompts, dtype=np.int64)[order],
         output_tokens=np.array(outputs, dtype=np.int64)[order],
+        form=form.name,
+        has_times=form.has_times,
     )
+
+
+def _problem(label: str, place: int | str, column: str, message: str) -> Problem:
+    if isinstance(place, int):
+        return Problem(file=label, line=place, path=column, message=message)
+    return Problem(file=label, path=f"{place}.{column}", message=message)
+
+
+def spaced(trace: Trace, rate_rps: float) -> Trace:
+    """The trace with its requests arriving one after another, evenly, at a rate: for those without times."""
+    return replace(trace, arrival_s=np.arange(len(trace.arrival_s)) / rate_rps, has_times=True)
+
+
+def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
+    """The lines of a trace in our form; reading them gives the same requests."""
+    rows = zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
+    if not as_jsonl:
+        yield ",".join(COLUMNS) + "\n"
+    for row in rows:
+        yield json.dumps(dict(zip(COLUMNS, row, strict=True))) + "\n" if as_jsonl else "{!r},{},{}\n".format(*row)
 
 
 def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Workload:
@@ -102,7 +131,9 @@ def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Work
 
 
 def _without_endings(name: str) -> str:
-    return name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
+    name = name.removesuffix(".gz")
+    endings = CSV_ENDINGS + JSONL_ENDINGS + JSON_ENDINGS + LOG_ENDINGS
+    return next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), name)
 
 
 def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[tuple[str, str]]:

@@ -31,6 +31,7 @@ DURATION_UNITS: dict[str, Fraction] = {
 FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix, size in _DECIMAL.items()}
 
 _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
+_BITS_OR_BYTES = re.compile(r"[KMGTP]b(/s)?")
 _MAX_LENGTH = 64  # characters; also keeps the fractions small
 _MAX_DIGITS = 19  # so many tell any two floats apart, whatever they are divided by
 _RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
@@ -49,7 +50,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes per second of ``100Gbps`` (bits), ``600GB/s`` or ``64GiB/s``.
+    """Bytes per second of ``100Gbps`` or ``100Gbit/s`` (bits), ``600GB/s`` or ``64GiB/s``.
 
     Raises:
         ValueError: not a number with a unit of bandwidth, or negative.
@@ -141,6 +142,8 @@ def _parse(text: str, units: Mapping[str, Fraction], what: str) -> Fraction:
     shown = repr(text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}...")
     match = _NUMBER.match(stripped)
     unit = stripped[match.end() :].strip() if match else ""
+    if unit.endswith("bit/s"):  # another spelling of bps
+        unit = f"{unit.removesuffix('bit/s')}bps"
     if match is None or len(stripped) > _MAX_LENGTH or unit not in units:
         raise ValueError(f"{shown} is not {what}: expected a number and {_listing(units)}{_hint(match, unit, units)}")
     sign, digits, exponent = match.groups()
@@ -158,7 +161,9 @@ def _listing(units: Mapping[str, Fraction]) -> str:
 
 
 def _hint(match: re.Match[str] | None, unit: str, units: Mapping[str, Fraction]) -> str:
-    """Suggests units that differ in upper and lower case only; ``100Gb`` could be bits or bytes, so it gets none."""
+    """Suggests units that differ in upper and lower case only; ``100Gb`` and ``100Gb/s`` could be bits or bytes."""
+    if match is not None and _BITS_OR_BYTES.fullmatch(unit) and f"{unit[0]}bps" in units:
+        return f" (did you mean {match.group()}{unit[0]}bps, which is bits, or {match.group()}{unit[0]}B/s, bytes?)"
     near = [known for known in units if unit and known.lower() == unit.lower()]
     return f" (did you mean {match.group()}{near[0]}?)" if match is not None and len(near) == 1 else ""
 

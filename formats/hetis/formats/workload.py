@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from hetis.formats import catalogue
-from hetis.formats.errors import DocumentError, Problem
+from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
@@ -69,7 +69,11 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
     except catalogue.UnknownNameError as error:
         if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
             raise DocumentError([Problem(file="workload", message=f"{error} (nor is there such a file)")]) from None
-    return parse_workload(*read_data(text))
+    data, source = read_data(text)
+    if isinstance(data, list) or (isinstance(data, dict) and "input_lens" in data and "kind" not in data):
+        message = "is a trace rather than a Workload: hetis-plan convert FILE --out trace.csv reads it"
+        raise single_problem(text, message)
+    return parse_workload(data, source)
 
 
 def named_workload(name: str) -> Workload:

@@ -20,6 +20,7 @@ from hetis.planner.cli.check import check
 from hetis.planner.cli.cluster import cluster
 from hetis.planner.cli.compare import compare
 from hetis.planner.cli.completion import completion
+from hetis.planner.cli.convert import CONVERT_EXAMPLES, convert
 from hetis.planner.cli.defaults import default_files, default_map
 from hetis.planner.cli.diff import DIFF_EXAMPLES, diff
 from hetis.planner.cli.disconnect import disconnect
@@ -85,6 +86,7 @@ app.command(rich_help_panel="With a planner")(disconnect)
 app.command(rich_help_panel="With a planner")(audit)
 app.command(rich_help_panel="Files")(init)
 app.add_typer(cluster, rich_help_panel="Files")
+app.command(rich_help_panel="Files", epilog=CONVERT_EXAMPLES)(convert)
 app.command(rich_help_panel="Files")(validate)
 app.command(rich_help_panel="Files")(schema)
 app.command(rich_help_panel="Files")(catalog)

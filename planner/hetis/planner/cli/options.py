@@ -40,7 +40,7 @@ WorkloadOption = Annotated[
         metavar="NAME|FILE|P/O",
         autocompletion=words.workload_names,
         rich_help_panel=_INPUTS,
-        help="A name of `catalog workloads`, a Workload file, a CSV trace, or mean lengths such as 8000/300.",
+        help="A name of `catalog workloads`, a Workload file, a trace, or mean lengths such as 8000/300.",
     ),
 ]
 ProfilesOption = Annotated[

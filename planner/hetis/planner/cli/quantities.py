@@ -27,7 +27,7 @@ def _limit(text: str, name: str) -> float:
     if text.strip().lower() == "none":
         return NO_LIMIT
     seconds = positive_duration(text)
-    if seconds >= MOST_BARE_S[name] and text.strip()[-1].isdigit():
+    if seconds >= MOST_BARE_S[name] and not text.strip()[-1].isalpha():
         raise typer.BadParameter(f"a {name} limit of {text} has no unit: {text}ms or {text}s?")
     return seconds
 

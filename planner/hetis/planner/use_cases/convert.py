@@ -1,0 +1,101 @@
+"""Traces as people have them, written in our form."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hetis.formats.errors import single_problem
+from hetis.formats.trace_arrays import CountTokens, characters_counter
+from hetis.formats.trace_rows import CSV_ENDINGS, JSONL_ENDINGS
+from hetis.formats.traces import Trace, read_trace, spaced, trace_text
+
+CHARACTERS_PER_TOKEN = 4.0
+"""English prose in the vocabularies of 2023 to 2026; code and other languages have fewer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """A trace that was read, and what of it is not the file's own word."""
+
+    trace: Trace
+    warnings: tuple[str, ...]
+
+
+def convert(
+    path: str, *, characters_per_token: float | None = None, tokenizer: str | None = None, rate_rps: float | None = None
+) -> Converted:
+    """Reads a trace in any form that is known.
+
+    Args:
+        path: the file.
+        characters_per_token: for texts whose tokens nobody counted; None: `CHARACTERS_PER_TOKEN`.
+        tokenizer: a ``tokenizer.json`` or its folder, which counts them instead.
+        rate_rps: at which requests without times arrive.
+
+    Raises:
+        DocumentError: not usable, or a rate for requests that have times.
+    """
+    ratio = characters_per_token or CHARACTERS_PER_TOKEN
+    asked = _Asked(tokenizer_counter(tokenizer) if tokenizer else characters_counter(ratio))
+    trace = read_trace(path, count=asked)
+    warnings = []
+    if asked.any and not tokenizer:
+        warnings.append(
+            f"lengths are estimates: {ratio:g} characters are taken for a token; --tokenizer counts, and"
+            " --characters-per-token sets another ratio"
+        )
+    if rate_rps is not None:
+        if trace.has_times:
+            raise single_problem(path, f"says when its requests arrive ({trace.form}): --rate is for those that do not")
+        trace = spaced(trace, rate_rps)
+    elif not trace.has_times:
+        warnings.append("the file does not say when requests arrive: all arrive at once; --rate spaces them evenly")
+    return Converted(trace=trace, warnings=tuple(warnings))
+
+
+def trace_file(trace: Trace, name: str) -> bytes:
+    """The trace as the file of a name holds it: JSONL or CSV, compressed or not.
+
+    Raises:
+        DocumentError: the name ends otherwise.
+    """
+    if not name.endswith(CSV_ENDINGS + JSONL_ENDINGS):
+        raise single_problem(name, f"a trace's name ends in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
+    raw = "".join(trace_text(trace, as_jsonl=name.endswith(JSONL_ENDINGS))).encode("ascii")
+    return gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw
+
+
+class _Asked:
+    """Counts tokens, and knows whether anybody asked."""
+
+    def __init__(self, count: CountTokens) -> None:
+        self._count = count
+        self.any = False
+
+    def __call__(self, text: str) -> int:
+        self.any = True
+        return self._count(text)
+
+
+def tokenizer_counter(path: str) -> CountTokens:
+    """Tokens of a text by a tokenizer of Hugging Face, without special ones.
+
+    Raises:
+        DocumentError: it cannot be read, or the package that reads it is not installed.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise single_problem(path, "is no tokenizer: expected a tokenizer.json or its folder")
+    try:
+        tokenizers: Any = importlib.import_module("tokenizers")
+    except ImportError:
+        raise single_problem(path, "needs the package tokenizers: pip install tokenizers") from None
+    try:
+        made = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # a library in Rust, which raises Exception itself
+        raise single_problem(str(file), f"is no tokenizer: {str(error)[:200]}") from None
+    return lambda text: len(made.encode(text, add_special_tokens=False).ids)
