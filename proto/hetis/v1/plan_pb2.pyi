@@ -357,6 +357,7 @@ class PlanSpec(_message.Message):
     WEIGHTS_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
     MIN_LAYERS_FIELD_NUMBER: _builtins.int
+    MAX_NODES_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -389,6 +390,8 @@ class PlanSpec(_message.Message):
     """Precision of the KV cache: `bf16` or `fp8`. Empty: that of the model."""
     min_layers: _builtins.int
     """Layers that every stage holds at least; not with `any`. 0: one."""
+    max_nodes: _builtins.int
+    """Nodes that a replica may lie on, attention workers included; not with `any`. 0: any number."""
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -440,10 +443,11 @@ class PlanSpec(_message.Message):
         weights: _builtins.str = ...,
         kv: _builtins.str = ...,
         min_layers: _builtins.int = ...,
+        max_nodes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

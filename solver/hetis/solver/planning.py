@@ -31,12 +31,17 @@ def solve_placement(
     threads: int = 1,
     report: Report = silent,
     market: Market | None = None,
+    simplest_within: float = 0.0,
 ) -> Plan:
     """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
 
     The search goes on until the gap is at most ``gap_target``, the time is over or nothing is left that could help.
     With the same arguments and no time limit the plan is the same. Where no plan exists, ``market`` is asked for GPU
     types that could be added (None: none is looked for). Published heuristics prove little, and know no target.
+
+    With ``simplest_within``, the plan is the one on the fewest nodes, then of the fewest shapes of replicas, that is
+    found among those of an engine's family that lose no more than this share of the best value; its notes say what it
+    gave up. The bound is on the best.
 
     Raises:
         InvalidProblemError: unknown strategy, an objective that lacks its demand, or a wish that nobody can keep.
@@ -45,13 +50,15 @@ def solve_placement(
     """
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
+    if simplest_within and (problem.family.engine is None or strategy == "uniform"):
+        raise InvalidProblemError("the simplest plan is sought among those for an engine, of uneven stages")
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     if STRATEGIES[strategy].is_published:
         return _by_published_heuristic(problem, strategy, budget, seed, in_objective_units(report, problem))
     return solve_family(
         problem, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed, threads=threads, report=report,
-        market=market,
+        market=market, simplest_within=simplest_within,
     )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ class EngineRules:
         max_pooled_stages: of a replica with attention workers.
         max_gpus: of a replica, attention workers included; None: as many as it takes.
         min_layers: of a stage, leading dense layers of the first included.
+        max_nodes: that a replica lies on, attention workers included; None: any number. Searches know how many its
+            GPUs take at least, so that the bound is of replicas each on its own; plans keep to it.
     """
 
     name: str
@@ -78,9 +80,16 @@ class EngineRules:
     max_pooled_stages: int = 4
     max_gpus: int | None = None
     min_layers: int = 1
+    max_nodes: int | None = None
 
     def __post_init__(self) -> None:
-        for field_name, least in (("max_stages", 1), ("max_pooled_stages", 0), ("max_gpus", 1), ("min_layers", 1)):
+        for field_name, least in (
+            ("max_stages", 1),
+            ("max_pooled_stages", 0),
+            ("max_gpus", 1),
+            ("min_layers", 1),
+            ("max_nodes", 1),
+        ):
             value = getattr(self, field_name)
             if value is not None and value < least:
                 raise InvalidProblemError(f"{field_name} is {value}, must be at least {least}")
@@ -92,7 +101,8 @@ class EngineRules:
         gpus = "" if self.max_gpus is None else f" and {self.max_gpus} GPUs"
         layers = "" if self.min_layers == 1 else f" of at least {self.min_layers} layers each"
         stages = f"{self.max_stages} stages{layers}{gpus}"
-        return f"what {self.name} runs: at most {stages} in one zone, as many batches in flight"
+        nodes = "" if self.max_nodes is None else f" and on {self.max_nodes} node{'s' * (self.max_nodes > 1)} each"
+        return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,7 +94,7 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     code = hetis_plan(
         "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7",
         "--roles", "decode,prefill", "--engine", "vllm", "--max-stages", "4", "--max-gpus", "16",
-        "--min-layers-per-stage", "3",
+        "--min-layers-per-stage", "3", "--max-nodes-per-replica", "2",
         "--weights", "fp8", "--kv", "fp8",
     )  # fmt: skip
     assert code == ExitCode.OK
@@ -108,7 +108,8 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert (spec.time_limit.seconds, spec.seed, spec.strategy, spec.gap_target) == (90, 7, "hetis", 0.001)
     assert list(spec.roles) == [replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE]
     assert (spec.weights, spec.kv) == ("fp8", "fp8")
-    assert (spec.engine, spec.max_stages, spec.max_gpus, spec.min_layers) == ("vllm", 4, 16, 3)
+    assert (spec.engine, spec.max_stages, spec.max_gpus) == ("vllm", 4, 16)
+    assert (spec.min_layers, spec.max_nodes) == (3, 2)
     captured = capsys.readouterr()
     assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
     assert "2 replicas on 12 GPUs, 4 of them attention workers" in captured.out

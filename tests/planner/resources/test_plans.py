@@ -118,7 +118,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
         for name, spec in (
             ("default", {}),
             ("stock", {"engine": "vllm"}),
-            ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2}),
+            ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2, "max_nodes": 1}),
             ("free", {"engine": "any", "strategy": "uniform"}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
         ):

@@ -92,6 +92,7 @@ def apply(
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
+    max_nodes: options.MaxNodesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -124,7 +125,7 @@ def apply(
     from hetis.planner.cli.families import engine_rules
     from hetis.planner.use_cases.sources import ReplicaLimits
 
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     engine_rules(engine, strategy, limits)
     goal = Goal(
         cluster=cluster,

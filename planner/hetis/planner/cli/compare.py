@@ -42,6 +42,7 @@ def compare(
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
+    max_nodes: options.MaxNodesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -69,7 +70,7 @@ def compare(
 
     compares_engines = engine is not None and len(engine.names) > 1
     names = (strategies or families.strategies(options.DEFAULT_STRATEGY if compares_engines else ALL_STRATEGIES)).names
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     rules = families.rules_of_engines(engine, limits)
     if out is not None:
         refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)

@@ -122,6 +122,7 @@ class Goal:
             max_stages=self.limits.max_stages or 0,
             max_gpus=self.limits.max_gpus or 0,
             min_layers=self.limits.min_layers or 0,
+            max_nodes=self.limits.max_nodes or 0,
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,13 @@ PlanArgument = Annotated[str, typer.Argument(metavar="PLAN", help="A plan file, 
 # --- inputs
 
 _INPUTS = "Inputs"
+
+
+class Survived(StrEnum):
+    """What may be lost while a demand is kept."""
+
+    NODE = "node"
+
 
 ClusterOption = Annotated[
     str, typer.Option("--cluster", "-c", metavar="FILE", rich_help_panel=_INPUTS, help="The fleet.")
@@ -214,6 +222,35 @@ MinLayersOption = Annotated[
         rich_help_panel=_SEARCH,
         show_default=False,
         help="Layers that a stage holds at least, of an engine's plans.",
+    ),
+]
+MaxNodesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-nodes-per-replica",
+        min=1,
+        rich_help_panel=_SEARCH,
+        show_default=False,
+        help="Nodes that a replica may lie on, attention workers included, of an engine's plans.",
+    ),
+]
+SimplestWithinOption = Annotated[
+    float,
+    typer.Option(
+        "--simplest-within",
+        parser=quantities.error,
+        metavar="SHARE",
+        rich_help_panel=_SEARCH,
+        help="What the plan may lose of the best for replicas on fewer nodes, then of fewer shapes; 2%.",
+    ),
+]
+SurviveOption = Annotated[
+    Survived | None,
+    typer.Option(
+        "--survive",
+        rich_help_panel=_GOAL,
+        show_default=False,
+        help="Serve --rate when any one node is lost, with --objective cost or gpus.",
     ),
 ]
 RolesOption = Annotated[

@@ -33,6 +33,9 @@ def place(
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
+    max_nodes: options.MaxNodesOption = None,
+    survive: options.SurviveOption = None,
+    simplest_within: options.SimplestWithinOption = "0",  # type: ignore[assignment]
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -59,7 +62,7 @@ def place(
     if out is not None:
         refuse_unwritable(out)
     refuse_page(html, beside=out)
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     request = PlacementRequest(
         cluster=cluster,
         model=model,
@@ -81,10 +84,12 @@ def place(
             gap_target=gap,
             seed=seed,
             threads=threads,
+            simplest_within=simplest_within,
         ),
         verify=verify,
         other_engines=other_engines,
         price_pins=price_pins,
+        survive_node=survive is not None,
         profile_error=profile_error,
     )
     loaded = load(request)

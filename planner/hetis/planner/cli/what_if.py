@@ -53,6 +53,7 @@ def what_if(
     max_stages: options.MaxStagesOption = None,
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
+    max_nodes: options.MaxNodesOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -82,7 +83,7 @@ def what_if(
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     settings = placing.Settings(
         strategy=strategy,
         roles=ordered(roles or ()),

@@ -47,7 +47,9 @@ def place(
     max_stages: int | None = None,
     max_gpus: int | None = None,
     min_layers: int | None = None,
+    max_nodes: int | None = None,
     profiles: Sequence[Path] = (),
+    simplest_within: Quantity = 0.0,
     time_limit: Quantity = 60.0,
     gap: Quantity = 0.001,
     seed: int = 0,
@@ -67,7 +69,9 @@ def place(
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
             ``nvfp4``; None: the checkpoint's. ``kv``: of the KV cache, ``bf16`` or ``fp8``.
         engine: ``vllm-hetis`` (the default, but for published heuristics), ``vllm``, ``sglang`` or ``any``: plan only
-            what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more.
+            what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
+            at most ``max_nodes``.
+        simplest_within: share of the best that the plan may lose for replicas on fewer nodes, then of fewer shapes.
         pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at the rate it promises.
         other_engines: say what plans for other engines reach, found in a tenth of the time limit.
@@ -85,7 +89,7 @@ def place(
     kind = member(ObjectiveKind, objective, "objective")
     placing.require_demand(kind, rate, loaded.inputs.workload)
     goal = placing.objective(kind, ttft_s=limit_of(ttft), tpot_s=limit_of(tpot), demand_rps=rate)
-    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers)
+    limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
     settings = placing.Settings(
         strategy=_strategy(strategy),
         roles=ordered(member(Role, role, "role") for role in roles),
@@ -94,6 +98,7 @@ def place(
         gap_target=ratio_of(gap),
         seed=seed,
         threads=threads,
+        simplest_within=ratio_of(simplest_within),
     )
     loaded = in_precision(loaded, weights=_known(weights, PRECISIONS), kv=_known(kv, KV_PRECISIONS))
     loaded = for_engine(loaded, settings.engine)

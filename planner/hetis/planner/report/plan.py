@@ -24,6 +24,7 @@ from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
 from hetis.planner.use_cases.sources import inputs_from_documents
+from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
@@ -132,6 +133,8 @@ def _facts(plan: Plan) -> Table:
     if (simulated := verification_of(plan)) is not None:
         table.add_row("Simulated", _simulated(simulated, plan))
     table.add_row("Fleet", _fleet(plan))
+    if lost := losses(plan):
+        table.add_row("Losses", lost)
     if count_by_role(plan):
         table.add_row("Roles", f"requests/s: {rates_by_role(plan)}")
     if (expected := predicted_of(plan)) is not None:
@@ -172,6 +175,14 @@ def _cost(plan: Plan) -> str | None:
         return f"{digits(figures.usd_per_hour)} USD/h"
     tokens = f"{digits(figures.usd_per_million_output_tokens)} USD per million output tokens"
     return f"{digits(figures.usd_per_hour)} USD/h, {tokens}"
+
+
+def losses(plan: Plan) -> str:
+    """What is still served without the worst node or zone; empty where nobody asked."""
+    return "; ".join(
+        f"any one {kind} lost: {percent(loss.share)} still served (the worst is {loss.name})"
+        for kind, loss in losses_of(plan).items()
+    )
 
 
 def precision(plan: Plan) -> str | None:

@@ -299,8 +299,11 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
     if spec.max_stages > MOST_STAGES:
         return None
     limits = ReplicaLimits(
-        max_stages=spec.max_stages or None, max_gpus=spec.max_gpus or None, min_layers=spec.min_layers or None
-    )  # fmt: skip
+        max_stages=spec.max_stages or None,
+        max_gpus=spec.max_gpus or None,
+        min_layers=spec.min_layers or None,
+        max_nodes=spec.max_nodes or None,
+    )
     try:
         rules = engine_rules(spec.engine or None, strategy, limits)
         family_of(strategy, engine=rules)

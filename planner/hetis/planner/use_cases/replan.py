@@ -23,6 +23,8 @@ from hetis.solver.replanning.solve import Replanning, solve_replanning
 
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
 
+NOT_ON_NODES = "re-planning does not keep to --max-nodes-per-replica"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Posed:
@@ -73,12 +75,14 @@ def load_replanning(
         cluster,
     )
     family = found.problem.family
-    settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=family.engine)
+    engine = None if family.engine is None else replace(family.engine, max_nodes=None)
+    settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
     objective = found.plan.objective
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
-    warnings = (*found.warnings, *_nothing_in_common(found.plan, fleet))
+    on_nodes = () if engine == family.engine else (f"replicas may lie on any number of nodes: {NOT_ON_NODES}",)
+    warnings = (*found.warnings, *on_nodes, *_nothing_in_common(found.plan, fleet))
     return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=warnings)
 
 

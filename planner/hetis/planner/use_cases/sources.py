@@ -119,6 +119,7 @@ class ReplicaLimits:
     max_stages: int | None = None
     max_gpus: int | None = None
     min_layers: int | None = None
+    max_nodes: int | None = None
 
     @property
     def given(self) -> dict[str, int]:

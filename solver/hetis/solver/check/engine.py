@@ -35,6 +35,9 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, fleet: Fleet) -> Iterato
     fewest = min((stage.num_layers for stage in replica.stages), default=rules.min_layers)
     if fewest < rules.min_layers:
         yield f"has a stage of {fewest} layers, must have at least {rules.min_layers} in each"
+    nodes = fleet.nodes_of(name for name in names if name in fleet.devices)
+    if rules.max_nodes is not None and len(nodes) > rules.max_nodes:
+        yield f"lies on {len(nodes)} nodes ({', '.join(nodes)}), may lie on {rules.max_nodes}"
     zones = fleet.zones_of(name for name in names if name in fleet.devices)
     if len(zones) > 1:
         yield f"lies in {len(zones)} zones ({', '.join(zones)}), must lie in 1"

@@ -17,11 +17,13 @@ from hetis.solver.budget import Budget
 from hetis.solver.cluster import NodeGroup
 from hetis.solver.errors import UnboundPlanError
 from hetis.solver.placement.classes import DeviceClass
+from hetis.solver.placement.nodes import kind_of, pack_within
 from hetis.solver.placement.packing import pack
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 
 PACKING_S, PACKING_SHARE = 1.0, 0.1  # for a class: at least so long, and of the time that is left
+MOST_WITHIN_S = 30.0  # to put replicas on few nodes each, which the search did before
 MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: more are left to first fit
 CP_SAT_SECONDS = 1.0  # of deterministic time
 
@@ -54,20 +56,43 @@ def bind(
         UnboundPlanError: the templates do not fit in the fleet's nodes.
     """
     parts = [part for i, template in enumerate(templates) for part in _parts_of(atlas, i, template)]
-    nodes = _first_fit(atlas, parts)
-    budget = budget if budget is not None else Budget()
-    alone = _packed(atlas, parts, nodes, seed, budget)
-    rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
-    if rest and _num_pairs(atlas, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
-        found = _fewest_nodes(atlas, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
-        for i, node in zip(rest, found, strict=True):
-            nodes[i] = node
+    budget, engine = budget if budget is not None else Budget(), atlas.problem.family.engine
+    if engine is not None and engine.max_nodes is not None:
+        nodes = _within(atlas, templates, parts, engine.max_nodes, seed)
+    else:
+        nodes = _on_few_nodes(atlas, parts, seed, budget)
     names = _Names(atlas)
     bound = [[BoundStage() for _ in template.stages] for template in templates]
     for part, node in zip(parts, nodes, strict=True):
         stage = bound[part.replica][part.stage]
         (stage.workers if part.is_worker else stage.devices).extend(names.take(part.device_class, node, part.size))
     return bound
+
+
+def _within(
+    atlas: Atlas, templates: Sequence[Template], parts: Sequence[Part], most_nodes: int, seed: int
+) -> list[int]:  # fmt: skip
+    """A node for every part, each replica's on at most so many."""
+    kinds = [kind_of(atlas, template) for template in templates]
+    packed = pack_within(atlas.classes, kinds, most_nodes, time_limit_s=MOST_WITHIN_S, seed=seed)
+    if packed is None:
+        raise UnboundPlanError(f"{len(templates)} replicas were not put on at most {most_nodes} nodes each")
+    nodes = [-1] * len(parts)
+    for i in sorted(range(len(parts)), key=lambda i: -parts[i].size):
+        nodes[i] = packed[parts[i].replica][parts[i].device_class].pop(0)
+    return nodes
+
+
+def _on_few_nodes(atlas: Atlas, parts: Sequence[Part], seed: int, budget: Budget) -> list[int]:
+    """A node for every part, each replica's on as few as there is time to find."""
+    nodes = _first_fit(atlas, parts)
+    alone = _packed(atlas, parts, nodes, seed, budget)
+    rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
+    if rest and _num_pairs(atlas, [parts[i] for i in rest]) <= MAX_CP_SAT_PAIRS and not budget.is_spent():
+        found = _fewest_nodes(atlas, [parts[i] for i in rest], [nodes[i] for i in rest], seed, budget)
+        for i, node in zip(rest, found, strict=True):
+            nodes[i] = node
+    return nodes
 
 
 def _parts_of(atlas: Atlas, replica: int, template: Template) -> Iterable[Part]:

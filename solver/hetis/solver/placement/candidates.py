@@ -16,6 +16,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import Columns
+from hetis.solver.placement.nodes import Kind
 from hetis.solver.placement.pipelines import (
     Shape,
     StageTimes,
@@ -23,6 +24,7 @@ from hetis.solver.placement.pipelines import (
     Workers,
     best_splits,
     least_layers,
+    least_nodes,
     shapes_of,
     shortest_with,
     stage_times,
@@ -159,6 +161,18 @@ class Candidates:
             links=np.broadcast_to(links, (len(which), *links.shape)),
         )
 
+    def kind(self, composition: int) -> Kind:
+        """The GPUs that a replica takes."""
+        parts = dict[int, list[int]]()
+        for rank, count in zip(self.shape.ranks.tolist(), self.shape.counts[composition].tolist(), strict=True):
+            if count:
+                device_class, tp = self.atlas.ranks[rank]
+                parts.setdefault(device_class, []).extend([tp] * count)
+        if self.workers is not None:
+            cards = self.shape.depth * self.atlas.pool_sizes[self.workers.size]
+            parts.setdefault(self.workers.device_class, []).extend([1] * cards)
+        return tuple((c, tuple(sorted(sizes, reverse=True))) for c, sizes in sorted(parts.items()))
+
     def template(self, composition: int) -> Template:
         """A known replica."""
         counts, found = self.shape.counts[composition], self.evaluator.found[composition]
@@ -176,6 +190,8 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
     kinds = dict(zip(scopes, _numbered([_kind_of_scope(atlas, number) for number in scopes]), strict=True))
     compositions = _numbered([shape.counts.tobytes() for shape in shapes])
     uses = [shape.counts @ atlas.group_use[shape.ranks] for shape in shapes]
+    engine = atlas.problem.family.engine
+    most_nodes = None if engine is None else engine.max_nodes
 
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
@@ -184,6 +200,8 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
         if alike not in evaluators:
             evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
         fits = np.all(uses[number] + _taken_by_workers(atlas, shape, workers) <= atlas.resources.limits, axis=1)
+        if most_nodes is not None:
+            fits &= least_nodes(atlas, shape, workers) <= most_nodes
         return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}

@@ -101,6 +101,8 @@ def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str]) 
     names = replica.devices()
     if rules.max_gpus is not None and len(names) > rules.max_gpus:
         yield f"replicas of over {rules.max_gpus} GPUs"
+    if rules.max_nodes is not None and len({name.rpartition("/")[0] for name in names}) > rules.max_nodes:
+        yield f"replicas on over {rules.max_nodes} nodes"
     if any(stage.num_layers < rules.min_layers for stage in replica.stages):
         yield f"stages of under {rules.min_layers} layers"
     if len({zones.get(name.rpartition("/")[0], "") for name in names}) > 1:

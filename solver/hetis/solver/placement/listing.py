@@ -23,8 +23,10 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, padded, settled
+from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
+from hetis.solver.placement.pipelines import least_nodes
 from hetis.solver.placement.pool import Bound, first_prices
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Template
@@ -38,6 +40,8 @@ MORE_TIME = 1.5  # times as long for every further try
 QUICK_S, LEAST_S = 2.0, 0.2  # for whole counts of the likeliest columns, before all of them; the least, time or not
 # Columns of every side that lose least at the relaxation's prices: most plans are made of these. Few are soon good.
 LIKELY, MANY_LIKELY = 50, 400
+SIMPLE, SIMPLER_S = 200, 10.0  # likeliest columns of each side, and the longest search, for fewer nodes
+MOST_ON_NODES, MOST_ON_NODES_S = 3000, 30.0  # columns, and the longest search, where nodes are part of it
 MOST_PROVED = 20_000  # columns: with more HiGHS comes to no bound in a minute
 FEW = 200_000  # compositions: so many may all be evaluated where prices rule hardly any out, until time is over
 
@@ -75,9 +79,21 @@ class Listing:
 
     def template(self, column: int) -> Template:
         """The replica behind a column."""
-        begins = [listed.begin for listed in self._listed]
-        listed = self._listed[int(np.searchsorted(begins, column, side="right")) - 1]
+        listed = self._listed_at(column)
         return listed.candidates.template(int(listed.compositions[column - listed.begin]))
+
+    def kind(self, column: int) -> Kind:
+        """The GPUs that the replica behind a column takes."""
+        listed = self._listed_at(column)
+        return listed.candidates.kind(int(listed.compositions[column - listed.begin]))
+
+    def _listed_at(self, column: int) -> Listed:
+        begins = [listed.begin for listed in self._listed]
+        return self._listed[int(np.searchsorted(begins, column, side="right")) - 1]
+
+    @property
+    def num_columns(self) -> int:
+        return 0 if self.columns is None else len(self.columns.rates)
 
     @property
     def num_compositions(self) -> int:
@@ -85,15 +101,21 @@ class Listing:
 
 
 def search_listing(
-    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int, report: Report
-) -> Outcome | None:
+    atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, gap_target: float, seed: int,
+    report: Report, simplest_within: float = 0.0,
+) -> Outcome | None:  # fmt: skip
     """The best plan of an engine's family, with a bound; None: it has none.
+
+    With ``simplest_within``, of the plans that lose no more than this share of it the one whose replicas are on the
+    fewest nodes, then of the fewest shapes, as far as they are found; the bound stays that on the best.
 
     Raises:
         InvalidProblemError: the family is too large to list, or the model may not be cut everywhere.
         NoPlanFoundError: none was found in time, nor proved that there is none.
     """
-    return _Search(atlas, master, row_costs, budget, gap_target, seed, report).run()
+    searching = _Search(atlas, master, row_costs, budget, gap_target, seed, report)
+    best = searching.run()
+    return best if best is None or not simplest_within else searching.simpler(best, simplest_within)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +161,11 @@ class _Search:
 
     def run(self) -> Outcome | None:
         """The best plan."""
+        engine = self.atlas.problem.family.engine
         self._relax()
-        if not (self.is_complete and self._prove()):
+        if engine is not None and engine.max_nodes is not None:
+            self._keep_to_nodes(engine.max_nodes)
+        elif not (self.is_complete and self._prove()):
             self._choose(MANY_LIKELY, QUICK_S)
             self._go_on()
         return self._outcome()
@@ -395,6 +420,105 @@ class _Search:
             self.incumbent = replace(found, counts=counts)
             self._tell("whole counts")
         return found.bound
+
+    # --- whole counts that nodes have room for, where a replica may lie on few
+
+    def _keep_to_nodes(self, most_nodes: int) -> None:
+        """Chooses whole counts again, of replicas that nodes have room for on so few of them.
+
+        What was chosen before kept to that only one replica at a time, and so does the relaxation, whose bound holds.
+        Columns within the distance of the two are all that better plans are made of: HiGHS's bound is one on these.
+
+        Raises:
+            NoPlanFoundError: no such choice was found.
+        """
+        if self.relaxed is None:
+            return
+        self.incumbent = None
+        self._solve_on_nodes(self._likeliest(MANY_LIKELY), most_nodes)
+        if self.incumbent is None:
+            self._solve_on_nodes(self._likeliest(MOST_ON_NODES), most_nodes)
+        if self.incumbent is None:
+            raise NoPlanFoundError(
+                f"no plan was found with replicas on at most {most_nodes} nodes each, nor proved that there is none"
+            )
+        distance = abs(self.bound - self.incumbent.value)
+        is_tellable = self.is_complete and self.listing.num_compositions <= FEW and self._gap() > self.gap_target
+        if not is_tellable or self.budget.is_spent() or not self._list_within(distance):
+            return
+        columns = self.listing.columns
+        assert columns is not None, "the incumbent has columns"
+        worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE)
+        if worthwhile.sum() <= MOST_ON_NODES:
+            bound = self._solve_on_nodes(worthwhile, most_nodes)
+            if bound is not None:
+                self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
+                self._tell("whole counts")
+
+    # --- plans on fewer nodes that lose little
+
+    def simpler(self, best: Outcome, share: float) -> Outcome:
+        """Of plans that lose no more than that share of the best one, what is found on the fewest nodes."""
+        if self.incumbent is None or self.relaxed is None:
+            return best
+        self._list_of_few_nodes(2.0 * share)
+        columns, num = self.listing.columns, self.listing.num_columns
+        assert columns is not None, "the incumbent has columns"
+        chosen = np.flatnonzero(self._likeliest(SIMPLE) | (padded(self.incumbent.counts, num) > 0))
+        engine, value = self.atlas.problem.family.engine, self.incumbent.value
+        kinds, of_columns = counts_of_kinds([self.listing.kind(int(i)) for i in chosen])
+        program = NodeProgram.of(self.atlas.classes, kinds, None if engine is None else engine.max_nodes)
+        if program is None:
+            return best
+        least = value * (1.0 - share) if self.master.maximises else value * (1.0 + share)
+        limit_s = min(SIMPLER_S, max(QUICK_S, self.budget.remaining_s()))
+        found, _ = self.master.attempt(
+            columns.some(chosen), time_limit_s=limit_s, gap=0.0, seed=self.seed,
+            extend=lambda highs: program.simplify(highs, of_columns.tolist(), least), stop=self._is_over(limit_s),
+        )  # fmt: skip
+        if found is None:
+            return best
+        counts = np.zeros(num, dtype=np.int64)
+        counts[chosen] = found.counts
+        self.incumbent = replace(found, counts=counts)
+        self._tell("simpler plans")
+        return replace(self._outcome() or best, best=best)
+
+    def _list_of_few_nodes(self, share: float) -> None:
+        """Lists replicas that lose no more than a share of what their GPUs are worth, those on few nodes first."""
+        for each, worth, _ in self._needed_s(self.relaxed):
+            assert self.relaxed is not None, "its prices say what is lost"
+            with np.errstate(divide="ignore", invalid="ignore"):
+                needed_s = self.relaxed.rate_prices[each.side] / (worth * (1.0 - share))
+            which = each.asked(needed_s)
+            nodes = least_nodes(self.atlas, each.shape, each.workers)[which]
+            ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
+            which = which[np.lexsort((ratio, nodes))[:AT_ONCE]]
+            if len(which) and not self.budget.is_spent():
+                self._add(each, each.found_among(which, needed_s[which]))
+
+    def _solve_on_nodes(self, which: BoolArray, most_nodes: int) -> float | None:
+        """The best whole counts of some columns that nodes have room for; HiGHS's bound, if it is one on them all."""
+        columns, num = self.listing.columns, len(which)
+        assert columns is not None, "prices are those of columns"
+        chosen = np.flatnonzero(which)
+        kinds, of_columns = counts_of_kinds([self.listing.kind(int(i)) for i in chosen])
+        program = NodeProgram.of(self.atlas.classes, kinds, most_nodes)
+        if program is None:
+            return None
+        limit_s = min(MOST_ON_NODES_S, max(QUICK_S, self.budget.remaining_s()))
+        found, _ = self.master.attempt(
+            columns.some(chosen), time_limit_s=limit_s, gap=self.gap_target / 2, seed=self.seed,
+            extend=lambda highs: program.extend(highs, of_columns.tolist()), stop=self._is_over(limit_s),
+        )  # fmt: skip
+        if found is None:
+            return None
+        if (found.value > 0.0 or not self.master.maximises) and self.master.prefers(found.value, self.incumbent):
+            counts = np.zeros(num, dtype=np.int64)
+            counts[chosen] = found.counts
+            self.incumbent = replace(found, counts=counts)
+            self._tell("whole counts")
+        return found.bound if program.is_whole else None
 
     def _is_over(self, limit_s: float) -> Callable[[], bool]:
         """Whether so much time has gone by, by the budget's clock, or the caller gave up."""

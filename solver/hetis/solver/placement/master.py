@@ -186,11 +186,14 @@ class Master:
         )  # fmt: skip
         return found
 
-    def decide(self, columns: Columns, *, time_limit_s: float, seed: int = 0) -> Verdict:
-        """The best whole counts, or a proof that none of these columns serve anything, or the demand."""
+    def decide(
+        self, columns: Columns, *, time_limit_s: float, seed: int = 0, extend: Callable[[Any], object] | None = None
+    ) -> Verdict:
+        """The best whole counts, or a proof that none of these columns serve anything, or the demand; ``extend`` as in
+        `attempt`."""
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
-        found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed)
+        found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
         serves = found is not None and (not self.maximises or found.value > 0.0)  # GPUs of one's own may cost nothing
         return Verdict(found if serves else None, is_settled)
 
@@ -205,8 +208,13 @@ class Master:
         least: IntArray | None = None,
         presolves: bool = True,
         stop: Callable[[], bool] | None = None,
+        extend: Callable[[Any], object] | None = None,
     ) -> tuple[MilpSolution | None, bool]:
-        """As `solve_milp`, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose."""
+        """As `solve_milp`, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose.
+
+        ``extend`` adds rows and further columns to the model, and may change what is optimised: then the bound says
+        nothing.
+        """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
         if not presolves:  # looks for dominated columns pair by pair, and for no limit meanwhile
             options["presolve"] = "off"
@@ -217,6 +225,8 @@ class Master:
             lower[: len(least)] = least
             model.col_lower_ = lower
         highs.passModel(model)
+        if extend is not None:
+            extend(highs)
         counts = None
         if start is not None:
             counts = np.zeros(len(columns.rates), dtype=np.int64)

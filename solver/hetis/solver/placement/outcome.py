@@ -43,3 +43,4 @@ class Outcome:
     flows: FloatArray  # [Z, Z] requests/s prefilled in one zone and decoded in another, or in the same
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
+    best: Outcome | None = None  # what was found before something simpler took its place

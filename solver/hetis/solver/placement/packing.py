@@ -58,10 +58,10 @@ def pack(
         None: none was found in time, or nodes have too many patterns.
     """
     kinds = Counter(tuple(sorted(parts, reverse=True)) for parts in replicas)
-    listed = {kind: _cuts(kind, node_size) for kind in kinds}
+    listed = {kind: cuts_of(kind, node_size) for kind in kinds}
     cuts = {kind: options for kind, (options, _) in listed.items()}
     sizes = sorted({sum(piece) for options in cuts.values() for cut in options for piece in cut}, reverse=True)
-    patterns = _patterns(sizes, node_size)
+    patterns = patterns_of(sizes, node_size)
     if patterns is None:
         return None
     solved = _solve(kinds, cuts, sizes, patterns, num_nodes, time_limit_s, seed)
@@ -79,11 +79,11 @@ def pack(
             node += 1
     for free in slots.values():
         free.reverse()  # the first nodes are taken first
-    nodes = tuple(_place(parts, chosen[tuple(sorted(parts, reverse=True))], slots) for parts in replicas)
+    nodes = tuple(place_parts(parts, chosen[tuple(sorted(parts, reverse=True))], slots) for parts in replicas)
     return Packing(nodes=nodes, num_pieces=sum(len(set(places)) for places in nodes), least=least)
 
 
-def _place(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]) -> tuple[int, ...]:
+def place_parts(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]) -> tuple[int, ...]:
     """Nodes of a replica's parts by the next of the cuts that its kind has ``left``."""
     waiting = defaultdict[int, list[int]](list)  # size of a part -> nodes that one of them goes to
     for piece in left.pop():
@@ -95,7 +95,7 @@ def _place(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]
     return tuple(waiting[size].pop() for size in parts)
 
 
-def _cuts(parts: Parts, node_size: int) -> tuple[list[Cut], bool]:
+def cuts_of(parts: Parts, node_size: int) -> tuple[list[Cut], bool]:
     """Ways to cut a replica, into the fewest pieces first, and whether these are all."""
     listed = _equal_cuts(parts, node_size) if len(set(parts)) == 1 else _mixed_cuts(parts, node_size)
     found = list(dict.fromkeys(islice(listed, MOST_CUTS + 1)))
@@ -155,7 +155,7 @@ def _filled(parts: Parts, node_size: int) -> Cut:
     return tuple(map(tuple, pieces))
 
 
-def _patterns(sizes: Sequence[int], node_size: int) -> list[tuple[int, ...]] | None:
+def patterns_of(sizes: Sequence[int], node_size: int) -> list[tuple[int, ...]] | None:
     """What may fill a node, as far as no further piece fits beside it; None: too many to list."""
     found: list[tuple[int, ...]] = []
 

@@ -20,6 +20,7 @@ from hetis.solver.cost import Regime
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
+from hetis.solver.placement.nodes import kind_of, least_nodes_of, shared_places
 from hetis.solver.placement.options import ROUNDING
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
@@ -388,17 +389,31 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
     zones = {atlas.classes[atlas.ranks[stage.rank][0]].zone for stage in template.stages}
     sizes = {atlas.ranks[stage.rank][1] for stage in template.stages}
     gpus = sum(gpus_of(atlas, template).values())
+    least = least_layers(atlas)
     return (
         depth == groups == int(atlas.scopes[template.scope].tables.in_flight[template.in_flight_index])
         and depth <= (rules.max_stages if workers == {-1} else rules.max_pooled_stages)
         and len(sizes) == len(zones) == len(pools) == 1
         and (workers == {-1} or mix.role is Role.UNIFIED)
         and (rules.max_gpus is None or gpus <= rules.max_gpus)
-        and all(
-            stage.layers >= least_layers(atlas)[FIRST if index == 0 else PLAIN]
-            for index, stage in enumerate(template.stages)
-        )
+        and (rules.max_nodes is None or least_nodes_of(atlas.classes, kind_of(atlas, template)) <= rules.max_nodes)
+        and all(stage.layers >= least[FIRST if index == 0 else PLAIN] for index, stage in enumerate(template.stages))
     )
+
+
+def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None) -> IntArray:
+    """Nodes that a replica of each composition takes at least, whatever else is on them; [C]."""
+    counts, tp = shape.counts, atlas.ranks[int(shape.ranks[0])][1]
+    groups = {atlas.ranks[int(s)][0]: counts[:, i] for i, s in enumerate(shape.ranks)}
+    cards = dict.fromkeys(groups, 0)
+    if workers is not None:
+        cards[workers.device_class] = shape.depth * atlas.pool_sizes[workers.size]
+    places, taken = shared_places(atlas.classes), dict[int, IntArray]()
+    for g, single in cards.items():
+        of_class, size = groups.get(g, np.zeros(len(counts), dtype=np.int64)), atlas.classes[g].gpus_per_node
+        here = np.maximum(-(-of_class // max(1, size // tp)), -(-(of_class * tp + single) // size))
+        taken[places[g]] = np.maximum(taken.get(places[g], 0), here)
+    return np.asarray(sum(taken.values()))
 
 
 def least_layers(atlas: Atlas) -> IntArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from hetis.solver.placement.frontier import explore
 from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.listing import search_listing
 from hetis.solver.placement.master import UNDECIDED, Master
+from hetis.solver.placement.nodes import NodeProgram, counts_of_kinds, kind_of
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.passes import solve_exactly
@@ -34,9 +36,12 @@ RELAXATION, COLUMNS = 0.6, 0.8  # of the time left: for the relaxation where the
 
 
 def search(
-    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report
-) -> Outcome | None:
+    atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report, *,
+    simplest_within: float = 0.0,
+) -> Outcome | None:  # fmt: skip
     """The best replicas found, with a bound; None if the family holds no plan or the budget was spent before one.
+
+    With ``simplest_within``, a share of the best value, an engine's replicas on the fewest nodes that are no worse.
 
     Progress is reported in the master's unit: saturated requests/s, or what is minimised.
     """
@@ -61,7 +66,8 @@ def search(
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
     if family.engine is not None:
         return search_listing(
-            atlas, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report
+            atlas, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report,
+            simplest_within=simplest_within,
         )  # fmt: skip
     if is_small(atlas):
         _announce_compilation((explore,), budget, report)
@@ -226,17 +232,24 @@ def _enumerate_uniform(
     if not pool.templates:
         return None
     columns = pool.columns()
-    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed)
+    engine, extend, is_whole = atlas.problem.family.engine, None, True
+    if engine is not None and engine.max_nodes is not None:
+        kinds, of_columns = counts_of_kinds([kind_of(atlas, template) for template in pool.templates])
+        program = NodeProgram.of(atlas.classes, kinds, engine.max_nodes)
+        if program is None:
+            raise NoPlanFoundError(UNDECIDED)
+        is_whole, extend = program.is_whole, partial(program.extend, kinds_of_columns=of_columns.tolist())
+    verdict = master.decide(columns, time_limit_s=budget.remaining_s(), seed=seed, extend=extend)
     found, relaxed = verdict.found, master.solve_lp(columns)
     if found is None or relaxed is None:
-        if not verdict.proves_none and not budget.is_spent():
+        if not (verdict.proves_none and is_whole) and not budget.is_spent():
             raise NoPlanFoundError(UNDECIDED)
         return None
     others = sorted((t for t, n in zip(pool.templates, found.counts, strict=True) if not n), key=lambda t: -t.rate)
     return Outcome(
         chosen=tuple((t, int(n)) for t, n in zip(pool.templates, found.counts, strict=True) if n),
         value=found.value,
-        bound=found.bound,
+        bound=found.bound if is_whole else relaxed.value,
         row_prices=relaxed.row_prices,
         rate_prices=relaxed.rate_prices,
         flows=found.flows,

@@ -60,6 +60,7 @@ def solve_family(
     threads: int = 1,
     report: Report = silent,
     market: Market | None = None,
+    simplest_within: float = 0.0,
 ) -> Plan:
     """`hetis.solver.planning.solve_placement` by a strategy of our own; the problem's family is the strategy's.
 
@@ -78,16 +79,47 @@ def solve_family(
     if is_out_of_reach(atlas, demanded_rate(searched.problem) or 0.0):
         raise no_plan()
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
-    outcome = search(atlas, strategy, budget, gap_target, seed, threads, report)
+    outcome = search(atlas, strategy, budget, gap_target, seed, threads, report, simplest_within=simplest_within)
     if outcome is None:
         if budget.is_spent():
             raise NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
         raise no_plan()
-    chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
-    templates = [template for template, count in chosen for _ in range(count)]
-    bound_stages = bind(atlas, templates, seed=seed, budget=budget)
-    plan = plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
+
+    def bound(outcome: Outcome) -> Plan:
+        chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
+        templates = [template for template, count in chosen for _ in range(count)]
+        bound_stages = bind(atlas, templates, seed=seed, budget=budget)
+        return plan_of(atlas, strategy, outcome, templates, bound_stages, budget)
+
+    plan = bound(outcome)
+    if outcome.best is not None:
+        plan = _simpler_or_best(plan, bound(outcome.best), simplest_within)
     return restored(plan, searched, problem) if problem.will else plan
+
+
+def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
+    """The simpler plan and what it gave up, or the best where the other is on no fewer nodes, nor of fewer shapes."""
+    (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
+    if (nodes, shapes) >= (most, many):
+        return replace(best, notes=(*best.notes, f"no plan within {within:.3g} of the best was found on fewer nodes"))
+    loss = abs(simpler.result.value / best.result.value - 1.0)
+    note = (
+        f"the simplest plan found within {within:.1%} of the best: {nodes} nodes instead of {most} (a node counts for "
+        f"each replica on it), {shapes} replica shapes instead of {many}, for {loss:.2%} of {best.result.value:.4g} "
+        f"{best.objective.unit}"
+    )
+    return replace(simpler, notes=(*simpler.notes, note))
+
+
+def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
+    """Nodes of every replica, together, and the different replicas."""
+    nodes = sum(len({name.rpartition("/")[0] for name in replica.devices()}) for replica in plan.replicas)
+    shapes = {
+        (replica.role, *((s.gpu, s.tp, s.num_layers) for s in replica.stages),
+         *((p.gpu, len(p.devices)) for p in replica.attention_workers))
+        for replica in plan.replicas
+    }  # fmt: skip
+    return nodes, len(shapes)
 
 
 def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int = 0) -> float | None:

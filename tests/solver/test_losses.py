@@ -1,0 +1,81 @@
+"""What is left of a plan when a node or a zone is lost: worked by hand, and never more than what is left can serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+
+from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.losses import worst_node, worst_zone
+from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import PlacementProblem
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
+
+
+def two_zones() -> tuple[Plan, Cluster]:
+    """A plan of one replica, to be replaced, and a fleet of two nodes in the east and one in the west."""
+    groups = [make_node("e", "A", gpus=2, nodes=2, zone="east"), make_node("w", "A", gpus=2, zone="west")]
+    problem = make_problem(groups, model=make_model(num_layers=4), family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,)))
+    return solve_placement(problem), problem.cluster
+
+
+def on(
+    replica: ReplicaPlan, rate: float, *devices: str, role: Role = Role.UNIFIED, to: tuple[str, ...] = ()
+) -> ReplicaPlan:
+    stage = replace(replica.stages[0], devices=devices)
+    return replace(replica, rate=rate, stages=(stage,), attention_workers=(), role=role, kv_zones=to)
+
+
+def test_the_worst_node_takes_every_replica_that_has_a_gpu_there() -> None:
+    plan, cluster = two_zones()
+    one = plan.replicas[0]
+    both = on(one, 3.0, "e-0/0", "e-1/0"), on(one, 2.0, "e-0/1"), on(one, 4.0, "w/0")
+    node, zone = worst_node(replace(plan, replicas=both), cluster), worst_zone(replace(plan, replicas=both), cluster)
+    assert node is not None
+    assert zone is not None
+    assert (node.name, node.rate, node.share) == ("e-0", 4.0, pytest.approx(4 / 9))
+    assert (zone.name, zone.rate, zone.share) == ("east", 4.0, pytest.approx(4 / 9))
+
+
+def test_halves_of_requests_need_one_another_and_the_routes_between_zones() -> None:
+    plan, cluster = two_zones()
+    one = plan.replicas[0]
+    replicas = (
+        on(one, 5.0, "e-0/0", role=Role.PREFILL, to=("east", "west")),
+        on(one, 3.0, "e-1/0", role=Role.DECODE),
+        on(one, 2.0, "w/0", role=Role.DECODE),
+    )
+    routes = (KvRoute(prefill=0, decode=1, rate=3.0), KvRoute(prefill=0, decode=2, rate=2.0))
+    node = worst_node(replace(plan, replicas=replicas, kv_routes=routes), cluster)
+    assert node is not None
+    assert (node.name, node.rate) == ("e-0", 0.0)
+    twice = (*replicas, on(one, 5.0, "e-1/1", role=Role.PREFILL, to=("east", "west")))
+    node = worst_node(replace(plan, replicas=twice, kv_routes=routes), cluster)
+    assert node is not None
+    assert (node.name, node.rate) == ("e-1", 2.0)  # of 5 that are prefilled, only the west decodes any
+    assert worst_node(replace(plan, replicas=()), cluster) is None
+
+
+@given(problems(max_gpus=6, family=SMALL_FAMILY))
+def test_what_is_left_is_what_the_replicas_elsewhere_have(problem: PlacementProblem) -> None:
+    try:
+        plan = solve_placement(problem)
+    except InfeasibleError:
+        assume(False)
+    loss = worst_node(plan, problem.cluster)
+    assume(loss is not None)
+    assert loss is not None
+    assert 0.0 <= loss.share <= 1.0 + 1e-9
+    left = [r for r in plan.replicas if not any(name.startswith(f"{loss.name}/") for name in r.devices())]
+    rates = {role: sum(r.rate for r in left if r.role is role) for role in Role}
+    assert loss.rate <= rates[Role.UNIFIED] + min(rates[Role.PREFILL], rates[Role.DECODE]) + 1e-9
+    assert loss.rate >= rates[Role.UNIFIED] - 1e-9
+    if not plan.kv_routes:
+        assert loss.rate == pytest.approx(rates[Role.UNIFIED])
+    zone = worst_zone(plan, problem.cluster)
+    assert (zone is None) == (len(problem.cluster.zones()) == 1)
+    assert zone is None or zone.rate <= loss.rate + 1e-9
