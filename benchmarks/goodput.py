@@ -140,6 +140,7 @@ def counted(judgements: Iterator[Row]) -> Iterator[Row]:
     kept = sum(row["kept"] == "yes" for row in shown)
     shares = sorted(float(row["planned_over_best"] or 0.0) for row in shown)
     yield {
+        **dict.fromkeys(shown[0] if shown else ()),
         "name": "all: how many, and the median",
         "kept": f"{kept} of {len(shown)}",
         "planned_over_best": shares[len(shares) // 2] if shares else None,

@@ -85,10 +85,12 @@ PROMISED = {
     | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
     | {"ttft", "ttft_at_plan", "ttft_at_half"},
+    "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
+    | {"planned_over_best", "headed"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 # Their quick forms take from 10 to 50 CPU seconds: `make soak` runs them to the end, other runs to the first row.
-LONG = ("placement", "published", "ablations", "simulation")
+LONG = ("placement", "published", "ablations", "simulation", "goodput")
 # Their first row takes 10 CPU seconds or more: `make soak` alone runs them.
 SLOW = ("paper", "robustness", "strategies")
 

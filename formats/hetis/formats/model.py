@@ -86,8 +86,8 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
     Args:
         ref: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
-            Hugging Face ``config.json``, or of a folder with one. A name of the catalogue goes before a path of the
-            same spelling; write ``./NAME`` for the path.
+            Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A name of the catalogue goes before a
+            path of the same spelling; write ``./NAME`` for the path.
 
     Raises:
         DocumentError: unknown name, or a file with problems (all of them).
@@ -96,12 +96,16 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
     try:
         return catalogue.find_model(text).model
     except catalogue.UnknownNameError as error:
-        if not (text == "-" or text.endswith((".json", ".yaml", ".yml")) or os.path.exists(text)):
+        if not (text == "-" or text.endswith((".json", ".yaml", ".yml", ".gguf")) or os.path.exists(text)):
             raise DocumentError([Problem(file="model", message=f"{error} (nor is there such a file)")]) from None
     if os.path.isdir(text):
         if not (Path(text) / "config.json").exists():
             raise single_problem(text, "is a folder without config.json, so not a Hugging Face model")
         text = str(Path(text) / "config.json")
+    if text.lower().endswith(".gguf"):
+        from hetis.formats.gguf import load_gguf
+
+        return load_gguf(text)
     data, source = read_data(text)
     if isinstance(data, dict) and "apiVersion" not in data and ("architectures" in data or "model_type" in data):
         from hetis.formats.huggingface import model_from_config

@@ -50,10 +50,13 @@ def solve_placement(
     """
     if strategy not in STRATEGIES:
         raise InvalidProblemError(f"unknown strategy {strategy!r}, must be one of {', '.join(STRATEGIES)}")
-    if simplest_within and (problem.family.engine is None or strategy == "uniform"):
-        raise InvalidProblemError("the simplest plan is sought among those for an engine, of uneven stages")
     budget = budget if budget is not None else Budget()
     problem = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
+    family = problem.family
+    if simplest_within and (family.engine is None or family.one_type_per_role or not family.uneven_layers):
+        raise InvalidProblemError(
+            "the simplest plan is sought among those for an engine, by strategies hetis, hexgen and hexgen2"
+        )
     if STRATEGIES[strategy].is_published:
         return _by_published_heuristic(problem, strategy, budget, seed, in_objective_units(report, problem))
     return solve_family(

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
@@ -61,6 +62,15 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
                 self._unwatch()
             else:
                 self._watch()
+
+        def send_400_response(self, msg: str) -> None:
+            """Answers what is no HTTP, unless the request that it is part of has its answer or a part of that."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True  # else it answers, too, and logs why it cannot
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.close()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

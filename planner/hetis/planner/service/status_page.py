@@ -112,6 +112,7 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
         app,
         http=limited_protocol(limits),
         ws="none",  # else a library that happens to be installed takes connections over, and out of the limits
+        proxy_headers=False,  # nobody is believed to speak for somebody else
         log_config=None,
         access_log=False,
         lifespan="off",

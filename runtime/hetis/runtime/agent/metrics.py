@@ -6,6 +6,7 @@ Names begin with ``hetis_agent_``. Devices carry their index and type; KV is cou
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
@@ -48,6 +49,7 @@ class AgentMetrics:
             OSError: the address is taken or not ours.
         """
         server, thread = start_http_server(port, addr=host, registry=self.registry)
+        server.set_app(_answering(server.get_app()))
         self._serving = (server, thread)
         return int(server.server_address[1])
 
@@ -119,3 +121,15 @@ class AgentMetrics:
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"hetis_agent_{name}", meaning, labels, registry=self.registry)
+
+
+def _answering(app: Any) -> Any:
+    """Answers in the plainest form whoever accepts forms of a version that is no number, on which the library fails."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        try:
+            return app(environ, start_response)
+        except (TypeError, ValueError):
+            return app({**environ, "HTTP_ACCEPT": ""}, start_response)
+
+    return answer

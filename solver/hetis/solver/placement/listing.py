@@ -41,6 +41,7 @@ QUICK_S, LEAST_S = 2.0, 0.2  # for whole counts of the likeliest columns, before
 # Columns of every side that lose least at the relaxation's prices: most plans are made of these. Few are soon good.
 LIKELY, MANY_LIKELY = 50, 400
 SIMPLE, SIMPLER_S = 200, 10.0  # likeliest columns of each side, and the longest search, for fewer nodes
+MOST_LOST = 0.5  # of what its GPUs are worth, by a replica on few nodes
 MOST_ON_NODES, MOST_ON_NODES_S = 3000, 30.0  # columns, and the longest search, where nodes are part of it
 MOST_PROVED = 20_000  # columns: with more HiGHS comes to no bound in a minute
 FEW = 200_000  # compositions: so many may all be evaluated where prices rule hardly any out, until time is over
@@ -461,7 +462,7 @@ class _Search:
         """Of plans that lose no more than that share of the best one, what is found on the fewest nodes."""
         if self.incumbent is None or self.relaxed is None:
             return best
-        self._list_of_few_nodes(2.0 * share)
+        self._list_of_few_nodes(min(2.0 * share, MOST_LOST))
         columns, num = self.listing.columns, self.listing.num_columns
         assert columns is not None, "the incumbent has columns"
         chosen = np.flatnonzero(self._likeliest(SIMPLE) | (padded(self.incumbent.counts, num) > 0))

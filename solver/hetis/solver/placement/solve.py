@@ -101,7 +101,7 @@ def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
     """The simpler plan and what it gave up, or the best where the other is on no fewer nodes, nor of fewer shapes."""
     (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
     if (nodes, shapes) >= (most, many):
-        return replace(best, notes=(*best.notes, f"no plan within {within:.3g} of the best was found on fewer nodes"))
+        return replace(best, notes=(*best.notes, f"no plan within {within:.1%} of the best was found on fewer nodes"))
     loss = abs(simpler.result.value / best.result.value - 1.0)
     note = (
         f"the simplest plan found within {within:.1%} of the best: {nodes} nodes instead of {most} (a node counts for "
