@@ -34,7 +34,7 @@ class EngineValue:
             what a poorer engine has not.
         why_not: why there is no value, or no better one.
         equal_stages: the value is that of the best replicas of equal stages, which the engine runs: no search found
-            another plan.
+            a better plan.
     """
 
     engine: str
@@ -89,8 +89,7 @@ def _values(
                 told(name)
                 other = replace(problem, family=family)
                 found = _searched(found, plan, other, own, seed, budget)
-                if found.value is None:
-                    found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
+                found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             known[alike] = found
         yield replace(known[alike], engine=name)
 
@@ -122,7 +121,7 @@ def _searched(
     except NoPlanFoundError:
         return replace(known, why_not="none was found in time")
     value, bound = other.result.value, other.result.bound
-    if known.value is not None and not (value > known.value if plan.objective.maximises else value < known.value):
+    if not _is_better(value, known.value, plan):
         return replace(known, bound=bound)
     more = () if own is None else beyond(other.replicas, own, problem.cluster)
     return replace(known, value=value, bound=bound, lacks=known.lacks or more)
@@ -132,15 +131,22 @@ def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
-    """What replicas of equal stages reach on an engine, where nothing else was found."""
+    """What replicas of equal stages reach on an engine, where nothing as good was found."""
     from hetis.solver.placement.solve import equal_stages_value
 
     if own is not None and EQUAL_STAGES in plan.inputs:
         value = plan.inputs[EQUAL_STAGES]  # they have no attention workers, and the other limits are the same
+    elif known.value is not None:
+        return known  # a search of its own is for engines without any plan
     else:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
         value = equal_stages_value(problem, budget=alone, seed=seed)
-    return known if value is None else replace(known, value=value, equal_stages=True)
+    better = value is not None and _is_better(value, known.value, plan)
+    return replace(known, value=value, equal_stages=True) if better else known
+
+
+def _is_better(value: float, known: float | None, plan: Plan) -> bool:
+    return known is None or (value > known if plan.objective.maximises else value < known)
 
 
 def _row(value: EngineValue) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""What another engine is said to reach is never less than replicas of equal stages, which every engine runs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EngineValue, _by_equal_stages
+from hetis.solver.problem import EngineRules
+from tests.planner import plans
+
+NO_SEARCH: Any = None  # where equal stages are known, nothing is solved
+
+
+@pytest.mark.parametrize(
+    ("found", "equal", "told"),
+    [(1.0, 1.5, (1.5, True)), (2.0, 1.5, (2.0, False)), (None, 1.5, (1.5, True)), (1.0, None, (1.0, False))],
+)
+def test_the_better_of_what_was_found_and_equal_stages_is_told(
+    found: float | None, equal: float | None, told: tuple[float, bool]
+) -> None:
+    plan = replace(plans.plan(), inputs={EQUAL_STAGES: equal})
+    known = EngineValue(engine="vllm", value=found, bound=None)
+    value = _by_equal_stages(known, plan, NO_SEARCH, EngineRules(name="vllm-hetis"), 0, threading.Event())
+    assert (value.value, value.equal_stages) == told
