@@ -6,10 +6,13 @@ python -m tests.faults.run --kills 50 --partitions 10 --seed 1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,6 +201,18 @@ def _lead_on(faulty: Faulty, leader: Planner) -> FarTerm:
     return FarTerm(held=held, starved_s=witness.longest_s)
 
 
+@contextlib.contextmanager
+def _logs() -> Iterator[Path]:
+    """A folder for the logs of planners and agents, which stays where an error ends the run."""
+    folder = Path(tempfile.mkdtemp(prefix="hetis-faults-"))
+    try:
+        yield folder
+    except BaseException:
+        print(f"the logs are in {folder}", file=sys.stderr)
+        raise
+    shutil.rmtree(folder)
+
+
 def main() -> None:
     """Prints the figures; exit code 1 where something happened that never must."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -212,10 +227,10 @@ def main() -> None:
     parser.add_argument("--lease", type=float, default=5.0, help="seconds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="inject no fault after so long")
     given = parser.parse_args()
-    with running_server() as server, tempfile.TemporaryDirectory(prefix="hetis-faults-") as folder:
+    with running_server() as server, _logs() as folder:
         figures = inject(
             new_database(server, "faults"),
-            Path(folder),
+            folder,
             kills=given.kills,
             partitions=given.partitions,
             stops=given.stops,
