@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import resource
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -358,6 +360,29 @@ def test_idle_connections_are_few_and_end() -> None:
             assert await until_closed(reader) == b""
             writer.close()
         assert (await ask(address, "/healthz"))[0] == 200
+        await served.stop()
+
+    run(test)
+
+
+def test_who_does_not_read_the_answers_does_not_keep_the_page_from_others() -> None:
+    async def test() -> None:
+        served, address = await page(limits=PageLimits(of_all=1, of_a_peer=1, request_s=30.0, answer_s=0.3))
+        host, port = address.rsplit(":", 1)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+            asked = 0
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                while asked < 20_000:  # answers pile up until the page has to wait for the reader
+                    asked += client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") > 0
+                    await asyncio.sleep(0)
+            status = 0
+            while status != 200:  # for ever, if that connection is kept
+                await asyncio.sleep(0.1)
+                with contextlib.suppress(OSError, EOFError, ValueError, IndexError):
+                    status = (await ask(address, "/healthz"))[0]
         await served.stop()
 
     run(test)

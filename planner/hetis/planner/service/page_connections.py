@@ -22,11 +22,13 @@ class PageLimits:
     Attributes:
         of_all, of_a_peer: connections at a time, in all and of one host; one too many is closed at once.
         request_s: after how long one is closed on which no whole request has come, or none since the last answer.
+    answer_s: after how long one is closed whose answer has not all been written, because nobody reads it.
     """
 
     of_all: int = 256
     of_a_peer: int = 64
     request_s: float = 10.0
+    answer_s: float = 60.0
 
 
 def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
@@ -36,6 +38,7 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
     class Protocol(H11Protocol):
         _peer = ""
         _timer: asyncio.TimerHandle | None = None
+        _is_answering = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -58,10 +61,7 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._unwatch()
-            else:
-                self._watch()
+            self._go_on_watching()
 
         def send_400_response(self, msg: str) -> None:
             """Answers what is no HTTP, unless the request that it is part of has its answer or a part of that."""
@@ -70,11 +70,26 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:
-                self.transport.close()
+                self.transport.abort()  # what is still to be written is nobody's any more
 
         def on_response_complete(self) -> None:
-            super().on_response_complete()
-            self._watch()
+            self._is_answering = False
+            self._unwatch()
+            super().on_response_complete()  # which begins to answer what was asked meanwhile
+            self._go_on_watching()
+
+        def _go_on_watching(self) -> None:
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._answer_in_time()
+            else:
+                self._watch()
+
+        def _answer_in_time(self) -> None:
+            """One time for the answer, however much more is asked for meanwhile."""
+            if not self._is_answering and not self.transport.is_closing():
+                self._is_answering = True
+                self._unwatch()
+                self._timer = self.loop.call_later(limits.answer_s, self.transport.abort)
 
         def _watch(self) -> None:
             """Watch the time since the connection's begin or the last answer; what comes bit by bit gains no time."""

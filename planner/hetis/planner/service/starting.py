@@ -30,9 +30,12 @@ def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None
     """Serves until a signal asks to stop."""
 
     async def open_planner(config: PlannerConfig) -> Planner:
-        from hetis.planner.service.assembly import open_planner as open_all  # late: a wrong setting is said at once
+        from hetis.planner.service import overdue  # late: a wrong setting is said at once
+        from hetis.planner.service.assembly import open_planner as open_all
 
-        return await open_all(config)
+        planner = await open_all(config)
+        overdue.watch(planner.lease)
+        return planner
 
     serve_with(open_planner, path, flags, ready_json=ready_json)
 

@@ -17,7 +17,7 @@ from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.overview import ClusterNow, Overview, OverviewSource
 from hetis.planner.service.server import Servicing
-from hetis.planner.store import AuditedChange, Store
+from hetis.planner.store import AuditedChange, Lease, Store
 
 ANSWERED_S = 10.0  # a store that has not answered for longer is away
 _AGAIN_S = 1.0  # after a term that could not begin
@@ -94,6 +94,10 @@ class Succession:
     def present(self) -> LeadershipTerm:
         """What answers now."""
         return self._leading or self._standby
+
+    @property
+    def lease(self) -> Lease:
+        return self._store.lease
 
     @property
     def leads(self) -> bool:

@@ -2,6 +2,7 @@
 
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLine
 from hetis.planner.store.errors import StoreError
+from hetis.planner.store.lease import Lease
 from hetis.planner.store.records import (
     ClusterRecord,
     NodeRecord,
@@ -19,6 +20,7 @@ __all__ = [
     "AuditLine",
     "AuditedChange",
     "ClusterRecord",
+    "Lease",
     "NodeRecord",
     "PlanRecord",
     "ProfileRecord",

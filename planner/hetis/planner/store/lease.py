@@ -50,6 +50,11 @@ class Lease:
         return self.lease_s - self.age_s if self.lease_s else float("inf")
 
     @property
+    def is_overdue(self) -> bool:
+        """The time is over, and nobody has ended the term."""
+        return self._asked_s is not None and self.left_s <= 0
+
+    @property
     def is_held(self) -> bool:
         return self.left_s > 0
 

@@ -43,7 +43,7 @@ class Scrape:
 
 
 def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
-    """Fetches and reads; blocks for twice ``timeout_s`` at most."""
+    """Fetches and reads; blocks for four times ``timeout_s`` at most, unless the engine drips its header."""
     try:
         body = _fetch(url, timeout_s, max_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -82,7 +82,7 @@ def _known_prefixes(text: str) -> str:
 
 
 def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
-    """The body; None: it is larger than ``max_bytes``. The time limit is of the whole, not of one read."""
+    """The body; None: it is larger than ``max_bytes``. The time limit is of the whole body, not of one read of it."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http or https address")
     ends_s = time.monotonic() + timeout_s
@@ -101,7 +101,9 @@ def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
 
 
 class _SameServer(urllib.request.HTTPRedirectHandler):
-    """Follows an engine to another path (vLLM's is ``/metrics/``), and never to another server."""
+    """Follows an engine to another path (vLLM's is ``/metrics/``), once, and never to another server."""
+
+    max_redirections = 1
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str

@@ -1,0 +1,14 @@
+"""A planner whose event loop hangs for a while when it gets SIGUSR2: handlers of signals run in the loop's thread."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from hetis.planner.service.main import main
+
+HANGS_S = 60.0
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGUSR2, lambda _number, _frame: time.sleep(HANGS_S))
+    main()

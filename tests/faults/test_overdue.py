@@ -1,0 +1,55 @@
+"""A leader whose event loop hangs gives its agents up by ending."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.overdue import TICKS, OverdueTerm
+from hetis.planner.store import Lease
+from tests.planner.service.process import Process
+
+LEASE_S = 2.0
+
+
+class Clock:
+    """Seconds that a test moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_only_a_term_that_is_over_for_long_and_not_ended_is_overdue() -> None:
+    clock = Clock()
+    lease = Lease(5.0, clock)
+    term = OverdueTerm(lease)
+    assert not any(term.tick() for _ in range(2 * TICKS))  # none began
+    lease.grant(clock())
+    clock.now_s += 4.9
+    assert not any(term.tick() for _ in range(2 * TICKS))
+    clock.now_s += 0.2
+    assert [term.tick() for _ in range(TICKS)] == [False] * (TICKS - 1) + [True]
+    lease.end()  # the loop has noticed
+    assert not any(term.tick() for _ in range(2 * TICKS))
+    lease.grant(clock())
+    clock.now_s += 6.0
+    assert not any(term.tick() for _ in range(TICKS - 1))  # a machine that slept: it starts to count when it wakes
+    lease.grant(clock())
+    assert not any(term.tick() for _ in range(2 * TICKS))
+
+
+def test_a_leader_whose_loop_hangs_ends_soon_after_its_lease(postgres_url: str, tmp_path: Path) -> None:
+    options = (
+        *("--listen", "127.0.0.1:0", "--status-page", "127.0.0.1:0", "--ready-json", "--store", postgres_url),
+        *("--set", "solver.processes=1", "--set", f"leadership.lease={LEASE_S:g}s"),
+    )
+    with Process(options, folder=tmp_path, module="tests.faults.hanging") as planner:
+        planner.ready()
+        planner.signal(signal.SIGUSR2)
+        code, said = planner.end(timeout_s=40)  # it hangs for longer
+    assert code == ServiceExitCode.INTERNAL
+    assert "the event loop hangs" in said
