@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from enum import StrEnum
 from typing import Any
 
 from hetis.formats.discovery import kubernetes, node_tables, nvidia_smi, ray_nodes, slurm
 from hetis.formats.discovery.found import Inventory, mapping
+from hetis.formats.discovery.sources import Source
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.fields import API_VERSION
 from hetis.formats.files import file_label, read_text
@@ -22,17 +22,6 @@ _KNOWN = (
     "kubectl get nodes -o json, nvidia-smi -q -x, scontrol show nodes --json, ray list nodes --detail --format json, "
     "CSV with node,gpu,count"
 )
-
-
-class Source(StrEnum):
-    """A tool that describes a fleet; ``auto``: whichever the file is of."""
-
-    AUTO = "auto"
-    KUBECTL = "kubectl"
-    NVIDIA_SMI = "nvidia-smi"
-    SLURM = "slurm"
-    RAY = "ray"
-    FILE = "file"
 
 
 def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_busy: bool = False) -> Inventory:

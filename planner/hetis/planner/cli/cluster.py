@@ -8,7 +8,7 @@ import typer
 
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.command_line.verb import verb
-from hetis.formats.discovery.reading import Source
+from hetis.formats.discovery.sources import Source
 from hetis.planner.cli import quantities
 from hetis.planner.cli.exit_codes import ExitCode
 

@@ -14,7 +14,6 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.options import HtmlOption, PlanArgument
 from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
-from hetis.planner.use_cases.verify import rate_to_simulate
 
 if TYPE_CHECKING:
     from hetis.simulator.metrics import Limits
@@ -74,6 +73,7 @@ def simulate(
     from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
     from hetis.planner.use_cases.sources import load_plan_and_problem
+    from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
 
