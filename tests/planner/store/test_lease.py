@@ -167,6 +167,31 @@ def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back
     asyncio.run(scenario())
 
 
+def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_made(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would renew a term that callers know to be over, and hold up whoever leads next."""
+    begun, leave = list[int](), threading.Event()
+
+    def blocked(_store: Store, epoch: int) -> None:
+        begun.append(epoch)
+        leave.wait(60)
+
+    async def scenario() -> None:
+        monkeypatch.setattr(Store, "_renew", blocked)
+        store = await Store.open(postgres_url, lease_s=LEASE_S)
+        await store.lead("test")
+        async with asyncio.timeout(60):
+            await store.until_replaced()  # two renewals were waited for in vain: one had begun, one had not
+        leave.set()
+        assert await store.stand_by("test") == 2
+        assert begun[0] == 1
+        assert begun.count(1) == 1
+        await store.close()
+
+    asyncio.run(scenario())
+
+
 def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
     """What follows from NOT_LEADER is for good: agents are sent away."""
     now_s = 0.0

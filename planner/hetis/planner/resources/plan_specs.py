@@ -293,10 +293,9 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
             False, f"{field}.engine", f"is {spec.engine[:80]!r}, must be one of {', '.join(known)}{hint}"
         )  # fmt: skip
         return None
-    checks.require(
+    if not checks.require(
         spec.max_stages <= MOST_STAGES, f"{field}.max_stages", f"is {spec.max_stages}, must be {MOST_STAGES} at most"
-    )
-    if spec.max_stages > MOST_STAGES:
+    ):
         return None
     limits = ReplicaLimits(
         max_stages=spec.max_stages or None,

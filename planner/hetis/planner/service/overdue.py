@@ -11,7 +11,6 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable
 
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.store import Lease
@@ -28,7 +27,7 @@ class OverdueTerm:
         self._ticks = 0
 
     def tick(self) -> bool:
-        """To be asked every `TICK_S`."""
+        """Return whether it is overdue for `TICKS` ticks; the caller asks every `TICK_S` seconds."""
         self._ticks = self._ticks + 1 if self._lease.is_overdue else 0
         return self._ticks >= TICKS
 
@@ -40,7 +39,7 @@ def end_process() -> None:
     os._exit(ServiceExitCode.INTERNAL)
 
 
-def watch(lease: Lease, end: Callable[[], None] = end_process) -> None:
+def watch(lease: Lease) -> None:
     """Watches over all terms of a process from a thread; nothing where a file's lock holds the term."""
     if not lease.lease_s:
         return
@@ -49,6 +48,6 @@ def watch(lease: Lease, end: Callable[[], None] = end_process) -> None:
     def go_on() -> None:
         while not term.tick():
             time.sleep(TICK_S)
-        end()
+        end_process()
 
     threading.Thread(target=go_on, name="the guard of the lease", daemon=True).start()

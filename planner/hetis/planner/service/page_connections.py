@@ -22,7 +22,7 @@ class PageLimits:
     Attributes:
         of_all, of_a_peer: connections at a time, in all and of one host; one too many is closed at once.
         request_s: after how long one is closed on which no whole request has come, or none since the last answer.
-    answer_s: after how long one is closed whose answer has not all been written, because nobody reads it.
+        answer_s: after how long one is closed whose answer has not all been written, because nobody reads it.
     """
 
     of_all: int = 256

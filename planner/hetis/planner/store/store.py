@@ -356,11 +356,13 @@ class Store:
         if self._lock is not None or not self._lease_s:
             return await working
         limit_s = self._limit_s if limit_s is None else max(limit_s, 0.0)
-        done, _ = await asyncio.wait({working}, timeout=limit_s)
-        if not done:
+        working.add_done_callback(_forget)
+        try:
+            done, _ = await asyncio.wait({working}, timeout=limit_s)
+        finally:
             working.cancel()  # what the thread has not begun: it would ask for a lease that nobody uses any more
+        if not done:
             self._lease_breaker.break_connection()
-            working.add_done_callback(_forget)
             raise ServiceError(
                 Reason.ERROR_REASON_STORE_UNAVAILABLE,
                 f"the planner's store {self._label} did not answer for {limit_s:.1f} s",
@@ -450,8 +452,6 @@ class Store:
             raise self._trouble(error) from None
 
     def _renew(self, epoch: int) -> None:
-        if self._epoch != epoch or not self.lease.is_held:
-            raise leadership.not_leader("")  # it waited in the thread's queue until its term was over
         try:
             with self._lease_statements.begin() as connection:
                 leadership.renew(connection, epoch, lease_s=self._lease_s)
