@@ -190,7 +190,7 @@ def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
 
 
 def _requests(plan: Plan, posed: PlacementProblem, iterations: int) -> int:
-    """Of every run of a case, from its full plan."""
+    """Return how many requests every run of a case replays, from its full plan."""
     return _enough(iterations / iterations_per_request(plan, posed), seats=seats_of(plan))
 
 

@@ -116,7 +116,7 @@ def scenarios(quick: bool) -> Iterator[Scenario]:
 
 
 def card_rows(chosen: Sequence[Scenario], traffics: Sequence[Traffic], python: Path) -> Iterator[Row]:
-    """Of every scenario and rule; a round for each traffic."""
+    """Yield the rows of every scenario and rule, a round for each traffic."""
     if not chosen:
         return
     first = traffics[0]

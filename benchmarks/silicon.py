@@ -244,7 +244,7 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
 
 
 def peer_version(peer: Peer) -> str:
-    """Of aiconfigurator, as the Python that was asked has it."""
+    """Return the version of aiconfigurator that the Python asked has."""
     version = peer.get("version", "")
     return version if isinstance(version, str) else ""
 

@@ -142,12 +142,12 @@ def stamp(name: str) -> str:
 
 
 def digest(name: str) -> str:
-    """Of the code that a table measures, as it is now."""
+    """Return the digest of the code that a table measures, as it is now."""
     return digest_of(sorted(_files(SOURCES[name])), lambda path: (ROOT / path).read_text(encoding="utf-8"))
 
 
 def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
-    """Of these files, from the texts they have."""
+    """Return the digest of these files with these texts."""
     whole = hashlib.sha256()
     for path in paths:
         whole.update(f"{path}\n{code_of(text_of(path))}\n".encode())

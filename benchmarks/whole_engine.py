@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def engine_rows(data: Path, *, quick: bool, only: str) -> Iterator[Row]:
-    """Of every GPU type and TP size: with the profile as it is, and with the host's time."""
+    """Yield a row for every GPU type and TP size, with the profile as it is and with the host's time."""
     profiles = {gpu: _shipped(gpu) for gpu in GPUS}
     times, _ = engine_times(import_tables("splitwise", [data / TABLE]), profiles, MODEL)
     points = points_of(times)

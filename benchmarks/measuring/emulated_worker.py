@@ -72,7 +72,7 @@ class Pace:
 
 
 def wait_until(moment_s: float) -> None:
-    """Of `time.perf_counter`; at once where it has passed."""
+    """Waits until a moment of `time.perf_counter`; not at all where it has passed."""
     left_s = moment_s - time.perf_counter()
     if left_s > 0:
         time.sleep(left_s)

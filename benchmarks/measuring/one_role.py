@@ -58,7 +58,7 @@ class Kept:
 
 
 def measure(one: OneRole, *, iterations: int, requests: int) -> Kept:
-    """Of at least so many iterations and requests, always waiting."""
+    """Measures at least so many iterations and requests, with some always waiting."""
     posed = _problem(one)
     plan = _plan(one, posed)
     moments = posed.workload.moments()

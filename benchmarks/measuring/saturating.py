@@ -180,7 +180,7 @@ def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0)
 
 
 def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[float], list[float]]:
-    """Of every stage (without attention workers) an iteration without and with a chunk, as the cost model has them."""
+    """Return the cost model's iterations without and with a chunk, of every stage (without attention workers)."""
     model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
     b, chunk = one.micro_batch, one.chunk_tokens
     decoding = b, b * model.attended_tokens(moments.resident_context)

@@ -337,7 +337,7 @@ def request_of(number: int, prefix: str = "r") -> SimulatedRequest:
 
 
 def balanced_owners(stage: StageRun) -> list[list[int]]:
-    """Of `REQUESTS` requests, one after the other as the dispatcher places them; worked out once per shape of stage."""
+    """Return the owners of `REQUESTS` requests as the dispatcher places them one by one; once per shape of stage."""
     key = tuple(device.total_blocks for device in stage.model.devices)
     if key not in _balanced:
         trial = StageRun(stage.model)

@@ -139,7 +139,7 @@ class Bench:
         raise LookupError(f"no replica has its primary on {primary}")
 
     async def set_rate(self, reports_per_s: float) -> None:
-        """Of the agents in the other process."""
+        """Sets the rate of the agents in the other process."""
         await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
 
     async def behind(self) -> tuple[float, float]:
@@ -177,7 +177,7 @@ class Bench:
         return row | cells
 
     def memory(self) -> dict[str, Cell]:
-        """Of the planner now."""
+        """Return the planner's memory now."""
         found = self.planner.rss_bytes()
         return {"rss_mib": found / 2**20, "kb_per_agent": (found - self.base_bytes) / self.extent.agents / 1e3}
 

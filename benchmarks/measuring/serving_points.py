@@ -99,7 +99,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def posed(rows: list[dict[str, str]]) -> Iterator[ServingPoint | tuple[dict[str, str], str]]:
-    """Of every row its point, or the row and why it is not posed. One measurement in two dumps is posed once."""
+    """Yield the point of every row, or the row and why it is not posed; a measurement in two dumps is posed once."""
     seen = set[tuple[str, ...]]()
     for row in rows:
         same = (row["system"], row["backend"], row["silicon_ttft_ms"], row["silicon_tpot_ms"])

@@ -33,7 +33,7 @@ def remade(tmp_path: Path, *gpus: str) -> None:
 
 @needs_tables
 def test_the_command_makes_the_shipped_bytes(tmp_path: Path) -> None:
-    """Of those that take seconds; the soak test makes all of them."""
+    """Some that take seconds are made here; the soak test makes all of them."""
     remade(tmp_path, "A100-PCIe-80GB", "A40", "H100-PCIe-80GB", "RTX-A6000")
 
 

@@ -70,7 +70,7 @@ async def serve(file: str, port: int, dice: random.Random) -> None:
 
 
 async def _move(fleet: LiveFleet, maps: Any, dice: random.Random) -> str:
-    """Of some request some head group to somewhere else; returns the change's id once it is kept."""
+    """Moves a head group of some request; returns the change's id once it is kept."""
     (head_map,) = maps.maps
     if not head_map.requests:
         return ""

@@ -60,12 +60,12 @@ def test_a_re_dispatch_takes_the_messages_that_it_should() -> None:
 
 
 def numbers(*, noise: bool) -> list[int]:
-    """Of the recorded messages; heartbeats and reports are noise."""
+    """Return the numbers of recorded messages; heartbeats and reports are noise."""
     return [i for i, seen in enumerate(recorded()) if noise == (seen.kind in ("heartbeat", "report"))]
 
 
 def one_of_each_kind(turn: int) -> list[int]:
-    """Of those that are no noise; ``turn`` says which, so that different faults meet different nodes."""
+    """Return a message of each kind that is no noise; ``turn`` chooses, so that faults meet different nodes."""
     kinds: dict[str, list[int]] = {}
     for number in numbers(noise=False):
         seen = recorded()[number]

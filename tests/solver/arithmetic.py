@@ -275,7 +275,7 @@ class Numbers:
         return decoding + (self.moments.mean_prompt if self.role is Role.DECODE else self.prompt_tokens(copies))
 
     def fixed_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
-        """Of a rank: all but KV."""
+        """Return the bytes of a rank without KV."""
         m, n = self.model, s.tp
         inner = (
             m.intermediate

@@ -204,7 +204,7 @@ def test_uneven_workers_are_not_an_engines() -> None:
 @settings(max_examples=EXAMPLES)
 @given(problem=problems(max_gpus=5, family=Family(max_pool=2, tp_sizes=(1, 2), micro_batches=(4,), chunk_tokens=(64,))))
 def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProblem) -> None:
-    """Of plans for any engine; the checker derives it on its own, one replica after another."""
+    """Plans for any engine are looked at; the checker derives it on its own, one replica after another."""
     try:
         plan = solve_placement(problem, strategy="hetis")
     except InfeasibleError:

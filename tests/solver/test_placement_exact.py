@@ -52,7 +52,7 @@ def plan_or_none(problem: PlacementProblem, strategy: str = "hetis") -> Plan | N
 
 
 def value_of(problem: PlacementProblem) -> float:
-    """Of the plan found; what `best_plan_value` says where there is none."""
+    """Return the value of the plan found, or what `best_plan_value` says where there is none."""
     plan = plan_or_none(problem)
     if plan is not None:
         return plan.result.value

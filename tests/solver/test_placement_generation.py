@@ -110,7 +110,7 @@ def test_threads_change_neither_soundness_nor_bounds(problem: PlacementProblem) 
 
 
 def test_model_that_no_class_holds_alone_is_planned() -> None:
-    """Of the cheapest stages the fleet has too few: the search must go on to those it can form."""
+    """The fleet has too few of the cheapest stages: the search must go on to those it can form."""
     profiles = {name: make_profile(name, flops=3e11, bytes_per_s=3e9, usable_bytes=6_000_000) for name in "AC"}
     nodes = [make_node("a", "A"), make_node("c", "C")]
     problem = make_problem(nodes, profiles=profiles, model=make_model(num_layers=4))

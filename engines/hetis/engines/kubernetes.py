@@ -179,12 +179,12 @@ class ReplicaObjects:
 
     @property
     def front_labels(self) -> dict[str, str]:
-        """Of the pod that clients reach."""
+        """Return the labels of the pod that clients reach."""
         return self.labels(self._names[self._layout.servers[0].name])
 
     @property
     def front_name(self) -> str:
-        """Of the pod that clients reach, and of the Service where the further stages meet it."""
+        """Return the name of the pod that clients reach, and of the Service where the further stages meet it."""
         return self._names[self._layout.servers[0].name]
 
     def server(self, number: int) -> list[dict[str, Any]]:
@@ -332,6 +332,6 @@ class ReplicaObjects:
         return {"name": name, **where, "labels": self.labels()}
 
     def labels(self, part: str = "") -> dict[str, str]:
-        """Of the replica's objects, or those that choose one pod."""
+        """Return the labels of the replica's objects, or those that choose one pod."""
         labels = {"app.kubernetes.io/name": "hetis", "app.kubernetes.io/instance": self._of.name}
         return labels | ({"app.kubernetes.io/component": part} if part else {})

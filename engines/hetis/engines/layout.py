@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from hetis.engines.errors import LayoutError
 from hetis.engines.versions import Engine
+from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
@@ -208,11 +209,6 @@ def layout_of(
         kv_is_fp8=_is_fp8(model, dtype),
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
     )
-
-
-def node_of(device: str) -> str:
-    """The node of a device of a plan."""
-    return device.rpartition("/")[0]
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:

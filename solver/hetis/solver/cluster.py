@@ -185,3 +185,8 @@ class Device:
     @property
     def name(self) -> str:
         return f"{self.node}/{self.index}"
+
+
+def node_of(device: str) -> str:
+    """Return the node of a device's name (`Device.name`)."""
+    return device.rpartition("/")[0]

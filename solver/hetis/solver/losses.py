@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.plan import Plan, Role
 
 
@@ -80,7 +80,7 @@ def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) ->
     on = defaultdict[str, list[int]](list)
     home = list[str]()
     for number, replica in enumerate(plan.replicas):
-        nodes = dict.fromkeys(name.rpartition("/")[0] for name in replica.devices())
+        nodes = dict.fromkeys(node_of(name) for name in replica.devices())
         home.append(zones[next(iter(nodes))])
         for place in dict.fromkeys(place_of(node, zones[node]) for node in nodes):
             on[place].append(number)
@@ -88,10 +88,10 @@ def _worst(plan: Plan, cluster: Cluster, place_of: Callable[[str, str], str]) ->
     for route in plan.kv_routes:
         if home[route.prefill] != home[route.decode]:
             routes[home[route.prefill], home[route.decode]] += route.rate
-    whole = _rates(plan, home, range(len(plan.replicas))).served(routes)
+    everything = _rates(plan, home, range(len(plan.replicas)))
+    whole = everything.served(routes)
     if not whole > 0.0:
         return None
-    everything = _rates(plan, home, range(len(plan.replicas)))
     found = {place: _without(everything, plan, home, lost).served(routes) for place, lost in on.items()}
     name = min(found, key=lambda place: found[place])
     return Loss(name=name, rate=found[name], whole=whole)

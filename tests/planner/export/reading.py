@@ -87,7 +87,7 @@ def visible(environment: Mapping[str, str], node: str) -> list[str]:
 
 
 def read_shell(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of NODE/rN.sh."""
+    """Read NODE/rN.sh."""
     found = dict[str, list[Found]]()
     for path, text in files.items():
         if not (match := re.fullmatch(r"([^/]+)/(r\d+)\.sh", path)):
@@ -103,7 +103,7 @@ def read_shell(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_compose(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of NODE/compose.yaml: the container counts the GPUs that it sees anew."""
+    """Read NODE/compose.yaml: the container counts the GPUs that it sees anew."""
     found = dict[str, list[Found]]()
     for path, text in files.items():
         if path.endswith("/compose.yaml"):
@@ -143,7 +143,7 @@ def environment_of(container: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of StatefulSets: the node by its selector, so many GPUs, and which ones by the annotation."""
+    """Read StatefulSets: the node by its selector, so many GPUs, and which ones by the annotation."""
     found = dict[str, list[Found]]()
     for one in manifests(files):
         if one["kind"] == "StatefulSet":
@@ -159,7 +159,7 @@ def read_kubernetes(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]:
-    """Of every command line in NODE.sh: what hetis-launch itself says that it would start."""
+    """Read what hetis-launch itself says that every command line in NODE.sh would start."""
     (folder / "plan.json").write_text(files["plan.json"], encoding="utf-8")
     found, parts = dict[str, Read](), dict[str, set[str]]()
     for path, text in files.items():
@@ -184,7 +184,7 @@ def read_hetis_launch(files: Mapping[str, str], folder: Path) -> dict[str, Read]
 
 
 def of_groups(groups: Iterable[tuple[str, int, Mapping[str, Any], Mapping[str, Any] | None]]) -> dict[str, list[Found]]:
-    """Of replicas made from two templates: name, size, the leader's and the workers'.
+    """Read replicas made from two templates: name, size, the leader's and the workers'.
 
     A worker takes its rank from its node, as its script says: the script is run for every node.
     """
@@ -257,7 +257,7 @@ def together(*parts: Mapping[str, list[Found]]) -> dict[str, Read]:
 
 
 def read_lws(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of LeaderWorkerSets, and of those in a DisaggregatedSet."""
+    """Read LeaderWorkerSets, and those in a DisaggregatedSet."""
     groups = []
     for one in manifests(files):
         if one["kind"] == "LeaderWorkerSet":
@@ -275,7 +275,7 @@ def read_lws(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_llm_d(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of the chart's values, and of LeaderWorkerSets beside them."""
+    """Read the chart's values, and LeaderWorkerSets beside them."""
     found = dict[str, Read]()
     for path, text in files.items():
         if path.startswith("values-"):
@@ -292,7 +292,7 @@ def read_llm_d(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of batch scripts: a component's node, and the steps that run there; which GPUs, a comment says."""
+    """Read batch scripts: a component's node, and the steps that run there; which GPUs, a comment says."""
     found = dict[str, Read]()
     for path, text in files.items():
         if not path.endswith(".sbatch"):
@@ -317,7 +317,7 @@ def read_slurm(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_kserve(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of LLMInferenceServices. A pair has the name of its prefill replica."""
+    """Read LLMInferenceServices. A pair has the name of its prefill replica."""
     found, workers = dict[str, list[Found]](), workers_of(files)
     for one in manifests(files):
         if one["kind"] == "LLMInferenceService":
@@ -345,7 +345,7 @@ def _pod_template(pod: Mapping[str, Any], devices: str) -> dict[str, Any]:
 
 
 def read_dynamo(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of components of graphs."""
+    """Read components of graphs."""
     found = dict[str, list[Found]]()
     for graph in manifests(files):
         front, *components = graph["spec"]["components"]
@@ -356,7 +356,7 @@ def read_dynamo(files: Mapping[str, str]) -> dict[str, Read]:
 
 
 def read_ray(files: Mapping[str, str]) -> dict[str, Read]:
-    """Of Serve's applications: a bundle for each rank, which names its node; the GPU's number Ray chooses."""
+    """Read Serve's applications: a bundle for each rank, which names its node; the GPU's number Ray chooses."""
     found = dict[str, Read]()
     for application in yaml.safe_load(files["serve.yaml"])["applications"]:
         arguments, name = application["args"], application["name"]

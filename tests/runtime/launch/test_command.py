@@ -60,7 +60,7 @@ class Launched:
         self.process, self.url, self._log = process, url, log
 
     def pids(self, name: str) -> list[int]:
-        """Of all lives of a process, the present one last."""
+        """Return the ids that a process had, the present one last."""
         return [int(found) for found in re.findall(rf" {re.escape(name)}: process (\d+)", self.log())]
 
     def log(self) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
-from hetis.formats.errors import Problem
+from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.positions import Path, Text
 
 MAX_GPUS_SAID = 1024  # of a node; a larger number is a mistake
+PARTS = "parts of GPUs (MIG), no whole ones"
 _MOST_NAMED = 3
 
 
@@ -69,6 +71,31 @@ class Inventory:
     file: str = "cluster"
 
 
+def inventory(nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = ()) -> Inventory:
+    """All nodes that a tool spoke of, those without GPUs counted.
+
+    Raises:
+        DocumentError: there are problems.
+    """
+    if problems:
+        raise DocumentError(problems)
+    told = tuple(node for node in nodes if node.gpus or node.left_out)
+    return Inventory(nodes=told, num_without_gpus=len(nodes) - len(told), notes=tuple(notes))
+
+
+def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The zone that the first of these labels names."""
+    return next((zone for name in names if (zone := text(labels.get(name)))), "default")
+
+
+def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
+    """Products and memory of single GPUs as those of each that follow one another."""
+    return tuple(
+        FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
+        for (product, memory), alike in groupby(gpus)
+    )
+
+
 def mapping(value: object) -> dict[str, Any]:
     """The mapping that a value is; empty where it is something else."""
     return value if isinstance(value, dict) else {}
@@ -105,7 +132,7 @@ def counted(count: int, what: str = "GPU") -> str:
 
 def parts_text(count: int, product: str) -> str:
     """What is said of parts of GPUs, which no plan uses."""
-    return f"{counted(count, 'device')} ({product}): parts of GPUs (MIG), no whole ones"
+    return f"{counted(count, 'device')} ({product}): {PARTS}"
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -10,22 +10,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from hetis.formats.discovery.found import (
+    PARTS,
     FoundGpus,
     FoundNode,
     Inventory,
     counted,
+    grouped,
+    inventory,
     listed,
     mapping,
     parts_text,
     some_of,
     text,
     whole_number,
+    zone_of,
 )
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import Problem, single_problem
 from hetis.formats.positions import Text
 from hetis.formats.units import parse_bytes
 
@@ -70,7 +73,6 @@ _AWS = {
     "g6": "L4",
     "g6e": "L40S",
 }
-_PART = "parts of GPUs (MIG), no whole ones"
 _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
 
 
@@ -137,14 +139,8 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
         if name and name not in known:
             known.add(name)
             found.append(_found(_node_of_slice(one, name), devices[name], use.get(name, _Use()), problems))
-    if problems:
-        raise DocumentError(problems)
     notes = [] if "Pod" in by_kind or with_busy else ["no pods were given: GPUs that pods use count as free"]
-    return Inventory(
-        nodes=tuple(node for node in found if node.gpus or node.left_out),
-        num_without_gpus=sum(not (node.gpus or node.left_out) for node in found),
-        notes=tuple(notes),
-    )
+    return inventory(found, problems, notes)
 
 
 def _by_kind(files: Iterable[tuple[Any, Text]]) -> dict[str, list[_Object]]:
@@ -249,7 +245,7 @@ def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
     size = memory.get("value") if isinstance(memory, dict) else memory
     reason = "in use by a resource claim" if is_claimed else ""
     if kind != "gpu":
-        reason = _PART
+        reason = PARTS
     elif any(mapping(taint).get("effect") in ("NoSchedule", "NoExecute") for taint in listed(body.get("taints"))):
         reason = "tainted by the driver"
     return _Device(product=product or driver, memory_bytes=_quantity(size), resource=_DRIVERS[driver], reason=reason)
@@ -273,7 +269,7 @@ def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Prob
     where = node.source.problem(node.path, "")
     if not node.name:
         problems.append(node.source.problem((*node.path, "metadata", "name"), "is missing: a node has a name"))
-    zone = next((text(node.labels[label]) for label in _ZONES if text(node.labels.get(label))), "default")
+    zone = zone_of(node.labels, _ZONES)
     gpus, left_out = _of_devices(devices, use) if devices else _of_resources(node, use, problems)
     unusable = _unusable(node)
     if unusable and gpus:
@@ -302,7 +298,7 @@ def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus],
     left_out = []
     for reason in dict.fromkeys(device.reason for device in devices if device.reason):
         alike = [device for device in devices if device.reason == reason]
-        what = counted(len(alike), "device" if reason == _PART else "GPU")
+        what = counted(len(alike), "device" if reason == PARTS else "GPU")
         left_out.append(f"{what} ({some_of(device.product for device in alike)}): {reason}")
     free = [device for device in devices if not device.reason]
     for resource, count in use.counts.items():
@@ -310,10 +306,7 @@ def _of_devices(devices: Sequence[_Device], use: _Use) -> tuple[list[FoundGpus],
         if taken:
             left_out.append(f"{counted(len(taken))}: in use by {some_of(use.pods[resource])}")
             free = [device for i, device in enumerate(free) if i not in taken]
-    return [
-        FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
-        for (product, memory), alike in groupby(free, lambda device: (device.product, device.memory_bytes))
-    ], left_out
+    return list(grouped((device.product, device.memory_bytes) for device in free)), left_out
 
 
 def _of_resources(node: _Object, use: _Use, problems: list[Problem]) -> tuple[list[FoundGpus], list[str]]:

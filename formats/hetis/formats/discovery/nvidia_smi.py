@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import PurePath
 
-from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory, counted, some_of
+from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, some_of
 from hetis.formats.discovery.xml_tree import Element, parse_xml
 from hetis.formats.errors import DocumentError, Problem, single_problem
 
@@ -57,13 +56,8 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
             nodes.append(_node(label, parse_xml(content, label), links.get(_host(label), (None, False)), with_busy))
         except DocumentError as error:
             problems += error.problems
-    if problems:
-        raise DocumentError(problems)
-    return Inventory(
-        nodes=tuple(node for node in nodes if node.gpus or node.left_out),
-        num_without_gpus=sum(not (node.gpus or node.left_out) for node in nodes),
-        notes=("nvidia-smi does not say in which zone a host is",) if len(nodes) > 1 else (),
-    )
+    notes = ["nvidia-smi does not say in which zone a host is"] if len(nodes) > 1 else []
+    return inventory(nodes, problems, notes)
 
 
 def _host(label: str) -> str:
@@ -85,10 +79,7 @@ def _node(label: str, root: Element, links: tuple[int | None, bool], with_busy: 
     nvlinks, bridged = links
     return FoundNode(
         name=_host(label),
-        gpus=tuple(
-            FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
-            for (product, memory), alike in groupby(free, lambda gpu: (gpu.text_of("product_name"), _memory(gpu)))
-        ),
+        gpus=grouped((gpu.text_of("product_name"), _memory(gpu)) for gpu in free),
         left_out=tuple(left_out),
         nvlinks=nvlinks if len(gpus) > 1 else None,
         bridged=bridged,

@@ -10,13 +10,15 @@ from hetis.formats.discovery.found import (
     FoundNode,
     Inventory,
     counted,
+    inventory,
     listed,
     mapping,
     some_of,
     text,
     whole_number,
+    zone_of,
 )
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import Problem, single_problem
 from hetis.formats.positions import Text
 
 UNTYPED = "GPU"
@@ -42,13 +44,8 @@ def read_ray(data: Any, source: Text) -> Inventory:
         raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
     problems: list[Problem] = []
     found = [_node(mapping(node), i, source, problems) for i, node in enumerate(data)]
-    if problems:
-        raise DocumentError(problems)
-    return Inventory(
-        nodes=tuple(node for node in found if node.gpus or node.left_out),
-        num_without_gpus=sum(not (node.gpus or node.left_out) for node in found),
-        notes=("Ray does not say here which GPUs are in use: all of a living node count as free",),
-    )
+    notes = ["Ray does not say here which GPUs are in use: all of a living node count as free"]
+    return inventory(found, problems, notes)
 
 
 def _node(node: Mapping[str, Any], index: int, source: Text, problems: list[Problem]) -> FoundNode:
@@ -69,7 +66,7 @@ def _node(node: Mapping[str, Any], index: int, source: Text, problems: list[Prob
     if len(types) > 1:
         reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"
     where = source.problem((index,), "")
-    zone = next((text(labels[label]) for label in _ZONES if text(labels.get(label))), "default")
+    zone = zone_of(labels, _ZONES)
     if not count or reason:
         left_out = (f"{counted(count)} ({some_of(types)}): {reason}",) if count else ()
         return FoundNode(name=name, zone=zone, left_out=left_out, where=where)

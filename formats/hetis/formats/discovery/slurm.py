@@ -11,6 +11,7 @@ from hetis.formats.discovery.found import (
     FoundNode,
     Inventory,
     counted,
+    inventory,
     listed,
     mapping,
     parts_text,
@@ -18,7 +19,7 @@ from hetis.formats.discovery.found import (
     text,
     whole_number,
 )
-from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.errors import Problem, single_problem
 from hetis.formats.positions import Text
 
 UNTYPED = "gpu"
@@ -48,13 +49,7 @@ def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory
     found = [
         _node(node, ("nodes", i), source, problems, with_busy) for i, node in enumerate(nodes) if isinstance(node, dict)
     ]
-    if problems:
-        raise DocumentError(problems)
-    return Inventory(
-        nodes=tuple(node for node in found if node.gpus or node.left_out),
-        num_without_gpus=sum(not (node.gpus or node.left_out) for node in found),
-        notes=("Slurm does not say in which zone a node is",),
-    )
+    return inventory(found, problems, ["Slurm does not say in which zone a node is"])
 
 
 def _node(

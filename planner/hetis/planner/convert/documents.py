@@ -21,8 +21,8 @@ from hetis.v1 import document_pb2
 
 MAX_BYTES = 3 * 2**20
 MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
-"""Of a document: then one costs 2 s and 300 MB at most. A cluster of 10,000 nodes, each with a name and its GPUs, has
-60,000."""
+"""The most values of a document, which then costs at most 2 s and 300 MB. A cluster of 10,000 nodes, each with a name
+and its GPUs, has 60,000."""
 MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
 _MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hetis.engines.layout import node_of
 from hetis.engines.starting import partition_of
 from hetis.engines.versions import Engine
 from hetis.engines.vllm import connector_of, room_options, shape_options
@@ -15,6 +14,7 @@ from hetis.planner.export.pairs import paired
 from hetis.planner.export.replicas import Launchable, LaunchableReplica
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import yaml_text
+from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
 HEAD = "ray-head"  # where Ray Serve is reached, in --node-address

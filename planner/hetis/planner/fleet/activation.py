@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.transition import node_of
+from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, failure_pb2, replica_pb2, report_pb2
 
 State = replica_pb2.ReplicaState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hetis.planner.failures import invalid_field
-from hetis.planner.fleet.transition import node_of
+from hetis.solver.cluster import node_of
 from hetis.v1 import change_pb2, replica_pb2
 
 Part = change_pb2.ChangePart

@@ -22,6 +22,7 @@ from hetis.planner.convert.roles import role_of
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock
+from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
 
@@ -260,22 +261,18 @@ def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
 
 def _dense_nodes(replica: replica_pb2.ReplicaPlan) -> set[str]:
     """Nodes without which the replica cannot serve."""
-    return {_node_of(device) for stage in replica.stages for device in stage.devices}
+    return {node_of(device) for stage in replica.stages for device in stage.devices}
 
 
 def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
     """Nodes that it uses."""
     workers = {
-        _node_of(device)
+        node_of(device)
         for replica in plan.result.replicas
         for pool in replica.attention_workers
         for device in pool.devices
     }
     return frozenset(workers.union(*map(_dense_nodes, plan.result.replicas)))
-
-
-def _node_of(device: str) -> str:
-    return device.rpartition("/")[0]
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:

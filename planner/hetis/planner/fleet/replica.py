@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from hetis.planner.fleet.activation import Goal, Standing, State
 from hetis.planner.fleet.deltas import WantedAssignment
-from hetis.planner.fleet.transition import dense_devices_of, devices_of, node_of, nodes_of
+from hetis.planner.fleet.transition import dense_devices_of, devices_of, nodes_of
 from hetis.planner.store import ReplicaRecord
+from hetis.solver.cluster import node_of
 from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
 
 Authority = replica_pb2.HeadMapAuthority

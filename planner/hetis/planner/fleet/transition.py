@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.planner.convert.roles import TO_PROTO, role_of
+from hetis.solver.cluster import node_of
 from hetis.v1 import plan_service_pb2, replica_pb2
 
 Kind = plan_service_pb2.TransitionKind
@@ -106,11 +107,6 @@ def devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
     """All its GPUs, as `node/index`: those of its stages, then its attention workers."""
     workers = dict.fromkeys(device for pool in shape.attention_workers for device in pool.devices)  # shared ones once
     return [*dense_devices_of(shape), *workers]
-
-
-def node_of(device: str) -> str:
-    """The node of a device `node/index`."""
-    return device.rpartition("/")[0]
 
 
 def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:

@@ -19,7 +19,7 @@ DEFAULT_SIZE = 50
 MAX_SIZE = 500
 R = TypeVar("R")
 Place = str | tuple[float, str]
-"""Of a resource in its list: its name, or its time and name where lists begin with the newest."""
+"""Where a resource stands in its list: its name, or its time and name where lists begin with the newest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

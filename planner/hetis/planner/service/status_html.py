@@ -42,6 +42,7 @@ from hetis.planner.report.page.render import render_page
 from hetis.planner.resources.live import NodeNow
 from hetis.planner.service.kv_history import NUM_SAMPLES, SAMPLE_S, KvRecord, natural_order
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
+from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
 MAX_CLUSTERS = 4  # in full on the first page; others have a page each
@@ -201,7 +202,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
     for number, replica in enumerate(cluster.replicas):
         duties.update(replica_duties(replica_from_proto(replica.shape), f"R{number}", colors[replica.name]))
     full = cluster.kv.now()
-    busy = {device.rpartition("/")[0] for device in duties}
+    busy = {node_of(device) for device in duties}
     nodes = sorted(cluster.nodes.items(), key=lambda item: (last_part(item[0]) not in busy, natural_order(item[0])))
     rest = len(nodes) - MAX_NODES
     cards = [_card(last_part(name), node, duties, full) for name, node in nodes[:MAX_NODES]]
@@ -220,7 +221,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
 
 def _card(name: str, node: NodeNow, duties: Mapping[str, Duty], full: Mapping[str, float]) -> NodeCard:
     found = [] if node.inventory is None else list(node.inventory.devices)
-    planned = {int(device.rpartition("/")[2]) for device in duties if device.rpartition("/")[0] == name}
+    planned = {int(device.rpartition("/")[2]) for device in duties if node_of(device) == name}
     known = planned | {device.index for device in found} | {device.index for device in node.devices}
     types = Counter(device.gpu_type for device in found if device.gpu_type)
     held = ", ".join(f"{count:,} × {gpu}" for gpu, count in types.items())

@@ -15,7 +15,7 @@ MOST_OF_A_HOST = 100
 """Streams of one host to services that anybody may call: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
 MOST_OF_ENGINES = 1_000
-"""Of one caller: engines dispatch with the credentials of their agents, which many nodes may share."""
+"""Streams of one caller that dispatch: engines do so with the credentials of their agents, which nodes may share."""
 _DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
 _UNLIMITED = "/hetis.v1.AgentService/ConnectNode"  # one of each node, whose agents may share credentials
 

@@ -23,8 +23,6 @@ from hetis.solver.replanning.solve import Replanning, solve_replanning
 
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
 
-NOT_ON_NODES = "re-planning does not keep to --max-nodes-per-replica"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Posed:
@@ -81,7 +79,11 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
-    on_nodes = () if engine == family.engine else (f"replicas may lie on any number of nodes: {NOT_ON_NODES}",)
+    on_nodes = (
+        ()
+        if engine == family.engine
+        else ("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica",)
+    )
     warnings = (*found.warnings, *on_nodes, *_nothing_in_common(found.plan, fleet))
     return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=warnings)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import Columns
-from hetis.solver.placement.nodes import Kind
+from hetis.solver.placement.nodes import Kind, kind_of_parts, shared_places
 from hetis.solver.placement.pipelines import (
     Shape,
     StageTimes,
@@ -144,7 +144,7 @@ class Candidates:
         return np.flatnonzero(self.fits & ~self.is_listed & (self.evaluator.shortest_s < needed_s))
 
     def found_among(self, which: IntArray, needed_s: FloatArray) -> IntArray:
-        """Of these compositions [W] those whose best replica has a shorter interval than is needed [W]: now known."""
+        """Evaluate compositions [W]; return those whose best replica has a shorter interval than is needed [W]."""
         self.evaluator.evaluate(which, needed_s)
         return np.asarray(which[self.evaluator.is_known[which] & (self.evaluator.shortest_s[which] < needed_s)])
 
@@ -163,15 +163,12 @@ class Candidates:
 
     def kind(self, composition: int) -> Kind:
         """The GPUs that a replica takes."""
-        parts = dict[int, list[int]]()
-        for rank, count in zip(self.shape.ranks.tolist(), self.shape.counts[composition].tolist(), strict=True):
-            if count:
-                device_class, tp = self.atlas.ranks[rank]
-                parts.setdefault(device_class, []).extend([tp] * count)
+        counts = self.shape.counts[composition].tolist()
+        parts = [(*self.atlas.ranks[rank], count) for rank, count in zip(self.shape.ranks, counts, strict=True)]
         if self.workers is not None:
             cards = self.shape.depth * self.atlas.pool_sizes[self.workers.size]
-            parts.setdefault(self.workers.device_class, []).extend([1] * cards)
-        return tuple((c, tuple(sorted(sizes, reverse=True))) for c, sizes in sorted(parts.items()))
+            parts.append((self.workers.device_class, 1, cards))
+        return kind_of_parts(parts)
 
     def template(self, composition: int) -> Template:
         """A known replica."""
@@ -192,6 +189,7 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
     uses = [shape.counts @ atlas.group_use[shape.ranks] for shape in shapes]
     engine = atlas.problem.family.engine
     most_nodes = None if engine is None else engine.max_nodes
+    places = shared_places(atlas.classes)
 
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
@@ -201,7 +199,7 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
             evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
         fits = np.all(uses[number] + _taken_by_workers(atlas, shape, workers) <= atlas.resources.limits, axis=1)
         if most_nodes is not None:
-            fits &= least_nodes(atlas, shape, workers) <= most_nodes
+            fits &= least_nodes(atlas, shape, workers, places) <= most_nodes
         return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
     mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from hetis.solver.cluster import Cluster
+from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.problem import EngineRules, Family
@@ -101,11 +101,11 @@ def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str]) 
     names = replica.devices()
     if rules.max_gpus is not None and len(names) > rules.max_gpus:
         yield f"replicas of over {rules.max_gpus} GPUs"
-    if rules.max_nodes is not None and len({name.rpartition("/")[0] for name in names}) > rules.max_nodes:
+    if rules.max_nodes is not None and len({node_of(name) for name in names}) > rules.max_nodes:
         yield f"replicas on over {rules.max_nodes} nodes"
     if any(stage.num_layers < rules.min_layers for stage in replica.stages):
         yield f"stages of under {rules.min_layers} layers"
-    if len({zones.get(name.rpartition("/")[0], "") for name in names}) > 1:
+    if len({zones.get(node_of(name), "") for name in names}) > 1:
         yield "replicas across zones"
     if pools:
         yield from _workers_beyond(replica, rules)

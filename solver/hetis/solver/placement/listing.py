@@ -23,7 +23,7 @@ from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
 from hetis.solver.placement.candidates import Candidates, candidates_of
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.master import UNDECIDED, Columns, LpSolution, Master, MilpSolution, padded, settled
-from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds
+from hetis.solver.placement.nodes import Kind, NodeProgram, counts_of_kinds, shared_places
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.outcome import Outcome, relative_gap, sound_bound
 from hetis.solver.placement.pipelines import least_nodes
@@ -278,7 +278,7 @@ class _Search:
     def _needed_s(
         self, lp: LpSolution | None, slack: float | None = None
     ) -> Iterator[tuple[Candidates, FloatArray, FloatArray]]:
-        """Of all candidates: what GPUs are worth, and the interval below which a replica improves the relaxation.
+        """Yield all candidates, what their GPUs are worth, and below which interval a replica improves the relaxation.
 
         With ``slack`` that below which it loses no more than this. Without prices any replica may be wanted.
         """
@@ -330,6 +330,13 @@ class _Search:
         worth = columns.uses @ lp.row_prices + (0.0 if self.master.maximises else columns.costs)
         return np.asarray(worth - lp.rate_prices[columns.sides] * columns.rates)
 
+    def _within(self, distance: float) -> BoolArray:
+        """Columns that lose no more than that: better plans are made of no others."""
+        columns = self.listing.columns
+        assert self.relaxed is not None, "prices say what is lost"
+        assert columns is not None, "prices are those of columns"
+        return np.asarray(self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE))
+
     def _likeliest(self, num: int) -> BoolArray:
         """So many columns of every side that lose least, and those of the relaxation."""
         columns = self.listing.columns
@@ -366,14 +373,12 @@ class _Search:
         )
         if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
             return False
-        columns = self.listing.columns
-        assert columns is not None, "the relaxation has columns"
-        worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE)
+        worthwhile = self._within(distance)
         if worthwhile.sum() > MOST_PROVED:
             return False
         bound = self._solve(worthwhile, self.budget.remaining_s(), proves=True)
         if bound is not None:
-            self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
+            self._tighten(bound)
         self._tell("whole counts")
         return True
 
@@ -410,16 +415,11 @@ class _Search:
             gap=self.gap_target / (1 if proves else 10), seed=self.seed, start=start, least=least,
             presolves=self.master.pins is not None, stop=self._is_over(limit_s),
         )  # fmt: skip
-        serves = found is not None and (found.value > 0.0 or not self.master.maximises)
-        if not serves and proves:  # every replica of the family was there to choose from
+        if proves and not self.master.serves(found):  # every replica of the family was there to choose from
             self.is_impossible = is_settled and self.incumbent is None
         if found is None:
             return None
-        if serves and self.master.prefers(found.value, self.incumbent):
-            counts = np.zeros(num, dtype=np.int64)
-            counts[chosen] = found.counts
-            self.incumbent = replace(found, counts=counts)
-            self._tell("whole counts")
+        self._adopt_if_better(found, chosen)
         return found.bound
 
     # --- whole counts that nodes have room for, where a replica may lie on few
@@ -447,19 +447,17 @@ class _Search:
         is_tellable = self.is_complete and self.listing.num_compositions <= FEW and self._gap() > self.gap_target
         if not is_tellable or self.budget.is_spent() or not self._list_within(distance):
             return
-        columns = self.listing.columns
-        assert columns is not None, "the incumbent has columns"
-        worthwhile = self._reduced(self.relaxed, columns) <= distance * (1.0 + ALIKE)
+        worthwhile = self._within(distance)
         if worthwhile.sum() <= MOST_ON_NODES:
             bound = self._solve_on_nodes(worthwhile, most_nodes)
             if bound is not None:
-                self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
+                self._tighten(bound)
                 self._tell("whole counts")
 
     # --- plans on fewer nodes that lose little
 
     def simpler(self, best: Outcome, share: float) -> Outcome:
-        """Of plans that lose no more than that share of the best one, what is found on the fewest nodes."""
+        """Return the plan on the fewest nodes that is found among those that lose at most that share of the best."""
         if self.incumbent is None or self.relaxed is None:
             return best
         self._list_of_few_nodes(min(2.0 * share, MOST_LOST))
@@ -479,20 +477,18 @@ class _Search:
         )  # fmt: skip
         if found is None:
             return best
-        counts = np.zeros(num, dtype=np.int64)
-        counts[chosen] = found.counts
-        self.incumbent = replace(found, counts=counts)
-        self._tell("simpler plans")
+        self._adopt(found, chosen, "simpler plans")
         return replace(self._outcome() or best, best=best)
 
     def _list_of_few_nodes(self, share: float) -> None:
         """Lists replicas that lose no more than a share of what their GPUs are worth, those on few nodes first."""
+        places = shared_places(self.atlas.classes)
         for each, worth, _ in self._needed_s(self.relaxed):
             assert self.relaxed is not None, "its prices say what is lost"
             with np.errstate(divide="ignore", invalid="ignore"):
                 needed_s = self.relaxed.rate_prices[each.side] / (worth * (1.0 - share))
             which = each.asked(needed_s)
-            nodes = least_nodes(self.atlas, each.shape, each.workers)[which]
+            nodes = least_nodes(self.atlas, each.shape, each.workers, places)[which]
             ratio = each.evaluator.shortest_s[which] / np.minimum(needed_s[which], 1e300)
             which = which[np.lexsort((ratio, nodes))[:AT_ONCE]]
             if len(which) and not self.budget.is_spent():
@@ -500,7 +496,7 @@ class _Search:
 
     def _solve_on_nodes(self, which: BoolArray, most_nodes: int) -> float | None:
         """The best whole counts of some columns that nodes have room for; HiGHS's bound, if it is one on them all."""
-        columns, num = self.listing.columns, len(which)
+        columns = self.listing.columns
         assert columns is not None, "prices are those of columns"
         chosen = np.flatnonzero(which)
         kinds, of_columns = counts_of_kinds([self.listing.kind(int(i)) for i in chosen])
@@ -514,12 +510,22 @@ class _Search:
         )  # fmt: skip
         if found is None:
             return None
-        if (found.value > 0.0 or not self.master.maximises) and self.master.prefers(found.value, self.incumbent):
-            counts = np.zeros(num, dtype=np.int64)
-            counts[chosen] = found.counts
-            self.incumbent = replace(found, counts=counts)
-            self._tell("whole counts")
+        self._adopt_if_better(found, chosen)
         return found.bound if program.is_whole else None
+
+    def _adopt_if_better(self, found: MilpSolution, chosen: IntArray) -> None:
+        if self.master.serves(found) and self.master.prefers(found.value, self.incumbent):
+            self._adopt(found, chosen, "whole counts")
+
+    def _adopt(self, found: MilpSolution, chosen: IntArray, phase: str) -> None:
+        """Makes whole counts of the columns chosen the incumbent."""
+        counts = np.zeros(self.listing.num_columns, dtype=np.int64)
+        counts[chosen] = found.counts
+        self.incumbent = replace(found, counts=counts)
+        self._tell(phase)
+
+    def _tighten(self, bound: float) -> None:
+        self.bound = min(self.bound, bound) if self.master.maximises else max(self.bound, bound)
 
     def _is_over(self, limit_s: float) -> Callable[[], bool]:
         """Whether so much time has gone by, by the budget's clock, or the caller gave up."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import highspy
 import numpy as np
@@ -159,7 +159,7 @@ class Master:
         )
 
     def _pin_prices(self, signed: FloatArray) -> FloatArray:
-        """Of the duals of all rows, those of the pins: the last ones but for the demand."""
+        """Return the duals of the pins, which are the last rows but for the demand."""
         end = len(signed) - (0 if self.maximises else 1)
         return signed[end - (len(self.pins.lower) if self.pins is not None else 0) : end]
 
@@ -194,8 +194,12 @@ class Master:
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
         found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
-        serves = found is not None and (not self.maximises or found.value > 0.0)  # GPUs of one's own may cost nothing
-        return Verdict(found if serves else None, is_settled)
+        return Verdict(found if self.serves(found) else None, is_settled)
+
+    def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
+        """Whether whole counts are a plan at all: those of no replica meet no demand, and GPUs of one's own may cost
+        nothing."""
+        return found is not None and (not self.maximises or found.value > 0.0)
 
     def attempt(
         self,
@@ -375,7 +379,7 @@ class Master:
 
 @kernel
 def _undominated(sides: IntArray, uses: IntArray) -> BoolArray:
-    """Of columns by side and falling rate: those that take less of some row than any kept before them; [K]."""
+    """Mark columns [K] that take less of some row than any kept before them; they come by side and falling rate."""
     kept = np.zeros(len(sides), np.bool_)
     places, begin, num = np.empty(len(sides), np.int64), 0, 0
     for i in range(len(sides)):
@@ -403,9 +407,10 @@ def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
 
 
 def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:
-    """Of a relaxation with many replicas these, less ``back`` of each column: what need not be searched; None: few.
+    """Return whole replicas that a search need not touch: those of the relaxation, less ``back`` of each column.
 
-    ``blocks`` are counts of columns, which count together; [K] each.
+    None: the relaxation has few replicas, and all of them may be searched. ``blocks`` are counts of columns, which
+    count together; [K] each.
     """
     if sum(float(counts.sum()) for counts in blocks) < MANY:
         return None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 
 from hetis.solver.highs import quiet_highs
 from hetis.solver.placement.classes import DeviceClass, IntArray
-from hetis.solver.placement.packing import Cut, Parts, cuts_of, patterns_of, place_parts
+from hetis.solver.placement.packing import Cut, Parts, cuts_of, patterns_of, place_parts, slots_of
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 
@@ -42,20 +42,32 @@ MORE_PIECES = 2  # than the fewest, where the nodes of a replica are not limited
 
 def kind_of(atlas: Atlas, template: Template) -> Kind:
     """The GPUs that a replica takes."""
-    parts = defaultdict[int, list[int]](list)
+    parts = list[tuple[int, int, int]]()
     for stage in template.stages:
-        device_class, tp = atlas.ranks[stage.rank]
-        parts[device_class] += [tp] * stage.copies
+        parts.append((*atlas.ranks[stage.rank], stage.copies))
         if stage.pool_class >= 0:
-            parts[stage.pool_class] += [1] * (stage.copies * stage.pool_cards)
+            parts.append((stage.pool_class, 1, stage.copies * stage.pool_cards))
+    return kind_of_parts(parts)
+
+
+def kind_of_parts(counted: Iterable[tuple[int, int, int]]) -> Kind:
+    """Parts that are given as a device class, a size, and how many there are of it."""
+    parts = defaultdict[int, list[int]](list)
+    for device_class, size, count in counted:
+        if count:
+            parts[device_class] += [size] * count
     return tuple((c, tuple(sorted(sizes, reverse=True))) for c, sizes in sorted(parts.items()))
 
 
 def fewest_nodes(sizes: Sequence[int], node_size: int) -> int:
     """Nodes that TP groups of one size, and single GPUs, take at least; sizes are those of all parts."""
     largest = max(sizes)
-    groups = sum(size == largest for size in sizes)
-    return max(-(-groups // max(1, node_size // largest)), -(-sum(sizes) // node_size))
+    return int(nodes_of_groups(sum(size == largest for size in sizes), largest, sum(sizes), node_size))
+
+
+def nodes_of_groups(groups: IntArray | int, tp: int, gpus: IntArray | int, node_size: int) -> IntArray:
+    """Nodes that TP groups take at least, with single GPUs beside them; ``gpus`` counts those of both."""
+    return np.maximum(-(-groups // max(1, node_size // tp)), -(-gpus // node_size))
 
 
 def shared_places(classes: Sequence[DeviceClass]) -> list[int]:
@@ -209,16 +221,8 @@ def _placed(
     left, numbers = dict[Kind, list[Way]](), iter(cut)
     for kind, ways in zip(program.kinds, program.ways, strict=True):
         left[kind] = [way for way in ways for _ in range(next(numbers))][::-1]
-    slots, numbers = dict[int, dict[int, list[int]]](), iter(filled)
-    for c, patterns in program.patterns.items():
-        slots[c], node = defaultdict[int, list[int]](list), 0
-        for pattern in patterns:
-            for _ in range(next(numbers)):
-                for size in pattern:
-                    slots[c][size].append(node)
-                node += 1
-        for free in slots[c].values():
-            free.reverse()  # the first nodes are taken first
+    numbers = iter(filled)
+    slots = {c: slots_of(patterns, [next(numbers) for _ in patterns]) for c, patterns in program.patterns.items()}
     found = list[dict[int, list[int]]]()
     for kind in kinds:
         way = left[kind].pop()

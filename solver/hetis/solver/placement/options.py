@@ -179,7 +179,7 @@ class Iterations(NamedTuple):
 
 @kernel
 def iterations_of(t: Tables, x: int, f: int) -> Iterations:
-    """Of a mix with so many micro-batches in flight."""
+    """Return the iterations of a mix with so many micro-batches in flight."""
     return Iterations(t.iterations[x], t.chunk_iterations[x], t.without_chunk[x, f])
 
 

@@ -48,7 +48,7 @@ def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
 
 
 def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
-    """Of one GPU of every class at dense work in replicas of a role that keep the limits, [N]."""
+    """Return the rate of one GPU of every class at dense work, in replicas of a role that keep the limits; [N]."""
     best = np.zeros(len(atlas.classes))
     in_flight = np.array(atlas.problem.family.in_flight)
     for part in atlas.scopes:

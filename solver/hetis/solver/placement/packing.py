@@ -70,8 +70,14 @@ def pack(
     chosen, filled, least = solved
     if not all(is_all for _, is_all in listed.values()):
         least = sum(number * -(-sum(kind) // node_size) for kind, number in kinds.items())
-    slots = defaultdict[int, list[int]](list)
-    node = 0
+    slots = slots_of(patterns, filled)
+    nodes = tuple(place_parts(parts, chosen[tuple(sorted(parts, reverse=True))], slots) for parts in replicas)
+    return Packing(nodes=nodes, num_pieces=sum(len(set(places)) for places in nodes), least=least)
+
+
+def slots_of(patterns: Sequence[tuple[int, ...]], filled: Sequence[int]) -> dict[int, list[int]]:
+    """Room for pieces of each size where so many nodes are filled by each pattern: the nodes, the first at the end."""
+    slots, node = defaultdict[int, list[int]](list), 0
     for pattern, count in zip(patterns, filled, strict=True):
         for _ in range(count):
             for size in pattern:
@@ -79,8 +85,7 @@ def pack(
             node += 1
     for free in slots.values():
         free.reverse()  # the first nodes are taken first
-    nodes = tuple(place_parts(parts, chosen[tuple(sorted(parts, reverse=True))], slots) for parts in replicas)
-    return Packing(nodes=nodes, num_pieces=sum(len(set(places)) for places in nodes), least=least)
+    return slots
 
 
 def place_parts(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]) -> tuple[int, ...]:
@@ -105,7 +110,7 @@ def cuts_of(parts: Parts, node_size: int) -> tuple[list[Cut], bool]:
 
 
 def _equal_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
-    """Of parts of one size, which only numbers tell apart."""
+    """Yield the cuts of parts of one size, which differ only in numbers."""
     each, count = parts[0], len(parts)
     most = node_size // each
     for pieces in range(-(-count // most), count + 1):
@@ -114,7 +119,7 @@ def _equal_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
 
 
 def _mixed_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
-    """Of parts of several sizes: all where they are few, else the one of first fit."""
+    """Yield the cuts of parts of several sizes: all of them where parts are few, else the one of first fit."""
     if len(parts) > MOST_MIXED:
         yield _filled(parts, node_size)
         return

@@ -45,12 +45,12 @@ class Pins:
 
     @property
     def wanted(self) -> FloatArray:
-        """Of `of_rows` the columns that want GPUs, [rows, .]."""
+        """Return the columns of `of_rows` that want GPUs, [rows, .]."""
         return self.of_rows[:, np.isfinite(self.lower)]
 
     @property
     def dear(self) -> FloatArray:
-        """Of `of_rows` the columns that limit GPUs, [rows, .]."""
+        """Return the columns of `of_rows` that limit GPUs, [rows, .]."""
         return self.of_rows[:, np.isfinite(self.upper) & self.of_rows.any(axis=0)]
 
 

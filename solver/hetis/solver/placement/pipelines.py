@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from hetis.solver.cost import Regime
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.nodes import kind_of, least_nodes_of, shared_places
+from hetis.solver.placement.nodes import kind_of, least_nodes_of, nodes_of_groups
 from hetis.solver.placement.options import ROUNDING
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, Atlas, FloatArray
 from hetis.solver.placement.template import Template, TemplateStage, gpus_of, interval_of
@@ -401,17 +401,20 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
     )
 
 
-def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None) -> IntArray:
-    """Nodes that a replica of each composition takes at least, whatever else is on them; [C]."""
+def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None, places: Sequence[int]) -> IntArray:
+    """Nodes that a replica of each composition takes at least, whatever else is on them; [C].
+
+    ``places`` are equal for device classes whose GPUs may be in one node (`shared_places`).
+    """
     counts, tp = shape.counts, atlas.ranks[int(shape.ranks[0])][1]
     groups = {atlas.ranks[int(s)][0]: counts[:, i] for i, s in enumerate(shape.ranks)}
     cards = dict.fromkeys(groups, 0)
     if workers is not None:
         cards[workers.device_class] = shape.depth * atlas.pool_sizes[workers.size]
-    places, taken = shared_places(atlas.classes), dict[int, IntArray]()
+    taken = dict[int, IntArray]()
     for g, single in cards.items():
-        of_class, size = groups.get(g, np.zeros(len(counts), dtype=np.int64)), atlas.classes[g].gpus_per_node
-        here = np.maximum(-(-of_class // max(1, size // tp)), -(-(of_class * tp + single) // size))
+        of_class = groups.get(g, np.zeros(len(counts), dtype=np.int64))
+        here = nodes_of_groups(of_class, tp, of_class * tp + single, atlas.classes[g].gpus_per_node)
         taken[places[g]] = np.maximum(taken.get(places[g], 0), here)
     return np.asarray(sum(taken.values()))
 

@@ -98,7 +98,7 @@ class Routes:
         return 1 + block * len(self.zones) + zone
 
     def parts(self, of_sides: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Of values [sides] those of local senders, of senders to all zones, and of receivers; [Z] each."""
+        """Split values [sides] into those of local senders, of senders to all zones, and of receivers; [Z] each."""
         local, afar, receiving = of_sides[1:].reshape(3, len(self.zones))
         return local, afar, receiving
 

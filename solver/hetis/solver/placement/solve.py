@@ -9,6 +9,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.budget import Budget, Progress, Report, silent
+from hetis.solver.cluster import node_of
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.placement.binding import BoundStage, bind
 from hetis.solver.placement.classes import class_prices
@@ -113,7 +114,7 @@ def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
 
 def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
     """Nodes of every replica, together, and the different replicas."""
-    nodes = sum(len({name.rpartition("/")[0] for name in replica.devices()}) for replica in plan.replicas)
+    nodes = sum(len({node_of(name) for name in replica.devices()}) for replica in plan.replicas)
     shapes = {
         (replica.role, *((s.gpu, s.tp, s.num_layers) for s in replica.stages),
          *((p.gpu, len(p.devices)) for p in replica.attention_workers))

@@ -62,7 +62,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
 
 
 def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
-    """Of unified replicas (b, C), then of prefill replicas C, then of decode replicas b.
+    """Yield the mixes of unified replicas (b, C), then those of prefill replicas (C), then of decode replicas (b).
 
     Prefill replicas that may send KV to other zones pay for the slowest link: they are apart from those that do not.
     """
@@ -109,6 +109,11 @@ class _MixNumbers(NamedTuple):
     chunk_iterations: FloatArray
     plain_iterations: FloatArray
     unified: BoolArray
+
+    @property
+    def iterations(self) -> FloatArray:
+        """Return those of a request, with a chunk and without."""
+        return self.chunk_iterations + self.plain_iterations
 
 
 def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
@@ -238,7 +243,7 @@ class _Tabulation:
         groups = max((d.shape.groups for d in self.devices), default=0)
         own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
         m = self._numbers
-        batches, iterations = m.micro_batch[:, None], (m.chunk_iterations + m.plain_iterations)[:, None]
+        batches, iterations = m.micro_batch[:, None], m.iterations[:, None]
         done: dict[int, FloatArray] = {}
         for s, device in enumerate(self.devices):
             if id(device) not in done:
@@ -255,24 +260,25 @@ class _Tabulation:
             return self._rows[key]
         m = self._numbers
         b, both, nc, nd = m.micro_batch, m.tokens, m.chunk_iterations, m.plain_iterations
-        with_chunk = d.dense_s(both) + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
-        prefix = nc * d.dense_s(both, prefix_layer=True) + nd * d.dense_s(b, prefix_layer=True)
+        chunk_dense, dense, chunk_step, chunk_head = d.dense_s(both), d.dense_s(b), d.step_s(both), d.head_s(b + 1)
+        chunk_prefix, prefix = d.dense_s(both, prefix_layer=True), d.dense_s(b, prefix_layer=True)
+        with_chunk = chunk_dense + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
         self._rows[key] = {
-            "layer_s": nc * with_chunk + nd * (d.dense_s(b) + 2 * d.reduce_s(b)),
-            "step_s": nc * d.step_s(both) + nd * d.step_s(b),
-            "last_s": nc * d.head_s(b + 1) + nd * d.head_s(b),
+            "layer_s": nc * with_chunk + nd * (dense + 2 * d.reduce_s(b)),
+            "step_s": nc * chunk_step + nd * d.step_s(b),
+            "last_s": nc * chunk_head + nd * d.head_s(b),
             "chunk_layer_s": m.unified * with_chunk,
-            "chunk_step_s": m.unified * d.step_s(both),
-            "chunk_last_s": m.unified * d.head_s(b + 1),
-            "chunk_prefix_delta_s": m.unified * (d.dense_s(both, prefix_layer=True) - d.dense_s(both)),
-            "prefix_delta_s": prefix - nc * d.dense_s(both) - nd * d.dense_s(b),
+            "chunk_step_s": m.unified * chunk_step,
+            "chunk_last_s": m.unified * chunk_head,
+            "chunk_prefix_delta_s": m.unified * (chunk_prefix - chunk_dense),
+            "prefix_delta_s": nc * chunk_prefix + nd * prefix - nc * chunk_dense - nd * dense,
             "act_bytes": d.activation_bytes(both),
             "logit_bytes": d.logit_bytes(b),
         }
         return self._rows[key]
 
     def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> FloatArray:
-        """Of a request, and of one iteration with a chunk; [X, 2]."""
+        """Return seconds on the link to the next stage, of a request and of one iteration with a chunk; [X, 2]."""
         link = c.link_in(self.problem.cluster, zones)
         key = (c.gpu, c.intra, d.shape.tp, link)
         if key not in self._hops_over:
@@ -453,8 +459,9 @@ class _Tabulation:
         chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
         m, unified = self._numbers, self._numbers.unified
         # All mixes at once: a call costs more than its arithmetic.
-        n_it = m.chunk_iterations + m.plain_iterations
-        b, c, n_it, nc = (each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, n_it, m.chunk_iterations))
+        b, c, n_it, nc = (
+            each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations)
+        )
         own = pool.primary.decode_attention_s(b * (groups - k), pool.primary.shape.queries_per_group)
         remote = np.maximum(own, pool.attention_s(b, k, p))
         entries = np.where(b == 0.0, np.inf, n_it * remote)  # prefill replicas have no pools

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hetis.solver.budget import Budget, Report, silent
-from hetis.solver.cluster import Cluster, NodeGroup
+from hetis.solver.cluster import Cluster, NodeGroup, node_of
 from hetis.solver.placement.exact import TOLERANCES, ExactSearch, is_small
 from hetis.solver.placement.generation import ColumnGeneration
 from hetis.solver.placement.listing import explore_listing
@@ -185,7 +185,7 @@ def search_left_over(
 def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
     """Nodes without GPUs that are taken as they are, others one by one with what is left of them."""
     groups: list[NodeGroup] = []
-    touched = {device.rpartition("/")[0] for device in taken}
+    touched = {node_of(device) for device in taken}
     for group in cluster.node_groups:
         whole = [i for i in range(group.count) if group.node_name(i) not in touched]
         if whole:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from hetis.solver.check import check_plan
-from hetis.solver.cluster import Cluster, GpuSlots
+from hetis.solver.cluster import Cluster, GpuSlots, node_of
 from hetis.solver.plan import Plan, Status
 from hetis.solver.tenants.problem import Tenancy
 from hetis.solver.tenants.result import FleetShares, PriceProof, TenantRule
@@ -135,7 +135,7 @@ def _check_proof(cluster: Cluster, answer: FleetShares, proof: PriceProof) -> It
     for share, multiplier in zip(answer.shares, proof.multipliers, strict=True):
         if share.plan is None:
             continue
-        paid = sum(_price(proof, gpu, per_node_of[device.rpartition("/")[0]][gpu], tp)
+        paid = sum(_price(proof, gpu, per_node_of[node_of(device)][gpu], tp)
                    for gpu, tp, device in _cards(share.plan))  # fmt: skip
         if multiplier * share.placed / share.alone > paid * (1.0 + RELATIVE) + 1e-12:
             yield f"{share.name}: its replicas are worth {multiplier * share.placed / share.alone:.9g}, pay {paid:.9g}"

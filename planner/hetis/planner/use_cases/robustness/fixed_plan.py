@@ -23,6 +23,7 @@ from hetis.solver.check.claims import Derived, derive
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.cluster import node_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -180,7 +181,7 @@ class FixedPlan:
         zone_of = {group.node_name(i): group.zone for group in cluster.node_groups for i in range(group.count)}
         by_zones: dict[tuple[str, ...], list[ReplicaPlan]] = {}
         for replica in plan.replicas:
-            zones = tuple(zone_of[stage.devices[0].rpartition("/")[0]] for stage in replica.stages)
+            zones = tuple(zone_of[node_of(stage.devices[0])] for stage in replica.stages)
             by_zones.setdefault(zones, []).append(replica)
         found = [(zones, group) for zones, replicas in by_zones.items() for group in group_replicas(replicas)]
         names = {name for _, group in found for name in group.first.devices()}

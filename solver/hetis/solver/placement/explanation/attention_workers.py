@@ -94,7 +94,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
 
 
 def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> str:
-    """Of the pools of 1, 2, 4, ... and all idle cards, the one that costs the stage least time, against none."""
+    """Compare no pool with the one, of 1, 2, 4, ... or all idle cards, that costs the stage least time."""
     stage = view.shape.stages[i]
     cost, model = view.pool_cost(stage, gpu, link), view.problem.model
     groups, mix = cost.primary.shape.groups, view.mix

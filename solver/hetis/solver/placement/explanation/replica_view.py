@@ -179,7 +179,7 @@ class ReplicaView:
         return sum(part.total_s for part in times) / self.shape.in_flight
 
     def least_slack(self) -> float:
-        """Of any stage."""
+        """Return the least slack of any stage."""
         return least_slack(self._setting(), sum(stage.copies for stage in self.shape.stages))[0]
 
     def tpot_s(self, interval_s: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from hetis.solver.cluster import node_of
 from hetis.solver.placement.explanation.wording import in_bytes
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
@@ -59,7 +60,7 @@ def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float
     """Bytes/s of KV by zone pair, routes inside a zone left out."""
     zone_of_node = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
     ends = {number for route in plan.kv_routes for number in (route.prefill, route.decode)}
-    zones = {number: zone_of_node[plan.replicas[number].stages[0].devices[0].rpartition("/")[0]] for number in ends}
+    zones = {number: zone_of_node[node_of(plan.replicas[number].stages[0].devices[0])] for number in ends}
     loads: defaultdict[tuple[str, str], float] = defaultdict(float)
     for route in plan.kv_routes:
         here, there = zones[route.prefill], zones[route.decode]
