@@ -1,0 +1,43 @@
+"""Files and folders of the repository that pages name are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+_NAMED = re.compile(r"`([\w.-]+(?:/[\w.*-]*)*)`")
+
+
+def missing(text: str) -> list[str]:
+    """Return the paths in a text that begin with a folder of ours, and the names of tests, that lead to no file.
+
+    ``planner/cli/place.py`` is short for ``planner/hetis/planner/cli/place.py``.
+    """
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = []
+    for name in dict.fromkeys(_NAMED.findall(text)):
+        first, slash, rest = name.rstrip("/").partition("/")
+        if slash and first in folders:
+            is_there = any(ROOT.glob(f"{first}/{rest or '*'}")) or any(ROOT.glob(f"{first}/hetis/{first}/{rest}"))
+        elif re.fullmatch(r"test_\w+\.py", name):
+            is_there = any((ROOT / "tests").rglob(name))
+        else:
+            continue
+        if not is_there:
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_a_page_names_lead_to_files(page: Path) -> None:
+    assert not missing(page.read_text(encoding="utf-8"))
+
+
+def test_a_path_that_leads_nowhere_is_found() -> None:
+    text = "`tests/faults/`, `tests/faults/test_no_such.py`, `test_lease.py`, `test_nothing.py`, `and/or`, `docs/*.md`"
+    assert missing(text) == ["tests/faults/test_no_such.py", "test_nothing.py"]
