@@ -142,7 +142,7 @@ def test_check_says_what_it_takes_on_trust(folder: Path) -> None:
 
 def test_a_model_that_does_not_fit_is_proved_infeasible(tmp_path: Path) -> None:
     lines = [line for line in SMALL.splitlines() if "L4" not in line]
-    (tmp_path / "one.yaml").write_text("\n".join(lines).replace("A100-PCIe-80GB, count: 2", "P100-PCIe-12GB, count: 1"))
+    (tmp_path / "one.yaml").write_text("\n".join(lines).replace("A100-PCIe-80GB, count: 2", "RTX-2080Ti, count: 1"))
     done = hetis_plan_here("place", "-c", "one.yaml", "-m", "Llama-2-7B", "-w", "1024/256", "-o", "json", cwd=tmp_path)
     assert done.returncode == 3
     document = json.loads(done.stdout)

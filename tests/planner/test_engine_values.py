@@ -12,6 +12,7 @@ import pytest
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
 from hetis.planner.use_cases.place import Settings, objective, search
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
 from hetis.solver.placement.exact import MAX_GPUS
@@ -42,7 +43,7 @@ def placed(loaded: LoadedInputs, engine: str, **limits: int) -> tuple[Plan, list
     """A plan for an engine, and what it says of the others."""
     goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
     settings = Settings(engine=engine_rules(engine, "hetis", ReplicaLimits(**limits)))
-    problem = loaded.inputs.problem(goal, "hetis", engine=settings.engine)
+    problem = for_engine(loaded, settings.engine).inputs.problem(goal, "hetis", engine=settings.engine)
     plan = search(problem, settings, budget=Budget(clock=time.monotonic), report=silent)
     asked = {"seed": 0, "time_limit_s": 600.0, "cancelled": threading.Event(), "report": silent}
     return plan, engine_values_of(with_engine_values(plan, problem, **asked))  # type: ignore[arg-type]

@@ -473,7 +473,10 @@ def test_a_plan_carries_its_range_and_still_passes_its_checks() -> None:
     assert json.loads(json.dumps(to_data(plan), allow_nan=False)) == to_data(plan)
 
 
-def test_place_prints_and_saves_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_place_prints_and_saves_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "plan.json"
     arguments = ["place", "-c", str(EXAMPLES / "h100-p100.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
     assert run([*arguments, "--profile-error", "20%", "--out", str(path)]) == ExitCode.OK

@@ -158,7 +158,8 @@ def test_the_page_shows_what_runs_as_it_is_now() -> None:
     text = ReadPage(status_html(OVERVIEW, [running_cluster()], version="1", is_ready=True)).text
     for words in (
         "degraded, heads move", "7 running", "2 waiting", "KV 75%", "75% now, 90% at most",
-        "deviation (156% above 50%)", "preparing", "844 us → 367 us", "1 lost", "epoch 3", "2.0 GiB",
+        "the makespan is 156% above the ideal, more than 50%", "preparing",
+        "844 us → 367 us", "1 lost", "epoch 3", "2.0 GiB",
     ):  # fmt: skip
         assert words in text, words
     away = replace(OVERVIEW, store_answered_s_ago=12.0)

@@ -68,3 +68,11 @@ def triggers_to_proto(fired: Iterable[Trigger]) -> list[redispatch_pb2.Redispatc
         )
         for trigger in fired
     ]
+
+
+def trigger_from_proto(message: redispatch_pb2.RedispatchTrigger) -> Trigger | None:
+    """Return the same trigger, or None for a kind that a newer planner sends."""
+    kind = next((ours for ours, theirs in _KINDS.items() if theirs == message.kind), None)
+    if kind is None:
+        return None
+    return Trigger(kind=kind, device=message.device or None, value=message.value, limit=message.limit)

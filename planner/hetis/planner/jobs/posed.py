@@ -46,7 +46,6 @@ class PosedProblem:
             "origins": dict(self.loaded.origins),
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
-            "has_precision": self.loaded.has_precision,
         }
         return canonical_json(data)
 
@@ -64,7 +63,6 @@ def posed_from_json(text: bytes) -> PosedProblem:
         loaded=LoadedInputs(
             inputs=inputs_from_documents(data["documents"], "the posed problem"),
             origins=data["origins"],
-            has_precision=data.get("has_precision", False),
         ),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
         settings=Settings(

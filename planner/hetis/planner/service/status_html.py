@@ -14,9 +14,10 @@ import numpy as np
 
 from hetis.planner.convert.enums import name_of
 from hetis.planner.convert.names import last_part
+from hetis.planner.convert.redispatches import trigger_from_proto
 from hetis.planner.convert.replicas import replica_from_proto
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
+from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.blocks import (
     COLORS,
     PLAIN,
@@ -403,10 +404,9 @@ def _redispatches(cluster: ClusterNow) -> Block:
     )
 
 
-def _trigger(trigger: redispatch_pb2.RedispatchTrigger) -> str:
-    kind = _lower(_word(redispatch_pb2.TriggerKind, trigger.kind))
-    where = f" of {trigger.device}" if trigger.device else ""
-    return f"{kind}{where}" + (f" ({percent(trigger.value)} above {percent(trigger.limit)})" if trigger.limit else "")
+def _trigger(message: redispatch_pb2.RedispatchTrigger) -> str:
+    trigger = trigger_from_proto(message)
+    return "for a reason that this page does not know" if trigger is None else str(trigger)
 
 
 def _ended(one: redispatch_pb2.Redispatch) -> str:

@@ -7,13 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
+from hetis.planner.use_cases.precision import refused_by, wishes_of
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.will import Will
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
 EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
@@ -73,25 +76,36 @@ def _values(
 ) -> Iterator[EngineValue]:
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES, beyond
 
-    own, known = problem.family.engine, dict[Family, EngineValue]()
+    own, known = problem.family.engine, dict[tuple[Family, Will], EngineValue]()
+    of_engine = partial(wishes_of, problem.model, problem.cluster)
+    ours = of_engine(None if own is None else own.name)
+    asked = [wish for wish in problem.will if wish not in ours]
     for name in (*ENGINES, ANY_ENGINE):  # last the one whose search takes long
         if name == (ANY_ENGINE if own is None else own.name):
             continue
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         family = family_of(plan.strategy, problem.family.roles, rules)
-        alike = _but_for_its_name(family)
+        will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))
+        alike = _but_for_its_name(family), will
         if alike not in known:
             lacks = () if rules is None else beyond(plan.replicas, rules, problem.cluster)
+            lacks = (*lacks, *_stages_that_do_not_start(plan, problem, name))
             found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
-            if not lacks and _has_all_of(problem.family, family):
+            if not lacks and _has_all_of(problem.family, family) and set(will) >= set(problem.will):
                 found = replace(found, bound=plan.result.bound)
             else:
                 told(name)
-                other = replace(problem, family=family)
+                other = replace(problem, family=family, will=will)
                 found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
             known[alike] = found
         yield replace(known[alike], engine=name)
+
+
+def _stages_that_do_not_start(plan: Plan, problem: PlacementProblem, engine: str) -> tuple[str, ...]:
+    """Stages of a plan on GPUs that an engine does not run the model on."""
+    refused = refused_by(problem.model, problem.cluster, engine)
+    return tuple(f"stages on {gpu}" for gpu in refused if any(s.gpu == gpu for r in plan.replicas for s in r.stages))
 
 
 def _but_for_its_name(family: Family) -> Family:
@@ -124,6 +138,7 @@ def _searched(
     if not _is_better(value, known.value, plan):
         return replace(known, bound=bound)
     more = () if own is None else beyond(other.replicas, own, problem.cluster)
+    more = (*more, *(() if own is None else _stages_that_do_not_start(other, problem, own.name)))
     return replace(known, value=value, bound=bound, lacks=known.lacks or more)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
-from hetis.planner.use_cases.precision import for_engine, in_precision, stages_that_do_not_start
+from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.planner.use_cases.surviving import surviving_plan, with_losses
@@ -242,7 +242,7 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
     notes = (
-        *plan.notes, *loaded.notes, *stages_that_do_not_start(plan, problem), *routed, *profile_notes(problem)
+        *plan.notes, *loaded.notes, *routed, *profile_notes(problem)
     )  # fmt: skip
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 

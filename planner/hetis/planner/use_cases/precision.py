@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from hetis.engines.precision import SUPPORT, remarks, why_not
@@ -10,8 +9,8 @@ from hetis.formats import dtypes
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.plan import Plan
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.model import ModelSpec
+from hetis.solver.problem import EngineRules
 from hetis.solver.will import Duty, Keep, LeaveOut, Selection, Unit, Wish, WithoutWorkers
 
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
@@ -20,45 +19,46 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
     """The inputs with the model's weights or KV in another precision than its checkpoint's; None: as they are there."""
     model = dtypes.with_precision(loaded.inputs.model, weights=weights, kv=kv)
-    asked = loaded.has_precision or weights is not None or kv is not None
-    return replace(loaded, inputs=replace(loaded.inputs, model=model), has_precision=asked)
+    return replace(loaded, inputs=replace(loaded.inputs, model=model))
 
 
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
     """The inputs without the GPUs on which the engine cannot run the model in its precision, and why they are left out.
 
-    A model in 16 bits keeps all GPUs, unless its precision was asked for. Doing it again changes nothing.
+    Doing it again changes nothing.
 
     Raises:
         InvalidProblemError: no GPU is left; says why.
     """
-    inputs = loaded.inputs
-    model, is_plain = inputs.model, inputs.model.weights in ("", "bf16") and inputs.model.kv_bytes == 2
-    if engine is None or engine.name not in SUPPORT or (is_plain and not loaded.has_precision):
+    inputs, name = loaded.inputs, None if engine is None else engine.name
+    refused = refused_by(inputs.model, inputs.cluster, name)
+    if name is None or name not in SUPPORT:
         return loaded
     gpus = gpu_types_of(inputs.cluster)
-    refused = {name: why for name, gpu in gpus.items() if (why := why_not(model, gpu, engine.name)) is not None}
     if len(refused) == len(gpus):
         raise InvalidProblemError("; ".join(dict.fromkeys(refused.values())))
-    has_workers = engine.name == WORKERS and model.kv_bytes == 2
-    wishes: list[Wish] = [_without(name, has_workers=has_workers) for name in refused]
-    notes = [
-        f"{name} {'only as attention workers' if has_workers else 'left out'}: {refused[name]}" for name in refused
-    ]
-    if engine.name == WORKERS and not has_workers:
-        wishes.append(WithoutWorkers())
+    has_workers = name == WORKERS and inputs.model.kv_bytes == 2
+    notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
+    if name == WORKERS and not has_workers:
         notes.append("no attention workers: they keep KV in 16 bits")
-    notes += remarks(model, {name: gpu for name, gpu in gpus.items() if name not in refused}, engine.name)
-    will = tuple(dict.fromkeys((*wishes, *inputs.will)))
+    notes += remarks(inputs.model, {gpu: kind for gpu, kind in gpus.items() if gpu not in refused}, name)
+    will = tuple(dict.fromkeys((*wishes_of(inputs.model, inputs.cluster, name), *inputs.will)))
     return replace(loaded, inputs=replace(inputs, will=will), notes=tuple(dict.fromkeys((*loaded.notes, *notes))))
 
 
-def stages_that_do_not_start(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """Which GPUs of a plan's stages its engine does not run on, whatever the precision."""
-    engine, gpus = problem.family.engine, gpu_types_of(problem.cluster)
-    for name in dict.fromkeys(stage.gpu for replica in plan.replicas for stage in replica.stages):
-        if engine is not None and engine.name in SUPPORT and (why := why_not(problem.model, gpus[name], engine.name)):
-            yield f"stages on {name} do not start: {why}"
+def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:
+    """GPU types on which an engine cannot run the model in its precision, and why; None, or ``any``: nobody knows."""
+    if engine is None or engine not in SUPPORT:
+        return {}
+    whys = ((name, why_not(model, gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
+    return {name: why for name, why in whys if why is not None}
+
+
+def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Wish, ...]:
+    """What plans for an engine keep to for that: no GPU in the part that it cannot play."""
+    has_workers = engine == WORKERS and model.kv_bytes == 2
+    wishes = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
+    return (*wishes, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(wishes)
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:

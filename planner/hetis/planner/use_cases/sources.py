@@ -161,12 +161,11 @@ def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
 class LoadedInputs:
     """Inputs and the file or name each of them came from, profiles by GPU type.
 
-    ``has_precision``: that of the model was asked for; ``notes`` say what became of the inputs.
+    ``notes`` say what became of the inputs.
     """
 
     inputs: Inputs
     origins: Mapping[str, Any]
-    has_precision: bool = False
     notes: tuple[str, ...] = ()
 
     def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
