@@ -44,6 +44,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
+    "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),
     "pipeline": ("benchmarks/pipeline.py", *_COSTS),
     "pipeline roles": ("benchmarks/pipeline.py", "benchmarks/measuring/one_role.py", *_SIMULATOR),

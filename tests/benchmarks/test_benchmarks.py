@@ -36,6 +36,9 @@ PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
     "strategies": {"name", "status", "best", "gap"} | set(STRATEGIES) | {f"{name}_s" for name in STRATEGIES},
+    "engines": {"name", "gpus", "status"}
+    | {f"{name}{mark}" for name in ("vllm", "vllm-hetis", "any") for mark in ("", "_gap", "_s")}
+    | {"vllm_over_any", "vllm-hetis_over_any"},
     "published": {"name", "gpus", "types", "status", "value", "proven_value", "proven_bound", "ratio"}
     | {"seconds", "proof_s", "note"},
     "robustness": {"name", "status", "value", "gap", "plans", "other_replicas", "over_limit", "too_slow"}

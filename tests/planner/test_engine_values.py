@@ -6,17 +6,21 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import hetis.solver.planning as planning
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.use_cases.engine_values import EngineValue, engine_values_of, with_engine_values
 from hetis.planner.use_cases.place import Settings, objective, search
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import LoadedInputs, ReplicaLimits, engine_rules, load_inputs
 from hetis.solver.budget import Budget, silent
+from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.placement.exact import MAX_GPUS
 from hetis.solver.plan import ObjectiveKind, Plan
+from hetis.solver.problem import PlacementProblem
 
 FLEET = """\
 apiVersion: hetis/v1
@@ -61,6 +65,23 @@ def test_every_engine_s_plan_says_what_the_others_own_plans_reach(loaded: Loaded
     (of_plain,) = (other for other in plans["vllm"][1] if other.engine == "vllm-hetis")
     (of_hetis,) = (other for other in plans["vllm-hetis"][1] if other.engine == "vllm")
     assert of_plain.lacks == of_hetis.lacks == ("attention workers",)
+
+
+def test_any_engine_reaches_what_one_of_them_does(loaded: LoadedInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own search is the longest, and may find less in the time that it has."""
+    solve = planning.solve_placement
+
+    def without_any(problem: PlacementProblem, **options: Any) -> Plan:
+        if problem.family.engine is None:
+            raise NoPlanFoundError("too late")
+        return solve(problem, **options)
+
+    monkeypatch.setattr(planning, "solve_placement", without_any)
+    _, others = placed(loaded, "vllm")
+    found = {other.engine: other for other in others}
+    assert found["any"].value == found["vllm-hetis"].value
+    assert found["any"].lacks == ("attention workers",)
+    assert found["any"].bound is None
 
 
 def test_without_time_a_plan_says_that_nothing_was_looked_for(loaded: LoadedInputs) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -98,8 +98,18 @@ def _values(
                 other = replace(problem, family=family, will=will)
                 found = _searched(found, plan, other, own, seed, budget)
                 found = _by_equal_stages(found, plan, other, own, seed, budget.cancelled)
+            if name == ANY_ENGINE:
+                found = _at_least(found, known.values(), plan)
             known[alike] = found
         yield replace(known[alike], engine=name)
+
+
+def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> EngineValue:
+    """Return the best for any engine: what its search found, or what a single engine runs if that is better."""
+    for other in others:
+        if other.value is not None and _is_better(other.value, found.value, plan):
+            found = replace(found, value=other.value, lacks=other.lacks, equal_stages=other.equal_stages)
+    return found
 
 
 def _stages_that_do_not_start(plan: Plan, problem: PlacementProblem, engine: str) -> tuple[str, ...]:

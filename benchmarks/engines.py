@@ -1,0 +1,91 @@
+"""What the rules of an engine cost: the same fleets planned for vLLM with the plugin, stock vLLM, and any engine.
+
+    python -m benchmarks.engines [--quick] [--json]
+
+Goodput in requests/s of Llama-2-70B on azure_conv_2023 with a p95 TTFT of at most 5 s and a mean TPOT of at most 200
+ms. A GPU on which an engine does not start is left out of its plans, or is an attention worker where the engine has
+them. SGLang has the rules of stock vLLM here. Columns named after an engine are values; those with ``_gap`` are
+proven gaps, those with ``_s`` CPU seconds. ``vllm_over_any`` and ``vllm-hetis_over_any`` are values over the value
+for any engine; where that has a gap, a better plan for any engine may exist, by at most that gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from benchmarks.measuring import plots, rows
+from benchmarks.measuring.by_strategy import FAILED, Answer, answer
+from benchmarks.measuring.instances import example, fleet, problem
+from benchmarks.measuring.rows import Row
+from hetis.planner.use_cases.precision import wishes_of
+from hetis.solver.cluster import Cluster
+from hetis.solver.placement.engines import ANY_ENGINE, run_by
+from hetis.solver.plan import Objective
+from hetis.solver.problem import EngineRules, PlacementProblem
+
+ENGINES = ("vllm", "vllm-hetis", ANY_ENGINE)
+LIMITS = Objective(ttft_limit_s=5.0, tpot_limit_s=0.2)
+TIME_LIMIT_S = 60.0
+
+
+def main() -> None:
+    """Prints one row per fleet, and draws them."""
+    parser = rows.parser("benchmarks.engines", __doc__)
+    arguments = parser.parse_args()
+    chosen = [one for one in fleets() if arguments.only in one[0]][: 1 if arguments.quick else None]
+    for engine in ENGINES if chosen and not arguments.quick else ():  # compiles, so that no row pays for it
+        answer(posed(chosen[0][1], engine), "hetis", time_limit_s=TIME_LIMIT_S)
+    shown = rows.show((measured(name, cluster) for name, cluster in chosen), arguments, name="engines")
+    bars = [
+        plots.Bars(
+            panel="goodput by engine",
+            group=str(row["name"]).replace(" + ", "\n+ "),
+            heights={engine: float(row[engine] or 0.0) / float(row[ANY_ENGINE] or 1.0) for engine in ENGINES},
+        )
+        for row in shown
+    ]
+    if bars:
+        plots.draw_bars(bars, name="engines", label="goodput over that for any engine", document=arguments.markdown)
+    rows.exit_if_crashed(shown)
+
+
+def fleets() -> Iterator[tuple[str, Cluster]]:
+    """Yield five fleets of two to five GPU types, the smallest first."""
+    yield "2 H100 + 8 L4", example("h100-l4")
+    yield "paper, 12 GPUs", example("paper")
+    yield "4 H100 + 8 A10G + 8 T4", fleet("mixed", (1, 4, "H100-SXM-80GB"), (2, 4, "A10G"), (2, 4, "T4"))
+    yield "8 A100 + 16 L40S + 16 L4", fleet("clouds", (1, 8, "A100-SXM-80GB"), (4, 4, "L40S"), (4, 4, "L4"))
+    yield "160 GPUs of 5 types", example("fleet-160")
+
+
+def posed(cluster: Cluster, engine: str) -> PlacementProblem:
+    """Return the placement for an engine, without the GPUs on which it does not start."""
+    whole = problem(cluster, objective=LIMITS)
+    rules = None if engine == ANY_ENGINE else EngineRules(name=engine)
+    return replace(whole, family=run_by(whole.family, rules), will=wishes_of(whole.model, cluster, engine))
+
+
+def measured(name: str, cluster: Cluster) -> Row:
+    """Plan a fleet for every engine."""
+    answers = {engine: answer(posed(cluster, engine), "hetis", time_limit_s=TIME_LIMIT_S) for engine in ENGINES}
+    best = answers[ANY_ENGINE].value
+    is_failed = any(found.status == FAILED for found in answers.values())
+    row: dict[str, rows.Cell] = {"name": name, "gpus": cluster.num_gpus(), "status": FAILED if is_failed else "ok"}
+    for engine in ENGINES:
+        row[engine] = answers[engine].value
+    for engine in ENGINES[:-1]:
+        row[f"{engine}_over_any"] = answers[engine].value / best if best else None
+    for engine in ENGINES:
+        row[f"{engine}_gap"] = _gap(answers[engine])
+    for engine in ENGINES:
+        row[f"{engine}_s"] = answers[engine].seconds
+    return row
+
+
+def _gap(found: Answer) -> float:
+    return (found.bound - found.value) / found.value if found.value else 0.0
+
+
+if __name__ == "__main__":
+    main()
