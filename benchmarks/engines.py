@@ -19,6 +19,7 @@ from benchmarks.measuring.by_strategy import FAILED, Answer, answer
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.precision import wishes_of
+from hetis.planner.use_cases.sources import default_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.engines import ANY_ENGINE, run_by
 from hetis.solver.plan import Objective
@@ -60,10 +61,15 @@ def fleets() -> Iterator[tuple[str, Cluster]]:
 
 
 def posed(cluster: Cluster, engine: str) -> PlacementProblem:
-    """Return the placement for an engine, without the GPUs on which it does not start."""
+    """Return the placement for an engine as `hetis-plan place` poses it, with the shipped profiles."""
     whole = problem(cluster, objective=LIMITS)
     rules = None if engine == ANY_ENGINE else EngineRules(name=engine)
-    return replace(whole, family=run_by(whole.family, rules), will=wishes_of(whole.model, cluster, engine))
+    return replace(
+        whole,
+        family=run_by(whole.family, rules),
+        profiles={name: default_profile(cluster.gpu_types[name])[1] for name in whole.profiles},
+        will=wishes_of(whole.model, cluster, engine),
+    )
 
 
 def measured(name: str, cluster: Cluster) -> Row:
