@@ -24,10 +24,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
@@ -59,6 +61,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 NOT_CHANGED = ("specification.py", "baselines.py", "warming.py", "compiled.py")  # oracles, rivals, compilation
+INSTANCES = 4  # of a parametrised test
 LONGEST_S = 240.0  # CPU seconds of a mutant's tests; then it is as good as killed: it does not end
 PRELOADED = ("numpy", "scipy.optimize", "scipy.sparse", "pytest", "numba")
 
@@ -249,7 +252,22 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> int:
     os.chdir(ROOT)
     sys.path.insert(0, str(folder))
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not soak and not gpu"]
-    return int(pytest.main([*options, *tests]))
+    return int(pytest.main([*options, *tests], plugins=[_FewInstances()]))
+
+
+class _FewInstances:
+    """A plugin of pytest that leaves a few instances of each parametrised test: kernels as plain Python are slow."""
+
+    @staticmethod
+    def pytest_collection_modifyitems(items: list[Any]) -> None:
+        met = Counter[tuple[Path, str]]()
+        kept = []
+        for item in items:
+            test = item.path, getattr(item, "originalname", item.name)
+            met[test] += 1
+            if met[test] <= INSTANCES:
+                kept.append(item)
+        items[:] = kept
 
 
 if __name__ == "__main__":

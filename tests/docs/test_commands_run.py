@@ -17,6 +17,7 @@ import pytest
 from hetis.planner.cli.exit_codes import ExitCode
 from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines
 from tests.docs.sessions import Session
+from tests.formats.test_trace_forms import AIPERF
 from tests.planner.command_line import hetis_plan_here
 from tests.planner.test_command_line_manners import tour
 
@@ -107,6 +108,7 @@ def test_every_command_is_run_or_is_in_a_table_with_the_reason() -> None:
 def prepared(folder: Path, page: str) -> Session:
     """The folder of somebody who reads that page, with the files that it takes for granted."""
     session = Session(folder)
+    (folder / "profile_export.jsonl").write_text(AIPERF)
     for line in FILES.get(page, ()):
         session.run(line)
     return session
