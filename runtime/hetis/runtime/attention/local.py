@@ -117,9 +117,7 @@ def digest(k: torch.Tensor, v: torch.Tensor) -> npt.NDArray[np.int64]:
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
-    """Return weighted sums of the bits as integers modulo 2^64, shape [layers], independent of the order of
-    addition.
-    """
+    """Return weighted sums of the bits as integers modulo 2^64, shape [layers], in any order of addition."""
     bits = x.contiguous().view(_INTEGERS[x.element_size()]).flatten(1).to(torch.int64)
     places = torch.arange(1, bits.shape[1] + 1, device=x.device) * PLACE | 1
     return (bits * places).sum(dim=1)

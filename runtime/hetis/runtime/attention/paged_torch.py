@@ -21,9 +21,7 @@ MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
 
 
 class View(NamedTuple):
-    """The reads of a bucket's pieces under one window: page numbers [n, pages], and which slots are seen [n,
-    c, slots].
-    """
+    """The reads of a bucket's pieces under one window: page numbers [n, pages], and the slots seen [n, c, slots]."""
 
     table: torch.Tensor
     seen: torch.Tensor

@@ -117,9 +117,7 @@ class PagePool:
         return self.k.flatten(1, 2)[:, slots], self.v.flatten(1, 2)[:, slots]
 
     def write(self, key: SequenceKey, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write K and V, each [layers, positions, d], to the positions from ``first`` on, for which `extend`
-        made room.
-        """
+        """Write K and V, each [layers, positions, d], to the positions from ``first`` on, which `extend` provided."""
         slots = self.slots(self._find(key).row, np.arange(first, first + k.shape[1]))
         self.k.flatten(1, 2)[:, slots] = k.to(self.k)
         self.v.flatten(1, 2)[:, slots] = v.to(self.v)

@@ -44,9 +44,7 @@ class Pipe(Protocol):
 
 
 class PipeChannel:
-    """Frames over a pipe. A frame that has begun must complete within ``stall_s``; the length of its body
-    is limited.
-    """
+    """Frames over a pipe. A frame that has begun must complete within ``stall_s``; the body's length is limited."""
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name

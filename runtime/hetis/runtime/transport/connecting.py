@@ -119,9 +119,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
 
 
 def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
-    """Return the channel over the memory that an engine offers, or over the socket if the memory cannot be
-    opened here.
-    """
+    """Return the channel over the memory that an engine offers, or over the socket if that cannot be opened."""
     if not pipe.is_local:
         raise FrameError(f"{pipe.name}: shared memory was offered from another host")
     try:

@@ -125,7 +125,7 @@ class HeadAllocator:
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self.rule: Callable[[Stage], DispatchRule] = Dispatcher
-        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # by which rule
+        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # rule and its dispatcher
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0

@@ -58,9 +58,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def build_base(
         self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
     ) -> Any:
-        """Return the base backend's metadata for the virtual sequences of ``part``, whose block tables are
-        [N, width].
-        """
+        """Return the base backend's metadata for the virtual sequences of ``part``, with block tables [N, width]."""
         starts = torch.from_numpy(part.starts.astype(np.int32))
         lasts = torch.from_numpy(part.lasts.astype(np.int32))
         device = common.query_start_loc.device

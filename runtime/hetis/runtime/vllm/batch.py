@@ -104,9 +104,7 @@ def part_of(requests: StepRequests, chosen: Bools) -> VirtualBatch:
 
 
 def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
-    """Return each token's slot, shape [V]: its block times ``block_tokens`` plus the offset; ``tables`` is
-    [N, width].
-    """
+    """Return each token's slot, shape [V]: its block times ``block_tokens`` plus offset; ``tables`` is [N, width]."""
     sequences = np.repeat(np.arange(len(part)), part.counts)
     blocks = tables[sequences, part.positions // block_tokens].astype(np.int64)
     return blocks * block_tokens + part.positions % block_tokens

@@ -80,9 +80,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Return the blocks that ``num_tokens`` need here, or more than exist if groups elsewhere have no
-        room to grow.
-        """
+        """Return the blocks that ``num_tokens`` need here, or more than exist if groups elsewhere cannot grow."""
         needed = int(cdiv(num_tokens, self.block_size))
         if request_id in self.num_cached_block and needed <= self._covered[request_id]:
             return 0

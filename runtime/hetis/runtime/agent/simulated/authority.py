@@ -122,9 +122,7 @@ class HeadMapAuthority:
         return None if needed <= free else no_room(move, needed_blocks=needed, free_blocks=free)
 
     def _keep_together(self, change: EngineChange) -> None:
-        """Leave out together the moves that only flip together, and those that leave a request uneven on
-        its primary.
-        """
+        """Leave out together moves that only flip together, and those that leave a request uneven on the primary."""
         stage = self._stage(change.change)
         reserved = stage.reserved.get(change.change.change_id, [])
         while True:
