@@ -174,7 +174,9 @@ class ScriptedAgent:
         await self.report()
 
     async def _write(self, message: pb.ConnectNodeRequest) -> bool:
-        """Whether the stream took it; what one that has ended does not take is said again after the next Welcome."""
+        """Return whether the stream took it. What an ended stream does not take is said again after the
+        next Welcome.
+        """
         async with self._writing:
             call = self._call
             if call is None:

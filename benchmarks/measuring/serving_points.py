@@ -69,7 +69,7 @@ class ServingPoint:
 
     @property
     def is_calibration(self) -> bool:
-        """Whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
+        """Return whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
         return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
 
     @property

@@ -210,9 +210,7 @@ def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -
 
 
 def digest(value: Value) -> str:
-    """Return ``sha256:...`` of the value's self-contained document in canonical JSON. Equal values have
-    equal digests.
-    """
+    """Return ``sha256:...`` of the value's self-contained document in canonical JSON, equal for equal values."""
     return content_digest(canonical_json(to_data(value, self_contained=True)))
 
 

@@ -118,12 +118,12 @@ class LeaderSearch:
 
     @property
     def are_several(self) -> bool:
-        """Whether another endpoint may answer if one does not."""
+        """Return whether another endpoint may answer if one does not."""
         return len(self._given) > 1 or self._present not in self._given
 
     @property
     def is_stale(self) -> bool:
-        """Whether all have failed and names may resolve differently by now, so that `refresh` is due."""
+        """Return whether all have failed and names may resolve differently by now, so that `refresh` is due."""
         return self._is_stale
 
     def refresh(self) -> None:

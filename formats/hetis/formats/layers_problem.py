@@ -146,9 +146,7 @@ def _points(table: TimeTable) -> list[list[float]]:
 
 
 def _milliseconds(seconds: float) -> float:
-    """Return the number that is read back as exactly ``seconds``, although rounding may break the round
-    trip by 1000.
-    """
+    """Return the number that is read back as exactly ``seconds``, although rounding may break the round trip."""
     near = 1e3 * seconds
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, 0.0))
     return next((ms for ms in around if ms / 1e3 == seconds), near)

@@ -1,6 +1,4 @@
-"""Reads a checked document from text in one pass that finds every problem, with its place and the nearest
-valid name.
-"""
+"""Reads a checked document from text in one pass that finds every problem, its place and the nearest valid name."""
 
 from __future__ import annotations
 

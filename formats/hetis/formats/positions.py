@@ -291,7 +291,7 @@ class _Composer:
             return _WORDS[text]
         if text[0] not in "+-.0123456789":
             return text
-        if _NOT_FINITE.fullmatch(text):  # refused by the field it is for, with its path
+        if _NOT_FINITE.fullmatch(text):  # refused with its path by the field that it is for
             return float(text.replace(".", ""))
         if _INT.fullmatch(text) and len(text) <= 300:
             return int(text)
@@ -311,7 +311,7 @@ class _Composer:
 
 
 def _events(text: str, file: str) -> Iterator[Any]:
-    """Events of the fast parser; where that fails, the pure Python one says why, in the same words everywhere."""
+    """Yield the events of the fast parser. If it fails, the pure Python one says why, in the same words everywhere."""
     try:
         if hasattr(yaml, "CSafeLoader"):
             try:

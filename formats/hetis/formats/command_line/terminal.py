@@ -52,7 +52,7 @@ class Terminal:
 
     @property
     def prints_tables(self) -> bool:
-        """Whether data is for people rather than for programs."""
+        """Return whether data is for people rather than for programs."""
         return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
 
     def emit(

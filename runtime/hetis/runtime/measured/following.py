@@ -61,7 +61,7 @@ class MeasuredDevice:
 
 
 class Following:
-    """Follows the devices of one stage: `hear` their layers' times, or let `through` time them; then `advance`."""
+    """Follows the devices of a stage: `hear` their layers' times, or let `through` time them; then `advance`."""
 
     def __init__(
         self,

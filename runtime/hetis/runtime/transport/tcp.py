@@ -58,7 +58,7 @@ class TcpPipe:
 
     @property
     def is_local(self) -> bool:
-        """Whether both ends are on this host."""
+        """Return whether both ends are on this host."""
         try:
             host: str = self._socket.getpeername()[0]
         except OSError:

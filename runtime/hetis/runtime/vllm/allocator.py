@@ -144,7 +144,7 @@ class HeadAllocator:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs and nothing has been placed."""
+        """Return whether nothing runs and nothing has been placed."""
         return not self._placed
 
     def number(self, request_id: str) -> int:

@@ -79,7 +79,7 @@ class EngineCosts:
 
     @property
     def is_measured(self) -> bool:
-        """Whether any device has been measured."""
+        """Return whether any device has been measured."""
         return bool(self._measured)
 
     @property

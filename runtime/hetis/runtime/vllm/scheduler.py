@@ -345,12 +345,12 @@ class SchedulerSide:
 
     @property
     def is_steered(self) -> bool:
-        """Whether a planner decides which groups move."""
+        """Return whether a planner decides which groups move."""
         return self._steered is not None and self._steered.is_assigned
 
     @property
     def is_idle(self) -> bool:
-        """Whether vLLM has no request."""
+        """Return whether vLLM has no request."""
         return self._requests.is_empty and self.allocator.is_idle
 
     @property
@@ -450,7 +450,7 @@ class _Requests:
 
     @property
     def is_empty(self) -> bool:
-        """Whether vLLM has no request."""
+        """Return whether vLLM has no request."""
         return not self._known
 
     @property

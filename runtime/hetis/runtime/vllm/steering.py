@@ -43,7 +43,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
 
     @property
     def is_assigned(self) -> bool:
-        """Whether the planner has assigned a replica, and so decides on moves."""
+        """Return whether the planner has assigned a replica, and so decides on moves."""
         return bool(self._held)
 
     # --- assignments

@@ -160,7 +160,7 @@ class _Reading:
                 self.wrong.append(f"{setting.option} is missing, and so is {setting.variable}")
 
     def finish(self) -> None:
-        """Raise OptionError with everything that was missing or wrong."""
+        """Raise WorkerOptionError with everything that was missing or wrong."""
         if self.wrong:
             raise WorkerOptionError(*self.wrong)
 
