@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What one wrong plan costs, as shares of the right plan's values; ``latency`` is infinite if it is too slow."""
+    """The cost of one wrong plan, as shares of the right plan's values; ``latency`` is infinite if it is too slow."""
 
     same_replicas: bool
     goodput: float

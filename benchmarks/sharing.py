@@ -45,8 +45,7 @@ RULES = (TenantRule.MAX_MIN, TenantRule.EQUAL_THROUGHPUT, TenantRule.SHARING_INC
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What every tenant gets: normalised rates, rates relative to those of its part, and real rates with the others'
-    GPUs.
+    """The rates of every tenant: normalised, relative to those of its part, and real ones with the others' GPUs.
 
     ``normalised`` [tenants] is the rate over the one reached alone, ``over_part`` [tenants] the rate over the one on
     the

@@ -44,7 +44,7 @@ BLOCK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What every engine is asked.
+    """A set of questions for every engine.
 
     Attributes:
         prompt_tokens, output_tokens: least and most, per request.

@@ -19,7 +19,7 @@ class ProcessError(Exception):
 
 
 class DemoProcesses:
-    """What a demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
+    """Everything that a demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

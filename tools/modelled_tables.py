@@ -14,7 +14,7 @@ Rows = Iterable[Sequence[object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """What the fit of one GPU, its work relative to the peaks, predicts for all points of another."""
+    """A fit of one GPU, its work relative to the peaks, compared with all points of another."""
 
     op: str
     fitted: str

@@ -34,7 +34,7 @@ class KvCharge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverPast:
-    """What the chunks show.
+    """Results for the chunks.
 
     Attributes:
         charges: ways to charge KV.

@@ -1,4 +1,4 @@
-"""What the calibrated rooflines predict for tables they were not fitted to: other kernels, experts, whole engines."""
+"""Predictions of the calibrated rooflines for tables they were not fitted to: other kernels, experts, whole engines."""
 
 from __future__ import annotations
 

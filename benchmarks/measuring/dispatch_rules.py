@@ -22,7 +22,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class EqualSplit:
-    """The same share of every request on every device. The remainder goes to the devices in turn."""
+    """A rule that puts the same share of every request on every device. The remainder goes to the devices in turn."""
 
     stage: Stage
 

@@ -284,7 +284,7 @@ class ScriptedAgent:
     # --- what is told
 
     def _take_stage(self, assignment: replica_pb2.Assignment) -> None:
-        """At the first assignment, put balanced requests on the first stage copy, so that nothing is wrong with it."""
+        """Put balanced requests on the first stage copy at the first assignment, so that nothing is wrong with it."""
         if assignment.stages and self.stage is None:
             self.stage = StageRun(assignment.stages[0])
             for number, owners in enumerate(balanced_owners(self.stage)):

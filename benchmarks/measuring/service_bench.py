@@ -48,7 +48,7 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How much is measured.
+    """The size of the measurements.
 
     Attributes:
         agents: number of nodes of the fleet, with one agent each.

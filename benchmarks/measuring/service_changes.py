@@ -1,4 +1,4 @@
-"""How long a re-dispatch takes, from the report that shows the need to the end of the change.
+"""The duration of a re-dispatch, from the report that shows the need to the end of the change.
 
 Engines do what they are told at once, so what remains is the time of the planner and the network. The replica is one
 cell, a primary and eight attention workers, which makes nine agents. For every sample the requests of its head map are

@@ -113,7 +113,7 @@ def stolen_s() -> float:
 
 
 class HostWatch:
-    """When the host kept processors from this machine: ``with HostWatch() as host: ...``, then ``host.undisturbed``."""
+    """Records when the host kept processors from this machine: ``with HostWatch() as host``, then ``undisturbed``."""
 
     def __enter__(self) -> HostWatch:
         self._ended = threading.Event()

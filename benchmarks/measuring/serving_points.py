@@ -170,7 +170,7 @@ def _model(row: Mapping[str, str]) -> ModelSpec:
 
 
 def _has_fp8_kv(row: Mapping[str, str]) -> bool:
-    """As in published scripts for quantised weights: TensorRT-LLM always, elsewhere Llama and DeepSeek."""
+    """Follow the published scripts for quantised weights: TensorRT-LLM always, elsewhere Llama and DeepSeek."""
     return row["backend"] == "trtllm" or re.search(r"Llama|DeepSeek", row["model_path"]) is not None
 
 

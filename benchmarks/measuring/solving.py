@@ -29,7 +29,7 @@ WHOLE_COUNTS = "whole counts"  # phase of column generation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solve:
-    """What to measure: the first solve of a process and the median of ``warm`` more."""
+    """A solve to measure: the first one of a process, and the median of ``warm`` more."""
 
     problem: PlacementProblem
     time_limit_s: float

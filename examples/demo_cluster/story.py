@@ -1,4 +1,4 @@
-"""What happens in the demo, step by step, using only the published API."""
+"""The story of the demo, step by step, using only the published API."""
 
 from __future__ import annotations
 

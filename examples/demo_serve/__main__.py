@@ -123,7 +123,7 @@ def make_model(python: Path, folder: Path) -> str:
 
 @dataclass
 class Story:
-    """What happens while chats stream.
+    """The story that happens while chats stream.
 
     Attributes:
         count: number of the planner's re-dispatches that have been told.

@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Where each head group of the one running request is (empty: none runs), and which devices are up."""
+    """The device of each head group of the only running request (empty: none runs), and which devices are up."""
 
     owners: tuple[str, ...]
     up: tuple[str, ...]

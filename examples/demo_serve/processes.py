@@ -85,7 +85,7 @@ class Processes(DemoProcesses):
             raise ProcessError(f"vLLM did not end well:\n{self.tail('server', 40)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
-        """As `DemoProcesses.wait_until`, with time for such processes to start."""
+        """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
     # --- inside

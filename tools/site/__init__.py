@@ -1,1 +1,1 @@
-"""What the site adds to MkDocs: formulas, tables of data, and links that leave the pages."""
+"""The site's additions to MkDocs: formulas, tables of data, and links that leave the pages."""
