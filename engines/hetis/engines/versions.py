@@ -20,7 +20,7 @@ class Engine(StrEnum):
 
     @property
     def program(self) -> str:
-        """Its name for people, and that of its processes."""
+        """Return its name for people, which is also that of its processes."""
         return "SGLang" if self is Engine.SGLANG else "vLLM"
 
 
