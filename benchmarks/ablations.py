@@ -48,10 +48,10 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short
-ITERATIONS = 6_000  # of a run, about: with attention workers one takes 100 to 500 us
-FEWEST, MOST = 60, 2_000  # requests of a run, as far as iterations decide
-TURNS = 3  # so often the seats of the full plan are filled anew in a run, at least, whatever MOST says
-THETAS = (0.1, 0.25, 1.0, 2.0)  # beside the default of 0.5
+ITERATIONS = 6_000  # per run, roughly: with attention workers one takes 100 to 500 us
+FEWEST, MOST = 60, 2_000  # requests per run, if iterations decide
+TURNS = 3  # minimum number of times that a run refills the seats of the full plan, whatever MOST says
+THETAS = (0.1, 0.25, 1.0, 2.0)  # besides the default of 0.5
 LOAD = 0.9
 
 
@@ -88,7 +88,7 @@ CASES = tuple(
 
 
 def main() -> None:
-    """Prints one row per case and ablation."""
+    """Print one row per case and ablation."""
     parser = rows.parser("benchmarks.ablations", __doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of every load")
     parser.add_argument("--processes", type=int, default=0, help="cases at once; 0: all cores")
@@ -102,7 +102,10 @@ def main() -> None:
 
 
 def _all_ablated(chosen: Sequence[Case], *, seeds: int, processes: int) -> Iterator[Row]:
-    """Several cases at once, each in one process: kernels are then loaded once per case. One at a time: row by row."""
+    """Yield the rows of several cases, in parallel with one process per case, so that kernels are loaded once per case.
+    With
+    a single process, yield row by row.
+    """
     if processes == 1:
         for case in chosen:
             yield from ablated(case, seeds=seeds, iterations=ITERATIONS, thetas=THETAS)
@@ -118,9 +121,9 @@ def _rows(case: Case, *, seeds: int) -> list[Row]:
 
 
 def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...]) -> Iterator[Row]:
-    """The full method first, then without each of its parts; runs of about so many iterations."""
+    """Yield the row of the full method, then one without each of its parts, from runs of about this many iterations."""
     cluster = example(case.fleet)
-    compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation, longer than the limit
+    compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation, longer than the time limit
     started_s = time.process_time()
     posed = problem(cluster, model=case.model, workload=case.workload, objective=case.objective)
     lengths = load_workload(case.workload)
@@ -190,7 +193,7 @@ def _planned(posed: PlacementProblem) -> tuple[Plan | None, str]:
 
 
 def _requests(plan: Plan, posed: PlacementProblem, iterations: int) -> int:
-    """Return how many requests every run of a case replays, from its full plan."""
+    """Return the number of requests that every run of a case replays, derived from its full plan."""
     return _enough(iterations / iterations_per_request(plan, posed), seats=seats_of(plan))
 
 

@@ -37,7 +37,7 @@ class Case:
 
 
 def main() -> None:
-    """Prints one row per fleet, lengths and limit."""
+    """Print one row per fleet, lengths and limit."""
     parser = rows.parser("benchmarks.attention_workers", __doc__)
     arguments = parser.parse_args()
     chosen = (case for case in cases(quick=arguments.quick) if arguments.only in case.name)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """Every combination; only the one of the acceptance test for ``quick``."""
+    """Yield every combination, or only that of the acceptance test for ``quick``."""
     for fleet in FLEETS:
         for lengths in LENGTHS[:1] if quick else LENGTHS:
             for tpot_s in TPOT_LIMITS_S[:1] if quick else TPOT_LIMITS_S:
@@ -59,7 +59,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 
 def compare(case: Case) -> Row:
-    """Solves a case with attention workers and without."""
+    """Solve a case with attention workers and without."""
     family = case.problem.family
     best = measure(Solve(problem=case.problem, time_limit_s=TIME_LIMIT_S))
     others = replace(case.problem, family=replace(family, max_pool=0))

@@ -65,9 +65,9 @@ SIZES = ((12, 1), (12, 8), (64, 8), (64, 64), (256, 32), (1024, 16))
 LOADS = ("balanced", "imbalanced", "nearly full")
 GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4", "V100-SXM2-32GB", "T4", "A10G", "P100-PCIe-12GB", "RTX-3090")
 MODEL = "Llama-2-70B"
-LEVEL_S = (2e-4, 6e-4)  # attention time of a layer that devices run at
+LEVEL_S = (2e-4, 6e-4)  # attention time of a layer at which devices run
 FREE_RATIO = 1.2
-STAGES = 20  # mixes of cards per row
+STAGES = 20  # mixes of GPUs per row
 SETTINGS: dict[str, dict[str, Any]] = {
     "primal simplex": {"solver": "simplex", "simplex_strategy": 4, "presolve": "off"},
     "dual simplex": {"solver": "simplex", "simplex_strategy": 1, "presolve": "off"},
@@ -78,15 +78,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A row to come."""
+    """The parameters of a row."""
 
     devices: int
     arrivals: int
     pieces: int
     load: str
     instances: int
-    compared: int  # of them, by HiGHS and cvxpy
-    judged: int  # of them, against the best plan known
+    compared: int  # instances that HiGHS and cvxpy solve too
+    judged: int  # instances compared with the best plan known
     judge_s: float
 
     @property
@@ -96,7 +96,7 @@ class Case:
 
 
 def main() -> None:
-    """Prints all rows and draws their growth."""
+    """Print all rows and draw their growth."""
     parser = rows.parser("benchmarks.dispatch", __doc__)
     parser.add_argument("--ties", action="store_true", help="rules that break ties, over a sequence of arrivals")
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """Every size, load and number of pieces; three of them for ``quick``."""
+    """Yield every size, load and number of pieces, or three of them for ``quick``."""
     if quick:
         for load in LOADS:
             yield Case(
@@ -139,7 +139,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
 
 
 def instances(case: Case) -> Iterator[DispatchProblem]:
-    """Random problems of a case; every ``STAGES``-th has the same stage."""
+    """Yield random problems of a case. Every ``STAGES``-th has the same stage."""
     rng = np.random.default_rng([case.devices, case.arrivals, case.pieces, LOADS.index(case.load)])
     heads = HeadShape.of_model(load_model(MODEL))
     levels = rng.uniform(*LEVEL_S, STAGES)
@@ -151,10 +151,10 @@ def instances(case: Case) -> Iterator[DispatchProblem]:
 
 
 def random_stage(rng: np.random.Generator, case: Case, heads: HeadShape, level_s: float) -> Stage:
-    """Cards at random; device 0 a primary of four in half of the stages."""
+    """Return a stage with random GPUs. In half of the stages device 0 is a primary of four."""
     cards = np.array([_card(gpu, heads) for gpu in rng.choice(GPUS, case.devices)]).T
     head_s, byte_s, call_s, transfer_byte_s, transfer_s = cards * rng.uniform(0.97, 1.03, cards.shape)
-    # Three pieces: cheaper bytes below a knee near the running load, dearer ones above another.
+    # Three pieces: cheaper bytes below a knee near the running load, more expensive ones above another.
     running = (level_s - call_s) / byte_s
     slopes = np.array([0.8, 1.0, 1.15])[None, -case.pieces :] if case.pieces > 1 else np.ones((1, 1))
     knees = running[:, None] * rng.uniform(0.85, 1.03, (case.devices, case.pieces))
@@ -179,7 +179,9 @@ _CARDS: dict[str, tuple[float, ...]] = {}
 
 
 def _card(gpu: str, heads: HeadShape) -> tuple[float, ...]:
-    """Seconds per head, KV byte and call, per byte exchanged and per exchange, of a catalogue GPU on 100 Gb/s."""
+    """Return seconds per head, KV byte and call, per byte exchanged and per exchange, of a catalogue GPU on
+    100 Gb/s.
+    """
     if gpu not in _CARDS:
         model = load_model(MODEL)
         profile = modelled_profile(fleet("cards", (1, 1, gpu)).gpu_types[gpu])
@@ -199,7 +201,7 @@ def _card(gpu: str, heads: HeadShape) -> tuple[float, ...]:
 
 
 def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
-    """Prompts like those of a chat service, mean about 1,500 tokens with a long tail."""
+    """Return prompts like those of a chat service, with a mean of about 1,500 tokens and a long tail."""
     return Requests(
         ids=tuple(f"r{j}" for j in range(arrivals)),
         context_tokens=np.clip(rng.lognormal(6.7, 1.1, arrivals), 16, 30_000).astype(np.int64),
@@ -208,7 +210,7 @@ def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
 
 
 def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> DeviceLoad:
-    """Running heads, then as many KV bytes as it takes to end at the level, less what the load leaves open."""
+    """Return running heads with the KV bytes that make devices finish at the level, less what the load leaves open."""
     costs = costs_of(stage)
     heads = rng.integers(10, 100, case.devices) * 4 * stage.heads.queries_per_group
     mean_context = float(requests.context_tokens.mean())
@@ -237,7 +239,7 @@ def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """A dispatch and its thread CPU seconds."""
+    """A dispatch with its thread CPU seconds."""
 
     problem: DispatchProblem
     plan: DispatchPlan
@@ -245,9 +247,9 @@ class Timed:
 
 
 def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
-    """One row; its distributions are added to ``gaps``."""
+    """Return one row, and add its distributions to ``gaps``."""
     dispatched = dispatch_all(case)
-    # All of one stage: solvers may keep what does not change.
+    # All have the same stage, so solvers may keep what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
     greedy = [water_filling(timed.problem) for timed in dispatched]
     setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
@@ -287,10 +289,10 @@ def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
 
 
 def dispatch_all(case: Case) -> list[Timed]:
-    """Dispatches every instance, building the problem from arrays within the time; the stages are warm."""
+    """Dispatch every instance; the time includes building the problem from arrays. The stages are warm."""
     dispatchers: dict[int, Dispatcher] = {}
     result = []
-    for problem in list(instances(case)):  # made before: nobody else is timed with cold caches
+    for problem in list(instances(case)):  # made in advance, so that no dispatch is timed with cold caches
         key = id(problem.stage)
         if key not in dispatchers:
             dispatchers[key] = Dispatcher(problem.stage)
@@ -321,19 +323,19 @@ def gaps_to_best(
 
 
 def quantiles(values: Sequence[float], name: str) -> dict[str, float]:
-    """``p50_NAME``, ``p95_NAME``, ``p99_NAME`` and ``max_NAME``."""
+    """Return ``p50_NAME``, ``p95_NAME``, ``p99_NAME`` and ``max_NAME``."""
     found = {f"p{percent}_{name}": float(np.percentile(values, percent)) for percent in (50, 95, 99)}
     return found | {f"max_{name}": float(np.max(values))}
 
 
 def best_of(seconds: dict[str, float]) -> tuple[str, float]:
-    """The fastest and its time."""
+    """Return the fastest name and its time."""
     name = min(seconds, key=lambda name: seconds[name])
     return name, seconds[name]
 
 
 def shares(names: Iterator[str]) -> str:
-    """``chain 98%, lp 2%``"""
+    """Return ``chain 98%, lp 2%``, for example."""
     counted = Counter(names)
     return ", ".join(f"{name} {count / counted.total():.1%}" for name, count in counted.most_common())
 
@@ -342,7 +344,7 @@ def shares(names: Iterator[str]) -> str:
 
 
 def water_filling(problem: DispatchProblem) -> tuple[float, float]:
-    """Makespan (infinite where a group finds no room) and thread CPU seconds."""
+    """Return makespan (infinite if a group finds no room) and thread CPU seconds."""
     costs = costs_of(problem.stage)
     load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # it begins with the last
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[::-1].copy()
@@ -362,7 +364,7 @@ def _water_filling(
 
 
 def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[str, Any]) -> float:
-    """Median thread CPU seconds of the whole linear program, built from arrays; the solver is reused."""
+    """Return the median thread CPU seconds of the whole linear program, built from arrays. The solver is reused."""
     highs: Any = highspy.Highs()
     highs.silent()
     highs.setOptionValue("threads", 1)
@@ -392,7 +394,10 @@ def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[
 
 
 def cvxpy_seconds(problems: Sequence[DispatchProblem], *, again: bool) -> float:
-    """Median thread CPU seconds of the same in cvxpy; ``again``: one parametrised problem for all, compiled before."""
+    """Return the median thread CPU seconds of the same in cvxpy. With ``again``, one parametrised problem serves all,
+    compiled
+    beforehand.
+    """
     solve = _cvxpy_problem(problems[0])
     if again:
         solve(problems[0])
@@ -407,7 +412,7 @@ def cvxpy_seconds(problems: Sequence[DispatchProblem], *, again: bool) -> float:
 
 
 def _cvxpy_problem(problem: DispatchProblem) -> Callable[[DispatchProblem], None]:
-    """The relaxation, with what changes between instances of a stage as parameters."""
+    """Return a solver of the relaxation, with everything that changes between instances of a stage as parameters."""
     costs = costs_of(problem.stage)
     J, (D, K) = len(problem.requests.ids), costs.alpha.shape
     x, z = cp.Variable((J, D), nonneg=True), cp.Variable()
@@ -435,7 +440,7 @@ def _cvxpy_problem(problem: DispatchProblem) -> Callable[[DispatchProblem], None
 
 
 def draw_growth(shown: Sequence[Row]) -> None:
-    """Milliseconds against devices times arrivals, one piece, balanced."""
+    """Draw milliseconds against devices times arrivals, for one piece and balanced loads."""
     from plotly import graph_objects
 
     plots.RESULTS.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ from benchmarks.measuring.emulated_worker import Pace
 from benchmarks.measuring.rows import Row
 
 ROOT = Path(__file__).parents[1]
-# A head reads twice the bytes of a head of 16 numbers, which these times were chosen for.
+# A head reads twice the bytes of a head with 16 numbers, for which these times were chosen.
 CARD = Pace(kv_byte_s=5e-8)
 SLOWNESS, QUICK_SLOWNESS = (1.0, 1.0, 2.0, 4.0), (1.0, 2.0)
 LINK = {"link_bytes_per_s": 4e6, "latency_s": 1e-2}
@@ -41,9 +41,9 @@ RULES = ("paper", "equal", "primary only")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Requests that come at once, prompts of 100 to 400 tokens, of which ``seats`` run at a time.
+    """Requests that arrive together, with prompts of 100 to 400 tokens; ``seats`` of them run concurrently.
 
-    Answers have half to one and a half times ``output_tokens``, so that they end, and others begin, one by one.
+    Outputs have half to one and a half times ``output_tokens``, so that requests end, and others begin, individually.
     """
 
     requests: int
@@ -68,7 +68,7 @@ QUICK = Traffic(requests=3, output_tokens=6, seats=3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Cards, and what they turn into when half of the tokens are through."""
+    """The cards, and what they change into after half of the tokens."""
 
     name: str
     paces: tuple[Pace, ...]
@@ -77,7 +77,7 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What one rule made of the traffic."""
+    """The result of one rule on the traffic."""
 
     tokens_per_s: float
     heads: list[int]  # group-steps on every device
@@ -85,7 +85,7 @@ class Run:
 
 
 def main() -> None:
-    """Prints a row per scenario and rule; draws the rules."""
+    """Print a row per scenario and rule, and draw the rules."""
     parser = rows.parser("benchmarks.emulation", __doc__)
     rows.add_rounds(parser, "how many traffics every rule is asked to serve; 3, quick 1")
     parser.add_argument("--python", metavar="PYTHON", type=Path, default=ROOT / ".venv-vllm" / "bin" / "python")
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def scenarios(quick: bool) -> Iterator[Scenario]:
-    """Cards of four speeds; with a slow link to one; with one that is throttled meanwhile."""
+    """Yield cards of four speeds: as they are, with a slow link to one, and with one that is throttled meanwhile."""
     scale = 0.02 if quick else 1.0
     base = replace(CARD, head_s=CARD.head_s * scale, kv_byte_s=CARD.kv_byte_s * scale, call_s=CARD.call_s * scale)
     cards = tuple(replace(base, slow=slow) for slow in (QUICK_SLOWNESS if quick else SLOWNESS))
@@ -116,7 +116,7 @@ def scenarios(quick: bool) -> Iterator[Scenario]:
 
 
 def card_rows(chosen: Sequence[Scenario], traffics: Sequence[Traffic], python: Path) -> Iterator[Row]:
-    """Yield the rows of every scenario and rule, a round for each traffic."""
+    """Yield the rows of every scenario and rule, with one round for each traffic."""
     if not chosen:
         return
     first = traffics[0]
@@ -170,7 +170,7 @@ def _row(name: str, runs: Sequence[Run], base: Sequence[Run]) -> Row:
 
 
 def _bars(shown: Sequence[Row]) -> list[plots.Bars]:
-    """A group for each rule: tokens per second."""
+    """Return a group for each rule with its tokens per second."""
     bars = []
     for row in shown:
         scenario, _, rule = str(row["name"]).partition(": ")

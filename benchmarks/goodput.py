@@ -42,7 +42,7 @@ TOLERANCE = 0.02  # of the sweep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A plan for a fleet that was drawn."""
+    """A plan for a randomly drawn fleet."""
 
     name: str
     problem: PlacementProblem
@@ -50,7 +50,7 @@ class Case:
 
 
 def main() -> None:
-    """Prints one row per case, and one that counts."""
+    """Print one row per case, and a summary row."""
     parser = rows.parser("benchmarks.goodput", __doc__)
     parser.add_argument("--cases", type=int, default=CASES, metavar="N", help=f"so many fleets (default {CASES})")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn (default 0)")
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def cases(number: int, seed: int) -> Iterator[Case]:
-    """So many cases that have a plan."""
+    """Yield ``number`` cases that have a plan."""
     draw, num_drawn = random.Random(seed), 0
     while num_drawn < number:
         types = draw.sample(sorted(NODE_SIZES), draw.randint(2, 4))
@@ -85,7 +85,7 @@ def cases(number: int, seed: int) -> Iterator[Case]:
 
 
 def judged(case: Case) -> Row:
-    """Simulates a plan at its rate, and looks for the highest rate that keeps the limits."""
+    """Simulate a plan at its rate, and search for the highest rate within the limits."""
     objective, plan = case.plan.objective, verified(
         case.plan, case.problem, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None
     )  # fmt: skip
@@ -112,7 +112,7 @@ def judged(case: Case) -> Row:
 
 
 def best_rate(case: Case) -> float:
-    """The highest simulated rate that keeps the limits; 0 where none does."""
+    """Return the highest simulated rate within the limits, or 0 if there is none."""
     objective = case.plan.objective
     load = Load(
         lengths=case.problem.workload,
@@ -132,7 +132,7 @@ def best_rate(case: Case) -> float:
 
 
 def counted(judgements: Iterator[Row]) -> Iterator[Row]:
-    """The rows, and one of all of them."""
+    """Yield the rows, then one that summarises them."""
     shown = list[Row]()
     for row in judgements:
         shown.append(row)

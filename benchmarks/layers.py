@@ -31,7 +31,7 @@ from hetis.solver.layers.solve import solve_layers, solve_max_flow
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FLEETS = ("layers-24", "layers-42")
-UNSEEN = {  # fleets that no constant of the model was fitted to: nodes of each GPU type, prompt and output tokens
+UNSEEN = {  # fleets to which no constant of the model was fitted: nodes of each GPU type, prompt and output tokens
     "unseen, 16 of 3 types": ({"H100-PCIe-80GB": 2, "RTX-3090": 6, "P100-PCIe-16GB": 8}, (900.0, 250.0)),
     "unseen, 16 A10": ({"A10": 16}, (500.0, 400.0)),
 }
@@ -42,7 +42,7 @@ WARM_UP_S, MEASURED_S = 60.0, 120.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A placement and what the queue made of it."""
+    """A placement with the queue's result."""
 
     name: str
     plan: LayersPlan
@@ -50,20 +50,20 @@ class Judged:
 
 
 def main() -> None:
-    """Prints all rows."""
+    """Print all rows."""
     arguments = rows.parser("benchmarks.layers", __doc__).parse_args()
     rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="layers")
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
-    """The rows of every fleet."""
+    """Yield the rows of every fleet."""
     for name, problem in problems():
         if only in name:
             yield from fleet_rows(name, problem, seeds=SEEDS_QUICK if quick else SEEDS)
 
 
 def problems() -> Iterator[tuple[str, LayersProblem]]:
-    """The example files, and fleets of the same roofline that the model has not seen."""
+    """Yield the example files, and fleets of the same roofline that the model has not seen."""
     for name in FLEETS:
         yield name, load_layers_problem(EXAMPLES / f"{name}.yaml")
     for name, (counts, (prompt, output)) in UNSEEN.items():
@@ -73,7 +73,7 @@ def problems() -> Iterator[tuple[str, LayersProblem]]:
 
 
 def fleet_rows(title: str, problem: LayersProblem, *, seeds: int) -> Iterator[Row]:
-    """A row per placement, and the one of rank correlations."""
+    """Yield a row per placement, then one with rank correlations."""
     judged = []
     for name, plan in placements(problem, seeds=seeds):
         served = ChainQueue(problem, plan).run(warm_up_s=WARM_UP_S, measured_s=MEASURED_S)
@@ -102,7 +102,7 @@ def fleet_rows(title: str, problem: LayersProblem, *, seeds: int) -> Iterator[Ro
 
 
 def placements(problem: LayersProblem, *, seeds: int) -> Iterator[tuple[str, LayersPlan]]:
-    """The plan, the placement of most flow, and lesser ones."""
+    """Yield the plan, the placement of most flow, and lesser ones."""
     solve_layers(problem, budget=Budget(time_limit_s=0.0, clock=time.process_time))  # compiles
     yield "plan", solve_layers(problem, budget=Budget(clock=time.process_time))
     yield "most flow", solve_max_flow(problem, budget=Budget(clock=time.process_time))
@@ -115,7 +115,7 @@ def placements(problem: LayersProblem, *, seeds: int) -> Iterator[tuple[str, Lay
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The rank correlation of two sequences without ties."""
+    """Return the rank correlation of two sequences without ties."""
     first, second = (np.argsort(np.argsort(values)) for values in (a, b))
     return float(np.corrcoef(first, second)[0, 1])
 

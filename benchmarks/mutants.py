@@ -33,7 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
-# Part: the files that are changed, the tests that must notice, those that do so soonest first.
+# Part: the files that are changed, and the tests that must notice, the quickest to notice first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
         (f"{SOLVER}/cost.py",),
@@ -62,7 +62,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 NOT_CHANGED = ("specification.py", "baselines.py", "warming.py", "compiled.py")  # oracles, rivals, compilation
 INSTANCES = 4  # of a parametrised test
-LONGEST_S = 240.0  # CPU seconds of a mutant's tests; then it is as good as killed: it does not end
+LONGEST_S = 240.0  # CPU seconds of a mutant's tests; beyond that it never ends and counts as killed
 PRELOADED = ("numpy", "scipy.optimize", "scipy.sparse", "pytest", "numba")
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def mutants_of(part: str) -> Iterator[Mutant]:
-    """Every mutant of a part, in the order of its files."""
+    """Yield every mutant of a part, in the order of its files."""
     for source in PARTS[part][0]:
         files = [ROOT / source] if source.endswith(".py") else sorted((ROOT / source).glob("*.py"))
         for file in files:
@@ -157,7 +157,7 @@ def _mutants_of_file(part: str, file: Path) -> Iterator[Mutant]:
 
 
 def _not_run(tree: ast.AST) -> set[int]:
-    """Parts of the tree that are no arithmetic: types, default arguments of fields, raised messages, asserts."""
+    """Return the parts of the tree without arithmetic: types, annotations of fields, raised messages, asserts."""
     found: set[int] = set()
     for node in ast.walk(tree):
         skipped: list[ast.AST] = []
@@ -174,7 +174,7 @@ def _not_run(tree: ast.AST) -> set[int]:
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    """The node with one mistake."""
+    """Yield the node with one mistake."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in OPERATORS:
             yield _with(node, ops=[OPERATORS[type(op)]()])
@@ -218,15 +218,14 @@ def _replaced(text: str, node: ast.AST, now: str) -> str:
 
 
 def tried(mutant: Mutant) -> Verdict:
-    """Return whether the tests of its part notice a mutant."""
+    """Return whether the tests of a mutant's part notice it."""
     began = time.monotonic()
     killed = not _passes(mutant.part, mutant)
     return Verdict(mutant=mutant, killed=killed, seconds=time.monotonic() - began)
 
 
 def _passes(part: str, mutant: Mutant | None) -> bool:
-    """Return whether all tests of a part pass, in a process of their own; with a mutant's file in place of the true
-    one."""
+    """Return whether all tests of a part pass in a separate process, with a mutant's file replacing the true one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "solver"
         shutil.copytree(ROOT / "solver", folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -55,15 +55,15 @@ OBJECTIVES = {
     "goodput": Objective(),
 }
 TIME_LIMIT_S = 30.0  # of CPU, so that other work on the machine does not cut searches short
-ROUTERS = {  # where a paper has a rule of its own
+ROUTERS = {  # where a paper has its own rule
     "hexgen-paper": Settings(router="fewest-requests"),
     "splitwise-paper": Settings(router="fewest-tokens"),
 }
 QUICK_S = 2.0  # with ``--quick``
-COMPILING_S = 1.0  # of CPU; what is being compiled then is finished
+COMPILING_S = 1.0  # of CPU; what is compiling by then is finished
 LATENCY_LOAD = 0.7  # of what the weakest strategy serves
 BLOCK_TOKENS = 16
-# The most that the paper reports of Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
+# The most that the paper reports for Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
 OVER_SPLITWISE, OVER_HEXGEN = (2.25, 1.87, 1.47, 1.39), (1.33, 1.87, 1.22, 1.39)
 PAPER = {
     "splitwise": OVER_SPLITWISE,
@@ -75,7 +75,7 @@ PAPER = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A strategy on a case; without a plan ``note`` says why."""
+    """A strategy on a case; without a plan, ``note`` says why."""
 
     strategy: str
     plan: Plan | None
@@ -86,7 +86,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Prints one row per model, trace and strategy."""
+    """Print one row per model, trace and strategy."""
     parser = rows.parser("benchmarks.paper", __doc__)
     parser.add_argument("--objective", choices=list(OBJECTIVES), default="throughput", help="what all plan for")
     parser.add_argument("--seeds", type=int, default=5, help="runs of every load")
@@ -105,7 +105,7 @@ def main() -> None:
 def cases(
     objective: Objective, *, quick: bool, only: str, seeds: int, turns: int, processes: int, time_limit_s: float
 ) -> Iterator[Row]:  # fmt: skip
-    """Every model and trace; of ``quick`` one, with two seeds and short runs."""
+    """Yield the rows of every model and trace; ``quick``: of one, with two seeds and short runs."""
     compile_searches()
     for model in MODELS[:1] if quick else MODELS:
         for trace, workload in list(TRACES.items())[-1 if quick else 0 :]:
@@ -130,7 +130,7 @@ def simulated(
     posed: PlacementProblem, workload: str, *, seeds: int, turns: int, at_least: int, processes: int,
     time_limit_s: float,
 ) -> list[Outcome]:  # fmt: skip
-    """Plans by every strategy, saturated, then all at one rate."""
+    """Plan with every strategy, run each saturated, then all at one rate."""
     lengths = load_workload(workload)
     outcomes = []
     for outcome in [planned(posed, strategy, time_limit_s) for strategy in STRATEGIES]:
@@ -147,7 +147,7 @@ def simulated(
 
 
 def compile_searches() -> None:
-    """Plans something small once, so that no strategy's time goes into compiling what the others use, too."""
+    """Plan something small once, so that no strategy's time includes compiling what the others also use."""
     posed = problem(example("paper"), model="Llama-13B", objective=OBJECTIVES["throughput"])
     for strategy in STRATEGIES:
         budget = Budget(time_limit_s=COMPILING_S, clock=time.process_time)
@@ -156,7 +156,7 @@ def compile_searches() -> None:
 
 
 def planned(posed: PlacementProblem, strategy: str, time_limit_s: float) -> Outcome:
-    """The strategy's plan, or why it has none."""
+    """Return the strategy's plan, or why it has none."""
     budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
     try:
         return Outcome(strategy=strategy, plan=solve_placement(posed, strategy=strategy, budget=budget), note="")
@@ -178,7 +178,7 @@ def _loaded(
 
 
 def row(name: str, one: Outcome, outcomes: list[Outcome], posed: PlacementProblem) -> Row:
-    """A strategy beside `hetis` and beside what the paper says of the two."""
+    """Compare a strategy with `hetis` and with what the paper says of the two."""
     ours = next(outcome for outcome in outcomes if outcome.strategy == "hetis")
     paper = PAPER.get(one.strategy, (None, None, None, None))
     served_rps = one.saturated.throughput_rps if one.saturated is not None else None

@@ -47,7 +47,7 @@ DECODE_SEATS = (4, 64)  # b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """A pipeline whose micro-batches go round for ever. Seconds are of one iteration on one copy."""
+    """A pipeline whose micro-batches circulate for ever. Seconds are those of one iteration on one copy."""
 
     plain_s: tuple[float, ...]  # per stage, without a chunk
     chunk_ratio: float
@@ -56,14 +56,14 @@ class Pipeline:
     chunk_share: float  # phi
 
     def even_rate(self, chunk_share: float) -> float:
-        """Iterations per second when work flows evenly: the formula without slack."""
+        """Return the iterations per second when work flows evenly: the formula without slack."""
         mean_s = [s * (1.0 + chunk_share * (self.chunk_ratio - 1.0)) for s in self.plain_s]
         slowest_s = max(s / c for s, c in zip(mean_s, self.copies, strict=True))
         return 1.0 / max(slowest_s, sum(mean_s) / self.in_flight)
 
 
 def main() -> None:
-    """Prints one row per fill and arrangement of chunks."""
+    """Print one row per fill and arrangement of chunks."""
     parser = rows.parser("benchmarks.pipeline", __doc__)
     parser.add_argument("what", nargs="?", choices=("alternating", "roles"), default="alternating")
     arguments = parser.parse_args()
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measured_rows(num_pipelines: int, iterations: int, only: str = "") -> Iterator[rows.Row]:
-    """One row per arrangement of chunks and fill, each over ``num_pipelines`` random pipelines."""
+    """Yield one row per arrangement of chunks and fill, each over ``num_pipelines`` random pipelines."""
     assumed = Assumptions()
     slacks = dict(zip(FILLS, (0.0, assumed.tight_slack, assumed.full_slack), strict=True))
     for chunks in ("evenly", "at random"):
@@ -104,7 +104,7 @@ def measured_rows(num_pipelines: int, iterations: int, only: str = "") -> Iterat
 
 
 def role_rows(*, quick: bool, only: str = "") -> Iterator[rows.Row]:
-    """One row per role, model, workload and size: K, and b of a decode pipeline."""
+    """Yield one row per role, model, workload and size (K, and b of a decode pipeline)."""
     iterations, requests = (300, 100) if quick else (8000, 1500)
     carried = [(0, PREFILL_CHUNK), *((b, 0) for b in DECODE_SEATS)]
     for (b, chunk), model, workload, stages in itertools.product(carried, ROLE_MODELS, ROLE_WORKLOADS, ROLE_STAGES):
@@ -138,8 +138,8 @@ def _beside(found: list[Kept]) -> dict[str, float]:
 
 
 def random_pipeline(fill: str, rng: np.random.Generator) -> Pipeline:
-    """Stages as an optimiser leaves them: about equally busy, with different numbers of copies."""
-    # One stage of one copy is left out: between one micro-batch and two per copy there is nothing.
+    """Return stages as an optimiser leaves them: about equally busy, with different numbers of copies."""
+    # One stage with one copy is left out: there is nothing between one micro-batch and two per copy.
     stages = int(rng.integers(2, MAX_STAGES + 1))
     copies = rng.integers(1, MAX_COPIES + 1, stages)
     in_flight = _in_flight(fill, int(copies.sum()), rng)
@@ -153,22 +153,22 @@ def random_pipeline(fill: str, rng: np.random.Generator) -> Pipeline:
 
 
 def ratio_to_formula(pipeline: Pipeline, iterations: int, rng: np.random.Generator, *, at_random: bool) -> float:
-    """Simulated rate over the formula's, for the chunks that came."""
+    """Return the simulated rate over the formula's, for the chunks that occurred."""
     carries_chunk = _chunks_at_random(pipeline, rng) if at_random else _chunks_evenly(pipeline, rng)
     rate, chunk_share = simulate(pipeline, iterations, carries_chunk)
     return rate / pipeline.even_rate(chunk_share)
 
 
 def simulate(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int], bool]) -> tuple[float, float]:
-    """Iterations per second once the pipeline has filled up, and the share of them that carried a chunk.
+    """Return the iterations per second once the pipeline has filled up, and the share of them with a chunk.
 
-    First come, first served at every stage, by whichever copy is free first. ``carries_chunk`` is asked once for each
-    iteration of a micro-batch, in their order.
+    Every stage is first come, first served, by the copy that is free first. ``carries_chunk`` is asked once for each
+    iteration of a micro-batch, in order.
     """
     warm_up = iterations // 5
     free_s = [[0.0] * copies for copies in pipeline.copies]  # heaps
     stretch = [1.0] * pipeline.in_flight
-    # (arrival, order, micro-batch, stage); the order keeps arrivals at the same time first come, first served.
+    # (arrival, order, micro-batch, stage); the order keeps simultaneous arrivals first come, first served.
     events = [(0.0, m, m, 0) for m in range(pipeline.in_flight)]
     order, done, chunks, started_s, now_s = len(events), 0, 0, 0.0, 0.0
     while done < iterations:
@@ -192,7 +192,7 @@ def simulate(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int],
 
 
 def _in_flight(fill: str, copies: int, rng: np.random.Generator) -> int:
-    """M of a fill; up to three times the copies."""
+    """Return the M of a fill, up to three times the copies."""
     if fill == "M = 1":
         return 1
     if fill == "M >= 2K":
@@ -205,7 +205,7 @@ def _chunks_at_random(pipeline: Pipeline, rng: np.random.Generator) -> Callable[
 
 
 def _chunks_evenly(pipeline: Pipeline, rng: np.random.Generator) -> Callable[[int], bool]:
-    """Each micro-batch counts up by the share and carries a chunk whenever it passes a whole number."""
+    """Let each micro-batch count up by the share and carry a chunk whenever it passes a whole number."""
     counted = [float(start) for start in rng.random(pipeline.in_flight)]
 
     def carries_chunk(m: int) -> bool:

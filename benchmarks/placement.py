@@ -56,7 +56,7 @@ BETWEEN = (
 SCALES = (1, 4, 16, 64, 256, 1024, 8192, 83333)
 TYPE_COUNTS = range(1, 9)
 GPUS_PER_TYPES_ROW = 1024
-SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s: under 2 s these have no plan
+SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s, which have no plan under 2 s
 THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
@@ -71,7 +71,7 @@ MILP_LIMIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A row to come: a problem and how to solve it."""
+    """A row to be measured: a problem and how to solve it."""
 
     name: str
     problem: PlacementProblem
@@ -82,18 +82,18 @@ class Case:
     panel: tuple[str, str] | None = None  # of the figure of searches: fleet and objective
 
     def measured(self) -> Measured:
-        """Solves it in a process of its own."""
+        """Solve it in a process of its own."""
         solve = Solve(problem=self.problem, time_limit_s=self.time_limit_s, gap_target=self.gap_target, warm=self.warm)
         with tempfile.TemporaryDirectory() as folder:
             environment = {"NUMBA_CACHE_DIR": folder} if self.empty_cache else {}
             try:
                 return in_own_process(measure, solve, environment=environment)
-            except BrokenProcessPool:  # killed, most likely for lack of memory
+            except BrokenProcessPool:  # killed, most likely because memory ran out
                 return failed("the process died")
 
 
 def main() -> None:
-    """Prints all rows and draws the curves."""
+    """Print all rows and draw the curves."""
     parser = rows.parser("benchmarks.placement", __doc__)
     parser.add_argument(
         "--engine", choices=[*ENGINES, ANY_ENGINE], default=DEFAULT_ENGINE, help="whose plans are searched"
@@ -112,21 +112,21 @@ def main() -> None:
 
 
 class Benchmark:
-    """The rows of one engine, in the order of the documentation; ``searches``: how those of a fleet closed in."""
+    """The rows of one engine, in the order of the documentation; ``searches``: how those of a fleet closed the gap."""
 
     def __init__(self, *, engine: str, quick: bool, only: str) -> None:
         self.engine, self.quick, self.only = engine, quick, only
         self.searches = list[plots.Search]()
 
     def rows(self) -> Iterator[Row]:
-        """Measures them."""
+        """Measure and yield the rows."""
         yield from self._smallest_rows()
         if self.only in "12 GPUs, compact MILP":
             yield from _milp_rows(5.0 if self.quick else MILP_LIMIT_S)
         cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
         cases = [case for case in cases if self.only in case.name]
         if cases and not self.quick:
-            # Compiles the search where its sources changed, so that no row pays for it.
+            # Compiles the search if its sources have changed, so that no row includes it.
             in_own_process(measure, Solve(problem=cases[0].problem, time_limit_s=60.0, gap_target=0.5))
         for case in cases:
             measured = case.measured()
@@ -135,13 +135,13 @@ class Benchmark:
             yield _row(case, measured)
 
     def posed(self, cluster: Cluster, objective: Objective) -> PlacementProblem:
-        """A fleet's problem, for the engine."""
+        """Return a fleet's problem for the engine."""
         found = problem(cluster, objective=objective)
         rules = None if self.engine == ANY_ENGINE else EngineRules(name=self.engine)
         return replace(found, family=run_by(found.family, rules))
 
     def _smallest_rows(self) -> Iterator[Row]:
-        """12 GPUs: compiled for the first time, loaded from the cache, and warm."""
+        """Yield the rows of 12 GPUs: compiled for the first time, loaded from the cache, and warm."""
         for limits, objective in ((", TTFT 4 s", SLOWER), (", no limits", NO_LIMITS)):
             name = f"12 GPUs{limits}"
             posed = self.posed(example("paper"), objective)
@@ -158,14 +158,14 @@ class Benchmark:
             yield _row(replace(case, name=f"{name}, warm"), measured)
 
     def _between_cases(self) -> Iterator[Case]:
-        """Few replicas: what gap is left, honestly."""
+        """Yield cases with few replicas, and what gap honestly remains."""
         for name, *nodes in BETWEEN[1:2] if self.quick else BETWEEN:
             objective = SLOWER if any(gpu.startswith("P100") for _, _, gpu in nodes) else DEFAULT_LIMITS
             posed = self.posed(fleet(name, *nodes), objective)
             yield Case(name=name, problem=posed, time_limit_s=2.0 if self.quick else BETWEEN_LIMIT_S)
 
     def _fleet_cases(self) -> Iterator[Case]:
-        """Fleets of every size, by objective; the demand is about what half of the GPUs serve."""
+        """Yield fleets of every size, by objective; the demand is about what half of the GPUs serve."""
         _, *nodes = BETWEEN[1]
         fleets = (
             (fleet("24 GPUs", *nodes), 10.0, 3.0),
@@ -189,7 +189,9 @@ class Benchmark:
                 )
 
     def _curve_cases(self) -> Iterator[Case]:
-        """The mix of the paper's cluster, ever larger, under the same limits; 1,024 GPUs of ever more types."""
+        """Yield the mix of the paper's cluster at growing sizes under the same limits, and 1,024 GPUs of more and more
+        types.
+        """
         for times in SCALES:
             posed = self.posed(scaled(example("paper"), times), SLOWER)
             yield Case(name=f"by size: {posed.cluster.num_gpus():,} GPUs", problem=posed, time_limit_s=CURVE_LIMIT_S)
@@ -253,7 +255,7 @@ def _cells(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Specified:
-    """The compact MILP's answer and what it took, building included."""
+    """The answer of the compact MILP and what it took, including the build."""
 
     status: str
     value: float
@@ -265,7 +267,7 @@ class Specified:
 
 
 def specify(argument: tuple[PlacementProblem, float]) -> Specified:
-    """Solves the compact MILP of a problem within a time."""
+    """Solve the compact MILP of a problem within a time limit."""
     from hetis.solver.placement.specification import solve_specification
 
     posed, time_limit_s = argument
@@ -283,7 +285,7 @@ def specify(argument: tuple[PlacementProblem, float]) -> Specified:
 
 
 def _milp_rows(time_limit_s: float) -> Iterator[Row]:
-    """The same 12 GPUs in a family small enough for the MILP, first by the exact search, then by the MILP."""
+    """Yield the same 12 GPUs in a family small enough for the MILP, first by the exact search, then by the MILP."""
     posed = replace(problem(example("paper"), objective=NO_LIMITS), family=SHRUNK)
     family = "b 32, M 8, C 512, up to 2 copies, no attention workers, no limits"
     ours = in_own_process(measure, Solve(problem=posed, time_limit_s=60.0, warm=3))

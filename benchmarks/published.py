@@ -34,7 +34,7 @@ TIME_LIMIT_S = 6.0
 HEURISTIC_LIMIT_S = 120.0  # HexGen-2 reports 90 to 120 s
 TYPES = ("H100-SXM-80GB", "A100-SXM-80GB", "A100-PCIe-40GB", "L40S", "RTX-A6000", "A10G", "L4", "RTX-3090", "T4")
 RANDOM_FLEETS = 8
-# Heavy or light prefill (above or below 512 tokens), heavy or light decode (above or below 128), as HexGen-2 has them.
+# Prefill (512 tokens) and decode (128 tokens), heavy above and light below, as in HexGen-2.
 LENGTHS = ("1024/64", "1024/256", "256/256", "256/64")
 
 
@@ -47,7 +47,7 @@ class Case:
 
 
 def main() -> None:
-    """Prints two rows per case, one for each heuristic, then what they come to."""
+    """Print two rows per case, one for each heuristic, and then the summary."""
     parser = rows.parser("benchmarks.published", __doc__)
     arguments = parser.parse_args()
     if not arguments.quick:
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def _compile() -> None:
-    """Solves once by everything that is compiled, sub-fleets and column generation, so that no row pays for it."""
+    """Solve once everything that is compiled, sub-fleets and column generation, so that no row includes it."""
     for cluster in (example("h100-l4"), random_fleet(0)):
         for strategy in (*PROVEN, *PROVEN.values()):
             answer(problem(cluster, workload="1024/256", objective=NO_LIMITS), strategy, time_limit_s=120.0)
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """The papers' fleets, then random ones."""
+    """Yield the papers' fleets, then random ones."""
     for name, cluster, model in _fleets_of_papers():
         for lengths in LENGTHS[1:2] if quick else LENGTHS[1::2]:
             yield _case(f"{name}, {lengths}", cluster, model=model, lengths=lengths)
@@ -96,7 +96,7 @@ def _fleets_of_papers() -> Iterator[tuple[str, Cluster, str]]:
 
 
 def random_fleet(seed: int) -> Cluster:
-    """Two to four kinds of nodes of one to eight GPUs, 8 to 32 GPUs that hold the model more than twice."""
+    """Return two to four kinds of nodes with one to eight GPUs, 8 to 32 GPUs that hold the model more than twice."""
     random = np.random.default_rng(seed)
     while True:
         kinds = random.choice(len(TYPES), size=int(random.integers(2, 5)), replace=False)
@@ -120,7 +120,7 @@ def _described(cluster: Cluster) -> str:
 
 
 def compare(case: Case) -> Iterator[Row]:
-    """One row per heuristic."""
+    """Yield one row per heuristic."""
     for heuristic, strategy in PROVEN.items():
         ours = answer(case.problem, heuristic, time_limit_s=HEURISTIC_LIMIT_S)
         proven = answer(case.problem, strategy, time_limit_s=TIME_LIMIT_S)
@@ -141,7 +141,7 @@ def compare(case: Case) -> Iterator[Row]:
 
 
 def _ratio(ours: Answer, best: float) -> float:
-    """Infinite, that is none, where there is nothing to compare with."""
+    """Return the ratio, infinite (that is, none) if there is nothing to compare with."""
     return ours.value / best if best > 0.0 and math.isfinite(best) else math.inf
 
 

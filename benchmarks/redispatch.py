@@ -81,7 +81,7 @@ class Joint:
 
 @dataclass(slots=True)
 class Paper:
-    """The one request whose re-dispatch helps most (Hetis, SC'25)."""
+    """The one request whose re-dispatch helps the most (Hetis, SC'25)."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
@@ -97,7 +97,7 @@ class Paper:
 
 @dataclass(slots=True)
 class SameBytes:
-    """The joint program where the paper's rule would move something, with as many bytes as that."""
+    """The joint program, used where the paper's rule would move something, with as many bytes as that rule."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
@@ -160,7 +160,7 @@ def _only(full: int | None) -> frozenset[int]:
 
 
 def main() -> None:
-    """Prints one row per scenario, policy and Theta; draws makespans over time."""
+    """Print one row per scenario, policy and Theta, and draw makespans over time."""
     arguments = rows.parser("benchmarks.redispatch", __doc__).parse_args()
     curves: dict[str, dict[str, FloatArray]] = {}
     rows.show(measured(quick=arguments.quick, only=arguments.only, curves=curves), arguments, name="redispatch")
@@ -169,9 +169,9 @@ def main() -> None:
 
 
 def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]) -> Iterator[Row]:
-    """Every scenario with every policy; one scenario, seed and Theta and fewer steps when ``quick``.
+    """Yield every scenario with every policy; one scenario, seed and Theta and fewer steps if ``quick``.
 
-    ``curves`` is filled with makespans over time of the first seed, by scenario and policy.
+    ``curves`` is filled with the makespans over time of the first seed, by scenario and policy.
     """
     scenarios = SCENARIOS[-1:] if quick else SCENARIOS
     steps, seeds, thetas = (300, 1, THETAS[:1]) if quick else (STEPS, SEEDS, THETAS)
@@ -222,8 +222,9 @@ def _row(
 def _beside(
     tallies: Sequence[Tally], paper: Sequence[Tally] | None, nothing: Sequence[Tally]
 ) -> dict[str, float | None]:  # fmt: skip
-    """Return what is saved more than by the paper's rule, and that per GiB, each with its standard error over the
-    seeds."""
+    """Return how much more is saved than by the paper's rule, also per GiB, each with its standard error over the
+    seeds.
+    """
     names = ("more_us", "more_us_error", "more_us_per_gib", "more_us_per_gib_error")
     if paper is None:
         return dict.fromkeys(names)
@@ -243,7 +244,7 @@ def _beside(
 
 
 def _saved_us(tallies: Sequence[Tally], nothing: Sequence[Tally]) -> list[float]:
-    """Makespan and refill below those of no re-dispatch, by seed."""
+    """Return by how much makespan and refill are below those of no re-dispatch, by seed."""
     return [_cost_us(still) - _cost_us(tally) for tally, still in zip(tallies, nothing, strict=True)]
 
 
@@ -269,7 +270,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def draw(curves: dict[str, dict[str, FloatArray]]) -> None:
-    """Makespans over time, smoothed over 20 steps: HTML, and PNG where matplotlib is installed."""
+    """Draw makespans over time, smoothed over 20 steps, as HTML, and as PNG if matplotlib is installed."""
     from plotly import graph_objects, subplots
 
     plots.RESULTS.mkdir(exist_ok=True)

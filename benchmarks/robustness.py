@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What one wrong plan costs, as shares of what the right one does; ``latency`` is infinite where it is too slow."""
+    """The cost of one wrong plan, as shares of the right plan's values; ``latency`` is infinite if it is too slow."""
 
     same_replicas: bool
     goodput: float
@@ -69,13 +69,13 @@ class Loss:
 
 
 def main() -> None:
-    """Prints all rows."""
+    """Print all rows."""
     arguments = rows.parser("benchmarks.robustness", __doc__).parse_args()
     rows.exit_if_crashed(rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="robustness"))
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
-    """A row of random errors and one of corner cases for every fleet."""
+    """Yield a row of random errors and one of corner cases for every fleet."""
     for case in cases(quick=quick):
         if only in case.name:
             yield from _rows(case, SAMPLES_QUICK if quick else SAMPLES, with_corners=not quick)
@@ -85,7 +85,7 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
 
 
 def cases(*, quick: bool) -> list[Case]:
-    """Llama-2-70B on the paper's cluster and on others."""
+    """Return Llama-2-70B on the paper's cluster and on others."""
 
     first = [Case(name="paper, 12 GPUs", problem=problem(example("paper"), objective=Objective(ttft_limit_s=5.0)))]
     if quick:
@@ -156,7 +156,7 @@ def _dispatch_row(name: str, cards: Cards, count: int) -> Row:
 
 
 class Judge:
-    """Compares plans with the ``right`` one by the profiles of ``posed``."""
+    """Compares plans with the ``right`` one, using the profiles of ``posed``."""
 
     def __init__(self, posed: PlacementProblem, right: Plan) -> None:
         self._posed = posed
@@ -165,7 +165,7 @@ class Judge:
         self._latency_s = self._right.latency_s(posed.profiles, LOAD * self._rate)
 
     def loss_of(self, wrong: Plan, profiles: Profiles) -> Loss:
-        """Return what a plan costs that was made with wrong ``profiles``."""
+        """Return what a plan made with wrong ``profiles`` costs."""
         posed, other = self._posed, FixedPlan(wrong, self._posed, made_with=profiles)
         return Loss(
             same_replicas=self._right.structure == other.structure,

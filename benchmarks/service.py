@@ -56,12 +56,12 @@ STREAMED = (  # requests of a step, steps at once, streams
     (16, 1, 1, "1 at once"),
 )
 SMALL = "clusters/small"
-MANY = 10_000  # agents that what one takes is extrapolated to
-MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that the planner is saturated
+MANY = 10_000  # number of agents to which the cost of one is extrapolated
+MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that, the planner is saturated
 
 
 async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
-    """Everything, one after the other, on one planner."""
+    """Measure everything, one after the other, on one planner."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         async for row in connections(bench):
@@ -79,7 +79,7 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
 
 
 async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
-    """Dispatch calls beside a connected fleet, and nothing else."""
+    """Measure dispatch calls beside a connected fleet, and nothing else."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         await bench.connect()
@@ -96,7 +96,7 @@ SOAK_REPORTS_PER_S, SOAK_ADMITS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
 
 
 async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
-    """One load for long: whether memory grows and latencies do."""
+    """Apply one load for a long time, to see if memory or latencies grow."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         await bench.connect()
@@ -109,7 +109,7 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
         dispatched = DispatchedReplica(bench.client, found.name)
         await dispatched.declare(stage, found.generation)
         await bench.set_rate(SOAK_REPORTS_PER_S)
-        parts = list[tuple[float, float]]()  # memory, p99 while the host lets the machine be
+        parts = list[tuple[float, float]]()  # memory, and p99 while the host leaves the machine alone
         part_s = 60 * minutes / SOAK_PARTS
         for number in range(SOAK_PARTS):
             async with dispatched.streaming(1, streams=1) as step:
@@ -131,7 +131,7 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
 
 
 async def connections(bench: Bench) -> AsyncIterator[Row]:
-    """Yield what agents cost that are connected, without and with replicas."""
+    """Yield the cost of connected agents, without and with replicas."""
     extent = bench.extent
     with Watched(bench.planner) as watched:
         await asyncio.sleep(extent.idle_s / 3)
@@ -143,7 +143,7 @@ async def connections(bench: Bench) -> AsyncIterator[Row]:
     yield bench.row(
         "connecting", rate_per_s=extent.agents / seconds, cpu_us=1e6 * watched.cpu_s / extent.agents, **bench.memory()
     )
-    await asyncio.sleep(extent.idle_s / 3)  # heartbeats spread
+    await asyncio.sleep(extent.idle_s / 3)  # heartbeats spread out
     yield await idle(bench, "heartbeats, no replicas", alone)
     with Watched(bench.planner) as watched:
         seconds = await bench.activate()
@@ -159,7 +159,7 @@ async def connections(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def idle(bench: Bench, name: str, alone: float) -> Row:
-    """Agents that say nothing but that they live. ``alone``: cores without agents."""
+    """Measure agents that only send heartbeats. ``alone``: cores without agents."""
     with Watched(bench.planner) as watched:
         await asyncio.sleep(bench.extent.idle_s)
     beats_per_s = bench.extent.agents / 5.0
@@ -189,7 +189,7 @@ async def empty_calls(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
-    """Admissions, each followed by a FinishRequests, so that the replica stays as loaded as it is."""
+    """Measure admissions, each followed by a FinishRequests, so that the replica stays equally loaded."""
     stage = bench.planner_cell[0].stage
     assert stage is not None, "the primary has no assignment"
     found = await bench.replica_at(bench.planner_cell[0].node)
@@ -231,7 +231,7 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def writes(bench: Bench) -> AsyncIterator[Row]:
-    """Durable changes of a small cluster, and a read."""
+    """Measure durable changes of a small cluster, and a read."""
     client, small = bench.client, cell_fleet(2 * 9)
     policies = (cluster_pb2.REACTION_MODE_OFF, cluster_pb2.REACTION_MODE_ADVISORY)
     turn = 0
@@ -265,7 +265,7 @@ async def writes(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def changes(bench: Bench) -> AsyncIterator[Row]:
-    """Re-dispatches of one replica, while the others are quiet and while they report."""
+    """Measure re-dispatches of one replica, while the others are quiet and while they report."""
     cell = CellUnderStress(bench.engine_cell, bench.client)
     for rate, count in ((0.0, max(2, bench.extent.changes // 5)), (bench.extent.beside_rate, bench.extent.changes)):
         await bench.set_rate(rate)
@@ -298,7 +298,7 @@ STEPS = {
 
 
 async def reports(bench: Bench) -> AsyncIterator[Row]:
-    """Ever more of them."""
+    """Measure reports at growing rates."""
     for rate in bench.extent.rates:
         await bench.set_rate(rate)
         await asyncio.sleep(bench.extent.report_s / 4)
@@ -337,7 +337,7 @@ Measure = Callable[[Extent, Path | None], AsyncIterator[Row]]
 
 
 def all_rows(extent: Extent, profile: Path | None, what: Measure = measure) -> Iterator[Row]:
-    """As they are measured."""
+    """Yield the rows as they are measured."""
     with asyncio.Runner() as runner:
         found = what(extent, profile)
         try:

@@ -39,16 +39,18 @@ from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
 GAP = 0.01
 EPSILON = 1e-6
 LINEAR = (Rule.COOPERATIVE, Rule.NON_COOPERATIVE, Rule.EQUAL)
-# Efficiency comes last: it may take over what any other rule has found.
+# Efficiency comes last, because it may take over what any other rule has found.
 RULES = (TenantRule.MAX_MIN, TenantRule.EQUAL_THROUGHPUT, TenantRule.SHARING_INCENTIVE, TenantRule.EFFICIENCY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Who has what: normalised rates, rates over those of one's part, and real rates with the others' GPUs.
+    """The rates of every tenant: normalised, relative to those of its part, and real ones with the others' GPUs.
 
-    ``normalised`` [tenants] is the rate over what is reached alone, ``over_part`` [tenants], ``envy`` [tenants,
-    tenants] the rate with as many GPUs as the other, per part, over one's own.
+    ``normalised`` [tenants] is the rate over the one reached alone, ``over_part`` [tenants] the rate over the one on
+    the
+    tenant's own part, ``envy`` [tenants, tenants] the rate with as many GPUs as the other, per part, over the tenant's
+    own.
     """
 
     normalised: FloatArray
@@ -57,13 +59,13 @@ class Outcome:
 
 
 def main() -> None:
-    """Prints all rows."""
+    """Print all rows."""
     arguments = rows.parser("benchmarks.sharing", __doc__).parse_args()
     rows.exit_if_crashed(rows.show(all_rows(quick=arguments.quick, only=arguments.only), arguments, name="sharing"))
 
 
 def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
-    """A row per rule, then the shares that one speed-up per GPU type gives."""
+    """Yield a row per rule, then the shares from one speed-up per GPU type."""
     name, tenancy = _case(quick=quick)
     if only not in name:
         return
@@ -78,7 +80,7 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
 
 
 def _case(*, quick: bool) -> tuple[str, Tenancy]:
-    """The three models of the example on 160 GPUs; two of them on 10."""
+    """Return the three models of the example on 160 GPUs, or two of them on 10."""
     tenants, fleet = str(EXAMPLES / "three-models.yaml"), "h100-l4" if quick else "fleet-160"
     tenancy = load_tenancy(tenants, cluster=str(EXAMPLES / f"{fleet}.yaml")).tenancy
     if not quick:
@@ -124,7 +126,7 @@ def _gpus(prices: Sequence[object]) -> str:
 
 
 def _promise(rule: TenantRule, outcome: Outcome, names: Sequence[str]) -> str:
-    """Return what a rule promises of real rates, and everything else that fails."""
+    """Return what a rule promises about real rates, and everything else that fails."""
     found = []
     if rule is TenantRule.EQUAL_THROUGHPUT:
         found.append("equal: held" if np.ptp(outcome.normalised) <= EPSILON else "equal: broken")
@@ -154,16 +156,16 @@ def _worst_envy(envy: FloatArray) -> float:
 
 
 def _over(a: FloatArray, b: FloatArray) -> FloatArray:
-    """a / b; infinite where b is nothing and a is not."""
+    """Return a / b, infinite where b is zero and a is not."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(a > 0.0, a / b, 0.0)
 
 
-# --- what one speed-up per GPU type makes of the same fleet
+# --- what one speed-up per GPU type gives on the same fleet
 
 
 def linear_problem(search: FleetSearch) -> ShareProblem:
-    """Speed-ups are rates on all GPUs of a class alone, per GPU."""
+    """Return the sharing problem whose speed-ups are rates per GPU on all GPUs of a class alone."""
     atlas = search.solvers[0].atlas
     tenants = []
     for solver in search.solvers:
@@ -185,7 +187,7 @@ def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
 
 
 def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rule, best: float) -> Row:
-    """The linear shares in whole GPUs, at the rates that are really reached there."""
+    """Return the linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
     rows_of = [g for g, _ in search.solvers[0].atlas.resources.rows]

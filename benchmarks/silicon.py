@@ -58,14 +58,14 @@ POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "serving_p
 PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
-ROUNDS = 10  # requests of a run for each one in flight, as InferenceX sends
-LEAST_DECODING = 0.5  # of the seats that memory allows; below it something that the row does not say held requests back
+ROUNDS = 10  # requests of a run for each one in flight, as in InferenceX
+LEAST_DECODING = 0.5  # share of the seats in memory; below it something not in the row held requests back
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A point and what was predicted of it."""
+    """A point and its prediction."""
 
     point: ServingPoint
     ttft_s: float
@@ -84,14 +84,14 @@ class Outcome:
 
 
 def main() -> None:
-    """Prints a row per (GPU, engine, model, kind, mode), and what was covered and skipped."""
+    """Print a row per (GPU, engine, model, kind, mode), and what was covered and skipped."""
     parser = rows.parser("benchmarks.silicon", __doc__)
     parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
     arguments = parser.parse_args()
     if arguments.quick and not arguments.points.is_file():
         print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
-        return  # the quick form runs everywhere, the table is not ours to ship
+        return  # the quick form runs everywhere, but the table is not ours to ship
     table = read_rows(arguments.points)
     outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
     peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def write_document(shown: Sequence[Row], points: Path, peer: Peer | None) -> None:
-    """The tables of docs/accuracy.md."""
+    """Write the tables of docs/accuracy.md."""
     groups = [row for row in shown if "gpu" in row]
     whole = [row for row in groups if row["model"] == "all"]
     single = [row for row in groups if row["model"] != "all"]
@@ -127,7 +127,7 @@ def write_document(shown: Sequence[Row], points: Path, peer: Peer | None) -> Non
 
 
 def in_percent(groups: Sequence[Row]) -> list[Row]:
-    """Errors as percentages, to a tenth."""
+    """Return the errors as percentages, to one decimal."""
     return [
         {
             key: f"{v:+.1%}" if key.endswith("bias") else f"{v:.1%}" if isinstance(v, float) else v
@@ -140,7 +140,7 @@ def in_percent(groups: Sequence[Row]) -> list[Row]:
 def predicted(
     table: list[dict[str, str]], *, quick: bool = False, only: str = ""
 ) -> tuple[list[Outcome], Counter[str]]:
-    """What is predicted, and how many rows are not, by reason."""
+    """Return the predictions, and how many rows have none, by reason."""
     outcomes, skipped = list[Outcome](), Counter[str]()
     for number, found in enumerate(posed(table)):
         if quick and number % QUICK_STRIDE:
@@ -158,10 +158,10 @@ def predicted(
 
 
 def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
-    """Mean TTFT and TPOT of a point.
+    """Return the mean TTFT and TPOT of a point.
 
     Raises:
-        NotPosedError: not one of its requests fits in memory, or the engine let far fewer run than fit.
+        NotPosedError: none of its requests fits in memory, or the engine ran far fewer than fit.
     """
     chunk = CHUNK_TOKENS[point.engine]
     timing, seats = stage_of(point, chunk)
@@ -178,10 +178,10 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
 
 
 def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
-    """The replica's only stage, and how many requests its KV has room for.
+    """Return the replica's only stage, and how many requests its KV has room for.
 
     Raises:
-        NotPosedError: not one does.
+        NotPosedError: it has room for none.
     """
     model, share = point.model, (1.0 + point.shortest) / 2.0
     lengths = LengthBin(
@@ -214,7 +214,7 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
 
 @cache
 def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
-    """The shipped profile, or else the modelled one, under the engine."""
+    """Return the shipped profile, or else the modelled one, with the engine applied."""
     kind = catalogue.find_gpu(gpu).gpu
     return for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval)
 
@@ -223,12 +223,12 @@ Peer = Mapping[str, tuple[float, float] | str]  # by the row's id: TTFT and TPOT
 
 
 def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
-    """What aiconfigurator says of the same rows.
+    """Return aiconfigurator's answers for the same rows.
 
     Raises:
         SystemExit: it cannot be started.
     """
-    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # it loads tables for each
+    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # tables are loaded for each
     kv = {point.row["id"]: {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {} for point in points}
     asked = "\n".join(json.dumps(dict(point.row) | kv[point.row["id"]]) for point in ordered)
     try:
@@ -244,13 +244,15 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
 
 
 def peer_version(peer: Peer) -> str:
-    """Return the version of aiconfigurator that the Python asked has."""
+    """Return the version of aiconfigurator in the given Python."""
     version = peer.get("version", "")
     return version if isinstance(version, str) else ""
 
 
 def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:
-    """A row per (GPU, engine, model, kind, mode); of points held out the same without the model, and one per kind."""
+    """Yield a row per (GPU, engine, model, kind, mode); for held-out points also one without the model, and one per
+    kind.
+    """
     for keys in (("gpu", "engine", "model"), ("gpu", "engine"), ("gpu",), ()):
         groups = defaultdict[tuple[str, ...], list[Outcome]](list)
         for outcome in outcomes:
@@ -268,7 +270,7 @@ def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:
 
 
 def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
-    """Errors of a group's points."""
+    """Return the errors of a group's points."""
     tpot = np.array([outcome.tpot_error for outcome in outcomes])
     ttft = np.array([outcome.ttft_error for outcome in outcomes])
     return {
@@ -282,7 +284,7 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
 
 
 def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
-    """Errors of both where both answer."""
+    """Return the errors of both where both answer."""
     both = [(o, answer) for o in outcomes if not isinstance(answer := peer.get(o.point.row["id"], ""), str)]
     row: dict[str, Cell] = {"both_n": len(both)}
     for name, index in (("ttft", 0), ("tpot", 1)):
@@ -294,7 +296,7 @@ def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
 
 
 def coverage_rows(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
-    """How many points are predicted, how many are not in all, and how many for each reason."""
+    """Yield how many points are predicted, how many are not, and how many for each reason."""
     yield {"coverage": "covered", "n": len(outcomes), "reason": ""}
     reasons: Iterable[tuple[str, int]] = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     for reason, count in reasons:

@@ -57,12 +57,12 @@ BAR = 0.1
 TTFT_BAR = 0.25
 SOLVE_S = 8.0  # of CPU, so that other work on the machine does not cut searches short
 WORST = 16  # rows shown
-MOST_ITERATIONS = 60_000  # of one simulated replica, about
+MOST_ITERATIONS = 60_000  # of one simulated replica, roughly
 AS_PLANNED = Settings(dispatch=False, redispatch=False)
 
 
 def main() -> None:
-    """Prints one row per replica shape, or per plan."""
+    """Print one row per replica shape, or per plan."""
     parser = rows.parser("benchmarks.simulation", __doc__)
     parser.add_argument("what", nargs="?", choices=("agreement", "speed"), default="agreement")
     parser.add_argument("--cases", type=int, default=60)
@@ -107,7 +107,7 @@ def verdict(measured: Sequence[Row]) -> str:
 
 
 def agreement_rows(count: int, only: str = "", *, with_ttft: bool, processes: int) -> Iterator[Row]:
-    """One row per replica shape of every case."""
+    """Yield one row per replica shape of every case."""
     cases = [case for case in random_cases(count, SEED) if only in case.name]
     with ProcessPoolExecutor(max_workers=processes or None) as pool:
         for found in pool.map(partial(agreement, with_ttft=with_ttft), cases):
@@ -115,7 +115,7 @@ def agreement_rows(count: int, only: str = "", *, with_ttft: bool, processes: in
 
 
 def agreement(case: Case, *, with_ttft: bool) -> list[Row]:
-    """One row per replica shape of the plan; none where there is no plan."""
+    """Return one row per replica shape of the plan, or none if there is no plan."""
     try:
         plan = solve_placement(
             case.problem, budget=Budget(time_limit_s=SOLVE_S, clock=time.process_time), gap_target=0.01
@@ -135,7 +135,7 @@ def _ratio(row: Row) -> float:
 
 
 def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
-    """One replica, or all that KV routes join."""
+    """Return the row of one replica, or of all that KV routes join."""
     planned = prediction_of(part)
     in_flight = seats_of(part)
     count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / iterations_per_request(part, case.problem)), 200))
@@ -160,7 +160,7 @@ def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
 
 
 def _alternating_ratio(problem: PlacementProblem, part: Plan) -> float | None:
-    """None with attention workers, which `alternating_rate` does not know."""
+    """Return the ratio, or None with attention workers, which `alternating_rate` does not support."""
     if any(one.attention_workers for one in part.replicas):
         return None
     sides: dict[Role, float] = {}
@@ -177,7 +177,7 @@ def _shape(one: ReplicaPlan) -> str:
 
 
 def _ttft_p95_s(part: Plan, case: Case, count: int, load: float) -> float | None:
-    """At so much of the planned rate; None where that is not carried, or nobody can tell."""
+    """Return the p95 TTFT at this share of the planned rate, or None if that is not carried or the run is too short."""
     problem, rate_rps = case.problem, load * prediction_of(part).rate_rps
     arriving = Load(lengths=problem.workload, max_position=problem.model.max_position, rate_rps=rate_rps)
     run = simulate(part, problem, requests_of(draw_traffic(arriving, count, seed=SEED)), AS_PLANNED)
@@ -186,7 +186,7 @@ def _ttft_p95_s(part: Plan, case: Case, count: int, load: float) -> float | None
 
 
 def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
-    """Whole plans, saturated: seconds of simulation, iterations, and what one of them takes."""
+    """Yield whole plans, saturated: seconds of simulation, number of iterations, and time of one iteration."""
     paper = problem(example("paper"), model="Llama-2-13B")
     without = replace(paper, family=Family(name="hetis", max_pool=0))
     few, many = (200, 2_000) if quick else (5_000, 100_000)

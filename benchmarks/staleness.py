@@ -38,7 +38,7 @@ _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
 _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "kv", "transport", "vllm", "worker"))
 
-# What each table measures: files, folders with all below, and with "!" what is not of it.
+# What each table measures: files and folders with all below; those with "!" are left out.
 SOURCES: dict[str, tuple[str, ...]] = {
     "placement": ("benchmarks/placement.py", *_SEARCH),
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
@@ -79,11 +79,11 @@ _STAMP = re.compile(r"<!-- sources (?P<digest>[0-9a-f]+|not recorded)[^\n]*-->\n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table of a document, as it stands there."""
+    """A table in a document."""
 
     document: Path
     name: str
-    digest: str  # of the sources that it was measured of
+    digest: str  # of the sources that were measured
     is_marked: bool
 
     @property
@@ -108,12 +108,12 @@ def main() -> None:
 
 
 def documents() -> Iterator[Path]:
-    """Documents that hold tables."""
+    """Yield the documents that hold tables."""
     return (path for path in sorted((ROOT / "docs").glob("*.md")) if _SECTION.search(path.read_text(encoding="utf-8")))
 
 
 def tables(document: Path) -> Iterator[Table]:
-    """Every table of a document."""
+    """Yield every table of a document."""
     for section in _SECTION.finditer(document.read_text(encoding="utf-8")):
         stamp = _STAMP.match(section["text"])
         recorded = stamp["digest"] if stamp else NOT_RECORDED
@@ -121,7 +121,7 @@ def tables(document: Path) -> Iterator[Table]:
 
 
 def mark(document: Path) -> None:
-    """Marks the document's stale tables, and no others."""
+    """Mark the document's stale tables, and no others."""
     stale = {table.name for table in tables(document) if table.is_stale}
 
     def marked(section: re.Match[str]) -> str:
@@ -138,7 +138,7 @@ def mark(document: Path) -> None:
 
 
 def stamp(name: str) -> str:
-    """The line that a table of today begins with."""
+    """Return the line with which a table measured today begins."""
     return f"<!-- sources {digest(name)}: measured at {_commit()} -->"
 
 
@@ -173,7 +173,7 @@ def _files(sources: tuple[str, ...]) -> Iterator[str]:
 
 @cache
 def code_of(text: str) -> str:
-    """A module without its comments, docstrings and blank lines; the same under every version of Python."""
+    """Return a module without comments, docstrings and blank lines, the same under every version of Python."""
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:

@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Prints one row per command."""
+    """Print one row per command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="5 starts of each command instead of 20")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """User and system time of one run."""
+    """Return the user and system time of one run."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=os.environ | {"COLUMNS": "80"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -45,11 +45,11 @@ class Case:
 
 
 def main() -> None:
-    """Prints one row per fleet, lengths and limit, and draws them."""
+    """Print one row per fleet, lengths and limit, and draw them."""
     parser = rows.parser("benchmarks.strategies", __doc__)
     arguments = parser.parse_args()
     if not arguments.quick:
-        for strategy in STRATEGIES:  # compiles, so that no row pays for it
+        for strategy in STRATEGIES:  # compile now, so that no row includes it
             answer(problem(example("h100-l4"), objective=NO_LIMITS), strategy, time_limit_s=60.0)
     chosen = [case for case in cases(quick=arguments.quick) if arguments.only in case.name]
     shown = rows.show((measured(case) for case in chosen), arguments, name="strategies")
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """Every combination; the first one for ``quick``."""
+    """Yield every combination, or only the first one if ``quick``."""
     for name, cluster in list(_fleets())[: 1 if quick else None]:
         for tpot_s in TPOT_LIMITS_S[: 1 if quick else None]:
             for lengths in LENGTHS[: 1 if quick else None]:
@@ -90,7 +90,7 @@ def _fleets() -> Iterator[tuple[str, Cluster]]:
 
 
 def measured(case: Case) -> Row:
-    """Solves a case by every strategy, contained ones before `hetis`."""
+    """Solve a case with every strategy, contained ones before `hetis`."""
     answers = {name: answer(case.problem, name, time_limit_s=TIME_LIMIT_S) for name in list(STRATEGIES)[::-1]}
     best = max(found.value for found in answers.values())
     within = [name for name in STRATEGIES if best > 0.0 and answers[name].value >= best * (1.0 - TIE)]

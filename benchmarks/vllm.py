@@ -44,12 +44,12 @@ BLOCK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What every engine is asked.
+    """A set of questions for every engine.
 
     Attributes:
         prompt_tokens, output_tokens: least and most, per request.
-        kv_share: of the batch's tokens, how much the engine's own KV holds; None: more than all.
-        engines: that are asked, with their workers; stock comes first.
+        kv_share: share of the batch's tokens that the engine's own KV holds; None: more than all.
+        engines: the engines asked, each with its number of workers; stock comes first.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Case:
     engines: Sequence[tuple[str, int]] = (("stock", 0), ("local", 0), ("shm", 3))
 
     def requests(self, vocab: int) -> tuple[list[list[int]], list[int]]:
-        """Prompts, and how many tokens are wanted of each."""
+        """Return prompts, and how many tokens each should get."""
         source = random.Random(1)
         prompts = [
             [source.randrange(3, vocab) for _ in range(source.randint(*self.prompt_tokens))] for _ in range(self.batch)
@@ -101,14 +101,14 @@ class _Engine:
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Sends one line and reads the answer. Raises SystemExit where the engine has ended."""
+        """Send one line and read the answer. Raises SystemExit if the engine has ended."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(question) + "\n")
         self.process.stdin.flush()
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        """The next answer."""
+        """Return the next answer."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("ANSWER "):
@@ -118,7 +118,7 @@ class _Engine:
 
 
 def run(cases: Sequence[Case], model: Path, vocab: int, python: Path, rounds: int) -> Iterator[Row]:
-    """One row for each case and engine, when all rounds of the case are through."""
+    """Yield one row for each case and engine, when all rounds of the case are done."""
     for case in cases:
         prompts, tokens = case.requests(vocab)
         asked = {"prompts": prompts, "tokens": tokens, "temperature": case.temperature}
@@ -161,7 +161,7 @@ def _start(
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[int],
 ) -> _Engine:
-    """An engine with its workers, ended with the stack."""
+    """Start an engine with its workers, which end with the stack."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     total = sum(len(prompt) + more for prompt, more in zip(prompts, tokens, strict=True))
     groups = 1 if kind == "stock" else json.loads((model / "config.json").read_text())["num_key_value_heads"]
@@ -178,7 +178,7 @@ def _start(
         + 2 * case.batch,
     }
     environment = os.environ | {
-        # Of this tree, whichever vLLM's environment was made for.
+        # from this tree, even if vLLM's environment was made for another
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -186,7 +186,7 @@ def _start(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba is another one than ours
+        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba differs from ours
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
     if kind != "stock":
@@ -213,7 +213,7 @@ def _start(
 
 
 def _configure(stack: ExitStack, folder: Path, kind: str, count: int) -> Path:
-    """Starts the workers; returns the plugin's file."""
+    """Start the workers; return the plugin's file."""
     key = folder / "key"
     key.touch(mode=0o600)
     key.write_text("of a benchmark, on loopback alone")
@@ -253,7 +253,7 @@ def _configure(stack: ExitStack, folder: Path, kind: str, count: int) -> Path:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = rows.parser("benchmarks.vllm", __doc__)
     rows.add_rounds(parser, "rounds that count; 3, with --quick 1")
     parser.add_argument("--engines", metavar="LIST", help="only these beside stock: say local,shm1,shm3")

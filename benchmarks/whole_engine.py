@@ -39,12 +39,12 @@ MODEL = "meta-llama/Llama-2-70b-hf"
 GPUS = ("A100-SXM-80GB", "H100-SXM-80GB")
 TABLE = "splitwise_e2e.csv.gz"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "profiles"
-CALIBRATED_AT = (1, 512)  # batch, prompt: where the host's time is read off
+CALIBRATED_AT = (1, 512)  # batch, prompt: from which the host's time is derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One run of the table: equal requests that came at once, seconds to the first token and per token after it."""
+    """One run of the table: equal requests that arrived together, seconds to the first token and per later token."""
 
     gpu: str
     tp: int
@@ -60,7 +60,7 @@ class Point:
 
 
 def main() -> None:
-    """Prints two rows per GPU type and TP size."""
+    """Print two rows per GPU type and TP size."""
     parser = rows.parser("benchmarks.whole_engine", __doc__)
     parser.add_argument("--data", type=Path, default=DATA, metavar="FOLDER", help=f"where {TABLE} is")
     arguments = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         message = f"{arguments.data / TABLE}: no such file; --data says where the table is"
         if not arguments.quick:
             raise SystemExit(message)
-        print(message, file=sys.stderr)  # the quick form runs everywhere, the table is not ours to ship
+        print(message, file=sys.stderr)  # the quick form runs everywhere, but the table is not ours to ship
         return
     rows.show(engine_rows(arguments.data, quick=arguments.quick, only=arguments.only), arguments, name="whole_engine")
 
@@ -89,7 +89,7 @@ def engine_rows(data: Path, *, quick: bool, only: str) -> Iterator[Row]:
 
 
 def points_of(times: Sequence[EngineTime]) -> list[Point]:
-    """Runs of which both phases are known, of at least two output tokens."""
+    """Return the runs with at least two output tokens of which both phases are known."""
     prompts = {_key(time): time for time in times if time.phase == "prompt"}
     return [
         Point(
@@ -107,7 +107,7 @@ def points_of(times: Sequence[EngineTime]) -> list[Point]:
 
 
 def simulated(profile: Profile, point: Point) -> Point | None:
-    """The same run in virtual time; None where not all of its requests fit at once."""
+    """Return the same run in virtual time, or None if not all of its requests fit at once."""
     problem, plan = _alone(profile, point)
     run = simulate(plan, problem, _AtOnce(point))
     if run.rejected or run.num_preemptions or run.admitted_s.max() > 0:
@@ -117,7 +117,7 @@ def simulated(profile: Profile, point: Point) -> Point | None:
 
 
 class _AtOnce:
-    """The requests of a point, each as soon as it is asked for (`hetis.simulator.values.Source`)."""
+    """The requests of a point, each available as soon as it is asked for (`hetis.simulator.values.Source`)."""
 
     def __init__(self, point: Point) -> None:
         self._point = point
@@ -132,7 +132,7 @@ class _AtOnce:
 
 
 def with_host(profile: Profile, host_s: float) -> Profile:
-    """The profile with so many seconds more in every iteration."""
+    """Return the profile with ``host_s`` more seconds in every iteration."""
     if not host_s:
         return profile
     slower = [
@@ -160,7 +160,7 @@ def _shipped(gpu: str) -> Profile:
 
 
 def _host_s(profile: Profile, points: Sequence[Point]) -> float:
-    """Seconds that the profile is short of the measured token step at `CALIBRATED_AT`."""
+    """Return the seconds by which the profile is below the measured token step at `CALIBRATED_AT`."""
     for point in points:
         if _is_calibration(point):
             found = simulated(profile, point)
@@ -187,7 +187,7 @@ def _row(name: str, profile: Profile, points: Sequence[Point], host_s: float) ->
 
 
 def _alone(profile: Profile, point: Point) -> tuple[PlacementProblem, Plan]:
-    """A replica of one stage that takes all prompts of a point in one chunk and all its requests in one batch."""
+    """Return a one-stage replica that takes all prompts of a point in one chunk and all its requests in one batch."""
     spec = load_model(MODEL)
     spec = replace(spec, max_position=max(spec.max_position, 2 * (point.prompt_tokens + point.output_tokens)))
     bins = (LengthBin(prompt_tokens=point.prompt_tokens, output_tokens=point.output_tokens, weight=1.0),)

@@ -1,1 +1,1 @@
-"""Example files, and a demo of the planning service."""
+"""Example files, and demos of hetis' services."""

@@ -45,19 +45,19 @@ SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 def main() -> None:
-    """Writes both files."""
+    """Write both files."""
     for name, counts in FLEETS.items():
         (FOLDER / f"{name}.yaml").write_text(text(fleet(name, counts)), encoding="utf-8")
 
 
 def text(document: dict[str, Any]) -> str:
-    """YAML with a list of numbers on one line."""
+    """Return YAML with a list of numbers on one line."""
     header = f"# Made by `python -m examples.layers_fleets`: {MODEL} in 16 bits, roofline times, nothing measured.\n"
     return header + yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=118)
 
 
 def fleet(name: str, counts: dict[str, int]) -> dict[str, Any]:
-    """The document of a fleet with so many nodes of each GPU type."""
+    """Return the document of a fleet with these numbers of nodes of each GPU type."""
     model = catalogue.find_model(MODEL).model
     return {
         "apiVersion": "hetis/v1",
@@ -72,7 +72,7 @@ def fleet(name: str, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def node_type(gpu: GpuType, model: ModelSpec, count: int) -> dict[str, Any]:
-    """``count`` nodes with one GPU each."""
+    """Return ``count`` nodes with one GPU each."""
     kv_bytes = 2 * model.kv_heads * model.head_dim * 2
     weights = 2 * layer_parameters(model)
     room = {k: (0.9 * gpu.memory_bytes - 2**30 - k * weights) / kv_bytes for k in range(1, model.num_layers + 1)}
@@ -89,25 +89,25 @@ def node_type(gpu: GpuType, model: ModelSpec, count: int) -> dict[str, Any]:
 
 
 def layer_parameters(model: ModelSpec) -> int:
-    """Weights of one layer: attention and a gated MLP."""
+    """Return the number of weights of one layer: attention and a gated MLP."""
     heads = 2 * model.q_heads + 2 * model.kv_heads
     return model.hidden * (heads * model.head_dim + 3 * model.intermediate)
 
 
 def prompt_s(gpu: GpuType, model: ModelSpec, tokens: float) -> float:
-    """One layer for a prompt."""
+    """Return the seconds of one layer for a prompt."""
     parameters = layer_parameters(model)
     return 2e-5 + max(2 * parameters / (0.8 * gpu.mem_bytes_per_s), tokens * 2 * parameters / (0.5 * gpu.fp16_flops))
 
 
 def decode_s(gpu: GpuType, model: ModelSpec, sequences: float) -> float:
-    """One layer for a decode step."""
+    """Return the seconds of one layer for a decode step."""
     kv_bytes = sequences * (PROMPT + OUTPUT) * 2 * model.kv_heads * model.head_dim * 2
     return prompt_s(gpu, model, sequences) + kv_bytes / (0.8 * gpu.mem_bytes_per_s)
 
 
 def rate(gpu: GpuType, model: ModelSpec, held: int, entries: float) -> float:
-    """Tokens per second of a node that holds so many layers and KV entries."""
+    """Return the tokens per second of a node with this number of layers and KV entries."""
     batch = max(1.0, entries / (model.num_layers * (PROMPT + 2 * OUTPUT)))
     request_s = held * (prompt_s(gpu, model, PROMPT) + OUTPUT * decode_s(gpu, model, batch) / batch)
     return (PROMPT + OUTPUT) / request_s

@@ -15,15 +15,15 @@ from typing import Self
 
 
 class ProcessError(Exception):
-    """A process of the demo did not start, or ended by itself; the message ends with the last lines of its log."""
+    """A process of the demo did not start, or ended on its own; the message ends with the last lines of its log."""
 
 
 class DemoProcesses:
-    """What a demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
+    """Everything that a demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.status_page = ""  # of the planner that was started last
+        self.status_page = ""  # of the planner started last
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -35,7 +35,7 @@ class DemoProcesses:
         self.stop(list(self._running))
 
     def start_planner(self, *, listen: str, lease: str, heartbeat: str) -> str:
-        """Starts the planner and returns its address once it serves."""
+        """Start the planner and return its address once it serves."""
         command = [
             *("hetis-planner", "--listen", listen, "--status-page", "127.0.0.1:0", "--ready-json"),
             *("--store", f"sqlite:///{self.folder}/planner.db", "--set", "solver.processes=1"),
@@ -52,13 +52,13 @@ class DemoProcesses:
         return address
 
     def kill(self, name: str) -> None:
-        """As a power cut would: no process of that name gets to say goodbye."""
+        """Kill the process as a power cut would, without a chance to say goodbye."""
         process = self._running.pop(name)
         process.kill()
         _wait(process)
 
     def stop(self, names: Iterable[str]) -> None:
-        """SIGTERM to all of them; who does not obey within ten seconds is killed."""
+        """Send SIGTERM to all of them; those still running after ten seconds are killed."""
         stopping = [self._running.pop(name) for name in names]
         for process in stopping:
             process.send_signal(signal.SIGTERM)
@@ -70,13 +70,13 @@ class DemoProcesses:
             _wait(process)
 
     def check(self) -> None:
-        """Raises ProcessError when a process ended that nobody killed."""
+        """Raise ProcessError if a process ended that nobody killed."""
         for name, process in self._running.items():
             if process.poll() is not None:
                 raise ProcessError(f"{name} ended with exit code {process.returncode}\n{self.tail(name)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float) -> float:
-        """Waits until something holds; returns the seconds that it took.
+        """Wait until the condition holds, and return the seconds that took.
 
         Raises:
             ProcessError: it does not hold in time, or a process ended that nobody killed.
@@ -91,14 +91,14 @@ class DemoProcesses:
         return time.monotonic() - started_s
 
     def tail(self, name: str, lines: int = 15) -> str:
-        """The last lines of a process's log."""
+        """Return the last lines of a process's log."""
         text = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
     def _start(
         self, name: str, command: list[str], stdout: int | None = None, *, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Runs a command of this installation, or of another one by its whole path."""
+        """Run a command of this installation, or of another one by its full path."""
         program = Path(command[0])
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(

@@ -1,1 +1,1 @@
-"""Programs that make what is shipped and shown: the catalogue, the profiles, the efficiencies, and their pages."""
+"""Programs that build what is shipped and shown: the catalogue, the profiles, the efficiencies, and their pages."""

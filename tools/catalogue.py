@@ -1,7 +1,7 @@
 """Make the catalogue files from reference tables: ``python -m tools.catalogue --data DIR``.
 
-The tables themselves are other people's and stay outside; what is committed are the facts hetis uses, each row with
-its source. Equal inputs give equal bytes.
+The tables themselves belong to others and stay outside; what is committed are the facts that hetis uses, each row with
+its source. The same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ GIB = 2**30
 MAX_BINS = 600
 # Boards whose GPUs all reach each other over NVLink, Infinity Fabric or RoCE; PCIe boards need a bridge that joins two.
 _SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
-# In these every second layer slides; elsewhere all do.
+# In these models every second layer slides; elsewhere all do.
 _ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
 
 
 def build(data: Path) -> dict[str, str]:
-    """The text of every catalogue file by its name below ``catalogue/data``."""
+    """Return the text of every catalogue file by its name below ``catalogue/data``."""
     files = {
         "gpus.json": _rows("gpus", [_gpu(row) for row in _table(data / "gpus.csv")]),
         "models.json": _rows("models", [_model(row) for row in _table(data / "models.csv")]),
@@ -64,7 +64,7 @@ def _table(path: Path) -> list[dict[str, str]]:
 
 
 def _rows(name: str, rows: list[dict[str, Any]]) -> str:
-    """JSON with one row per line, so that a change of one fact is a change of one line."""
+    """Return JSON with one row per line, so that changing one fact changes one line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     return f'{{"{name}": [\n{lines}\n]}}\n'
 
@@ -83,7 +83,7 @@ def _gpu(row: dict[str, str]) -> dict[str, Any]:
     gpu = GpuType(
         name=row["name"],
         architecture=row["architecture"],
-        memory_bytes=int(float(row["memory_gb"]) * GIB),  # what vendors print as GB of GPU memory are GiB
+        memory_bytes=int(float(row["memory_gb"]) * GIB),  # vendors print GiB of GPU memory as GB
         mem_bytes_per_s=float(row["mem_bw_gbs"]) * 1e9,
         fp16_flops=float(row["fp16_dense_tflops"]) * 1e12,
         fp8_flops=_scaled(row["fp8_dense_tflops"], 1e12),
@@ -145,7 +145,7 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
     model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
     model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
     shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
-    del shape["forbidden_cuts"]  # none in the tables, and a set has no order
+    del shape["forbidden_cuts"]  # the tables have none, and a set has no order
     return {
         "model": shape,
         "dtype": row["dtype"],
@@ -164,7 +164,7 @@ def _workload(row: dict[str, str], path: Path) -> str:
     head = {
         "num_requests": len(requests),
         "arrivals": row["arrivals"],
-        "rate_rps": float(row["mean_rate_rps"]) if recorded else None,  # a synthetic rate says nothing of the source
+        "rate_rps": float(row["mean_rate_rps"]) if recorded else None,  # a synthetic rate says nothing about the source
         "source": row["source"],
         "licence": row["licence"],
         "note": row["note"],

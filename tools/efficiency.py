@@ -48,7 +48,7 @@ from tools.profiles import measurements_for
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
 _GPUS = ("A100-SXM-80GB", "A40", "H100-SXM-80GB", "L40S")
-# What an operator is calibrated on: its name in the file, and which points it takes.
+# What an operator is calibrated on: its name in the file, and the points used.
 _OPS = {
     "dense": (Op.DENSE, FitScope()),
     "dense_fp8": (Op.DENSE, FitScope(weight_bytes=1.0)),
@@ -98,14 +98,14 @@ _TRANSFER_WIRE = 1.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """The efficiencies, and what each measured GPU's fit says of every other one."""
+    """The efficiencies, and what the fit of each measured GPU predicts for every other one."""
 
     efficiencies: Efficiencies
     pairs: tuple[Pair, ...]
 
 
 def calibrate(folder: Path) -> Calibration:
-    """All efficiencies from the tables in ``folder``.
+    """Return all efficiencies from the tables in ``folder``.
 
     Raises:
         DocumentError: a table is missing or malformed.
@@ -128,7 +128,7 @@ def calibrate(folder: Path) -> Calibration:
                 measured[architecture][op] = replace(_fit(own, names), transfer_mape=transfer)
     for ops in measured.values():
         ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
-    # Never measured where they are missing: Ada has no NVLink board, Ampere no fp8 units; relatives may have both.
+    # Missing where never measured: Ada has no NVLink board, Ampere no fp8 units; relatives may have both.
     measured["Ada"]["all_reduce_nvlink"] = borrowed(measured["Ampere"]["all_reduce_nvlink"])
     measured["Ampere"]["dense_fp8"] = borrowed(measured["Hopper"]["dense_fp8"])
     pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in ("L40S", "A40")}
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _relative(found: Sequence[Points], gpu: GpuType) -> list[Points]:
-    """The points in the serving range, their work as seconds at the peaks of ``gpu``."""
+    """Return the points in the serving range, their work as seconds at the peaks of ``gpu``."""
     results = []
     for points in found:
         fp8 = points.scope.weight_bytes == 1.0 and gpu.fp8_flops
@@ -181,7 +181,7 @@ def _relative(found: Sequence[Points], gpu: GpuType) -> list[Points]:
 
 
 def _chosen(op: str, found: Sequence[Points], gpu: GpuType) -> Points | None:
-    """The points of one operator on one GPU; all-reduces over any number of GPUs together."""
+    """Return the points of one operator on one GPU; all-reduces over any number of GPUs are joined."""
     if op == "all_reduce_nvlink":
         reduces = [points for points in found if points.op is Op.ALL_REDUCE]
         return _joined(reduces) if reduces and gpu.nvlink_bytes_per_s else None
@@ -204,7 +204,7 @@ def _fit(sets: Sequence[Points], names: Sequence[str]) -> OpEfficiency:
 
 
 def _pairs(op: str, by_gpu: Mapping[str, Points]) -> list[Pair]:
-    """Return what the fit of each GPU says of all points of every other one."""
+    """Return what the fit of each GPU predicts for all points of every other one."""
     pieces = {name: fit_points(points).pieces for name, points in by_gpu.items()}
     return [
         Pair(op=op, fitted=a, judged=b, num_points=len(by_gpu[b]), mape=stats.mape, bias=stats.bias)
@@ -214,7 +214,7 @@ def _pairs(op: str, by_gpu: Mapping[str, Points]) -> list[Pair]:
 
 
 def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEfficiency:
-    """Adds the roof that MLA meets (240 FLOPs per byte at 128 heads): decode at prefill's share of the compute peak."""
+    """Add the roof that MLA meets (240 FLOPs per byte at 128 heads): decode at prefill's share of the compute peak."""
     fixed_s = max(piece.fixed_s for piece in decode.pieces)
     flop = max(piece.flop for piece in prefill.pieces)
     note = "the second piece, compute at prefill's efficiency, is assumed: no table reaches MLA's FLOPs per byte"
@@ -222,9 +222,9 @@ def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEffici
 
 
 def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
-    """Geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's fit.
+    """Return the geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's fit.
 
-    Over 8 GPUs both hosts cross sockets and reach a third of that again: one does not plan for it, so it is left out.
+    Over 8 GPUs both hosts cross sockets and reach only a third of that. No one would plan for it, so it is left out.
     """
     hosts = [_joined([points for points in found if points.scope.tp in (2, 4)]) for found in by_host.values()]
     fits = []
@@ -248,7 +248,9 @@ def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
 
 
 def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
-    """The fixed time from small messages inside a node; the share of the wire is assumed, as no table names its NIC."""
+    """Take the fixed time from small messages inside a node, and assume the share of the wire, as no table names its
+    NIC.
+    """
     small = [
         seconds
         for measured in collectives
@@ -268,8 +270,7 @@ def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
 
 
 def _step(folder: Path) -> OpEfficiency:
-    """Return what is left per iteration when the host's work overlaps the device's: the sampler at the smallest
-    batch."""
+    """Return what remains per iteration when host and device work overlap: the sampler at the smallest batch."""
     hosts = import_tables("vidur", [folder / "vidur_cpu_overheads.csv.gz"])
     (table,) = next(measured for measured in hosts if measured.gpu == "A100-SXM-80GB").tables
     batch = table.numbers("batch")
@@ -295,7 +296,7 @@ def _relative_pieces(op: Op, pieces: Sequence[Coefficients]) -> tuple[RelativePi
 
 
 def _joined(sets: Sequence[Points]) -> Points:
-    """Points of several GPUs, or of several numbers of them, as one set."""
+    """Join the points of several GPUs, or of several numbers of them, into one set."""
     first = sets[0]
     cells = [cell for points in sets for cell in (points.cells or [frozenset()] * len(points))]
     return replace(

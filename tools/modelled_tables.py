@@ -1,4 +1,4 @@
-"""The tables of docs/profiles-modelled.md: the coefficients, their errors, and what was assumed."""
+"""The tables of docs/profiles-modelled.md: the coefficients, their errors, and the assumptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rows = Iterable[Sequence[object]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """What the fit of one GPU, its work relative to the peaks, says of all points of another."""
+    """A fit of one GPU, its work relative to the peaks, compared with all points of another."""
 
     op: str
     fitted: str
@@ -27,7 +27,7 @@ class Pair:
 def modelled_tables(
     efficiencies: Efficiencies, pairs: Sequence[Pair], folder: Path
 ) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """Name, headings and rows of every table."""
+    """Yield name, headings and rows of every table."""
     measured = [arch for arch in efficiencies.architectures.values() if arch.relative is None]
     rows = [_row(op_name, arch.name, op) for arch in measured for op_name, op in arch.ops.items()]
     rows += [_row(name, "any", op) for name, op in efficiencies.links.items()]

@@ -1,4 +1,4 @@
-"""Prefill chunks over a past, judged on the one published table that has them: what a past adds, what its KV costs."""
+"""Prefill chunks over a past, judged by the one published table that has them: what a past adds, what its KV costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTE = FEATURES[Op.PREFILL_ATTENTION].index("byte_s")
 class KvCharge:
     """One way to charge KV, fitted to the table itself and judged on held-out chunks over a past.
 
-    ``readings`` is how many times the nominal bandwidth's time a byte of KV takes, the most of the pieces.
+    ``readings`` is the most, over the pieces, of the time of a KV byte as a multiple of that at the nominal bandwidth.
     """
 
     charge: str
@@ -34,13 +34,13 @@ class KvCharge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverPast:
-    """What the chunks say.
+    """Results for the chunks.
 
     Attributes:
         charges: ways to charge KV.
-        num_increments: chunks with a past that have a twin without.
-        increment: predicted by the shipped fit / measured, of the time that the past adds to its twin's; the median.
-        increment_mape: mean error of those, in parts of the whole time of the chunk.
+        num_increments: number of chunks with a past that have a twin without.
+        increment: median of the time that the past adds, as predicted by the shipped fit / measured.
+        increment_mape: mean error of those, as a share of the whole time of the chunk.
     """
 
     charges: tuple[KvCharge, ...]
@@ -50,10 +50,10 @@ class OverPast:
 
 
 def over_past(measurements: Measurements, gpu: GpuType, shipped: Fit) -> OverPast:
-    """Judges the chunks of ``measurements``, of which ``shipped`` saw none.
+    """Judge the chunks of ``measurements``, none of which ``shipped`` was fitted to.
 
     Raises:
-        StopIteration: no table of prefill attention.
+        StopIteration: there is no table of prefill attention.
     """
     table = next(table for table in measurements.tables if table.op is MeasuredOp.PREFILL_ATTENTION)
     points = distinct(next(prefill_points(table, gpu, str(measurements.provenance))))
@@ -87,7 +87,7 @@ def _charge(name: str, points: Points, once: float) -> KvCharge:
 
 
 def _increments(points: Points, shipped: Fit) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Seconds that a past of 512 tokens or more adds to the same chunk without: measured, predicted; the whole time."""
+    """Return the seconds that a past of 512 tokens or more adds to a chunk: measured, predicted; and its whole time."""
     tokens, past = points.sizes["tokens"], points.sizes["past_tokens"]
     twins = {size: row for row, size in enumerate(tokens.tolist()) if past[row] == 0}
     rows = [row for row, size in enumerate(tokens.tolist()) if past[row] >= 512 and size in twins]

@@ -1,4 +1,4 @@
-"""The tables of docs/profiles.md: how wrong every shipped profile is, and what whole engines say."""
+"""The tables of docs/profiles.md: the errors of every shipped profile, and what whole engines show."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Results = Mapping[str, FittedProfile]
 def profile_tables(
     results: Results, engines: Sequence[Measurements], past: OverPast | None = None
 ) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """Name, headings and rows of every table."""
+    """Yield name, headings and rows of every table."""
     yield "profiles errors", _ERRORS, _errors(results)
     yield "profiles cache", ("GPU", "for", "rows left out", "share of the serving range"), _cache_served(results)
     yield "profiles few heads", _FEW_HEADS, _few_heads(results)
@@ -110,7 +110,7 @@ _FEW_HEADS = ("GPU", "operator", "n", "MAPE", "bias", f"n of {_SMALL}", f"MAPE a
 
 
 def _few_heads(results: Results) -> Rows:
-    """By GPU and operator, over all fits."""
+    """Return rows by GPU and operator, over all fits."""
     for gpu, result in results.items():
         for op in _ATTENTION:
             mine = [few for few in result.report.few_heads if few.op is op]
@@ -143,7 +143,7 @@ def _by_shape(results: Results) -> Rows:
 
 
 def _notes(results: Results) -> Rows:
-    """What was left out or modelled, and where a fit misses its bar."""
+    """Return what was left out or modelled, and where a fit misses its bar."""
     for gpu, result in results.items():
         report = result.report
         for r in report.ops:
@@ -172,7 +172,7 @@ def _notes(results: Results) -> Rows:
 
 
 def _by_region(results: Results) -> Rows:
-    """By region over all scopes of an operator that has more than one region, every point by the fit for it."""
+    """Return rows by region over all scopes of operators with more than one region, every point by its fit."""
     for gpu, result in results.items():
         for op, cells in result.report.to_data()["by_region"].items():
             if len(cells) > 1:
@@ -183,7 +183,7 @@ def _by_region(results: Results) -> Rows:
 def _engine_tables(
     times: Sequence[EngineTime], impossible: Sequence[EngineTime]
 ) -> Iterator[tuple[str, Sequence[str], Rows]]:
-    """Splitwise's end-to-end table beside the profiles."""
+    """Yield Splitwise's end-to-end table compared with the profiles."""
     groups = list(dict.fromkeys((t.gpu, t.tp, t.phase) for t in times))
     rows = []
     for gpu, tp, phase in groups:

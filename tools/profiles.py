@@ -58,7 +58,7 @@ def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
     """Return what the profile of ``gpu`` is made from.
 
     Raises:
-        DocumentError: a table is missing or not what it should be.
+        DocumentError: a table is missing or not as expected.
     """
     return [
         measured
@@ -69,12 +69,12 @@ def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
 
 
 def fitted(gpu: str, folder: Path) -> FittedProfile:
-    """The profile that is shipped for ``gpu``."""
+    """Return the profile that is shipped for ``gpu``."""
     return fit_profile(measurements_for(gpu, folder), catalogue.find_gpu(gpu).gpu)
 
 
 def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
-    """Errors cross the border between processes as their text: those with fields of their own cannot be pickled."""
+    """Return the profile, or the error as text: errors with fields of their own cannot be pickled between processes."""
     try:
         return fitted(gpu, folder)
     except HetisError as error:
@@ -82,7 +82,7 @@ def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
 
 
 def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast | None:
-    """Return what the chunks of `PAST_TABLE` say of the profile of its GPU; None where that was not made."""
+    """Return what the chunks of `PAST_TABLE` show about the profile of its GPU, or None if that was not made."""
     if PAST_GPU not in results:
         return None
     (measured,) = import_tables("vidur", [folder / PAST_TABLE])
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gpus = options.gpu or list(SOURCES)
     try:
-        # Spawned, so that no thread of this process is copied; each GPU is fitted alone, so that order never matters.
+        # Spawned, so that no thread of this process is copied; each GPU is fitted alone, so that order does not matter.
         with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
             outcomes = list(pool.map(_fitted_or_why_not, gpus, [options.data] * len(gpus)))
         wrong = [outcome for outcome in outcomes if isinstance(outcome, str)]

@@ -314,7 +314,7 @@ def api_page() -> str:
 
 
 def _comments(file: Any) -> dict[tuple[int, ...], str]:
-    """The comment before everything of a file, by its place."""
+    """Return the comment before every element of a file, by its place."""
     return {tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location}
 
 
@@ -394,7 +394,7 @@ def _metrics(found: Iterable[Described]) -> str:
 
 
 def _of_registry(registry: Any) -> Iterator[Described]:
-    """Metrics of a registry, also those that have no sample yet."""
+    """Yield the metrics of a registry, also those without a sample yet."""
     for collector in registry._collector_to_names:
         if hasattr(collector, "_labelnames"):
             (described,) = collector.describe()
@@ -476,7 +476,7 @@ def _code(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """One line of Markdown from a docstring or a help text."""
+    """Return one line of Markdown from a docstring or a help text."""
     line = " ".join(text.replace("``", "`").replace("\\[", "[").split())
     return re.sub(r"(`[^`]*`)|([<>|*_{])", lambda m: m[1].replace("|", "\\|") if m[1] else _escape(m[2]), line)
 

@@ -30,11 +30,11 @@ _NUMBER = re.compile(r"[-+]?(\d[\d,]*)?(\.\d+)?([eE][-+]?\d+)?%?$")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Excerpt:
-    """A part of a table, as a page asks for it."""
+    """The part of a table that a page asks for."""
 
     table: str
     columns: tuple[str, ...]  # none: all
-    rows: str  # a regular expression that is searched for in the first cell
+    rows: str  # a regular expression searched for in the first cell
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def pages() -> list[Path]:
-    """README and every page that is written by hand."""
+    """Return README and every page that is written by hand."""
     return [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
@@ -52,7 +52,7 @@ def path_of(table: str) -> Path:
 
 
 def write(table: str, header: Sequence[str], rows: Iterable[Sequence[object]], *, folder: Path = DATA) -> None:
-    """Replaces a table."""
+    """Replace a table."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / path_of(table).name).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -61,7 +61,7 @@ def write(table: str, header: Sequence[str], rows: Iterable[Sequence[object]], *
 
 
 def read(table: str) -> list[dict[str, str]]:
-    """The rows of a table by heading.
+    """Return the rows of a table by heading.
 
     Raises:
         FileNotFoundError: there is no such table.
@@ -71,7 +71,7 @@ def read(table: str) -> list[dict[str, str]]:
 
 
 def refresh(page: Path) -> None:
-    """Writes the page's excerpts as its tables are now."""
+    """Write the page's excerpts as its tables are now."""
     text = page.read_text(encoding="utf-8")
     new = refreshed(text, from_root=page.parent == ROOT)
     if new != text:
@@ -79,7 +79,7 @@ def refresh(page: Path) -> None:
 
 
 def refreshed(text: str, *, from_root: bool = False) -> str:
-    """The text of a page with its excerpts as they should be."""
+    """Return the text of a page with its excerpts as they should be."""
 
     def one(found: re.Match[str]) -> str:
         asked = parse(found["wanted"])
@@ -90,12 +90,12 @@ def refreshed(text: str, *, from_root: bool = False) -> str:
 
 
 def excerpts(text: str) -> Iterator[Excerpt]:
-    """What a page shows of tables."""
+    """Yield what a page shows of tables."""
     return (parse(found["wanted"]) for found in _EXCERPT.finditer(text))
 
 
 def parse(wanted: str) -> Excerpt:
-    """Reads what stands after ``data:``."""
+    """Parse what follows ``data:``."""
     table, _, rest = wanted.partition("; ")
     columns = re.search(r"(?:^|; )columns: (.*?)(?:; rows: |$)", rest)
     rows = re.search(r"(?:^|; )rows: (.*)$", rest)
@@ -104,11 +104,11 @@ def parse(wanted: str) -> Excerpt:
 
 
 def markdown(asked: Excerpt, table: Sequence[Mapping[str, str]], link: str) -> str:
-    """The excerpt as Markdown, with a link to the whole where something was left out.
+    """Return the excerpt as Markdown, with a link to the whole if something was left out.
 
     Raises:
         KeyError: the table lacks a column.
-        ValueError: no row is like the excerpt's.
+        ValueError: no row matches the excerpt's.
     """
     columns = asked.columns or tuple(table[0])
     first = next(iter(table[0]))

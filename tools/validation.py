@@ -1,4 +1,4 @@
-"""What the calibrated rooflines say about tables they were not fitted to: other kernels, experts, whole engines."""
+"""Predictions of the calibrated rooflines for tables they were not fitted to: other kernels, experts, whole engines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EXPERTS = {"A100-SXM-80GB": "aic_a100_sxm", "H100-SXM-80GB": "aic_h100_sxm", "L
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Measured against predicted; ``ratio`` is the median of measured / predicted."""
+    """Measured compared with predicted; ``ratio`` is the median of measured / predicted."""
 
     what: str
     num_points: int
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def comparisons(efficiencies: Efficiencies, folder: Path) -> Iterator[Comparison]:
-    """Every table that has a counterpart in the model and took no part in the fit."""
+    """Yield every table that has a counterpart in the model and took no part in the fit."""
     for name in _GPUS:
         gpu = catalogue.find_gpu(name).gpu
         profile, measurements = modelled_profile(gpu, efficiencies), measurements_for(name, folder)
@@ -60,7 +60,7 @@ def comparisons(efficiencies: Efficiencies, folder: Path) -> Iterator[Comparison
 
 
 def splitwise_token_times(efficiencies: Efficiencies, folder: Path) -> list[EngineTime]:
-    """Llama-2-70B, one request of 512 prompt and 128 output tokens, by tensor parallelism on NVLink."""
+    """Return Llama-2-70B's times for one request (512 prompt, 128 output tokens), by tensor parallelism on NVLink."""
     profiles = {name: modelled_profile(catalogue.find_gpu(name).gpu, efficiencies) for name in _GPUS[:2]}
     times, _ = engine_times(import_tables("splitwise", [folder / ENGINE_TABLE]), profiles, LLAMA_2_70B)
     wanted = ("token", 1, 512, 128)
@@ -74,7 +74,7 @@ def _compare_points(what: str, profile: Profile, points: Points) -> Comparison:
 
 
 def _experts(what: str, gpu: GpuType, dense: Fit, folder: Path, *, few: bool) -> Comparison:
-    """A fused expert layer is a layer without attention and projections; routing is taken as even."""
+    """Compare a fused expert layer (a layer without attention and projections); routing is assumed to be even."""
     rows = Rows(read_sheet(folder / f"{_EXPERTS[gpu.name]}_moe.csv.gz"))
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     found = []
@@ -98,7 +98,7 @@ def _fit(profile: Profile, op: Op) -> Fit:
 
 
 def _predicted(fit: Fit, features: Mapping[str, FloatArray]) -> FloatArray:
-    """Seconds of every row of ``features``, which are named as the coefficients they meet."""
+    """Return the seconds of every row of ``features``, which are named like the coefficients they meet."""
     pieces = [sum((getattr(piece, name) * column for name, column in features.items()), 0.0) for piece in fit.pieces]
     seconds: FloatArray = np.max(np.stack([np.asarray(piece) for piece in pieces]), axis=0)
     return seconds

@@ -1,4 +1,4 @@
-"""What the cost model says about whole engines that others measured end to end, from the profiles of single kernels."""
+"""The cost model's predictions for whole engines that others measured end to end, from profiles of single kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.solver.workload import LengthBin, moments_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTime:
-    """Seconds to the first token (``prompt``) or per further one (``token``), median of the samples."""
+    """Seconds to the first token (``prompt``) or per later one (``token``), median of the samples."""
 
     gpu: str
     model: str
@@ -37,10 +37,10 @@ class EngineTime:
 def engine_times(
     measurements: Sequence[Measurements], profiles: Mapping[str, Profile], model: str
 ) -> tuple[list[EngineTime], list[EngineTime]]:
-    """End-to-end times of ``model`` on GPUs with a profile, beside their predictions; power-capped hosts left out.
+    """Return end-to-end times of ``model`` on GPUs with a profile, with their predictions; without power-capped hosts.
 
     Returns:
-        The times, and those of runs whose prompts were processed faster than the peaks allow: they did not happen.
+        The times, and those of runs whose prompts were processed faster than the peaks allow, which cannot be real.
     """
     samples: dict[tuple[str, int, str, int, int, int], list[float]] = defaultdict(list)
     for measured in measurements:
@@ -74,7 +74,7 @@ def engine_times(
 
 
 def predicted_s(profile: Profile, model: str, tp: int, phase: str, batch: int, prompt: int, output: int) -> float:
-    """docs/cost-model.md for one iteration of one stage without a pool: a whole prompt batch, or one decode step."""
+    """Apply docs/cost-model.md to one iteration of a stage without a pool: a whole prompt batch, or a decode step."""
     spec, gpu = catalogue.find_model(model).model, catalogue.find_gpu(profile.gpu).gpu
     shape = rank_shape(spec, tp)
     assert shape is not None, f"{model} cannot be split {tp} ways"
@@ -82,7 +82,7 @@ def predicted_s(profile: Profile, model: str, tp: int, phase: str, batch: int, p
     cost = DeviceCost(spec, profile, moments, shape, intra_link(gpu, None))
     tokens = batch * prompt if phase == "prompt" else batch
     if phase == "prompt":
-        # One call per prompt: the chunk of the cost model is one prompt long, and the kernel's work adds up.
+        # One call per prompt: the cost model's chunk is one prompt long, and the kernel's work adds up.
         attention = batch * cost.prefill_s(prompt)
     else:
         attention = float(cost.decode_attention_s(batch * shape.groups, shape.queries_per_group))
@@ -91,7 +91,7 @@ def predicted_s(profile: Profile, model: str, tp: int, phase: str, batch: int, p
 
 
 def mean_error(times: Sequence[EngineTime]) -> tuple[float, float]:
-    """Mean absolute error and mean error."""
+    """Return the mean absolute error and the mean error."""
     return fmean(abs(time.error) for time in times), fmean(time.error for time in times)
 
 

@@ -1,1 +1,1 @@
-"""What the benchmarks share: problems (`instances`), solves in processes of their own (`solving`), rows (`rows`)."""
+"""Common parts of the benchmarks: problems (`instances`), solves in separate processes (`solving`), rows (`rows`)."""

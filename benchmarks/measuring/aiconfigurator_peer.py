@@ -1,6 +1,6 @@
-"""aiconfigurator's answers to rows of its own table: JSON rows in, one JSON answer per line out.
+"""aiconfigurator's answers to rows of its own table: reads JSON rows, and prints one JSON answer per line.
 
-Run by `benchmarks.silicon` in a Python that has aiconfigurator and nothing of ours; this file imports nothing else.
+`benchmarks.silicon` runs it in a Python that has aiconfigurator and nothing of ours, so this file imports nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from importlib.metadata import version
 
-# Under these names it has the configs of the same shapes with it; others it would download.
+# It has the configurations of the same shapes under these names; others it would download.
 GPT_OSS_EXPERTS = defaultdict(lambda: "w4a16_mxfp4", b200="w4a8_mxfp4_mxfp8", b300="w4a8_mxfp4_mxfp8")
 NAMES = {
     "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Meta-Llama-3.1-8B",
@@ -37,13 +37,13 @@ def main() -> None:
                 name = NAMES.get(row["model_path"], row["model_path"])
                 found = cli_estimate(name, row["system"], **asked(row))
             answer = {"id": row["id"], "ttft_ms": float(found.ttft), "tpot_ms": float(found.tpot)}
-        except Exception as error:  # whatever it raises: it has no answer to this row
+        except Exception as error:  # whatever it raises, it has no answer to this row
             answer = {"id": row["id"], "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         print(json.dumps(answer), flush=True)
 
 
 def remember_yaml() -> None:
-    """It reads the same hundreds of small files anew for every row; here each is parsed once."""
+    """Parse each small YAML file once; aiconfigurator reads the same hundreds of files again for every row."""
     import yaml
 
     parse, known = yaml.safe_load, dict[object, object]()
@@ -58,7 +58,7 @@ def remember_yaml() -> None:
 
 
 def asked(row: dict[str, str]) -> dict[str, object]:
-    """The row in the words of ``cli_estimate``: requests of one replica, its sizes, the formats that the row says."""
+    """Return the row as arguments of ``cli_estimate``: requests of one replica, its sizes, the row's formats."""
     whole = {name: int(float(row[name])) for name in ("tp_size", "isl", "osl", "batch_size") if row[name]}
     for name in ("attention_dp_size", "moe_tp_size", "moe_ep_size"):
         if row[name] and float(row[name]) >= 1:

@@ -1,4 +1,4 @@
-"""One placement by a named strategy, measured and checked; heuristics without a plan are answers like any other."""
+"""Measures and checks one placement by a named strategy. A heuristic without a plan is a valid answer too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILED = "failed"  # a crash, or a plan that the checker refuses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a strategy found. Without a plan the value is 0; where that is proved, the bound is 0, too."""
+    """The result of a strategy. Without a plan the value is 0; if that is proved, so is the bound."""
 
     status: str
     value: float
@@ -31,8 +31,10 @@ class Answer:
 
 
 def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
-    """Solves by one strategy; ``seconds``, also those of the limit, are CPU seconds of this process, so that a busy
-    machine changes neither plan nor figures much; naming GPUs is included, the checker is not."""
+    """Solve by one strategy. All seconds are CPU seconds of this process, so that a busy machine hardly changes plan
+    and
+    figures; naming GPUs is included, the checker is not.
+    """
     started = time.process_time()
     try:
         budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
@@ -42,7 +44,7 @@ def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> 
         return _without_plan(Status.INFEASIBLE.value, 0.0, started, str(error))
     except HetisError as error:
         return _without_plan("none", math.inf, started, str(error))
-    except Exception as error:  # a bug: the row says so, and those after it are still measured
+    except Exception as error:  # a bug: the row says so, and later rows are still measured
         traceback.print_exc()
         return _without_plan(FAILED, math.inf, started, repr(error))
     seconds = time.process_time() - started

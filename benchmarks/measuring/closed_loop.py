@@ -1,8 +1,8 @@
-"""A replica of one stage with so many requests always in flight, as load generators keep it, in virtual time.
+"""A replica of one stage with a constant number of requests in flight, as load generators keep it, in virtual time.
 
-Seconds of an iteration are those of the cost model at what the iteration really carries (`StageTiming`). Between two
-events (a prompt comes, a request ends) iterations differ by contexts alone, and so they are taken together: a run of
-640 requests of 8,000 tokens has a thousand steps, not a hundred thousand.
+The seconds of an iteration are the cost model's for what the iteration really carries (`StageTiming`). Between two
+events (a prompt arrives, a request ends) iterations differ only in contexts, so they are taken together: a run of 640
+requests of 8,000 tokens has a thousand steps, not a hundred thousand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 
 class IterationTime(Protocol):
-    """What `hetis.simulator.timing.StageTiming.seconds` takes and gives."""
+    """The signature of `hetis.simulator.timing.StageTiming.seconds`."""
 
     def __call__(
         self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
@@ -24,14 +24,16 @@ class IterationTime(Protocol):
 
 
 class Attended(Protocol):
-    """Tokens that a query attends to at a context (`hetis.solver.model.ModelSpec.attended_tokens`)."""
+    """The tokens that a query attends to with a context (`hetis.solver.model.ModelSpec.attended_tokens`)."""
 
     def __call__(self, context_tokens: float, /) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """``total`` requests, ``in_flight`` of them at a time; lengths even between ``shortest`` of the stated and all."""
+    """``total`` requests, ``in_flight`` at a time. Lengths are uniform between ``shortest`` of the stated length and
+    all.
+    """
 
     in_flight: int
     total: int
@@ -43,7 +45,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What bounds an iteration: ``chunk_tokens`` of it in all, ``seats`` of KV; whether prompts join decoding ones."""
+    """Limits of an iteration: ``chunk_tokens`` in total, ``seats`` of KV, and whether prompts join decoding
+    requests.
+    """
 
     chunk_tokens: int
     seats: int
@@ -60,10 +64,10 @@ class _Request:
 
 
 def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: Attended) -> tuple[float, float]:
-    """Mean TTFT and mean TPOT over all requests, the first ones included, which come all at once."""
+    """Return mean TTFT and mean TPOT over all requests, including the first ones, which arrive together."""
     waiting = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
     coming = iter(_lengths(load)[load.in_flight :])
-    finishing: list[tuple[int, int, _Request]] = []  # step after which it has all its tokens
+    finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all its tokens
     num, context, step, now_s, order = 0, 0, 0, 0.0, 0
     prefilling: deque[_Request] = deque()
     ttft_s, tpot_s = 0.0, 0.0
@@ -101,7 +105,9 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
 def _chunk(
     waiting: deque[_Request], prefilling: deque[_Request], engine: Engine, decoding: int, attended: Attended
 ) -> tuple[list[_Request], int, float, float]:
-    """Requests whose prompts the next iteration carries a part of; its tokens, (query, key) pairs and KV read."""
+    """Return the requests whose prompts the next iteration carries part of, its tokens, (query, key) pairs
+    and KV read.
+    """
     budget = max(1, engine.chunk_tokens - (decoding if engine.mixes else 0))
     chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
     while budget:

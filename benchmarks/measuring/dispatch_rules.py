@@ -1,4 +1,4 @@
-"""Where the heads of a new request go, by rules that others follow; to be put in place of `Placement.rule`."""
+"""Other systems' rules for where the heads of a new request go, to be put in place of `HeadAllocator.rule`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, IntArray, Requests, Stage
 
-_ROUNDS = 60  # of bisection: as close as floats are
+_ROUNDS = 60  # of bisection: as precise as floats are
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Head groups of one request on each device, shape [1, D]; ``unplaced`` names it where it has to wait."""
+    """Head groups of one request on each device, shape [1, D]. ``unplaced`` names it if it has to wait."""
 
     groups: IntArray
     unplaced: Sequence[str]
@@ -22,7 +22,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class EqualSplit:
-    """The same share of every request on every device; what does not divide goes to the devices in turn."""
+    """A rule that puts the same share of every request on every device. The remainder goes to the devices in turn."""
 
     stage: Stage
 
@@ -30,7 +30,7 @@ class EqualSplit:
         num = self.stage.num_devices
         room = _room(self.stage, load, requests)
         counts = np.zeros(num, np.int64)
-        # The device that holds the fewest heads is first: in the end all hold as many.
+        # The device with the fewest heads comes first, so that in the end all hold equally many.
         order = np.argsort(load.heads, kind="stable")
         for _ in range(self.stage.heads.head_groups):
             takes = [i for i in order if counts[i] < room[i]]
@@ -42,7 +42,7 @@ class EqualSplit:
 
 @dataclass(frozen=True, slots=True)
 class PrimaryOnly:
-    """All heads on the primary, as engines do that know of no attention workers."""
+    """All heads on the primary, as in engines without attention workers."""
 
     stage: Stage
 
@@ -58,9 +58,8 @@ class PrimaryOnly:
 class PaperRule:
     """Hetis (SC'25): ``min z, z >= tau_i + rho_i`` in fractions, running requests fixed, then rounded to KV groups.
 
-    For one request that linear program is water filling: every device is filled to the same time z, as far as its
-    memory reaches. Constants of devices without heads count as paid. Groups that rounding down leaves go to the
-    largest fractions.
+    For one request that linear program is water filling: every device is filled to the same time z, within its memory.
+    Constants of devices without heads count as paid. Groups left by rounding down go to the largest fractions.
     """
 
     stage: Stage
@@ -77,7 +76,7 @@ class PaperRule:
         return Placed(counts[None], ())
 
     def fractions(self, load: DeviceLoad, requests: Requests) -> FloatArray:
-        """Head groups of the request on each device before they are rounded, shape [D]; the request must fit."""
+        """Return the head groups of the request on each device before rounding, shape [D]. The request must fit."""
         groups, room = self.stage.heads.head_groups, _room(self.stage, load, requests)
         base, slope = self._lines(load, int(requests.context_tokens[0]))
         low, high = 0.0, float((base + slope * groups).max())
@@ -87,7 +86,9 @@ class PaperRule:
         return _filled(high, base, slope, room)
 
     def _lines(self, load: DeviceLoad, context_tokens: int) -> tuple[FloatArray, FloatArray]:
-        """Seconds of what runs on each device, and seconds that one more head group of the request adds, shape [D]."""
+        """Return each device's seconds for its running load, and those added by one more head group of the request,
+        shape [D].
+        """
         stage, heads = self.stage, self.stage.heads
         away = np.array([not stage.has_primary_at(i) for i in range(stage.num_devices)])
         per_head = stage.head_s[:, 0] + away * stage.transfer_byte_s * heads.exchange_bytes_per_head
@@ -104,7 +105,7 @@ def _filled(z: float, base: FloatArray, slope: FloatArray, room: IntArray) -> Fl
 
 
 def _room(stage: Stage, load: DeviceLoad, requests: Requests) -> IntArray:
-    """Head groups of the request that each device has pages for, shape [D]."""
+    """Return the head groups of the request that each device has pages for, shape [D]."""
     room: IntArray = np.maximum(load.free_blocks, 0) // int(requests.blocks(stage.heads.block_tokens)[0])
     return room
 

@@ -1,9 +1,9 @@
 """One replica stage in virtual time: requests arrive, grow and finish, devices change, and a policy moves head groups.
 
-A decode step takes ``layers x makespan`` and the dense part; prefill takes time where it replaces KV that was lost.
-Moves are carried out one after the other in the background at the speed of the link; the source owns the groups until
-then. As in the service, a `Watch` keeps triggers quiet that a look has failed to answer, where a policy wants that.
-Requests, their lengths and what happens to devices depend on the seed and on the step only, not on the policy.
+A decode step takes ``layers x makespan`` plus the dense part; prefill takes time if it replaces lost KV. Moves are
+carried out sequentially in the background at the speed of the link; the source owns the groups until then. As in the
+service, a `Watch` silences triggers that a look has failed to answer, if a policy wants that. Requests, their lengths
+and the events of devices depend only on the seed and the step, not on the policy.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from hetis.solver.redispatch.watch import Watch
 LAYERS = 80
 DENSE_S = 0.02
 LINK_BYTE_S = 1 / 12.5e9  # 100 Gb/s
-OUTPUTS = (150, 1200)  # expected tokens of short and of long answers; those that come are exponential
+OUTPUTS = (150, 1200)  # expected tokens of short and of long outputs; the actual ones are exponential
 LONG_ANSWERS = 0.2
-LENGTHENED = 8  # times as long as expected
-REFILL_TOKEN_S = 4e-4  # prefill of KV that was lost: 140 GFLOP per token at 350 TFLOP/s
-WATERMARK = 0.01  # of the blocks that admission leaves free where it overcommits
-NOTICE = 150  # steps between the news that a device leaves and its end
+LENGTHENED = 8  # times the expected length
+REFILL_TOKEN_S = 4e-4  # prefill of lost KV: 140 GFLOP per token at 350 TFLOP/s
+WATERMARK = 0.01  # share of the blocks that admission leaves free if it overcommits
+NOTICE = 150  # steps from the notice that a device leaves to its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What goes wrong, and when.
+    """The disturbances, and when they happen.
 
     Attributes:
         name: for the table.
-        long_share: of the requests, whose output is `LENGTHENED` times as long as expected.
-        slow_at: step at which the device named ``slow`` takes twice as long.
+        long_share: share of the requests whose output is `LENGTHENED` times as long as expected.
+        slow_at: step at which the device named ``slow`` begins to take twice as long.
         leaves_at: step at which the device named ``leaves`` starts to drain; it is gone `NOTICE` steps later.
-        requests: running at a time, about, unless memory holds fewer.
-        overcommits: requests are admitted as long as memory holds them as they are, as engines do; else it is kept for
-            the growth that is expected of all.
+        requests: approximate number of concurrent requests, unless memory holds fewer.
+        overcommits: requests are admitted as long as memory holds them at their present size, as in engines; otherwise
+            memory is kept for the expected growth of all.
     """
 
     name: str
@@ -63,20 +63,20 @@ class Scenario:
 
 
 class Policy(Protocol):
-    """What to move when there is reason to."""
+    """Decides what to move when there is reason to."""
 
     evicts_itself: bool  # what cannot grow is evicted itself; else whatever was admitted last on the full device
     heeds: frozenset[TriggerKind]  # triggers that it was made for
-    is_watched: bool  # whether triggers that it failed to answer stay quiet until something changes
+    is_watched: bool  # whether triggers that it failed to answer stay silent until something changes
     solve_s: list[float]  # thread seconds of each call that looked
 
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
-        """Moves in order; ``full`` is a device that ran out of blocks, None when a trigger fired."""
+        """Return moves in order. ``full`` is a device that ran out of blocks, or None if a trigger fired."""
 
 
 @dataclass(slots=True)
 class Still:
-    """Nothing moves; eviction only."""
+    """Moves nothing, only evicts."""
 
     evicts_itself: bool
     heeds: frozenset[TriggerKind] = frozenset()
@@ -89,7 +89,7 @@ class Still:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of it, step by step."""
+    """The results, step by step."""
 
     makespans_s: list[float] = field(default_factory=list)
     ideals_s: list[float] = field(default_factory=list)
@@ -100,8 +100,8 @@ class Tally:
     refilled_tokens: int = 0
     refilled_bytes: float = 0.0
     looks: int = 0
-    admissions: int = 0  # of one request or several at a time
-    raised: int = 0  # the makespan, of these
+    admissions: int = 0  # of one or several requests together
+    raised: int = 0  # admissions that raised the makespan
 
 
 Rearranged: TypeAlias = Callable[[DispatchProblem, DispatchPlan], IntArray]
@@ -109,16 +109,16 @@ Rearranged: TypeAlias = Callable[[DispatchProblem, DispatchPlan], IntArray]
 
 @dataclass(slots=True)
 class Coming:
-    """A request that is to be admitted: new, or evicted with some output already."""
+    """A request to admit: new, or evicted after part of its output."""
 
     id: str
     context: int
     remaining: int  # as expected
-    output: int  # as it will be, from now on
+    output: int  # actual number from now on
 
 
 def stage() -> Stage:
-    """Two A100 as primary, two RTX 3090 and four P100 as attention workers; Llama-2-70B's heads."""
+    """Return two A100 as primary, two RTX 3090 and four P100 as attention workers, with Llama-2-70B's heads."""
     shape = HeadShape(head_groups=8, queries_per_group=8, kv_bytes_per_token=512.0, exchange_bytes_per_head=576.0)
     bandwidth = np.array([1.5e12, 0.7e12, 0.7e12, 0.45e12, 0.45e12, 0.45e12, 0.45e12])
     workers = np.arange(len(bandwidth)) > 0
@@ -150,7 +150,7 @@ class Run:
         look_every: int = 5,
         rearranged: Rearranged | None = None,
     ) -> None:
-        """``rearranged`` may put the groups of what is admitted elsewhere than dispatch does."""
+        """Initialise. ``rearranged`` may place the groups of admitted requests differently than dispatch does."""
         self._rearranged = rearranged
         self.scenario, self.policy, self.theta, self.look_every = scenario, policy, theta, look_every
         self.state = DispatchState(stage(), TOTAL_BLOCKS)
@@ -159,7 +159,7 @@ class Run:
         self._watch = Watch()
         self._random = np.random.default_rng(seed)
         self._queue: deque[Coming] = deque()
-        self._left: dict[str, int] = {}  # output tokens that will come
+        self._left: dict[str, int] = {}  # output tokens still to come
         self._expected: dict[str, int] = {}
         self._plan: deque[list[Move]] = deque()  # bundles that are committed together
         self._under_way: list[int] = []
@@ -242,7 +242,7 @@ class Run:
         self._queue = deque(c for c in coming if c.id not in admitted)
 
     def _decode(self) -> None:
-        """One step: everybody who has room grows by a token; those that are done leave; copies go on."""
+        """Make one step: requests with room grow by a token, finished ones leave, copies continue."""
         state = self.state
         names = list(state.ids)
         stuck = state.grow(names)
@@ -308,7 +308,7 @@ class Run:
             self.state.mark_seen()
 
     def _make_room(self, stuck: str) -> None:
-        """``stuck`` could not grow: moves that wait may help, else the policy's moves, else an eviction."""
+        """Help ``stuck``, which could not grow: by waiting moves, else by the policy's moves, else by an eviction."""
         state = self.state
         groups, free = state.groups(stuck), state.free_blocks()
         full = int(np.argmax(np.where(groups > 0, groups - free, -np.inf)))

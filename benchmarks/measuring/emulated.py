@@ -1,4 +1,4 @@
-"""Emulated cards behind vLLM: the primary in its process, workers in theirs, each as slow as it should be."""
+"""Emulated cards behind vLLM: the primary in its process, workers in theirs, each as slow as specified."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCK_TOKENS = 32
 
 
 class EngineFailedError(Exception):
-    """The engine's process ended; the message is where its log is."""
+    """The engine's process ended. The message is the end of its log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,7 @@ class Replica:
         later: Sequence[Pace] | None = None,
         followed: bool = True,
     ) -> dict[str, Any]:
-        """Return what `emulated_engine` says of a traffic; costs change with the paces where they are to be
-        ``followed``.
+        """Return the answer of `emulated_engine` to a traffic. Costs change with the paces if they are ``followed``.
 
         Raises:
             EngineFailedError: its process has ended.
@@ -61,7 +60,7 @@ class Replica:
         )
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """One line there, one back. Raises EngineFailedError."""
+        """Send one line, and return the answering one. Raises EngineFailedError."""
         assert self.process.stdin is not None, "it was started with pipes"
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(question) + "\n")
@@ -77,12 +76,12 @@ class Replica:
 def emulated_replica(
     workers: int, *, python: Path, seats: int, most_tokens: int, growth_tokens: int
 ) -> Iterator[Replica]:
-    """Starts so many workers, and vLLM with them by its own ``python``; ends all.
+    """Start this many workers, and vLLM with them by its own ``python``; end all on exit.
 
     Args:
-        seats: requests that run at a time.
-        most_tokens: of a request, prompt and answer.
-        growth_tokens: that dispatch keeps room for.
+        seats: number of concurrent requests.
+        most_tokens: per request, prompt and output.
+        growth_tokens: for which dispatch keeps room.
     """
     with tempfile.TemporaryDirectory(prefix="hetis-emulation-") as text, ExitStack() as stack:
         folder = Path(text)
@@ -126,7 +125,7 @@ def emulated_replica(
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
-            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba is another one than ours
+            "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba version differs from ours
         }
         log = stack.enter_context((folder / "log").open("w"))
         process = subprocess.Popen(

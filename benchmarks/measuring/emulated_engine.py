@@ -1,8 +1,8 @@
-"""vLLM with the plugin on an emulated primary: run by vLLM's Python, answers a line of JSON for each line on stdin.
+"""vLLM with the plugin on an emulated primary. vLLM's Python runs it; it answers each line of JSON on stdin with one.
 
 The first line says how the engine is made and where the workers' paces are written. Each further line is a traffic, the
-rule that places its heads, and the paces of all cards, also those that they turn into when half of the tokens are
-through. The primary is slow by waiting, as the workers are: its attention ends when the emulated card's would.
+rule that places its heads, and the paces of all cards, including those that they change to after half of the tokens.
+The primary is slow by waiting, like the workers: its attention ends when the emulated card's would.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Answer until stdin ends."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
@@ -53,10 +53,10 @@ def main() -> None:
 
 
 class EmulatedEngine:
-    """The engine, its primary's pace, and the files of the workers' paces."""
+    """The engine, its primary's pace, and the files with the workers' paces."""
 
     def __init__(self, llm: Any, files: list[Path]) -> None:
-        # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
+        # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
         from benchmarks.measuring.emulated_worker import Pace, wait_until
         from hetis.solver.dispatch.solve import Dispatcher
         from hetis.solver.redispatch.warming import compile_redispatch
@@ -75,7 +75,7 @@ class EmulatedEngine:
             impl.attend_here = partial(self._attend_slowly, impl, impl.attend_here)
 
     def serve(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Tokens and seconds of one traffic."""
+        """Return tokens and seconds of one traffic."""
         from vllm import SamplingParams
 
         paces = [self._make_pace(**one) for one in asked["paces"]]

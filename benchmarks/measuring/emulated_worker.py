@@ -31,12 +31,12 @@ from hetis.runtime.worker.loop import WorkerLoop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What an emulated card takes.
+    """The time that an emulated card takes.
 
     Attributes:
         head_s, kv_byte_s, call_s: of one layer's attention, per query head, KV byte read and call.
-        slow: what these are multiplied by.
-        link_bytes_per_s, latency_s: of the link to it, one direction; infinite and 0: none is emulated.
+        slow: factor of these.
+        link_bytes_per_s, latency_s: of the link to it, in one direction; infinite and 0: none is emulated.
     """
 
     head_s: float = 4e-4
@@ -47,21 +47,21 @@ class Pace:
     latency_s: float = 0.0
 
     def layer_s(self, step: DeviceStep, shape: KvShape) -> float:
-        """Attention of the virtual sequences of ``step``."""
+        """Return the seconds of attention for the virtual sequences of ``step``."""
         kv_bytes = float((step.positions + 1).sum()) * token_bytes(shape)
         return self.attention_s(heads=len(step) * shape.queries_per_group, kv_bytes=kv_bytes)
 
     def attention_s(self, *, heads: int, kv_bytes: float) -> float:
-        """Attention of one layer."""
+        """Return the seconds of one layer's attention."""
         return self.slow * (self.head_s * heads + self.kv_byte_s * kv_bytes + self.call_s)
 
     def link_s(self, frame: Frame, answer: Frame | None) -> float:
-        """A frame and its answer, if it has one, on their way."""
+        """Return the seconds that a frame and its answer, if it has one, are in transit."""
         num_bytes = sum(HEADER_BYTES + one.body_bytes for one in (frame, answer) if one)
         return num_bytes / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
 
     def write(self, path: Path) -> None:
-        """For a worker to read, whole."""
+        """Write the file for a worker atomically."""
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps(asdict(self)), encoding="utf-8")
         aside.replace(path)
@@ -72,14 +72,14 @@ class Pace:
 
 
 def wait_until(moment_s: float) -> None:
-    """Waits until a moment of `time.perf_counter`; not at all where it has passed."""
+    """Wait until a moment of `time.perf_counter`, if it has not passed."""
     left_s = moment_s - time.perf_counter()
     if left_s > 0:
         time.sleep(left_s)
 
 
 class PacedCore(WorkerCore):
-    """A worker's core whose answers come when those of the emulated card would."""
+    """A worker's core that answers when the emulated card would."""
 
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes, pace: Path) -> None:
         super().__init__(name, make_device, key=key)
@@ -99,7 +99,7 @@ class PacedCore(WorkerCore):
 
 
 def main() -> None:
-    """Serves until it is ended."""
+    """Serve until the process is ended."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measuring.emulated_worker", description=__doc__)
     parser.add_argument("--name", required=True)
     parser.add_argument("--key-file", required=True, type=Path)

@@ -1,4 +1,4 @@
-"""Random Llamas and prompts for the engines to agree on."""
+"""Random Llamas and prompts on which the engines must agree."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSize:
-    """What a Llama is made of."""
+    """The dimensions of a Llama."""
 
     hidden: int
     middle: int
@@ -27,7 +27,7 @@ TINY = ModelSize(hidden=128, middle=256, layers=3, q_heads=8, kv_heads=4, vocab=
 
 
 def write_model(folder: Path, size: ModelSize, *, most_tokens: int) -> None:
-    """A float32 checkpoint. Its weights are large enough that a wrong head or block changes the text."""
+    """Write a float32 checkpoint with weights so large that a wrong head or block changes the text."""
     import torch
     import transformers
 
@@ -53,6 +53,6 @@ def write_model(folder: Path, size: ModelSize, *, most_tokens: int) -> None:
 
 
 def random_prompts(size: ModelSize, *, batch: int, tokens: int) -> list[list[int]]:
-    """Prompts without a common beginning."""
+    """Return prompts without a common prefix."""
     source = random.Random(1)
     return [[source.randrange(size.vocab) for _ in range(tokens)] for _ in range(batch)]

@@ -1,4 +1,4 @@
-"""Placement problems to measure on: the fleets of ``examples/``, the same scaled, and fleets listed here."""
+"""Placement problems for measurements: the fleets of ``examples/``, scaled versions, and fleets listed here."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PRICES = {"A100-PCIe-40GB": 3.67}  # a board without a price in the catalogue: t
 
 
 def example(name: str) -> Cluster:
-    """The fleet of ``examples/NAME.yaml``."""
+    """Return the fleet of ``examples/NAME.yaml``."""
     return load_cluster(EXAMPLES / f"{name}.yaml")
 
 
 def fleet(name: str, *nodes: tuple[int, int, str]) -> Cluster:
-    """A fleet in one zone on a 100 Gb/s network, of ``(nodes, GPUs per node, GPU type)``."""
+    """Return a fleet in one zone on a 100 Gb/s network, made of ``(nodes, GPUs per node, GPU type)``."""
     document = {
         "apiVersion": "hetis/v1",
         "kind": "Cluster",
@@ -55,13 +55,13 @@ def _price_of(gpu: str) -> dict[str, float]:
 
 
 def scaled(cluster: Cluster, times: int) -> Cluster:
-    """``times`` as many nodes of every kind."""
+    """Return the cluster with ``times`` as many nodes of every kind."""
     groups = tuple(replace(group, count=group.count * times, numbered=True) for group in cluster.node_groups)
     return replace(cluster, name=f"{times} x {cluster.name}", node_groups=groups)
 
 
 def of_types(num_types: int, num_gpus: int) -> Cluster:
-    """``num_gpus`` GPUs, a multiple of 8, in equal parts (to eight GPUs) of the first ``num_types`` types."""
+    """Return ``num_gpus`` GPUs, a multiple of 8, in equal parts (to eight GPUs) of the first ``num_types`` types."""
     share, rest = divmod(num_gpus // 8, num_types)
     types = list(NODE_SIZES.items())[:num_types]
     nodes = [((share + (i < rest)) * (8 // size), size, gpu) for i, (gpu, size) in enumerate(types)]
@@ -75,7 +75,7 @@ def problem(
     workload: str = "azure_conv_2023",
     objective: Objective = DEFAULT_LIMITS,
 ) -> PlacementProblem:
-    """The placement of a catalogue model for a workload, with modelled profiles."""
+    """Return the placement of a catalogue model for a workload, with modelled profiles."""
     spec = load_model(model)
     return PlacementProblem(
         cluster=cluster,
@@ -87,5 +87,5 @@ def problem(
 
 
 def gpu_types(cluster: Cluster) -> list[str]:
-    """Names of the GPU types in use."""
+    """Return the names of the GPU types in use."""
     return list(dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus))

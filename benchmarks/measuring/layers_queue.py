@@ -1,16 +1,16 @@
-"""A small queue of a placement of layers: requests, batches and hops one by one, to hold the objective against.
+"""A small queue of a placement of layers, with individual requests, batches and hops, to compare the objective with.
 
-Written apart from `hetis.solver.layers.objective`: it knows no round trip, no clumps of batches and no mean lengths.
+Written independently of `hetis.solver.layers.objective`: it has no round trips, clumps of batches or mean lengths.
 
-- Requests always wait (closed at the entrance). Lengths are exponential around the means, whole tokens, one at least.
-- A request chooses its path once: at every node, of the next ones that have KV room for it, the one that is furthest
-  behind its share (weighted round robin). It keeps room for its prompt and output, times the layers it has computed
-  there, until it ends; where no path has room, it waits and so does everybody behind it.
-- A node works on one batch at a time: when it becomes free, all sequences that wait, and prompts, whole and in order,
-  up to `BATCH_TOKENS` tokens of them (a longer one alone). A batch takes, layer by layer, the prompt time of its prompt
+- Requests always wait (closed at the entrance). Lengths are exponential around the means, whole tokens, at least one.
+- A request chooses its path once: at every node, among the next ones that have KV room for it, the one furthest behind
+  its share (weighted round robin). It keeps room for its prompt and output, times the layers it has computed there,
+  until it ends. If no path has room, it waits, and so does everything behind it.
+- A node works on one batch at a time: when it becomes free, all waiting sequences, and prompts, whole and in order, up
+  to `BATCH_TOKENS` tokens of them (a longer one alone). A batch takes, layer by layer, the prompt time of its prompt
   tokens and the decode time of its sequences that need the layer.
-- At the start all are in the middle of their outputs, as long as those found in flight are.
-- Its card then sends the batch on, one message per request and token, in order; the last node sends tokens only.
+- At the start all requests are in the middle of their outputs, as long as those found in flight are.
+- A node's card then sends the batch on, one message per request and token, in order; the last node sends only tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from hetis.solver.layers.plan import LayersPlan, LinkShare, PlacedNode
 from hetis.solver.layers.problem import LayersProblem, NodeType
 
-BATCH_TOKENS = 2048  # prompt tokens of a batch, a usual limit of engines
+BATCH_TOKENS = 2048  # prompt tokens per batch, a usual limit in engines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What the queue measured after its warm-up."""
+    """The queue's measurements after its warm-up."""
 
     rate_rps: float
     in_flight: float
@@ -78,7 +78,7 @@ class ChainQueue:
         self._upcoming = self._new_request()
 
     def run(self, *, warm_up_s: float, measured_s: float) -> Served:
-        """Serves for so long; everything before the end of the warm-up is forgotten."""
+        """Serve for this time; everything before the end of the warm-up is discarded."""
         self._fill()
         area, last_s, tokens = 0.0, warm_up_s, 0
         warm = False
@@ -112,7 +112,9 @@ class ChainQueue:
         return prompt, output
 
     def _fill(self) -> None:
-        """Requests in flight at a moment: outputs are twice as long, and some share of them is made."""
+        """Add requests in flight at a random moment: their outputs are twice as long, and some share of them is
+        generated.
+        """
         mean = self._problem.mean_output_tokens
         while True:
             prompt, output = self._new_request()[0], max(1, round(self._random.gammavariate(2, mean)))
@@ -128,7 +130,7 @@ class ChainQueue:
             self._later(self._problem.links.latency_s, "arrive", request)
 
     def _enter(self, prompt: int, output: int) -> _Request | None:
-        """The request on its path with room kept for it; None where there is none."""
+        """Return the request on its path with room reserved for it, or None if there is no room."""
         path = self._path(prompt + output)
         if path is None:
             return None
@@ -142,7 +144,7 @@ class ChainQueue:
         return tokens * (self._nodes[name].place.end_layer - begin)
 
     def _path(self, tokens: int) -> list[tuple[str, int]] | None:
-        """A path with room, and its links counted; None where there is none."""
+        """Return a path with room, counting its links, or None if there is none."""
         path: list[tuple[str, int]] = []
         links: list[tuple[str | None, str | None]] = []
         at: str | None = None

@@ -1,7 +1,7 @@
-"""Pipelines that only prefill or only decode, with nothing else in their way.
+"""Pipelines that only prefill or only decode, without interference.
 
-A prefill pipeline gets prompts with one output token, so that nobody waits for a seat to decode. A decode pipeline gets
-its prompts from a GPU that takes a thousandth of the time. There is room for all KV, and links are fast.
+A prefill pipeline gets prompts with one output token, so that no request waits for a seat to decode. A decode pipeline
+gets its prompts from a GPU that takes a thousandth of the time. There is room for all KV, and links are fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.profile import Piece, Profile
 
 GPU, OTHER = "A100-SXM-80GB", "H100-SXM-80GB"
-HURRY = 1e-3  # what the other role takes of its time
+HURRY = 1e-3  # factor of the other role's time
 ROOM_BYTES = 1 << 44
 LINK_BYTES_PER_S = 1e12
 WITHOUT_SLACK = Assumptions(full_slack=0.0, tight_slack=0.0, full_unevenness=0.0, tight_unevenness=0.0)
@@ -32,7 +32,7 @@ UNCLAIMED = SolveResult(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneRole:
-    """``stages`` A100s in a row, each with as many layers. b and C: 0 of the other role."""
+    """``stages`` A100s in a row, each with equally many layers. b and C are 0 for the other role."""
 
     model: str
     workload: str
@@ -48,17 +48,18 @@ class OneRole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """``rate`` is the simulated one over that of the even flow, ``busy`` the share of time in which the busiest stage
-    computes: what is missing of the latter is slack, of the former also where the formula's work is not the true one.
+    """``rate`` is the simulated rate over that of the even flow; ``busy`` is the share of time in which the busiest
+    stage
+    computes. What the latter lacks is slack; the former also lacks what the formula's work misses of the true work.
     """
 
     rate: float
     busy: float
-    slack: float  # what the cost model assumes
+    slack: float  # assumed by the cost model
 
 
 def measure(one: OneRole, *, iterations: int, requests: int) -> Kept:
-    """Measures at least so many iterations and requests, with some always waiting."""
+    """Measure at least this many iterations and requests, with some always waiting."""
     posed = _problem(one)
     plan = _plan(one, posed)
     moments = posed.workload.moments()

@@ -1,4 +1,4 @@
-"""Figures of a benchmark, as HTML, and as PNG where matplotlib happens to be installed; in ``benchmarks/results/``."""
+"""Figures of a benchmark in ``benchmarks/results/``, as HTML and, if matplotlib is installed, as PNG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SERIES = {"seconds": "solved and bound", "to_1_percent_s": "gap of 1% proved"}
 
 
 def draw_cost(rows: Sequence[Row], *, across: str, name: str) -> None:
-    """Seconds of every row against its column ``across``."""
+    """Draw the seconds of every row against its column ``across``."""
     RESULTS.mkdir(exist_ok=True)
     _draw_html(rows, across, RESULTS / f"{name}.html")
     if importlib.util.find_spec("matplotlib") is not None:
@@ -31,7 +31,7 @@ def draw_cost(rows: Sequence[Row], *, across: str, name: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
-    """Gaps of all instances of one size: to the proven bound, and of those that were judged to the best plan known."""
+    """Gaps of all instances of one size, to the proven bound and, for those judged, to the best plan known."""
 
     panel: str
     size: str
@@ -41,7 +41,7 @@ class Gaps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars:
-    """A group of bars side by side, one for each name."""
+    """A group of adjacent bars, one for each name."""
 
     panel: str
     group: str
@@ -50,7 +50,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How a search closed in: seconds, value of the best plan, and bound, None while there is none."""
+    """The progress of a search: seconds, value of the best plan, and bound, None while there is none."""
 
     fleet: str
     objective: str
@@ -63,7 +63,7 @@ SHADES = {"to the best known": "#0072b2", "to the relaxation": "#e69f00"}
 
 
 def draw_gaps(gaps: Sequence[Gaps], *, name: str, document: bool) -> None:
-    """Quantiles of both gaps by size, one panel per load; with ``document`` also to ``docs/figures/`` (as SVG)."""
+    """Draw quantiles of both gaps by size, one panel per load; with ``document`` also to ``docs/figures/`` (as SVG)."""
     RESULTS.mkdir(exist_ok=True)
     panels = {panel: [g for g in gaps if g.panel == panel] for panel in dict.fromkeys(g.panel for g in gaps)}
     _gaps_html(panels, RESULTS / f"{name}.html")
@@ -77,7 +77,7 @@ def draw_gaps(gaps: Sequence[Gaps], *, name: str, document: bool) -> None:
 
 
 def draw_bars(bars: Sequence[Bars], *, name: str, label: str, document: bool) -> None:
-    """Groups of bars, one panel below another; with ``document`` also to ``docs/figures/`` (as SVG)."""
+    """Draw groups of bars, one panel below another; with ``document`` also to ``docs/figures/`` (as SVG)."""
     RESULTS.mkdir(exist_ok=True)
     panels = {panel: [b for b in bars if b.panel == panel] for panel in dict.fromkeys(b.panel for b in bars)}
     _bars_html(panels, label, RESULTS / f"{name}.html")
@@ -91,7 +91,7 @@ def draw_bars(bars: Sequence[Bars], *, name: str, label: str, document: bool) ->
 
 
 def draw_searches(searches: Sequence[Search], *, name: str, document: bool) -> None:
-    """Value and bound against time, a row of panels per fleet; with ``document`` to ``docs/figures/`` (as SVG)."""
+    """Draw value and bound against time, a row of panels per fleet; with ``document`` to ``docs/figures/`` (as SVG)."""
     figures: Any = importlib.import_module("matplotlib.figure")
     fleets = list(dict.fromkeys(search.fleet for search in searches))
     objectives = list(dict.fromkeys(search.objective for search in searches))
@@ -199,7 +199,7 @@ def _gaps_pictures(panels: dict[str, list[Gaps]], paths: Sequence[Path]) -> None
 
 
 def _values(gaps: Gaps, label: str) -> list[float]:
-    """Percent."""
+    """Return the gaps in percent."""
     chosen = gaps.best if label == "to the best known" else gaps.relaxation
     return [100 * gap for gap in chosen]
 
@@ -219,7 +219,7 @@ def _draw_html(rows: Sequence[Row], across: str, path: Path) -> None:
 
 
 def _draw_png(rows: Sequence[Row], across: str, path: Path) -> None:
-    # By name: matplotlib is no dependency, so that type checkers need not find it either.
+    # Import by name: matplotlib is no dependency, so type checkers need not find it.
     figures: Any = importlib.import_module("matplotlib.figure")
     figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

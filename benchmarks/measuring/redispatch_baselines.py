@@ -1,8 +1,8 @@
-"""What others do when load drifts or memory runs out, to compare re-dispatch with.
+"""Other systems' reactions when load drifts or memory runs out, for comparison with re-dispatch.
 
 ``paper_rule`` is that of Hetis (SC'25): the one request whose re-dispatch helps most. ``whole_request_moves`` never
-splits a request, as engines that migrate requests between instances do (Llumnix, OSDI'24). ``last_admitted`` is the
-victim of LIFO eviction, what engines do when blocks run out (vLLM).
+splits a request, like engines that migrate requests between instances (Llumnix, OSDI'24). ``last_admitted`` is the
+victim of LIFO eviction, used by engines when blocks run out (vLLM).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, sho
 
 
 def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: int | None = None) -> tuple[Move, ...]:
-    """Re-dispatches the one request that holds KV on the slowest device and whose re-dispatch helps most.
+    """Re-dispatch the one request with KV on the slowest device whose re-dispatch helps most.
 
-    Each candidate is dispatched as if it were new, all others staying; groups that it would place where they are
-    already stay. Memory is that of now, growth is not anticipated. With ``device``, which ran out of memory, the
-    candidates are those with KV there, and the one whose new home is fastest and off that device, at least in part, is
-    taken. Nothing where no candidate helps.
+    Each candidate is dispatched as if it were new, with all others staying; groups that it would place where they
+    already
+    are stay. Memory is that of now, and growth is not anticipated. With ``device``, which ran out of memory, the
+    candidates
+    are those with KV there, and the one with the fastest new home that is off that device, at least in part, is taken.
+    Return no moves if no candidate helps.
     """
     tables, snapshot = tables_of(problem), problem.snapshot
     before_s = float(device_seconds(tables, tables.now).max())
@@ -36,7 +38,7 @@ def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: in
     best, least_s = None, np.inf if device is not None else before_s * (1 - 1e-9)
     for j in np.flatnonzero(tables.now[:, where]).tolist():
         if snapshot.groups[j].sum() != tables.now[j].sum():
-            continue  # under way
+            continue  # in flight
         free = np.where(tables.takes, snapshot.total_blocks() - used + tables.blocks[j] * tables.now[j], 0)
         if device is not None:
             free[device] = min(free[device], 0)
@@ -52,7 +54,7 @@ def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: in
 
 
 def whole_request_moves(problem: RedispatchProblem) -> tuple[Move, ...]:
-    """Moves whole requests to single devices, one after the other, each the one that lowers the objective most."""
+    """Move whole requests to single devices, one at a time, each time the one that lowers the objective most."""
     tables = tables_of(problem)
     x, spent = tables.now.copy(), 0.0
     moved = set[int]()
@@ -90,7 +92,7 @@ def whole_request_moves(problem: RedispatchProblem) -> tuple[Move, ...]:
 
 
 def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = ()) -> str | None:
-    """The request admitted last that holds KV on a device: the one LIFO evicts; None if there is none."""
+    """Return the last admitted request that holds KV on a device, which LIFO evicts, or None if there is none."""
     spared = set(but)
     for j in range(len(snapshot.ids) - 1, -1, -1):
         if snapshot.groups[j, device] and snapshot.ids[j] not in spared:
@@ -101,7 +103,7 @@ def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = 
 def _redispatched(
     snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: DeviceLoad, free_blocks: IntArray
 ) -> IntArray | None:
-    """Where dispatch would put request ``j`` if it were new, [D]."""
+    """Return where dispatch would put request ``j`` if it were new, [D], or None if it does not fit."""
     heads = snapshot.stage.heads
     without = DeviceLoad(
         heads=load.heads - groups * heads.queries_per_group,
@@ -120,7 +122,7 @@ def _redispatched(
 
 
 def _as_moves(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> tuple[Move, ...]:
-    """Moves to ``x`` [N, D] in an order that memory allows; those that none allows are left out."""
+    """Return the moves to ``x`` [N, D] in an order that memory permits, without those that no order permits."""
     steps = steps_between(tables, tables.now, x)
     ordered, _ = order(tables, tables.now, steps, problem.snapshot.stage.devices)
     saved_s = float(device_seconds(tables, tables.now).max() - device_seconds(tables, x).max())

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: an aligned table, one JSON object per line, or a file of ``docs/data`` and what pages show."""
+"""Rows of a benchmark: an aligned table, one JSON object per line, or a file of ``docs/data`` and its page excerpts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
 
 def parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     result = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,15 +37,15 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_rounds(parser: argparse.ArgumentParser, what: str) -> None:
-    """``--rounds``, of benchmarks whose cases are run again and again in turn; None: the benchmark's own number."""
+    """Add ``--rounds`` for benchmarks that repeat their cases in turn. None: the benchmark's own number."""
     parser.add_argument("--rounds", type=_at_least_one, metavar="N", help=what)
 
 
 def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
-    """Prints the rows of benchmark ``name`` in the form that was asked for, and returns them."""
+    """Print the rows of benchmark ``name`` in the requested form, and return them."""
     shown, coming = [], iter(rows)
     while True:
-        with no_native_output():  # a line of a solver among them would be no JSON
+        with no_native_output():  # a solver's output among them would break the JSON
             row = next(coming, None)
         if row is None:
             break
@@ -62,7 +62,7 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
 
 
 def keep(name: str, shown: Sequence[Row], about: str, document: Path) -> None:
-    """Writes the table's file, when and where it was measured, and the excerpts that pages show."""
+    """Write the table's file, when and where it was measured, and the excerpts on pages."""
     if not shown:
         raise SystemExit(f"{name}: no rows, so the table stays as it is")
     tables.write(name, _headings(shown[0]), ([_plain(key, value) for key, value in row.items()] for row in shown))
@@ -71,14 +71,14 @@ def keep(name: str, shown: Sequence[Row], about: str, document: Path) -> None:
 
 
 def exit_if_crashed(shown: Sequence[Row]) -> None:
-    """Ends with status 1 if a row says so: after everything has been shown, for the other rows are still good."""
+    """Exit with status 1 if a row says so, after everything has been shown, because the other rows are still good."""
     crashed = [str(row["name"]) for row in shown if row["status"] == "failed"]
     if crashed:
         raise SystemExit(f"crashed: {'; '.join(crashed)}")
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Aligned columns for a terminal."""
+    """Return aligned columns for a terminal."""
     if not rows:
         return "no rows"
     lines = [_headings(rows[0]), *([_text(key, value) for key, value in row.items()] for row in rows)]
@@ -87,7 +87,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machine() -> str:
-    """One sentence on where and when: times mean nothing without it."""
+    """Return a sentence about machine and time, without which times mean nothing."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))):
@@ -97,7 +97,7 @@ def machine() -> str:
 
 
 def write_section(document: Path, name: str, text: str) -> None:
-    """Replaces what stands between ``<!-- name -->`` and ``<!-- end name -->``.
+    """Replace the text between ``<!-- name -->`` and ``<!-- end name -->``.
 
     Raises:
         ValueError: the document has no such section.
@@ -111,7 +111,7 @@ def write_section(document: Path, name: str, text: str) -> None:
 
 
 def _finite(value: Cell) -> Cell:
-    """JSON knows no infinity: a bound that was never found is null."""
+    """Return None for infinity, which JSON cannot represent: a bound that was never found is null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -134,7 +134,7 @@ def _text(key: str, value: Cell) -> str:
 
 
 def _plain(key: str, value: Cell) -> str:
-    """A cell of a file: numbers without separators of thousands."""
+    """Return a cell of a file: numbers without thousands separators."""
     return str(value) if isinstance(value, int) else _text(key, value)
 
 

@@ -1,4 +1,4 @@
-"""Random placements, and what one replica of them serves when requests are always waiting."""
+"""Random placements, and the rate that one of their replicas serves when requests always wait."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ DECK = 2000  # requests drawn at even quantiles of the workload before lengths r
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A placement to come."""
+    """A placement to measure."""
 
     name: str
     problem: PlacementProblem
 
 
 def random_cases(count: int, seed: int) -> Iterator[Case]:
-    """Fleets of one to three GPU types and 2 to 16 GPUs, any model that is likely to fit, any workload."""
+    """Yield fleets of one to three GPU types and 2 to 16 GPUs, with any model likely to fit and any workload."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         cluster = _random_cluster(rng, number)
@@ -62,7 +62,7 @@ def random_cases(count: int, seed: int) -> Iterator[Case]:
 
 
 class Deck:
-    """A source that deals a workload's lengths at even quantiles, shuffled: it has the averages of the workload."""
+    """A source that deals a workload's lengths at even quantiles, shuffled, so that it has the workload's averages."""
 
     def __init__(self, workload: Workload, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -73,7 +73,7 @@ class Deck:
         self._left = itertools.islice(self._dealt([lengths[i] for i in chosen], rng), count)
 
     def next_request(self, now_s: float) -> Request | None:
-        """The next card; None when all are dealt."""
+        """Return the next card, or None when all are dealt."""
         card = next(self._left, None)
         if card is None:
             return None
@@ -88,7 +88,7 @@ class Deck:
 
 
 def distinct_replicas(plan: Plan) -> list[ReplicaPlan]:
-    """The first replica of every shape of a plan, unified ones only."""
+    """Return the first replica of every shape in a plan, unified ones only."""
     first: dict[object, ReplicaPlan] = {}
     for one in plan.replicas:
         if one.role is not Role.UNIFIED:
@@ -100,7 +100,7 @@ def distinct_replicas(plan: Plan) -> list[ReplicaPlan]:
 
 
 def part_of(plan: Plan, *chosen: ReplicaPlan) -> Plan:
-    """These replicas of a plan, and the KV routes between them."""
+    """Return these replicas of a plan, and the KV routes between them."""
     at = {plan.replicas.index(one): number for number, one in enumerate(chosen)}
     routes = tuple(
         replace(route, prefill=at[route.prefill], decode=at[route.decode])
@@ -111,19 +111,19 @@ def part_of(plan: Plan, *chosen: ReplicaPlan) -> Plan:
 
 
 def routed_part(plan: Plan) -> Plan | None:
-    """The replicas that KV routes join: what is prefilled on some and decoded on others; None without any."""
+    """Return the replicas that KV routes connect, which prefill on some and decode on others, or None without any."""
     joined = sorted({end for route in plan.kv_routes for end in (route.prefill, route.decode)})
     return part_of(plan, *(plan.replicas[number] for number in joined)) if joined else None
 
 
 def saturated_run(part: Plan, problem: PlacementProblem, count: int, settings: Settings) -> Run:
-    """Part of a plan on ``count`` requests that are always waiting."""
+    """Run part of a plan on ``count`` requests that always wait."""
     workload = problem.workload.clipped_to(problem.model.max_position)
     return simulate(part, problem, Deck(workload, count, settings.seed), settings)
 
 
 def steady_rate(run: Run, in_flight: int) -> float:
-    """Completions per second from when requests have been replaced twice until the last one has come."""
+    """Return completions per second from when requests have been replaced twice until the last one has arrived."""
     finished = np.sort(run.finished_s[~np.isnan(run.finished_s)])
     first = min(max(2 * in_flight, len(finished) // 4), len(finished) // 2)
     last = int(np.searchsorted(finished, run.arrival_s.max()))
@@ -133,7 +133,7 @@ def steady_rate(run: Run, in_flight: int) -> float:
 
 
 def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
-    """Round trips of micro-batches per request that is served, over the replicas that it passes."""
+    """Return round trips of micro-batches per served request, over the replicas that it passes."""
     moments = problem.workload.clipped_to(problem.model.max_position).moments()
     prefill = decode = served = 0.0
     for one in plan.replicas:
@@ -148,11 +148,12 @@ def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
 
 
 def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
-    """Requests/s if iterations took what the formula says, full chunks at the mean context, but came one by one.
+    """Return requests/s if iterations took the formula's time, full chunks at the mean context, but came individually.
 
-    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi (all of a prefill
-    replica do, none of a decode replica), and a micro-batch stays on its copy of a stage. What is left of the planned
-    rate is what slack should have covered. The time that KV takes to leave or to arrive is not in it.
+    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi (all for a prefill
+    replica, none for a decode replica), and a micro-batch stays on its copy of a stage. The loss against the planned
+    rate
+    is what slack should have covered. The time that KV takes to leave or to arrive is not included.
     """
     plain_s, chunk_s = _formula_seconds(problem, one)
     moments = problem.workload.clipped_to(problem.model.max_position).moments()
@@ -180,7 +181,7 @@ def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0)
 
 
 def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[float], list[float]]:
-    """Return the cost model's iterations without and with a chunk, of every stage (without attention workers)."""
+    """Return the cost model's iterations without and with a chunk, for every stage (without attention workers)."""
     model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
     b, chunk = one.micro_batch, one.chunk_tokens
     decoding = b, b * model.attended_tokens(moments.resident_context)

@@ -1,4 +1,4 @@
-"""What a plan serves in simulation: its saturated rate, and its latencies at a rate, over several seeds."""
+"""The service of a plan in simulation: its saturated rate, and its latencies at a rate, over several seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """A plan that is put under load.
+    """A plan under load.
 
     Attributes:
         lengths: of requests, not clipped.
         seeds: number of runs of each load.
-        turns: so often the requests that the plan holds at once are replaced in a run of ``at_least`` requests.
+        turns: number of times that a run of ``at_least`` requests replaces the requests that the plan holds.
     """
 
     runs: Runner
@@ -34,14 +34,14 @@ class Server:
     at_least: int
 
     def saturated(self, settings: Settings | None = None) -> tuple[Summary, list[float]]:
-        """Always somebody waiting: the summary, and the throughput by seed in requests/s."""
-        # Requests of one length that are always waiting are the same whatever the seed.
+        """Return the summary, and the throughput by seed in requests/s, with requests always waiting."""
+        # Always-waiting requests of one length are the same whatever the seed.
         num = 1 if len(self.lengths.bins) == 1 else self.seeds
         metrics = self._measured(self._load(Arrivals.SATURATED, None), settings, num) * (self.seeds // num)
         return summarise(metrics), [one.throughput_rps.value for one in metrics]
 
     def at(self, rate_rps: float, settings: Settings | None = None) -> Summary:
-        """Poisson arrivals."""
+        """Return the summary for Poisson arrivals."""
         return summarise(self._measured(self._load(Arrivals.DRAWN, rate_rps), settings, self.seeds))
 
     def _load(self, arrivals: Arrivals, rate_rps: float | None) -> Load:
@@ -76,6 +76,6 @@ def served(
     at_least: int = 400,
     processes: int,
 ) -> Iterator[Server]:
-    """A plan under load, its runs in ``processes`` of their own (1: in this one)."""
+    """Yield a plan under load, with its runs in ``processes`` separate processes (1: in this one)."""
     with runner(plan, problem, processes=processes) as runs:
         yield Server(runs=runs, lengths=lengths, seeds=seeds, turns=turns, at_least=at_least)

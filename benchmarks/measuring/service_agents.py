@@ -1,8 +1,8 @@
-"""Node agents that cost next to nothing: they speak the protocol and do at once, in memory, what they are told.
+"""Node agents that cost next to nothing: they speak the protocol and do what they are told at once, in memory.
 
-A stream that ends is opened again, as the real agent does: the planner ends every connection after half an hour.
-Nothing is stored, copied or decoded. A primary has a head map of made-up requests; where it is asked to flip a change,
-the map follows.
+A stream that ends is opened again, as the real agent does, because the planner ends every connection after half an
+hour. Nothing is stored, copied or decoded. A primary has a head map of made-up requests, which is updated when it is
+asked to flip a change.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, inventory_pb2, replica_pb2, report_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 
-CHANNEL_OPTIONS = (  # as hetis-agent has them; a pool of its own gives every agent its own connection
+CHANNEL_OPTIONS = (  # as hetis-agent's; with a pool of its own, every agent has its own connection
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
-REQUESTS, CONTEXT_TOKENS = 24, 1400  # that run on a primary: they fit there, and nothing is wrong with it
-VARIETY = 64  # reports differ in so many ways before they repeat
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # between two streams, as at the real agent's first attempt
+REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary: they fit there, and nothing is wrong with it
+VARIETY = 64  # number of different reports before they repeat
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # between two streams, as at the first attempt of the real agent
 WELCOME_S = 30.0
 
 Phase = change_pb2.ChangePhase
@@ -41,7 +41,7 @@ _REACHED = {
     replica_pb2.ASSIGNMENT_GOAL_SERVE: State.ASSIGNMENT_STATE_SERVING,
     replica_pb2.ASSIGNMENT_GOAL_DRAIN: State.ASSIGNMENT_STATE_DRAINING,
 }
-# An error status, its cancellation, a write or read after the end, no Welcome.
+# An error status, its cancellation, a write or read after the end, or no Welcome.
 STREAM_ENDED = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, ConnectionError, TimeoutError)
 _ALL = (pb.AGENT_CAPABILITY_ASSIGN, pb.AGENT_CAPABILITY_MOVE, pb.AGENT_CAPABILITY_HEAD_MAP)
 _admission = SolverAdmission()
@@ -49,16 +49,16 @@ _balanced: dict[tuple[int, ...], list[list[int]]] = {}
 
 
 class ScriptedAgent:
-    """One node's agent on a connection of its own.
+    """The agent of one node, on a connection of its own.
 
     Attributes:
-        node: its id.
-        stage: head map of the first stage copy, on the node of a primary; None: elsewhere, or not assigned yet.
+        node: id of the node.
+        stage: head map of the first stage copy, on a primary's node; None elsewhere, or if it is not assigned yet.
         heard: called with every message of the planner before it is answered.
-        sent_s: when something was sent last, by the monotonic clock.
-        num_sent: reports that were sent.
-        num_finished: requests of `stage` that ended so far.
-        num_reconnects: streams after the first that the planner welcomed.
+        sent_s: when something was last sent, by the monotonic clock.
+        num_sent: number of reports sent.
+        num_finished: number of requests of `stage` that have ended so far.
+        num_reconnects: number of streams after the first that the planner has welcomed.
     """
 
     def __init__(self, cluster: str, node: str, *, num_gpus: int, has_head_map: bool = True) -> None:
@@ -83,7 +83,7 @@ class ScriptedAgent:
     # --- the stream
 
     async def connect(self, address: str) -> None:
-        """Says hello, and returns when the planner said welcome; from then on the agent stays connected by itself."""
+        """Say hello and return when the planner has said welcome; after that the agent keeps itself connected."""
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         await self._open(self._channel)
         self._reading = asyncio.create_task(self._stay_connected(self._channel), name=f"agent of {self.node}")
@@ -100,7 +100,7 @@ class ScriptedAgent:
         return self._call is not None
 
     async def _open(self, channel: grpc.aio.Channel) -> None:
-        """A stream, until its Welcome; only then others may write to it."""
+        """Open a stream and wait for its Welcome; nothing else may write to the stream before that."""
         call: Any = AgentServiceStub(channel).ConnectNode()
         async with asyncio.timeout(WELCOME_S):
             await call.write(self._hello())
@@ -117,7 +117,7 @@ class ScriptedAgent:
             await self._write(pb.ConnectNodeRequest(change_status=self._status(change, phase)))
 
     async def _stay_connected(self, channel: grpc.aio.Channel) -> None:
-        """Reads; after the end of a stream says hello again, however often that takes."""
+        """Read messages; after a stream ends, say hello again as often as it takes."""
         while True:
             try:
                 if self._call is None:
@@ -150,14 +150,14 @@ class ScriptedAgent:
         return pb.ConnectNodeRequest(sequence=1, hello=hello)
 
     def next_heartbeat_s(self) -> float:
-        """When something has to be said at the latest, a tenth more or less."""
+        """Return when something has to be sent at the latest, a tenth more or less."""
         return self.sent_s + self.heartbeat_s * random.uniform(0.9, 1.1)
 
     async def heartbeat(self) -> None:
         await self._write(pb.ConnectNodeRequest(heartbeat=pb.Heartbeat()))
 
     async def report(self) -> None:
-        """What the node and its replicas are like now; never twice the same."""
+        """Report the current state of the node and its replicas, which is never twice the same."""
         number = next(self._numbers)
         for device in self._report.devices:
             device.used_blocks = 50_000 + 10 * number
@@ -169,12 +169,14 @@ class ScriptedAgent:
             self.num_sent += 1
 
     async def report_stage(self) -> None:
-        """A report after `stage` was changed."""
+        """Report after `stage` was changed."""
         self._write_report()
         await self.report()
 
     async def _write(self, message: pb.ConnectNodeRequest) -> bool:
-        """Whether the stream took it; what one that has ended does not take is said again after the next Welcome."""
+        """Return whether the stream took the message. What an ended stream does not take is sent after the next
+        Welcome.
+        """
         async with self._writing:
             call = self._call
             if call is None:
@@ -185,7 +187,7 @@ class ScriptedAgent:
             try:
                 await call.write(message)
             except STREAM_ENDED:
-                return False  # the reader finds the same, and connects again
+                return False  # the reader notices the same, and reconnects
             return True
 
     async def _read(self) -> None:
@@ -238,7 +240,7 @@ class ScriptedAgent:
                 statuses = [self._status(change, Phase.CHANGE_PHASE_READY)]
             case "commit":
                 change, phase = self._changes[delta.commit.change_id]
-                if phase != Phase.CHANGE_PHASE_FLIPPED:  # said again after a new stream
+                if phase != Phase.CHANGE_PHASE_FLIPPED:  # repeated after a new stream
                     self._flip(change)
                 self._changes[change.change_id] = (change, Phase.CHANGE_PHASE_FLIPPED)
                 statuses, reports = [self._status(change, Phase.CHANGE_PHASE_FLIPPED)], True
@@ -282,14 +284,14 @@ class ScriptedAgent:
     # --- what is told
 
     def _take_stage(self, assignment: replica_pb2.Assignment) -> None:
-        """At the first assignment: balanced requests on the first stage copy, so that nothing is wrong with it."""
+        """Put balanced requests on the first stage copy at the first assignment, so that nothing is wrong with it."""
         if assignment.stages and self.stage is None:
             self.stage = StageRun(assignment.stages[0])
             for number, owners in enumerate(balanced_owners(self.stage)):
                 self.stage.admit(request_of(number), list(owners))
 
     def _write_report(self) -> None:
-        """Anew; what changes with every report is written in `report`."""
+        """Build the report anew; what changes with every report is filled in by `report`."""
         self._report = pb.NodeReport(
             devices=[
                 report_pb2.DeviceReport(
@@ -337,7 +339,7 @@ def request_of(number: int, prefix: str = "r") -> SimulatedRequest:
 
 
 def balanced_owners(stage: StageRun) -> list[list[int]]:
-    """Return the owners of `REQUESTS` requests as the dispatcher places them one by one; once per shape of stage."""
+    """Return the owners of `REQUESTS` requests as the dispatcher places them one by one, cached per stage shape."""
     key = tuple(device.total_blocks for device in stage.model.devices)
     if key not in _balanced:
         trial = StageRun(stage.model)

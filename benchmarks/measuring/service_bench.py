@@ -1,4 +1,4 @@
-"""A planner with a fleet of agents, and the rows that tell of it."""
+"""A planner with a fleet of agents, and the rows that describe it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 CLUSTER, PLAN = "clusters/cells", "plans/cells"
 QUIET_CORES = 0.5
-MOST_STOLEN_CORES = 0.02  # beyond that latencies may be the host's, and a row says so
-MOST_BETWEEN = 0.1  # share of agents that may be between two connections, which end after half an hour
+MOST_STOLEN_CORES = 0.02  # above that, latencies may be the host's, and a row says so
+MOST_BETWEEN = 0.1  # share of agents that may be between connections, which end after half an hour
 KEYS = (
     "name",
     "agents",
@@ -48,15 +48,15 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How much is measured.
+    """The size of the measurements.
 
     Attributes:
-        agents: nodes of the fleet, each with one.
-        idle_s, report_s: of one measurement with heartbeats, with reports.
-        rates: reports per second, of all agents, one after the other until the planner is saturated.
+        agents: number of nodes of the fleet, with one agent each.
+        idle_s, report_s: duration of one measurement with heartbeats, and with reports.
+        rates: reports per second of all agents, tried one after the other until the planner is saturated.
         beside_rate: reports per second while changes and calls are timed.
-        changes: that are timed beside reports; a fifth as many without.
-        calls: of one kind.
+        changes: number of changes timed beside reports; a fifth as many are timed without.
+        calls: number of calls of one kind.
     """
 
     agents: int = 3000
@@ -69,12 +69,12 @@ class Extent:
 
 
 class Bench:
-    """Everything that runs. Made by `opened`; agents are not connected yet.
+    """Everything that runs, made by `opened`; agents are not connected yet.
 
     Attributes:
-        engine_cell, planner_cell: agents of this process, the primary's first: of a replica whose engine decides its
-            head map, and of one for which the planner does.
-        empty: latencies of empty calls, by how many were under way at once.
+        engine_cell, planner_cell: agents of this process, the primary's first: those of a replica whose engine decides
+            its head map, and those of one for which the planner does.
+        empty: latencies of empty calls, by how many were in progress at once.
         base_bytes: memory of the planner before the first agent.
     """
 
@@ -108,7 +108,7 @@ class Bench:
         self.base_bytes = self.planner.rss_bytes()
 
     async def connect(self) -> float:
-        """All agents; seconds that those of the other process took."""
+        """Connect all agents, and return how many seconds those of the other process took."""
         here = [*self.engine_cell, *self.planner_cell]
         ids = {agent.node for agent in here}
         everywhere = [*(node for cell in self.fleet.cells for node in cell), *self.fleet.spare]
@@ -118,7 +118,7 @@ class Bench:
         return await asyncio.to_thread(self.crowd.connect, self.planner.address, CLUSTER, there)
 
     async def activate(self) -> float:
-        """Puts the plan in force; seconds until every replica serves."""
+        """Put the plan in force, and return the seconds until every replica serves."""
         plan = plan_pb2.Plan(cluster=CLUSTER, imported=self.fleet.plan)
         plan_id = PLAN.partition("/")[2]
         await self.client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id=plan_id, plan=plan))
@@ -139,11 +139,11 @@ class Bench:
         raise LookupError(f"no replica has its primary on {primary}")
 
     async def set_rate(self, reports_per_s: float) -> None:
-        """Sets the rate of the agents in the other process."""
+        """Set the rate of the agents in the other process."""
         await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
 
     async def behind(self) -> tuple[float, float]:
-        """Reports that the planner has taken so far, and those sent that it has not."""
+        """Return the reports that the planner has taken so far, and how many were sent that it has not taken."""
         counts = await asyncio.to_thread(self.crowd.counts)
         there = self.extent.agents - len(self.engine_cell) - len(self.planner_cell)
         if counts.connected < there * (1 - MOST_BETWEEN):
@@ -152,7 +152,7 @@ class Bench:
         return taken, max(0.0, counts.sent - taken)
 
     async def until_quiet(self, *, cores: float = QUIET_CORES, most_s: float = 60.0) -> None:
-        """Until the planner has done what it was asked to."""
+        """Wait until the planner has done what it was asked to."""
         end_s = time.monotonic() + most_s
         while time.monotonic() < end_s:
             with Watched(self.planner) as watched:
@@ -170,7 +170,7 @@ class Bench:
     # --- rows
 
     def row(self, name: str, **cells: Cell) -> Row:
-        """All keys, so that the rows make one table."""
+        """Return a row with all keys, so that the rows make one table."""
         row: dict[str, Cell] = dict.fromkeys(KEYS)
         row |= {"name": name, "agents": self.extent.agents, "load": os.getloadavg()[0], "note": ""}
         assert cells.keys() <= row.keys(), f"a row has no {cells.keys() - row.keys()}"
@@ -205,7 +205,7 @@ class Bench:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, Cell]:
-    """``p50_ms``, ``p99_ms`` and ``max_ms``."""
+    """Return ``p50_ms``, ``p99_ms`` and ``max_ms``."""
     return {
         "p50_ms": 1e3 * float(np.median(seconds)),
         "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
@@ -215,7 +215,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, Cell]:
 
 @asynccontextmanager
 async def opened(extent: Extent, profile: Path | None) -> AsyncIterator[Bench]:
-    """A planner that has just started, and a process for agents; both are stopped at the end."""
+    """Yield a planner that has just started and a process for agents; both are stopped at the end."""
     fleet = cell_fleet(extent.agents)
     most_files = raise_file_limit()
     if most_files < extent.agents + 100:

@@ -1,4 +1,4 @@
-"""Latencies of unary calls of a planner, one after another or several at a time."""
+"""Latencies of unary planner calls, one after another or several at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from hetis.runtime.agent.simulated.stage import StageRun
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import replica_pb2, report_pb2, stage_pb2
 
-ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the connection's end, and a write after it
+ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the end of the connection, and a write after it
 MOST_REOPENED = 4  # attempts at one step
 MOST_FINISHED = 64  # requests in one step
 Call = Callable[[list[float]], Awaitable[None]]
 
 
 class NoRoomError(Exception):
-    """A replica took less than all of a batch."""
+    """A replica took only part of a batch."""
 
     def __init__(self, missing: int) -> None:
         super().__init__(f"{missing} requests found no room")
@@ -38,11 +38,13 @@ class NoRoomError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latencies:
-    """Attributes:
-    seconds: of each call.
-    total_s: from the first call's start to the last one's end.
-    failures: of calls that have no seconds.
-    began_s: when each began, by the monotonic clock, where `paced` made them.
+    """Latencies of calls.
+
+    Attributes:
+        seconds: of each call.
+        total_s: from the start of the first call to the end of the last.
+        failures: errors of the calls that have no seconds.
+        began_s: when each call began, by the monotonic clock, if `paced` made them.
     """
 
     seconds: Sequence[float]
@@ -59,7 +61,7 @@ class Latencies:
 
 
 async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
-    """``count`` calls, ``at_once`` at a time; ``call`` is given the list that its seconds belong in."""
+    """Make ``count`` calls, ``at_once`` at a time; ``call`` is given the list to which it appends its seconds."""
     left = iter(range(count))
     seconds = list[float]()
 
@@ -73,7 +75,7 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 
 
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
-    """Calls that begin at a rate, whether or not those before have ended; those that fail are counted."""
+    """Start calls at a rate, whether or not earlier ones have ended; those that fail are counted."""
     found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
     began = list[float]()
 
@@ -97,7 +99,7 @@ async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
 
 
 def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
-    """A call that is timed as a whole."""
+    """Return a call that is timed as a whole."""
 
     async def timed_one(seconds: list[float]) -> None:
         began_s = time.perf_counter()
@@ -108,7 +110,7 @@ def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
 
 
 class DispatchedReplica:
-    """A replica whose authority is the planner: admits batches and finishes them, so that its state stays as it is."""
+    """A replica that the planner dispatches; it admits batches and finishes them, so that its state stays the same."""
 
     def __init__(self, client: AsyncClient, replica: str) -> None:
         self._client, self._replica = client, replica
@@ -116,7 +118,7 @@ class DispatchedReplica:
         self._numbers = itertools.count()
 
     async def declare(self, stage: StageRun, generation: int) -> None:
-        """What runs: what the stage has."""
+        """Declare what runs, which is what the stage has."""
         state = pb.DispatchState(
             name=f"{self._replica}/dispatchState", generation=generation, head_maps=[stage.head_map()]
         )
@@ -124,15 +126,16 @@ class DispatchedReplica:
         self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=10.0)).state_id
 
     def admitting(self, batch: int) -> Call:
-        """A call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
+        """Return a call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
         return partial(self._admit_and_finish, batch)
 
     @asynccontextmanager
     async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
-        """A call for `timed`: one step of a stream, which finishes what earlier ones admitted, too.
+        """Yield a call for `timed`: one step of a stream, which also finishes what earlier steps admitted.
 
         A stream whose connection has ended, as the planner ends all after half an hour, is opened again, and its steps
-        are made again; their time counts from the first attempt.
+        are
+        repeated; their time counts from the first attempt.
         """
         async with AsyncExitStack() as stack:
             opened = [
@@ -142,7 +145,7 @@ class DispatchedReplica:
             for stream in opened:
                 stack.push_async_callback(stream.close)
             turn = itertools.cycle(opened)
-            ended = list[str]()  # what earlier steps admitted, for later ones to finish
+            ended = list[str]()  # admitted by earlier steps, for later ones to finish
 
             async def step(seconds: list[float]) -> None:
                 finished = ended[:MOST_FINISHED]
@@ -152,7 +155,7 @@ class DispatchedReplica:
                 try:
                     answer = await next(turn).step(finished, request.requests)
                 except CallError:
-                    ended.extend(finished)  # it may have been done all the same: to finish twice is no error
+                    ended.extend(finished)  # it may have been done anyway, and finishing twice is no error
                     raise
                 finally:
                     ended.extend(one.id for one in request.requests)
@@ -186,7 +189,7 @@ class ReopenedStream:
         self._stream = open_stream()
 
     async def step(self, finished: Sequence[str], new: Sequence[pb.NewRequest]) -> pb.DispatchRequestsResponse:
-        """The step, made again on a new stream for as often as the old one ends under it."""
+        """Make the step, and repeat it on a new stream as often as the old one ends during it."""
         for left in reversed(range(MOST_REOPENED)):
             stream = self._stream
             try:
@@ -194,7 +197,7 @@ class ReopenedStream:
             except CallError as error:
                 if error.code not in ENDED or not left:
                     raise
-                if stream is self._stream:  # the first of the steps that were under way
+                if stream is self._stream:  # only the first of the steps that were in progress
                     self._stream = self._open()
                     await stream.close()
         raise AssertionError("unreachable")
@@ -235,7 +238,7 @@ class OneReplica:
 
 
 async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: int) -> tuple[float, float]:
-    """Median seconds of an admission by messages without gRPC, and of its solve alone."""
+    """Return the median seconds of an admission by messages without gRPC, and of its solve alone."""
     replica = OneReplica(stages=[model])
     states = DispatchStates(replica)
     await states.warm_up()

@@ -1,8 +1,8 @@
-"""How long a re-dispatch takes, from the report that shows the need to the end of the change, while engines do all they
-are told at once: what is left is the planner's own time and the network's.
+"""The duration of a re-dispatch, from the report that shows the need to the end of the change.
 
-The replica is one cell: a primary and eight attention workers, nine agents. For every sample the requests of its head
-map are replaced by new ones, of which every third has its head groups on the eight workers.
+Engines do what they are told at once, so what remains is the time of the planner and the network. The replica is one
+cell, a primary and eight attention workers, which makes nine agents. For every sample the requests of its head map are
+replaced by new ones, and every third of them has its head groups on the eight workers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from hetis.runtime.agent.simulated.stage import StageRun
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import cluster_service_pb2, redispatch_pb2
 
-PAUSE_S = 1.1  # between two samples: looks at a replica are half a second apart, and a change is followed by one
+PAUSE_S = 1.1  # between samples: a replica is checked every half second, and again after a change
 GIVE_UP_S = 20.0
 MISPLACED_EVERY = 3  # requests
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeTimes:
-    """Seconds from the moment in which the report is written.
+    """Seconds from the moment when the report is written.
 
     Attributes:
         asked_s: the planner asks for the head map.
-        prepare_s: the first node is told to prepare; what lies between is the solve, and keeping the change.
+        prepare_s: the first node is told to prepare; in between, the change is solved and stored.
         commit_s: the primary is permitted to flip.
-        resolved_s: the first node is told that it was flipped.
-        done_s: the change is DONE, durably.
-        moves: of the change.
+        resolved_s: the first node is told that the change was flipped.
+        done_s: the change is stored as DONE.
+        moves: number of moves of the change.
     """
 
     asked_s: float
@@ -45,7 +45,7 @@ class ChangeTimes:
 
 
 class CellUnderStress:
-    """The agents of one cell, their primary's first, which are connected and serve a replica."""
+    """The agents of one cell, the primary's first, which are connected and serve a replica."""
 
     def __init__(self, agents: Sequence[ScriptedAgent], client: AsyncClient) -> None:
         self._agents, self._client = agents, client
@@ -54,7 +54,7 @@ class CellUnderStress:
             agent.heard = self._hear
 
     async def sample(self) -> ChangeTimes | None:
-        """One change; None: the planner made none."""
+        """Make one change, or return None if the planner made none."""
         await asyncio.sleep(PAUSE_S)
         stage = self._agents[0].stage
         assert stage is not None, "the cell has no assignment yet"
@@ -94,7 +94,7 @@ class CellUnderStress:
             self._resolved.set()
 
     async def _end(self) -> float:
-        """When the change was DONE by the planner's clock, which is that of this machine."""
+        """Return when the change was DONE by the planner's clock, which is that of this machine."""
         name = f"{self._agents[0].cluster}/redispatches/{self._change_id}"
         while True:
             answer = await self._client.clusters.GetRedispatch(cluster_service_pb2.GetRedispatchRequest(name=name))
@@ -107,7 +107,7 @@ class CellUnderStress:
 
 
 def skew(stage: StageRun, prefix: str) -> None:
-    """Other requests: some have a head group on every worker, although the primary has room and is faster."""
+    """Replace the requests, some with a head group on every worker although the primary has room and is faster."""
     for name in list(stage.requests):
         stage.drop(name)
     workers = [i for i, device in enumerate(stage.model.devices) if not device.is_primary]

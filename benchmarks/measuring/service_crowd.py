@@ -1,4 +1,4 @@
-"""Most agents of a fleet, in a process of its own: driven by lines of JSON on stdin, answered on stdout."""
+"""Most agents of a fleet, in a process of its own that reads lines of JSON from stdin and answers on stdout."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from benchmarks.measuring.service_process import ROOT, raise_file_limit
 
 CONNECTING_AT_ONCE = 32
 WRITING_AT_ONCE = 64
-TURN_S = 0.02  # between two looks at what is due
-MOST_BEHIND_S = 0.5  # of a rate; what is due beyond that is given up
+TURN_S = 0.02  # between two checks of what is due
+MOST_BEHIND_S = 0.5  # of a rate; what is due beyond that is dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrowdCounts:
-    """Since the crowd began.
+    """Counts since the crowd began.
 
     Attributes:
-        connected: agents whose stream is open.
-        sent: reports that gRPC took.
-        cpu_s: of the crowd's process.
+        connected: number of agents whose stream is open.
+        sent: number of reports that gRPC took.
+        cpu_s: CPU time of the crowd's process.
     """
 
     connected: int
@@ -36,7 +36,7 @@ class CrowdCounts:
 
 
 class Crowd:
-    """The process, as those who drive it see it. Use it as a context."""
+    """The process, as seen by the code that drives it. Use it as a context."""
 
     def __enter__(self) -> Crowd:
         self._process = subprocess.Popen(
@@ -49,11 +49,11 @@ class Crowd:
         self._process.communicate()
 
     def connect(self, address: str, cluster: str, nodes: Sequence[tuple[str, int]]) -> float:
-        """Connects an agent for each of the nodes, which are ids and numbers of GPUs; seconds that took."""
+        """Connect an agent for each node, given as ids and numbers of GPUs, and return the seconds that took."""
         return float(self._say({"address": address, "cluster": cluster, "nodes": list(nodes)})["seconds"])
 
     def set_rate(self, reports_per_s: float) -> None:
-        """Reports of all agents together, in turn; besides, heartbeats of those that were silent for long enough."""
+        """Set the reports of all agents together, sent in turn; agents silent for long enough also send heartbeats."""
         self._say({"rate": reports_per_s})
 
     def counts(self) -> CrowdCounts:
@@ -70,7 +70,7 @@ class Crowd:
 
 
 class Sending:
-    """Reports of agents in turn, at a rate, and the heartbeats of those that are silent."""
+    """Reports of agents in turn at a rate, and heartbeats of those that are silent."""
 
     def __init__(self, agents: Sequence[ScriptedAgent]) -> None:
         self.agents = agents
@@ -81,7 +81,7 @@ class Sending:
         self._beats = {agent.node: agent.next_heartbeat_s() for agent in agents}
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Send until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for _ in range(WRITING_AT_ONCE):
                 tasks.create_task(self._write())
@@ -116,7 +116,7 @@ class Sending:
 
 
 async def connect_all(agents: Iterable[ScriptedAgent], address: str) -> None:
-    """Some at a time."""
+    """Connect the agents, some at a time."""
     waiting = iter(agents)
 
     async def connect() -> None:

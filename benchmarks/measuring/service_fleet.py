@@ -1,4 +1,4 @@
-"""A fleet of equal cells, and the plan that gives each cell its replica: made from the proven plan of one cell."""
+"""A fleet of equal cells, and the plan that gives each cell its replica, built from the proven plan of one cell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.plan import ClassPrice, Objective, Plan, ReplicaPlan
 from hetis.v1 import document_pb2
 
-WORKERS = 8  # of a cell
+WORKERS = 8  # per cell
 NODES_PER_CELL = 1 + WORKERS
 MODEL, WORKLOAD = "Llama-2-70B", "16000/1000"
 OBJECTIVE = Objective(ttft_limit_s=None, tpot_limit_s=0.1)
@@ -26,10 +26,10 @@ OBJECTIVE = Objective(ttft_limit_s=None, tpot_limit_s=0.1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellFleet:
-    """A fleet to put load on.
+    """A fleet to put under load.
 
     Attributes:
-        cells: by node id, the nodes of each replica, its primary's first.
+        cells: node ids of each replica, the primary's first.
         spare: nodes that no replica uses.
     """
 
@@ -44,7 +44,7 @@ class CellFleet:
 
 
 def cell_fleet(num_nodes: int) -> CellFleet:
-    """As many cells as fit into ``num_nodes``: two H100 in one node, and eight nodes with a P100 each."""
+    """Return as many cells as fit into ``num_nodes``, each one node with two H100 and eight nodes with a P100."""
     num_cells, num_spare = divmod(num_nodes, NODES_PER_CELL)
     if num_cells < 1:
         raise ValueError(f"{num_nodes} nodes are less than a cell, which has {NODES_PER_CELL}")
@@ -73,7 +73,7 @@ def cell_fleet(num_nodes: int) -> CellFleet:
 
 @cache
 def cell_plan() -> Plan:
-    """The plan of one cell: a replica whose primary is the H100 node, with all eight P100 as attention workers."""
+    """Return the plan of one cell: a replica with the H100 node as primary and all eight P100 as attention workers."""
     inputs = _inputs(_cluster(1, 0))
     settings = Settings()
     loaded = LoadedInputs(inputs=inputs, origins={})
@@ -81,7 +81,7 @@ def cell_plan() -> Plan:
         loaded,
         inputs.problem(OBJECTIVE, settings.strategy),
         settings,
-        budget=Budget(time_limit_s=600.0, clock=time.process_time),  # 2 s; longer where kernels are compiled first
+        budget=Budget(time_limit_s=600.0, clock=time.process_time),  # 2 s; longer if kernels are compiled first
         report=lambda _: None,
     )
     if len(plan.replicas) != 1 or len(plan.replicas[0].attention_workers) != 1:
@@ -103,7 +103,7 @@ def _inputs(cluster: Cluster) -> Inputs:
 
 
 def _in_cell(one: ReplicaPlan, cell: int) -> ReplicaPlan:
-    """The same replica on the nodes of another cell."""
+    """Return the same replica on the nodes of another cell."""
 
     def moved(devices: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_device_in_cell(device, cell) for device in devices)

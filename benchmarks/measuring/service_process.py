@@ -1,6 +1,6 @@
-"""`hetis-planner` as a process of its own, and what it takes: CPU time, memory, messages.
+"""`hetis-planner` as a process of its own, and what it uses: CPU time, memory, messages.
 
-Run as a module it is the planner under cProfile, which writes what it found to the file that `PROFILE` names.
+Run as a module, it is the planner under cProfile, which writes its results to the file named by `PROFILE`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class PlannerProcess:
-    """A planner that was started in a folder of its own. Use it as a context: it is stopped at the end.
+    """A planner started in a folder of its own. Use it as a context: it is stopped at the end.
 
     Attributes:
         address: `host:port` of gRPC.
     """
 
     def __init__(self, *arguments: str, profile: Path | None = None) -> None:
-        """``profile``: where to write a cProfile of it, which makes it about twice as slow."""
+        """``profile``: where to write a cProfile of the planner, which makes it about twice as slow."""
         self._arguments, self._profile = arguments, profile
 
     def __enter__(self) -> PlannerProcess:
@@ -74,28 +74,28 @@ class PlannerProcess:
         self._folder.cleanup()
 
     def log(self) -> str:
-        """Its stderr so far."""
+        """Return its stderr so far."""
         self._log.flush()
         return Path(self._log.name).read_text(encoding="utf-8")
 
     def cpu_s(self) -> float:
-        """CPU seconds of the process so far, all threads, without the solver's processes."""
+        """Return the CPU seconds of the process so far, of all threads, without the solver's processes."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
     def rss_bytes(self) -> int:
-        """Memory of the process now."""
+        """Return the memory of the process now."""
         pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1]
         return int(pages) * resource.getpagesize()
 
     def file_limit(self) -> int:
-        """Most files and connections that it may have."""
+        """Return the most files and connections that the process may have."""
         limits = Path(f"/proc/{self._process.pid}/limits").read_text(encoding="utf-8")
         found = re.search(r"Max open files\s+(\d+)", limits)
         return int(found[1]) if found else 0
 
     def messages(self, kind: str) -> float:
-        """Messages of agents that it has taken so far."""
+        """Return how many messages of agents the planner has taken so far."""
         with urllib.request.urlopen(f"{self._page}metrics", timeout=30) as page:
             text = page.read().decode()
         found = re.search(rf'^hetis_planner_agent_messages_total{{kind="{kind}"}} (\S+)$', text, re.MULTILINE)
@@ -107,13 +107,13 @@ MOST_STOLEN_SHARE = 0.05
 
 
 def stolen_s() -> float:
-    """CPU seconds that this machine's host has kept from it so far: whoever waits for them stands still."""
+    """Return the CPU seconds that this machine's host has kept from it so far; whatever waits for them stands still."""
     fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
     return int(fields[8]) / _TICKS_PER_S
 
 
 class HostWatch:
-    """When the host kept processors from this machine: ``with HostWatch() as host: ...``, then ``host.undisturbed``."""
+    """Records when the host kept processors from this machine: ``with HostWatch() as host``, then ``undisturbed``."""
 
     def __enter__(self) -> HostWatch:
         self._ended = threading.Event()
@@ -131,20 +131,21 @@ class HostWatch:
             self._samples.append((time.monotonic(), stolen_s()))
 
     def undisturbed(self, began_s: Sequence[float], seconds: Sequence[float]) -> npt.NDArray[np.bool_]:
-        """Which calls ran while the host kept at most `MOST_STOLEN_SHARE` of a processor, nor just before them."""
+        """Return which calls ran while, and just after, the host kept at most `MOST_STOLEN_SHARE` of a processor."""
         return undisturbed(self._samples, began_s, seconds)
 
 
 def undisturbed(
     samples: Sequence[tuple[float, float]], began_s: Sequence[float], seconds: Sequence[float]
 ) -> npt.NDArray[np.bool_]:
-    """Which calls met no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
+    """Return which calls met no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
 
-    A call waits for those before it, so that what the host takes is felt for `AFTERMATH_S`. What the host took before
-    the first sample and after the last one is not known, and disturbs no call.
+    A call waits for those before it, so what the host takes is felt for `AFTERMATH_S`. What the host took before the
+    first
+    sample or after the last is unknown, and is taken to disturb no call.
 
     Args:
-        samples: moments, and what the host had kept until then (`stolen_s`), in the order of time.
+        samples: moments, each with what the host had kept until then (`stolen_s`), in order of time.
         began_s, seconds: of each call.
     """
     at_s, stolen = (np.array(values) for values in zip(*samples, strict=True))
@@ -157,7 +158,7 @@ def undisturbed(
 
 
 class Watched:
-    """CPU time of a planner over a while: ``with watched: ...``, then `cores`, `stolen_cores` and `seconds`."""
+    """CPU time of a planner over a period: ``with watched: ...``, then `cores`, `stolen_cores` and `seconds`."""
 
     def __init__(self, planner: PlannerProcess) -> None:
         self._planner = planner
@@ -177,7 +178,7 @@ class Watched:
 
 
 def raise_file_limit() -> int:
-    """To the most that is allowed; returns that."""
+    """Raise the limit to the most allowed, and return it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most

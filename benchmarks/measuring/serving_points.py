@@ -1,8 +1,9 @@
 """Serving points that others measured, and how each is posed to the cost model, or why it cannot be.
 
-A point is one row of aiconfigurator's table of real engines (``silicon_sample.csv``): so many requests always in flight
-on one replica, their TTFT and TPOT. What a row does not say (the KV cache's format, the tokens of an iteration, how
-lengths vary) is taken from the scripts that InferenceX and the engines publish, by engine and never by row.
+A point is one row of aiconfigurator's table of real engines (``silicon_sample.csv``): the TTFT and TPOT of one replica
+with a constant number of requests in flight. What a row does not state (the format of the KV cache, the tokens of an
+iteration, how lengths vary) is taken from the scripts that InferenceX and the engines publish, by engine and never by
+row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published configs of models
-NODE_GPUS = 8  # of every system in the tables; a tensor-parallel group lies within a node
+NODE_GPUS = 8  # of every system in the tables; a tensor-parallel group stays within a node
 CHUNK_TOKENS = {
     "vllm": 8192,
     "sglang": 8192,
@@ -34,8 +35,8 @@ CHUNK_TOKENS = {
 # SGLang computes prompts in iterations of their own; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # of InferenceX's scripts; engines answer every token
-DRIFT = 0.98  # of equal lengths where prompts and decoding mix: who came at once does not end at once for long
-LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated ones and all of it
+DRIFT = 0.98  # of equal lengths where prompts and decoding mix: requests that came together soon end apart
+LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
 _FORMATS = {"fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "bf16": "bfloat16"}
@@ -44,32 +45,32 @@ COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPoint:
-    """A row that is posed: ``requests`` in flight on one replica of ``tp`` GPUs."""
+    """A row as posed: ``requests`` in flight on one replica of ``tp`` GPUs."""
 
     row: Mapping[str, str]
     gpu: str
     engine: str
-    label: str  # of the model, as the row has it, without the organisation
+    label: str  # of the model, as in the row, without the organisation
     model: ModelSpec
     mode: str
     tp: int
     requests: int
     prompt_tokens: int
     output_tokens: int
-    shortest: float  # lengths are even between this share of the stated ones and all of it
-    stream_interval: int  # tokens of a request that the engine answers at once
+    shortest: float  # lengths are uniform between this share of the stated ones and all of it
+    stream_interval: int  # tokens of a request that the engine sends together
     ttft_s: float
     tpot_s: float
 
     @property
     def decoding(self) -> float:
-        """Requests that decode at once, by Little's law from the times measured."""
+        """Return the number of requests that decode at once, by Little's law from the measured times."""
         decode_s = self.output_tokens * self.tpot_s
         return self.requests * decode_s / (self.ttft_s + decode_s)
 
     @property
     def is_calibration(self) -> bool:
-        """Whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
+        """Return whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
         return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
 
     @property
@@ -78,14 +79,14 @@ class ServingPoint:
 
 
 class NotPosedError(HetisError):
-    """The row has something that the cost model cannot express; the message says what."""
+    """The cost model cannot express something in the row; the message says what."""
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table, packed or not.
+    """Return the rows of a table, compressed or not.
 
     Raises:
-        SystemExit: no such file, or columns are missing.
+        SystemExit: there is no such file, or columns are missing.
     """
     if not path.is_file():
         raise SystemExit(f"{path}: no such file; --points says where the measured points are")
@@ -114,7 +115,7 @@ def posed(rows: list[dict[str, str]]) -> Iterator[ServingPoint | tuple[dict[str,
 
 
 def pose(row: Mapping[str, str]) -> ServingPoint:
-    """The point of one row.
+    """Return the point of one row.
 
     Raises:
         NotPosedError: the cost model cannot express it.
@@ -148,7 +149,7 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
 
 
 def _model(row: Mapping[str, str]) -> ModelSpec:
-    """The model with the weights and the KV cache in the formats that the row says."""
+    """Return the model with weights and KV cache in the formats of the row."""
     named = _named_model(row["model_path"])
     asked = {_FORMATS.get(row.get(column, ""), row.get(column, "")) for column in ("gemm_quant_mode", "moe_quant_mode")}
     asked = {name for name in asked if name and name != "bfloat16"}
@@ -162,14 +163,14 @@ def _model(row: Mapping[str, str]) -> ModelSpec:
         plain = row.get("precision") == "bf16" or named.weight_bytes >= 2
         return dtypes.with_weight_bytes(named, 2.0) if plain else named
     (weights,) = asked
-    if "gpt-oss" in named.name:  # published with experts in MXFP4 and nothing else quantised, whatever engines call it
+    if "gpt-oss" in named.name:  # published with only its experts quantised (MXFP4), whatever engines call it
         return replace(named, kv_bytes=1.0 if row["backend"] == "trtllm" else 2.0)
     sized = dtypes.with_weight_bytes(named, dtypes.layer_weight_bytes(f"bfloat16+{weights}", named))
     return replace(sized, kv_bytes=1.0 if _has_fp8_kv(row) else 2.0)
 
 
 def _has_fp8_kv(row: Mapping[str, str]) -> bool:
-    """As published scripts have it for quantised weights: TensorRT-LLM always, Llama and DeepSeek elsewhere too."""
+    """Follow the published scripts for quantised weights: TensorRT-LLM always, elsewhere Llama and DeepSeek."""
     return row["backend"] == "trtllm" or re.search(r"Llama|DeepSeek", row["model_path"]) is not None
 
 
@@ -191,7 +192,7 @@ def _named_model(name: str) -> ModelSpec:
 
 
 def _requests(row: Mapping[str, str]) -> int:
-    """Requests in flight on the replica; the source's own number is that of all replicas of a run."""
+    """Return the requests in flight on the replica; the source's own number counts all replicas of a run."""
     if row.get("batch_size"):
         return _whole(row, "batch_size")
     found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))

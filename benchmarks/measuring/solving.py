@@ -1,4 +1,4 @@
-"""One placement, measured: in this process, or in one of its own, so that its memory and first calls are its own."""
+"""The measurement of one placement, in this process or in one of its own with its own memory and first calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHOLE_COUNTS = "whole counts"  # phase of column generation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solve:
-    """What to measure: the first solve of a process and, if ``warm``, the median of that many more."""
+    """A solve to measure: the first one of a process, and the median of ``warm`` more."""
 
     problem: PlacementProblem
     time_limit_s: float
@@ -39,10 +39,10 @@ class Solve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """CPU seconds of a solve, binding included.
+    """CPU seconds of a solve, including binding.
 
-    And until the first plan and the first bound of the whole family, and until a gap of 1% and of 0.5% was proved;
-    None: never. ``curve``: seconds, value of the best plan and bound, whenever there was news.
+    Also the seconds until the first plan and the first bound of the whole family, and until a gap of 1% and of 0.5% was
+    proved; None: never. ``curve``: seconds, value of the best plan and bound, at every change.
     """
 
     seconds: float
@@ -58,14 +58,14 @@ class Measured:
     """A solve that was measured.
 
     Attributes:
-        status: of the plan; ``infeasible`` where none exists, ``none`` where time was over before one was found,
-            ``failed`` where the solver crashed.
-        import_s: loading the solver, numba and HiGHS.
+        status: of the plan; ``infeasible`` if none exists, ``none`` if time ran out before one was found, ``failed`` if
+            the solver crashed.
+        import_s: time to load the solver, numba and HiGHS.
         first: the first solve of the process, which loads compiled kernels from numba's cache (or fills it).
-        warm: the median one of the others.
-        check_s: the independent checker, not part of the times above.
-        violations: what it found wrong with the plan.
-        peak_mib: most memory of the process until the first plan was there.
+        warm: the median of the others.
+        check_s: time of the independent checker, which is not part of the times above.
+        violations: what the checker found wrong with the plan.
+        peak_mib: peak memory of the process until the first plan was there.
         note: pools in use, or why there is no plan.
     """
 
@@ -83,7 +83,7 @@ class Measured:
 
 
 def in_own_process(work: Callable[[A], R], argument: A, *, environment: Mapping[str, str] | None = None) -> R:
-    """``work(argument)`` in a fresh interpreter that sees ``environment`` before any library is loaded."""
+    """Run ``work(argument)`` in a new interpreter that sees ``environment`` before any library is loaded."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         1, mp_context=spawn, initializer=_set_environment, initargs=(dict(environment or {}),)
@@ -92,10 +92,11 @@ def in_own_process(work: Callable[[A], R], argument: A, *, environment: Mapping[
 
 
 def measure(solve: Solve) -> Measured:
-    """Solves, judges the plan by the checker, and tells what it took.
+    """Solve, check the plan with the checker, and return what it took.
 
-    Seconds, also those of the limit, are CPU seconds of this process: a busy machine changes neither plan nor figures
-    much.
+    All seconds, also those of the limit, are CPU seconds of this process, so that a busy machine changes neither plan
+    nor
+    figures much.
     """
     started = time.process_time()
     from hetis.solver.check import check_plan
@@ -117,7 +118,7 @@ def measure(solve: Solve) -> Measured:
             status, note = Status.INFEASIBLE.value, str(error)
         except HetisError as error:
             note = str(error)
-        except Exception as error:  # a bug: the row says so, and those after it are still measured
+        except Exception as error:  # a bug: the row reports it, and later rows are still measured
             traceback.print_exc()
             return failed(repr(error))
         timings.append(_timing(time.process_time() - started, reports, plan))
@@ -171,7 +172,7 @@ def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> T
 
 
 def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, gap: float) -> float | None:
-    """When the search had proved that its incumbent is within ``gap``."""
+    """Return when the search had proved that its incumbent is within ``gap``."""
     if plan is None or not plan.result.gap <= gap:
         return None
     for report in _of_the_whole_family(reports, maximises=plan.objective.maximises):
@@ -182,9 +183,11 @@ def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, 
 
 
 def _of_the_whole_family(reports: Sequence[Progress], *, maximises: bool) -> Sequence[Progress]:
-    """Column generation solves a smaller family first, down to whole counts: what it says until then bounds only that.
+    """Return the reports about the whole family.
 
-    A bound that moves away from the plans tells the same, for a proven bound only closes in.
+    Column generation first solves a smaller family, down to whole counts, and what it reports until then bounds only
+    that
+    family. A bound that moves away from the plans shows the same, because a proven bound only closes in.
     """
     start = 0
     for i, (before, after) in enumerate(itertools.pairwise(reports), start=1):
@@ -200,7 +203,7 @@ def _of_the_whole_family(reports: Sequence[Progress], *, maximises: bool) -> Seq
 
 
 def pools(plan: Plan | None) -> str:
-    """Attention workers of a plan, counted by GPU type."""
+    """Return the attention workers of a plan, counted by GPU type."""
     if plan is None:
         return ""
     counted: dict[str, int] = {}
@@ -211,7 +214,7 @@ def pools(plan: Plan | None) -> str:
 
 
 def peak_mib() -> float:
-    """The most memory this process ever held."""
+    """Return the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

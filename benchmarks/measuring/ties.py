@@ -1,7 +1,7 @@
-"""Where head groups go that do not matter for the makespan: rules that break such ties, to compare over a sequence.
+"""Rules for placing head groups that do not affect the makespan, compared over a sequence of admissions.
 
-Where one device is slowest whatever happens, every placement that stays below it is optimal now; later admissions,
-growth and drift find out which was good. All rules here keep the makespan of the plan they are given.
+If one device is the slowest in any case, every placement that keeps the others below it is optimal now, and later
+admissions, growth and drift show which one was good. All rules here keep the makespan of the plan they are given.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SLACK = 1.0 + 1e-9
 
 
 def least_power(power: float) -> Rearranged:
-    """Least sum of the devices' times to this power: 1 is the least work, 2 least squares; by single moves."""
+    """Return the rule with the least sum of the devices' times to this power (1: work, 2: squares), by single moves."""
 
     def rearranged(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:
         return _searched(problem, plan, power)
@@ -42,7 +42,7 @@ def least_power(power: float) -> Rearranged:
 
 
 def any_placement(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:
-    """The first device with room in time and memory, in an order that changes: what ``min z`` alone may answer."""
+    """Take the first device with room in time and memory, in a varying order, as ``min z`` alone may do."""
     return _searched(problem, plan, 0.0)
 
 
@@ -55,7 +55,7 @@ RULES: dict[str, Rearranged | None] = {
 
 
 def measured(*, quick: bool, only: str) -> Iterator[Row]:
-    """Every scenario with every rule, the differences to the first one's makespan with their standard error."""
+    """Yield every scenario with every rule, and how its makespans differ from the first rule's, with standard error."""
     steps, seeds = (60, 2) if quick else (400, 8)
     for scenario in (s for s in (SCENARIOS[:1] if quick else SCENARIOS) if only in s.name):
         ours: Sequence[Tally] = ()
@@ -80,7 +80,7 @@ def measured(*, quick: bool, only: str) -> Iterator[Row]:
 
 
 def _searched(problem: DispatchProblem, plan: DispatchPlan, power: float) -> IntArray:
-    """The plan's groups [J, D] rearranged."""
+    """Return the plan's groups [J, D] rearranged."""
     placed = np.flatnonzero(plan.groups.any(axis=1))
     if not len(placed):
         return plan.groups
@@ -128,7 +128,7 @@ def _fits(
     costs: Costs, running: Running, placement: Placement, device: int, groups: int, context: int, blocks: int,
     limit_s: float,
 ) -> float:  # fmt: skip
-    """Seconds of the device with so many groups more; infinite where blocks or the limit forbid them."""
+    """Return the device's seconds with so many more groups, infinite if blocks or the limit do not allow them."""
     if placement.room[device] < groups * blocks:
         return np.inf
     late = seconds_with(costs, running, placement, device, groups, groups * context)
@@ -190,7 +190,7 @@ def _descend(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, limit_s: float,
     power: float,
 ) -> None:  # fmt: skip
-    """Moves of single units, the best first, while the sum falls and the limit holds."""
+    """Move single units, the best move first, while the sum falls and the limit holds."""
     num = len(costs.unit)
     for _ in range(MOST_STEPS):
         best_j, best_i, best_k, best_n = -1, -1, -1, 0

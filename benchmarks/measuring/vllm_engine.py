@@ -1,7 +1,7 @@
-"""A vLLM engine in a process of its own, run by vLLM's Python: answers one line of JSON for each line on stdin.
+"""A vLLM engine in a process of its own, run by vLLM's Python: answers each line on stdin with one line of JSON.
 
-The first line says how the engine is made; each further line is a list of prompts with their output lengths. Nothing
-else of ours is imported, and vLLM runs in this one process: its CPU seconds are scheduler, ranks and kernels together.
+The first line says how to make the engine; each further line is a list of prompts with their output lengths. Nothing
+else of hetis is imported, and vLLM runs in this one process, so its CPU seconds cover scheduler, ranks and kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Answer until stdin ends."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
 

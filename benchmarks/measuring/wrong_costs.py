@@ -1,4 +1,4 @@
-"""Dispatch with wrong coefficients: head groups placed by costs that are off, timed by the right ones."""
+"""Dispatch with wrong coefficients: head groups are placed by wrong costs and timed by the right ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from hetis.solver.dispatch.tables import costs_of, running_load
 from hetis.solver.profile import Op
 
 MODEL = "Llama-2-70B"
-LINK_BYTES_PER_S, LINK_S = 12.5e9, 4e-5  # 100 Gb/s; there and back
+LINK_BYTES_PER_S, LINK_S = 12.5e9, 4e-5  # 100 Gb/s; round trip
 PLENTY = 10**7  # KV blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cards:
-    """A stage: a primary of ``tp`` cards and attention workers, by GPU type."""
+    """A stage: a primary of ``tp`` cards, and attention workers by GPU type."""
 
     primary: str
     tp: int
@@ -39,7 +39,7 @@ class Cards:
 
 
 def stage_of(cards: Cards) -> Stage:
-    """An idle stage of catalogue GPUs on a 100 Gb/s network, with modelled costs."""
+    """Return an idle stage of catalogue GPUs on a 100 Gb/s network, with modelled costs."""
     model = load_model(MODEL)
     heads = HeadShape.of_model(model)
     names = [cards.primary, *cards.workers]
@@ -69,7 +69,7 @@ def stage_of(cards: Cards) -> Stage:
 
 
 def wrong_stage(stage: Stage, error: float, rng: np.random.Generator) -> Stage:
-    """Every coefficient of every GPU type multiplied by a factor of its own within ``1 - error`` and ``1 + error``."""
+    """Multiply every coefficient of every GPU type by a separate factor between ``1 - error`` and ``1 + error``."""
     types = [name.split()[0] for name in stage.devices]
     factors = {name: rng.uniform(1.0 - error, 1.0 + error, 5) for name in dict.fromkeys(types)}
     by = np.array([factors[name] for name in types])
@@ -84,7 +84,7 @@ def wrong_stage(stage: Stage, error: float, rng: np.random.Generator) -> Stage:
 
 
 def batch(rng: np.random.Generator, size: int) -> Requests:
-    """Requests like those of a chat service, mean about 1,500 tokens with a long tail."""
+    """Return requests like those of a chat service: about 1,500 tokens on average, with a long tail."""
     return Requests(
         ids=tuple(f"r{j}" for j in range(size)),
         context_tokens=np.clip(rng.lognormal(6.7, 1.1, size), 16, 30_000).astype(np.int64),
@@ -104,7 +104,7 @@ def slowdown(right: Stage, wrong: Stage, requests: Requests) -> tuple[float, boo
 
 
 def seconds_of(stage: Stage, groups: IntArray, requests: Requests) -> float:
-    """Seconds of the slowest device with ``groups`` [J, D]: as if they had been running there."""
+    """Return the seconds of the slowest device with ``groups`` [J, D], as if they had been running there."""
     heads = groups.sum(axis=0) * stage.heads.queries_per_group
     kv_bytes = (requests.context_tokens @ groups).astype(np.float64) * stage.heads.kv_bytes_per_token
     costs = costs_of(stage)

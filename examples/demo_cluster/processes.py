@@ -1,4 +1,4 @@
-"""The processes of the demo: one planner, one agent with a simulated engine per node."""
+"""The processes of the demo: one planner, and one agent with a simulated engine per node."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Processes(DemoProcesses):
         self._start(node, command)
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_TIMEOUT_S) -> float:
-        """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
+        """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)

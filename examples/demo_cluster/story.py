@@ -1,4 +1,4 @@
-"""What happens in the demo, step by step, through the published API only."""
+"""The story of the demo, step by step, using only the published API."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PATIENCE_S = 6
 
 
 class Story:
-    """Tells the story and remembers what was seen, for a test."""
+    """Tells the story and records what was seen, for a test."""
 
     def __init__(self, processes: Processes, teller: Teller, folder: Path) -> None:
         self._processes, self._teller = processes, teller
@@ -46,7 +46,8 @@ class Story:
         self._seen: dict[str, Any] = {}
 
     def tell(self, *, after: Callable[[str], None] = lambda _chapter: None) -> dict[str, Any]:
-        """Runs the whole story; returns what was seen. ``after`` is called with the name of every chapter that ended.
+        """Run the whole story and return what was seen. ``after`` is called with the name of every chapter that has
+        ended.
 
         Raises:
             ProcessError: something did not happen in time.
@@ -233,7 +234,7 @@ class Story:
         return sum(1 for _ in self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
 
     def _replica(self) -> replica_pb2.Replica:
-        """The one replica of the plan, with its last report."""
+        """Return the only replica of the plan, with its last report."""
         (found,) = self._client.list_replicas(CLUSTER, plan="plans/demo")
         return self._client.clusters.GetReplica(cluster_service_pb2.GetReplicaRequest(name=found.name)).replica
 
@@ -242,7 +243,7 @@ class Story:
         return max((device.used_blocks / device.total_blocks for device in devices if device.total_blocks), default=0.0)
 
     def _busiest_worker(self) -> str:
-        """The attention worker with the most heads."""
+        """Return the attention worker with the most heads."""
         loads = [load for stage in self._replica().report.stages for load in stage.devices]
         return max((load for load in loads if load.device.startswith("p100")), key=lambda load: load.heads).device
 
@@ -259,7 +260,7 @@ class Story:
         )
 
     def _last_redispatch(self) -> redispatch_pb2.Redispatch:
-        """The newest that is done."""
+        """Return the newest re-dispatch that is done."""
         return next(
             redispatch
             for redispatch in self._client.list_redispatches(CLUSTER)
@@ -283,7 +284,7 @@ class Story:
         return news
 
     def _steer(self, control: dict[str, Any]) -> None:
-        """What the simulated engines do from now on."""
+        """Set what the simulated engines do from now on."""
         self._control.write_text(json.dumps(control), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""How the story is printed: chapters, what happened when, and bars of KV use."""
+"""The output of the story: chapters, what happened when, and bars of KV use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Teller:
         self._console.print(Text(elapsed, style="dim"), Text(text), sep="", soft_wrap=False)
 
     def loads(self, report: report_pb2.ReplicaReport) -> None:
-        """One bar of KV blocks in use per device."""
+        """Print one bar of the KV blocks in use per device."""
         for stage in report.stages:
             for device in stage.devices:
                 if not device.total_blocks:

@@ -28,12 +28,12 @@ from examples.processes import ProcessError
 PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # as the plan calls them
 DEVICES = (PRIMARY, *WORKERS)
 MOST_TOKENS = 1024
-NUM_BLOCKS = 280  # the plan's room is that of real cards; here half of the primary is full within a chat
+NUM_BLOCKS = 280  # the plan has the room of real cards; here half of the primary fills up within a chat
 WORKER_KV = "16MiB"
 QUESTION = "Where do the heads of this answer live?"
 TOKENS = 900
 EVERY = 150  # tokens between two lines of the story
-MOST_CHATS = 12  # within which all of it has happened; the planner compiles its kernels during the first
+MOST_CHATS = 12  # within which everything has happened; the planner compiles its kernels during the first
 NOT_INSTALLED = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
 Say = Callable[[str], None]
 
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def tell(folder: Path, python: Path, out: TextIO) -> Json:
-    """The story, told to ``out``; returns what was seen."""
+    """Tell the story to ``out`` and return what was seen."""
 
     def say(text: str = "") -> None:
         print(text, file=out, flush=True)
@@ -112,7 +112,7 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
 
 
 def make_model(python: Path, folder: Path) -> str:
-    """Makes the model in a folder; returns what transformers answers. Raises ProcessError: it did not."""
+    """Make the model in a folder and return what transformers answers. Raises ProcessError if it did not."""
     command = [str(python), "-m", "examples.demo_serve.model", str(folder), QUESTION, str(TOKENS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
@@ -123,10 +123,10 @@ def make_model(python: Path, folder: Path) -> str:
 
 @dataclass
 class Story:
-    """What happens while chats stream.
+    """The story that happens while chats stream.
 
     Attributes:
-        count: re-dispatches of the planner that have been told.
+        count: number of the planner's re-dispatches that have been told.
         killed: the worker that was killed; empty: none yet.
         is_restarted: its process runs again.
         is_back: it takes heads again.
@@ -144,7 +144,7 @@ class Story:
     maps: list[list[str]] = field(default_factory=list)
 
     def tell(self) -> list[str]:
-        """Chats until all has happened; their texts."""
+        """Chat until everything has happened, and return the texts."""
         texts: list[str] = []
         while len(texts) < MOST_CHATS and not (self.is_back and len(texts) > 1):
             self.say(f"Chat {len(texts) + 1} streams {TOKENS} tokens. Which heads are where:")
@@ -167,7 +167,7 @@ class Story:
         return "".join(texts)
 
     def _look(self, tokens: int, *, is_line: bool) -> None:
-        """A line of the story now and then; and the worker that got heads is killed."""
+        """Tell a line of the story now and then, and kill the worker that got heads."""
         moved, seen = self._tell_news(), self.client.heads()
         if self.is_restarted and not self.is_back and self.killed in seen.up:
             self.is_back = True
@@ -192,7 +192,7 @@ class Story:
 
 
 def _shown(owners: tuple[str, ...], up: tuple[str, ...]) -> str:
-    """``box/0 0·23·56·`` for each device."""
+    """Return ``box/0 0·23·56·`` for each device."""
     parts = []
     for name in DEVICES:
         marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(owners))

@@ -1,7 +1,7 @@
-"""A tiny model with random weights: config, weights, tokenizer and chat template, as a folder of Hugging Face's form.
+"""A tiny model with random weights: config, weights, tokenizer and chat template, in a folder as Hugging Face has it.
 
-The tokenizer is a byte-level BPE trained on this repository's documents. What the model says makes no sense; that it
-says exactly the same however its heads are shared out does.
+The tokenizer is a byte-level BPE trained on this repository's documents. The model's answers make no sense, but they
+must be exactly the same however its heads are distributed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Of a Llama; r = q_heads / kv_heads. ``head_dim`` None: that of hidden / q_heads."""
+    """Sizes of a Llama; r = q_heads / kv_heads. ``head_dim`` None: hidden / q_heads."""
 
     layers: int = 4
     hidden: int = 128
@@ -46,7 +46,7 @@ class Sizes:
 
 
 def make_checkpoint(folder: Path, *, sizes: Sizes | None = None, seed: int = 0) -> Path:
-    """Writes the model into ``folder``, which is made; the same sizes and seed give the same bytes."""
+    """Write the model into ``folder``, which is created; the same sizes and seed give the same bytes."""
     sizes = sizes or Sizes()
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, sizes.vocab)
@@ -113,7 +113,7 @@ def _write_weights(folder: Path, sizes: Sizes, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        # Large weights make every token depend on every head: a wrong one shows at once.
+        # Large weights make every token depend on every head, so that a wrong one shows at once.
         return torch.randn(rows, columns, generator=generator) * 0.3
 
     def norm() -> torch.Tensor:

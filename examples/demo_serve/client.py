@@ -1,4 +1,4 @@
-"""What the demo asks vLLM: chats over HTTP, and where head groups are, as the agent would ask it."""
+"""The demo's requests to vLLM: chats over HTTP, and where head groups are, as the agent would ask."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Where each head group of the one request is, empty: none runs; and which devices are up."""
+    """The device of each head group of the only running request (empty: none runs), and which devices are up."""
 
     owners: tuple[str, ...]
     up: tuple[str, ...]
@@ -38,7 +38,7 @@ class Client:
         self._channel.close()
 
     def heads(self) -> Heads:
-        """As they are between two steps."""
+        """Return them as they are between two steps."""
         for piece in self._executor.ReadHeadMaps(ReadHeadMapsRequest(replica=self._replica), timeout=60):
             for head_map in piece.head_maps:
                 names = [device.name for device in head_map.devices]
@@ -49,12 +49,12 @@ class Client:
         return Heads((), ())
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by its name with labels."""
+        """Return every sample by its name with labels."""
         lines = self._open("/metrics").read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
     def stream_chat(self, body: Json) -> Iterator[Json]:
-        """Chunks of an answer as they come."""
+        """Yield chunks of an answer as they arrive."""
         with self._open("/v1/chat/completions", body | {"stream": True}) as answer:
             for line in answer:
                 text = line.decode().strip().removeprefix("data: ")

@@ -16,12 +16,12 @@ import yaml
 from examples.processes import DemoProcesses, ProcessError
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
-BLOCK_TOKENS = 32  # of vLLM's blocks: its kernels for CPUs take multiples of that
+BLOCK_TOKENS = 32  # of vLLM's blocks: its CPU kernels take multiples of that
 _ROOT = Path(__file__).parents[2]
 
 
 def vllm_python() -> Path | None:
-    """Python of the virtual environment that has vLLM (``make vllm``); None: there is none."""
+    """Return the Python of the virtual environment with vLLM (``make vllm``), or None if there is none."""
     python = Path(os.environ.get("HETIS_VLLM_PYTHON", _ROOT / ".venv-vllm" / "bin" / "python"))
     return python if python.exists() else None
 
@@ -30,7 +30,7 @@ class Processes(DemoProcesses):
     """Everything that the demo starts.
 
     Attributes:
-        engine: the socket on which the agent steers vLLM.
+        engine: the socket through which the agent controls vLLM.
     """
 
     def __init__(self, folder: Path, workers: tuple[str, ...]) -> None:
@@ -42,23 +42,23 @@ class Processes(DemoProcesses):
         self.engine = folder / "engine.sock"
 
     def start_agent(self, server: str, *, node: str, devices: str) -> None:
-        """It calls the planner, and the engine at its socket as soon as that is there."""
+        """Start the agent, which calls the planner, and the engine at its socket as soon as that exists."""
         command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self.engine}"]
         command += ["--simulated-devices", devices, "--state-dir", str(self.folder / "agent")]
         self._start("agent", command)
 
     def start_worker(self, name: str, kv_memory: str) -> None:
-        """It listens at the same port each time."""
+        """Start the worker, which listens on the same port each time."""
         command = [Path(sys.executable).name, "-m", "hetis.runtime.worker", "--name", name]
         command += ["--listen", f"127.0.0.1:{self._ports[name]}", "--key-file", str(self._key)]
         self._start(_file(name), [*command, "--kv-memory", kv_memory])
 
     def kill_worker(self, name: str) -> None:
-        """As a power cut would."""
+        """Kill the worker, as a power cut would."""
         self.kill(_file(name))
 
     def start_server(self, python: Path, model: Path, *options: str) -> str:
-        """Its address, once it serves. Raises ProcessError: it does not."""
+        """Start vLLM and return its address once it serves. Raises ProcessError if it does not."""
         port = _free_port()
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)]
@@ -70,7 +70,7 @@ class Processes(DemoProcesses):
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Its numba is another one: in one folder each would throw away what the other has compiled.
+            # Its numba differs: in a shared folder each would discard what the other has compiled.
             "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),
         }
         self._start("server", command, environment=environment)
@@ -79,19 +79,19 @@ class Processes(DemoProcesses):
         return url
 
     def end_server(self) -> None:
-        """As Kubernetes would: SIGTERM. Raises ProcessError: it did not end well."""
+        """End vLLM as Kubernetes would, by SIGTERM. Raises ProcessError if it did not end well."""
         self._running["server"].terminate()
         if self._running["server"].wait(60) != 0:
             raise ProcessError(f"vLLM did not end well:\n{self.tail('server', 40)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
-        """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
+        """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
     # --- inside
 
     def _settings(self) -> Path:
-        """The plugin's file: groups stay with vLLM until the planner moves them."""
+        """Return the plugin's file: groups stay with vLLM until the planner moves them."""
         path = self.folder / "workers.yaml"
         document = {
             "apiVersion": "hetis/v1",

@@ -1,1 +1,1 @@
-"""What builds the documentation's site beside MkDocs: formulas, tables of data, links that leave the pages."""
+"""The site's additions to MkDocs: formulas, tables of data, and links that leave the pages."""

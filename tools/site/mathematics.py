@@ -1,6 +1,6 @@
-r"""Formulas as MathML, made while the site is built: browsers draw them without scripts, fonts or a network.
+r"""Formulas as MathML, made while the site is built, so that browsers draw them without scripts, fonts or a network.
 
-Pages write them as GitHub does: ``$`x_i`$`` in a line, and a fence named ``math`` for a formula of its own.
+Pages write formulas as GitHub does: ``$`x_i`$`` within a line, and a fence named ``math`` for one on its own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _INLINE = r"\$`([^`\n]+(?:\n[^`\n]+)*)`\$"
 
 
 class Mathematics(Extension):  # type: ignore[misc]  # untyped for mypy
-    """Formulas in lines of text; blocks are the fence's, `formula_block`."""
+    """Formulas within lines of text; blocks are fences, see `formula_block`."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  # the name is the base class's
-        md.inlinePatterns.register(_Formula(_INLINE, md), "formula", 200)  # before code, which is made of backticks
+        md.inlinePatterns.register(_Formula(_INLINE, md), "formula", 200)  # before code, which uses backticks
 
 
 class _Formula(InlineProcessor):  # type: ignore[misc]
@@ -31,17 +31,17 @@ class _Formula(InlineProcessor):  # type: ignore[misc]
 
 
 def formula_block(source: str, language: str, class_name: str, options: Any, md: Any, **kwargs: Any) -> str:
-    """A fence named ``math``."""
+    """Convert a fence named ``math``."""
     return f'<div class="formula">{mathml(source, display="block")}</div>'
 
 
 def mathml(source: str, *, display: str) -> str:
-    """LaTeX as MathML.
+    """Return LaTeX as MathML.
 
     Raises:
-        ValueError: a command that is not understood would be drawn as its own name.
+        ValueError: a command is not understood, and would be drawn as its own name.
     """
-    one_line = " ".join(source.split()).replace("{aligned}", "{split}")  # the same, and the name that is known
+    one_line = " ".join(source.split()).replace("{aligned}", "{split}")  # the same, under the known name
     found = str(convert(one_line, display=display))
     if unknown := re.search(r"\\[A-Za-z]+|<mi>&</mi>", found):
         raise ValueError(f"{unknown[0]} in {source!r} is not understood")
@@ -49,5 +49,5 @@ def mathml(source: str, *, display: str) -> str:
 
 
 def makeExtension(**kwargs: Any) -> Mathematics:  # noqa: N802
-    """What MkDocs calls."""
+    """Called by MkDocs."""
     return Mathematics(**kwargs)

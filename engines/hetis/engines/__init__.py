@@ -1,4 +1,4 @@
-"""How engines run a plan: a replica as processes, the command line of each, and what versions of engines understand.
+"""Running a plan on engines: the processes of a replica, their command lines, and the options of engine versions.
 
 Pure functions: nothing is started, and no file is read.
 """

@@ -1,4 +1,4 @@
-"""From a layout to command lines: who is told what, where each is reached, and the file that configures the plugin."""
+"""Command lines for a layout, with the addresses of all processes and the plugin's configuration file."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from hetis.engines.vllm import CONFIG_VARIABLE
 
 LOOPBACK, ANY = "127.0.0.1", "0.0.0.0"
 WORKER_PORT = 7070
-STOPS_S, SERVER_STOPS_S = 10.0, 30.0  # the engine's own time-out for requests that run is added
-KEY_VARIABLE = "HETIS_WORKER_KEY"  # what a worker and the plugin take in place of a file
+STOPS_S, SERVER_STOPS_S = 10.0, 30.0  # without the engine's own time-out for running requests, which is added
+KEY_VARIABLE = "HETIS_WORKER_KEY"  # an alternative to a key file for workers and the plugin
 WORKER = ("hetis-worker",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Where processes reach each other, and where their files are.
+    """Addresses at which processes reach each other, and paths of their files.
 
     Attributes:
-        hosts: of nodes, an address or a name; a node that is not here is called by its own name.
+        hosts: address or host name by node; any other node is reached by its own name.
         worker_port: of the first worker process on a node; the others have the ports after it.
-        master_port: where processes of the engine on several nodes meet.
-        kv_port: where a prefill replica is asked for KV.
+        master_port: where processes of the engine on several nodes connect.
+        kv_port: where decode replicas ask a prefill replica for KV.
         all_here: every process is on this machine, whatever node the plan says.
         config_file: of the plugin.
-        key_file: of vLLM's and the workers' key, on every node.
+        key_file: key of vLLM and the workers, on every node.
     """
 
     hosts: Mapping[str, str] = field(default_factory=dict)
@@ -53,14 +53,14 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """How one process is started.
+    """The command that starts one process.
 
     Attributes:
         shown: program and options as users write them.
-        environment: what its environment needs beside what is there.
-        files: that must be there before it starts, by path.
-        secrets: files that nobody but its user may read, which must be there and are not in ``files``.
-        stops_s: what it has to end when it is told, before it is killed.
+        environment: variables needed in addition to the existing environment.
+        files: files that must exist before it starts, by path.
+        secrets: files that only its user may read, which must exist and are not in ``files``.
+        stops_s: time to end after being told to, before it is killed.
     """
 
     process: Process
@@ -72,16 +72,18 @@ class Command:
 
     @property
     def line(self) -> str:
-        """For a shell."""
+        """The command as a line for a shell."""
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.shown)])
 
 
 def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple[Command, ...]:
-    """The command of every process, vLLM's first.
+    """Return the command of every process, vLLM's first.
 
-    A worker beside the process of vLLM that calls it listens on the loopback, and shares memory with it. Others listen
-    on the address that their node has in ``addresses``; where that is a name, on all addresses of the node, since a
-    name may mean another address there than elsewhere.
+    A worker on the same node as the vLLM process that calls it listens on the loopback interface, and shares memory
+    with
+    it. Others listen on their node's address in ``addresses`` or, if that is a name, on all addresses of the node,
+    because
+    the name may resolve differently there.
     """
     places = dict(_places(layout, addresses))
     config = config_of(layout, places, key_file=addresses.key_file, executor=serving.executor)
@@ -124,7 +126,10 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
 def config_of(
     layout: Layout, places: Mapping[str, tuple[str, int]], *, key_file: str, executor: str = ""
 ) -> dict[str, Any]:
-    """The plugin's file, of which `hetis.runtime.vllm.settings` has the form; ``places``: of worker processes."""
+    """Return the content of the plugin's file in the form of `hetis.runtime.vllm.settings`.
+
+    ``places`` are the host and port of each worker process.
+    """
     workers = [
         {"name": one.name, "addresses": [joined(*places[name]) for name in one.processes], "keyFile": key_file}
         for one in layout.workers
@@ -134,12 +139,12 @@ def config_of(
 
 
 def worker_settings(process: Process, *, listen: str, device: str) -> dict[str, str]:
-    """What a worker must be told wherever it runs, by option, but for its key."""
+    """Return a worker's options wherever it runs, except for its key."""
     return {"--name": process.name, "--listen": listen, "--kv-memory": f"{process.kv_bytes}B", "--device": device}
 
 
 def as_json(commands: Sequence[Command]) -> str:
-    """A list of objects, one per process."""
+    """Return a JSON list of objects, one per process."""
     rows = [
         {
             "name": command.process.name,
@@ -157,7 +162,7 @@ def as_json(commands: Sequence[Command]) -> str:
 
 
 def as_shell(commands: Sequence[Command]) -> str:
-    """What each node's shell is to be told: files first, then a line per process."""
+    """Return the shell commands of each node: files first, then a line per process."""
     return "\n".join(_lines(commands))
 
 
@@ -173,7 +178,7 @@ def _lines(commands: Sequence[Command]) -> Iterator[str]:
 
 
 def _places(layout: Layout, addresses: Addresses) -> Iterator[tuple[str, tuple[str, int]]]:
-    """Host and port of every worker process, by name; ports are counted on each node."""
+    """Yield host and port of every worker process by name. Ports are counted on each node."""
     used: Counter[str] = Counter()
     for process in layout.attention_workers:
         node = "" if addresses.all_here else process.node
@@ -188,14 +193,14 @@ def _reached(process: Process, processes: Sequence[Process], addresses: Addresse
 
 
 def _gpus(process: Process, device: str) -> dict[str, str]:
-    """The GPUs by the driver's numbers, which a plan has; CUDA alone would count the fastest first."""
+    """Select GPUs by the driver's numbers, which a plan uses; by default CUDA would count the fastest first."""
     if device == "cpu":
         return {}
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, process.gpus))}
 
 
 def _own(host: str) -> str:
-    """What a process listens on that others reach at ``host``."""
+    """Return the address to listen on for a process that others reach at ``host``."""
     return host if _is_address(host) else ANY
 
 

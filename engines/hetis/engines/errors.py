@@ -1,6 +1,6 @@
 """HetisError
-+-- OptionError   options, files or names are not usable; the messages are all that is wrong
-+-- LayoutError   the plan, or the machines that are there, do not allow it; the messages are all the reasons
++-- OptionError   options, files or names are not usable; one message for each problem
++-- LayoutError   the plan, or the available machines, do not allow it; one message for each reason
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class _SeveralError(HetisError):
 
 
 class OptionError(_SeveralError):
-    """What was asked for is not valid."""
+    """The request is not valid."""
 
 
 class LayoutError(_SeveralError):
-    """The replica cannot be laid out as the plan has it."""
+    """The replica cannot be laid out as planned."""

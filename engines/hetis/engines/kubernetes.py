@@ -1,10 +1,10 @@
-"""A replica as objects of Kubernetes: a StatefulSet for each process, Services in front, and who may talk to whom.
+"""A replica as objects of Kubernetes: a StatefulSet for each process, Services in front, and network policies.
 
-Operators with objects of their own (LeaderWorkerSet and what stands on it) get the same pods from `ReplicaObjects`.
+Operators with objects of their own (LeaderWorkerSet and those built on it) get the same pods from `ReplicaObjects`.
 
-A StatefulSet of one, not a Deployment: it never runs two pods of a name at a time, and two engines of one replica would
-take its workers from each other. Nothing runs as root or with privileges; the objects fit the Pod Security Standard
-"restricted".
+Each process is a StatefulSet of one, not a Deployment, because it never runs two pods of a name concurrently, and two
+engines of one replica would take its workers from each other. Nothing runs as root or with privileges; the objects
+comply with the Pod Security Standard "restricted".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODEL_LABELS = {"llm-d.ai/inference-serving": "true"}
 _SGLANG_KEY = "HETIS_API_KEY"
 SET_HERE = ("--host", "--port", "--api-key")  # options of vLLM
 _CONFIG_FOLDER, _CONFIG_FILE, _KEY_FILE = "/etc/hetis", "workers.yaml", "/tmp/hetis-worker.key"
-# A Secret's file is readable to the pod's group where that has one, and a key must not be: so it comes as a variable.
+# A Secret's file is readable to the pod's group, if there is one, which a key must not be; so it comes as a variable.
 _WITH_KEY = f'umask 077 && printf %s "${KEY_VARIABLE}" > {_KEY_FILE} && unset {KEY_VARIABLE} && exec "$@"'
 _USER = 10001  # as in our images
 _GRACE_S = 45
@@ -49,15 +49,15 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")  # a pod's name, which is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployment:
-    """What the cluster must be told beside the plan.
+    """Settings of the deployment that are not in the plan.
 
     Attributes:
         name: of the replica; names of objects begin with it.
         image: vLLM with the plugin.
-        worker_image: that has `hetis[worker]`.
-        model_claim: a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path;
-            empty: the image has the model, or vLLM finds it.
-        key_secret: a Secret whose ``api-key`` clients must say.
+        worker_image: an image with `hetis[worker]`.
+        model_claim: a PersistentVolumeClaim with the models, mounted read-only at the parent of the model's path.
+            Empty: the image has the model, or vLLM finds it.
+        key_secret: a Secret whose ``api-key`` clients must present.
         is_open: no key is needed; either this or a secret.
         worker_secret: a Secret whose ``worker-key`` vLLM and its workers share.
     """
@@ -72,7 +72,7 @@ class Deployment:
     namespace: str = ""
 
     def wrong(self, model: str, *, has_workers: bool = True) -> list[str]:
-        """What is wrong with it, in terms of the options; ``model``: its path in the pod, or its name."""
+        """Return the problems with it in terms of the options. ``model`` is the model's path in the pod or its name."""
         wrong = []
         if not _NAME.fullmatch(self.name):
             wrong.append(f"--name is {self.name!r}, must be 1 to 40 small letters, digits and -, a letter first")
@@ -94,20 +94,20 @@ class Deployment:
 
 
 def on_node(node: str) -> dict[str, str]:
-    """The selector of a node of the plan: the label that every kubelet sets."""
+    """Return the selector of a node of the plan: the label that every kubelet sets."""
     return {NODE_LABEL: node}
 
 
 def annotations_of(process: Process) -> dict[str, str]:
-    """What a pod says of its part in the plan."""
+    """Return a pod's annotations about its part in the plan."""
     return {"hetis/process": process.name, "hetis/devices": ",".join(f"{process.node}/{gpu}" for gpu in process.gpus)}
 
 
 def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> list[dict[str, Any]]:
-    """The objects of a replica, in an order in which they can be applied.
+    """Return the objects of a replica, in an order in which they can be applied.
 
     Raises:
-        LayoutError: worker processes share cards, which pods cannot.
+        LayoutError: worker processes share GPUs, which pods cannot.
     """
     if serving.device == "cuda":
         refuse_shared_cards(layout)
@@ -120,7 +120,7 @@ def manifests_of(layout: Layout, serving: Serving, deployment: Deployment) -> li
 
 
 def refuse_shared_cards(layout: Layout) -> None:
-    """Raises LayoutError where worker processes share cards: pods cannot share a GPU."""
+    """Raise LayoutError if worker processes share GPUs, which pods cannot."""
     shared = dict.fromkeys(f"{p.node}/{gpu}" for p in layout.attention_workers if p.sharing > 1 for gpu in p.gpus)
     if shared:
         raise LayoutError(
@@ -141,7 +141,7 @@ class ReplicaObjects:
         self._names |= {p.name: f"{deployment.name}-worker-{i}" for i, p in enumerate(layout.attention_workers)}
 
     def around(self) -> list[dict[str, Any]]:
-        """What stands around the pods: the plugin's file, the front's Service, and who may talk to whom."""
+        """Return the objects around the pods: the plugin's file, the front end's Service, and the network policies."""
         return [
             *([self.config()] if self._layout.workers else []),
             self.front(),
@@ -150,7 +150,7 @@ class ReplicaObjects:
         ]
 
     def config(self) -> dict[str, Any]:
-        """The plugin's file: workers are reached by the names of their Services."""
+        """Return the plugin's file. Workers are reached by the names of their Services."""
         places = {p.name: (self._names[p.name], WORKER_PORT) for p in self._layout.attention_workers}
         text = yaml.safe_dump(config_of(self._layout, places, key_file=_KEY_FILE), sort_keys=False)
         return {
@@ -161,17 +161,22 @@ class ReplicaObjects:
         }
 
     def front(self) -> dict[str, Any]:
-        """Where clients go: the engine, once it serves."""
+        """Return the Service for clients: the engine, once it serves."""
         port = {"name": "http", "port": FRONT_PORT, "targetPort": "http"}
         return self._service(self._of.name, self.front_labels, {"ports": [port]})
 
     def inside(self) -> dict[str, Any]:
-        """Only the replica's own pods reach each other, on any port: ranks choose theirs as they meet."""
+        """Return the policy that lets the replica's own pods reach each other on any port: ranks choose theirs at
+        start-up.
+        """
         own = {"podSelector": {"matchLabels": self.labels()}}
         return self._policy(f"{self._of.name}-inside", self.labels(), {"from": [own]})
 
     def towards_front(self) -> dict[str, Any]:
-        """From everywhere to the front; decode replicas fetch KV from a prefill replica on ports that NIXL chooses."""
+        """Return the policy that lets everyone reach the front end. Decode replicas fetch KV from a prefill replica on
+        ports
+        that NIXL chooses.
+        """
         ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
         if self._layout.role is not Role.UNIFIED:
             ports = {}
@@ -179,12 +184,12 @@ class ReplicaObjects:
 
     @property
     def front_labels(self) -> dict[str, str]:
-        """Return the labels of the pod that clients reach."""
+        """The labels of the pod that clients reach."""
         return self.labels(self._names[self._layout.servers[0].name])
 
     @property
     def front_name(self) -> str:
-        """Return the name of the pod that clients reach, and of the Service where the further stages meet it."""
+        """The name of the pod that clients reach, and of the Service where the further stages connect to it."""
         return self._names[self._layout.servers[0].name]
 
     def server(self, number: int) -> list[dict[str, Any]]:
@@ -196,11 +201,11 @@ class ReplicaObjects:
         ]
 
     def arguments(self, number: int, *, master: str = "") -> tuple[str, ...]:
-        """Program and options of a process; ``master``: where it meets the first one, if not at its Service."""
+        """Return program and options of a process. ``master`` is the address of the first one, if not its Service."""
         return arguments_of(self._layout, self._serving, number, Meeting(host=master or self.front_name))
 
     def server_pod(self, number: int, arguments: Sequence[str]) -> dict[str, Any]:
-        """The pod of a process of the engine, without its node."""
+        """Return the pod of a process of the engine, without its node."""
         process, layout = self._layout.servers[number], self._layout
         env: list[dict[str, Any]] = [
             {"name": variable, "value": text} for variable, text in partition_of(layout).items()
@@ -222,7 +227,7 @@ class ReplicaObjects:
             "command": command,
             "env": env,
             "ports": [{"name": "master", "containerPort": MASTER_PORT}],
-            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # where the ranks of a pod meet
+            "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # used by the ranks of a pod to communicate
         }
         if process.kind is ProcessKind.SERVER:
             container["ports"].append({"name": "http", "containerPort": FRONT_PORT})
@@ -268,7 +273,7 @@ class ReplicaObjects:
                 "capabilities": {"drop": ["ALL"]},
             },
         }
-        # What is compiled or cached goes where a file may be written.
+        # Compiled and cached files go where writing is permitted.
         writable = [{"name": "HOME", "value": "/tmp"}, {"name": "NUMBA_CACHE_DIR", "value": "/tmp/numba"}]
         container["env"] = [*container["env"], *writable]
         container["volumeMounts"] = [*container["volumeMounts"], {"name": "tmp", "mountPath": "/tmp"}]
@@ -287,7 +292,7 @@ class ReplicaObjects:
         }
 
     def _set(self, name: str, process: Process, pod: dict[str, Any]) -> dict[str, Any]:
-        """One pod on the node of the plan, that of the label every kubelet sets."""
+        """Return a StatefulSet of one pod on the plan's node, selected by the label that every kubelet sets."""
         labels = self.labels(name)
         metadata = {"labels": labels, "annotations": annotations_of(process)}
         return {
@@ -311,7 +316,9 @@ class ReplicaObjects:
         return [{"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}] if name else []
 
     def _own_service(self, name: str, port: dict[str, Any]) -> dict[str, Any]:
-        """The address of one pod from its first second: vLLM serves only when everybody has met."""
+        """Return the Service of one pod, reachable before it is ready: vLLM only serves after all processes have
+        connected.
+        """
         spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "ports": [port]}
         return self._service(name, self.labels(name), spec)
 

@@ -1,9 +1,9 @@
-"""Which processes a replica of a plan is, where each runs, and what it may hold: the one list that all starters read.
+"""The processes of a replica of a plan, where each runs, and what it may hold: the one list that all launchers read.
 
-An engine, vLLM or SGLang, is one process where all stages are on one node, which then starts a process for each rank
-itself, and else one for each stage, as nodes of the engine's own multi-node launch. A card that holds KV has a worker
-process for every rank of vLLM that it serves, since a worker serves one connection. Cards of the stages with the same
-place among the cards of their stage are one *worker* to vLLM's scheduler: it has an address for every rank.
+An engine, vLLM or SGLang, is one process if all stages are on one node, and then starts a process for each rank
+itself. Otherwise it is one process per stage, as nodes of the engine's own multi-node launch. A GPU that holds KV has
+a worker process for every rank of vLLM that it serves, because a worker serves one connection. GPUs at the same
+position in their stages form one *worker* to vLLM's scheduler, with an address for every rank.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan, ReplicaPlan, Role, StagePlan
 
-PAGE_TOKENS = 16  # of the plugin, unless its file says something else
+PAGE_TOKENS = 16  # of the plugin, unless its file says otherwise
 DTYPE_BYTES: Mapping[str, int] = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 LONGEST_NAME = 63  # of a worker
 _DEVICE = re.compile(r"(?P<node>.+)/(?P<index>\d{1,4})")
 
 
 class ProcessKind(StrEnum):
-    """What a process is: the engine with scheduler and front, a further stage of it, or a worker."""
+    """The kind of a process: the engine with scheduler and front end, a further stage of it, or a worker."""
 
     SERVER = "server"
     SERVER_STAGE = "server-stage"
@@ -41,11 +41,11 @@ class Process:
 
     Attributes:
         name: unique in the replica.
-        stage: that it computes, or holds KV for; the first one where the engine is one process.
+        stage: the stage that it computes or holds KV for; the first one if the engine is one process.
         node: where it runs.
-        gpus: which of the node's GPUs are its own, counted from 0, in the order of the ranks.
-        kv_bytes: memory for KV on each of them, as much as the plan counts on.
-        sharing: how many of the replica's processes use these GPUs.
+        gpus: its GPUs on the node, counted from 0, in the order of the ranks.
+        kv_bytes: memory for KV on each GPU, as planned.
+        sharing: number of the replica's processes that use these GPUs.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """What vLLM's scheduler calls a worker; ``processes`` names the one of each rank of vLLM, rank 0 first."""
+    """A worker as vLLM's scheduler sees it. ``processes`` names its process for each rank of vLLM, rank 0 first."""
 
     name: str
     processes: tuple[str, ...]
@@ -70,18 +70,18 @@ class Layout:
     """A replica.
 
     Attributes:
-        role: what it does with a request.
+        role: its role: unified, prefill or decode.
         tensor_parallel: ranks of every stage.
-        layers: of the model, for each stage.
+        layers: number of the model's layers in each stage.
         servers: processes of the engine, the one with the scheduler first.
         attention_workers: processes that hold KV.
         workers: the same, as the scheduler sees them.
-        micro_batch: requests that decode in one iteration; 0 where it only prefills.
-        seats: requests that are worked on at a time.
-        chunk_tokens: prompt tokens in an iteration; 0 where it only decodes.
-        kv_tokens: KV room in tokens.
-        kv_is_fp8: KV has one byte a number, else as many as numbers of the model.
-        context_tokens: the longest request that fits into the KV room; None: the model's own context is no longer.
+        micro_batch: requests that decode in one iteration; 0 for a prefill replica.
+        seats: maximum number of concurrent requests.
+        chunk_tokens: prompt tokens per iteration; 0 for a decode replica.
+        kv_tokens: KV capacity in tokens.
+        kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
+        context_tokens: the longest request that fits into the KV capacity. None: the model's context is no longer.
     """
 
     engine: Engine
@@ -104,16 +104,16 @@ class Layout:
 
     @property
     def rank_kv_bytes(self) -> int:
-        """Memory for KV that the plan counts on, of the rank with most."""
+        """The planned KV memory of the rank with most."""
         return max(process.kv_bytes for process in self.servers)
 
     def caller(self, worker: Process) -> Process:
-        """The process of vLLM that connects to a worker process."""
+        """Return the process of vLLM that connects to a worker process."""
         return self.servers[worker.stage] if len(self.servers) > 1 else self.servers[0]
 
 
 class _Card(NamedTuple):
-    """A device that holds KV for the ranks of a stage, ``kv_bytes`` for each of them."""
+    """A GPU that holds KV for the ranks of a stage, ``kv_bytes`` for each of them."""
 
     device: str
     kv_bytes: int
@@ -121,7 +121,7 @@ class _Card(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What KV takes: ``pages`` of every head group, of ``page_bytes`` for each layer."""
+    """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer."""
 
     pages: int
     page_bytes: int
@@ -134,17 +134,18 @@ class _Room:
 
     @property
     def context_tokens(self) -> int:
-        """The longest request: engines keep a page for themselves."""
+        """The longest request in tokens: engines keep one page for themselves."""
         return max(self.pages - 1, 1) * PAGE_TOKENS
 
     def of_ranks(self, stage: StagePlan) -> int:
-        """Bytes on a rank of the stage."""
+        """Return the bytes on a rank of the stage."""
         return stage.kv_head_groups_kept * self.pages * stage.num_layers * self.page_bytes
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
-        """Cards of a stage; each holds an equal part of the heads of a rank that are not on it.
+        """Yield the GPUs of a stage. Each holds an equal part of the heads that a rank does not keep.
 
-        Of a card that stages share, a stage has what its own heads need: the plan's room is what fits there with all.
+        On a GPU shared by stages, each stage has what its own heads need: the planned capacity fits there with all
+        stages.
         """
         for pool in replica.attention_workers:
             if pool.stage == number:
@@ -162,17 +163,17 @@ def layout_of(
     dtype: str = "auto",
     kv_tokens: int | None = None,
 ) -> Layout:
-    """The layout of one replica.
+    """Return the layout of one replica.
 
     Args:
         plan, number: the replica, counted from 0.
-        model: the one that is to be served.
-        engine: that serves it.
-        dtype: of KV, a name of `DTYPE_BYTES`.
-        kv_tokens: KV room in tokens in place of the plan's, for a smaller machine.
+        model: the model to serve.
+        engine: the engine that serves it.
+        dtype: of KV, a name in `DTYPE_BYTES`.
+        kv_tokens: KV capacity in tokens in place of the plan's, for a smaller machine.
 
     Raises:
-        LayoutError: there is no such replica, the plan is of another model, or the engine cannot run it; all the
+        LayoutError: there is no such replica, the plan is for another model, or the engine cannot run it; with all
             reasons.
     """
     if not 0 <= number < len(plan.replicas):
@@ -202,7 +203,7 @@ def layout_of(
             for place in range(len(cards[0]))
         ),
         micro_batch=replica.micro_batch,
-        # A replica that only prefills has a prompt in each iteration.
+        # A prefill replica has one prompt in each iteration.
         seats=max(replica.micro_batch, 1) * replica.in_flight,
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
@@ -212,7 +213,7 @@ def layout_of(
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:
-    """Whether the plan counts on a byte a number; a dtype that was asked for is of KV, too."""
+    """Return whether the plan assumes one byte per number. An explicit dtype also applies to KV."""
     return dtype == "auto" and model.kv_bytes == 1
 
 
@@ -240,7 +241,7 @@ def _servers(replica: ReplicaPlan, room: _Room, name: str) -> Iterator[Process]:
 
 
 def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int) -> Iterator[Process]:
-    """Those of the first worker in the order of vLLM's ranks, then those of the second, and so on."""
+    """Yield the processes of the first worker in the order of vLLM's ranks, then those of the second, and so on."""
     on_card = Counter(card.device for of_stage in cards for card in of_stage for _ in range(tp))
     for place in range(len(cards[0])):
         for stage, of_stage in enumerate(cards):
@@ -259,7 +260,7 @@ def _worker_processes(cards: Sequence[Sequence[_Card]], tp: int) -> Iterator[Pro
 
 
 def _worker_name(devices: Sequence[str], place: int) -> str:
-    """Its cards, as far as a name may be long."""
+    """Return the names of its GPUs, unless that is too long for a name."""
     name = "+".join(dict.fromkeys(devices))
     return name if len(name) <= LONGEST_NAME else f"worker-{place}"
 
@@ -272,7 +273,7 @@ def _index(device: str) -> int:
 
 
 def _other_model(plan: Plan, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
-    """Differences between the model that was planned for and the one that is to be served."""
+    """Yield differences between the planned model and the model to serve."""
     documents = plan.inputs.get("documents")
     planned = documents.get("model") if isinstance(documents, Mapping) else None
     if isinstance(planned, Mapping):
@@ -289,7 +290,7 @@ def _other_model(plan: Plan, replica: ReplicaPlan, model: ModelSpec) -> Iterator
 
 
 def _impossible(replica: ReplicaPlan, model: ModelSpec, engine: Engine, dtype: str) -> Iterator[str]:
-    """What the replica needs and the engine, or the plugin in it, cannot do."""
+    """Yield what the replica needs and the engine, or the plugin in it, cannot do."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
         yield f"it has attention workers, which {engine.program} has with hetis' plugin alone (engine vllm-hetis)"
     elif replica.attention_workers and replica.role is not Role.UNIFIED:
@@ -334,7 +335,7 @@ def _impossible_stage(
 
 
 def _uneven(cards: Sequence[Sequence[_Card]]) -> Iterator[str]:
-    """A worker of vLLM's scheduler is one card for each stage."""
+    """Yield a problem if stages have different numbers of workers: a scheduler's worker is one GPU for each stage."""
     counts = [len(of_stage) for of_stage in cards]
     if len(set(counts)) > 1:
         yield (

@@ -1,4 +1,4 @@
-"""What a plan file says of itself."""
+"""The model document inside a plan file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.plan import Plan
 
 
 def planned_model(plan: Plan) -> ModelSpec | None:
-    """The model that a plan was made for; None: its documents are not in it.
+    """Return the model that a plan was made for, or None if the plan does not contain its documents.
 
     Raises:
         DocumentError: the document cannot be used.

@@ -1,6 +1,6 @@
-"""What runs where: for each engine, precision of weights and of KV the GPUs it takes, and where that was read.
+"""Supported hardware: the GPUs that each engine accepts per precision of weights and KV, with sources.
 
-What is not recorded (GPUs of other vendors, architectures that nobody named) is not refused.
+Anything not recorded (GPUs of other vendors, unlisted architectures) is not refused.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 
-# CUDA's compute capability of the architectures in the catalogue, the lowest where an architecture has several.
+# CUDA's compute capability of the architectures in the catalogue, the lowest if an architecture has several.
 CAPABILITIES: Mapping[str, float] = {
     "Pascal": 6.0,
     "Volta": 7.0,
@@ -26,12 +26,12 @@ CAPABILITIES: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Least:
-    """The least compute capability that something takes.
+    """The minimum compute capability for something.
 
     Attributes:
-        capability: of CUDA; infinite: no GPU has it.
-        source: where that was read.
-        how: what is done below the GPUs that compute in the format; empty: nothing worth telling.
+        capability: of CUDA. Infinite: no GPU has it.
+        source: where it is documented.
+        how: how it works on GPUs that do not compute in the format. Empty: nothing worth mentioning.
     """
 
     capability: float
@@ -41,11 +41,11 @@ class Least:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """What one version of an engine takes.
+    """The requirements of one version of an engine.
 
     Attributes:
-        engine: at least this, whatever the precision.
-        weights: by precision, a name of `hetis.formats.dtypes.PRECISIONS`.
+        engine: minimum, whatever the precision.
+        weights: by precision, a name in `hetis.formats.dtypes.PRECISIONS`.
         fp8_kv: by kind of attention.
     """
 
@@ -95,13 +95,15 @@ SUPPORT: Mapping[str, Support] = {"vllm-hetis": _VLLM, "vllm": _VLLM, "sglang": 
 
 
 def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
-    """Why an engine cannot run a model, in the precision of its weights and KV, on a GPU; None: it can, or nobody
-    wrote down whether it can."""
+    """Return why an engine cannot run a model, in the precision of its weights and KV, on a GPU.
+
+    Return None if it can, or if nothing is recorded about it.
+    """
     return next(_reasons(model, gpu, engine), None)
 
 
 def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:
-    """What is worth knowing of GPUs that run the model without computing in its precision."""
+    """Yield notes on GPUs that run the model without computing in its precision."""
     least = SUPPORT[engine].weights.get(model.weights)
     natively = {"fp8": 8.9, "nvfp4": 10.0}.get(model.weights)
     if least is None or not least.how or natively is None:

@@ -1,4 +1,4 @@
-"""What an engine is told beside the layout, and where its processes meet."""
+"""An engine's settings that are not in the layout, and where its processes connect."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MASTER_PORT, KV_PORT = 29501, 5600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
-    """What an engine is told beside the layout.
+    """An engine's settings that are not in the layout.
 
     Attributes:
         model: as the engine takes it, a folder or a name.
-        program: that is the engine; vLLM's is its module of the front alone where the last word is not ``serve``.
-        options: of the engine as they stand.
-        dtype: of model and KV; ``auto`` as the engine has it.
+        program: the engine. If its last word is not ``serve``, it is the module of vLLM's front end.
+        options: of the engine, verbatim.
+        dtype: of model and KV; ``auto`` leaves it to the engine.
         device: ``cuda`` or ``cpu``.
-        limits_kv: the ranks take no more memory for KV than the plan counts on.
-        executor: Unix socket for the node's agent; empty: nobody steers the engine.
-        served_name: what clients call the model; empty: ``model``.
+        limits_kv: the ranks take no more memory for KV than planned.
+        executor: Unix socket for the node's agent. Empty: nobody steers the engine.
+        served_name: the clients' name for the model. Empty: ``model``.
     """
 
     model: str
@@ -35,13 +35,15 @@ class Serving:
     served_name: str = ""
 
     def gives(self, *names: str) -> bool:
-        """Whether one of these is among the options as they stand."""
+        """Return whether one of these is among the verbatim options."""
         return bool(names_of(self.options) & set(names))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:
-    """Where the processes of an engine on several nodes meet, and where a prefill replica is asked for KV."""
+    """The address where an engine's processes on several nodes connect, and the port that serves KV of a prefill
+    replica.
+    """
 
     host: str
     port: int = MASTER_PORT
@@ -49,12 +51,12 @@ class Meeting:
 
 
 def names_of(options: Sequence[str]) -> set[str]:
-    """Names of options among these words, which may be written with _ for -, and with = and a value."""
+    """Return the option names among these words, which may be written with _ for -, and with = and a value."""
     return {word.partition("=")[0].replace("_", "-") for word in options if word.startswith("-")}
 
 
 def drain_s(options: Sequence[str]) -> float:
-    """Seconds that vLLM lets running requests take when it is told to end."""
+    """Return the seconds that vLLM gives running requests when it is told to end."""
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for name, value in itertools.pairwise(words):
         if name.replace("_", "-") == "--shutdown-timeout" and value.isdecimal():
@@ -63,5 +65,5 @@ def drain_s(options: Sequence[str]) -> float:
 
 
 def joined(host: str, port: int) -> str:
-    """An address as one word."""
+    """Return an address as one word."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""SGLang's command line of a process."""
+"""The command line of an SGLang process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SERVE = ("sglang", "serve")
 
 
 def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    """Program and options of one process of SGLang."""
+    """Return program and options of one process of SGLang."""
     stages = len(layout.layers)
     told = {"--model-path": serving.model}
     if serving.served_name:

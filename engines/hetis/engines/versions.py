@@ -1,7 +1,7 @@
-"""The engines that a plan can be run by, and what of each was read: options and variables by version, with the origin.
+"""The engines that can run a plan, with the options and variables used of each version, and their origin.
 
-Everything that command lines of `hetis.engines` say to an engine is listed here; a test holds them to it, and parses
-those for vLLM with the parser of the version that is installed.
+Every option and variable that command lines of `hetis.engines` use is listed here. A test enforces that, and parses
+those for vLLM with the parser of the installed version.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from enum import StrEnum
 
 
 class Engine(StrEnum):
-    """What serves a replica; ``vllm-hetis`` is vLLM with our plugin: head groups may live on attention workers."""
+    """The engine of a replica. ``vllm-hetis`` is vLLM with our plugin: head groups may live on attention workers."""
 
     VLLM_HETIS = "vllm-hetis"
     VLLM = "vllm"
@@ -20,16 +20,16 @@ class Engine(StrEnum):
 
     @property
     def program(self) -> str:
-        """Its name among people; also what its processes are called."""
+        """Return its name for people, which is also that of its processes."""
         return "SGLang" if self is Engine.SGLANG else "vLLM"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
-    """What a version of an engine understands, as far as we say it.
+    """The part of an engine version's interface that is used.
 
     Attributes:
-        origin: where it was read, and how it was checked.
+        origin: where it is documented, and how it was checked.
         options: of its command line, with what the plan puts there.
         variables: of its environment, likewise.
     """

@@ -1,4 +1,4 @@
-"""vLLM's command line of a process: what the plan decides is said, and what stands in the options is left alone."""
+"""The command line of a vLLM process: it states what the plan decides, and leaves the user's options alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ _NIXL_ROLES: Mapping[Role, str] = {Role.PREFILL: "kv_producer", Role.DECODE: "kv
 
 
 def connector_of(layout: Layout) -> dict[str, str] | None:
-    """The connector that a replica needs: ours for attention workers, NIXL between prefill and decode."""
+    """Return the connector that a replica needs, if any: ours for attention workers, NIXL between prefill
+    and decode.
+    """
     if layout.workers:
         return CONNECTOR
     if layout.role in _NIXL_ROLES:
@@ -25,7 +27,7 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
-    """Options that hold vLLM to what the plan counts on, but for those that the user gives."""
+    """Return options that hold vLLM to the plan's capacity, except for those that the user gives."""
     given = {
         "--max-num-seqs": str(layout.seats),
         "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats),
@@ -37,18 +39,18 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--kv-cache-dtype"] = "fp8"
     if serving.limits_kv:
         room["--kv-cache-memory-bytes"] = str(layout.rank_kv_bytes)
-        # vLLM does not start where a request of the model's whole context would not fit.
+        # vLLM does not start if a request of the model's full context would not fit.
         if layout.context_tokens is not None and not serving.gives("--max-model-len"):
             room["--max-model-len"] = str(layout.context_tokens)
     if connector := connector_of(layout):
         room["--kv-transfer-config"] = json.dumps(connector)
-    if layout.workers and serving.device == "cuda":  # on a CPU the plugin takes the place of the one that there is
+    if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend
         room["--attention-backend"] = "CUSTOM"
     return room
 
 
 def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
-    """Options that say how many ranks there are and who starts them."""
+    """Return options for the number of ranks and for what starts them."""
     stages, shape = len(layout.layers), dict[str, str]()
     if layout.tensor_parallel > 1:
         shape["--tensor-parallel-size"] = str(layout.tensor_parallel)
@@ -60,7 +62,7 @@ def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
 
 
 def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
-    """Program and options of one process of vLLM."""
+    """Return program and options of one process of vLLM."""
     arguments = [*serving.program, *(() if serving.program[-1] == "serve" else ("--model",)), serving.model]
     if serving.served_name:
         arguments += ["--served-model-name", serving.served_name]
@@ -74,5 +76,5 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
 
 
 def words_of(options: Mapping[str, str]) -> list[str]:
-    """Names and values as a command line has them."""
+    """Return names and values as the words of a command line."""
     return [word for option in options.items() for word in option]

@@ -1,4 +1,4 @@
-"""The file forms of hetis: YAML and JSON documents to and from the solver's values, and the catalogues.
+"""The file formats of hetis: conversion of YAML and JSON documents to and from the solver's values, and the catalogues.
 
 Start at `hetis.formats.documents` (load, dump, schema of every kind) and `hetis.formats.catalogue` (GPUs, models,
 workloads by name). `hetis.formats.units` reads quantities such as ``80GiB``; `hetis.formats.errors` holds

@@ -1,6 +1,6 @@
-"""What each architecture's ``config.json`` calls the dimensions of its model: one function per family.
+"""The names of a model's dimensions in each architecture's ``config.json``, with one function per family.
 
-Every architecture names its fields a little differently and leaves out what its library defaults to.
+Every architecture names its fields a little differently and omits what its library has defaults for.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MAX_NUMBER = 10**9
 
 @dataclass(slots=True)
 class Config:
-    """Reads fields and remembers what was wrong with them, so that all of it is reported."""
+    """Reads fields and collects their problems, so that all are reported."""
 
     data: dict[str, Any]
     source: Text
     problems: list[Problem] = field(default_factory=list)
 
     def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number; ``default`` where the config leaves it out, an error where there is no default."""
+        """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
         value = self.data.get(name)
         if value is None:
             if default is None:
@@ -52,7 +52,7 @@ class Config:
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
-    """The model, or None when fields were wrong; adds the attention kind."""
+    """Return the model with its attention kind, or None if fields were wrong."""
     if fields["q_heads"] % fields["kv_heads"]:
         heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
         config.problems.append(config.source.problem((), heads))
@@ -67,7 +67,7 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
 
 
 def _common(config: Config, name: str, *, tie_embeddings: bool = False, head_dim: int | None = None) -> dict[str, Any]:
-    """Fields that most families write alike. ``tie_embeddings`` is the family's default."""
+    """Return the fields that most families write alike. ``tie_embeddings`` is the family's default."""
     hidden, q_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     return {
         "name": name,
@@ -96,7 +96,7 @@ def _window(config: Config) -> int | None:
 
 
 def _qwen2(config: Config, name: str) -> ModelSpec | None:
-    """Qwen2 and 2.5 write a sliding window that ``use_sliding_window`` switches off."""
+    """Read Qwen2 and 2.5, which write a sliding window that ``use_sliding_window`` switches off."""
     window = _window(config) if config.flag("use_sliding_window", False) else None
     return _spec(config, **_common(config, name), sliding_window=window)
 
@@ -106,7 +106,7 @@ def _qwen3(config: Config, name: str) -> ModelSpec | None:
 
 
 def _qwen1(config: Config, name: str) -> ModelSpec | None:
-    """Qwen 1: MHA; ``intermediate_size`` counts gate and up together, each MLP matrix is half as wide."""
+    """Read Qwen 1: MHA, whose ``intermediate_size`` counts gate and up together; each MLP matrix is half as wide."""
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     return _spec(
         config,
@@ -124,7 +124,9 @@ def _qwen1(config: Config, name: str) -> ModelSpec | None:
 
 
 def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
-    """Qwen2-MoE has one wide shared expert; it counts as so many experts of the routed width. Qwen3-MoE has none."""
+    """Read Qwen2-MoE, whose one wide shared expert counts as several of the routed width, and Qwen3-MoE, which has
+    none.
+    """
     width = config.whole("moe_intermediate_size")
     shared = config.whole("shared_expert_intermediate_size", 0, least=0)
     if config.whole("decoder_sparse_step", 1) != 1:
@@ -143,7 +145,7 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec | None:
-    """Mixtral and MiniMax M2: experts of the stated width in every layer."""
+    """Read Mixtral and MiniMax M2: experts of the stated width in every layer."""
     common = _common(config, name)
     moe = MoeShape(
         num_experts=config.whole("num_local_experts", 8),
@@ -154,7 +156,7 @@ def _mixtral(config: Config, name: str) -> ModelSpec | None:
 
 
 def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
-    """Every second layer slides."""
+    """Read gpt-oss, where every second layer has a sliding window."""
     common = _common(config, name, head_dim=64)
     moe = MoeShape(
         num_experts=config.whole("num_local_experts"),
@@ -165,7 +167,7 @@ def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
 
 
 def _opt(config: Config, name: str) -> ModelSpec | None:
-    """OPT: two MLP matrices; embeddings may be narrower than the hidden size (OPT-350m), which is refused."""
+    """Read OPT: two MLP matrices. Embeddings narrower than the hidden size (OPT-350m) are refused."""
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
     if config.whole("word_embed_proj_dim", hidden) != hidden:
         config.refuse("word_embed_proj_dim", f"must equal hidden_size ({hidden})")
@@ -190,7 +192,7 @@ def _gemma(config: Config, name: str) -> ModelSpec | None:
 
 
 def _gemma2(config: Config, name: str) -> ModelSpec | None:
-    """Every second layer slides."""
+    """Read Gemma 2, where every second layer has a sliding window."""
     common = _common(config, name, tie_embeddings=True, head_dim=256)
     return _spec(config, **common, sliding_window=config.whole("sliding_window", 4096), sliding_window_every=2)
 
@@ -200,7 +202,7 @@ def _phi(config: Config, name: str) -> ModelSpec | None:
 
 
 def _deepseek(config: Config, name: str) -> ModelSpec | None:
-    """DeepSeek V2 and V3, Kimi K2: latent attention; dense layers first, then experts in every layer."""
+    """Read DeepSeek V2 and V3 and Kimi K2: latent attention; dense layers first, then experts in every layer."""
     mla = MlaShape(
         kv_lora_rank=config.whole("kv_lora_rank"),
         qk_rope_head_dim=config.whole("qk_rope_head_dim"),

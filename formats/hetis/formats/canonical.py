@@ -1,4 +1,4 @@
-"""Canonical JSON: equal data have equal bytes, and so equal digests."""
+"""Canonical JSON: equal data have equal bytes, and therefore equal digests."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def canonical_json(data: Any) -> bytes:
 
 
 def content_digest(content: bytes) -> str:
-    """Return ``sha256:...`` of bytes."""
+    """Return the digest ``sha256:...`` of bytes."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"

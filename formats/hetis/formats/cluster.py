@@ -1,4 +1,4 @@
-"""Cluster files: nodes, GPUs, links. See ``examples/`` for what they look like."""
+"""Cluster files: nodes, GPUs, links. See ``examples/`` for samples."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class ClusterDocument(DocumentPart):
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:
-    """The cluster of a YAML or JSON file (``-``: standard input). GPU aliases become catalogue names.
+    """Return the cluster in a YAML or JSON file (``-``: standard input). GPU aliases become catalogue names.
 
     Raises:
         DocumentError: with every problem of the file.
@@ -159,7 +159,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
 
 
 def parse_cluster(data: Any, source: Text) -> Cluster:
-    """The cluster of a document's plain data.
+    """Return the cluster in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -172,11 +172,11 @@ def parse_cluster(data: Any, source: Text) -> Cluster:
 
 
 def cluster_to_data(cluster: Cluster, *, embed_gpu_types: bool = False) -> dict[str, Any]:
-    """The document of a cluster as plain data; reading it again gives an equal cluster.
+    """Return a cluster's document as plain data. Reading it again gives an equal cluster.
 
     Args:
         cluster: the fleet.
-        embed_gpu_types: write down every GPU type, so that the document means the same under another catalogue.
+        embed_gpu_types: include every GPU type, so that the document means the same under another catalogue.
     """
     data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "Cluster", "name": cluster.name}
     data["nodes"] = [_node_data(group) for group in cluster.node_groups]
@@ -258,7 +258,7 @@ def _network(part: NetworkPart) -> Network:
 def _pairs(
     links: list[PairPart], matrix: MatrixPart | None, inside: Link, between: Link
 ) -> Iterator[tuple[tuple[str, str], Link]]:
-    """Explicit pairs. What a matrix leaves open is filled from ``inside`` on its diagonal and ``between`` off it."""
+    """Yield explicit pairs. Gaps in a matrix are filled from ``inside`` on its diagonal and ``between`` off it."""
     for pair in links:
         yield (pair.between[0], pair.between[1]), pair.link()
     if matrix is None:

@@ -1,7 +1,7 @@
-"""What must hold between several fields of a cluster file.
+"""Checks across several fields of a cluster file.
 
 These checks run on the raw data, whatever its shape, so that a file with a misspelt field *and* a duplicate node shows
-both. Wrong types are reported elsewhere and passed over here.
+both. Wrong types are reported elsewhere and ignored here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Found = Iterator[tuple[tuple[str | int, ...], str]]
 
 
 def check_cluster(data: Mapping[str, Any]) -> Found:
-    """Duplicate names, sizes, prices, and the zones and nodes that links speak of; as (path, message)."""
+    """Yield problems with duplicate names, sizes, prices, and the zones and nodes of links, as (path, message)."""
     nodes = [(i, node) for i, node in enumerate(_list(data.get("nodes"))) if isinstance(node, dict)]
     yield from _check_names(nodes)
     yield from _check_gpus(nodes)
@@ -47,7 +47,7 @@ def _count(value: object) -> int | None:
 
 
 class _NodeNames:
-    """Which node names exist, without listing a million of them."""
+    """The set of node names, without listing a million of them."""
 
     def __init__(self, nodes: list[tuple[int, dict[str, Any]]]) -> None:
         named = [(node["name"], node) for _, node in nodes if isinstance(node.get("name"), str)]
@@ -61,11 +61,11 @@ class _NodeNames:
         return called in self.single or self.group_of(called) is not None
 
     def called(self, name: str) -> str:
-        """Return what the cluster calls the node: see `Cluster.node_named`."""
+        """Return the cluster's name for the node: see `Cluster.node_named`."""
         return f"{name}-0" if self.counts.get(name) == 1 and self.group_of(name) is None else name
 
     def group_of(self, name: str) -> str | None:
-        """The numbered group that ``name`` is a node of."""
+        """Return the numbered group that ``name`` is a node of, or None."""
         match = re.fullmatch(r"(.+)-(0|[1-9][0-9]{0,7})", name)
         if match and int(match[2]) < self.counts.get(match[1], 0):
             return match[1]
@@ -114,7 +114,7 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
 
 
 def _canonical(gpu: str) -> str:
-    """The catalogue's name of a GPU, so that two aliases of one type are seen as such."""
+    """Return the catalogue's name of a GPU, so that two aliases of one type are recognised."""
     try:
         return catalogue.find_gpu(gpu).gpu.name
     except catalogue.UnknownNameError:
@@ -124,7 +124,7 @@ def _canonical(gpu: str) -> str:
 def _check_links(
     part: dict[str, Any], path: tuple[str, ...], what: str, known: Any, suggestions: Sequence[str] | dict[str, None]
 ) -> Found:
-    """Names exist, no pair is given twice, and the matrix is square and symmetric."""
+    """Check that names exist, no pair is given twice, and the matrix is square and symmetric."""
 
     def unknown(name: str) -> str:
         return f"unknown {what} {shown(name)}{did_you_mean(name, suggestions)}"

@@ -1,4 +1,4 @@
-"""DispatchRequests files: requests that wait for a home on a stage. A bare list of them will do, and ``8000/300``."""
+"""DispatchRequests files: requests waiting to be placed on a stage. A bare list, or ``8000/300``, is also accepted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_TOKENS = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewRequest:
-    """A request that waits for a home: its context after prefill, and the output tokens expected of it."""
+    """A request waiting to be placed: its context after prefill, and the output tokens expected of it."""
 
     id: str
     context_tokens: int
@@ -37,7 +37,7 @@ class NewRequests:
     requests: tuple[NewRequest, ...]
 
     def to_solver(self) -> Requests:
-        """The same as arrays."""
+        """Return the same as arrays."""
         return Requests(
             ids=tuple(request.id for request in self.requests),
             context_tokens=np.array([request.context_tokens for request in self.requests], np.int64),
@@ -62,7 +62,7 @@ class DispatchRequestsDocument(DocumentPart):
 
 
 def load_requests(path: str | os.PathLike[str]) -> NewRequests:
-    """The requests of a YAML or JSON file (``-``: standard input), a DispatchRequests document or its list alone.
+    """Return the requests in a YAML or JSON file (``-``: standard input), a DispatchRequests document or only its list.
 
     Raises:
         DocumentError: with every problem of the file.
@@ -75,7 +75,7 @@ def load_requests(path: str | os.PathLike[str]) -> NewRequests:
 
 
 def parse_requests(data: Any, source: Text) -> NewRequests:
-    """The requests of a document's plain data.
+    """Return the requests in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -84,10 +84,10 @@ def parse_requests(data: Any, source: Text) -> NewRequests:
 
 
 def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> NewRequests:
-    """Requests written as ``CONTEXT/OUTPUT``, called ``new-0``, ``new-1``, ... past the names ``taken``.
+    """Return requests written as ``CONTEXT/OUTPUT``, named ``new-0``, ``new-1``, ... avoiding the names in ``taken``.
 
     Raises:
-        DocumentError: with every word that is no such pair.
+        DocumentError: with every word that is not a pair of this form.
     """
     found, problems = list[NewRequest](), list[Problem]()
     names = (name for n in range(2**31) if (name := f"new-{n}") not in taken)
@@ -105,7 +105,7 @@ def requests_from_words(words: Iterable[str], taken: Collection[str] = ()) -> Ne
 
 
 def requests_to_data(requests: NewRequests) -> dict[str, Any]:
-    """The document of new requests as plain data; reading it again gives equal requests."""
+    """Return the document of new requests as plain data. Reading it again gives equal requests."""
     return {
         "apiVersion": API_VERSION,
         "kind": "DispatchRequests",
@@ -127,7 +127,7 @@ def _to_requests(document: DispatchRequestsDocument) -> NewRequests:
 
 @dataclass(slots=True, init=False)
 class _BareList(Text):
-    """The text of a document that consists of its list: places are told without the field it would be in."""
+    """The text of a document given as only its list: paths in problems omit the list's field."""
 
     def __init__(self, source: Text) -> None:
         Text.__init__(self, file=source.file, text=source.text, _root=source._root, problems=source.problems)

@@ -1,4 +1,4 @@
-"""DispatchState files: a replica stage, its devices, what it runs. See ``examples/dispatch/`` and docs/dispatch.md."""
+"""DispatchState files: a replica stage, its devices, its requests. See ``examples/dispatch/`` and docs/dispatch.md."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class DispatchStateDocument(DocumentPart):
 
 
 def load_state(path: str | os.PathLike[str]) -> SavedState:
-    """The state of a YAML or JSON file (``-``: standard input).
+    """Return the state in a YAML or JSON file (``-``: standard input).
 
     Raises:
         DocumentError: with every problem of the file.
@@ -131,7 +131,7 @@ def load_state(path: str | os.PathLike[str]) -> SavedState:
 
 
 def parse_state(data: Any, source: Text) -> SavedState:
-    """The state of a document's plain data.
+    """Return the state in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -140,7 +140,7 @@ def parse_state(data: Any, source: Text) -> SavedState:
 
 
 def state_to_data(state: SavedState) -> dict[str, Any]:
-    """The document of a state as plain data; reading it again gives an equal state."""
+    """Return a state's document as plain data. Reading it again gives an equal state."""
     data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "DispatchState", "name": state.name}
     if state.model is not None:
         data["model"] = state.model

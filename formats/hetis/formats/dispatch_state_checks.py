@@ -1,7 +1,7 @@
-"""What must hold between several fields of a DispatchState or DispatchRequests file.
+"""Checks across several fields of a DispatchState or DispatchRequests file.
 
 These checks run on the raw data, whatever its shape, so that a file with a misspelt field *and* a request whose head
-groups do not add up shows both. Wrong types are reported elsewhere and passed over here.
+groups do not add up shows both. Wrong types are reported elsewhere and ignored here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Entries = list[tuple[int, dict[str, Any]]]
 
 
 def check_state(data: Mapping[str, Any]) -> Found:
-    """Names, heads, costs, head groups, moves and KV blocks; as (path, message)."""
+    """Yield problems with names, heads, costs, head groups, moves and KV blocks, as (path, message)."""
     devices, requests = _entries(data.get("devices")), _entries(data.get("requests"))
     moves = _entries(data.get("moves"))
     yield from _check_heads(data)
@@ -39,19 +39,19 @@ def check_state(data: Mapping[str, Any]) -> Found:
 
 
 def check_requests(data: Mapping[str, Any]) -> Found:
-    """Request names of a DispatchRequests file."""
+    """Yield problems with the request names of a DispatchRequests file."""
     yield from _duplicates("requests", _entries(data.get("requests")), "id", "request")
 
 
 @dataclass(frozen=True, slots=True, kw_only=False)
 class _Stage:
-    """What can be understood of the stage: its heads, and its devices by name with their places."""
+    """The intelligible part of the stage: its heads, and its devices by name with their places."""
 
     heads: HeadShape | None
     devices: dict[str, tuple[int, dict[str, Any]]]
 
     def unit(self, name: str) -> int:
-        """Head groups that a device takes at a time."""
+        """Return the number of head groups that a device takes together."""
         device = self.devices[name][1]
         tp, groups = _whole(device.get("tp")) or 1, self.heads.head_groups if self.heads else 1
         if device.get("role") != "primary" or (groups % tp and tp % groups):
@@ -193,7 +193,7 @@ def _total_blocks(device: dict[str, Any], num_layers: int | None, heads: HeadSha
 
 
 def _heads(data: Mapping[str, Any]) -> HeadShape | None:
-    """The heads, as far as they can be understood."""
+    """Return the heads, or None if they cannot be understood."""
     model, heads, dtype = data.get("model"), data.get("heads"), data.get("kv_dtype")
     block_tokens = _whole(data.get("block_tokens", 16))
     inline = None
@@ -232,5 +232,5 @@ def _entries(value: object) -> Entries:
 
 
 def _whole(value: object) -> int | None:
-    """A whole number of reasonable size, else None."""
+    """Return a whole number of reasonable size, or None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**40 else None

@@ -1,4 +1,4 @@
-"""Every kind of document in one place: load by kind, dump, digest, JSON Schema."""
+"""All kinds of documents in one place: load by kind, dump, digest, JSON Schema."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ _KINDS: dict[type[Value], str] = {
 
 
 def load(path: str | os.PathLike[str]) -> Value:
-    """The value of a document of any kind (``-``: standard input); the kind is read from the document.
+    """Return the value of a document of any kind (``-``: standard input). The document states its kind.
 
     Raises:
         DocumentError: with every problem of the file.
@@ -138,11 +138,11 @@ def load(path: str | os.PathLike[str]) -> Value:
 
 
 def from_data(data: Any, *, name: str = "document") -> Value:
-    """The value of a document that is plain data already, such as ``Plan.inputs["documents"]["cluster"]``.
+    """Return the value of a document given as plain data, such as ``Plan.inputs["documents"]["cluster"]``.
 
     Args:
-        data: dicts, lists, strings and numbers, as JSON has them.
-        name: what messages call the document.
+        data: dicts, lists, strings and numbers, as in JSON.
+        name: the document's name in messages.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -151,11 +151,11 @@ def from_data(data: Any, *, name: str = "document") -> Value:
 
 
 def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
-    """The document of a value as plain data; `from_data` gives an equal value back.
+    """Return the document of a value as plain data. `from_data` gives an equal value back.
 
     Args:
         value: of any kind.
-        self_contained: write down what would be looked up in the catalogue (the GPU types of a cluster).
+        self_contained: include what would be looked up in the catalogue (the GPU types of a cluster).
     """
     match value:
         case Cluster():
@@ -181,24 +181,24 @@ def to_data(value: Value, *, self_contained: bool = False) -> dict[str, Any]:
 
 
 def kind_of(value: Value) -> str:
-    """The kind of document that a value is written as."""
+    """Return the kind of document that a value is written as."""
     return _KINDS[type(value)]
 
 
 def dump(value: Value, form: Literal["yaml", "json"] = "yaml") -> str:
-    """The document of a value as YAML or JSON text; reading it again gives an equal value.
+    """Return the document of a value as YAML or JSON text. Reading it again gives an equal value.
 
     Raises:
-        ValueError: a plan whose ``inputs`` hold what JSON cannot (NaN, infinity, objects).
+        ValueError: a plan's ``inputs`` hold what JSON cannot represent (NaN, infinity, objects).
     """
     return dump_data(to_data(value), form)
 
 
 def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -> str:
-    """Plain data as YAML or JSON text.
+    """Return plain data as YAML or JSON text.
 
     Raises:
-        ValueError: values that JSON cannot hold.
+        ValueError: there are values that JSON cannot represent.
     """
     try:
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
@@ -210,16 +210,16 @@ def dump_data(data: Mapping[str, Any], form: Literal["yaml", "json"] = "yaml") -
 
 
 def digest(value: Value) -> str:
-    """``sha256:...`` of the value's self-contained document in canonical JSON: equal values have equal digests."""
+    """Return ``sha256:...`` of the value's self-contained document in canonical JSON, equal for equal values."""
     return content_digest(canonical_json(to_data(value, self_contained=True)))
 
 
 @functools.cache
 def json_schema(kind: str) -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a kind of document.
+    """Return the JSON Schema (draft 2020-12) of a kind of document.
 
     Raises:
-        DocumentError: an unknown kind, with the nearest one.
+        DocumentError: the kind is unknown; it suggests the nearest one.
     """
     if kind not in _DOCUMENTS:
         message = f"unknown kind {shown(kind)}, expected one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}"
@@ -247,18 +247,18 @@ def _parse(data: Any, source: Text) -> Value:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would take for something other than text, and never writes aliases."""
+    """Quotes whatever YAML 1.1 or 1.2 would not take for text, and never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # Left to itself PyYAML writes these line breaks as they are, and reads them back as spaces.
+    # Unquoted, PyYAML writes these line breaks as they are, and reads them back as spaces.
     style = '"' if any(break_ in text for break_ in "\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)
-# PyYAML knows the numbers of YAML 1.1 only, so that the text "1e5" would be written bare and read as a number.
+# PyYAML only knows the numbers of YAML 1.1, so the text "1e5" would be written unquoted and read as a number.
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{FLOAT.pattern})$"), list("-+0123456789."))

@@ -1,4 +1,4 @@
-"""Bytes per parameter of the number formats that checkpoints come in, scales of quantised ones included."""
+"""Bytes per parameter of the number formats of checkpoints, including the scales of quantised ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ BYTES_PER_PARAMETER = {
     "float32": 4.0,
     "float16": 2.0,
     "bfloat16": 2.0,
-    "fp8": 1.0,  # one scale per 128 x 128 block (or per tensor) is lost in rounding
+    "fp8": 1.0,  # one scale per 128 x 128 block (or per tensor), which is negligible
     "int8": 1.0,
     "int4": 0.53125,  # 4 bits and a 16-bit scale (AWQ, GPTQ: zero point too) per group of 64 to 128, padded: 4.25 bits
     "mxfp4": 0.53125,  # 4 bits and an 8-bit scale per 32: 4.25 bits
     "nvfp4": 0.5625,  # 4 bits and an 8-bit scale per 16: 4.5 bits
 }
 
-# What engines and people call the precision of weights, and the format it is; `ModelSpec.weights` has the name.
+# Common names of weight precisions, and the formats that they mean; `ModelSpec.weights` holds such a name.
 PRECISIONS = {
     "bf16": "bfloat16",
     "fp8": "fp8",
@@ -28,7 +28,7 @@ PRECISIONS = {
     "mxfp4": "mxfp4",
     "nvfp4": "nvfp4",
 }
-KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes of an element of the KV cache
+KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 
 _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {
     "float8": "fp8",
@@ -39,10 +39,11 @@ _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "f
 
 
 def split_dtype(dtype: str) -> tuple[str, str]:
-    """The formats of activations and of weights: (``bfloat16``, ``fp8``) for ``bfloat16+fp8``, both alike otherwise.
+    """Return the formats of activations and weights: (``bfloat16``, ``fp8``) for ``bfloat16+fp8``, otherwise twice the
+    same.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: the format is unknown.
     """
     base, _, quantised = dtype.lower().replace("torch.", "").partition("+")
     formats = [_ALIASES.get(part, part) for part in (base, quantised or base)]
@@ -55,7 +56,7 @@ def split_dtype(dtype: str) -> tuple[str, str]:
 
 
 def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
-    """Mean bytes per parameter of a repeated layer. ``mxfp4`` quantises routed experts only, the others everything."""
+    """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts."""
     base, weights = split_dtype(dtype)
     if weights != "mxfp4" or model.moe is None:
         return BYTES_PER_PARAMETER[weights]
@@ -65,22 +66,22 @@ def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
 
 
 def base_bytes(dtype: str) -> float:
-    """Bytes of an activation or embedding element: a model stored in 8 bits or less still computes in 16."""
+    """Return the bytes of an activation or embedding element: a model stored in 8 bits or less still computes in 16."""
     return max(2.0, BYTES_PER_PARAMETER[split_dtype(dtype)[0]])
 
 
 def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
-    """The same model with weights of another size."""
+    """Return the same model with another number of bytes per weight."""
     return replace(model, weight_bytes=weight_bytes)
 
 
 def with_precision(model: ModelSpec, *, weights: str | None = None, kv: str | None = None) -> ModelSpec:
-    """The same model with its layers' weights, or its KV, in another precision; None: as they are.
+    """Return the same model with its layers' weights or its KV in another precision. None changes nothing.
 
     Args:
-        model: embeddings and LM head stay as they are.
-        weights: a name of `PRECISIONS`.
-        kv: a name of `KV_PRECISIONS`.
+        model: its embeddings and LM head stay the same.
+        weights: a name in `PRECISIONS`.
+        kv: a name in `KV_PRECISIONS`.
     """
     if weights is not None:
         dtype = f"bfloat16+{PRECISIONS[weights]}"
@@ -89,14 +90,14 @@ def with_precision(model: ModelSpec, *, weights: str | None = None, kv: str | No
 
 
 def weights_of(model: ModelSpec) -> str:
-    """The precision of the layers' weights, for people: its name, or the bytes where nobody named it."""
+    """Return the precision of the layers' weights, for people: its name, or the number of bytes if it has none."""
     if model.weights:
         return model.weights
     return "bf16" if model.weight_bytes == 2 else f"{model.weight_bytes:.3g} bytes a parameter"
 
 
 def kv_of(model: ModelSpec) -> str:
-    """The precision of the KV cache, for people."""
+    """Return the precision of the KV cache, for people."""
     return next(
         (n for n, size in KV_PRECISIONS.items() if size == model.kv_bytes), f"{model.kv_bytes:g} bytes a number"
     )

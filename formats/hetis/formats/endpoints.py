@@ -1,4 +1,4 @@
-"""Addresses of a service that runs in several places: a list of ``HOST:PORT``, or a name with several records."""
+"""Addresses of a service that runs in several places: a list of ``HOST:PORT``, or a name with several DNS records."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Resolve = Callable[[str, int], Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One place.
+    """One place where the service runs.
 
     Attributes:
-        address: ``host:port`` or ``unix:/path``, to connect to.
-        name: that its certificate has to be of, where the address is one of the records of a name. Empty: the host of
-            the address itself.
+        address: ``host:port`` or ``unix:/path`` to connect to.
+        name: expected in its certificate if the address is one of the records of a name. Empty: the address' own host.
     """
 
     address: str
@@ -26,10 +25,10 @@ class Endpoint:
 
 
 def split_endpoints(text: str) -> tuple[str, ...]:
-    """The addresses of a list with commas.
+    """Return the addresses of a comma-separated list.
 
     Raises:
-        ValueError: one of them is neither ``host:port`` nor ``unix:/path``, or there is none.
+        ValueError: the list is empty, or an address is neither ``host:port`` nor ``unix:/path``.
     """
     addresses = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for address in addresses or ("",):
@@ -39,7 +38,7 @@ def split_endpoints(text: str) -> tuple[str, ...]:
 
 
 def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
-    """Return host, without the brackets of IPv6, and port.
+    """Return the host, without the brackets of IPv6, and the port.
 
     Raises:
         ValueError: the text is not ``host:port``, or the port is below ``least_port`` or above 65535.
@@ -51,12 +50,12 @@ def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
 
 
 def host_of(address: str) -> str:
-    """Return the host of an address without brackets; empty for a socket."""
+    """Return the host of an address without brackets, or an empty string for a socket."""
     return "" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether it is of this machine, and of no other."""
+    """Return whether an address is reachable from this machine only."""
     host = host_of(address)
     if address.startswith("unix:") or host == "localhost":
         return True
@@ -67,7 +66,7 @@ def is_loopback(address: str) -> bool:
 
 
 def records_of(host: str, port: int) -> Sequence[str]:
-    """IP addresses of a name; none where it is not known now."""
+    """Return the IP addresses of a name, or nothing if it is not known at present."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
@@ -76,7 +75,7 @@ def records_of(host: str, port: int) -> Sequence[str]:
 
 
 def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -> tuple[Endpoint, ...]:
-    """Every place, in order: a name with several records is as many places, anything else is one."""
+    """Return every endpoint, in order: a name with several records gives as many, anything else one."""
     found = list[Endpoint]()
     for address in addresses:
         host, port = host_of(address), address.rpartition(":")[2]
@@ -89,12 +88,12 @@ def resolve_endpoints(addresses: Sequence[str], records: Resolve = records_of) -
 
 
 class LeaderSearch:
-    """The places that are known, and the one that led last. Safe to share between threads.
+    """The known endpoints and the one that led last. Thread-safe.
 
     Args:
         addresses: at least one.
-        may_go: whether a place that is not among them, and that one of them named as the leader, may be gone to.
-        resolve: endpoints of addresses; it may ask DNS, and so is asked by `refresh` alone after the beginning.
+        may_go: decides whether an unknown endpoint that a known one named as the leader may be tried.
+        resolve: returns the endpoints of addresses. It may query DNS, so only `refresh` calls it later on.
     """
 
     def __init__(
@@ -114,21 +113,21 @@ class LeaderSearch:
 
     @property
     def present(self) -> Endpoint:
-        """The place that is asked next."""
+        """The endpoint to ask next."""
         return self._present
 
     @property
     def are_several(self) -> bool:
-        """Whether another place may answer where one does not."""
+        """Return whether another endpoint may answer if one does not."""
         return len(self._given) > 1 or self._present not in self._given
 
     @property
     def is_stale(self) -> bool:
-        """All have failed, and names may mean other places by now: time for `refresh`."""
+        """Return whether all have failed and names may resolve differently by now, so that `refresh` is due."""
         return self._is_stale
 
     def refresh(self) -> None:
-        """Looks names up again where all places have failed; waits for DNS."""
+        """Resolve names again if all endpoints have failed. Waits for DNS."""
         if self._is_stale:
             found = self._resolve(self._addresses)
             with self._lock:
@@ -137,12 +136,12 @@ class LeaderSearch:
                     self._present = found[0]
 
     def failed(self, endpoint: Endpoint, leader_address: str, tried: set[Endpoint]) -> bool:
-        """Notes that a call of ``endpoint`` failed; whether there is a place to be asked at once.
+        """Note that a call of ``endpoint`` failed, and return whether another endpoint should be tried at once.
 
         Args:
-            endpoint: that was asked.
-            leader_address: the leader's addresses as it told them; empty: it told none.
-            tried: places that have failed since the caller last waited; it is changed.
+            endpoint: the endpoint that was called.
+            leader_address: the leader's addresses according to its answer. Empty: it named none.
+            tried: endpoints that have failed since the caller last waited; modified.
         """
         tried.add(endpoint)
         with self._lock:

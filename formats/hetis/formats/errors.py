@@ -1,8 +1,8 @@
-"""What can be wrong with a document, all of it at once.
+"""Problems of a document, reported all at once.
 
 HetisError (hetis.solver.errors)
-+-- DocumentError     a file or name that hetis was given is not usable; holds every `Problem` found
-    +-- NotYamlError  (hetis.formats.positions) its syntax is broken
++-- DocumentError    a file or name given to hetis is not usable; holds every `Problem` found
+    +-- NotYamlError    (hetis.formats.positions) its syntax is invalid
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from itertools import islice
 
 from hetis.solver.errors import HetisError
 
-MAX_SHOWN = 100  # problems of one document that are looked for and printed
+MAX_SHOWN = 100  # problems per document that are collected and printed
 _MOST_COMPARED = 1000  # names that a wrong one is compared with: 0.1 s
-_MOST_NAMED = 3  # names, of those that are equally near
-_LEAST_BEGINNING = 3  # letters: fewer begin too many names
+_MOST_NAMED = 3  # names shown if several are equally near
+_LEAST_BEGINNING = 3  # letters: too many names begin with fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem of a document.
 
     Attributes:
-        file: the file as the caller named it, or what the text is (``stdin``, ``model``).
+        file: the file as the caller named it, or a description of the text (``stdin``, ``model``).
         message: names the value and the limit, and suggests the nearest valid name.
-        path: where in the document, such as ``nodes[1].gpus[0].type``; empty for the document as a whole.
-        line, column: from 1; None where there is no text (a missing file, an unknown catalogue name).
+        path: place in the document, such as ``nodes[1].gpus[0].type``; empty for the document as a whole.
+        line, column: from 1. None: there is no text (a missing file, an unknown catalogue name).
     """
 
     file: str
@@ -48,7 +48,7 @@ class DocumentError(HetisError):
 
     Attributes:
         problems: the first 100 problems found, in the order of the file.
-        has_more: whether there are others, which nobody counted.
+        has_more: whether there are more, which were not counted.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
@@ -62,19 +62,20 @@ class DocumentError(HetisError):
 
 
 def single_problem(file: str, message: str, *, line: int | None = None, column: int | None = None) -> DocumentError:
-    """The error of a document with one problem that has no path."""
+    """Return the error of a document with one problem that has no path."""
     return DocumentError([Problem(file=file, message=message, line=line, column=column)])
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``name``, ignoring case; None when nothing is close."""
+    """Return the known name most similar to ``name``, ignoring case, or None if nothing is close."""
     return next(iter(all_nearest(name, known)), None)
 
 
 def all_nearest(name: str, known: Iterable[str]) -> list[str]:
-    """The known names most like ``name``, ignoring case: up to three where several begin in the way most like it.
+    """Return the known names most similar to ``name``, ignoring case: up to three if they share the most similar
+    beginning.
 
-    Names that are alike as a whole come first, then names that begin like it: ``H10O`` is near H100-SXM-80GB.
+    Names that are similar as a whole come first, then those with a similar beginning: ``H10O`` is near H100-SXM-80GB.
     """
     by_lower: dict[str, str] = {}
     for candidate in islice(known, _MOST_COMPARED):
@@ -93,19 +94,19 @@ def all_nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``, did you mean X?``, ``, did you mean X, Y or Z?`` where they are equally near, or nothing."""
+    """Return ``, did you mean X?``, ``, did you mean X, Y or Z?`` if they are equally near, or an empty string."""
     return did_you_mean_one_of(all_nearest(name, known))
 
 
 def did_you_mean_one_of(names: Sequence[str]) -> str:
-    """``, did you mean X, Y or Z?``; nothing where there are no names."""
+    """Return ``, did you mean X, Y or Z?``, or an empty string if there are no names."""
     if not names:
         return ""
     return f", did you mean {' or '.join(filter(None, [', '.join(names[:-1]), names[-1]]))}?"
 
 
 def shown(value: object) -> str:
-    """A value in a message: as YAML has it, and short."""
+    """Return a value for a message, as YAML writes it, shortened."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
     if value is None or isinstance(value, bool):

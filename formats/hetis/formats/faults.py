@@ -25,7 +25,7 @@ class DeviceEvent:
 
 
 def load_faults(path: str | os.PathLike[str]) -> tuple[DeviceEvent, ...]:
-    """The events of a file (``-``: standard input) in the order of their times; devices are not looked up here.
+    """Return the events of a file (``-``: standard input), ordered by time. Devices are not looked up here.
 
     Raises:
         DocumentError: with every problem of the file.
@@ -56,7 +56,7 @@ def load_faults(path: str | os.PathLike[str]) -> tuple[DeviceEvent, ...]:
 
 
 def _event(row: list[str]) -> DeviceEvent | list[tuple[str, str]]:
-    """The event of a row, or what is wrong with it as (column, message)."""
+    """Return the event of a row, or its problems as (column, message)."""
     at, device, event = row
     wrong: list[tuple[str, str]] = []
     at_s = math.nan

@@ -24,15 +24,17 @@ from hetis.formats import units
 from hetis.formats.errors import shown
 
 API_VERSION = "hetis/v1"
-UNLIMITED = "unlimited"  # a bandwidth
+UNLIMITED = "unlimited"  # value of a bandwidth
 
 
-ERROR_LIMIT = "error_limit"  # of the context of a validation
+ERROR_LIMIT = "error_limit"  # key in the context of a validation
 
 
 @dataclass(slots=True, kw_only=True)
 class ErrorLimit:
-    """How many errors one validation looks for. What follows is passed over: nobody reads more, and each costs."""
+    """The number of errors that one validation collects. Later ones are skipped: nobody reads more, and each costs
+    time.
+    """
 
     most_errors: int
     look_up: Callable[[], None]
@@ -53,18 +55,18 @@ class DocumentPart(BaseModel):
         if limit is None:
             return validate(data)
         if limit.num_errors > limit.most_errors:
-            return cls.model_construct()  # of a document that is refused in any case
+            return cls.model_construct()  # the document is refused in any case
         before = limit.num_errors
         try:
             return validate(data)
         except ValidationError as error:
             limit.look_up()
-            limit.num_errors = before + error.error_count()  # those of parts inside are among them
+            limit.num_errors = before + error.error_count()  # errors of inner parts are included
             raise
 
 
 def _unit_field(parse: Callable[[str], Any], example: str, *, bare: bool = False) -> Callable[[object], Any]:
-    """A validator of unit strings; ``bare`` lets plain numbers through as base units."""
+    """Return a validator of unit strings; ``bare`` also accepts plain numbers in base units."""
 
     def validate(value: object) -> Any:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Reading what a user names and writing what a user asked for, with a message for everything that can go wrong."""
+"""Reads and writes files that a user names, with a message for everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from hetis.formats.errors import DocumentError, single_problem
 
-MAX_BYTES = 64 * 2**20  # of one document
+MAX_BYTES = 64 * 2**20  # per document
 
 
 def file_label(path: str | os.PathLike[str]) -> str:
-    """Return how messages call the file."""
+    """Return the file's name in messages."""
     return "stdin" if os.fspath(path) == "-" else os.fspath(path)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file, or of standard input for ``-``.
+    """Return the text of a file, or of standard input for ``-``.
 
     Raises:
-        DocumentError: missing, unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
+        DocumentError: the file is missing, unreadable, a folder, larger than 64 MiB, or not UTF-8 text.
     """
     label = file_label(path)
     try:
@@ -46,7 +46,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
-    """The error of a file that the system does not let us read."""
+    """Return the error for a file that the system does not let us read."""
     if isinstance(error, FileNotFoundError):
         return single_problem(label, "no such file")
     if isinstance(error, IsADirectoryError):
@@ -58,17 +58,16 @@ def unreadable(label: str, error: OSError | ValueError) -> DocumentError:
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a whole file or nothing: a temporary file in the same folder, flushed to disk, then renamed over ``path``.
+    """Write a whole file or nothing: to a temporary file in the same folder, flushed to disk, then renamed over
+    ``path``.
 
-    Text is written as UTF-8.
-
-    A reader sees the old content or the new, never a part; an existing file keeps its permissions. What is no file (a
-    pipe, ``/dev/stdout``) is simply written to.
+    Text is written as UTF-8. A reader sees the old content or the new, never a part; an existing file keeps its
+    permissions. Anything that is not a regular file (a pipe, ``/dev/stdout``) is written to directly.
 
     Raises:
         DocumentError: the folder does not exist or cannot be written.
     """
-    target = Path(os.path.realpath(path))  # through a symbolic link, so that the link stays one
+    target = Path(os.path.realpath(path))  # follow a symbolic link, so that the link is kept
     temporary: str | None = None
     try:
         raw = content.encode("utf-8") if isinstance(content, str) else content
@@ -103,7 +102,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable; file systems that cannot are left alone."""
+    """Make the rename itself durable, if the file system supports that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,7 +1,7 @@
-"""The shape of a model from the head of a GGUF file: its metadata and the list of its tensors, never the weights.
+"""The shape of a model from the header of a GGUF file: its metadata and the list of its tensors, never the weights.
 
-The form is that of ``docs/gguf.md`` in ggml-org/ggml, versions 2 and 3. Every number in the head is bounded before
-anything is read or skipped for it, so that a file of any size and content costs at most the reading of `MAX_HEAD`.
+The format is that of ``docs/gguf.md`` in ggml-org/ggml, versions 2 and 3. Every number in the header is bounded before
+anything is read or skipped for it, so a file of any size and content costs at most the reading of `MAX_HEAD`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from hetis.formats.files import unreadable
 from hetis.formats.positions import Text
 from hetis.solver.model import ModelSpec
 
-MAX_HEAD = 256 * 2**20  # bytes; that of a vocabulary of 250,000 words has 10 MB
+MAX_HEAD = 256 * 2**20  # bytes; the header with a vocabulary of 250,000 words has 10 MB
 MAX_ENTRIES = 100_000
 MAX_TENSORS = 100_000
-MAX_ELEMENTS = 4_000_000  # of an array; vocabularies have up to 300,000
+MAX_ELEMENTS = 4_000_000  # per array; vocabularies have up to 300,000
 MAX_KEY = 65_535
 MAX_TEXT = 2**24
 
@@ -32,7 +32,7 @@ _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Elements and bytes of a block by the number of a tensor's type (GGML_QUANT_SIZES of gguf-py).
+# Elements and bytes per block by the number of a tensor's type (GGML_QUANT_SIZES of gguf-py).
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
     10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
@@ -40,7 +40,7 @@ _BLOCKS = {
     23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
     34: (256, 54), 35: (256, 66), 39: (32, 17),
 }  # fmt: skip
-# Our family for the architectures whose metadata say all that a shape needs.
+# Our family for each architecture whose metadata contain everything that a shape needs.
 _FAMILIES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -65,16 +65,16 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Length:
-    """An array that was passed over."""
+    """An array that was skipped."""
 
     count: int
 
 
 def load_gguf(path: str | os.PathLike[str]) -> ModelSpec:
-    """The model of a GGUF file, or of the first part of one that is split.
+    """Return the model of a GGUF file, or of the first part of a split one.
 
     Raises:
-        DocumentError: not a GGUF file, of an architecture that is not supported, or with fields missing or impossible.
+        DocumentError: it is not GGUF, its architecture is not supported, or fields are missing or impossible.
     """
     label = os.fspath(path)
     try:
@@ -87,13 +87,13 @@ def load_gguf(path: str | os.PathLike[str]) -> ModelSpec:
 
 
 class _Head:
-    """Reads the head of a file, and ends with a message where it says what cannot be."""
+    """Reads the header of a file, and stops with a message if it is invalid."""
 
     def __init__(self, label: str, file: IO[bytes]) -> None:
         self._label, self._file, self._num_read = label, file, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-        """The metadata, and elements and type of every tensor."""
+        """Return the metadata, and the elements and type of every tensor."""
         if self._bytes(4) != _MAGIC:
             raise self._refuse("is not a GGUF file: it does not begin with GGUF")
         version = self._number("I")
@@ -115,7 +115,7 @@ class _Head:
             raise self._refuse(f"tensor {shown(name)} has {num_dimensions} dimensions, at most 8")
         elements = math.prod(self._number("Q") for _ in range(num_dimensions))
         kind = self._number("I")
-        self._number("Q")  # where its data is
+        self._number("Q")  # offset of its data
         return name, (elements, kind)
 
     def _value(self, kind: int, key: str) -> Any:
@@ -188,7 +188,7 @@ def _model(label: str, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
     tokens = metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in data and isinstance(tokens, _Length):
         data["vocab_size"] = tokens.count
-    # Without a head of its own the model uses its embeddings; a part of a split file need not have all tensors.
+    # A model without its own head uses its embeddings; a part of a split file need not have all tensors.
     is_part = isinstance(count := metadata.get("split.count"), int) and count > 1
     data["tie_word_embeddings"] = bool(tensors) and "output.weight" not in tensors and not is_part
     config = Config(data, Text(file=label, text=None))
@@ -206,7 +206,7 @@ def _model(label: str, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[
 
 
 def _in_words_of_gguf(problem: Problem, architecture: str) -> Problem:
-    """A problem with a field of a config, which is called otherwise here."""
+    """Return a problem with a config field under that field's name in GGUF."""
     field, space, rest = problem.message.partition(" ")
     if field in _FIELDS and not problem.path:
         return replace(problem, message=f"{architecture}.{_FIELDS[field]}{space}{rest}")
@@ -214,7 +214,7 @@ def _in_words_of_gguf(problem: Problem, architecture: str) -> Problem:
 
 
 def _bytes_per_parameter(label: str, tensors: list[tuple[int, int]]) -> float | None:
-    """The mean size of a parameter of tensors; None where there are none."""
+    """Return the mean bytes per parameter of tensors, or None if there are none."""
     num_bytes, num_elements = 0.0, 0
     for elements, kind in tensors:
         if kind not in _BLOCKS:

@@ -1,4 +1,4 @@
-"""Many (prompt, output) pairs to few bins that keep the averages the cost model needs."""
+"""Reduces many (prompt, output) pairs to few bins that keep the averages the cost model needs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def length_bins(prompts: IntArray, outputs: IntArray, *, max_bins: int) -> tuple[LengthBin, ...]:
-    """The joint histogram of request lengths, sorted by prompt and output; weights are numbers of requests.
+    """Return the joint histogram of request lengths, sorted by prompt and output. Weights are numbers of requests.
 
-    Equal pairs share a bin. When there are more than ``max_bins`` distinct pairs, one bin of everything is split
-    again and again, always the bin that adds most to the error of E[P^2] and E[O (P + O/2)], at its mean. Bins hold
-    their means, so that E[P] and E[O] stay exact; what is lost is the variance inside bins.
+    Equal pairs share a bin. If there are more than ``max_bins`` distinct pairs, one bin of everything is split
+    repeatedly: always the bin that adds most to the error of E[P^2] and E[O (P + O/2)], at its mean. Bins hold their
+    means, so E[P] and E[O] stay exact; only the variance inside bins is lost.
 
     Args:
         prompts, outputs: tokens of each request, shape [requests], all >= 1 and at least one.
-        max_bins: bins at most.
+        max_bins: maximum number of bins.
     """
     pairs, counts = np.unique(np.stack([prompts, outputs], axis=1), axis=0, return_counts=True)
     p, o, w = pairs[:, 0].astype(np.float64), pairs[:, 1].astype(np.float64), counts.astype(np.float64)

@@ -1,7 +1,7 @@
 """The shape of a model from the ``config.json`` of a Hugging Face checkpoint.
 
-`architectures.py` turns the fields of each architecture into a `ModelSpec`; formats of activations and weights are
-read here. An architecture that is not listed is refused: a wrong shape would make every later number wrong.
+`architectures.py` turns the fields of each architecture into a `ModelSpec`; the formats of activations and weights are
+read here. An unlisted architecture is refused, because a wrong shape would make every later figure wrong.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from hetis.solver.model import ModelSpec
 
 
 def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> ModelSpec:
-    """The model of a ``config.json``.
+    """Return the model of a ``config.json``.
 
     Args:
         data: the parsed config.
         source: its text, for positions.
-        name: of the model, where the config has no ``_name_or_path``.
+        name: of the model, if the config has no ``_name_or_path``.
 
     Raises:
-        DocumentError: an architecture that is not supported (with those that are), or missing and impossible fields.
+        DocumentError: the architecture is not supported (it lists those that are), or fields are missing or impossible.
     """
     architecture = _architecture(data, source)
     config = Config(data, source, list(source.problems))
-    published = data.get("_name_or_path")  # often a path on the machine of whoever saved it
+    published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
     model = FAMILIES[architecture](config, name if name.isprintable() and name.strip() else "model")
@@ -44,7 +44,7 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
 
 
 def supported_architectures() -> tuple[str, ...]:
-    """Names that may stand in ``architectures``."""
+    """Return the values allowed in ``architectures``."""
     return tuple(FAMILIES)
 
 
@@ -64,7 +64,7 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
 
 
 def _dtype(config: Config, quantised: str | None) -> str:
-    """Formats of activations and weights; see `hetis.formats.dtypes`."""
+    """Return the formats of activations and weights; see `hetis.formats.dtypes`."""
     base = config.data.get("torch_dtype") or config.data.get("dtype") or "bfloat16"
     dtype = f"{base}+{dtypes.PRECISIONS[quantised]}" if quantised else str(base)
     try:
@@ -76,7 +76,7 @@ def _dtype(config: Config, quantised: str | None) -> str:
 
 
 def _quantised(config: Config) -> str | None:
-    """Precision of quantised weights, a name of `dtypes.PRECISIONS`; None: not quantised."""
+    """Return the precision of quantised weights, a name in `dtypes.PRECISIONS`, or None if they are not quantised."""
     quantisation = config.data.get("quantization_config")
     if quantisation is None:
         return None

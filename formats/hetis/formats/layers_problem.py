@@ -1,4 +1,4 @@
-"""LayersProblem files: one-node stages, measured by the number of layers they hold, for ``hetis-plan layers``."""
+"""LayersProblem files: single-node stages, measured by the number of layers they hold, for ``hetis-plan layers``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class LayersProblemDocument(DocumentPart):
 
 
 def load_layers_problem(path: str | os.PathLike[str]) -> LayersProblem:
-    """The problem of a YAML or JSON file (``-``: standard input).
+    """Return the problem in a YAML or JSON file (``-``: standard input).
 
     Raises:
         DocumentError: with every problem of the file.
@@ -75,7 +75,7 @@ def load_layers_problem(path: str | os.PathLike[str]) -> LayersProblem:
 
 
 def parse_layers_problem(data: Any, source: Text) -> LayersProblem:
-    """The problem of a document's plain data.
+    """Return the problem in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -84,7 +84,7 @@ def parse_layers_problem(data: Any, source: Text) -> LayersProblem:
 
 
 def layers_problem_to_data(problem: LayersProblem) -> dict[str, Any]:
-    """The document of a problem as plain data; reading it again gives an equal problem."""
+    """Return a problem's document as plain data. Reading it again gives an equal problem."""
     return {
         "apiVersion": API_VERSION,
         "kind": "LayersProblem",
@@ -146,14 +146,14 @@ def _points(table: TimeTable) -> list[list[float]]:
 
 
 def _milliseconds(seconds: float) -> float:
-    """The number that is read back as ``seconds``: multiplying and dividing by a thousand round apart now and then."""
+    """Return the number that is read back as exactly ``seconds``, although rounding may break the round trip."""
     near = 1e3 * seconds
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, 0.0))
     return next((ms for ms in around if ms / 1e3 == seconds), near)
 
 
 def _check(data: Mapping[str, Any]) -> Found:
-    """Lists that belong together, tables in order, and not too many nodes; wrong types are reported elsewhere."""
+    """Yield problems with related lists, the order of tables, and the number of nodes. Types are checked elsewhere."""
     kinds = data.get("node_types")
     if not isinstance(kinds, dict):
         return

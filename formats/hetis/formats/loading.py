@@ -1,5 +1,4 @@
-"""Reading of a checked document from text: one pass that finds every problem, with its place and the nearest valid
-name."""
+"""Reads a checked document from text in one pass that finds every problem, its place and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from hetis.solver.errors import InvalidProblemError
 DocumentT = TypeVar("DocumentT", bound=BaseModel)
 ValueT = TypeVar("ValueT")
 Check = Callable[[Mapping[str, Any]], Iterable[tuple[Sequence[str | int], str]]]
-"""Finds problems that concern several fields, as (path, message); must bear data of any shape."""
+"""Yields problems that concern several fields, as (path, message). Must accept data of any shape."""
 
 KINDS = (
     "Cluster", "ModelSpec", "Workload", "Profile", "Plan", "DispatchState", "DispatchRequests", "ShareProblem",
@@ -30,10 +29,10 @@ KINDS = (
 
 
 def read_data(path: str | os.PathLike[str]) -> tuple[Any, Text]:
-    """Plain data of a YAML or JSON file (``-``: standard input).
+    """Return the plain data of a YAML or JSON file (``-``: standard input).
 
     Raises:
-        DocumentError: not readable or not YAML.
+        DocumentError: the file is not readable or not YAML.
     """
     return parse_text(read_text(path), file_label(path))
 
@@ -47,7 +46,7 @@ def validated(
     check: Check | None = None,
     context: Mapping[str, Any] | None = None,
 ) -> ValueT:
-    """The solver value of ``data``, which must be a document of the given class.
+    """Return the solver value of ``data``, which must be a document of the given class.
 
     Raises:
         DocumentError: with every problem of the document, up to 100.
@@ -78,7 +77,7 @@ def validated(
 
 
 def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source: Text) -> Problem:
-    """A pydantic error in our words."""
+    """Translate a pydantic error into our wording."""
     path = tuple(part for part in detail["loc"] if part != "[key]")
     value, kind, limits = detail["input"], detail["type"], detail.get("ctx", {})
     match kind:
@@ -99,7 +98,7 @@ def _problem(detail: ErrorDetails, document: type[BaseModel], data: Any, source:
             message = f"{shown(value)} is not one of {', '.join(expected)}{hint}"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
             sign, limit = _LIMITS[kind]
-            # The text the user wrote (`0Gbps`), not the number it stands for.
+            # Show the text that the user wrote (`0Gbps`), not the number it stands for.
             message = f"is {_shown_number(_value_at(data, path))}, must be {sign} {_plain(limits[limit])}"
         case "too_short" | "too_long":
             bound = f"at least {limits.get('min_length')}" if kind == "too_short" else f"at most {limits['max_length']}"
@@ -136,7 +135,7 @@ def _expected_api_version(name: str) -> str:
 
 
 def _shown_number(value: object) -> str:
-    """A number as it is; the text of a quantity with its unit."""
+    """Return a number, or the text of a quantity with its unit, as it is shown."""
     return value if isinstance(value, str) else shown(value)
 
 
@@ -157,7 +156,7 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """Names of the fields that the mapping at ``path`` may have."""
+    """Return the names of the fields that the mapping at ``path`` may have."""
     here: Any = document
     for part in path:
         here = _without_none(here)
@@ -172,7 +171,7 @@ def _fields_at(document: type[BaseModel], path: Sequence[str | int]) -> list[str
 
 
 def _without_none(annotation: Any) -> Any:
-    """``X`` of ``X | None`` and of ``Annotated[X, ...]``."""
+    """Return ``X`` for ``X | None`` and for ``Annotated[X, ...]``."""
     if hasattr(annotation, "__metadata__"):
         return _without_none(annotation.__origin__)
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:

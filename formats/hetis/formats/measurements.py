@@ -1,7 +1,7 @@
-"""Measurement files: what a tool measured on one GPU, column by column, before anything is fitted to it.
+"""Measurement files: a tool's measurements on one GPU, column by column, before anything is fitted to them.
 
-A file is JSON, gzip-compressed when its name ends in ``.gz``: ``apiVersion: hetis/v1``, ``kind: Measurements``, a
-``gpu``, a ``provenance``, ``tables`` of equally long columns, and ``notes``. Seconds and bytes throughout.
+A file is JSON, gzip-compressed if its name ends in ``.gz``: ``apiVersion: hetis/v1``, ``kind: Measurements``, a
+``gpu``, a ``provenance``, ``tables`` of equally long columns, and ``notes``. Units are seconds and bytes throughout.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hetis.formats.files import MAX_BYTES, file_label, unreadable, write_atomica
 from hetis.solver.errors import InvalidProblemError
 
 KIND = "Measurements"
-MAX_ROWS = 2_000_000  # of one table
-MAX_SECONDS = 600.0  # of one call or one request; nothing that is measured here takes as long
+MAX_ROWS = 2_000_000  # per table
+MAX_SECONDS = 600.0  # per call or request; no valid measurement takes this long
 MAX_COUNT = 2**53  # beyond it a double is no longer exact
 Column = NDArray[np.float64] | NDArray[np.str_]
 _TABLE = ("op", "kernel", "cold", "columns")
@@ -66,7 +66,7 @@ class MeasuredOp(StrEnum):
 
 TRANSFER_PATHS = ("h2d", "d2h", "d2d", "peer", "network", "loopback")
 _HEADS = {"query_heads": 1, "kv_heads": 1, "head_dim": 1}
-# Numeric columns and the least value each may have; text columns are in _TEXT. Optional ones in _OPTIONAL.
+# Numeric columns with their minimum values. Text columns are in _TEXT, optional ones in _OPTIONAL.
 _NUMBERS: Mapping[MeasuredOp, Mapping[str, float]] = {
     MeasuredOp.GEMM: {"m": 1, "n": 1, "k": 1, "weight_bits": 1},
     MeasuredOp.LAYER: {"tp": 1, "tokens": 1, "hidden": 1, "params": 0, "weight_bits": 1},
@@ -84,19 +84,19 @@ _TEXT: Mapping[MeasuredOp, tuple[str, ...]] = {
     MeasuredOp.TRANSFER: ("path",),
     MeasuredOp.E2E: ("model", "phase"),
 }
-_COUNTS = {name for numbers in _NUMBERS.values() for name in numbers} - {"params"}  # a product may be beyond them
+_COUNTS = {name for numbers in _NUMBERS.values() for name in numbers} - {"params"}  # a product may exceed MAX_COUNT
 _OPTIONAL = ("spread", "impl")
 _CHOICES = {"path": TRANSFER_PATHS, "phase": ("prompt", "token")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredBy:
-    """The measurer, the tool and the place; empty where the source does not say.
+    """The measuring tool and its environment. Fields are empty if the source does not say.
 
     Attributes:
         tool: what called the kernels: ``hetis-profile 0.1.0``, ``aiconfigurator-core 0.12.0``.
         engine: whose kernels: ``vLLM``, ``torch``.
-        source: files or an address the numbers were read from.
+        source: files or an address from which the figures were read.
     """
 
     tool: str
@@ -115,14 +115,14 @@ class MeasuredBy:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Table:
-    """Rows of one operator by one kernel; ``columns`` as `MeasuredOp` says, all of one length.
+    """Rows of one operator by one kernel. ``columns`` are as in `MeasuredOp`, all of one length.
 
     Attributes:
-        cold: whether the last-level cache was flushed between samples, as serving does by reading the other layers.
-            Without it a fit leaves out the rows that a cache can have served.
+        cold: whether the last-level cache was flushed between samples, as reading the other layers does in serving.
+            Without it a fit omits the rows that a cache may have served.
 
     Raises:
-        InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range; the
+        InvalidProblemError: a column is missing, unknown, of another length, or holds a value out of its range. The
             message names column and row (from 1).
     """
 
@@ -144,18 +144,18 @@ class Table:
         return self.numbers("seconds")
 
     def numbers(self, name: str) -> NDArray[np.float64]:
-        """A numeric column."""
+        """Return a numeric column."""
         column: NDArray[np.float64] = np.asarray(self.columns[name], dtype=np.float64)
         return column
 
     def text(self, name: str) -> list[str]:
-        """A text column."""
+        """Return a text column."""
         return [str(value) for value in self.columns[name]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Measurements:
-    """Everything of one file."""
+    """The whole content of one file."""
 
     gpu: str  # as in the GPU catalogue
     provenance: MeasuredBy
@@ -170,11 +170,11 @@ class Measurements:
 
 
 def load_measurements(path: str | os.PathLike[str]) -> Measurements:
-    """The measurements of a file.
+    """Return the measurements in a file.
 
     Raises:
-        DocumentError: not readable, truncated, not JSON, or not measurements; with every problem (of each column the
-            first row that is wrong and how many more are).
+        DocumentError: the file is unreadable, truncated, not JSON, or not measurements; with every problem (for each
+            column the first wrong row and the number of others).
     """
     label = file_label(path)
     try:
@@ -188,7 +188,7 @@ def load_measurements(path: str | os.PathLike[str]) -> Measurements:
 
 
 def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None:
-    """Writes the whole file or nothing; equal measurements give equal bytes.
+    """Write the whole file or nothing. Equal measurements give equal bytes.
 
     Raises:
         DocumentError: the folder does not exist or cannot be written.
@@ -198,7 +198,7 @@ def save_measurements(path: str | os.PathLike[str], value: Measurements) -> None
 
 
 def parse_measurements(data: Any, file: str) -> Measurements:
-    """The measurements of a document's plain data.
+    """Return the measurements in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -227,7 +227,7 @@ def parse_measurements(data: Any, file: str) -> Measurements:
 
 
 def measurements_to_data(value: Measurements) -> dict[str, Any]:
-    """The document as plain data; reading it again gives equal columns."""
+    """Return the document as plain data. Reading it again gives equal columns."""
     return {
         "apiVersion": API_VERSION,
         "kind": KIND,
@@ -366,7 +366,7 @@ def _arrays(columns: Mapping[str, list[Any]]) -> dict[str, Column]:
 
 
 def _table_problems(op: MeasuredOp, columns: Mapping[str, Column]) -> Iterator[tuple[str, str]]:
-    """(column or column and row, what is wrong), of each column the first row and how many more."""
+    """Yield (column or column and row, problem), for each column the first wrong row and the number of others."""
     numbers = {**_NUMBERS[op], "seconds": 0.0, "spread": 0.0}
     wanted = (*_TEXT.get(op, ()), *numbers)
     missing = [name for name in wanted if name not in columns and name not in _OPTIONAL]

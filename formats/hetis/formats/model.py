@@ -1,4 +1,4 @@
-"""Model files, and every other way to name a model: the catalogue and Hugging Face folders."""
+"""Model files, and all other ways to specify a model: the catalogue, Hugging Face folders and GGUF files."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ class ModelSpecDocument(DocumentPart):
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
-    """The model that ``ref`` names.
+    """Return the model that ``ref`` names.
 
     Args:
         ref: a catalogue name or alias (``Llama-2-70B``); the path of a ModelSpec file (``-``: standard input), of a
-            Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A name of the catalogue goes before a
-            path of the same spelling; write ``./NAME`` for the path.
+            Hugging Face ``config.json``, of a folder with one, or of a GGUF file. A catalogue name takes precedence
+            over a path of the same spelling; write ``./NAME`` for the path.
 
     Raises:
-        DocumentError: unknown name, or a file with problems (all of them).
+        DocumentError: the name is unknown, or the file has problems (all of them).
     """
     text = os.fspath(ref)
     try:
@@ -116,7 +116,7 @@ def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
 
 
 def parse_model(data: Any, source: Text) -> ModelSpec:
-    """The model of a ModelSpec document's plain data.
+    """Return the model in a ModelSpec document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -125,7 +125,7 @@ def parse_model(data: Any, source: Text) -> ModelSpec:
 
 
 def model_to_data(model: ModelSpec) -> dict[str, Any]:
-    """The document of a model as plain data; reading it again gives an equal model."""
+    """Return a model's document as plain data. Reading it again gives an equal model."""
     data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "ModelSpec", "name": model.name}
     data |= {
         name: getattr(model, name)

@@ -1,8 +1,8 @@
-"""Plan files: the answer of a placement, with its proof and what it was made from.
+"""Plan files: the result of a placement, with its proof and its inputs.
 
-JSON has no infinity: ``null`` is written for what is not there. A plan without replicas has ``value: null`` (not a
-number); without a proof ``bound: null`` (infinity, minus infinity where the objective is minimised) and ``gap: null``
-(infinity).
+JSON has no infinity, so ``null`` is written for missing numbers. A plan without replicas has ``value: null`` (not a
+number); without a proof it has ``bound: null`` (infinity, or minus infinity for a minimised objective) and
+``gap: null`` (infinity).
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class PlanDocument(DocumentPart):
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """The plan of a YAML or JSON file (``-``: standard input). Its form is checked here, its claims by ``check_plan``.
+    """Return the plan in a YAML or JSON file (``-``: standard input). Only its form is checked; ``check_plan`` checks
+    claims.
 
     Raises:
         DocumentError: with every problem of the file.
@@ -161,7 +162,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def parse_plan(data: Any, source: Text) -> Plan:
-    """The plan of a document's plain data.
+    """Return the plan in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -170,7 +171,7 @@ def parse_plan(data: Any, source: Text) -> Plan:
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
-    """The document of a plan as plain data; reading it again gives an equal plan."""
+    """Return a plan's document as plain data. Reading it again gives an equal plan."""
     result, objective = plan.result, plan.objective
     return {
         "apiVersion": API_VERSION,
@@ -207,7 +208,7 @@ def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str
 
 
 def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """``inputs`` may hold anything but numbers that JSON cannot write down again."""
+    """Yield problems with ``inputs``, which may hold anything but numbers that JSON cannot represent."""
     stack: list[tuple[tuple[str | int, ...], Any]] = [(("inputs",), data.get("inputs"))]
     while stack:
         path, value = stack.pop()
@@ -220,7 +221,7 @@ def _check_inputs(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ..
 
 
 def _check_sizes(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """A batch or a chunk of 0 is what a role lacks, and no size of those that have it."""
+    """Yield problems with batches or chunks of 0, which are only valid for roles without them."""
     replicas = data.get("replicas")
     for i, replica in enumerate(replicas if isinstance(replicas, list) else []):
         if not isinstance(replica, dict):

@@ -1,8 +1,8 @@
-"""YAML and JSON text to plain data that remembers where everything stood.
+"""Converts YAML and JSON text to plain data that remembers the position of every value.
 
-The text is read as PyYAML events, never as objects, and put together here, without recursion: tags that make objects,
-endless nesting and alias bombs have nothing to work on. Plain scalars follow the core schema of YAML 1.2, of which JSON
-is a part: ``1e-9`` is a number, ``no`` and ``12:30`` are strings.
+The text is read as PyYAML events, never as objects, and composed here without recursion, so tags that make objects,
+endless nesting and alias bombs have no effect. Plain scalars follow the core schema of YAML 1.2, of which JSON is a
+subset: ``1e-9`` is a number, ``no`` and ``12:30`` are strings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hetis.formats.errors import MAX_SHOWN, DocumentError, Problem, single_probl
 
 MAX_DEPTH = 64  # nesting, aliases expanded
 MAX_NODES = 1_000_000  # values in a document, aliases expanded
-_MOST_EXPLAINED = 65_536  # characters that the pure Python parser reads to say why: it takes 50 times as long
+_MOST_EXPLAINED = 65_536  # characters that the pure Python parser reads to explain an error: it takes 50 times as long
 _EVENTS_PER_LOOK = 1024
 
 Path = Sequence[str | int]
@@ -38,7 +38,7 @@ _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool",
 
 
 def path_text(path: Path) -> str:
-    """``nodes[1].gpus[0].type`` for ``("nodes", 1, "gpus", 0, "type")``."""
+    """Return ``nodes[1].gpus[0].type`` for ``("nodes", 1, "gpus", 0, "type")``."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
@@ -46,21 +46,21 @@ def path_text(path: Path) -> str:
 
 
 class NotYamlError(DocumentError):
-    """The text breaks the syntax of YAML."""
+    """The text violates the syntax of YAML."""
 
 
 def _go_on() -> None:
-    """Nobody ends the reading early."""
+    """Never end the reading early."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How much a document may cost whoever reads it.
+    """Limits on the cost of reading a document.
 
     Attributes:
-        max_values: values in it; nothing beyond that is built.
-        max_yaml_values: the same where it is YAML, which takes ten times as long to read; aliases expanded.
-        look_up: called now and then while it is read; may raise, which ends the reading.
+        max_values: values in it; nothing beyond is built.
+        max_yaml_values: the same for YAML, which takes ten times as long to read; aliases expanded.
+        look_up: called periodically while it is read; may raise an exception, which ends the reading.
     """
 
     max_values: int = MAX_NODES
@@ -69,12 +69,12 @@ class Bounds:
 
 
 UNHURRIED = Bounds()
-"""For files of whoever runs the command."""
+"""For files of the user who runs the command."""
 
 
 @dataclass(slots=True)
 class _Node:
-    """A value and where it starts. ``items`` are the nodes inside; a mapping keeps its keys' nodes beside them."""
+    """A value and its position. ``items`` are the nodes inside; a mapping also keeps its keys' nodes."""
 
     line: int
     column: int
@@ -83,10 +83,10 @@ class _Node:
     keys: list[_Node] | None = None
     size: int = 1
     height: int = 1
-    places: dict[str, int] | None = None  # of the keys; made when a path is looked up
+    places: dict[str, int] | None = None  # places of the keys; made when a path is looked up
 
     def place_of(self, part: str | int) -> int | None:
-        """Return the place of the item of a key or a position; None: nowhere."""
+        """Return the index of the item for a key or a position, or None if there is none."""
         if self.items is None:
             return None
         if self.keys is None:
@@ -105,7 +105,7 @@ class _Node:
 
 @dataclass(slots=True)
 class Text:
-    """The text of a document; finds the line of a path when a problem needs it."""
+    """The text of a document. It finds the line of a path when a problem needs it."""
 
     file: str
     text: str | None  # None: the data did not come from text
@@ -114,7 +114,7 @@ class Text:
     bounds: Bounds = UNHURRIED
 
     def locate(self, path: Path) -> tuple[int | None, int | None]:
-        """Line and column of the value at ``path``, or of the closest one around it that exists."""
+        """Return line and column of the value at ``path``, or of the closest existing one around it."""
         if self._root is None and self.text is not None:
             if _may_exceed(self.text, self.bounds.max_yaml_values):
                 self.text = None
@@ -122,7 +122,7 @@ class Text:
             try:  # JSON read by the fast way below
                 self._root = _Composer(self).compose()
             except DocumentError:
-                self.text = None  # JSON that YAML cannot bear; do not try again
+                self.text = None  # JSON that YAML cannot read; do not try again
         node = self._root
         if node is None:
             return None, None
@@ -137,25 +137,26 @@ class Text:
         return line, column
 
     def problem(self, path: Path, message: str) -> Problem:
-        """A problem with the value at ``path``."""
+        """Return a problem with the value at ``path``."""
         line, column = self.locate(path)
         return Problem(file=self.file, path=path_text(path), message=message, line=line, column=column)
 
 
 def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, Text]:
-    """Plain data (dict, list, str, int, float, bool, None) of YAML or JSON, and the text that knows the positions.
+    """Return the plain data (dict, list, str, int, float, bool, None) of YAML or JSON, and the text with its positions.
 
     Duplicate keys do not stop the reading; they are left in ``Text.problems``. Numbers may be infinite or NaN in YAML.
 
     Raises:
-        DocumentError: not YAML, more than one document, nested too deep, or too large once its aliases are expanded.
+        DocumentError: it is not YAML, holds several documents, is nested too deep, or is too large once its aliases
+            are expanded.
     """
     source = Text(file=file, text=text, bounds=bounds)
     not_json: json.JSONDecodeError | None = None
     if text.lstrip()[:1] in ("{", "["):
         if _may_exceed(text, bounds.max_values):
             raise single_problem(file, f"is larger than {bounds.max_values} values")
-        try:  # JSON proper is read many times faster this way; anything unusual takes the other, for its messages
+        try:  # strict JSON is read many times faster this way; anything unusual takes the other way, for its messages
             return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite), source
         except json.JSONDecodeError as error:
             not_json = error
@@ -173,9 +174,9 @@ def parse_text(text: str, file: str, bounds: Bounds = UNHURRIED) -> tuple[Any, T
 
 
 def _may_exceed(text: str, max_values: int) -> bool:
-    """Return whether a text in braces holds more values; counted in no more time than it takes to look at it.
+    """Return whether a text in braces may hold more values, counted in no more time than a scan of the text.
 
-    A value stands after a comma or an opening bracket; those inside quotes are left out where it matters.
+    A value follows a comma or an opening bracket. Those inside quotes are only excluded if it matters.
     """
     if text.count(",") + text.count("[") + text.count("{") <= max_values:
         return False
@@ -198,7 +199,7 @@ def _finite(text: str) -> float:
 
 
 class _Composer:
-    """Puts nodes together from events with a stack of its own."""
+    """Composes nodes from events with its own stack."""
 
     def __init__(self, source: Text) -> None:
         self._source = source
@@ -265,7 +266,7 @@ class _Composer:
         if node.height >= parent.height:
             parent.height = node.height + 1
         self._num_values += 1
-        # Beside the size, which a collection hands on only when it ends: whatever is open is counted too.
+        # Check in addition to the size, which a collection only passes on at its end: open collections count too.
         most = self._bounds.max_yaml_values
         if parent.size > most or self._num_values > most or parent.height > MAX_DEPTH:
             limit = f"{MAX_DEPTH} levels of nesting" if parent.height > MAX_DEPTH else f"{most} values"
@@ -290,7 +291,7 @@ class _Composer:
             return _WORDS[text]
         if text[0] not in "+-.0123456789":
             return text
-        if _NOT_FINITE.fullmatch(text):  # refused by the field it is for, with its path
+        if _NOT_FINITE.fullmatch(text):  # refused with its path by the field that it is for
             return float(text.replace(".", ""))
         if _INT.fullmatch(text) and len(text) <= 300:
             return int(text)
@@ -310,7 +311,7 @@ class _Composer:
 
 
 def _events(text: str, file: str) -> Iterator[Any]:
-    """Events of the fast parser; where that fails, the pure Python one says why, in the same words everywhere."""
+    """Yield the events of the fast parser. If it fails, the pure Python one says why, in the same words everywhere."""
     try:
         if hasattr(yaml, "CSafeLoader"):
             try:

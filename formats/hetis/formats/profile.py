@@ -1,4 +1,4 @@
-"""Profile files: what a GPU type reaches, with the provenance of every number."""
+"""Profile files: the operator times of a GPU type, with the provenance of every number."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ProfileDocument(DocumentPart):
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """The profile of a YAML or JSON file (``-``: standard input).
+    """Return the profile in a YAML or JSON file (``-``: standard input).
 
     Raises:
         DocumentError: with every problem of the file.
@@ -91,7 +91,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 
 def parse_profile(data: Any, source: Text) -> Profile:
-    """The profile of a document's plain data.
+    """Return the profile in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -100,7 +100,7 @@ def parse_profile(data: Any, source: Text) -> Profile:
 
 
 def profile_to_data(profile: Profile) -> dict[str, Any]:
-    """The document of a profile as plain data; reading it again gives an equal profile."""
+    """Return a profile's document as plain data. Reading it again gives an equal profile."""
     return {
         "apiVersion": API_VERSION,
         "kind": "Profile",

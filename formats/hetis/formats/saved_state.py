@@ -1,7 +1,7 @@
-"""What a DispatchState file says, as a value: a stage as people describe it, and the solver's view of it.
+"""The content of a DispatchState file as a value: a stage as people describe it, and the solver's view of it.
 
-The solver knows seconds per head and per byte only. A file may name a GPU type instead, whose costs a profile gives;
-`SavedState.snapshot` takes them as an argument, so that this package needs no profiles.
+The solver only knows seconds per head and per byte. A file may name a GPU type instead, whose costs come from a
+profile; `SavedState.snapshot` takes them as an argument, so that this package needs no profiles.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPiece:
-    """One affine piece of decode attention on one card: seconds per query head, per KV byte read, and per call."""
+    """One affine piece of decode attention on one GPU: seconds per query head, per KV byte read, and per call."""
 
     head_s: float = 0.0
     kv_byte_s: float = 0.0
@@ -36,14 +36,14 @@ class SavedDevice:
 
     Attributes:
         name: unique in the stage.
-        role: the primary (a tensor-parallel group of ``tp`` cards) or an attention worker.
-        tp: cards of the primary; 1 for a worker.
-        gpu: type of its cards; its modelled or measured costs are used where ``attention`` is None.
-        attention: what decode attention costs on one card.
-        link_byte_s, link_s: seconds per byte exchanged and per exchange; of the primary: of its network card.
-        move_byte_s: seconds per byte of KV moved in or out; None: ``link_byte_s``.
-        total_blocks: KV blocks a layer has there; of the primary: on all its cards together.
-        status, high_water, changed: as of `hetis.solver.dispatch.snapshot.DeviceSnapshot`.
+        role: the primary (a tensor parallel group of ``tp`` GPUs) or an attention worker.
+        tp: GPUs of the primary; 1 for a worker.
+        gpu: type of its GPUs, whose modelled or measured costs are used if ``attention`` is None.
+        attention: cost of decode attention on one GPU.
+        link_byte_s, link_s: seconds per byte exchanged and per exchange; for the primary, of its network card.
+        move_byte_s: seconds per byte of KV moved in or out. None: ``link_byte_s``.
+        total_blocks: KV blocks per layer; for the primary, on all its GPUs together.
+        status, high_water, changed: as in `hetis.solver.dispatch.snapshot.DeviceSnapshot`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class SavedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedMove:
-    """Head groups under way from one device to another."""
+    """Head groups in flight from one device to another."""
 
     number: int
     request: str
@@ -83,12 +83,12 @@ class SavedMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
-    """One replica stage and what it runs. Heads are those of a catalogue ``model`` or the ``inline`` ones."""
+    """One replica stage and its requests. Heads are those of a catalogue ``model`` or the ``inline`` ones."""
 
     name: str
     model: str | None = None
     inline: InlineHeads | None = None
-    kv_dtype: str | None = None  # None: that of the model, or 2 bytes per element
+    kv_dtype: str | None = None  # None: the model's, or 2 bytes per element
     block_tokens: int = 16
     num_layers: int
     devices: tuple[SavedDevice, ...]
@@ -98,11 +98,11 @@ class SavedState:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", heads_of(self.model, self.inline, self.kv_dtype, self.block_tokens))
-        self.snapshot({device.name: (AttentionPiece(),) for device in self.devices})  # is it valid?
+        self.snapshot({device.name: (AttentionPiece(),) for device in self.devices})  # raises if it is invalid
 
     @property
     def group_flops_per_token(self) -> float | None:
-        """FLOPs of one head group per token attended to, in one layer; None where only byte counts are known."""
+        """FLOPs of one head group per token attended to, in one layer, or None if only byte counts are known."""
         if self.model is not None:
             return catalogue_model(self.model).decode_attention_flops(1.0, self.heads.queries_per_group)
         if self.inline is not None and self.inline.head_dim is not None:
@@ -110,7 +110,7 @@ class SavedState:
         return None
 
     def snapshot(self, costs: Mapping[str, Pieces] | None = None) -> StateSnapshot:
-        """Return what the solver works on.
+        """Return the snapshot that the solver works on.
 
         Args:
             costs: pieces by device name, for devices without ``attention`` of their own.
@@ -152,11 +152,11 @@ class SavedState:
         )
 
     def move_byte_s(self) -> FloatArray:
-        """Seconds per byte of KV moved into or out of each device, shape [D]."""
+        """Return the seconds per byte of KV moved into or out of each device, shape [D]."""
         return np.array([d.link_byte_s if d.move_byte_s is None else d.move_byte_s for d in self.devices])
 
     def after(self, snapshot: StateSnapshot) -> SavedState:
-        """The same stage with the requests, moves and device states of ``snapshot``; costs stay as they are given."""
+        """Return the same stage with the requests, moves and device states of ``snapshot``. Costs stay as given."""
         devices = tuple(
             replace(device, status=now.status, high_water=now.high_water, changed=now.changed)
             for device, now in zip(self.devices, snapshot.devices, strict=True)
@@ -197,7 +197,7 @@ class SavedState:
 def saved_state(
     snapshot: StateSnapshot, *, name: str, num_layers: int, move_byte_s: FloatArray | None = None
 ) -> SavedState:
-    """A snapshot as the value of a file; its ``snapshot()`` is equal, what the solver does not use left out."""
+    """Return a snapshot as the value of a file. Its ``snapshot()`` is equal, but for what the solver does not use."""
     stage = snapshot.stage
     heads = stage.heads
     return SavedState(

@@ -15,12 +15,12 @@ from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
 
 MAX_GPUS = 1_000_000
-MAX_CLAIMANTS = 400  # jobs of all tenants: rows of envy grow with their square
+MAX_CLAIMANTS = 400  # jobs of all tenants: the number of envy constraints grows with their square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedJob:
-    """Work of a tenant: throughput per GPU by type name, or the model and workload to derive it from."""
+    """A tenant's job: throughput per GPU by type name, or the model and workload to derive it from."""
 
     name: str
     speedups: Mapping[str, float] | None
@@ -38,14 +38,14 @@ class SharingTenant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareInputs:
-    """What a ShareProblem file says: GPUs by type name, how many stand in a node, and the tenants."""
+    """The content of a ShareProblem file: GPUs by type name, GPUs per node, and the tenants."""
 
     gpus: Mapping[str, int]
     gpus_per_node: int
     tenants: tuple[SharingTenant, ...]
 
 
-Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond, programs of shares lose their digits
+Speedup = Annotated[float, Field(ge=0, le=1e8)]  # beyond this, linear programs for shares lose precision
 Weight = Annotated[float, Field(ge=1e-4, le=1e4)]
 MinGpus = Annotated[int, Field(ge=1, le=MAX_GPUS)]
 
@@ -83,7 +83,7 @@ class ShareProblemDocument(DocumentPart):
 
 
 def load_share_problem(path: str | os.PathLike[str]) -> ShareInputs:
-    """The GPUs and tenants of a YAML or JSON file (``-``: standard input).
+    """Return the GPUs and tenants in a YAML or JSON file (``-``: standard input).
 
     Raises:
         DocumentError: with every problem of the file.
@@ -92,7 +92,7 @@ def load_share_problem(path: str | os.PathLike[str]) -> ShareInputs:
 
 
 def parse_share_problem(data: Any, source: Text) -> ShareInputs:
-    """The GPUs and tenants of a document's plain data.
+    """Return the GPUs and tenants in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -101,7 +101,7 @@ def parse_share_problem(data: Any, source: Text) -> ShareInputs:
 
 
 def share_problem_to_data(inputs: ShareInputs) -> dict[str, Any]:
-    """The document as plain data; reading it again gives equal inputs."""
+    """Return the document as plain data. Reading it again gives equal inputs."""
     return {
         "apiVersion": API_VERSION,
         "kind": "ShareProblem",
@@ -145,7 +145,7 @@ def _jobs(tenant: SharingTenantPart) -> Iterator[SharedJob]:
 
 
 def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Names said twice, speed-ups that are missing, given twice or for GPUs that are not there."""
+    """Yield problems with duplicate names and with speed-ups that are missing, given twice, or for unknown GPUs."""
     gpus = data.get("gpus") if isinstance(data.get("gpus"), dict) else {}
     tenants = data.get("tenants") if isinstance(data.get("tenants"), list) else []
     seen: set[str] = set()

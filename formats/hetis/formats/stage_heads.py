@@ -1,4 +1,4 @@
-"""The attention heads that a DispatchState file describes, and how many KV blocks fit in a memory."""
+"""The attention heads described in a DispatchState file, and the number of KV blocks that fit in a memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.solver.model import ModelSpec
 class InlineHeads:
     """Attention heads of a model that the catalogue lacks.
 
-    Either ``head_dim`` is given, and keys, values and exchanged activations follow from it, or both byte counts are.
+    Either ``head_dim`` is given, from which keys, values and exchanged activations follow, or both byte counts are.
     """
 
     groups: int
@@ -25,7 +25,7 @@ class InlineHeads:
 
 
 def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None, block_tokens: int) -> HeadShape:
-    """The heads that a file describes.
+    """Return the heads that a file describes.
 
     Raises:
         InvalidProblemError: neither or both descriptions are given, or a number is out of range.
@@ -52,19 +52,19 @@ def heads_of(model: str | None, inline: InlineHeads | None, kv_dtype: str | None
 
 
 def kv_element_bytes(dtype: str) -> float:
-    """Bytes per element of the KV cache. Raises ValueError for an unknown format."""
+    """Return the bytes per element of the KV cache. Raises ValueError for an unknown format."""
     return dtypes.BYTES_PER_PARAMETER[dtypes.split_dtype(dtype)[1]]
 
 
 def catalogue_model(name: str) -> ModelSpec:
-    """The model that a file names; `hetis.formats.catalogue.UnknownNameError` where there is none."""
+    """Return the model that a file names. Raises `hetis.formats.catalogue.UnknownNameError` if there is none."""
     return catalogue.find_model(name).model
 
 
 def blocks_in(num_bytes: int, *, heads: HeadShape, num_layers: int, tp: int = 1) -> int:
-    """KV blocks per layer that so much memory holds, of all ``tp`` cards together.
+    """Return the number of KV blocks per layer that ``num_bytes`` of memory hold, on all ``tp`` GPUs together.
 
-    Where cards outnumber head groups, every group lies on several of them.
+    If GPUs outnumber head groups, every group is stored on several of them.
     """
     copies = max(1, tp // heads.head_groups)
     block_bytes = heads.kv_bytes_per_token * heads.block_tokens * num_layers * copies

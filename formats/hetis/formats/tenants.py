@@ -1,4 +1,4 @@
-"""Tenants files: who shares a fleet, each with a model, its traffic, limits and a claim."""
+"""Tenants files: the tenants that share a fleet, each with a model, its traffic, limits and a claim."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NO_LIMIT = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetTenant:
-    """One tenant: names or paths of its model and workload, its claim, and what its plan is good for.
+    """One tenant: names or paths of its model and workload, its claim, and the objective of its plan.
 
-    Limits are in seconds; None: the default of the objective, infinity: lifted. ``worth`` is that of a request/s.
+    Limits are in seconds; None: the objective's default, infinity: lifted. ``worth`` is that of a request/s.
     """
 
     name: str
@@ -38,12 +38,12 @@ class FleetTenant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetTenants:
-    """What a Tenants file says."""
+    """The content of a Tenants file."""
 
     tenants: tuple[FleetTenant, ...]
 
 
-LIFTED_S = 1e300  # what a lifted limit is while fields are checked, for they may not be infinite
+LIFTED_S = 1e300  # stands for a lifted limit while fields are checked, because they may not be infinite
 
 
 def _seconds(value: object) -> object:
@@ -88,7 +88,7 @@ class TenantsDocument(DocumentPart):
 
 
 def load_tenants(path: str | os.PathLike[str]) -> FleetTenants:
-    """The tenants of a YAML or JSON file (``-``: standard input).
+    """Return the tenants in a YAML or JSON file (``-``: standard input).
 
     Raises:
         DocumentError: with every problem of the file.
@@ -97,7 +97,7 @@ def load_tenants(path: str | os.PathLike[str]) -> FleetTenants:
 
 
 def parse_tenants(data: Any, source: Text) -> FleetTenants:
-    """The tenants of a document's plain data.
+    """Return the tenants in a document's plain data.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -106,7 +106,7 @@ def parse_tenants(data: Any, source: Text) -> FleetTenants:
 
 
 def tenants_to_data(value: FleetTenants) -> dict[str, Any]:
-    """The document as plain data; reading it again gives equal tenants."""
+    """Return the document as plain data. Reading it again gives equal tenants."""
     return {
         "apiVersion": API_VERSION,
         "kind": "Tenants",
@@ -153,7 +153,7 @@ def _limit(given: float | None) -> float | None:
 
 
 def _check(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Names said twice, and a worth that only some have."""
+    """Yield problems with duplicate names, and with a worth that only some tenants have."""
     tenants = data.get("tenants") if isinstance(data.get("tenants"), list) else []
     parts = [(i, part) for i, part in enumerate(tenants or []) if isinstance(part, dict)]
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Traces that are one JSON value: an array of requests or conversations, and what ``vllm bench serve`` saves.
+"""Traces that are one JSON value: an array of requests or conversations, or the output of ``vllm bench serve``.
 
 An array is read item by item, so that ShareGPT's 600 MB take no more memory than its longest conversation.
 """
@@ -13,25 +13,25 @@ from typing import IO, Any
 from hetis.formats.errors import DocumentError, shown, single_problem
 from hetis.formats.trace_forms import CONVERSATIONS, VLLM_BENCH, Row, fields_of, form_of, unknown_form, values_of
 
-MAX_ITEM = 16 * 2**20  # characters
+MAX_ITEM = 16 * 2**20  # characters per item
 _CHUNK = 2**20
 
 CountTokens = Callable[[str], int]
-"""How many tokens a text has."""
+"""Returns the number of tokens of a text."""
 
 _ANSWERS = {"gpt", "assistant", "chatgpt", "bing", "bard", "model"}
 
 
 def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator[Row]:
-    """Rows of a file that holds one JSON value.
+    """Yield the rows of a file that holds one JSON value.
 
     Args:
         label: the file, for messages.
         file: its text.
-        count: tokens of a text, for conversations, which have no counts of their own; None: they are refused.
+        count: counts the tokens of a text in conversations, which have no counts. None: conversations are refused.
 
     Raises:
-        DocumentError: not JSON, or in no form that is known.
+        DocumentError: the file is not JSON, or not in a known form.
     """
     begin = file.read(_CHUNK)
     if begin.lstrip()[:1] == "{":
@@ -57,7 +57,7 @@ def array_rows(label: str, file: IO[str], count: CountTokens | None) -> Iterator
 
 
 def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
-    """The items of an array with their numbers, each as soon as it is whole."""
+    """Yield the items of an array with their numbers, each as soon as it is complete."""
     decode = json.JSONDecoder().raw_decode
     buffer, place, index = begin, len(begin) - len(begin.lstrip()), 0
     if buffer[place : place + 1] != "[":
@@ -71,7 +71,7 @@ def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
             return
         try:
             item, end = decode(buffer, place)
-            # A number at the end of what was read may go on.
+            # A number at the end of what was read may continue.
             whole = end < len(buffer) or not more
         except ValueError as error:
             whole, item, end = False, None, place
@@ -91,7 +91,7 @@ def _items(label: str, begin: str, file: IO[str]) -> Iterator[tuple[int, Any]]:
 
 
 def _turns(item: dict[str, Any]) -> list[Any] | None:
-    """The turns of a conversation, as ShareGPT or as chat requests have them."""
+    """Return the turns of a conversation, in the form of ShareGPT or of chat requests, or None if there are none."""
     for key in ("conversations", "conversation", "messages", "items"):
         if isinstance(item.get(key), list):
             return list(item[key])
@@ -99,7 +99,7 @@ def _turns(item: dict[str, Any]) -> list[Any] | None:
 
 
 def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iterator[Row]:
-    """A request for every answer, whose prompt is all that was said before it."""
+    """Yield a request for every answer. Its prompt is everything that was said before."""
     before = 0
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
@@ -113,7 +113,7 @@ def _conversation_rows(index: int, turns: list[Any], count: CountTokens) -> Iter
 
 
 def _bench_rows(label: str, begin: str, file: IO[str]) -> Iterator[Row]:
-    """Requests of ``vllm bench serve --save-result --save-detailed``: a list for each of their properties."""
+    """Yield the requests of ``vllm bench serve --save-result --save-detailed``, which has a list for each property."""
     from hetis.formats.files import MAX_BYTES
 
     text = begin + file.read(MAX_BYTES)
@@ -146,7 +146,7 @@ def _not_a_trace(label: str, missing: list[str], keys: list[str]) -> DocumentErr
 
 
 def characters_counter(characters_per_token: float) -> CountTokens:
-    """Tokens of a text by its length, at least one."""
+    """Return a function that estimates the tokens of a text from its length, at least one."""
     return partial(_by_length, characters_per_token)
 
 

@@ -1,6 +1,6 @@
-"""Traces as people have them: which columns or fields hold arrival, prompt and output, and how times are written.
+"""Forms of existing traces: which columns or fields hold arrival, prompt and output, and how times are written.
 
-A file is in the form whose fields its header, or its first line of JSON, has.
+A file's form is the one whose fields its header, or its first line of JSON, contains.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class TraceForm:
     Attributes:
         name: for people.
         fields: names of arrival, prompt and output; ``a.b`` is field b of the object in field a.
-        seconds: an arrival as it is written, in seconds.
-        is_absolute: arrivals are points in time, and count from the first of them.
-        failed_without_output: rows with no output are requests that failed, and are left out.
-        has_times: whether it says when requests arrive.
-        leaves_out: whether a row, by all its fields, is a request that failed or only warmed up.
+        seconds: converts an arrival from its text to seconds.
+        is_absolute: arrivals are points in time, and are counted from the first one.
+        failed_without_output: rows without output are failed requests, and are left out.
+        has_times: whether it contains arrival times.
+        leaves_out: whether a row, judging by all its fields, is a request that failed or was a warm-up.
         source: where the form is described.
     """
 
@@ -40,15 +40,15 @@ class TraceForm:
     source: str
 
     def matches(self, known: Collection[str]) -> bool:
-        """Whether a header, or the fields of an object, are of this form."""
+        """Return whether a header, or the fields of an object, are in this form."""
         return all(field in known for field in self.fields)
 
 
 def _timestamp(text: str) -> float:
-    """Seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says otherwise.
+    """Return the seconds since 1970 of ``2023-11-16 18:15:46.6805900``, in UTC unless it says otherwise.
 
     Raises:
-        ValueError: not such a time.
+        ValueError: the text is not a time in this form.
     """
     moment, dot, fraction = text.partition(".")
     digits = fraction[: len(fraction) - len(fraction.lstrip("0123456789"))]
@@ -164,22 +164,22 @@ CONVERSATIONS = TraceForm(
 )
 
 Row = tuple[int | str, TraceForm, list[str]]
-"""The line of a request, or its place in an array; the form it is in; arrival, prompt and output as text."""
+"""The line of a request, or its place in an array; its form; arrival, prompt and output as text."""
 
-_MOST_SHOWN = 12  # fields of a file in no known form
-_MOST_NESTED = 4  # levels of objects in objects that are looked into
+_MOST_SHOWN = 12  # fields shown of a file in no known form
+_MOST_NESTED = 4  # levels of nested objects that are searched
 
 
 def values_of(place: int | str, form: TraceForm, fields: Mapping[str, object]) -> Iterator[Row]:
-    """The row that fields make; none where the form leaves them out."""
+    """Yield the row that fields make, or nothing if the form leaves it out."""
     if form.leaves_out is None or not form.leaves_out(fields):
         values = [fields.get(name) for name in form.fields]
-        # What a CSV file would hold; nothing for a field that is missing.
+        # As in a CSV file: empty for a missing field.
         yield place, form, ["" if value is None else str(value) for value in values]
 
 
 def unknown_form(label: str, place: int | str, one: str, many: str, found: Sequence[str]) -> DocumentError:
-    """The error of a file in no form that is known: what it lacks of ours, what it has, what it might have."""
+    """Return the error for a file in no known form: what it lacks of ours, what it has, and the known forms."""
     missing = ", ".join(column for column in OURS.fields if column not in found)
     has = ", ".join(name[:40] for name in found[:_MOST_SHOWN]) + (", ..." if len(found) > _MOST_SHOWN else "")
     message = f"{one} {missing} is missing; the file has the {many} {has}; known forms: {expected()}"
@@ -189,17 +189,17 @@ def unknown_form(label: str, place: int | str, one: str, many: str, found: Seque
 
 
 def form_of(known: Collection[str]) -> TraceForm | None:
-    """The form that has these columns or fields; None: none has."""
+    """Return the form that has these columns or fields, or None."""
     return next((form for form in FORMS if form.matches(known)), None)
 
 
 def expected() -> str:
-    """What a file may have, for messages."""
+    """Return the known forms, for messages."""
     return "; ".join(f"{form.name}: {', '.join(form.fields)}" for form in FORMS)
 
 
 def fields_of(value: Mapping[str, Any], prefix: str = "", level: int = 1) -> dict[str, object]:
-    """The fields of an object, those of objects in it as ``a.b``."""
+    """Return the fields of an object, with those of nested objects as ``a.b``."""
     found = dict[str, object]()
     for name, one in value.items():
         if isinstance(one, dict) and level < _MOST_NESTED:

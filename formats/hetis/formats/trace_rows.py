@@ -1,6 +1,6 @@
 """Rows of trace files, plain or gzip-compressed, as text: place, arrival, prompt and output.
 
-The name says the syntax: JSONL, one JSON value, a log, or else CSV.
+The file name determines the syntax: JSONL, one JSON value, a log, or otherwise CSV.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ CSV_ENDINGS = (".csv", ".csv.gz")
 JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
 JSON_ENDINGS = (".json", ".json.gz")
 LOG_ENDINGS = (".log", ".log.gz")
-MAX_LINE = 2_000_000  # characters; an answer may be logged with its text
+MAX_LINE = 2_000_000  # characters; a response may be logged with its text
 
 
 def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
-    """Place, form and the three values of every row.
+    """Yield place, form and the three values of every row.
 
     Args:
         label: the file.
-        count: tokens of a text, for files of texts; None: those are refused.
+        count: counts the tokens of a text, for files of texts. None: those are refused.
 
     Raises:
-        DocumentError: not readable, no such columns, or no such syntax.
+        DocumentError: the file is unreadable, or its columns or syntax are invalid.
     """
     try:
         with _opened(label) as file:
             if label.endswith(JSON_ENDINGS):
                 yield from array_rows(label, file, count)
                 return
-            # A line without end is cut, and then fails as a row, before it fills the memory.
+            # An endless line is cut, and fails as a row before it fills the memory.
             lines = iter(partial(file.readline, MAX_LINE), "")
             yield from _reader(label)(label, lines)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -96,7 +96,7 @@ def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
         fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise single_problem(label, f"is not a JSON object: {error.msg}", line=number, column=error.colno) from None
-    except (RecursionError, ValueError) as error:  # nested without end, a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # endless nesting, a number of thousands of digits
         raise single_problem(label, f"is not a JSON object: {error}", line=number) from None
     if not isinstance(fields, dict):
         wanted = ", ".join(f'"{column}"' for column in OURS.fields)

@@ -1,4 +1,4 @@
-"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form of `trace_forms.py`."""
+"""Request traces: ``arrival_s,prompt_tokens,output_tokens`` in CSV or JSONL, or another form in `trace_forms.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hetis.formats.trace_forms import COLUMNS, OURS, TraceForm
 from hetis.formats.trace_rows import CSV_ENDINGS, JSON_ENDINGS, JSONL_ENDINGS, LOG_ENDINGS, rows_of
 from hetis.solver.workload import Workload
 
-MAX_TOKENS = 10_000_000  # of one prompt or output
+MAX_TOKENS = 10_000_000  # per prompt or output
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
@@ -29,11 +29,12 @@ ENDINGS = CSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Requests in the order of their arrival, at least one; all arrays have the shape [requests].
+    """Requests in order of arrival, at least one. All arrays have the shape [requests].
 
-    ``arrival_s`` counts from the source's own start, or from the first request where it has the time of day. Lengths
-    are in tokens, as the file has them (not clipped). ``form`` is the form it was read from, and ``has_times`` is
-    whether that says when requests arrive; where it does not, all arrive at once.
+    ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
+    Lengths
+    are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times`` whether that
+    contains arrival times; if not, all requests arrive together.
     """
 
     name: str
@@ -45,22 +46,23 @@ class Trace:
 
     @property
     def rate_rps(self) -> float | None:
-        """(requests - 1) / (last - first arrival); None when all arrive at once."""
+        """(requests - 1) / (last - first arrival), or None if all arrive together."""
         span_s = float(self.arrival_s[-1] - self.arrival_s[0])
         return (len(self.arrival_s) - 1) / span_s if span_s > 0 else None
 
 
 def read_trace(path: str | os.PathLike[str], *, name: str | None = None, count: CountTokens | None = None) -> Trace:
-    """The requests of a trace. Rows may be in any order, and there may be more columns or fields.
+    """Return the requests of a trace. Rows may be in any order, and further columns or fields are ignored.
 
     Args:
-        path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, with ``.gz`` behind it
-            if it is compressed.
-        name: of the trace; default: the file's name without its endings.
-        count: tokens of a text, for conversations; None: those are refused.
+        path: a file in any form of `trace_forms`: ``.csv``, ``.jsonl``, ``.json`` or ``.log``, followed by ``.gz`` if
+            it is compressed.
+        name: of the trace; default: the file's name without its suffixes.
+        count: counts the tokens of a text, for conversations. None: those are refused.
 
     Raises:
-        DocumentError: not readable, no such columns, no requests, or rows that are not requests (the first 20).
+        DocumentError: the file is unreadable, lacks the columns, has no requests, or has rows that are not requests
+            (the first 20).
     """
     label = os.fspath(path)
     problems: list[Problem] = []
@@ -106,12 +108,12 @@ def _problem(label: str, place: int | str, column: str, message: str) -> Problem
 
 
 def spaced(trace: Trace, rate_rps: float) -> Trace:
-    """The trace with its requests arriving one after another, evenly, at a rate: for those without times."""
+    """Return the trace with evenly spaced arrivals at a rate, for traces without times."""
     return replace(trace, arrival_s=np.arange(len(trace.arrival_s)) / rate_rps, has_times=True)
 
 
 def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
-    """The lines of a trace in our form; reading them gives the same requests."""
+    """Yield the lines of a trace in our form. Reading them gives the same requests."""
     rows = zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
     if not as_jsonl:
         yield ",".join(COLUMNS) + "\n"
@@ -120,7 +122,7 @@ def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
 
 
 def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Workload:
-    """The workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
+    """Return the workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
 
     Raises:
         DocumentError: as `read_trace`.
@@ -137,7 +139,7 @@ def _without_endings(name: str) -> str:
 
 
 def _request(row: list[str], form: TraceForm) -> tuple[float, int, int] | list[tuple[str, str]]:
-    """Arrival, prompt and output of a row, or what is wrong with it as (column, message)."""
+    """Return arrival, prompt and output of a row, or its problems as (column, message)."""
     wrong: list[tuple[str, str]] = []
     arrival, tokens = 0.0, [0, 0]
     try:

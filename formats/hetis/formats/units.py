@@ -1,7 +1,7 @@
 """Quantities as people write them: ``80GiB``, ``100Gbps``, ``20us``, ``312TFLOPS``, ``0.5%``.
 
 Parsing is exact: the decimal number is scaled as a fraction and rounded to a float once. Formatting picks the shortest
-text that parses back to the identical value, so that files round-trip.
+text that parses back to the identical value, so files round-trip.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ FLOPS_UNITS: dict[str, Fraction] = {f"{prefix}FLOPS": Fraction(size) for prefix,
 _NUMBER = re.compile(r"([+-]?)(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d{1,3}))?")
 _BITS_OR_BYTES = re.compile(r"[KMGTP]b(/s)?")
 _MAX_LENGTH = 64  # characters; also keeps the fractions small
-_MAX_DIGITS = 19  # so many tell any two floats apart, whatever they are divided by
+_MAX_DIGITS = 19  # enough to distinguish any two floats, whatever they are divided by
 _RATE_NAMES = ("Gbps", "GB/s", "Mbps", "MB/s", "TB/s", "GiB/s", "B/s")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``80GiB``, ``80GB`` or ``1024B``, rounded to whole bytes.
+    """Return the bytes of ``80GiB``, ``80GB`` or ``1024B``, rounded to whole bytes.
 
     Raises:
         ValueError: not a number with a unit of bytes, negative, or too large for 64 bits.
@@ -50,7 +50,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes per second of ``100Gbps`` or ``100Gbit/s`` (bits), ``600GB/s`` or ``64GiB/s``.
+    """Return the bytes per second of ``100Gbps`` or ``100Gbit/s`` (bits), ``600GB/s`` or ``64GiB/s``.
 
     Raises:
         ValueError: not a number with a unit of bandwidth, or negative.
@@ -59,7 +59,7 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_seconds_per_byte(text: str) -> float:
-    """Seconds per byte at a bandwidth such as ``25Gbps``: its inverse, rounded once.
+    """Return the seconds per byte at a bandwidth such as ``25Gbps``: its inverse, rounded once.
 
     Raises:
         ValueError: not a number with a unit of bandwidth, or not above zero.
@@ -71,7 +71,8 @@ def parse_seconds_per_byte(text: str) -> float:
 
 
 def parse_duration(text: str, *, bare: bool = True) -> float:
-    """Seconds of ``20us``, ``50ms``, ``2s``, ``5min``, ``1h``; a bare number is seconds unless ``bare`` is False.
+    """Return the seconds of ``20us``, ``50ms``, ``2s``, ``5min``, ``1h``. A plain number is seconds unless ``bare`` is
+    False.
 
     Raises:
         ValueError: not a number with a unit of time, or negative.
@@ -81,7 +82,7 @@ def parse_duration(text: str, *, bare: bool = True) -> float:
 
 
 def parse_flops(text: str) -> float:
-    """FLOP/s of ``312TFLOPS``.
+    """Return the FLOP/s of ``312TFLOPS``.
 
     Raises:
         ValueError: not a number with a unit of FLOPS, or negative.
@@ -90,7 +91,7 @@ def parse_flops(text: str) -> float:
 
 
 def parse_ratio(text: str) -> float:
-    """A ratio written as ``0.5%`` or ``0.005``.
+    """Return a ratio written as ``0.5%`` or ``0.005``.
 
     Raises:
         ValueError: not a number, with or without a percent sign, or negative.
@@ -99,19 +100,19 @@ def parse_ratio(text: str) -> float:
 
 
 def format_bytes(size: int) -> str:
-    """The shortest text that `parse_bytes` turns back into ``size``."""
+    """Return the shortest text that `parse_bytes` turns back into ``size``."""
     exact = [f"{size // int(scale)}{unit}" for unit, scale in BYTE_UNITS.items() if size % int(scale) == 0]
-    # Binary units read better for memory, so that they win among texts of equal length.
+    # Binary units read better for memory, so they win among texts of equal length.
     return min(exact, key=lambda text: (len(text.rstrip("BiKMGTP")), "i" not in text, len(text)))
 
 
 def format_bandwidth(bytes_per_s: float) -> str:
-    """The shortest text that `parse_bandwidth` turns back into ``bytes_per_s``."""
+    """Return the shortest text that `parse_bandwidth` turns back into ``bytes_per_s``."""
     return _shortest(bytes_per_s, _RATE_NAMES, BANDWIDTH_UNITS)
 
 
 def format_seconds_per_byte(seconds: float) -> str:
-    """The shortest text of a bandwidth that `parse_seconds_per_byte` turns back into ``seconds``, which are > 0."""
+    """Return the shortest text of a bandwidth that `parse_seconds_per_byte` turns back into ``seconds``, all > 0."""
     bandwidth = 1 / Fraction(seconds)
     for num_digits in range(1, _MAX_DIGITS + 1):
         texts = [_rounded(bandwidth / BANDWIDTH_UNITS[unit], num_digits) + unit for unit in _RATE_NAMES]
@@ -122,22 +123,22 @@ def format_seconds_per_byte(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest text that `parse_duration` turns back into ``seconds``."""
+    """Return the shortest text that `parse_duration` turns back into ``seconds``."""
     return _shortest(seconds, ("s", "ms", "us", "ns"), DURATION_UNITS)
 
 
 def format_flops(flops: float) -> str:
-    """The shortest text that `parse_flops` turns back into ``flops``."""
+    """Return the shortest text that `parse_flops` turns back into ``flops``."""
     return _shortest(flops, ("TFLOPS", "GFLOPS", "FLOPS"), FLOPS_UNITS)
 
 
 def format_ratio(ratio: float) -> str:
-    """A percentage that `parse_ratio` turns back into ``ratio``, or the plain number where none does."""
+    """Return a percentage that `parse_ratio` turns back into ``ratio``, or the plain number if there is none."""
     return _shortest(ratio, ("%", ""), {"%": Fraction(1, 100), "": Fraction(1)}, in_order=True)
 
 
 def _parse(text: str, units: Mapping[str, Fraction], what: str) -> Fraction:
-    """The number times its unit; the messages of all parsers are made here."""
+    """Return the number times its unit. All parsers take their messages from here."""
     stripped = text.strip()
     shown = repr(text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}...")
     match = _NUMBER.match(stripped)
@@ -161,7 +162,7 @@ def _listing(units: Mapping[str, Fraction]) -> str:
 
 
 def _hint(match: re.Match[str] | None, unit: str, units: Mapping[str, Fraction]) -> str:
-    """Suggests units that differ in upper and lower case only; ``100Gb`` and ``100Gb/s`` could be bits or bytes."""
+    """Suggest units that differ only in case. ``100Gb`` and ``100Gb/s`` could be bits or bytes."""
     if match is not None and _BITS_OR_BYTES.fullmatch(unit) and f"{unit[0]}bps" in units:
         return f" (did you mean {match.group()}{unit[0]}bps, which is bits, or {match.group()}{unit[0]}B/s, bytes?)"
     near = [known for known in units if unit and known.lower() == unit.lower()]
@@ -183,7 +184,7 @@ def _shortest(
     texts = []
     above, below = value.as_integer_ratio()
     for unit in candidates:
-        # Quotients of integers, which are rounded once: as exact as fractions, and 30 times as fast.
+        # Quotients of integers are rounded once: as exact as fractions, and 30 times as fast.
         scale_above, scale_below = units[unit].numerator, units[unit].denominator
         try:
             number = _plain(above * scale_below / (below * scale_above))
@@ -200,7 +201,7 @@ def _shortest(
 
 
 def _decimal_ratio(number: str) -> tuple[int, int]:
-    """Numerator and denominator of what `repr` writes of a float."""
+    """Return numerator and denominator of a float's `repr`."""
     mantissa, _, exponent = number.partition("e")
     whole, _, fraction = mantissa.partition(".")
     power = int(exponent or 0) - len(fraction)
@@ -209,13 +210,13 @@ def _decimal_ratio(number: str) -> tuple[int, int]:
 
 
 def _rounded(value: Fraction, num_digits: int) -> str:
-    """``value`` with so many digits, with an exponent only where it is far from one."""
+    """Return ``value`` with this many digits, with an exponent only if it is far from one."""
     digits = Context(prec=num_digits)
     number = digits.divide(Decimal(value.numerator), Decimal(value.denominator))
     return f"{number:f}" if -7 < number.adjusted() < 16 else str(number)
 
 
 def _plain(number: float) -> str:
-    """``repr`` without the ``.0`` of whole numbers."""
+    """Return ``repr`` without the ``.0`` of whole numbers."""
     text = repr(number)
     return text[:-2] if text.endswith(".0") else text

@@ -1,8 +1,8 @@
 """Requests in the log of a vLLM server.
 
-A server that is started with ``--enable-log-requests --enable-log-outputs`` and ``VLLM_LOGGING_LEVEL=DEBUG`` logs the
-token ids of every prompt and output (``vllm/entrypoints/serve/utils/request_logger.py`` of 0.32; versions up to 0.11
-had the ids of prompts at INFO). Requests without an answer are left out: they failed, or the log ends before.
+A server started with ``--enable-log-requests --enable-log-outputs`` and ``VLLM_LOGGING_LEVEL=DEBUG`` logs the token
+ids of every prompt and output (``vllm/entrypoints/serve/utils/request_logger.py`` of 0.32; versions up to 0.11 logged
+the ids of prompts at INFO). Requests without a response are left out: they failed, or the log ends too early.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from hetis.formats.errors import single_problem
 from hetis.formats.trace_forms import VLLM_LOG, Row
 
-_LEAP_YEAR = 2024  # lines have a month and a day, and no year
+_LEAP_YEAR = 2024  # lines have a month and a day but no year
 _HALF_A_YEAR_S = 182 * 86_400.0
-MAX_OPEN = 1_000_000  # requests that wait for their answers
+MAX_OPEN = 1_000_000  # requests that wait for their responses
 
-# What users send stands before the ids, so that the last ones of a line are the server's.
+# User text precedes the ids, so the last list in a line is the server's.
 _LINE = re.compile(
     r"\b(?:DEBUG|INFO) (\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)(?:\.\d+)? "
     r".*?(Received request|Request|Generated response) ([\w.-]{1,200})[ :]"
@@ -29,7 +29,7 @@ _IDS = re.compile(r".*\b(prompt|output)_token_ids: \[([\d, ]*)(\]|$)", re.DOTALL
 
 @dataclass(slots=True)
 class _Open:
-    """A request that has no answer yet; numbers are 0 until they are known."""
+    """A request without a response yet. Counts are 0 until they are known."""
 
     line: int
     arrival_s: float
@@ -38,10 +38,10 @@ class _Open:
 
 
 def log_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
-    """Line, form and values of every request with an answer, in the order of the answers.
+    """Yield line, form and values of every request with a response, in the order of the responses.
 
     Raises:
-        DocumentError: it is no such log, or has no token ids.
+        DocumentError: the file is not a vLLM log, or has no token ids.
     """
     waiting: dict[str, _Open] = {}
     last_s, year_s, num_answers, seen = 0.0, 0.0, 0, False
@@ -88,6 +88,6 @@ def _seconds(found: re.Match[str]) -> float | None:
 
 
 def _ids_of(line: str) -> int:
-    """How many token ids the last list of a line has; 0 where there is none."""
+    """Return the number of token ids in the last list of a line, or 0 if there is none."""
     found = _IDS.match(line)
     return found[2].count(",") + 1 if found is not None and found[2].strip() else 0

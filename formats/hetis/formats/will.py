@@ -45,10 +45,10 @@ _RANGE = re.compile(r"(\d*)\.\.(\d*)|(\d+)")
 def read_will(
     pins: Sequence[str], forbids: Sequence[str], cluster: Cluster, tp_sizes: tuple[int, ...] = Family().tp_sizes
 ) -> Will:
-    """Return what ``--pin`` and ``--forbid`` were given, forbidden things first, each wish once.
+    """Return the constraints given to ``--pin`` and ``--forbid``, forbidden things first, each constraint once.
 
     Raises:
-        DocumentError: with every problem of all of them: how they are written, and names that the cluster has not.
+        DocumentError: with every problem of all of them: their syntax, and names that the cluster does not have.
     """
     wishes, problems = dict[Wish, None](), list[Problem]()
     for option, texts, parse in ((FORBID, forbids, parse_forbid), (PIN, pins, parse_pin)):
@@ -67,7 +67,7 @@ def read_will(
 
 
 def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
-    """Return what a plan file says of the will it keeps: every wish as its options are written.
+    """Return the constraints that a plan file says it satisfies, each written like its option.
 
     Raises:
         DocumentError: as `read_will`.
@@ -86,7 +86,7 @@ def will_from_texts(texts: Iterable[str], cluster: Cluster) -> Will:
 
 
 def _with_node_of(cluster: Cluster, wish: Wish) -> Wish:
-    """The same wish, the node called what the cluster calls it."""
+    """Return the same constraint with the cluster's own name for its node."""
     if not isinstance(wish, LeaveOut | Keep | Use):
         return wish
     called = {Unit.NODE: cluster.node_named, Unit.GPU: cluster.device_named}.get(wish.gpus.unit, str)
@@ -94,10 +94,10 @@ def _with_node_of(cluster: Cluster, wish: Wish) -> Wish:
 
 
 def parse_forbid(text: str) -> tuple[Wish, ...]:
-    """The wish of one ``--forbid``.
+    """Return the constraint of one ``--forbid``.
 
     Raises:
-        ValueError: it is not written like one; says what is expected.
+        ValueError: it is malformed; the message says what is expected.
     """
     if text == "workers":
         return (WithoutWorkers(),)
@@ -113,10 +113,10 @@ def parse_forbid(text: str) -> tuple[Wish, ...]:
 
 
 def parse_pin(text: str) -> tuple[Wish, ...]:
-    """The wishes of one ``--pin``.
+    """Return the constraints of one ``--pin``.
 
     Raises:
-        ValueError: it is not written like one; says what is expected.
+        ValueError: it is malformed; the message says what is expected.
     """
     key, value, extras = _parts(text, ("as", "use"))
     if key == "replicas":
@@ -140,7 +140,7 @@ def parse_pin(text: str) -> tuple[Wish, ...]:
 
 
 def _parts(text: str, extras: Sequence[str]) -> tuple[str, str, dict[str, str]]:
-    """``key=value:extra=value`` taken apart."""
+    """Split ``key=value:extra=value`` into its parts."""
     first, *rest = text.split(":")
     key, equals, value = first.partition("=")
     if not equals or not value:

@@ -1,4 +1,4 @@
-"""Workload files, and every other way to name a workload: the catalogue, traces, and plain means."""
+"""Workload files, and all other ways to specify a workload: the catalogue, traces, and plain means."""
 
 from __future__ import annotations
 
@@ -50,14 +50,16 @@ class WorkloadDocument(DocumentPart):
 
 
 def load_workload(ref: str | os.PathLike[str]) -> Workload:
-    """The workload that ``ref`` names.
+    """Return the workload that ``ref`` names.
 
     Args:
         ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
-            (``.csv``, ``.jsonl``, ``.gz`` behind it; see `load_trace`); or a Workload file (``-``: standard input).
+            (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``:
+            standard
+            input).
 
     Raises:
-        DocumentError: unknown name, or a file with problems (all of them).
+        DocumentError: the name is unknown, or the file has problems (all of them).
     """
     text = os.fspath(ref)
     if _MEANS.fullmatch(text) and not os.path.exists(text):
@@ -77,10 +79,10 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
 
 
 def named_workload(name: str) -> Workload:
-    """The workload of a catalogue name or of plain means: `load_workload` for names that must not open files.
+    """Return the workload of a catalogue name or of plain means: `load_workload` for names that must not open files.
 
     Raises:
-        DocumentError: unknown name.
+        DocumentError: the name is unknown.
     """
     if _MEANS.fullmatch(name):
         return _means(name)
@@ -91,7 +93,7 @@ def named_workload(name: str) -> Workload:
 
 
 def parse_workload(data: Any, source: Text) -> Workload:
-    """The workload of a document's plain data; a trace is looked for beside ``source.file``.
+    """Return the workload in a document's plain data. A trace's path is relative to ``source.file``.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -107,7 +109,7 @@ def parse_workload(data: Any, source: Text) -> Workload:
 
 
 def workload_to_data(workload: Workload) -> dict[str, Any]:
-    """The document of a workload as plain data, a histogram; reading it again gives an equal workload."""
+    """Return a workload's document, a histogram, as plain data. Reading it again gives an equal workload."""
     data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "Workload", "name": workload.name}
     if workload.rate_rps is not None:
         data["rate_rps"] = workload.rate_rps
@@ -120,7 +122,7 @@ def workload_to_data(workload: Workload) -> dict[str, Any]:
 
 
 def _means(text: str) -> Workload:
-    """The workload of ``8000/300``: every request alike."""
+    """Return the workload of ``8000/300``, in which all requests are equal."""
     prompt, _, output = text.partition("/")
     try:
         lengths = [float(prompt), float(output)]

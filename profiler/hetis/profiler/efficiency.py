@@ -1,7 +1,7 @@
-"""The file form of calibrated efficiencies: coefficients relative to a GPU's peaks, with error and origin.
+"""The file format of calibrated efficiencies: coefficients relative to a GPU's peaks, with error and origin.
 
-A roofline of a GPU is these coefficients times its peaks (`roofline.py`). ``tools/efficiency.py`` writes the file,
-which is package data (``efficiency.json``); nothing here needs numpy, so that reading it costs next to nothing.
+The roofline of a GPU is these coefficients times its peaks (`roofline.py`). ``tools/efficiency.py`` writes the file,
+which is package data (``efficiency.json``). Nothing here needs numpy, so reading it costs next to nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ VERSION = "hetis-efficiency/v1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelativePiece:
-    """One affine piece in units of the device's peaks; 1.25 stands for 80% of a peak reached."""
+    """One affine piece in units of the device's peaks; 1.25 means that 80% of a peak is reached."""
 
     fixed_s: float = 0.0
-    flop: float = 0.0  # of the time the FLOPs take at the peak matrix rate
-    byte: float = 0.0  # of the time the bytes take at the peak memory bandwidth
+    flop: float = 0.0  # times the time of the FLOPs at the peak matrix rate
+    byte: float = 0.0  # times the time of the bytes at the peak memory bandwidth
     token_bytes: float = 0.0  # bytes per token, at the peak memory bandwidth
     head_bytes: float = 0.0  # bytes per query head, at the peak memory bandwidth
-    wire: float = 0.0  # of the time on the nominal wire
+    wire: float = 0.0  # times the time on the nominal wire
 
     def at(self, *, flops: float, bytes_per_s: float) -> Piece:
-        """The piece on a device with these peaks."""
+        """Return the piece on a device with these peaks."""
         return Piece(
             fixed_s=self.fixed_s,
             flop_s=self.flop / flops,
@@ -43,7 +43,7 @@ class RelativePiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpEfficiency:
-    """One operator's coefficients and what is known of their error (mean absolute percentage, 0.1 is 10%)."""
+    """One operator's coefficients, with what is known about their error (mean absolute percentage, 0.1 is 10%)."""
 
     pieces: tuple[RelativePiece, ...]
     origin: str  # tables, engines, kernels
@@ -51,7 +51,7 @@ class OpEfficiency:
     num_points: int = 0
     fitted_mape: float | None = None
     held_out_mape: float | None = None  # on shapes the fit never saw; for links: on hosts it never saw
-    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU from the fits of the others
+    transfer_mape: float | None = None  # on GPUs the fit never saw: each measured GPU by the fits of the others
     note: str = ""
 
 
@@ -62,13 +62,13 @@ class Architecture:
     name: str
     ops: Mapping[str, OpEfficiency]
     relative: str | None = None  # None: measured
-    compute_factor: float = 1.0  # times the relative's share of the peak that FLOPs take
-    reason: str = ""  # why this relative, and what is assumed beyond it
+    compute_factor: float = 1.0  # factor of the relative's share of the peak that FLOPs take
+    reason: str = ""  # why this relative, and what is assumed in addition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRule:
-    """What of the nominal memory an engine may use, and what it keeps of that."""
+    """The share of nominal memory that an engine may use, and what it reserves of that."""
 
     usable_ratio: float
     reserve_bytes: int
@@ -77,7 +77,7 @@ class MemoryRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiencies:
-    """The whole file."""
+    """The content of the file."""
 
     memory: MemoryRule
     links: Mapping[str, OpEfficiency]  # operators that depend on the link, not on the architecture
@@ -86,12 +86,12 @@ class Efficiencies:
 
 @functools.cache
 def shipped() -> Efficiencies:
-    """The efficiencies that come with the package."""
+    """Return the efficiencies that come with the package."""
     return from_json(resources.files("hetis.profiler").joinpath("efficiency.json").read_text(encoding="utf-8"))
 
 
 def to_json(efficiencies: Efficiencies) -> str:
-    """The file's text."""
+    """Return the text of the file."""
     document = {
         "version": VERSION,
         "made_by": "python -m tools.efficiency",
@@ -107,7 +107,7 @@ def to_json(efficiencies: Efficiencies) -> str:
 
 
 def from_json(text: str) -> Efficiencies:
-    """The inverse of `to_json`."""
+    """Read the text that `to_json` writes."""
     document = json.loads(text)
     if document["version"] != VERSION:
         raise ValueError(f"efficiency file is {document['version']!r}, this hetis reads {VERSION!r}")
@@ -132,13 +132,13 @@ def from_json(text: str) -> Efficiencies:
 
 
 def scaled_from(relative: Architecture, name: str, *, factor: float, reason: str) -> Architecture:
-    """An architecture nobody measured: the relative's coefficients, its FLOPs taking ``factor`` times the share."""
+    """Return an unmeasured architecture: the relative's coefficients, with ``factor`` times its share for FLOPs."""
     ops = {op_name: borrowed(op, factor=factor) for op_name, op in relative.ops.items()}
     return Architecture(name=name, ops=ops, relative=relative.name, compute_factor=factor, reason=reason)
 
 
 def borrowed(op: OpEfficiency, *, factor: float = 1.0) -> OpEfficiency:
-    """``op`` for GPUs it was not measured on: what is left of its errors is the one on GPUs never seen."""
+    """Return ``op`` for GPUs it was not measured on. Of its errors, only the one on unseen GPUs remains."""
     pieces = tuple(replace(piece, flop=float(f"{piece.flop * factor:.3g}")) for piece in op.pieces)
     return replace(op, pieces=pieces, measured_on=(), num_points=0, fitted_mape=None, held_out_mape=None)
 
@@ -150,7 +150,7 @@ def _architecture_to_dict(arch: Architecture) -> dict[str, Any]:
 
 
 def _op_to_dict(op: OpEfficiency) -> dict[str, Any]:
-    """Only what is set, pieces as the coefficients that are not zero."""
+    """Return only the fields that are set, and of pieces the coefficients that are not zero."""
     fields: dict[str, Any] = {"pieces": [_set_fields(piece) for piece in op.pieces]}
     fields.update((name, value) for name, value in _set_fields(op).items() if name != "pieces")
     return fields

@@ -1,8 +1,8 @@
-"""What each serving engine's host adds to an iteration, and a profile as it is under that engine.
+"""The time that each serving engine's host adds to an iteration, and profiles adapted to an engine.
 
-Kernels are measured on their own; a served token also waits for the engine to schedule, sample, detokenise and answer.
-That grows with the sequences of an iteration and hardly depends on the GPU. A profile by itself has the least of it (a
-sampler's launch, all else overlapped); ``for_engine`` says what a named engine really takes.
+Kernels are measured on their own, but a served token also waits for the engine to schedule, sample, detokenise and
+respond. That time grows with the sequences of an iteration and hardly depends on the GPU. A profile itself contains
+only the minimum (a sampler's launch, all else overlapped); ``for_engine`` adds what a named engine really takes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostTime:
-    """Seconds that the host takes of an iteration, for every sequence of it, and for the first token of a request.
+    """Seconds that the host takes for an iteration, for every sequence in it, and for the first token of a request.
 
-    ``answer_s`` is what a first token takes outside of iterations: tokenising, the queue's turn, the way back. No
-    iteration is longer for it, and so it is no part of a profile.
+    ``answer_s`` is the part of a first token outside of iterations: tokenising, queueing, the response's way back. It
+    lengthens no iteration, so it is not part of a profile.
     """
 
     step_s: float
@@ -45,13 +45,13 @@ ENGINES: Mapping[str, HostTime] = {
 
 
 def for_engine(profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1) -> Profile:
-    """The profile of ``gpu`` with the host's time of ``engine`` in place of its own, and with its experts' kernels.
+    """Return the profile of ``gpu`` with the host time and the experts' kernels of ``engine`` in place of its own.
 
     Args:
-        stream_interval: tokens of a request that are answered at once; a sequence takes its time once for them all.
+        stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
 
     Raises:
-        InvalidProblemError: an engine that nobody measured, or an interval below 1.
+        InvalidProblemError: nobody measured the engine, or the interval is below 1.
     """
     if stream_interval < 1:
         raise InvalidProblemError(f"stream_interval is {stream_interval}, must be >= 1")

@@ -2,10 +2,9 @@
 
 ``python -m hetis.profiler.experts --tables DIR --out FILE`` reads ``SYSTEM/moe/ENGINE/VERSION/moe_perf.parquet`` of
 aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A
-kernel's time is one piece, ``fixed + flop F + byte B``. The rows are of skewed routing; B is that of the experts that
-even routing would touch, as in the cost model, so that the skew is in the coefficients. Small experts reach a third of
-the matrix rate that dense layers do. Run again on the same tables it writes the
-same bytes.
+kernel's time is one piece, ``fixed + flop F + byte B``. The rows have skewed routing; B counts the experts that even
+routing would touch, as in the cost model, so the skew is in the coefficients. Small experts reach a third of the
+matrix rate of dense layers. The same tables always give the same bytes.
 """
 
 from __future__ import annotations
@@ -35,17 +34,19 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 FILE = "experts.json"
 _SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}
 _VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
-# MXFP4 is left out: engines choose among kernels for it, and the tables are not of those that gpt-oss is run with.
+# MXFP4 is left out: engines choose among kernels for it, and the tables do not cover those that run gpt-oss.
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
-_ROUTING = "power_law_1.2"  # of three that the tables have: what their publisher assumes of most models
+_ROUTING = "power_law_1.2"  # one of three in the tables: what their publisher assumes for most models
 _MOST_TOKENS = 16384
 _LEAST_POINTS = 60
-_NEAREST = "Hopper"  # of architectures without tables
+_NEAREST = "Hopper"  # for architectures without tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertKernel:
-    """One engine's experts of one format on one architecture; ``flop`` and ``byte`` in times of the GPU's peaks."""
+    """One engine's expert kernel for one format on one architecture. ``flop`` and ``byte`` are relative to the GPU's
+    peaks.
+    """
 
     architecture: str
     engine: str
@@ -59,10 +60,11 @@ class ExpertKernel:
 
 
 def expert_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
-    """The experts' fits of ``gpu`` under ``engine``, one per format; those of Hopper where nobody measured its own.
+    """Return the experts' fits of ``gpu`` under ``engine``, one per format; Hopper's if nobody measured its own.
 
-    The fixed time of the profile's dense layers is that of four products and what stands between them. Beside experts
-    two of the four are left, and so half of it is taken off the experts' own.
+    The fixed time of the profile's dense layers covers four products and the work between them. Next to experts two of
+    the
+    four remain, so half of it is subtracted from the experts' own.
     """
     own = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == gpu.architecture]
     near = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == _NEAREST]
@@ -90,13 +92,13 @@ def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
 
 @functools.cache
 def shipped() -> tuple[ExpertKernel, ...]:
-    """The kernels that come with the package."""
+    """Return the kernels that come with the package."""
     text = resources.files("hetis.profiler").joinpath(FILE).read_text(encoding="utf-8")
     return tuple(ExpertKernel(**fields) for fields in json.loads(text)["kernels"])
 
 
 def derived(tables: Path) -> Iterator[ExpertKernel]:
-    """Every kernel that the tables have enough points of."""
+    """Yield every kernel for which the tables have enough points."""
     for system, name in _SYSTEMS.items():
         gpu = catalogue.find_gpu(name).gpu
         for engine, version in _VERSIONS.items():
@@ -107,11 +109,13 @@ def derived(tables: Path) -> Iterator[ExpertKernel]:
                     yield _kernel(points, gpu, engine=engine, weights=weights, origin=origin)
 
 
-Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts of a token, experts, ranks
+Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks
 
 
 def _points(rows: Sequence[Mapping[str, Any]], dtype: str) -> dict[Point, float]:
-    """Seconds of experts that are whole on their ranks, by the fastest kernel; none of too few points."""
+    """Return the seconds of experts that are whole on their ranks, by the fastest kernel, or nothing if points are too
+    few.
+    """
     best: dict[Point, float] = {}
     for row in rows:
         if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row["moe_ep_size"] != 1:
@@ -131,9 +135,9 @@ def _kernel(points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights
     seconds = np.array([value for _, value in ordered])
     expert = 3.0 * hidden * width / ranks
     flops_s = 2.0 * tokens * chosen * expert / matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
-    read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # as `ModelSpec.touched_experts` expects them
+    read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # the expectation in `ModelSpec.touched_experts`
     bytes_s = read * expert * BYTES_PER_PARAMETER[weights] / gpu.mem_bytes_per_s
-    # Called over and over, they are read from the cache where they fit; serving reads them from memory.
+    # When called repeatedly, experts that fit are read from the cache; serving reads them from memory.
     cached = bytes_s * gpu.mem_bytes_per_s < CACHE_BYTES[gpu.name]
     seconds = np.where(cached, np.maximum(seconds, bytes_s / COLD_RATIO), seconds)
     found = fit_pieces(np.stack([np.ones(len(seconds)), flops_s, bytes_s], axis=1), seconds, num_pieces=1)

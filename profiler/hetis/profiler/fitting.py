@@ -1,7 +1,7 @@
 """Fits a maximum of a few affine pieces with non-negative coefficients to measured times, in relative error.
 
-Deterministic to the byte on every machine: no BLAS, no random starts; sums over one-dimensional arrays and systems of
-at most five unknowns solved here.
+Deterministic to the byte on every machine: no BLAS and no random starts; sums are over one-dimensional arrays, and
+systems of at most five unknowns are solved here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHARES = {
     3: ((0.33, 0.67), (0.2, 0.5), (0.5, 0.8)),
     4: ((0.25, 0.5, 0.75), (0.1, 0.4, 0.7)),
 }
-_ROUNDS = 12  # of alternation; the partitions seen in practice settle in fewer
+_ROUNDS = 12  # of alternation; partitions settle in fewer rounds in practice
 _REWEIGHTS = 3  # towards the least absolute relative error
 _DIGITS = 3
 
@@ -38,16 +38,16 @@ class PieceFit:
 def fit_pieces(
     features: FloatArray, seconds: FloatArray, *, num_pieces: int, weights: FloatArray | None = None
 ) -> PieceFit:
-    """Fits ``seconds ~ max_k (a_k . features)`` with ``a_k >= 0``, minimising the mean absolute relative error.
+    """Fit ``seconds ~ max_k (a_k . features)`` with ``a_k >= 0``, minimising the mean absolute relative error.
 
-    Alternates between giving every point to the piece that is largest there and refitting each piece on its points
+    Alternates between assigning every point to the piece that is largest there and refitting each piece on its points
     (Magnani and Boyd, 2009), from partitions along each feature and along the time; the best round counts.
 
     Args:
-        features: shape [points, features], one column of ones included by the caller where a constant is wanted.
+        features: shape [points, features]; the caller includes a column of ones if a constant is wanted.
         seconds: measured times, shape [points], all > 0.
         num_pieces: at most 4.
-        weights: what an error at each point counts, shape [points]; all alike when left out.
+        weights: weight of the error at each point, shape [points]; all equal by default.
     """
     relative = features / seconds[:, None]
     importance = np.ones(len(seconds)) if weights is None else weights
@@ -71,23 +71,23 @@ def fit_pieces(
 
 
 def predict(pieces: Sequence[Coefficients], features: FloatArray) -> FloatArray:
-    """Seconds of every point, shape [points]."""
+    """Return the seconds of every point, shape [points]."""
     values: FloatArray = np.stack([_evaluate(piece, features) for piece in pieces]).max(axis=0)
     return values
 
 
 def mape(pieces: Sequence[Coefficients], features: FloatArray, seconds: FloatArray) -> float:
-    """Mean absolute percentage error; 0.1 is 10%."""
+    """Return the mean absolute percentage error; 0.1 is 10%."""
     return float(np.abs(predict(pieces, features) / seconds - 1.0).sum()) / len(seconds)
 
 
 def rounded(value: float) -> float:
-    """Three significant digits: more would be noise, and fewer bytes differ between machines."""
+    """Round to three significant digits: more would be noise, and would differ more often between machines."""
     return float(f"{value:.{_DIGITS - 1}e}")
 
 
 def _partitions(features: FloatArray, seconds: FloatArray, num_pieces: int) -> Iterator[NDArray[np.intp]]:
-    """First guesses of the piece each point belongs to: cuts along the time, each feature and their ratios."""
+    """Yield first guesses of each point's piece: cuts along the time, each feature and their ratios."""
     orders = [seconds]
     columns = [features[:, j] for j in range(features.shape[1]) if np.ptp(features[:, j]) > 0]
     orders += columns
@@ -107,7 +107,7 @@ def _refit(
     importance: FloatArray,
     known: dict[bytes, Coefficients],
 ) -> tuple[Coefficients, ...]:
-    """``known``: pieces of sets of points met before; partitions soon come to the same ones."""
+    """Refit each piece on its points. ``known`` holds pieces of earlier sets of points, which soon repeat."""
 
     def piece_of(mine: NDArray[np.bool_]) -> Coefficients:
         key = mine.tobytes()
@@ -121,7 +121,7 @@ def _refit(
 
 
 def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients:
-    """Non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded.
+    """Return the non-negative a that minimises sum w |a . x - 1| (iteratively reweighted), rounded.
 
     Args:
         columns: shape [features, points].
@@ -136,7 +136,7 @@ def _least_absolute(columns: FloatArray, importance: FloatArray) -> Coefficients
 
 
 def _non_negative_least_squares(columns: FloatArray, weights: FloatArray) -> Coefficients:
-    """Exact for the few features here: the best of the least-squares solutions over all supports that are >= 0."""
+    """Return the best least-squares solution >= 0 over all supports, which is exact for the few features here."""
     size = len(columns)
     gram = [[float((weights * columns[i] * columns[j]).sum()) for j in range(size)] for i in range(size)]
     target = [float((weights * columns[i]).sum()) for i in range(size)]
@@ -157,7 +157,7 @@ def _non_negative_least_squares(columns: FloatArray, weights: FloatArray) -> Coe
 
 
 def _solve(matrix: list[list[float]], target: list[float]) -> list[float] | None:
-    """Gaussian elimination with scaling to a unit diagonal; None when singular."""
+    """Solve by Gaussian elimination with scaling to a unit diagonal. Return None if singular."""
     scale = [row[i] ** -0.5 if row[i] > 0 else 0.0 for i, row in enumerate(matrix)]
     if 0.0 in scale:
         return None

@@ -1,8 +1,8 @@
-"""Times in another unit than they are said to be: a factor of a thousand, found against the peaks of the GPU.
+"""Detects times in a wrong unit: a factor of a thousand, found by comparison with the GPU's peaks.
 
-Of every table the quarter of the rows with the most work counts, by its median: what a launch takes is small beside
-it, and a few wrong rows do not move it. The published tables reach 0.08 to 0.81 of the peaks there, those that a cache
-served up to 12 times the peaks; a host whose GPUs meet over a slow network reaches a hundredth of its link.
+For every table, the median over the quarter of its rows with the most work counts, because launches are negligible
+there, and a few wrong rows do not move it. There the published tables reach 0.08 to 0.81 of the peaks, those served by
+a cache up to 12 times the peaks; a host whose GPUs communicate over a slow network reaches a hundredth of its link.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from hetis.profiler.work import FloatArray, roofline_seconds
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, Op, Profile
 
-MOST_PEAKS = 20.0  # of the peak; the most that the median of a table may imply, whatever cache it is read from
+MOST_PEAKS = 20.0  # of the peak; upper limit for a table's median, whatever cache it is read from
 LEAST_PEAKS = 0.02  # of the peaks of compute and memory
 LEAST_LINK = 2e-3  # of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
-LEAST_NETWORK = 1e-4  # of it, where the way leads out of the host: network cards are a hundred times slower than NVLink
+LEAST_NETWORK = 1e-4  # of the same, if the path leaves the host: network cards are a hundred times slower than NVLink
 STEP_SECONDS = (2e-5, 0.1)  # of the host, per iteration
 PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # of whole engines
-_LEAST_WORK_S = 2e-6  # at the peaks; below it the launch is what was measured
+_LEAST_WORK_S = 2e-6  # at the peaks; below it the launch dominates the measurement
 _LINKS = (MeasuredOp.ALL_REDUCE, MeasuredOp.TRANSFER)
 _UNIT = "is the unit right?"
 
 
 def doubts_of_units(measurements: Sequence[Measurements], gpu: GpuType) -> Iterator[str]:
-    """A sentence per table whose times no GPU of this type can have, by a factor that looks like a wrong unit."""
+    """Yield a sentence per table whose times are impossible on this GPU by a factor that looks like a wrong unit."""
     for measurement in measurements:
         for table in measurement.tables:
             if doubt := unit_doubt(table, gpu):
@@ -38,7 +38,7 @@ def doubts_of_units(measurements: Sequence[Measurements], gpu: GpuType) -> Itera
 
 
 def unit_doubt(table: Table, gpu: GpuType) -> str:
-    """Why the times of ``table`` look like those of another unit; empty where they may be right."""
+    """Return why the times of ``table`` look as if in another unit, or an empty string if they may be right."""
     if table.op is MeasuredOp.STEP:
         return _outside(table.seconds, STEP_SECONDS, "steps of an engine")
     if table.op is MeasuredOp.E2E:
@@ -62,7 +62,7 @@ def unit_doubt(table: Table, gpu: GpuType) -> str:
 
 
 def implausible_fits(profile: Profile, gpu: GpuType) -> Iterator[tuple[Fit, str]]:
-    """Fits whose time for much work no ``gpu`` can have, by a factor that looks like a wrong unit, and why."""
+    """Yield fits whose time for much work is impossible on ``gpu`` by a factor like that of a wrong unit, and why."""
     for fit in profile.fits:
         if fit.op in (Op.STEP, Op.SAMPLE):
             seconds = np.array([fit.seconds(tokens=64.0)])
@@ -91,8 +91,8 @@ class _Work:
     heads: float = 0.0
 
 
-# Sizes of Llama-3-8B on one GPU, so large that neither launches nor caches count; of decode attention many short
-# requests, so that its time per query head shows beside its bytes.
+# Sizes of Llama-3-8B on one GPU, large enough that neither launches nor caches matter. For decode attention, many short
+# requests, so that its time per query head shows next to its bytes.
 _PARAMS = 218e6
 _MUCH: Mapping[Op, _Work] = {
     Op.DENSE: _Work(

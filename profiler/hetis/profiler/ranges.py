@@ -1,4 +1,4 @@
-"""How wrong a profile may be, by operator: what becomes the predicted range of plans that use it."""
+"""The possible error of a profile by operator, which becomes the predicted range of plans that use it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from statistics import fmean
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, Op, Profile, Source
 
-# What is said of a fit whose error nobody knows (a modelled transfer or step, a profile written by hand): the largest
-# error that modelling makes on the device side of measured GPUs, that of prefill attention.
+# Stated for a fit whose error is unknown (a modelled transfer or step, a handwritten profile): the largest error that
+# modelling makes on the device side of measured GPUs, which is that of prefill attention.
 UNKNOWN_ERROR = 0.25
 
 
 def error_of(profile: Profile, model: ModelSpec | None = None, tp: int = 1) -> Mapping[Op, float]:
-    """Relative error per operator; 0.1 is 10%.
+    """Return the relative error per operator; 0.1 is 10%.
 
-    Of a fitted operator it is the mean error on held-out points in the serving range; of a modelled one the error
-    that modelling makes on measured GPUs, the mean over every pair of them; `UNKNOWN_ERROR` where
-    neither is known.
+    For a fitted operator it is the mean error on held-out points in the serving range. For a modelled one it is the
+    error
+    that modelling makes on measured GPUs, the mean over every pair of them. It is `UNKNOWN_ERROR` if neither is known.
 
     Args:
-        model, tp: the fit that this model on a group of ``tp`` uses; without a model the mean over all fits, the
-            modelled ones left out where there are others.
+        model, tp: use the fit for this model on a group of ``tp``. Without a model: the mean over all fits, without
+            modelled ones if there are others.
     """
     errors = {}
     for op in Op:

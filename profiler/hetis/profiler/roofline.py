@@ -1,4 +1,4 @@
-"""Profiles for GPUs nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies."""
+"""Profiles for GPUs that nobody measured for us: a roofline of the GPU's peaks and its architecture's efficiencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NVFP4_BYTES = BYTES_PER_PARAMETER["nvfp4"]
 
 
 def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> Profile:
-    """The roofline of ``gpu``: peaks of the catalogue times ``efficiencies``, those shipped with the package if None.
+    """Return the roofline of ``gpu``: the catalogue's peaks times ``efficiencies``, or those in the package if None.
 
     Raises:
         InvalidProblemError: no efficiencies are known for the architecture of ``gpu``.
@@ -42,7 +42,7 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
     ]
     if gpu.fp8_flops is not None:  # fp8 weights and activations on the fp8 matrix units
         fits.append(own(Op.DENSE, "dense_fp8", gpu.fp8_flops, FitScope(weight_bytes=1.0)))
-        if matrix_flops(gpu, NVFP4_BYTES) > gpu.fp8_flops:  # at the shares of their own peaks that fp8 products reach
+        if matrix_flops(gpu, NVFP4_BYTES) > gpu.fp8_flops:  # at the share of their own peak that fp8 products reach
             fits.append(own(Op.DENSE, "dense_fp8", matrix_flops(gpu, NVFP4_BYTES), FitScope(weight_bytes=NVFP4_BYTES)))
     return Profile(
         gpu=gpu.name,
@@ -53,7 +53,7 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
 
 
 def matrix_flops(gpu: GpuType, weight_bytes: float | None) -> float:
-    """The peak matrix rate at which weights of so many bytes are multiplied; None: 16 bits.
+    """Return the peak matrix rate for weights of ``weight_bytes`` each. None: 16 bits.
 
     Four-bit products run at twice the rate of eight-bit ones on the one architecture that has them.
     """
@@ -72,7 +72,7 @@ def _fit(
     before: str = "",
     after: str = "",
 ) -> Fit:
-    """``efficiency`` at the peaks of ``gpu``; its error is the one for GPUs never seen unless this one was measured."""
+    """Return ``efficiency`` at the peaks of ``gpu``. Its error is that for unseen GPUs unless this one was measured."""
     was_measured = gpu.name in efficiency.measured_on
     return Fit(
         op=op,

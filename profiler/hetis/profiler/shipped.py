@@ -1,6 +1,6 @@
 """The fitted profiles that come with the package, one for every GPU with published measurements.
 
-``make profiles`` (``python -m tools.profiles``) makes them; ``docs/profiles.md`` says how wrong they are.
+``make profiles`` (``python -m tools.profiles``) creates them; ``docs/profiles.md`` states their errors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from hetis.formats.positions import parse_text
 from hetis.formats.profile import parse_profile, profile_to_data
 from hetis.solver.profile import Profile
 
-FOLDER = "profiles"  # beside this module
+FOLDER = "profiles"  # next to this module
 
 
 @functools.cache
 def shipped_profile(gpu: str) -> Profile | None:
-    """The fitted profile of a GPU by its catalogue name; None when nobody measured it for us."""
+    """Return the fitted profile of a GPU by its catalogue name, or None if nobody measured it for us."""
     if gpu not in shipped_gpus():
         return None
     name = f"{gpu}.json"
@@ -28,7 +28,7 @@ def shipped_profile(gpu: str) -> Profile | None:
 
 @functools.cache
 def shipped_gpus() -> tuple[str, ...]:
-    """Catalogue names of the GPUs that have one, sorted."""
+    """Return the catalogue names of the GPUs with a profile, sorted."""
     folder = resources.files("hetis.profiler").joinpath(FOLDER)
     if not folder.is_dir():
         return ()
@@ -36,5 +36,5 @@ def shipped_gpus() -> tuple[str, ...]:
 
 
 def profile_text(profile: Profile) -> str:
-    """The text of a shipped file."""
+    """Return the text of a shipped file."""
     return json.dumps(profile_to_data(profile), indent=1, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The work behind each measured row: FLOPs and bytes, in the features of the cost model (docs/cost-model.md)."""
+"""The work of each measured row: FLOPs and bytes, in the features of the cost model (docs/cost-model.md)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ KV_BYTES = 2.0  # per element of the KV cache and of activations in every table:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the rows of a table do, arrays of shape [rows]; bytes are what must cross the memory bus at least."""
+    """The work of a table's rows, arrays of shape [rows]. Bytes are the minimum that must cross the memory bus."""
 
     flops: FloatArray
     num_bytes: FloatArray
 
 
 def work_of(table: Table) -> Work | None:
-    """FLOPs and bytes of every row; None for operators without either (steps, whole engines)."""
+    """Return FLOPs and bytes of every row, or None for operators without either (steps, whole engines)."""
     number = table.numbers
     zero = np.zeros(len(table))
     match table.op:
@@ -53,7 +53,7 @@ def work_of(table: Table) -> Work | None:
 
 
 def roofline_seconds(table: Table, gpu: GpuType) -> FloatArray | None:
-    """The least seconds that the nominal peaks of ``gpu`` allow each row; None when the operator has no such bound."""
+    """Return the minimum seconds that the nominal peaks of ``gpu`` allow each row, or None without such a bound."""
     work = work_of(table)
     if work is None:
         return None

@@ -1,1 +1,1 @@
-"""What runs on GPU nodes: the agent, and the engine that it steers."""
+"""The software that runs on GPU nodes: the agent, and the engine that it steers."""

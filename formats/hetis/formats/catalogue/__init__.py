@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuEntry:
-    """A GPU type and where its numbers are from."""
+    """A GPU type with the sources of its figures."""
 
     gpu: GpuType
     vendor: str
@@ -47,7 +47,7 @@ class GpuEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """A model shape and where it is from. ``params_b``: billions of parameters as the source computes them."""
+    """A model shape with its source. ``params_b`` is billions of parameters as the source computes them."""
 
     model: ModelSpec
     dtype: str
@@ -58,7 +58,7 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadEntry:
-    """A trace summarised as a joint histogram of prompt and output lengths, and where it is from."""
+    """A trace summarised as a joint histogram of prompt and output lengths, with its source."""
 
     workload: Workload
     num_requests: int
@@ -70,7 +70,7 @@ class WorkloadEntry:
 
 @functools.cache
 def gpus() -> tuple[GpuEntry, ...]:
-    """Every GPU type of the catalogue, oldest first."""
+    """Return every GPU type of the catalogue, oldest first."""
     return tuple(GpuEntry(gpu=GpuType(**row.pop("gpu")), **row) for row in _read("gpus.json")["gpus"])
 
 
@@ -86,23 +86,25 @@ def _gpu_name(name: str) -> str:
 
 @functools.cache
 def models() -> tuple[ModelEntry, ...]:
-    """Every model of the catalogue."""
+    """Return every model of the catalogue."""
     return tuple(ModelEntry(model=_model(row.pop("model")), **row) for row in _read("models.json")["models"])
 
 
 @functools.cache
 def workload_names() -> tuple[str, ...]:
-    """Names of the workloads, without reading their histograms."""
+    """Return the names of the workloads, without reading their histograms."""
     return tuple(_read("workloads.json")["workloads"])
 
 
 def workloads() -> tuple[WorkloadEntry, ...]:
-    """Every workload of the catalogue."""
+    """Return every workload of the catalogue."""
     return tuple(_workload(name) for name in workload_names())
 
 
 def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
-    """The GPU type that ``name`` means: any case, any separators, parts in any order, parts left out if unambiguous.
+    """Return the GPU type that ``name`` means.
+
+    Case, separators and the order of parts do not matter, and parts may be omitted if the name stays unambiguous.
 
     Args:
         name: such as ``A100-SXM-80GB``, ``a100_80gb_sxm``, ``3090`` or ``NVIDIA L4``.
@@ -119,7 +121,8 @@ def find_gpu(name: str, *, also: Collection[str] = ()) -> GpuEntry:
 
 
 def find_model(name: str) -> ModelEntry:
-    """The model that ``name`` means: any case, organisation and endings such as ``-hf`` or ``-Instruct`` optional.
+    """Return the model that ``name`` means. Case does not matter; organisation and suffixes such as ``-hf`` are
+    optional.
 
     Raises:
         UnknownNameError: no such model (with the nearest name), or several (with all of them).
@@ -129,7 +132,7 @@ def find_model(name: str) -> ModelEntry:
 
 
 def find_workload(name: str) -> WorkloadEntry:
-    """The workload called ``name``: any case, ``-`` for ``_``, the ending ``_lengths`` optional.
+    """Return the workload called ``name``. Case and ``-`` for ``_`` do not matter; the suffix ``_lengths`` is optional.
 
     Raises:
         UnknownNameError: no such workload, with the nearest name.

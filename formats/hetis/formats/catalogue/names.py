@@ -1,4 +1,4 @@
-"""Which catalogue name a spelling means."""
+"""Resolves spellings to catalogue names."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hetis.solver.errors import HetisError
 
 
 class UnknownNameError(HetisError):
-    """A name is not in the catalogue, or could mean several things.
+    """A name is not in the catalogue, or is ambiguous.
 
     Attributes:
-        name: what was asked for.
-        candidates: the names it could mean; the nearest ones, or nothing, when it means none.
-        ambiguous: it means several things, not none.
+        name: the name that was looked up.
+        candidates: the names it could mean or, if it means none, the nearest ones, if any.
+        ambiguous: it could mean several things.
     """
 
     def __init__(self, what: str, name: str, candidates: Iterable[str], *, ambiguous: bool = False) -> None:
@@ -28,14 +28,14 @@ class UnknownNameError(HetisError):
         super().__init__(f"unknown {what} {shown!r}{hint}")
 
 
-# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that tell no two boards apart.
+# Words of vendors and drivers (`nvidia-smi` says "NVIDIA GeForce RTX 3090") that distinguish no two boards.
 _IGNORED = {"nvidia", "geforce", "tesla", "amd", "instinct", "intel", "habana", "generation"}
-# Parts that several boards share: alone they name nothing.
+# Parts that several boards share: on their own they name nothing.
 _SHARED = re.compile(r"\d+gb|pcie|sxm|nvl|per|gpu|rtx|quadro|pro|server|ada|arc")
-# What `nvidia-smi` and `rocm-smi` call boards whose catalogue name has other parts.
+# Names that `nvidia-smi` and `rocm-smi` give to boards whose catalogue name has other parts.
 _GPU_ALIASES = {
     "h100-80gb-hbm3": "H100-SXM-80GB",
-    "h200": "H200-SXM-141GB",  # the driver says nothing more of it, and "H200 NVL" of the other
+    "h200": "H200-SXM-141GB",  # the driver's whole name for it; the other board is "H200 NVL"
     "b300-sxm-ac": "B300-SXM-288GB",  # air-cooled
     "rtx-pro-6000-blackwell-server-edition": "RTX-PRO-6000-Server-96GB",
     "r-arc-tm-pro-b60-graphics": "Arc-Pro-B60-24GB",
@@ -54,12 +54,12 @@ _MODEL_ALIASES = {
     "kimi-k2": "moonshotai/Kimi-K2-Instruct",
     "llama-33b": "huggyllama/llama-30b",
 }
-# Endings that change the weights but not the shape.
+# Suffixes that change the weights but not the shape.
 _MODEL_ENDINGS = re.compile(r"[-_](hf|instruct|chat|it|base|v0\.1|2501)$")
 
 
 def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -> str:
-    """The GPU of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_gpu`."""
+    """Return the GPU of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_gpu`."""
     wanted = _gpu_parts(name)
     for alias, target in _GPU_ALIASES.items():
         if sorted(_gpu_parts(alias)) == sorted(wanted):
@@ -83,7 +83,9 @@ def resolve_gpu(name: str, known: Collection[str], also: Collection[str] = ()) -
 
 @functools.lru_cache(maxsize=1024)
 def _gpu_parts(name: str) -> tuple[str, ...]:
-    """Lower-case parts in a common spelling: ``SXM4`` and ``SXM2`` are ``sxm``, ``80G`` and ``80GiB`` are ``80gb``."""
+    """Return lower-case parts in a common spelling: ``SXM4`` and ``SXM2`` are ``sxm``, ``80G`` and ``80GiB`` are
+    ``80gb``.
+    """
     parts = [part for part in re.split(r"[^a-z0-9]+", name.lower()) if part and part not in _IGNORED]
     parts = [re.sub(r"^sxm\d$", "sxm", re.sub(r"^(\d+)g(i?b)?$", r"\1gb", part)) for part in parts]
     joined: list[str] = []
@@ -96,7 +98,7 @@ def _gpu_parts(name: str) -> tuple[str, ...]:
 
 
 def _parts_used(compact: str, parts: tuple[str, ...]) -> list[str]:
-    """The parts of which ``compact`` is made, in any order; none when something of it is left over."""
+    """Return the parts of which ``compact`` is made, in any order, or none if anything is left over."""
     if not compact:
         return []
     for index, part in enumerate(parts):
@@ -111,7 +113,7 @@ def _parts_used(compact: str, parts: tuple[str, ...]) -> list[str]:
 
 
 def resolve_model(name: str, known: Collection[str]) -> str:
-    """The model of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_model`."""
+    """Return the model of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_model`."""
     exact = [candidate for candidate in known if candidate.lower() == name.lower()]
     if exact:
         return exact[0]
@@ -134,8 +136,9 @@ def resolve_model(name: str, known: Collection[str]) -> str:
 
 
 def _model_key(name: str) -> str:
-    """Return what two spellings of one model share: ``meta-llama/Llama-2-70b-hf`` and ``Llama2-70B`` are
-    ``llama270b``."""
+    """Return the common part of a model's spellings: ``llama270b`` for ``meta-llama/Llama-2-70b-hf`` and
+    ``Llama2-70B``.
+    """
     short = name.lower().rpartition("/")[2].removeprefix("meta-").removeprefix("meta_")
     while (cut := _MODEL_ENDINGS.sub("", short)) != short:
         short = cut
@@ -147,7 +150,7 @@ def _words(name: str) -> list[str]:
 
 
 def resolve_workload(name: str, known: Collection[str]) -> str:
-    """The workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
+    """Return the workload of ``known`` that ``name`` means; see `hetis.formats.catalogue.find_workload`."""
     wanted = name.lower().replace("-", "_")
     for candidate in known:
         if wanted in (candidate, candidate.removesuffix("_lengths")):

@@ -1,4 +1,4 @@
-"""Runs a command line of this process: every way it can end becomes an exit code, and errors become messages."""
+"""Runs a command line in this process: every way it can end becomes an exit code, and errors become messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from hetis.formats.command_line.terminal import plain_streams
 
 OK = 0
-INTERRUPTED = 130  # 128 and the number of the signal, as shells count
+INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
 BROKEN_PIPE = 141
 
 
@@ -26,24 +26,24 @@ def run_application(
     *,
     defaults: Callable[[], Mapping[str, Any] | None] = lambda: None,
 ) -> int:
-    """Runs one command line and returns its exit code; with ``HETIS_DEBUG=1`` an error is raised instead.
+    """Run one command line and return its exit code. With ``HETIS_DEBUG=1`` an error is raised instead.
 
     Args:
         application: the verbs.
-        name: of the command, as its help calls it.
+        name: of the command, as shown in its help.
         arguments: without the command itself.
         report_failure: prints an error and returns its exit code.
-        defaults: of options, by verb and parameter; None: those of the options alone.
+        defaults: returns defaults of options, by verb and parameter. None: only those of the options.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
-            stream.reconfigure(errors="replace")  # bars and dashes become question marks, not errors
+            stream.reconfigure(errors="replace")  # bars and dashes become question marks instead of errors
     with plain_streams():
         return _run(application, name, arguments, report_failure, defaults)
 
 
 def version_printer(name: str) -> Callable[[bool], None]:
-    """The callback of a command's ``--version``."""
+    """Return the callback of a command's ``--version``."""
 
     def print_version(wanted: bool) -> None:
         if wanted:
@@ -64,7 +64,7 @@ def _run(
 ) -> int:
     try:
         code = _invoke(application, name, arguments, defaults())
-        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the code below
+        sys.stdout.flush()  # here, not at exit: a full disk or a closed pipe must reach the handlers below
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -95,6 +95,6 @@ def _is_broken_pipe(error: BaseException) -> bool:
 
 
 def _leave_broken_pipe() -> int:
-    # Python flushes stdout once more on its way out and would complain: give it a reader.
+    # Python flushes stdout once more at exit and would complain: redirect it to /dev/null.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
     return BROKEN_PIPE

@@ -1,4 +1,4 @@
-"""Where a verb writes: data on stdout in one of three forms, everything else on stderr."""
+"""The output of a verb: data on stdout in one of three forms, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
-WIDE = 1000  # characters: lines that nobody looks at on a screen are not folded
+WIDE = 1000  # characters: lines not meant for a screen are not folded
 
-# What the eye reads in a table, for streams that cannot say it: a box is no question mark.
+# Replacements for streams that cannot encode the symbols of a table, so that a box does not become question marks.
 _ASCII = str.maketrans(
     {
         **dict.fromkeys("█▉▊▋▌▓▒", "#"), **dict.fromkeys("▍▎▏░", "."), **dict.fromkeys("━─╌–−", "-"),
@@ -43,7 +43,7 @@ class Terminal:
     Attributes:
         output: form of the data on stdout.
         verbosity: -1 errors only, 0 normal, 1 with details.
-        color: False after ``--no-color``; ``NO_COLOR`` does the same, and so do streams that are no terminal.
+        color: False after ``--no-color``; ``NO_COLOR`` and streams that are no terminal have the same effect.
     """
 
     output: OutputFormat = OutputFormat.TABLE
@@ -52,16 +52,16 @@ class Terminal:
 
     @property
     def prints_tables(self) -> bool:
-        """Whether data is for people; otherwise programs read it."""
+        """Return whether data is for people rather than for programs."""
         return self.output in (OutputFormat.TABLE, OutputFormat.WIDE)
 
     def emit(
         self, document: Callable[[], Any], table: Callable[[], RenderableType], *, width: int | None = None
     ) -> None:
-        """Prints data on stdout: ``document`` (JSON values) or ``table``, whichever the output format calls for.
+        """Print data on stdout: ``document`` (JSON values) or ``table``, according to the output format.
 
-        ``width`` is that of the table, in characters; None: that of the terminal. Where nobody looks, and with
-        ``-o wide``, nothing is folded.
+        ``width`` is that of the table, in characters; None: that of the terminal. Lines are not folded if stdout is no
+        terminal, or with ``-o wide``.
         """
         if self.prints_tables:
             console = self._console(sys.stdout, WIDE if width is None and self.output is OutputFormat.WIDE else width)
@@ -75,36 +75,36 @@ class Terminal:
         _write_all(dump_data(document(), "json" if self.output is OutputFormat.JSON else "yaml"))
 
     def write(self, text: str) -> None:
-        """A whole document on stdout, as it is."""
+        """Write a whole document to stdout as it is."""
         _write_all(text)
 
     def say(self, message: str) -> None:
-        """A line of news on stderr; ``-q`` silences it."""
+        """Print a line of news on stderr, unless ``-q`` silences it."""
         if self.verbosity >= 0:
             self._note(message)
 
     def detail(self, message: str) -> None:
-        """A line that only ``-v`` shows."""
+        """Print a line that only ``-v`` shows."""
         if self.verbosity >= 1:
             self._note(message)
 
     def warn(self, message: str) -> None:
-        """Something the user should know although it is no error."""
+        """Print a warning about something that is no error."""
         if self.verbosity >= 0:
             self._note(message, label="warning", style="yellow")
 
     def error(self, message: str, details: Iterable[str] = ()) -> None:
-        """What went wrong, one detail per line below it. Always shown."""
+        """Print an error with one detail per line below it. Always shown."""
         self._note(message, label="error", style="bold red")
         for detail in details:
             self.line(f"  {detail}")
 
     def line(self, message: str) -> None:
-        """A line that is always shown, such as one of many problems."""
+        """Print a line that is always shown, such as one of many problems."""
         self._note(message)
 
     def stderr_console(self) -> Console:
-        """The console on stderr, for progress."""
+        """Return the console on stderr, for progress."""
         return self._console(sys.stderr)
 
     def _note(self, message: str, *, label: str | None = None, style: str = "") -> None:
@@ -114,7 +114,7 @@ class Terminal:
         if label is not None:
             text.append(f"{label}: ", style=style)
         text.append(message)
-        # Soft wrap: a message that is copied or searched for must stay one line.
+        # Soft wrap: a message that may be copied or searched for must stay one line.
         self._console(sys.stderr).print(text, soft_wrap=True)
 
     def _console(self, stream: TextIO, width: int | None = None) -> Console:
@@ -125,24 +125,24 @@ class Terminal:
         console = Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
         if self.color and not os.environ.get("NO_COLOR"):
             return console
-        # Without a colour system there is no bold and no dim either: plain text is plain.
+        # Without a colour system there is no bold or dim either, so plain text is plain.
         return Console(file=stream, width=width, color_system=None, highlight=False, emoji=False, markup=False)
 
 
 in_use: ContextVar[Terminal | None] = ContextVar("in_use", default=None)
-"""The terminal of the verb that runs, for what is said after it has failed."""
+"""The terminal of the running verb, for messages after it has failed."""
 
 
 def _asks_for_ascii() -> bool:
-    """Whether the locale is C or POSIX: Python writes UTF-8 there all the same. No locale at all asks for nothing."""
+    """Return whether the locale is C or POSIX, where Python still writes UTF-8. An unset locale does not count."""
     named = os.environ.get
-    # Python itself sets LC_CTYPE to C.UTF-8 where LANG is C (PEP 538): that is nobody's wish.
+    # Python itself sets LC_CTYPE to C.UTF-8 if LANG is C (PEP 538), so that value is not the user's choice.
     kind = None if named("LC_CTYPE") in _COERCED else named("LC_CTYPE")
     return (named("LC_ALL") or kind or named("LANG")) in ("C", "POSIX")
 
 
 class _AsciiStream:
-    """A text stream whose text becomes ASCII; bytes that are written to its buffer pass as they are."""
+    """A text stream that converts text to ASCII. Bytes written to its buffer pass unchanged."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -156,7 +156,7 @@ class _AsciiStream:
 
 @contextmanager
 def plain_streams() -> Iterator[None]:
-    """Where the locale asks for ASCII, help, wrong usage and messages are ASCII, too, whoever prints them."""
+    """Make help, usage errors and messages ASCII, whoever prints them, if the locale asks for ASCII."""
     if not _asks_for_ascii():
         yield
         return
@@ -165,10 +165,11 @@ def plain_streams() -> Iterator[None]:
 
 
 def _write_all(text: str) -> None:
-    """Writes to stdout until all is written or an error says why not.
+    """Write to stdout until everything is written or an error is raised.
 
-    Under PYTHONUNBUFFERED a text stream hands its bytes to the system once and forgets those that were not taken, so
-    that a full disk or a closed pipe would pass for success.
+    Under PYTHONUNBUFFERED a text stream passes its bytes to the system once and drops those that were not accepted, so
+    a
+    full disk or a closed pipe would pass for success.
     """
     sys.stdout.flush()
     if not sys.stdout.encoding.lower().startswith("utf"):

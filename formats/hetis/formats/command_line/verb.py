@@ -1,4 +1,4 @@
-"""What every verb shares: ``-o``, ``-q``, ``-v``, ``--no-color``, and an exit code as its return value."""
+"""The options of every verb, ``-o``, ``-q``, ``-v`` and ``--no-color``, and its exit code as the return value."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ P = ParamSpec("P")
 def verb(
     *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
 ) -> Callable[[Callable[Concatenate[Terminal, P], int]], Callable[P, None]]:
-    """Turns ``f(terminal, ...) -> exit code`` into a typer command with the shared options.
+    """Turn ``f(terminal, ...) -> exit code`` into a typer command with the shared options.
 
     The shared options become parameters of the signature that typer reads, and reach the verb as one `Terminal`.
 
     Args:
-        prints_data: whether the verb has data to print, and so an ``-o`` option.
-        output: what ``-o`` is unless given.
+        prints_data: whether the verb prints data, and therefore has an ``-o`` option.
+        output: default of ``-o``.
     """
 
     def decorate(function: Callable[Concatenate[Terminal, P], int]) -> Callable[P, None]:

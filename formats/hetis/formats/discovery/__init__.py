@@ -1,5 +1,5 @@
-"""A fleet as other tools describe it: what they print becomes a cluster, and what is left out is told with its reason.
+"""Discovery of a fleet from the output of other tools: it becomes a cluster, with reasons for everything left out.
 
-``reading`` knows which tool wrote a file, one module per tool makes `FoundNode` of what it wrote, ``boards`` finds the
-GPU type that a product name means, and ``fleet`` puts the cluster together.
+``reading`` recognises which tool wrote a file, one module per tool turns its output into `FoundNode` values, ``boards``
+finds the GPU type that a product name means, and ``fleet`` builds the cluster.
 """

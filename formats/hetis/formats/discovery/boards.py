@@ -1,4 +1,4 @@
-"""The GPU type of the catalogue that a tool's product name means."""
+"""Matches a tool's product name to a GPU type of the catalogue."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.discovery.found import FoundGpus
 
 LEAVE_OUT = "none"
-"""What may be said of a product instead of its type: it is not for the plan."""
+"""Given instead of a product's type to exclude it from the plan."""
 
-# Memory as drivers report it is up to 7% below what the board is sold with (ECC and firmware take some).
+# Memory as drivers report it is up to 7% below the board's nominal size (ECC and firmware take some).
 _MOST_DIFFERENCE = 0.12
-_SHARED = re.compile(r"-SHARED$")  # what GFD appends where a GPU is given to several pods in turns
+_SHARED = re.compile(r"-SHARED$")  # appended by GFD if several pods take turns on a GPU
 
 
 class UnclearBoardError(Exception):
-    """A product name means no GPU type, or several; the text says which, and what to do."""
+    """A product name means no GPU type, or several. The text says which, and what to do."""
 
 
 def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """What ``--gpu PRODUCT=TYPE`` options say, by product, and what is wrong with them."""
+    """Return the types in ``--gpu PRODUCT=TYPE`` options, by product, and the problems with them."""
     said, wrong = dict[str, str](), list[str]()
     for pair in pairs:
         product, equals, name = (part.strip() for part in pair.partition("="))
@@ -37,12 +37,12 @@ def said_types(pairs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
-    """The name in the catalogue, or `LEAVE_OUT` where the user said so.
+    """Return the name in the catalogue, or `LEAVE_OUT` if the user said so.
 
-    Memory tells boards of one name apart, and then the hints do.
+    Boards that share a name are distinguished by memory, then by the hints.
 
     Raises:
-        UnclearBoardError: none is meant, or more than one.
+        UnclearBoardError: the product matches no type, or more than one.
     """
     product = _SHARED.sub("", gpus.product)
     for spelled in (gpus.product, product):
@@ -69,7 +69,7 @@ def board_of(gpus: FoundGpus, said: Mapping[str, str]) -> str:
 
 
 def _candidates(product: str) -> tuple[Collection[str], Collection[str]]:
-    """Types that a name may mean, and those that are near it where it means none."""
+    """Return the types that a name may mean or, if there are none, those nearest to it."""
     try:
         return (catalogue.find_gpu(product).gpu.name,), ()
     except UnknownNameError as error:

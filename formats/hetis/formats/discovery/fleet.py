@@ -1,4 +1,4 @@
-"""The cluster that a fleet's inventory makes, and the file that says what was found, left out and assumed."""
+"""Builds a cluster from a fleet's inventory, and a file that says what was found, left out and assumed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 
-DEFAULT_LINK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbit/s: what a node's NIC has at least, mostly
+DEFAULT_LINK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbit/s: what a node's NIC usually has at least
 ZONE_LINK = Link(bytes_per_s=1.25e9, latency_s=1e-3)  # 10 Gbit/s: zones of one region, a share of their trunk
 
-_MOST_LEFT_OUT = 1000  # sentences in a file
+_MOST_LEFT_OUT = 1000  # lines in a file
 _WIDTH = 118
 _NUMBERED = re.compile(r"(.+)-(0|[1-9]\d{0,6})")
 
-# One direction of one NVLink, in bytes per second, by architecture (NVIDIA's white papers of each). Ampere's boards
-# without HBM have slower ones.
+# Bytes per second of one NVLink in one direction, by architecture (from NVIDIA's white papers). Ampere boards without
+# HBM have slower ones.
 _LANES = {"Pascal": 20e9, "Volta": 25e9, "Turing": 25e9, "Ampere": 25e9, "Hopper": 25e9, "Blackwell": 50e9}
 _SLOW_LANE = 14.0625e9
 _AMPERE_WITH_HBM = ("A100", "A800", "A30")
@@ -32,9 +32,9 @@ class Discovered:
     """A fleet as its tools describe it.
 
     Attributes:
-        cluster: what a plan may use.
+        cluster: the hardware that a plan may use.
         left_out: a sentence for everything that it may not use.
-        assumed: what no tool said, and the file therefore states.
+        assumed: what no tool reported, so the file states it.
     """
 
     cluster: Cluster
@@ -43,16 +43,16 @@ class Discovered:
 
 
 def discovered(inventory: Inventory, *, name: str, link: Link | None = None, said: Mapping[str, str]) -> Discovered:
-    """The cluster of an inventory.
+    """Return the cluster of an inventory.
 
     Args:
-        inventory: what the tools said.
+        inventory: what the tools reported.
         name: of the cluster.
-        link: between any two nodes of a zone; None: `DEFAULT_LINK`, which the file then says.
+        link: between any two nodes of a zone. None: `DEFAULT_LINK`, which the file then states.
         said: types of products that the user named; see `boards.said_types`.
 
     Raises:
-        DocumentError: a product name that means no type or several, two nodes of one name, or nothing that is usable.
+        DocumentError: a product name matches no type or several, two nodes share a name, or nothing is usable.
     """
     groups, left_out, notes = list[NodeGroup](), list[str](), list[str]()
     problems: dict[str, Problem] = {}
@@ -89,7 +89,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
 
 
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
-    """The cluster file with comments: where it is from, what is left out and why, what is assumed."""
+    """Return the cluster file with comments on its sources, on what is left out and why, and on what is assumed."""
     cluster = found.cluster
     num_nodes = sum(group.count for group in cluster.node_groups)
     by_type: dict[str, int] = {}
@@ -107,14 +107,14 @@ def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
 
 
 def _comment(line: str) -> str:
-    """A line that cannot end the comment, whatever names are in it."""
+    """Return a line that cannot end the comment, whatever names it contains."""
     return "".join(sign if sign.isprintable() else "?" for sign in line)[:1000]
 
 
 def _slots(
     node: FoundNode, said: Mapping[str, str], problems: dict[str, Problem]
 ) -> tuple[tuple[GpuSlots, ...], list[str]]:
-    """GPUs of a node by their types, and what the user wants left out; a name that is unclear is a problem once."""
+    """Return the GPUs of a node by type, and those that the user leaves out. Each unclear name is reported once."""
     slots, unwanted = list[GpuSlots](), list[str]()
     for gpus in node.gpus:
         try:
@@ -139,13 +139,13 @@ def _nothing(inventory: Inventory, left_out: Iterable[str]) -> str:
 
 
 def _name(text: str) -> str:
-    """A node's or zone's name with what cluster files do not allow as ``-``: they become parts of device names."""
+    """Return a node's or zone's name, part of device names, with ``-`` for what cluster files do not allow."""
     kept = "".join(sign if sign.isalnum() or sign in "._-" else "-" for sign in text)[:200]
     return kept if kept[:1].isalnum() else f"n{kept}"[:200]
 
 
 def _inside(node: FoundNode, gpus: Sequence[GpuType]) -> tuple[Link | None, str]:
-    """The link between a node's GPUs where its topology says another than that of their types, and a note about it."""
+    """Return the link between a node's GPUs if its topology differs from that of their types, and a note about it."""
     switched = [gpu.nvlink_bytes_per_s for gpu in gpus if gpu.nvlink_bytes_per_s is not None]
     if node.nvlinks is None or len(gpus) != 1:
         return None, ""
@@ -168,7 +168,7 @@ def _lane(gpu: GpuType) -> float | None:
 
 
 def _numbered(groups: Sequence[NodeGroup]) -> list[NodeGroup]:
-    """The groups with equal nodes ``name-0``, ``name-1``, ... put together, where none is missing: no name changes."""
+    """Return the groups with equal nodes ``name-0``, ``name-1``, ... merged if none is missing: no name changes."""
     names = {group.name for group in groups}
     members: dict[str, dict[int, NodeGroup]] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""What a tool said about the nodes of a fleet, before names of GPUs are looked up."""
+"""A tool's report on the nodes of a fleet, before names of GPUs are looked up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.positions import Path, Text
 
-MAX_GPUS_SAID = 1024  # of a node; a larger number is a mistake
+MAX_GPUS_SAID = 1024  # per node; a larger number is a mistake
 PARTS = "parts of GPUs (MIG), no whole ones"
 _MOST_NAMED = 3
 
@@ -20,10 +20,10 @@ class FoundGpus:
     """Equal GPUs of one node that a plan may use.
 
     Attributes:
-        product: what the tool calls them.
-        count: how many there are.
-        memory_bytes: of each; None where the tool does not say.
-        hints: further words about the node that may tell boards of one name apart, such as Slurm's features.
+        product: the tool's name for them.
+        count: number of GPUs.
+        memory_bytes: of each. None: the tool does not say.
+        hints: other words about the node that may distinguish boards of one name, such as Slurm's features.
     """
 
     product: str
@@ -38,10 +38,10 @@ class FoundNode:
 
     Attributes:
         name, zone: as the tool has them.
-        gpus: what is usable, in the order of their indices.
-        left_out: a sentence for all GPUs of the node that are not.
-        nvlinks: NVLinks between every pair of GPUs; 0 where none has any; None where nobody said.
-        bridged: whether some pairs have NVLinks and others have not.
+        gpus: usable GPUs, in the order of their indices.
+        left_out: a sentence for each group of unusable GPUs.
+        nvlinks: NVLinks between every pair of GPUs; 0 if there are none; None if unknown.
+        bridged: whether only some pairs have NVLinks.
         where: the place in its file, for problems.
     """
 
@@ -56,13 +56,13 @@ class FoundNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """Everything that the files say.
+    """Everything that the files report.
 
     Attributes:
-        nodes: those with GPUs.
-        num_without_gpus: nodes that have none, which are no news.
-        notes: what the tool cannot say, for whoever reads the cluster file.
-        file: the first of its files, for what is wrong with all of them together.
+        nodes: nodes with GPUs.
+        num_without_gpus: number of nodes without GPUs, which are only counted.
+        notes: what the tool cannot report, for the reader of the cluster file.
+        file: the first of its files, for problems with all of them together.
     """
 
     nodes: tuple[FoundNode, ...]
@@ -72,7 +72,7 @@ class Inventory:
 
 
 def inventory(nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = ()) -> Inventory:
-    """All nodes that a tool spoke of, those without GPUs counted.
+    """Return all nodes that a tool reported; those without GPUs are only counted.
 
     Raises:
         DocumentError: there are problems.
@@ -84,12 +84,12 @@ def inventory(nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: It
 
 
 def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:
-    """The zone that the first of these labels names."""
+    """Return the zone in the first of these labels that has one."""
     return next((zone for name in names if (zone := text(labels.get(name)))), "default")
 
 
 def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
-    """Products and memory of single GPUs as those of each that follow one another."""
+    """Return the products and memory of single GPUs, with equal neighbours merged."""
     return tuple(
         FoundGpus(product=product, count=len(list(alike)), memory_bytes=memory)
         for (product, memory), alike in groupby(gpus)
@@ -97,22 +97,22 @@ def grouped(gpus: Iterable[tuple[str, int | None]]) -> tuple[FoundGpus, ...]:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """The mapping that a value is; empty where it is something else."""
+    """Return a mapping as it is, and anything else as an empty mapping."""
     return value if isinstance(value, dict) else {}
 
 
 def listed(value: object) -> list[Any]:
-    """The list that a value is; empty where it is something else."""
+    """Return a list as it is, and anything else as an empty list."""
     return value if isinstance(value, list) else []
 
 
 def text(value: object) -> str:
-    """The text that a value is; empty where it is something else."""
+    """Return a text as it is, and anything else as an empty text."""
     return value if isinstance(value, str) else ""
 
 
 def whole_number(value: object, path: Path, source: Text, problems: list[Problem]) -> int:
-    """A number of GPUs, which tools write as text or as a number; 0 where there is none, or where it is a problem."""
+    """Return a number of GPUs, which tools write as text or as a number, or 0 if it is missing or wrong."""
     if value is None or value == "":
         return 0
     number = int(value) if isinstance(value, int | float) and value == value and abs(value) < 1e9 else -1
@@ -126,17 +126,17 @@ def whole_number(value: object, path: Path, source: Text, problems: list[Problem
 
 
 def counted(count: int, what: str = "GPU") -> str:
-    """``1 GPU`` or ``8 GPUs``."""
+    """Return ``1 GPU`` or ``8 GPUs``."""
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def parts_text(count: int, product: str) -> str:
-    """What is said of parts of GPUs, which no plan uses."""
+    """Return the sentence about parts of GPUs, which no plan uses."""
     return f"{counted(count, 'device')} ({product}): {PARTS}"
 
 
 def some_of(names: Iterable[str]) -> str:
-    """The first names of many: ``a, b, c and 4 more``."""
+    """Return the first of many names: ``a, b, c and 4 more``."""
     every: Sequence[str] = list(dict.fromkeys(names))
     rest = len(every) - _MOST_NAMED
     return ", ".join(name[:80] for name in every[:_MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,8 +1,8 @@
 """Nodes as ``kubectl get nodes,pods,resourceslices,resourceclaims -A -o json`` prints them, in one file or several.
 
-A node's GPUs are those of its ResourceSlices (DRA) where it has any, and else its extended resources, whose product
+A node's GPUs are those of its ResourceSlices (DRA) if it has any, and otherwise its extended resources, whose product
 and memory are labels: GPU feature discovery's or AMD's node labeller's, GKE's accelerator, or an AWS instance type.
-Labels speak of one type per node, so that a node of two types needs ResourceSlices to be told right.
+Labels describe one type per node, so a node with two types needs ResourceSlices to be described correctly.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _LEAVING = {
     "karpenter.sh/disrupted": "Karpenter removes it",
     "node.kubernetes.io/out-of-service": "out of service",
 }
-# cloud.google.com/gke-accelerator names machines, and each has one board (cloud.google.com/kubernetes-engine/docs,
-# "GPU machine types").
+# Values of cloud.google.com/gke-accelerator name machines, each with one board
+# (cloud.google.com/kubernetes-engine/docs, "GPU machine types").
 _GKE = {
     "nvidia-tesla-t4": "T4",
     "nvidia-tesla-v100": "V100-SXM2-16GB",
@@ -57,7 +57,7 @@ _GKE = {
     "nvidia-gb200": "GB200-per-GPU",
     "nvidia-rtx-pro-6000": "RTX-PRO-6000-Server-96GB",
 }
-# AWS: instance families and their boards (aws.amazon.com/ec2/instance-types, "Accelerated Computing").
+# AWS instance families and their boards (aws.amazon.com/ec2/instance-types, "Accelerated Computing").
 _AWS = {
     "p3": "V100-SXM2-16GB",
     "p3dn": "V100-SXM2-32GB",
@@ -78,7 +78,7 @@ _VRAM = re.compile(r"(\d+)([KMGT])i?B?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Object:
-    """An object of the API and where it stands."""
+    """An object of the API and its place in the file."""
 
     data: dict[str, Any]
     source: Text
@@ -93,13 +93,13 @@ class _Object:
         return mapping(mapping(self.data.get("metadata")).get("labels"))
 
     def part(self, name: str) -> dict[str, Any]:
-        """``spec`` or ``status``."""
+        """Return ``spec`` or ``status``."""
         return mapping(self.data.get(name))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Use:
-    """Who uses the GPUs of a node: pods by resource, and claims by pool and device."""
+    """The use of a node's GPUs by pods: counts and names by resource."""
 
     counts: dict[str, int] = field(default_factory=dict)
     pods: dict[str, list[str]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class _Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Device:
-    """A device of a ResourceSlice; ``reason`` says why it is left out."""
+    """A device of a ResourceSlice. ``reason`` says why it is left out."""
 
     product: str
     memory_bytes: int | None
@@ -116,10 +116,10 @@ class _Device:
 
 
 def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = False) -> Inventory:
-    """What the objects of all files say about nodes; with ``with_busy``, GPUs in use count as free.
+    """Return what the objects of all files say about nodes. With ``with_busy``, GPUs in use count as free.
 
     Raises:
-        DocumentError: no nodes among them, or numbers that are none.
+        DocumentError: there are no nodes, or counts are not numbers.
     """
     by_kind = _by_kind(files)
     nodes, slices = by_kind.get("Node", []), by_kind.get("ResourceSlice", [])
@@ -134,7 +134,7 @@ def read_kubernetes(files: Sequence[tuple[Any, Text]], *, with_busy: bool = Fals
     devices = _devices_by_node(slices, claimed)
     known = {node.name for node in nodes}
     found = [_found(node, devices.get(node.name, []), use.get(node.name, _Use()), problems) for node in nodes]
-    for one in slices:  # a node that only its slices speak of
+    for one in slices:  # nodes known only from their slices
         name = text(one.part("spec").get("nodeName"))
         if name and name not in known:
             known.add(name)
@@ -152,7 +152,7 @@ def _by_kind(files: Iterable[tuple[Any, Text]]) -> dict[str, list[_Object]]:
 
 
 def _objects(data: Any, source: Text) -> Iterator[_Object]:
-    """Objects of a list, which need not say their kind where the list does, or the one that a file is."""
+    """Yield the objects of a list, which may omit their kind if the list has it, or the one object of a file."""
     kind = text(mapping(data).get("kind"))
     if kind.endswith("List") and isinstance(data.get("items"), list):
         for i, item in enumerate(data["items"]):
@@ -177,7 +177,7 @@ def _use_by_node(pods: Iterable[_Object], problems: list[Problem]) -> dict[str, 
 
 
 def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> dict[str, int]:
-    """GPUs of a pod: those of its containers together, or of one that initialises it where that is more."""
+    """Return the GPUs of a pod: the sum over its containers, or the most of any init container if that is larger."""
     found: dict[str, int] = {}
     for resource in _RESOURCES:
         each = {
@@ -200,17 +200,17 @@ def _asked(pod: _Object, spec: Mapping[str, Any], problems: list[Problem]) -> di
 
 
 def _claimed(claims: Iterable[_Object]) -> Iterator[tuple[str, str, str]]:
-    """Driver, pool and device of everything that is allocated to a claim."""
+    """Yield driver, pool and device of everything that is allocated to a claim."""
     for claim in claims:
         allocation = mapping(claim.part("status").get("allocation"))
         for result in listed(mapping(allocation.get("devices")).get("results")):
             one = mapping(result)
-            if not one.get("adminAccess"):  # that of monitoring, which keeps nobody out
+            if not one.get("adminAccess"):  # monitoring access, which excludes nobody
                 yield text(one.get("driver")), text(one.get("pool")), text(one.get("device"))
 
 
 def _devices_by_node(slices: Sequence[_Object], claimed: set[tuple[str, str, str]]) -> dict[str, list[_Device]]:
-    """Devices of every node's newest slices: a pool with a higher generation replaces what was there before."""
+    """Return the devices of every node's newest slices: a pool with a higher generation replaces earlier ones."""
     newest: dict[tuple[str, str], int] = {}
     for one in slices:
         key, generation = _pool(one)
@@ -252,7 +252,7 @@ def _device(driver: str, body: Mapping[str, Any], is_claimed: bool) -> _Device:
 
 
 def _quantity(value: object) -> int | None:
-    """Bytes of ``80Gi``, ``81559Mi`` or ``85899345920``; None where it is none of these."""
+    """Return the bytes of ``80Gi``, ``81559Mi`` or ``85899345920``, or None if the value is none of these."""
     if not isinstance(value, str | int) or isinstance(value, bool) or len(str(value)) > 40:
         return None
     try:
@@ -279,7 +279,7 @@ def _found(node: _Object, devices: list[_Device], use: _Use, problems: list[Prob
 
 
 def _unusable(node: _Object) -> str:
-    """Why nothing may run on a node; empty where it may."""
+    """Return why nothing may run on a node, or an empty string if it may."""
     spec, taints = node.part("spec"), [mapping(taint) for taint in listed(node.part("spec").get("taints"))]
     reasons = []
     if mapping(node.data.get("metadata")).get("deletionTimestamp"):
@@ -364,7 +364,7 @@ def _label(node: _Object, name: str, problems: list[Problem]) -> int:
 
 
 def _product(node: _Object, resource: str) -> tuple[str, int | None]:
-    """Product name and memory of a node's GPUs, as its labels say; the resource itself where they say nothing."""
+    """Return the product name and memory of a node's GPUs from its labels, or the resource itself without labels."""
     labels = {name: text(value) for name, value in node.labels.items()}
     vendor = resource.partition("/")[0]
     product = labels.get(f"{vendor}/gpu.product") or labels.get(f"{vendor}/gpu.product-name")

@@ -1,4 +1,4 @@
-"""A table of nodes that somebody keeps by hand: CSV with ``node,gpu,count`` and, where it has one, ``zone``."""
+"""A table of nodes that is kept by hand: CSV with ``node,gpu,count`` and optionally ``zone``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_ROWS = 100_000
 
 
 def is_node_table(text: str) -> bool:
-    """Whether a text begins with the header of such a table."""
+    """Return whether a text begins with the header of this table."""
     return set(COLUMNS[:2]) <= set(_header(text))
 
 
 def read_node_table(text: str, file: str) -> Inventory:
-    """Nodes of a table; rows of one node are its GPUs, in that order.
+    """Return the nodes of a table. Rows of one node are its GPUs, in that order.
 
     Raises:
-        DocumentError: a column is missing, or a row is no node, with every such row.
+        DocumentError: a column is missing, or with every row that is not a node.
     """
     header = _header(text)
     missing = [column for column in COLUMNS if column not in header]
@@ -53,7 +53,7 @@ def _header(text: str) -> list[str]:
 
 
 def _add(nodes: dict[str, FoundNode], cells: dict[str, str], where: Problem, problems: list[Problem]) -> None:
-    """Adds the GPUs of a row to its node, or what is wrong with the row to the problems."""
+    """Add the GPUs of a row to its node, or the row's problems to ``problems``."""
     wrong = [
         replace(where, path=column, message="is missing") for column in ("node", "gpu", "count") if not cells[column]
     ]

@@ -1,6 +1,6 @@
-"""Hosts as ``nvidia-smi -q -x`` describes them, one file per host; ``nvidia-smi topo -m`` beside it tells of NVLink.
+"""Hosts as ``nvidia-smi -q -x`` describes them, one file per host; ``nvidia-smi topo -m`` optionally adds NVLinks.
 
-The output does not name its host: the file does. ``gpu-7.xml`` and ``gpu-7.topo.txt`` are of the host gpu-7.
+The output does not name its host, so the file does: ``gpu-7.xml`` and ``gpu-7.topo.txt`` describe the host gpu-7.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from hetis.formats.discovery.xml_tree import Element, parse_xml
 from hetis.formats.errors import DocumentError, Problem, single_problem
 
 ROOT = "nvidia_smi_log"
-STDIN_HOST = "host"  # what comes through a pipe has no name
+STDIN_HOST = "host"  # standard input has no name
 
-# Memory that is used without a process that we may see: one of another user or container. An idle driver keeps less.
+# Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
 _IDLE_BYTES = 2**30
 _IDLE_SHARE = 0.05
 
@@ -27,15 +27,15 @@ _MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
 
 
 def is_topology(text: str) -> bool:
-    """Whether a text is what ``nvidia-smi topo -m`` prints."""
+    """Return whether a text is the output of ``nvidia-smi topo -m``."""
     return bool(_rows(text[:100_000]))
 
 
 def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False) -> Inventory:
-    """Hosts of files, given as label and text; with ``with_busy``, GPUs in use count as free.
+    """Return the hosts in files, given as label and text. With ``with_busy``, GPUs in use count as free.
 
     Raises:
-        DocumentError: not what ``nvidia-smi`` prints, or a topology of no host.
+        DocumentError: a text is not the output of ``nvidia-smi``, or a topology has no host.
     """
     hosts = {label: content for label, content in files if not is_topology(content)}
     if not hosts:
@@ -93,7 +93,7 @@ def _memory(gpu: Element, which: str = "total") -> int | None:
 
 
 def _reason(gpu: Element, with_busy: bool) -> str:
-    """Why a GPU is not for a plan; empty where it is."""
+    """Return why a plan may not use a GPU, or an empty string if it may."""
     name = gpu.text_of("product_name")
     if not name or "error" in name.lower() or name.startswith(("ERR", "[")):
         return "the driver cannot read it"
@@ -127,7 +127,7 @@ def _busy(gpu: Element) -> str:
 
 
 def _rows(text: str) -> list[list[str]]:
-    """Cells between GPUs of every GPU's row; nothing where a text is no such table."""
+    """Return the cells between GPUs of every GPU's row, or nothing if the text is not a topology table."""
     lines = [_COLOURS.sub("", line).split() for line in text.splitlines()]
     header = next((i for i, line in enumerate(lines) if line[:1] == ["GPU0"] and "X" not in line[:2]), None)
     if header is None:
@@ -141,7 +141,7 @@ def _rows(text: str) -> list[list[str]]:
 
 
 def _numbered(header: Sequence[str]) -> list[str]:
-    """``GPU0``, ``GPU1``, ... as far as they go: NICs and affinities come after."""
+    """Return ``GPU0``, ``GPU1``, ... from the header, which NICs and affinities follow."""
     found = []
     for i, name in enumerate(header):
         if name != f"GPU{i}":
@@ -151,7 +151,7 @@ def _numbered(header: Sequence[str]) -> list[str]:
 
 
 def _nvlinks(text: str) -> tuple[int | None, bool]:
-    """NVLinks between every pair of GPUs, and whether only some pairs have any."""
+    """Return the NVLinks between every pair of GPUs, and whether only some pairs have any."""
     rows = _rows(text)
     pairs = [
         int(found[1] or 0) if (found := _CELL.fullmatch(cell)) else 0

@@ -22,23 +22,23 @@ from hetis.formats.errors import Problem, single_problem
 from hetis.formats.positions import Text
 
 UNTYPED = "GPU"
-"""What GPUs are called on a node that names no accelerator type."""
+"""The product name of GPUs on a node that names no accelerator type."""
 
 _TYPE = "accelerator_type:"
 _ZONES = ("ray.io/availability-zone", "topology.kubernetes.io/zone")
 
 
 def is_ray(data: Any) -> bool:
-    """Whether data is a list of Ray's nodes."""
+    """Return whether data is a list of Ray's nodes."""
     first = mapping(next(iter(listed(data)), None))
     return "resources_total" in first or "Resources" in first or ("node_ip" in first and "is_head_node" in first)
 
 
 def read_ray(data: Any, source: Text) -> Inventory:
-    """What the list says about nodes.
+    """Return what the list says about nodes.
 
     Raises:
-        DocumentError: it is no list of nodes, has no resources (``--detail`` has them), or counts that are none.
+        DocumentError: it is not a list of nodes, has no resources (``--detail`` has them), or has wrong counts.
     """
     if not is_ray(data):
         raise single_problem(source.file, "is no list of nodes: ray list nodes --detail --format json")
@@ -61,7 +61,7 @@ def _node(node: Mapping[str, Any], index: int, source: Text, problems: list[Prob
     count = whole_number(mapping(resources).get("GPU"), (index, "resources_total", "GPU"), source, problems)
     types = [key.removeprefix(_TYPE) for key in mapping(resources) if key.startswith(_TYPE)]
     types = types or [text(labels.get("ray.io/accelerator-type"))]
-    hint = text(labels.get("ray.io/accelerator-type"))  # may say more than the resource: A100-80G beside A100
+    hint = text(labels.get("ray.io/accelerator-type"))  # may say more than the resource: A100-80G instead of A100
     product, reason = types[0] or UNTYPED, "" if alive else "not alive"
     if len(types) > 1:
         reason = reason or f"of several types ({some_of(types)}), and Ray does not say how many of each"

@@ -1,4 +1,4 @@
-"""Which tool wrote a file, and what it says."""
+"""Recognises which tool wrote a file, and reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.formats.files import file_label, read_text
 from hetis.formats.positions import Bounds, Text, parse_text
 
 MAX_FILES = 10_000
-# Thousands of nodes with their pods; what that takes is a minute and 2 GB.
+# Enough for thousands of nodes with their pods, which take a minute and 2 GB.
 _BOUNDS = Bounds(max_values=10_000_000, max_yaml_values=200_000)
 
 _KNOWN = (
@@ -25,15 +25,15 @@ _KNOWN = (
 
 
 def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_busy: bool = False) -> Inventory:
-    """The nodes that files of one tool describe (``-``: standard input).
+    """Return the nodes that files of one tool describe (``-``: standard input).
 
     Args:
         paths: several for kubectl and nvidia-smi; one for the others.
-        source: what wrote them.
+        source: the tool that wrote them.
         with_busy: GPUs that are in use count as free.
 
     Raises:
-        DocumentError: not readable, of no tool that is known, of several, or with problems (all of them).
+        DocumentError: with all problems: files are unreadable, from an unknown tool, or from several tools.
     """
     if len(paths) > MAX_FILES or len(set(paths)) != len(paths):
         twice = next((path for path in paths if paths.count(path) > 1), None) if len(paths) <= MAX_FILES else None
@@ -72,7 +72,7 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
 
 
 class _File:
-    """A file, what wrote it, and its data, which are read when they are first asked for."""
+    """A file, the tool that wrote it, and its data, parsed on first use."""
 
     def __init__(self, label: str, text: str, source: Source) -> None:
         self.label = label
@@ -87,10 +87,10 @@ class _File:
         return self._parsed
 
     def _recognised(self) -> Source:
-        """What wrote the text, by what is in it.
+        """Return the tool that wrote the text, judging by its content.
 
         Raises:
-            DocumentError: nothing that is known.
+            DocumentError: the tool is unknown.
         """
         begin = self._text.lstrip()[:200]
         if begin.startswith("<") or nvidia_smi.is_topology(self._text):

@@ -23,9 +23,9 @@ from hetis.formats.errors import Problem, single_problem
 from hetis.formats.positions import Text
 
 UNTYPED = "gpu"
-"""What GPUs are called that gres.conf gives no type."""
+"""The product name of GPUs to which gres.conf gives no type."""
 
-# States and flags in which nothing can be started (slurm.schedmd.com/scontrol.html, "State").
+# States and flags in which nothing can start (slurm.schedmd.com/scontrol.html, "State").
 _UNUSABLE = {
     *("DOWN", "DRAIN", "DRAINED", "DRAINING", "ERROR", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "MAINT"),
     *("MAINTENANCE", "NOT_RESPONDING", "NO_RESPOND", "PERFCTRS", "POWERED_DOWN", "POWERING_DOWN", "POWER_DOWN"),
@@ -36,10 +36,10 @@ _MIG = re.compile(r"\d+g\.\d+gb|(?:^|_)\dg(?:_|$)", re.IGNORECASE)
 
 
 def read_slurm(data: Any, source: Text, *, with_busy: bool = False) -> Inventory:
-    """What the output says about nodes; with ``with_busy``, GPUs of running jobs count as free.
+    """Return what the output says about nodes. With ``with_busy``, GPUs of running jobs count as free.
 
     Raises:
-        DocumentError: it has no list of nodes, or counts that are none.
+        DocumentError: it has no list of nodes, or has wrong counts.
     """
     nodes = mapping(data).get("nodes")
     if not isinstance(nodes, list):
@@ -63,7 +63,8 @@ def _node(
     gpus, left_out = list[FoundGpus](), list[str]()
     unusable = _unusable(node)
     hints = tuple(sorted({*_words(node.get("features")), *_words(node.get("active_features"))}))[:32]
-    # Jobs that asked for any type are counted without one: on a node of one type it is clear which they have.
+    # GPUs of jobs that asked for any type are counted without one; on a node with a single type it is clear which it
+    # is.
     if UNTYPED in used and UNTYPED not in had and len(had) == 1:
         used[next(iter(had))] = used.get(next(iter(had)), 0) + used.pop(UNTYPED)
     if used.get(UNTYPED) and UNTYPED not in had and had:
@@ -85,7 +86,7 @@ def _node(
 
 
 def _words(value: object) -> list[str]:
-    """Features, which are a list now and were text with commas before."""
+    """Return the features, which are a list now and were comma-separated text in earlier versions."""
     words = value.split(",") if isinstance(value, str) else [text(one) for one in listed(value)]
     return [word.strip()[:80] for word in words if word.strip()]
 
@@ -108,9 +109,9 @@ def _unusable(node: Mapping[str, Any]) -> str:
 def _gres(
     node: Mapping[str, Any], which: str, path: tuple[str | int, ...], source: Text, problems: list[Problem]
 ) -> Iterator[tuple[str, int]]:
-    """Type and number of all GPUs of ``gpu:a100:4(S:0-1),gpu:a40:2``, each type once."""
+    """Yield type and count of all GPUs in ``gpu:a100:4(S:0-1),gpu:a40:2``, each type once."""
     counts: dict[str, int] = {}
-    said = text(node.get(which))[:10_000].replace(":(null)", "")  # jobs that asked for any type
+    said = text(node.get(which))[:10_000].replace(":(null)", "")  # written for jobs that asked for any type
     for one in re.split(r",(?![^()]*\))", said):
         if not one.strip().startswith("gpu"):
             continue

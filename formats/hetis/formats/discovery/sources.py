@@ -1,4 +1,4 @@
-"""Whose output a fleet is read from; apart, so that the command's help loads no parser."""
+"""The tools that a fleet can be read from, in their own module so that the command's help loads no parser."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Source(StrEnum):
-    """A tool that describes a fleet; ``auto``: whichever the file is of."""
+    """A tool that describes a fleet. ``auto`` recognises the tool by its file."""
 
     AUTO = "auto"
     KUBECTL = "kubectl"

@@ -1,8 +1,8 @@
-"""A small XML reader for what ``nvidia-smi`` prints, safe for text that anybody may have written.
+"""A small XML reader for the output of ``nvidia-smi``, safe for untrusted text.
 
-Python's own expat is used directly. What makes XML dangerous is refused before it can act: a declaration of an entity
-ends the reading (so that nothing expands), expat loads nothing from outside unless told to, and the depth and number
-of elements are bounded. The document type that ``nvidia-smi`` names is not looked at.
+It uses Python's own expat. Dangerous XML is refused before it can do harm: an entity declaration ends the reading, so
+nothing expands; expat loads nothing external unless told to; and the depth and number of elements are bounded. The
+document type that ``nvidia-smi`` names is ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_ELEMENTS = 1_000_000
 
 @dataclass(slots=True)
 class Element:
-    """An element with the text right inside it, without blanks around it."""
+    """An element with its own text, stripped of surrounding blanks."""
 
     tag: str
     line: int
@@ -27,27 +27,27 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def find(self, path: str) -> Element | None:
-        """The first element at a path such as ``mig_mode/current_mig``."""
+        """Return the first element at a path such as ``mig_mode/current_mig``, or None."""
         here: Element | None = self
         for tag in path.split("/"):
             here = next((child for child in here.children if child.tag == tag), None) if here is not None else None
         return here
 
     def text_of(self, path: str) -> str:
-        """The text of the element at a path; empty where there is none."""
+        """Return the text of the element at a path, or an empty string if there is none."""
         found = self.find(path)
         return found.text if found is not None else ""
 
     def all(self, tag: str) -> Iterator[Element]:
-        """The children with a tag."""
+        """Return the children with a tag."""
         return (child for child in self.children if child.tag == tag)
 
 
 def parse_xml(text: str, file: str) -> Element:
-    """The root element of a document.
+    """Return the root element of a document.
 
     Raises:
-        DocumentError: not XML, with entities of its own, nested too deep, or too large.
+        DocumentError: it is not XML, declares entities, is nested too deep, or is too large.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -72,7 +72,7 @@ def parse_xml(text: str, file: str) -> Element:
         element.text = element.text.strip()
 
     def characters(some: str) -> None:
-        if not stack[-1].children:  # blanks between elements are nobody's text
+        if not stack[-1].children:  # blanks between elements belong to no text
             stack[-1].text += some
 
     def entity(name: str, *rest: object) -> None:

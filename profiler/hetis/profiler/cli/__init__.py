@@ -1,5 +1,5 @@
-"""The `hetis-profile` command line: one module per verb, `app` ties them together.
+"""The `hetis-profile` command line: one module per verb, combined in `app`.
 
-Nothing heavy is imported at the top of these modules: ``hetis-profile --help`` must answer at once. What it shares with
-`hetis-plan` is in `hetis.formats.command_line`.
+Nothing heavy is imported at the top of these modules: ``hetis-profile --help`` must answer at once. Parts shared with
+`hetis-plan` are in `hetis.formats.command_line`.
 """

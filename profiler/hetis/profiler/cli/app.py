@@ -54,16 +54,16 @@ def hetis_profile(
 
 
 def main() -> NoReturn:
-    """Runs the command line of this process and exits."""
+    """Run the command line of this process and exit."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code; every error has become a message on stderr."""
+    """Run one command line and return its exit code. Every error becomes a message on stderr."""
     return run_application(app, "hetis-profile", arguments, _report_failure)
 
 
 def _report_failure(error: Exception) -> int:
-    from hetis.profiler.cli.failures import report_failure  # only once something has failed
+    from hetis.profiler.cli.failures import report_failure  # only after a failure
 
     return report_failure(error)

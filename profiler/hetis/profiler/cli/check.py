@@ -1,4 +1,4 @@
-"""``hetis-profile check``: is a profile one to plan with."""
+"""``hetis-profile check``: whether a profile is fit to plan with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is impossible about a profile, and what is doubtful."""
+"""Impossible and doubtful figures in a profile."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hetis.profiler.plausibility import implausible_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import Fit, Op, Profile
 
-_TOLERANCE = 1.15  # boost clocks and rounding reach a little above nominal peaks
-_CACHED = 4.0  # attention and small products may read from a cache faster than memory
+_TOLERANCE = 1.15  # boost clocks and rounding go slightly above nominal peaks
+_CACHED = 4.0  # attention and small products may read from a cache faster than from memory
 WANTED_ERROR = 0.10
 
 
 def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
-    """A sentence per number that no ``gpu`` can reach."""
+    """Yield a sentence per number that no ``gpu`` can reach."""
     if profile.usable_bytes > gpu.memory_bytes:
         yield (
             f"usable_bytes is {format_bytes(profile.usable_bytes)}, more than the {format_bytes(gpu.memory_bytes)} of "
@@ -42,7 +42,7 @@ def impossible(profile: Profile, gpu: GpuType) -> Iterator[str]:
 
 
 def doubts_of(profile: Profile) -> Iterator[str]:
-    """A sentence per thing that makes a plan with this profile less certain than it may look."""
+    """Yield a sentence for everything that makes a plan with this profile less certain than it may look."""
     for fit in profile.fits:
         error = fit.provenance.held_out_mape
         if error is None and fit.op not in (Op.STEP, Op.SAMPLE):
@@ -56,7 +56,7 @@ def doubts_of(profile: Profile) -> Iterator[str]:
 
 
 def _rate(coefficients: list[float]) -> float | None:
-    """The rate at which large work is done: by the piece with the largest slope."""
+    """Return the rate for large work: that of the piece with the largest slope."""
     steepest = max(coefficients)
     return 1 / steepest if steepest > 0 else None
 

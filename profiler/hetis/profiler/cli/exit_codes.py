@@ -1,4 +1,4 @@
-"""How `hetis-profile` ends. Scripts may rely on these numbers; docs/profiling.md lists them."""
+"""The exit codes of `hetis-profile`. Scripts may rely on these numbers; docs/profiling.md lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ProfileExitCode(IntEnum):
-    """Exit codes of every verb; they mean what those of `hetis-plan` do."""
+    """Exit codes of every verb, with the same meanings as those of `hetis-plan`."""
 
     OK = 0
     INTERNAL = 1
@@ -16,7 +16,7 @@ class ProfileExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """The meaning in one line; what comes before the comma is the short form."""
+        """The meaning in one line; the part before the comma is the short form."""
         return _MEANINGS[self]
 
 

@@ -1,4 +1,4 @@
-"""Errors as messages: which exit code each has and what is printed. Imported only once something has failed."""
+"""Errors as messages with exit codes. Imported only after a failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.formats.errors import DocumentError
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.solver.errors import HetisError, InvalidProblemError
 
-# What a missing module is called where it can be had.
+# Where a missing module can be obtained.
 _EXTRAS = {
     "torch": "'hetis[profiler]', or torch as its site says for your GPU",
     "pyarrow": "'hetis[profiler]'",
@@ -19,14 +19,14 @@ _EXTRAS = {
 
 
 def report_failure(error: Exception) -> ProfileExitCode:
-    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    """Print an error on stderr, never a traceback, and return its exit code."""
     code, message, details = describe(error)
     Terminal().error(message, details)
     return code
 
 
 def describe(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
-    """Exit code, headline, and the lines below it."""
+    """Return exit code, headline, and the lines below it."""
     match error:
         case DocumentError():
             count = len(error.problems)

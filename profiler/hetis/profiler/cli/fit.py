@@ -1,4 +1,4 @@
-"""``hetis-profile fit``: measurements to a profile, and how wrong it is."""
+"""``hetis-profile fit``: turns measurements into a profile, and reports its error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fit(
 
 @contextmanager
 def waiting(terminal: Terminal, what: str) -> Iterator[None]:
-    """Shows ``what`` while the block runs."""
+    """Show ``what`` while the block runs."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0 or not console.is_terminal or console.is_dumb_terminal:
         yield

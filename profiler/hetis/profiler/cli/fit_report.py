@@ -1,4 +1,4 @@
-"""How wrong a fit is, as a table of 80 columns and as JSON."""
+"""The errors of a fit, as a table of 80 columns and as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SERVING = "errors on held-out points in the serving range (attention: batch >= 
 
 
 def report_document(fitted: FittedProfile, out: Path) -> dict[str, Any]:
-    """The report's own data; ``held_out_mape`` by operator, ``by_region`` below it."""
+    """Return the report's own data: ``held_out_mape`` by operator, with ``by_region`` below it."""
     return {"out": str(out)} | fitted.report.to_data()
 
 
 def report_table(fitted: FittedProfile, out: Path) -> RenderableType:
-    """A row per fit, then what was not fitted."""
+    """Return a row per fit, followed by what was not fitted."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

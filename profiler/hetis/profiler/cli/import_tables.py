@@ -1,4 +1,4 @@
-"""``hetis-profile import``: tables that other tools measured."""
+"""``hetis-profile import``: imports tables that other tools measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """Whose tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`."""
+    """The tool that wrote the tables; a test keeps this in step with `hetis.profiler.importers.FORMATS`."""
 
     AICONFIGURATOR = "aiconfigurator"
     VIDUR = "vidur"
@@ -54,7 +54,7 @@ def import_tables(
 
 
 def _paths(out: Path) -> list[Path]:
-    """``raw.json.gz``, ``raw-2.json.gz``, ...: more than there can be GPUs in a table."""
+    """Return ``raw.json.gz``, ``raw-2.json.gz``, ...: more than a table can have GPUs."""
     suffix = "".join(out.suffixes[-2:]) if out.suffix == ".gz" else out.suffix
     stem = out.name.removesuffix(suffix)
     return [out, *(out.with_name(f"{stem}-{number}{suffix}") for number in range(2, 1000))]

@@ -1,4 +1,4 @@
-"""Several files read, and the problems of all of them at once."""
+"""Reads several files, and reports the problems of all of them together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def all_of(load: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Return what ``load`` makes of every file.
+    """Return the values that ``load`` reads from all files.
 
     Raises:
         DocumentError: with the problems of all files.

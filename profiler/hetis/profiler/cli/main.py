@@ -1,4 +1,4 @@
-"""Entry point of the ``hetis-profile`` command; the base install has it too, but not what it needs."""
+"""Entry point of the ``hetis-profile`` command. The base install includes it, but not its dependencies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Runs the command line of this process and exits."""
+    """Run the command line of this process and exit."""
     try:
         from hetis.profiler.cli.app import main as run_and_exit
     except ModuleNotFoundError as error:

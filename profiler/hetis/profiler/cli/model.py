@@ -1,4 +1,4 @@
-"""``hetis-profile model``: the profile of a GPU that nobody measured."""
+"""``hetis-profile model``: models the profile of an unmeasured GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that more than one verb takes."""
+"""Options shared by several verbs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that results go to, checked before the work is done."""
+"""Checks of output files, made before the work is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.formats.errors import DocumentError, Problem
 
 
 def require_outputs(paths: Iterable[Path | None]) -> None:
-    """Refuses what cannot be written whatever it will hold; what is None is not asked for.
+    """Refuse paths that cannot be written. Paths that are None are skipped.
 
     Raises:
         DocumentError: with a problem for each.

@@ -1,4 +1,4 @@
-"""``hetis-profile plot``: measured against fitted."""
+"""``hetis-profile plot``: draws measured against fitted times."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ LEGEND = (
 
 
 def profile_document(profile: Profile) -> dict[str, Any]:
-    """The profile file's own form."""
+    """Return the profile in its file format."""
     return profile_to_data(profile)
 
 
 def profile_table(profile: Profile, *, title: str) -> RenderableType:
-    """One row per fit, its pieces below each other."""
+    """Return one row per fit, with its pieces below each other."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -50,7 +50,7 @@ def profile_table(profile: Profile, *, title: str) -> RenderableType:
 
 
 def piece_words(piece: Piece) -> str:
-    """``12.6 us + B/3.1 TB/s + H x 1.5 ns``: coefficients as the rates that they are."""
+    """Return ``12.6 us + B/3.1 TB/s + H x 1.5 ns``: coefficients as rates."""
     parts = []
     if piece.fixed_s:
         parts.append(seconds(piece.fixed_s))
@@ -68,7 +68,7 @@ def piece_words(piece: Piece) -> str:
 
 
 def scope_words(scope: FitScope) -> Iterator[str]:
-    """Yield what a fit is for, a condition each."""
+    """Yield the conditions of a fit's scope."""
     if scope.model is not None:
         yield scope.model.rpartition("/")[2]
     if scope.tp is not None:
@@ -82,7 +82,7 @@ def scope_words(scope: FitScope) -> Iterator[str]:
 
 
 def region_words(fit: Fit) -> Iterator[str]:
-    """``batch 4-256``, a range each."""
+    """Yield the ranges of a fit's region, such as ``batch 4-256``."""
     if fit.region is None:
         return
     for name, word in (("tokens", "T"), ("batch", "batch"), ("context_tokens", "ctx"), ("num_bytes", "B")):
@@ -92,7 +92,7 @@ def region_words(fit: Fit) -> Iterator[str]:
 
 
 def origins(profile: Profile) -> Iterator[str]:
-    """A line per fit: where its numbers are from."""
+    """Yield a line per fit with the origin of its numbers."""
     for fit in profile.fits:
         yield f"{fit.op.value} ({', '.join(scope_words(fit.scope)) or 'any'}): {fit.provenance.origin}"
 

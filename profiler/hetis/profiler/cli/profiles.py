@@ -1,4 +1,4 @@
-"""Profiles and GPU types by the names that users give them, and profile files written whole."""
+"""Finds profiles and GPU types by the names that users give, and writes profile files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _STAND_IN = "Ampere"
 
 
 def profile_of(name: str) -> Profile:
-    """A profile file's, or the one that plans would use for a GPU type of the catalogue.
+    """Return the profile in a file, or the one that plans would use for a GPU type of the catalogue.
 
     Raises:
-        DocumentError: neither a file nor a GPU type, or the file is no profile.
-        InvalidProblemError: nothing is known of the GPU type.
+        DocumentError: the name is neither a file nor a GPU type, or the file is not a profile.
+        InvalidProblemError: nothing is known about the GPU type.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.profile import load_profile
@@ -28,7 +28,7 @@ def profile_of(name: str) -> Profile:
         gpu = find_gpu(name).gpu
     except UnknownNameError as error:
         if Path(name).suffix or "/" in name:
-            return load_profile(name)  # which says why it cannot be read
+            return load_profile(name)  # explains why it cannot be read
         raise single_problem(name, f"is neither a file nor a GPU type: {error}") from None
     from hetis.profiler.roofline import modelled_profile
     from hetis.profiler.shipped import shipped_profile
@@ -37,10 +37,10 @@ def profile_of(name: str) -> Profile:
 
 
 def gpu_type(name: str, cluster: Path | None) -> GpuType:
-    """The GPU type ``name`` of a cluster file, or else of the catalogue.
+    """Return the GPU type ``name`` of a cluster file, or else of the catalogue.
 
     Raises:
-        DocumentError: the file cannot be read, or neither has the type; the message says what to do.
+        DocumentError: the file cannot be read, or neither has the type. The message says what to do.
     """
     from hetis.formats.catalogue import UnknownNameError, find_gpu
     from hetis.formats.cluster import load_cluster
@@ -63,10 +63,10 @@ def gpu_type(name: str, cluster: Path | None) -> GpuType:
 
 
 def with_relative(gpu: GpuType) -> tuple[GpuType, bool]:
-    """``gpu`` with an architecture that efficiencies are known of, and whether that is a stand-in.
+    """Return ``gpu`` with an architecture of known efficiency, and whether that is a stand-in.
 
-    A host's processor, or a type that a cluster file defines, may have none; what was not measured is modelled then by
-    the ratios of its peaks to those of the most common GPU.
+    The processor of a host, or a type that a cluster file defines, may have none. Whatever was not measured is then
+    modelled by the ratios of its peaks to those of the most common GPU.
     """
     from hetis.profiler.efficiency import shipped
 
@@ -76,7 +76,7 @@ def with_relative(gpu: GpuType) -> tuple[GpuType, bool]:
 
 
 def save_profile(path: Path, profile: Profile) -> None:
-    """Writes the whole file or nothing.
+    """Write the whole file or nothing.
 
     Raises:
         DocumentError: it cannot be written.

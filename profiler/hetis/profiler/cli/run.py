@@ -1,4 +1,4 @@
-"""``hetis-profile run``: measure this host."""
+"""``hetis-profile run``: measures this host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""News of a run on stderr: a bar with the time left on a terminal, a plain line every few seconds anywhere else."""
+"""Progress of a run on stderr: a bar with the time left on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Report = Callable[["RunProgress"], None]
 
 @contextmanager
 def run_progress(terminal: Terminal) -> Iterator[Report]:
-    """What to hand to `measure`."""
+    """Yield the function to pass to `measure`."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield lambda _: None
     elif console.is_terminal and not console.is_dumb_terminal:
         from rich.progress import BarColumn, Progress, TextColumn
 
-        # Ten wide: with the longest description and the time left that is 80 columns.
+        # Ten wide: with the longest description and the time left that makes 80 columns.
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[left]}"))
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("starting torch", total=None, left="")
 
             def update(news: RunProgress) -> None:
-                # An adaptive run ends when it knows enough: the bar goes by whichever limit is nearer.
+                # An adaptive run ends when it knows enough: the bar follows whichever limit is nearer.
                 progress.update(
                     task, description=describe(news), completed=news.done, total=news.total, left=_left(news)
                 )
@@ -58,7 +58,7 @@ class RunLines:
 
 
 def describe(news: RunProgress) -> str:
-    """``37 points, next GEMM (known to 12%)``."""
+    """Return ``37 points, next GEMM (known to 12%)``."""
     known = "new" if news.uncertainty >= 1 else f"known to {news.uncertainty:.0%}"
     return f"{news.done} points, next {news.what} ({known})"
 

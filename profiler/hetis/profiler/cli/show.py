@@ -1,4 +1,4 @@
-"""``hetis-profile show``: what a profile says, and how far it is to be trusted."""
+"""``hetis-profile show``: shows a profile and how far it can be trusted."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
 
 def seconds(value: float) -> str:
-    """``12.3 us``, ``4.56 ms``, ``1.2 s``."""
+    """Return ``12.3 us``, ``4.56 ms``, ``1.2 s``."""
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms")):
         if value < limit:
             return f"{value * factor:.3g} {unit}"
@@ -12,10 +12,10 @@ def seconds(value: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """``4.2%``; a dash where it is not known."""
+    """Return ``4.2%``, or a dash if the value is unknown."""
     return "-" if value is None else f"{value:.1%}"
 
 
 def duration(value: float) -> str:
-    """``3:07`` minutes and seconds."""
+    """Return minutes and seconds as ``3:07``."""
     return f"{int(value) // 60}:{int(value) % 60:02d}"

@@ -1,4 +1,4 @@
-"""Fit of measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
+"""Fits measurements to a profile: maxima of a few affine pieces, judged on points they never saw."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, 
 
 __all__ = ["FitReport", "FittedProfile", "fit_profile", "selected_points"]
 
-MIN_DISTINCT = 8  # points of different shape or size, for a fit that three quarters of them make
-_WORST_STEP = 0.10  # a step fit that is further off than this is no better than the modelled constant
+MIN_DISTINCT = 8  # distinct shapes or sizes, for a fit made from three quarters of them
+_WORST_STEP = 0.10  # a step fit with a larger error is no better than the modelled constant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FittedProfile:
-    """A profile, and how wrong its fits are."""
+    """A profile with the errors of its fits."""
 
     profile: Profile
     report: FitReport
 
 
 def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedProfile:
-    """Fits every operator that was measured; the others are the roofline's, marked ``modelled``.
+    """Fit every operator that was measured. The others are the roofline's, marked ``modelled``.
 
-    Where several sources measured an operator, the first of ``measurements`` counts and the others judge. Modelled
-    fits of any scope stay below fitted ones of a head shape or TP size, so that every model finds a fit.
+    If several sources measured an operator, the first in ``measurements`` counts and the others judge. Modelled fits of
+    any scope stay in addition to fitted ones of a head shape or TP size, so that every model finds a fit.
 
     Raises:
-        InvalidProblemError: nothing that can be fitted, measurements of another GPU, times that look like those of
-            another unit, or an unknown architecture.
+        InvalidProblemError: there is nothing to fit, measurements are of another GPU, times look as if in another unit,
+            or the architecture is unknown.
     """
     others = sorted({m.gpu for m in measurements} - {gpu.name})
     if others:
@@ -99,7 +99,7 @@ def fit_profile(measurements: Sequence[Measurements], gpu: GpuType) -> FittedPro
 
 
 def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> FitPoints:
-    """Return what is fitted, and what is not."""
+    """Return the points to fit, and what is not fitted."""
     selection = FitPoints()
     dense_points(measurements, gpu, selection)
     attention_points(measurements, gpu, selection)
@@ -119,7 +119,7 @@ def selected_points(measurements: Sequence[Measurements], gpu: GpuType) -> FitPo
 
 
 def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport]:
-    """The fit of ``points``, and how wrong it is; ``scopes`` are those of all fits of the operator."""
+    """Return the fit of ``points`` and its errors. ``scopes`` are those of all fits of the operator."""
     found = fit_points(points)
     seen, unseen = points.kept(found.fitted), points.kept(found.judges)
     serving, served = within(SERVING[points.op], unseen.sizes, len(unseen)), unseen.served(scopes)
@@ -159,8 +159,9 @@ def _fit_op(points: Points, scopes: Collection[FitScope]) -> tuple[Fit, OpReport
 
 
 def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
-    """Return what the fit of the same scope says of points in the serving range from another source; None without
-    either."""
+    """Return the errors of the fit of the same scope on points in the serving range from another source. Return None if
+    either is missing.
+    """
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (others.op, others.scope)), None)
     served = others.kept(within(SERVING[others.op], others.sizes, len(others)))
     if fit is None or not len(served):
@@ -169,8 +170,10 @@ def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
 
 
 def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
-    """Return what the fit of ``points`` says of fewer query heads, where a plan would ask it for them; None without
-    any."""
+    """Return the errors of the fit of ``points`` for fewer query heads, where a plan would use it for them. Return None
+    if
+    there are none.
+    """
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (points.op, points.scope)), None)
     if fit is None or points.few_heads is None:
         return None

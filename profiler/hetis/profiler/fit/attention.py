@@ -1,4 +1,4 @@
-"""Decode and prefill attention: the rows that a fit may see, by head shape."""
+"""Decode and prefill attention: selects the rows that a fit may see, by head shape."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from hetis.profiler.work import FloatArray, roofline_seconds, work_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
-MIN_POINTS = 60  # of a head shape that is fitted alone; the others share a fit by head size
-MIN_HEADS = 4  # query heads of a rank: one sequence of fewer leaves most of the GPU idle
+MIN_POINTS = 60  # for a head shape with its own fit; others share a fit by head size
+MIN_HEADS = 4  # query heads per rank: one sequence of fewer leaves most of the GPU idle
 _LATER = " was measured too, and comes first"
-LAUNCH_S = 2e-6  # a KV read in less is hidden by the launch, whether from cache or memory
+LAUNCH_S = 2e-6  # the launch hides reading less KV than this, whether from cache or memory
 
 
 def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
-    """Decode and prefill attention by (head_dim, queries per group), from the first source that is possible at all."""
+    """Add decode and prefill attention by (head_dim, queries per group), from the first physically possible source."""
     doubted = set[str]()
     for measured, op in (
         (MeasuredOp.DECODE_ATTENTION, Op.DECODE_ATTENTION),
@@ -58,17 +58,18 @@ def attention_points(measurements: Sequence[Measurements], gpu: GpuType, into: F
 
 
 def _largest_first(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[tuple[str, Table]]:
-    """Tables in the order of their sources, and of one source the kernel with the most rows first.
+    """Yield tables in the order of their sources and, within a source, by decreasing number of rows.
 
-    An engine has kernels for corner cases beside the one that serves: of a B200's prefill a decode kernel has a
-    thousand rows, which come before the twelve thousand of the prefill kernel.
+    An engine has kernels for corner cases besides the one that serves. For a B200's prefill, for example, a decode
+    kernel
+    has a thousand rows, which come before the twelve thousand of the prefill kernel.
     """
     for measurement in measurements:
         yield from sorted(tables_of([measurement], op), key=lambda found: -len(found[1]))
 
 
 def _impossible(table: Table, gpu: GpuType) -> str:
-    """Why no fit is made of an attention table; empty when it may be."""
+    """Return why an attention table must not be fitted, or an empty string if it may be."""
     least, work = roofline_seconds(table, gpu), work_of(table)
     assert least is not None
     assert work is not None
@@ -85,7 +86,7 @@ def _impossible(table: Table, gpu: GpuType) -> str:
 
 
 def decode_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
-    """Contexts from 128 tokens; rows that a cache can have served are left out (`CACHE_BYTES`)."""
+    """Yield points with contexts from 128 tokens, without rows that a cache may have served (`CACHE_BYTES`)."""
     work = work_of(table)
     assert work is not None
     batch, context, heads = (table.numbers(name) for name in ("batch", "context_tokens", "query_heads"))
@@ -108,12 +109,12 @@ def decode_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
 
 
 def prefill_points(table: Table, gpu: GpuType, origin: str) -> Iterator[Points]:
-    """Chunks of 64 tokens or more, over any past.
+    """Yield points for chunks of 64 tokens or more, over any past.
 
-    The KV of a chunk and of its past is charged one reading at the nominal bandwidth; it is not fitted. The published
-    tables have no past, where KV bytes are proportional to tokens: a fit charges them what queries and outputs cost
-    (3 to 40 readings), and a past, which is far longer than its chunk, would be charged that too. Of vidur's chunks
-    over a past, which tell the two apart, the fit takes no more than one reading (docs/profiles.md).
+    The KV of a chunk and of its past is charged one read at the nominal bandwidth, which is not fitted. The published
+    tables have no past, so KV bytes are proportional to tokens: a fit would charge them the cost of queries and outputs
+    (3 to 40 reads), and charge the same to a past, which is far longer than its chunk. On vidur's chunks over a past,
+    which distinguish the two, the fit takes no more than one read (docs/profiles.md).
     """
     work = work_of(table)
     assert work is not None
@@ -152,7 +153,7 @@ def _by_head_shape(
     given: Mapping[str, float] | None = None,
     notes: tuple[str, ...] = (),
 ) -> Iterator[Points]:
-    """One set for each (head_dim, queries per group) with enough points, and one of all shapes of a head_dim."""
+    """Yield one set for each (head_dim, queries per group) with enough points, and one for all shapes of a head_dim."""
     heads, groups, head_dim = (table.numbers(name) for name in ("query_heads", "kv_heads", "head_dim"))
     queries = heads / groups
     few = heads < min(MIN_HEADS, heads.max())
@@ -165,7 +166,7 @@ def _by_head_shape(
     scopes = [own[key] for key in zip(head_dim.tolist(), queries.tolist(), strict=True)]
     for dim in sorted(set(head_dim.tolist())):
         per_groups = sorted(set(queries[head_dim == dim].tolist()))
-        # One shape alone says nothing of others: the roofline does.
+        # A single shape says nothing about others: the roofline does.
         for per_group in [None, *per_groups] if len(per_groups) > 1 else per_groups:
             mine = (head_dim == dim) & usable & (True if per_group is None else queries == per_group)
             keep = mine & ~warm & ~few
@@ -199,7 +200,7 @@ def _by_head_shape(
 
 
 def _above(kv_bytes: FloatArray, *, hole: NDArray[np.bool_], keep: NDArray[np.bool_]) -> Mapping[str, float]:
-    """The least KV kept that is more than any of the ``hole``; empty where there is no hole, or nothing above it."""
+    """Return the least KV kept that exceeds all of the ``hole``, or nothing without a hole, or nothing above it."""
     if not hole.any():
         return {}
     above = kv_bytes[keep & (kv_bytes > kv_bytes[hole].max())]

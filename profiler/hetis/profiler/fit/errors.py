@@ -1,4 +1,4 @@
-"""How wrong a fit is on points it never saw: over all of them, in the serving range, and region by region."""
+"""The errors of a fit on points it never saw: over all of them, in the serving range, and by region."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hetis.solver.profile import FitRegion, Op
 
 Mask = NDArray[np.bool_]
 
-MIN_P95 = 20  # points below which a 95th percentile says nothing
-# Where serving happens; `hetis-profile fit` states `held_out_mape` there.
+MIN_P95 = 20  # minimum number of points for a meaningful 95th percentile
+# The range of serving, in which `hetis-profile fit` states `held_out_mape`.
 SERVING: Mapping[Op, FitRegion] = {
     Op.DENSE: FitRegion(tokens=(1, 8192)),
     Op.PREFILL_ATTENTION: FitRegion(context_tokens=(256, 16384), tokens=(256, 16384)),
@@ -25,7 +25,7 @@ SERVING: Mapping[Op, FitRegion] = {
     Op.TRANSFER: FitRegion(num_bytes=(1024, 2.0**28)),
     Op.STEP: FitRegion(),
 }
-# Limits of the regions of a report, by size; the last is open.
+# Limits of a report's regions, by size; the last one is open.
 _CUTS: Mapping[str, tuple[float, ...]] = {
     "batch": (4, 16, 64),
     "context_tokens": (256, 1024, 4096, 16385),
@@ -46,8 +46,9 @@ _CROSSED = {
 class ErrorStats:
     """Relative errors, predicted / measured - 1: mean and median of their absolute values, 95th percentile, mean.
 
-    0.1 is 10%; a positive ``bias`` means that the fit is too slow. All zero where ``num_points`` is; ``p95`` is None of
-    fewer than `MIN_P95` points, of which it would be the worst one or two.
+    0.1 is 10%; a positive ``bias`` means that the fit is too slow. All are zero if ``num_points`` is. ``p95`` is None
+    for
+    fewer than `MIN_P95` points, where it would be one of the worst two.
     """
 
     num_points: int
@@ -58,7 +59,7 @@ class ErrorStats:
 
 
 def error_stats(predicted: FloatArray, seconds: FloatArray) -> ErrorStats:
-    """Errors of ``predicted`` where ``seconds`` were measured, both of shape [points]."""
+    """Return the errors of ``predicted`` against the measured ``seconds``, both of shape [points]."""
     if not len(seconds):
         return ErrorStats(num_points=0, mape=0.0, median=0.0, p95=None, bias=0.0)
     # Sorted, so that sums do not depend on the order of the points.
@@ -74,7 +75,7 @@ def error_stats(predicted: FloatArray, seconds: FloatArray) -> ErrorStats:
 
 
 def within(region: FitRegion, sizes: Mapping[str, FloatArray], count: int) -> Mask:
-    """The points inside ``region``."""
+    """Return a mask of the points inside ``region``."""
     inside = np.ones(count, dtype=np.bool_)
     for name, size in sizes.items():
         limits = getattr(region, name)
@@ -84,7 +85,7 @@ def within(region: FitRegion, sizes: Mapping[str, FloatArray], count: int) -> Ma
 
 
 def regions(op: Op, sizes: Mapping[str, FloatArray]) -> Iterator[tuple[str, Mask]]:
-    """Name and points of every region of a report, empty ones left out."""
+    """Yield name and points of every region of a report except empty ones."""
     names = _CROSSED[op]
     cells = np.stack([np.searchsorted(_CUTS[name], sizes[name], side="right") for name in names], axis=1)
     for cell in sorted(set(map(tuple, cells.tolist()))):
@@ -93,7 +94,7 @@ def regions(op: Op, sizes: Mapping[str, FloatArray]) -> Iterator[tuple[str, Mask
 
 
 def covered(sizes: Mapping[str, FloatArray], least: Mapping[str, float]) -> FitRegion:
-    """The range of what was measured, from ``least`` where a size has one."""
+    """Return the range of the measurements, starting at ``least`` for sizes that have one."""
     return FitRegion(
         **{name: (max(float(size.min()), least.get(name, 0.0)), float(size.max())) for name, size in sizes.items()}
     )

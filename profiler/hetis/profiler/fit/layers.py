@@ -1,4 +1,4 @@
-"""Whole layers without attention: measured operator by operator, or put together from a grid of matrix products."""
+"""Whole layers without attention: measured operator by operator, or composed from a grid of matrix products."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
 from hetis.solver.profile import FitScope, Op
 
-# Spread evenly over the logarithm: the tables hold many more large token counts than a served batch has.
+# Evenly spaced logarithms: the tables contain many more large token counts than served batches have.
 _TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
-_MAX_TOKEN_COUNTS = 40  # a table with fewer is taken as it is
-COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast a repeat read it
+_MAX_TOKEN_COUNTS = 40  # a table with fewer is used as it is
+COLD_RATIO = 0.8  # of peak bandwidth: a matrix that fits the cache is charged this, however fast it was reread
 _MIN_LAYERS = 12  # layers and token counts, for a fit
 _TPS = (1, 2, 4, 8)
 _MODELS = (
@@ -38,8 +38,8 @@ _MODELS = (
     "facebook/opt-13b",
     "facebook/opt-30b",
 )
-_NVFP4 = FitScope(weight_bytes=BYTES_PER_PARAMETER["nvfp4"])  # the scales are bytes too
-# Elementwise kernels of a layer: two norms, rope, activation, residual. A launch each, within a captured graph.
+_NVFP4 = FitScope(weight_bytes=BYTES_PER_PARAMETER["nvfp4"])  # the scales count as bytes too
+# Elementwise kernels of a layer: two norms, rope, activation, residual. One launch each, within a captured graph.
 _ELEMENTWISE_LAUNCH_S = 10e-6
 
 
@@ -54,7 +54,9 @@ class _Row:
 
 
 def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
-    """The points of 16-bit weights; of 8 and 4-bit ones under scopes of their own; from the first source of each."""
+    """Add the points of 16-bit weights, and those of 8 and 4-bit weights in scopes of their own, each from its first
+    source.
+    """
     for weight_bits, scope in ((16, FitScope()), (8, FitScope(weight_bytes=1.0)), (4, _NVFP4)):
         chosen = into.points
         for measurement in measurements:
@@ -64,7 +66,7 @@ def dense_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPo
 
 
 def _points(measurements: Sequence[Measurements], weight_bits: int, scope: FitScope, gpu: GpuType) -> Points | None:
-    """None for too few layers."""
+    """Return the points, or None if there are too few layers."""
     rows: list[_Row] = []
     origins: list[str] = []
     notes: dict[str, None] = {}
@@ -99,7 +101,7 @@ def _points(measurements: Sequence[Measurements], weight_bits: int, scope: FitSc
 
 
 def _measured_layers(table: Table, weight_bits: int) -> Iterator[_Row]:
-    """Operators added up: of each the median of its samples."""
+    """Yield the sums of a layer's operators, using the median of each operator's samples."""
     keep = table.numbers("weight_bits") == weight_bits
     if not keep.any():
         return
@@ -123,7 +125,7 @@ def _measured_layers(table: Table, weight_bits: int) -> Iterator[_Row]:
 
 
 def _composed_layers(table: Table, weight_bits: int, gpu: GpuType) -> Iterator[_Row]:
-    """Layers of known models from their four products; without a known one, layers of four equal products."""
+    """Yield layers of known models from their four products or, without a known one, layers of four equal products."""
     grid = _Grid(table, weight_bits, gpu)
     if not grid.tokens:
         return
@@ -169,7 +171,7 @@ def _layer(model: ModelSpec, tp: int, grid: _Grid) -> Iterator[_Row]:
 
 
 def _shape(hidden: float, params: Sequence[float]) -> str:
-    """Named by sizes, not by model: equal layers of two models must not be on both sides of the split."""
+    """Return a name made of sizes, not models: equal layers of two models must not be on both sides of the split."""
     return f"{hidden:.0f}: {' '.join(f'{value:.0f}' for value in sorted(params))}"
 
 
@@ -178,7 +180,9 @@ def _chosen(tokens: set[float]) -> set[float]:
 
 
 class _Grid:
-    """Seconds of a matrix product: as measured, or bilinear in (n, k) between the nearest sizes measured."""
+    """Seconds of a matrix product, as measured, or interpolated bilinearly in (n, k) between the nearest measured
+    sizes.
+    """
 
     def __init__(self, table: Table, weight_bits: int, gpu: GpuType) -> None:
         self.gpu = gpu
@@ -197,7 +201,7 @@ class _Grid:
         self._cache, self._weight_bytes = cache, weight_bits / 8.0
 
     def seconds(self, tokens: float, n: float, k: float) -> float | None:
-        """None outside the grid."""
+        """Return the seconds, or None outside the grid."""
         corners = [(weight, self.cells.get((tokens, *cell))) for cell, weight in self.around(n, k).items()]
         if not corners or any(value is None for _, value in corners):
             return None
@@ -207,13 +211,13 @@ class _Grid:
         return max(measured, cold)
 
     def around(self, n: float, k: float) -> dict[tuple[float, float], float]:
-        """The cells next to (n, k) with their weights; none outside the grid."""
+        """Return the cells next to (n, k) with their weights, or none outside the grid."""
         near_n, near_k = _around(self._n, n), _around(self._k, k)
         return {(at_n, at_k): in_n * in_k for at_n, in_n in near_n for at_k, in_k in near_k}
 
 
 def _around(sizes: Sequence[float], size: float) -> list[tuple[float, float]]:
-    """The sizes next to ``size`` with their weights; one when it was measured, none outside."""
+    """Return the sizes next to ``size`` with their weights: one if it was measured, none if it is outside."""
     at = bisect.bisect_left(sizes, size)
     if at < len(sizes) and sizes[at] == size:
         return [(size, 1.0)]

@@ -1,4 +1,4 @@
-"""All-reduces, transfers, and what an engine adds per iteration."""
+"""Points of all-reduces, transfers, and the time that an engine adds per iteration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.solver.profile import FitScope, Op
 
 
 def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoints) -> None:
-    """All-reduce by number of GPUs, the fastest library at each size; transfers between two GPUs."""
+    """Add all-reduces by number of GPUs, with the fastest library at each size, and transfers between two GPUs."""
     link = gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s
     chosen = into.points
     for measurement in measurements:
@@ -60,7 +60,7 @@ def link_points(measurements: Sequence[Measurements], gpu: GpuType, into: FitPoi
 
 
 def step_points(measurements: Sequence[Measurements], into: FitPoints) -> None:
-    """What an engine adds per iteration."""
+    """Add the time that an engine adds per iteration."""
     for origin, table in tables_of(measurements, MeasuredOp.STEP):
         tokens = table.numbers("tokens")
         into.points.append(
@@ -94,7 +94,7 @@ def _bridged(op: Op, origin: str, num_rows: int, link: float) -> Unfitted:
 
 
 def _all_reduce(fastest: dict[tuple[float, float], float], link: float, origin: str) -> Iterator[Points]:
-    """8 KiB to 256 MiB, by number of GPUs."""
+    """Yield points from 8 KiB to 256 MiB, by number of GPUs."""
     for count in sorted({n for n, _ in fastest}):
         rows = sorted((b, s) for (n, b), s in fastest.items() if n == count and 8192 <= b <= 2**28)
         if len(rows) < 4:

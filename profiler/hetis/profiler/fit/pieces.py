@@ -1,4 +1,4 @@
-"""Pieces for a set of points: how many, their coefficients, and what they say of points they never saw."""
+"""Fits pieces to a set of points: their number, their coefficients, and predictions for points they never saw."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hetis.profiler.work import FloatArray
 
 Rows = NDArray[np.intp]
 MAX_PIECES = 4
-_SERVING_WEIGHT = 4.0  # what a point in the serving range counts beside one outside of it
-_WORTH = 0.005  # a further piece costs the solver a row; it must earn half a point of error on the tuning points
-_LEAST_LEFT = 0.05  # of a time that must be left to fit beside the coefficients given, or the point is not fitted
+_SERVING_WEIGHT = 4.0  # weight of a point in the serving range relative to others
+_WORTH = 0.005  # a further piece costs the solver a row, so it must gain half a point of error on the tuning points
+_LEAST_LEFT = 0.05  # share of a time that must be left to fit besides given coefficients, or the point is not fitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class PointsFit:
         single: the best single piece.
         fitted: the points that ``pieces`` were fitted to.
         judges: indices of the points that judge, shape [judges].
-        predicted: their seconds by pieces that did not see them, shape [judges]; with several turns each turn's own.
+        predicted: their seconds by pieces that did not see them, shape [judges]; with several turns, each turn's own.
         predicted_single: the same by single pieces.
-        shapes: shapes of which no fit that they judge saw anything.
+        shapes: shapes unseen by every fit that they judge.
     """
 
     pieces: tuple[Coefficients, ...]
@@ -44,9 +44,9 @@ class PointsFit:
 
 
 def fit_points(points: Points) -> PointsFit:
-    """Fits ``points``: in one turn what is not held out, or, where every turn has other judges, all of them.
+    """Fit ``points``: in one turn those not held out or, if every turn has other judges, all of them.
 
-    The number of pieces is chosen within each turn on parts of what it fits, so that no judge takes part in anything.
+    The number of pieces is chosen within each turn on parts of what it fits, so no judge influences anything.
     """
     parts = split(points)
     fits = [_fit_turn(points, turn) for turn in parts.turns]
@@ -69,7 +69,9 @@ def fit_points(points: Points) -> PointsFit:
 
 
 def _fit_turn(points: Points, turn: Turn) -> tuple[tuple[Coefficients, ...], tuple[Coefficients, ...]]:
-    """The pieces and the best single piece. Pieces are added while each takes half a point off the tuning error."""
+    """Return the pieces and the best single piece. Pieces are added while each reduces the tuning error by half a
+    point.
+    """
     names = FEATURES[points.op]
     free = [column for column, name in enumerate(names) if name not in points.given]
     known = np.array([rounded(points.given.get(name, 0.0)) for name in names])
@@ -83,7 +85,7 @@ def _fit_turn(points: Points, turn: Turn) -> tuple[tuple[Coefficients, ...], tup
 
     def fit(mask: Mask, num_pieces: int) -> tuple[Coefficients, ...]:
         rows = order[mask[order]]
-        # Relative to what is left of the time; the weight makes it relative to the time again.
+        # Errors are relative to what is left of the time; the weight makes them relative to the whole time again.
         counts = weights[rows] * left_s[rows] / points.seconds[rows]
         found = fit_pieces(points.features[rows][:, free], left_s[rows], num_pieces=num_pieces, weights=counts).pieces
         return tuple(_with_given(piece, free, known) for piece in found)

@@ -1,6 +1,7 @@
-"""Measured tables to points: the features that the cost model hands to a fit (docs/cost-model.md), and seconds.
+"""Converts measured tables to points: the features that the cost model passes to a fit (docs/cost-model.md), and
+seconds.
 
-Absolute units: FLOPs, bytes, tokens, query heads, nominal seconds on the wire.
+Units are absolute: FLOPs, bytes, tokens, query heads, nominal seconds on the wire.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from hetis.profiler.work import FloatArray
 from hetis.solver.cluster import GpuType
 from hetis.solver.profile import FitScope, Op
 
-# Last-level caches. A kernel that is called over and over reads from it what serving reads from memory, as all weights
-# and the KV of all other layers pass between two calls.
+# Last-level caches. A kernel that is called repeatedly reads from the cache what serving reads from memory, because all
+# weights and the KV of all other layers pass between two calls.
 CACHE_BYTES = {
     "A100-PCIe-40GB": 40e6,
     "A100-SXM-40GB": 40e6,
@@ -39,7 +40,7 @@ CACHE_BYTES = {
     "GB200-per-GPU": 126e6,
     "GB300-per-GPU": 126e6,
 }
-MAX_BANDWIDTH = 1.1  # of the nominal peaks; rows above were served by a cache, or their time is wrong
+MAX_BANDWIDTH = 1.1  # of the nominal peaks; a row above was served by a cache, or its time is wrong
 MAX_IMPOSSIBLE = 0.05  # of the rows that no cache can have served; a table with more is not fitted
 
 FEATURES = {
@@ -50,12 +51,12 @@ FEATURES = {
     Op.TRANSFER: ("fixed_s", "wire"),
     Op.STEP: ("fixed_s", "token_s"),
 }
-Cells = frozenset[tuple[float, float]]  # (n, k) of the matrix products that a layer was put together from
+Cells = frozenset[tuple[float, float]]  # (n, k) of the matrix products that a layer was composed from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """Rows that no fit sees, and why; ``serving_share`` of the rows in the serving range are among them."""
+    """Rows that no fit sees, and why. They are ``serving_share`` of the rows in the serving range."""
 
     num_rows: int
     reason: str
@@ -68,17 +69,16 @@ class Points:
 
     Attributes:
         features: shape [points, features], in the order of ``FEATURES[op]``.
-        shapes: of each point, the name of the shape that is held out as a whole.
-        sizes: of each point, the sizes that a region is stated in (`FitRegion`), each of shape [points].
-        least: by size, the lower limit of the region where that is above the smallest point: below it, sizes that no
-            point has lie between others.
+        shapes: for each point, the name of the shape that is held out as a whole.
+        sizes: for each point, the sizes that a region is stated in (`FitRegion`), each of shape [points].
+        least: by size, the lower limit of the region if that is above the smallest point, because below it there is a
+            gap without points.
         given: coefficients by name that are known beforehand, the same in every piece; the others are fitted.
-        cells: of each point, the cells of a measured grid that it was put together from, none where it was measured
-            itself; left out where all were.
+        cells: for each point, the cells of a measured grid that it was composed from, none if it was measured itself;
+            omitted if all were.
         notes: what a reader of the fit must know.
-        scopes: of each point, the scope of the fit of its own shape, where there is one; left out where that is
-            ``scope``.
-        few_heads: the same on fewer query heads than a fit is made of: never fitted, and reported.
+        scopes: for each point, the scope of the fit of its own shape, if there is one; omitted if that is ``scope``.
+        few_heads: the same for fewer query heads than a fit is made from; reported, but never fitted.
     """
 
     op: Op
@@ -101,17 +101,16 @@ class Points:
 
     @property
     def composed(self) -> NDArray[np.bool_]:
-        """Which points were put together from others' measurements."""
+        """A mask of the points that were composed from other measurements."""
         return np.array([bool(cells) for cells in self.cells] or [False] * len(self), dtype=np.bool_)
 
     def served(self, fitted: Collection[FitScope]) -> NDArray[np.bool_]:
-        """Return which points a plan would ask the fit of these points for: those without a fit of their own in
-        ``fitted``."""
+        """Return a mask of the points that a plan would ask this fit for: those without their own fit in ``fitted``."""
         alone = [scope != self.scope and scope in fitted for scope in self.scopes]
         return ~np.array(alone or [False] * len(self), dtype=np.bool_)
 
     def kept(self, keep: NDArray[np.bool_] | NDArray[np.intp]) -> Points:
-        """Only the points where ``keep``, or with those indices."""
+        """Return only the points where ``keep`` is true, or with those indices."""
         rows = np.flatnonzero(keep) if keep.dtype == np.bool_ else keep
         return replace(
             self,
@@ -125,9 +124,9 @@ class Points:
 
 
 def distinct(points: Points) -> Points:
-    """Repeated measurements of one shape and size become a point each, of their median time.
+    """Merge repeated measurements of one shape and size into one point with their median time.
 
-    Steps stay as they are: those of equal batches are of other models and hosts, which their tables do not name.
+    Steps stay as they are: equal batches come from different models and hosts, which their tables do not name.
     """
     if points.op is Op.STEP:
         return points
@@ -143,7 +142,7 @@ def distinct(points: Points) -> Points:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unfitted:
-    """A table that no fit is made of, and why."""
+    """A table that is not fitted, and why."""
 
     op: Op
     origin: str
@@ -153,9 +152,9 @@ class Unfitted:
 
 @dataclass(slots=True)
 class FitPoints:
-    """What the measurements of one GPU give: points by operator and scope, and the tables that are not fitted.
+    """The points of one GPU's measurements by operator and scope, and the tables that are not fitted.
 
-    ``others`` are of sources that come after the one fitted: no fit sees them, and what it says of them is reported.
+    ``others`` come from sources after the fitted one: no fit sees them, but its errors on them are reported.
     """
 
     points: list[Points] = field(default_factory=list)
@@ -164,7 +163,7 @@ class FitPoints:
 
 
 def tables_of(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[tuple[str, Table]]:
-    """Every table of ``op`` and where it is from."""
+    """Yield every table of ``op`` with its origin."""
     for measurement in measurements:
         for table in measurement.tables:
             if table.op is op:
@@ -173,7 +172,7 @@ def tables_of(measurements: Sequence[Measurements], op: MeasuredOp) -> Iterator[
 
 
 def unknown_cache(table: Table, gpu: GpuType) -> tuple[str, ...]:
-    """A note where rows that a cache served cannot be told from others."""
+    """Return a note if rows that a cache served cannot be distinguished from others."""
     if table.cold or gpu.name in CACHE_BYTES:
         return ()
     return (

@@ -1,4 +1,4 @@
-"""What a fit says of itself, as values and as the JSON of ``hetis-profile fit -o json``."""
+"""The report on a fit, as values and as the JSON of ``hetis-profile fit -o json``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hetis.profiler.fit.points import LeftOut, Unfitted
 from hetis.profiler.fitting import rounded
 from hetis.solver.profile import FitRegion, FitScope, Op
 
-SMALL_BATCH = 64  # sequences; below it few query heads leave most of a GPU idle
-_FEW = 10  # points in the serving range that do not say enough alone
+SMALL_BATCH = 64  # sequences; below this, few query heads leave most of a GPU idle
+_FEW = 10  # points in the serving range that are too few on their own
 BARS = {Op.DENSE: 0.08, Op.PREFILL_ATTENTION: 0.10, Op.DECODE_ATTENTION: 0.10}  # held-out MAPE in the serving range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What of a fit's points a plan would ask it for: those of shapes with a fit of their own are not among them.
+    """The points of a fit that a plan would ask it for: shapes with their own fit are excluded.
 
     Attributes:
-        num_fitted: of the points that it saw.
-        serving, one_piece, by_region: as those of `OpReport`, of these points alone.
+        num_fitted: number of these points that it saw.
+        serving, one_piece, by_region: as in `OpReport`, for these points only.
     """
 
     num_fitted: int
@@ -33,16 +33,16 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpReport:
-    """One fit: what it saw, and how wrong it is on what it did not see.
+    """One fit: what it saw, and its errors on what it did not see.
 
     Attributes:
         held_out_shapes: shapes of which the fit saw nothing; a sixth of the other shapes' points is held out too.
         serving: errors on held-out points in the serving range (batch >= 4, 256 to 16k context; dense: to 8k tokens).
         one_piece: the same for a single affine piece fitted to the same points (the form of Hetis, SC'25).
-        served: the same of the points that a plan would ask this fit for.
+        served: the same for the points that a plan would ask this fit for.
         left_out: rows that no fit saw and no error counts, and why.
         notes: what a reader of the fit must know.
-        remark: why the bar is missed, where it is.
+        remark: why the bar is missed, if it is.
     """
 
     op: Op
@@ -74,7 +74,7 @@ class OpReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherSource:
-    """What a fit says of points in the serving range that another source measured: another kernel, library or host."""
+    """The errors of a fit on points in the serving range from another source: another kernel, library or host."""
 
     op: Op
     scope: FitScope
@@ -84,17 +84,17 @@ class OtherSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewHeads:
-    """What a fit says of rows in the serving range with fewer query heads than it was made of, none of which it saw."""
+    """The errors of a fit on unseen rows in the serving range with fewer query heads than it was made from."""
 
     op: Op
     scope: FitScope
     serving: ErrorStats
-    small_batch: ErrorStats  # of those under `SMALL_BATCH` sequences
+    small_batch: ErrorStats  # for fewer than `SMALL_BATCH` sequences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """Every fit of one GPU, and every table that none was made of."""
+    """Every fit of one GPU, and every table that was not fitted."""
 
     gpu: str
     ops: tuple[OpReport, ...]
@@ -103,14 +103,16 @@ class FitReport:
     few_heads: tuple[FewHeads, ...] = ()
 
     def held_out_mape(self, op: Op, *, one_piece: bool = False) -> float | None:
-        """Mean over the held-out points of ``op`` in the serving range, each by the fit that a plan would ask; None
-        without any.
+        """Return the mean over the held-out points of ``op`` in the serving range, each by the fit that a plan would
+        ask.
+
+        Return None if there are none.
         """
         served = [report.served for report in self.ops if report.op is op]
         return mean_mape([one.one_piece if one_piece else one.serving for one in served])
 
     def to_data(self) -> dict[str, Any]:
-        """Plain data; ``held_out_mape`` by operator in the serving range, ``by_region`` by operator and region."""
+        """Return plain data: ``held_out_mape`` by operator in the serving range, ``by_region`` also by region."""
         ops = list(dict.fromkeys(report.op for report in self.ops))
         return {
             "gpu": self.gpu,
@@ -135,7 +137,7 @@ class FitReport:
 
     def _by_region(self, op: Op) -> dict[str, dict[str, float | int | None]]:
         mine = [report for report in self.ops if report.op is op]
-        # In the order of the fit with the most regions, which serves few of them itself.
+        # In the order of the fit with the most regions, which itself serves few of them.
         widest = max(mine, key=lambda report: len(report.by_region)).by_region
         cells: dict[str, list[ErrorStats]] = {name: [] for name, _ in widest}
         for report in mine:
@@ -153,7 +155,8 @@ class FitReport:
 
 
 def stated_error(report: OpReport) -> float:
-    """Return what a profile says of the fit: its error in the serving range, or of all held-out points if that is
+    """Return the error that a profile states for the fit: that in the serving range, or that of all held-out points if
+    it is
     larger and the serving range has only a few.
     """
     if report.serving.num_points >= _FEW:
@@ -162,7 +165,7 @@ def stated_error(report: OpReport) -> float:
 
 
 def remark(report: OpReport) -> str:
-    """Why a fit misses its bar, as far as its own regions show; empty when it does not."""
+    """Return why a fit misses its bar, as far as its own regions show, or an empty string if it does not."""
     if report.meets_bar:
         return ""
     ranked = sorted(report.by_region, key=lambda cell: -cell[1].mape * cell[1].num_points)
@@ -192,7 +195,7 @@ _THROUGH_MEMORY_AT = ("batch 16 to 63, context 256 to 1,023", "batch >= 64, cont
 
 
 def _reason(report: OpReport, region: str) -> str:
-    """Return what was found behind too fast fits of the published tables in such a region; empty elsewhere."""
+    """Return the cause found for too fast fits of the published tables in this region, or an empty string."""
     if report.op is Op.DECODE_ATTENTION and region in _SERIAL_AT:
         return _SERIAL
     if report.op is Op.PREFILL_ATTENTION and region in _THROUGH_MEMORY_AT:
@@ -201,7 +204,7 @@ def _reason(report: OpReport, region: str) -> str:
 
 
 def mean_mape(stats: Sequence[ErrorStats]) -> float | None:
-    """The mean weighted by points; None without points."""
+    """Return the mean weighted by points, or None without points."""
     count = sum(s.num_points for s in stats)
     return rounded(sum(s.mape * s.num_points for s in stats) / count) if count else None
 

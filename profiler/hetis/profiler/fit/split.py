@@ -1,4 +1,4 @@
-"""Which points a fit may see, and which judge it. Chosen by checksums of what was measured, never by order or time."""
+"""Splits points into those a fit may see and those that judge it, by checksums of the shapes, not order or time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from hetis.profiler.fit.points import Cells, Points
 
 Mask = NDArray[np.bool_]
-SHAPES_IN = 4  # one in so many shapes is held out whole
-POINTS_IN = 6  # and of the other shapes' points one in so many
-_FOLDS = 4  # the points fitted judge the number of pieces in turns of a quarter, before the last fit sees them all
-FEW = 60  # points of a table that is too small to hold a part of it out for good
-_ONE_FOLD = 200  # points from which a single quarter says enough
-_LEAST = 60  # points that a turn over disjoint cells must be left with
+SHAPES_IN = 4  # one in this many shapes is held out whole
+POINTS_IN = 6  # and one in this many points of the other shapes
+_FOLDS = 4  # the fitted points choose the number of pieces in turns of a quarter, before the last fit sees them all
+FEW = 60  # a table with fewer points is too small to hold a part of it out for good
+_ONE_FOLD = 200  # points from which a single quarter suffices
+_LEAST = 60  # points that must remain for a turn over disjoint cells
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One fit that sees ``fitted`` and is judged by ``judged``; parts of ``fitted``, ``tuning``, choose its pieces."""
+    """One fit that sees ``fitted`` and is judged by ``judged``. Parts of ``fitted``, ``tuning``, choose its pieces."""
 
     fitted: Mask
     judged: Mask
@@ -30,25 +30,25 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Holdout:
-    """One turn, or several whose judges are disjoint; ``shapes`` names the shapes that are held out whole."""
+    """One turn, or several whose judges are disjoint. ``shapes`` names the shapes that are held out whole."""
 
     turns: tuple[Turn, ...]
     shapes: tuple[str, ...]
 
     @property
     def judged(self) -> Mask:
-        """Points that judge some turn."""
+        """A mask of the points that judge some turn."""
         some: Mask = np.any([turn.judged for turn in self.turns], axis=0)
         return some
 
 
 def split(points: Points) -> Holdout:
-    """A quarter of the shapes (none of fewer than four), and a sixth of the points of the others.
+    """Hold out a quarter of the shapes (none if there are fewer than four), and a sixth of the points of the others.
 
-    Fewer than `FEW` points are all judges, in four turns. Layers put together from a grid of matrix products judge
-    nothing where whole layers were measured; where none was, a quarter of them judge in a turn each, of a fit that saw
-    no layer with any product of theirs. The same points in another order are split alike, and so are points whose
-    times changed.
+    Fewer than `FEW` points are all judges, in four turns. Layers composed from a grid of matrix products judge nothing
+    if
+    whole layers were measured. Otherwise a quarter of them judge, in one turn each, a fit that saw no layer with any of
+    their products. The split does not depend on the order of the points or on their times.
     """
     checksums = _checksums(points)
     if len(points) < FEW:
@@ -78,7 +78,7 @@ def _checksums(points: Points) -> NDArray[np.int64]:
 
 
 def _by_cells(points: Points, names: list[str], checksums: NDArray[np.int64]) -> Holdout | None:
-    """A turn for each of a quarter of the shapes; None when their cells leave too little to fit."""
+    """Return a turn for each of a quarter of the shapes, or None if their cells leave too little to fit."""
     cells: dict[str, Cells] = {}
     for shape, of_point in zip(points.shapes, points.cells, strict=True):
         cells[shape] = cells.get(shape, frozenset()) | of_point
@@ -98,6 +98,6 @@ def _turn(fitted: Mask, judged: Mask, checksums: NDArray[np.int64]) -> Turn:
 
 
 def whole(points: Points) -> Turn:
-    """A turn that sees every point and is judged by none."""
+    """Return a turn that sees every point and is judged by none."""
     everything = np.ones(len(points), dtype=np.bool_)
     return _turn(everything, ~everything, _checksums(points))

@@ -1,4 +1,4 @@
-"""Other tools' tables to measurements: ``import_tables("vidur", [path, ...])``."""
+"""Converts other tools' tables to measurements: ``import_tables("vidur", [path, ...])``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ FORMATS = tuple(_IMPORTERS)
 
 
 def import_tables(form: str, files: Sequence[str | Path]) -> list[Measurements]:
-    """The measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
+    """Return the measurements of all ``files`` together: one per GPU, engine, version and host, in a fixed order.
 
     Raises:
-        DocumentError: with every problem of every file (file, row, column, value and limit); nothing partial.
+        DocumentError: with every problem of every file (file, row, column, value and limit); nothing is returned in
+            part.
     """
     if form not in _IMPORTERS:
         raise single_problem(form, f"is not one of {', '.join(FORMATS)}{did_you_mean(form, FORMATS)}")

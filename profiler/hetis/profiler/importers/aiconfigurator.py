@@ -1,7 +1,7 @@
 """aiconfigurator-core's tables: its own parquet or text files, and the CSV extracts of 0.12.0 in ``data/profiles``.
 
 Times are milliseconds of one kernel. In its own files a generation row has ``isl`` 1 and ``step`` cached tokens, and
-the engine's name and version stand in every row; the extracts say neither, their README does.
+every row contains the engine's name and version; for the extracts only their README does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hetis.profiler.importers.reading import Rows, Sheet, require
 TOOL = "aiconfigurator-core"
 _EXTRACT = MeasuredBy(tool=f"{TOOL} 0.12.0", engine="vLLM", licence="Apache-2.0")
 _VLLM_OF_EXTRACT = {"A100-SXM-80GB": "0.14.0", "H100-SXM-80GB": "0.24.0", "L40S": "0.24.0"}
-_SGLANG_OF_EXTRACT = "0.5.10"  # the A100's second tables, known by a kernel name without ``vllm``
+_SGLANG_OF_EXTRACT = "0.5.10"  # the A100's second tables, recognised by a kernel name without ``vllm``
 
 _HEADS = ("num_heads", "num_key_value_heads", "head_dim", "batch_size")
 _FORMS = {
@@ -29,13 +29,13 @@ _FORMS = {
     "NCCL or custom all-reduce": ("op_name", "num_gpus", "message_size"),
     "fused experts": ("num_tokens", "num_experts", "topk", "moe_tp_size"),
 }
-_MESSAGE_DTYPES = ("nccl_dtype", "allreduce_dtype")  # its sizes are numbers of elements; the extracts are of halves
+_MESSAGE_DTYPES = ("nccl_dtype", "allreduce_dtype")  # its sizes count elements; those of the extracts are halves
 _BYTES = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "int8": 1, "fp8": 1}
 _BITS = {"bfloat16": 16, "float16": 16, "fp8": 8, "fp8_block": 8, "int8_wo": 8, "int4_wo": 4, "nvfp4": 4}
 
 
 def read(sheet: Sheet, into: Collection) -> None:
-    """Adds every row of one table that the cost model has an operator for; fused experts are left out."""
+    """Add every row of one table for which the cost model has an operator. Fused experts are left out."""
     form = require(sheet, _FORMS)
     if form == "generation attention" and "generation" not in sheet.columns.get("op_name", ("generation",))[0]:
         form = "context attention"  # its own prefill tables have a step column of zeros
@@ -134,7 +134,7 @@ def _all_reduce(
 
 
 def _origin(rows: Rows, index: int) -> tuple[str | None, MeasuredBy]:
-    """The GPU and who measured, from the row or, in the extracts, from their README."""
+    """Return the GPU and the measurer, from the row or, for the extracts, from their README."""
     column = next((name for name in ("device", "gpu") if rows.sheet.has(name)), None)
     if column is None:
         require(rows.sheet, {"any kind": ("device",)})

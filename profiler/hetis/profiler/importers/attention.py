@@ -1,4 +1,4 @@
-"""Attention rows as Sarathi-Serve's profiler writes them, which vidur and LLMServingSim publish; milliseconds."""
+"""Attention rows as Sarathi-Serve's profiler writes them, published by vidur and LLMServingSim; in milliseconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTENTION_COLUMNS = (
 
 
 def add_attention(rows: Rows, index: int, gpu: str, by: MeasuredBy, kernel: str, into: Collection) -> None:
-    """One row: prefill of a chunk, or decode, on one rank."""
+    """Add one row: prefill of a chunk, or decode, on one rank."""
     heads, batch = heads_of(rows, index, "n_q_head"), rows.count(index, "batch_size")
     is_prefill = rows.flag(index, "is_prefill")
     if heads is None or batch is None or is_prefill is None:
@@ -33,9 +33,9 @@ def add_attention(rows: Rows, index: int, gpu: str, by: MeasuredBy, kernel: str,
 
 
 def heads_of(rows: Rows, index: int, q_heads_column: str) -> tuple[int, int, int, int] | None:
-    """(hidden size, query heads, KV heads, TP degree) of a row; None after noting the problem.
+    """Return (hidden size, query heads, KV heads, TP degree) of a row, or None after noting the problem.
 
-    Every head has a whole number of dimensions, every rank a whole number of query heads.
+    Every head must have a whole number of dimensions, every rank a whole number of query heads.
     """
     hidden, q_heads, kv_heads, tp = (rows.count(index, name) for name in ("n_embd", q_heads_column, "n_kv_head", "tp"))
     if hidden is None or q_heads is None or kv_heads is None or tp is None:

@@ -1,4 +1,4 @@
-"""Gathers rows into measurements, one per GPU and engine, after a check that no time is physically impossible."""
+"""Collects rows into measurements, one per GPU and engine, after checking that all times are physically possible."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hetis.solver.cluster import GpuType
 
 Value = float | int | str
 
-ROW_PEAKS = 1000.0  # that no single row may exceed
+ROW_PEAKS = 1000.0  # limit for any single row
 
 
 @dataclass
 class _Open:
-    """A table while it is read."""
+    """A table while it is being read."""
 
     columns: dict[str, list[Value]] = field(default_factory=lambda: defaultdict(list))
     places: list[tuple[Rows, int, str]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class _Open:
 
 
 class Collection:
-    """Rows of any number of files; `finish` makes the measurements."""
+    """Rows of any number of files. `finish` makes the measurements."""
 
     def __init__(self) -> None:
         self._tables: dict[tuple[str, MeasuredBy], dict[tuple[MeasuredOp, str], _Open]] = {}
@@ -44,10 +44,10 @@ class Collection:
         self, gpu: str, by: MeasuredBy, op: MeasuredOp, kernel: str, row: tuple[Rows, int, str],
         values: Mapping[str, Value | None],
     ) -> None:  # fmt: skip
-        """One row; skipped when a value is None, as its problem is recorded already.
+        """Add one row, or skip it if a value is None, whose problem is recorded already.
 
         Args:
-            row: the rows it is from, its index there, and the column that holds the time.
+            row: the rows it comes from, its index there, and the column that holds the time.
         """
         table = self._tables.setdefault((gpu, by), {}).setdefault((op, kernel), _Open())
         if any(value is None for value in values.values()):
@@ -61,10 +61,10 @@ class Collection:
         self._notes[gpu, by][text] = None
 
     def finish(self) -> list[Measurements]:
-        """All measurements, in a fixed order.
+        """Return all measurements, in a fixed order.
 
         Raises:
-            DocumentError: times that no GPU of that type can reach, or a file without a usable row.
+            DocumentError: there are times that no GPU of that type can reach.
         """
         problems: list[Problem] = []
         results = []
@@ -88,7 +88,7 @@ class Collection:
 
 
 def _array(values: list[Value]) -> Column:
-    # Said, not guessed: numpy would make objects of whole numbers beyond 64 bits.
+    # Specify types: numpy would make objects of integers beyond 64 bits.
     if isinstance(values[0], str):
         return np.array(values, dtype=np.str_)
     return np.array(values, dtype=np.float64)

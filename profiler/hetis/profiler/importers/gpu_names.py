@@ -1,4 +1,4 @@
-"""Which GPU of the catalogue a table means."""
+"""Matches a table's GPU names to the catalogue."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from hetis.formats import catalogue
 from hetis.profiler.importers.reading import Rows
 
-# Names that the catalogue refuses as they could mean several boards; the READMEs of the tables say which.
+# Names that the catalogue refuses because they are ambiguous; the READMEs of the tables resolve them.
 _MEANT = {
     "A100": "A100-SXM-80GB",
     "H100": "H100-SXM-80GB",
@@ -23,7 +23,7 @@ _MEANT = {
 
 
 def gpu_name(rows: Rows, index: int, column: str) -> str | None:
-    """The catalogue's name; None after noting the problem."""
+    """Return the catalogue's name, or None after noting the problem."""
     text = rows.text(index, column)
     found = catalogue_name(text)
     if found is None:
@@ -35,7 +35,7 @@ def gpu_name(rows: Rows, index: int, column: str) -> str | None:
 
 @cache
 def _could_be(text: str) -> tuple[str, ...]:
-    """The GPUs that an ambiguous name leaves open; none of a name that is unknown."""
+    """Return the GPUs that an ambiguous name may mean, or none if the name is unknown."""
     try:
         catalogue.find_gpu(text)
     except catalogue.UnknownNameError as error:
@@ -45,7 +45,7 @@ def _could_be(text: str) -> tuple[str, ...]:
 
 @cache
 def catalogue_name(text: str) -> str | None:
-    """The catalogue's name of a GPU as tables call it; None where it could be several or none."""
+    """Return the catalogue's name of a GPU as tables call it, or None if it is ambiguous or unknown."""
     try:
         return catalogue.find_gpu(_MEANT.get(text, text)).gpu.name
     except catalogue.UnknownNameError:

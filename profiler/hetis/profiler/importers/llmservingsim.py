@@ -18,7 +18,7 @@ _ELEMENTWISE = ("input_layernorm", "post_layernorm", "rope", "act_fn")
 
 
 def read(sheet: Sheet, into: Collection) -> None:
-    """Adds every row that belongs to a layer; embeddings, LM head, attention inside and experts are left out."""
+    """Add every row that belongs to a layer. Embeddings, LM head, inner attention and experts are left out."""
     rows = Rows(sheet)
     add = {"layers": _layer, "attention": _attention}[require(sheet, _FORMS)]
     for index in rows:

@@ -1,6 +1,6 @@
-"""Reads other tools' tables: CSV, CSV.gz and parquet to columns of text, with a clear error for each thing wrong.
+"""Reads other tools' tables, CSV, CSV.gz and parquet, as columns of text, with a clear error for each problem.
 
-Nothing partial: a sheet that is read is rectangular, complete and not empty.
+Nothing is read in part: a sheet is rectangular, complete and not empty.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.files import unreadable
 from hetis.formats.measurements import MAX_COUNT, MAX_SECONDS
 
-MAX_BYTES = 2**30  # of one table when unpacked
-MAX_PROBLEMS = 100  # of one table; a wrong column is wrong in every row
+MAX_BYTES = 2**30  # per table when unpacked
+MAX_PROBLEMS = 100  # per table; a wrong column is wrong in every row
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """One table as text. ``first_row``: what the file calls the first row of data (2 below a CSV header)."""
+    """One table as text. ``first_row`` is the number of the first row of data in the file (2 below a CSV header)."""
 
     file: str
     columns: Mapping[str, Sequence[str]]
@@ -40,7 +40,7 @@ class Sheet:
 
 
 class Rows:
-    """Typed access to the rows of a sheet; collects every problem before it raises.
+    """Typed access to the rows of a sheet. Collects every problem before it raises.
 
     A wrong value reads as None; the importer skips its row, and `finish` then raises.
     """
@@ -56,7 +56,7 @@ class Rows:
         return self.sheet.columns[column][index]
 
     def number(self, index: int, column: str, *, above: float | None = None, least: float = 0.0) -> float | None:
-        """A finite number ``> above``, or else ``>= least``."""
+        """Return a finite number ``> above``, or ``>= least``."""
         value = self.text(index, column).strip()
         try:
             number = float(value)
@@ -75,7 +75,7 @@ class Rows:
         return number
 
     def count(self, index: int, column: str, *, least: int = 1) -> int | None:
-        """A whole number."""
+        """Return a whole number."""
         number = self.number(index, column, least=least)
         if number is not None and not number.is_integer():
             self.refuse(index, column, f"is {self.text(index, column)}, expected a whole number")
@@ -86,7 +86,7 @@ class Rows:
         return None if number is None else int(number)
 
     def flag(self, index: int, column: str) -> bool | None:
-        """True or false, in any case, or 1 or 0."""
+        """Return true or false, written in any case, or as 1 or 0."""
         value = self.text(index, column).strip()
         if value.lower() not in _FLAGS:
             self.refuse(index, column, f"is {value!r}, expected true or false")
@@ -94,7 +94,7 @@ class Rows:
         return _FLAGS[value.lower()]
 
     def seconds(self, index: int, column: str, *, unit_s: float) -> float | None:
-        """A time that the table has in units of ``unit_s`` seconds."""
+        """Return a time, which the table has in units of ``unit_s`` seconds."""
         value = self.number(index, column, above=0.0)
         if value is not None and value * unit_s > MAX_SECONDS:
             limit = f"<= {MAX_SECONDS:g} s"
@@ -109,16 +109,16 @@ class Rows:
             self.finish()
 
     def finish(self) -> None:
-        """Raises DocumentError when anything was wrong."""
+        """Raise DocumentError if there were problems."""
         if self.problems:
             raise DocumentError(self.problems)
 
 
 def read_sheet(path: Path) -> Sheet:
-    """A table by the end of its name: ``.parquet``, or else CSV, gzip-compressed or not.
+    """Return a table, read according to its file name: ``.parquet``, otherwise CSV, gzip-compressed or not.
 
     Raises:
-        DocumentError: not readable, truncated, empty, ragged, or parquet without a library to read it.
+        DocumentError: the file is unreadable, truncated, empty, ragged, or parquet without a library to read it.
     """
     raw = _bytes(path)
     if path.suffix == ".parquet":
@@ -127,10 +127,10 @@ def read_sheet(path: Path) -> Sheet:
 
 
 def require(sheet: Sheet, forms: Mapping[str, Iterable[str]]) -> str:
-    """The first of ``forms`` (name to columns) all of whose columns the sheet has.
+    """Return the first of ``forms`` (name to columns) whose columns the sheet has.
 
     Raises:
-        DocumentError: none; names the columns that the nearest form misses.
+        DocumentError: there is none; it names the columns missing for the nearest form.
     """
     missing = {name: [column for column in columns if not sheet.has(column)] for name, columns in forms.items()}
     name = min(missing, key=lambda form: len(missing[form]))
@@ -176,7 +176,7 @@ def _text(path: Path, raw: bytes) -> str:
     if len(raw) > MAX_BYTES:
         raise single_problem(str(path), f"is larger than {MAX_BYTES // 2**20} MiB when unpacked")
     if not packed and raw.strip() and not raw.endswith((b"\n", b"\r")):
-        # A number that lost its last digits is still a number; the end mark of gzip tells by itself.
+        # A number that lost its last digits is still a number; gzip has an end mark instead.
         message = "ends in the middle of a line, as if it were cut off: if it is whole, add a line end"
         raise single_problem(str(path), message, line=1 + raw.count(b"\n"))
     try:
@@ -217,7 +217,7 @@ def _parquet(path: Path, raw: bytes) -> Sheet:
         table = reader.ParquetFile(io.BytesIO(raw)).read()
         names: list[str] = table.column_names
         values = [column.to_pylist() for column in table.columns]
-    except Exception as error:  # pyarrow has no common base of what a damaged file raises
+    except Exception as error:  # pyarrow's exceptions for damaged files have no common base class
         what = " ".join(str(error).split())
         raise single_problem(str(path), f"is not a readable parquet table: {what}") from None
     _refuse_twice(path, names)

@@ -18,7 +18,7 @@ _FORMS = {"end-to-end times": ("model", "hardware", *_COUNTS.values(), "prompt_t
 
 
 def read(sheet: Sheet, into: Collection) -> None:
-    """Adds two rows, prompt and token, for each of the table."""
+    """Add two rows, prompt and token, for each row of the table."""
     require(sheet, _FORMS)
     rows = Rows(sheet)
     for index in rows:

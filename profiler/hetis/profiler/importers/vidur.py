@@ -1,4 +1,4 @@
-"""vidur's tables (microsoft/vidur, MIT): attention, layer operators, collectives, work of the host; milliseconds."""
+"""vidur's tables (microsoft/vidur, MIT): attention, layer operators, collectives, host overheads; in milliseconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORMS = {
     "collectives": ("topology", "collective", "num_workers", "devices_per_node", "bytes", "median_ms"),
     "host overheads": ("gpu", "batch_size", "sampler_e2e_ms"),
 }  # fmt: skip
-# The boards behind the hosts' names: DGX have SXM modules; pairwise NVLink bridges join PCIe boards.
+# The boards behind the hosts' names: DGX have SXM modules; pairwise NVLink bridges connect PCIe boards.
 _TOPOLOGIES = {
     "a100_dgx": "A100-SXM-80GB",
     "h100_dgx": "H100-SXM-80GB",
@@ -31,7 +31,7 @@ _TOPOLOGIES = {
 
 
 def read(sheet: Sheet, into: Collection) -> None:
-    """Adds every row of one table."""
+    """Add every row of one table."""
     rows = Rows(sheet)
     add = {"layer operators": _layer, "attention": _attention, "collectives": _collective, "host overheads": _step}
     function = add[require(sheet, _FORMS)]
@@ -56,7 +56,7 @@ def _layer(rows: Rows, index: int, into: Collection) -> None:
     }
     for column in (*_PROJECTIONS, *_ELEMENTWISE):
         if column in _ELEMENTWISE and not (rows.text(index, column).strip() and rows.number(index, column)):
-            continue  # no such operator in this model, below the table's microsecond, or refused by now
+            continue  # no such operator in this model, below the table's microsecond, or already refused
         into.add(
             gpu, _BY, MeasuredOp.LAYER, "torch", (rows, index, column),
             {

@@ -1,5 +1,5 @@
-"""Measuring operators on this host: what to measure next, how to time it, and what to make of a busy machine.
+"""Measures operators on this host: what to measure next, how to time it, and how to recognise a busy machine.
 
-What needs torch (`device`, `kernels`, `peers`) is imported by `session` alone; the rest is pure and takes its clock
-and its timers as arguments.
+Modules that need torch (`device`, `kernels`, `peers`) are imported only by `session`. The rest is pure and takes its
+clock and its timers as arguments.
 """

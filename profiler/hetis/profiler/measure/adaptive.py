@@ -1,4 +1,4 @@
-"""What to measure next and when to stop. Pure: it knows points and samples, neither torch nor the clock."""
+"""Decides what to measure next and when to stop. Pure: it knows points and samples, neither torch nor the clock."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class StoppingRule:
 
     Attributes:
         uncertainty: largest relative error expected anywhere among the candidates.
-        min_points: of a series, however smooth it looks: a fit holds some of them out.
-        max_points: of a series, whatever is left to know.
+        min_points: per series, however smooth it looks: a fit holds some of them out.
+        max_points: per series, whatever remains unknown.
         max_point_s: candidates expected to take longer than this per call are left out.
     """
 
@@ -36,7 +36,7 @@ class StoppingRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextPoint:
-    """The next point and why: the error expected there before it is measured (1 while too few points are known)."""
+    """The next point with the error expected there before it is measured (1 while too few points are known)."""
 
     series: str
     point: MeasuredPoint
@@ -45,7 +45,7 @@ class NextPoint:
 
 @dataclass(slots=True)
 class SeriesState:
-    """A series and what has been measured of it."""
+    """A series and its measurements so far."""
 
     series: PointSeries
     rule: StoppingRule
@@ -58,7 +58,7 @@ class SeriesState:
         self._is_stale = True
 
     def next(self) -> NextPoint | None:
-        """The candidate that is known worst, or None when all are known well enough."""
+        """Return the candidate with the largest uncertainty, or None if all are known well enough."""
         if self._is_stale:
             self._next = self._choose()
             self._is_stale = False
@@ -92,18 +92,18 @@ class SeriesState:
         return NextPoint(series=self.series.name, point=left[worst], uncertainty=float(at.uncertainty[worst]))
 
     def worst(self) -> float:
-        """The largest relative error expected at any candidate; 0 when all are known as well as the rule asks."""
+        """Return the largest relative error expected at any candidate, or 0 if all are known as well as required."""
         if (choice := self.next()) is not None:
             return choice.uncertainty
         if len(self.measured) < 2:
             return 0.0
-        # Nothing is left to measure, which does not mean that it is known: medians vary, too.
+        # Nothing is left to measure, but that does not mean that it is known: medians vary too.
         at = self.predict(self.series.candidates)
         worst = float(np.where(at.seconds <= self.rule.max_point_s, at.uncertainty, 0.0).max())
         return worst if worst > self.rule.uncertainty else 0.0
 
     def predict(self, points: Sequence[MeasuredPoint]) -> SurrogatePrediction:
-        """Return what the measured points say of others."""
+        """Return the prediction of the measured points for others."""
         return predict(
             self._logs(found.point for found in self.measured),
             np.array([found.sample.seconds for found in self.measured]),
@@ -112,12 +112,12 @@ class SeriesState:
         )
 
     def _logs(self, points: Iterable[MeasuredPoint]) -> FloatArray:
-        # One more than the size: a past of no tokens is a point too.
+        # Add one to the size, because a past of no tokens is a point too.
         return np.log1p([[float(point.columns[axis]) for axis in self.series.axes] for point in points])
 
 
 class Campaign:
-    """All series together: the next point is the one, over all of them, that is known worst."""
+    """All series together: the next point is the one with the largest uncertainty over all of them."""
 
     def __init__(self, series: Iterable[PointSeries], rule: StoppingRule, known: Iterable[Measured] = ()) -> None:
         self.states = [SeriesState(series=one, rule=rule) for one in series]
@@ -128,12 +128,13 @@ class Campaign:
 
     @property
     def measured(self) -> list[Measured]:
-        """Everything found, series by series."""
+        """All measurements, series by series."""
         return [found for state in self.states for found in state.measured]
 
     def next(self) -> NextPoint | None:
-        """Return what to measure now; None when every series is known well enough. Of equals the series with fewest
-        points."""
+        """Return what to measure now, or None if every series is known well enough. Ties go to the series with fewest
+        points.
+        """
         choices = [(state, choice) for state in self.states if (choice := state.next()) is not None]
         if not choices:
             return None
@@ -143,17 +144,19 @@ class Campaign:
         self._state_of[found.point.key].add(found)
 
     def is_started(self) -> bool:
-        """Return whether every series has a few points: less than that is no measurement of the device."""
+        """Return whether every series has a few points: with fewer there is no measurement of the device."""
         return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
 
     def worst(self) -> float:
-        """The largest relative error expected anywhere."""
+        """Return the largest relative error expected anywhere."""
         return max((state.worst() for state in self.states), default=0.0)
 
 
 def first_points(series: PointSeries) -> list[MeasuredPoint]:
-    """Return the points to begin with: for every axis its least, middle and greatest size, the other axes in the
-    middle; the corners."""
+    """Return the points to begin with: for every axis its least, middle and greatest size, with the other axes in the
+    middle,
+    and the corners.
+    """
     values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
     middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}
     least = {axis: sizes[0] for axis, sizes in values.items()}
@@ -163,7 +166,7 @@ def first_points(series: PointSeries) -> list[MeasuredPoint]:
         wanted += [middle | {axis: values[axis][0]}, middle | {axis: values[axis][-1]}]
     wanted.append(most)
     found: dict[object, MeasuredPoint] = {}
-    for target in wanted:  # not every combination is a candidate: the nearest one is
+    for target in wanted:  # not every combination is a candidate, so take the nearest
         goal = np.log1p([float(target[axis]) for axis in series.axes])
         nearest = min(
             series.candidates,

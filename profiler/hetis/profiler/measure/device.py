@@ -16,20 +16,20 @@ from hetis.solver.errors import InvalidProblemError
 Call = Callable[[], object]
 TimeCalls = Callable[[int], float]
 
-_ALIGNMENT = 128  # elements between sets
-_ASSUMED_L2 = 128 * 2**20  # where torch does not say; no GPU that is sold has more
+_ALIGNMENT = 128  # elements; sets of operands start at multiples of it
+_ASSUMED_L2 = 128 * 2**20  # if torch does not say; no GPU on sale has more
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """One operator as calls over rotating operands; ``cold``: each call finds its own outside the cache."""
+    """One operator as calls over rotating operands. With ``cold``, each call finds its operands outside the cache."""
 
     calls: Sequence[Call]
     cold: bool = False
 
 
 class OperandPool:
-    """One long 16-bit tensor that operands are views of; it grows to what the largest point needs."""
+    """One long 16-bit tensor that operands are views of. It grows to the size that the largest point needs."""
 
     def __init__(self, device: torch.device, cache: Cache) -> None:
         self.cache = cache
@@ -37,7 +37,9 @@ class OperandPool:
         self._data = torch.empty(0, dtype=torch.bfloat16, device=device)
 
     def views(self, elements: int) -> tuple[list[torch.Tensor], bool]:
-        """(non-overlapping views of ``elements`` each to use in turn, whether each has left the cache by then)."""
+        """Return (disjoint views of ``elements`` each to use in turn, whether each has left the cache by its next
+        turn).
+        """
         stride = -(-elements // _ALIGNMENT) * _ALIGNMENT
         sets = self.cache.sets(2 * elements)
         self._grow(stride * sets)
@@ -45,19 +47,19 @@ class OperandPool:
         return views, self.cache.is_evicted(sets, 2 * elements)
 
     def rows(self, count: int, elements: int) -> torch.Tensor:
-        """``count`` rows of ``elements`` each."""
+        """Return ``count`` rows of ``elements`` each."""
         self._grow(count * elements)
         return self._data[: count * elements].view(count, elements)
 
     def flush(self) -> None:
-        """Reads more than the cache holds, from the first operands on: none of them is left in it."""
+        """Read more than the cache holds, from the first operands on, so that none of them is left in it."""
         elements = TIMES * self.cache.num_bytes // 2
         self._grow(elements)
         self._data[:elements].view(torch.int32).amax()
 
     def _grow(self, elements: int) -> None:
         if len(self._data) < elements:
-            self._data = torch.empty(0, dtype=torch.bfloat16, device=self._device)  # let go of the old one first
+            self._data = torch.empty(0, dtype=torch.bfloat16, device=self._device)  # release the old one first
             self._data = torch.empty(elements, dtype=torch.bfloat16, device=self._device).uniform_(-0.05, 0.05)
 
 
@@ -75,10 +77,12 @@ class CpuDevice:
         self.pool = OperandPool(self.torch_device, host.last_level_cache())
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
-        """Seconds of n calls in a row; the rotation goes on from batch to batch. Nothing is ever queued here."""
+        """Return a function for the seconds of n successive calls. The rotation continues across batches. Nothing is
+        queued.
+        """
         calls = operator.calls
         if operator.cold:
-            self.pool.flush()  # of what the point before this one has left
+            self.pool.flush()  # evict what the previous point has left
         position = 0
 
         def time_calls(count: int) -> float:
@@ -113,12 +117,13 @@ class CudaDevice:
         self.pool = OperandPool(self.torch_device, cache)
 
     def timer(self, operator: Operator, *, graph: bool = True, while_queued: Call = lambda: None) -> TimeCalls:
-        """Seconds of n calls in a row; a batch is whole rotations, and counts for as many calls as were asked for.
+        """Return a function for the seconds of n successive calls. A batch is whole rotations, scaled to the calls
+        asked for.
 
         Args:
             operator: its calls only queue work on the current stream.
-            graph: capture them; copies from and to the host are queued one by one instead, as engines do.
-            while_queued: called after a batch was queued and before it is waited for; its own time does not count.
+            graph: capture them; copies from and to the host are queued individually instead, as engines do.
+            while_queued: called after a batch was queued and before waiting for it; its own time does not count.
         """
         calls = operator.calls
         runs: dict[int, Call] = {}
@@ -129,7 +134,8 @@ class CudaDevice:
                 runs[whole] = self._captured(calls, whole) if graph else _in_a_row(calls, whole)
                 runs[whole]()  # the first launch of a graph also uploads it
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # Work in front, so that the device is not waiting, on the clock, for the host to queue the batch.
+            # Queue work first, so that the timed interval does not include the device waiting for the host to queue the
+            # batch.
             if operator.cold:
                 self.pool.flush()
             else:
@@ -146,7 +152,7 @@ class CudaDevice:
     def _captured(self, calls: Sequence[Call], count: int) -> Call:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazy set-up of libraries may not be captured
+        with torch.cuda.stream(side):  # lazy initialisation of libraries must not be captured
             for call in calls[:3]:
                 call()
         torch.cuda.current_stream().wait_stream(side)
@@ -163,10 +169,10 @@ Device = CpuDevice | CudaDevice
 
 
 def open_device(name: str) -> Device:
-    """The device called ``cpu``, ``cuda`` or ``cuda:1``.
+    """Return the device called ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
-        InvalidProblemError: there is no such device here; the message says what there is.
+        InvalidProblemError: there is no such device here. The message says what there is.
     """
     if name == "cpu":
         return CpuDevice()
@@ -181,7 +187,7 @@ def open_device(name: str) -> Device:
 
 
 def _address(properties: object) -> GpuAddress:
-    """torch has the UUID since 2.5 and the place on the bus since 2.8; `hetis.profiler.measure.nvidia` takes either."""
+    """Return the GPU's address. torch has the UUID since 2.5 and the bus address since 2.8; either one suffices."""
     bus, slot = getattr(properties, "pci_bus_id", None), getattr(properties, "pci_device_id", None)
     domain = getattr(properties, "pci_domain_id", 0)
     return GpuAddress(

@@ -1,4 +1,4 @@
-"""Signs that a device was not ours alone: what they are, and the notes that say so. Pure."""
+"""Signs that a device was not used exclusively, and the notes about them. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from hetis.profiler.measure.nvidia import GpuNews
 from hetis.profiler.measure.points import Measured
 
-BUSY_SHARE = 0.1  # of the cores, taken by others
+BUSY_SHARE = 0.1  # of the cores, used by others
 _DRIFT = 0.1
 _JITTER = 0.25
 _JITTERY_SHARE = 0.2  # of the points
 _UNSURE_SPREAD = 0.1
-_THROTTLED_SHARE = 0.01  # of the looks, or of the time
+_THROTTLED_SHARE = 0.01  # of the samples, or of the time
 
 
 def disturbance_notes(
@@ -22,13 +22,13 @@ def disturbance_notes(
     others_share: float,
     gpu: GpuNews | None,
 ) -> list[str]:
-    """A sentence per sign.
+    """Return a sentence per sign.
 
     Args:
         measured: every point.
-        reference_s: seconds of one and the same point before and after everything else; None if interrupted between.
-        others_share: of the host's cores, what other processes took meanwhile; 0 to 1.
-        gpu: what was seen of the GPU; None on a processor.
+        reference_s: seconds of the same point before and after everything else. None: interrupted in between.
+        others_share: share of the host's cores that other processes took meanwhile; 0 to 1.
+        gpu: what was seen of the GPU. None: on a processor.
     """
     notes = _gpu_notes(gpu) if gpu is not None else []
     if others_share > BUSY_SHARE:

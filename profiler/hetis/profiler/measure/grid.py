@@ -1,4 +1,4 @@
-"""The candidates of a model on a device: which shapes serving it would meet, as series of points."""
+"""The candidates of a model on a device: the shapes that serving it would need, as series of points."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _WEIGHT_BITS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extent:
-    """How far the candidates reach. Every list is ascending.
+    """The range of the candidates. Every list is ascending.
 
     Attributes:
         tokens: tokens of a batch in the dense path.
         prompts: tokens of one prefill chunk; pasts: tokens before it.
         batches, contexts: of decode attention; kv_limit_bytes bounds their product.
         messages: bytes of a copy or message on the device; links: of one that leaves the process.
-        tps: tensor-parallel degrees.
+        tps: tensor parallel degrees.
     """
 
     tokens: Sequence[int]
@@ -54,7 +54,7 @@ _ODD_TOKENS = (3, 12, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144)  # between th
 
 
 def extent_of(*, on_cuda: bool, quick: bool) -> Extent:
-    """Return what is worth measuring: the serving range on a GPU, what ends in reasonable time on a CPU."""
+    """Return the range worth measuring: the serving range on a GPU, whatever ends in reasonable time on a CPU."""
     most = 16384 if on_cuda else 512 if quick else 2048
     tokens = _powers(1, most)
     if not quick:
@@ -75,13 +75,13 @@ def extent_of(*, on_cuda: bool, quick: bool) -> Extent:
 def series_of(
     model: ModelSpec, extent: Extent, *, paths: Sequence[str], peer_kernel: str, peer_path: str
 ) -> tuple[PointSeries, ...]:
-    """Every series of ``model``.
+    """Return every series of ``model``.
 
     Args:
-        model: its layer is measured; multi-head latent attention and experts have no kernels here.
-        extent: how far.
+        model: its layer is measured; there are no kernels here for multi-head latent attention and experts.
+        extent: range of the candidates.
         paths: of copies that the device can make: h2d, d2h, d2d.
-        peer_kernel: what carries messages between two processes (gloo, nccl); empty for none.
+        peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
         peer_path: ``loopback`` or ``peer``.
 
     Raises:
@@ -123,7 +123,7 @@ def _series(name: str, points: Iterator[MeasuredPoint], axes: tuple[str, ...]) -
 
 
 def _products(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> PointSeries:
-    """Matrix products; the four of a layer belong together, so that layers can be put together from them."""
+    """Return the matrix products. The four of a layer belong together, so that layers can be composed from them."""
     series = _series("GEMM", _gemms(model, extent, tps), ("m", "n", "k"))
     tp_of = {(n, k): tp for tp in tps for name, (n, k) in matrices(model, tp).items() if name != "lm_head"}
     groups = {
@@ -135,7 +135,7 @@ def _products(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> PointSeri
 
 
 def matrices(model: ModelSpec, tp: int) -> dict[str, tuple[int, int]]:
-    """(n, k) of each matrix that one rank multiplies tokens by."""
+    """Return (n, k) of each matrix that one rank multiplies tokens by."""
     heads, groups = model.q_heads // tp, model.kv_heads // tp
     up = (2 if model.gated_mlp else 1) * model.intermediate // tp
     return {
@@ -173,7 +173,7 @@ def _prefills(model: ModelSpec, extent: Extent, tps: Sequence[int]) -> Iterator[
 
 
 def _decodes(model: ModelSpec, extent: Extent) -> Iterator[MeasuredPoint]:
-    """Any number of head groups may end up on a device, not only what a rank of some degree holds."""
+    """Yield decode attention for any number of head groups, which a device may hold regardless of TP degrees."""
     groups = sorted({*_powers(1, model.kv_heads), model.kv_heads})
     for batch, context, kv_heads in product(extent.batches, extent.contexts, groups):
         if batch * context * kv_heads * model.head_dim * 4 <= extent.kv_limit_bytes:
@@ -182,7 +182,7 @@ def _decodes(model: ModelSpec, extent: Extent) -> Iterator[MeasuredPoint]:
 
 
 def _kv_copies(extent: Extent) -> Iterator[MeasuredPoint]:
-    """Yield copies from a KV block of a head group on: less is never copied."""
+    """Yield copies of at least one KV block of a head group: less is never copied."""
     for num_bytes in extent.messages:
         if num_bytes >= KV_BLOCK_BYTES:
             yield _bytes("kv_copy", GATHER_KERNEL, num_bytes)

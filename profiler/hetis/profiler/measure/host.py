@@ -1,4 +1,4 @@
-"""This host: what its processor is called, how busy it is, how large its caches are. Linux; elsewhere less is known."""
+"""This host: its processor's name, its load, its cache sizes. Complete on Linux; elsewhere less is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ASSUMED_CACHE = 256 * 2**20  # as large as servers' are; more only costs memory
 
 
 def cpu_name() -> str:
-    """``AMD EPYC`` or the machine's architecture."""
+    """Return ``AMD EPYC``, for example, or the machine's architecture."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -27,26 +27,26 @@ def cpu_name() -> str:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(_cores())
 
 
 def cpu_device_name() -> str:
-    """The GPU type that stands for this host: ``CPU-AMD-EPYC-2-cores``."""
+    """Return the GPU type that stands for this host: ``CPU-AMD-EPYC-2-cores``."""
     return f"CPU-{re.sub(r'[^A-Za-z0-9.]+', '-', cpu_name()).strip('-')}-{num_cores()}-cores"
 
 
 def memory_bytes() -> int:
-    """Physical memory."""
+    """Return the physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def last_level_cache(cpus: Path = Path("/sys/devices/system/cpu"), cores: Collection[int] | None = None) -> Cache:
-    """The last-level caches of the cores that this process may use, together; each is counted once.
+    """Return the total last-level cache of the cores that this process may use; each cache is counted once.
 
     Args:
-        cpus: the kernel's folder of a folder per core.
-        cores: their numbers; None: those of this process.
+        cpus: the kernel's folder with one folder per core.
+        cores: their numbers. None: those of this process.
     """
     found: dict[tuple[int, str], int] = {}
     for core in _cores() if cores is None else cores:
@@ -68,7 +68,7 @@ def _cores() -> Collection[int]:
 
 
 def cpu_times() -> tuple[float, float]:
-    """(seconds that the cores were busy or stolen, seconds in all) since boot, summed over cores; (0, 0) if unknown."""
+    """Return (seconds that cores were busy or stolen, total seconds) since boot over all cores; (0, 0) if unknown."""
     try:
         first = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     except (OSError, IndexError):
@@ -79,6 +79,6 @@ def cpu_times() -> tuple[float, float]:
 
 
 def own_cpu_s() -> float:
-    """Processor time of this process and its children so far."""
+    """Return the processor time of this process and its children so far."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system

@@ -1,4 +1,4 @@
-"""A cluster file of the one device that was measured, so that a plan can be made on it at once."""
+"""A cluster file with the one measured device, so that a plan can be made for it at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hetis.formats.measurements import MeasuredOp, Measurements
 from hetis.formats.units import format_bandwidth, format_bytes, format_duration, format_flops
 from hetis.profiler.measure.session import RunResult
 
-_NETWORK_BYTES_PER_S, _NETWORK_LATENCY_S = 1.25e9, 50e-6  # where nothing was measured: 10 Gb/s
+_NETWORK_BYTES_PER_S, _NETWORK_LATENCY_S = 1.25e9, 50e-6  # if nothing was measured: 10 Gb/s
 
 
 def host_cluster(result: RunResult) -> dict[str, Any]:
-    """The document of a cluster with one node, as plain data. Peaks are the best that was measured."""
+    """Return the document of a cluster with one node, as plain data. Peaks are the best rates measured."""
     value = result.measurements
     bandwidth, latency = _link(value)
     document: dict[str, Any] = {
@@ -40,7 +40,7 @@ def host_cluster(result: RunResult) -> dict[str, Any]:
 
 
 def peak_flops(value: Measurements) -> float:
-    """The best rate of any matrix product, FLOP/s."""
+    """Return the best rate of any matrix product, in FLOP/s."""
     rates = [
         float((2 * t.numbers("m") * t.numbers("n") * t.numbers("k") / t.seconds).max())
         for t in value.tables
@@ -50,7 +50,7 @@ def peak_flops(value: Measurements) -> float:
 
 
 def peak_bytes_per_s(value: Measurements) -> float:
-    """The best rate at which memory was read: by copies (which write as much), and by products with few tokens."""
+    """Return the best rate of memory reads: in copies (which write as much), and in products with few tokens."""
     rates = []
     for t in value.tables:
         if t.op is MeasuredOp.KV_COPY or (t.op is MeasuredOp.TRANSFER and set(t.text("path")) == {"d2d"}):
@@ -63,7 +63,7 @@ def peak_bytes_per_s(value: Measurements) -> float:
 
 
 def _link(value: Measurements) -> tuple[float, float]:
-    """(bytes/s at best, seconds of the smallest message) between two processes of this host."""
+    """Return (best bytes/s, seconds of the smallest message) between two processes of this host."""
     for t in value.tables:
         if t.op is MeasuredOp.TRANSFER and set(t.text("path")) <= {"loopback", "peer"}:
             num_bytes, times = t.numbers("num_bytes"), t.seconds

@@ -1,4 +1,4 @@
-"""What has been measured so far, on disk beside the output: an interrupted run loses at most the point in flight."""
+"""Measurements on disk next to the output, so that an interrupted run loses at most the point in flight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def journal_of(out: str | os.PathLike[str]) -> Path:
 
 
 def points_in(path: Path) -> int | None:
-    """Return how many points were written to a journal; None when the file is none.
+    """Return the number of points in a journal, or None if the file is not a journal.
 
     Raises:
         DocumentError: it cannot be read.
@@ -41,10 +41,10 @@ def points_in(path: Path) -> int | None:
 
 
 def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
-    """The points of an interrupted run; what was being written when it died is dropped.
+    """Return the points of an interrupted run, without one that was still being written.
 
     Raises:
-        DocumentError: not a journal, or one of a run with other settings.
+        DocumentError: the file is not a journal, or belongs to a run with other settings.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -60,30 +60,30 @@ def read_journal(path: Path, settings: Mapping[str, str]) -> list[Measured]:
         raise DocumentError(differing)
     found = []
     for number, line in enumerate(lines[1:], start=2):
-        if line and number < len(lines):  # the last piece has no line end: it was cut off, or is empty
+        if line and number < len(lines):  # the last part has no line end: it was cut off, or is empty
             found.append(_measured(line, path, number))
     return found
 
 
 class Journal:
-    """Appends one line per point, each handed to the system at once. A context manager."""
+    """Appends one line per point, each passed to the system at once. A context manager."""
 
     def __init__(self, path: Path, settings: Mapping[str, str], known: list[Measured]) -> None:
-        """Begins the file anew with the points ``known``, so that a cut-off line is gone.
+        """Rewrite the file with the ``known`` points, which drops a cut-off line.
 
         Raises:
             DocumentError: the file cannot be written.
         """
         self._path = path
         lines = [_line({"hetis_journal": _VERSION, "settings": dict(settings)}), *map(_line_of, known)]
-        write_atomically(path, "".join(lines))  # what is known stays so, whenever this process dies
+        write_atomically(path, "".join(lines))  # known points survive whenever this process dies
         try:
             self._file: TextIO = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 - closed by __exit__
         except OSError as error:
             raise single_problem(str(path), f"cannot be written: {error.strerror}") from None
 
     def add(self, found: Measured) -> None:
-        """The system has it when this returns."""
+        """Append a point. The system has it when this returns."""
         self._file.write(_line_of(found))
         self._file.flush()
 
@@ -127,7 +127,7 @@ def _measured(line: str, path: Path, number: int) -> Measured:
 
 
 def _is_sound(found: Measured) -> bool:
-    """Return whether the values are of their kinds; a file may hold anything."""
+    """Return whether the values have the right types; a file may hold anything."""
     point, sample = found.point, found.sample
     texts = [point.op, point.kernel, *point.texts.keys(), *point.texts.values(), *point.columns.keys()]
     counts, times = list(point.columns.values()), [sample.seconds, sample.spread, sample.jitter]

@@ -1,4 +1,4 @@
-"""The operators that are timed, as calls over rotating operands. Needs torch."""
+"""The timed operators, as calls over rotating operands. Needs torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hetis.solver.model import ModelSpec
 
 
 class Kernels:
-    """Timers of the points of one model on one device."""
+    """Timers for the points of one model on one device."""
 
     def __init__(self, device: Device, model: ModelSpec, while_queued: Call = lambda: None) -> None:
-        """``while_queued``: called now and then while the device has work queued."""
+        """Initialise with ``while_queued``, which is called occasionally while the device has work queued."""
         self._device = device
         self._model = model
         self._while_queued = while_queued
@@ -33,7 +33,7 @@ class Kernels:
         }
 
     def timer(self, point: MeasuredPoint) -> tuple[TimeCalls, bool]:
-        """(what times ``point``, whether its operands are cold); they live as long as it."""
+        """Return (a timer for ``point``, whether its operands are cold). The operands live as long as the timer."""
         crosses = point.texts.get("path") in ("h2d", "d2h")
         operator = self._build[point.op](point)
         return self._device.timer(operator, graph=not crosses, while_queued=self._while_queued), operator.cold
@@ -50,7 +50,7 @@ class Kernels:
         return Operator([lambda w=w: functional.linear(x, w) for w in weights], cold)  # type: ignore[misc]
 
     def _layer(self, point: MeasuredPoint) -> Operator:
-        """Norms, projections and the feed-forward network of one layer; attention itself is left out."""
+        """Build norms, projections and the feed-forward network of one layer, without attention itself."""
         model, tp = self._model, point.columns["tp"]
         shapes = matrices(model, tp)
         x = self._tensor(point.columns["tokens"], model.hidden)
@@ -78,7 +78,9 @@ class Kernels:
         return Operator(calls, cold)
 
     def _prefill(self, point: MeasuredPoint) -> Operator:
-        """Prompts are computed layer by layer, so that what they attend to has just been written: warm operands."""
+        """Build prefill attention with warm operands: prompts are computed layer by layer, so their KV has just been
+        written.
+        """
         batch, tokens, past, heads, groups, width = (point.columns[name] for name in _PREFILL)
         q = self._tensor(batch, heads, tokens, width)
         k, v = (self._tensor(batch, groups, past + tokens, width) for _ in range(2))
@@ -92,7 +94,9 @@ class Kernels:
         return Operator([lambda: attention(q, k, v, enable_gqa=heads > groups, **masked)])
 
     def _decode(self, point: MeasuredPoint) -> Operator:
-        """The query heads of a group go in as rows of one head, so that its KV is read once."""
+        """Build decode attention. The query heads of a group are passed as rows of one head, so that its KV is read
+        once.
+        """
         batch, context, heads, groups, width = (point.columns[name] for name in _DECODE)
         q = self._tensor(batch, groups, heads // groups, width)
         shape = (2, batch, groups, context, width)
@@ -102,7 +106,7 @@ class Kernels:
         return Operator([lambda kv=kv: attention(q, kv[0], kv[1]) for kv in caches], cold)  # type: ignore[misc]
 
     def _kv_copy(self, point: MeasuredPoint) -> Operator:
-        """Blocks from anywhere in memory; none is read again before all of the rotation were."""
+        """Build copies of scattered blocks. No block is read again before the whole rotation has been."""
         cache, row = self._device.pool.cache, KV_BLOCK_BYTES // 2
         count = point.columns["num_bytes"] // KV_BLOCK_BYTES
         num_bytes = count * KV_BLOCK_BYTES

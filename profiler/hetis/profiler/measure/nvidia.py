@@ -1,7 +1,7 @@
-"""What NVML says of a GPU while it is measured: throttled clocks and other processes. Silent where NVML is not.
+"""NVML's view of a GPU while it is measured: throttled clocks and other processes. Silent without NVML.
 
-CUDA may count GPUs in another order than NVML (``CUDA_DEVICE_ORDER``, fastest first by default) and only those that
-are visible to it, so a GPU is found by its UUID or its place on the bus, never by its number.
+CUDA may number GPUs differently than NVML (``CUDA_DEVICE_ORDER``, fastest first by default) and sees only visible
+ones, so a GPU is found by its UUID or its bus address, never by its number.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _REASONS = {
     0x0000000000000040: "hardware thermal slowdown",
     0x0000000000000080: "hardware power brake",
 }
-# Violation counters: nvmlPerfPolicyType_t of nvmlDeviceGetViolationStatus. Sync boost and low utilisation are left
-# out: they lower the clocks of a GPU that waits for work, not of one that does it.
+# Violation counters: nvmlPerfPolicyType_t of nvmlDeviceGetViolationStatus. Sync boost and low utilisation are left out:
+# they lower the clocks of a GPU that waits for work, not of one that does it.
 _POLICIES = {0: "power", 1: "heat", 3: "the board's limit", 5: "reliability"}
 # The first compute capability of each architecture, ascending.
 _ARCHITECTURES = {
@@ -35,15 +35,15 @@ _ARCHITECTURES = {
     (10, 0): "Blackwell",
 }
 _UNKNOWN = (13, 0)
-_LOOK_INTERVAL_S = 0.02  # a look takes a few microseconds to a millisecond of the host
+_LOOK_INTERVAL_S = 0.02  # a sample takes the host from a few microseconds to a millisecond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuAddress:
-    """Which GPU, in words that NVML has too; empty where CUDA does not say.
+    """The address of a GPU in terms that NVML knows too. Empty fields are unknown to CUDA.
 
     Attributes:
-        uuid: hexadecimal digits and dashes, without the ``GPU-`` or ``MIG-`` in front.
+        uuid: hexadecimal digits and dashes, without a leading ``GPU-`` or ``MIG-``.
         bus: ``00000000:3B:00.0``.
     """
 
@@ -53,15 +53,15 @@ class GpuAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuNews:
-    """What was seen of a GPU between `GpuWatch.begin` and `GpuWatch.news`.
+    """Observations of a GPU between `GpuWatch.begin` and `GpuWatch.news`.
 
     Attributes:
-        watched: whether NVML answered at all; without it only the variance of times tells.
-        looks: how often the clocks were looked at, each time with work queued.
-        reasons: reasons that lowered the clocks, and in how many looks.
-        held_s: seconds that the GPU's own counters add up to, by what held its clocks down.
+        watched: whether NVML answered at all; otherwise only the variance of times is informative.
+        looks: number of clock samples, each taken with work queued.
+        reasons: reasons that lowered the clocks, with the number of samples.
+        held_s: seconds in the GPU's own counters, by what limited its clocks.
         elapsed_s: between the two readings of those counters, on the host's clock.
-        other_processes: the most that were seen at once with a context on the GPU, ours left out.
+        other_processes: maximum number of other processes with a context on the GPU.
     """
 
     watched: bool = False
@@ -73,10 +73,10 @@ class GpuNews:
 
 
 class GpuWatch:
-    """Looks at one GPU from time to time."""
+    """Samples one GPU from time to time."""
 
     def __init__(self, address: GpuAddress, *, clock: Callable[[], float], nvml: Any = None) -> None:
-        """``nvml``: a module with the functions of ``pynvml``; None: that one, if it is here."""
+        """Initialise. ``nvml`` is a module with the functions of ``pynvml``, or None for that one if installed."""
         self._clock = clock
         self._nvml, self._device = _opened(address, nvml)
         self._began_s = clock()
@@ -87,13 +87,13 @@ class GpuWatch:
         self._next_s = 0.0
 
     def begin(self) -> None:
-        """Forgets what was seen so far and reads the violation counters for the first time."""
+        """Discard all observations and read the violation counters for the first time."""
         self._looks, self._others = 0, 0
         self._reasons.clear()
         self._counters, self._began_s = self._read_counters(), self._clock()
 
     def look(self) -> None:
-        """Looks at the clocks: call it while work is queued, as an idle GPU lowers them for no harm."""
+        """Sample the clocks. Call this while work is queued, because an idle GPU lowers them harmlessly."""
         if self._device is None or self._clock() < self._next_s:
             return
         self._next_s = self._clock() + _LOOK_INTERVAL_S
@@ -105,13 +105,13 @@ class GpuWatch:
             self._reasons.update(throttle_reasons(int(bits)))
 
     def look_at_processes(self, own: Collection[int]) -> None:
-        """Counts the processes with a compute context that are not among ``own``."""
+        """Count the processes with a compute context that are not among ``own``."""
         running = self._ask("nvmlDeviceGetComputeRunningProcesses")
         if running is not None:
             self._others = max(self._others, strangers([int(process.pid) for process in running], own))
 
     def news(self) -> GpuNews:
-        """Everything seen since `begin`."""
+        """Return all observations since `begin`."""
         now = self._read_counters()
         held_s = {
             name: now[name] - before_s for name, before_s in self._counters.items() if now.get(name, 0.0) > before_s
@@ -126,7 +126,7 @@ class GpuWatch:
         )
 
     def driver(self) -> str:
-        """The driver's version; empty where NVML does not say."""
+        """Return the driver's version, or an empty string if NVML does not say."""
         if self._nvml is None:
             return ""
         try:
@@ -136,7 +136,9 @@ class GpuWatch:
         return version.decode() if isinstance(version, bytes) else str(version)
 
     def _read_counters(self) -> Mapping[str, float]:
-        """Seconds of violations since the driver started, by policy; what the GPU does not count is left out."""
+        """Return the seconds of violations since the driver started, by policy, without those that the GPU does not
+        count.
+        """
         found = {}
         for policy, name in _POLICIES.items():
             status = self._ask("nvmlDeviceGetViolationStatus", policy)
@@ -145,7 +147,7 @@ class GpuWatch:
         return found
 
     def _ask(self, function: str, *arguments: object) -> Any:
-        """The answer, or None: not every GPU, driver or permission has every question."""
+        """Return the answer, or None: not every GPU, driver or permission supports every query."""
         if self._device is None:
             return None
         try:
@@ -155,33 +157,33 @@ class GpuWatch:
 
 
 def architecture_of(major: int, minor: int) -> str:
-    """Return what the catalogue calls a compute capability; ``sm_65`` where it has no name for it."""
+    """Return the catalogue's name for a compute capability, or ``sm_65``, for example, if it has none."""
     known = [name for since, name in _ARCHITECTURES.items() if since <= (major, minor)]
     return known[-1] if known and (major, minor) < _UNKNOWN else f"sm_{major}{minor}"
 
 
 def throttle_reasons(bits: int) -> set[str]:
-    """The reasons in a mask that make kernels slower; idle clocks and settings of the owner are none."""
+    """Return the reasons in a mask that make kernels slower, which excludes idle clocks and the owner's settings."""
     return {name for bit, name in _REASONS.items() if bits & bit}
 
 
 def strangers(running: Sequence[int], own: Collection[int]) -> int:
     """Return how many of the processes ``running`` on a GPU are not ``own``.
 
-    In a container NVML may give the numbers of the host, among which ours are not to be recognised: then as many as
-    are ours are taken off.
+    In a container NVML may report the host's process ids, among which ours cannot be recognised. Then the number of our
+    processes is subtracted.
     """
     known = sum(pid in own for pid in running)
     return len(running) - known if known else max(0, len(running) - len(own))
 
 
 def own_processes() -> set[int]:
-    """This process."""
+    """Return the id of this process."""
     return {os.getpid()}
 
 
 def _opened(address: GpuAddress, nvml: Any) -> tuple[Any, Any]:
-    """(NVML, handle of the GPU); None for what is not to be had: no module, no driver, no such GPU, no permission."""
+    """Return (NVML, handle of the GPU), with None for what is unavailable: no module, driver, GPU or permission."""
     try:
         nvml = nvml if nvml is not None else importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -192,6 +194,6 @@ def _opened(address: GpuAddress, nvml: Any) -> tuple[Any, Any]:
     for function, name in questions:
         try:
             return nvml, getattr(nvml, function)(name)
-        except Exception:  # a part of a GPU (MIG) is known by another name; its bus is the whole GPU's
+        except Exception:  # a MIG slice is known by another name, and its bus is the whole GPU's
             continue
     return nvml, None

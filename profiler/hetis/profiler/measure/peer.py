@@ -1,7 +1,7 @@
-"""One of two processes that send each other messages: ``python -m hetis.profiler.measure.peer RANK STORE DEVICE``.
+"""One of two processes that exchange messages: ``python -m hetis.profiler.measure.peer RANK STORE DEVICE``.
 
-Rank 0 reads a request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
-rank 1, does it with it, and prints the seconds that ``count`` of them took. An empty request ends both.
+Rank 0 reads one request per line from standard input (``{"op": "transfer", "num_bytes": 4096, "count": 10}``), tells
+rank 1, does it together with it, and prints the seconds that ``count`` of them took. The end of input ends both.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main(arguments: list[str]) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    # Rank 1 waits for a request as long as rank 0's caller thinks about it.
+    # Rank 1 waits for a request as long as rank 0's caller takes.
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=f"file://{store}",
         rank=rank,
         world_size=2,
         timeout=timedelta(hours=24),
-        device_id=device if device.type == "cuda" else None,  # NCCL need not guess which GPU is whose
+        device_id=device if device.type == "cuda" else None,  # so that NCCL need not guess the GPUs
     )
     try:
         if rank == 0:
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _do(wanted: list[int], rank: int, device: torch.device) -> float:
-    """One request, which rank 1 learns from rank 0; -1 when it was to end."""
+    """Do one request, which rank 1 learns from rank 0, and return its seconds, or -1 if it was to end."""
     header = torch.tensor(wanted, dtype=torch.int64, device=device)
     dist.broadcast(header, src=0)
     op, num_bytes, count = (int(value) for value in header)

@@ -1,4 +1,4 @@
-"""Two processes on this host that send each other messages, asked by a third: this one."""
+"""Two processes on this host that exchange messages at the request of this one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CALL_LIMIT_S = 120.0
 
 
 class PeersLostError(HetisError):
-    """The two processes did not answer; the message holds what they last said."""
+    """The two processes did not answer. The message holds their last output."""
 
 
 class PeerProcesses:
-    """Starts both processes; a context manager that ends them."""
+    """Starts both processes. A context manager that ends them."""
 
     def __init__(self, devices: tuple[str, str], command: list[str] | None = None) -> None:
-        """``devices``: of each, ``cpu`` (gloo) or ``cuda:N`` (NCCL). ``command``: what starts a peer, for tests."""
+        """Initialise with each process's device, ``cpu`` (gloo) or ``cuda:N`` (NCCL), and, for tests, a command."""
         self._command = command or [sys.executable, "-m", "hetis.profiler.measure.peer"]
         self._devices = devices
         self._folder = tempfile.TemporaryDirectory(prefix="hetis-peers-")
@@ -43,17 +43,17 @@ class PeerProcesses:
                         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                         stderr=log,
                         text=True,
-                        start_new_session=True,  # Ctrl-C is ours to handle
+                        start_new_session=True,  # this process handles Ctrl-C
                     )
                 )
         return self
 
     def on(self, device: str) -> set[int]:
-        """The processes that have ``device`` open."""
+        """Return the processes that have ``device`` open."""
         return {process.pid for process, theirs in zip(self._processes, self._devices, strict=True) if theirs == device}
 
     def wait_until_ready(self) -> None:
-        """Both have found each other.
+        """Wait until both have connected.
 
         Raises:
             PeersLostError: one of them failed, or took more than a minute.
@@ -61,7 +61,7 @@ class PeerProcesses:
         self._answer(START_LIMIT_S)
 
     def timer(self, op: str, num_bytes: int) -> Callable[[int], float]:
-        """Seconds of n messages one way (``transfer``) or n all-reduces."""
+        """Return a function for the seconds of n messages one way (``transfer``) or n all-reduces."""
 
         def time_calls(count: int) -> float:
             self._pipe("stdin").write(json.dumps({"op": op, "num_bytes": num_bytes, "count": count}) + "\n")

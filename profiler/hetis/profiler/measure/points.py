@@ -1,4 +1,4 @@
-"""What can be measured: a point of an operator, and the candidates among which the next one is chosen."""
+"""Measurable points of an operator, and the candidates among which the next one is chosen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class MeasuredPoint:
     Attributes:
         op: name of the table it belongs to, such as ``gemm``.
         kernel: what computes it, such as ``torch sdpa``; points of two kernels never share a fit.
-        columns: the table's numeric columns but ``seconds``; sizes in bytes, lengths in tokens.
+        columns: the table's numeric columns except ``seconds``; sizes in bytes, lengths in tokens.
         texts: its text columns, such as the path of a transfer.
     """
 
@@ -24,7 +24,7 @@ class MeasuredPoint:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for points that are the same measurement, and hashable."""
+        """A hashable value that is equal for points that are the same measurement."""
         return (self.op, self.kernel, *sorted(self.texts.items()), *sorted(self.columns.items()))
 
 
@@ -32,9 +32,10 @@ class MeasuredPoint:
 class TimedSample:
     """Seconds of one call at a point.
 
-    ``spread`` is the half-width of the 95% confidence interval of the median, relative to it; ``jitter`` is how far
-    the slow tenth of the samples lies above the median, relative to it, which is what a busy neighbour shows in.
-    ``cold``: every call found its operands outside the cache (`hetis.profiler.measure.rotation`).
+    ``spread`` is the half-width of the 95% confidence interval of the median, relative to it. ``jitter`` is how far the
+    slowest tenth of the samples lies above the median, relative to it, which reveals a busy neighbour. ``cold`` means
+    that
+    every call found its operands outside the cache (`hetis.profiler.measure.rotation`).
     """
 
     seconds: float
@@ -45,7 +46,7 @@ class TimedSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A point and what was found there."""
+    """A point and its measurement."""
 
     point: MeasuredPoint
     sample: TimedSample
@@ -56,11 +57,11 @@ class PointSeries:
     """Points that one smooth surface describes, because one kernel computes them all.
 
     Attributes:
-        name: what progress calls it.
-        candidates: every point worth measuring, the cheap ones first.
-        axes: the columns that vary; the surface lives over their logarithms.
-        groups: of points by key, where some are of use only together, such as the products of a layer: one that is
-            measured brings the others of its group.
+        name: shown in progress messages.
+        candidates: every point worth measuring, cheap ones first.
+        axes: the columns that vary; the surface is over their logarithms.
+        groups: groups of points, by key, that are only useful together, such as the products of a layer: measuring one
+            leads to the others of its group.
     """
 
     name: str

@@ -1,5 +1,4 @@
-"""Provenance of measurements: who measured, with what, on which host; and what kept watch over the device meanwhile.
-Needs torch."""
+"""Provenance of measurements: measurer, software and host, and the watch over the device meanwhile. Needs torch."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ from hetis.profiler.measure.rotation import TIMES
 
 
 class HostWatch:
-    """Processor time that others took since it was made."""
+    """Processor time that other processes took since it was created."""
 
     def __init__(self) -> None:
         self._busy, self._total = host.cpu_times()
         self._own = host.own_cpu_s()
 
     def share(self) -> float:
-        """Share of all cores; a little is always the system's own. 0 where the system does not say."""
+        """Return their share of all cores, or 0 if it is unknown. A little is always the system's own."""
         busy, total = host.cpu_times()
         elapsed = total - self._total
         if elapsed <= 0:
@@ -39,25 +38,25 @@ class HostWatch:
 
 
 class DeviceWatch:
-    """What looks at the device and the host while points are measured: NVML at a GPU, the host's accounts always."""
+    """Watches the device and the host while points are measured: a GPU through NVML, the host always."""
 
     def __init__(self, device: Device) -> None:
         self._gpu = GpuWatch(device.address, clock=time.monotonic) if isinstance(device, CudaDevice) else None
         self._host = HostWatch()
 
     def begin(self) -> None:
-        """Count what is seen from now on."""
+        """Start counting observations from now on."""
         self._host = HostWatch()
         if self._gpu is not None:
             self._gpu.begin()
 
     def look(self) -> None:
-        """Looks at the GPU; call it while work is queued."""
+        """Sample the GPU. Call this while work is queued."""
         if self._gpu is not None:
             self._gpu.look()
 
     def look_at_processes(self, own: Collection[int]) -> None:
-        """Looks who else has the GPU open; ``own``: processes of ours beside this one."""
+        """Check which other processes have the GPU open. ``own`` are our processes besides this one."""
         if self._gpu is not None:
             self._gpu.look_at_processes(own_processes() | set(own))
 
@@ -66,16 +65,16 @@ class DeviceWatch:
         return self._host.share()
 
     def gpu_news(self) -> GpuNews | None:
-        """Return what was seen of the GPU since `begin`; None on a processor."""
+        """Return what was seen of the GPU since `begin`, or None on a processor."""
         return None if self._gpu is None else self._gpu.news()
 
     def driver(self) -> str:
-        """The GPU's driver; empty where there is none or nobody says."""
+        """Return the GPU's driver, or an empty string if there is none or it is unknown."""
         return "" if self._gpu is None else self._gpu.driver()
 
 
 def gpu_name(wanted: str, device: Device) -> str:
-    """The GPU type of the result: as asked for, or the catalogue's name of what the driver calls the device."""
+    """Return the GPU type of the result: as requested, or the catalogue's name for the driver's name of the device."""
     for name in (wanted, device.name):
         if name:
             try:
@@ -87,8 +86,7 @@ def gpu_name(wanted: str, device: Device) -> str:
 
 
 def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> dict[str, str]:
-    """Return what must be equal for an interrupted run to go on: what is measured, and the machine it is measured
-    on."""
+    """Return what must stay equal for an interrupted run to continue: what is measured, and on which machine."""
     of_gpu = {
         "GPU itself": " ".join(part for part in (device.name, device.address.uuid or device.address.bus) if part),
         "driver": driver or "unknown",
@@ -108,7 +106,7 @@ def settings_of(request: RunRequest, gpu: str, device: Device, driver: str) -> d
 
 
 def cache_note(device: Device) -> str:
-    """Return what was assumed of the cache for operands to be cold."""
+    """Return the assumption about the cache under which operands are cold."""
     cache = device.pool.cache
     return (
         f"the operands of tables marked cold rotate: between two uses {format_bytes(TIMES * cache.num_bytes)} or more "
@@ -117,7 +115,7 @@ def cache_note(device: Device) -> str:
 
 
 def measured_by(request: RunRequest, device: Device, driver: str) -> MeasuredBy:
-    """The provenance of the result."""
+    """Return the provenance of the result."""
     software = f", CUDA {torch.version.cuda}, driver {driver or 'unknown'}" if device.on_cuda else ""
     return MeasuredBy(
         tool=f"hetis-profile {_version('hetis')}",

@@ -1,4 +1,4 @@
-"""What a measuring run is asked for."""
+"""The request for a measuring run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hetis.solver.model import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What to measure.
+    """A request to measure a device.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``cuda:1``.
-        gpu: name of the GPU type in the result; empty: what the device calls itself.
-        limit_s: stop choosing new points after this long.
-        journal: file that keeps what was measured; the points in it are not measured again if ``resume``.
+        gpu: name of the GPU type in the result. Empty: the device's own name.
+        limit_s: stop choosing new points after this time.
+        journal: file that keeps the measurements; its points are not measured again if ``resume``.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""One run: opens the device, measures what is known worst until all is known well or time is up, keeps a journal."""
+"""One run: opens the device, measures the most uncertain point until all are known or time is up, keeps a journal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NotEnoughPointsError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProgress:
-    """The progress of a run before its next point; ``left_s`` is the most it will still take."""
+    """The progress of a run before its next point. ``left_s`` is an upper limit on its remaining time."""
 
     done: int
     total: int
@@ -41,7 +41,7 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
-    """What a run found, and what it found out about the host for a cluster file."""
+    """The results of a run, including what a cluster file needs to know about the host."""
 
     measurements: Measurements  # its notes: the disturbances, then remarks
     disturbances: Sequence[str]
@@ -52,10 +52,10 @@ class RunResult:
 
 
 def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunResult:
-    """Measures until every surface is known well, or ``limit_s`` is over. The journal is left for the caller to remove.
+    """Measure until every surface is known well, or ``limit_s`` has passed. The caller removes the journal.
 
     Raises:
-        InvalidProblemError: no such device here, or a model that cannot be measured.
+        InvalidProblemError: there is no such device here, or the model cannot be measured.
         DocumentError: the journal cannot be used or written.
         NotEnoughPointsError: the limit was too short.
         KeyboardInterrupt: the journal holds what was measured.
@@ -94,7 +94,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
             return replace(found, cold=cold)
 
         reference = series[0].candidates[len(series[0].candidates) // 2]
-        time_point(reference)  # what was idle takes a moment to raise its clocks, and libraries to set themselves up
+        time_point(reference)  # an idle device takes a moment to raise its clocks, and libraries to initialise
         before = time_point(reference)
         watch.begin()
         _run(campaign, time_point, report, journal, limit_s=request.limit_s, begin_s=begin_s)
@@ -129,12 +129,12 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
 
 
 def stopping_rule(quick: bool) -> StoppingRule:
-    """The rule for when a surface is known well enough."""
+    """Return the rule for when a surface is known well enough."""
     return StoppingRule(uncertainty=0.12, min_points=14, max_points=30, max_point_s=0.25) if quick else StoppingRule()
 
 
 def sampling_rule(quick: bool) -> SamplingRule:
-    """Return how long to stay at one point."""
+    """Return the rule for how long to stay at one point."""
     return (
         SamplingRule(spread=0.05, limit_s=0.15, batch_s=1e-3, warm_up_s=0.01, max_batches=30)
         if quick
@@ -151,7 +151,7 @@ def _run(
     limit_s: float,
     begin_s: float,
 ) -> None:
-    """Measures what the campaign asks for."""
+    """Measure the points that the campaign asks for."""
     total = sum(min(len(state.series.candidates), state.rule.max_points) for state in campaign.states)
     took_s: list[float] = []
     while (choice := campaign.next()) is not None:
@@ -177,7 +177,7 @@ def _run(
 
 
 def _peers_of(name: str, device: Device) -> tuple[tuple[str, str], str, str]:
-    """(devices of the two processes that send messages, what carries them, the path they take)."""
+    """Return (devices of the two processes that exchange messages, their backend, the path of the messages)."""
     if device.on_cuda:
         import torch
 
@@ -191,11 +191,12 @@ def _peers_of(name: str, device: Device) -> tuple[tuple[str, str], str, str]:
 def to_measurements(
     gpu: str, provenance: MeasuredBy, measured: Sequence[Measured], notes: Sequence[str]
 ) -> Measurements:
-    """One table per operator and kernel, rows in the order of their sizes: the order of measuring does not matter.
+    """Return one table per operator and kernel, with rows ordered by size, so that the order of measuring does not
+    matter.
 
-    Points with cold operands and points with warm ones are tables of their own, as a fit treats them apart.
+    Points with cold and with warm operands are in separate tables, because a fit treats them differently.
     """
-    groups: dict[tuple[str, str, bool], list[Measured]] = {}  # cold ones sort first, as fits take the first table
+    groups: dict[tuple[str, str, bool], list[Measured]] = {}  # cold ones sort first, because fits take the first table
     for found in measured:
         groups.setdefault((found.point.op, found.point.kernel, not found.sample.cold), []).append(found)
     return Measurements(
@@ -217,5 +218,5 @@ def _table(op: str, kernel: str, cold: bool, rows: list[Measured]) -> Table:
 
 
 def _digits(value: float) -> float:
-    """Five significant digits: more would be noise."""
+    """Round to five significant digits: more would be noise."""
     return float(f"{value:.4e}")

@@ -1,4 +1,4 @@
-"""How often to repeat a measurement, and what the repetitions say. Pure: the timer and the clock are arguments."""
+"""Decides how often to repeat a measurement, and evaluates the repetitions. Pure: timer and clock are arguments."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SamplingRule:
 
     Attributes:
         spread: stop when the median is known this well, relative.
-        limit_s: stop after this long, warm-up included, known well or not.
-        batch_s: calls are timed in batches at least this long, so that the timer's own error vanishes.
+        limit_s: stop after this long including warm-up, whether or not it is known well.
+        batch_s: calls are timed in batches at least this long, so that the timer's own error is negligible.
         warm_up_s: calls before the first batch that counts.
     """
 
@@ -30,15 +30,15 @@ class SamplingRule:
     warm_up_s: float = 0.05
     min_batches: int = 5
     max_batches: int = 100
-    max_calls: int = 200  # of a batch
+    max_calls: int = 200  # per batch
 
 
 def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule: SamplingRule) -> TimedSample:
-    """Times one point until the rule is content.
+    """Time one point until the rule is satisfied.
 
     Args:
-        time_calls: runs the operator n times in a row and returns the seconds they took together.
-        clock: seconds that only grow; used for the limits, never for the result.
+        time_calls: runs the operator n times in succession and returns the total seconds.
+        clock: monotonic seconds; used for the limits, never for the result.
         rule: when to stop.
     """
     start_s = clock()
@@ -57,7 +57,7 @@ def sample(time_calls: Callable[[int], float], clock: Callable[[], float], rule:
 
 
 def spread_of_median(samples: Sequence[float]) -> float:
-    """Half-width of the 95% order-statistic interval of the median, relative to it; below 3 samples it is 1."""
+    """Return the half-width of the 95% order-statistic interval of the median, relative to it, or 1 below 3 samples."""
     ordered, size = sorted(samples), len(samples)
     if size < 3:
         return 1.0

@@ -1,8 +1,8 @@
-"""What is known of a surface from the points measured so far, and how well: a Gaussian process over logarithms.
+"""The knowledge of a surface from the points measured so far: a Gaussian process over logarithms.
 
-``log t(x) = linear + smooth + noise`` with ``x`` the logarithms of the sizes. Its standard deviation at a point that
-was not measured is, to first order, the relative error to expect there; measuring where it is largest is the classical
-design for interpolation. Only the choice of points uses it: profiles are fitted apart.
+``log t(x) = linear + smooth + noise`` with ``x`` the logarithms of the sizes. Its standard deviation at an unmeasured
+point is, to first order, the relative error to expect there; measuring where it is largest is the classical design for
+interpolation. Only the choice of points uses it: profiles are fitted separately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SurrogatePrediction:
-    """Seconds expected at each candidate, and the relative error of that."""
+    """Seconds expected at each candidate, and their relative errors."""
 
     seconds: FloatArray
     uncertainty: FloatArray
@@ -32,13 +32,13 @@ class SurrogatePrediction:
 def predict(
     points: FloatArray, seconds: FloatArray, spreads: FloatArray, candidates: FloatArray
 ) -> SurrogatePrediction:
-    """The surface at ``candidates``.
+    """Return the surface at ``candidates``.
 
     Args:
-        points: logarithms of the sizes measured, shape [measured, axes].
+        points: logarithms of the measured sizes, shape [measured, axes].
         seconds: times there, all > 0, shape [measured].
         spreads: relative half-widths of those times, shape [measured].
-        candidates: logarithms of the sizes asked for, shape [candidates, axes].
+        candidates: logarithms of the sizes to predict, shape [candidates, axes].
     """
     centre = points.mean(axis=0)
     x, z = points - centre, candidates - centre
@@ -62,7 +62,9 @@ def predict(
 
 
 def _kernel(a: FloatArray, b: FloatArray, length: float, variance: float) -> FloatArray:
-    """A linear part and a Matern 5/2 one: twice differentiable, so that kinks of rooflines are not smoothed away."""
+    """Return a linear kernel plus a Matern 5/2 one: twice differentiable, so that kinks of rooflines are not smoothed
+    away.
+    """
     distance = np.sqrt(((a[:, None, :] - b[None, :, :]) ** 2).sum(axis=2)) * (math.sqrt(5.0) / length)
     smooth = (1.0 + distance + distance**2 / 3.0) * np.exp(-distance)
     result: FloatArray = variance * smooth + _LINEAR_VARIANCE * (1.0 + a @ b.T)

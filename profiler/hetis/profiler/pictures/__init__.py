@@ -1,1 +1,1 @@
-"""Profiles held against what was measured: the pairs, their regions, and pictures of them (PNG, HTML)."""
+"""Profiles compared with measurements: the pairs, their regions, and pictures of them (PNG, HTML)."""

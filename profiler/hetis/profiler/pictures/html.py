@@ -10,12 +10,12 @@ from plotly.subplots import make_subplots
 
 from hetis.profiler.pictures.pairs import Pairs
 
-_HEIGHT = 330  # of a row of pictures, in pixels
-_LIMIT = 50.0  # percent: where the colours end
+_HEIGHT = 330  # per row of pictures, in pixels
+_LIMIT = 50.0  # percent at the ends of the colour scale
 
 
 def html(pairs: Sequence[Pairs], title: str) -> str:
-    """Per operator: measured against fitted, and the mean residual of each region."""
+    """Draw, per operator, measured against fitted times, and the mean residual of each region."""
     titles = [
         text
         for one in pairs

@@ -1,4 +1,4 @@
-"""Measured rows and what a profile says of them, with the region each row lies in."""
+"""Measured rows with the profile's predictions for them and the region each row lies in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.solver.profile import Fit, FitScope, Op, Profile
 
 FloatArray = NDArray[np.float64]
 
-# What the rows and columns of a picture of residuals are; "" for none.
+# The rows and columns of a picture of residuals; "" for none.
 _AXES = {
     Op.DENSE: ("", "tokens"),
     Op.PREFILL_ATTENTION: ("batch", "context_tokens"),
@@ -25,17 +25,17 @@ _AXES = {
     Op.TRANSFER: ("", "num_bytes"),
     Op.STEP: ("", "batch"),
 }
-_NEAR = 1.25  # an axis is divided by powers of two: this close to one counts as it
+_NEAR = 1.25  # an axis is divided by powers of two: a value this close to one counts as it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pairs:
-    """One operator: seconds measured and fitted, shape [rows], and each row's region.
+    """One operator: measured and fitted seconds, shape [rows], and each row's region.
 
     Attributes:
-        title: operator and what shapes.
-        regions: (row label, column label) of each row; the second is empty where one axis is enough.
-        axes: what the two labels are.
+        title: the operator and its shapes.
+        regions: (row label, column label) of each row; the second is empty if one axis is enough.
+        axes: meaning of the two labels.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Pairs:
 
     @property
     def residual(self) -> FloatArray:
-        """Fitted over measured, less one: above 0 the fit is too slow."""
+        """Fitted over measured time minus one: above 0 the fit is too slow."""
         value: FloatArray = self.fitted / self.measured - 1.0
         return value
 
@@ -55,7 +55,9 @@ class Pairs:
         return float(np.abs(self.residual).mean())
 
     def by_region(self) -> tuple[list[str], list[str], FloatArray, NDArray[np.intp]]:
-        """Row and column labels, mean signed residual of each cell (NaN: nothing measured), and number of points."""
+        """Return row and column labels, mean signed residual of each cell (NaN: nothing measured), and number of
+        points.
+        """
         rows, columns = (sorted({pair[i] for pair in self.regions}, key=_size) for i in (0, 1))
         total, count = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)), dtype=np.intp)
         for (row, column), value in zip(self.regions, self.residual, strict=True):
@@ -67,10 +69,11 @@ class Pairs:
 
 
 def pairs_of(profile: Profile, measurements: Sequence[Measurements], gpu: GpuType) -> list[Pairs]:
-    """Every operator that the measurements have points of, as a fit would select them, each point by its own fit.
+    """Return every measured operator with the points that a fit would select, each point by its own fit.
 
-    Shapes that differ in TP size or queries per group share a picture. A fit of all of them is left out where there
-    are fits of each: it sees the same points.
+    Shapes that differ in TP size or queries per group share a picture. A fit of all of them is omitted if there are
+    fits
+    of each, because it sees the same points.
     """
     families: dict[tuple[Op, int | None, float | None], list[tuple[FitScope, Pairs]]] = {}
     for points in selected_points(measurements, gpu).points:
@@ -99,7 +102,7 @@ def _joined(name: str, conditions: Sequence[str], members: Sequence[Pairs]) -> P
 
 
 def _fit(profile: Profile, points: Points) -> Fit | None:
-    """The fit of the same scope, or of no scope at all."""
+    """Return the fit of the same scope, or one without a scope."""
     of_op = [fit for fit in profile.fits if fit.op is points.op]
     same = [fit for fit in of_op if fit.scope == points.scope]
     return next(iter([*same, *(fit for fit in of_op if fit.scope == FitScope())]), None)
@@ -124,7 +127,7 @@ def _pairs(fit: Fit, points: Points) -> Pairs:
 
 
 def _bucket(value: float) -> str:
-    """The power of two at or below: ``4k``; sizes that miss the next one by little belong to it."""
+    """Return the power of two at or below, as ``4k``. Sizes that miss the next one by little belong to it."""
     if value < 1:
         return "0"
     power = 2 ** int(np.floor(np.log2(value * _NEAR)))
@@ -135,7 +138,7 @@ def _bucket(value: float) -> str:
 
 
 def _size(label: str) -> float:
-    """Buckets in the order of their sizes."""
+    """Return a key that sorts buckets by size."""
     factor = {"k": 2**10, "M": 2**20, "G": 2**30}.get(label[-1:], 1)
     digits = label.rstrip("kMG")
     return float(digits) * factor if digits else 0.0

@@ -1,4 +1,4 @@
-"""Pictures as a PNG. Needs matplotlib, which draws without a browser (plotly's exporter would want Chrome)."""
+"""Pictures as a PNG. Needs matplotlib, which draws without a browser (plotly's exporter would need Chrome)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.ticker import NullFormatter
 
 from hetis.profiler.pictures.pairs import Pairs
 
-_LIMIT = 50.0  # percent: where the colours end
+_LIMIT = 50.0  # percent at the ends of the colour scale
 
 
 def png(pairs: Sequence[Pairs], title: str) -> bytes:
-    """Per operator: measured against fitted, and the mean residual of each region."""
+    """Draw, per operator, measured against fitted times, and the mean residual of each region."""
     figure = Figure(figsize=(12, 3.6 * len(pairs) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -27,7 +27,7 @@ def png(pairs: Sequence[Pairs], title: str) -> bytes:
         left.plot(ends, ends, ":", color="#888888", linewidth=1)
         left.set(xscale="log", yscale="log", xlabel="measured, s", ylabel="fitted, s")
         for axis in (left.xaxis, left.yaxis):
-            axis.set_minor_formatter(NullFormatter())  # labels between the powers of ten run into each other
+            axis.set_minor_formatter(NullFormatter())  # labels between the powers of ten overlap
         left.set_title(f"{one.title}: MAPE {one.mape:.1%} of all points", fontsize=10)
         rows, columns, mean, _ = one.by_region()
         image = right.imshow(

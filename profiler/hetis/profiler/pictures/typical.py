@@ -1,4 +1,4 @@
-"""What a profile says of typical points of one layer, for people to compare."""
+"""A profile's times for typical points of one layer, for people to compare."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Profile
 
-LINK_BYTES_PER_S = 25e9  # of messages: what a wire factor is multiplied with
+LINK_BYTES_PER_S = 25e9  # for messages: a wire factor is multiplied with this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypicalTime:
-    """Seconds of one operator at one point; 0 where the profile has no fit for it."""
+    """Seconds of one operator at one point, or 0 if the profile has no fit for it."""
 
     op: str
     point: str
@@ -21,7 +21,7 @@ class TypicalTime:
 
 
 def typical_times(profile: Profile, model: ModelSpec, tp: int) -> Iterator[TypicalTime]:
-    """The features are those of docs/cost-model.md; always the same points in the same order."""
+    """Yield the times, always for the same points in the same order. The features are those of docs/cost-model.md."""
     heads, groups = model.q_heads / tp, max(1.0, model.head_groups / tp)
     kv_bytes = model.kv_bytes_per_token_group()
 

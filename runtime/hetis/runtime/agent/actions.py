@@ -1,4 +1,4 @@
-"""What `hetis.runtime.agent.core.AgentCore` wants done, as values: whoever drives it does them, in their order."""
+"""Actions that `hetis.runtime.agent.core.AgentCore` asks for, as values. Its driver carries them out in their order."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to the engine; the type of the request says which method. Its answer goes to `AgentCore.answered`.
+    """A call to the engine; the request's type says which method. The answer goes to `AgentCore.answered`.
 
     Attributes:
-        number: names the call; never used again in this run.
-        timeout_s: after so long the answer is ENGINE_UNREACHABLE. None: as long as it takes.
+        number: identifies the call; never reused in this run.
+        timeout_s: the answer becomes ENGINE_UNREACHABLE after this time. None: no limit.
     """
 
     number: int
@@ -66,14 +66,14 @@ class EngineCall:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """A call that nobody waits for any more; its answer may still come and is ignored."""
+    """Cancel a call whose answer is no longer wanted. An answer that still arrives is ignored."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Persist:
-    """Durably on disk before any later action is done. ``body`` None: the part is gone."""
+    """Write a part of the state durably to disk before any later action. A ``body`` of None deletes the part."""
 
     part: str
     body: bytes | None

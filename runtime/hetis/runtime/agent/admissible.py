@@ -1,4 +1,4 @@
-"""Why a delta that can be read is not taken: it does not fit what is held, or what the engine can do."""
+"""Reasons to refuse a well-formed delta: it does not fit the state held here, or the engine cannot do what it asks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from hetis.v1.agent_service_pb2 import AgentCapability, Delta
 from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 
-# A generation that is stored is never gone below again, so one that no planner reaches is not stored. A planner whose
-# store came from a backup leaps, by at most so much; one that a node hears first may have leapt a few times.
+# A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
+# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
+# have leapt several times.
 MOST_AHEAD = 1 << 32
 MOST_AT_FIRST = 1 << 40
 
 
 def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability.ValueType]) -> Failure | None:
-    """Why it cannot be taken; None: it can."""
+    """Return why the delta cannot be accepted, or None if it can."""
     kind = delta.WhichOneof("change")
     if delta.generation > (held.generation + MOST_AHEAD if held.generation else MOST_AT_FIRST):
         return _too_far_ahead(delta, held)

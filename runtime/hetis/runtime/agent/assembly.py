@@ -1,4 +1,4 @@
-"""Puts an agent together from its options, and takes it apart again."""
+"""Builds an agent from its options and shuts it down again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What an agent is made of; ``devices`` as of `hetis.runtime.agent.devices.open_devices`."""
+    """Everything an agent is made of. ``devices`` is a source for `hetis.runtime.agent.devices.open_devices`."""
 
     node: str
     address: PlannerAddress
@@ -53,10 +53,10 @@ class Parts:
 
 
 async def run_agent(parts: Parts, waiting: ReconnectBackoff) -> None:
-    """Runs an agent until it is cancelled.
+    """Run an agent until it is cancelled.
 
     Raises:
-        DevicesUnavailableError, StateError, OSError: it cannot start, or go on.
+        DevicesUnavailableError, StateError, OSError: the agent cannot start or cannot continue.
     """
     async with contextlib.AsyncExitStack() as stack:
         state = StateDirectory(parts.state_dir)
@@ -92,7 +92,7 @@ async def run_agent(parts: Parts, waiting: ReconnectBackoff) -> None:
 
 
 async def run_engine(node: str, devices: str, socket: Path, control: Path | None, seed: int, peer_address: str) -> None:
-    """Runs a simulated engine until it is cancelled."""
+    """Run a simulated engine until it is cancelled."""
     from hetis.runtime.agent.devices import discover
     from hetis.runtime.agent.simulated.admission import best_admission
     from hetis.runtime.agent.simulated.control import ControlFile
@@ -114,7 +114,7 @@ async def run_engine(node: str, devices: str, socket: Path, control: Path | None
 
 
 async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitStack) -> tuple[Executor | None, str]:
-    """The engine that the agent steers, and where it listens for others. None: it steers none."""
+    """Return the engine that the agent steers (None if it steers none) and the address where it listens for others."""
     match parts.choice.kind:
         case EngineKind.SOCKET:
             executor = SocketExecutor(Path(parts.choice.where))
@@ -155,13 +155,13 @@ def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: 
 
 
 async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
-    """Yield one empty report of no engine, so that the agent need not wait for it."""
+    """Yield one empty report without an engine, so that the agent does not wait for one."""
     yield WatchReportsResponse()
     await asyncio.Event().wait()
 
 
 def _clock_name() -> str:
-    """The monotonic clock goes on when the agent restarts, and begins anew when the machine does."""
+    """Return a name for the monotonic clock, which survives a restart of the agent but not a reboot."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a delta must say before anything of it is believed."""
+"""Checks of a delta's fields, made before anything in it is trusted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST_PREPARE_S = 600
 
 
 def wrong_fields(delta: Delta) -> Failure | None:
-    """INVALID_FIELD with every field that is wrong; None: it can be read."""
+    """Return INVALID_FIELD with every field that is wrong, or None if the delta is well-formed."""
     violations = [FieldViolation(field=field, description=what) for field, what in _problems(delta)]
     if not violations:
         return None

@@ -1,4 +1,4 @@
-"""How an agent reaches its planner: address, certificates, token, and how long it waits between attempts."""
+"""The agent's connection to its planner: address, certificates, token, and the backoff between attempts."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import grpc
 from hetis.formats.endpoints import Endpoint, LeaderSearch, host_of, is_loopback, split_endpoints
 
 LEAST_WAIT_S, MOST_WAIT_S = 0.5, 30.0
-MOST_WAIT_FOR_LEADER_S = 4.0  # where planners answer, and one of them is about to lead
+MOST_WAIT_FOR_LEADER_S = 4.0  # used when planners answer and one of them is about to lead
 MOST_MESSAGE_BYTES = 4 << 20
 OPTIONS = (
-    # A planner that stands still is left after 15 s; hetis-planner allows agents so many pings. Without the limit for a
-    # ping's answer, a minute by itself, that for a keepalive's is of no use where the other machine's kernel goes on.
+    # A planner that hangs is abandoned after 15 s; hetis-planner permits agents this many pings. The keepalive timeout
+    # has no effect as long as the other machine's kernel responds, unless the ping timeout, a minute by default, is
+    # lowered too.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
-    # gRPC's own waiting stays below ours, which has the jitter.
+    # gRPC's own backoff stays below ours, which has the jitter.
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.min_reconnect_backoff_ms", 5000),  # for one attempt: another planner may answer
+    ("grpc.min_reconnect_backoff_ms", 5000),  # limits a single attempt: another planner may answer
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 class AgentOptionError(Exception):
-    """Options that cannot be used, in words for the person who gave them: one message for each thing that is wrong."""
+    """Options that cannot be used, with one message for each problem, written for the person who gave them."""
 
     def __init__(self, *messages: str) -> None:
         super().__init__("\n".join(messages))
@@ -41,15 +42,16 @@ class AgentOptionError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannerAddress:
-    """The place of the planner and the credentials to show there. Files are read at every attempt, so that they can
-    rotate.
+    """The planner's address and the credentials to present there.
+
+    Files are read at every attempt, so that credentials can be rotated.
 
     Attributes:
-        server: ``host:port``, or several with commas between them: the leader among them is found. A name with several
-            records is several addresses.
-        ca: certificates that sign the planner's. None: those of the system, where TLS is on.
-        cert, key: of this node, for mutual TLS. None: none.
-        token_file: holds a bearer token. None: ``token_variable`` of the environment, if it is set.
+        server: ``host:port``, or several separated by commas, of which the leader is found. A name with several DNS
+            records counts as several addresses.
+        ca: certificates that sign the planner's. None: the system's, if TLS is on.
+        cert, key: this node's, for mutual TLS. None: not used.
+        token_file: holds a bearer token. None: use the environment variable ``token_variable`` if it is set.
         is_plain: no TLS.
     """
 
@@ -84,17 +86,19 @@ class PlannerAddress:
             yield f"a token is not sent to {elsewhere[0]} without TLS; give --tls-ca instead of --insecure"
 
     def search(self) -> LeaderSearch:
-        """Return the search for the planner that leads. In the clear a leader that a planner names is believed on this
-        machine only."""
+        """Return the search for the leading planner. Without TLS, a leader that a planner names is trusted only if it
+        is on
+        this machine.
+        """
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)
         return LeaderSearch(addresses, lambda address: not self.is_plain or (is_local and is_loopback(address)))
 
     def channel(self, endpoint: Endpoint) -> grpc.aio.Channel:
-        """A new channel with what the files hold now.
+        """Return a new channel that uses the current contents of the files.
 
         Raises:
-            OSError: a file cannot be read any more.
+            OSError: a file can no longer be read.
         """
         if self.is_plain:
             return grpc.aio.insecure_channel(endpoint.address, options=OPTIONS)
@@ -105,12 +109,12 @@ class PlannerAddress:
         return grpc.aio.secure_channel(endpoint.address, credentials, options=options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the metadata of a call: the token, if there is one."""
+        """Return the metadata of a call: the token, or nothing if there is none."""
         token = self._token()
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def explained(self, message: str) -> str:
-        """Return what a failure to connect most likely means, before gRPC's own words for it."""
+        """Return the most likely cause of a failure to connect, followed by gRPC's own words for it."""
         if "CERTIFICATE_VERIFY_FAILED" in message:
             signed = (
                 f"--tls-ca {self.ca}" if self.ca is not None else "an authority that this system trusts; give --tls-ca"
@@ -131,14 +135,14 @@ class PlannerAddress:
 
 
 class ReconnectBackoff:
-    """Full jitter: a random moment within a time that doubles with every attempt that failed."""
+    """Full jitter: each delay is random within a limit that doubles with every failed attempt."""
 
     def __init__(self, seed: random.Random) -> None:
         self._random = seed
         self._attempts = 0
 
     def succeeded(self) -> None:
-        """A stream stood: the next attempts come soon again."""
+        """Reset the delays because a stream was established."""
         self._attempts = 0
 
     def next_s(self, most_s: float = MOST_WAIT_S) -> float:
@@ -147,7 +151,7 @@ class ReconnectBackoff:
         return self._random.uniform(0, limit_s)
 
     def within_s(self, seconds: float) -> float:
-        """A random moment within a time that the planner chose."""
+        """Return a random delay within a limit that the planner chose, in seconds."""
         return self._random.uniform(0, seconds)
 
 

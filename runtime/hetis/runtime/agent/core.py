@@ -1,7 +1,7 @@
 """The agent's side of the protocol without sockets, files or clocks: events in, actions out.
 
-Every method that returns actions returns them in the order in which they must be done; an acknowledgement comes after
-what it acknowledges is on disk. Times are seconds of one monotonic clock.
+Every method that returns actions returns them in the order in which they must be carried out. An acknowledgement
+follows the action that puts what it acknowledges on disk. Times are seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from hetis.v1.inventory_pb2 import NodeInventory
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
 
 PROTOCOL_VERSION = 1
-MOST_REMOVED = 256  # replicas that were removed and whose generation is remembered
-MOST_ENGINE_ID = 64  # characters, as the contract allows
+MOST_REMOVED = 256  # removed replicas whose generation is remembered
+MOST_ENGINE_ID = 64  # characters, as the contract permits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentIdentity:
-    """What does not change in one run of an agent.
+    """Properties that stay the same for one run of an agent.
 
     Attributes:
         node: ``clusters/{cluster}/nodes/{node}``.
-        agent_version: of the software.
-        boot_id: of this run, a UUID.
-        capabilities: what it can do for its engine.
-        engine_address: where the engine listens for other engines; empty: nowhere.
-        clock: names what the times that are passed in count from; another one after a reboot.
+        agent_version: version of the software.
+        boot_id: UUID of this run.
+        capabilities: what the agent can do for its engine.
+        engine_address: where the engine listens for other engines. Empty: nowhere.
+        clock: names the origin of the times that are passed in; it changes with a reboot.
     """
 
     node: str
@@ -68,8 +68,7 @@ class AgentCore:
     """The protocol of one node's agent.
 
     Args:
-        saved: parts of the state as they were last persisted, by name. What is damaged is in `damaged` after, and
-            starts empty.
+        saved: parts of the state as last persisted, by name. A damaged part starts empty and is listed in `damaged`.
         seed: for the jitter of heartbeats.
     """
 
@@ -83,7 +82,7 @@ class AgentCore:
         self._reporter = NodeReporter(seed)
         self._devices: list[DeviceReport] = [DeviceReport(index=device.index) for device in inventory.devices]
         self._engine: WatchReportsResponse | None = None
-        self._restart_is_untold = False  # nobody heard yet that the engine came up anew
+        self._restart_is_untold = False  # the restart of the engine has not been reported yet
         self._is_welcome = False
         self._head_maps = HeadMapCalls(self._outbox, identity.capabilities)
         held = self._read(saved)
@@ -93,7 +92,7 @@ class AgentCore:
     # --- the stream
 
     def hello(self) -> ConnectNodeRequest:
-        """The first message of a new stream; whatever went over an earlier one is over."""
+        """Return the first message of a new stream. Everything that belonged to an earlier stream is forgotten."""
         self._is_welcome = False
         self._head_maps.forget()
         replicas = self._replicas.values()
@@ -122,7 +121,7 @@ class AgentCore:
         return self._outbox.open_stream(ConnectNodeRequest(hello=hello))
 
     def handle(self, message: ConnectNodeResponse, now_s: float) -> list[Action]:
-        """A message of the planner."""
+        """Handle a message from the planner."""
         kind = message.WhichOneof("message")
         if self._fence.is_stale(message.epoch):
             self._refuse_stale(message)
@@ -148,13 +147,13 @@ class AgentCore:
         return self._outbox.take()
 
     def stream_ended(self) -> None:
-        """Nobody hears what is sent until the next Welcome; nothing else changes."""
+        """Note that nothing sent is heard until the next Welcome. Nothing else changes."""
         self._is_welcome = self._outbox.is_connected = False
 
     # --- the engine and the devices
 
     def on_engine_report(self, report: WatchReportsResponse, now_s: float) -> list[Action]:
-        """Return what the engine says of itself."""
+        """Handle a report of the engine about itself."""
         restarted = self._engine is not None and self._engine.engine_id != report.engine_id
         first = self._engine is None
         self._engine = report
@@ -166,7 +165,7 @@ class AgentCore:
                 replica.engine_restarted(now_s)
         for status in report.changes:
             if not status.replica:
-                continue  # given up before the engine heard of it
+                continue  # the change was given up before the engine heard of it
             if status.replica not in self._replicas:
                 self._replicas[status.replica] = self._replica_agent(ReplicaState(replica=status.replica))
             self._replicas[status.replica].hear_change(status, now_s)
@@ -176,13 +175,13 @@ class AgentCore:
         return self._outbox.take()
 
     def on_devices(self, devices: Sequence[DeviceReport], now_s: float) -> list[Action]:
-        """Samples of the node's devices."""
+        """Handle new samples of the node's devices."""
         self._devices = list(devices)
         self._report(now_s)
         return self._outbox.take()
 
     def on_inventory(self, inventory: NodeInventory, now_s: float) -> list[Action]:
-        """Return what the node has, where it changed."""
+        """Handle the node's inventory; only a changed one is sent."""
         if inventory.digest != self.inventory.digest:
             self.inventory = inventory
             self._outbox.send(ConnectNodeRequest(inventory=inventory))
@@ -190,14 +189,14 @@ class AgentCore:
         return self._outbox.take()
 
     def progressed(self, number: int, response: CopyMovesResponse, now_s: float) -> list[Action]:
-        """A call of CopyMoves tells how far it is."""
+        """Handle the progress of a CopyMoves call."""
         for replica in self._replicas.values():
             if replica.waits_for(number):
                 replica.progressed(response, now_s)
         return self._outbox.take()
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
-        """A call of the engine ended; with a Failure where it was refused or nobody answered."""
+        """Handle the end of a call to the engine. The answer is a Failure if the call was refused or unanswered."""
         if self._head_maps.waits_for(number):
             self._head_maps.answered(number, answer)
             return self._outbox.take()
@@ -218,7 +217,7 @@ class AgentCore:
     # --- time
 
     def tick(self, now_s: float) -> list[Action]:
-        """Whatever is due by now."""
+        """Do everything that is due by now."""
         for replica in self._replicas.values():
             replica.tick(now_s)
         self._forget_removed()
@@ -226,7 +225,7 @@ class AgentCore:
         return self._outbox.take()
 
     def next_s(self) -> float:
-        """Return when `tick` is due if nothing happens; infinity: never."""
+        """Return when `tick` is due if nothing else happens, or infinity if never."""
         times = [replica.next_s() for replica in self._replicas.values()]
         if self._is_welcome:
             times.append(self._reporter.next_s())
@@ -238,15 +237,15 @@ class AgentCore:
 
     @property
     def is_connected(self) -> bool:
-        """Whether a planner's Welcome came on the stream that is open."""
+        """Return whether a planner's Welcome has arrived on the open stream."""
         return self._is_welcome
 
     def devices(self) -> list[DeviceReport]:
-        """The node's devices as they were sampled last, with KV as the engine says."""
+        """Return the node's devices as last sampled, with the KV figures from the engine."""
         return with_kv(self._devices, self._engine.devices if self._engine else ())
 
     def held(self) -> list[ReplicaState]:
-        """Return what is held, for metrics and tests."""
+        """Return the state held for each replica, for metrics and tests."""
         return [replica.held for replica in self._replicas.values()]
 
     # --- inside
@@ -266,8 +265,7 @@ class AgentCore:
         return held
 
     def _newest_epoch(self, saved: Mapping[str, bytes], held: Sequence[ReplicaState]) -> int:
-        """Return the newest epoch as saved, or, where that is damaged, the newest that any assignment or change came
-        from."""
+        """Return the saved epoch and, if newer or if that is damaged, the newest epoch of any assignment or change."""
         epochs = [entry.epoch for entry in held] + [c.epoch for entry in held for c in entry.changes.values()]
         if NODE_PART in saved:
             try:
@@ -300,7 +298,7 @@ class AgentCore:
         self._is_welcome = False
 
     def _overtaken(self, newest: int) -> None:
-        """The engine has obeyed a newer planner than this agent has: the one that is connected is old."""
+        """End the stream: the engine has obeyed a newer planner, so the connected one is old."""
         old = self._fence.newest
         self._fence.raise_to(newest)
         if self._is_welcome:
@@ -333,7 +331,7 @@ class AgentCore:
         if replica is None:
             replica = self._replica_agent(ReplicaState(replica=delta.replica))
             replica.handle(delta, epoch=epoch, now_s=now_s)
-            if delta.replica and (replica.held.generation or replica.held.changes):  # else it was refused
+            if delta.replica and (replica.held.generation or replica.held.changes):  # otherwise the delta was refused
                 self._replicas[delta.replica] = replica
             return
         replica.handle(delta, epoch=epoch, now_s=now_s)
@@ -361,15 +359,17 @@ class AgentCore:
                 self._restart_is_untold &= not message.HasField("report")
 
     def _node_report(self) -> NodeReport:
-        """The devices as sampled, with KV as the engine tells it, and every replica that is held."""
+        """Return the report on all devices and all replicas held here, with the KV figures from the engine."""
         held = [self._report_of(replica) for replica in self._replicas.values() if replica.held.assignment is not None]
         for report in held:
             report.engine_id = self._engine.engine_id[:MOST_ENGINE_ID] if self._engine else ""
         return NodeReport(devices=self.devices(), replicas=held)
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
-        """Return what the engine says; once after its restart that it loads, also where it has done so already: KV is
-        gone."""
+        """Return the report on a replica from what the engine says. The first report after an engine restart says that
+        it is
+        loading even if it has finished already, because its KV is gone.
+        """
         if self._restart_is_untold:
             return replica.report_anew()
         said = self._engine.replicas if self._engine else ()

@@ -1,4 +1,4 @@
-"""The agent as it runs: brings together core, disk, engine, devices and stream, and does what the core wants done."""
+"""The running agent: connects core, disk, engine, devices and stream, and carries out the core's actions."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ from hetis.v1.executor_service_pb2 import (
 )
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 
-SAMPLE_S = 1.0  # between two looks at the devices
+SAMPLE_S = 1.0  # between two samples of the devices
 INVENTORY_S = 60.0
-FIRST_REPORT_S = 3.0  # the planner is called when the engine has spoken, or after so long
+FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
 _log = logging.getLogger(__name__)
 
 
 class EngineReports(Protocol):
-    """Source of the engine's reports: its socket, or its metrics. Raises RefusedError when it is gone."""
+    """A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone."""
 
     def __call__(self) -> AsyncIterator[WatchReportsResponse]: ...
 
 
 class AgentDaemon:
-    """One agent; `run` until it is told to stop."""
+    """One agent, which works while `run` runs."""
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class AgentDaemon:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self, stream: PlannerStream) -> None:
-        """Until it is cancelled.
+        """Run until cancelled.
 
         Raises:
-            StateError: the state cannot be written; nothing that was not written was acknowledged.
+            StateError: the state cannot be written. Nothing unwritten was acknowledged.
         """
         self._stream = stream
         self._metrics.inventory_found(self._core.inventory)
@@ -131,7 +131,7 @@ class AgentDaemon:
                     except StateError as error:
                         if not self._failed.done():
                             self._failed.set_exception(error)
-                        return  # what comes after builds on it
+                        return  # later actions build on this one
                 case Send():
                     self._count(action.message)
                     if self._stream is not None:
@@ -196,7 +196,9 @@ class AgentDaemon:
     # --- loops
 
     async def _connect(self, stream: PlannerStream) -> None:
-        """The engine may know of a newer planner than the disk does: it is asked first."""
+        """Wait for the engine's first report, because the engine may know of a newer planner than the disk does; then
+        connect.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FIRST_REPORT_S):
                 await self._engine_spoke.wait()

@@ -1,4 +1,4 @@
-"""What an agent must not forget, in files: each part whole or as it was, never half, and checked when it is read."""
+"""The agent's durable state in files: each part is replaced as a whole, never half, and checked when it is read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ _log = logging.getLogger(__name__)
 
 
 class StateError(Exception):
-    """The state directory cannot be used; the message says why and what to do."""
+    """The state directory cannot be used. The message says why and what to do."""
 
 
 class StateDirectory:
     """Named parts in one directory that only this user may open.
 
-    A part is a file: one line of JSON (form, name, SHA-256), then the body. It is written beside the old one, flushed
-    to the device and renamed over it. A file that does not check is set aside under another name and logged as an
-    error: the other parts are used, and what was in it is still there for a person to look at.
+    A part is a file: one line of JSON (form, name, SHA-256), then the body. The new file is written next to the old
+    one,
+    flushed to the device and renamed over it. A file that fails its check is renamed and logged as an error: the other
+    parts are used, and its content is kept for a person to look at.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,16 +40,16 @@ class StateDirectory:
                 os.close(self._lock)
                 raise StateError(f"state directory {path} is in use by another agent") from None
             for left in path.glob(f"*{_SUFFIX}.new"):
-                left.unlink()  # a write that never was
+                left.unlink()  # an unfinished write
         except OSError as error:
             raise StateError(f"state directory {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Lets another agent use the directory."""
+        """Let another agent use the directory."""
         os.close(self._lock)
 
     def read(self) -> dict[str, bytes]:
-        """Every part that checks, by name."""
+        """Return every part that passes its check, by name."""
         found = {}
         for file in sorted(self._path.glob(f"*{_SUFFIX}")):
             try:
@@ -61,10 +62,10 @@ class StateDirectory:
         return found
 
     def write(self, name: str, body: bytes | None) -> None:
-        """Makes ``body`` the part's content, durably; None: removes it.
+        """Make ``body`` the content of the part, durably; None removes the part.
 
         Raises:
-            StateError: it could not be written; the part is as it was.
+            StateError: it could not be written. The part is unchanged.
         """
         file = self._file(name)
         try:
@@ -83,7 +84,7 @@ class StateDirectory:
             raise StateError(f"state file {file}: {error.strerror or error}") from error
 
     def set_aside(self, name: str, why: str) -> None:
-        """Takes a part that cannot be used out of the way, without destroying it."""
+        """Move a part that cannot be used out of the way, without destroying it."""
         file = self._file(name)
         number = 0
         while (aside := file.with_name(f"{file.name}.damaged-{number}")).exists():

@@ -1,4 +1,4 @@
-"""The engine beside the agent, as the agent asks it: `ExecutorService` over a Unix socket."""
+"""The engine as the agent calls it: `ExecutorService` over a Unix socket."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ MOST_MESSAGE_BYTES = 4 << 20
 
 
 class Executor(Protocol):
-    """What an engine does for the agent; every call may be repeated. See ``executor_service.proto``.
+    """The engine's services to the agent. Every call may be repeated. See ``executor_service.proto``.
 
-    All raise RefusedError with the engine's failure, or with ENGINE_UNREACHABLE where it is not known what became of
-    the call.
+    All methods raise RefusedError with the engine's failure, or with ENGINE_UNREACHABLE if the outcome of the call is
+    unknown.
     """
 
     async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse: ...
@@ -64,12 +64,12 @@ class Executor(Protocol):
 class SocketExecutor:
     """An engine that serves `ExecutorService` on a Unix socket of this user.
 
-    The socket is looked at before each call: one that another user owns, or that others may write to, is not used.
+    The socket is checked before each call: one that another user owns, or that others may write to, is not used.
     """
 
     def __init__(self, socket: Path) -> None:
         self._socket = socket
-        # Names the peer for HTTP/2; a path would be no valid authority.
+        # Names the peer for HTTP/2, because a path is no valid authority.
         options = [("grpc.default_authority", "localhost"), ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES)]
         options += [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2000)]
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
@@ -141,10 +141,10 @@ class SocketExecutor:
 
 
 def check_socket(socket: Path) -> None:
-    """Refuses a socket that anybody but this user could have put there or listens on.
+    """Refuse a socket that anybody but this user could have created or could listen on.
 
     Raises:
-        RefusedError: ENGINE_UNREACHABLE; it is not there, no socket, of another user, or open to others.
+        RefusedError: ENGINE_UNREACHABLE; the path is missing, no socket, owned by another user, or open to others.
     """
     try:
         found = socket.lstat()

@@ -7,14 +7,14 @@ from hetis.runtime.agent.replica_state import NODE_PART, epoch_to_bytes
 
 
 class Fence:
-    """The newest epoch that this node has obeyed; it only grows, and is on disk before anything of it is done."""
+    """The newest epoch that this node has obeyed. It only grows, and reaches the disk before anything of it is done."""
 
     def __init__(self, newest: int, outbox: Outbox) -> None:
         self.newest = newest
         self._outbox = outbox
 
     def is_stale(self, epoch: int) -> bool:
-        """Return whether a planner of this epoch may change nothing any more. 0 is no epoch."""
+        """Return whether a planner of this epoch may no longer change anything. 0 is not an epoch."""
         return epoch < max(self.newest, 1)
 
     def raise_to(self, epoch: int) -> None:

@@ -1,4 +1,4 @@
-"""Head maps that the planner asked for: read from the engine, sent on in pieces."""
+"""Head maps that the planner asked for: read from the engine and forwarded in pieces."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 
 
 class HeadMapCalls:
-    """Requests of one stream that wait for the engine."""
+    """The requests of one stream that wait for the engine."""
 
     def __init__(self, outbox: Outbox, can: Collection[AgentCapability.ValueType]) -> None:
         self._outbox = outbox
         self._can = can
-        self._waiting: dict[int, tuple[str, str]] = {}  # by number of the call: id of the request, replica
+        self._waiting: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica)
 
     def forget(self) -> None:
         """Forget the requests of a stream that is gone."""
         self._waiting.clear()
 
     def ask(self, request: StateRequest, *, is_held: bool) -> None:
-        """Asks the engine for the head maps of a replica, or says why not."""
+        """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
         replica = request.head_map_of
         if not is_held:
             missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{replica} is not held here", name=replica)
@@ -43,7 +43,7 @@ class HeadMapCalls:
         return number in self._waiting
 
     def answered(self, number: int, answer: EngineResponse | Failure) -> None:
-        """The engine answered to a call that `waits_for` names."""
+        """Handle the engine's answer to a call for which `waits_for` is true."""
         self._send(*self._waiting.pop(number), answer)
 
     def _send(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:

@@ -1,4 +1,4 @@
-"""``hetis-agent``: the daemon of a GPU node, and what it finds there."""
+"""``hetis-agent``: the daemon of a GPU node, and a command that lists the node's devices."""
 
 from __future__ import annotations
 
@@ -233,12 +233,12 @@ def simulate(
 
 
 def main() -> None:
-    """The command ``hetis-agent``."""
+    """Run the command ``hetis-agent``."""
     app()
 
 
 def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
-    """Runs ``work`` until it ends or a signal says so; errors become one line and an exit code."""
+    """Run ``work`` until it ends or a signal arrives. Errors become one line and an exit code."""
     from hetis.runtime.agent.devices import DevicesUnavailableError
     from hetis.runtime.agent.disk import StateError
 
@@ -276,7 +276,7 @@ def _set_up_logs(level: str) -> None:
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
         raise AgentOptionError(f"--log-level is {level!r}, must be debug, info, warning or error")
-    if level.upper() != "DEBUG":  # gRPC has lines of its own for every handshake that fails; ours say it
+    if level.upper() != "DEBUG":  # gRPC logs every failed handshake itself; our own messages already say it
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(
         level=known[level.upper()], stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -289,7 +289,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _fail_options(error: AgentOptionError) -> NoReturn:
-    """One line for everything that is wrong."""
+    """Print one line for each problem and exit."""
     for message in error.messages[:-1]:
         print(f"hetis-agent: {message}", file=sys.stderr)
     _fail(error.messages[-1], EXIT_INVALID)

@@ -1,6 +1,6 @@
-"""The agent's own metrics, served to Prometheus on the loopback unless told otherwise.
+"""The agent's own metrics, served to Prometheus on the loopback interface by default.
 
-Names begin with ``hetis_agent_``. Devices carry their index and type; KV is counted as in `DeviceReport`.
+Names begin with ``hetis_agent_``. Devices are labelled with their index and type; KV is counted as in `DeviceReport`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class AgentMetrics:
-    """What an agent counts. Every agent has a registry of its own, so that several fit into one process."""
+    """The agent's metrics. Every agent has its own registry, so that one process can hold several agents."""
 
     def __init__(self, *, version: str) -> None:
         self.registry = CollectorRegistry()
@@ -43,7 +43,7 @@ class AgentMetrics:
         self._healthy = self._gauge("device_healthy", "Whether it can be used, 1 or 0.", *device)
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
-        """Serves ``/metrics`` from a thread of its own and returns the port, which is chosen for 0.
+        """Serve ``/metrics`` from a separate thread and return the port, which the system chooses if it is 0.
 
         Raises:
             OSError: the address is taken or not ours.
@@ -54,7 +54,7 @@ class AgentMetrics:
         return int(server.server_address[1])
 
     def close(self) -> None:
-        """Stops serving."""
+        """Stop serving."""
         if self._serving is not None:
             server, thread = self._serving
             server.shutdown()  # type: ignore[attr-defined]  # its class is private to prometheus_client
@@ -70,7 +70,7 @@ class AgentMetrics:
         self._connects.labels("welcome").inc()
 
     def stream_ended(self, outcome: str) -> None:
-        """``outcome``: the status code or reason it ended with, in lower case."""
+        """Count the end of a stream. ``outcome`` is the status code or reason in lower case."""
         self._connected.set(0)
         self._connects.labels(outcome).inc()
 
@@ -81,22 +81,22 @@ class AgentMetrics:
         self._received.labels(message.WhichOneof("message") or "none").inc()
 
     def delta_refused(self, reason: str) -> None:
-        """``reason``: an ErrorReason without its prefix."""
+        """Count a refused delta. ``reason`` is an ErrorReason without its prefix."""
         self._refused.labels(reason).inc()
 
     def change_ended(self, outcome: str) -> None:
-        """``outcome``: flipped or aborted."""
+        """Count a change that ended. ``outcome`` is flipped or aborted."""
         self._changes.labels(outcome).inc()
 
     # --- the node
 
     def engine_scraped(self, state: str, age_s: float) -> None:
-        """``state``: a `ScrapeState`."""
+        """Count a scrape of the engine. ``state`` is a `ScrapeState`."""
         self._scrapes.labels(state).inc()
         self._age.set(age_s)
 
     def inventory_found(self, inventory: inventory_pb2.NodeInventory) -> None:
-        """Names the devices that samples are of; those that are gone are forgotten."""
+        """Set the devices that samples belong to, and forget those that are gone."""
         for gauge in self._of_devices():
             gauge.clear()
         self._types = {device.index: device.gpu_type for device in inventory.devices}
@@ -124,7 +124,9 @@ class AgentMetrics:
 
 
 def _answering(app: Any) -> Any:
-    """Answers in the plainest form whoever accepts forms of a version that is no number, on which the library fails."""
+    """Answer in the plainest format if the client accepts a format whose version is not a number: the library fails on
+    it.
+    """
 
     def answer(environ: dict[str, Any], start_response: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""What `hetis-agent` was asked to do, checked as a whole before anything is started."""
+"""The options of `hetis-agent`, all checked before anything is started."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 class Checking:
-    """Checks one option after the other, so that everything that is wrong is said at once."""
+    """Checks all options, so that all problems are reported at once."""
 
     def __init__(self) -> None:
         self._wrong: list[str] = []
 
     def get(self, check: Callable[[], T]) -> T | None:
-        """Return what the check returns; None where it says that something is wrong."""
+        """Return the result of the check, or None if it finds a problem."""
         try:
             return check()
         except AgentOptionError as error:
@@ -34,10 +34,10 @@ class Checking:
             return None
 
     def finish(self) -> None:
-        """Ends the checks.
+        """Finish the checks.
 
         Raises:
-            OptionError: with all that was wrong.
+            AgentOptionError: at least one check failed; it holds all messages.
         """
         if self._wrong:
             raise AgentOptionError(*self._wrong)
@@ -53,17 +53,17 @@ class EngineKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine beside the agent; ``where`` is a socket's path or the address of its metrics."""
+    """The engine next to the agent. ``where`` is the path of a socket or the address of its metrics."""
 
     kind: EngineKind
     where: str = ""
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
-        """``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``simulated`` or ``none``.
+        """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``simulated`` or ``none``.
 
         Raises:
-            OptionError: it is none of these.
+            AgentOptionError: the text is none of these.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
         expected = (
@@ -95,10 +95,10 @@ def checked_node(text: str) -> str:
 
 
 def checked_address(option: str, text: str) -> tuple[str, int]:
-    """Return host and port to listen on.
+    """Return the host and port to listen on.
 
     Raises:
-        OptionError: it is no such thing.
+        AgentOptionError: the text is not ``host:port``.
     """
     try:
         return split_address(text, least_port=0)
@@ -107,10 +107,10 @@ def checked_address(option: str, text: str) -> tuple[str, int]:
 
 
 def checked_devices(source: str, *, engine: EngineChoice | None) -> str:
-    """Check where devices come from; ``engine``: beside them, if that is known.
+    """Check the source of devices. ``engine`` is the engine next to them, or None if it is unknown.
 
     Raises:
-        OptionError: there is no such source, or a simulated engine has no simulated devices.
+        AgentOptionError: there is no such source, or a simulated engine has no simulated devices.
     """
     from hetis.runtime.agent.devices import DevicesUnavailableError
     from hetis.runtime.agent.devices.simulated import SimulatedDevices
@@ -138,6 +138,6 @@ def loopback_server(server: str) -> bool:
 
 
 def default_state_dir(home: str | None, node: str) -> Path:
-    """One directory per node, so that several agents of a demonstration do not meet."""
+    """Return a directory that differs for each node, so that several agents of a demonstration do not collide."""
     root = Path(home) if home else Path.home() / ".local" / "state"
     return root / "hetis" / "agent" / node.rpartition("/")[2]

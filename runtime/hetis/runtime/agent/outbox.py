@@ -1,4 +1,4 @@
-"""Actions as they pile up while one event is handled, and the numbers of the stream and of engine calls."""
+"""The actions that accumulate while one event is handled, and the numbering of messages and engine calls."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Outbox:
     """Collects actions.
 
     Attributes:
-        is_connected: the planner's Welcome came on the stream that is open: it hears what is sent.
-        stream_epoch: of that Welcome.
+        is_connected: the planner's Welcome has arrived on the open stream, so the planner hears what is sent.
+        stream_epoch: epoch of that Welcome.
     """
 
     def __init__(self) -> None:
@@ -23,14 +23,16 @@ class Outbox:
         self._actions: list[Action] = []
 
     def open_stream(self, hello: ConnectNodeRequest) -> ConnectNodeRequest:
-        """Begins to number anew; the planner hears nothing but ``hello`` before its Welcome."""
+        """Restart the numbering. The planner hears nothing but ``hello`` before its Welcome."""
         self._actions = [action for action in self._actions if not isinstance(action, Send | EndStream)]
         self.is_connected, self.stream_epoch, self._sequence = False, 0, 1
         hello.sequence = 1
         return hello
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """Says something on the stream; nothing without one: what matters is said again after the next Welcome."""
+        """Send a message on the stream. Without a stream it is dropped: what matters is sent again after the next
+        Welcome.
+        """
         if self.is_connected:
             self._sequence += 1
             numbered = ConnectNodeRequest()
@@ -39,7 +41,7 @@ class Outbox:
             self._actions.append(Send(numbered))
 
     def call(self, request: EngineRequest, *, timeout_s: float | None) -> int:
-        """Asks the engine; returns the number of the call."""
+        """Call the engine and return the number of the call."""
         number = self._next_call
         self._next_call += 1
         self._actions.append(EngineCall(number, request, timeout_s))
@@ -57,6 +59,6 @@ class Outbox:
         self.is_connected = False
 
     def take(self) -> list[Action]:
-        """Return what is to be done, in order; the box is empty after."""
+        """Return the actions in order and empty the outbox."""
         taken, self._actions = self._actions, []
         return taken

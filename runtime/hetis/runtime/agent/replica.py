@@ -1,8 +1,8 @@
-"""One replica on one node: takes what the planner wants or refuses it, and brings the engine there call by call.
+"""One replica on one node: accepts or refuses the planner's deltas, and drives the engine to the desired state.
 
-What is held (`hetis.runtime.agent.replica_state`) says what is wanted and what the engine has done. The next call is
-worked out from that difference, so that it does not matter whether a directive came once or twice, before or after a
-restart. Whatever changes is on disk before the planner hears of it.
+The state held here (`hetis.runtime.agent.replica_state`) records what is desired and what the engine has done. The
+next call to the engine follows from the difference, so it does not matter whether a directive came once or twice,
+before or after a restart. Every change of the state is on disk before the planner hears of it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
 
-LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a call that failed is made again
-CALL_S = 10.0  # an engine that does not answer for so long is taken to be unreachable
-PROGRESS_S = 1.0  # between two statuses that only tell of copied bytes
-MOST_ENDED = 64  # changes that have ended and are remembered
+LEAST_WAIT_S, MOST_WAIT_S = 0.2, 5.0  # before a failed call is repeated
+CALL_S = 10.0  # an engine that does not answer within this time counts as unreachable
+PROGRESS_S = 1.0  # between two statuses that only report copied bytes
+MOST_ENDED = 64  # ended changes that are remembered
 REMEMBERED_S = 600.0
 _UNREACHABLE = (ErrorReason.ERROR_REASON_ENGINE_UNREACHABLE, ErrorReason.ERROR_REASON_INTERNAL)
 _OUTCOME = {
@@ -53,9 +53,9 @@ class ReplicaAgent:
     """The agent's work on one replica.
 
     Args:
-        held: the state of the replica here, as read from disk or empty.
+        held: state of the replica on this node, as read from disk or empty.
         capabilities: what the agent can do for its engine.
-        clock: names what times count on, see `ReplicaState.to_bytes`.
+        clock: names the origin of times, see `ReplicaState.to_bytes`.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class ReplicaAgent:
         held.answer = ConnectNodeRequest(
             nack=DeltaNack(nonce=delta.nonce, replica=delta.replica, generation=held.held_generation, failure=failure)
         )
-        if held.generation:  # nothing was ever held: a file would only keep a mistake
+        if held.generation:  # otherwise nothing was ever held, and a file would only preserve a mistake
             self._persist()
         self._outbox.send(held.answer)
 
     def _take_assignment(self, delta: Delta, *, epoch: int) -> None:
         held = self.held
         if delta.generation == held.generation:
-            held.epoch = epoch  # the same again
+            held.epoch = epoch  # the same assignment again
             return
         self._give_up_open(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came")
         held.generation, held.epoch = delta.generation, epoch
@@ -316,12 +316,12 @@ class ReplicaAgent:
             return
         if isinstance(request, AbortMovesRequest):
             if not change.is_abort_tried and not self.held.is_applied:
-                self._retry_s = now_s  # the assignment that waits goes on
+                self._retry_s = now_s  # let the waiting assignment proceed
             change.is_abort_tried = True
         elif isinstance(request, FlipMovesRequest) and now_s >= change.deadline_s:
-            self._want_abort(change, failure)  # it may have flipped: AbortMoves says which
+            self._want_abort(change, failure)  # it may have flipped: AbortMoves tells whether it did
         elif isinstance(request, CopyMovesRequest):
-            change.is_reserved = False  # another engine may answer next: begin again
+            change.is_reserved = False  # another engine may answer next, so start over
 
     def _applied(self, answer: EngineResponse | Failure) -> None:
         held = self.held
@@ -339,11 +339,11 @@ class ReplicaAgent:
             change.is_abort_tried = True
         elif isinstance(request, ReleaseMovesRequest):
             if failure.reason == ErrorReason.ERROR_REASON_CHANGE_UNKNOWN:
-                self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of it
+                self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of the change
             else:
                 self._retry_s = now_s + MOST_WAIT_S
         elif isinstance(request, FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
-            change.desired = DesiredPhase.PREPARED  # whose permission it was may give none
+            change.desired = DesiredPhase.PREPARED  # the planner that permitted the flip has lost its authority
             self._persist()
         else:
             self._want_abort(change, failure)

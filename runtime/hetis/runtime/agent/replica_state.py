@@ -16,7 +16,7 @@ from hetis.v1.failure_pb2 import Failure
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 
-NODE_PART = "node"  # of the disk: what concerns no single replica; names of replicas have slashes
+NODE_PART = "node"  # part on disk for what concerns no single replica; names of replicas contain slashes
 
 
 class DamagedStateError(ValueError):
@@ -47,17 +47,17 @@ class ChangeState:
     """A change on this node.
 
     Attributes:
-        change: as prepared; only its id and replica are set where the agent heard of it by an abort or its engine.
-        parts: of this node in it.
-        epoch: of the planner that asked last.
+        change: as prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
+        parts: this node's parts in it.
+        epoch: of the planner that gave the last directive.
         deadline_s: until when it may be prepared, on the clock that is passed in.
-        status: how far it is, as it is told to the planner.
+        status: its progress as reported to the planner.
         desired: the phase that is to be reached.
-        why: reason of an abort that is wanted.
-        is_resolved: a ``resolved`` delta came.
+        why: reason for the desired abort.
+        is_resolved: a ``resolved`` delta has arrived.
         ended_s: when it reached its last phase. None: it has not.
-        is_reserved: the engine answered ReserveMoves in this run of the agent.
-        is_abort_tried: the engine was asked to give it up since that is wanted: an assignment waits for one try.
+        is_reserved: the engine has answered ReserveMoves in this run of the agent.
+        is_abort_tried: the engine was asked to abort since the abort became desired. An assignment waits for one try.
     """
 
     change: Change
@@ -117,16 +117,16 @@ class ReplicaState:
 
     Attributes:
         replica: its name.
-        generation: of its state here; kept after a removal, so that nothing older comes back.
-        epoch: of the planner that the assignment is from.
+        generation: of its state on this node; kept after a removal, so that nothing older is accepted.
+        epoch: of the planner that sent the assignment.
         assignment: None: it was removed, or never assigned.
         nonce: of the last delta.
         answer: to that delta.
-        changes: by id, in the order in which they came.
-        is_applied: the engine took this assignment, or its removal, in its present run.
-        is_anew: the assignment is of other devices or stages than the one before: what the engine says before it has
-            taken this one is not of it.
-        assignment_state: how far the engine is with it.
+        changes: by id, in order of arrival.
+        is_applied: the engine has applied this assignment, or its removal, in its present run.
+        is_anew: the assignment has other devices or stages than the one before, so reports that the engine makes before
+            it applies this one belong to the old one.
+        assignment_state: the engine's progress with it.
         failure: why the engine refused the assignment. None: it did not.
     """
 
@@ -169,10 +169,10 @@ class ReplicaState:
 
     @classmethod
     def from_bytes(cls, body: bytes, *, clock: str) -> ReplicaState:
-        """Read what `to_bytes` wrote; deadlines of another clock have passed.
+        """Read what `to_bytes` wrote. Deadlines on another clock count as passed.
 
         Raises:
-            DamagedStateError: the bytes are no such thing.
+            DamagedStateError: the bytes cannot be read.
         """
         try:
             data = json.loads(body)
@@ -197,10 +197,10 @@ def epoch_to_bytes(epoch: int) -> bytes:
 
 
 def epoch_from_bytes(body: bytes) -> int:
-    """Read the newest epoch that was obeyed.
+    """Return the newest epoch that was obeyed.
 
     Raises:
-        DamagedStateError: the bytes do not say.
+        DamagedStateError: the bytes cannot be read.
     """
     try:
         return int(json.loads(body)["newest_epoch"])

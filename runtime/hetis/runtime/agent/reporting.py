@@ -1,5 +1,4 @@
-"""Timing of a node's reports: at once when KV crosses a threshold, soon when something changed, a heartbeat
-otherwise."""
+"""Timing of a node's reports: at once when KV use crosses a threshold, soon after a change, else a heartbeat."""
 
 from __future__ import annotations
 
@@ -11,16 +10,18 @@ from google.protobuf.duration_pb2 import Duration
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Heartbeat, NodeReport, Settings
 from hetis.v1.report_pb2 import DeviceReport
 
-SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slower or faster by more is news
+SPEED_CHANGE_RATIO = 0.1  # of observed to predicted time: a device that got slower or faster by more than this is news
 JITTER_RATIO = 0.1
 
 
 class NodeReporter:
-    """Decides what to send when; no clock of its own.
+    """Decides what to send and when, without a clock of its own.
 
-    What counts as changed: a device's share of used blocks by more than ``kv_change_ratio``; what a report says in
-    words (states, failures, generations); waiting for KV or preemptions that begin; a device that runs slower.
-    Other numbers that moved (steps, running requests) go with the next message that is due anyway.
+    These count as changes: a device's share of used blocks differs by more than ``kv_change_ratio``; a state, failure
+    or
+    generation differs; waiting for KV or preemptions begin; a device runs slower. Other figures (steps, running
+    requests)
+    wait for the next message that is due anyway.
     """
 
     def __init__(self, seed: random.Random) -> None:
@@ -28,12 +29,12 @@ class NodeReporter:
         self._settings = Settings()
         self._sent = NodeReport()
         self._has_sent = False
-        self._sent_s = float("-inf")  # last report
-        self._spoke_s = float("-inf")  # last message of any kind that renews the lease
+        self._sent_s = float("-inf")  # time of the last report
+        self._spoke_s = float("-inf")  # time of the last message of any kind, which renews the lease
         self._beat_s = 0.0
 
     def begin(self, settings: Settings, now_s: float) -> None:
-        """A new stream: its planner has heard nothing yet."""
+        """Begin a new stream, whose planner has heard nothing yet."""
         self._has_sent = False
         self._sent_s = float("-inf")
         self.change_settings(settings, now_s)
@@ -44,7 +45,7 @@ class NodeReporter:
         self._draw_beat()
 
     def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
-        """Return what to send now: a report, a heartbeat, or nothing."""
+        """Return the report or heartbeat to send now, or None."""
         rested = now_s - self._sent_s >= _seconds(self._settings.min_report_interval)
         if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
             return self._send(report, now_s)
@@ -92,7 +93,7 @@ class NodeReporter:
 
 
 def with_kv(sampled: Iterable[DeviceReport], said: Iterable[DeviceReport]) -> list[DeviceReport]:
-    """Devices as sampled; their KV as the engine says, which alone knows it."""
+    """Return the devices as sampled, with the KV figures from the engine, which alone knows them."""
     kv = {device.index: device for device in said}
     devices = []
     for sample in sampled:
@@ -107,7 +108,7 @@ def with_kv(sampled: Iterable[DeviceReport], said: Iterable[DeviceReport]) -> li
 
 
 def _shares(*, report: NodeReport) -> dict[object, float]:
-    """Used share of KV blocks by device of the node, and by device of a stage."""
+    """Return the used share of KV blocks by device of the node, and by device of a stage."""
     shares: dict[object, float] = {
         device.index: device.used_blocks / device.total_blocks for device in report.devices if device.total_blocks
     }
@@ -121,7 +122,7 @@ def _shares(*, report: NodeReport) -> dict[object, float]:
 
 
 def _speeds(report: NodeReport) -> dict[object, float]:
-    """Observed over predicted time of every device that was measured."""
+    """Return observed over predicted time for every measured device."""
     return {
         (replica.replica, stage.stage, stage.copy, load.device): load.observed_s / load.predicted_s
         for replica in report.replicas
@@ -132,7 +133,7 @@ def _speeds(report: NodeReport) -> dict[object, float]:
 
 
 def _words(report: NodeReport) -> object:
-    """Return what is no measure: any difference is news."""
+    """Return everything that is not a measurement: any difference in it is news."""
     return (
         [(d.index, d.total_blocks, d.unhealthy, _hot(d)) for d in report.devices],
         [
@@ -152,7 +153,7 @@ def _words(report: NodeReport) -> object:
 
 
 def _hot(device: DeviceReport) -> list[int]:
-    """Reasons for a lower clock other than idleness, which comes and goes."""
+    """Return the reasons for a lower clock except idleness, which comes and goes."""
     return sorted(reason for reason in device.throttle_reasons if reason > 1)
 
 

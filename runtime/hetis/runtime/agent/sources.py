@@ -1,4 +1,4 @@
-"""Sources of the agent's reports of its engine: `ExecutorService`, or the metrics of vLLM and SGLang."""
+"""Sources of the agent's reports on its engine: `ExecutorService`, or the metrics of vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hetis.runtime.agent.pressure.reports import unreachable_report
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 
-LEAST_REPORT_S = 0.2  # between two reports of an engine that is asked
+LEAST_REPORT_S = 0.2  # between two reports from an engine with `ExecutorService`
 SCRAPE_S = 2.0
 Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
 
 def executor_reports(executor: Executor) -> Reports:
-    """Reports of an engine that serves `ExecutorService`."""
+    """Return the reports of an engine that serves `ExecutorService`."""
 
     async def reports() -> AsyncIterator[WatchReportsResponse]:
         async for report in executor.watch_reports(LEAST_REPORT_S):
@@ -34,12 +34,12 @@ def scraped_reports(
     clock: Callable[[], float] = time.monotonic,
     told: Callable[[EngineNews, float], None] = lambda news, age_s: None,
 ) -> Reports:
-    """Reports made of an engine's metrics.
+    """Return reports made from an engine's metrics.
 
     Args:
-        held: the replicas that are assigned to the node.
-        num_devices: of the node; the engine is taken to run on all of them.
-        told: hears of every scrape, for metrics.
+        held: returns the replicas that are assigned to the node.
+        num_devices: number of the node's devices; the engine is assumed to run on all of them.
+        told: called after every scrape, for metrics.
     """
 
     async def reports() -> AsyncIterator[WatchReportsResponse]:
@@ -53,7 +53,7 @@ def scraped_reports(
 def report_of(
     news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
 ) -> WatchReportsResponse:
-    """One report. The engine's model is that of the replica whose model document names it; one of one is taken so."""
+    """Return one report. A model belongs to the replica whose model document names it, or to the only replica."""
     report = WatchReportsResponse(
         engine_id=engine_id, devices=device_reports(news.readings.values(), range(num_devices))
     )

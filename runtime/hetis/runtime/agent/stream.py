@@ -1,4 +1,6 @@
-"""The agent's stream to the planner: opened, kept, opened again after a random wait that no fleet shares."""
+"""The agent's stream to the planner: opened, kept, and reopened after a random wait, so that a fleet does not reconnect
+all at once.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 
-MOST_QUEUED = 10_000  # messages that the planner has not taken: then the stream is given up, and all is said anew
+MOST_QUEUED = 10_000  # messages the planner has not taken: beyond this the stream is abandoned, and all is sent anew
 WELCOME_S = 30.0
-STOOD_S = 10.0  # a stream that lasted so long after its Welcome was no failure: the next wait is short
-# What no other planner would answer otherwise; all else is of the planner, or of the way to it.
+STOOD_S = 10.0  # a stream that lasted this long after its Welcome was no failure: the next wait is short
+# Reasons that every planner would give. All others concern one planner, or the way to it.
 _OF_THIS_AGENT = (
     ErrorReason.ERROR_REASON_NODE_TAKEN_OVER,
     ErrorReason.ERROR_REASON_NODE_IN_USE,
@@ -39,7 +41,7 @@ class Listener(Protocol):
 
 
 class PlannerStream:
-    """One stream after the other, to whichever planner leads, until it is cancelled."""
+    """A succession of streams to whichever planner leads, until cancelled."""
 
     def __init__(self, address: PlannerAddress, listener: Listener, waiting: ReconnectBackoff) -> None:
         self._address = address
@@ -48,23 +50,23 @@ class PlannerStream:
         self._waiting = waiting
         self._outgoing: asyncio.Queue[ConnectNodeRequest] = asyncio.Queue(MOST_QUEUED)
         self._end: asyncio.Future[EndStream] | None = None
-        self._awaits_leader = False  # another planner leads or will soon, as it seemed since the last wait
+        self._awaits_leader = False  # since the last wait, another planner seemed to lead or to be about to
         self._welcome_s: float | None = None  # when the planner answered on the present stream
 
     def send(self, message: ConnectNodeRequest) -> None:
-        """Send messages to the planner, in order; whatever the stream that ends does not take is gone with it."""
+        """Queue a message for the planner. Messages that an ending stream did not take are lost."""
         try:
             self._outgoing.put_nowait(message)
         except asyncio.QueueFull:
             self.end(EndStream(None))
 
     def end(self, why: EndStream) -> None:
-        """Ends the present stream."""
+        """End the present stream."""
         if self._end is not None and not self._end.done():
             self._end.set_result(why)
 
     async def run(self) -> None:
-        """Connects again and again."""
+        """Connect again and again."""
         told, tried = "", set[Endpoint]()
         while True:
             endpoint = self._leaders.present
@@ -75,7 +77,7 @@ class PlannerStream:
                 self._waiting.succeeded()
             wait_s = self._wait_s(endpoint, why, within_s, tried)
             if why is not None:
-                # Once: what stays wrong needs no line per attempt.
+                # Log once: a persisting failure needs no line per attempt.
                 level = logging.DEBUG if why.message == told else logging.WARNING
                 message = self._address.explained(why.message)
                 _log.log(level, "stream to %s: %s; again in %.1f s", endpoint.address, message, wait_s)
@@ -86,18 +88,18 @@ class PlannerStream:
             await asyncio.sleep(wait_s)
 
     def _wait_s(self, endpoint: Endpoint, why: Failure | None, within_s: float | None, tried: set[Endpoint]) -> float:
-        """Return how long to wait, and with whom to try then."""
+        """Return how long to wait before the next attempt, and choose the planner for it."""
         if self._welcome_s is not None:
             tried.clear()
         is_elsewhere = why is not None and why.reason == ErrorReason.ERROR_REASON_NOT_LEADER
         if why is not None and why.reason in _OF_THIS_AGENT:
-            goes_on = False  # the same everywhere
+            goes_on = False  # every planner would say the same
         else:
             address = why.metadata.get("leader_address", "") if why is not None and is_elsewhere else ""
             goes_on = self._leaders.failed(endpoint, address, tried)
         if within_s is not None:
             return self._waiting.within_s(within_s)
-        # Where there are several planners one that is gone is replaced soon.
+        # Among several planners, one that is gone is soon replaced.
         self._awaits_leader |= is_elsewhere or self._leaders.are_several
         if goes_on and self._welcome_s is None:
             return 0.0
@@ -106,7 +108,7 @@ class PlannerStream:
         return self._waiting.next_s(MOST_WAIT_FOR_LEADER_S) if awaits_leader else self._waiting.next_s()
 
     async def _once(self, endpoint: Endpoint) -> tuple[EndStream | None, Failure | None]:
-        """One stream from Hello to its end: what ended it here, or how the planner ended it."""
+        """Run one stream from Hello to its end. Returns what ended it here, or how the planner ended it."""
         self._end = asyncio.get_running_loop().create_future()
         self._welcome_s = None
         self._outgoing = asyncio.Queue(MOST_QUEUED)
@@ -147,7 +149,7 @@ class PlannerStream:
             await call.write(await self._outgoing.get())
 
     async def _flush(self, call: Any) -> None:
-        """A last word, such as a NACK, if the planner takes it soon."""
+        """Send the last messages, such as a NACK, if the planner takes them soon."""
         with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
             async with asyncio.timeout(0.2):
                 await asyncio.sleep(0.05)
@@ -164,7 +166,7 @@ async def _how_it_ended(call: Any, done: set[Any]) -> Failure:
                 reason=ErrorReason.ERROR_REASON_PROTOCOL_VIOLATION, message=f"no Welcome came in {WELCOME_S:g} s"
             )
         if error is not None and not isinstance(error, asyncio.InvalidStateError):
-            # What is held stays as it is: the node goes on, and says what it holds at the next attempt.
+            # The state held here stays as it is: the node keeps working, and reports that state at the next attempt.
             _log.error("a message broke the agent: the stream ends", exc_info=error)
             return Failure(reason=ErrorReason.ERROR_REASON_INTERNAL, message=f"{type(error).__name__}: {error}")
     code = await call.code()

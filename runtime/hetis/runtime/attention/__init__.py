@@ -1,1 +1,1 @@
-"""Attention over virtual sequences, one per (request, KV head), where their KV lives."""
+"""Attention over virtual sequences, one per (request, KV head), computed where their KV lives."""

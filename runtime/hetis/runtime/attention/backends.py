@@ -1,4 +1,4 @@
-"""Backends of paged attention, and which one a device uses."""
+"""The backends of paged attention, and the choice of one for a device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hetis.runtime.attention.paged_torch import Bucket, attend_paged, each_posit
 from hetis.runtime.kv.pool import IntArray, PagePool
 
 Array = npt.NDArray[Any]
-LEAST_CHUNK = 16  # positions of a sequence in a step from which on torch's matrix products are faster
-TRITON_CAPABILITY = (7, 5)  # that Triton compiles for; older devices compute in plain torch
+LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on
+TRITON_CAPABILITY = (7, 5)  # minimum that Triton compiles for; older devices compute in plain torch
 
 
 class Backend(Protocol):
@@ -23,12 +23,12 @@ class Backend(Protocol):
     name: str
 
     def plan(self, rows: IntArray, positions: IntArray, counts: IntArray | None = None) -> None:
-        """Says which sequences the next calls are about, and where they write.
+        """Set the sequences of the next calls and the positions that they write.
 
         Args:
             rows: of the pool's table, shape [N].
-            positions: first that each writes, shape [N].
-            counts: how many each writes, shape [N]; None: 1 each.
+            positions: first position that each sequence writes, shape [N].
+            counts: how many positions each sequence writes, shape [N]. None: 1 each.
         """
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
 
 class TorchBackend:
-    """Plain torch: any device, any dtype."""
+    """Plain torch, for any device and dtype."""
 
     name = "torch"
 
@@ -59,10 +59,11 @@ class TorchBackend:
 
 
 class CompiledBackend:
-    """Compiled by numba: CPU memory; float32, float64 and bfloat16.
+    """Compiled by numba, for CPU memory with float32, float64 or bfloat16.
 
-    Chunks of `LEAST_CHUNK` positions and more are torch's, whose matrix products are two to three times as fast there
-    as a row after the other.
+    Chunks of at least `LEAST_CHUNK` positions go to torch, whose matrix products are two to three times as fast there
+    as
+    computing row by row.
     """
 
     name = "compiled"
@@ -93,7 +94,9 @@ class CompiledBackend:
         return torch.from_numpy(self.attend_array(layer, self._array(qkv.contiguous()))).view(self._dtype)
 
     def attend_array(self, layer: int, qkv: Array) -> Array:
-        """The same for an array of numpy, of a bfloat16's words: what a channel brings need not become a tensor."""
+        """Like `attend`, for a numpy array, with bfloat16 as its words, so that what a channel brings need not become a
+        tensor.
+        """
         count, heads, d = qkv.shape
         out = np.empty((count, heads - 2, d), qkv.dtype)
         shape = self._pool.shape
@@ -111,7 +114,7 @@ class CompiledBackend:
 
 
 def choose_backend(pool: PagePool) -> Backend:
-    """The fastest that the pool's device and dtype allow, of what is installed."""
+    """Return the fastest installed backend that supports the pool's device and dtype."""
     device, dtype = pool.k.device, pool.shape.dtype
     if device.type == "cpu" and dtype != "float16" and find_spec("numba"):
         return CompiledBackend(pool)
@@ -125,7 +128,7 @@ def choose_backend(pool: PagePool) -> Backend:
 
 
 class _Chunks(NamedTuple):
-    """Sequences of a step that torch computes: their rows, int64 [n], where these are stored, and how they are read."""
+    """The sequences of a step that torch computes: their rows, int64 [n], their slots, and how they are read."""
 
     members: torch.Tensor
     slots: torch.Tensor
@@ -138,7 +141,7 @@ class _Chunks(NamedTuple):
         return cls(torch.from_numpy(members), slots, plan_buckets(pool, rows, positions, starts, counts))
 
     def attend(self, pool: PagePool, layer: int, qkv: torch.Tensor, out: torch.Tensor) -> None:
-        """Stores keys and values of the members of qkv [T, r + 2, d], and writes their outputs to out [T, r, d]."""
+        """Store keys and values of the members of qkv [T, r + 2, d], and write their outputs to out [T, r, d]."""
         own = qkv[self.members, -2:]
         pool.store(layer, self.slots, own[:, 0], own[:, 1])
         attend_paged(pool, layer, qkv[:, :-2], self.buckets, out)

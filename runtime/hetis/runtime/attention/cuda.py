@@ -1,4 +1,4 @@
-"""The GPUs that there are."""
+"""The CUDA GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def cuda_count() -> int:
-    """GPUs that torch finds, of those that CUDA_VISIBLE_DEVICES leaves."""
+    """Return the number of GPUs that torch finds among those in CUDA_VISIBLE_DEVICES."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

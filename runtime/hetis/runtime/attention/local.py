@@ -14,7 +14,7 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.pool import PagePool
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 
-WARM_TOKENS = 600  # more than a split of Triton's kernel
+WARM_TOKENS = 600  # more than one split of the Triton kernel
 
 
 class LocalDevice:
@@ -29,7 +29,7 @@ class LocalDevice:
         self._step: int | None = None
 
     def warm(self) -> None:
-        """Compile everything that a first use would compile, which takes longer than an engine waits.
+        """Compile in advance everything that the first use would compile, which takes longer than an engine waits.
 
         The device must hold nothing.
         """
@@ -62,7 +62,7 @@ class LocalDevice:
         return Ready(self._attend(layer, qkv))
 
     def attend_received(self, layer: int, qkv: Array) -> torch.Tensor | Array:
-        """The same for an array as a channel brings it (bfloat16 as its words); outputs are in the CPU's memory."""
+        """Like `attend`, for an array as it comes from a channel (bfloat16 as its words). Outputs are in CPU memory."""
         if not isinstance(self.backend, CompiledBackend):
             return self.attend(layer, torch.from_numpy(qkv).view(self.shape.torch_dtype)).output.cpu()
         self._check_begun()
@@ -104,20 +104,20 @@ class LocalDevice:
             raise DeviceError(self.name, "no step was begun")
 
 
-# Any odd numbers do that are not small: a place's weight is its number times this, K's and V's differ.
+# Any large odd numbers will do: a place's weight is its number times PLACE, and VALUES separates V from K.
 PLACE, VALUES = 0x1E3779B97F4A7C15, 0x5DEECE66D
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(k: torch.Tensor, v: torch.Tensor) -> npt.NDArray[np.int64]:
-    """One number per layer for K and V, each [layers, positions, d]; their bits and order count, not the device."""
+    """Return one number per layer for K and V, each [layers, positions, d], from their bits and order alone."""
     sums: npt.NDArray[np.int64] = (_sums(k) + VALUES * _sums(v)).cpu().numpy()
     return sums
 
 
 def _sums(x: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of the bits as integers, modulo 2^64, in whatever order they are added, shape [layers]."""
+    """Return weighted sums of the bits as integers modulo 2^64, shape [layers], in any order of addition."""
     bits = x.contiguous().view(_INTEGERS[x.element_size()]).flatten(1).to(torch.int64)
     places = torch.arange(1, bits.shape[1] + 1, device=x.device) * PLACE | 1
     return (bits * places).sum(dim=1)

@@ -1,7 +1,7 @@
-"""Attention over pages on a CPU, compiled: reads each K and V once, where it lies, whatever the contexts' lengths.
+"""Compiled attention over pages on a CPU: reads each K and V once, in place, whatever the lengths of the contexts.
 
-A virtual sequence is computed by itself and in the same order whoever else is in the batch: a head gives the same bits
-alone or among others, on this device or on another of the kind.
+Each virtual sequence is computed separately and in the same order whatever else is in the batch. A head therefore
+gives the same bits alone or among others, on this device or on another of its kind.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def attend(
     soft_cap: float,
     out: Floats,
 ) -> None:
-    """Stores keys and values in their pages, and attends: outputs [T, r, d]; all numbers are float32, or all float64.
+    """Store keys and values in their pages, and attend: outputs [T, r, d]. All numbers are float32, or all float64.
 
     Args:
-        qkv: of each of T rows its r queries, its key and its value, shape [T, r + 2, d].
+        qkv: each of T rows' r queries, key and value, shape [T, r + 2, d].
         k, v: pages [pages, page_tokens, d].
         table: pages of every sequence, shape [rows, most].
-        rows: of the table, of each of N virtual sequences, shape [N].
-        positions: of each sequence's first row, shape [N].
-        starts, ends: rows of sequence i are ``starts[i]`` to ``ends[i] - 1``, at consecutive positions, shape [N];
-            other rows are not touched. Slots up to a row's position are read, or the last ``window`` unless that is 0.
-        scale: of the scores.
-        soft_cap: of the scaled scores; 0: none.
+        rows: row of the table for each of N virtual sequences, shape [N].
+        positions: position of each sequence's first row, shape [N].
+        starts, ends: rows of sequence i are ``starts[i]`` to ``ends[i] - 1``, at consecutive positions, shape [N].
+            Other rows are not touched. Slots up to a row's position are read, or the last ``window`` if that is not 0.
+        scale: factor of the scores.
+        soft_cap: cap of the scaled scores. 0: none.
     """
     size, r = k.shape[1], qkv.shape[1] - 2
     scores = np.empty((r, _longest(positions, starts, ends, size)), qkv.dtype)
@@ -82,7 +82,7 @@ def attend_bfloat16(
     soft_cap: float,
     out: Words,
 ) -> None:
-    """The same where all numbers are bfloat16, given as their words; all sums are of float32."""
+    """Like `attend` with all numbers bfloat16, given as their words. All sums are float32."""
     size, r, d = k.shape[1], qkv.shape[1] - 2, qkv.shape[2]
     scores = np.empty((r, _longest(positions, starts, ends, size)), np.float32)
     bits = np.empty(scores.shape[1], np.int32)
@@ -121,7 +121,7 @@ def _store(
     starts: IntArray,
     ends: IntArray,
 ) -> None:
-    """Writes the keys and values to the slots of their positions."""
+    """Write the keys and values to the slots of their positions."""
     size, at = k.shape[1], qkv.shape[1] - 2
     for i in range(len(rows)):
         for t in range(starts[i], ends[i]):
@@ -135,7 +135,7 @@ def _store(
 
 @kernel
 def _longest(positions: IntArray, starts: IntArray, ends: IntArray, size: int) -> int:
-    """Slots of the longest sequence, in whole pages."""
+    """Return the slots of the longest sequence, in whole pages."""
     most = 0
     for i in range(len(positions)):
         most = max(most, positions[i] + (ends[i] - starts[i]))
@@ -144,7 +144,7 @@ def _longest(positions: IntArray, starts: IntArray, ends: IntArray, size: int) -
 
 @kernel
 def _widen(words: Words, begin: int, end: int, wide: Table) -> None:
-    """A bfloat16 is the upper half of a float32."""
+    """Convert bfloat16 words to float32, of which they are the upper half."""
     for i in range(begin, end):
         for d in range(words.shape[1]):
             wide[i, d] = np.int32(words[i, d]) << np.int32(16)
@@ -152,7 +152,7 @@ def _widen(words: Words, begin: int, end: int, wide: Table) -> None:
 
 @kernel
 def _narrow(floats: Floats, words: Words) -> None:
-    """The nearest bfloat16 of each float32 [n, d]; of two that are as near, the even one."""
+    """Round each float32 [n, d] to the nearest bfloat16, ties to even."""
     wide = floats.view(np.uint32)
     for i in range(words.shape[0]):
         for d in range(words.shape[1]):
@@ -164,8 +164,8 @@ def _narrow(floats: Floats, words: Words) -> None:
 
 @kernel
 def _score(q: Floats, page: Floats, begin: int, end: int, offset: int, scores: Floats) -> None:
-    """Products of queries [r, d] with keys [page_tokens, d] of the slots from ``begin`` to ``end - 1``."""
-    # Four at a time. From 0 to d, not from 1: of 63 products the compiler does 31 one by one.
+    """Compute the products of queries [r, d] with the keys [page_tokens, d] of slots ``begin`` to ``end - 1``."""
+    # Four at a time. From 0 to d, not from 1: of 63 products the compiler would do 31 individually.
     for h in range(q.shape[0]):
         slot = begin
         while slot + 4 <= end:
@@ -188,7 +188,7 @@ def _score(q: Floats, page: Floats, begin: int, end: int, offset: int, scores: F
 
 @kernel
 def _add_values(weights: Floats, page: Floats, begin: int, end: int, offset: int, out: Floats) -> None:
-    """Adds the weighted values [page_tokens, d] of the slots to out [r, d]; four at a time, which halves the time."""
+    """Add the weighted values [page_tokens, d] of the slots to out [r, d]. Four at a time halves the time."""
     for h in range(out.shape[0]):
         slot = begin
         while slot + 4 <= end:
@@ -208,7 +208,7 @@ def _add_values(weights: Floats, page: Floats, begin: int, end: int, offset: int
 
 @kernel
 def _weigh(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
-    """Softmax of ``scale * scores``, which are capped first unless ``soft_cap`` is 0, in place."""
+    """Replace the scores by the softmax of ``scale * scores``, capped first unless ``soft_cap`` is 0."""
     factor = scores.dtype.type(scale)
     if soft_cap:
         _cap(scores, scale, soft_cap, bits)
@@ -230,13 +230,13 @@ def _weigh(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
 
 @kernel
 def _cap(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
-    """``soft_cap * tanh(scale * scores / soft_cap)``, in place."""
+    """Replace the scores by ``soft_cap * tanh(scale * scores / soft_cap)``."""
     inner, cap = scores.dtype.type(scale / soft_cap), scores.dtype.type(soft_cap)
     if scores.itemsize == 8:
         for t in range(len(scores)):
             scores[t] = cap * np.tanh(scores[t] * inner)
         return
-    # tanh y is (1 - e) / (1 + e), e = exp(-2 |y|); where y is so small that 1 - e has lost its digits, a polynomial.
+    # tanh y is (1 - e) / (1 + e) with e = exp(-2 |y|). If y is so small that 1 - e loses its digits, use a polynomial.
     powers = np.empty_like(scores)
     for t in range(len(scores)):
         powers[t] = np.float32(-2.0) * abs(scores[t] * inner)
@@ -251,7 +251,7 @@ def _cap(scores: Floats, scale: float, soft_cap: float, bits: Table) -> None:
 
 @kernel
 def _largest(x: Floats) -> Any:
-    """The largest of numbers, in four strands: one alone waits for its last comparison each time."""
+    """Return the largest number, in four strands, because a single one waits for each previous comparison."""
     a, b, c, d = x[0], x[0], x[0], x[0]
     t = 0
     while t + 4 <= len(x):
@@ -265,9 +265,11 @@ def _largest(x: Floats) -> Any:
 
 @kernel
 def _exp(x: Floats, bits: Table) -> None:
-    """exp of numbers <= 0 in float32, in place, many at a time: numba calls the library's for each number.
+    """Replace float32 numbers <= 0 by their exp, vectorised: numba would call the library for each number.
 
-    2^n e^y with |y| <= ln 2 / 2, e^y by Cephes' polynomial (expf; relative error 2e-7). Below e^-87 it answers e^-87.
+    Computes 2^n e^y with |y| <= ln 2 / 2, and e^y by Cephes' polynomial (expf; relative error 2e-7). Results are at
+    least
+    e^-87.
     """
     for t in range(len(x)):
         bounded = max(np.float32(x[t]), np.float32(-87.0))

@@ -1,8 +1,8 @@
-"""Attention over pages in plain torch: any device, any dtype. Long and short sequences are computed apart.
+"""Attention over pages in plain torch, for any device and dtype. Long and short sequences are computed separately.
 
-Gathers each sequence's pages into a rectangle that is as wide as the longest of its bucket. Buckets end at powers of
-two of pages, so that padding less than doubles what is gathered. A chunk's queries are computed in pieces: keys and
-values are stored before, so that a piece is a sequence of its own, and masks stay small.
+Gathers each sequence's pages into a rectangle as wide as the longest sequence of its bucket. Bucket limits are powers
+of two of pages, so padding less than doubles what is gathered. A chunk's queries are computed in pieces: keys and
+values are stored first, so each piece is a sequence of its own, and masks stay small.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.nn import functional
 
 from hetis.runtime.kv.pool import IntArray, PagePool
 
-PIECE_TOKENS = 128  # queries of a piece
-MOST_SCORES = 1 << 24  # of one bucket and query head: the mask has so many bytes
+PIECE_TOKENS = 128  # queries per piece
+MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
 
 
 class View(NamedTuple):
-    """What the pieces of a bucket read under one window: page numbers [n, pages], and who sees what [n, c, slots]."""
+    """The reads of a bucket's pieces under one window: page numbers [n, pages], and the slots seen [n, c, slots]."""
 
     table: torch.Tensor
     seen: torch.Tensor
 
 
 class Bucket(NamedTuple):
-    """Pieces that are computed together, n of at most c queries each, all layers of a step alike; on the pool's device.
+    """Pieces computed together, n with at most c queries each, in the same way for all layers; on the pool's device.
 
     Attributes:
-        members: their rows of the step, int64 [n, c]; a piece of fewer repeats its last.
+        members: their rows of the step, int64 [n, c]; a piece with fewer queries repeats its last.
         views: by window.
     """
 
@@ -58,13 +58,13 @@ def plan_buckets(
 
     Args:
         rows: of the pool's table, shape [N].
-        positions: first that each writes, shape [N].
-        starts: its row of the step, shape [N].
-        counts: how many each writes, shape [N].
+        positions: first position that each sequence writes, shape [N].
+        starts: its first row of the step, shape [N].
+        counts: how many positions each sequence writes, shape [N].
     """
     pieces = _cut(_Pieces(rows, positions, starts, counts))
     pages = (pieces.positions + pieces.counts - 1) // pool.shape.page_tokens + 1
-    # Pieces of very different width, and of one query or many, are computed apart.
+    # Pieces of very different width, and pieces with one query or many, are computed separately.
     kinds = 64 * np.ceil(np.log2(pages)).astype(np.int64) + np.ceil(np.log2(pieces.counts)).astype(np.int64)
     found = []
     for kind in np.unique(kinds):
@@ -76,13 +76,13 @@ def plan_buckets(
 
 
 def each_position(rows: IntArray, positions: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
-    """Return for every position that is written its sequence's number in ``rows``, and itself; each [T]."""
+    """Return, for every written position, the entry of ``rows`` of its sequence and the position itself; each [T]."""
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(rows, counts), np.repeat(positions, counts) + within
 
 
 def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket], out: torch.Tensor) -> None:
-    """Writes the outputs of the buckets' members to out [T, r, d], for queries of the same shape."""
+    """Write the outputs of the buckets' members to out [T, r, d], for queries of the same shape."""
     shape = pool.shape
     for members, views in buckets:
         table, seen = views[shape.windows[layer]]
@@ -90,7 +90,7 @@ def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[
         v = pool.v[layer][table].flatten(1, 2)[:, None]
         queries = q[members]  # [n, c, r, d]
         if members.shape[1] == 1:
-            # All query heads see the same slots: as many queries of one head, which reads K and V once.
+            # All query heads see the same slots: treat them as queries of one head, which reads K and V once.
             outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap)
         else:
             k, v = (x.expand(-1, shape.queries_per_group, -1, -1) for x in (k, v))
@@ -102,7 +102,7 @@ def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, soft_cap: float
 ) -> torch.Tensor:
-    """Attention of q [n, heads, c, d] over k and v [n, heads, slots, d]."""
+    """Return attention of q [n, heads, c, d] over k and v [n, heads, slots, d]."""
     if not soft_cap:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -112,7 +112,7 @@ def _attend(
 
 
 def _cut(whole: _Pieces) -> _Pieces:
-    """Chunks in pieces."""
+    """Cut chunks into pieces."""
     if int(whole.counts.max(initial=0)) <= PIECE_TOKENS:
         return whole
     cuts = -(-whole.counts // PIECE_TOKENS)
@@ -136,13 +136,12 @@ def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
 
 
 def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
-    """Return what queries at positions ``at`` [n, c] see under a window: pages from the first that any of a piece
-    sees."""
+    """Return what queries at positions ``at`` [n, c] see under a window, from the first page that any of them sees."""
     size, device = pool.shape.page_tokens, pool.k.device
     first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
     last = at[:, -1] // size
     pages = first[:, None] + np.arange((last - first).max() + 1)
-    # What is beyond a piece's last page is masked; its own page, so that no NaN of another sequence comes in.
+    # Pages beyond a piece's last are masked; they repeat its own last page, so that no NaN of another sequence gets in.
     table = pool.table[pieces.rows[:, None], np.minimum(pages, last[:, None])].astype(np.int64)
     begins, places = (torch.from_numpy(x).to(device) for x in ((first * size)[:, None, None], at[..., None]))
     slots = begins + torch.arange(pages.shape[1] * size, device=device)

@@ -1,13 +1,13 @@
-"""Attention over pages by Triton: CUDA devices of compute capability 7.5 and above; float16, bfloat16 and float32.
+"""Attention over pages in Triton: CUDA devices of compute capability 7.5 and above; float16, bfloat16 and float32.
 
-One kernel does decodes and chunks of prompts. A *tile* is some consecutive positions of one virtual sequence with their
-r query heads each, as rows of one matrix; its program reads the pages that these rows see. A tile of few rows, as of
-every decode, reads in *splits* of a fixed number of positions, a program each, which `combine` puts together: few
-sequences with long contexts keep the whole device busy. As the splits are fixed, a sequence gives the same bits alone
-and among others.
+One kernel does decodes and chunks of prompts. A *tile* is a run of consecutive positions of one virtual sequence with
+their r query heads each, as rows of one matrix; its program reads the pages that these rows see. A tile of few rows,
+such as any decode, is read in *splits* of a fixed number of positions, one program each, which `combine` merges, so
+that few sequences with long contexts keep the whole device busy. Because the splits are fixed, a sequence gives the
+same bits alone and among others.
 
-Triton's language has no types that mypy knows: the kernels' arguments are pointers (of `k`, say, to pages
-[pages, page_tokens, d]), integers and floats; those in capitals are known when it compiles.
+Triton's language has no types that mypy knows. The kernels' arguments are pointers (`k`, for example, points to pages
+[pages, page_tokens, d]), integers and floats; those in capitals are compile-time constants.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import triton.language as tl
 from hetis.runtime.kv.pool import IntArray, PagePool
 from hetis.runtime.kv.shape import KvShape
 
-LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # as Triton uses them: below, it multiplies in float32, and not bfloat16
-SPLIT = 512  # positions of a program of `attend` where there are splits: some whole blocks
+LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # for Triton's use of them: below, it multiplies in float32, and not bfloat16
+SPLIT = 512  # positions per program of `attend` if there are splits: a multiple of the block size
 NO_WINDOW = 1 << 30
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def store(qkv, k, v, slots, D: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages; a program for each row."""
+    """Write the key and value of each row of qkv [T, R + 2, D] to ``slots`` [T] of the pages; one program per row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     slot = tl.load(slots + row)
@@ -61,16 +61,16 @@ def attend(  # type: ignore[no-untyped-def]
     HAS_CAP: tl.constexpr,
     WIDENS: tl.constexpr,
 ):
-    """Outputs of each tile, or of each split of it.
+    """Compute the outputs of each tile, or of each split of it.
 
     Args:
         table: pages of every sequence, int32 [N, table_width].
         tiles: sequence, first position, first row and number of positions of each, int32 [tiles, 4].
-        out: [T, R, D]; where there are splits, float32 [splits, tiles, BLOCK_M, D].
-        sums: where there are splits, logarithms of the weights' sums, float32 [splits, tiles, BLOCK_M].
-        window: that a row sees, itself included.
-        SPLIT: positions of a program; 0: all.
-        WIDENS: numbers become float32 before they are multiplied.
+        out: [T, R, D]; with splits, float32 [splits, tiles, BLOCK_M, D].
+        sums: with splits, logarithms of the sums of weights, float32 [splits, tiles, BLOCK_M].
+        window: positions that a row sees, including its own.
+        SPLIT: positions per program; 0: all.
+        WIDENS: convert numbers to float32 before they are multiplied.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(tiles + tile * 4).to(tl.int64)
@@ -90,7 +90,7 @@ def attend(  # type: ignore[no-untyped-def]
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     outputs = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # In blocks that begin where they would without a window or splits: the order of sums is the same.
+    # Blocks begin where they would without a window or splits, so that the order of sums is the same.
     for first in range(begin // BLOCK_N * BLOCK_N, end, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         page = tl.load(table + sequence * table_width + n // PAGE_TOKENS, mask=n < end, other=0).to(tl.int64)
@@ -105,7 +105,7 @@ def attend(  # type: ignore[no-untyped-def]
         is_seen = (n[None, :] <= at[:, None]) & (n[None, :] > at[:, None] - window) & (n < end)[None, :]
         scores = tl.where(is_seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # of a row that has seen nothing yet
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)  # for a row that has seen nothing yet
         weights = tl.exp(scores - base[:, None])
         fades = tl.exp(top - base)
         total = total * fades + tl.sum(weights, 1)
@@ -114,7 +114,7 @@ def attend(  # type: ignore[no-untyped-def]
             values = values.to(tl.float32)
         outputs = outputs * fades[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
         top = new_top
-    total = tl.where(total == 0, 1.0, total)  # of a row that has seen nothing here: its top is -inf
+    total = tl.where(total == 0, 1.0, total)  # for a row that has seen nothing here: its top is -inf
     outputs = outputs / total[:, None]
     if SPLIT:
         at_partial = (split * tl.num_programs(0) + tile).to(tl.int64) * BLOCK_M + m
@@ -137,7 +137,7 @@ def combine(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Puts splits together: out [T, R, D] of what `attend` has left; a program for each row of each tile."""
+    """Merge the splits that `attend` left into out [T, R, D]; one program per row of each tile."""
     tile, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, count = tl.load(tiles + tile * 4 + 2).to(tl.int64), tl.load(tiles + tile * 4 + 3)
     if m < count * R:
@@ -158,7 +158,7 @@ def combine(  # type: ignore[no-untyped-def]
 
 
 class Sizes(NamedTuple):
-    """How a launch of `attend` is cut: constants of the kernel, and what Triton is told beside."""
+    """The sizes of a launch of `attend`: constants of the kernel, and Triton's launch options."""
 
     block_m: int
     block_n: int
@@ -183,7 +183,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> Sizes:
-    """Return what fits into the shared memory and registers of a device; tiles of a chunk have more rows."""
+    """Return sizes that fit into the shared memory and registers of a device. Tiles of a chunk have more rows."""
     block_d = max(16, triton.next_power_of_2(shape.head_dim))
     least = max(16, triton.next_power_of_2(shape.queries_per_group))
     is_old = capability < LEAST_CAPABILITY_TENSOR_CORES
@@ -201,7 +201,7 @@ def sizes_of(shape: KvShape, capability: tuple[int, int], *, is_chunk: bool) -> 
 
 
 class _Launch(NamedTuple):
-    """Tiles of a step that are cut alike; ``parts`` and ``sums`` are for splits, None where there are none."""
+    """Tiles of a step that are cut alike. ``parts`` and ``sums`` are for splits, None if there are none."""
 
     sizes: Sizes
     tiles: torch.Tensor
@@ -216,7 +216,7 @@ class TritonBackend:
     name = "triton"
 
     def __init__(self, pool: PagePool, *, capability: tuple[int, int]) -> None:
-        """``capability``: compute capability of the pool's device."""
+        """Initialise for a pool whose device has this compute ``capability``."""
         self._pool = pool
         self._few = sizes_of(pool.shape, capability, is_chunk=False)
         self._many = sizes_of(pool.shape, capability, is_chunk=True)
@@ -273,7 +273,7 @@ class TritonBackend:
         return out
 
     def _launch(self, tiles: IntArray, sizes: Sizes, *, shape_end: int) -> _Launch:
-        """``shape_end``: positions of the longest sequence, where they may be split; 0: not."""
+        """Return a launch. ``shape_end`` is the number of positions of the longest sequence, or 0 not to split."""
         device, splits = self._pool.k.device, max(1, -(-shape_end // SPLIT))
         kinds: dict[str, Any] = {"dtype": torch.float32, "device": device}
         size = splits, len(tiles), sizes.block_m
@@ -287,7 +287,7 @@ class TritonBackend:
 
 
 def _cut(sequences: IntArray, sizes: Sizes, shape: KvShape) -> IntArray:
-    """Tiles [tiles, 4] of sequences, both (sequence, first position, first row, positions)."""
+    """Cut sequences into tiles [tiles, 4], both as (sequence, first position, first row, positions)."""
     most = sizes.block_m // shape.queries_per_group
     cuts = -(-sequences[:, 3] // most)
     within = most * (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts))

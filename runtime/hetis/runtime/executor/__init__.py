@@ -1,1 +1,1 @@
-"""`ExecutorService`, what an agent asks of an engine: all that does not depend on which engine it is."""
+"""`ExecutorService`, the engine's interface to its agent: everything that does not depend on the kind of engine."""

@@ -9,10 +9,10 @@ import grpc
 
 
 def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
-    """A Unix socket that is made new, for this user only; one that an earlier run left is replaced.
+    """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     if socket.is_socket():
         socket.unlink(missing_ok=True)
@@ -26,7 +26,7 @@ def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
 
 
 def bind(server: grpc.aio.Server, address: str) -> int:
-    """The port that the server listens on, by plain text.
+    """Listen on an address without TLS, and return the port.
 
     Raises:
         OSError: the address is taken, or not ours.

@@ -1,4 +1,4 @@
-"""A change as an engine holds it, and why it or a move of it is not made."""
+"""A change as an engine holds it, and the failures that prevent it or one of its moves."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class EngineChange:
     """A change in this engine.
 
     Attributes:
-        change: as reserved; empty but for its id where the engine was only told to give it up.
-        parts: of this node.
-        deadline_s: until when it may be prepared, by the engine's own count.
+        change: as reserved; empty but for its id if the engine was only told to abort it.
+        parts: this node's parts.
+        deadline_s: until when it may be prepared, on the engine's clock.
         left_out: moves that are not made, by number, with the reason.
-        copy_bytes: what this node copies, as known now.
-        copied_bytes: of it, copied so far.
-        copy_begun_s: when CopyMoves was first called. None: it was not.
-        flip_by_s: FlipMoves was called; the flip is made before then or not at all. None: it was not called.
+        copy_bytes: bytes that this node copies, as far as known now.
+        copied_bytes: bytes copied so far.
+        copy_begun_s: when CopyMoves was first called. None: not yet.
+        flip_by_s: FlipMoves was called, and the flip happens before this time or not at all. None: not called yet.
         step: decode step before which it was flipped.
         generation: of the replica after it ended.
-        why: it was aborted.
-        forget_s: when it may be forgotten. None: it was not released or given up yet.
+        why: reason for the abort.
+        forget_s: when it may be forgotten. None: neither released nor given up yet.
     """
 
     change: Change

@@ -1,7 +1,7 @@
-"""Two-phase moves inside an engine, of one replica: as the authority and as anybody else.
+"""Two-phase moves of one replica inside an engine, for the authority and for all other engines.
 
 The authority checks moves against its head map, reserves blocks at targets, and flips between two steps. Other engines
-pin and reserve, and learn how it ended from the authority: they free a source only after its FLIPPED.
+pin and reserve, and learn the outcome from the authority: they free a source only after its FLIPPED.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ REMEMBERED_S = 600.0
 
 
 class Authority(Protocol):
-    """What only the engine of a replica's primary does: it owns the head map."""
+    """The part that only the engine of a replica's primary plays: it owns the head map."""
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
-        """Checks every move against the head map, which is of ``generation``, and takes blocks for those that fit; the
+        """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
+        The
         others are entered into ``taken.left_out``.
 
         Raises:
-            RefusedError: the change cannot be taken, or no move of it is left. No block is held then.
+            RefusedError: the change cannot be accepted, or no move is left. No blocks are held then.
         """
 
     def is_ready(self, change: EngineChange) -> bool:
-        """Return whether `flip` could be called as far as the copies are concerned that only the authority knows of."""
+        """Return whether the copies that only the authority knows of permit `flip`."""
 
     def flip(self, change: EngineChange) -> Failure | None:
-        """Between two steps: every move that still fits, at once. Says why if none does; nothing changed then."""
+        """Flip every move that still fits, all at once between two steps. If none fits, change nothing and say why."""
 
     def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
-        """Enters moves that became void meanwhile, with the reason."""
+        """Leave out the moves that have become void, with the reason."""
 
     def give_blocks_back(self, change: EngineChange) -> None:
-        """The change is aborted: what was reserved for it is free."""
+        """Free what was reserved for the change, which is aborted."""
 
 
 class Copies(Protocol):
-    """What an engine copies."""
+    """The copies that an engine makes."""
 
     def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
-        """``moves`` of a change that is being reserved are copied from or to here: sets ``change.copy_bytes``."""
+        """Set ``change.copy_bytes`` for ``moves`` of a change being reserved that copy from or to this node."""
 
     def look(self, change: EngineChange, now_s: float) -> bool:
-        """Brings the change's bytes up to date; whether all that is copied before the flip is there."""
+        """Update the change's bytes, and return whether everything to be copied before the flip has arrived."""
 
 
 class EngineChanges:
@@ -58,13 +59,13 @@ class EngineChanges:
 
     Attributes:
         generation: of the replica's state here.
-        known: by id, in the order in which they came.
+        known: by id, in order of arrival.
     """
 
     def __init__(
         self, replica: str, *, generation: int, authority: Authority | None, copies: Copies, devices: frozenset[str]
     ) -> None:
-        """``authority``: at the engine that owns the head map; ``devices``: of this node, by name."""
+        """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
         self.replica = replica
         self.generation = generation
         self.known: dict[str, EngineChange] = {}
@@ -74,7 +75,7 @@ class EngineChanges:
     # --- the five calls
 
     def reserve(self, change: Change, parts: Iterable[ChangePart.ValueType], now_s: float) -> EngineChange:
-        """ReserveMoves."""
+        """Handle ReserveMoves."""
         known = self.known.get(change.change_id)
         if known is not None:
             if not known.is_open:
@@ -108,7 +109,7 @@ class EngineChanges:
         return taken
 
     def begin_copy(self, change_id: str, now_s: float) -> EngineChange:
-        """CopyMoves: begins the copy, or finds it under way."""
+        """Handle CopyMoves: begin the copy, unless it has begun already."""
         change = self._open(change_id)
         if now_s >= change.deadline_s and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             raise refusal(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"change {change_id}: its time to prepare passed")
@@ -117,7 +118,7 @@ class EngineChanges:
         return change
 
     def ask_flip(self, change_id: str, timeout_s: float, now_s: float) -> EngineChange:
-        """FlipMoves: to be done at the next boundary; ended changes answer as the first time."""
+        """Handle FlipMoves: flip at the next boundary. A change that has ended answers as it did the first time."""
         change = self.known.get(change_id)
         if change is None:
             raise unknown(change_id)
@@ -132,8 +133,11 @@ class EngineChanges:
         return change
 
     def release(self, change_id: str, moves: Iterable[MoveResult], generation: int, now_s: float) -> int:
-        """ReleaseMoves: the change was flipped. Returns the blocks per layer that are free now: the authority has
-        freed them at the flip, and where another engine owns the map, that one counts them."""
+        """Handle ReleaseMoves: the change was flipped.
+
+        Returns the blocks per layer that this frees: none. The authority freed them at the flip, and counts them for
+        all.
+        """
         change = self.known.get(change_id)
         if change is None:
             raise unknown(change_id)
@@ -154,11 +158,15 @@ class EngineChanges:
     def abort(
         self, change_id: str, why: Failure, authority: Iterable[ChangeStatus] | None, now_s: float
     ) -> EngineChange:
-        """AbortMoves. ``authority``: what its engine said of its changes just now; None: it was not reached.
+        """Handle AbortMoves.
 
-        An engine whose copies were not complete has promised nothing and may give up alone. After that it goes by the
-        authority. One that has never heard of the change cannot say whether it will: then the planner's word, which
-        gives the change up for good, is enough, and the agent's own deadline is not.
+        ``authority`` holds the statuses that the authority's engine has just reported; None if it was not reached. An
+        engine
+        whose copies were not complete has promised nothing and may abort alone. After that it follows the authority. If
+        the
+        authority has never heard of the change, it cannot rule out hearing of it later. Then the planner's word, which
+        gives
+        the change up for good, is enough, but the agent's own deadline is not.
         """
         change = self.known.get(change_id)
         if change is None:
@@ -175,7 +183,7 @@ class EngineChanges:
     # --- time
 
     def advance(self, now_s: float) -> None:
-        """Copies that are complete, deadlines, what is forgotten."""
+        """Complete copies, enforce deadlines, and forget old changes."""
         if self._authority is not None:
             self._authority.leave_out_void(self.known)
         for change in list(self.known.values()):
@@ -188,7 +196,7 @@ class EngineChanges:
                 del self.known[change.change.change_id]
 
     def flip_due(self, now_s: float) -> None:
-        """Between two steps: makes the flips that were asked for, all moves of one at once."""
+        """Make the flips that were asked for, between two steps, each with all its moves at once."""
         for change in self.known.values():
             if change.is_open and change.flip_by_s is not None:
                 assert self._authority is not None
@@ -202,13 +210,13 @@ class EngineChanges:
                     self._end_aborted(change, why)
 
     def end_all(self, why: Failure) -> None:
-        """A new assignment: what is open and the engine's own to decide is aborted."""
+        """Abort, for a new assignment, all open changes that this engine may decide."""
         for change in self.known.values():
             if change.is_open and (change.is_authority or change.phase == ChangePhase.CHANGE_PHASE_PREPARING):
                 self._end_aborted(change, why)
 
     def hear(self, said: Iterable[ChangeStatus], generation: int) -> None:
-        """What the authority's engine says of its changes: how they ended is final."""
+        """Take the outcomes that the authority's engine reports. They are final."""
         for status in said:
             change = self.known.get(status.change_id)
             if change is None or not change.is_open or change.is_authority:

@@ -1,4 +1,4 @@
-"""An engine as an agent steers it, without sockets or a clock: what is asked of it and how late it is come in."""
+"""An engine as an agent steers it, without sockets or a clock: requests and the current time are passed in."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from hetis.v1.report_pb2 import AssignmentState
 
 
 class NoCopies:
-    """Copies of an engine that holds no KV of a change."""
+    """The copies of an engine that holds no KV of a change."""
 
     def plan(self, change: EngineChange, moves: object) -> None:
-        """Nothing is copied."""
+        """Copy nothing."""
 
     def look(self, change: EngineChange, now_s: float) -> bool:
         return True
@@ -44,7 +44,7 @@ class NoCopies:
 
 @dataclass(slots=True)
 class TakenReplica:
-    """A replica in an engine: what it was told to run, and its moves."""
+    """A replica in an engine: its assignment and its changes."""
 
     assignment: Assignment
     changes: EngineChanges
@@ -59,46 +59,48 @@ class SteeredEngine(ABC, Generic[TakenT]):
     All of them are called between two decode steps.
 
     Attributes:
-        engine_id: of this run.
-        newest_epoch: the highest that was obeyed; older ones change nothing.
+        engine_id: id of this run.
+        newest_epoch: the highest epoch that was obeyed; older ones change nothing.
     """
 
     def __init__(self, engine_id: str | None = None) -> None:
-        """``engine_id`` None: a new UUID."""
+        """Initialise with ``engine_id``, or a new UUID if it is None."""
         self.engine_id = engine_id or str(uuid.uuid4())
         self.newest_epoch = 0
         self._held: dict[str, TakenT] = {}
-        # Changes that the engine was told to give up before it heard of them, whatever their replica.
+        # Changes that the engine was told to abort before it heard of them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=NoCopies(), devices=frozenset())
 
     # --- what kind of engine it is
 
     @abstractmethod
     def head_maps(self, replica: str) -> ReadHeadMapsResponse:
-        """All head maps of a replica whose primary is here, in one message of any size."""
+        """Return all head maps of a replica whose primary is here, in one message of any size."""
 
     @abstractmethod
     def report(self, now_s: float) -> WatchReportsResponse:
-        """All of it as it is now."""
+        """Return a report on the whole engine."""
 
     @abstractmethod
     def step(self, now_s: float) -> None:
-        """What is due by ``now_s``: flips, copies, deadlines, what is forgotten."""
+        """Do what is due by ``now_s``: flips, copies, deadlines, forgetting."""
 
     @abstractmethod
     def _take(self, assignment: Assignment, generation: int, held: TakenT | None, now_s: float) -> TakenT:
-        """Runs an assignment in place of the one that is held. Raises RefusedError: it cannot; nothing changed."""
+        """Run an assignment in place of the one held. Raises RefusedError if it cannot; then nothing changed."""
 
     @abstractmethod
     def _remove(self, held: TakenT) -> None:
-        """Runs nothing of a replica any more."""
+        """Stop running a replica."""
 
     @abstractmethod
     def _state(self, held: TakenT, now_s: float) -> AssignmentState.ValueType:
-        """Return how far it is with a replica."""
+        """Return the state of a replica's assignment."""
 
     def authority_of(self, change_id: str) -> str | None:
-        """Address of the engine that decides the change, if that is another one and the change is open here."""
+        """Return the address of the engine that decides the change, or None if it is this one or the change is not open
+        here.
+        """
         return None
 
     # --- assignments
@@ -137,26 +139,26 @@ class SteeredEngine(ABC, Generic[TakenT]):
         return ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
 
     def copy_moves(self, request: CopyMovesRequest, now_s: float) -> EngineChange:
-        """Begins to copy; `step` goes on, the change's phase tells when all is there."""
+        """Begin to copy. `step` continues, and the change's phase says when the copy is complete."""
         self._fence(request.epoch)
         change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
         self._changes_of(request.change_id).advance(now_s)
         return change
 
     def copy_answer(self, change: EngineChange) -> CopyMovesResponse:
-        """Return how far a copy is."""
+        """Return the progress of a copy."""
         return CopyMovesResponse(
             copied_bytes=change.copied_bytes, total_bytes=change.copy_bytes, moves=change.results()
         )
 
     def flip_moves(self, request: FlipMovesRequest, now_s: float) -> EngineChange:
-        """Asks for the flip, which `step` makes at the next boundary; `flip_answer` says how it ended."""
+        """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
         timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> FlipMovesResponse | None:
-        """Return how a flip that was asked for ended; None: it has not."""
+        """Return the outcome of a flip that was asked for, or None while it is undecided."""
         changes = self._changes_of(change_id)
         change = changes.known[change_id]
         return None if change.is_open else changes.flip_answer(change)
@@ -170,7 +172,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
     def abort_moves(
         self, request: AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None
     ) -> AbortMovesResponse:
-        """``authority``: what the primary's engine said of its changes just now, where this is another one."""
+        """Abort a change. ``authority`` holds what the primary's engine, if it is another one, has just reported."""
         self._fence(request.epoch)
         try:
             changes = self._changes_of(request.change_id)

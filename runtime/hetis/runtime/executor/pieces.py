@@ -1,4 +1,4 @@
-"""Head maps in pieces that no other message has to wait long behind."""
+"""Head maps in pieces small enough not to delay other messages."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 
 from hetis.v1.head_map_pb2 import HeadMap
 
-MOST_BYTES = (1 << 20) - 4096  # of head maps; the message around them fits in the rest of 1 MiB
+MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
 
 
 def pieces_of(head_maps: Iterable[HeadMap], *, most_bytes: int = MOST_BYTES) -> Iterator[list[HeadMap]]:
-    """Lists of head maps of at most so many bytes; a map that is larger is split by its requests.
+    """Yield lists of head maps of at most ``most_bytes`` bytes. A larger map is split by its requests.
 
-    At least one piece comes, if an empty one. Each part of a map repeats its devices; the moves are in the first part.
+    Yields at least one list, possibly empty. Each part of a map repeats its devices; the moves are in the first part.
     """
     piece: list[HeadMap] = []
     size = 0

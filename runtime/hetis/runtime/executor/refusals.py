@@ -1,4 +1,4 @@
-"""Why something did not happen, as messages of the contract and as statuses of calls.
+"""Reasons for refusals, as messages of the contract and as statuses of calls.
 
 RefusedError   an engine or agent refuses, with the Failure that says why
 """
@@ -17,7 +17,7 @@ _DETAILS = "grpc-status-details-bin"
 
 
 class RefusedError(Exception):
-    """Something was not done, and nothing changed; ``failure`` says why."""
+    """A request was refused and nothing changed. ``failure`` says why."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.message)
@@ -33,7 +33,7 @@ def refusal(reason: ErrorReason.ValueType, message: str, **metadata: object) -> 
 
 
 def reason_name(failure: Failure) -> str:
-    """Return the name of a reason as ``ErrorInfo.reason`` has it, without the prefix."""
+    """Return the name of a failure's reason as in ``ErrorInfo.reason``, without the prefix."""
     known = failure.reason in ErrorReason.values()
     return ErrorReason.Name(failure.reason).removeprefix(REASON_PREFIX) if known else str(failure.reason)
 
@@ -61,7 +61,7 @@ def unreachable(message: str) -> Failure:
 
 
 def status_of(failure: Failure) -> status_pb2.Status:
-    """The status of a call that fails so, with ErrorInfo."""
+    """Return the status, with ErrorInfo, of a call that fails with this failure."""
     code = CODE_OF_REASON.get(failure.reason, grpc.StatusCode.FAILED_PRECONDITION)
     status = status_pb2.Status(code=code.value[0], message=failure.message)
     status.details.add().Pack(
@@ -71,7 +71,7 @@ def status_of(failure: Failure) -> status_pb2.Status:
 
 
 def failure_of_call(error: grpc.aio.AioRpcError) -> Failure:
-    """Return what a failed call says: its ErrorInfo if it has one of ours, else what the status code means."""
+    """Return the failure in a failed call's ErrorInfo if it is ours, else what the status code means."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:

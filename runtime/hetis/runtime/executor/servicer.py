@@ -24,21 +24,23 @@ from hetis.v1.failure_pb2 import ErrorReason
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
 
-PROGRESS_S = 0.1  # between two words on a copy
+PROGRESS_S = 0.1  # between two progress messages of a copy
 DEFAULT_REPORT_S = 1.0
 
 
 class EngineHost(Protocol):
-    """What runs an engine, perhaps in a thread of its own."""
+    """Runs an engine, possibly in a thread of its own."""
 
     async def do(self, work: Callable[[SteeredEngine[Any], float], T]) -> T:
-        """Runs ``work``, with the engine and the time, between two of its steps. Raises what it raises."""
+        """Run ``work`` with the engine and the time between two of its steps. Raises what ``work`` raises."""
 
     async def stepped(self) -> None:
-        """Until the engine has made a step, or looked at the clock, again."""
+        """Wait until the engine has made another step or looked at the clock again."""
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
-        """Changes of the engine that decides this one, as it says now. None: it was not reached, or it is this one."""
+        """Return the present changes of the engine that decides this one, or None if it was not reached or is this
+        engine.
+        """
 
 
 class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):

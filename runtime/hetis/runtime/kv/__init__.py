@@ -1,1 +1,1 @@
-"""KV memory of one device: pages, and which (request, KV head) has which."""
+"""KV memory of one device: its pages and their assignment to (request, KV head)."""

@@ -1,12 +1,12 @@
-"""What can go wrong at a device that holds KV.
+"""Errors of a device that holds KV.
 
 HetisError
 +-- DeviceError
-    +-- DeviceLostError        it does not answer any more; what it held is gone
-        +-- UnreachedDeviceError   it was not asked at all
-    +-- OutOfPagesError        it has too few free pages
-    +-- UnknownSequenceError   it does not hold what it was asked for
-    +-- StaleEpochError        another engine has taken over
+    +-- DeviceLostError         it no longer answers; what it held is gone
+        +-- UnreachedDeviceError   it could not even be asked
+    +-- OutOfPagesError         it has too few free pages
+    +-- UnknownSequenceError    it does not hold what it was asked for
+    +-- StaleEpochError         another engine has taken over
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hetis.solver.errors import HetisError
 
 
 class DeviceError(HetisError):
-    """A device could not do what it was asked to; ``device`` is its name."""
+    """A device could not do what it was asked to do. ``device`` is its name."""
 
     def __init__(self, device: str, message: str) -> None:
         super().__init__(f"{device}: {message}")
@@ -23,11 +23,11 @@ class DeviceError(HetisError):
 
 
 class DeviceLostError(DeviceError):
-    """The device does not answer any more: requests with heads there have to be prefilled again."""
+    """The device no longer answers: requests with heads there have to be prefilled again."""
 
 
 class UnreachedDeviceError(DeviceLostError):
-    """There is no connection to the device. It may know nothing of the attempt, so that only we can try again."""
+    """There is no connection to the device. It may not know of the attempt, so only this side can try again."""
 
 
 class OutOfPagesError(DeviceError):
@@ -39,7 +39,7 @@ class OutOfPagesError(DeviceError):
 
 
 class UnknownSequenceError(DeviceError):
-    """The device does not hold the sequence, or not so far: a bug of the one who asked."""
+    """The device does not hold the sequence, or not up to there: a bug of the caller."""
 
 
 class StaleEpochError(DeviceError):

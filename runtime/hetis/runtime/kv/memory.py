@@ -1,4 +1,4 @@
-"""How much memory this machine, or one of its GPUs, can still give."""
+"""The memory that this machine, or one of its GPUs, can still provide."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _LIMITS = (
 
 
 def free_memory_bytes(device: str = "cpu") -> int:
-    """Bytes that a device of torch can still give.
+    """Return the bytes that a torch device can still provide.
 
-    Of a CPU those that may be taken without swapping: the machine's, or what the container may still use. Of a GPU also
-    those that torch keeps for itself and does not use now.
+    For a CPU these can be allocated without swapping, on the machine or within the container's limit. For a GPU they
+    include memory that torch has reserved but does not use now.
     """
     if device != "cpu":
         return _free_of_gpu(device)

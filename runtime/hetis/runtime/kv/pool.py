@@ -1,7 +1,7 @@
-"""The pages of one device, and which virtual sequence has which.
+"""The pages of one device and the virtual sequences that hold them.
 
-A page belongs to one (request, KV head) and spans all layers of the stage, so that one table per virtual sequence
-serves all layers: K and V are ``[layers, pages, page_tokens, head_dim]``.
+A page belongs to one (request, KV head) and spans all layers of the stage, so one table per virtual sequence serves
+all layers: K and V are ``[layers, pages, page_tokens, head_dim]``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class _Sequence:
-    """One virtual sequence: its row in the table, its pages, and how many positions have been written."""
+    """One virtual sequence: its row in the table, its pages, and the number of positions written."""
 
     row: int
     pages: list[int] = field(default_factory=list)
@@ -29,18 +29,19 @@ class _Sequence:
 
 
 class PagePool:
-    """Pages, tables and the memory behind them. Not to be shared between threads.
+    """Pages, tables and the memory behind them. Not thread-safe.
 
     Attributes:
         k: shape [layers, pages, page_tokens, head_dim].
         v: the same.
-        table: page numbers of every sequence, int32, shape [rows, most pages]; `row` names the row.
+        table: page numbers of every sequence, int32, shape [rows, most pages]; `rows` returns a sequence's row.
     """
 
     def __init__(self, name: str, shape: KvShape, num_pages: int, device: str = "cpu") -> None:
         self.name, self.shape, self.num_pages = name, shape, num_pages
         size = (shape.layers, num_pages, shape.page_tokens, shape.head_dim)
-        # Zeros, not what was there: a page's unused slots are masked, but a NaN times a weight of 0 would stay NaN.
+        # Zeros instead of uninitialised memory: a page's unused slots are masked, but a NaN times a weight of 0 stays
+        # NaN.
         self.k = torch.zeros(size, dtype=shape.torch_dtype, device=device)
         self.v = torch.zeros(size, dtype=shape.torch_dtype, device=device)
         self.table = np.zeros((16, 16), np.int32)
@@ -53,7 +54,7 @@ class PagePool:
         return len(self._free)
 
     def __len__(self) -> int:
-        """Virtual sequences held."""
+        """Return the number of virtual sequences held."""
         return len(self._held)
 
     def __contains__(self, key: SequenceKey) -> bool:
@@ -61,19 +62,19 @@ class PagePool:
 
     @property
     def sequences(self) -> tuple[SequenceKey, ...]:
-        """The sequences held, in the order they came."""
+        """The sequences held, in order of arrival."""
         return tuple(self._held)
 
     def tokens(self, key: SequenceKey) -> int:
-        """Positions written so far."""
+        """Return the number of positions written so far."""
         return self._find(key).tokens
 
     def rows(self, keys: Sequence[SequenceKey]) -> IntArray:
-        """Return where in `table` these sequences are, shape [keys]."""
+        """Return the rows of these sequences in `table`, shape [keys]."""
         return np.fromiter((self._find(key).row for key in keys), np.int64, len(keys))
 
     def extend(self, keys: Sequence[SequenceKey], first: Sequence[int], last: Sequence[int]) -> None:
-        """Makes room for positions ``first[i]`` to ``last[i] - 1`` of every key, and counts them as written.
+        """Make room for positions ``first[i]`` to ``last[i] - 1`` of every key, and count them as written.
 
         Raises:
             OutOfPagesError, UnknownSequenceError: nothing has changed.
@@ -100,7 +101,7 @@ class PagePool:
             there.tokens = max(there.tokens, end)
 
     def drop(self, keys: Sequence[SequenceKey]) -> None:
-        """Frees what these sequences hold; those that are not here are passed over."""
+        """Free what these sequences hold. Unknown sequences are ignored."""
         for key in keys:
             there = self._held.pop(key, None)
             if there is not None:
@@ -108,7 +109,7 @@ class PagePool:
                 self._free_rows.append(there.row)
 
     def read(self, key: SequenceKey, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of positions ``first`` to ``last - 1``, each [layers, positions, d], copies."""
+        """Return copies of K and V at positions ``first`` to ``last - 1``, each [layers, positions, d]."""
         there = self._find(key)
         if last > there.tokens:
             raise UnknownSequenceError(self.name, f"{key} holds {there.tokens} positions, {last} were asked for")
@@ -116,25 +117,24 @@ class PagePool:
         return self.k.flatten(1, 2)[:, slots], self.v.flatten(1, 2)[:, slots]
 
     def write(self, key: SequenceKey, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V, each [layers, positions, d], to the positions from ``first`` on; `extend` made room."""
+        """Write K and V, each [layers, positions, d], to the positions from ``first`` on, which `extend` provided."""
         slots = self.slots(self._find(key).row, np.arange(first, first + k.shape[1]))
         self.k.flatten(1, 2)[:, slots] = k.to(self.k)
         self.v.flatten(1, 2)[:, slots] = v.to(self.v)
 
     def slots(self, rows: IntArray | int, positions: IntArray) -> torch.Tensor:
-        """Return where ``positions`` of sequences in ``rows`` of the table are among the slots of all pages, on the
-        device."""
+        """Return the indices, on the device, of ``positions`` of the table's ``rows`` among the slots of all pages."""
         size = self.shape.page_tokens
         slots = self.table[rows, positions // size].astype(np.int64) * size + positions % size
         return torch.from_numpy(slots).to(self.k.device)
 
     def store(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V of one layer, each [N, d], to N ``slots``."""
+        """Write K and V of one layer, each [N, d], to N ``slots``."""
         self.k[layer].flatten(0, 1)[slots] = k
         self.v[layer].flatten(0, 1)[slots] = v
 
     def check_invariants(self) -> None:
-        """Every page is free or belongs to one sequence. A failure is a bug of this class."""
+        """Check that every page is free or belongs to one sequence. A failure is a bug of this class."""
         used = [page for there in self._held.values() for page in there.pages]
         assert sorted(used + self._free) == list(range(self.num_pages)), "pages were lost or are used twice"
         rows = [there.row for there in self._held.values()]

@@ -1,4 +1,4 @@
-"""What the KV of one stage looks like."""
+"""The shape of the KV of one stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvShape:
-    """What the virtual sequences of one stage have in common; a device is made for one shape.
+    """The common shape of one stage's virtual sequences. A device is made for one shape.
 
     Attributes:
         layers: of the stage.
@@ -19,9 +19,9 @@ class KvShape:
         queries_per_group: r, query heads that share a KV head.
         page_tokens: token slots of a page, which belongs to one virtual sequence and spans all layers.
         dtype: of K, V, queries and outputs: float32, float64, bfloat16 or float16.
-        scale: what scores are multiplied by before the softmax.
-        windows: of each layer, how many positions back attention reaches, itself counted; 0: all.
-        soft_cap: cap of the scaled scores, ``cap * tanh(score / cap)``, as Gemma 2 has it; 0: none.
+        scale: factor of the scores before the softmax.
+        windows: for each layer, the number of positions that attention reaches back, including the own one; 0: all.
+        soft_cap: cap of the scaled scores, ``cap * tanh(score / cap)``, as in Gemma 2; 0: none.
     """
 
     layers: int
@@ -40,26 +40,26 @@ class KvShape:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """The type of the words of a bfloat16, which numpy does not have."""
+        """The numpy type; for bfloat16, which numpy lacks, the type of its words."""
         return _NUMPY_DTYPES[self.dtype]
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one number."""
+        """The bytes of one number."""
         return _NUMPY_DTYPES[self.dtype].itemsize
 
     @property
     def page_bytes(self) -> int:
-        """K and V of one page, all layers."""
+        """The bytes of K and V of one page, all layers."""
         return 2 * self.layers * self.page_tokens * self.head_dim * self.item_bytes
 
     def pages(self, tokens: int) -> int:
-        """Pages that a virtual sequence of so many positions takes."""
+        """Return the number of pages that a virtual sequence with this many positions takes."""
         return -(-tokens // self.page_tokens)
 
 
 class SequenceKey(NamedTuple):
-    """Names a virtual sequence. ``incarnation`` counts how often the request has lost its KV: older ones are void."""
+    """The key of a virtual sequence. ``incarnation`` counts how often its request lost its KV: older ones are void."""
 
     request: int
     incarnation: int

@@ -1,1 +1,1 @@
-"""Starts a replica of a plan: vLLM with the plugin, and its attention workers, on whatever runs processes."""
+"""Starts a replica of a plan: vLLM with the plugin and its attention workers, on any of several process runners."""

@@ -1,4 +1,4 @@
-"""Processes on this machine: they end when we do, however that comes about."""
+"""Processes on this machine. They end when this process does, whatever ends it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
-    """Writes the files that the commands need here; returns the secrets among them, by path.
+    """Write the files that the commands need here, and return the secrets among them, by path.
 
     Args:
-        may_draw_key: a key that is not there is drawn, since nobody elsewhere needs to know it.
+        may_draw_key: generate a missing key, because no other machine needs to know it.
 
     Raises:
-        OptionError: a key is not there, or a file cannot be written; all that are.
+        OptionError: keys are missing or files cannot be written. It names all of them.
     """
     wrong, found = [], {}
     for name in dict.fromkeys(name for command in commands for name in command.secrets):
@@ -59,21 +59,21 @@ def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str
 
 
 def write_file(name: str, text: str, *, mode: int) -> None:
-    """Writes a file, and makes its folder. Raises OSError."""
+    """Write a file, creating its folder. Raises OSError."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def run_here(commands: Sequence[Command]) -> int:
-    """Starts the processes and looks after them until vLLM ends or SIGTERM or SIGINT comes; the exit code."""
+    """Start the processes and supervise them until vLLM ends or SIGTERM or SIGINT arrives. Returns the exit code."""
     told = Told()
     with told.by_signals():
         return supervise(commands, start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
 
 
 def start(command: Command) -> Started:
-    """One process, in a group of its own: Ctrl-C reaches us alone, and we tell it. Raises OSError."""
+    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it. Raises OSError."""
     process = subprocess.Popen(
         words_of(command),
         env=os.environ | dict(command.environment),
@@ -86,14 +86,14 @@ def start(command: Command) -> Started:
 
 
 def words_of(command: Command) -> tuple[str, ...]:
-    """What is run: a worker with the Python that runs now; vLLM may have one of its own."""
+    """Return the command line: a worker runs with the current Python, while vLLM may have its own."""
     if command.process.kind is ProcessKind.ATTENTION_WORKER:
         return (sys.executable, "-m", "hetis.runtime.worker", *command.shown[1:])
     return command.shown
 
 
 class Started:
-    """A process with those that it has started: none of them is left when it has ended."""
+    """A process and its descendants, none of which is left when it has ended."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process, self.pid = process, process.pid
@@ -101,7 +101,7 @@ class Started:
     def poll(self) -> int | None:
         code = self._process.poll()
         if code is not None:
-            # vLLM's engine and ranks are processes of their own, which would keep their GPUs and our front's port.
+            # vLLM's engine and ranks are separate processes, which would keep their GPUs and the front end's port.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         return code
@@ -116,13 +116,13 @@ class Started:
 
 
 def names_of_this_machine() -> tuple[str, ...]:
-    """What a plan may call this node: its host name, whole and up to the first dot."""
+    """Return the names that a plan may use for this node: its host name in full and up to the first dot."""
     name = socket.gethostname()
     return tuple(dict.fromkeys((name, name.partition(".")[0])))
 
 
 class Told:
-    """How often a signal came; a wait that a signal cuts short."""
+    """Counts signals, and provides a wait that a signal cuts short."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -130,7 +130,7 @@ class Told:
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT tell it."""
+        """Count SIGTERM and SIGINT while the context is entered."""
         before = {number: signal.signal(number, self.hear) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -143,16 +143,16 @@ class Told:
         self._came.set()
 
     def wait(self) -> None:
-        """A moment, or until a signal comes."""
+        """Wait a moment, or until a signal arrives."""
         if self._came.wait(_LOOK_S):
             self._came.clear()
 
 
 def _ending_with_parent() -> Callable[[], None] | None:
-    """To run in the new process before its program: if we are killed, the kernel sends it SIGTERM."""
+    """Return what the new process calls before its program: the kernel then sends it SIGTERM if its parent dies."""
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl  # found before the fork, after which little is allowed
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork, after which little is permitted
 
     def ask() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

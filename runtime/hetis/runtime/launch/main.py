@@ -1,4 +1,4 @@
-"""``hetis-launch``: the processes of a plan's replica, vLLM and its attention workers, shown or started."""
+"""``hetis-launch``: shows or starts the processes of a plan's replica, vLLM and its attention workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Plan
 
 EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
-# Options of vLLM and SGLang that follow from the plan, or that the memory of workers follows from.
+# Options of vLLM and SGLang that follow from the plan, or that determine the memory of workers.
 _OURS = frozenset(
     (
         *("--model", "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
@@ -67,21 +67,21 @@ app = typer.Typer(
 
 
 class Form(StrEnum):
-    """How processes are shown."""
+    """The form in which processes are shown."""
 
     SHELL = "shell"
     JSON = "json"
 
 
 class Device(StrEnum):
-    """What processes compute on."""
+    """The kind of device that processes compute on."""
 
     CUDA = "cuda"
     CPU = "cpu"
 
 
 class Dtype(StrEnum):
-    """The type in which the model and its KV are kept."""
+    """The data type of the model and its KV."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -301,7 +301,7 @@ def kubernetes(
 
 
 def main() -> None:
-    """The command ``hetis-launch``."""
+    """Run the command ``hetis-launch``."""
     from hetis.formats.errors import DocumentError
 
     try:
@@ -331,16 +331,16 @@ def _read(
     set_here: Sequence[str] = (),
     wrong: Sequence[str] = (),
 ) -> tuple[Layout, Serving]:
-    """The replica that the options name, and what vLLM is told.
+    """Return the layout of the replica that the options name, and the settings to serve it with.
 
     Args:
-        set_here: options of vLLM that are given in another way, beside those that always are.
-        wrong: what else is wrong with the options, to be said with the rest.
+        set_here: options of vLLM that are given in another way, besides those that always are.
+        wrong: other problems with the options, to be reported with the rest.
 
     Raises:
-        OptionError: options are wrong; all that is.
+        OptionError: options are wrong. It names all of them.
         DocumentError: the plan's file, or the model's, cannot be used.
-        LayoutError: vLLM cannot run the replica so; all the reasons.
+        LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.layout import layout_of
     from hetis.engines.serving import Serving
@@ -380,7 +380,7 @@ def _wrong_options(options: Sequence[str], ours: frozenset[str]) -> list[str]:
 
 
 def _model(plan: Plan, model: str) -> ModelSpec:
-    """The model's shape: from its folder where that is here, else as it was planned for."""
+    """Return the model's shape, from its folder if that is here, otherwise from the plan."""
     from hetis.engines.planned import planned_model
     from hetis.formats.model import load_model
 
@@ -415,10 +415,10 @@ def _addresses(
 
 
 def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
-    """``NODE=HOST``, one after the other.
+    """Parse ``NODE=HOST`` texts into a mapping.
 
     Raises:
-        OptionError: one is something else, or a node comes twice.
+        OptionError: a text is malformed, or a node occurs twice.
     """
     hosts: dict[str, str] = {}
     wrong = []

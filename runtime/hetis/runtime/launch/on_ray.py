@@ -1,7 +1,8 @@
 """The processes of a replica in a placement group of Ray: one bundle each, on the node that the plan names.
 
-Ray sets resources apart, carries processes to their nodes and tells of nodes that are gone; what is started when is
-decided as for plain processes. vLLM meets its further stages by its own launch, not by Ray. Imported only where Ray is.
+Ray reserves resources, carries processes to their nodes and reports nodes that are gone. When to start a process is
+decided as for plain processes. vLLM connects its further stages by its own launch, not by Ray. This module is
+imported only if Ray is installed.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
 from hetis.runtime.launch.supervising import FAILED, supervise
 
 LOCAL = "local"
-_ID_LABEL = "ray.io/node-id"  # that Ray gives every node
-_ANSWER_S = 30.0  # for an actor that is there
+_ID_LABEL = "ray.io/node-id"  # set by Ray on every node
+_ANSWER_S = 30.0  # time limit for the answer of a running actor
 _log = logging.getLogger(__name__)
 
 
 def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, address: str, start_s: float) -> int:
-    """Starts the processes in a placement group and looks after them until vLLM ends or a signal comes.
+    """Start the processes in a placement group and supervise them until vLLM ends or a signal arrives.
 
     Args:
-        address: of the cluster; ``local`` starts one of its own.
-        start_s: until Ray has set the resources apart.
+        address: of the cluster; ``local`` starts a new one.
+        start_s: time limit for Ray to reserve the resources.
 
     Returns:
-        The exit code. The placement group is gone by then, and so are the processes.
+        The exit code. The placement group and its processes are gone by then.
 
     Raises:
-        LayoutError: nodes of the plan are not there, or lack what it asks for.
+        LayoutError: nodes of the plan are missing, or lack what it asks for.
         OptionError: the key is no secret, or cannot be written here.
         ConnectionError: there is no such cluster.
     """
     _connect(address, len(layout.processes))
     try:
-        # Not before: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
+        # Not earlier: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
         told = Told()
         with told.by_signals():
             return _run(layout, serving, addresses, told, start_s=start_s)
@@ -58,13 +59,13 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
 
 
 class Runner:
-    """An actor: holds one process on its node. If the actor ends, the process does."""
+    """An actor that holds one process on its node. If the actor ends, so does the process."""
 
     def __init__(self) -> None:
         self._process: Started | None = None
 
     def start(self, command: Command, secrets: Mapping[str, str]) -> None:
-        """Writes what the command needs, and starts it. Raises OSError."""
+        """Write what the command needs, and start it. Raises OSError."""
         for name, text in secrets.items():
             write_file(name, text, mode=0o600)
         for name, text in command.files.items():
@@ -113,18 +114,18 @@ class _Starter:
         )
         gpus = bundle_of(command.process, gpus=self._gpus).get("GPU", 0)
         actor = ray.remote(Runner).options(num_cpus=1, num_gpus=gpus, scheduling_strategy=strategy).remote()
-        # Ray chooses which of the node's GPUs it is, and says so to the actor: the plan's number must not overrule it.
+        # Ray chooses among the node's GPUs and tells the actor: the plan's number must not overrule it.
         told = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
         secrets = {name: text for name, text in self._secrets.items() if name in command.secrets}
         return _OnNode(actor, replace(command, environment=told), secrets)
 
 
 class _OnNode:
-    """A process in an actor. One whose actor does not answer any more has ended."""
+    """A process in an actor. If the actor no longer answers, the process counts as ended."""
 
     def __init__(self, actor: Any, command: Command, secrets: Mapping[str, str]) -> None:
         self._actor, self._name = actor, command.process.name
-        # All start at the same time: nobody waits for an actor to come.
+        # All start at the same time, without waiting for one another's actors.
         self._started: Any = actor.start.remote(command, secrets)
 
     def poll(self) -> int | None:
@@ -150,7 +151,7 @@ class _OnNode:
 
 
 def _connect(address: str, processes: int) -> None:
-    """To a cluster, or to one of this machine alone, which is to hold all processes however few CPUs it has."""
+    """Connect to a cluster, or start one on this machine that holds all processes however few CPUs it has."""
     own: dict[str, Any] = {}
     if address == LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -166,7 +167,7 @@ def _reserve(
 ) -> PlacementGroup:
     group = placement_group(
         [bundle_of(process, gpus=gpus) for process in processes],
-        strategy="PACK",  # the labels say where each is
+        strategy="PACK",  # the labels determine the nodes
         bundle_label_selector=[{_ID_LABEL: str(nodes[process.node]["NodeID"])} for process in processes],
     )
     if not group.wait(timeout_seconds=start_s):

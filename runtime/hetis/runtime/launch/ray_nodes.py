@@ -1,4 +1,4 @@
-"""Which node of a Ray cluster is which node of a plan, and what a process needs there. Ray is not needed here."""
+"""Matches nodes of a Ray cluster to nodes of a plan, and sizes bundles for processes. Does not need Ray."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Node = Mapping[str, Any]  # as `ray.nodes` lists them
 
 
 def nodes_of(processes: Sequence[Process], addresses: Addresses, nodes: Sequence[Node]) -> dict[str, Node]:
-    """The node of Ray that is each node of the plan, which is one of ``nodes``.
+    """Return the Ray node, one of ``nodes``, for each node of the plan.
 
     It is the one with the label ``hetis-node``, the address that ``addresses`` gives, or the host name of the plan's
-    node, in this order. With ``addresses.all_here`` the first node is all of them.
+    node, in this order. With ``addresses.all_here`` the first node serves for all.
 
     Raises:
         LayoutError: a node of the plan is not in the cluster.
@@ -42,7 +42,7 @@ def nodes_of(processes: Sequence[Process], addresses: Addresses, nodes: Sequence
 
 
 def bundle_of(process: Process, *, gpus: bool) -> dict[str, float]:
-    """What Ray sets apart for a process: a CPU, and its GPUs, or its part of one that several share."""
+    """Return the resources that Ray reserves for a process: a CPU, and its GPUs or its share of a GPU."""
     return {"CPU": 1.0} | ({"GPU": len(process.gpus) / process.sharing} if gpus else {})
 
 

@@ -1,7 +1,7 @@
-"""Keeps the processes of a replica running, as long as vLLM is to run.
+"""Keeps the processes of a replica running as long as vLLM is to run.
 
-What is decided is in `Supervision`, which has no processes and no clock; `supervise` brings it to life with whatever
-starts a command: this machine, or an actor of Ray.
+All decisions are in `Supervision`, which has no processes and no clock. `supervise` applies them with any function
+that starts a command, on this machine or in an actor of Ray.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from hetis.engines.layout import ProcessKind
 
 FAILED, INVALID = 1, 2
 VLLM = (ProcessKind.SERVER, ProcessKind.SERVER_STAGE)
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a process is started again; doubled each time
-SETTLED_S = 60.0  # a process that lived so long may fail anew as if for the first time
-MOST_FAILURES = 5  # of vLLM, one soon after the other: it will not come
-_FINAL = (0, INVALID)  # vLLM ended as it should, or would end in the same way again
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0  # before a process is restarted; doubled each time
+SETTLED_S = 60.0  # after running this long, a process may fail as if for the first time
+MOST_FAILURES = 5  # of vLLM, in quick succession: it will not come up
+_FINAL = (0, INVALID)  # vLLM ended as it should, or would end the same way again
 _log = logging.getLogger(__name__)
 
 
 class Running(Protocol):
-    """A process that was started; `subprocess.Popen` is one."""
+    """A started process; `subprocess.Popen` satisfies this."""
 
     def poll(self) -> int | None:
-        """Its exit code, below 0 for a signal; None while it runs."""
+        """Return its exit code, below 0 for a signal, or None while it runs."""
 
     def terminate(self) -> None: ...
 
@@ -36,32 +36,32 @@ class Running(Protocol):
 
 @dataclass(slots=True)
 class _Watch:
-    """One process over its lives."""
+    """One process across its restarts."""
 
     kind: ProcessKind
-    due_s: float | None  # when it is to be started; None: it runs
+    due_s: float | None  # when to start it; None: it runs
     started_s: float = 0.0
     failures: int = 0
 
 
 class Supervision:
-    """Which process is started when.
+    """Decides which process is started when.
 
-    A worker that ends is started again, for as long as it takes: vLLM serves without it. The processes of vLLM live and
-    end together: where one fails, all are started again a few times, and join the workers that are there. When the
-    one with the front ends as it was told to, or one of them cannot start at all, all is over.
+    A worker that ends is restarted indefinitely, because vLLM serves without it. The processes of vLLM live and end
+    together: if one fails, all are restarted a few times, and rejoin the existing workers. When the front end exits as
+    told, or one of them cannot start at all, everything ends.
 
     Attributes:
-        outcome: the exit code, once all is over.
+        outcome: the exit code, once everything has ended.
     """
 
     def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float) -> None:
-        """``kinds``: of every process by its name. All are to start now."""
+        """Initialise with the kind of every process by its name. All are due now."""
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
         self.outcome: int | None = None
 
     def due(self, now_s: float) -> list[str]:
-        """What is to be started now."""
+        """Return the names of the processes to start now."""
         return [name for name, one in self._watched.items() if one.due_s is not None and one.due_s <= now_s]
 
     def started(self, name: str, now_s: float) -> None:
@@ -69,16 +69,18 @@ class Supervision:
         one.due_s, one.started_s = None, now_s
 
     def together(self, name: str) -> list[str]:
-        """The processes that cannot go on without this one, itself among them."""
+        """Return the processes that cannot continue without this one, including itself."""
         is_vllm = self._watched[name].kind in VLLM
         return [other for other, one in self._watched.items() if one.kind in VLLM] if is_vllm else [name]
 
     def ended(self, name: str, code: int, now_s: float) -> float | None:
-        """A process is gone; returns how long all `together` with it are left alone, None: nothing starts again."""
+        """Note that a process is gone. Returns how long all `together` with it must wait, or None if nothing is
+        restarted.
+        """
         one = self._watched[name]
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
-        # A further process of vLLM also ends with 0 when the one with the front is gone.
+        # Another process of vLLM also ends with 0 when the one with the front end is gone.
         is_final = code in _FINAL if one.kind is ProcessKind.SERVER else code == INVALID
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
@@ -97,13 +99,13 @@ def supervise(
     clock: Callable[[], float],
     wait: Callable[[], None],
 ) -> int:
-    """Runs the processes until vLLM has ended, or until told; returns the exit code.
+    """Run the processes until vLLM has ended, or until told to stop; return the exit code.
 
     Args:
-        commands: of the processes that are to run here; vLLM may be elsewhere.
-        start: starts one. An OSError counts as a process that failed at once.
-        told: how often we were told to end. Once: vLLM ends first, then the workers go. Twice: nothing is waited for.
-        wait: a moment between two looks.
+        commands: for the processes that are to run here; vLLM may be elsewhere.
+        start: starts one. An OSError counts as an immediate failure of the process.
+        told: how often we were told to stop. Once: vLLM ends first, then the workers. Twice: without waiting.
+        wait: pauses between two checks.
     """
     by_name = {command.process.name: command for command in commands}
     supervision = Supervision({name: command.process.kind for name, command in by_name.items()}, now_s=clock())
@@ -142,7 +144,7 @@ def supervise(
 def _end(
     front: Running, stops_s: float, *, told: Callable[[], int], clock: Callable[[], float], wait: Callable[[], None]
 ) -> int:
-    """Lets vLLM end; told again, or when its time is over, it is killed."""
+    """Let vLLM end. It is killed when told again, or when its time is over."""
     front.terminate()
     deadline_s = clock() + stops_s
     while (code := front.poll()) is None:

@@ -1,1 +1,1 @@
-"""What attention costs on the devices at hand: as the plan has it, as measured at the start, as measured since."""
+"""The cost of attention on the available devices: as planned, as measured at the start, and as measured since."""

@@ -1,4 +1,4 @@
-"""What attention costs on the devices of an idle stage: every device by itself, a few numbers of heads and contexts."""
+"""Measures the cost of attention on each device of an idle stage, for a few numbers of heads and context lengths."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from hetis.runtime.measured.coefficients import Coefficients
 from hetis.runtime.measured.fitting import TimedCall, fit_calls
 from hetis.runtime.measured.timed import Clock, Taken, TimedDevice, token_bytes
 
-_OWN = 2**62  # number of the made-up request that is measured with
-LONGEST_CONTEXT = 512  # positions read: enough to see what reading KV costs, soon filled
+_OWN = 2**62  # id of the artificial request used to measure
+LONGEST_CONTEXT = 512  # positions read: enough to see the cost of reading KV, and quickly filled
 _CONTEXTS = (16, 128, LONGEST_CONTEXT)
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
-_POINT_S = 0.3  # after which a point has no further rounds: a large model on a slow device takes long enough
-_PAUSES = 3.0  # calls' times after which an answer is surely there
+_POINT_S = 0.3  # a point gets no further rounds after this time: a large model on a slow device is slow enough
+_PAUSES = 3.0  # multiple of a call's time after which its answer is surely there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What one device was measured at.
+    """The calibration of one device.
 
     Attributes:
-        coefficients: of its attention and its exchange. Their sum is what was measured; how it divides between the two
-            is told by what copies out of the device take.
+        coefficients: of its attention and its exchange. Only their sum was measured; the time of copies out of the
+            device determines how it divides between the two.
         copy_byte_s: seconds per byte of KV copied out of it.
-        read_s: seconds to take an answer that is there already.
+        read_s: seconds to read an answer that is already there.
     """
 
     coefficients: Coefficients
@@ -49,7 +49,7 @@ def calibrate(
     clock: Clock = time.perf_counter,
     pause: Callable[[float], None] = time.sleep,
 ) -> Mapping[str, Calibration]:
-    """Calibrations by name; a device with too few pages to be measured is left out.
+    """Return calibrations by name. A device with too few pages to be measured is left out.
 
     The devices must be idle, and are again afterwards.
 
@@ -57,12 +57,12 @@ def calibrate(
         devices: of one stage.
         groups: KV heads of the model.
         exchange_bytes_per_head: between the primary and another device, per query head.
-        primaries: the first so many devices are the primary's ranks, which exchange nothing with themselves.
-        clock: seconds.
-        pause: lets so many seconds pass.
+        primaries: number of leading devices that are the primary's ranks, which exchange nothing with themselves.
+        clock: returns seconds.
+        pause: sleeps for a number of seconds.
 
     Raises:
-        DeviceLostError: one failed.
+        DeviceLostError: a device failed.
     """
     found = {}
     for number, device in enumerate(devices):
@@ -75,7 +75,8 @@ def calibrate(
 
 
 def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, copy_s: float) -> Coefficients:
-    """Return what calls take in all, divided into attention and an exchange as fast as copies are; the sum stays.
+    """Return the total cost of calls divided into attention and an exchange as fast as copies are. The sum stays the
+    same.
 
     Args:
         whole: of one piece, without an exchange.
@@ -84,7 +85,7 @@ def with_exchange(whole: Coefficients, bytes_per_head: float, *, byte_s: float, 
         copy_s: seconds per copy.
     """
     ((head_s, kv_byte_s, call_s),) = whole.pieces
-    # What is taken away is bounded, not its quotient: multiplied again, that may exceed the whole by a rounding.
+    # Bound the subtrahend rather than its quotient, which multiplied again may exceed the whole by a rounding error.
     exchange_s, transfer_s = min(byte_s * bytes_per_head, head_s), min(copy_s, call_s)
     return Coefficients(
         pieces=((head_s - exchange_s, kv_byte_s, call_s - transfer_s),),
@@ -98,7 +99,7 @@ def _at_once(pending: Pending) -> None:
 
 
 class _Measuring:
-    """One device, and calls to it that are timed."""
+    """One device and timed calls to it."""
 
     def __init__(self, device: AttentionDevice, groups: int, clock: Clock, pause: Callable[[float], None]) -> None:
         self._device, self._groups, self._clock, self._pause = device, groups, clock, pause
@@ -126,27 +127,27 @@ class _Measuring:
         )
 
     def _points(self) -> list[tuple[int, int]]:
-        """Numbers of sequences and positions to measure, as far as the device's pages reach."""
+        """Return the numbers of sequences and positions to measure, within the device's pages."""
         device = self._device
         wanted = [(count, context) for count in (1, self._groups, 4 * self._groups) for context in _CONTEXTS]
         return [(n, context) for n, context in wanted if n * device.shape.pages(context) <= device.num_pages]
 
     def _measured(self, sequences: int, context: int) -> TimedCall:
-        """Fills the sequences, and measures steps of them."""
+        """Fill the sequences and measure steps over them."""
         shape = self._device.shape
         kv = torch.zeros(sequences, shape.layers, context - 1, shape.head_dim, dtype=shape.torch_dtype)
         self._device.adopt(_OWN, 0, list(range(sequences)), 0, kv, kv)
         taken: list[Taken] = []
         timed = TimedDevice(self._device, heard=taken.append, clock=self._clock, is_waited_for=True)
         begun_s = self._clock()
-        self._step(timed, sequences, context)  # what is compiled or allocated once
+        self._step(timed, sequences, context)  # pays for what is compiled or allocated once
         while len(taken) < 1 + _MOST_ROUNDS and (len(taken) < 1 + _LEAST_ROUNDS or self._clock() - begun_s < _POINT_S):
             self._step(timed, sequences, context)
         seconds = median(one.most_s for one in taken[1:])
         return TimedCall(heads=taken[0].heads, kv_bytes=taken[0].kv_bytes, seconds=seconds)
 
     def _read_s(self, sequences: int, context: int, call_s: float) -> float:
-        """Seconds to take an answer that was there before it was asked for."""
+        """Return the seconds to read an answer that was there before it was asked for."""
         seconds: list[float] = []
 
         def wait(pending: Pending) -> None:
@@ -161,7 +162,7 @@ class _Measuring:
         return median(seconds)
 
     def _copy(self, sequences: int, context: int) -> tuple[float, float]:
-        """Seconds per byte, and per copy, of KV that leaves the device."""
+        """Return the seconds per byte, and per copy, of KV that leaves the device."""
         heads, shape = list(range(sequences)), self._device.shape
         seconds, sizes = [], []
         for last in (1, context - 1):
@@ -169,7 +170,7 @@ class _Measuring:
             for _ in range(_LEAST_ROUNDS):
                 begun_s = self._clock()
                 k, _ = self._device.export(_OWN, 0, heads, 0, last)
-                if k.is_cuda:  # where it is not there yet when the call returns
+                if k.is_cuda:  # it may not be there yet when the call returns
                     torch.cuda.synchronize(k.device)
                 times.append(self._clock() - begun_s)
             seconds.append(median(times))

@@ -1,4 +1,4 @@
-"""What attention costs on one device, and the solver's stage made of such."""
+"""The cost coefficients of attention on one device, and the solver's stage with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Coefficients:
 
 
 def with_coefficients(stage: Stage, known: Mapping[str, Coefficients]) -> Stage:
-    """``stage`` with the costs of those devices that are ``known``, by their names; the others keep theirs."""
+    """Return ``stage`` with the costs of the ``known`` devices, by name. All others keep theirs."""
     pieces = [
         known[name].pieces if name in known else tuple(map(tuple, _rows(stage, i)))
         for i, name in enumerate(stage.devices)
@@ -55,7 +55,9 @@ def with_coefficients(stage: Stage, known: Mapping[str, Coefficients]) -> Stage:
 
 
 def scaled(stage: Stage, scales: FloatArray) -> Stage:
-    """Every device as many times slower as ``scales`` says, shape [D]: its attention and its exchange alike."""
+    """Return the stage with every device slower by its factor in ``scales``, shape [D], in attention and exchange
+    alike.
+    """
     return replace(
         stage,
         head_s=stage.head_s * scales[:, None],
@@ -67,10 +69,10 @@ def scaled(stage: Stage, scales: FloatArray) -> Stage:
 
 
 def device_seconds(stage: Stage, heads: FloatArray, kv_bytes: FloatArray) -> FloatArray:
-    """Seconds per layer of every device for its query heads and the KV bytes they read, all of shape [D].
+    """Return the seconds per layer of every device for its query heads and the KV bytes they read, all of shape [D].
 
-    Nothing where a device has no heads. The primary exchanges nothing with itself; where it has several cards, its
-    heads and bytes are those of one card.
+    A device without heads takes 0. The primary exchanges nothing with itself; if it has several GPUs, its heads and
+    bytes are those of one GPU.
     """
     pieces = stage.head_s * heads[:, None] + stage.kv_byte_s * kv_bytes[:, None] + stage.call_s
     away = np.ones(len(heads))

@@ -1,4 +1,4 @@
-"""Coefficients from measured calls: least squares that never says that more work takes less time."""
+"""Coefficients fitted to measured calls by least squares, under which more work never takes less time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_S = 1e-9  # a clock's tick: shorter times count as this
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimedCall:
-    """One layer's attention as it was measured: query heads, KV bytes that they read, seconds."""
+    """One layer's attention as measured: query heads, KV bytes that they read, seconds."""
 
     heads: float
     kv_bytes: float
@@ -23,9 +23,9 @@ class TimedCall:
 
 
 def fit_calls(calls: Sequence[TimedCall]) -> Piece:
-    """``a heads + b kv_bytes + c`` with a, b, c >= 0 (Hetis, SC'25); all 0 where nothing was measured.
+    """Fit ``a heads + b kv_bytes + c`` with a, b, c >= 0 (Hetis, SC'25). All are 0 if nothing was measured.
 
-    Errors count relative to what was measured, so that short calls count as much as long ones.
+    Errors are relative to the measurement, so short calls count as much as long ones.
     """
     if not calls:
         return 0.0, 0.0, 0.0
@@ -37,7 +37,7 @@ def fit_calls(calls: Sequence[TimedCall]) -> Piece:
 
 
 def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
-    """Least squares with coefficients >= 0, by trying every set of columns: there are three.
+    """Return the least squares coefficients >= 0, by trying every subset of the columns, of which there are three.
 
     Args:
         matrix: shape [samples, columns].

@@ -1,8 +1,9 @@
-"""Coefficients that follow what steps take: a card that is throttled, or a link that is busy, gets fewer heads.
+"""Coefficients that follow measured steps: a GPU that is throttled, or a link that is busy, gets fewer heads.
 
-What a device takes is compared with what its calibration predicts, step by step. The quotient is its *scale*: the
-median of the last ones, within bounds, and changed only by a step that is worth it, so that dispatch is calm under
-noise. A device without heads is not measured: what is known of it is forgotten bit by bit, and it gets another chance.
+The measured time of a device is compared with the prediction of its calibration, step by step. The quotient is its
+*scale*: the median of the latest quotients, within bounds, changed only if the difference is worth it, so that
+dispatch stays calm under noise. A device without heads is not measured: its scale decays step by step, so that it gets
+another chance.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How measured times become coefficients.
+    """Rules by which measured times become coefficients.
 
     Attributes:
-        most_scale: a device is taken for at most so many times slower, or faster, than calibrated.
-        window: steps that the median is of; a change waits for as many.
-        least_change: quotient of the new scale and the one in use from which on it is taken.
-        forget_steps: without a measurement, after which the scale in use goes halfway back to 1 (its root).
-        tell_change: quotient of the new scale and the one last told from which on the log tells it.
+        most_scale: bound on how many times slower, or faster, than calibrated a device is assumed to be.
+        window: steps over which the median is taken; a change waits for as many.
+        least_change: quotient of the new scale and the one in use from which on the new one is used.
+        forget_steps: steps without a measurement after which the scale in use moves halfway back to 1 (its root).
+        tell_change: quotient of the new scale and the one last logged from which on it is logged.
     """
 
     most_scale: float = 8.0
@@ -48,8 +49,10 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDevice:
-    """What is known of one device: its scale in use, and of the layers whose time is known, what they took and what
-    was predicted with the scale then in use."""
+    """One device's scale in use and, summed over the layers whose time is known, their measured time and the time
+    predicted
+    with the scale then in use.
+    """
 
     name: str
     scale: float
@@ -58,7 +61,7 @@ class MeasuredDevice:
 
 
 class Following:
-    """Follows the devices of one stage: `hear` what their layers took, or let `through` time them; then `advance`."""
+    """Follows the devices of a stage: `hear` their layers' times, or let `through` time them; then `advance`."""
 
     def __init__(
         self,
@@ -69,8 +72,10 @@ class Following:
         rules: Rules | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """``apply`` takes the costs that are in use from now on; ``read_s``: seconds to take an answer of each device
-        that is there already."""
+        """Initialise. ``apply`` receives the costs to use from now on; ``read_s`` holds the seconds to read an answer
+        that is
+        already there, for each device.
+        """
         self.calibrated, self.rules = calibrated, rules or Rules()
         self._apply, self._clock = apply, clock
         self._heard: SimpleQueue[tuple[int, Taken]] = SimpleQueue()
@@ -80,16 +85,16 @@ class Following:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """Return the scales in use, by device."""
+        """The scales in use, by device."""
         return tuple(device.scale for device in self._devices)
 
     @property
     def read_s(self) -> tuple[float, ...]:
-        """Seconds to take an answer that is there already, by device."""
+        """The seconds to read an answer that is already there, by device."""
         return tuple(device.read_s for device in self._devices)
 
     def costs(self) -> tuple[MeasuredDevice, ...]:
-        """Return the costs of every device; may be asked from another thread."""
+        """Return the costs of every device. Other threads may call this."""
         return tuple(
             MeasuredDevice(
                 name=device.name,
@@ -101,7 +106,7 @@ class Following:
         )
 
     def through(self, number: int, device: AttentionDevice) -> AttentionDevice:
-        """The device, its next step timed."""
+        """Return the device wrapped so that its next step is timed."""
         return TimedDevice(
             device,
             heard=lambda taken: self.hear(number, taken),
@@ -110,11 +115,11 @@ class Following:
         )
 
     def hear(self, number: int, taken: Taken) -> None:
-        """What a layer took on a device; counts from the next `advance` on. May be told by another thread."""
+        """Note a layer's time on a device, to count from the next `advance` on. Other threads may call this."""
         self._heard.put((number, taken))
 
     def advance(self) -> None:
-        """Between two steps: puts new costs into use where a scale has changed."""
+        """Apply new costs, between two steps, if a scale has changed."""
         with suppress(Empty):
             while True:
                 number, taken = self._heard.get_nowait()
@@ -150,11 +155,11 @@ class _Followed:
         if taken.is_known:
             self.measured_s += taken.most_s
             self.predicted_s += self.scale * calibrated_s
-        # What is only known within an interval says nothing against a scale inside of it.
+        # A time known only within an interval says nothing against a scale inside it.
         self._recent.append(min(max(self.scale, taken.least_s / calibrated_s), taken.most_s / calibrated_s))
 
     def settle(self) -> bool:
-        """Once a step: takes what was heard; whether the scale has changed."""
+        """Use what was heard, once a step, and return whether the scale has changed."""
         rules = self._rules
         self._silent_steps += 1
         if self._silent_steps > rules.forget_steps:
@@ -166,7 +171,7 @@ class _Followed:
         return _apart(found, self.scale) >= rules.least_change and self._change(found)
 
     def tell(self) -> None:
-        """Logs a scale that is far from the one told before."""
+        """Log a scale that is far from the one last logged."""
         if _apart(self.scale, self._told) >= self._rules.tell_change:
             self._told = self.scale
             _log.warning("device %s takes %.2g times what was measured at the start", self.name, self.scale)
@@ -180,5 +185,5 @@ class _Followed:
 
 
 def _apart(one: float, other: float) -> float:
-    """The larger of both over the smaller."""
+    """Return the larger of the two divided by the smaller."""
     return max(one / other, other / one)

@@ -1,8 +1,8 @@
-"""What a device takes of a step, measured where the engine waits for it.
+"""Times a device's part of a step where the engine waits for it.
 
 A device in another process computes while the engine does something else, and its answer may have been there for long
-when the engine asks for it. Then only this is known: it took no longer than until that moment. `Taken` is therefore an
-interval.
+when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `Taken` is
+therefore an interval.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 
 Clock = Callable[[], float]
-OVER_READING = 2.0  # a wait this many times as long as reading an answer takes was a wait
+OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """What one layer of one step took on one device: between ``least_s`` and ``most_s`` seconds, the same where it is
-    known, for so many query heads and KV bytes that they read."""
+    """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
+    for
+    this many query heads and the KV bytes that they read.
+    """
 
     heads: int
     kv_bytes: float
@@ -36,7 +38,7 @@ class Taken:
 
 
 class TimedDevice:
-    """A device whose steps are timed; a step that is not finished is not heard of."""
+    """A device whose steps are timed. Unfinished steps are not reported."""
 
     def __init__(
         self,
@@ -47,8 +49,11 @@ class TimedDevice:
         read_s: float = 0.0,
         is_waited_for: bool = False,
     ) -> None:
-        """``read_s``: seconds to take an answer that is there already. Calls to a CUDA device of this process return
-        before it is done: unless it ``is_waited_for`` in each of them, what it takes is not known.
+        """Initialise with ``read_s``, the seconds to read an answer that is already there.
+
+        Calls to a CUDA device of this process return before it is done: unless each of them ``is_waited_for``, its time
+        is
+        unknown.
         """
         self.name, self.shape, self.num_pages = device.name, device.shape, device.num_pages
         self._device, self._heard, self._clock, self._read_s = device, heard, clock, read_s
@@ -126,7 +131,7 @@ class TimedDevice:
 
 
 class _Awaited(NamedTuple):
-    """Outputs of one layer that somebody else computes."""
+    """Outputs of one layer that are computed elsewhere."""
 
     device: TimedDevice
     pending: Pending
@@ -141,5 +146,5 @@ class _Awaited(NamedTuple):
 
 
 def token_bytes(shape: KvShape) -> int:
-    """K and V of one position of a virtual sequence in one layer."""
+    """Return the bytes of K and V of one position of a virtual sequence in one layer."""
     return 2 * shape.head_dim * shape.item_bytes

@@ -1,4 +1,4 @@
-"""Channels: whole frames, in order, between two ends. Most are made of a pipe, which carries bytes."""
+"""Channels: whole frames, in order, between two ends. Most are built on a pipe, which carries bytes."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame,
 
 
 class Channel(Protocol):
-    """One end of a connection; not to be shared between threads. After a ChannelError there is only `close`.
+    """One end of a connection. Not thread-safe. After a ChannelError only `close` may be called.
 
     Attributes:
-        name: for people: what kind, and where to.
+        name: for people: the kind and the other end.
     """
 
     name: str
 
     def send(self, frames: Sequence[Frame]) -> None:
-        """Sends all of them, at once where the channel can. Raises ChannelError."""
+        """Send all frames, together if the channel can. Raises ChannelError."""
 
     def receive(self, timeout_s: float) -> Frame | None:
-        """The next frame. None: none began to come within the time. Raises ChannelError."""
+        """Return the next frame, or None if none began to arrive within the time. Raises ChannelError."""
 
     def close(self) -> None:
-        """Gives the connection up; the other end learns of it. May be called again."""
+        """Close the connection; the other end notices. May be called again."""
 
 
 class Pipe(Protocol):
-    """Bytes in order, both ways."""
+    """Ordered bytes in both directions."""
 
     name: str
 
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
-        """Writes all of them. Raises ChannelError; it is not known then what went through."""
+        """Write all buffers. Raises ChannelError, after which it is unknown how much was sent."""
 
     def read_into(self, buffer: memoryview, timeout_s: float) -> int:
-        """Fills the front of ``buffer``; returns how many bytes came, 0 after the time-out. Raises ChannelError."""
+        """Fill the front of ``buffer`` and return the number of bytes, 0 after the time-out. Raises ChannelError."""
 
     def close(self) -> None: ...
 
 
 class PipeChannel:
-    """Frames over a pipe: one that has begun must be through within ``stall_s``, its body is at most so long."""
+    """Frames over a pipe. A frame that has begun must complete within ``stall_s``; the body's length is limited."""
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name

@@ -1,6 +1,6 @@
-"""How two ends find each other and agree on a channel.
+"""Establishes a channel between an engine and a worker.
 
-A worker listens on TCP, with a key that its engine knows. The engine connects, and where both are on one host may ask
+A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may ask
 for shared memory in place of the socket.
 """
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class ChannelKind(StrEnum):
-    """What carries the frames. ``auto``: shared memory on one host, TCP between hosts."""
+    """The carrier of the frames. ``auto``: shared memory on one host, TCP between hosts."""
 
     AUTO = "auto"
     SHM = "shm"
@@ -34,7 +34,7 @@ class ChannelKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEndpoint:
-    """The address of a worker, and the key that it wants to hear."""
+    """The address of a worker, and the key that it expects."""
 
     host: str
     port: int
@@ -42,11 +42,11 @@ class WorkerEndpoint:
 
 
 def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
-    """The engine's end of a channel to a worker.
+    """Return the engine's end of a channel to a worker.
 
     Raises:
-        ChannelError: it is not reached, or the kind cannot be had between these two.
-        OSError: this machine has no room for the shared memory, or no more files for this process.
+        ChannelError: the worker is not reached, or the kind is not available between these two.
+        OSError: this machine has no room for the shared memory, or this process has no free file descriptors.
     """
     pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
     channel = PipeChannel(pipe, stall_s=stall_s)
@@ -58,7 +58,7 @@ def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, s
 
 
 def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
-    """Return what is then used in place of the socket, or the socket."""
+    """Return the channel agreed on, which is the socket's or replaces it."""
     if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
         return channel
     if not pipe.is_local or not is_supported():
@@ -70,7 +70,7 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         if kind is ChannelKind.SHM:
             raise
         _log.warning("%s: no shared memory: %s", pipe.name, error.strerror)
-        return channel  # the socket does as well, only slower
+        return channel  # the socket works as well, only slower
     try:
         path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
         channel.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
@@ -90,15 +90,15 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
             raise ChannelError(why)
         _log.warning("%s", why)
         return channel
-    shared.unlink()  # both have it open
+    shared.unlink()  # both ends have it open
     return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
 def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
-    """The worker's end, and the first frame of the engine that is not about the channel itself.
+    """Return the worker's end, and the engine's first frame that does not concern the channel itself.
 
     Raises:
-        ChannelError: the other end did not say anything sensible in time; the connection is closed.
+        ChannelError: the other end sent nothing valid in time; the connection is closed.
     """
     try:
         host, port = connection.getpeername()[:2]
@@ -119,8 +119,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
 
 
 def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
-    """Return what is used from now on: the memory that an engine offers, or the socket, where it cannot be opened
-    here."""
+    """Return the channel over the memory that an engine offers, or over the socket if that cannot be opened."""
     if not pipe.is_local:
         raise FrameError(f"{pipe.name}: shared memory was offered from another host")
     try:

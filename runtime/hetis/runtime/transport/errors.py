@@ -1,10 +1,10 @@
-"""What can go wrong between two ends of a channel.
+"""Errors between the two ends of a channel.
 
 HetisError
-+-- ChannelError            the channel is of no use any more
-    +-- ChannelClosedError  the other end closed it, or died
-    +-- ChannelStalledError nothing came, or nothing could be sent, for too long
-    +-- FrameError          what came is no frame of ours, or not one that fits here
++-- ChannelError   the channel is no longer usable
+    +-- ChannelClosedError    the other end closed it, or died
+    +-- ChannelStalledError   nothing arrived, or nothing could be sent, for too long
+    +-- FrameError            what arrived is not a valid frame, or not one expected here
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hetis.solver.errors import HetisError
 
 
 class ChannelError(HetisError):
-    """The channel failed; whoever is at the other end may be well, but is not reached this way any more."""
+    """The channel failed. The other end may be well, but can no longer be reached through it."""
 
 
 class ChannelClosedError(ChannelError):
@@ -21,8 +21,8 @@ class ChannelClosedError(ChannelError):
 
 
 class ChannelStalledError(ChannelError):
-    """The other end did not send, or take, what it should have within the time allowed."""
+    """The other end did not send, or accept, what it should have within the time limit."""
 
 
 class FrameError(ChannelError):
-    """Bytes that are no frame, or a frame that does not fit: the stream cannot be trusted from here on."""
+    """Bytes that are not a frame, or an unexpected frame: the rest of the stream cannot be trusted."""

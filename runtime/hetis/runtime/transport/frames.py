@@ -44,7 +44,7 @@ DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
 class FrameKind(IntEnum):
-    """What a frame is; those from WELCOME on are answers."""
+    """The kind of a frame. Kinds from WELCOME on are answers."""
 
     HELLO = 1
     BEGIN = 2
@@ -70,15 +70,15 @@ class Frame(NamedTuple):
     """One message.
 
     Attributes:
-        kind: what it is.
+        kind: of the message.
         epoch: of the engine.
         session: connection that it belongs to, unique at its worker.
         serial: of the request; an answer repeats it.
-        step: decode step; 0 where none is meant.
+        step: decode step, or 0 if it concerns none.
         layer: within the stage.
-        counts: numbers whose meaning is the kind's.
-        dtype: of the numbers in the body; empty: there are none.
-        parts: the body, one after the other. A frame that was received has one, of bytes: `body`, or `raw`.
+        counts: numbers whose meaning depends on the kind.
+        dtype: of the numbers in the body. Empty: there are none.
+        parts: consecutive parts of the body. A received frame has one part, of bytes: `body` or `raw`.
     """
 
     kind: FrameKind
@@ -97,12 +97,12 @@ class Frame(NamedTuple):
 
     @property
     def body(self) -> torch.Tensor:
-        """The body of a frame that was received: bytes, shape [body_bytes]."""
+        """The body of a received frame as bytes, shape [body_bytes]."""
         return torch.from_numpy(self.raw)
 
     @property
     def raw(self) -> Bytes:
-        """The same for numpy."""
+        """The body of a received frame as a numpy array of bytes."""
         assert len(self.parts) == 1, "only a frame that was received has its body in one piece"
         [body] = self.parts
         return body.numpy() if isinstance(body, torch.Tensor) else body
@@ -115,12 +115,12 @@ class Frame(NamedTuple):
         dtype: str = "",
         parts: tuple[Numbers, ...] = (),
     ) -> Frame:
-        """The answer to this frame: what says which request it is of is the same."""
+        """Return an answer to this frame, which keeps the fields that identify the request."""
         return self._replace(kind=kind, counts=counts, dtype=dtype, parts=parts)
 
 
 def header_of(frame: Frame) -> bytes:
-    """The 64 bytes that go before a frame's body."""
+    """Return the 64 bytes that precede a frame's body."""
     return HEADER.pack(
         MAGIC,
         VERSION,
@@ -137,10 +137,10 @@ def header_of(frame: Frame) -> bytes:
 
 
 def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_BYTES) -> tuple[Frame, Bytes]:
-    """A frame, and where its body is to be read to.
+    """Return a frame, and the array to read its body into.
 
     Raises:
-        FrameError: it is none of ours, of another version, of no kind or dtype, or too long.
+        FrameError: the frame is not ours, of another version, of unknown kind or dtype, or too long.
     """
     if len(header) != HEADER_BYTES:
         raise FrameError(f"a header has {HEADER_BYTES} bytes, {len(header)} came")
@@ -159,14 +159,14 @@ def read_header(header: bytes | bytearray, *, most_body_bytes: int = MOST_BODY_B
 
 
 def bytes_of(numbers: Numbers) -> memoryview:
-    """The memory of a tensor or array, copied only where it is not in one piece or not the CPU's."""
+    """Return the memory of a tensor or array, copied only if it is not contiguous or not on the CPU."""
     if isinstance(numbers, torch.Tensor):
-        # Asked first: what need not be done costs as much as what is, where a processor has forgotten all of torch.
+        # Check first: with cold caches, calls into torch that do nothing cost as much as those that do something.
         tensor = numbers if numbers.is_cpu else numbers.cpu()
         tensor = tensor.detach() if tensor.requires_grad else tensor
         # numpy has no bfloat16.
         numbers = (tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    # A view with nothing in it cannot be cast.
+    # An empty view cannot be cast.
     return np.ascontiguousarray(numbers).data.cast("B") if numbers.size else memoryview(b"")
 
 

@@ -1,6 +1,6 @@
-"""The secret that an engine and its attention workers share: from a file that only its owner may read, or a variable.
+"""The secret shared by an engine and its attention workers: from a file that only its owner may read, or a variable.
 
-What goes over a connection is 16 bytes of its SHA-256. Neither they nor KV are encrypted: who can read the network can
+16 bytes of its SHA-256 travel over a connection. Neither they nor KV are encrypted: whoever can read the network can
 read both.
 """
 
@@ -20,14 +20,14 @@ LEAST_LETTERS, MOST_BYTES = 16, 4096
 
 
 class InvalidKeyError(HetisError):
-    """There is no key where one should be, or it is no secret."""
+    """A required key is missing, or it is no secret."""
 
 
 def key_of(secret: str) -> bytes:
-    """Return what is said of a secret. White space around it does not count.
+    """Return the bytes sent for a secret. Surrounding white space does not count.
 
     Raises:
-        InvalidKeyError: it is too short to be one.
+        InvalidKeyError: it is too short.
     """
     letters = secret.strip()
     if len(letters) < LEAST_LETTERS:
@@ -36,10 +36,10 @@ def key_of(secret: str) -> bytes:
 
 
 def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:
-    """The key in a file or, without one, in HETIS_WORKER_KEY; None: in neither.
+    """Return the key in a file or, without a file, in HETIS_WORKER_KEY; None if neither is given.
 
     Raises:
-        InvalidKeyError: the file is missing, is not a file, or others may read it; the key is too short.
+        InvalidKeyError: the file is missing, is not a file, or others may read it; or the key is too short.
     """
     if path is not None:
         source, secret = str(path), _read(path)
@@ -55,7 +55,7 @@ def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:
 
 def _read(path: Path) -> str:
     try:
-        # Not blocking: what is no file, a pipe say, would keep us waiting for whoever writes to it.
+        # Non-blocking, because opening a pipe, say, would wait for someone to write to it.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):

@@ -1,4 +1,4 @@
-"""What the bodies of frames hold, written and read: every length is checked against what the header and shape say."""
+"""The bodies of frames, written and read: every length is checked against the header and the shape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
 
 
 class ErrorCode(IntEnum):
-    """What an ERROR frame tells, in its first count."""
+    """The code in the first count of an ERROR frame."""
 
     FAILED = 1  # anything else: the process cannot be relied on
     OUT_OF_PAGES = 2
@@ -37,7 +37,7 @@ class ErrorCode(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """How an engine begins: what its virtual sequences look like, and the key that the worker gave out."""
+    """An engine's first message: the shape of its virtual sequences, and the key that the worker was given."""
 
     shape: KvShape
     key: bytes
@@ -96,18 +96,18 @@ class KvRange(NamedTuple):
 
 
 class WorkerStats(NamedTuple):
-    """What a worker has room for and what its attention has taken, counted from the start of its process.
+    """A worker's free room and the work of its attention, counted from the start of its process.
 
     Differences of two such values give the coefficients of dispatch: over many calls, ``busy_ns`` is linear in the
     heads, the KV bytes and the calls.
 
     Attributes:
-        free_pages: of its pages.
+        free_pages: free pages of the worker.
         sequences: virtual sequences that it holds.
-        calls: layers that it has attended to, each for all sequences of a step.
+        calls: layers that it has computed, each for all sequences of a step.
         rows: positions whose queries it has computed, over all calls; each has r query heads.
-        read_positions: positions whose K and V it has read, over all calls, each sequence's once in a call.
-        busy_ns: time within the calls, transfers to and from its device included, frames not.
+        read_positions: positions whose K and V it has read, over all calls, once per sequence and call.
+        busy_ns: time within the calls, including transfers to and from its device, excluding frames.
     """
 
     free_pages: int
@@ -119,7 +119,7 @@ class WorkerStats(NamedTuple):
 
 
 def pack_step(step: DeviceStep) -> tuple[torch.Tensor, ...]:
-    """The body of BEGIN."""
+    """Return the body of BEGIN."""
     columns = [step.requests, step.incarnations, step.heads, step.positions]
     if step.counts is not None and step.num_rows > len(step):
         columns.append(step.counts)
@@ -147,10 +147,10 @@ def read_step(frame: Frame) -> DeviceStep:
 
 
 def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
-    """Queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T that BEGIN said.
+    """Return the queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T from BEGIN.
 
-    They are an array of numpy (bfloat16 as its words), as they came: where there is little to compute, making a tensor
-    of it costs as much.
+    They are a numpy array (bfloat16 as its words) as received: for a small computation, making a tensor would cost as
+    much.
     """
     if frame.counts[0] != count or frame.layer >= shape.layers:
         raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
@@ -158,12 +158,12 @@ def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
 
 
 def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
-    """Outputs [T, r, d] of OUT."""
+    """Return the outputs [T, r, d] of OUT."""
     return _tensor(frame, FrameKind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
 
 
 def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
-    """The body of DROP."""
+    """Return the body of DROP."""
     return torch.tensor([list(key) for key in keys], dtype=torch.int64)
 
 
@@ -173,12 +173,12 @@ def read_keys(frame: Frame) -> list[SequenceKey]:
 
 
 def read_part(frame: Frame) -> KvRange:
-    """Return what EXPORT or DIGEST is about."""
+    """Return the range that EXPORT or DIGEST asks for."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 
 def read_adopted(frame: Frame, shape: KvShape) -> tuple[KvRange, torch.Tensor, torch.Tensor]:
-    """Return what ADOPT brings: K and V, each [H, layers, positions, d]."""
+    """Return the range of ADOPT with its K and V, each [H, layers, positions, d]."""
     heads, positions, _ = frame.counts
     begin = 8 * (4 + heads)
     sizes = heads * shape.layers * positions * shape.head_dim
@@ -191,7 +191,7 @@ def read_adopted(frame: Frame, shape: KvShape) -> tuple[KvRange, torch.Tensor, t
 
 
 def read_kv(frame: Frame, shape: KvShape, part: KvRange) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of KV, each [H, layers, positions, d]."""
+    """Return K and V of KV, each [H, layers, positions, d]."""
     size = (2, len(part.heads), shape.layers, part.last - part.first, shape.head_dim)
     k, v = _tensor(frame, FrameKind.KV, shape, size)
     return k, v
@@ -202,24 +202,26 @@ def read_digests(frame: Frame, shape: KvShape, part: KvRange) -> IntArray:
 
 
 def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
-    """The body of PONG."""
+    """Return the body of PONG."""
     return (torch.tensor(stats, dtype=torch.int64),)
 
 
 def read_stats(frame: Frame) -> WorkerStats:
-    """Return what PONG says."""
+    """Return the statistics in PONG."""
     return WorkerStats(*_integers(frame, FrameKind.PONG, len(WorkerStats._fields)).tolist())
 
 
 def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
-    """ERROR in answer to a frame."""
+    """Return an ERROR in answer to a frame."""
     words = torch.frombuffer(bytearray(text.encode()[:4096] or b" "), dtype=torch.uint8)
     numbers = torch.tensor([needed, free], dtype=torch.int64)
     return frame.answered(FrameKind.ERROR, counts=(code, 0, 0), parts=(numbers, words))
 
 
 def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
-    """ERROR in answer to a frame that is not of the connection that process ``name`` obeys, of epoch ``current``."""
+    """Return an ERROR in answer to a frame from a connection other than the one of epoch ``current`` that ``name``
+    obeys.
+    """
     text = f"{name} obeys epoch {current} over another connection"
     return error_answer(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=current)
 
@@ -233,7 +235,7 @@ def read_error(frame: Frame) -> tuple[int, int, str]:
 
 
 def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
-    """The body of WELCOME."""
+    """Return the body of WELCOME."""
     words = torch.frombuffer(bytearray(name.encode() or b" "), dtype=torch.uint8)
     return torch.tensor([num_pages], dtype=torch.int64), words
 
@@ -262,7 +264,7 @@ def _integers(frame: Frame, kind: FrameKind, count: int) -> IntArray:
 
 
 def _as_came(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> Array:
-    """An array, of a bfloat16's words."""
+    """Return the body as an array, with bfloat16 as its words."""
     _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
     return frame.raw.view(shape.numpy_dtype).reshape(size)
 

@@ -1,17 +1,17 @@
-"""Bytes through memory that two processes of one host share: a ring each way, and a futex each way for who sleeps.
+"""Bytes through memory that two processes of one host share: one ring and one futex for each direction.
 
-Whoever waits says that it sleeps, and is woken by Linux's futex, which needs nothing but the counter that it waits for:
-a fraction of what a wake-up by a socket or a pipe costs. Where the last wait was short it first looks again and again,
-giving the processor away in between. The TCP connection that the memory was agreed on over stays: it tells when the
-other end dies, which memory does not.
+The waiting end marks itself asleep and is woken by Linux's futex, which needs only the counter that it waits for: a
+fraction of the cost of a wake-up by a socket or a pipe. If the last wait was short, it first polls repeatedly, yielding
+the processor in between. The TCP connection over which the memory was agreed stays open: it reveals when the other end
+dies, which memory does not.
 
-The memory is a file in /dev/shm that has no name any more once both ends have it, so that nothing is left of processes
-that are killed later. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove what others
+The memory is a file in /dev/shm that is unlinked once both ends have opened it, so nothing is left of processes that
+are killed later. (`multiprocessing.shared_memory` would keep the name, and its tracker would remove memory that others
 use.)
 
-Counters are published after what they count. On x86-64 stores are seen in their order; elsewhere this pipe is refused.
-A store and a later load are not: that one says that it sleeps may cross with the other's last look at that. Hence no
-sleep is long.
+Counters are published after what they count. On x86-64 stores become visible in order; on other architectures this
+pipe is refused. A store may be reordered with a later load: marking oneself asleep can cross with the other end's last
+check of that mark. Therefore no sleep is long.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from hetis.runtime.transport.tcp import TcpPipe
 FOLDER = Path("/dev/shm")
 PREFIX = "hetis-"
 RING_BYTES = 4 << 20
-# A wake-up costs both ends together about so much of a processor: whoever looks for longer takes more than it saves.
+# A wake-up costs both ends together about this much processor time: polling longer costs more than it saves.
 LOOK_S = 30e-6
-SHORT_S = 1e-4  # after a wait of less, sleep included, looking may be of use
-NAP_S = 0.02  # longest sleep without another look: what a missed wake-up costs, and how much later a death is known
-# Numbers of one ring, each of 8 bytes in a cache line of its own: two counters, and whether somebody sleeps until they
-# change.
+SHORT_S = 1e-4  # after a wait shorter than this, sleep included, polling may pay off
+NAP_S = 0.02  # longest sleep without a check: the cost of a missed wake-up, and the delay in noticing a death
+# Words of one ring, each of 8 bytes in a cache line of its own: two counters and, for each, whether an end sleeps until
+# it changes.
 WRITTEN, READ, SLEEPS = 0, 8, 16
 RING_WORDS = 32
 CONTROL_BYTES = 2 * RING_WORDS * 8
-_FUTEX, _WAIT, _WAKE = 202, 0, 1  # of Linux on x86-64: the call, and what it does
+_FUTEX, _WAIT, _WAKE = 202, 0, 1  # Linux on x86-64: the system call and its operations
 
 
 def is_supported() -> bool:
-    """Return whether processes of this host can talk so."""
+    """Return whether processes of this host can communicate this way."""
     return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir() and _has_futex()
 
 
 class SharedFile:
-    """Memory for one connection; the engine's end makes it, the worker's opens it.
+    """Memory for one connection, created by the engine's end and opened by the worker's.
 
     Attributes:
         memory: the rings and their counters.
@@ -60,11 +60,12 @@ class SharedFile:
 
     @classmethod
     def create(cls, ring_bytes: int = RING_BYTES) -> SharedFile:
-        """Raises OSError: there is no room for it, or this process may open no more files."""
+        """Create the memory. Raises OSError if there is no room for it, or no free file descriptor."""
         path, num_bytes = FOLDER / f"{PREFIX}{secrets.token_hex(16)}", CONTROL_BYTES + 2 * ring_bytes
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            # Not only the size: a folder that is full when a page is first written ends the process by SIGBUS.
+            # Allocate instead of only setting the size: if the folder is full when a page is first written, SIGBUS ends
+            # the process.
             os.posix_fallocate(handle, 0, num_bytes)
             return cls(path, mmap.mmap(handle, num_bytes))
         except BaseException:
@@ -75,7 +76,9 @@ class SharedFile:
 
     @classmethod
     def open(cls, path: Path) -> SharedFile:
-        """Raises FrameError: it is none that `create` has made, another user's, or such memory does not work here."""
+        """Open the memory. Raises FrameError if `create` did not make it, it is another user's, or it does not work
+        here.
+        """
         if path.parent != FOLDER or not path.name.startswith(PREFIX):
             raise FrameError(f"{path} is no shared memory of ours")
         if not is_supported():
@@ -95,18 +98,18 @@ class SharedFile:
             raise FrameError(f"{str(path)!r}: {error}") from error
 
     def unlink(self) -> None:
-        """Takes its name away, so that nothing is left when both ends have ended; it goes with who sees it."""
+        """Remove the name, so that nothing is left when both ends have ended. Either end may do it."""
         self.path.unlink(missing_ok=True)
 
 
 class ShmPipe:
-    """One end. ``first`` is true at one of the two ends."""
+    """One end of the pipe. ``first`` is true at exactly one of the two ends."""
 
     def __init__(self, shared: SharedFile, connection: TcpPipe, *, first: bool) -> None:
         self.name = f"shm over {connection.name}"
         self._connection = connection
         self._shared = shared
-        # Plain views of the memory: for a few numbers and some thousand bytes numpy's arrays cost more than the copy.
+        # Plain views of the memory: for a few numbers and some thousand bytes, numpy arrays cost more than the copy.
         everything = memoryview(shared.memory)
         address = ctypes.addressof(ctypes.c_char.from_buffer(shared.memory))
         size, half = (len(everything) - CONTROL_BYTES) // 2, CONTROL_BYTES // 2
@@ -143,7 +146,9 @@ class ShmPipe:
         self._connection.close()
 
     def _wait(self, ring: _Ring, counter: int, is_there: Callable[[], bool], timeout_s: float) -> bool:
-        """Until it is there, which ``counter`` tells. A sleep that has begun may end later than the time-out."""
+        """Wait until ``is_there`` is true, which ``counter`` signals. Returns whether it is; a sleep may outlast the
+        time-out.
+        """
         words = ring.words
         begun_s = now_s = time.monotonic()
         if self._looks:
@@ -169,7 +174,7 @@ class ShmPipe:
             self._looks = now_s - begun_s < SHORT_S
 
     def _check_connection(self, is_there: Callable[[], bool]) -> None:
-        """An end that is gone may have left something to read. Raises ChannelError."""
+        """Raise ChannelError if the other end is gone and has left nothing to read."""
         try:
             came = self._connection.read_into(memoryview(bytearray(1)), 0.0)
         except ChannelClosedError:
@@ -181,12 +186,12 @@ class ShmPipe:
 
 
 class _Ring:
-    """Bytes one way. Counters only rise; the difference is what is in the ring."""
+    """Bytes in one direction. Counters only rise; their difference is the content of the ring."""
 
     def __init__(self, words: memoryview, address: int, room: memoryview) -> None:
-        """``words`` are the counters, of 8 bytes each, at ``address``; ``room`` is of bytes."""
+        """Initialise with the counters ``words``, 8 bytes each at ``address``, and the buffer ``room``, in bytes."""
         self.words, self._address, self._room, self._size = words, address, room, len(room)
-        self._written = words[WRITTEN]  # what is put but not yet published
+        self._written = words[WRITTEN]  # written to the ring but not yet published
 
     def has_bytes(self) -> bool:
         written: int = self.words[WRITTEN]
@@ -196,7 +201,7 @@ class _Ring:
         return self._written - self.words[READ] < self._size
 
     def put(self, data: memoryview) -> int:
-        """Copies what there is room for; returns how much."""
+        """Copy as much as fits, and return its length."""
         size = self._size
         takes = min(len(data), size - (self._written - self.words[READ]))
         begin = self._written % size
@@ -228,7 +233,9 @@ class _Ring:
         return takes
 
     def sleep(self, counter: int, seen: int) -> None:
-        """Until a counter is changed by the other end, but not long; not at all where it is not as it was ``seen``."""
+        """Sleep until the other end changes a counter, but not long. Return at once if the counter is no longer
+        ``seen``.
+        """
         _syscall(_FUTEX, self._address + 8 * counter, _WAIT, seen & 0xFFFF_FFFF, _NAP)
 
     def _wake(self, counter: int) -> None:
@@ -236,7 +243,7 @@ class _Ring:
 
 
 def _has_futex() -> bool:
-    """False: a sandbox refuses the call, and whoever waits would not sleep."""
+    """Return False if a sandbox refuses the call, so that a waiting end would not sleep."""
     word = ctypes.c_uint32(0)
     woken: int = _syscall(_FUTEX, ctypes.addressof(word), _WAKE, 1, None)
     return woken == 0

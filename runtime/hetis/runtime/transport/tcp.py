@@ -1,7 +1,7 @@
-"""Bytes over TCP: no delay, and one system call to send, or to wait for and read, whatever is small.
+"""Bytes over TCP: no delay, and a single system call to send, or to wait for and read, anything small.
 
-What comes is read ahead into a buffer, so that a frame's header and body, and those of the frames behind it, come
-together; what is large is read straight into place.
+Incoming bytes are read ahead into a buffer, so that a frame's header and body, and those of the frames behind it,
+arrive together. Large bodies are read straight into place.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
 
 BUFFER_BYTES = 2 << 20
-AHEAD_BYTES = 1 << 16  # that are read ahead, more only of an end that writes at the same time
-MOST_BUFFERS = 256  # of one call; the kernel takes 1,024
-FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds: shorter ones are poll's
+AHEAD_BYTES = 1 << 16  # bytes read ahead; more only from an end that writes at the same time
+MOST_BUFFERS = 256  # per call; the kernel accepts 1,024
+FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds, so shorter ones use poll
 LONGEST_S = 1e9
 
 
@@ -25,13 +25,15 @@ class TcpPipe:
     """One end of a TCP connection."""
 
     def __init__(self, connection: socket.socket, name: str, *, reads_ahead: bool = False) -> None:
-        """``reads_ahead``: it reads while it waits to write, so that two ends that write do not wait for each other."""
+        """Initialise. With ``reads_ahead`` it reads while it waits to write, so two writing ends do not block each
+        other.
+        """
         self.name = name
         self._reads_ahead = reads_ahead
         self._ahead = memoryview(bytearray(AHEAD_BYTES))
-        self._begin = self._end = 0  # of what is there of it
+        self._begin = self._end = 0  # bounds of the unread bytes in it
         self._socket = connection
-        self._wait_s = 0.0  # that the kernel waits for something to read; 0: for ever
+        self._wait_s = 0.0  # the kernel's time-out for reading; 0: forever
         connection.setblocking(True)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for which in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -42,7 +44,7 @@ class TcpPipe:
 
     @classmethod
     def connect(cls, host: str, port: int, *, timeout_s: float, reads_ahead: bool = False) -> TcpPipe:
-        """Raises ChannelError: nobody listens there."""
+        """Connect. Raises ChannelError if nobody listens there."""
         where = f"tcp:{host}:{port}"
         try:
             connection = socket.create_connection((host, port), timeout=timeout_s)
@@ -56,11 +58,11 @@ class TcpPipe:
 
     @property
     def is_local(self) -> bool:
-        """Both ends are on this host."""
+        """Return whether both ends are on this host."""
         try:
             host: str = self._socket.getpeername()[0]
         except OSError:
-            return False  # the other end is gone, which reading tells
+            return False  # the other end is gone, as reading will show
         return host.startswith("127.") or host == "::1"
 
     def write(self, buffers: Sequence[memoryview], timeout_s: float) -> None:
@@ -86,7 +88,7 @@ class TcpPipe:
         if self._begin == self._end:
             if len(buffer) >= AHEAD_BYTES:
                 return self._read(buffer, timeout_s)
-            if len(self._ahead) > AHEAD_BYTES:  # it was needed for once
+            if len(self._ahead) > AHEAD_BYTES:  # it had to grow once
                 self._ahead = memoryview(bytearray(AHEAD_BYTES))
             self._begin, self._end = 0, self._read(self._ahead, timeout_s)
         num = min(len(buffer), self._end - self._begin)
@@ -98,9 +100,9 @@ class TcpPipe:
         self._socket.close()
 
     def _read(self, into: memoryview, timeout_s: float) -> int:
-        """0: nothing came in time, which begins anew where a signal is handled meanwhile.
+        """Read and return the number of bytes, or 0 if none arrived in time. Handling a signal restarts the time.
 
-        Where it may wait for long the kernel waits: a call for that alone would cost as much as reading.
+        For long waits the kernel waits within the read: a separate call would cost as much as reading.
         """
         try:
             if timeout_s >= FINE_S:
@@ -125,7 +127,7 @@ class TcpPipe:
         self._wait_s = timeout_s
 
     def _read_ahead(self) -> None:
-        """Whatever is there, behind what was read before and nobody has wanted yet."""
+        """Read what is there, behind bytes read earlier that nobody has taken yet."""
         if len(self._ahead) - self._end < AHEAD_BYTES:
             left = self._ahead[self._begin : self._end]
             self._begin, self._end = 0, len(left)
@@ -139,6 +141,6 @@ class TcpPipe:
 
 
 def listen(host: str, port: int = 0) -> socket.socket:
-    """A socket that takes connections; port 0 chooses one. Raises OSError."""
+    """Return a socket that accepts connections; port 0 picks any free port. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=128)

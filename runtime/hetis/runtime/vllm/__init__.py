@@ -1,1 +1,1 @@
-"""Head-level serving inside vLLM, on its own extension points: attention backend, KV cache manager, KV connector."""
+"""Head-level serving inside vLLM through its extension points: attention backend, KV cache manager, KV connector."""

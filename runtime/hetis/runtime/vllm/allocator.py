@@ -1,8 +1,8 @@
 """Allocation of requests' head groups in vLLM's scheduler: placed at admission, moved while they run.
 
-`hetis.solver.dispatch` says how many groups of a new request go to which device, from measured costs and the room of
-every device; this room names the groups. What runs is kept in the solver's own state of a stage, so that re-dispatch
-sees what dispatch saw. Nothing here knows of vLLM.
+`hetis.solver.dispatch` decides how many groups of a new request go to which device, from measured costs and the room
+on every device; this module decides which groups. Running requests are kept in the solver's own state of a stage, so
+that re-dispatch sees what dispatch saw. Nothing here knows of vLLM.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 
-_ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts them
-_MOST_RECENT = 256  # times of decisions that are remembered for nobody
+_ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts the real ones
+_MOST_RECENT = 256  # decision times that are kept until they are taken
 
 Policy = Literal["solver", "local", "remote"]
 
@@ -32,14 +32,14 @@ class DispatchRule(Protocol):
 
     @property
     def stage(self) -> Stage:
-        """The devices and what they cost."""
+        """The devices and their costs."""
 
     def dispatch(self, load: DeviceLoad, requests: Requests) -> DispatchAnswer:
         """Return where the groups of one request go."""
 
 
 class DispatchAnswer(Protocol):
-    """What a rule says."""
+    """The answer of a rule."""
 
     @property
     def groups(self) -> IntArray:
@@ -47,21 +47,22 @@ class DispatchAnswer(Protocol):
 
     @property
     def unplaced(self) -> Sequence[object]:
-        """Empty where all are placed."""
+        """The requests that were not placed, or nothing if all were."""
 
 
 @dataclass(slots=True, kw_only=True)
 class AllocatorStats:
-    """What was decided since the start.
+    """Decisions since the start.
 
     Attributes:
-        decisions: how often groups were placed, by the reason: ``costs`` (the solver chose), ``policy`` (the settings
-            say so), ``prefix_hit`` and ``no_worker`` (all stay here), ``no_room`` (nowhere; vLLM asks again).
-        dispatch_s: seconds that the decisions took, and the longest of them.
-        recent_s: seconds of each of the last decisions, until somebody takes them.
+        decisions: number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings say so),
+            ``prefix_hit`` and ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM asks again).
+        dispatch_s: seconds that the decisions took.
+        longest_dispatch_s: seconds of the longest decision.
+        recent_s: seconds of each recent decision, until they are taken.
         recomputed: requests that lost KV with a worker.
         moved_groups: head groups that have moved.
-        relieved_blocks: blocks that left for workers where a request would have been preempted.
+        relieved_blocks: blocks that moved to workers where a request would have been preempted.
         released: requests that ended, or were preempted, while they ran.
     """
 
@@ -77,10 +78,10 @@ class AllocatorStats:
 
 @dataclass(slots=True)
 class _Placed:
-    """One request: the device of each group, and, once it runs, its anchor and number."""
+    """One request: the device of each group and, once it runs, its anchor and number."""
 
     devices: tuple[int, ...]
-    tokens: int  # that room is kept for
+    tokens: int  # for which room is kept
     growth: int
     anchor: int | None = None
     number: int = 0
@@ -88,7 +89,7 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A move under way: ``prepared`` is its number in the solver's state."""
+    """A move in flight. ``prepared`` is its number in the solver's state."""
 
     request_id: str
     move: GroupMove
@@ -96,12 +97,12 @@ class _Prepared:
 
 
 class HeadAllocator:
-    """Owns the placement of head groups on one engine's devices: 0 the ranks themselves, then the workers.
+    """Owns the placement of head groups on one engine's devices: 0 is the ranks themselves, the workers follow.
 
     Attributes:
-        state: the solver's state of all requests that run.
-        stats: what was decided.
-        rule: decides where the policy is ``solver``; made anew for every new costs.
+        state: the solver's state of all running requests.
+        stats: the decisions.
+        rule: decides if the policy is ``solver``; made anew whenever costs change.
     """
 
     def __init__(
@@ -113,7 +114,10 @@ class HeadAllocator:
         output_tokens: int = 256,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``free_here``: free blocks of vLLM's pool; ``output_tokens``: expected of a request that may make more."""
+        """Initialise. ``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request
+        that may
+        generate more.
+        """
         self.state = DispatchState(costs, [_ENDLESS] + [0] * (costs.num_devices - 1))
         for device in range(1, costs.num_devices):
             self.state.lose_device(device)
@@ -121,7 +125,7 @@ class HeadAllocator:
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
         self.rule: Callable[[Stage], DispatchRule] = Dispatcher
-        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # by which rule
+        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # rule and its dispatcher
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
@@ -135,27 +139,27 @@ class HeadAllocator:
 
     @property
     def running(self) -> tuple[str, ...]:
-        """Requests that hold blocks."""
+        """The requests that hold blocks."""
         return self.state.ids
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs, and nothing has been placed."""
+        """Return whether nothing runs and nothing has been placed."""
         return not self._placed
 
     def number(self, request_id: str) -> int:
-        """The number of a running request, as the ranks know it."""
+        """Return the number of a running request, as the ranks know it."""
         return self._placed[request_id].number
 
     # --- what the block manager asks
 
     def devices(self, request_id: str) -> Sequence[int]:
-        """Device of each head group; all here where nobody placed the request."""
+        """Return the device of each head group; all are here if the request was not placed."""
         placed = self._placed.get(request_id)
         return (LOCAL,) * self.heads.head_groups if placed is None else placed.devices
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Return whether the groups of a request on workers could grow to so many tokens."""
+        """Return whether the groups of a request on workers could grow to this many tokens."""
         placed = self._placed.get(request_id)
         if placed is None or not any(placed.devices):
             return True
@@ -167,7 +171,7 @@ class HeadAllocator:
         return bool((needed <= self.state.free_blocks()[1:]).all())
 
     def grow(self, request_id: str, tokens: int) -> None:
-        """A request has grown to so many tokens."""
+        """Grow a request to this many tokens."""
         placed = self._placed[request_id]
         if tokens > placed.tokens:
             stays = self.state.grow([request_id], tokens - placed.tokens)
@@ -175,7 +179,7 @@ class HeadAllocator:
             placed.tokens = tokens
 
     def admitted(self, request_id: str, anchor: int) -> Admitted:
-        """A request begins to run, where it was placed."""
+        """Start a request where it was placed."""
         placed = self._placed.get(request_id)
         if placed is None:
             placed = self._placed[request_id] = _Placed((LOCAL,) * self.heads.head_groups, 1, 0)
@@ -190,7 +194,7 @@ class HeadAllocator:
         return Admitted(anchor, placed.number, placed.devices)
 
     def released(self, request_id: str) -> None:
-        """A request ended, or was preempted."""
+        """Release a request that ended or was preempted."""
         placed = self._placed.pop(request_id, None)
         if placed is not None and placed.anchor is not None:
             self.stats.released += 1
@@ -200,12 +204,12 @@ class HeadAllocator:
     # --- placement
 
     def place(self, request_id: str, *, tokens: int, most_output: int, has_hits: bool) -> None:
-        """Decides where the groups of a request will live that vLLM is about to admit; the newest decision counts.
+        """Decide where the groups of a request that vLLM is about to admit will live. The latest decision counts.
 
         Args:
             request_id: not running.
-            tokens: of its prompt, and of what it made before it was preempted.
-            most_output: tokens that it may still make.
+            tokens: of its prompt, and those generated before it was preempted.
+            most_output: tokens that it may still generate.
             has_hits: part of its prompt is in the prefix cache, which only holds groups that are here.
         """
         begun_s, stats = self._clock(), self.stats
@@ -221,7 +225,7 @@ class HeadAllocator:
             stats.recent_s.append(taken_s)
 
     def forget(self, request_id: str) -> None:
-        """A request that was placed ended before it ran."""
+        """Forget a request that was placed but ended before it ran."""
         placed = self._placed.get(request_id)
         if placed is not None and placed.anchor is None:
             del self._placed[request_id]
@@ -229,11 +233,11 @@ class HeadAllocator:
     # --- devices
 
     def change_costs(self, costs: Stage) -> None:
-        """The same devices at other speeds."""
+        """Use new costs for the same devices."""
         self.state.change_costs(costs)
 
     def set_blocks(self, device: int, blocks: int) -> None:
-        """A worker came, or came back, with room for so many blocks of a head group."""
+        """Add, or restore, a worker with room for this many blocks of a head group."""
         if blocks != self.state.devices[device].total_blocks:
             self.state.resize_device(device, blocks)
         if self.state.devices[device].status is DeviceStatus.LOST:
@@ -242,11 +246,11 @@ class HeadAllocator:
                 self.state.drain_device(device)
 
     def bound(self, limits: Mapping[int, int]) -> None:
-        """Workers are not filled above so many blocks of a head group, whatever room they have; the others freely."""
+        """Limit workers to this many blocks of a head group, whatever room they have. Others are not limited."""
         self._limits = dict(limits)
 
     def drain(self, devices: frozenset[int]) -> None:
-        """These workers take no groups, all others do. Moves to them must have been aborted."""
+        """Stop these workers, and no others, from taking groups. Moves to them must have been aborted."""
         assert LOCAL not in devices, "the ranks hold what nobody else can"
         self._drained = devices
         for device in range(1, len(self.state.devices)):
@@ -257,8 +261,10 @@ class HeadAllocator:
                 self.state.restore_device(device)
 
     def lose(self, device: int) -> tuple[str, ...]:
-        """A worker is lost with its KV; returns the requests that had groups there, in new homes: as many of their
-        groups as are elsewhere stay where they are."""
+        """Remove a worker that is lost with its KV, and return the requests that had groups there, in new homes.
+
+        Groups that live elsewhere stay where they are if possible.
+        """
         if self.state.devices[device].status is DeviceStatus.LOST:
             return ()
         self._moves = {n: one for n, one in self._moves.items() if device not in (one.move.source, one.move.target)}
@@ -282,7 +288,7 @@ class HeadAllocator:
     # --- moves
 
     def prepare(self, request_id: str, groups: Sequence[int], target: int) -> GroupMove | None:
-        """Takes room at ``target`` for groups that live together elsewhere; None: it cannot have them now."""
+        """Reserve room at ``target`` for groups that share another device. Return None if that is not possible now."""
         placed = self._placed.get(request_id)
         if placed is None or placed.anchor is None or not groups:
             return None
@@ -304,7 +310,7 @@ class HeadAllocator:
         return move
 
     def commit(self, number: int) -> tuple[str, GroupMove]:
-        """The target owns the groups from now on; returns whose they are."""
+        """Make the target the owner of a move's groups, and return the request and the move."""
         one = self._moves.pop(number)
         self.state.commit_moves(one.prepared)
         placed = self._placed[one.request_id]
@@ -316,7 +322,7 @@ class HeadAllocator:
         return one.request_id, one.move
 
     def abort(self, number: int) -> tuple[str, GroupMove] | None:
-        """The groups stay where they are; None: the move has ended already."""
+        """Leave the groups of a move where they are. Return None if the move has ended already."""
         one = self._moves.pop(number, None)
         if one is None:
             return None
@@ -325,29 +331,29 @@ class HeadAllocator:
 
     @property
     def moves(self) -> tuple[GroupMove, ...]:
-        """Moves under way, the oldest first."""
+        """The moves in flight, oldest first."""
         return tuple(one.move for one in self._moves.values())
 
     def is_under_way(self, number: int) -> bool:
-        """Return whether a move has neither been committed nor come to nothing."""
+        """Return whether a move has been neither committed nor aborted."""
         return number in self._moves
 
     def moving(self, request_id: str) -> set[int]:
-        """Groups of a request that are under way."""
+        """Return the groups of a request that are in flight."""
         return {group for one in self._moves.values() if one.request_id == request_id for group in one.move.groups}
 
     # --- room
 
     def blocks(self, request_id: str) -> int:
-        """Blocks that each group of a running request has."""
+        """Return the number of blocks of each group of a running request."""
         return -(-self._placed[request_id].tokens // self.heads.block_tokens)
 
     def room(self, device: int) -> int:
-        """Blocks that a move may take on a device."""
+        """Return the number of blocks that a move may take on a device."""
         return self._free_here() if device == LOCAL else int(self._free_blocks()[device])
 
     def totals(self, device: int) -> tuple[int, int]:
-        """Blocks of a device, as far as they may be used, and those in use."""
+        """Return a device's usable blocks and its used blocks."""
         free = int(self.state.free_blocks()[device])
         if device == LOCAL:
             return _ENDLESS - free + self._free_here(), _ENDLESS - free
@@ -355,16 +361,17 @@ class HeadAllocator:
         return max(min(total, self._limits.get(device, total)), total - free), total - free
 
     def snapshot(self) -> StateSnapshot:
-        """Return what runs, for re-dispatch; the ranks' room is what vLLM's pool says it is."""
+        """Return the running requests for re-dispatch. The ranks' room is what vLLM's pool reports."""
         snapshot = self.state.snapshot()
         used = _ENDLESS - int(self.state.free_blocks()[LOCAL])
         here = replace(snapshot.devices[LOCAL], total_blocks=used + self._free_here())
         return replace(snapshot, devices=(here, *snapshot.devices[1:]))
 
     def relief(self, blocks: int) -> list[tuple[str, tuple[int, ...], int]]:
-        """Moves that would free so many blocks here: requests with most groups here give one at a time.
+        """Return moves that would free this many blocks here, taking one group at a time from the requests with most
+        here.
 
-        Returns what goes where; all that there is room for elsewhere, if that is less.
+        Returns fewer if the workers lack room.
         """
         free = self._free_blocks()
         under_way = {one.request_id for one in self._moves.values()}
@@ -388,7 +395,7 @@ class HeadAllocator:
         return [(name, tuple(sorted(groups)), target) for (name, target), groups in leaving.items()]
 
     def check_invariants(self) -> None:
-        """The placement and the solver's state agree. A failure is a bug."""
+        """Check that the placement and the solver's state agree. A failure is a bug."""
         self.state.check_invariants()
         running = {name for name, placed in self._placed.items() if placed.anchor is not None}
         assert running == set(self.state.ids), "running requests differ"
@@ -399,11 +406,11 @@ class HeadAllocator:
     # --- inside
 
     def _forget_moves(self, requests: set[str]) -> None:
-        """The solver's state forgets moves with their requests."""
+        """Forget the moves of requests, as the solver's state does."""
         self._moves = {n: one for n, one in self._moves.items() if one.request_id not in requests}
 
     def _choose(self, tokens: int, growth: int) -> tuple[tuple[int, ...] | None, str]:
-        """Choose where the groups go, None: there is no room; and say the reason."""
+        """Return the device of each group, or None if there is no room, with the reason."""
         if not any(device.status is DeviceStatus.OK for device in self.state.devices[1:]):
             return (LOCAL,) * self.heads.head_groups, "no_worker"
         match self._policy:
@@ -416,7 +423,9 @@ class HeadAllocator:
                 return devices, "no_room" if devices is None else "costs"
 
     def _free_blocks(self) -> IntArray:
-        """Blocks that moves may take on each device, shape [D]: none where it takes no groups, or has its limit."""
+        """Return the blocks that moves may take on each device, shape [D]: none if it takes no groups or is at its
+        limit.
+        """
         free = self.state.free_blocks()
         for device in range(1, len(free)):
             if self.state.devices[device].status is not DeviceStatus.OK:
@@ -429,8 +438,10 @@ class HeadAllocator:
         return free
 
     def _load(self) -> DeviceLoad:
-        """Return what a new request joins. Of the ranks the pool knows what is free, the state what will still be
-        taken."""
+        """Return the load that a new request joins. On the ranks the pool knows the free blocks, and the state the
+        blocks that
+        will still be taken.
+        """
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
         self._within_limits(load.free_blocks)
@@ -457,21 +468,25 @@ class HeadAllocator:
             device = int(np.argmax(np.where(free > counts, free - counts, -1)))
             if free[device] <= counts[device]:
                 break
-            # In turns: the one with the fewest so far among those with room.
+            # Take turns: the device with the fewest so far among those with room.
             open_devices = np.flatnonzero(free > counts)
             counts[open_devices[np.argmin(counts[open_devices])]] += 1
         counts[LOCAL] = self.heads.head_groups - counts.sum()
         return _named(counts.tolist())
 
     def _kept_blocks(self, placed: _Placed, lost: int) -> IntArray:
-        """Blocks that a request which is computed again takes where its groups stay, shape [D]."""
+        """Return the blocks, shape [D], that a recomputed request takes where its groups stay."""
         blocks = self._counts(placed.devices) * -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
         blocks[[LOCAL, lost]] = 0
         return blocks
 
     def _without(self, placed: _Placed, lost: int, taken: IntArray) -> tuple[int, ...]:
-        """New homes for the groups on a lost device, or on one that takes none: a worker with room for them while the
-        pool is short, else here. ``taken``: blocks that others will take, shape [D]."""
+        """Return new homes for the groups on a lost device, or on one that takes none.
+
+        They go to a worker with room if the pool is short, otherwise here. ``taken`` are the blocks that others will
+        take,
+        shape [D].
+        """
         blocks = -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
         free = self._load().free_blocks - taken - self._kept_blocks(placed, lost)
         free[LOCAL] = self._free_here()
@@ -490,7 +505,7 @@ class HeadAllocator:
 
 
 def _named(counts: Sequence[int]) -> tuple[int, ...]:
-    """Return which group goes where: the first ones stay here, the others go to the workers in turns."""
+    """Return the device of each group: the first groups stay here, the others go to the workers in turn."""
     devices = [LOCAL] * counts[LOCAL]
     left = list(counts)
     left[LOCAL] = 0

@@ -1,4 +1,4 @@
-"""Puts the parts of a rank together from what vLLM says of the model and what the settings say of the workers."""
+"""Assembles a rank from vLLM's description of the model and the settings of the workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def rank_number() -> int:
-    """This rank among the addresses of a worker: pipeline stages in order, in each the tensor-parallel ranks."""
+    """Return this rank's index among a worker's addresses: by pipeline stage, then by tensor parallel rank."""
     from vllm.distributed import get_pp_group, get_tp_group
 
     tensor = get_tp_group()
@@ -38,7 +38,7 @@ def rank_number() -> int:
 
 
 def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSettings, number: int) -> Rank:
-    """The rank of this process, connected to its workers."""
+    """Return the rank of this process, connected to its workers."""
     [group] = cache.kv_cache_groups
     spec = group.kv_cache_spec
     context = vllm_config.compilation_config.static_forward_context
@@ -94,7 +94,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
 
 
 def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
-    """The heads of a layer on one rank."""
+    """Return the heads of a layer on one rank."""
     return head_shape(
         groups=spec.head_groups,
         queries=queries_per_group,
@@ -105,7 +105,7 @@ def heads_of(spec: HeadGroupSpec, queries_per_group: int) -> HeadShape:
 
 
 def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
-    """Return what placement has to know of the engine."""
+    """Return the properties of the engine that placement needs."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     queries = max(model.get_num_attention_heads(parallel) // spec.head_groups, 1)
     return EngineShape(
@@ -117,7 +117,7 @@ def engine_shape(vllm_config: VllmConfig, spec: HeadGroupSpec) -> EngineShape:
 
 
 def shape_of(spec: HeadGroupSpec, impls: Sequence[Any], page_tokens: int) -> KvShape:
-    """Return what the virtual sequences of a stage look like to a worker. Raises UnsupportedModelError."""
+    """Return the shape of a stage's virtual sequences, as workers need it. Raises UnsupportedModelError."""
     first = impls[0]
     for impl in impls:
         if not isinstance(impl, HeadGroupImpl):

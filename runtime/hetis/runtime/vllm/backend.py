@@ -1,7 +1,7 @@
-"""The attention backend: vLLM's own for the head groups that live here, with one KV head and a block table for each.
+"""The attention backend: vLLM's own for local head groups, with one KV head and a block table for each.
 
-Composed, not copied: a base backend of vLLM stores and attends over *virtual sequences* (request, head group) as if
-they were requests of a model with one KV head; `hetis.runtime.vllm.rank` says which ones, and has workers compute the
+It is composed, not copied: a base backend of vLLM stores and attends over *virtual sequences* (request, head group) as
+if they were requests of a model with one KV head. `hetis.runtime.vllm.rank` selects them and has workers compute the
 others. vLLM's compiled graphs see one opaque operation, as with every backend.
 """
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class UnsupportedModelError(ValueError):
-    """Heads of this model cannot be computed apart; the message names what stands against it."""
+    """The heads of this model cannot be computed separately. The message says why."""
 
 
 @dataclass(slots=True, eq=False)
 class HeadGroupMetadata:
-    """A step as vLLM describes it; what it means for head groups is found out by the first layer."""
+    """A step as vLLM describes it. The first layer works out what it means for head groups."""
 
     common: CommonAttentionMetadata
     builder: HeadGroupBuilder
@@ -41,7 +41,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     """Keeps vLLM's description of a step, and has the base backend's builder describe the virtual sequences."""
 
     base_backend: ClassVar[type[AttentionBackend]]
-    # What is exchanged differs from step to step: graphs are captured between attentions only.
+    # The exchange differs from step to step, so graphs are captured only between attentions.
     _cudagraph_support = AttentionCGSupport.NEVER
 
     def __init__(
@@ -58,7 +58,7 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
     def build_base(
         self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: CommonAttentionMetadata
     ) -> Any:
-        """The base backend's metadata of the virtual sequences of ``part``, whose block tables are [N, width]."""
+        """Return the base backend's metadata for the virtual sequences of ``part``, with block tables [N, width]."""
         starts = torch.from_numpy(part.starts.astype(np.int32))
         lasts = torch.from_numpy(part.lasts.astype(np.int32))
         device = common.query_start_loc.device
@@ -82,7 +82,9 @@ class HeadGroupBuilder(AttentionMetadataBuilder):  # type: ignore[misc]
 
 
 class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
-    """One attention layer. ``num_heads`` is r, the queries of one head group: base builders size by it."""
+    """One attention layer. ``num_heads`` is r, the queries of one head group, because base builders derive sizes from
+    it.
+    """
 
     base_backend: ClassVar[type[AttentionBackend]]
     builder_cls: ClassVar[type[HeadGroupBuilder]]
@@ -135,8 +137,8 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of one layer: query [T, H, d], key and value [T, G, d], into output [T, H, d]."""
-        if attn_metadata is not None:  # else vLLM measures memory
+        """Compute the attention of one layer: query [T, H, d], key and value [T, G, d], into output [T, H, d]."""
+        if attn_metadata is not None:  # otherwise vLLM is measuring memory
             current_rank().attend(self, layer, query, key, value, kv_cache, attn_metadata, output)
         return output
 
@@ -151,18 +153,18 @@ class HeadGroupImpl(AttentionImpl):  # type: ignore[misc]
         metadata: Any,
         out: torch.Tensor,
     ) -> None:
-        """Stores k and v [V, 1, d] and attends with q [V, r, d] by the base backend, into out [V, r, d]."""
+        """Store k and v [V, 1, d] and attend with q [V, r, d] through the base backend, into out [V, r, d]."""
         if not self.base_backend.forward_includes_kv_cache_update:
             self.store(layer, k, v, kv_cache, slots)
         self.base.forward(layer, q, k, v, kv_cache, metadata, out)
 
     def store(self, layer: Any, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """Writes k and v [V, 1, d] to slots of the cache, in the base backend's layout."""
+        """Write k and v [V, 1, d] to slots of the cache, in the base backend's layout."""
         self.base.do_kv_cache_update(layer, k, v, kv_cache, slots)
 
 
 def composed(base: type[AttentionBackend], name: str) -> type[AttentionBackend]:
-    """A backend of vLLM by head groups, under ``name`` in vLLM's registry."""
+    """Return a head group backend composed from a backend of vLLM, for ``name`` in vLLM's registry."""
     builder = type(f"{base.__name__}HeadGroupBuilder", (HeadGroupBuilder,), {"base_backend": base})
     impl = type(f"{base.__name__}HeadGroupImpl", (HeadGroupImpl,), {"base_backend": base, "builder_cls": builder})
 

@@ -1,7 +1,7 @@
 """The virtual sequences of a step: each (request, head group) is a sequence with one KV head and r query heads.
 
-vLLM hands over a batch of R requests with T tokens in all. Of token t the queries of group g are the rows ``t G + g``
-of ``query.view(T G, r, d)``; a part of the batch (what is computed here, or by one worker) is a list of such rows.
+vLLM passes a batch of R requests with T tokens in total. The queries of token t and group g are row ``t G + g`` of
+``query.view(T G, r, d)``. A part of the batch (computed here, or by one worker) is a list of such rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class StepRequests:
     """The requests of a step, in the order of vLLM's batch.
 
     Attributes:
-        rows: of the head map, shape [R]; -1 where vLLM runs a dummy.
+        rows: of the head map, shape [R]; -1 if vLLM runs a dummy.
         counts: tokens of this step, shape [R].
         lasts: tokens after this step, shape [R].
     """
@@ -32,14 +32,15 @@ class StepRequests:
 
     @property
     def firsts(self) -> IntArray:
-        """Position of the first token of this step, shape [R]."""
+        """The position of the first token of this step, shape [R]."""
         return self.lasts - self.counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VirtualBatch:
-    """N virtual sequences with V tokens in all. Where each has one token, requests come in order, and in each of them
-    its groups: what vLLM hands over is in that order. Else groups in order, and in each of them the requests.
+    """N virtual sequences with V tokens in total. If each has one token, they are ordered by request, then by group,
+    which is
+    the order of vLLM's batch; otherwise by group, then by request.
 
     Attributes:
         requests: index of the request of each sequence, shape [N].
@@ -49,8 +50,8 @@ class VirtualBatch:
         starts: first token of each among the part's, and V at the end, shape [N + 1].
         rows: row of ``query.view(T G, r, d)`` of each token, shape [V].
         positions: of each token in its sequence, shape [V].
-        is_everything: all groups of all requests.
-        is_in_order: ``rows`` rise.
+        is_everything: all groups of all requests are included.
+        is_in_order: ``rows`` increase.
     """
 
     requests: IntArray
@@ -72,7 +73,7 @@ class VirtualBatch:
 
 
 def part_of(requests: StepRequests, chosen: Bools) -> VirtualBatch:
-    """The part of a step with the groups that are ``chosen``, shape [R, G]."""
+    """Return the part of a step with the ``chosen`` groups, shape [R, G]."""
     num_groups = chosen.shape[1]
     is_in_order = bool((requests.counts == 1).all())
     if is_in_order:
@@ -103,7 +104,7 @@ def part_of(requests: StepRequests, chosen: Bools) -> VirtualBatch:
 
 
 def slots_of(part: VirtualBatch, tables: Table, block_tokens: int) -> IntArray:
-    """Slot of each token, shape [V]: its block times ``block_tokens`` and the place in it; ``tables`` is [N, width]."""
+    """Return each token's slot, shape [V]: its block times ``block_tokens`` plus offset; ``tables`` is [N, width]."""
     sequences = np.repeat(np.arange(len(part)), part.counts)
     blocks = tables[sequences, part.positions // block_tokens].astype(np.int64)
     return blocks * block_tokens + part.positions % block_tokens

@@ -1,4 +1,4 @@
-"""A stage of the planner, in the numbers of this engine."""
+"""A stage of the planner in the numbering of this engine."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Binding:
     Attributes:
         model: as the planner knows it.
         index: number of each of its devices here, by name; the primary is `LOCAL`.
-        cards: tensor-parallel ranks, each with as many groups as the allocator has.
-        planned_blocks: blocks of the plan that a block of one group here is, on all ranks together: vLLM's may be some
-            times as long.
+        cards: tensor parallel ranks, each with as many groups as the allocator has.
+        planned_blocks: number of the plan's blocks that a block of one group here makes up, on all ranks together:
+            vLLM's blocks may be several times as long.
     """
 
     model: StageModel
@@ -26,5 +26,5 @@ class Binding:
     planned_blocks: int
 
     def name(self, device: int) -> str:
-        """Return what the planner calls a device; its own name where the plan does not have it."""
+        """Return the planner's name for a device, or its own name if the plan does not have it."""
         return next((name for name, number in self.index.items() if number == device), f"device {device}")

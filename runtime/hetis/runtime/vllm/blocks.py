@@ -1,11 +1,11 @@
 """vLLM's manager of KV blocks, for requests whose head groups have a block table each, or live elsewhere.
 
-vLLM sees one block per request, its anchor, which never holds KV: block tables of vLLM only grow, those of head groups
-that move do not. All real tables are here, and reach the ranks as events with the next step. Everything comes out of
-vLLM's one pool, so that its watermarks, preemption and KV usage hold as they are.
+vLLM sees one block per request, its anchor, which never holds KV, because block tables of vLLM only grow, while those
+of moving head groups do not. All real tables are here, and reach the ranks as events with the next step. All blocks
+come from vLLM's one pool, so its watermarks, preemption and KV usage apply unchanged.
 
 Prefix cache: full blocks are cached under vLLM's hashes with the head group's number as the group's. A request hits as
-far as all of its groups do; such a request begins with all groups here.
+far as all of its groups do; it then begins with all groups here.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
 
 class Homes(Protocol):
-    """Source of where head groups live: the scheduler's side of the connector."""
+    """Knows where head groups live: the scheduler's side of the connector."""
 
     def devices(self, request_id: str) -> Sequence[int]:
-        """Device of each head group of a request that has been placed."""
+        """Return the device of each head group of a placed request."""
 
     def has_room(self, request_id: str, tokens: int) -> bool:
-        """Return whether its groups elsewhere could grow to so many tokens."""
+        """Return whether the request's groups elsewhere could grow to this many tokens."""
 
     def grow(self, request_id: str, tokens: int) -> None:
-        """They have grown to so many tokens."""
+        """Note that the groups have grown to this many tokens."""
 
     def admitted(self, request_id: str, anchor: int) -> Event:
-        """The request begins with this anchor."""
+        """Note that the request begins with this anchor, and return the event for the ranks."""
 
     def released(self, request_id: str) -> None:
-        """The request has ended, or was preempted."""
+        """Note that the request has ended or was preempted."""
 
 
 class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
@@ -51,8 +51,8 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
 
     Attributes:
         homes: set by the connector before the first request.
-        relieve: set by it too; called where the pool lacks so many blocks for a request that runs.
-        events: what the ranks have not been told yet.
+        relieve: also set by the connector; called with the number of blocks that the pool lacks for a running request.
+        events: events not yet sent to the ranks.
     """
 
     homes: Homes
@@ -80,7 +80,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks that ``num_tokens`` need here; more than there are where groups elsewhere have no room to grow."""
+        """Return the blocks that ``num_tokens`` need here, or more than exist if groups elsewhere cannot grow."""
         needed = int(cdiv(num_tokens, self.block_size))
         if request_id in self.num_cached_block and needed <= self._covered[request_id]:
             return 0
@@ -104,7 +104,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """Takes the blocks of a prefix that hit: G for each block of tokens, in the order of the groups."""
+        """Take the blocks of a prefix hit: G for each block of tokens, in the order of the groups."""
         assert request_id not in self._tables, f"{request_id} holds blocks already"
         self.block_pool.touch(new_computed_blocks)
         groups = range(self.head_groups)
@@ -115,7 +115,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         raise AssertionError("no KV comes from outside")
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """Extends the tables of local groups; returns the anchor where vLLM does not have it yet."""
+        """Extend the tables of local groups, and return the anchor if vLLM does not have it yet."""
         is_new = request_id not in self._tables
         if is_new:
             self._begin(request_id, [[] for _ in range(self.head_groups)])
@@ -136,10 +136,11 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offers full blocks to later requests, where all groups have always been here.
+        """Offer full blocks to later requests if all groups have always been here.
 
-        A prefix hits only with all of them, and blocks that came back from elsewhere hold nothing where the worker that
-        they came from was lost meanwhile.
+        A prefix hits only with all groups, and blocks that came back from elsewhere are empty if the worker that they
+        came
+        from was lost meanwhile.
         """
         request_id = request.request_id
         cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size
@@ -160,7 +161,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self.num_cached_block[request_id] = full
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """Everything that a request holds, its last blocks last."""
+        """Return everything that a request holds, its last blocks last."""
         anchor = super().pop_blocks_for_free(request_id)
         self._covered.pop(request_id, None)
         self._needed.pop(request_id, None)
@@ -186,7 +187,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest prefix that all head groups have: blocks in the order of `add_local_computed_blocks`."""
+        """Return the longest prefix that all head groups have: blocks in the order of `add_local_computed_blocks`."""
         size = kv_cache_spec.block_size
         hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
         groups = list(range(kv_cache_spec.head_groups))
@@ -205,7 +206,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     # --- what the connector asks
 
     def extend(self, request_id: str, group: int, blocks: int) -> None:
-        """Gives one group blocks up to so many."""
+        """Extend one group's table to this many blocks."""
         table = self._tables[request_id][group]
         if blocks <= len(table):
             return
@@ -217,17 +218,17 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         table.extend(fresh)
 
     def free_group(self, request_id: str, group: int) -> None:
-        """Frees the blocks of a group that lives elsewhere now."""
+        """Free the blocks of a group that now lives elsewhere."""
         table = self._tables[request_id][group]
         self.block_pool.free_blocks(reversed(table))
         table.clear()
 
     def lost(self, request_id: str) -> None:
-        """A request lost KV and has new homes, where it is computed again from its first token."""
+        """Rehome a request that lost KV and is recomputed from its first token."""
         self.left(request_id, range(self.head_groups))
 
     def left(self, request_id: str, groups: Sequence[int]) -> None:
-        """Groups of a request have new homes: blocks of those that are not here any more are freed."""
+        """Free the blocks of those groups of a request that now live elsewhere."""
         self._away.add(request_id)
         tables = self._tables[request_id]
         for group, device in enumerate(self.homes.devices(request_id)):
@@ -236,21 +237,21 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         self._covered[request_id] = min((len(tables[group]) for group in self._growing(request_id)), default=0)
 
     def anchor(self, request_id: str) -> int:
-        """The number that names a running request on the ranks."""
+        """Return the number that identifies a running request on the ranks."""
         return int(self.req_to_blocks[request_id][0].block_id)
 
     def blocks_of(self, request_id: str) -> int:
-        """Blocks that each group of a running request needs for what it has room for."""
+        """Return the blocks that each group of a running request needs for the tokens that it has room for."""
         return max(self._needed[request_id], 1)
 
     def held(self, request_id: str, group: int) -> int:
-        """Blocks of one group here."""
+        """Return the number of blocks of one group here."""
         return len(self._tables[request_id][group])
 
     # --- inside
 
     def _missing(self, request_id: str, needed: int) -> int:
-        """Blocks that groups here lack."""
+        """Return the number of blocks that groups here lack."""
         tables = self._tables[request_id]
         return sum(max(needed - len(tables[group]), 0) for group in self._growing(request_id))
 
@@ -267,7 +268,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
                 self.events.append(Grown(int(anchor.block_id), group, 0, numbers))
 
     def _growing(self, request_id: str) -> list[int]:
-        """Groups here, and those on their way: they have blocks already, which copies fill."""
+        """Return the groups here and those on their way here, which already have blocks that copies fill."""
         tables = self._tables[request_id]
         here = enumerate(self.homes.devices(request_id))
         return [group for group, device in here if device == LOCAL or tables[group]]

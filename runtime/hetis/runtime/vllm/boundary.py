@@ -1,7 +1,7 @@
-"""Access to the scheduler's state: by vLLM's thread while anything runs, whoever comes first while nothing does.
+"""Access to the scheduler's state: by vLLM's thread while anything runs, by any thread while nothing does.
 
-vLLM's engine sleeps while it has no request, so that nothing would be answered between two steps that are not made.
-What another thread wants done is therefore done by vLLM's thread between two steps, or at once where there are none.
+vLLM's engine sleeps while it has no request, so work queued for the time between two steps would never run. Work of
+other threads is therefore done by vLLM's thread between two steps, or at once if there are none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-MOST_WORKS, MOST_S = 8, 0.002  # of others' work between two steps; one work is always done
+MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done
 
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ class Boundary:
     """Hands the scheduler's state from thread to thread.
 
     Attributes:
-        lock: held by whoever is at work on it. vLLM's thread holds it between two steps, others for one short work, and
-            only while nothing runs.
-        num_steps: boundaries that vLLM's thread has come to.
+        lock: held by the thread at work on the state. vLLM's thread holds it between two steps, others for one short
+            piece of work, and only while nothing runs.
+        num_steps: boundaries that vLLM's thread has reached.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -38,13 +38,13 @@ class Boundary:
     # --- vLLM's thread
 
     def enter(self) -> None:
-        """Something is about to run: from now on vLLM's thread alone is at work, until `leave`."""
+        """Reserve the state for vLLM's thread until `leave`, because something is about to run."""
         if not self._is_busy:
             with self.lock:
                 self._is_busy = True
 
     def leave(self, *, is_idle: bool) -> None:
-        """Do at a boundary, with `lock` held, what others want; all of it where nothing will run (``is_idle``)."""
+        """Do other threads' work at a boundary, with `lock` held; all of it if nothing will run (``is_idle``)."""
         self.num_steps += 1
         begun_s, done = self._clock(), 0
         while self._works and (is_idle or not done or (done < MOST_WORKS and self._clock() - begun_s < MOST_S)):
@@ -58,7 +58,7 @@ class Boundary:
     # --- other threads
 
     def call(self, work: Callable[[], T]) -> Future[T]:
-        """Have ``work`` done; the future has what it returned or raised."""
+        """Run ``work`` and return a future with its result or exception."""
         future: Future[T] = Future()
 
         def do() -> None:
@@ -77,11 +77,11 @@ class Boundary:
         return future
 
     def on_step(self, wake: Callable[[], None]) -> None:
-        """Calls ``wake`` once, by vLLM's thread, at the next boundary."""
+        """Call ``wake`` once, on vLLM's thread, at the next boundary."""
         with self.lock:
             self._waiting.add(wake)
 
     def off_step(self, wake: Callable[[], None]) -> None:
-        """Takes `on_step` back; it may have been called already."""
+        """Undo `on_step`. The call may have happened already."""
         with self.lock:
             self._waiting.discard(wake)

@@ -1,4 +1,4 @@
-"""What attention costs on a rank itself: vLLM's own backend, over the blocks of an idle pool."""
+"""Measures the cost of attention on a rank itself, with vLLM's own backend over the blocks of an idle pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hetis.runtime.vllm.specs import HeadGroupSpec
 
 _CONTEXTS = (16, 128, 512)
-_ROUNDS, _LAYERS = 3, 4  # calls of a point: rounds over layers
+_ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers
 
 
 def calibrate_here(
@@ -35,13 +35,13 @@ def calibrate_here(
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Calibration:
-    """Times decode attention of a few numbers of head groups and contexts. No request may hold a block yet.
+    """Time decode attention for a few numbers of head groups and context lengths. No request may hold a block yet.
 
     Args:
         layers: attention layers of this rank with their caches bound.
-        names: what vLLM calls them.
+        names: vLLM's names for them.
         spec: of their KV.
-        num_blocks: of the pool, block 0 being nobody's.
+        num_blocks: of the pool; block 0 belongs to nobody.
     """
     device = layers[0].kv_cache.device
     builder = layers[0].impl.builder_cls(spec, names, vllm_config, device)
@@ -67,7 +67,7 @@ def _measured(
     block_tokens: int,
     clock: Callable[[], float],
 ) -> TimedCall:
-    """The median call of one layer with so many virtual sequences, each of one request."""
+    """Return the median call of one layer with this many virtual sequences, each of its own request."""
     impl = layers[0].impl
     counts = np.ones(sequences, np.int64)
     lasts = np.full(sequences, context, np.int64)
@@ -104,19 +104,19 @@ def _measured(
                 _wait(device)
                 taken_s.append(clock() - begun_s)
     kv_bytes = float(sequences * context * 2 * impl.head_size * dtype.itemsize)
-    # The first round allocates, and meets cold caches.
+    # Ignore the first round, which allocates and meets cold caches.
     return TimedCall(heads=sequences * impl.num_heads, kv_bytes=kv_bytes, seconds=median(taken_s[len(layers) :]))
 
 
 def _copy_byte_s(
     store: BlockStore, spec: HeadGroupSpec, num_layers: int, num_blocks: int, clock: Callable[[], float]
 ) -> float:
-    """Seconds per byte of KV read out of the blocks of one head group."""
+    """Return the seconds per byte of KV read out of the blocks of one head group."""
     blocks = np.arange(1, min(num_blocks, 1 + max(256 // spec.block_size, 1)), dtype=np.int64)
     if not len(blocks):
         return 0.0
     tokens = len(blocks) * spec.block_size
-    store.read(blocks, 0, tokens)  # finds out where numbers are
+    store.read(blocks, 0, tokens)  # finds the layout
     begun_s = clock()
     for _ in range(_ROUNDS):
         store.read(blocks, 0, tokens)

@@ -1,4 +1,4 @@
-"""vLLM's KV connector: decisions go from its scheduler to the ranks with every step, and what happened comes back.
+"""vLLM's KV connector: carries decisions from its scheduler to the ranks with every step, and results back.
 
 No KV passes through it. In the scheduler's process it places the head groups of each request at admission and has the
 block manager keep their tables; on the ranks it makes `Rank`, which computes and copies.
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
-    """What a step brings to the ranks."""
+    """The scheduler's message to the ranks for one step."""
 
     plan: StepPlan
 
 
 @dataclass
 class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """What the ranks say after a step, by rank."""
+    """The reports of the ranks after a step, by rank."""
 
     by_rank: dict[int, RankReport] = field(default_factory=dict)
 
@@ -57,15 +57,17 @@ class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 @dataclass
 class Greeting(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a rank has found: blocks of a head group that each of its workers holds, 0: it is not there; and what
-    attention costs on them and on the rank itself, by device."""
+    """A rank's findings, by device: the blocks of a head group that each worker holds (0 if it is absent), and the cost
+    of
+    attention on the workers and on the rank itself.
+    """
 
     blocks: tuple[int, ...]
     calibrations: dict[int, Calibration] = field(default_factory=dict)
 
 
 class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Both sides of the connector, as vLLM makes one of each."""
+    """Both sides of the connector. vLLM creates one instance for each."""
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -100,13 +102,13 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._here.apply(kv_connector_metadata.plan)
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
-        """Nothing is loaded."""
+        """Do nothing: no KV is loaded."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is loaded."""
+        """Do nothing: no KV is loaded."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **_: Any) -> None:
-        """Nothing is saved."""
+        """Do nothing: no KV is saved."""
 
     def wait_for_save(self) -> None:
         self._here.finish_step()
@@ -156,7 +158,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """The block manager has told all there is to know."""
+        """Do nothing: the block manager has reported everything."""
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return StepMetadata(self._decider.plan())
@@ -210,7 +212,7 @@ class HetisConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
 
 def _check(vllm_config: VllmConfig, settings: PluginSettings) -> None:
-    """Refuses what cannot work together, in one message. Raises SettingsError."""
+    """Refuse incompatible configurations, in one message. Raises SettingsError."""
     parallel, problems = vllm_config.parallel_config, []
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     for worker in settings.workers:

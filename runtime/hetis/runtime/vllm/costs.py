@@ -1,4 +1,4 @@
-"""What attention costs on the devices of one engine: measured when they join, followed while they work."""
+"""The cost of attention on the devices of one engine: measured when they join, updated while they work."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hetis.runtime.measured.following import Following
 from hetis.runtime.measured.timed import Taken
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
-HERE = "here"  # the ranks, as a device
-_LINK_BYTE_S = 1e-9  # of copies, where nothing was measured
+HERE = "here"  # name of the ranks as a device
+_LINK_BYTE_S = 1e-9  # of copies, if nothing was measured
 
 
 class EngineCosts:
-    """The costs of one engine's devices: 0 the ranks themselves, then the workers.
+    """The costs of one engine's devices: 0 is the ranks themselves, the workers follow.
 
-    Ranks are measured each for itself, and so are their workers; the slowest counts.
+    Each rank and its workers are measured separately; the slowest counts.
 
     Attributes:
-        stage: in use.
+        stage: the costs in use.
     """
 
     def __init__(self, heads: HeadShape, workers: Sequence[str]) -> None:
-        """Devices of one speed until they are measured; workers cost a little to reach."""
+        """Initialise with equally fast devices, until they are measured; reaching a worker costs a little."""
         num = 1 + len(workers)
         away = np.array([0.0] + [1.0] * len(workers))
         self._first = Stage(
@@ -46,11 +46,11 @@ class EngineCosts:
         self._apply: Callable[[Stage], None] = lambda stage: None
 
     def follow(self, apply: Callable[[Stage], None]) -> None:
-        """``apply`` takes the costs that are in use from now on."""
+        """Set the function that receives the costs to use from now on."""
         self._apply = apply
 
     def measured(self, rank: int, calibrations: Mapping[int, Calibration]) -> None:
-        """What a rank has measured of devices, by their numbers, when they joined it."""
+        """Take a rank's calibrations of devices, by their numbers, from when they joined it."""
         if not calibrations:
             return
         self._measured |= {(device, rank): found for device, found in calibrations.items()}
@@ -58,33 +58,33 @@ class EngineCosts:
         known = {names[device]: self._slowest(device).coefficients for device in self._devices_measured()}
         calibrated = with_coefficients(self._first, known)
         self._use(calibrated)
-        # What was learnt of the others was learnt against the same coefficients, and is learnt again soon.
+        # Scales of the other devices were learnt against the same coefficients, and are soon learnt again.
         self._following = Following(calibrated, self._use, read_s=[0.0] * len(names))
 
     def planned(self, known: Mapping[str, Coefficients]) -> None:
-        """What a plan says, by device; counts only where nothing was measured at all."""
+        """Take a plan's coefficients, by device. They only count if nothing was measured at all."""
         if not self._measured:
             self._use(with_coefficients(self._first, known))
 
     def hear(self, device: int, taken: Sequence[Taken]) -> None:
-        """What steps took on a device."""
+        """Take the times of steps on a device."""
         if self._following is not None and any(number == device for number, _ in self._measured):
             for one in taken:
                 self._following.hear(device, one)
 
     def advance(self) -> None:
-        """Once a step: follows what was heard."""
+        """Update the costs, once a step, from the times heard."""
         if self._following is not None:
             self._following.advance()
 
     @property
     def is_measured(self) -> bool:
-        """Whether any device was."""
+        """Return whether any device has been measured."""
         return bool(self._measured)
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """What the devices take now over what was measured when they joined."""
+        """The present cost of each device divided by that measured when it joined."""
         return (1.0,) * len(self._first.devices) if self._following is None else self._following.scales
 
     @property
@@ -105,7 +105,7 @@ class EngineCosts:
         return sorted({device for device, _ in self._measured})
 
     def _slowest(self, device: int) -> Calibration:
-        """The largest of each number over the ranks."""
+        """Return the maximum of each number over the ranks."""
         found = [one for (number, _), one in self._measured.items() if number == device]
         first = found[0]
         costs = [one.coefficients for one in found]
@@ -126,12 +126,12 @@ class EngineCosts:
 
 
 def head_shape(*, groups: int, queries: int, head_dim: int, item_bytes: int, block_tokens: int) -> HeadShape:
-    """The heads of a layer on one rank: ``groups`` of ``queries`` query heads."""
+    """Return the heads of a layer on one rank: ``groups`` of ``queries`` query heads."""
     return HeadShape(
         head_groups=groups,
         queries_per_group=queries,
         kv_bytes_per_token=2 * head_dim * item_bytes,
-        # A query goes and an output comes for each query head; its group's key and value go once.
+        # Each query head sends a query and receives an output; its group's key and value are sent once.
         exchange_bytes_per_head=(2 + 2 / queries) * head_dim * item_bytes,
         block_tokens=block_tokens,
     )

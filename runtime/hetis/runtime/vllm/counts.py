@@ -1,6 +1,6 @@
-"""What the plugin counts, as values: taken now and then, and shown by vLLM's own ``/metrics``.
+"""The plugin's counters as values, taken periodically and shown by vLLM's own ``/metrics``.
 
-Several label values of one sample are joined by ``|`` on their way, for vLLM carries plain data only.
+Several label values of one sample are joined by ``|`` in transit, because vLLM carries plain data only.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus
 
 Samples = dict[str, dict[str, float]]
-EVERY_S = 0.5  # between two times that counts are taken while requests run
+EVERY_S = 0.5  # between two takes while requests run
 DISPATCH_BUCKETS = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A metric: what it says, and its labels beside vLLM's own."""
+    """A metric's description, and its labels besides vLLM's own."""
 
     text: str
     labels: tuple[str, ...] = ()
@@ -64,8 +64,10 @@ class SchedulerCounts:
         self._taken_s = float("-inf")
 
     def take(self, *, is_last: bool) -> dict[str, Any] | None:
-        """Return what was counted since the last time, and how it is; None: it is not time yet. ``is_last``: nothing
-        runs any more, so that nobody will ask again soon."""
+        """Return the counts since the last take and the present gauges, or None if it is too early. Pass ``is_last`` if
+        nothing
+        runs any more, so that no further take follows soon.
+        """
         now_s = self._clock()
         if not is_last and now_s < self._taken_s + EVERY_S:
             return None
@@ -81,7 +83,7 @@ class SchedulerCounts:
 
 
 def merged(one: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Two takes as one."""
+    """Merge two takes into one."""
     counters: Samples = {name: dict(samples) for name, samples in one.get("counters", {}).items()}
     for name, samples in later.get("counters", {}).items():
         own = counters.setdefault(name, {})
@@ -95,7 +97,7 @@ def merged(one: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(data: dict[str, Any]) -> dict[str, int | float]:
-    """Return what a line of the log says of a take."""
+    """Return the figures of a take for a line in the log."""
     found: dict[str, int | float] = {
         f"groups on {device}": int(value)
         for device, value in data.get("gauges", {}).get("hetis_head_groups", {}).items()

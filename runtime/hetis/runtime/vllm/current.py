@@ -1,4 +1,4 @@
-"""The rank of this process: vLLM makes attention layers and connector apart, and both need it."""
+"""The rank of this process: vLLM creates attention layers and connector separately, and both need it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _rank: Rank | None = None
 
 
 def current_rank() -> Rank:
-    """The rank that the connector has made. Raises RuntimeError where vLLM was started without it."""
+    """Return the rank that the connector has made. Raises RuntimeError if vLLM was started without it."""
     if _rank is None:
         raise RuntimeError("hetis needs its connector: start vLLM with --kv-transfer-config as docs/vllm.md says")
     return _rank
 
 
 def set_current_rank(rank: Rank | None) -> None:
-    """Called by the connector."""
+    """Set the rank. Called by the connector."""
     global _rank
     _rank = rank

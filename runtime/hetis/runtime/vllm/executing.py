@@ -1,6 +1,6 @@
 """`ExecutorService` inside vLLM's engine process: the node's agent reaches the scheduler over a Unix socket.
 
-gRPC has a thread of its own. The scheduler never waits for it; see `hetis.runtime.vllm.boundary`.
+gRPC runs in its own thread. The scheduler never waits for it; see `hetis.runtime.vllm.boundary`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_se
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-LOOK_S = 0.25  # between two looks at the clock where no step is made
+LOOK_S = 0.25  # between two looks at the clock while no step is made
 
 
 class ExecutorThread:
     """Serves one engine until it is closed."""
 
     def __init__(self, socket: Path, engine: SteeredEngine[Any], boundary: Boundary) -> None:
-        """Listens when it returns.
+        """Start listening before returning.
 
         Raises:
-            OSError: the socket cannot be made.
+            OSError: the socket cannot be created.
         """
         self._socket, self._host = socket, _Host(engine, boundary)
         self._loop = asyncio.new_event_loop()
@@ -50,7 +50,7 @@ class ExecutorThread:
         _log.info("the agent can steer this engine at unix://%s", socket)
 
     def close(self) -> None:
-        """Answers nobody any more."""
+        """Stop answering."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
@@ -81,7 +81,7 @@ class ExecutorThread:
 
 
 class _Host:
-    """An `EngineHost` in the thread of gRPC."""
+    """An `EngineHost` in gRPC's thread."""
 
     def __init__(
         self, engine: SteeredEngine[Any], boundary: Boundary, clock: Callable[[], float] = time.monotonic
@@ -94,7 +94,7 @@ class _Host:
             try:
                 return work(self._engine, now_s)
             finally:
-                self._engine.step(now_s)  # what was asked for is done at this boundary, also where nothing runs
+                self._engine.step(now_s)  # do what was asked for at this boundary, even if nothing runs
 
         return await asyncio.wrap_future(self._boundary.call(act))
 
@@ -115,4 +115,4 @@ class _Host:
             self._boundary.off_step(wake)
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
-        return None  # it is this engine, always
+        return None  # this engine is always the authority

@@ -1,6 +1,6 @@
-"""The attention backend on GPUs: the one that the settings name, or FLASH_ATTN, by head groups.
+"""The head group backend for GPUs, over the backend that the settings name, or FLASH_ATTN.
 
-Has never run on a GPU: none was at hand. vLLM is to be started with ``--attention-backend CUSTOM``.
+It has never run on a GPU, because none was available. Start vLLM with ``--attention-backend CUSTOM``.
 """
 
 from __future__ import annotations

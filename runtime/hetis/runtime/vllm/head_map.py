@@ -17,9 +17,9 @@ class HeadMap:
         devices: device of each head group, shape [rows, G].
         tables: blocks of each local head group, shape [rows, G, width].
         numbers: of the requests, as workers know them, shape [rows].
-        tokens: that are stored of each request, shape [rows].
-        must_restart: requests that lost KV: void until they are computed from their first token again, shape [rows].
-        row_of: row of each anchor, -1 where there is none, shape [blocks].
+        tokens: stored for each request, shape [rows].
+        must_restart: requests that lost KV: void until they are recomputed from their first token, shape [rows].
+        row_of: row of each anchor, -1 if there is none, shape [blocks].
     """
 
     def __init__(self, head_groups: int, num_blocks: int, *, rows: int = 16, width: int = 16) -> None:
@@ -41,7 +41,7 @@ class HeadMap:
         self.must_restart[row], self.tokens[row] = False, 0
 
     def remove(self, event: Gone) -> int:
-        """Forgets a request; returns its number."""
+        """Remove a request and return its number."""
         row = self._row(event.anchor)
         self.row_of[event.anchor] = self.anchors[row] = -1
         self._free.append(row)
@@ -58,23 +58,23 @@ class HeadMap:
         self.devices[row], self.tokens[row], self.must_restart[row] = event.devices, 0, True
 
     def row(self, anchor: int) -> int | None:
-        """The row of an anchor; None: there is no such request any more."""
+        """Return the row of an anchor, or None if the request is gone."""
         row = int(self.row_of[anchor])
         return None if row < 0 else row
 
     def with_groups_on(self, device: int) -> IntArray:
-        """Rows of the requests that have head groups on a device."""
+        """Return the rows of the requests that have head groups on a device."""
         running = np.flatnonzero(self.anchors >= 0)
         rows: IntArray = running[(self.devices[running] == device).any(axis=1)]
         return rows
 
     def keys_on(self, row: int, device: int) -> Iterator[tuple[int, int]]:
-        """Number of the request and head group, for each group of a row that lives on a device."""
+        """Yield the request's number and the head group for each group of a row that lives on a device."""
         for group in np.flatnonzero(self.devices[row] == device):
             yield int(self.numbers[row]), int(group)
 
     def remote_devices(self, row: int) -> set[int]:
-        """Workers that hold groups of a row."""
+        """Return the workers that hold groups of a row."""
         return set(self.devices[row].tolist()) - {LOCAL}
 
     # --- inside

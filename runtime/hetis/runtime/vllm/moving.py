@@ -1,6 +1,6 @@
-"""Copies of head groups that move while their requests decode: a little with each step, the rest when the move commits.
+"""Copies head groups that move while their requests decode: a little with each step, the rest when the move commits.
 
-The source owns the groups until the commit; until then every step goes on writing there. A move that cannot be finished
+The source owns the groups until the commit; until then every step keeps writing there. A move that cannot be finished
 has no effect: the copies are dropped and the groups stay where they are.
 """
 
@@ -23,18 +23,20 @@ from hetis.runtime.vllm.workers import Workers
 
 
 class KvStore(Protocol):
-    """KV in the blocks of a rank, in plain form."""
+    """KV in the blocks of a rank, read and written as plain tensors."""
 
     def read(self, blocks: IntArray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions, d], copies."""
+        """Return copies of K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions,
+        d].
+        """
 
     def write(self, blocks: IntArray, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V, each [layers, positions, d], to the positions from ``first`` on."""
+        """Write K and V, each [layers, positions, d], to the positions from ``first`` on."""
 
 
 @dataclass(slots=True)
 class _OpenMove:
-    """A move under way: ``copied`` positions are at the target."""
+    """A move in flight; ``copied`` positions are at the target."""
 
     move: GroupMove
     copied: int = 0
@@ -47,7 +49,9 @@ class Mover:
     def __init__(
         self, heads: HeadMap, workers: Workers, shape: KvShape, store: KvStore, *, bytes_per_step: int
     ) -> None:
-        """``bytes_per_step``: KV copied between two steps at most, but one position of every group."""
+        """Initialise. At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every
+        group.
+        """
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
         self._open: dict[int, _OpenMove] = {}
@@ -55,7 +59,7 @@ class Mover:
         self._failed: set[int] = set()
 
     def take(self, step: MoveStep) -> None:
-        """Begins, commits or gives up a move. Raises DeviceError, after which the worker is to be declared lost."""
+        """Begin, commit or abort a move. Raises DeviceError, after which the worker must be declared lost."""
         move = step.move
         if step.phase == "begin":
             if self._heads.row(move.anchor) is None or not self._is_there(move):
@@ -70,7 +74,7 @@ class Mover:
             self._drop(move.target, move)
 
     def advance(self) -> None:
-        """Copies as much as a step may. Raises as `take`."""
+        """Copy as much as one step may. Raises as `take`."""
         left = self._bytes_per_step
         for one in list(self._open.values()):
             row = self._row(one.move)
@@ -88,23 +92,23 @@ class Mover:
                 break
 
     def rewind(self, rows: IntArray, firsts: IntArray) -> None:
-        """Positions from ``firsts`` on are computed, shape [requests]: what was copied of them before is void.
+        """Invalidate copies of positions from ``firsts`` on, shape [requests], because they are computed again.
 
-        A request begins again where another rank lost a worker; what this rank stored with it may be of no use.
+        A request restarts if another rank lost a worker; what this rank stored with it may be useless.
         """
         for one in self._open.values():
             for first in firsts[rows == self._row(one.move)].tolist():
                 one.copied = min(one.copied, first)
 
     def forget(self, anchor: int) -> None:
-        """A request left, or is computed again: its moves are void. Raises as `take`."""
+        """Void the moves of a request that left or is recomputed. Raises as `take`."""
         for number in [n for n, one in self._open.items() if one.move.anchor == anchor]:
             move = self._open.pop(number).move
             self._failed.add(number)
             self._drop(move.target, move)
 
     def lose(self, device: int) -> None:
-        """A worker is gone: moves from and to it are void."""
+        """Void the moves from and to a lost worker."""
         for number in [n for n, one in self._open.items() if device in (one.move.source, one.move.target)]:
             move = self._open.pop(number).move
             self._failed.add(number)
@@ -112,7 +116,7 @@ class Mover:
                 self._drop(move.target, move)
 
     def take_results(self) -> tuple[set[int], set[int]]:
-        """Moves whose copies are complete, and moves that failed, since the last time."""
+        """Return the moves whose copies are complete and those that failed, since the last call."""
         copied, failed = self._copied, self._failed
         self._copied, self._failed = set(), set()
         return copied, failed
@@ -120,7 +124,9 @@ class Mover:
     # --- inside
 
     def _commit(self, move: GroupMove, one: _OpenMove | None) -> None:
-        """The scheduler has decided: where the copy is not whole, the request is computed again at its new homes."""
+        """Commit a move, as the scheduler decided. If the copy is incomplete, the request is recomputed at its new
+        homes.
+        """
         row = self._heads.row(move.anchor)
         if row is None:
             return

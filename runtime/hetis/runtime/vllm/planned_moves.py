@@ -1,4 +1,4 @@
-"""Changes of the contract, carried by the scheduler: the planner's moves go the way of the engine's own."""
+"""The planner's changes, carried out by the scheduler in the same way as the engine's own moves."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hetis.v1.head_map_pb2 import Move
 
 @dataclass(slots=True)
 class _InFlightMove:
-    """A move that is under way: ``number`` names it in the scheduler."""
+    """A move in flight. ``number`` identifies it in the scheduler."""
 
     move: Move
     number: int
 
 
 class PlannedMoves:
-    """Moves of a replica's head map: its `Authority`, and its `Copies`.
+    """Moves of a replica's head map. Implements `Authority` and `Copies`.
 
-    Copies begin with the reservation: they pass through the ranks, other nodes have nothing to do.
+    Copies begin with the reservation: they pass through the ranks, so other nodes have nothing to do.
     """
 
     def __init__(self, side: SchedulerSide, binding: Binding) -> None:
@@ -34,7 +34,7 @@ class PlannedMoves:
         self._open: dict[str, list[_InFlightMove]] = {}
 
     def in_flight(self) -> list[tuple[str, Move]]:
-        """Moves that are under way, with their changes."""
+        """Return the moves in flight, with the ids of their changes."""
         return [(change_id, one.move) for change_id, carried in self._open.items() for one in carried]
 
     # --- Authority
@@ -118,7 +118,7 @@ class PlannedMoves:
             raise refusal(ErrorReason.ERROR_REASON_INVALID_FIELD, "; ".join(wrong))
 
     def _split_ranks(self, move: Move) -> str:
-        """Why the groups of a move cannot go by themselves, though they exist; empty: they can."""
+        """Return why the existing groups of a move cannot move without others, or an empty string if they can."""
         groups, ranks = set(move.head_groups), range(self._binding.cards)
         num = self._side.shape.heads.head_groups
         lacking = sorted({rank * num + group % num for group in groups for rank in ranks} - groups)
@@ -130,7 +130,7 @@ class PlannedMoves:
         )
 
     def _refusal_of(self, move: Move, names: Mapping[str, str]) -> Failure | None:
-        """Why a move cannot begin, whatever room there is; ``names``: see `_names`."""
+        """Return why a move cannot begin, whatever room there is. See `_names` for ``names``."""
         allocator, binding = self._side.allocator, self._binding
         name = names.get(move.request)
         if name is None or move.incarnation:
@@ -162,7 +162,7 @@ class PlannedMoves:
         self._keep_together(change, carried)
 
     def _keep_together(self, change: EngineChange, carried: list[_InFlightMove]) -> None:
-        """Moves that flip at the same step or not at all share the fate of the first that is left out."""
+        """Leave out moves that must flip together with one left out, for the reason of the first."""
         moves = [move for move in change.change.moves if move.number in change.left_out]
         out = {(move.request, move.together): change.left_out[move.number] for move in moves}
         for one in list(carried):
@@ -182,7 +182,7 @@ class PlannedMoves:
         return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
     def _bytes(self, carried: Sequence[_InFlightMove]) -> int:
-        """KV of moves, as it is now."""
+        """Return the present KV bytes of moves."""
         names, allocator, shape = self._names(), self._side.allocator, self._side.shape
         tokens = sum(
             allocator.state.context_tokens(names[one.move.request]) * len(one.move.head_groups)
@@ -192,14 +192,14 @@ class PlannedMoves:
         return int(tokens * shape.heads.kv_bytes_per_token * shape.num_layers)
 
     def _groups(self, move: Move) -> list[int]:
-        """The groups of a move, as the allocator counts them."""
+        """Return the groups of a move in the allocator's numbering."""
         return sorted({group % self._side.shape.heads.head_groups for group in move.head_groups})
 
     def _target(self, move: Move) -> int:
         return self._binding.index[move.target]
 
     def _names(self) -> dict[str, str]:
-        """Running requests by what the planner calls them."""
+        """Return the running requests by the planner's names for them."""
         allocator = self._side.allocator
         return {str(allocator.number(name)): name for name in allocator.running}
 

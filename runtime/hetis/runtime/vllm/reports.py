@@ -1,4 +1,4 @@
-"""What the engine is like, in the contract's words."""
+"""Reports on the engine as the contract's messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STATUS = {
 
 
 def stage_load(side: SchedulerSide, binding: Binding) -> StageLoad:
-    """The load of the replica's stage, and what it takes by the plan and by what was measured."""
+    """Return the load of the replica's stage, with its times as planned and as measured."""
     allocator, costs = side.allocator, side.costs
     load = allocator.state.load()
     measured = device_seconds(costs.stage, load.heads.astype(np.float64), load.kv_bytes)
@@ -48,13 +48,13 @@ def stage_load(side: SchedulerSide, binding: Binding) -> StageLoad:
 
 
 def blocks(side: SchedulerSide, binding: Binding, device: int) -> tuple[int, int]:
-    """Blocks of a device in all, as far as the plan lets it use them, and in use, as the plan counts them."""
+    """Return a device's blocks, as far as the plan lets it use them, and its used blocks, in the plan's unit."""
     total, used = side.allocator.totals(device)
     return total * binding.planned_blocks, used * binding.planned_blocks
 
 
 def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[str, Move]]) -> HeadMap:
-    """``in_flight``: moves under way, with their changes."""
+    """Return the head map with the moves ``in_flight``, given with the ids of their changes."""
     allocator, model = side.allocator, binding.model
     position = {binding.index[device.name]: i for i, device in enumerate(model.devices)}
     devices = [
@@ -69,7 +69,7 @@ def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[st
     for name in allocator.running:
         owners = allocator.devices(name)
         if any(owner not in position for owner in owners):
-            continue  # on a worker that the plan does not have: its groups are nobody's there to move
+            continue  # on a worker that the plan does not have: nobody may move its groups
         requests.append(
             RunningRequest(
                 id=str(allocator.number(name)),
@@ -89,7 +89,7 @@ def head_map(side: SchedulerSide, binding: Binding, in_flight: Iterable[tuple[st
 
 
 def device_reports(side: SchedulerSide, binding: Binding, node: str) -> list[DeviceReport]:
-    """KV of the GPUs of one node, those of a device each with an even share."""
+    """Return the KV of the GPUs of one node. The GPUs of a device share its KV evenly."""
     reports = []
     for planned in binding.model.devices:
         total, used = blocks(side, binding, binding.index[planned.name])
@@ -102,7 +102,9 @@ def device_reports(side: SchedulerSide, binding: Binding, node: str) -> list[Dev
 
 
 def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
-    """Seconds per layer of attention and exchange by the plan's coefficients; the formula of ``stage.proto``."""
+    """Return the seconds per layer of attention and exchange by the plan's coefficients; the formula of
+    ``stage.proto``.
+    """
     if not heads or not device.pieces:
         return 0.0
     cards = max(len(device.gpus), 1) if device.is_primary else 1

@@ -1,7 +1,7 @@
-"""The plugin in vLLM's scheduler: places requests, moves their head groups, and tells the ranks with every step.
+"""The plugin in vLLM's scheduler: places requests, moves their head groups, and informs the ranks with every step.
 
-Nothing here imports vLLM: the connector hands over what vLLM asks, and the block manager is behind `Blocks`. What an
-agent asks comes through `hetis.runtime.vllm.steering`, between two steps, see `hetis.runtime.vllm.boundary`.
+Nothing here imports vLLM: the connector passes on vLLM's requests, and the block manager is behind `Blocks`. An
+agent's requests come through `hetis.runtime.vllm.steering`, between two steps; see `hetis.runtime.vllm.boundary`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import HeadShape
 
 _log = logging.getLogger(__name__)
-_RECENT = 64  # times that means are taken of
+_RECENT = 64  # times over which means are taken
 
 MovedBy = Literal["planner", "engine", "relief"]
 
 
 class VllmRequest(Protocol):
-    """What is used of vLLM's requests."""
+    """The used part of vLLM's requests."""
 
     request_id: str
     max_tokens: int
@@ -53,7 +53,7 @@ class VllmBlockPool(Protocol):
 
 
 class Blocks(Protocol):
-    """What is used of `hetis.runtime.vllm.blocks.HeadGroupManager`."""
+    """The used part of `hetis.runtime.vllm.blocks.HeadGroupManager`."""
 
     homes: Any
     relieve: Callable[[int], None] | None
@@ -71,13 +71,13 @@ class Blocks(Protocol):
 
 
 class Counting(Protocol):
-    """What is used of `hetis.runtime.vllm.counts.Counts`."""
+    """The used part of `hetis.runtime.vllm.counts.SchedulerCounts`."""
 
     def take(self, *, is_last: bool) -> dict[str, Any] | None: ...
 
 
 class Steering(Protocol):
-    """What is used of `hetis.runtime.vllm.steering.SteeredVllm`."""
+    """The used part of `hetis.runtime.vllm.steering.SteeredVllm`."""
 
     @property
     def is_assigned(self) -> bool: ...
@@ -85,20 +85,20 @@ class Steering(Protocol):
 
 
 class Closing(Protocol):
-    """What is used of `hetis.runtime.vllm.executing.ExecutorThread`."""
+    """The used part of `hetis.runtime.vllm.executing.ExecutorThread`."""
 
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """What the engine is, as far as placement is concerned.
+    """The properties of the engine that matter for placement.
 
     Attributes:
-        heads: of a layer on one tensor-parallel rank.
+        heads: of a layer on one tensor parallel rank.
         num_layers: of the model, all pipeline stages.
         tensor_parallel: ranks of a stage, each with ``heads.head_groups`` groups of its own.
-        most_running: requests that vLLM runs at the same time.
+        most_running: maximum number of requests that vLLM runs concurrently.
     """
 
     heads: HeadShape
@@ -109,7 +109,7 @@ class EngineShape:
 
 @dataclass(slots=True)
 class Exchanged:
-    """What one worker did since the start, all its ranks together: see `steps.DeviceReport`."""
+    """Counters of one worker since the start, over all its ranks: see `steps.DeviceReport`."""
 
     exchanges: int = 0
     exchange_s: float = 0.0
@@ -118,16 +118,16 @@ class Exchanged:
 
 
 class SchedulerSide:
-    """What the connector does in the scheduler's process.
+    """The connector's part in the scheduler's process.
 
     Attributes:
         settings: of the plugin's file.
         shape: of the engine.
         allocator: where head groups live.
-        costs: what the devices take.
-        boundary: who may touch all this.
+        costs: of the devices.
+        boundary: controls which thread may touch all this.
         exchanged: by device.
-        moves: how many moves began, were committed, and were aborted, by who wanted them.
+        moves: number of moves that began, were committed, and were aborted, by origin.
     """
 
     def __init__(self, settings: PluginSettings) -> None:
@@ -152,8 +152,8 @@ class SchedulerSide:
     # --- life
 
     def bind(self, manager: Blocks, shape: EngineShape) -> None:
-        """Meets the block manager."""
-        # Compiled code is loaded here and not before: vLLM, as it starts, looks into everything that is loaded.
+        """Connect to the block manager."""
+        # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
         from hetis.runtime.vllm.allocator import HeadAllocator
         from hetis.runtime.vllm.costs import EngineCosts
         from hetis.runtime.vllm.redispatch import Redispatch
@@ -184,7 +184,7 @@ class SchedulerSide:
             compile_dispatch()
 
     def attach(self, counts: Counting, steered: Steering | None = None, executor: Closing | None = None) -> None:
-        """What stands around it: counts, and the way in of an agent, if there is one."""
+        """Connect the counts and, if there is an agent, its way in."""
         self._counts, self._steered, self._executor = counts, steered, executor
 
     def greet(
@@ -192,7 +192,7 @@ class SchedulerSide:
         blocks: Mapping[tuple[int, int], tuple[int, ...]],
         calibrations: Mapping[tuple[int, int], Mapping[int, Calibration]] | None = None,
     ) -> None:
-        """The ranks have connected to their workers, and measured them: both by pipeline and tensor-parallel rank."""
+        """Take the ranks' workers and calibrations, both by pipeline and tensor parallel rank."""
         with self.boundary.lock:
             self._blocks = {where: list(counts) for where, counts in blocks.items()}
             for rank, where in enumerate(sorted(self._blocks)):
@@ -201,19 +201,19 @@ class SchedulerSide:
                 self._settle(device)
 
     def close(self) -> None:
-        """vLLM ends."""
+        """Close the agent's way in, because vLLM ends."""
         if self._executor is not None:
             self._executor.close()
 
     # --- requests
 
     def arrived(self, request: VllmRequest) -> None:
-        """vLLM has taken a request."""
+        """Note a request that vLLM has accepted."""
         self.boundary.enter()
         self._requests.arrived(request)
 
     def place(self, request: VllmRequest, num_computed_tokens: int) -> None:
-        """vLLM is about to admit a request."""
+        """Place a request that vLLM is about to admit."""
         self.boundary.enter()
         self._placed[request.request_id] = request
         tokens = request.num_tokens
@@ -221,7 +221,7 @@ class SchedulerSide:
         self.allocator.place(request.request_id, tokens=tokens, most_output=most, has_hits=num_computed_tokens > 0)
 
     def finished(self, request: VllmRequest) -> None:
-        """A request ended; its blocks are about to be freed if it ran."""
+        """Note that a request ended. If it ran, its blocks are about to be freed."""
         with self.boundary.lock:
             self._requests.finished(request, has_run=request.request_id in self.allocator.state)
             self.allocator.forget(request.request_id)
@@ -230,7 +230,7 @@ class SchedulerSide:
     # --- steps
 
     def plan(self) -> StepPlan:
-        """Everything that the ranks have not been told yet."""
+        """Return everything that the ranks have not been told yet."""
         with self.boundary.lock:
             self._plans += 1
             for number in [n for n in self._copied if self.is_copied(n) and self._moved_by.get(n) != "planner"]:
@@ -246,13 +246,13 @@ class SchedulerSide:
             return StepPlan(self._plans, tuple(events))
 
     def hear(self, reports: Mapping[int, RankReport]) -> None:
-        """What the ranks say after a step."""
+        """Take the ranks' reports after a step."""
         with self.boundary.lock:
             for rank, report in reports.items():
                 self._hear(rank, report)
 
     def hear_void(self, anchors: Collection[int]) -> None:
-        """Requests whose outputs of a step are void, by their anchors."""
+        """Recompute the requests, given by their anchors, whose outputs of a step are void."""
         if anchors:
             with self.boundary.lock:
                 for request_id in self.allocator.running:
@@ -260,17 +260,18 @@ class SchedulerSide:
                         self._compute_again(request_id)
 
     def take_stats(self) -> dict[str, Any] | None:
-        """Return what was counted since the last time, after a step; None: it is not time yet."""
+        """Return the counts since the last take, after a step, or None if it is too early."""
         with self.boundary.lock:
             return self._counts.take(is_last=self.is_idle)
 
     # --- moves
 
     def begin_move(self, request_id: str, groups: Sequence[int], target: int, *, by: MovedBy = "engine") -> int | None:
-        """Have groups of a running request copied elsewhere while it decodes; they move when all ranks are through, or,
-        where the planner wants it, when `commit` is called.
+        """Have groups of a running request copied elsewhere while it decodes.
 
-        Returns the number of the move; None where the target has no room or the groups are not at rest together.
+        They move when all ranks have copied them or, for the planner's moves, when `commit` is called. Returns the
+        number of
+        the move, or None if the target has no room or the groups are not at rest together.
         """
         move = self._prepare(request_id, groups, target, by)
         if move is None:
@@ -279,15 +280,15 @@ class SchedulerSide:
         return move.number
 
     def is_copied(self, number: int) -> bool:
-        """Return whether all ranks have copied what there was of a move when they looked last."""
+        """Return whether all ranks had copied all existing KV of a move at their last report."""
         return len(self._copied.get(number, ())) == len(self._blocks) > 0
 
     def is_under_way(self, number: int) -> bool:
-        """Return whether a move has begun and not ended: it ends with its request, too, or when a device is lost."""
+        """Return whether a move has begun and not ended. It also ends with its request, or when a device is lost."""
         return self.allocator.is_under_way(number)
 
     def commit(self, numbers: Iterable[int]) -> None:
-        """The targets own the groups of these moves from this step on; those that have ended are left out."""
+        """Make the targets own the groups of these moves from this step on. Moves that have ended are skipped."""
         for number in numbers:
             self._copied.pop(number, None)
             if not self.is_under_way(number):
@@ -305,7 +306,7 @@ class SchedulerSide:
             self._manager.left(request_id, move.groups)
 
     def abort(self, number: int) -> None:
-        """The groups of a move stay where they are; it may have ended already."""
+        """Leave the groups of a move where they are. It may have ended already."""
         self._copied.pop(number, None)
         by = self._moved_by.pop(number, None)
         if by is not None:
@@ -320,8 +321,11 @@ class SchedulerSide:
                 self._manager.free_group(request_id, group)
 
     def relieve(self, blocks: int) -> None:
-        """The pool is short of so many blocks: groups leave at once for workers with room, rather than a request
-        being preempted; what is freed now is written by this step at the earliest, after the ranks have copied it."""
+        """Move groups at once to workers with room, because the pool lacks blocks and a request would otherwise be
+        preempted.
+
+        The freed blocks are written by this step at the earliest, after the ranks have copied them.
+        """
         for request_id, groups, target in self.allocator.relief(blocks):
             move = self._prepare(request_id, groups, target, "relief")
             if move is not None:
@@ -330,7 +334,7 @@ class SchedulerSide:
                 self.commit([move.number])
 
     def follow_plan(self, limits: Mapping[int, int], drained: frozenset[int]) -> None:
-        """What a plan says of the workers: blocks at most, and which of them take nothing."""
+        """Apply a plan's limits on the workers' blocks, and stop the ``drained`` workers from taking groups."""
         self.allocator.bound(limits)
         for move in self.allocator.moves:
             if move.target in drained:
@@ -341,22 +345,22 @@ class SchedulerSide:
 
     @property
     def is_steered(self) -> bool:
-        """Whether a planner decides what moves."""
+        """Return whether a planner decides which groups move."""
         return self._steered is not None and self._steered.is_assigned
 
     @property
     def is_idle(self) -> bool:
-        """Whether vLLM has no request."""
+        """Return whether vLLM has no request."""
         return self._requests.is_empty and self.allocator.is_idle
 
     @property
     def num_steps(self) -> int:
-        """Steps that were planned."""
+        """The number of steps planned."""
         return self._plans
 
     @property
     def requests(self) -> _Requests:
-        """What is known of the requests."""
+        """The state of vLLM's requests."""
         return self._requests
 
     # --- inside
@@ -396,10 +400,11 @@ class SchedulerSide:
         return move
 
     def _compute_again(self, request_id: str) -> None:
-        """Have vLLM begin a request again.
+        """Have vLLM restart a request.
 
-        With pipeline stages more steps of it may be under way. What they say must not count, be it void or, where one
-        of them begins again already, said twice; vLLM itself looks at the step that failed only.
+        With pipeline stages, more of its steps may be in flight. Their outputs must not count: they are void or, if one
+        of
+        them restarts already, duplicates. vLLM itself only handles the step that failed.
         """
         request = self._placed[request_id]
         request.num_computed_tokens = 0
@@ -410,13 +415,13 @@ class SchedulerSide:
         return [places[rank]] if rank < len(places) else []
 
     def _settle(self, device: int) -> None:
-        """A worker is there when it is there for every rank, with the room of the smallest."""
+        """Make a worker available when it is there for every rank, with the smallest room, and lose it otherwise."""
         blocks = min((counts[device - 1] for counts in self._blocks.values()), default=0)
         if blocks:
             self.allocator.set_blocks(device, blocks)
             return
         for move in self.allocator.moves:
-            if move.target == device:  # ranks whose own worker is there still go on with it
+            if move.target == device:  # ranks whose own worker is still there continue it
                 self.abort(move.number)
         for request_id in self.allocator.lose(device):
             self._manager.lost(request_id)
@@ -428,34 +433,34 @@ class SchedulerSide:
 
 
 class _Requests:
-    """What vLLM says of requests and the allocator has no use for.
+    """The state of vLLM's requests that the allocator does not need.
 
     Attributes:
         num_finished: since the start.
-        num_ran_to_end: of them, those that ran when they ended.
+        num_ran_to_end: of these, requests that were running when they ended.
     """
 
     def __init__(self) -> None:
         self.num_finished = self.num_ran_to_end = 0
         self._known: set[str] = set()
-        self._awaited: dict[str, VllmRequest] = {}  # that have no token yet
-        self._first_s: dict[str, float] = {}  # when they had their first token
+        self._awaited: dict[str, VllmRequest] = {}  # requests that have no token yet
+        self._first_s: dict[str, float] = {}  # when they got their first token
         self._ttft_s: deque[float] = deque(maxlen=_RECENT)
         self._tpot_s: deque[float] = deque(maxlen=_RECENT)
 
     @property
     def is_empty(self) -> bool:
-        """Whether vLLM has no request."""
+        """Return whether vLLM has no request."""
         return not self._known
 
     @property
     def num_known(self) -> int:
-        """Requests that run or wait."""
+        """The number of requests that run or wait."""
         return len(self._known)
 
     @property
     def ttft_s(self) -> float:
-        """Mean seconds from arrival to the first token, of the last requests; 0: of none."""
+        """Mean seconds from arrival to the first token, over the latest requests; 0 if there are none."""
         return sum(self._ttft_s) / len(self._ttft_s) if self._ttft_s else 0.0
 
     @property
@@ -468,7 +473,7 @@ class _Requests:
         self._awaited[request.request_id] = request
 
     def look(self, now_s: float) -> None:
-        """Once a step: who has a first token since the last."""
+        """Note, once a step, the requests that got their first token."""
         for request in [one for one in self._awaited.values() if one.num_output_tokens]:
             del self._awaited[request.request_id]
             self._first_s[request.request_id] = now_s

@@ -29,7 +29,7 @@ VARIABLE = "HETIS_VLLM_CONFIG"
 
 
 class SettingsError(HetisError):
-    """The file of `VARIABLE` is not usable; the message names it and every problem."""
+    """The file of `VARIABLE` is not usable. The message names it and every problem."""
 
 
 class _Document(BaseModel):
@@ -37,10 +37,10 @@ class _Document(BaseModel):
 
 
 class WorkerSettings(_Document):
-    """One attention worker: a device for the scheduler, and one process (or card) for each rank.
+    """One attention worker: a device for the scheduler, with one process (or GPU) for each rank.
 
     Attributes:
-        name: of the device; where a planner steers, what it calls its card, ``node/index``.
+        name: of the device. If a planner steers, it is the planner's name for its GPU, ``node/index``.
         addresses: ``host:port`` of its process for each rank of vLLM, rank 0 first.
         key_file: file with the key that the processes were started with.
     """
@@ -71,9 +71,9 @@ class DispatchSettings(_Document):
     """Policy for where the head groups of new requests go.
 
     Attributes:
-        policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay with the rank while it has room;
-            ``remote``: as many as fit go to workers, in turns (for trials).
-        expected_output_tokens: assumed of a request until it says a smaller ``max_tokens``.
+        policy: ``solver``: `hetis.solver.dispatch` decides; ``local``: all stay on the rank while it has room;
+            ``remote``: as many as fit go to workers, in turn (for experiments).
+        expected_output_tokens: assumed for a request unless its ``max_tokens`` is smaller.
     """
 
     policy: Literal["solver", "local", "remote"] = "solver"
@@ -84,10 +84,10 @@ class EngineRedispatchSettings(_Document):
     """Policy for when head groups of running requests move.
 
     Attributes:
-        enabled: whether they do while no planner has assigned a replica.
-        theta: share above the ideal time of a step at which a look is worth it.
-        every_steps: between two looks.
-        copy_bytes_per_step: KV copied by a rank in one step at most, beside computing it.
+        enabled: whether they move while no planner has assigned a replica.
+        theta: share above the ideal time of a step from which a look pays.
+        every_steps: steps between two looks.
+        copy_bytes_per_step: maximum KV that a rank copies in one step besides its computation.
     """
 
     enabled: bool = True
@@ -100,12 +100,12 @@ class PluginSettings(_Document):
     """The whole file.
 
     Attributes:
-        transport: how ranks reach workers: shared memory on one host, else TCP (``auto``), or one of them.
-        timeout_s: without an answer for so long, a worker is lost.
-        page_tokens: tokens of a page on workers.
-        base_backend: vLLM's attention backend for what stays on the ranks; None: the platform's first choice.
-        executor: Unix socket on which the node's agent reaches the engine; None: nobody steers it.
-        calibrate: measure the ranks, and every worker when it joins, and follow what steps take from then on.
+        transport: how ranks reach workers: shared memory on one host, else TCP (``auto``), or one of the two.
+        timeout_s: a worker that does not answer for this long is lost.
+        page_tokens: tokens per page on workers.
+        base_backend: vLLM's attention backend for groups on the ranks. None: the platform's first choice.
+        executor: Unix socket on which the node's agent reaches the engine. None: nobody steers it.
+        calibrate: measure the ranks, and every worker when it joins, and follow measured steps from then on.
     """
 
     api_version: Literal["hetis/v1"]
@@ -132,7 +132,7 @@ class PluginSettings(_Document):
 
 
 def read_settings() -> PluginSettings | None:
-    """The settings of the file that `VARIABLE` names; None: it names none.
+    """Return the settings in the file that `VARIABLE` names, or None if it names none.
 
     Raises:
         SettingsError: the file is not readable, or not valid.
@@ -142,7 +142,7 @@ def read_settings() -> PluginSettings | None:
 
 
 def load_settings(path: Path) -> PluginSettings:
-    """The settings in a file. Raises SettingsError with all problems at once."""
+    """Return the settings in a file. Raises SettingsError with all problems at once."""
     try:
         data, source = parse_text(read_text(path), str(path))
     except DocumentError as error:

@@ -1,4 +1,4 @@
-"""The form of KV in vLLM's cache when every block belongs to one head group of one request."""
+"""The KV cache spec of vLLM under which every block belongs to one head group of one request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
     """KV of *one* head group in one layer: ``num_kv_heads`` is 1, and a request takes blocks for each of its groups.
 
-    All layers of a model share this spec, sliding windows included: windows are masked, their blocks are not freed.
+    All layers of a model share this spec, including those with sliding windows: windows are masked, and their blocks
+    are
+    not freed.
 
     Attributes:
-        head_groups: G, KV heads of the layer on each tensor-parallel rank.
+        head_groups: G, KV heads of the layer on each tensor parallel rank.
     """
 
     head_groups: int
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> HeadGroupSpec:
-        """The form of the same layer in head groups."""
+        """Return the head group spec of the same layer."""
         if isinstance(spec, cls):
             return spec
         return cls(
@@ -41,12 +43,12 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
         )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Return the bytes of one request of the longest length: blocks of all groups, and its anchor."""
+        """Return the bytes of a request of maximum length: the blocks of all groups, and its anchor."""
         blocks = cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.head_groups + 1
         return int(blocks * self.page_size_bytes)
 
     @classmethod
     def merge(cls, specs: list[HeadGroupSpec]) -> HeadGroupSpec:
-        """The spec that all layers of a group share. Raises AssertionError where they differ."""
+        """Return the spec that all layers of a group share. Raises AssertionError if they differ."""
         assert all(spec == specs[0] for spec in specs[1:]), "layers of different head groups share no KV cache group"
         return copy.deepcopy(specs[0])

@@ -1,4 +1,4 @@
-"""The plugin's counts in vLLM's own metrics: see `hetis.runtime.vllm.counts` for what there is."""
+"""The plugin's counts in vLLM's own metrics. See `hetis.runtime.vllm.counts` for the list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class HetisStats(KVConnectorStats):  # type: ignore[misc]
-    """What was counted in an interval, as plain data: vLLM carries it from the scheduler to whoever shows it."""
+    """The counts of an interval as plain data, which vLLM carries from the scheduler to its metrics."""
 
     def reset(self) -> None:
         self.data: dict[str, Any] = {}
@@ -29,7 +29,7 @@ class HetisStats(KVConnectorStats):  # type: ignore[misc]
 
 
 class HetisPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
-    """Counters, gauges and a histogram beside vLLM's, with vLLM's labels."""
+    """Counters, gauges and a histogram next to vLLM's, with vLLM's labels."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""vLLM as an agent steers it: one replica, whose primary is here, in the words of the contract.
+"""vLLM as an agent steers it: one replica, whose primary is here, in the contract's terms.
 
-A *group* of the contract is a KV head of the model; one of the allocator is a KV head of every tensor-parallel rank.
-Group p of the contract is group ``p % G`` here, on rank ``p // G``: what moves, moves on all ranks.
+A *group* of the contract is a KV head of the model; one of the allocator is a KV head of every tensor parallel rank.
+Group p of the contract is group ``p % G`` here, on rank ``p // G``: a move moves a group on all ranks.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from hetis.v1.report_pb2 import AssignmentState, DeviceStatus, ReplicaReport
 
 @dataclass(slots=True)
 class _Taken(TakenReplica):
-    """The replica that is run; ``moves``: its head map's."""
+    """The replica that is run, and the moves of its head map."""
 
     binding: Binding
     moves: PlannedMoves
 
 
 class SteeredVllm(SteeredEngine[_Taken]):
-    """The engine under the contract. Everything is called at a boundary of the scheduler."""
+    """The engine under the contract. All methods are called at a boundary of the scheduler."""
 
     def __init__(self, side: SchedulerSide, engine_id: str | None = None) -> None:
-        """``engine_id``: of this run; None: a new UUID."""
+        """Initialise with the id of this run, or a new UUID if it is None."""
         super().__init__(engine_id)
         self._side = side
 
     @property
     def is_assigned(self) -> bool:
-        """Whether there is a replica that the planner decides on."""
+        """Return whether the planner has assigned a replica, and so decides on moves."""
         return bool(self._held)
 
     # --- assignments
@@ -61,7 +61,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             copies=moves,
             devices=frozenset(binding.index),
         )
-        if held is not None:  # requests go on, and how changes ended stays known
+        if held is not None:  # requests continue, and the outcomes of changes stay known
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             changes.known.update(held.changes.known)
         self._side.costs.planned(_planned_costs(binding))
@@ -84,8 +84,12 @@ class SteeredVllm(SteeredEngine[_Taken]):
         return AssignmentState.ASSIGNMENT_STATE_LOADED
 
     def _follow(self, assignment: Assignment, binding: Binding) -> None:
-        """The plan bounds dispatch: its workers take as many blocks as it says, the others, and those that are not to
-        be relied on, nothing. What the planner has lost works while we reach it."""
+        """Limit dispatch to the plan: its workers take as many blocks as it says, others nothing.
+
+        Workers that are not to be relied on take nothing either. A worker that the planner has lost keeps working as
+        long as
+        it is reached from here.
+        """
         said = {condition.device for condition in assignment.conditions if condition.status != _OK}
         limits, drained = {}, set(range(1, len(self._side.settings.workers) + 1))
         for planned in binding.model.devices:
@@ -152,10 +156,10 @@ _OK = DeviceStatus.DEVICE_STATUS_OK
 
 
 def bind(assignment: Assignment, side: SchedulerSide) -> Binding:
-    """The stage of an assignment, as the engine has it.
+    """Return the stage of an assignment as the engine has it.
 
     Raises:
-        RefusedError: ENGINE_CANNOT, with all the reasons: an engine runs what it was started for.
+        RefusedError: ENGINE_CANNOT, with all reasons: an engine only runs what it was started for.
     """
     numbers = {worker.name: number for number, worker in enumerate(side.settings.workers, 1)}
     reasons = list(_differences(assignment, side.shape, numbers))
@@ -176,7 +180,7 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
         said = ReplicaRole.Name(role).removeprefix("REPLICA_ROLE_").lower()
         yield f"the replica's role is {said}, this engine runs unified ones"
     elif len(assignment.stages) != 1:
-        # Pipeline stages of vLLM share one block table, and so one head map.
+        # Pipeline stages of vLLM share one block table, and therefore one head map.
         yield f"the assignment has {len(assignment.stages)} stages with their copies, vLLM is steered as one stage"
     else:
         (model,) = assignment.stages
@@ -205,7 +209,7 @@ def _differences(assignment: Assignment, shape: EngineShape, workers: Mapping[st
 
 
 def _planned_costs(binding: Binding) -> dict[str, Coefficients]:
-    """Return what the plan says of the devices, by their names here."""
+    """Return the plan's costs of the devices, by their names here."""
     return {
         HERE if device.is_primary else device.name: Coefficients(
             pieces=tuple((piece.head_s, piece.kv_byte_s, piece.call_s) for piece in device.pieces),

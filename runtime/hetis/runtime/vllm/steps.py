@@ -1,7 +1,7 @@
-"""What the scheduler tells the ranks with each step, and what they report back. Plain values, pickled by vLLM itself.
+"""Messages between the scheduler and the ranks for each step. They are plain values, pickled by vLLM itself.
 
 Every request has an *anchor*: one block of vLLM's pool that holds no KV and stands alone in the request's block table.
-Its number names the request on the ranks, where attention metadata carries block tables and no names.
+Its number identifies the request on the ranks, whose attention metadata carries block tables but no names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
     from hetis.runtime.measured.timed import Taken
 
-LOCAL = 0  # the device of a rank itself; workers count from 1
+LOCAL = 0  # the rank itself as a device; workers count from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Admitted:
     """A request began; its groups live on these devices."""
 
     anchor: int
-    number: int  # names the request to workers; never used again
+    number: int  # identifies the request to workers; never reused
     devices: tuple[int, ...]
 
 
@@ -34,7 +34,7 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """Blocks of one local group, from the block ``first`` of its table on."""
+    """New blocks of one local group, from block ``first`` of its table on."""
 
     anchor: int
     group: int
@@ -44,7 +44,7 @@ class Grown:
 
 @dataclass(frozen=True, slots=True)
 class Rehomed:
-    """Groups of a request that is computed again from its first token live elsewhere from now on."""
+    """The new devices of the groups of a request that is recomputed from its first token."""
 
     anchor: int
     devices: tuple[int, ...]
@@ -52,9 +52,9 @@ class Rehomed:
 
 @dataclass(frozen=True, slots=True)
 class GroupMove:
-    """Groups of one request on their way to another device; `Grown` gives them blocks where that is `LOCAL`."""
+    """Groups of one request on their way to another device. `Grown` gives them blocks if that is `LOCAL`."""
 
-    number: int  # of the move, rising
+    number: int  # of the move, increasing
     anchor: int
     groups: tuple[int, ...]
     source: int
@@ -63,7 +63,7 @@ class GroupMove:
 
 @dataclass(frozen=True, slots=True)
 class MoveStep:
-    """What happens to a move: its copies begin, the target owns the groups from this step on, or it is given up."""
+    """A phase of a move: its copies begin, the target owns the groups from this step on, or it is aborted."""
 
     phase: Literal["begin", "commit", "abort"]
     move: GroupMove
@@ -74,7 +74,7 @@ Event = Admitted | Gone | Grown | Rehomed | MoveStep
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What changed since the step before, in the order in which it happened."""
+    """The changes since the previous step, in order."""
 
     number: int
     events: tuple[Event, ...] = ()
@@ -82,10 +82,10 @@ class StepPlan:
 
 @dataclass(slots=True)
 class DeviceReport:
-    """What one rank says of its worker on one device.
+    """One rank's report on its worker on one device.
 
     Attributes:
-        blocks: KV blocks of one head group that it holds in all; 0: it is lost.
+        blocks: KV blocks of one head group that it holds in total; 0: it is lost.
         bytes_sent, bytes_received: since the last report.
         exchanges: calls to it since the last report, one per layer and step.
         exchange_s: seconds from a call to its answer, summed over those exchanges.
@@ -103,13 +103,13 @@ class DeviceReport:
 
 @dataclass(slots=True)
 class RankReport:
-    """What one rank says after a step; None in its place where nothing is to be said.
+    """One rank's report after a step, or None instead if there is nothing to report.
 
     Attributes:
         devices: by index, those that changed or whose counters are due.
-        copied: moves whose copies are complete up to the tokens that were there, by number.
-        failed: moves that came to nothing.
-        taken: what a layer of the last decode steps took on devices, `LOCAL` too; comes with ``devices``.
+        copied: moves, by number, whose copies are complete up to the tokens present at that time.
+        failed: moves that failed.
+        taken: time of a layer in the latest decode steps on each device, including `LOCAL`; sent with ``devices``.
         calibrations: of devices that have joined since the last report.
     """
 

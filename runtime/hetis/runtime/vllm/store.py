@@ -1,8 +1,8 @@
-"""KV of head groups in vLLM's blocks, read and written in plain form whatever layout the base backend keeps.
+"""KV of head groups in vLLM's blocks, read and written as plain tensors whatever the base backend's layout.
 
-Backends store K and V of a block as suits their kernels (transposed, or packed for matrix units). Writing goes through
-the backend itself. For reading, the place of every number in a block is found out once: numbers that tell their own
-place are written to a block of their own, and looked for.
+Backends store K and V of a block as suits their kernels (transposed, or packed for matrix units). Writes go through
+the backend itself. For reads, the place of every number in a block is determined once: numbers that encode their own
+place are written to a scratch block, and looked up.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from hetis.runtime.vllm.batch import IntArray
 if TYPE_CHECKING:
     from hetis.runtime.vllm.backend import HeadGroupImpl
 
-_BASE = 128  # digits that every dtype holds exactly
+_BASE = 128  # a base whose digits every dtype holds exactly
 
 
 class BlockStore:
     """The KV of one rank: all layers of its stage."""
 
     def __init__(self, layers: Sequence[Any], block_tokens: int) -> None:
-        """``layers``: attention layers of vLLM with their caches bound, in order."""
+        """Initialise with vLLM's attention layers, in order, with their caches bound."""
         self._layers, self._block_tokens = tuple(layers), block_tokens
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def read(self, blocks: IntArray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions, d], copies."""
+        """Return copies of K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions,
+        d].
+        """
         k_places, v_places = self._found_places()
         positions = np.arange(first, last)
         numbers = torch.from_numpy(blocks[positions // self._block_tokens])
@@ -43,7 +45,7 @@ class BlockStore:
         return k, v
 
     def write(self, blocks: IntArray, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Writes K and V, each [layers, positions, d], to the positions from ``first`` on."""
+        """Write K and V, each [layers, positions, d], to the positions from ``first`` on."""
         positions = np.arange(first, first + k.shape[1])
         slots = blocks[positions // self._block_tokens] * self._block_tokens + positions % self._block_tokens
         for number, layer in enumerate(self._layers):
@@ -54,7 +56,7 @@ class BlockStore:
     # --- inside
 
     def _found_places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return where each number of K and V is in a block, each [block tokens, d]."""
+        """Return the place of each number of K and V in a block, each [block tokens, d]."""
         if self._places is None:
             layer = self._layers[0]
             head_dim, size = _impl(layer).head_size, self._block_tokens
@@ -63,7 +65,7 @@ class BlockStore:
             slots = torch.arange(size, device=cache.device)
             digits = []
             for power in (1, _BASE, _BASE**2):
-                k = ((here // power) % _BASE + 1).to(cache)  # 0 is nowhere
+                k = ((here // power) % _BASE + 1).to(cache)  # 0 means no place
                 v = -k
                 _impl(layer).store(layer, k.contiguous(), v.contiguous(), cache, slots)
                 digits.append(cache.flatten().float().round().long().cpu())

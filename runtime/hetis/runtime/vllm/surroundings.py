@@ -1,4 +1,4 @@
-"""What stands around the scheduler's side: its counts, and the way in of an agent."""
+"""Connects the scheduler's side to its counts and, if there is an agent, to its way in."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hetis.runtime.vllm.steering import SteeredVllm
 
 
 def surround(side: SchedulerSide) -> SteeredVllm | None:
-    """Attaches both to a side that has met its block manager. Returns what an agent steers; None: nobody does.
+    """Attach both to a side that is connected to its block manager. Returns what an agent steers, or None.
 
     Raises:
-        SettingsError: the executor's socket cannot be made.
+        SettingsError: the executor's socket cannot be created.
     """
     path = side.settings.executor
     if path is None:

@@ -1,4 +1,4 @@
-"""The attention workers of one rank: connected at the start, lost on the first failure, joined again."""
+"""The attention workers of one rank: connected at the start, lost on the first failure, then joined again."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ class Workers:
     """Workers by their number among the devices, from 1 on; number 0 is the rank itself.
 
     Attributes:
-        names: of all of them, in order.
-        epoch: of this engine, above those of engines before it.
+        names: of all workers, in order.
+        epoch: of this engine, above those of earlier engines.
     """
 
     def __init__(
         self, names: Sequence[str], join: Join, *, epoch: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """``join`` connects to the worker with a number: it may take as long as its time-out, and raise DeviceError."""
+        """Initialise. ``join`` connects to the worker with a number; it may take its whole time-out, and raise
+        DeviceError.
+        """
         self.names, self.epoch = tuple(names), epoch
         self._join, self._clock = join, clock
         self._devices: dict[int, AttentionDevice] = {}
@@ -43,20 +45,20 @@ class Workers:
                 self._again_s[number] = clock() + AGAIN_S
 
     def get(self, number: int) -> AttentionDevice | None:
-        """A worker; None: it is lost, or has not been there."""
+        """Return a worker, or None if it is lost or was never there."""
         return self._devices.get(number)
 
     @property
     def present(self) -> tuple[int, ...]:
-        """Numbers of the workers that are there."""
+        """The numbers of the workers that are there."""
         return tuple(sorted(self._devices))
 
     def number(self, name: str) -> int:
-        """The number of a worker by its name."""
+        """Return the number of a worker by its name."""
         return self.names.index(name) + 1
 
     def lose(self, number: int, error: Exception) -> bool:
-        """The worker failed; whether it was there until now."""
+        """Drop a worker that failed, and return whether it was there until now."""
         device = self._devices.pop(number, None)
         if device is None:
             return False
@@ -66,13 +68,13 @@ class Workers:
         return True
 
     def close(self) -> None:
-        """Leaves all workers; they drop what they hold."""
+        """Disconnect from all workers, which then drop what they hold."""
         for device in self._devices.values():
             _close(device)
         self._devices.clear()
 
     def advance(self) -> tuple[int, ...]:
-        """Between two steps: begins to join those that are missing, and returns the numbers of those that are back."""
+        """Begin to join missing workers, between two steps, and return the numbers of those that are back."""
         back = []
         while True:
             try:
@@ -104,7 +106,7 @@ class Workers:
     def _try(self, number: int) -> None:
         try:
             self._came.put((number, self._join(number)))
-        except Exception as error:  # whatever it is, it is tried again
+        except Exception as error:  # retry, whatever the error is
             self._came.put((number, error))
 
 

@@ -1,1 +1,1 @@
-"""Attention workers as processes: KV of some heads and attention over it, no weights."""
+"""Attention workers as processes: they hold KV of some heads and compute attention over it, without weights."""

@@ -1,4 +1,4 @@
-"""`python -m hetis.runtime.worker`: an attention worker of its own process."""
+"""`python -m hetis.runtime.worker`: runs an attention worker in this process."""
 
 from __future__ import annotations
 

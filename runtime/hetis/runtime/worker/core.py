@@ -1,10 +1,11 @@
 """An attention worker without sockets or processes: frames in, frames out.
 
-It obeys one engine at a time. A HELLO of an epoch that is not below the newest begins with nothing: what an earlier
-connection left here belongs to nobody. Frames of another connection, and of another step than was begun, are refused;
-so is KV of a request's earlier incarnation where a later one is here.
+It obeys one engine at a time. A HELLO whose epoch is not below the newest starts empty: the KV of an earlier
+connection belongs to nobody. Frames of another connection, or of a step other than the one begun, are refused. So is
+KV of a request's earlier incarnation if a later one is here.
 
-What has no answer (BEGIN, ADOPT, DROP) tells of its failure in the next answer: until then nothing counts anyway.
+The failure of a frame without an answer (BEGIN, ADOPT, DROP) is reported in the next answer, before which nothing
+counts anyway.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class WorkerCore:
     """The state of one worker.
 
     Attributes:
-        epoch: newest that it has obeyed.
-        device: its pages, made for the shape that the engine said. None before the first HELLO.
+        epoch: newest epoch that it has obeyed.
+        device: its pages, made for the engine's shape. None before the first HELLO.
     """
 
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
@@ -59,13 +60,13 @@ class WorkerCore:
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun
         self._meter = _Meter()
         self._incarnations: dict[int, int] = {}
-        self._failed: Exception | None = None  # of a frame without an answer
+        self._failed: Exception | None = None  # by a frame without an answer
 
     def handle(self, frame: Frame) -> Frame | None:
-        """Do what one frame asks; return the answer, where the kind has one.
+        """Do what one frame asks, and return the answer if its kind has one.
 
         Raises:
-            FrameError: the frame does not fit: the connection is to be closed, and what it left is void.
+            FrameError: the frame is not valid here. The connection must be closed, and its KV is void.
         """
         if frame.kind is FrameKind.HELLO:
             return self._hello(frame)
@@ -85,7 +86,7 @@ class WorkerCore:
             return None
 
     def leave(self) -> None:
-        """The connection ended: its KV is void."""
+        """Drop the KV of a connection that ended."""
         self._session = 0
         self._forget()
 
@@ -98,10 +99,10 @@ class WorkerCore:
         if frame.epoch < self.epoch:
             return self._stale(frame)
         if self.device is None or self.device.shape != hello.shape:
-            self.device, self._session = None, 0  # first free, then take
+            self.device, self._session = None, 0  # free before allocating
             try:
                 self.device = self._make_device(hello.shape)
-            except (RuntimeError, MemoryError, ValueError) as error:  # ValueError: numpy's, of what is too big
+            except (RuntimeError, MemoryError, ValueError) as error:  # ValueError: numpy's, if the size is too large
                 why = f"no memory for its KV: {str(error).splitlines()[0]}"
                 _log.error("%s: %s", self.name, why)
                 return error_answer(frame, ErrorCode.FAILED, why)
@@ -128,7 +129,7 @@ class WorkerCore:
             case FrameKind.FINISH | FrameKind.ABORT:
                 self._step = None
                 if frame.kind is FrameKind.ABORT:
-                    self._failed = None  # the engine knows, and does it again
+                    self._failed = None  # the engine knows, and repeats the step
                 device.abort(frame.step)
             case FrameKind.DROP:
                 self._drop(read_keys(frame), device)
@@ -197,7 +198,7 @@ class WorkerCore:
 
 
 class _Meter:
-    """Counts what attention has taken."""
+    """Counts the work of attention."""
 
     def __init__(self) -> None:
         self._calls = self._rows = self._read = self._busy_ns = 0

@@ -1,4 +1,4 @@
-"""How an engine gets its attention workers: greets those that run, as devices of its stage.
+"""Joins attention workers that run already, as devices of an engine's stage.
 
 `join_at` is all that an engine needs of this package:
 
@@ -7,18 +7,18 @@
     device.begin(DeviceStep(epoch=e, number=n, requests=[...], incarnations=[...], heads=[...],
                             positions=first, counts=counts))    # [N]; counts None: one position each
     pending = device.attend(layer, qkv)                   # [T, r + 2, d], rows in the step's order; returns at once
-    out = pending.wait()                                  # [T, r, d]; wait for one layer before the next is asked for
-    device.finish(n)                                      # or abort(n): the same positions may be begun again
+    out = pending.wait()                                  # [T, r, d]; wait for one layer before requesting the next
+    device.finish(n)                                      # or abort(n): the same positions may begin again
     device.drop([SequenceKey(request, incarnation, head)])    # frees pages; `adopt`, `export`, `digest` move KV
-    device.stats()                                        # between steps: free pages, sequences, what attention took
+    device.stats()                                        # between steps: free pages, sequences, attention's work
     device.close()
 
-A worker serves one connection, of the newest epoch that it was greeted with: who comes with a higher one, or the same,
-takes over, and finds it empty; who comes with a lower one is refused. An engine that starts again therefore needs an
-epoch that only grows, as the time does. `begin` takes no answer: too few pages (OutOfPagesError) or an unknown sequence
-(UnknownSequenceError) is raised by `wait`, after which `abort` makes the device as it was but for the pages that were
-taken. Every other failure is a DeviceLostError, and all that was there is gone: join again. Nothing here is to be
-shared between threads.
+A worker serves one connection, that with the newest epoch. An engine that connects with the same or a higher epoch
+takes over, and finds the worker empty; one with a lower epoch is refused. A restarting engine therefore needs an epoch
+that only grows, such as the time. `begin` has no answer: `wait` raises OutOfPagesError for too few pages and
+UnknownSequenceError for an unknown sequence, after which `abort` restores the device but for the pages already
+allocated. Every other failure is a DeviceLostError, and everything on the device is gone: join again. Nothing here is
+thread-safe.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def join_at(
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
 ) -> RemoteDevice:
-    """The worker that listens at ``host``, ``port``, as a device with nothing in it; what it held for others is gone.
+    """Return the worker that listens at ``host``, ``port`` as an empty device. What it held for others is gone.
 
     Args:
         name: for messages.
-        host, port: as `hetis-worker --listen` says, or its port file.
+        host, port: as given to `hetis-worker --listen`, or in its port file.
         key: of the worker, from `hetis.runtime.transport.keys.read_key`.
-        shape: of the virtual sequences; the worker takes its pages anew where it differs from the last one's.
+        shape: of the virtual sequences; the worker reallocates its pages if it differs from the previous one.
         epoch: of the engine.
         kind: of channel; ``AUTO`` is shared memory on one host and TCP between hosts.
-        timeout_s: a worker that owes an answer for so long is lost.
+        timeout_s: a worker that owes an answer for this long is lost.
 
     Raises:
-        UnreachedDeviceError: there is no connection; neither is there where this process may open no more files.
-        DeviceLostError: it does not answer, has no memory for such KV, or its key is another.
+        UnreachedDeviceError: there is no connection, or this process has no free file descriptors for one.
+        DeviceLostError: it does not answer, has no memory for this KV, or has another key.
         StaleEpochError: it obeys a later engine.
     """
     return join(name, WorkerEndpoint(host=host, port=port, key=key), shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
@@ -69,7 +69,7 @@ def join(
     kind: ChannelKind = ChannelKind.AUTO,
     timeout_s: float = 10.0,
 ) -> RemoteDevice:
-    """`join_at`, where address and key are one value."""
+    """Do the same as `join_at`, with address and key in one value."""
     try:
         channel = connect(endpoint, kind, stall_s=timeout_s)
     except (ChannelError, OSError) as error:

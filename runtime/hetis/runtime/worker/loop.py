@@ -13,27 +13,27 @@ from hetis.runtime.transport.frames import Frame, FrameKind
 from hetis.runtime.transport.messages import ErrorCode
 from hetis.runtime.worker.pending import PendingConnections
 
-LOOK_S = 0.1  # between two looks for another engine while this one says nothing
-IDLE_S = 1.0  # between two looks while there is none
+LOOK_S = 0.1  # between two checks for another engine while this one is silent
+IDLE_S = 1.0  # between two checks while there is none
 GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 _log = logging.getLogger(__name__)
 
 
 class Core(Protocol):
-    """What a loop runs: an attention worker's core."""
+    """The core that a loop runs: an attention worker's."""
 
     name: str
     epoch: int
 
     def handle(self, frame: Frame) -> Frame | None:
-        """Do what one frame asks; return the answer, where the kind has one. Raises FrameError."""
+        """Do what one frame asks, and return the answer if its kind has one. Raises FrameError."""
 
     def leave(self) -> None:
-        """The connection ended."""
+        """Handle the end of the connection."""
 
 
 class WorkerLoop:
-    """Runs a core over the connections that come to ``listener``; each begins with a HELLO."""
+    """Runs a core over the connections that arrive at ``listener``. Each begins with a HELLO."""
 
     def __init__(self, core: Core, listener: socket.socket, *, stall_s: float = 10.0) -> None:
         self.core = core
@@ -42,12 +42,12 @@ class WorkerLoop:
         self._channel: Channel | None = None
 
     def run(self) -> None:
-        """Until the process is ended."""
+        """Serve until the process is ended."""
         while True:
             self.turn()
 
     def turn(self) -> None:
-        """One frame, one connection, or a short wait."""
+        """Handle one frame or one connection, or wait briefly."""
         if self._channel is None:
             self._take_newcomer(IDLE_S, self._stall_s)
             return
@@ -63,7 +63,7 @@ class WorkerLoop:
             self._leave(str(error))
 
     def _take_newcomer(self, wait_s: float, stall_s: float) -> None:
-        """Another engine is heard when this one is silent; it is obeyed if its key is right and its epoch not old."""
+        """Listen to another engine while this one is silent. It is obeyed if its key is right and its epoch not old."""
         connection = self._pending.speaking(wait_s)
         if connection is None:
             return

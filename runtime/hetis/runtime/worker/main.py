@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, NoReturn
 from hetis.runtime.worker.options import WorkerOptionError, WorkerOptions, read_options
 from hetis.solver.errors import HetisError
 
-if TYPE_CHECKING:  # torch comes with it, and `--help` does not wait for that
+if TYPE_CHECKING:  # torch comes with these, and `--help` must not wait for it
     from hetis.runtime.worker.core import WorkerCore
 
 EXIT_FAILED, EXIT_INVALID = 1, 2
 
 
 class StartError(HetisError):
-    """The process cannot be what its options say; the message is why."""
+    """The process cannot run as its options say. The message says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serves engines until SIGTERM or SIGINT; returns the exit code."""
+    """Serve engines until SIGTERM or SIGINT, and return the exit code."""
     try:
         options = read_options(arguments, os.environ)
     except WorkerOptionError as error:
@@ -75,7 +75,7 @@ def _serve(options: WorkerOptions) -> int:
 
 
 def _make_core(options: WorkerOptions) -> WorkerCore:
-    """Return what it serves with. Raises StartError."""
+    """Return the core to serve with. Raises StartError."""
     from hetis.formats.units import format_bytes
     from hetis.runtime.attention.cuda import cuda_count
     from hetis.runtime.attention.local import LocalDevice
@@ -92,7 +92,7 @@ def _make_core(options: WorkerOptions) -> WorkerCore:
 
     if device != "cpu" and int(device.partition(":")[2] or 0) >= cuda_count():
         raise StartError(f"{device} is not there: torch finds {cuda_count()} CUDA devices")
-    # Now, and not when pages are first written: then the system would end the process.
+    # Check now, not when pages are first written: the system would then kill the process.
     if options.kv_bytes > (free := free_memory_bytes(device)):
         raise StartError(f"--kv-memory is {format_bytes(options.kv_bytes)}, {device} has {free >> 20}MiB free")
     if device == "cpu" and find_spec("numba"):
@@ -101,7 +101,7 @@ def _make_core(options: WorkerOptions) -> WorkerCore:
 
 
 def _compile_for_cpu() -> None:
-    """Compiles the kernels before engines may come, once a machine: it can take a minute."""
+    """Compile the kernels before engines may connect, once per machine: it can take a minute."""
     from hetis.runtime.attention import paged_compiled
     from hetis.runtime.attention.local import LocalDevice
     from hetis.runtime.kv.shape import KvShape
@@ -123,7 +123,7 @@ def _failed(options: WorkerOptions, why: str, code: int) -> int:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Writes a file so that nobody sees a part of it. Raises OSError."""
+    """Write a file atomically. Raises OSError."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
     part.replace(path)

@@ -1,7 +1,7 @@
-"""What an attention worker was asked to do: options or variables of its environment, checked as a whole.
+"""The settings of an attention worker, from options or environment variables, checked as a whole.
 
-An option counts before its variable. The variables are for those who start processes without a shell: Kubernetes,
-Slurm, systemd.
+An option takes precedence over its variable. The variables serve those who start processes without a shell:
+Kubernetes, Slurm, systemd.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or varia
 
 
 class WorkerOptionError(HetisError):
-    """Options or variables are wrong; the messages are all that is."""
+    """Options or variables are wrong. There is one message for each problem."""
 
     def __init__(self, *messages: str) -> None:
         super().__init__("\n".join(messages))
@@ -41,7 +41,7 @@ class WorkerOptionError(HetisError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSetting:
-    """One setting; ``default`` None: it must be given."""
+    """One setting. It is required if ``default`` is None."""
 
     option: str
     variable: str
@@ -82,7 +82,7 @@ class WorkerOptions:
     """The settings of one worker, each of them valid.
 
     Attributes:
-        key: that engines must say.
+        key: that engines must present.
         port_file: where HOST:PORT is written.
     """
 
@@ -98,7 +98,7 @@ class WorkerOptions:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line of `hetis-worker`; what options mean together is checked by `read_options`."""
+    """Return the command line of `hetis-worker`. `read_options` checks the values."""
     parser = argparse.ArgumentParser(
         prog="hetis-worker",
         description="Hold KV of some attention heads and compute attention over it, until SIGTERM or SIGINT.",
@@ -112,11 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> WorkerOptions:
-    """The settings that options and variables give together.
+    """Return the settings that options and variables give together.
 
     Raises:
-        OptionError: with all that is missing or wrong.
-        SystemExit: an option that there is not, or ``--help``.
+        WorkerOptionError: with everything that is missing or wrong.
+        SystemExit: an unknown option, or ``--help``.
     """
     parser = make_parser()
     read = _Reading(_SETTINGS, vars(parser.parse_args(arguments)), environment)
@@ -136,18 +136,18 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
 
 
 class _Reading:
-    """The settings of one start. What is wrong is noted, and something harmless returned in its place.
+    """The settings of one start. Problems are collected, and something harmless is returned in place of a bad value.
 
     Attributes:
-        wrong: all that is.
+        wrong: all problems.
     """
 
     def __init__(
         self, settings: Sequence[WorkerSetting], given: Mapping[str, str | None], environment: Mapping[str, str]
     ) -> None:
-        """``given``: by option, None where it was not."""
+        """Initialise with the value of each option, None if it was not given."""
         self.wrong: list[str] = []
-        self._texts: dict[str, tuple[str, str]] = {}  # by option: who says so, and what
+        self._texts: dict[str, tuple[str, str]] = {}  # option -> (source, text)
         for setting in settings:
             said, named = given[setting.option], environment.get(setting.variable)
             if said is not None:
@@ -160,7 +160,7 @@ class _Reading:
                 self.wrong.append(f"{setting.option} is missing, and so is {setting.variable}")
 
     def finish(self) -> None:
-        """Raises OptionError: with all that was missing or wrong."""
+        """Raise WorkerOptionError with everything that was missing or wrong."""
         if self.wrong:
             raise WorkerOptionError(*self.wrong)
 
@@ -222,7 +222,7 @@ class _Reading:
             value = float(text)
         except ValueError:
             value = 0.0
-        if not 0.1 <= value <= 10**6:  # neither is what is not a number
+        if not 0.1 <= value <= 10**6:  # this also catches NaN
             self._note(source, f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
         return value
 
@@ -236,5 +236,5 @@ class _Reading:
         return self._texts.get(option, ("", ""))
 
     def _note(self, source: str, what: str) -> None:
-        if source:  # what is missing was noted at the start
+        if source:  # missing values were noted at the start
             self.wrong.append(source + what)

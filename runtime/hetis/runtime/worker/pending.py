@@ -1,4 +1,4 @@
-"""Connections that have not spoken yet: who connects and says nothing must not hold up the engine that is served."""
+"""Connections that have not spoken yet: a silent one must not hold up the engine that is served."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import time
 from collections.abc import Callable
 
 MOST = 16  # at a time; the oldest makes room
-AGAIN_S = 0.01  # after a connection that could not be taken
+AGAIN_S = 0.01  # after a connection that could not be accepted
 _log = logging.getLogger(__name__)
 
 
 class PendingConnections:
-    """Lets connections in, and hands out those that have begun to speak."""
+    """Accepts connections, and returns those that have begun to speak."""
 
     def __init__(
         self, listener: socket.socket, *, silent_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """One that says nothing for ``silent_s`` is closed."""
+        """Initialise. A connection that is silent for ``silent_s`` is closed."""
         listener.setblocking(False)
         self._listener, self._silent_s, self._clock = listener, silent_s, clock
         self._poll = select.poll()
         self._poll.register(listener, select.POLLIN)
         self._silent: dict[int, tuple[socket.socket, float]] = {}
-        self._said = ""  # in the log: why no connection is taken
+        self._said = ""  # last logged reason why no connection is accepted
 
     def __len__(self) -> int:
-        """Return how many connections are silent."""
+        """Return the number of silent connections."""
         return len(self._silent)
 
     def close(self) -> None:
-        """Closes all that are silent."""
+        """Close all silent connections."""
         for number in list(self._silent):
             self._take(number).close()
 
     def speaking(self, timeout_s: float) -> socket.socket | None:
-        """A connection with something to read, or whose other end has gone; waits at most ``timeout_s`` for one."""
+        """Return a connection with something to read, or whose other end has gone, within at most ``timeout_s``."""
         ready = {number for number, _ in self._poll.poll(timeout_s * 1000)}
         if self._listener.fileno() in ready:
             self._let_in()
@@ -52,8 +52,8 @@ class PendingConnections:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptor is left, say: later there may be one
-                if str(error) != self._said:  # it is asked for again and again: once for as long as it is the same
+            except OSError as error:  # no free file descriptor, for example: there may be one later
+                if str(error) != self._said:  # log once while the reason stays the same: the attempt is repeated often
                     self._said = str(error)
                     _log.warning("no connection is taken: %s", error.strerror or error)
                 time.sleep(AGAIN_S)

@@ -34,18 +34,18 @@ T = TypeVar("T")
 
 
 class RemoteDevice:
-    """One worker, over one channel, for as long as that lives. Frames that need no answer wait for the next that does.
+    """One worker, for the lifetime of one channel. Frames without an answer wait for the next frame that has one.
 
     Attributes:
-        num_pages: what the worker has memory for.
-        is_lost: the channel failed; every call raises `DeviceLostError` from then on, but `abort` and `drop`, which
-            have nothing left to do.
+        num_pages: number of pages that the worker has memory for.
+        is_lost: the channel failed. Every call then raises `DeviceLostError`, except `abort` and `drop`, which have
+            nothing left to do.
     """
 
     def __init__(
         self, name: str, shape: KvShape, channel: Channel, *, epoch: int, key: bytes, timeout_s: float = 10.0
     ) -> None:
-        """Greets the worker. ``timeout_s``: a worker that owes an answer for so long is lost.
+        """Greet the worker. A worker that owes an answer for ``timeout_s`` is lost.
 
         Raises:
             DeviceLostError: it does not answer, or refuses the key.
@@ -55,7 +55,7 @@ class RemoteDevice:
         self.is_lost = False
         self._channel, self._session, self._timeout_s = channel, Session(epoch), timeout_s
         self._queued: list[Frame] = []
-        self._owed = 0  # serial of the last request whose answer has not been read; 0: none is under way
+        self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
         hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session.number)
         self._send(hello)
@@ -89,7 +89,7 @@ class RemoteDevice:
         if self.is_lost:
             return
         self._queued.append(self._session.frame(FrameKind.ABORT, step=number))
-        # Read what is still under way: a worker that cannot get rid of its answers takes no more frames.
+        # Read what is still in flight: a worker that cannot deliver its answers accepts no more frames.
         if self._owed:
             self._answer(self._owed)
 
@@ -129,16 +129,16 @@ class RemoteDevice:
     # --- life
 
     def ping(self) -> tuple[int, int]:
-        """Asks whether it is there: its free pages, and the virtual sequences that it holds. Raises DeviceLostError."""
+        """Return the worker's free pages and the number of its virtual sequences. Raises DeviceLostError."""
         stats = self.stats()
         return stats.free_pages, stats.sequences
 
     def stats(self) -> WorkerStats:
-        """Asks, between two steps, for its room and what its attention has taken. Raises DeviceLostError."""
+        """Return, between two steps, the worker's free room and the work of its attention. Raises DeviceLostError."""
         return self._read(self._answer(self._ask(self._session.frame(FrameKind.PING))), read_stats)
 
     def close(self) -> None:
-        """Says goodbye; the worker forgets what it holds and waits for the next engine."""
+        """Say goodbye. The worker forgets what it holds and waits for the next engine."""
         if not self.is_lost:
             self.is_lost = True
             with contextlib.suppress(ChannelError):  # it is gone already, which is as good
@@ -148,7 +148,7 @@ class RemoteDevice:
     # --- inside
 
     def _ask(self, frame: Frame) -> int:
-        """Sends a frame that has an answer; returns the serial that this will have."""
+        """Send a frame that has an answer, and return the serial of that answer."""
         self._check_here()
         self._owed = frame.serial
         self._send(frame)
@@ -162,7 +162,7 @@ class RemoteDevice:
             raise self._lose(error) from error
 
     def _answer(self, serial: int) -> Frame:
-        """The answer to one request; those to earlier ones, which nobody wants any more, are passed over."""
+        """Return the answer to one request. Answers to earlier requests, which nobody wants any more, are skipped."""
         self._check_here()
         while True:
             try:
@@ -210,7 +210,7 @@ class RemoteDevice:
 
 
 class _Outputs(NamedTuple):
-    """Outputs of one layer that a worker computes meanwhile."""
+    """Outputs of one layer that a worker is computing."""
 
     device: RemoteDevice
     serial: int
@@ -223,11 +223,11 @@ class _Outputs(NamedTuple):
 
 
 class Session:
-    """Makes the frames of one connection, each with a serial of its own, from 1 on.
+    """Makes the frames of one connection, each with its own serial, from 1 on.
 
     Attributes:
         epoch: of the engine.
-        number: of the connection, drawn at random, so that no two have the same.
+        number: of the connection, drawn at random to be unique.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -244,7 +244,7 @@ class Session:
         dtype: str = "",
         parts: tuple[Numbers, ...] = (),
     ) -> Frame:
-        """A frame of this connection; what `Frame` says of the arguments."""
+        """Return a frame of this connection. See `Frame` for the arguments."""
         self._serial += 1
         return Frame(
             kind=kind,
@@ -259,5 +259,5 @@ class Session:
         )
 
     def has(self, frame: Frame) -> bool:
-        """Return whether a frame is of this connection."""
+        """Return whether a frame belongs to this connection."""
         return (frame.epoch, frame.session) == (self.epoch, self.number)

@@ -1,4 +1,4 @@
-"""What GPUs a node has and how they are: NVML, simulated ones, or none. One `Devices` per agent."""
+"""The GPUs of a node and their condition, from NVML, simulated, or none. There is one `Devices` per agent."""
 
 from __future__ import annotations
 

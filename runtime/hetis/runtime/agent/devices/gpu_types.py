@@ -1,4 +1,4 @@
-"""Which GPU type of the catalogue a product is: by what the driver calls it and the memory it has."""
+"""The catalogue's GPU type for a product, found by the driver's name for it and its memory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import re
 
 from hetis.formats.catalogue import GpuEntry, UnknownNameError, find_gpu
 
-# Drivers report less than the nominal memory: ECC on GDDR takes a sixteenth, firmware some hundred MiB. Boards of one
-# name differ by a quarter or more (A100 40 and 80 GB, V100 16 and 32 GB).
+# Drivers report less than the nominal memory: ECC on GDDR takes a sixteenth, firmware some hundred MiB. Boards that
+# share a name differ by a quarter or more (A100 40 and 80 GB, V100 16 and 32 GB).
 LEAST_MEMORY_SHARE = 0.88
 MOST_MEMORY_SHARE = 1.06
-# Words that drivers add and that tell no two boards apart: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
+# Words that drivers add but that distinguish no two boards: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
 _DECORATION = re.compile(r"\b(blackwell|edition|superchip|ac|dgx display)\b", re.IGNORECASE)
 
 
 def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
-    """The catalogue's entry of a product; None when none matches both name and memory.
+    """Return the catalogue's entry for a product, or None if no entry matches both name and memory.
 
     Args:
-        product_name: as the driver says, such as ``NVIDIA H100 80GB HBM3``.
-        memory_bytes: as the driver says; 0: not known, the name alone decides.
+        product_name: as the driver reports it, such as ``NVIDIA H100 80GB HBM3``.
+        memory_bytes: as the driver reports it. 0: unknown, so the name alone decides.
     """
     for name in (product_name, _DECORATION.sub(" ", product_name)):
         try:
@@ -27,7 +27,7 @@ def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
         except UnknownNameError as error:
             found = [find_gpu(candidate) for candidate in error.candidates] if _is_ambiguous(error) else []
         fitting = [entry for entry in found if _fits(entry, memory_bytes)]
-        # `NVIDIA H200` is the SXM board: of the others the driver's name says PCIe or NVL.
+        # `NVIDIA H200` is the SXM board: for the others the driver's name includes PCIe or NVL.
         of_the_name = fitting if len(fitting) == 1 else [entry for entry in fitting if "-SXM" in entry.gpu.name]
         if len(of_the_name) == 1:
             return of_the_name[0]

@@ -1,4 +1,4 @@
-"""What an inventory says beside its devices, and its digest."""
+"""The host's part of an inventory, and the inventory's digest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from hetis.v1 import inventory_pb2
 
-MAX_DEVICES = 64  # of one node, as the contract says
+MAX_DEVICES = 64  # per node, as the contract says
 
 
 def node_inventory(
@@ -19,7 +19,7 @@ def node_inventory(
     host_name: str = "",
     driver_version: str = "",
 ) -> inventory_pb2.NodeInventory:
-    """An inventory with what the operating system says of the node, and its digest."""
+    """Return an inventory with its digest and with what the operating system reports about the node."""
     inventory = inventory_pb2.NodeInventory(
         devices=devices,
         host_name=host_name or socket.gethostname(),
@@ -33,7 +33,7 @@ def node_inventory(
 
 
 def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
-    """``sha256:`` and the SHA-256 of the deterministic binary form without the digest."""
+    """Return ``sha256:`` and the SHA-256 of the inventory's deterministic binary form without its digest."""
     bare = inventory_pb2.NodeInventory()
     bare.CopyFrom(inventory)
     bare.digest = ""
@@ -43,5 +43,5 @@ def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
 def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # a system that does not tell
+    except (ValueError, OSError):  # the system does not tell
         return 0

@@ -1,7 +1,7 @@
-"""NVIDIA's management library: which GPUs and MIG slices a node has, and how they are.
+"""NVIDIA's management library: the GPUs and MIG slices of a node and their condition.
 
-Every single value may be missing: old boards, virtual GPUs and containers refuse one call or another. What is refused
-is not known; a GPU that is gone is unhealthy; only a library or driver that is not there at all is an error.
+Any single value may be missing, because old boards, virtual GPUs and containers refuse one call or another. A refused
+value counts as unknown and a GPU that is gone as unhealthy. Only a missing library or driver is an error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _PCIE_1_LANE_BYTES_PER_S = 0.25e9  # nominal, one direction; every generation do
 _MHZ = 1e6
 LOST = "the driver has lost the GPU: reset it or reboot the node"
 _Reason = report_pb2.ThrottleReason
-# Bits of nvmlDeviceGetCurrentClocksEventReasons, by the ends of their names; those of `ThrottleReason` are in every
-# version of the library.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons, by the suffix of their names. The bits mapped to `ThrottleReason` are
+# in every version of the library.
 _THROTTLE_REASONS: dict[str, _Reason.ValueType] = {
     "GpuIdle": report_pb2.THROTTLE_REASON_IDLE,
     "SwPowerCap": report_pb2.THROTTLE_REASON_POWER,
@@ -45,7 +45,7 @@ _THROTTLE_REASONS: dict[str, _Reason.ValueType] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """A device as NVML knows it; ``whole`` is its GPU, the same handle unless it is a MIG slice."""
+    """A device as NVML knows it. ``whole`` is its GPU: the same handle unless the device is a MIG slice."""
 
     handle: Any
     whole: Any
@@ -53,9 +53,9 @@ class _Found:
 
 
 class NvmlDevices:
-    """The GPUs of this node. A GPU in MIG mode is its slices, each of them a device of its own.
+    """The GPUs of this node. A GPU in MIG mode is represented by its slices, each a device of its own.
 
-    Which devices there are is found once: after GPUs were added or sliced anew the agent has to be started again.
+    The devices are enumerated once: after GPUs were added or sliced anew, the agent has to be restarted.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class NvmlDevices:
         self._found = found
         self._gpu_types = gpu_types
         self._host_name = host_name
-        self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when they could last be read
+        self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when last readable
         self._health = GpuHealth(library, [device.whole for device in found])
 
     @classmethod
     def open(cls, *, gpu_types: Mapping[str, str], host_name: str = "") -> NvmlDevices:
-        """Starts the library and looks for devices.
+        """Start the library and enumerate the devices.
 
         Raises:
-            DevicesUnavailableError: no library, no driver, or neither may be used.
+            DevicesUnavailableError: there is no library or no driver, or neither may be used.
         """
         try:
             import pynvml
@@ -104,7 +104,7 @@ class NvmlDevices:
     # --- inventory
 
     def _device(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        """Return what a device is; a GPU that was lost stays what it was, and its reports say that it is lost."""
+        """Return the description of a device. A lost GPU keeps its description; its reports say that it is lost."""
         if index not in self._devices or not self._is_lost(found):
             self._devices[index] = self._described(index, found)
         return self._devices[index]
@@ -120,7 +120,7 @@ class NvmlDevices:
             gpu_type=self._gpu_types.get(product_name) or (entry.gpu.name if entry else ""),
             product_name=product_name,
             uuid=self._known(lambda: nvml.nvmlDeviceGetUUID(found.handle), ""),
-            # Drivers leave out what ECC and firmware take; the cluster's document counts the nominal size.
+            # Drivers subtract what ECC and firmware take; the cluster's document counts the nominal size.
             memory_bytes=entry.gpu.memory_bytes if entry else memory_bytes,
             compute_capability=major * 10 + minor,
             pci_bus_id=self._known(lambda: nvml.nvmlDeviceGetPciInfo(found.whole).busId, ""),
@@ -137,7 +137,7 @@ class NvmlDevices:
         return _PCIE_1_LANE_BYTES_PER_S * 2 ** (generation - 1) * lanes if generation else 0.0
 
     def _linked(self, index: int) -> list[int]:
-        """Devices that NVLink reaches, directly or over a switch. Slices have none."""
+        """Return the devices that NVLink reaches, directly or through a switch. Slices have none."""
         nvml, handle = self._nvml, self._found[index].handle
 
         def reaches(other: Any) -> bool:
@@ -156,7 +156,7 @@ class NvmlDevices:
         nvml = self._nvml
         report = report_pb2.DeviceReport(index=index)
         try:
-            # First of all, and not by way of `_known`: if the GPU is lost nothing else is worth asking.
+            # Read first and without `_known`: if the GPU is lost, nothing else is worth asking.
             report.memory_used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(found.handle).used)
         except nvml.NVMLError as error:
             if _is_lost(nvml, error):
@@ -177,7 +177,7 @@ class NvmlDevices:
         nvml = self._nvml
 
         mask = self._known(lambda: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(found.whole)), None)
-        if mask is None:  # its name before driver 535
+        if mask is None:  # the function's name before driver 535
             mask = self._known(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(found.whole)), 0)
         return sorted(
             {
@@ -189,7 +189,7 @@ class NvmlDevices:
         )
 
     def _temperature_c(self, found: _Found) -> float | None:
-        for name in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):  # the second until driver 570
+        for name in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):  # the second is for drivers before 570
             read = partial(self._temperature_by, name, found.whole)
             value: float | None = self._known(read, None)
             if value is not None:
@@ -207,7 +207,7 @@ class NvmlDevices:
         return False
 
     def _known(self, read: Callable[[], T], otherwise: U) -> T | U:
-        """Return what a call says; ``otherwise`` where it is not supported, not permitted, or the driver lacks it."""
+        """Return the result of a call, or ``otherwise`` if the call is unsupported or not permitted."""
         try:
             return read()
         except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:
@@ -224,7 +224,7 @@ def _find(nvml: ModuleType) -> list[_Found]:
     for index in range(count):
         try:
             whole = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError as error:  # lost before we came, or not ours to use
+        except nvml.NVMLError as error:  # lost in the meantime, or not ours to use
             _log.warning("GPU %d cannot be opened and is left out: %s", index, error)
             continue
         slices = _slices(nvml, whole)
@@ -240,7 +240,7 @@ def _find(nvml: ModuleType) -> list[_Found]:
 
 
 def _slices(nvml: ModuleType, whole: Any) -> list[Any] | None:
-    """MIG slices of a GPU; None: it is not in MIG mode."""
+    """Return the MIG slices of a GPU, or None if it is not in MIG mode."""
     try:
         current, _pending = nvml.nvmlDeviceGetMigMode(whole)
         if current != nvml.NVML_DEVICE_MIG_ENABLE:

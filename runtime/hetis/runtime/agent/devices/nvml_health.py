@@ -1,4 +1,4 @@
-"""Whether a GPU can still be used: critical events (XID), rows that were not remapped, uncorrected memory errors."""
+"""The health of a GPU: critical events (XID), failed row remappings, uncorrected memory errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-# Events that an application causes, or from which a GPU recovers by itself: engine exceptions and faults of kernels
-# (13, 31, 43, 45, 68, 109), remappings that were recorded (63), a high rate of corrected errors (92), contained memory
-# errors (94), after which the process that was hit has to start again and the GPU goes on.
+# Events that an application causes or from which a GPU recovers on its own: engine exceptions and kernel faults (13,
+# 31, 43, 45, 68, 109), recorded remappings (63), a high rate of corrected errors (92), and contained memory errors
+# (94), after which only the affected process has to restart.
 HARMLESS_XIDS = frozenset({13, 31, 43, 45, 63, 68, 92, 94, 109})
-_MAX_EVENTS = 256  # read at a time: an event storm must not hold up a sample
+_MAX_EVENTS = 256  # per call: an event storm must not delay a sample
 
 
 class GpuHealth:
-    """Critical events of the GPUs since this object was made, which stay, and counters as they are."""
+    """Critical events of the GPUs since this object was made, which are kept, and error counters as they are now."""
 
     def __init__(self, library: ModuleType, handles: Sequence[Any]) -> None:
         self._nvml = library
@@ -26,12 +26,12 @@ class GpuHealth:
         self._events = self._register()
 
     def read_events(self) -> None:
-        """Takes in the events since the last call, without waiting."""
+        """Take in the events since the last call, without waiting."""
         nvml = self._nvml
         for _ in range(_MAX_EVENTS if self._events is not None else 0):
             try:
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
-            except nvml.NVMLError as error:  # the usual one: no event is waiting
+            except nvml.NVMLError as error:  # usually: no event is waiting
                 if getattr(error, "value", None) != nvml.NVML_ERROR_TIMEOUT:
                     _log.debug("NVML events: %s", error)
                 return
@@ -39,7 +39,7 @@ class GpuHealth:
                 self._xids.setdefault(self._address(event.device), int(event.eventData))
 
     def of(self, index: int) -> str:
-        """Why the GPU at this place of ``handles`` cannot be used; empty: it can, as far as is known."""
+        """Return why the GPU at this index of ``handles`` cannot be used, or an empty string if no reason is known."""
         handle = self._handles[index]
         xid = self._xids.get(self._address(handle))
         if xid is not None:
@@ -79,8 +79,10 @@ class GpuHealth:
             return ""
 
     def _remapping(self, handle: Any) -> bool | None:
-        """Return whether remapping a row has failed; None: the GPU does not remap rows. A pending remapping waits for
-        the next reset and harms nobody until then."""
+        """Return whether remapping a row has failed, or None if the GPU does not remap rows. A pending remapping waits
+        for the
+        next reset and is harmless until then.
+        """
         try:
             _corrected, _uncorrected, _pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)
         except self._nvml.NVMLError:

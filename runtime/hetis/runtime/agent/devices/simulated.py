@@ -1,4 +1,4 @@
-"""Devices that are only said to be there: of tests, demonstrations and dry runs."""
+"""Simulated devices for tests, demonstrations and dry runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
 from hetis.solver.cluster import GpuType
 from hetis.v1 import inventory_pb2, report_pb2
 
-MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; all that a reader looks at is how far a clock is below this one
+MAX_CLOCK_HZ = 1.5e9  # the catalogue has no clocks; readers only look at how far a clock is below this one
 COOL_C, HOT_C = 45.0, 88.0
 _PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """How a simulated device is.
+    """The condition of a simulated device.
 
     Attributes:
-        clock_ratio: its clock over its highest; below 1 it says that it is too hot.
+        clock_ratio: its clock divided by its highest clock; below 1 the device reports thermal throttling.
         busy_ratio: share of time in which a kernel runs, from 0 to 1.
         memory_used_bytes: by all processes.
-        unhealthy: why it cannot be used; empty: it can.
+        unhealthy: why it cannot be used. Empty: it can.
     """
 
     clock_ratio: float = 1.0
@@ -40,12 +40,12 @@ def _well(_index: int) -> Condition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedDevices:
-    """Devices of these types, all linked where their type has NVLink.
+    """Devices of the given types, all linked if their type has NVLink.
 
     Attributes:
         types: one per device, in the order of their index.
-        host_name: of the inventory; empty: what the system says.
-        condition: how the device of an index is now; asked at every sample.
+        host_name: for the inventory. Empty: the system's own.
+        condition: returns the current condition of the device with an index; called at every sample.
     """
 
     types: tuple[GpuType, ...]
@@ -56,10 +56,11 @@ class SimulatedDevices:
     def parse(
         cls, text: str, *, host_name: str = "", condition: Callable[[int], Condition] = _well
     ) -> SimulatedDevices:
-        """The devices that ``A100-SXM-80GB:4,L4:2`` says.
+        """Return the devices that a string such as ``A100-SXM-80GB:4,L4:2`` describes.
 
         Raises:
-            DevicesUnavailableError: it is written otherwise, names an unknown type, or is of more than `MAX_DEVICES`.
+            DevicesUnavailableError: the string is malformed, names an unknown type, or asks for more than
+                `MAX_DEVICES`.
         """
         types: list[GpuType] = []
         for part in text.split(","):

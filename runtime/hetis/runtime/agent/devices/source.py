@@ -1,4 +1,4 @@
-"""Sources of devices, each said in one string, and what every source can do."""
+"""The sources of devices, each named by one string, and the interface that they share."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ SOURCES = "`auto`, `nvml`, `none`, or `simulated:TYPE:COUNT[,TYPE:COUNT...]`"
 
 
 class Devices(Protocol):
-    """The devices of one node. Calls may take tens of milliseconds; one thread at a time."""
+    """The devices of one node. Calls may take tens of milliseconds; only one thread may call at a time."""
 
     def inventory(self) -> inventory_pb2.NodeInventory:
-        """Return what the node has, digest included. Equal inventories have equal digests."""
+        """Return the node's hardware, digest included. Equal inventories have equal digests."""
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        """Return how every device of the inventory is now, in its order; KV fields are the engine's to fill in. Never
-        fails: a device that cannot be read is ``unhealthy``, a value that cannot be read is not known."""
+        """Return the current state of every device, in the inventory's order. The engine fills in the KV fields.
+
+        Never fails: a device that cannot be read is ``unhealthy``, and a value that cannot be read counts as unknown.
+        """
 
     def close(self) -> None:
-        """Lets go of the library. Nothing may be called after it."""
+        """Release the library. No method may be called afterwards."""
 
 
 def open_devices(source: str, *, gpu_types: Mapping[str, str] | None = None, host_name: str = "") -> Devices:
-    """The devices that ``source`` says.
+    """Open the devices that ``source`` names.
 
     Args:
-        source: `SOURCES`. ``auto`` is NVML where it works and otherwise none.
-        gpu_types: GPU type by what the driver calls the product, before the catalogue: for types that only the
-            cluster's document has, MIG slices among them.
-        host_name: of the inventory; empty: what the system says.
+        source: one of `SOURCES`. ``auto`` is NVML if it works and none otherwise.
+        gpu_types: GPU type by the driver's product name, consulted before the catalogue. It covers types that only
+            the cluster's document has, including MIG slices.
+        host_name: for the inventory. Empty: the system's own.
 
     Raises:
-        DevicesUnavailableError: the source is malformed, unknown, or not usable here; the message says what to do.
+        DevicesUnavailableError: the source is malformed, unknown, or unusable here. The message says what to do.
     """
     kind, _, rest = source.partition(":")
     match kind:
@@ -64,7 +66,9 @@ def open_devices(source: str, *, gpu_types: Mapping[str, str] | None = None, hos
 def discover(
     source: str, *, gpu_types: Mapping[str, str] | None = None, host_name: str = ""
 ) -> inventory_pb2.NodeInventory:
-    """The inventory of ``source``, for callers that need no samples; arguments and errors as `open_devices`."""
+    """Return the inventory of ``source``, for callers that need no samples. See `open_devices` for arguments and
+    errors.
+    """
     devices = open_devices(source, gpu_types=gpu_types, host_name=host_name)
     try:
         return devices.inventory()
@@ -74,7 +78,7 @@ def discover(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoDevices:
-    """No devices, and why, for the log."""
+    """A node without devices, with the reason for the log."""
 
     host_name: str
     reason: str

@@ -1,7 +1,7 @@
-"""The one error of this room; a module of its own because every source raises it.
+"""The one error of this package, in a module of its own because every source raises it.
 
 HetisError (hetis.solver.errors)
-+-- DevicesUnavailableError   the source that was asked for cannot be read on this machine
++-- DevicesUnavailableError   the requested source cannot be read on this machine
 """
 
 from __future__ import annotations
@@ -10,4 +10,4 @@ from hetis.solver.errors import HetisError
 
 
 class DevicesUnavailableError(HetisError):
-    """The source of devices that was asked for cannot be read on this machine."""
+    """The requested source of devices cannot be read on this machine."""

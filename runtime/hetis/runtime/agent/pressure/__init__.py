@@ -1,4 +1,4 @@
-"""How an engine that hetis does not steer is: vLLM's and SGLang's ``/metrics``, read, judged and told as reports."""
+"""Memory pressure of engines that hetis does not steer: vLLM's and SGLang's ``/metrics``, read, judged and reported."""
 
 from __future__ import annotations
 

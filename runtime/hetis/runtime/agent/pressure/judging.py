@@ -1,7 +1,7 @@
-"""Whether an engine is short of KV memory: by what it cannot evict, by who waits for blocks, by how often it preempts.
+"""Judges whether an engine is short of KV memory, by KV that it cannot evict, waiting requests and preemptions.
 
-Plain use misleads: an engine with a prefix cache is always full. So use is judged without evictable blocks, and two
-signs count that only a real shortage gives.
+Plain use misleads, because an engine with a prefix cache is always full. Use is therefore judged without evictable
+blocks, together with two signs that only a real shortage gives.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hetis.runtime.agent.pressure.reading import EngineReading
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PressureLimits:
-    """Limits from which on it is pressure.
+    """Limits above which an engine is under pressure.
 
     Attributes:
         use_ratio: share of KV held by requests.
-        preemptions_per_s: requests thrown out of memory.
+        preemptions_per_s: requests preempted per second.
     """
 
     use_ratio: float = 0.9
@@ -29,14 +29,14 @@ DEFAULT_LIMITS = PressureLimits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
-    """A judgement. ``reasons`` are sentences; none: there is no pressure.
+    """A judgement. There is pressure if ``reasons``, which are sentences, is not empty.
 
     Attributes:
-        use_ratio: share of KV held by requests; None: not known.
-        waiting_for_kv: requests that wait for blocks, as the engine says or, where it does not, all that wait while
-            use is above its limit.
-        preemptions_per_s: since the reading before; 0 at the first.
-        reasons: every sign of a shortage, with both sides.
+        use_ratio: share of KV held by requests. None: unknown.
+        waiting_for_kv: requests that wait for blocks, as the engine reports. If it does not report them, all waiting
+            requests count while use is above its limit.
+        preemptions_per_s: since the previous reading; 0 at the first.
+        reasons: every sign of a shortage, with the value and its limit.
     """
 
     use_ratio: float | None
@@ -52,7 +52,7 @@ class Pressure:
 def judge(
     reading: EngineReading, earlier: EngineReading | None, elapsed_s: float, limits: PressureLimits = DEFAULT_LIMITS
 ) -> Pressure:
-    """Judges a reading by itself and by the one ``elapsed_s`` seconds before it, if there is one."""
+    """Judge a reading on its own and against the one ``elapsed_s`` seconds earlier, if there is one."""
     use = reading.kv_use_ratio
     full = use is not None and use > limits.use_ratio
     waiting = reading.num_waiting_for_kv
@@ -73,5 +73,5 @@ def _preempted_since(reading: EngineReading, earlier: EngineReading | None) -> i
     if reading.num_preempted is None:
         return reading.num_preempted_now or 0
     before = (earlier.num_preempted or 0) if earlier is not None else 0
-    # A smaller number: the engine restarted, and counts from 0 again.
+    # A smaller number means that the engine restarted and counts from 0 again.
     return reading.num_preempted - before if reading.num_preempted >= before else reading.num_preempted

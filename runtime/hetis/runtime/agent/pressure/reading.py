@@ -1,4 +1,4 @@
-"""What one engine said of one model, in hetis' words: counts since it started, blocks in its own unit."""
+"""One engine's figures for one model in hetis' terms: counts since the engine started, blocks in its own unit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class Total:
     count: float
 
     def mean_since(self, earlier: Total | None) -> float:
-        """Mean of what came since; 0: nothing did. An engine that restarted begins at 0 again."""
+        """Return the mean of the samples since ``earlier``, or 0 if there are none. A restarted engine begins at 0
+        again.
+        """
         if earlier is None or self.count < earlier.count or self.sum < earlier.sum:
             earlier = Total(sum=0.0, count=0.0)
         count = self.count - earlier.count
@@ -28,19 +30,19 @@ class Total:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReading:
-    """One scrape of one model. None: the engine does not say.
+    """One scrape of one model. None means that the engine does not report the value.
 
     Attributes:
         kind: which engine.
-        model: name that it serves the model under.
+        model: name that the model is served under.
         num_running, num_waiting: requests now.
-        num_waiting_for_kv: of those that wait, how many wait for KV blocks.
-        total_blocks: KV blocks there are, in the engine's unit (SGLang: tokens).
-        used_blocks: of them not evictable, that is held by requests.
-        evictable_blocks: of them holding cached prefixes only.
-        kv_use_ratio: share of KV that is held by requests, from 0 to 1; said even where block counts are not.
+        num_waiting_for_kv: waiting requests that wait for KV blocks.
+        total_blocks: KV blocks in total, in the engine's unit (SGLang: tokens).
+        used_blocks: blocks that are not evictable, that is, held by requests.
+        evictable_blocks: blocks that hold only cached prefixes.
+        kv_use_ratio: share of KV held by requests, from 0 to 1; may be reported even if block counts are not.
         num_preempted, num_finished, num_steps: since the engine started.
-        num_preempted_now: preempted in its last round; engines that have no counter say this.
+        num_preempted_now: preempted in the last round, from engines that have no counter.
         ttft_s, tpot_s: seconds to the first token and per output token, since the engine started.
     """
 

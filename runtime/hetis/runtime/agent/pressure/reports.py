@@ -1,4 +1,4 @@
-"""Readings as the messages that agents report. What the engine does not say is left at 0, "not known"."""
+"""Readings as the messages that agents report. A value that the engine does not report stays 0, "not known"."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hetis.runtime.agent.pressure.judging import Pressure
 from hetis.runtime.agent.pressure.reading import EngineReading
 from hetis.v1 import failure_pb2, report_pb2
 
-_MOST = 2**32 - 1  # of a uint32 field: an engine that says more is broken, and must not break the report
+_MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
 
 
 def replica_report(
     replica: str, reading: EngineReading, *, earlier: EngineReading | None = None, pressure: Pressure | None = None
 ) -> report_pb2.ReplicaReport:
-    """The report of a replica whose engine hetis does not steer. Means are of the time since ``earlier``."""
+    """Return the report of a replica whose engine hetis does not steer. Means cover the time since ``earlier``."""
     waiting_for_kv = pressure.waiting_for_kv if pressure is not None else reading.num_waiting_for_kv
     return report_pb2.ReplicaReport(
         replica=replica,
@@ -32,7 +32,7 @@ def replica_report(
 
 
 def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
-    """The report of a replica whose engine does not answer, or answers what is no metrics."""
+    """Return the report of a replica whose engine does not answer, or whose answer is not metrics."""
     failure = failure_pb2.Failure(reason=failure_pb2.ERROR_REASON_ENGINE_UNREACHABLE, message=message)
     return report_pb2.ReplicaReport(
         replica=replica, assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED, is_primary=True, failure=failure
@@ -40,12 +40,12 @@ def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
 
 
 def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) -> list[report_pb2.DeviceReport]:
-    """KV of every device that engines run on: each of them has as many blocks as the others, of all engines together.
+    """Return the KV of every device that the engines run on. Each device counts the blocks of all engines together.
 
     Only the KV fields are set; `Devices.sample` knows the rest.
 
     Args:
-        readings: of every model that is served on these devices.
+        readings: one for every model that is served on these devices.
         devices: indices on the node.
     """
     totals = used = evictable = 0

@@ -1,7 +1,7 @@
-"""The text of a ``/metrics`` answer as samples, parsed as Prometheus and as nothing else.
+"""The text of a ``/metrics`` answer as samples, parsed strictly as Prometheus text.
 
 HetisError (hetis.solver.errors)
-+-- UnreadableMetricsError   the text is no exposition
++-- UnreadableMetricsError   the text is not Prometheus exposition format
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hetis.solver.errors import HetisError
 
 
 class UnreadableMetricsError(HetisError):
-    """The answer is not what Prometheus calls an exposition."""
+    """The answer is not in the Prometheus exposition format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +32,14 @@ class Samples:
     by_name: Mapping[str, tuple[MetricSample, ...]]
 
     def of(self, *names: str) -> tuple[MetricSample, ...]:
-        """Samples of the first of these names that has any; newer names come first. Empty: none of them is there."""
+        """Return the samples of the first of these names that has any, or nothing. Newer names come first."""
         for name in names:
             if found := self.by_name.get(name):
                 return found
         return ()
 
     def where(self, label: str, value: str) -> Samples:
-        """Return the samples whose label has this value; without the label it is empty."""
+        """Return the samples whose label has this value. A missing label counts as empty."""
         return Samples(
             by_name={
                 name: kept
@@ -49,19 +49,19 @@ class Samples:
         )
 
     def beginning(self, prefix: str) -> Samples:
-        """Return the samples whose names begin so."""
+        """Return the samples whose names begin with the prefix."""
         return Samples(by_name={name: found for name, found in self.by_name.items() if name.startswith(prefix)})
 
     def values_of(self, label: str) -> list[str]:
-        """Every value that a label has somewhere, sorted."""
+        """Return every value of a label, sorted."""
         return sorted({sample.labels.get(label, "") for samples in self.by_name.values() for sample in samples})
 
 
 def parse_samples(text: str) -> Samples:
-    """The samples of an exposition; values that are not finite are left out.
+    """Return the samples of an exposition, without values that are not finite.
 
     Raises:
-        UnreadableMetricsError: the text is malformed somewhere, so that nothing of it can be trusted.
+        UnreadableMetricsError: the text is malformed somewhere, so nothing in it can be trusted.
     """
     by_name: dict[str, list[MetricSample]] = {}
     for name, sample in _all_samples(text):
@@ -77,5 +77,5 @@ def _all_samples(text: str) -> Iterator[tuple[str, MetricSample]]:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 yield sample.name, MetricSample(labels=sample.labels, value=float(sample.value))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # what its parser raises on bad text
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # raised by the parser on bad text
         raise UnreadableMetricsError(f"not Prometheus text: {error}"[:300]) from None

@@ -1,4 +1,4 @@
-"""One GET of an engine's ``/metrics``: always an answer, never an exception, never more than was allowed."""
+"""One GET of an engine's ``/metrics``: always a result, never an exception, and never more bytes than permitted."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _PIECE_BYTES = 64 * 2**10
 
 
 class ScrapeState(StrEnum):
-    """How a scrape ended."""
+    """The outcome of a scrape."""
 
     READ = "read"
-    UNREACHABLE = "unreachable"  # nobody answers in time, or with an error status
+    UNREACHABLE = "unreachable"  # no answer in time, or an error status
     TOO_LARGE = "too large"
-    UNREADABLE = "unreadable"  # what came is no Prometheus text
-    NO_ENGINE = "no engine"  # it is, but of neither engine: wrong port, or SGLang without --enable-metrics
+    UNREADABLE = "unreadable"  # the answer is not Prometheus text
+    NO_ENGINE = "no engine"  # metrics of neither engine: wrong port, or SGLang without --enable-metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scrape:
-    """What one scrape brought: readings in the order of their models, or why there are none."""
+    """The result of one scrape: readings in the order of their models, or the reason why there are none."""
 
     state: ScrapeState
     readings: tuple[EngineReading, ...] = ()
@@ -43,11 +43,11 @@ class Scrape:
 
 
 def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
-    """Fetches and reads; blocks for four times ``timeout_s`` at most, unless the engine drips its header."""
+    """Fetch and read metrics. Blocks for at most four times ``timeout_s``, unless the engine drips its header."""
     try:
         body = _fetch(url, timeout_s, max_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # urllib.error.URLError is an OSError; its reason says more than itself.
+        # urllib.error.URLError is an OSError whose reason says more than the error itself.
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         return Scrape(state=ScrapeState.UNREACHABLE, message=f"{url}: {reason or type(reason).__name__}"[:300])
     if body is None:
@@ -56,7 +56,7 @@ def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
 
 
 def read_text(text: str, *, name: str) -> Scrape:
-    """Reads what an engine sent; ``name`` says in messages where it is from."""
+    """Read the text that an engine sent. ``name`` is its source, for messages."""
     try:
         samples = parse_samples(_known_prefixes(text))
     except UnreadableMetricsError as error:
@@ -68,7 +68,7 @@ def read_text(text: str, *, name: str) -> Scrape:
 
 
 def _known_prefixes(text: str) -> str:
-    """SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``."""
+    """Restore the prefixes' colons: SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``."""
     lines = []
     for line in text.splitlines():
         for known in (VLLM, SGLANG):
@@ -82,7 +82,10 @@ def _known_prefixes(text: str) -> str:
 
 
 def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
-    """The body; None: it is larger than ``max_bytes``. The time limit is of the whole body, not of one read of it."""
+    """Return the body, or None if it is larger than ``max_bytes``. The time limit applies to the whole body, not to
+    each
+    read.
+    """
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http or https address")
     ends_s = time.monotonic() + timeout_s
@@ -101,7 +104,7 @@ def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
 
 
 class _SameServer(urllib.request.HTTPRedirectHandler):
-    """Follows an engine to another path (vLLM's is ``/metrics/``), once, and never to another server."""
+    """Follow a redirect to another path (vLLM's is ``/metrics/``), once, and never to another server."""
 
     max_redirections = 1
 
@@ -113,5 +116,5 @@ class _SameServer(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-# No proxy: an engine is on this node.
+# No proxy, because the engine is on this node.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServer())

@@ -1,7 +1,7 @@
-"""SGLang's metrics (``--enable-metrics``), of 0.4 to today: every quantity by its newest name first.
+"""SGLang's metrics (``--enable-metrics``), from version 0.4 to today: the newest name of each quantity comes first.
 
-Its unit of KV is the token. ``token_usage`` is the fullest of its pools and leaves evictable prefixes out;
-``kv_used_tokens`` includes them in some versions, so that used is counted as all less available less evictable.
+Its unit of KV is the token. ``token_usage`` is that of the fullest pool and leaves evictable prefixes out.
+``kv_used_tokens`` includes them in some versions, so used is computed as total less available less evictable.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PREFIX = "sglang:"
 
 
 def read_sglang(samples: Samples) -> list[EngineReading]:
-    """One reading per served model; its data-parallel ranks are taken together."""
+    """Return one reading per served model. Its data-parallel ranks are combined."""
     return [_read(model, samples.where("model_name", model)) for model in samples.values_of("model_name") if model]
 
 
@@ -42,7 +42,7 @@ def _read(model: str, samples: Samples) -> EngineReading:
 
 
 def _ratio(samples: Samples) -> float | None:
-    """Use of the fullest pool of the fullest rank: where one is full, requests wait."""
+    """Return the use of the fullest pool of the fullest rank: if one is full, requests wait."""
     pools = [
         sample.value
         for name in ("sglang:token_usage", "sglang:full_token_usage", "sglang:swa_token_usage")
@@ -58,7 +58,7 @@ def _used(samples: Samples, total: int | None, evictable: int | None, ratio: flo
     else:
         counted = _sum(samples.of("sglang:kv_used_tokens", "sglang:num_used_tokens"))
     if total is not None and ratio is not None:
-        return max(counted or 0, round(ratio * total))  # a pool beside the counted one may be fuller
+        return max(counted or 0, round(ratio * total))  # a pool other than the counted one may be fuller
     return counted
 
 
@@ -75,7 +75,7 @@ def _total(samples: Samples, *names: str) -> Total | None:
 
 
 def _over_ranks(samples: tuple[MetricSample, ...]) -> float:
-    """The sum over data-parallel ranks; tensor- and pipeline-parallel ones all speak of the same requests."""
+    """Return the sum over data-parallel ranks. Tensor- and pipeline-parallel ranks all report the same requests."""
     per_rank: dict[tuple[str, ...], float] = {}
     for sample in samples:
         own = tuple(f"{name}={sample.labels[name]}" for name in sorted(sample.labels) if name not in _SAME_REQUESTS)

@@ -1,7 +1,7 @@
-"""vLLM's metrics, of 0.6 to 0.32: every quantity by its newest name first.
+"""vLLM's metrics, from version 0.6 to 0.32: the newest name of each quantity comes first.
 
-``kv_cache_usage_perc`` is a share from 0 to 1 despite its name, and counts blocks that requests hold: cached prefixes
-that nobody uses are free blocks to vLLM, so that no evictable ones are told.
+``kv_cache_usage_perc`` is a share from 0 to 1 despite its name, and counts blocks that requests hold. Unused cached
+prefixes are free blocks to vLLM, so it reports no evictable blocks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _CAPACITY = "capacity"
 
 
 def read_vllm(samples: Samples) -> list[EngineReading]:
-    """One reading per served model; its engines (data-parallel ranks) are taken together."""
+    """Return one reading per served model. Its engines (data-parallel ranks) are combined."""
     models = [model for model in samples.values_of("model_name") if model]
-    # The configuration has no model name in some versions: it is of the only model there is then.
+    # In some versions the configuration has no model name, and there is only one model.
     nameless = samples.where("model_name", "")
     return [_read(model, samples.where("model_name", model), nameless) for model in models]
 
@@ -54,7 +54,7 @@ def _sum(samples: tuple[MetricSample, ...]) -> int | None:
 
 
 def _mean(samples: tuple[MetricSample, ...]) -> float | None:
-    """Engines of one model have equally many blocks each."""
+    """Return the mean, because the engines of one model have equally many blocks."""
     return min(max(sum(sample.value for sample in samples) / len(samples), 0.0), 1.0) if samples else None
 
 
@@ -67,5 +67,5 @@ def _total(samples: Samples, *names: str) -> Total | None:
 
 
 def _whole(text: str) -> int:
-    """Blocks of an info label, which says ``None`` until the engine has measured its memory."""
+    """Return the blocks of an info label, which says ``None`` until the engine has measured its memory."""
     return int(text) if text.isdecimal() and len(text) < 19 else 0

@@ -1,4 +1,4 @@
-"""An engine watched: one scrape per interval, its readings judged by those before, each with its age."""
+"""Watches an engine: one scrape per interval, each reading judged against the previous one and marked with its age."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineNews:
-    """The last that is known of an engine.
+    """The latest knowledge about an engine.
 
     Attributes:
-        state: how the last scrape ended; the readings are those of the last that succeeded.
-        readings: by model, in the order of their names. Empty: none succeeded yet.
-        earlier: the readings one scrape before those, by model.
+        state: outcome of the last scrape. The readings are those of the last scrape that succeeded.
+        readings: by model, in the order of their names. Empty: no scrape has succeeded yet.
+        earlier: readings of the scrape before those, by model.
         pressure: judgement of every reading, by model.
-        taken_s: when the readings were taken, in seconds of the clock that was given. 0: never.
+        taken_s: when the readings were taken, in seconds of the given clock. 0: never.
         message: why the last scrape failed. Empty: it did not.
     """
 
@@ -33,7 +33,7 @@ class EngineNews:
     message: str = ""
 
     def age_s(self, now_s: float) -> float:
-        """Return how old the readings are; 0 while there are none."""
+        """Return the age of the readings in seconds, or 0 if there are none."""
         return max(now_s - self.taken_s, 0.0) if self.readings else 0.0
 
 
@@ -47,17 +47,17 @@ async def watch_engine(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     take: Callable[[], Awaitable[Scrape]] | None = None,
 ) -> AsyncIterator[EngineNews]:
-    """News after every scrape, failed ones too, until the caller stops.
+    """Yield news after every scrape, including failed ones, until the caller stops.
 
-    A scrape that takes longer than the interval delays the next one: an engine that is slow is not asked twice at once.
+    A scrape that takes longer than the interval delays the next one, so a slow engine is never scraped twice at once.
 
     Args:
         url: of the metrics, such as ``http://127.0.0.1:8000/metrics``.
-        interval_s: from the begin of one scrape to that of the next.
-        timeout_s: of one scrape.
-        limits: from when on it is pressure.
-        clock, sleep: of time, for tests.
-        take: what to do instead of a GET, for tests.
+        interval_s: from the start of one scrape to the start of the next.
+        timeout_s: for one scrape.
+        limits: above which there is pressure.
+        clock, sleep: replaced in tests.
+        take: replaces the GET in tests.
     """
 
     async def get() -> Scrape:
@@ -72,7 +72,7 @@ async def watch_engine(
 
 
 def after(news: EngineNews, taken: Scrape, now_s: float, limits: PressureLimits) -> EngineNews:
-    """Return what is known after one more scrape. A failed one keeps the readings, which grow older."""
+    """Return the news after one more scrape. A failed scrape keeps the readings, which grow older."""
     if taken.state is not ScrapeState.READ:
         return EngineNews(
             state=taken.state,

@@ -1,4 +1,4 @@
-"""Placement of a new request's head groups: by hetis' own dispatcher, or a simple rule where it is not installed."""
+"""Placement of a new request's head groups, by hetis' own dispatcher or, if that is not installed, by a simple rule."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import Stage
     from hetis.solver.dispatch.solve import Dispatcher
 
-MOST_KEPT = 64  # dispatchers: one per stage and set of speeds
-GROWTH_BLOCKS = 4  # blocks that a new request is given room to grow into
+MOST_KEPT = 64  # dispatchers kept: one per stage and set of speeds
+GROWTH_BLOCKS = 4  # blocks reserved for the growth of a new request
 
 
 class AdmissionRule(Protocol):
-    """A rule of admission."""
+    """Decides where the head groups of a new request go."""
 
     def warm_up(self) -> None:
-        """What is slow the first time, done now; may take a minute."""
+        """Do in advance what is slow the first time. May take a minute."""
 
     def owners(self, stage: StageRun, request: SimulatedRequest) -> list[int] | None:
-        """The device of each head group; None: it does not fit now."""
+        """Return the device of each head group, or None if the request does not fit now."""
 
 
 class ProportionalAdmission:
-    """Each head group goes to the device whose blocks are least in use, as a share."""
+    """Gives each head group to the device with the smallest share of used blocks."""
 
     def warm_up(self) -> None:
         pass
@@ -51,7 +51,7 @@ class ProportionalAdmission:
 
 
 class SolverAdmission:
-    """`hetis.solver.dispatch`: the slowest device finishes soonest, at the speeds that were measured."""
+    """Uses `hetis.solver.dispatch`: the slowest device finishes as early as possible, at the measured speeds."""
 
     def __init__(self) -> None:
         self._dispatchers: dict[tuple[bytes, tuple[float, ...]], Dispatcher] = {}
@@ -88,7 +88,7 @@ class SolverAdmission:
 
 
 def best_admission() -> AdmissionRule:
-    """The dispatcher where numba, which compiles it, is installed."""
+    """Return the dispatcher if numba, which compiles it, is installed, and the simple rule otherwise."""
     return SolverAdmission() if find_spec("numba") else ProportionalAdmission()
 
 
@@ -97,7 +97,7 @@ def owners_of(counts: list[int]) -> list[int]:
 
 
 def solver_stage(model: StageModel, slowness: Sequence[float]) -> Stage:
-    """The solver's value of a stage whose devices take ``slowness`` times as long as the model says.
+    """Return the solver's value for a stage whose devices take ``slowness`` times as long as the model says.
 
     A device with fewer pieces than others repeats its last.
     """

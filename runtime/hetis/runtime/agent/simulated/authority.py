@@ -1,4 +1,4 @@
-"""What only the engine of a replica's primary does: checks moves against its head map, holds blocks, and flips."""
+"""The work of the engine of a replica's primary: checking moves against its head map, reserving and flipping."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hetis.v1.report_pb2 import DeviceStatus
 
 
 class HeadMapAuthority:
-    """Moves in the head map of one replica: an `Authority`."""
+    """The authority over moves in the head map of one replica. Implements `Authority`."""
 
     def __init__(self, primary: PrimaryRun) -> None:
         self.primary = primary
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
-        """Checks every move against the head map, which is of ``generation``, and takes blocks for those that fit."""
+        """Check every move against the head map, which has ``generation``, and reserve blocks for those that fit."""
         change = taken.change
         if change.base_generation != generation:
             raise RefusedError(generation_mismatch(change.base_generation, generation))
@@ -43,10 +43,10 @@ class HeadMapAuthority:
             raise RefusedError(taken.left_out[min(taken.left_out)])
 
     def is_ready(self, change: EngineChange) -> bool:
-        return True  # those that copy say so by themselves
+        return True  # nodes that copy report their own readiness
 
     def flip(self, change: EngineChange) -> Failure | None:
-        """Between two steps: every move that still fits, at once. Says why if none does; nothing changed then."""
+        """Flip every move that still fits, all at once between two steps. If none fits, change nothing and say why."""
         stage = self._stage(change.change)
         for move in list(stage.reserved.get(change.change.change_id, ())):
             why = self._move_refusal(change.change, move)
@@ -74,7 +74,7 @@ class HeadMapAuthority:
             reserved.remove(move)
 
     def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
-        """Moves whose requests ended or lost their KV, or whose blocks were needed."""
+        """Leave out moves whose requests ended or lost their KV, or whose blocks were needed."""
         for change_id, move in self.primary.take_void():
             change = changes.get(change_id)
             if change is not None:
@@ -86,7 +86,7 @@ class HeadMapAuthority:
             stage.reserved.pop(change.change.change_id, None)
 
     def link_byte_s(self, change: EngineChange, move: Move) -> float:
-        """Seconds per byte of the slower of a move's two links; 0: the stage does not say."""
+        """Return the seconds per byte of the slower of a move's two links, or 0 if the stage does not say."""
         stage = self.primary.stages.get((change.change.stage, change.change.copy))
         ends = (move.source, move.target)
         links = [device.link_byte_s for device in stage.model.devices if device.name in ends] if stage else []
@@ -117,12 +117,12 @@ class HeadMapAuthority:
                 owner = stage.model.devices[owners[group]].name if group < len(owners) else ""
                 return not_owner(move, group, owner)
         if move in stage.reserved.get(change.change_id, ()):
-            return None  # looked at again: its blocks are taken already
+            return None  # rechecked: its blocks are already reserved
         needed, free = stage.blocks(request.context_tokens) * len(move.head_groups), stage.free_blocks()[target]
         return None if needed <= free else no_room(move, needed_blocks=needed, free_blocks=free)
 
     def _keep_together(self, change: EngineChange) -> None:
-        """Moves that only flip together are left out together, and no request leaves its primary uneven."""
+        """Leave out together moves that only flip together, and those that leave a request uneven on the primary."""
         stage = self._stage(change.change)
         reserved = stage.reserved.get(change.change.change_id, [])
         while True:

@@ -1,4 +1,4 @@
-"""What a person changes about a simulated engine while it runs: one small YAML or JSON file."""
+"""Controls that a person changes while a simulated engine runs, in one small YAML or JSON file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _log = logging.getLogger(__name__)
 
 
 class ControlError(ValueError):
-    """A control file cannot be used; the message names file, field and value."""
+    """A control file cannot be used. The message names file, field and value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """The load on every replica whose primary is here, and what goes wrong.
+    """The load on every replica whose primary is here, and the faults to simulate.
 
     Attributes:
         rate_rps: arrivals per second and replica. None: ``load_ratio`` times the rate that the plan promises.
-        load_ratio: see there.
+        load_ratio: see ``rate_rps``.
         prompt_tokens: mean length of a prompt; lengths are exponential.
-        output_tokens: mean length of an answer.
-        slow: how many times longer attention takes than the profile says, by device ``node/index``.
-        pause: decode no further.
-        load_s: seconds that loading weights takes.
-        dense_step_s: what a step takes beside attention. None: half the time per token that the plan promises.
+        output_tokens: mean length of an output.
+        slow: factor by which attention takes longer than the profile says, by device ``node/index``.
+        pause: stop decoding.
+        load_s: seconds to load the weights.
+        dense_step_s: seconds of a step outside attention. None: half the time per token that the plan promises.
         fail_copies: CopyMoves fails with COPY_FAILED.
     """
 
@@ -63,7 +63,7 @@ class Control:
 
 
 class ControlFile:
-    """A control file that is read again when it changes. A file that cannot be used leaves things as they are."""
+    """A control file that is read again when it changes. A file that cannot be used changes nothing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,7 +71,7 @@ class ControlFile:
         self.control = Control()
 
     def look(self) -> bool:
-        """Return whether the control has changed. A missing file is an empty one."""
+        """Return whether the control has changed. A missing file counts as empty."""
         try:
             found = self._path.stat()
             seen = (found.st_mtime_ns, found.st_size)

@@ -1,4 +1,4 @@
-"""A simulated hetis engine of one node, without sockets or a clock: what is asked of it and how late it is come in."""
+"""A simulated hetis engine of one node, without sockets or a clock: requests and the current time are passed in."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class _Held(TakenReplica):
     """A replica in the engine.
 
     Attributes:
-        loaded_s: when its weights are there.
+        loaded_s: when its weights are loaded.
         primary: its requests and head maps, at the engine that runs them. None elsewhere.
-        authority: the last that the primary's engine said of it; None: nothing, or it is this engine.
+        authority: the latest report on it from the primary's engine. None: no report yet, or this is that engine.
     """
 
     loaded_s: float
@@ -47,10 +47,10 @@ class SimulatedEngine(SteeredEngine[_Held]):
 
     Args:
         node: its id in the cluster, the part of ``node/index`` before the slash.
-        num_devices: GPUs that it has.
-        seed: of arrivals and lengths; equal seeds and equal calls make equal runs.
-        admission: where new requests go.
-        engine_id: of this run; None: a new UUID.
+        num_devices: number of its GPUs.
+        seed: for arrivals and lengths. Equal seeds and equal calls make equal runs.
+        admission: decides where new requests go.
+        engine_id: id of this run. None: a new UUID.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class SimulatedEngine(SteeredEngine[_Held]):
         super().__init__(engine_id)
         self.node = node
         self.control = Control()
-        self.is_warm = True  # False: admission is being compiled, which counts as loading weights
-        self.when_primary: Callable[[], None] = lambda: None  # a primary is to run here
+        self.is_warm = True  # False while admission is being compiled, which counts as loading weights
+        self.when_primary: Callable[[], None] = lambda: None  # called when a primary is to run here
         self._num_devices = num_devices
         self._seed = seed
         self.admission = admission or ProportionalAdmission()
@@ -108,13 +108,13 @@ class SimulatedEngine(SteeredEngine[_Held]):
             copies=TimedCopies(authority),
             devices=frozenset(kept.devices),
         )
-        if held is not None:  # requests begin anew, but how changes ended stays known
+        if held is not None:  # requests start over, but the outcomes of changes stay known
             held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
             changes.known.update(held.changes.known)
         return _Held(kept, changes, now_s + self.control.load_s, primary)
 
     def _remove(self, held: _Held) -> None:
-        """Its requests go with it."""
+        """Do nothing more: the requests go with the replica."""
 
     def _state(self, held: _Held, now_s: float) -> AssignmentState.ValueType:
         if now_s < held.loaded_s or not self.is_warm:
@@ -139,7 +139,9 @@ class SimulatedEngine(SteeredEngine[_Held]):
         return super().copy_moves(request, now_s)
 
     def authority_of(self, change_id: str) -> str | None:
-        """Address of the engine that decides the change, if that is another one and the change is open here."""
+        """Return the address of the engine that decides the change, or None if it is this one or the change is not open
+        here.
+        """
         for held in self._held.values():
             change = held.changes.known.get(change_id)
             if change is not None and change.is_open and not change.is_authority:
@@ -149,31 +151,31 @@ class SimulatedEngine(SteeredEngine[_Held]):
     # --- other engines
 
     def peer_of(self, assignment: Assignment) -> str | None:
-        """Return where the engine of the replica's primary listens; None: it is this one, or it is not known."""
+        """Return where the engine of the replica's primary listens, or None if it is this one or unknown."""
         primary = assignment.primary_node.rpartition("/")[2]
         if primary == self.node:
             return None
         return next((p.address for p in assignment.peers if p.node.rpartition("/")[2] == primary and p.address), None)
 
     def peers(self) -> dict[str, str]:
-        """The address of every primary's engine that this one has to hear, by replica."""
+        """Return the address of every other primary's engine that this one listens to, by replica."""
         found = ((name, self.peer_of(held.assignment)) for name, held in self._held.items())
         return {name: address for name, address in found if address is not None}
 
     def hear(self, replica: str, report: WatchReportsResponse) -> None:
-        """What the engine of a replica's primary reports."""
+        """Handle a report of the engine of a replica's primary."""
         held = self._held.get(replica)
         if held is None or held.primary is not None:
             return
         held.authority = next((said for said in report.replicas if said.replica == replica), None)
         generation = held.authority.generation if held.authority is not None else 0
-        # A change that it gave up before it heard of it has no replica there.
+        # A change that was given up before the primary's engine heard of it has no replica there.
         held.changes.hear((status for status in report.changes if status.replica in (replica, "")), generation)
 
     # --- time
 
     def step(self, now_s: float) -> None:
-        """Everything that has happened by ``now_s``: decode steps, flips between them, copies, deadlines."""
+        """Do everything that happens by ``now_s``: decode steps, flips between them, copies, deadlines."""
         for held in self._held.values():
             primary = held.primary
             if primary is not None:
@@ -187,13 +189,13 @@ class SimulatedEngine(SteeredEngine[_Held]):
         self._given_up.advance(now_s)
 
     def catch_up(self, now_s: float) -> None:
-        """Catch up with real time: what a process that was stopped missed is not made good."""
+        """Catch up with real time: the time that a suspended process missed is skipped."""
         for held in self._held.values():
             if held.primary is not None:
                 held.primary.catch_up(now_s)
 
     def next_s(self) -> float:
-        """Return when the next decode step begins; infinity: no primary is here."""
+        """Return when the next decode step begins, or infinity if no primary is here."""
         times = [held.primary.next_boundary_s() for held in self._held.values() if held.primary is not None]
         return min(times, default=float("inf"))
 
@@ -209,7 +211,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
         )
 
     def head_maps(self, replica: str) -> ReadHeadMapsResponse:
-        """All head maps of a replica whose primary is here, in one message of any size."""
+        """Return all head maps of a replica whose primary is here, in one message of any size."""
         held = self._held.get(replica)
         if held is None or held.primary is None:
             raise refusal(ErrorReason.ERROR_REASON_NOT_FOUND, f"the primary of {replica} is not here", name=replica)
@@ -226,7 +228,9 @@ class SimulatedEngine(SteeredEngine[_Held]):
         return report
 
     def _device_reports(self) -> list[DeviceReport]:
-        """KV of the node's devices over all replicas; a tensor-parallel group's is shared evenly by its cards."""
+        """Return the KV of the node's devices over all replicas. The GPUs of a tensor parallel group share its KV
+        evenly.
+        """
         total, used = [0.0] * self._num_devices, [0.0] * self._num_devices
         for held in self._held.values():
             if held.primary is not None:
@@ -247,7 +251,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
 
 
 def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:
-    """GPUs of each device of the replica's stages, by the device's name: its first GPU."""
+    """Return the GPUs of each device of the replica's stages, by the name of its first GPU."""
     groups = {pool_gpu: [pool_gpu] for pool in assignment.shape.attention_workers for pool_gpu in pool.devices}
     for stage in assignment.shape.stages:
         tp = max(stage.tp, 1)
@@ -256,19 +260,19 @@ def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:
     return groups
 
 
-DEFAULT_LINK_BYTES_PER_S = 10e9  # where neither the stage nor the move says how long a copy takes
+DEFAULT_LINK_BYTES_PER_S = 10e9  # if neither the stage nor the move says how long a copy takes
 
 
 class TimedCopies:
-    """The copies of one replica in one engine, one after the other within a change: `Copies`.
+    """The copies of one replica in one engine, made sequentially within a change. Implements `Copies`.
 
     Args:
-        authority: knows the links, where this is the primary's engine.
+        authority: knows the links, if this is the primary's engine.
     """
 
     def __init__(self, authority: HeadMapAuthority | None) -> None:
         self._authority = authority
-        self._seconds: dict[str, float] = {}  # of changes that are open
+        self._seconds: dict[str, float] = {}  # of open changes
 
     def plan(self, change: EngineChange, moves: Sequence[Move]) -> None:
         change.copy_bytes = int(sum(move.kv_bytes for move in moves))
@@ -283,7 +287,7 @@ class TimedCopies:
         return share >= 1
 
     def _copy_s(self, change: EngineChange, move: Move) -> float:
-        """Seconds that a copy takes on the slower of its two links."""
+        """Return the seconds that a copy takes on the slower of its two links."""
         link_byte_s = self._authority.link_byte_s(change, move) if self._authority is not None else 0.0
         if link_byte_s:
             return move.kv_bytes * link_byte_s

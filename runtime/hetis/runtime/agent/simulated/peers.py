@@ -1,4 +1,4 @@
-"""What a simulated engine hears from the engines of its replicas' primaries: their reports, and nothing else."""
+"""Reports that a simulated engine receives from the engines of its replicas' primaries."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.executor_service_pb2 import WatchReportsRequest
 from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 
-ASK_S = 2.0  # an engine that does not answer for so long was not reached
+ASK_S = 2.0  # an engine that does not answer within this time counts as not reached
 AGAIN_S = 0.5
 _INTERVAL = Duration(nanos=200_000_000)
 
 
 class PeerWatches:
-    """One watch per replica whose primary is on another node; kept in line with the assignments by `follow`."""
+    """One watch per replica whose primary is on another node. `follow` keeps them in line with the assignments."""
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self._engine = engine
         self._watches: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     def follow(self) -> None:
-        """Begins and ends watches as the assignments say."""
+        """Start and end watches as the assignments require."""
         wanted = set(self._engine.peers().items())
         for key in self._watches.keys() - wanted:
             self._watches.pop(key).cancel()
@@ -34,7 +34,7 @@ class PeerWatches:
             self._watches[key] = asyncio.create_task(self._watch(*key))
 
     async def changes_at(self, address: str) -> list[ChangeStatus] | None:
-        """The changes of the engine at ``address``, now. None: it was not reached."""
+        """Return the present changes of the engine at ``address``, or None if it was not reached."""
         async with grpc.aio.insecure_channel(address) as channel:
             try:
                 async with asyncio.timeout(ASK_S):

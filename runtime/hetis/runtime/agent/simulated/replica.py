@@ -13,25 +13,25 @@ from hetis.v1.head_map_pb2 import HeadMap, Move
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
 
-IDLE_S = 0.01  # between two looks for arrivals when nothing runs
-MOST_CATCH_UP_S = 1.0  # an engine that was held up does not make good more than that
-REMEMBERED = 64  # first tokens and outputs that means are taken of
+IDLE_S = 0.01  # between two checks for arrivals when nothing runs
+MOST_CATCH_UP_S = 1.0  # an engine that was suspended catches up at most this much
+REMEMBERED = 64  # first tokens and outputs over which means are taken
 MOST_WAITING = 10_000
 Key = tuple[int, int]  # stage and copy
 
 
 class PrimaryRun:
-    """Requests of one replica, and the decode loop that serves them. All times are those that are passed in.
+    """The requests of one replica and the decode loop that serves them. All times are passed in.
 
-    Only decoding is simulated: requests of a decode replica come with their KV, and a prefill replica has none, for its
-    prompts are gone when they would begin to decode.
+    Only decoding is simulated. Requests of a decode replica arrive with their KV. A prefill replica has no requests,
+    because its prompts leave when they would begin to decode.
     """
 
     def __init__(self, assignment: Assignment, *, seed: int, admission: AdmissionRule, now_s: float) -> None:
         self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}
-        self.void: list[tuple[str, Move]] = []  # moves whose requests went, with their changes
+        self.void: list[tuple[str, Move]] = []  # moves whose requests are gone, with their changes
         self.num_steps = self.num_finished = self.num_preempted = 0
         self._num_waiting_for_kv = 0
         self._random = random.Random(seed)
@@ -46,13 +46,13 @@ class PrimaryRun:
         self.use(assignment)
 
     def use(self, assignment: Assignment) -> None:
-        """Goes on under an assignment with the same stages; conditions say which devices not to rely on."""
+        """Continue under an assignment with the same stages. Its conditions say which devices not to rely on."""
         self.assignment = assignment
         said = {condition.device: condition.status for condition in assignment.conditions}
         for stage in self.stages.values():
             for i, device in enumerate(stage.model.devices):
                 found = [said[gpu] for gpu in [device.name, *device.gpus] if gpu in said]
-                # LOST is worse than DRAINING is worse than OK, in the order of the numbers.
+                # LOST is worse than DRAINING, which is worse than OK, in the order of the numbers.
                 stage.status[i] = max(found, default=DeviceStatus.DEVICE_STATUS_OK)
         lost = DeviceStatus.DEVICE_STATUS_LOST
         for stage in self.stages.values():
@@ -71,7 +71,7 @@ class PrimaryRun:
         return self._next_step_s
 
     def step(self, control: Control, *, serves: bool) -> None:
-        """Makes the decode step whose time has come."""
+        """Make the decode step that is due."""
         now_s = self._next_step_s
         for stage in self.stages.values():
             stage.slowness = slow_of(stage, control.slow)
@@ -88,12 +88,14 @@ class PrimaryRun:
         self._next_step_s = now_s + self.step_s(control.dense_step_s)
 
     def catch_up(self, now_s: float) -> None:
-        """Lets time pass that was lost, so that a process that was stopped does not race after it."""
+        """Skip lost time, so that a process that was suspended does not race to make up for it."""
         if now_s - self._next_step_s > MOST_CATCH_UP_S:
             self._next_step_s = now_s
 
     def step_s(self, dense_s: float | None) -> float:
-        """Seconds of one decode step: in every layer the slowest device counts; copies of a stage work side by side."""
+        """Return the seconds of one decode step. In every layer the slowest device counts; copies of a stage run in
+        parallel.
+        """
         slowest: dict[int, float] = {}
         for (stage, _), run in self.stages.items():
             times = zip(run.attention_s(), run.slowness, strict=True)
@@ -134,7 +136,7 @@ class PrimaryRun:
         self._num_waiting_for_kv = 0
         while self.waiting and (not most or len(self.running) < most):
             if not self._admit(self.waiting[0]):
-                if not self.running:  # it is larger than the replica: nobody who waits behind it should wait for ever
+                if not self.running:  # it is larger than the replica, and requests behind it must not wait forever
                     self.waiting.popleft()
                     self.num_finished += 1
                     continue
@@ -143,7 +145,7 @@ class PrimaryRun:
             self.waiting.popleft()
 
     def _admit(self, request: SimulatedRequest) -> bool:
-        """Return whether the request runs now; the copies of a stage take requests in turn."""
+        """Admit a request if it fits, and return whether it runs now. The copies of a stage take requests in turn."""
         numbers = sorted({stage for stage, _ in self.stages})
         copies = tuple(self._turn % sum(stage == number for stage, _ in self.stages) for number in numbers)
         found = {}
@@ -160,7 +162,7 @@ class PrimaryRun:
         return True
 
     def _grow(self, now_s: float) -> None:
-        """Every request makes a token, those that end go, and the youngest are preempted where blocks run out."""
+        """Generate a token for every request, finish those that end, and preempt the youngest if blocks run out."""
         for request in list(self.running.values()):
             request.context_tokens += 1
             request.remaining_tokens -= 1
@@ -175,7 +177,7 @@ class PrimaryRun:
                 self._make_room(stage, full)
 
     def _make_room(self, stage: StageRun, device: int) -> None:
-        """Moves that have not been made give way first: nothing is lost with them."""
+        """Free blocks on a device. Moves not yet made give way first, because nothing is lost with them."""
         for change, moves in stage.reserved.items():
             coming = next((move for move in moves if stage.index[move.target] == device), None)
             if coming is not None:
@@ -185,7 +187,7 @@ class PrimaryRun:
         self._prefill_again(next(self.running[n] for n in reversed(stage.owners) if device in stage.owners[n]))
 
     def _prefill_again(self, request: SimulatedRequest) -> None:
-        """A request loses its KV and waits, first of all, to begin anew."""
+        """Drop a request's KV and put it at the head of the queue to start over."""
         self._leave(request)
         request.incarnation += 1
         request.copies = ()
@@ -205,7 +207,7 @@ class PrimaryRun:
                 self.void += stage.drop(request.id)
 
     def take_void(self) -> list[tuple[str, Move]]:
-        """Moves that are void since the last time, with their changes."""
+        """Return the moves that have become void since the last call, with their changes."""
         void, self.void = self.void, []
         return void
 
@@ -218,7 +220,7 @@ class PrimaryRun:
         return [self.stages[key].load() for key in sorted(self.stages)]
 
     def fill(self, report: ReplicaReport) -> None:
-        """The primary's part of a report."""
+        """Fill in the primary's part of a report."""
         report.is_primary = True
         report.num_running, report.num_waiting = len(self.running), len(self.waiting)
         report.num_waiting_for_kv = min(self._num_waiting_for_kv, len(self.waiting))
@@ -229,7 +231,7 @@ class PrimaryRun:
         report.tpot_s = sum(self._outputs) / max(len(self._outputs), 1)
 
     def check(self) -> None:
-        """Recounts everything; a failure is a bug."""
+        """Recount everything. A failure is a bug."""
         for stage in self.stages.values():
             stage.check()
         for name, request in self.running.items():
@@ -239,5 +241,5 @@ class PrimaryRun:
 
 
 def slow_of(stage: StageRun, slow: Mapping[str, float]) -> list[float]:
-    """Return how many times slower each device is: a tensor-parallel group as its slowest card."""
+    """Return how many times slower each device is. A tensor parallel group is as slow as its slowest GPU."""
     return [max((slow.get(gpu, 1.0) for gpu in device.gpus), default=1.0) for device in stage.model.devices]

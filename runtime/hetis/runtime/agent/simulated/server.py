@@ -30,12 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 class SimulatedServer:
-    """Runs one engine until it is closed: an `EngineHost`.
+    """Runs one engine until it is closed. Implements `EngineHost`.
 
     Args:
-        socket: where the agent asks; made new, for this user only.
-        peer_address: ``host:port`` where other engines read; port 0 chooses one.
-        control: what to simulate, looked at while running. None: an idle engine.
+        socket: where the agent calls; created for this user only.
+        peer_address: ``host:port`` where other engines read. Port 0: any free port.
+        control: what to simulate, checked while running. None: an idle engine.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SimulatedServer:
         self._warming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Serves and decodes from now on.
+        """Start serving and decoding.
 
         Raises:
             OSError: the socket or the address cannot be bound.
@@ -80,7 +80,7 @@ class SimulatedServer:
         self._loop = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Stops at once; what ran is gone."""
+        """Stop immediately. Running requests are lost."""
         if self._loop is not None:
             self._loop.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -92,12 +92,12 @@ class SimulatedServer:
             self._socket.unlink()
 
     async def wait(self) -> None:
-        """Until the decode loop ends, which only an error makes it do."""
+        """Wait until the decode loop ends, which only an error causes."""
         assert self._loop is not None
         await self._loop
 
     def warm_up(self) -> None:
-        """Makes admission ready in a thread, once: this node is to run a primary."""
+        """Prepare admission in a thread, once, because this node is to run a primary."""
         if self._warming is None:
             self.engine.is_warm = False
             self._warming = asyncio.create_task(self._warm_up())
@@ -115,7 +115,7 @@ class SimulatedServer:
         return work(self.engine, self._clock())
 
     async def stepped(self) -> None:
-        """Until the engine has looked at the clock again."""
+        """Wait until the engine has looked at the clock again."""
         await self._stepped.wait()
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
@@ -144,7 +144,7 @@ class SimulatedServer:
 
 
 def _add_peer_methods(servicer: ExecutorServicer, server: grpc.aio.Server) -> None:
-    """What other engines may read; everything else is UNIMPLEMENTED there."""
+    """Register the methods that other engines may call. All others are UNIMPLEMENTED there."""
     watch: Any = grpc.unary_stream_rpc_method_handler(
         servicer.WatchReports,
         request_deserializer=messages.WatchReportsRequest.FromString,

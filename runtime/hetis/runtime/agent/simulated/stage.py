@@ -1,4 +1,4 @@
-"""One copy of one stage of a simulated replica: who owns which head group, and the KV blocks that takes."""
+"""One copy of one stage of a simulated replica: the owners of head groups and the KV blocks in use."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class SimulatedRequest:
     Attributes:
         id: unique in its replica.
         incarnation: how often it lost its KV.
-        context_tokens: that a decode step attends to.
-        remaining_tokens: still to be made.
-        arrived_s: when it came.
-        copies: of every stage, the copy that it runs on. Empty while it waits.
+        context_tokens: tokens that a decode step attends to.
+        remaining_tokens: still to be generated.
+        arrived_s: when it arrived.
+        copies: the copy of each stage that it runs on. Empty while it waits.
         begun_s: when it got its first token. None: not yet.
         made_tokens: output tokens so far.
     """
@@ -39,12 +39,12 @@ class StageRun:
     """The head map of one copy of one stage, at the engine that owns it.
 
     Attributes:
-        model: devices and what attention costs there.
-        owners: of every running request: the device of each head group.
-        requests: the requests behind it.
+        model: its devices and the cost of attention on them.
+        owners: the device of each head group, for every running request.
+        requests: the running requests.
         status: of every device.
         reserved: moves that hold blocks at their target, by change.
-        slowness: by device, how many times longer its attention takes than the model says, as measured.
+        slowness: measured factor by which each device's attention takes longer than the model says.
         index: positions of the devices, by name.
     """
 
@@ -63,15 +63,15 @@ class StageRun:
 
     @property
     def primary_groups(self) -> int:
-        """Head groups that the primary takes at a time."""
+        """The number of head groups that the primary takes together."""
         return min(len(self.model.devices[0].gpus) or 1, self.model.heads.head_groups)
 
     def blocks(self, context_tokens: int) -> int:
-        """KV blocks per layer that one head group of such a context takes."""
+        """Return the KV blocks per layer that one head group with this context takes."""
         return -(-context_tokens // self.model.heads.block_tokens)
 
     def used_blocks(self) -> list[int]:
-        """Per device and layer: what owners hold and what moves have reserved."""
+        """Return the used blocks per device and layer: what owners hold and what moves have reserved."""
         used = [0] * len(self.model.devices)
         for name, owners in self.owners.items():
             blocks = self.blocks(self.requests[name].context_tokens)
@@ -84,14 +84,14 @@ class StageRun:
         return used
 
     def free_blocks(self) -> list[int]:
-        """Per device and layer, for what is new: none where a device takes nothing."""
+        """Return the blocks free for new requests per device and layer: none on a device that accepts nothing."""
         return [
             device.total_blocks - used if status == DeviceStatus.DEVICE_STATUS_OK else 0
             for device, used, status in zip(self.model.devices, self.used_blocks(), self.status, strict=True)
         ]
 
     def heads_and_bytes(self) -> tuple[list[int], list[float]]:
-        """Per device: query heads, and KV bytes that a layer of a step reads."""
+        """Return, per device, the query heads and the KV bytes that a layer of a step reads."""
         shape = self.model.heads
         heads, kv_bytes = [0] * len(self.model.devices), [0.0] * len(self.model.devices)
         for name, owners in self.owners.items():
@@ -102,7 +102,7 @@ class StageRun:
         return heads, kv_bytes
 
     def attention_s(self) -> list[float]:
-        """Per device: seconds per layer of its attention, transfer included, as the profile says."""
+        """Return, per device, the seconds of attention per layer that the profile predicts, including transfer."""
         heads, kv_bytes = self.heads_and_bytes()
         return [self._device_s(i, heads[i], kv_bytes[i]) for i in range(len(heads))]
 
@@ -123,7 +123,7 @@ class StageRun:
         self.requests[request.id], self.owners[request.id] = request, owners
 
     def drop(self, request: str) -> list[tuple[str, Move]]:
-        """Takes a request out with its blocks; returns its moves, which are void, with their changes."""
+        """Remove a request and its blocks. Returns its moves, which are void, with their changes."""
         del self.requests[request], self.owners[request]
         void = [(change, move) for change, moves in self.reserved.items() for move in moves if move.request == request]
         for change, move in void:
@@ -131,7 +131,7 @@ class StageRun:
         return void
 
     def overfull(self) -> int | None:
-        """A device that holds more blocks than it has. None: all fit."""
+        """Return a device that holds more blocks than it has, or None if all fit."""
         for i, used in enumerate(self.used_blocks()):
             if used > self.model.devices[i].total_blocks:
                 return i
@@ -182,7 +182,7 @@ class StageRun:
         )
 
     def check(self) -> None:
-        """One owner per request and head group; nothing on a lost device; no block twice. A failure is a bug."""
+        """Check that each head group has one owner, that lost devices hold nothing, and that blocks suffice."""
         groups, num = self.model.heads.head_groups, len(self.model.devices)
         assert self.owners.keys() == self.requests.keys(), "owners and requests differ"
         for name, owners in self.owners.items():
