@@ -204,8 +204,8 @@ class Master:
     def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
         """Return whether whole counts are a plan at all.
 
-        If the rate is maximised, a value of 0 means that there is no replica. If cost is minimised the demand rules that
-        out, and owned GPUs may well cost nothing.
+        If the rate is maximised, a value of 0 means that there is no replica. If cost is minimised the demand rules
+        that out, and owned GPUs may well cost nothing.
         """
         return found is not None and (not self.maximises or found.value > 0.0)
 

@@ -1,4 +1,4 @@
-"""Explanations of idle GPUs: their marginal worth, why they make no replica alone, and what they would do to another."""
+"""Explanations of idle GPUs: their marginal worth, why they make no replica alone, what they would do to another."""
 
 from __future__ import annotations
 
