@@ -13,7 +13,7 @@ from hetis.solver.errors import InvalidProblemError
 
 
 class DeviceStatus(StrEnum):
-    """Whether a device takes head groups.
+    """The status of a device, which says whether it takes head groups.
 
     ``ok``: it does. ``draining``: it serves what it holds, takes nothing, and should be emptied. ``lost``: it is gone
     with its KV and holds nothing.
