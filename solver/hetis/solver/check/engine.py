@@ -11,7 +11,7 @@ from hetis.solver.problem import EngineRules, PlacementProblem
 
 
 def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Check that the replica is a pipeline as the family's engine runs it; nothing if any engine will do."""
+    """Check that the replica is a pipeline as the family's engine runs it; nothing if any engine is allowed."""
     rules = problem.family.engine
     if rules is None:
         return []

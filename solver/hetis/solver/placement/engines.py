@@ -62,7 +62,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def run_by(family: Family, rules: EngineRules | None) -> Family:
-    """Return the replicas of a family that an engine runs, or all of them if any engine will do.
+    """Return the replicas of a family that an engine runs, or all of them if any engine is allowed.
 
     Raises:
         InvalidProblemError: there is no such engine.

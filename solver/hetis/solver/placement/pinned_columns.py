@@ -1,4 +1,4 @@
-"""Columns for pins, which the relaxation does not ask for because pricing ignores pins.
+"""Columns for pins, which the relaxation does not need because pricing ignores pins.
 
 For each pin, GPUs that must be used are priced at almost nothing. If the number of replicas is limited, columns are
 priced that are fast enough to be one of so few, with each GPU type almost free in turn. If rent or GPUs are limited,
@@ -29,7 +29,7 @@ QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the
 def pinned_columns(
     atlas: Atlas, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
 ) -> Iterator[Template]:
-    """Yield replicas that pins may ask for; ``prices`` [rows] are those of GPUs that no pin requires."""
+    """Yield replicas that pins may require; ``prices`` [rows] are those of GPUs that no pin requires."""
     family, most = atlas.problem.family, float(pins.upper[-1])
     each = rate_bound(atlas) / most if np.isfinite(most) else 0.0
     free = [row > 0.0 for row in pins.wanted.T if row.any()]

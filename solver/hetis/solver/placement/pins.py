@@ -55,7 +55,7 @@ class Pins:
 
 
 def pins_of(marks: Marks | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
-    """Return the rows that a problem's marks ask for, or None without any."""
+    """Return the rows that a problem's marks require, or None without any."""
     if marks is None or not marks.has_rows:
         return None
     used, count = len(marks.least), len(marks.least) + len(marks.most) + 1

@@ -212,7 +212,7 @@ class Pricer:
     def _tables(self, rate_cap: float) -> list[Tables]:
         """Return the tables of every configuration, with intervals no shorter than the cap on rates allows.
 
-        If a latency limit requires shorter intervals, any interval within the limit will do. Such rates all count as
+        If a latency limit requires shorter intervals, any interval within the limit is allowed. Such rates all count as
         the cap, which is a share of the slowest of them.
         """
         whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
@@ -232,7 +232,7 @@ class Pricer:
     ) -> FloatArray:  # fmt: skip
         """Return upper bounds on the ratio of these configurations, with m and r; [which, 3].
 
-        Bounds are no sharper than ``enough`` [configurations] asks for, and infinite if the budget ran out first.
+        Bounds are no sharper than ``enough`` [configurations] requires, and infinite if the budget ran out first.
         """
         asked = np.zeros(len(self.configurations), dtype=bool)
         asked[which] = True

@@ -1,4 +1,4 @@
-"""The ideal of a stage: all running requests dispatched anew, as if moving were free."""
+"""The ideal of a stage: all running requests dispatched again, as if moves were free."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = 
     if ideal.unplaced:  # devices to be emptied are still needed
         ideal = ideal_dispatch(snapshot, dispatcher, on_draining=True)
     deviation = makespan_s(snapshot) / max(ideal.bound_s, 1e-12) - 1.0
-    # If memory is too scattered to dispatch all anew, the ideal is of fewer requests and says nothing.
+    # If memory is too scattered to dispatch all again, the ideal is of fewer requests and says nothing.
     if deviation > theta and not ideal.unplaced:
         found.append(Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=theta))
     for i, device in enumerate(snapshot.devices):
