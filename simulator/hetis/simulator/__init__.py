@@ -1,1 +1,1 @@
-"""Replays request traces against a plan in virtual time, with the dispatcher that would run in production."""
+"""Replay of request traces on a plan in virtual time, with the dispatcher that would run in production."""

@@ -1,4 +1,4 @@
-"""Traffic: how long requests are and when they come, replayed from a trace or drawn, and always the same by seed."""
+"""Traffic: lengths and arrival times of requests, replayed from a trace or drawn, and reproducible by seed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.workload import Workload
 
 MAX_CV = 100.0
-EVEN = 1e-3  # gaps that vary less than this are drawn evenly spaced
+EVEN = 1e-3  # gaps with a smaller coefficient of variation are drawn evenly spaced
 
 
 class Arrivals(StrEnum):
     """Processes by which requests arrive."""
 
-    DRAWN = "drawn"  # gaps of a gamma distribution: Poisson where their coefficient of variation is 1
-    RECORDED = "recorded"  # as in the trace, stretched to the rate where one is given
+    DRAWN = "drawn"  # gaps of a gamma distribution: Poisson if their coefficient of variation is 1
+    RECORDED = "recorded"  # as in the trace, stretched to the rate if one is given
     SATURATED = "saturated"  # one is always waiting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Load:
-    """What traffic a fleet gets.
+    """The traffic of a fleet.
 
     Attributes:
         lengths: a trace, whose requests are taken in order and from the start again, or a distribution to draw from.
-        max_position: context of the model; longer requests are clipped as `Workload.clipped_to` does it.
-        rate_rps: mean arrivals per second; None only where ``arrivals`` are saturated or as recorded.
+        max_position: context of the model; longer requests are clipped in the same way as by `Workload.clipped_to`.
+        rate_rps: mean arrivals per second; None only if ``arrivals`` are saturated or as recorded.
         gap_cv: coefficient of variation of drawn gaps: 0 evenly spaced, 1 Poisson, above 1 in bursts.
     """
 
@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnTraffic:
-    """Requests to come, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context."""
+    """Future requests, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context."""
 
     arrival_s: FloatArray
     prompt_tokens: IntArray
@@ -68,11 +68,11 @@ class DrawnTraffic:
 
 
 def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
-    """The first ``num_requests`` requests of a load.
+    """Return the first ``num_requests`` requests of a load.
 
-    The same seed gives the same lengths and gaps at every rate (gaps are drawn with mean one and scaled), and more
-    requests begin with the fewer ones: what is compared at two rates, or for longer, differs in nothing else. With a
-    trace, seed 0 starts at its first request and every other seed anywhere.
+    The same seed gives the same lengths and gaps at every rate (gaps are drawn with mean one and scaled), and a longer
+    sequence begins with the shorter one, so that comparisons at two rates or lengths differ in nothing else. With a
+    trace, seed 0 starts at its first request and every other seed at a random one.
     """
     of_lengths, of_rounding, of_gaps = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
     if isinstance(load.lengths, Trace):
@@ -86,7 +86,7 @@ def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
         outputs = np.array([b.output_tokens for b in load.lengths.bins])[chosen]
     kept_outputs = np.minimum(outputs, load.max_position - 1)
     kept_prompts = np.minimum(prompts, load.max_position - kept_outputs)
-    # Bins hold means, which need not be whole: rounding up or down at random keeps them. What is whole stays.
+    # Bins hold means, which need not be whole: rounding up or down at random keeps them. Whole lengths stay the same.
     up = of_rounding.random((num_requests, 2))
     whole_outputs = np.floor(kept_outputs + up[:, 0]).astype(np.int64)
     whole_prompts = np.minimum(np.floor(kept_prompts + up[:, 1]).astype(np.int64), load.max_position - whole_outputs)
@@ -107,7 +107,7 @@ def _forever(_: int) -> bool:
 
 
 def requests_of(traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> Iterator[Request]:
-    """The requests at their times of arrival, made one by one."""
+    """Yield the requests with their arrival times, one by one."""
     rows = zip(traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
     for number, (arrival_s, prompt, output) in enumerate(rows):
         if not keep_going(number):
@@ -116,7 +116,7 @@ def requests_of(traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> I
 
 
 class Saturation:
-    """The requests of a traffic, each whenever it is asked for (`hetis.simulator.values.Source`)."""
+    """The requests of a traffic, each available at any time (`hetis.simulator.values.Source`)."""
 
     def __init__(self, traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> None:
         self._lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
@@ -124,7 +124,7 @@ class Saturation:
         self._given = 0
 
     def next_request(self, now_s: float) -> Request | None:
-        """The next request, arriving now; None when all were given."""
+        """Return the next request, arriving now; None when all were given."""
         lengths = next(self._lengths, None) if self._keep_going(self._given) else None
         if lengths is None:
             return None
@@ -147,7 +147,7 @@ def _arrival_s(load: Load, chosen: IntArray, rng: np.random.Generator) -> FloatA
         assert isinstance(load.lengths, Trace)
         recorded_rps = load.lengths.rate_rps
         assert recorded_rps is not None
-        # Where the trace starts again, its first request comes a mean gap after its last.
+        # After the end of the trace, its first request follows its last after a mean gap.
         gaps = np.diff(load.lengths.arrival_s, append=load.lengths.arrival_s[-1] + 1 / recorded_rps)
         unit_gaps = gaps[chosen[:-1]] * recorded_rps
         times = np.concatenate([[0.0], np.cumsum(unit_gaps)])

@@ -1,4 +1,4 @@
-"""One copy of a stage with its attention workers: who holds which head groups, decided by `hetis.solver.dispatch`."""
+"""One copy of a stage with its attention workers: the home of each head group, chosen by `hetis.solver.dispatch`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK_STEPS = 16  # steps of a micro-batch between two looks of re-dispatch
 
 
 class SharedCard:
-    """An attention worker that serves several stages in turn: when it is free."""
+    """An attention worker that serves several stages in turn, with the time when it is free."""
 
     __slots__ = ("free_s",)
 
@@ -34,7 +34,7 @@ class PoolCopy:
     """The primary of one stage copy, device 0, and the cards of its pool.
 
     Attributes:
-        homes: of every request here its head groups on each device, [D].
+        homes: the head groups of every request here on each device, [D].
         busy_s: seconds of attention on each device, [D].
     """
 
@@ -43,8 +43,8 @@ class PoolCopy:
         events: Events, settings: Settings, mean_output: float, growth: int, shared: tuple[SharedCard, ...] | None,
         links: FleetLinks,
     ) -> None:  # fmt: skip
-        """``split``: head groups of a request on the primary and on the cards together, as the plan has them.
-        ``growth``: output tokens that a new request needs room for; what its output will be is not known."""
+        """``split``: head groups of a request on the primary and on the cards together, as in the plan.
+        ``growth``: output tokens for which a new request needs room; its actual output is not known."""
         self.timing, self.settings, self._split, self._shared = timing, settings, split, shared
         self.state = DispatchState(timing.stage(names), blocks)
         self._growth = growth
@@ -67,7 +67,7 @@ class PoolCopy:
 
     @property
     def is_whole(self) -> bool:
-        """No card has failed."""
+        """Return whether no card has failed."""
         return all(device.status is DeviceStatus.OK for device in self.state.devices)
 
     @property
@@ -77,7 +77,7 @@ class PoolCopy:
     # --- requests
 
     def place(self, load: PoolLoad, request: int, tokens: int) -> bool:
-        """Gives the head groups of a request with a prompt of ``tokens`` a home, with room; False: there is none."""
+        """Give the head groups of a request with a prompt of ``tokens`` homes with room; False if there is none."""
         state, heads = self.state, self.state.stage.heads
         free = state.load().free_blocks
         new = Requests(
@@ -104,11 +104,11 @@ class PoolCopy:
             self.state.finish(str(request))
 
     def grow(self, requests: Sequence[int]) -> list[int]:
-        """Every request caches one token more; returns those that stay as they were for want of a block."""
+        """Grow every request's cache by one token; return those that did not grow because no block was free."""
         return [int(name) for name in self.state.grow([str(request) for request in requests])]
 
     def _as_planned(self, load: DeviceLoad, new: Requests) -> IntArray | None:
-        """The plan's split: whole head groups go to one card after the other, in turn over all requests."""
+        """Return the plan's split: whole head groups go to the cards in turn, over all requests."""
         kept, away = self._split
         groups = np.zeros(self.num_devices, np.int64)
         groups[0] = kept
@@ -124,9 +124,9 @@ class PoolCopy:
     # --- time
 
     def seconds(self, loads: Sequence[PoolLoad], batches: Sequence[Decoding], layers_s: float) -> float:
-        """Attention of one iteration that carries these micro-batches, in all layers, and what shipping KV adds.
+        """Return the attention time of one iteration with these micro-batches in all layers, and the delay by KV moves.
 
-        The layers take ``layers_s`` for everything else.
+        The rest of the layers takes ``layers_s``.
         """
         groups, tokens = loads[0].groups, loads[0].tokens
         for load in loads[1:]:
@@ -145,7 +145,7 @@ class PoolCopy:
         return timing.layers * total
 
     def after_others(self, start_s: float, end_s: float, load: PoolLoad) -> float:
-        """Return when an iteration from ``start_s`` to ``end_s`` ends where its cards serve other stages too."""
+        """Return when an iteration from ``start_s`` to ``end_s`` ends if its cards serve other stages too."""
         assert self._shared is not None
         seconds = self.timing.layers * self.timing.device_seconds(load.groups, load.tokens)
         for card, busy_s in zip(self._shared, seconds[1:].tolist(), strict=True):
@@ -157,7 +157,7 @@ class PoolCopy:
     # --- re-dispatch and faults
 
     def look(self, now_s: float, batch: Decoding, load: PoolLoad) -> None:
-        """Lets re-dispatch look at the head groups of a micro-batch, now and then."""
+        """Let re-dispatch examine the head groups of a micro-batch, every few steps."""
         if self._migration is None or batch.step - load.looked < LOOK_STEPS or len(batch.decoding) == 0:
             return
         load.looked = batch.step
@@ -165,7 +165,7 @@ class PoolCopy:
             self._migration.look(now_s, batch, partial(self._moved, batch, load))
 
     def _moved(self, batch: Decoding, load: PoolLoad, request: int) -> None:
-        """The home of a request has changed."""
+        """Update the home of a request that has moved."""
         if request not in self.homes:
             return
         before, after = self.homes[request], self.state.groups(str(request))
@@ -176,16 +176,16 @@ class PoolCopy:
             load.add(after - before, batch.growth.attended(batch.step + 1 - origin), grows=is_within)
 
     def holders(self, card: int) -> set[int]:
-        """Requests that have head groups on a card."""
+        """Return the requests that have head groups on a card."""
         return {request for request, home in self.homes.items() if home[card]}
 
     def lose(self, card: int) -> None:
-        """A card fails, after its holders have left."""
+        """Mark a card as failed, after its holders have left."""
         evicted = self.state.lose_device(card)
         assert not evicted, "holders have left before"
 
     def restore(self, card: int) -> None:
-        """A card is back, empty."""
+        """Restore a card, empty."""
         self.state.restore_device(card)
 
 

@@ -1,4 +1,4 @@
-"""A plan as replicas at work: stage copies with their timings, KV blocks and attention workers."""
+"""Simulated replicas built from a plan: stage copies with their timings, KV blocks and attention workers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
-# What a family does not search can run all the same.
+# Plans outside the searched family can run as well.
 _OF_THE_SEARCH = frozenset(
     {
         Rule.SETTING,
@@ -47,7 +47,7 @@ PACE = 1.2  # prompt tokens of a paced iteration over those that keep the seats 
 
 
 class Builder:
-    """Makes the replicas of a plan; equal stages share their timings.
+    """Builds the replicas of a plan; equal stages share their timings.
 
     Raises:
         InvalidProblemError: the plan contradicts its problem.
@@ -112,7 +112,7 @@ class Builder:
         return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead)
 
     def _under_way(self, prefill: int) -> float:
-        """Prompts that a prefill replica works on at once when its chunks are full."""
+        """Return the number of prompts that a prefill replica works on at once when its chunks are full."""
         one = self.plan.replicas[prefill]
         return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_prompt)
 
@@ -185,10 +185,10 @@ class Builder:
         )
 
     def _kept_for_growth(self, seats: float) -> int:
-        """Tokens of room that a new request leaves for its output where so many decode.
+        """Return the tokens of room that a new request leaves for its output if this number of requests decode.
 
-        As the plan counts: what requests hold of their outputs on average, half of the mean, and each one's part of
-        what all together may hold above it. Room for the whole mean would leave a fifth of 256 seats empty.
+        Counted as in the plan: the average output tokens held by a request, half of the mean, and its part of the
+        reserve that all of them together have above this. Room for the whole mean would leave 1/5 of 256 seats empty.
         """
         m, z = self.moments, self.problem.assumptions.kv_headroom_z
         return round(min(m.mean_output, m.mean_output / 2 + z * m.resident_context_sd / math.sqrt(seats)))
@@ -219,7 +219,7 @@ def _check_batching(one: ReplicaPlan, number: int) -> None:
 
 
 def _shares_of_shared_cards(one: ReplicaPlan) -> dict[str, float]:
-    """(Layer, head group) pairs that the stages together give to each card that serves several of them."""
+    """Return the (layer, head group) pairs that the stages together give to each card shared by several of them."""
     total: dict[str, float] = {}
     for pool in one.attention_workers:
         if pool.shared:

@@ -1,4 +1,4 @@
-"""Virtual time: a heap of what will happen, in order of time and, at the same time, of being scheduled."""
+"""Virtual time: a heap of scheduled events, in order of time and, at the same time, in order of scheduling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Action = Callable[..., None]
 
 
 class Events:
-    """The loop of a simulation. An action is called with the time and what was scheduled with it."""
+    """The loop of a simulation. An action is called with the time and with the arguments scheduled for it."""
 
     __slots__ = ("_heap", "_order", "now_s")
 
@@ -22,16 +22,16 @@ class Events:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing will happen any more."""
+        """Return whether nothing more is scheduled."""
         return not self._heap
 
     def at(self, time_s: float, action: Action, *arguments: Any) -> None:
-        """Schedules ``action(time_s, *arguments)``; never before the present."""
+        """Schedule ``action(time_s, *arguments)``; never before the present."""
         self._order += 1
         heapq.heappush(self._heap, (time_s, self._order, action, arguments))
 
     def run(self, until_s: float = math.inf) -> float:
-        """Lets everything happen up to ``until_s``; returns the time at which it ended."""
+        """Run all events up to ``until_s``; return the time at which it ended."""
         heap, pop = self._heap, heapq.heappop
         while heap:
             if heap[0][0] > until_s:

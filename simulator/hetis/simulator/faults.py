@@ -1,4 +1,4 @@
-"""Devices that fail and come back: what is lost, and who takes over."""
+"""Devices that fail and return: the losses, and the devices that continue their work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hetis.simulator.replica import ReplicaRun
 class Faults:
     """Lets devices of a fleet fail and join.
 
-    A failed GPU of a stage copy stops the copy: what ran on its micro-batches is prefilled anew, on another copy of the
-    stage where there is one, else on another replica. A failed attention worker costs the requests that had head groups
-    there. A copy that comes back takes its share of micro-batches again; those that change over are prefilled anew.
+    A failed GPU of a stage copy stops the copy: requests on its micro-batches are prefilled again, on another copy of
+    the stage if there is one, otherwise on another replica. A failed attention worker evicts the requests that had head
+    groups on it. A copy that returns takes its share of micro-batches again; those that move to it are prefilled again.
     """
 
     def __init__(self, fleet: SimulatedFleet) -> None:
@@ -23,7 +23,7 @@ class Faults:
         self._down: dict[SimulatedStageCopy, set[str]] = {}
 
     def change(self, now_s: float, device: str, joins: bool) -> None:
-        """A device fails or joins; one that the plan does not use changes nothing."""
+        """Let a device fail or join; one that the plan does not use changes nothing."""
         for replica, copy, card in self._copies.get(device, ()):
             if card:
                 self._change_card(now_s, replica, copy, card, joins)
@@ -50,7 +50,7 @@ class Faults:
         replica.wake(now_s)
 
     def _rearrange(self, now_s: float, replica: ReplicaRun) -> None:
-        """Micro-batches whose copies changed begin anew; without a copy of some stage the replica is down."""
+        """Restart micro-batches whose copies changed; without a copy of some stage the replica is down."""
         replica.is_up = all(any(copy.is_up for copy in copies) for copies in replica.stages)
         for index, batch in enumerate(replica.batches):
             new = replica.new_batch(index)
@@ -75,7 +75,7 @@ class Faults:
             self._forget(request)
             replica.lose(now_s, batch, request)
         log = replica.log
-        for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` sees to them when they would have landed
+        for request in [*batch.sending, *batch.reserved]:  # `KvTransfers` handles them at the time of their arrival
             replica.kv.release(batch, request, log.target[request])
         batch.sending.clear()
         batch.reserved.clear()
@@ -86,7 +86,7 @@ class Faults:
 
 
 def _by_device(fleet: SimulatedFleet) -> dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]]:
-    """Return where every device works: as a rank (0) or as so manyth card of a pool; a shared card in several pools."""
+    """Return the places of every device: as a rank (0) or as a pool's card by number; shared cards in several pools."""
     found: dict[str, list[tuple[ReplicaRun, SimulatedStageCopy, int]]] = {}
     for replica in fleet.replicas:
         for copies in replica.stages:

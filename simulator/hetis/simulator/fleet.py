@@ -1,4 +1,4 @@
-"""All replicas of a plan at work, what comes to them, and what passes between them."""
+"""All replicas of a plan, the requests that arrive, and the KV transfers between replicas."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hetis.solver.errors import InvalidProblemError
 
 
 class SimulatedFleet(Outside):
-    """Hands requests to replicas as they come, and those of a source as there is room.
+    """Gives requests to replicas at their arrival, and requests of a source as soon as there is room.
 
     Attributes:
-        takers: replicas that take prompts: all but those that only decode, and prefill replicas that the plan routes
-            nothing from: who waits for a prompt there would wait forever.
-        held: requests that came, or came back, while no taker was up.
+        takers: replicas that take prompts: all except those that only decode, and prefill replicas without a route in
+            the plan: a prompt there would wait forever.
+        held: requests that arrived, or returned, while no taker was up.
     """
 
     def __init__(
@@ -37,17 +37,17 @@ class SimulatedFleet(Outside):
             replica.outside = self
 
     def serve(self, arrivals: Iterator[Request]) -> None:
-        """Requests come at their times, from now on."""
+        """Serve requests at their arrival times, from now on."""
         self._arrivals = arrivals
         self._schedule_next(0.0)
 
     def serve_all(self, source: SaturatingSource) -> None:
-        """Requests are always waiting."""
+        """Serve a source in which requests are always waiting."""
         self._source = source
         for replica in self.takers:
             replica.wake(0.0)
 
-    # --- what replicas ask
+    # --- calls by replicas
 
     def pull(self, now_s: float) -> int | None:
         if self._source is None:
@@ -69,13 +69,13 @@ class SimulatedFleet(Outside):
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
         if replica.batching.chunk_tokens and replica.is_up:
             super().requeue(now_s, replica, request)
-        else:  # it has to be prefilled elsewhere, or nothing is there to do it
+        else:  # it has to be prefilled elsewhere, or this replica cannot do it now
             self.events.at(now_s, self.route, request)
 
     # --- arrivals
 
     def route(self, now_s: float, request: int) -> None:
-        """Gives a request to a replica."""
+        """Give a request to a replica."""
         up = [replica for replica in self.takers if replica.is_up]
         if not up:
             self.held.append(request)
@@ -83,7 +83,7 @@ class SimulatedFleet(Outside):
         self.router.choose(up if len(up) < len(self.takers) else self.takers).offer(now_s, request)
 
     def route_held(self, now_s: float) -> None:
-        """Something came back."""
+        """Route the held requests after a replica has returned."""
         held, self.held = self.held, deque()
         for request in held:
             self.route(now_s, request)

@@ -1,4 +1,4 @@
-"""How much KV a request holds, and what it attends to, as its context grows."""
+"""The KV that a request holds and the tokens it attends to, as its context grows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hetis.solver.model import ModelSpec
 
 
 class KvGrowth:
-    """How KV and what is attended to grow with the context of a request: linearly, but for a sliding window."""
+    """Growth of KV and attended tokens with the context of a request: linear, except for a sliding window."""
 
     __slots__ = ("block_tokens", "cached_limit", "slope", "window")
 
@@ -19,9 +19,9 @@ class KvGrowth:
         self.cached_limit = self.window if every == 1 else unlimited
 
     def blocks(self, tokens: int) -> int:
-        """KV blocks of a request with so many tokens."""
+        """Return the KV blocks of a request with this number of tokens."""
         return -(-min(tokens, self.cached_limit) // self.block_tokens)
 
     def attended(self, tokens: float) -> float:
-        """Tokens that one with so many attends to, averaged over layers."""
+        """Return the tokens to which a request with this context attends, averaged over layers."""
         return tokens if tokens <= self.window else self.window + (tokens - self.window) * self.slope

@@ -1,4 +1,4 @@
-"""Which KV blocks the requests of a replica hold: promised to a prompt, filled by chunks, grown into, given back."""
+"""KV blocks held by the requests of a replica: promised to a prompt, filled by chunks, added by growth, released."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.simulator.request_log import RequestLog
 class Holdings:
     """Takes and frees blocks on all copies that a micro-batch runs on, or on none.
 
-    Copies without a pool count blocks of whole requests (`KvRoom`), those with one ask dispatch (`PoolCopy`), which
+    Copies without a pool count blocks of whole requests (`KvRoom`); those with a pool use dispatch (`PoolCopy`), which
     takes the blocks of a prompt at once.
     """
 
@@ -18,7 +18,7 @@ class Holdings:
         self._log, self._growth = log, growth
 
     def promise(self, batch: MicroBatch, request: int, spare: int) -> bool:
-        """Keeps blocks for a prompt; ``spare`` stay free on every copy that holds anything. False: no room."""
+        """Reserve blocks for a prompt; ``spare`` stay free on every copy that holds anything. False: no room."""
         target = self._log.target[request]
         blocks = self._growth.blocks(target)
         for room in batch.rooms:
@@ -34,7 +34,7 @@ class Holdings:
         return True
 
     def fill(self, batch: MicroBatch, filled: int, tokens: int) -> bool:
-        """Takes promised blocks for ``tokens`` more of a prompt; False: others have grown into them."""
+        """Take promised blocks for ``tokens`` more of a prompt; False: growth of other requests has used them."""
         blocks = self._growth.blocks(filled + tokens) - self._growth.blocks(filled)
         if not blocks:
             return True
@@ -47,7 +47,7 @@ class Holdings:
         return True
 
     def grow(self, batch: MicroBatch, blocks: int) -> bool:
-        """Takes so many blocks for requests that decode; False: some copy has too few."""
+        """Take this number of blocks for requests that decode; False: some copy has too few."""
         for room in batch.rooms:
             if room.used + blocks > room.total:
                 return False
@@ -56,7 +56,7 @@ class Holdings:
         return True
 
     def release(self, batch: MicroBatch, request: int, context: int, *, extra_blocks: int = 0) -> None:
-        """Frees what a request with ``context`` tokens holds, and what is still promised to its prompt."""
+        """Free the blocks of a request with ``context`` tokens, and those still promised to its prompt."""
         growth, target = self._growth, self._log.target[request]
         blocks = growth.blocks(context) + extra_blocks
         promised = growth.blocks(target) - growth.blocks(context) if context < target else 0

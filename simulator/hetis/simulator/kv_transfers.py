@@ -1,8 +1,8 @@
-"""Prompts that are prefilled on one replica and decoded on another: who sends to whom, and when KV arrives.
+"""Prompts that are prefilled on one replica and decoded on another: choice of the receiver, and the arrival of KV.
 
-A seat and blocks at the decode replica are taken when a prompt begins, for its KV goes there layer by layer while later
-layers and chunks compute. So a transfer may use its links from then on, and ends no earlier than the last chunk's last
-layer can be there. Links are shared (`links.py`): the GPUs of both ends, and the link between two zones.
+A seat and blocks at the decode replica are taken when a prompt begins, because its KV is sent layer by layer while
+later layers and chunks compute. So a transfer may use its links from that time, and cannot end before the last layer of
+the last chunk has arrived. Links are shared (`links.py`): the GPUs of both ends, and the link between two zones.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class _Expected:
 
 
 class KvTransfers:
-    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost on its way.
+    """All KV routes of a plan. ``requeue`` takes requests whose KV was lost in transfer.
 
-    Requests are shared out as the plan says, or go ``to_emptiest``: to the decode replica with the fewest of them.
+    Requests are distributed according to the plan, or ``to_emptiest``: to the decode replica with the fewest of them.
 
     Attributes:
         senders: prefill replicas by the number of the decode replica that they send to.
@@ -65,10 +65,10 @@ class KvTransfers:
         self._expected: dict[int, _Expected] = {}
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Takes a seat and blocks for a prompt where its route leads; False: nowhere is room."""
+        """Take a seat and blocks for a prompt at a target of its route; False if no target has room."""
         routes = self._routes.get(replica.number)
         if routes is None or self._log.output[request] - self._log.produced[request] == 1:
-            return True  # it stays where it is, or its prompt makes its last token
+            return True  # it stays on its replica, or its prompt makes its last token
         for route in sorted(routes, key=self._turn):
             batch = route.replica.expect(request) if route.replica.is_up else None
             if batch is not None:
@@ -81,11 +81,11 @@ class KvTransfers:
         return False
 
     def _turn(self, route: _Route) -> float:
-        """Routes are tried from the least on."""
+        """Return the sort key of a route; routes are tried in increasing order."""
         return route.replica.seats_taken() if self._to_emptiest else -(route.credit + route.share)
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
-        """Sends the KV of a prompt that is done; False: it decodes where it is."""
+        """Send the KV of a finished prompt; False: it decodes on the same replica."""
         expected = self._expected.get(request)
         if expected is None:
             return False
@@ -97,7 +97,7 @@ class KvTransfers:
         return True
 
     def cancel(self, request: int) -> None:
-        """The prompt was lost where it is prefilled: nobody waits for it any more."""
+        """Cancel the transfer of a prompt that was lost at its prefill replica."""
         expected = self._expected.pop(request, None)
         if expected is not None and request in expected.batch.reserved:
             expected.batch.reserved.discard(request)
@@ -124,7 +124,7 @@ class KvTransfers:
     # --- time
 
     def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
-        """The last layer of the last chunk, on the slowest stage."""
+        """Return the time for the last layer of the last chunk, on the slowest stage."""
         tokens = min(self._log.target[request], replica.batching.chunk_tokens)
         return max(
             float(copy.timing.cost.transfer_s(tokens * self._token_bytes(), copy.timing.shape.hop_link))
@@ -133,7 +133,7 @@ class KvTransfers:
         )
 
     def _sent_s(self, replica: ReplicaRun, batch: MicroBatch, request: int, expected: _Expected) -> float:
-        """Return when all links that the KV passes are done with it."""
+        """Return when the KV has passed all its links."""
         tokens, begun_s = self._log.target[request], expected.begun_s
         chunks = math.ceil(tokens / replica.batching.chunk_tokens)
         ends = list[float]()
@@ -152,13 +152,12 @@ class KvTransfers:
         return max(ends)
 
     def _received(self, begun_s: float, copy: SimulatedStageCopy, tokens: int) -> Iterator[float]:
-        """Return when the KV of a prompt is in one copy: kept groups on its ranks, the others, straight, on its
-        cards."""
+        """Yield when the KV of a prompt is in one copy: kept groups on its ranks, the others directly on its cards."""
         timing, model = copy.timing, self._model
         pool, group_bytes = timing.shape.pool, tokens * model.kv_bytes_per_token_group()
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         kept = model.head_groups - away
-        if kept:  # else nothing comes to the ranks, and nobody waits for their link
+        if kept:  # otherwise no KV is sent to the ranks, and their link is not used
             layer_s = float(timing.cost.transfer_s(kept * group_bytes, timing.shape.hop_link))
             yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
@@ -167,5 +166,5 @@ class KvTransfers:
                 yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
 
     def _token_bytes(self) -> float:
-        """KV bytes of a token in one layer."""
+        """Return the KV bytes of a token in one layer."""
         return self._model.head_groups * self._model.kv_bytes_per_token_group()

@@ -1,14 +1,14 @@
-"""Links that transfers in the background share: one after the other, as fast as the slower end allows.
+"""Links shared by transfers in the background: one transfer at a time, at the speed of the slower end.
 
-Every GPU has two ends, what leaves it and what comes to it, whoever uses them: KV from prefill to decode replicas and
-head groups that re-dispatch moves wait for one another. The ranks of a tensor-parallel group count as their first.
+Every GPU has two ends, an outgoing and an incoming one, shared by all uses: KV from prefill to decode replicas and head
+groups moved by re-dispatch wait for one another. The ranks of a tensor-parallel group count as their first.
 """
 
 from __future__ import annotations
 
 
 class SharedLink:
-    """One end of transfers: a direction of a network card, or of the link between two zones. First come, first go."""
+    """One end of transfers: a direction of a network card, or of the link between two zones; used in order of arrival."""
 
     __slots__ = ("busy_s", "free_s")
 
@@ -17,7 +17,7 @@ class SharedLink:
 
 
 class FleetLinks:
-    """The ends of a whole fleet, made when they are first asked for."""
+    """The ends of a whole fleet, created at their first use."""
 
     def __init__(self) -> None:
         self._leaving: dict[str, SharedLink] = {}
@@ -36,7 +36,7 @@ class FleetLinks:
 
 
 def transfer(now_s: float, seconds: float, *ends: SharedLink) -> float:
-    """Occupies all ``ends`` for ``seconds`` as soon as all are free; returns when it is done."""
+    """Occupy all ``ends`` for ``seconds`` as soon as all are free; return when it is done."""
     start_s = max(now_s, *(end.free_s for end in ends))
     for end in ends:
         end.free_s = start_s + seconds

@@ -1,4 +1,4 @@
-"""KV blocks: how many a stage has room for, and how many of them are taken."""
+"""KV blocks: the number that a stage has room for, and the number in use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from hetis.solver.problem import PlacementProblem
 
 
 def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Bytes that a rank has for KV in blocks, beside weights, activations and what the engine keeps.
+    """Return the bytes that a rank has for KV in blocks, after weights, activations and the engine's reserve.
 
-    Where a pool has some of the head groups, the rank still keeps those of the prompts under way: set aside as planned.
+    If a pool has some of the head groups, the rank still keeps those of the current prompts: reserved as planned.
     """
     usable = setting.problem.profiles[shape.gpu].usable_bytes
     taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
@@ -20,13 +20,13 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
 
 
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:
-    """Bytes that an attention worker has for KV: all but what its engine keeps."""
+    """Return the bytes that an attention worker has for KV: all except its engine's reserve."""
     profile = problem.profiles[gpu]
     return float(profile.room_bytes)
 
 
 def group_blocks(room_bytes: float, model: ModelSpec, *, layers: int, groups: int, block_tokens: int) -> int:
-    """KV blocks per layer of ``groups`` head groups at once that fit in ``room_bytes``, in all ``layers``."""
+    """Return the KV blocks per layer, of ``groups`` head groups each, that fit in ``room_bytes`` in all ``layers``."""
     block_bytes = layers * groups * block_tokens * model.kv_bytes_per_token_group()
     return int(room_bytes / block_bytes * (1 + 1e-12)) if block_bytes > 0 else 1 << 40
 
@@ -43,6 +43,6 @@ class KvRoom:
         self.total, self.used, self.promised = total, 0, 0
 
     def admits(self, blocks: int, spare: int) -> bool:
-        """Return whether a prompt of so many blocks may start. ``spare`` stay free unless nothing else is there."""
+        """Return whether a prompt of this size may start; ``spare`` blocks stay free unless the copy holds nothing."""
         taken = self.used + self.promised
         return taken + blocks + (spare if taken else 0) <= self.total

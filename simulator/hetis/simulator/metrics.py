@@ -1,4 +1,4 @@
-"""What a run was like for its requests and its devices, once it was steady."""
+"""Metrics of a run for its requests and its devices, after its warm-up."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERCENTS = (50, 90, 95, 99)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Mean and percentiles of seconds over requests, and the largest; NaN where there are none."""
+    """Mean and percentiles of seconds over requests, and the largest; NaN if there are none."""
 
     mean: float
     p50: float
@@ -44,7 +44,7 @@ class RunCounts:
 
     arrived: int
     finished: int
-    unfinished: int  # rejected ones are not among them
+    unfinished: int  # without rejected ones
     rejected: int
     measured: int  # arrived in the window and finished
     iterations: int
@@ -56,21 +56,21 @@ class RunCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
-    """A run from ``window_start_s`` (its warm-up over) to ``window_end_s`` (the last arrival).
+    """A run from ``window_start_s`` (the end of its warm-up) to ``window_end_s`` (the last arrival).
 
     Attributes:
-        steady: whether the load was carried: requests did not pile up in the window, and at most 5% of those that came
-            in it were never finished, rejected or not. Where they piled up, latencies grow for as long as a run lasts,
-            and belong to the run, not to the load. None: the run is too short to tell.
+        steady: whether the load was carried: requests did not pile up in the window, and at most 5% of those that
+            arrived in it were never finished, rejected or not. If they piled up, latencies grow with the length of the
+            run, and are a property of the run, not of the load. None: the run is too short to tell.
         growth: seconds by which TTFT grows per second of arrivals in the window (`steadiness.growth`).
-        arrival_rps, throughput_rps: requests that came and that finished in the window, per second of it.
-        prompt_tokens_per_s, output_tokens_per_s: of the requests that finished in it.
+        arrival_rps, throughput_rps: requests that arrived and that finished in the window, per second of it.
+        prompt_tokens_per_s, output_tokens_per_s: rates for the requests that finished in it.
         ttft_s: from arrival to the first output token, of requests that arrived in the window, as are all that follow.
         tpot_s: from the first to the last output token over the tokens after the first, of requests with two or more.
-        mean_tpot_s: mean seconds per output token over *tokens*, which is what a plan's TPOT means.
+        mean_tpot_s: mean seconds per output token over *tokens*, which is the definition of a plan's TPOT.
         end_to_end_s: from arrival to the last token; ``normalised_s`` the same per output token.
         queueing_s: from arrival until the first chunk of the prompt was scheduled.
-        attainment: share of the requests that kept both limits, each by itself; NaN without limits.
+        attainment: share of the requests that met both limits, each by itself; NaN without limits.
         devices: per GPU; empty without samples.
     """
 
@@ -97,19 +97,19 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Latency limits of an objective: of the p95 TTFT and of the mean TPOT; None: lifted."""
+    """Latency limits of an objective: on the p95 TTFT and on the mean TPOT; None: no limit."""
 
     ttft_s: float | None
     tpot_s: float | None
 
     def met_by(self, *, ttft_s: float, tpot_s: float) -> bool:
-        """Return whether both are; a latency that is not known (NaN) meets none."""
+        """Return whether both limits are met; an unknown latency (NaN) meets none."""
         return all(limit is None or value <= limit for value, limit in ((ttft_s, self.ttft_s), (tpot_s, self.tpot_s)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a plan says of itself: its saturated rate, the worst p95 TTFT of its replicas, their mean TPOT by rate."""
+    """Predictions of a plan: its saturated rate, the worst p95 TTFT of its replicas, their mean TPOT by rate."""
 
     rate_rps: float
     ttft_s: float
@@ -117,7 +117,7 @@ class Prediction:
 
 
 def prediction_of(plan: Plan) -> Prediction:
-    """The plan's own figures for the whole fleet."""
+    """Return the plan's own predictions for the whole fleet."""
     unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
     decoding = [replica for replica in plan.replicas if replica.role is not Role.PREFILL]
     weight = sum(replica.rate for replica in decoding)
@@ -129,11 +129,11 @@ def prediction_of(plan: Plan) -> Prediction:
 
 
 def measure(run: Run, limits: Limits, *, saturated: bool) -> Metrics:
-    """The metrics of a run.
+    """Return the metrics of a run.
 
-    Where the warm-up ends is read off the end-to-end latencies in their order of arrival, and it lasts until the fleet
-    is full; of a saturated fleet, whose latencies say nothing, it is read off the gaps between completions
-    (`warm_up`, `filled_s`).
+    The end of the warm-up is determined from the end-to-end latencies in their order of arrival, and is not before the
+    fleet is full. The latencies of a saturated fleet have no meaning, so that it is determined from the gaps between
+    completions (`warm_up`, `filled_s`).
     """
     last_arrival_s = float(run.arrival_s[-1]) if run.num_requests else 0.0
     start_s = _window_start_s(run, last_arrival_s, saturated=saturated)
@@ -198,10 +198,10 @@ def _window_start_s(run: Run, end_s: float, *, saturated: bool) -> float:
 
 
 def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, saturated: bool) -> bool | None:
-    """Return whether what came in the window is served and does not wait longer and longer; None: the run is too
+    """Return whether requests of the window are served and do not wait longer and longer; None: the run is too
     short."""
     arrived, finished = int(inside.sum()), np.isfinite(run.finished_s)
-    # One that no replica can ever hold is not served either: nobody carries a load of which that is more than a few.
+    # A request that no replica can ever hold is not served either: a load with more than a few of these is not carried.
     if int((inside & ~finished).sum()) > MAX_GROWTH * arrived:
         return False
     if not finished.any():
@@ -209,14 +209,14 @@ def _steady(run: Run, inside: BoolArray, found: Estimate, start_s: float, *, sat
     if saturated:
         left = int((run.finished_s < run.arrival_s[-1]).sum())
         remained = run.num_requests - run.rejected - left
-        return True if left >= remained else None  # all that it holds at once were replaced
+        return True if left >= remained else None  # all requests that it holds at once were replaced
     carried = is_carried(found, arrived=arrived)
     is_full = filled_s(run.arrival_s[finished], (run.finished_s - run.arrival_s)[finished]) <= start_s
     return carried if carried is False or is_full else None
 
 
 def _throughput(finishing: FloatArray, span_s: float) -> Estimate:
-    """Completions over the window; how far off that may be, from the gaps between them."""
+    """Return completions per second of the window, with an error estimated from the gaps between them."""
     value = _per_second(len(finishing), span_s)
     gaps = np.diff(finishing)
     spread = within_run(gaps, lambda part: 1 / max(float(part.mean()), 1e-12))
@@ -224,7 +224,7 @@ def _throughput(finishing: FloatArray, span_s: float) -> Estimate:
 
 
 def _mean_tpot_s(decode: FloatArray, later_tokens: IntArray, *, measured: int) -> Estimate:
-    """0 where no request has a second token to wait for."""
+    """Return the mean TPOT over tokens; 0 if no request has a second token."""
     if measured and not len(decode):
         return Estimate(value=0.0, half_width=0.0)
     rows = np.stack([decode, later_tokens.astype(np.float64)], axis=1)
@@ -243,7 +243,7 @@ def _distribution(values: FloatArray) -> Distribution:
 
 
 def _attainment(limits: Limits, ttft: FloatArray, tpot: FloatArray, arrived: int) -> float:
-    """Requests that arrived in the window and never finished kept no limit."""
+    """Return the share of requests within the limits; those of the window that never finished met none."""
     if (limits.ttft_s is None and limits.tpot_s is None) or not arrived:
         return math.nan
     kept = np.ones(len(ttft), bool)

@@ -1,7 +1,7 @@
-"""A micro-batch: the requests that go round the pipeline together, with sums that cost nothing per request to keep.
+"""A micro-batch: the requests that pass through the pipeline together, with sums updated at no cost per request.
 
-Decoding requests all grow by one token per iteration, so that a micro-batch needs to look at single ones only when they
-join, cross into a new KV block (of which it counts, by remainder, how many do so in which iteration), or finish.
+Decoding requests all grow by one token per iteration, so that a micro-batch processes single ones only when they join,
+need a new KV block (it counts, by remainder, how many do so in which iteration), or finish.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from hetis.simulator.timing import StageTiming
 
 
 class SimulatedStageCopy:
-    """One copy of a stage: its GPUs, when they are free, and the KV that they hold.
+    """One copy of a stage: its GPUs, the time when they are free, and the KV that they hold.
 
     Attributes:
-        track: what a trace calls it.
+        track: its name in a trace.
         devices: its ranks; ``cards``: its attention workers.
-        room: KV blocks of a rank; None where a pool counts them.
+        room: KV blocks of a rank; None if a pool counts them.
         pool: its attention workers; None: it has none.
         is_up: no device of it has failed.
-        free_s: when the work it was given is done.
-        busy_s: seconds of work it was given so far.
-        waiting, serving: micro-batches, where they are not kept apart.
+        free_s: time when its assigned work is done.
+        busy_s: seconds of work assigned so far.
+        waiting, serving: micro-batches, if they are not kept apart.
     """
 
     __slots__ = (
@@ -47,7 +47,7 @@ class SimulatedStageCopy:
         self.serving: list[MicroBatch] = []
 
     def busy_until(self, now_s: float) -> float:
-        """Seconds of work done up to now: what it was given is done without a pause."""
+        """Return the seconds of work done up to now: assigned work is done without a pause."""
         return self.busy_s - max(0.0, self.free_s - now_s)
 
 
@@ -55,11 +55,11 @@ class MicroBatch:
     """One of the M micro-batches of a replica.
 
     Attributes:
-        copies: of every stage the copy that it runs on, which holds its KV.
+        copies: the copy of every stage on which it runs and which holds its KV.
         step: iterations so far; one is under way while it is not ``idle``.
         decoding: each decoding request, in order of joining, and the step at which it would have had no context: before
             step k it has ``k - decoding[request]`` tokens of KV.
-        attended: tokens that they attend to in the present step.
+        attended: tokens to which they attend in the present step.
         growing: how many of them are within the sliding window.
         phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
         finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
@@ -67,13 +67,13 @@ class MicroBatch:
         prefilling: the request whose prompt is under way; none or one between iterations.
         ready: requests that are prefilled and wait for a seat.
         reserved: requests whose KV is expected from a prefill replica.
-        sending: requests that are prefilled and whose KV is on its way to a decode replica.
+        sending: requests that are prefilled and whose KV is being sent to a decode replica.
         chunk: (request, tokens, whether that is its last) of the present iteration.
-        seconds: of the present iteration on every stage.
-        contents: of the present iteration, what `StageTiming.seconds` takes.
-        rooms: of the copies without a pool.
-        pools: of the others, with what this micro-batch has on their devices; ``loads`` is the same by stage.
-        alive: False once a copy of it failed: what is still scheduled of it is void.
+        seconds: time of the present iteration on every stage.
+        contents: the present iteration, as the arguments of `StageTiming.seconds`.
+        rooms: KV blocks of the copies without a pool.
+        pools: pools of the others, with this micro-batch's load on their devices; ``loads`` is the same by stage.
+        alive: False once a copy of it failed: its remaining scheduled events are void.
     """
 
     __slots__ = (
@@ -105,16 +105,16 @@ class MicroBatch:
         )
 
     def seats_taken(self) -> int:
-        """Requests that decode here or will."""
+        """Return the requests that decode here or will."""
         return len(self.decoding) + len(self.ready) + len(self.prefilling) + len(self.reserved)
 
     def requests(self) -> list[int]:
-        """All that it works on, oldest first; not those whose KV moves from one replica to another."""
+        """Return all its requests, oldest first; not those whose KV moves from one replica to another."""
         prefilled = [request for request, _, is_last in self.chunk if is_last]
         return [*self.decoding, *self.ready, *prefilled, *self.prefilling]
 
     def join(self, request: int, context: int, remaining: int) -> None:
-        """A request with ``context`` tokens of KV decodes from the present step on, ``remaining`` >= 1 steps."""
+        """Add a request with ``context`` tokens of KV that decodes ``remaining`` >= 1 steps from the present one on."""
         step, growth = self.step, self.growth
         origin = self.decoding[request] = step - context
         self.finishing.setdefault(step + remaining - 1, []).append(request)
@@ -129,10 +129,10 @@ class MicroBatch:
             load.add(pool.homes[request], growth.attended(context), grows=context < growth.window)
 
     def leave(self, request: int, context: int) -> None:
-        """A decoding request, which has ``context`` tokens by now, goes."""
+        """Remove a decoding request, which has ``context`` tokens by now."""
         origin, growth = self.decoding.pop(request), self.growth
         self.attended -= growth.attended(context)
-        is_within = origin + growth.window > self.step  # as far as `cross_windows` has seen
+        is_within = origin + growth.window > self.step  # as `cross_windows` has counted it
         self.growing -= is_within
         if is_within or growth.cached_limit > growth.window:
             self.phases[origin % growth.block_tokens] -= 1
@@ -141,7 +141,7 @@ class MicroBatch:
                 load.add(-home, growth.attended(context), grows=is_within)
 
     def cross_windows(self) -> None:
-        """Requests that have reached the sliding window attend to no more, or to less, of what comes."""
+        """Stop or slow the growth of requests that have reached the sliding window."""
         growth = self.growth
         for request in self.leaving_window.pop(self.step, ()):
             origin = self.decoding.get(request)
@@ -154,7 +154,7 @@ class MicroBatch:
                 self.phases[origin % growth.block_tokens] -= 1
 
     def grow(self) -> None:
-        """Every decoding request attends to one token more."""
+        """Let every decoding request attend to one more token."""
         slope = self.growth.slope
         self.attended += self.growing + slope * (len(self.decoding) - self.growing)
         for _, load in self.pools:

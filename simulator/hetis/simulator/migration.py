@@ -1,8 +1,8 @@
-"""Re-dispatch of one stage copy: looks by `hetis.solver.redispatch`, and its moves as copies in the background.
+"""Re-dispatch of one stage copy: its checks and moves by `hetis.solver.redispatch`, as copies in the background.
 
-A look is of one micro-batch, for which the stage's time is that of its slowest device. Copies of a wave start together,
-but wait for one another, and for KV from prefill replicas, where they need the same device's link (`links.py`). The
-next wave starts when all of them are committed. They do not slow the exchange with the primary down.
+One check covers one micro-batch, for which the stage's time is that of its slowest device. Copies of a wave start
+together, but wait for one another, and for KV from prefill replicas, if they need the same device's link (`links.py`).
+The next wave starts when all of them are committed. They do not delay the exchange with the primary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Moved = Callable[[int], None]
 
 
 class Migration:
-    """Moves of one stage copy, one plan after the other."""
+    """Moves of one stage copy, one plan at a time."""
 
     def __init__(
         self, state: DispatchState, timing: PoolTiming, links: FleetLinks, log: RequestLog, events: Events, *,
@@ -40,7 +40,7 @@ class Migration:
 
         self._state, self._timing, self._links, self._log, self._events = state, timing, links, log, events
         self._theta = theta
-        self._remaining = max(1, round(mean_output))  # of any request: what outputs will be is not known
+        self._remaining = max(1, round(mean_output))  # of any request: the actual output is not known
         self._dispatcher = Dispatcher(state.stage)
         self._redispatcher = Redispatcher(self._dispatcher)
         self._devices = state.stage.devices
@@ -54,7 +54,7 @@ class Migration:
         return self._pending > 0
 
     def look(self, now_s: float, batch: Decoding, moved: Moved) -> None:
-        """Starts the moves that a micro-batch is worth, if it deviates by more than Theta or memory is short.
+        """Start the moves that benefit a micro-batch, if it deviates by more than Theta or memory is short.
 
         ``moved`` is called with every request whose home has changed.
         """
@@ -77,7 +77,7 @@ class Migration:
         self._next_wave(now_s, moved)
 
     def _snapshot(self, batch: Decoding) -> StateSnapshot:
-        """The decoding requests of the micro-batch, on devices as large as they leave them and what is free."""
+        """Return the decoding requests of the micro-batch, on devices with only their blocks and the free ones."""
         state = self._state
         ids = [str(request) for request in batch.decoding]
         context = np.array([state.context_tokens(name) for name in ids], np.int64)
@@ -94,7 +94,7 @@ class Migration:
         )
 
     def _next_wave(self, now_s: float, moved: Moved) -> None:
-        """Starts what still can be made of the next wave that has any such moves."""
+        """Start the moves that are still possible in the next wave that has any."""
         while self._waves and not self._pending:
             bundles: dict[int, list[Move]] = {}
             for move in self._waves.pop(0):
@@ -110,7 +110,7 @@ class Migration:
                     self._events.at(end_s, self._commit, prepared, num_bytes, moved)
 
     def _prepared(self, bundle: list[Move]) -> list[PreparedMove]:
-        """Takes blocks for moves that are committed at once; none where one of them can no longer be made."""
+        """Take blocks for moves that are committed together; none if one of them is no longer possible."""
         state, prepared = self._state, list[PreparedMove]()
         for move in bundle:
             holds = move.request in state and state.groups(move.request)[move.source] >= move.groups
@@ -133,7 +133,7 @@ class Migration:
         self._pending -= 1
         under_way = {move.number for move in self._state.moves}
         numbers = [move.number for move in prepared]
-        if under_way.issuperset(numbers):  # else its request is done, evicted or has lost a device
+        if under_way.issuperset(numbers):  # otherwise its request is done, evicted or has lost a device
             self._state.commit_moves(*numbers)
             request = int(prepared[0].request)
             self._log.migrations += len(prepared)
@@ -147,7 +147,7 @@ class Migration:
 
 
 def _as_seen(device: DeviceSnapshot, used: int, total: int) -> DeviceSnapshot:
-    """A device with ``total`` blocks, whose high-water mark leaves as many of them free as before."""
+    """Return a device with ``total`` blocks, whose high-water mark leaves as many of them free as before."""
     kept_free = (1.0 - device.high_water) * device.total_blocks
     mark = 1.0 if used + kept_free <= 0 else min(1.0, max(1e-9, used / (used + kept_free)))
     return DeviceSnapshot(

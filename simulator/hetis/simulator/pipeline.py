@@ -1,4 +1,4 @@
-"""How micro-batches take turns at the copies of stages: kept apart, or all that waits at once."""
+"""The order in which micro-batches use the copies of stages: separately, or all waiting ones at once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Discipline(Protocol):
     """Sends the micro-batches of a replica through its stages."""
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
-        """An iteration enters the first stage, with its ``contents``."""
+        """Send an iteration into the first stage, with its ``contents``."""
 
 
 class Apart:
-    """Micro-batches stay as they are; a copy serves them in the order in which they come.
+    """The discipline that keeps micro-batches separate; a copy serves them in the order in which they arrive.
 
-    So a copy's free time is all that has to be kept, and a visit to a stage is one event.
+    So a copy's free time is the only state, and a visit to a stage is one event.
     """
 
     def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
@@ -64,7 +64,7 @@ class Apart:
 
 
 class Greedy:
-    """A copy takes all micro-batches that wait for it at once; they then leave together, and so stay together."""
+    """The discipline in which a copy takes all waiting micro-batches at once; they then leave and stay together."""
 
     def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
         self._events, self._log, self._done, self._traced = events, log, done, traced
@@ -76,7 +76,7 @@ class Greedy:
         copy = batch.copies[stage]
         copy.waiting.append(batch)
         if not copy.serving:
-            # Others that come at this very moment shall be in it.
+            # Others that arrive at the same time have to be included.
             copy.serving = copy.waiting
             self._events.at(now_s, self._serve, copy)
 

@@ -1,4 +1,4 @@
-"""What one micro-batch has on the devices of a stage copy with a pool."""
+"""The load of one micro-batch on the devices of a stage copy with a pool."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.simulator.values import IntArray
 
 
 class Decoding(Protocol):
-    """What a pool looks at of a micro-batch (`MicroBatch`)."""
+    """The part of a micro-batch that a pool reads (`MicroBatch`)."""
 
     index: int
     step: int
@@ -21,7 +21,7 @@ class Decoding(Protocol):
 
 
 class PoolLoad:
-    """What the decoding requests of one micro-batch have on D devices: pairs with head groups, and their tokens."""
+    """Load of one micro-batch's decoding requests on D devices: pairs with head groups, and their tokens."""
 
     __slots__ = ("groups", "growing", "looked", "tokens")
 
@@ -29,7 +29,7 @@ class PoolLoad:
         self.groups = np.zeros(devices, np.int64)
         self.growing = np.zeros(devices, np.int64)  # of requests within the sliding window
         self.tokens = np.zeros(devices)
-        self.looked = 0  # step at which re-dispatch looked last
+        self.looked = 0  # step of the last check by re-dispatch
 
     def add(self, groups: IntArray, attended: float, *, grows: bool) -> None:
         self.groups += groups
@@ -38,5 +38,5 @@ class PoolLoad:
             self.growing += groups
 
     def grow(self, slope: float) -> None:
-        """Every request attends to one token more, or to ``slope`` beyond the sliding window."""
+        """Let every request attend to one more token, or to ``slope`` beyond the sliding window."""
         self.tokens += self.growing + slope * (self.groups - self.growing)

@@ -1,4 +1,4 @@
-"""Attention of a stage with a pool: its own head groups and those of the workers side by side, as they really lie."""
+"""Attention of a stage with a pool: its own head groups and the workers' in parallel, at their actual places."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PoolTiming:
         self.layers, self.tp = timing.layers, shape.tp
         own = pair_pieces(problem.profiles[shape.gpu], model, shape.tp, model.queries_per_group)
         card = pair_pieces(problem.profiles[pool.gpu], model, 1, model.queries_per_group)
-        # A group lies on one rank, and the ranks are even: each has a share of the primary's pairs and tokens.
+        # A group is on one rank, and the ranks are even: each has a share of the primary's pairs and tokens.
         own = [(fixed, per_pair / shape.tp, per_token / shape.tp) for fixed, per_pair, per_token in own]
         most = max(len(own), len(card))
         rows = [_padded(own, most)] + [_padded(card, most)] * cards
@@ -39,14 +39,14 @@ class PoolTiming:
         self._heads = HeadShape.of_model(model, block_tokens=self._block_tokens)
 
     def device_seconds(self, groups: IntArray, tokens: FloatArray) -> FloatArray:
-        """Decode attention per layer, [D]: of ``groups`` (request, group) pairs that attend to ``tokens``, both [D]."""
+        """Return decode attention per layer, [D], for ``groups`` (request, group) pairs and attended ``tokens``."""
         times: FloatArray = (
             self._call + self._pair * groups[:, None] + self._token * tokens[:, None]
         ).max(axis=1)  # fmt: skip
         return np.where(groups > 0, times, 0.0)
 
     def attention_s(self, device_s: FloatArray, groups: IntArray) -> float:
-        """Per layer: the stage's own share, or the slowest card with its exchange."""
+        """Return the time per layer: the stage's own share, or the slowest card with its exchange."""
         own_s = float(device_s[0])
         away = int(groups[1:].sum())
         if not away:
@@ -59,8 +59,8 @@ class PoolTiming:
         return max(own_s, slowest + self._latency_s)
 
     def late_s(self, chunk: FloatArray, groups: IntArray, layer_s: float) -> float:
-        """Return what the KV of a chunk adds to a layer that takes ``layer_s``: it is sent beside it, over the link on
-        which the exchange takes its turns. ``chunk`` are (token, group) pairs per device [D]."""
+        """Return the time that the KV of a chunk adds to a layer that takes ``layer_s``: it is sent in parallel, over
+        the same link as the exchange. ``chunk`` are (token, group) pairs per device [D]."""
         return max(0.0, self._ship_s(chunk) + self._exchange_s(groups) - layer_s) if chunk[1:].any() else 0.0
 
     def _ship_s(self, chunk: FloatArray) -> float:
@@ -75,12 +75,12 @@ class PoolTiming:
         return max(sending, _most(self._receive, most * self._pair_bytes)) + self._latency_s
 
     def move_byte_s(self, devices: int) -> FloatArray:
-        """Seconds per byte of KV that moves in or out, [D]."""
+        """Return the seconds per byte of KV that moves in or out, [D]."""
         per_byte = [max(b for _, b in self._send)] + [max(b for _, b in self._receive)] * (devices - 1)
         return np.array(per_byte)
 
     def stage(self, devices: tuple[str, ...]) -> Stage:
-        """The same as dispatch sees it: what is exchanged is charged to each device and to the primary's link."""
+        """Return the same for dispatch: exchanged data is charged to each device and to the primary's link."""
         workers = np.arange(len(devices)) > 0
         receive = max(b for _, b in self._receive), max(c for c, _ in self._receive) + self._latency_s
         send = max(b for _, b in self._send), max(c for c, _ in self._send) + self._latency_s

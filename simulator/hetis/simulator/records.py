@@ -1,4 +1,4 @@
-"""A run as files: one CSV row per request, and a trace that Perfetto and Chrome open."""
+"""A run as files: one CSV row per request, and a trace for Perfetto and Chrome."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CSV_COLUMNS = (
 
 
 def requests_csv(run: Run) -> str:
-    """One row per request that arrived, times to the microsecond; empty where something never happened.
+    """Return one row per request that arrived, times to the microsecond; empty if something never happened.
 
     ``arrival_s``, ``prompt_tokens`` and ``output_tokens`` make the file a trace that can be replayed.
     """
@@ -53,10 +53,10 @@ def _row(
 
 
 def perfetto_json(run: Run) -> str:
-    """The run in the Trace Event Format (JSON object form): a track per stage copy, pool card and link.
+    """Return the run in the Trace Event Format (JSON object form): a track per stage copy, pool card and link.
 
     Opens in https://ui.perfetto.dev and chrome://tracing. Requests waiting and running are counters, sampled at every
-    change; KV use per device is one where the run has samples. Timestamps are microseconds of virtual time.
+    change; KV use per device is one if the run has samples. Timestamps are microseconds of virtual time.
 
     Source: Duffy, "Trace Event Format", Google (2016); complete (``X``), counter (``C``) and metadata (``M``) events.
     """
@@ -90,7 +90,7 @@ def perfetto_json(run: Run) -> str:
 
 
 def _request_counters(run: Run) -> list[dict[str, Any]]:
-    """Return how many requests wait for their first chunk and how many are under way, at every change."""
+    """Return the counts of requests that wait for their first chunk and that are under way, at every change."""
     changes: dict[float, list[int]] = {}
     for when, waiting, running in ((run.arrival_s, 1, 0), (run.admitted_s, -1, 1), (run.finished_s, 0, -1)):
         for time_s in when.tolist():

@@ -1,4 +1,4 @@
-"""One replica: continuous batching with chunked prefill in micro-batches, on KV blocks that may run short."""
+"""One replica: continuous batching with chunked prefill in micro-batches, on a limited number of KV blocks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hetis.simulator.request_log import RequestLog
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batching:
-    """How a replica fills its iterations.
+    """The composition of a replica's iterations.
 
     Attributes:
-        micro_batch: requests that decode in one micro-batch at most; 0 of a prefill replica.
-        in_flight: micro-batches.
-        chunk_tokens: prompt tokens of an iteration at most, of one prompt or several; 0 of a decode replica.
+        micro_batch: most decoding requests in one micro-batch; 0 for a prefill replica.
+        in_flight: number of micro-batches.
+        chunk_tokens: most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica.
         ahead: prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish
-            while a prompt is prefilled, so that decoders stay as many as the plan has.
+            while a prompt is prefilled, so that as many requests decode as the plan assumes.
     """
 
     micro_batch: int
@@ -32,25 +32,25 @@ class Batching:
 
 
 class Outside:
-    """What a replica asks of the fleet around it; that of a replica alone."""
+    """The interface of the fleet that a replica uses; this base class is for a replica alone."""
 
     def pull(self, now_s: float) -> int | None:
-        """The next request of a source that always has one."""
+        """Return the next request of a source that always has one."""
         return None
 
     def may_start(self, now_s: float, replica: ReplicaRun, request: int) -> bool:
-        """Return whether a prompt has somewhere to go when it is done."""
+        """Return whether a prompt has a place to decode when it is done."""
         return True
 
     def take_prompt(self, now_s: float, replica: ReplicaRun, batch: MicroBatch, request: int) -> bool:
-        """Takes a prompt that is done elsewhere; False: it decodes where it is."""
+        """Take a finished prompt to another replica; False: it decodes on the same replica."""
         return False
 
     def has_room(self, now_s: float, replica: ReplicaRun) -> None:
-        """Something has left a replica."""
+        """Note that a replica has free room again."""
 
     def requeue(self, now_s: float, replica: ReplicaRun, request: int) -> None:
-        """A request was evicted and waits again, before the others."""
+        """Let an evicted request wait again, before the others."""
         replica.outstanding += 1
         replica.queue.appendleft(request)
 
@@ -59,12 +59,12 @@ class ReplicaRun:
     """A replica at work.
 
     Attributes:
-        rate: requests/s that the plan gives it to do; of a prefill replica what its routes take, which may be none.
+        rate: requests/s that the plan assigns to it; for a prefill replica the rate of its routes, which may be 0.
         stages: the copies of every stage.
         batches: its micro-batches.
         queue: requests that wait for their prompt to begin.
-        outstanding: requests given to it that are not done, those that wait included.
-        is_up: every stage has a copy that is.
+        outstanding: requests given to it that are not done, including those that wait.
+        is_up: every stage has a copy that is up.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ReplicaRun:
         self._block_tokens = growth.block_tokens
         self._takes_prompts = batching.chunk_tokens > 0
         self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
-        # The next block of everyone who decodes on the most crowded copy.
+        # The next block of every request that decodes on the most crowded copy.
         copies = min(len(copies) for copies in self.stages)
         self._spare = -(-batching.in_flight // copies) * batching.micro_batch
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
@@ -90,46 +90,46 @@ class ReplicaRun:
 
     @property
     def decodes(self) -> bool:
-        """Whether its requests stay to decode; a prefill replica's are handed over."""
+        """Return whether its requests stay to decode; a prefill replica's are handed over."""
         return self.batching.micro_batch > 0
 
     def waiting_tokens(self) -> int:
-        """Prompt tokens of the requests given to it that are not prefilled yet."""
+        """Return the prompt tokens of the requests given to it that are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
         waiting = sum(log.target[request] for request in self.queue)
         return waiting + sum(log.target[request] - log.filled[request] for request in under_way)
 
     def seats_taken(self) -> int:
-        """Requests that decode here, and those on their way."""
+        """Return the requests that decode here, and those being sent here."""
         return sum(batch.seats_taken() for batch in self.batches)
 
     def new_batch(self, index: int) -> MicroBatch:
-        """An empty micro-batch on one copy of every stage, of those that are up: they are shared out evenly."""
+        """Return an empty micro-batch on one copy of every stage, of those that are up: they are distributed evenly."""
         up = [[copy for copy in copies if copy.is_up] or copies for copies in self.stages]
         return MicroBatch(index, tuple(copies[index % len(copies)] for copies in up), self.growth)
 
-    # --- what comes
+    # --- arrivals
 
     def offer(self, now_s: float, request: int) -> None:
-        """A request waits here from now on."""
+        """Let a request wait here from now on."""
         self._take(request)
         self.queue.append(request)
         self.wake(now_s)
 
     def wake(self, now_s: float) -> None:
-        """Micro-batches that had nothing to do look again."""
+        """Let idle micro-batches check again for work."""
         if self._idle:
             for index in sorted(self._idle):
                 if index in self._idle:
                     self.form(now_s, self.batches[index])
 
     def set_idle(self, batch: MicroBatch) -> None:
-        """A micro-batch without an iteration under way."""
+        """Mark a micro-batch as without an iteration under way."""
         batch.idle = True
         self._idle.add(batch.index)
 
     def expect(self, request: int) -> MicroBatch | None:
-        """Keeps a seat and blocks for a request that is prefilled elsewhere; None: there is no room."""
+        """Reserve a seat and blocks for a request that is prefilled elsewhere; None: there is no room."""
         for batch in sorted(self.batches, key=MicroBatch.seats_taken):
             if batch.seats_taken() >= self._most_seats:
                 return None
@@ -141,7 +141,7 @@ class ReplicaRun:
         return None
 
     def land(self, now_s: float, batch: MicroBatch, request: int) -> None:
-        """The KV of an expected request is here."""
+        """Receive the KV of an expected request."""
         batch.reserved.discard(request)
         batch.ready.append(request)
         self._take(request)
@@ -155,7 +155,7 @@ class ReplicaRun:
     # --- an iteration
 
     def form(self, now_s: float, batch: MicroBatch) -> None:
-        """Fills the next iteration of a micro-batch and sends it off; without work the micro-batch is idle."""
+        """Fill the next iteration of a micro-batch and start it; without work the micro-batch is idle."""
         if not self.is_up:
             return
         batch.step += 1
@@ -189,7 +189,7 @@ class ReplicaRun:
         self.discipline.start(now_s, batch)
 
     def done(self, now_s: float, batch: MicroBatch) -> None:
-        """An iteration has left the last stage: tokens are out, some requests are finished."""
+        """Complete an iteration that has left the last stage: tokens are out, some requests are finished."""
         log, chunk = self.log, batch.chunk
         has_freed = False
         if chunk:
@@ -202,7 +202,7 @@ class ReplicaRun:
             for request in finishing:
                 origin = batch.decoding.get(request)
                 context = 0 if origin is None else batch.step + 1 - origin
-                # An entry may be of an earlier stay.
+                # An entry may be from an earlier stay.
                 if context == log.prompt[request] + log.output[request] - 1:
                     batch.leave(request, context)
                     log.produced[request] = log.output[request]
@@ -216,7 +216,7 @@ class ReplicaRun:
             self.outside.has_room(now_s, self)
 
     def _prefilled(self, now_s: float, batch: MicroBatch, request: int) -> bool:
-        """A prompt is through, which makes one token; returns whether that was all."""
+        """Complete a prompt, which makes one token; return whether that finishes the request."""
         log = self.log
         log.produced[request] += 1
         if log.produced[request] == 1:
@@ -236,7 +236,7 @@ class ReplicaRun:
     # --- prompts
 
     def _chunk(self, now_s: float, batch: MicroBatch) -> list[tuple[int, int, bool]]:
-        """Prompt tokens of the next iteration: the prompt under way, then new ones as far as tokens and seats go."""
+        """Return the prompt tokens of the next iteration: the current prompt, then new ones within tokens and seats."""
         log, budget = self.log, self.batching.chunk_tokens
         chunk = list[tuple[int, int, bool]]()
         seats = self._most_seats - batch.seats_taken()
@@ -251,7 +251,7 @@ class ReplicaRun:
             filled = log.filled[request]
             tokens = min(budget, log.target[request] - filled)
             if not self.kv.fill(batch, filled, tokens):
-                # Others have grown into what it was promised. It waits, but gives way where nobody else can go on.
+                # Growth of others has used its promised blocks. It waits, but is evicted if nothing else can continue.
                 if not chunk and not batch.decoding:
                     self._evict(now_s, batch, request)
                 break
@@ -264,7 +264,7 @@ class ReplicaRun:
         return chunk
 
     def _admitted(self, now_s: float, batch: MicroBatch) -> int | None:
-        """The next request in line, if the copies of this micro-batch have room for it."""
+        """Return the next request in the queue, if the copies of this micro-batch have room for it."""
         queue, outside = self.queue, self.outside
         while True:
             if not queue:
@@ -281,7 +281,7 @@ class ReplicaRun:
                 return None
             if not self.is_empty() or not self._is_whole():
                 return None
-            queue.popleft()  # it finds no room where nobody is
+            queue.popleft()  # it does not fit even in an empty replica
             self.outstanding -= 1
             self.log.reject(request)
         queue.popleft()
@@ -290,7 +290,7 @@ class ReplicaRun:
         return request
 
     def is_empty(self) -> bool:
-        """No request holds a block."""
+        """Return whether no request holds a block."""
         copies = [copy for copies in self.stages for copy in copies]
         rooms_are = all(copy.room is None or copy.room.used == copy.room.promised == 0 for copy in copies)
         return rooms_are and all(copy.pool is None or not copy.pool.homes for copy in copies)
@@ -302,7 +302,7 @@ class ReplicaRun:
     # --- growth and eviction
 
     def _grow(self, now_s: float, batch: MicroBatch) -> None:
-        """Every decoding request caches one token more; where blocks run out, the latest are evicted."""
+        """Let every decoding request cache one more token; if blocks run out, the latest requests are evicted."""
         phase = batch.step % self._block_tokens
         while (crossing := batch.phases[phase]) and not self.kv.grow(batch, crossing):
             self._evict(now_s, batch, batch.requests()[-1])
@@ -321,17 +321,17 @@ class ReplicaRun:
             self._evict(now_s, batch, request, extra_blocks=int(crosses))
 
     def _evict(self, now_s: float, batch: MicroBatch, request: int, *, extra_blocks: int = 0) -> None:
-        """Takes a request out between two iterations; it is prefilled anew, before those that wait."""
+        """Remove a request between two iterations; it is prefilled again, before those that wait."""
         self._drop(batch, request, written=0, extra_blocks=extra_blocks)
         self.outside.requeue(now_s, self, request)
 
     def lose(self, now_s: float, batch: MicroBatch, request: int) -> None:
-        """Takes a request out whose KV is gone; the iteration under way makes no token of it."""
+        """Remove a request whose KV is lost; the iteration under way makes no token of it."""
         self._drop(batch, request, written=1)
         self.outside.requeue(now_s, self, request)
 
     def _drop(self, batch: MicroBatch, request: int, *, written: int, extra_blocks: int = 0) -> None:
-        """``written`` tokens of a decoding request are in KV that have not led to an output token."""
+        """Remove a request; ``written`` tokens of a decoding one are in KV but have not led to an output token."""
         log = self.log
         origin = batch.decoding.get(request)
         if origin is not None:

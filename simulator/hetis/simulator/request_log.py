@@ -1,4 +1,4 @@
-"""What is known of every request while the simulation runs: a column per quantity, an entry per request."""
+"""The record of every request while the simulation runs: a column per quantity, an entry per request."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RequestLog:
     """Requests by number, in their order of arrival; the attributes up to ``moved_bytes`` are those of `Run`.
 
     Attributes:
-        produced: output tokens so far, as of when the request last started to decode.
-        target: tokens to prefill: the prompt, and what had been produced when it was last evicted.
+        produced: output tokens so far, as of the last time the request started to decode.
+        target: tokens to prefill: the prompt, and the tokens produced before it was last evicted.
         filled: tokens of them that are prefilled.
     """
 
@@ -46,7 +46,7 @@ class RequestLog:
         self.trace_events: list[TraceEvent] = []
 
     def arrive(self, request: Request, now_s: float) -> int:
-        """Adds a request; returns its number."""
+        """Add a request; return its number."""
         self.id.append(request.id)
         self.arrival_s.append(now_s)
         for times in (self.admitted_s, self.first_token_s, self.finished_s):
@@ -62,19 +62,19 @@ class RequestLog:
         return len(self.id) - 1
 
     def reject(self, request: int) -> None:
-        """No replica can ever hold it."""
+        """Reject a request that no replica can ever hold."""
         self.rejected += 1
         self.replica[request] = -1
 
     def evict(self, request: int) -> None:
-        """Its KV is lost: what it had is to be prefilled anew."""
+        """Record the loss of its KV: all its tokens have to be prefilled again."""
         self.target[request] = self.prompt[request] + self.produced[request]
         self.filled[request] = 0
         self.preemptions[request] += 1
         self.num_preemptions += 1
 
     def run(self, end_s: float, series: Series | None) -> Run:
-        """All of it as a value."""
+        """Return all of it as a value."""
         return Run(
             id=np.array(self.id, np.int64),
             arrival_s=np.array(self.arrival_s, np.float64),

@@ -1,4 +1,4 @@
-"""Which replica a request goes to."""
+"""Choice of the replica for a request."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Protocol
 from hetis.simulator.replica import ReplicaRun
 from hetis.simulator.values import Settings
 
-LONG_QUEUE_TOKENS = 2048  # a batch of prompts, as large as Splitwise lets it be
+LONG_QUEUE_TOKENS = 2048  # a batch of prompts, at the maximum size in Splitwise
 
 
 class Router(Protocol):
     """Chooses among replicas that are up."""
 
     def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
-        """One of at least one replica that takes prompts."""
+        """Return one of at least one replica that takes prompts."""
 
 
 class _Turns:
-    """Smooth weighted round robin: everybody's share of the turns is in proportion, as evenly as whole turns allow."""
+    """Smooth weighted round robin: each share of the turns is in proportion, as evenly as whole turns allow."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._credit: dict[int, float] = {}
 
     def next(self, weights: Mapping[int, float]) -> int:
-        """Whose turn it is, of these."""
+        """Return which of these has the next turn."""
         credit = self._credit
         for number, weight in weights.items():
             if number not in credit:
-                credit[number] = self._random.random() * weight  # not all begin with the same one
+                credit[number] = self._random.random() * weight  # so that not all turns begin with the same one
             credit[number] += weight
         best = max(weights, key=credit.__getitem__)
         credit[best] -= sum(weights.values())
@@ -39,11 +39,11 @@ class _Turns:
 
 
 class LeastWork:
-    """The replica that would be done with its requests, and the new one, first, at its planned rate.
+    """The router to the replica that would finish its requests and the new one first, at its planned rate.
 
-    What a prefill replica has to do is not comparable with what a unified one has, which keeps its requests until they
-    have decoded: the former would look idle and be overrun. So the two kinds take turns in proportion to the rates that
-    are planned for them, and the least work decides among replicas of a kind.
+    The work of a prefill replica is not comparable with that of a unified one, which keeps its requests until they
+    have decoded: the former would look idle and be overloaded. So the two kinds take turns in proportion to their
+    planned rates, and the least work decides among replicas of a kind.
     """
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +60,7 @@ class LeastWork:
 
 
 class Weighted:
-    """Each in proportion to its planned rate, whatever waits there."""
+    """The router to each replica in proportion to its planned rate, independent of its queue."""
 
     def __init__(self, seed: int) -> None:
         self._turns = _Turns(seed)
@@ -71,15 +71,15 @@ class Weighted:
 
 
 class FewestRequests:
-    """The replica with the fewest requests waiting and running, however fast it is: the controller of AlpaServe, by
-    which HexGen judges its plans."""
+    """The router to the replica with the fewest requests waiting and running, regardless of its speed: the controller
+    of AlpaServe, by which HexGen judges its plans."""
 
     def choose(self, replicas: Sequence[ReplicaRun]) -> ReplicaRun:
         return min(replicas, key=lambda replica: replica.outstanding)
 
 
 class FewestTokens:
-    """The prefill replica with the fewest prompt tokens waiting; unified ones where it has a batch of them waiting.
+    """The router to the prefill replica with the fewest waiting prompt tokens, or to unified ones if it has a batch.
 
     Splitwise: the shortest queue of the prompt pool, and the mixed pool when all of them are long. Without prefill
     replicas, the shortest queue of the others.
@@ -97,7 +97,7 @@ class FewestTokens:
 
 
 def router_of(settings: Settings) -> Router:
-    """The router that the settings name."""
+    """Return the router that the settings name."""
     match settings.router:
         case "least-work":
             return LeastWork(settings.seed)

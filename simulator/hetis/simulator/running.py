@@ -1,4 +1,4 @@
-"""Runs of a plan, several at once in processes of their own; stopped early they give what there is."""
+"""Runs of a plan, several in parallel in separate processes; if stopped early, they return their results so far."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from hetis.simulator.values import Run, Settings
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-_LOOK_EVERY = 64  # requests between two looks at whether to stop
+_LOOK_EVERY = 64  # requests between two checks of whether to stop
 _POLL_S = 0.1
 
 Report = Callable[[int, int], None]
-"""Called with the requests that have arrived so far, over all runs, and those that will have."""
+"""Called with the requests that have arrived so far, over all runs, and the total that will arrive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer has every request, too."""
+    """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer also has every request."""
 
     load: Load
     num_requests: int
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunAnswer:
-    """What a job found. ``num_clipped`` of its requests were shortened to the model's context."""
+    """The result of a job. ``num_clipped`` of its requests were shortened to the model's context."""
 
     metrics: Metrics
     num_clipped: int
@@ -49,7 +49,7 @@ class RunAnswer:
 
 
 def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoing) -> RunAnswer:
-    """Simulates one job in this process; traffic ends early once ``keep_going`` says no, and what came is served."""
+    """Simulate one job in this process; traffic ends once ``keep_going`` is False, and earlier requests are served."""
     traffic = draw_traffic(job.load, job.num_requests, seed=job.seed)
     saturated = job.load.arrivals is Arrivals.SATURATED
     requests = (Saturation if saturated else requests_of)(traffic, keep_going=keep_going)
@@ -62,7 +62,7 @@ def run_job(plan: Plan, problem: PlacementProblem, job: Job, keep_going: KeepGoi
 class Runner:
     """Runs jobs of one plan; made by `runner`, which also ends its processes.
 
-    ``cancelled`` stops all traffic when it is set: jobs that have begun answer with what they have, others not at all.
+    ``cancelled`` stops all traffic when it is set: started jobs return their results so far, others nothing.
     """
 
     plan: Plan
@@ -77,14 +77,14 @@ class Runner:
     _done_before: int = field(default=0)
 
     def run(self, jobs: Sequence[Job]) -> list[RunAnswer]:
-        """Answers in the order of the jobs; fewer of them after ``cancelled``."""
+        """Return answers in the order of the jobs; fewer of them after ``cancelled``."""
         self._total += sum(job.num_requests for job in jobs)
         if self._pool is None and (len(jobs) == 1 or self.processes == 1):
             return list(self._here(jobs))
         return self._apart(jobs)
 
     def close(self) -> None:
-        """Ends the processes; idle by then unless something went wrong."""
+        """End the processes; idle by then unless something went wrong."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -114,7 +114,7 @@ class Runner:
             if self._given is not None:
                 self.report(self._done_before + self._given.value, self._total)
         answers = [future.result() for future in futures if not future.cancelled()]
-        # The pool hands a job out before a process is free for it: such a one had no traffic when all was stopped.
+        # The pool submits a job before a process is free for it: such a job had no traffic when all was stopped.
         return [one for one in answers if one.metrics.counts.arrived or not self.cancelled.is_set()]
 
     def _started(self) -> ProcessPoolExecutor:
@@ -131,7 +131,7 @@ class Runner:
 
 
 def _silent(_given: int, _total: int) -> None:
-    """Reports to nobody."""
+    """Report nothing."""
 
 
 @contextmanager
@@ -143,11 +143,11 @@ def runner(
     cancelled: threading.Event | None = None,
     report: Report = _silent,
 ) -> Iterator[Runner]:
-    """Something that runs jobs of a plan.
+    """Yield a `Runner` for jobs of a plan.
 
     Args:
-        processes: at once; 0: one per core. A single job is run in this process. More than one needs a main module
-            that may be imported again (``if __name__ == "__main__"``).
+        processes: number of parallel processes; 0: one per core. A single job is run in this process. More than one
+            needs a main module that may be imported again (``if __name__ == "__main__"``).
         cancelled: may be set from a signal handler or another thread.
         report: called a few times a second from the thread that runs jobs.
     """
@@ -166,7 +166,7 @@ def runner(
 
 @dataclass(slots=True)
 class _Process:
-    """What a worker process was started with."""
+    """The arguments with which a worker process was started."""
 
     plan: Plan
     problem: PlacementProblem
@@ -174,11 +174,11 @@ class _Process:
     stop: Event
 
 
-_this: list[_Process] = []  # empty in the process that asks
+_this: list[_Process] = []  # empty in the process that submits jobs
 
 
 def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop: Event) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the asking process tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the submitting process tells us
     _this.append(_Process(plan, problem, given, stop))
 
 

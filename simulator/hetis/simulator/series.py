@@ -1,4 +1,4 @@
-"""Samples of every device over time: how full its KV is, how busy it was."""
+"""Samples of every device over time: the shares of KV in use and of busy time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.simulator.values import FloatArray, Series
 
 
 class Sampler:
-    """Samples the devices of all replicas every ``every_s``, while anything else happens."""
+    """Samples the devices of all replicas every ``every_s``, until no other event is scheduled."""
 
     def __init__(self, replicas: Sequence[ReplicaRun], events: Events, every_s: float) -> None:
         self._copies = [copy for replica in replicas for copies in replica.stages for copy in copies]
@@ -27,7 +27,7 @@ class Sampler:
         events.at(every_s, self._tick)
 
     def series(self, end_s: float) -> Series:
-        """All samples and one at the end."""
+        """Return all samples and one at the end."""
         if not self._times or self._times[-1] < end_s:
             self._sample(end_s)
         return Series(
@@ -39,7 +39,7 @@ class Sampler:
 
     def _tick(self, now_s: float) -> None:
         if self._events.is_empty:
-            return  # nothing will ever change again
+            return  # no further change is possible
         self._sample(now_s)
         self._events.at(now_s + self._every_s, self._tick)
 

@@ -1,4 +1,4 @@
-"""Runs a plan on requests, in virtual time."""
+"""Simulation of a plan on requests, in virtual time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from hetis.solver.problem import PlacementProblem
 
 
 def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings: Settings | None = None) -> Run:
-    """Return what the plan does with the requests: a list or an endless stream of arrivals, or a source that saturates
-    it.
+    """Return the run of a plan on requests: a list or an endless stream of arrivals, or a saturating source.
 
     A pure function: the same arguments give the same run. It ends when every request is finished, or at
     ``settings.horizon_s``, which an endless stream needs.
@@ -60,7 +59,7 @@ def simulate(plan: Plan, problem: PlacementProblem, requests: Requests, settings
 def _check_all_is_given_back(fleet: SimulatedFleet) -> None:
     """Check that no request holds a block when nothing is left to happen; anything else is a bug of the simulator."""
     if fleet.held or any(replica.queue for replica in fleet.replicas):
-        return  # some wait for devices that never come back
+        return  # some wait for devices that never return
     for replica in fleet.replicas:
         assert replica.outstanding == 0, f"replica {replica.number} still has {replica.outstanding} requests"
         assert replica.is_empty(), f"replica {replica.number} still holds KV blocks"

@@ -1,4 +1,4 @@
-"""Detection of when a run is steady, what comes before being warm-up that is not measured; and whether it is at all."""
+"""Detection of whether and from when a run is steady; everything before is warm-up, which is not measured."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from hetis.simulator.values import FloatArray
 BATCH = 5
 MIN_BATCHES = 10
 ROUNDING = 1e-12
-FILLED = 95  # percent of requests that leave as long after they came have left: a fleet that was empty is filled
-MAX_GROWTH = 0.05  # seconds by which the wait may grow per second of arrivals, and the load is still carried
+FILLED = 95  # percent of requests that leave within this time after arrival: the fleet, empty at first, is then full
+MAX_GROWTH = 0.05  # greatest growth of the wait, in seconds per second of arrivals, of a load that is carried
 # Standard deviations of the number of arrivals by which a growth must lie below MAX_GROWTH, and above it.
 CARRIED_CHANCE, GROWING_CHANCE = 1.5, 2.0
-GROUPS = 10  # of requests, whose waits show how sure a growth is
+GROUPS = 10  # of requests, whose waits determine the certainty of a growth
 MIN_GROUP = 5
 
 
 def warm_up(series: FloatArray) -> int:
-    """Observations to leave out at the start of a series, by MSER-5: half of them at most.
+    """Return the number of observations to leave out at the start of a series, by MSER-5: half of them at most.
 
-    Means of five observations each; the cut is where the standard error of the mean of what follows is least. Cuts in
-    the second half are not looked at: in a short series with a long tail, one rare observation would draw them there.
-    Of fewer than 50 observations, which are too few to tell, half is left out.
+    Means of five observations each; the cut is at the least standard error of the mean of the remaining ones. Cuts in
+    the second half are not considered: in a short series with a long tail, one rare observation would cause a cut
+    there. Of fewer than 50 observations, which are too few to tell, half is left out.
 
     Source: White, "An effective truncation heuristic for bias reduction in simulation output", Simulation 69 (1997);
     its batches of five: White, Cobb and Spratt, "A comparison of five steady-state truncation heuristics", WSC 2000.
@@ -34,7 +34,7 @@ def warm_up(series: FloatArray) -> int:
     if batches < MIN_BATCHES:
         return len(series) // 2
     means = series[: batches * BATCH].reshape(batches, BATCH).mean(axis=1)
-    means -= means.mean()  # squares of what is left lose fewer digits
+    means -= means.mean()  # squares of the remainders lose fewer digits
     # For every cut d: batches behind it, their mean and their sum of squared distances from it.
     behind = np.arange(batches, 0, -1)
     total, squares = np.cumsum(means[::-1])[::-1], np.cumsum((means * means)[::-1])[::-1]
@@ -44,17 +44,17 @@ def warm_up(series: FloatArray) -> int:
 
 
 def filled_s(arrival_s: FloatArray, end_to_end_s: FloatArray) -> float:
-    """Return when a fleet that began empty is full, so that as many leave as come: as long as a request stays."""
+    """Return when a fleet that began empty is full, so that departures equal arrivals: after one request's stay."""
     return float(arrival_s[0]) + float(np.percentile(end_to_end_s, FILLED))
 
 
 def growth(arrival_s: FloatArray, wait_s: FloatArray) -> Estimate:
-    """Seconds by which the wait grows per second of arrivals, with its 95% interval.
+    """Return the seconds by which the wait grows per second of arrivals, with its 95% interval.
 
-    Of a fleet that carries its load 0 in the long run; where it serves mu of the lambda requests/s that come, the queue
-    grows by ``lambda - mu`` and the wait by ``lambda / mu - 1``. A straight line through the means of ten groups of
-    requests, in order of arrival: single waits depend on one another, groups of them hardly. Without an interval where
-    there are fewer than 50 requests; nothing (NaN) where all come at once.
+    For a fleet that carries its load it is 0 in the long run; if mu of the lambda requests/s that arrive are served,
+    the queue grows by ``lambda - mu`` and the wait by ``lambda / mu - 1``. A straight line through the means of ten
+    groups of requests, in order of arrival: single waits depend on one another, groups of them hardly do. No interval
+    for fewer than 50 requests; nothing (NaN) if all arrive at once.
     """
     if len(arrival_s) < 2 or arrival_s[-1] <= arrival_s[0]:
         return Estimate(value=math.nan)
@@ -73,9 +73,10 @@ def is_carried(found: Estimate, *, arrived: int) -> bool | None:
     """Return whether a load with this growth of the wait is carried; None: too few requests to tell.
 
     Arrivals bunch by chance: of n the number varies by sqrt(n), so that a growth is not known better than 1 / sqrt(n).
-    Carried is what is below the limit by 1.5 of that, which takes (1.5 / 5%)**2 = 900 requests where the wait does not
-    fall; not carried what is above it by 2 of that. At 1.5 M/M/1 at load 1.1, where waits grow by 10%, was taken for
-    carried in 5 of 100 runs at most, from 200 to 8,000 requests (docs/simulator.md).
+    A load is carried if its growth is below the limit by 1.5 of that, which takes (1.5 / 5%)**2 = 900 requests if the
+    wait does not fall; it is not carried if its growth is above the limit by 2 of that. At 1.5, M/M/1 at load 1.1,
+    where waits grow by 10%, was taken for carried in 5 of 100 runs at most, from 200 to 8,000 requests
+    (docs/simulator.md).
     """
     if math.isnan(found.half_width):
         return None

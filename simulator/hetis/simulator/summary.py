@@ -1,4 +1,4 @@
-"""Runs of one load with different seeds, as one answer."""
+"""Summary of runs of one load with different seeds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hetis.simulator.steadiness import MAX_GROWTH
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What the runs say together: means over the runs of what `Metrics` says of each, and sums of its counts.
+    """Joint results of the runs: means over the runs of the `Metrics` of each, and sums of their counts.
 
-    Intervals are over the runs where there are several, else from the sections of the one.
+    Intervals are over the runs if there are several, otherwise from the sections of the single run.
     """
 
     num_runs: int
-    steady: bool | None  # all of them are; False: one is not; None: one is too short to tell
+    steady: bool | None  # whether all of them are steady; False: one is not; None: one is too short to tell
     growth: Estimate
     warm_up_s: float
     window_s: float
@@ -39,17 +39,17 @@ class Summary:
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Limits) -> bool:
-        """Return whether the load is carried, as far as can be told, and both latencies keep their limits."""
+        """Return whether the load is carried, if that can be told, and both latencies are within their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
 
     def precision(self) -> float:
-        """The widest of the three intervals over its value; infinite where one is not known."""
+        """Return the widest of the three intervals over its value; infinite if one is not known."""
         return max(estimate.relative for estimate in (self.throughput_rps, self.ttft_p95_s, self.mean_tpot_s))
 
 
 def summarise(runs: Sequence[Metrics]) -> Summary:
-    """The summary of one run or more."""
+    """Return the summary of one run or more."""
 
     def mean(value: Callable[[Metrics], float]) -> float:
         return over_runs([value(run) for run in runs]).value

@@ -9,13 +9,13 @@ from hetis.simulator.metrics import Limits
 from hetis.simulator.summary import Summary
 
 MAX_ROUNDS = 24
-STEP = 1.15  # up from the first rate; each further step is twice as far, in powers of this
-IDLE = 0.01  # of the rate to start from: when even that is too much, no rate is within the limits
+STEP = 1.15  # factor of the first step up; each further step is twice as far, in powers of this
+IDLE = 0.01  # of the starting rate: if even this is too much, no rate is within the limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A rate that was tried. ``sure``: its 95% intervals lie on one side of every limit."""
+    """A rate that was tried. ``sure``: its 95% intervals are on one side of every limit."""
 
     rate_rps: float
     summary: Summary
@@ -28,8 +28,8 @@ class Sweep:
     """All rates that were tried, from the lowest.
 
     Attributes:
-        goodput_rps: the highest rate below which every rate that was tried is within the limits; 0: none is.
-        beyond_rps: the lowest rate that is not; None: none was found, the search was stopped.
+        goodput_rps: the highest rate below which every tried rate is within the limits; 0: none is.
+        beyond_rps: the lowest rate that is not within them; None: none was found, the search was stopped.
     """
 
     points: tuple[Point, ...]
@@ -45,19 +45,19 @@ def sweep(
     tolerance: float = 0.02,
     at_once: int = 1,
 ) -> Sweep:
-    """Brackets the highest rate within the limits in longer and longer steps up, then sections the bracket.
+    """Bracket the highest rate within the limits by increasing steps up, then divide the bracket.
 
-    Where the first rate is too high already, a fleet that is all but idle is tried next: limits that it misses are
-    missed at every rate.
+    If the first rate is too high already, an almost idle fleet is tried next: limits that it misses are missed at every
+    rate.
 
-    Seeds draw the same lengths and gaps at every rate, only scaled, so that neighbouring rates differ by little but the
-    load: what is within the limits at one rate hardly fails at a lower one.
+    Seeds draw the same lengths and gaps at every rate, only scaled, so that neighbouring rates differ by little except
+    the load: a rate below one within the limits is rarely outside them.
 
     Args:
-        evaluate: runs at rates, all of one call together; fewer answers than rates end the search.
+        evaluate: results at rates, all of one call together; fewer answers than rates end the search.
         start_rps: the first guess, such as the planned goodput.
         tolerance: width of the final bracket over its upper end.
-        at_once: rates that are tried together.
+        at_once: number of rates that are tried together.
     """
     tried: dict[float, Point] = {}
     low, high = 0.0, None
@@ -74,7 +74,7 @@ def sweep(
 
 
 def judged_rates(summaries: Mapping[float, Summary], limits: Limits) -> Sweep:
-    """The same answer from rates that were chosen beforehand, and what was found at each."""
+    """Return the same answer from rates that were chosen beforehand, and the result at each."""
     tried = {rate: _judged(rate, summary, limits) for rate, summary in summaries.items()}
     low, high = _bracket(tried)
     return Sweep(points=tuple(tried[rate] for rate in sorted(tried)), goodput_rps=low, beyond_rps=high)
@@ -89,7 +89,7 @@ def _next_rates(low: float, high: float | None, *, start_rps: float, tried: int,
 
 
 def _bracket(tried: dict[float, Point]) -> tuple[float, float | None]:
-    """The highest rate with nothing outside the limits below it, and the lowest outside."""
+    """Return the highest rate with nothing outside the limits below it, and the lowest outside."""
     low = 0.0
     for rate in sorted(tried):
         if not tried[rate].within:

@@ -1,8 +1,8 @@
-"""How long a stage takes for an iteration, from what the iteration really carries.
+"""Time of a stage for an iteration, from the actual contents of the iteration.
 
-The formulas and letters are those of `docs/cost-model.md`; where that puts in averages (the mean context, chunks that
-are always full), here stand the tokens that are there. What depends on the number of tokens alone is tabulated when it
-is first asked for; attention is a maximum of affine functions, whose coefficients are worked out once.
+The formulas and letters are those of `docs/cost-model.md`; instead of its averages (the mean context, chunks that are
+always full), the actual tokens are used here. Terms that depend only on the number of tokens are tabulated at their
+first use; attention is a maximum of affine functions, whose coefficients are computed once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
 
 
 def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: int) -> list[AttentionPiece]:
-    """Decode attention of one layer per (request, head group) pair of one card, and per token that it attends to."""
+    """Return one layer's decode attention per (request, head group) pair on one card, and per token attended to."""
     flops = model.decode_attention_flops(1.0, float(queries_per_group))
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
@@ -33,7 +33,7 @@ def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: 
 
 
 class StageTiming:
-    """Seconds of an iteration on one copy of a stage, all but the decode attention of a stage with a pool."""
+    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool."""
 
     __slots__ = ("_chunk", "_decode", "_dense", "_head", "_is_first", "_is_last", "_table", "cost", "layers", "shape")
 
@@ -67,13 +67,13 @@ class StageTiming:
     def seconds(
         self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
     ) -> float:
-        """Seconds of one iteration, hop to this stage included.
+        """Return the seconds of one iteration, including the hop to this stage.
 
         Args:
             decoding: requests that decode, which attend to ``attended`` tokens together.
-            chunk_tokens, chunk_pairs, chunk_read: of the prefill chunk its tokens, the (query, key) pairs of its
-                attention, and the tokens of KV it reads; 0 without one.
-            rows: tokens that logits are needed of.
+            chunk_tokens, chunk_pairs, chunk_read: tokens of the prefill chunk, (query, key) pairs of its attention, and
+                tokens of KV it reads; 0 without one.
+            rows: tokens for which logits are needed.
         """
         tokens = decoding + chunk_tokens
         total = self._table.get(tokens)
@@ -98,7 +98,7 @@ class StageTiming:
         return total
 
     def beside_layers_s(self, tokens: int, rows: int) -> float:
-        """The part of `seconds` that no layer takes: the hop, the engine's step, the LM head."""
+        """Return the part of `seconds` outside the layers: the hop, the engine's step, the LM head."""
         seconds: float = self.cost.step_s(tokens) + (self._head_s(rows) if self._is_last else 0.0)
         return seconds + (0.0 if self._is_first else float(self.cost.hop_s(tokens, self.shape.hop_link)))
 

@@ -1,4 +1,4 @@
-"""What a simulation is asked and what it answers."""
+"""Inputs and outputs of a simulation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SaturatingSource(Protocol):
     """Requests that are always waiting: a saturated fleet asks for the next one when it has room for it."""
 
     def next_request(self, now_s: float) -> Request | None:
-        """The next request, which counts as arriving ``now_s``; None: none will come any more."""
+        """Return the next request, which counts as arriving at ``now_s``; None: there will be no more."""
 
 
 Requests = Iterable[Request] | SaturatingSource
@@ -49,7 +49,7 @@ Requests = Iterable[Request] | SaturatingSource
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A device fails, or comes back (``joins``), at ``at_s``. ``device`` is ``node/index``."""
+    """A device fails, or returns (``joins``), at ``at_s``. ``device`` is ``node/index``."""
 
     at_s: float
     device: str
@@ -62,27 +62,27 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a plan is run.
+    """Settings of the simulation of a plan.
 
     Attributes:
-        seed: of everything that is random (ties of the router).
-        discipline: ``apart``: the micro-batches of a replica stay as they are and take turns at a stage's copies, as
-            the placement model assumes; ``greedy``: a stage takes all requests that wait for it at once.
+        seed: seed of everything that is random (ties of the router).
+        discipline: ``apart``: the micro-batches of a replica stay separate and take turns at a stage's copies, as the
+            placement model assumes; ``greedy``: a stage takes all requests that wait for it at once.
         chunks: ``planned``: an iteration carries up to the plan's C tokens of prompts whenever some wait; ``paced``: no
             more than keep the seats filled on average, so that iterations are alike and pipelines with few
             micro-batches do not wait for long ones. Prompts then take more iterations.
         router: ``least-work``: a request goes to the replica with the least work waiting and running, over its planned
-            rate; prefill replicas and those that decode, too, take turns in proportion to their planned rates;
-            ``weighted``: to each in proportion to its planned rate, whatever waits there; ``fewest-requests`` and
-            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`router.py`), the latter also of
+            rate; prefill replicas and those that also decode take turns in proportion to their planned rates;
+            ``weighted``: to each in proportion to its planned rate, independent of its queue; ``fewest-requests`` and
+            ``fewest-tokens``: to the shortest queue as HexGen and Splitwise count it (`router.py`), the latter also for
             decode replicas.
         dispatch: head groups of new requests are placed by `hetis.solver.dispatch`; False: as the plan splits them.
         redispatch: head groups of running requests move by `hetis.solver.redispatch`; needs ``dispatch``.
-        theta: deviation of a stage's attention time above which re-dispatch looks.
+        theta: deviation of a stage's attention time above which re-dispatch checks it.
         faults: devices that fail and join.
         sample_every_s: spacing of the series per device; None: no series.
-        trace: record what every stage copy does, for Perfetto.
-        horizon_s: the run ends here at the latest; None: when every request has finished.
+        trace: whether to record the work of every stage copy, for Perfetto.
+        horizon_s: the run ends at this time at the latest; None: when every request has finished.
     """
 
     seed: int = 0
@@ -108,7 +108,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class TraceEvent:
-    """One bar of a Perfetto trace: what ``track`` (a stage copy, a pool card or a link) did from ``start_s`` on."""
+    """One bar of a Perfetto trace: work of ``track`` (a stage copy, a pool card or a link) from ``start_s`` on."""
 
     track: str
     name: str
@@ -122,7 +122,7 @@ class Series:
     """Samples per device, at ``times_s`` [samples]; the last sample is at the end of the run.
 
     ``kv_used_fraction`` [samples, devices] is the share of its KV blocks in use, ``busy_fraction`` the share of the
-    time since the sample before in which the device computed.
+    time since the previous sample in which the device computed.
     """
 
     devices: tuple[str, ...]
@@ -133,22 +133,22 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What happened: one entry per request that arrived, in their order; NaN (or -1) where it never happened.
+    """Results of a run: one entry per request that arrived, in their order; NaN (or -1) if it never happened.
 
     Attributes:
-        id: of the requests, [requests], as are all arrays here.
-        arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled first.
+        id: numbers of the requests, [requests], as are all arrays here.
+        arrival_s, admitted_s: ``admitted_s`` is when its first prefill chunk was scheduled for the first time.
         first_token_s, finished_s: when the first and the last output token left the last stage.
         replica: index into the plan of the replica that decodes it (or prefills it, before that is known).
-        preemptions: times it was evicted for want of KV blocks, or for a lost device, and prefilled anew.
+        preemptions: times it was evicted for lack of KV blocks, or for a lost device, and prefilled again.
         moved_bytes: KV bytes of its head groups that re-dispatch moved.
-        iterations: of micro-batches, over all replicas, whole round trips.
-        migrations: moves of head groups that were committed; ``migrated_bytes`` theirs.
+        iterations: iterations of micro-batches, over all replicas, whole round trips.
+        migrations: moves of head groups that were committed; ``migrated_bytes`` are their bytes.
         kv_transfers: prompts whose KV went from a prefill to a decode replica.
         rejected: requests that no replica can ever hold (their KV exceeds its room).
-        prefilled_tokens: of all chunks, prefill after an eviction included.
-        generated_tokens: output tokens, of requests that were cut off by the end of the run as of their last eviction.
-        series: per device, None unless `Settings.sample_every_s`.
+        prefilled_tokens: tokens of all chunks, including prefill after an eviction.
+        generated_tokens: output tokens; for requests cut off by the end of the run, those up to their last eviction.
+        series: series per device, None unless `Settings.sample_every_s`.
         end_s: virtual time at which the run ended.
     """
 

@@ -1,4 +1,4 @@
-"""How long a search may take. The solver has no clock of its own: the caller brings one."""
+"""Time budgets and progress reports of a search. The solver has no clock of its own; the caller provides one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def _no_clock() -> float:
 
 @dataclass(slots=True, kw_only=True)
 class Budget:
-    """Time and patience of a caller.
+    """The time limit of a caller, and a way to cancel.
 
     ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
-    ``cancelled`` may be set from a signal handler or another thread: the search then returns its incumbent.
+    ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent.
     """
 
     time_limit_s: float = float("inf")
     clock: Callable[[], float] = _no_clock
     cancelled: threading.Event = field(default_factory=threading.Event)
-    callers: Budget | None = None  # a budget that ends this one, too
+    callers: Budget | None = None  # a budget whose end also ends this one
     started_s: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -35,14 +35,14 @@ class Budget:
         return self.time_limit_s - self.elapsed_s()
 
     def share(self, of_rest: float) -> Budget:
-        """A budget that ends after this share of the time that is left, begun and cancelled with this one."""
+        """Return a budget for this share of the time left, with this one's start and cancellation."""
         limit_s = self.elapsed_s() + of_rest * self.remaining_s()
         part = Budget(time_limit_s=limit_s, clock=self.clock, cancelled=self.cancelled, callers=self.callers)
         part.started_s = self.started_s
         return part
 
     def of_its_own(self) -> Budget:
-        """The time that is left, to be cancelled apart: spent when this one is, but not the other way round."""
+        """Return a budget for the time left that ends with this one but is cancelled separately."""
         return Budget(time_limit_s=self.remaining_s(), clock=self.clock, callers=self)
 
     def is_spent(self) -> bool:
@@ -53,7 +53,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """A line of news from the search: what it does, the best value so far, the bound, the gap."""
+    """A progress report of the search: its phase, the best value so far, the bound, the gap."""
 
     phase: str
     elapsed_s: float
@@ -66,9 +66,9 @@ Report = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Reports to nobody."""
+    """Report nothing."""
 
 
 def one_of_several(report: Report, number: int, count: int, what: str = "") -> Report:
-    """News of one search of several, with its place among them, from 1, and what it is for."""
+    """Return a report for one of several searches that adds its number (from 1), their count and its subject."""
     return lambda progress: report(replace(progress, phase=f"{number} of {count}, {what}{progress.phase}"))

@@ -1,8 +1,8 @@
 """The fleet: GPU types, groups of equal nodes, the links between them.
 
-A `Cluster` keeps *groups* of equal nodes, never single ones, so that a fleet of a million GPUs is as small a value
-as one of twelve. Names of single nodes and devices are derived: node 3 of group ``l4`` is ``l4-3`` (a group of one is
-just ``l4``), its second GPU is ``l4-3/1``.
+A `Cluster` holds *groups* of equal nodes, never single ones, so a fleet of a million GPUs is as small a value as one of
+twelve. Names of single nodes and devices are derived: node 3 of group ``l4`` is ``l4-3`` (the node of a group of one is
+just ``l4``), and its second GPU is ``l4-3/1``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """A connection: ``latency_s + bytes / bytes_per_s`` seconds for a message, in one direction."""
+    """A connection; a message takes ``latency_s + bytes / bytes_per_s`` seconds in one direction."""
 
     bytes_per_s: float
     latency_s: float
@@ -27,7 +27,7 @@ class Link:
             raise InvalidProblemError(f"link latency is {self.latency_s} s, must be >= 0")
 
     def slower_of(self, other: Link) -> Link:
-        """The link whose bandwidth and latency are the worse of both: a path through both in the cost model."""
+        """Return a link with the worse bandwidth and latency of both, the cost model's path through both."""
         return Link(
             bytes_per_s=min(self.bytes_per_s, other.bytes_per_s), latency_s=max(self.latency_s, other.latency_s)
         )
@@ -35,7 +35,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuType:
-    """What the catalogue knows of a GPU type; peaks are nominal, profiles say what is reached."""
+    """The catalogue entry of a GPU type; peaks are nominal, and profiles say what is reached."""
 
     name: str
     architecture: str
@@ -54,7 +54,7 @@ class GpuSlots:
 
     gpu: str
     count: int
-    usd_per_hour: float | None = None  # of one GPU; overrides the catalogue
+    usd_per_hour: float | None = None  # per GPU; overrides the catalogue
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -68,7 +68,7 @@ class NodeGroup:
     name: str
     gpus: tuple[GpuSlots, ...]
     count: int = 1
-    numbered: bool = False  # True: the file gave `count`, so that even a single node is called `name-0`
+    numbered: bool = False  # True: the file gave `count`, so even a single node is called `name-0`
     zone: str = "default"
     nic: Link | None = None  # None: the cluster network's link
     intra_link: Link | None = None  # GPU to GPU inside the node; None: NVLink or PCIe of the GPU type
@@ -77,12 +77,11 @@ class NodeGroup:
         return f"{self.name}-{index}" if self.numbered else self.name
 
     def node(self, index: int) -> NodeGroup:
-        """One of its nodes as a group of its own, which keeps the node's name."""
+        """Return one of its nodes as a group of its own with the node's name."""
         return replace(self, name=self.node_name(index), count=1, numbered=False)
 
     def slots_left(self, is_left: Callable[[int, str], bool]) -> tuple[tuple[GpuSlots, ...], tuple[int, ...]]:
-        """Return what a node has if only some of its GPUs are left, asked of each by index and type: slots, and
-        indices."""
+        """Return the slots and GPU indices of a node that remain; ``is_left`` is asked for each index and type."""
         slots, kept, index = list[GpuSlots](), list[int](), 0
         for each in self.gpus:
             left = [i for i in range(index, index + each.count) if is_left(i, each.gpu)]
@@ -97,8 +96,8 @@ class NodeGroup:
 class Network:
     """Links between nodes.
 
-    ``between_zones`` and ``between_nodes`` hold the explicit pairs (both orders of a pair are looked up);
-    a pair of zones that is not listed uses ``zone_default``, or ``default`` where that is None.
+    ``between_zones`` and ``between_nodes`` hold the explicit pairs (both orders of a pair are looked up). A pair of
+    zones that is not listed uses ``zone_default``, or ``default`` if that is None.
     """
 
     default: Link
@@ -107,14 +106,14 @@ class Network:
     between_nodes: Mapping[tuple[str, str], Link] = field(default_factory=dict)
 
     def zone_link(self, a: str, b: str) -> Link:
-        """The link between two zones, or inside one when ``a == b``."""
+        """Return the link between two zones, or inside one if ``a == b``."""
         explicit = self.between_zones.get((a, b)) or self.between_zones.get((b, a))
         if explicit is not None:
             return explicit
         return self.default if a == b or self.zone_default is None else self.zone_default
 
     def node_link(self, a: str, b: str) -> Link | None:
-        """The explicit link between two named nodes, if the cluster gives one."""
+        """Return the explicit link between two named nodes, or None if the cluster gives none."""
         return self.between_nodes.get((a, b)) or self.between_nodes.get((b, a))
 
 
@@ -141,8 +140,10 @@ class Cluster:
         return sum(group.count * slots.count for group in self.node_groups for slots in group.gpus)
 
     def node_named(self, name: str) -> str:
-        """The node that is meant by ``name``: a group that its file counts has a node ``name-0`` even if it is the only
-        one, and answers to ``name``, too. A name that means no node stays as it is."""
+        """Return the node that ``name`` means, or ``name`` itself if it means none.
+
+        A group with a count in its file has a node ``name-0`` even if that is the only one, which ``name`` means, too.
+        """
         for group in self.node_groups:
             if group.name == name and group.numbered and group.count == 1:
                 taken = any(name == other.node_name(i) for other in self.node_groups for i in range(other.count))
@@ -150,20 +151,20 @@ class Cluster:
         return name
 
     def device_named(self, name: str) -> str:
-        """The device that is meant by ``node/index``: see `node_named`."""
+        """Return the device that ``node/index`` means; see `node_named`."""
         node, slash, index = name.partition("/")
         return f"{self.node_named(node)}{slash}{index}" if slash else name
 
     def zones(self) -> tuple[str, ...]:
-        """Zone names in order of appearance."""
+        """Return zone names in order of appearance."""
         return tuple(dict.fromkeys(group.zone for group in self.node_groups))
 
     def price_of(self, slots: GpuSlots) -> float | None:
-        """USD per hour of one GPU of these slots; None: not known."""
+        """Return USD per hour for one GPU of these slots, or None if unknown."""
         return slots.usd_per_hour if slots.usd_per_hour is not None else self.gpu_types[slots.gpu].usd_per_hour
 
     def devices(self) -> Iterator[Device]:
-        """Every GPU by name. Linear in the fleet: only binding and checking need it."""
+        """Yield every GPU with its name, in time linear in the fleet; only binding and checking need this."""
         for group in self.node_groups:
             for node in range(group.count):
                 node_name, index = group.node_name(node), 0
@@ -175,7 +176,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One GPU. ``index`` counts over all GPUs of its node, in the order of the node's ``gpus`` list."""
+    """One GPU; ``index`` counts over all GPUs of its node, in the order of the node's ``gpus`` list."""
 
     node: str
     index: int

@@ -1,4 +1,4 @@
-"""The door to numba: compiled functions, cached on disk, recompiled when any kernel of their package changes."""
+"""Compilation by numba: functions cached on disk and recompiled if any kernel of their package changes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _check_scipy() -> None:
-    """Stand in for numba's `ensure_blas`, which imports ``scipy.linalg`` to see whether it is there: 0.34 s of CPU.
+    """Stand in for numba's `ensure_blas`, which imports ``scipy.linalg`` to see whether it exists: 0.34 s of CPU.
 
     Raises:
-        ImportError: scipy is not installed, as `ensure_blas` has it.
+        ImportError: scipy is not installed, as `ensure_blas` raises it.
     """
     if importlib.util.find_spec("scipy") is None:
         raise ImportError("scipy is required for linear algebra")
@@ -32,9 +32,9 @@ def _check_scipy() -> None:
 
 @contextmanager
 def _unimported_scipy() -> Iterator[None]:
-    """Lets numba's array functions be imported without scipy, which no kernel of ours calls.
+    """Import numba's array functions without scipy, which no kernel of ours calls.
 
-    They ask for BLAS once, as they are imported; code that uses BLAS still asks the real function when it is compiled.
+    They check for BLAS once, on import. Code that uses BLAS still calls the real check when it is compiled.
     """
     ensure_blas = numba_linalg.ensure_blas
     numba_linalg.ensure_blas = _check_scipy
@@ -48,26 +48,27 @@ with _unimported_scipy():
     _array_functions: Any = importlib.import_module("numba.np.arraymath")
 _array_functions.ensure_blas = numba_linalg.ensure_blas
 
-LONGEST_WAIT_S = 600.0  # for a process that compiles: it may have been stopped in the middle
+LONGEST_WAIT_S = 600.0  # for a process that compiles, which may have been stopped in the middle
 
 
 def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Function], Function]:
-    """The decorator for kernels of the package in the first of ``folders``, which may call kernels of the others.
+    """Return the decorator for kernels of the package in the first of ``folders``, which may call the others' kernels.
 
     It compiles a function on its first call, without the GIL, and keeps the machine code beside the source. numba
-    dates cached code by the function's own file alone, although code of other files is inlined into it; here the cache
-    is dated by all files of the folders that hold kernels or what they work on, so that no stale code survives an edit.
-    Compiling takes up to a minute, and a planner, its agents and engines often start at once: one process compiles a
-    package's kernels, and the others wait and load what it has made.
+    dates cached code by the function's own file alone, although code of other files is inlined into it. Here the cache
+    is dated by all files of the folders with kernels or their data types, so no stale code survives an edit. Compiling
+    takes up to a minute, and a planner, its agents and engines often start at once, so one process compiles a package's
+    kernels while the others wait and load the result.
 
-    numba would compile a function and all below it once more for each constant that a caller passes (``put(..., 1)``
-    beside ``put(..., -1)``); here it is compiled for the constant's type. No kernel is passed on as a C function.
+    numba would compile a function and everything below it again for each constant that a caller passes
+    (``put(..., 1)`` and ``put(..., -1)``); here it is compiled for the constant's type. No kernel is passed on as a C
+    function.
     """
 
     def kernel(function: Function) -> Function:
-        if _is_plain():  # NUMBA_DISABLE_JIT=1: plain Python, to debug or to try many changes of the code
+        if _is_plain():  # NUMBA_DISABLE_JIT=1: plain Python, for debugging or for trying many changes of the code
             return function
-        compiled: Any = njit  # whose types leave out `no_cfunc_wrapper`
+        compiled: Any = njit  # its type stubs lack `no_cfunc_wrapper`
         options = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": fastmath, "no_cfunc_wrapper": True}
         dispatcher: Any = compiled(**options)(function)
         cache_file = dispatcher._cache._cache_file
@@ -86,7 +87,7 @@ def kernel_of(*folders: Path, fastmath: bool | set[str] = False) -> Callable[[Fu
 
 
 def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
-    """Return what ``load`` reads of cached code; nothing where that names a type that is gone or has another name now.
+    """Return the index of cached code from ``load``, or nothing if it names a type that was removed or renamed.
 
     numba reads the types of an index before it compares its date.
     """
@@ -97,23 +98,23 @@ def _index_of(load: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def _is_plain() -> bool:
-    """Return whether numba is told to leave functions as they are; its types leave the setting out."""
+    """Return whether numba is told not to compile; its type stubs lack the setting."""
     return bool(getattr(config, "DISABLE_JIT", 0))
 
 
 def _type_of(argument: Any) -> Any:
-    """``int64`` of the constant 1; other types as they are."""
+    """Return ``int64`` for the constant 1, and other types unchanged."""
     return unliteral(argument)  # type: ignore[no-untyped-call]
 
 
 def is_cached(function: Callable[..., Any]) -> bool:
-    """Return whether a kernel's machine code is on disk, for whatever types: calling it costs no compilation then."""
+    """Return whether a kernel's machine code is on disk, for any types, so that calling it needs no compilation."""
     kernel: Any = function
     return _is_plain() or bool(kernel._cache._cache_file._load_index())
 
 
 def compile_alike(function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Compile a kernel, or load it, for the arguments that another one has been called with: both take the same."""
+    """Compile or load a kernel for the arguments that another one was called with; both take the same."""
     kernel, called = cast(Any, function), cast(Any, other)
     for signature in () if _is_plain() else called.signatures:
         kernel.compile(signature)
@@ -125,9 +126,10 @@ _watchers: list[Watcher] = []
 
 @contextmanager
 def compilations_told_to(watcher: Watcher) -> Iterator[None]:
-    """Calls ``watcher`` with True when a kernel is loaded or compiled, or waited for, and with False when that is done.
+    """Call ``watcher`` with True before a kernel is loaded, compiled or waited for, and with False afterwards.
 
-    In the thread that does it, of which there may be several; kernels that a kernel calls are compiled inside of it.
+    The calls come from the thread that does so, of which there may be several. Calls nest, because kernels that a
+    kernel calls are compiled within its compilation.
     """
     _watchers.append(watcher)
     try:
@@ -148,14 +150,14 @@ def _told() -> Iterator[None]:
             watcher(False)
 
 
-_held: set[Path] = set()  # by this process: a kernel's compilation compiles those that it calls
+_held: set[Path] = set()  # by this process, since compiling a kernel compiles those that it calls
 
 
 @contextmanager
 def _one_process(lock: Path) -> Iterator[None]:
-    """Let only one process of the machine inside; without a lock, or in vain, each compiles for itself.
+    """Let only one process of the machine inside; if locking is impossible or takes too long, each compiles for itself.
 
-    numba's own lock comes first, as threads that took the two in different orders would wait for each other.
+    numba's own lock is taken first, because threads that took the two in different orders would deadlock.
     """
     with global_compiler_lock:
         if lock in _held:
@@ -172,7 +174,7 @@ def _one_process(lock: Path) -> Iterator[None]:
 
 
 def _opened(lock: Path) -> AbstractContextManager[IO[bytes] | None]:
-    """The file whose lock ends when it is closed or the process dies; None where it cannot be made."""
+    """Return the file whose lock ends when it is closed or the process dies, or None if it cannot be created."""
     try:
         return lock.open("ab")
     except OSError:
@@ -180,7 +182,7 @@ def _opened(lock: Path) -> AbstractContextManager[IO[bytes] | None]:
 
 
 def _wait_for(file: IO[bytes]) -> None:
-    """Until nobody else has the lock; no longer than `LONGEST_WAIT_S`, nor where the file system has no locks."""
+    """Wait until nobody else has the lock, at most `LONGEST_WAIT_S`, and not at all without file locks."""
     until_s = time.monotonic() + LONGEST_WAIT_S
     while time.monotonic() < until_s:
         try:
@@ -195,7 +197,7 @@ def _wait_for(file: IO[bytes]) -> None:
 
 @cache
 def _stamp(folders: tuple[Path, ...]) -> tuple[tuple[str, int, int], ...]:
-    """Name, time and size of every source file in ``folders`` that has to do with kernels."""
+    """Return name, time and size of every source file in ``folders`` that concerns kernels."""
     texts = {file: file.read_text() for folder in folders for file in sorted(folder.glob("*.py"))}
     concerned = [file for file, text in texts.items() if "kernel" in text or "NamedTuple" in text]
     return tuple((file.name, stat.st_mtime_ns, stat.st_size) for file in concerned for stat in [file.stat()])

@@ -1,7 +1,7 @@
-"""The cost model of `docs/cost-model.md`, in its letters: what a stage costs one request, and what it keeps in memory.
+"""The cost model of `docs/cost-model.md`, with its letters: a stage's time per request and its memory.
 
-Functions take scalars or arrays alike, so that the search tabulates thousands of shapes with the same code that
-prices a single one.
+Functions take scalars or arrays, so the search tabulates thousands of shapes with the same code that prices a single
+one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ P95_TAIL = 20.0  # 1 / (1 - 0.95)
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What an iteration carries: b decode tokens and at most one chunk of C tokens, and how often per request.
+    """The contents of an iteration, b decode tokens and at most one chunk of C tokens, and iterations per request.
 
     A prefill replica decodes nothing, b = 0; a decode replica prefills nothing, C = 0.
     """
@@ -49,21 +49,21 @@ class Mix:
 
     @property
     def iterations(self) -> float:
-        """n_it"""
+        """Return n_it, the iterations of a request."""
         return self.chunk_iterations + self.plain_iterations
 
     @property
     def chunk_share(self) -> float:
-        """phi"""
+        """Return phi, the share of iterations with a chunk."""
         return self.chunk_iterations / self.iterations
 
 
 def mix_of(
     moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
 ) -> Mix:  # fmt: skip
-    """Iterations per request when b requests decode together and prompts come in chunks of C.
+    """Return the mix in which b requests decode together and prompts come in chunks of C.
 
-    b = 0: a prefill replica; C = 0: a decode replica.
+    b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
     """
     with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
     without = max(0.0, moments.mean_output / micro_batch - with_chunk) if micro_batch else 0.0
@@ -72,16 +72,16 @@ def mix_of(
 
 @dataclass(frozen=True, slots=True)
 class RankShape:
-    """How one tensor-parallel rank out of n sees the heads of a layer."""
+    """The share of a layer's heads on one tensor-parallel rank of n."""
 
     tp: int  # n
-    groups: int  # Gr: head groups a rank holds
-    queries_per_group: int  # rr: of one group, the query heads that this rank computes
-    splits_groups: bool  # n <= G: every group is on one rank, so that a pool can take it over
+    groups: int  # Gr: head groups that a rank holds
+    queries_per_group: int  # rr: query heads of one group that this rank computes
+    splits_groups: bool  # n <= G: every group is on one rank, so a pool can take it over
 
 
 def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
-    """The rank's share of heads, or None when the model cannot be split n ways."""
+    """Return the rank's share of heads, or None if the model cannot be split n ways."""
     groups = model.head_groups
     if model.q_heads % tp or (groups % tp and tp % groups):
         return None
@@ -90,7 +90,7 @@ def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
 
 
 def intra_link(gpu: GpuType, explicit: Link | None) -> Link:
-    """GPU-to-GPU link inside a node: the one given, or else NVLink, or else PCIe."""
+    """Return the GPU-to-GPU link inside a node: the explicit one, otherwise NVLink, otherwise PCIe."""
     if explicit is not None:
         return explicit
     return Link(bytes_per_s=gpu.nvlink_bytes_per_s or gpu.pcie_bytes_per_s, latency_s=0.0)
@@ -100,7 +100,7 @@ def _seconds(
     fit: Fit, *, flops: Scalars = 0.0, num_bytes: Scalars = 0.0, tokens: Scalars = 0.0, heads: Scalars = 0.0,
     wire_s: Scalars = 0.0,
 ) -> Scalars:  # fmt: skip
-    """``Fit.seconds``, of arrays too."""
+    """Compute ``Fit.seconds`` for scalars or arrays."""
     times = [
         p.fixed_s + p.flop_s * flops + p.byte_s * num_bytes + p.token_s * tokens + p.head_s * heads + p.wire * wire_s
         for p in fit.pieces
@@ -110,7 +110,7 @@ def _seconds(
 
 @dataclass(frozen=True, slots=True)
 class DeviceCost:
-    """Times and memory of one GPU type as a TP rank of n, or (n = 1) as an attention worker."""
+    """Times and memory of one GPU type as one of n TP ranks, or (n = 1) as an attention worker."""
 
     model: ModelSpec
     profile: Profile
@@ -120,12 +120,12 @@ class DeviceCost:
     _fits: Mapping[Op, Fit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Looked up once: a placement asks for a hundred thousand times.
+        # Looked up once, because a placement asks for them a hundred thousand times.
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
     def dense_s(self, tokens: Scalars, *, prefix_layer: bool = False) -> Scalars:
-        """dense(T) of a repeated layer, or of one of the leading layers without experts."""
+        """Return dense(T) of a repeated layer, or of one of the leading layers without experts."""
         m, n = self.model, self.shape.tp
         active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
         touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
@@ -145,7 +145,7 @@ class DeviceCost:
         )
 
     def reduce_s(self, tokens: Scalars) -> Scalars:
-        """reduce(T): one all-reduce over the TP group; a layer has two."""
+        """Return reduce(T), one all-reduce over the TP group; a layer has two."""
         n = self.shape.tp
         if n == 1:
             return 0.0
@@ -155,7 +155,7 @@ class DeviceCost:
         return _seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=tokens) + self.intra.latency_s
 
     def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
-        """Attention of one prefill chunk of C tokens with the mean past of a prompt."""
+        """Return seconds of attention for one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
         attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
         return _seconds(
@@ -167,7 +167,7 @@ class DeviceCost:
         )
 
     def decode_attention_s(self, pairs: Scalars, queries_per_group: int) -> Scalars:
-        """Decode attention over ``pairs`` (request, head group) pairs at the mean context; 0 for none."""
+        """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none."""
         m = self.model
         attended = m.attended_tokens(self.moments.resident_context)
         heads = pairs * queries_per_group
@@ -180,27 +180,27 @@ class DeviceCost:
         return np.where(np.asarray(pairs) > 0, seconds, 0.0)
 
     def transfer_s(self, num_bytes: Scalars, link: Link) -> Scalars:
-        """A message over ``link`` without the link's latency; 0 for an empty one."""
+        """Return seconds of a message over ``link`` without the link's latency; 0 for an empty one."""
         seconds = _seconds(self._fits[Op.TRANSFER], num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
         if isinstance(seconds, float):
             return seconds if num_bytes > 0 else 0.0
         return np.where(np.asarray(num_bytes) > 0, seconds, 0.0)
 
     def hop_s(self, tokens: Scalars, link: Link) -> Scalars:
-        """hop(T): activations of T tokens arriving from the stage before."""
+        """Return hop(T), seconds for activations of T tokens to arrive from the previous stage."""
         num_bytes = tokens * self.model.hidden * self.model.activation_bytes
         return self.transfer_s(num_bytes, link) + link.latency_s
 
     def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
-        """KV of so many tokens in one layer, ``groups`` head groups of every rank, over ``link`` without its latency.
+        """Return seconds for KV of ``tokens`` in one layer and ``groups`` of every rank, without the link's latency.
 
-        Where n > G several ranks hold the same group: it is sent once.
+        If n > G several ranks hold the same group, which is sent once.
         """
         sent = np.minimum(groups * self.shape.tp, self.model.head_groups)
         return self.transfer_s(tokens * sent * self.model.kv_bytes_per_token_group(), link)
 
     def landing_s(self, chunk_tokens: float, link: Link) -> float:
-        """Return what a prompt's last KV takes to its decode replica: that of the last chunk in the last layer."""
+        """Return seconds for a prompt's last KV, of the last chunk and layer, to reach its decode replica."""
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
     def step_s(self, tokens: Scalars) -> Scalars:
@@ -208,7 +208,7 @@ class DeviceCost:
         return 0.0 * tokens if fit is None else _seconds(fit, tokens=tokens)
 
     def head_s(self, tokens: Scalars) -> Scalars:
-        """LM head for T tokens, and what the engine does with each of them."""
+        """Return seconds of the LM head for T tokens, including what the engine does with each of them."""
         m, n = self.model, self.shape.tp
         num_bytes = m.embedding_params * m.embedding_bytes / n + tokens * m.hidden * m.activation_bytes
         product_s = _seconds(
@@ -223,12 +223,12 @@ class DeviceCost:
         return self.model.layer_params() * self.model.weight_bytes / self.shape.tp
 
     def prefix_bytes(self) -> float:
-        """Weights of the leading layers that stay on the first stage."""
+        """Return the weights of the leading layers, which stay on the first stage."""
         m = self.model
         return m.prefix_layers * m.dense_layer_params() * m.weight_bytes / self.shape.tp
 
     def embedding_bytes(self) -> float:
-        """The embedding table, or as much for the LM head."""
+        """Return the bytes of the embedding table; the LM head has as many."""
         return self.model.embedding_params * self.model.embedding_bytes / self.shape.tp
 
     def logit_bytes(self, micro_batch: Scalars) -> Scalars:
@@ -242,7 +242,7 @@ class DeviceCost:
         return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp)
 
     def room_bytes(self) -> float:
-        """Usable memory less what the engine keeps for itself."""
+        """Return usable memory minus the engine's own."""
         return float(self.profile.room_bytes)
 
 
@@ -255,18 +255,18 @@ class PoolCost:
     link: Link
 
     def load(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
-        """(request, head group) pairs of one micro-batch on the busiest of p cards."""
+        """Return the (request, head group) pairs of one micro-batch on the busiest of p cards."""
         return np.ceil(micro_batch * groups * self.primary.shape.tp / cards - 1e-9)
 
     def attention_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
-        """worker + exchange of one iteration for k ``groups`` per rank on p ``cards``."""
+        """Return worker + exchange of one iteration for k ``groups`` per rank on p ``cards``."""
         worker = self.worker.decode_attention_s(
             self.load(micro_batch, groups, cards), self.primary.shape.queries_per_group
         )
         return worker + self.exchange_s(micro_batch, groups, cards)
 
     def exchange_s(self, micro_batch: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
-        """Queries to the cards and outputs back, of one iteration and layer."""
+        """Return seconds of queries to the cards and outputs back, per iteration and layer."""
         shape = self.primary.shape
         per_pair = shape.queries_per_group * self.primary.model.exchange_bytes_per_head()
         sent = np.maximum(
@@ -278,15 +278,15 @@ class PoolCost:
     def late_s(
         self, micro_batch: Scalars, chunk_tokens: Scalars, groups: Scalars, cards: Scalars, layer_s: Scalars
     ) -> Scalars:
-        """Return what shipping the KV of a chunk adds to a layer that computes for ``layer_s``.
+        """Return the seconds that shipping a chunk's KV adds to a layer that computes for ``layer_s``.
 
-        It is sent while the next layer computes, over the link that the exchange takes its turn on.
+        KV is sent while the next layer computes, over the link that the exchange also uses.
         """
         on_link = self.ship_s(chunk_tokens, groups, cards) + self.exchange_s(micro_batch, groups, cards)
         return np.maximum(0.0, on_link - layer_s)
 
     def ship_s(self, chunk_tokens: Scalars, groups: Scalars, cards: Scalars) -> Scalars:
-        """KV of one prefill chunk sent to the pool, on the wire."""
+        """Return seconds on the wire for the KV of one prefill chunk to the pool."""
         model = self.primary.model
         num_bytes = chunk_tokens * groups * self.primary.shape.tp * model.kv_bytes_per_token_group()
         return np.maximum(
@@ -294,7 +294,7 @@ class PoolCost:
         )
 
     def receive_s(self, groups: Scalars, cards: Scalars) -> Scalars:
-        """KV of a prompt's k ``groups`` per rank arriving at the pool of a decode replica."""
+        """Return seconds for the KV of a prompt's k ``groups`` per rank to reach the pool of a decode replica."""
         model, prompt = self.primary.model, self.primary.moments.mean_prompt
         num_bytes = prompt * groups * self.primary.shape.tp * model.kv_bytes_per_token_group()
         return self.worker.transfer_s(num_bytes / cards, self.link)
@@ -303,7 +303,7 @@ class PoolCost:
 def kv_tokens_per_copy(
     model: ModelSpec, moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, micro_batches: int
 ) -> float:
-    """Tkv: KV tokens that a copy holding D ``micro_batches`` must have room for."""
+    """Return Tkv, the KV tokens that a copy holding D ``micro_batches`` must have room for."""
     requests = micro_batches * mix.micro_batch
     spread = assumptions.kv_headroom_z * math.sqrt(requests) * moments.resident_context_sd
     decoding = requests * model.cached_tokens(moments.resident_context) + spread
@@ -313,23 +313,26 @@ def kv_tokens_per_copy(
 
 
 def prompt_tokens_per_copy(moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
-    """Tpre: KV tokens of prompts under way. All their head groups stay on the stage until the last chunk is through,
-    for later chunks attend to them there: those of a pool, too."""
+    """Return Tpre, the KV tokens of prompts that are being prefilled.
+
+    All their head groups, including a pool's, stay on the stage until the last chunk, because later chunks attend to
+    them there.
+    """
     return micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
 
 
 class Regime(NamedTuple):
-    """Slack sigma of a stage where M micro-batches serve K copies: ``max(least, unevenness (E / m - 1))``."""
+    """Slack sigma of a stage if M micro-batches serve K copies: ``max(least, unevenness (E / m - 1))``."""
 
     least: float
     unevenness: float
 
 
 def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
-    """delta: standard deviation of the FLOPs of a chunk in a layer, over their mean.
+    """Return delta, the standard deviation of a chunk's FLOPs in a layer as a ratio to their mean.
 
-    Chunks have equally many tokens, which attend to more the further a prompt has come. Of a model and its workload
-    alone: no GPU computes a layer in another proportion by much.
+    Chunks have equally many tokens, which attend to more tokens the further a prompt has come. This depends on model
+    and workload alone, since the proportion of a layer's work is much the same on every GPU.
     """
     mean = moments.prefill_pairs / moments.mean_prompt
     attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
@@ -340,8 +343,8 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
 def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime, Regime]:
     """Return the regimes of a role's pipelines with at least two micro-batches per stage copy, and with at least one.
 
-    Only on unified replicas do iterations with and without a chunk alternate. Those of a prefill replica differ as
-    their chunks do (``spread``: see `chunk_spread`), which two micro-batches per stage copy even out.
+    Only on unified replicas do iterations with and without a chunk alternate. Iterations of a prefill replica differ as
+    their chunks do (``spread``, see `chunk_spread`), which two micro-batches per stage copy even out.
     """
     a = assumptions
     if role is Role.UNIFIED:
@@ -352,7 +355,7 @@ def regimes(assumptions: Assumptions, role: Role, spread: float) -> tuple[Regime
 
 
 def regime_of(of_role: tuple[Regime, Regime], *, in_flight: int, num_copies: int) -> Regime:
-    """The regime of M micro-batches over K stage copies, of the two of `regimes`."""
+    """Return the regime of M micro-batches over K stage copies, one of the two of `regimes`."""
     if in_flight == 1:
         return Regime(0.0, 0.0)
     full, tight = of_role
@@ -360,19 +363,19 @@ def regime_of(of_role: tuple[Regime, Regime], *, in_flight: int, num_copies: int
 
 
 def most_copies(in_flight: int, num_copies: int) -> int:
-    """Stage copies that M micro-batches allow in the regime of a pipelined replica with K of them."""
+    """Return the stage copies that M micro-batches allow in the regime of a pipelined replica with K of them."""
     return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
 
 
 def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
-    """Mean TPOT over t: ``b M / O``; 0 of a prefill replica."""
+    """Return mean TPOT divided by t, ``b M / O``; 0 for a prefill replica."""
     return mix.micro_batch * in_flight / moments.mean_output
 
 
 def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
-    """p95 TTFT in round trips that carry a chunk: those of the p95 prompt and of the wait for a prefill lane.
+    """Return p95 TTFT in round trips that carry a chunk: those of the p95 prompt and of the wait for a prefill lane.
 
-    0 of a decode replica. A prefill replica adds the landing of its KV.
+    This is 0 for a decode replica. A prefill replica adds the landing of its KV.
     """
     if mix.role is Role.DECODE:
         return 0.0
@@ -387,5 +390,5 @@ UNEVENNESS_STEP = 1.25
 
 
 def unevenness_level(unevenness: float) -> int:
-    """The least k with ``unevenness <= 1.25^k``: families know the unevenness of a sequential replica so far."""
+    """Return the least k with ``unevenness <= 1.25^k``, the resolution at which families limit unevenness."""
     return max(0, math.ceil(math.log(unevenness) / math.log(UNEVENNESS_STEP) - 1e-9))

@@ -1,4 +1,4 @@
-"""What can go wrong while planning, as one small tree.
+"""The errors of planning, as one small tree.
 
 HetisError
 +-- InvalidProblemError   the input contradicts itself: a number out of range, a GPU without a profile
@@ -36,7 +36,7 @@ class NoPlanFoundError(HetisError):
 
 
 class BrokenProofError(HetisError):
-    """A plan is better than what was proved possible: one of the two is wrong."""
+    """A plan is better than what was proved possible, so one of the two is wrong."""
 
 
 class UnboundPlanError(HetisError):

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: memory per device, time per stage, the bottleneck, prices, and what every idle GPU lacks."""
+"""The values of an explanation: memory per device, time per stage, the bottleneck, prices, and idle GPUs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBar:
-    """The use of the memory of one GPU of a stage (or pool) goes, in bytes. ``free_bytes`` is what is left of
-    usable."""
+    """The use of the memory of one GPU of a stage (or pool), in bytes; ``free_bytes`` is what is left of usable."""
 
     replica: int
     stage: int
@@ -26,7 +25,7 @@ class MemoryBar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTime:
-    """Seconds of one request on a stage, by what it is spent on; ``total_s / copies`` competes for the bottleneck."""
+    """Seconds of one request on a stage by purpose; the largest ``total_s / copies`` makes the bottleneck."""
 
     replica: int
     stage: int
@@ -36,19 +35,19 @@ class StageTime:
     dense_s: float
     all_reduce_s: float
     prefill_attention_s: float
-    decode_attention_s: float  # with a pool: the slower of both sides
-    transfer_s: float  # hops between stages, and prefill KV that reaches its pool after the layer is done
+    decode_attention_s: float  # with a pool, the slower of both sides
+    transfer_s: float  # hops between stages, and prefill KV that reaches its pool after the layer has finished
     head_s: float
     other_s: float
     kv_wait_s: float  # waiting for KV that leaves (prefill) or arrives (decode) slower than the layers compute
     total_s: float  # the sum of all above
-    kv_wire_s: float  # that KV on the wire, most of it beside computing: not in the sum
+    kv_wire_s: float  # this KV on the wire, mostly during computation and therefore not in the sum
     is_bottleneck: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleGpus:
-    """GPUs of one class that the plan leaves out, and the numbers that say why."""
+    """Idle GPUs of one class, and the numbers that explain why."""
 
     gpu: str
     zone: str
@@ -58,11 +57,11 @@ class IdleGpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """Everything ``hetis-plan explain`` prints beside the plan itself."""
+    """Everything that ``hetis-plan explain`` prints besides the plan itself."""
 
     memory: tuple[MemoryBar, ...]
     stage_times: tuple[StageTime, ...]
-    bottlenecks: tuple[str, ...]  # one sentence per replica: which stage or limit binds
+    bottlenecks: tuple[str, ...]  # one sentence per replica on the stage or limit that binds
     idle: tuple[IdleGpus, ...]
     attention_workers: str  # why they are used or not, with numbers
-    kv_routes: tuple[str, ...] = ()  # what limits the traffic between prefill and decode replicas; empty: there is none
+    kv_routes: tuple[str, ...] = ()  # limits on the traffic between prefill and decode replicas; empty if there is none

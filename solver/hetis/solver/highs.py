@@ -1,4 +1,4 @@
-"""The one way HiGHS is set up: quiet, on one thread, within a time."""
+"""The set-up of HiGHS for every use: quiet, on one thread, within a time limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import highspy
 import numpy as np
 
-# For linear programs that start with few columns and are given more: what was feasible stays so.
+# For linear programs that start with few columns and receive more: a feasible solution remains feasible.
 GROWING_SIMPLEX: Mapping[str, str | int | float] = {
     "presolve": "off",
     "solver": "simplex",
@@ -16,7 +16,7 @@ GROWING_SIMPLEX: Mapping[str, str | int | float] = {
     "primal_feasibility_tolerance": 1e-9,
     "dual_feasibility_tolerance": 1e-9,
 }
-LEAST_S = 0.01  # HiGHS is given at least this long
+LEAST_S = 0.01  # least time limit given to HiGHS
 
 
 def quiet_highs(
@@ -26,9 +26,9 @@ def quiet_highs(
     seed: int = 0,
     stop: Callable[[], bool] | None = None,
 ) -> Any:
-    """A HiGHS solver without a model. ``options`` are HiGHS's own names; an infinite time limit sets none.
+    """Return a HiGHS solver without a model. ``options`` have HiGHS's names; an infinite time limit sets none.
 
-    The limit is one of wall time. ``stop`` is asked now and then whether to end, by other clocks or for other reasons.
+    The limit is in wall time. ``stop`` is polled for an end by other clocks or for other reasons.
     """
     highs: Any = highspy.Highs()
     highs.silent()

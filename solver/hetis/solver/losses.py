@@ -1,8 +1,8 @@
-"""What of a plan is still served when a node or a zone is lost.
+"""The rate that a plan still serves after the loss of a node or a zone.
 
-A replica is lost with any of its GPUs, attention workers too. What is left of prefill and decode replicas serves what
-can flow between them: inside zones as much as both sides have, between zones no more than the plan's routes led there.
-So the true rate is no less.
+A replica is lost with any of its GPUs, including attention workers. The remaining prefill and decode replicas serve
+what can flow between them: inside zones up to the rates of both sides, between zones no more than the plan's routes
+carried. The true rate is therefore no less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hetis.solver.plan import Plan, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """The worst loss of one place of a kind: its name, the saturated requests/s that are left then, and of how many."""
+    """The worst loss of one place of a kind: its name, and the saturated requests/s after and before the loss."""
 
     name: str
     rate: float
@@ -25,14 +25,13 @@ class Loss:
 
     @property
     def share(self) -> float:
-        """Return what is left as a share."""
+        """Return the rate after the loss as a share of the rate before it."""
         return self.rate / self.whole
 
 
 @dataclass(slots=True)
 class _Rates:
-    """Saturated requests/s of replicas, by zone: unified ones, those that prefill for their own zone, for others, too,
-    and those that decode."""
+    """Saturated requests/s: of unified replicas, and by zone of local prefill, prefill for all zones, and decode."""
 
     unified: float
     local: dict[str, float]
@@ -40,7 +39,7 @@ class _Rates:
     decode: dict[str, float]
 
     def served(self, routes: Mapping[tuple[str, str], float]) -> float:
-        """Return what they serve together, with at most so much between zones."""
+        """Return the rate that the replicas serve together, with flows between zones limited to ``routes``."""
         return self.unified + max(self._flow(routes, afar_first=first) for first in (True, False))
 
     def _flow(self, routes: Mapping[tuple[str, str], float], *, afar_first: bool) -> float:
@@ -66,12 +65,12 @@ class _Rates:
 
 
 def worst_node(plan: Plan, cluster: Cluster) -> Loss | None:
-    """What is left when the node is lost whose loss costs most; None: the plan serves nothing."""
+    """Return the loss of the node whose loss costs most, or None if the plan serves nothing."""
     return _worst(plan, cluster, lambda node, zone: node)
 
 
 def worst_zone(plan: Plan, cluster: Cluster) -> Loss | None:
-    """The same of a zone; None also where the fleet has only one."""
+    """Return the loss of the zone whose loss costs most, or None if the fleet has one zone or nothing is served."""
     return _worst(plan, cluster, lambda node, zone: zone) if len(cluster.zones()) > 1 else None
 
 

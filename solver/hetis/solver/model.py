@@ -1,4 +1,4 @@
-"""The model to serve: the shape of its layers and what follows from it in FLOPs and bytes."""
+"""The model to serve: the shape of its layers, and the FLOPs and bytes that follow from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MlaShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeShape:
-    """Mixture of experts in every layer but the first ``first_dense_layers``."""
+    """Mixture of experts in every layer except the first ``first_dense_layers``."""
 
     num_experts: int
     active_experts: int
@@ -40,7 +40,7 @@ class MoeShape:
 class ModelSpec:
     """A decoder-only transformer.
 
-    Parameter counts leave out norms and biases (well under 1% of the weights of any model in the catalogue).
+    Parameter counts omit norms and biases (well under 1% of the weights of any model in the catalogue).
     ``forbidden_cuts`` are layer numbers i before which no pipeline stage may start.
     """
 
@@ -53,11 +53,11 @@ class ModelSpec:
     head_dim: int
     vocab: int
     attention: AttentionKind
-    weights: str = ""  # what the precision of the layers is called, such as fp8 or awq-int4; empty: nobody said
+    weights: str = ""  # name of the layers' precision, such as fp8 or awq-int4; empty if not given
     weight_bytes: float = 2.0  # per parameter of the layers; 1 for fp8, about 0.53 for 4-bit with scales
     kv_bytes: float = 2.0  # per element of the KV cache
     activation_bytes: float = 2.0  # per element sent between devices
-    embedding_bytes: float = 2.0  # per parameter of embedding and LM head, seldom quantised
+    embedding_bytes: float = 2.0  # per parameter of embedding and LM head, which are seldom quantised
     gated_mlp: bool = True
     tie_embeddings: bool = False
     max_position: int = 4096
@@ -80,16 +80,16 @@ class ModelSpec:
 
     @property
     def head_groups(self) -> int:
-        """G: KV head groups of a layer, the smallest thing that is placed. One latent group for MLA."""
+        """Return G, the KV head groups of a layer, the smallest things that are placed; MLA has one latent group."""
         return 1 if self.mla is not None else self.kv_heads
 
     @property
     def queries_per_group(self) -> int:
-        """r: query heads that share one head group."""
+        """Return r, the query heads that share one head group."""
         return self.q_heads // self.head_groups
 
     def attention_params(self) -> int:
-        """Parameters of the attention projections of one layer."""
+        """Return the parameters of the attention projections of one layer."""
         if self.mla is not None:
             mla, qk = self.mla, self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
             query = (
@@ -106,11 +106,11 @@ class ModelSpec:
         return (3 if self.gated_mlp else 2) * self.hidden * intermediate
 
     def dense_layer_params(self) -> int:
-        """Parameters of a layer without experts."""
+        """Return the parameters of a layer without experts."""
         return self.attention_params() + self._ffn_params(self.intermediate)
 
     def layer_params(self) -> int:
-        """Parameters of one repeated layer (an expert layer where the model has experts)."""
+        """Return the parameters of one repeated layer (an expert layer if the model has experts)."""
         if self.moe is None:
             return self.dense_layer_params()
         experts = self.moe.num_experts + self.moe.shared_experts
@@ -118,7 +118,7 @@ class ModelSpec:
         return self.attention_params() + router + experts * self._ffn_params(self.moe.expert_intermediate)
 
     def active_layer_params(self) -> int:
-        """Parameters of one repeated layer that one token touches."""
+        """Return the parameters of one repeated layer that one token touches."""
         if self.moe is None:
             return self.dense_layer_params()
         experts = self.moe.active_experts + self.moe.shared_experts
@@ -126,9 +126,9 @@ class ModelSpec:
         return self.attention_params() + router + experts * self._ffn_params(self.moe.expert_intermediate)
 
     def touched_layer_params(self, tokens: float) -> float:
-        """Parameters of one repeated layer that a batch of ``tokens`` reads: all of them but for experts nobody chose.
+        """Return the parameters of one repeated layer that a batch of ``tokens`` reads, without untouched experts.
 
-        Expected number of experts touched under even routing: ``E (1 - (1 - k/E)^tokens)``.
+        The expected number of experts touched under even routing is ``E (1 - (1 - k/E)^tokens)``.
         """
         if self.moe is None:
             return float(self.dense_layer_params())
@@ -137,11 +137,11 @@ class ModelSpec:
         return fixed + self.touched_experts(tokens) * per_expert
 
     def expert_params(self) -> int:
-        """Parameters of one routed expert; 0 of a model without."""
+        """Return the parameters of one routed expert; 0 for a model without experts."""
         return 0 if self.moe is None else self._ffn_params(self.moe.expert_intermediate)
 
     def touched_experts(self, tokens: float) -> float:
-        """Routed experts of one layer that a batch of ``tokens`` reads, expected under even routing; 0 without any."""
+        """Return the expected routed experts of one layer that ``tokens`` touch under even routing; 0 without any."""
         if self.moe is None:
             return 0.0
         missed: float = (1.0 - self.moe.active_experts / self.moe.num_experts) ** tokens
@@ -149,41 +149,41 @@ class ModelSpec:
 
     @property
     def prefix_layers(self) -> int:
-        """Leading layers that differ from the repeated ones; they stay together on the first stage."""
+        """Return the leading layers that differ from the repeated ones; they stay together on the first stage."""
         return self.moe.first_dense_layers if self.moe is not None else 0
 
     @property
     def embedding_params(self) -> int:
-        """Parameters of the embedding table; the LM head has as many (the same ones when tied)."""
+        """Return the parameters of the embedding table; the LM head has as many (the same ones if tied)."""
         return self.vocab * self.hidden
 
     def params(self) -> int:
-        """All parameters."""
+        """Return the number of all parameters."""
         repeated = self.num_layers - self.prefix_layers
         ends = self.embedding_params * (1 if self.tie_embeddings else 2)
         return repeated * self.layer_params() + self.prefix_layers * self.dense_layer_params() + ends
 
     def active_params(self) -> int:
-        """Parameters one token touches, embedding and LM head included as published counts do."""
+        """Return the parameters that one token touches, including embedding and LM head as published counts do."""
         repeated = self.num_layers - self.prefix_layers
         ends = self.embedding_params * (1 if self.tie_embeddings else 2)
         return repeated * self.active_layer_params() + self.prefix_layers * self.dense_layer_params() + ends
 
     def kv_bytes_per_token_group(self) -> float:
-        """KV bytes of one token in one layer and one head group."""
+        """Return the KV bytes of one token in one layer and one head group."""
         if self.mla is not None:
             return (self.mla.kv_lora_rank + self.mla.qk_rope_head_dim) * self.kv_bytes
         return 2 * self.head_dim * self.kv_bytes
 
     def kv_bytes_per_token(self) -> float:
-        """KV bytes of one token over all layers and head groups."""
+        """Return the KV bytes of one token over all layers and head groups."""
         return self.num_layers * self.head_groups * self.kv_bytes_per_token_group()
 
     def exchange_bytes_per_head(self) -> float:
-        """Bytes per token, layer and query head between a primary and an attention worker.
+        """Return bytes per token, layer and query head between a primary and an attention worker.
 
-        q goes out and the head output comes back, k and v go out once per head group: ``(2 + 2/r) head_dim s``
-        (Hetis, SC'25). For MLA the query and output live in the latent space.
+        q goes out and the head output comes back, while k and v go out once per head group: ``(2 + 2/r) head_dim s``
+        (Hetis, SC'25). With MLA the query and output are in the latent space.
         """
         r, size = self.queries_per_group, self.activation_bytes
         if self.mla is not None:
@@ -192,28 +192,28 @@ class ModelSpec:
         return (2.0 + 2.0 / r) * self.head_dim * size
 
     def attention_flops(self, pairs: float, heads: float) -> float:
-        """FLOPs of attention over ``pairs`` (query, key) pairs for ``heads`` query heads of one layer, prefill form."""
+        """Return FLOPs of prefill attention over (query, key) ``pairs`` for ``heads`` query heads of one layer."""
         if self.mla is not None:
             width = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim + self.mla.v_head_dim
             return 2.0 * pairs * heads * width
         return 4.0 * pairs * heads * self.head_dim
 
     def decode_attention_flops(self, context_tokens: float, heads: float) -> float:
-        """FLOPs of one decode token's attention over ``context_tokens`` for ``heads`` query heads of one layer."""
-        if self.mla is not None:  # absorbed form: scores and values live in the latent space
+        """Return FLOPs of one token's decode attention over ``context_tokens`` for ``heads`` query heads of a layer."""
+        if self.mla is not None:  # absorbed form: scores and values are in the latent space
             latent = 2 * self.mla.kv_lora_rank + self.mla.qk_rope_head_dim
             return 2.0 * context_tokens * heads * latent
         return 4.0 * context_tokens * heads * self.head_dim
 
     def attended_tokens(self, context_tokens: float) -> float:
-        """Tokens a query attends to, averaged over layers; below the context where a sliding window cuts it."""
+        """Return the tokens a query attends to, averaged over layers; fewer than the context with a sliding window."""
         if self.sliding_window is None:
             return context_tokens
         window = min(context_tokens, float(self.sliding_window))
         return window / self.sliding_window_every + context_tokens * (1.0 - 1.0 / self.sliding_window_every)
 
     def cached_tokens(self, context_tokens: float) -> float:
-        """Tokens whose KV is kept; a window frees memory only where every layer slides."""
+        """Return the tokens whose KV is kept; a window frees memory only if every layer slides."""
         if self.sliding_window is None or self.sliding_window_every != 1:
             return context_tokens
         return min(context_tokens, float(self.sliding_window))

@@ -1,4 +1,4 @@
-"""The answer: named GPUs in stages and attention workers, how good the plan is, and what it was made from."""
+"""Plans: named GPUs in stages and attention workers, how good the plan is, and what it was made from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 class Status(StrEnum):
     OPTIMAL = "optimal"  # gap within 1e-6: nothing in the stated family is better
     FEASIBLE = "feasible"  # a plan with a proven gap
-    INFEASIBLE = "infeasible"  # proved: the family holds no plan
-    INTERRUPTED = "interrupted"  # the best plan when Ctrl-C came; its bound still holds
+    INFEASIBLE = "infeasible"  # proven: the family holds no plan
+    INTERRUPTED = "interrupted"  # the best plan at the time of Ctrl-C; its bound still holds
 
 
 class Role(StrEnum):
-    """What a replica does with a request: all of it, its prompt, or its output."""
+    """The part of a request that a replica serves: all of it, its prompt, or its output."""
 
     UNIFIED = "unified"
     PREFILL = "prefill"
@@ -32,7 +32,7 @@ class ObjectiveKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What a plan is good for.
+    """The goal of a plan.
 
     ``goodput`` is ``planned_utilisation`` of the saturated rate while mean TPOT and p95 TTFT meet their limits;
     ``throughput`` is the saturated rate (limits apply only if given); ``cost`` and ``gpus`` are the least USD per hour
@@ -57,8 +57,8 @@ class Objective:
 class StagePlan:
     """One pipeline stage: ``copies`` TP groups of ``tp`` GPUs each, all holding the same layers.
 
-    ``devices`` are ``node/index``, the ranks of one copy after another. ``kv_head_groups_kept`` counts head groups per
-    TP rank that stay on the stage; the others are on its attention workers.
+    ``devices`` are ``node/index``, with the ranks of each copy in sequence. ``kv_head_groups_kept`` counts head groups
+    per TP rank that stay on the stage; the others are on its attention workers.
     """
 
     gpu: str
@@ -72,11 +72,11 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWorkerPool:
-    """Cards that only hold KV and compute attention for one stage.
+    """Cards that only hold KV and compute attention, for one stage.
 
-    ``devices`` holds the cards of one copy after another (equally many each). ``kv_head_groups`` counts the head
-    groups per TP rank of the stage that live here. Cards of a ``shared`` pool serve every stage of the replica in turn
-    and are listed in the pool of each (`hetis-paper`); all others belong to their stage alone.
+    ``devices`` holds the cards of each copy in sequence (equally many each). ``kv_head_groups`` counts the head groups
+    per TP rank of the stage that are on these cards. Cards of a ``shared`` pool serve every stage of the replica in
+    turn and are listed in the pool of each (`hetis-paper`); all others belong to their stage alone.
     """
 
     stage: int
@@ -88,7 +88,7 @@ class AttentionWorkerPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPlan:
-    """One replica. ``rate`` is its saturated rate in requests/s; ``ttft_s`` is p95, ``tpot_s`` the mean.
+    """One replica; ``rate`` is its saturated rate in requests/s, ``ttft_s`` is p95, ``tpot_s`` is the mean.
 
     ``micro_batch`` requests decode in each of ``in_flight`` micro-batches; an iteration carries at most one prefill
     chunk of ``chunk_tokens``. ``kv_tokens`` is the KV room of the scarcest layer in tokens.
@@ -110,12 +110,12 @@ class ReplicaPlan:
     kv_zones: tuple[str, ...] = ()
 
     def devices(self) -> tuple[str, ...]:
-        """Every GPU of the replica, stages first; shared attention workers once."""
+        """Return every GPU of the replica, stages first; shared attention workers once."""
         primaries = tuple(d for stage in self.stages for d in stage.devices)
         return primaries + self.worker_devices()
 
     def worker_devices(self) -> tuple[str, ...]:
-        """The attention workers of all stages; shared ones once."""
+        """Return the attention workers of all stages; shared ones once."""
         own = [d for pool in self.attention_workers if not pool.shared for d in pool.devices]
         return (*own, *dict.fromkeys(d for pool in self.attention_workers if pool.shared for d in pool.devices))
 
@@ -131,7 +131,7 @@ class KvRoute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveResult:
-    """How good a plan is: ``gap`` is ``|bound - value| / |value|``."""
+    """The quality of a plan; ``gap`` is ``|bound - value| / |value|``."""
 
     status: Status
     objective: ObjectiveKind
@@ -144,11 +144,11 @@ class SolveResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClassPrice:
-    """A device class and its price at the margin: what one of its GPUs is worth in this plan's relaxation.
+    """A device class and its marginal price: the worth of one of its GPUs in this plan's relaxation.
 
     The relaxation mixes fractions of replicas, none larger than the present fleet holds. ``dual`` (in the objective's
-    unit, >= 0) compares classes; it does not bound what one more GPU changes: plans are whole, so that one more may add
-    nothing, or far more than its price where it makes room for a larger replica.
+    unit, >= 0) compares classes. It does not bound the effect of one more GPU: replicas are whole, so one more may add
+    nothing, or far more than its price if it makes room for a larger replica.
     """
 
     gpu: str
@@ -162,7 +162,7 @@ class ClassPrice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerUp:
-    """A shape of replica that was considered and not chosen: its own rate, what it would cost at the duals, and why."""
+    """A replica shape that was considered and not chosen: its rate, and the reason with its cost at the duals."""
 
     shape: str
     rate: float
@@ -173,22 +173,22 @@ class RunnerUp:
 class Plan:
     """Replicas on named GPUs with a proof of how good they are.
 
-    ``inputs`` makes the plan re-creatable: digests and versions, and under ``documents`` the cluster, model, workload
-    and profile documents themselves, so that ``check`` and ``explain`` need nothing else.
+    ``inputs`` makes the plan reproducible: digests and versions, and under ``documents`` the cluster, model, workload
+    and profile documents themselves, so ``check`` and ``explain`` need nothing else.
     """
 
     strategy: str
-    family: str  # the family the bound speaks of, in one sentence
+    family: str  # the family for which the bound holds, in one sentence
     result: SolveResult
     objective: Objective
     replicas: tuple[ReplicaPlan, ...]
-    kv_routes: tuple[KvRoute, ...] = ()  # where prefill and decode are apart: all their traffic, each pair once
+    kv_routes: tuple[KvRoute, ...] = ()  # all traffic between prefill and decode replicas, each pair once
     prices: tuple[ClassPrice, ...] = ()
     runners_up: tuple[RunnerUp, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
     def served_rate(self) -> float:
-        """Saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
+        """Return saturated requests/s of the whole plan: those of its unified replicas, and those of its routes."""
         unified = sum(replica.rate for replica in self.replicas if replica.role is Role.UNIFIED)
         return unified + sum(route.rate for route in self.kv_routes)

@@ -1,6 +1,6 @@
 """`solve_placement`: a plan by any strategy, our own search or a published heuristic.
 
-Importing this loads compiled kernels and HiGHS.
+Importing this module loads compiled kernels and HiGHS.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def solve_placement(
     market: Market | None = None,
     simplest_within: float = 0.0,
 ) -> Plan:
-    """Chooses replicas for a fleet so that the objective is best, and proves how good the choice is.
+    """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
-    The search goes on until the gap is at most ``gap_target``, the time is over or nothing is left that could help.
-    With the same arguments and no time limit the plan is the same. Where no plan exists, ``market`` is asked for GPU
-    types that could be added (None: none is looked for). Published heuristics prove little, and know no target.
+    The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
+    same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
+    added (None: none is looked for). Published heuristics prove little and have no target.
 
-    With ``simplest_within``, the plan is the one on the fewest nodes, then of the fewest shapes of replicas, that is
-    found among those of an engine's family that lose no more than this share of the best value; its notes say what it
-    gave up. The bound is on the best.
+    With ``simplest_within``, the plan is the one on the fewest nodes, then with the fewest replica shapes, that is
+    found among those of an engine's family that lose no more than this share of the best value. Its notes state the
+    loss, and the bound is that on the best.
 
     Raises:
-        InvalidProblemError: unknown strategy, an objective that lacks its demand, or a wish that nobody can keep.
-        InfeasibleError: proved that the family holds no plan; ``reasons`` say what is missing.
+        InvalidProblemError: unknown strategy, an objective without its demand, or a constraint that cannot be met.
+        InfeasibleError: the family provably holds no plan; ``reasons`` say what is missing.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
     if strategy not in STRATEGIES:
@@ -66,7 +66,7 @@ def solve_placement(
 
 
 def is_compiled(problem: PlacementProblem) -> bool:
-    """Whether what takes long to compile for a search of the family, up to a minute, is on disk."""
+    """Return whether the slow part of compiling a search of the family, up to a minute, is on disk."""
     if problem.family.engine is not None:
         return is_cached(best_splits)
     return is_cached(explore) and is_cached(best_column)

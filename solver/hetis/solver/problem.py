@@ -1,4 +1,4 @@
-"""The placement problem: a cluster, a model, a workload, profiles, an objective, and the family of plans allowed."""
+"""The placement problem: a cluster, a model, a workload, profiles, an objective, and the family of allowed plans."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ class Assumptions:
     Attributes:
         block_tokens: tokens of a KV block.
         kv_headroom_z: KV room is planned for mean + z standard deviations of what the requests of a copy hold
-            (1.645: 95%). Filled to the mean, an engine preempts all the time.
-        full_slack: share added to the interval between completions when at least two micro-batches are in flight per
-            stage copy; iterations with and without a chunk alternate, and the bottleneck's queue runs dry now and then.
-            Of prefill and decode replicas, where nothing alternates, the least with fewer as well.
-        tight_slack: the same with fewer than two. None of it for a single micro-batch, which waits for nobody.
-        full_unevenness, tight_unevenness: these shares are at least so many times ``E / m - 1``, of the longest of M
-            iterations E and the mean one m of a stage: whoever carries a chunk holds the others up. Fitted to 600
-            simulated pipelines (`docs/benchmarks.md`, "simulation"). Of prefill replicas ``tight_unevenness`` times
-            what chunks differ by (`cost.chunk_spread`), and nothing with two micro-batches per copy.
-        planned_utilisation: goodput is this share of the saturated rate.
+            (1.645: 95%). Filled to the mean, an engine would preempt all the time.
+        full_slack: share added to the interval between completions if at least two micro-batches are in flight per
+            stage copy. Iterations with and without a chunk alternate, so the bottleneck's queue sometimes runs dry. On
+            prefill and decode replicas, where nothing alternates, it is also the least slack with fewer micro-batches.
+        tight_slack: the same with fewer than two. A single micro-batch never waits and has no slack.
+        full_unevenness, tight_unevenness: lower bounds on these shares as multiples of ``E / m - 1``, with E the
+            longest of M iterations and m the mean one of a stage, because an iteration with a chunk delays the others.
+            Fitted to 600 simulated pipelines (`docs/benchmarks.md`, "simulation"). On prefill replicas
+            ``tight_unevenness`` multiplies the spread of chunks (`cost.chunk_spread`), and with two micro-batches per
+            copy there is none.
+        planned_utilisation: goodput as a share of the saturated rate.
     """
 
     block_tokens: int = 16
@@ -42,37 +43,37 @@ class Assumptions:
     planned_utilisation: float = 0.9
 
 
-# Every count up to 8, then four to an octave: the step from one to the next costs at most a quarter of a batch.
+# Every count up to 8, then four per octave: the step from one to the next costs at most a quarter of a batch.
 MICRO_BATCHES = (
     *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448,
     512,
 )  # fmt: skip
 
 
-# Attention workers per copy of a stage: every number to 8, then four to an octave.
+# Attention workers per copy of a stage: every number up to 8, then four per octave.
 POOL_SIZES = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32)
 
 
-MOST_STAGES = 64  # of a replica
+MOST_STAGES = 64  # per replica
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRules:
-    """What an engine executes: replicas that are pipelines of few stages in one zone, all stages of the same TP size
-    and without copies, with as many micro-batches in flight as stages.
+    """The rules of an engine, whose replicas are pipelines of few stages in one zone.
 
-    Attention workers belong to unified replicas only (the plugin takes the place of the connector that hands KV over),
-    and heads go to the same worker in all stages: all have as many workers, of one device class, and give them as many
-    head groups of every rank.
+    All stages have the same TP size and no copies, with as many micro-batches in flight as stages. Attention workers
+    belong to unified replicas only (the plugin replaces the connector that transfers KV). Heads go to the same worker
+    in all stages, so all stages have equally many workers of one device class and give them equally many head groups of
+    every rank.
 
     Attributes:
         name: the engine.
-        max_stages: of a replica.
-        max_pooled_stages: of a replica with attention workers.
-        max_gpus: of a replica, attention workers included; None: as many as it takes.
-        min_layers: of a stage, leading dense layers of the first included.
-        max_nodes: that a replica lies on, attention workers included; None: any number. Searches know how many its
-            GPUs take at least, so that the bound is of replicas each on its own; plans keep to it.
+        max_stages: per replica.
+        max_pooled_stages: per replica with attention workers.
+        max_gpus: per replica, including attention workers; None: no limit.
+        min_layers: per stage, including the leading dense layers of the first.
+        max_nodes: per replica, including attention workers; None: no limit. Searches know the fewest nodes that its
+            GPUs take, so the bound considers each replica on its own; plans keep to the limit.
     """
 
     name: str
@@ -97,7 +98,7 @@ class EngineRules:
             raise InvalidProblemError(f"max_stages is {self.max_stages}, must be at most {MOST_STAGES}")
 
     def describe(self) -> str:
-        """In a few words."""
+        """Return the rules in a few words."""
         gpus = "" if self.max_gpus is None else f" and {self.max_gpus} GPUs"
         layers = "" if self.min_layers == 1 else f" of at least {self.min_layers} layers each"
         stages = f"{self.max_stages} stages{layers}{gpus}"
@@ -107,22 +108,22 @@ class EngineRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Which plans are searched: the bound of an answer speaks of exactly these.
+    """The family of plans that are searched, for exactly which the bound of an answer holds.
 
     Attributes:
-        name: strategy this family belongs to.
+        name: the strategy of this family.
         mixed_types: stages of one replica may use different GPU types.
-        uneven_layers: stages may hold different numbers of layers; otherwise they differ by one at most.
+        uneven_layers: stages may hold different numbers of layers; otherwise they differ by at most one.
         max_copies: data-parallel copies of one stage.
-        max_pool: attention workers of one class per stage, all copies together; 0: none. Each copy has as many, one
+        max_pool: attention workers of one class per stage, over all copies; 0: none. Each copy has equally many, one
             of `POOL_SIZES`.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
-        roles: what replicas may do; prefill and decode replicas only both or neither.
-        one_type_per_role: all prefill replicas are of one GPU type, and all decode replicas of one.
-        engine: the rules of an engine, which say what is in flight; None: any engine that can do all of this.
+        roles: the roles of replicas; prefill and decode only both or neither.
+        one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
+        engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
 
-    Of ``in_flight``, a replica with K stage copies uses 1 (one micro-batch walks through the stages) or at least K.
-    Under a limit on TTFT stages keep to rules of their own (`docs/cost-model.md`, "Latency").
+    A replica with K stage copies has 1 micro-batch in flight (which walks through the stages) or at least K. Under a
+    limit on TTFT stages keep to further rules (`docs/cost-model.md`, "Latency").
     """
 
     name: str = "hetis"
@@ -152,15 +153,15 @@ class Family:
 
     @property
     def splits_roles(self) -> bool:
-        """Whether prompts may be prefilled on other replicas than those that decode."""
+        """Return whether prompts may be prefilled on other replicas than those that decode."""
         return Role.PREFILL in self.roles
 
     def pool_sizes(self, copies: int) -> tuple[int, ...]:
-        """Attention workers that each of a stage's copies may have."""
+        """Return the numbers of attention workers that each of a stage's copies may have."""
         return tuple(p for p in POOL_SIZES if p * copies <= self.max_pool)
 
     def describe(self) -> str:
-        """The family in one sentence."""
+        """Return the family in one sentence."""
         parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         each = " of all stages" if self.engine is not None else ""
@@ -196,9 +197,9 @@ class Family:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementProblem:
-    """Everything a placement depends on. Profiles are keyed by GPU type name.
+    """Everything that a placement depends on; profiles are keyed by GPU type name.
 
-    ``will`` is what the plan must keep beside all else; ``marks`` are made of it for the search (`grounding.py`).
+    ``will`` holds further constraints on the plan, from which the search derives ``marks`` (`grounding.py`).
     """
 
     cluster: Cluster
@@ -212,7 +213,7 @@ class PlacementProblem:
     marks: Marks | None = None
 
     def describe_family(self) -> str:
-        """Return which plans are searched, in one sentence: those of the family that keep the will."""
+        """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
         return "; ".join([self.family.describe(), *map(str, self.will)])
 
     def __post_init__(self) -> None:

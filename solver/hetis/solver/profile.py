@@ -1,8 +1,8 @@
-"""What a GPU type reaches: operator times as maxima of affine pieces, usable memory, and where each number is from.
+"""The performance of a GPU type: operator times as maxima of affine pieces, usable memory, and the numbers' origins.
 
 Every operator's time is ``max_k (fixed_s + flop_s F + byte_s B + token_s T + head_s H + wire W)`` over a few pieces k.
 The features of each operator are listed at `Op`. A maximum of affine functions covers a roofline (one piece for
-compute, one for memory), a fit to measurements, and the linear model of Hetis (SC'25) alike, and stays convex.
+compute, one for memory), a fit to measurements, and the linear model of Hetis (SC'25), and it is convex.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class Op(StrEnum):
 
     ========================  ========================================================================================
     ``dense``                 all matrix products of a layer for T tokens: F FLOPs, B bytes of weights and activations
-    ``experts``               of those products the ones of routed experts, where a profile has them apart: F, B, T
+    ``experts``               the part of ``dense`` for routed experts, if a profile has it separately: F, B, T
     ``prefill_attention``     a chunk of T tokens attends to itself and its past: F FLOPs, B bytes of KV read,
                               H (token, query head) pairs
     ``decode_attention``      a batch of single tokens: F FLOPs, B bytes of KV read (g in Hetis), H query heads (h)
     ``all_reduce``            B message bytes; W = ``2 (n-1)/n B / link bandwidth``, the wire time of a ring
-    ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added apart
-    ``step``                  what an engine adds per iteration and stage, whatever the batch: T tokens
-    ``sample``                what an engine adds for each of T sequences that an iteration has logits of, where the
-                              LM head is: sampling, detokenising, their place in the next batch
+    ``transfer``              B message bytes; W = ``B / link bandwidth``; the link's latency is added separately
+    ``step``                  an engine's overhead per iteration and stage, whatever the batch: T tokens
+    ``sample``                an engine's overhead for each of the T sequences with logits in an iteration, on the
+                              stage of the LM head: sampling, detokenising, their place in the next batch
     ========================  ========================================================================================
     """
 
@@ -42,7 +42,7 @@ class Op(StrEnum):
 
 
 class Source(StrEnum):
-    """How a number came to be, from the most to the least trusted."""
+    """The origin of a number, from the most to the least trusted."""
 
     MEASURED = "measured"
     IMPORTED = "imported"
@@ -55,13 +55,13 @@ class Provenance:
     """The origin of a fit and its known error."""
 
     source: Source
-    origin: str  # data set, engine, version, kernel; or the relative a model was scaled from
-    held_out_mape: float | None = None  # mean absolute percentage error on points the fit never saw; 0.1 is 10%
+    origin: str  # data set, engine, version, kernel; or the related model that was scaled
+    held_out_mape: float | None = None  # mean absolute percentage error on points held out of the fit; 0.1 is 10%
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One affine piece; every coefficient is >= 0, so that more work never takes less time."""
+    """One affine piece; every coefficient is >= 0, so more work never takes less time."""
 
     fixed_s: float = 0.0
     flop_s: float = 0.0  # seconds per FLOP
@@ -89,7 +89,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitScope:
-    """What a fit is for; None means any. The fit with the most matching conditions wins."""
+    """The conditions under which a fit applies; None means any. The fit with the most matching conditions wins."""
 
     model: str | None = None
     tp: int | None = None
@@ -98,7 +98,7 @@ class FitScope:
     weight_bytes: float | None = None
 
     def specificity(self, model: ModelSpec, tp: int) -> int | None:
-        """Number of conditions that match, or None when one does not."""
+        """Return the number of conditions that match, or None if one does not."""
         wanted = (
             (self.model, model.name),
             (self.tp, tp),
@@ -113,14 +113,14 @@ class FitScope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitRegion:
-    """What was measured: closed ranges within which a fit may be trusted; None: not limited.
+    """The measured region: closed ranges within which a fit may be trusted; None means no limit.
 
     Attributes:
         tokens: of one call (dense: of the iteration; prefill attention: of the chunk).
         batch: sequences of one call.
         past_tokens: KV tokens before a chunk, per sequence.
-        context_tokens: KV tokens per sequence, a chunk's own included.
-        kv_bytes: KV that one call reads: no table has its largest batch at its longest context.
+        context_tokens: KV tokens per sequence, including a chunk's own.
+        kv_bytes: KV that one call reads, since no table has its largest batch at its longest context.
         num_bytes: of a message.
     """
 
@@ -140,7 +140,7 @@ class FitRegion:
                 )
 
     def outside(self, **sizes: float) -> tuple[str, ...]:
-        """Names of the ``sizes`` (``tokens=512, batch=4``) that are out of range, in the order given."""
+        """Return the names of the ``sizes`` (``tokens=512, batch=4``) that are out of range, in the order given."""
         return tuple(
             name
             for name, size in sizes.items()
@@ -153,13 +153,13 @@ REGION_FIELDS = ("tokens", "batch", "past_tokens", "context_tokens", "kv_bytes",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The time of one operator: a maximum of affine pieces, for which model shapes and sizes it holds."""
+    """The time of one operator: a maximum of affine pieces, and the model shapes and sizes for which it holds."""
 
     op: Op
     pieces: tuple[Piece, ...]
     provenance: Provenance
     scope: FitScope = FitScope()
-    region: FitRegion | None = None  # None: nothing is known of its limits
+    region: FitRegion | None = None  # None: its limits are unknown
 
     def __post_init__(self) -> None:
         if not self.pieces:
@@ -184,8 +184,8 @@ class Profile:
     """Operator times and usable memory of one GPU type."""
 
     gpu: str
-    usable_bytes: int  # what weights, KV and activations may take together: nominal less what the system keeps
-    reserve_bytes: int  # of that, what an engine process keeps for itself (context, graphs, workspaces)
+    usable_bytes: int  # for weights, KV and activations together: nominal minus the system's own
+    reserve_bytes: int  # part of it that an engine process keeps for itself (context, graphs, workspaces)
     fits: tuple[Fit, ...]
 
     def __post_init__(self) -> None:
@@ -202,11 +202,11 @@ class Profile:
 
     @property
     def room_bytes(self) -> int:
-        """What weights, KV and activations have: usable memory less what the engine keeps for itself."""
+        """Return the bytes for weights, KV and activations: usable memory minus the engine's own."""
         return self.usable_bytes - self.reserve_bytes
 
     def fit(self, op: Op, model: ModelSpec, tp: int) -> Fit | None:
-        """The most specific fit of ``op`` for this model and TP size; None when there is none at all."""
+        """Return the most specific fit of ``op`` for this model and TP size, or None if there is none at all."""
         best, best_rank = None, -1
         for candidate in self.fits:
             rank = candidate.scope.specificity(model, tp) if candidate.op is op else None

@@ -1,8 +1,8 @@
-"""Sifting: a linear program with many columns, few of which matter, solved with those few.
+"""Sifting: the solution of a linear program with many columns through the few columns that matter.
 
-The model starts with the columns that prices known beforehand find cheap. Its own prices then name those missing, until
-none is. All columns are in sight, so that finding them is arithmetic on arrays and no search. One column is one
-(request, device): head groups that are placed, or arrive, there.
+The model starts with the columns that are cheap at prices known beforehand. Its own prices then identify missing
+columns, until none is missing. All columns are known, so finding them is array arithmetic rather than a search. One
+column is one (request, device): the head groups that are placed, or arrive, there.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MOST_SIFTINGS = 30
 
 
 class GrowingModel(Protocol):
-    """A program that takes more columns."""
+    """A program that accepts more columns."""
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
-        """Adds these columns to the model that ``highs`` holds."""
+        """Add these columns to the model that ``highs`` holds."""
 
     def cheaper(self, row_duals: FloatArray) -> BoolArray:
-        """Columns that would lower the objective at these prices, [requests, devices]; may name those there already."""
+        """Return columns that would lower the objective at these prices, [requests, devices], possibly known ones."""
 
 
 class Sifted(NamedTuple):
-    """The optimum: sifted columns in the order they came, values of all columns (others first), prices of rows."""
+    """The optimum: sifted columns in order of arrival, values of all columns (others first), prices of rows."""
 
     requests: IntArray
     devices: IntArray
@@ -40,15 +40,15 @@ class Sifted(NamedTuple):
 
 
 def sift(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed: BoolArray) -> Sifted | None:
-    """Runs HiGHS until no column is missing; None where it gives up or there is no solution.
+    """Run HiGHS until no column is missing; return None if it gives up or there is no solution.
 
-    ``highs`` holds the model with the ``chosen`` columns, in the order of `numpy.nonzero`; it may have all ``allowed``.
+    ``highs`` holds the model with the ``chosen`` columns, in the order of `numpy.nonzero`; it may use all ``allowed``.
     """
     chosen = chosen.copy()
     requests, devices = np.nonzero(chosen)
     for _ in range(MOST_SIFTINGS):
         highs.run()
-        missing = allowed & ~chosen  # where the model has no solution there are no prices to go by: all of them
+        missing = allowed & ~chosen  # if the model has no solution, there are no prices, so all of them
         if highs.getModelStatus() == highspy.HighsModelStatus.kOptimal:
             solution = highs.getSolution()
             row_duals = np.array(solution.row_dual)

@@ -1,7 +1,8 @@
-"""What people want of a plan beside its objective: which GPUs are used and what for, TP sizes, replicas, rent.
+"""Constraints on a plan besides its objective: which GPUs are used and how, TP sizes, replicas, rent.
 
-A *wish* is one ``--pin`` or ``--forbid`` of the command line and written like it (`str`). A plan keeps all wishes of
-its problem: `hetis.solver.placement.grounding` makes them part of the search, `hetis.solver.check.will` checks them.
+A *wish* is one ``--pin`` or ``--forbid`` constraint of the command line and written like it (`str`). A plan keeps all
+constraints of its problem: `hetis.solver.placement.grounding` applies them to the search, and
+`hetis.solver.check.will` checks them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hetis.solver.plan import Role
 
 
 class Duty(StrEnum):
-    """What a GPU may do in a plan: be part of a stage or an attention worker, in a replica of a role."""
+    """A use of a GPU in a plan: part of a stage or attention worker, and the role of its replica."""
 
     PRIMARY = "primary"
     WORKER = "worker"
@@ -25,7 +26,7 @@ class Duty(StrEnum):
 
     @property
     def others(self) -> frozenset[Duty]:
-        """What is left out if GPUs have this duty alone."""
+        """Return the duties that are excluded if GPUs have only this one."""
         return frozenset((PARTS if self in PARTS else ROLES) - {self})
 
 
@@ -35,7 +36,7 @@ DUTY_OF_ROLE = {Role.UNIFIED: Duty.UNIFIED, Role.PREFILL: Duty.PREFILL, Role.DEC
 
 
 class Unit(StrEnum):
-    """What a selection of GPUs names."""
+    """The kind of name by which GPUs are selected."""
 
     GPU = "gpu"  # one, as `node/index`
     NODE = "node"
@@ -54,13 +55,13 @@ class Selection:
         return f"{self.unit}={self.name}"
 
     def takes(self, *, device: str, node: str, gpu: str, zone: str) -> bool:
-        """Return whether a GPU is one of them."""
+        """Return whether a GPU is in the selection."""
         return self.name == {Unit.GPU: device, Unit.NODE: node, Unit.TYPE: gpu, Unit.ZONE: zone}[self.unit]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaveOut:
-    """These GPUs are not used."""
+    """Constraint that these GPUs are not used."""
 
     gpus: Selection
 
@@ -70,7 +71,7 @@ class LeaveOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """These GPUs have, of the duties of its kind, ``duty`` alone (``only``), or any but that."""
+    """Constraint that, among duties of its kind, these GPUs have only ``duty`` (``only``), or any other."""
 
     gpus: Selection
     duty: Duty
@@ -78,7 +79,7 @@ class Keep:
 
     @property
     def barred(self) -> frozenset[Duty]:
-        """Duties that the GPUs do not have."""
+        """Return the duties that the GPUs may not have."""
         return self.duty.others if self.only else frozenset({self.duty})
 
     def __str__(self) -> str:
@@ -98,7 +99,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithoutTp:
-    """No stage has this TP size."""
+    """Constraint that no stage has this TP size."""
 
     tp: int
 
@@ -108,7 +109,7 @@ class WithoutTp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithoutWorkers:
-    """No stage has attention workers."""
+    """Constraint that no stage has attention workers."""
 
     def __str__(self) -> str:
         return "--forbid workers"
@@ -116,7 +117,7 @@ class WithoutWorkers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicas:
-    """The plan has between ``least`` and ``most`` replicas, of all roles together; None: no limit."""
+    """Constraint that the plan has ``least`` to ``most`` replicas over all roles; None: no limit."""
 
     least: int
     most: int | None
@@ -131,15 +132,15 @@ class Replicas:
 
 
 class Sum(StrEnum):
-    """What a plan takes, all together."""
+    """A quantity summed over a whole plan."""
 
-    USD = "usd"  # rent, per hour
+    USD = "usd"  # rent per hour
     GPUS = "gpus"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtMost:
-    """The plan takes no more than that."""
+    """Constraint that the plan takes no more than ``most`` of a sum."""
 
     of: Sum
     most: float
@@ -154,7 +155,7 @@ Will = tuple[Wish, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """What is wished of some GPUs: duties they do not have, and the numbers of `Marks.least` that they count for."""
+    """The constraints on some GPUs: duties they may not have, and the indices of `Marks.least` that they count for."""
 
     barred: frozenset[Duty] = frozenset()
     counts_for: frozenset[int] = frozenset()
@@ -165,13 +166,13 @@ NO_MARK = Mark()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """The wishes of a problem that its cluster and family do not express.
+    """The constraints of a problem that its cluster and family do not express.
 
     Attributes:
-        on: by node group and GPU type; those not listed have none.
-        least: GPUs that are in use at least, for every `Use`.
-        replicas: of the plan, at least and at most.
-        most: what the plan takes at most.
+        on: marks by node group and GPU type; those not listed have none.
+        least: the fewest GPUs in use, for every `Use`.
+        replicas: the fewest and the most replicas of the plan.
+        most: limits on sums over the plan.
     """
 
     on: Mapping[tuple[str, str], Mark]
@@ -184,13 +185,13 @@ class Marks:
 
     @property
     def has_rows(self) -> bool:
-        """Whether they limit the sums of a plan, not only what its replicas may be."""
+        """Return whether they limit sums over a plan, not only the properties of its replicas."""
         return bool(self.least) or bool(self.most) or self.replicas != (0, float("inf"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Misfit:
-    """What is wrong with a wish on a cluster; ``known``: names that it could have meant."""
+    """An error in a constraint on a cluster; ``known`` are names that it could have meant."""
 
     wish: Wish
     message: str
@@ -202,7 +203,7 @@ class Misfit:
 
 
 def misfits(will: Will, cluster: Cluster, tp_sizes: tuple[int, ...]) -> Iterator[Misfit]:
-    """Wishes that speak of what a cluster does not have; all of them."""
+    """Yield an error for every constraint that names something the cluster does not have."""
     if not will:
         return
     known = _names(cluster) if any(isinstance(wish, LeaveOut | Keep | Use) for wish in will) else {}
@@ -231,7 +232,7 @@ def _without_price(cluster: Cluster) -> list[str]:
 
 
 def _names(cluster: Cluster) -> dict[Unit, dict[str, int]]:
-    """Every name of a unit, with the number of its GPUs."""
+    """Return every name of a unit with the number of its GPUs."""
     found: dict[Unit, dict[str, int]] = {unit: {} for unit in Unit}
     for device in cluster.devices():
         for unit, name in (

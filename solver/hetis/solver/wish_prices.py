@@ -1,8 +1,8 @@
-"""What every wish costs: the objective without it, the others kept, found by solving again.
+"""The price of every constraint: the objective without it while keeping the others, found by solving again.
 
-The best plan that keeps all wishes is worth something between the plan's value and its bound, the best one without a
-wish something between value and bound of that solve. The price of the wish is the difference, known within an interval;
-never below 0, for whatever keeps all wishes keeps fewer.
+The best plan under all constraints has a value between the plan's value and its bound, and the best one without a
+constraint has a value between value and bound of its own solve. The price of the constraint is the difference, known
+within an interval and never below 0, because whatever keeps all constraints also keeps fewer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hetis.solver.will import Will
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WishPrice:
-    """What the objective would gain without some wishes, in its unit: ``least`` to ``most``.
+    """The gain of the objective without some constraints, in its unit: ``least`` to ``most``.
 
-    ``is_solved``: by solving again. False: no time was left for that, and ``most`` is what dense work allows.
+    It comes from solving again if ``is_solved``; otherwise no time was left, and ``most`` is what dense work allows.
     """
 
     will: Will
@@ -45,9 +45,9 @@ def price_wishes(
     threads: int = 1,
     report: Report = silent,
 ) -> tuple[WishPrice, ...]:
-    """The price of every wish of a problem beside the others, and of all together where there are several.
+    """Return the price of each constraint of a problem while keeping the others, and of all together if several.
 
-    Every solve may take an equal part of the time that is left.
+    Every solve gets an equal part of the time left.
     """
     parts: list[Will] = [(wish,) for wish in problem.will]
     if len(parts) > 1:
@@ -76,7 +76,7 @@ def _solved(
             report=report,
         )
     except HetisError:
-        return None  # stopped before it had a plan: nothing is proved
+        return None  # stopped before it had a plan, which proves nothing
     sign = 1.0 if plan.objective.maximises else -1.0
     least = sign * (better.result.value - plan.result.bound)
     most = sign * (better.result.bound - plan.result.value)
@@ -84,7 +84,7 @@ def _solved(
 
 
 def _at_once(freed: PlacementProblem, plan: Plan, part: Will) -> WishPrice:
-    """Without a search: no plan serves more than dense work allows, and none is cheaper than nothing."""
+    """Return a price without a search: no plan serves more than dense work allows, and none is cheaper than free."""
     if not plan.objective.maximises:
         return WishPrice(will=part, least=0.0, most=plan.result.value, is_solved=False)
     family = STRATEGIES[plan.strategy].restrict(freed.family)

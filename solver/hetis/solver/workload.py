@@ -1,4 +1,4 @@
-"""The traffic: the joint distribution of prompt and output lengths, and the averages the cost model needs."""
+"""The traffic: the joint distribution of prompt and output lengths, and the averages that the cost model needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthBin:
-    """A share of the requests with (nearly) these lengths. Means of a histogram bin need not be whole."""
+    """A share of the requests with (nearly) these lengths, which need not be whole in a histogram."""
 
     prompt_tokens: float
     output_tokens: float
@@ -39,7 +39,7 @@ class Workload:
 
     name: str
     bins: tuple[LengthBin, ...]
-    rate_rps: float | None = None  # arrival rate of the source, where it has one
+    rate_rps: float | None = None  # arrival rate of the source, if it has one
     clipped_ratio: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Workload:
             raise InvalidProblemError(f"workload {self.name} has no requests")
 
     def clipped_to(self, max_position: int) -> Workload:
-        """The same workload as a model with a context of ``max_position`` tokens can serve it.
+        """Return the workload as a model with a context of ``max_position`` tokens can serve it.
 
         Outputs are cut to leave room for one prompt token, then prompts to ``max_position - output``.
         """
@@ -62,18 +62,18 @@ class Workload:
         return Workload(name=self.name, bins=tuple(bins), rate_rps=self.rate_rps, clipped_ratio=ratio)
 
     def moments(self, *, block_tokens: int = 16) -> WorkloadMoments:
-        """The averages the cost model uses; see `WorkloadMoments`."""
+        """Return the averages that the cost model uses; see `WorkloadMoments`."""
         return moments_of(self.bins, block_tokens=block_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadMoments:
-    """Averages of a workload. Averages over requests in flight are weighted by how long a request is there.
+    """Averages of a workload. Averages over requests in flight are weighted by how long each request is there.
 
     A request decodes for a time in proportion to its output O, while its context grows from P to P + O. So among
     *decoding* requests the mean context is ``E[O (P + O/2)] / E[O]`` and its second moment
-    ``E[O (P^2 + P O + O^2/3)] / E[O]``. A request prefills for a time in proportion to P, holding P/2 on average:
-    among *prefilling* ones the mean is ``E[P^2] / (2 E[P])``, and the second moment ``E[P^3] / (3 E[P])``.
+    ``E[O (P^2 + P O + O^2/3)] / E[O]``. A request prefills for a time in proportion to P, holding P/2 on average, so
+    among *prefilling* requests the mean is ``E[P^2] / (2 E[P])``, and the second moment ``E[P^3] / (3 E[P])``.
     """
 
     mean_prompt: float  # P, tokens
@@ -81,14 +81,14 @@ class WorkloadMoments:
     prefill_pairs: float  # E[P (P + 1) / 2]: (query, key) pairs of a whole prefill
     p95_prompt: float  # tokens
     resident_context: float  # tokens in KV of a decoding request, rounded up to blocks on average
-    resident_context_sd: float  # standard deviation of the same
+    resident_context_sd: float  # its standard deviation
     prefilling_context: float  # tokens in KV of a prefilling request
     prompt_cv2: float  # squared coefficient of variation of the prompt length
     prefill_context_sd: float  # standard deviation, over prompt tokens, of the tokens they attend to
 
 
 def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMoments:
-    """Computes `WorkloadMoments`; the half-filled last block costs ``(block_tokens - 1) / 2`` tokens on average."""
+    """Compute `WorkloadMoments`; the half-filled last block costs ``(block_tokens - 1) / 2`` tokens on average."""
     p: FloatArray = np.array([b.prompt_tokens for b in bins])
     o: FloatArray = np.array([b.output_tokens for b in bins])
     w: FloatArray = np.array([b.weight for b in bins])

@@ -1,1 +1,1 @@
-"""What another fleet would be worth: fleets with nodes added or taken away, and what two proofs say of a difference."""
+"""The worth of another fleet: fleets with nodes added or removed, and what two proofs imply about a difference."""

@@ -1,14 +1,14 @@
-"""What two solves prove of the difference between two fleets.
+"""The difference between two fleets, as proved by two solves.
 
-Each solve gives a plan of value v and a bound b; the best plan's value lies between the two. So the best value after
-the change less the best value before lies in
+Each solve gives a plan of value v and a bound b, between which the best plan's value lies. So the best value after the
+change minus the best value before lies in
 
-    [v_after - b_before, b_after - v_before]        where the objective is maximised
-    [b_after - v_before, v_after - b_before]        where it is minimised
+    [v_after - b_before, b_after - v_before]        if the objective is maximised
+    [b_after - v_before, v_after - b_before]        if it is minimised
 
-Where GPUs were only added, every plan from before is a plan still, and where they were only taken away, every plan
-from after was one: values and bounds then hold for both sides, which narrows the interval. That is so inside one zone
-only: among several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
+If GPUs were only added, every plan from before is still a plan, and if they were only removed, every plan from after
+was one before. Values and bounds then hold for both sides, which narrows the interval. This holds inside one zone only:
+with several, a replica's share of the links between them shrinks as the fleet grows (docs/cost-model.md).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-EXACT = 1e-6  # of the larger value: an interval narrower than this is a number
+EXACT = 1e-6  # ratio to the larger value below which an interval counts as a number
 
 
 class Change(StrEnum):
-    """How two fleets differ, as far as their plans go."""
+    """The relation between two fleets' sets of plans."""
 
     GROWN = "grown"  # every plan from before is one after
     SHRUNK = "shrunk"  # every plan from after was one before
@@ -37,7 +37,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proven:
-    """The best plan found and the bound on all; without a plan 0 (infinity where the objective is minimised)."""
+    """The best plan found and the bound on all; without a plan 0 (infinity if the objective is minimised)."""
 
     value: float
     bound: float
@@ -45,7 +45,7 @@ class Proven:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Difference of the best plans, after less before, in the objective's unit: not below ``low``, not above ``high``.
+    """Difference of the best plans, after minus before, in the objective's unit: between ``low`` and ``high``.
 
     ``found`` is the difference of the two plans that were found.
     """
@@ -57,7 +57,7 @@ class Difference:
 
 
 def difference(before: Proven, after: Proven, *, maximises: bool, change: Change) -> Difference:
-    """Return what the two proofs imply; infinite or NaN-free: an unknown side gives an infinite end."""
+    """Return what the two proofs imply; an unknown side gives an infinite end, never NaN."""
     (low0, high0), (low1, high1) = _span(before, maximises), _span(after, maximises)
     better_after = change is (Change.GROWN if maximises else Change.SHRUNK)  # the best value cannot fall
     better_before = change is (Change.SHRUNK if maximises else Change.GROWN)  # it cannot rise
@@ -81,7 +81,7 @@ def _span(side: Proven, maximises: bool) -> tuple[float, float]:
 
 
 def _less(a: float, b: float, unknown: float) -> float:
-    """``a - b``; ``unknown`` where both are infinite."""
+    """Return ``a - b``, or ``unknown`` if both are the same infinity."""
     return unknown if math.isinf(a) and a == b else a - b
 
 

@@ -1,4 +1,4 @@
-"""The same fleet with nodes added or taken away; every node that stays keeps its name."""
+"""Variants of a fleet with nodes added or removed; every node that stays keeps its name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeShape:
-    """What added GPUs come in.
+    """The nodes that added GPUs come in.
 
     Attributes:
-        gpus_per_node: GPUs fill nodes of this size; the last node has what is left.
-        zone: of every added node.
-        nic: None: the cluster network's link.
+        gpus_per_node: GPUs fill nodes of this size; the last node has the rest.
+        zone: zone of every added node.
+        nic: link between nodes; None: the cluster network's link.
         intra_link: GPU to GPU inside a node; None: NVLink or PCIe of the GPU type.
     """
 
@@ -28,7 +28,7 @@ class NodeShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addition:
-    """``count`` GPUs of a type; ``usd_per_hour`` of one of them, None: the type's price."""
+    """``count`` GPUs of a type; ``usd_per_hour`` is per GPU, None: the type's price."""
 
     gpu: GpuType
     count: int
@@ -36,10 +36,10 @@ class Addition:
 
 
 def with_added(cluster: Cluster, additions: Sequence[Addition], shape: NodeShape) -> Cluster:
-    """The fleet with more GPUs, in nodes of their own called ``added-TYPE``.
+    """Return the fleet with more GPUs, in new nodes called ``added-TYPE``.
 
     Raises:
-        InvalidProblemError: a type has the name of one of the fleet's, with other numbers.
+        InvalidProblemError: a type has the name of one of the fleet's types but other numbers.
     """
     types = dict(cluster.gpu_types)
     groups = list(cluster.node_groups)
@@ -77,10 +77,10 @@ def _free_name(wanted: str, taken: set[str]) -> str:
 
 
 def without(cluster: Cluster, names: Iterable[str]) -> Cluster:
-    """The fleet without these nodes, given by their names, or by the name of a group for all of its nodes.
+    """Return the fleet without these nodes, given by name, or by the name of a group for all of its nodes.
 
     Raises:
-        InvalidProblemError: no such node, all that are unknown in one message; or no node is left.
+        InvalidProblemError: some nodes do not exist (one message names all), or no node is left.
     """
     gone = set(names)
     groups = tuple(left for group in cluster.node_groups for left in _left_of(group, gone))
@@ -93,13 +93,13 @@ def without(cluster: Cluster, names: Iterable[str]) -> Cluster:
 
 
 def node_names(cluster: Cluster) -> Iterator[str]:
-    """Every node of the fleet by name."""
+    """Yield the name of every node of the fleet."""
     for group in cluster.node_groups:
         yield from (group.node_name(i) for i in range(group.count))
 
 
 def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
-    """Yield what is left of a group: itself with fewer nodes where the last ones went, else its nodes one by one."""
+    """Yield the rest of a group: itself with fewer nodes if only its last ones went, otherwise its nodes one by one."""
     if group.name in gone:
         return
     left = [i for i in range(group.count) if group.node_name(i) not in gone]
@@ -112,7 +112,7 @@ def _left_of(group: NodeGroup, gone: set[str]) -> Iterator[NodeGroup]:
 
 
 def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:
-    """Links between zones and nodes that are still there."""
+    """Return the network with links between remaining zones and nodes only."""
     zones = {group.zone for group in groups}
     nodes = {group.node_name(i) for group in groups for i in range(group.count)} if network.between_nodes else set()
     return replace(
@@ -123,7 +123,7 @@ def _network_of(network: Network, groups: Sequence[NodeGroup]) -> Network:
 
 
 def usd_per_hour_of(cluster: Cluster) -> float | None:
-    """Return what the whole fleet costs, used or not; None where a GPU has no price."""
+    """Return the price of the whole fleet, used or not, or None if a GPU has no price."""
     total = 0.0
     for group in cluster.node_groups:
         for slots in group.gpus:

@@ -1,12 +1,12 @@
 """The plan checker: trusts nothing a plan says and nothing the search computed.
 
-`check_plan` reads a plan as its author never wrote it: it looks every device up, derives every number again from
-``docs/cost-model.md`` and the problem with code of its own, and compares. It shares no code with the search.
-Time grows with the number of devices; replicas of equal shape are derived once.
+`check_plan` takes nothing for granted: it looks every device up, derives every number again from ``docs/cost-model.md``
+and the problem with code of its own, and compares. It shares no code with the search. Its time grows with the number of
+devices; replicas of equal shape are derived once.
 
-Two things it must take on trust, because only a search can prove them: the bound (it must lie on the far side of the
-value, and gap and status must follow from both) and the prices (it counts the rows of their table, and no price may be
-negative).
+Two things must be taken on trust, because only a search can prove them: the bound (it must lie on the far side of the
+value, and gap and status must follow from both) and the prices (the rows of their table are counted, and no price may
+be negative).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Rule", "Violation", "check_plan"]
 
 
 def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
-    """Everything that is wrong with the plan; empty when it is sound.
+    """Return everything that is wrong with the plan; empty if it is sound.
 
     A replica whose structure is broken (an unknown device, missing layers) is reported for that alone: its numbers
     have no meaning, so they are not derived.

@@ -1,4 +1,4 @@
-"""The numbers a replica claims, compared with the ones derived again."""
+"""The numbers that a replica claims, compared with their derivation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hetis.solver.cluster import Link
 from hetis.solver.plan import Objective, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 
-RELATIVE = 1e-6  # what a claim may differ from its derivation by
-ROUNDING = 1e-9  # what a memory row may exceed its limit by, relative; the sums have a few dozen terms
+RELATIVE = 1e-6  # ratio by which a claim may differ from its derivation
+ROUNDING = 1e-9  # ratio by which a memory row may exceed its limit; the sums have a few dozen terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Bytes a device must hold and may hold."""
+    """The bytes that a device must hold and those it may hold."""
 
     where: str
     rule: Rule
@@ -43,21 +43,21 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Derived:
-    """Everything the cost model says of a replica.
+    """The numbers that the cost model gives a replica.
 
-    Its TPOT is ``tpot_per_t`` times t, its TTFT see `ttft_s`. Numbers called slowest are over the slowest links of the
-    cluster, the others over those of its devices.
+    Its TPOT is ``tpot_per_t`` times t; for its TTFT see `ttft_s`. Numbers called slowest use the slowest links of the
+    cluster, the others those of its devices.
     """
 
     t_s: float  # seconds between completions
     tpot_per_t: float
-    ttft_round_trips: float  # each with a chunk on board
-    round_trip_per_t: float  # the mean one
-    chunk_s: float  # an iteration with a chunk at all stages
+    ttft_round_trips: float  # each with a chunk
+    round_trip_per_t: float  # the mean round trip
+    chunk_s: float  # an iteration with a chunk, summed over all stages
     slowest_chunk_s: float
     kv_tokens: float
     memory: tuple[MemoryUse, ...]
-    landing_s: float = 0.0  # of a prefill replica: of the last KV
+    landing_s: float = 0.0  # of a prefill replica's last KV
     slowest_landing_s: float = 0.0
 
     @property
@@ -65,7 +65,7 @@ class Derived:
         return 1 / self.t_s if self.t_s > 0 else math.inf
 
     def ttft_s(self, t_s: float) -> float:
-        """p95 TTFT where completions are ``t_s`` apart."""
+        """Return p95 TTFT if completions are ``t_s`` apart."""
         return self._ttft_s(t_s, self.chunk_s, self.landing_s)
 
     def slowest_ttft_s(self, t_s: float) -> float:
@@ -82,7 +82,7 @@ class Derived:
 
 
 class Rederivation:
-    """Derives replicas of one problem again; equal shapes once."""
+    """A derivation of the replicas of one problem, which derives equal shapes once."""
 
     def __init__(self, problem: PlacementProblem) -> None:
         self._problem = problem
@@ -113,7 +113,7 @@ class Rederivation:
 
 
 def derive(setting: Setting, shape: ReplicaShape) -> Derived:
-    """The cost model, applied to one replica."""
+    """Apply the cost model to one replica."""
     last = len(shape.stages) - 1
     stage_s, room, memory = [], math.inf, list[MemoryUse]()
     landing_s, slowest_landing_s, chunk_s, slowest_chunk_s = 0.0, 0.0, 0.0, 0.0
@@ -172,7 +172,7 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
 
 
 def _with_link(stage: StageShape, link: Link) -> StageShape:
-    """The stage with this link wherever it has one."""
+    """Return the stage with this link wherever it has one."""
     pool = None if stage.pool is None else replace(stage.pool, link=link)
     kv_link = None if stage.kv_link is None else link
     return replace(stage, hop_link=link, kv_link=kv_link, pool=pool)
@@ -181,11 +181,11 @@ def _with_link(stage: StageShape, link: Link) -> StageShape:
 def check_replica_claims(
     replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, *, may_claim_less: bool
 ) -> list[Violation]:
-    """Memory, rate, latencies and KV room of a replica of sound structure.
+    """Check memory, rate, latencies and KV room of a replica of sound structure.
 
     Args:
         may_claim_less: the search may have charged worse links than these devices have (`Fleet.has_uneven_links`), so
-            that a lower rate is no mistake. A higher one always is.
+            a lower rate is no error. A higher one always is.
     """
     violations = list(_check_memory(where, derived))
     not_finite = list(_check_finite(replica, where))
@@ -226,10 +226,10 @@ def _check_rate(replica: ReplicaPlan, where: str, derived: Derived, may_claim_le
 def _check_latency(
     replica: ReplicaPlan, where: str, objective: Objective, derived: Derived, may_claim_less: bool
 ) -> Iterator[Violation]:
-    """Latencies grow with t: the claim must lie between those at the derived t and at the t of the claimed rate.
+    """Check latencies, which grow with t: a claim must lie between those at the derived t and at the claimed rate's t.
 
-    A plan that claims less than its rate (see `check_replica_claims`) claims more latency with it, and may have charged
-    its hops and the landing of its KV worse links.
+    A plan that claims less than its rate (see `check_replica_claims`) also claims more latency, and may have charged
+    worse links for its hops and the landing of its KV.
     """
     t_max = max(derived.t_s, 1 / replica.rate if replica.rate > 0 else math.inf)
     slowest_ttft_s = derived.slowest_ttft_s if may_claim_less else derived.ttft_s
@@ -262,12 +262,12 @@ def _check_latency(
 
 
 def _times(t_s: float, per_t: float) -> float:
-    """A latency at t; 0 for a role that does not have it, also where no rate is claimed."""
+    """Return a latency at t, or 0 for a role that does not have it, even if no rate is claimed."""
     return t_s * per_t if per_t else 0.0
 
 
 def _check_kv_tokens(replica: ReplicaPlan, where: str, derived: Derived) -> Iterator[Violation]:
-    # Whole tokens: rounding decides which of two neighbours it is.
+    # Tokens are whole, and rounding decides between two neighbours.
     if abs(replica.kv_tokens - math.floor(derived.kv_tokens)) > max(1.0, RELATIVE * derived.kv_tokens):
         message = f"claims room for {replica.kv_tokens} KV tokens, has room for {derived.kv_tokens:.0f}"
         yield Violation(rule=Rule.KV_TOKENS, where=where, message=message)

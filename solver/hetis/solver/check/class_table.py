@@ -1,4 +1,4 @@
-"""The class table of a plan: a row for every device class, which counts what there is and what the plan uses."""
+"""The class table of a plan: a row for every device class, which counts its GPUs and those that the plan uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.solver.plan import Plan, Status
 
 
 class Row(NamedTuple):
-    """What a row says of a device class; classes that differ in links or price alone have equal rows."""
+    """The contents of a row; device classes that differ only in links or price have equal rows."""
 
     gpu: str
     zone: str
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
-    """The class table has one row for every device class, which counts what the cluster has and the plan uses."""
+    """Check that the table has one row for every device class, with the cluster's GPUs and those in use."""
     if plan.result.status is Status.INFEASIBLE and not plan.prices:
         return []
     says = Counter(
@@ -46,7 +46,7 @@ def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
 
 
 def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
-    """The rows that the table must have."""
+    """Yield the rows that the table must have."""
     workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
     used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
     classes: defaultdict[EqualDevices, list[str]] = defaultdict(list)
@@ -69,7 +69,7 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
 
 
 class EqualDevices(NamedTuple):
-    """GPUs that no number of a plan tells apart."""
+    """GPUs that no number of a plan can tell apart."""
 
     gpu: str
     zone: str
@@ -98,7 +98,7 @@ def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link
 
 
 def _worst_node_links(fleet: Fleet) -> dict[str, Link]:
-    """The worst explicit link of every node that has one."""
+    """Return the worst explicit link of every node that has one."""
     worst: dict[str, Link] = {}
     for pair, link in fleet.cluster.network.between_nodes.items():
         for node in pair:

@@ -1,4 +1,4 @@
-"""What an engine runs: the rules of `EngineRules`, derived from a plan's replicas alone."""
+"""The rules of an engine (`EngineRules`), checked on a plan's replicas alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.solver.problem import EngineRules, PlacementProblem
 
 
 def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """The replica is a pipeline as the family's engine runs it; nothing where any engine will do."""
+    """Check that the replica is a pipeline as the family's engine runs it; nothing if any engine is allowed."""
     rules = problem.family.engine
     if rules is None:
         return []

@@ -1,4 +1,4 @@
-"""The devices of a cluster by name, and which links lie between those a plan uses."""
+"""The devices of a cluster by name, and the links between those that a plan uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.solver.will import LeaveOut, Will
 
 
 def left_out_by(will: Will) -> Callable[[Device], bool]:
-    """Return what says of a device whether it is forbidden."""
+    """Return a predicate that says whether a device is forbidden."""
     out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
     return lambda device: any(
         gpus.takes(device=device.name, node=device.node, gpu=device.gpu, zone=device.group.zone) for gpus in out
@@ -24,7 +24,7 @@ def left_out_by(will: Will) -> Callable[[Device], bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """A cluster with every device looked up by name."""
+    """A cluster with its devices by name."""
 
     cluster: Cluster
     devices: Mapping[str, Device]
@@ -34,26 +34,26 @@ class Fleet:
         return Fleet(cluster=cluster, devices={device.name: device for device in cluster.devices()})
 
     def without_left_out(self, will: Will) -> Fleet:
-        """The fleet as it is where GPUs are forbidden: these do not exist."""
+        """Return the fleet without forbidden GPUs."""
         is_out = left_out_by(will)
         return replace(self, devices={name: device for name, device in self.devices.items() if not is_out(device)})
 
     @cached_property
     def zones(self) -> tuple[str, ...]:
-        """Zones that have devices, in order of appearance."""
+        """Return the zones that have devices, in order of appearance."""
         left = {device.group.zone for device in self.devices.values()}
         return tuple(zone for zone in self.cluster.zones() if zone in left)
 
     @property
     def has_uneven_links(self) -> bool:
-        """Whether links depend on where a device stands: between zones, or between nodes that the cluster names.
+        """Return whether links depend on a device's place: its zone, or its node if the cluster names node links.
 
         A search that charges a class of devices its worst link then claims less than the devices of a plan may give.
         """
         return len(self.cluster.zones()) > 1 or bool(self.cluster.network.between_nodes)
 
     def groups_of(self, names: Iterable[str]) -> tuple[NodeGroup, ...]:
-        """Node groups of these devices, each once."""
+        """Return the node groups of these devices, each once."""
         return tuple({self.devices[name].group.name: self.devices[name].group for name in names}.values())
 
     def nodes_of(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Fleet:
         return [group.nic or self.cluster.network.default for group in self.groups_of(names)]
 
     def intra_link(self, names: Iterable[str], gpu: str) -> Link:
-        """The slowest link inside the nodes of these devices."""
+        """Return the slowest link inside the nodes of these devices."""
         return slowest([group.intra_link or self.board_link(gpu) for group in self.groups_of(names)])
 
     def board_link(self, gpu: str) -> Link:
@@ -74,7 +74,7 @@ class Fleet:
         return Link(bytes_per_s=board.nvlink_bytes_per_s or board.pcie_bytes_per_s, latency_s=0.0)
 
     def node_links(self, some: Iterable[str], others: Iterable[str]) -> list[Link]:
-        """Explicit links between the nodes of some devices and those of others."""
+        """Return the explicit links between the nodes of some devices and those of others."""
         network = self.cluster.network
         if not network.between_nodes:
             return []
@@ -83,7 +83,7 @@ class Fleet:
         return [link for link in links if link is not None]
 
     def slowest_link(self) -> Link:
-        """The worst bandwidth and the worst latency between any nodes of the cluster."""
+        """Return the worst bandwidth and the worst latency between any nodes of the cluster."""
         network, zones = self.cluster.network, self.zones
         links = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
         links += [group.nic or network.default for group in self.cluster.node_groups]
@@ -91,12 +91,12 @@ class Fleet:
 
 
 def slowest(links: list[Link]) -> Link:
-    """The worst bandwidth and the worst latency of these links."""
+    """Return the worst bandwidth and the worst latency of these links."""
     return reduce(Link.slower_of, links)
 
 
 def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet) -> ReplicaShape:
-    """The shape of a replica whose structure is sound, with the links its devices really have."""
+    """Return the shape of a replica of sound structure, with the actual links of its devices."""
     pools = {pool.stage: pool for pool in replica.attention_workers}
     zone_links = _zone_links(fleet, replica)
     stages = []
@@ -130,20 +130,20 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
 
 
 def _zone_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Links inside and between all zones of a replica."""
+    """Return the links inside and between all zones of a replica."""
     zones = fleet.zones_of(replica.devices())
     network = fleet.cluster.network
     return [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i:]]
 
 
 def _kv_links(fleet: Fleet, replica: ReplicaPlan) -> list[Link]:
-    """Links from the zone of a prefill replica to those that it may send KV to."""
+    """Return the links from the zone of a prefill replica to those that it may send KV to."""
     (zone,) = fleet.zones_of(replica.devices())
     return [fleet.cluster.network.zone_link(zone, other) for other in replica.kv_zones]
 
 
 def _shared_by(replica: ReplicaPlan) -> tuple[tuple[int, ...], ...]:
-    """The different sets of stages that a card serves, where it serves more than one."""
+    """Return the different sets of stages that one card serves, without those of a single stage."""
     served: defaultdict[str, set[int]] = defaultdict(set)
     for pool in replica.attention_workers:
         for name in pool.devices:

@@ -1,4 +1,4 @@
-"""Bytes, derived again from ``docs/cost-model.md``, "Memory of a rank". Same letters."""
+"""Bytes, derived again from ``docs/cost-model.md``, "Memory of a rank", with the same letters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.plan import Role
 
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return what one primary rank of a stage must hold, reserve included."""
+    """Return the bytes that one primary rank of a stage must hold, including the reserve."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
@@ -18,14 +18,14 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
 
 
 def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
-    """Return what the fullest card of a pool must hold, reserve included."""
+    """Return the bytes that the fullest card of a pool must hold, including the reserve."""
     per_token = worker_kv_bytes_per_token(setting, stage, pool, is_first=is_first)
     kv_tokens = kv_tokens_of_a_copy(setting, stage.copies)
     return setting.problem.profiles[pool.gpu].reserve_bytes + per_token * kv_tokens
 
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Tokens whose KV fits on one copy of a stage, beside everything that is not KV."""
+    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
@@ -38,7 +38,7 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
 
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
-    """Tkv: KV tokens a copy must have room for, prefilling requests and headroom included."""
+    """Return Tkv, the KV tokens that a copy must have room for, including prefilling requests and headroom."""
     moments, b = setting.moments, setting.micro_batch
     D = micro_batches_of_a_copy(setting, copies)
     decoding = D * b * setting.model.cached_tokens(moments.resident_context)
@@ -48,21 +48,20 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
 
 
 def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
-    """Tpre: KV tokens of the prompts that a copy is prefilling."""
+    """Return Tpre, the KV tokens of the prompts that a copy is prefilling."""
     held = setting.moments.prefilling_context + setting.chunk_tokens
     return micro_batches_of_a_copy(setting, copies) * setting.chunk_share * held
 
 
 def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
-    """Return what a rank keeps of its pool's head groups: prompts under way, which later chunks attend to on the
-    rank."""
+    """Return the bytes that a rank keeps of its pool's head groups: prompts that later chunks still attend to."""
     given = stage.pool.head_groups if stage.pool else 0
     tokens = prompt_tokens_of_a_copy(setting, stage.copies)
     return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
-    """D: micro-batches whose KV one copy holds."""
+    """Return D, the micro-batches whose KV one copy holds."""
     return -(-setting.in_flight // copies)
 
 
@@ -73,14 +72,14 @@ def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bo
 
 
 def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
-    """Bytes per token of a copy on the fullest card, which holds ``ceil(D b k n / p)`` of its D b requests' groups."""
+    """Return bytes per copy token on the fullest card, which holds ``ceil(D b k n / p)`` groups of D b requests."""
     requests = micro_batches_of_a_copy(setting, stage.copies) * setting.micro_batch
     pairs = -(-requests * pool.head_groups * stage.tp // pool.cards)
     return _all_layers(setting, stage, is_first) * pairs / requests * setting.model.kv_bytes_per_token_group()
 
 
 def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Everything on a rank that is not KV: reserve, activations, weights, and the logits on the last stage."""
+    """Return the bytes of a rank that are not KV: reserve, activations, weights, and logits on the last stage."""
     model, n, b = setting.model, stage.tp, setting.micro_batch
     fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
     fixed += stage.layers * model.layer_params() * model.weight_bytes / n
@@ -107,7 +106,7 @@ def _all_layers(setting: Setting, stage: StageShape, is_first: bool) -> int:
 
 
 def _quotient(free_bytes: float, bytes_per_token: float) -> float:
-    """Tokens that fit; any number where a token takes no bytes."""
+    """Return the tokens that fit, or infinity if a token takes no bytes."""
     if bytes_per_token > 0:
         return max(0.0, free_bytes) / bytes_per_token
     return math.inf if free_bytes >= 0 else 0.0

@@ -19,7 +19,7 @@ UNIFIED_ALONE = "; every replica prefills and decodes"
 
 
 def check_result(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """The value is what the replicas give; bound, gap and status do not contradict it or one another."""
+    """Check that the value follows from the replicas, and that bound, gap and status contradict nothing."""
     violations = list(_check_objective(plan, problem))
     violations += _check_family(plan, problem)
     not_finite = list(_check_finite(plan))
@@ -51,9 +51,9 @@ def _check_objective(plan: Plan, problem: PlacementProblem) -> Iterator[Violatio
 
 
 def _check_family(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
-    """The bound speaks of a family: of the one that was searched, and in its words.
+    """Check that the bound's family is the one that was searched, in the same words.
 
-    Plans from before there were roles leave out what is said of them: all their replicas are unified.
+    Plans from before the introduction of roles do not mention them: all their replicas are unified.
     """
     family = problem.describe_family()
     if plan.family not in (family, family.removesuffix(UNIFIED_ALONE)):
@@ -104,7 +104,7 @@ def _who(plan: Plan) -> str:
 
 
 def _usd_per_hour(names: list[str], fleet: Fleet) -> float:
-    """Price of these devices; one that does not exist costs nothing (it is reported elsewhere)."""
+    """Return the price of these devices; one that does not exist costs nothing (it is reported elsewhere)."""
     total = 0.0
     for name in names:
         device = fleet.devices.get(name)
@@ -114,7 +114,7 @@ def _usd_per_hour(names: list[str], fleet: Fleet) -> float:
 
 
 def _price_at(fleet: Fleet, group: NodeGroup, index: int) -> float:
-    """Price of the GPU at an index of a node: indices count through the node's slots in order."""
+    """Return the price of the GPU at an index of a node; indices count through the node's slots in order."""
     for slots in group.gpus:
         if index < slots.count:
             return fleet.cluster.price_of(slots) or 0.0

@@ -1,4 +1,4 @@
-"""What the role of a replica says about its settings, its place and its GPU types."""
+"""Checks of the settings, the place and the GPU types that a replica's role requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.problem import PlacementProblem
 
 
 def check_role(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
-    """The family has the role, and the replica stays in one zone and sends KV where its role may."""
+    """Check that the family has the role, and that the replica's zone and KV destinations suit it."""
     if replica.role not in problem.family.roles:
         message = f"is {replica.role}, the family has {', '.join(problem.family.roles)} replicas"
         yield Violation(rule=Rule.ROLE, where=where, message=message)
@@ -32,7 +32,7 @@ def check_role(replica: ReplicaPlan, where: str, problem: PlacementProblem, flee
 
 
 def check_types_of_roles(plan: Plan, problem: PlacementProblem) -> list[Violation]:
-    """Check that, where the family wants one GPU type per role, all replicas of a role use it."""
+    """Check that all replicas of a role use one GPU type if the family requires that."""
     if not problem.family.one_type_per_role:
         return []
     types: defaultdict[Role, set[str]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""Checks of where the KV of prompts goes: routes between prefill and decode replicas, and all traffic between zones."""
+"""Checks of the KV of prompts: routes between prefill and decode replicas, and all traffic between zones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RELATIVE = 1e-6  # rounding of sums of rates
 
 
 def served_rate(plan: Plan) -> float:
-    """Requests/s that a plan completes: those of unified replicas, and those that routes lead through both others."""
+    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry."""
     unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
     return unified + sum(route.rate for route in plan.kv_routes)
 
 
 def check_routes(plan: Plan, fleet: Fleet) -> list[Violation]:
-    """Every route joins two replicas that fit together; none of them sends or receives more than its rate."""
+    """Check that every route joins two replicas that fit together, and none sends or receives more than its rate."""
     violations: list[Violation] = []
     flow: defaultdict[int, float] = defaultdict(float)
     seen: dict[tuple[int, int], int] = {}
@@ -71,9 +71,9 @@ def _check_route(route: KvRoute, where: str, plan: Plan, fleet: Fleet) -> Iterat
 
 
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Each direction of a link between zones has its speed.
+    """Check the capacity of each direction of every link between zones.
 
-    A hop of a unified replica from a zone to another carries ``rate (P + O) H s`` bytes/s, a route ``rate P L G kvb``.
+    A unified replica's hop from one zone to another carries ``rate (P + O) H s`` bytes/s, a route ``rate P L G kvb``.
     """
     model = problem.model
     workload = problem.workload.clipped_to(model.max_position)
@@ -95,7 +95,7 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
 
 
 def _hops(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
-    """Zone pairs that activations cross, with the rate at which they do."""
+    """Yield zone pairs that activations cross, with their rate in requests/s."""
     for replica in plan.replicas:
         zones = [_zone_of(stage.devices, fleet) for stage in replica.stages]
         for here, there in pairwise(zones):
@@ -104,7 +104,7 @@ def _hops(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
 
 
 def _deliveries(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
-    """Zone pairs that the KV of prompts crosses, with the rate at which it does."""
+    """Yield zone pairs that the KV of prompts crosses, with its rate in requests/s."""
     zones = [_zone_of(replica.devices(), fleet) for replica in plan.replicas]
     for route in plan.kv_routes:
         if 0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones):  # others are reported elsewhere
@@ -114,5 +114,5 @@ def _deliveries(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
 
 
 def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
-    """The zone of the first device that exists; a stage in several zones is reported elsewhere."""
+    """Return the zone of the first device that exists; a stage in several zones is reported elsewhere."""
     return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)

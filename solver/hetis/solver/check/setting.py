@@ -1,4 +1,4 @@
-"""What all stages of a replica share: the problem's averages and (b, M, C), with the iterations that follow."""
+"""The values that all stages of a replica share: the problem's averages, (b, M, C), and the resulting iterations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hetis.solver.workload import WorkloadMoments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A problem seen at one role and (b, M, C); ``docs/cost-model.md``, "Letters", "Iterations" and "Prefill and decode
-    replicas". b is 0 where nothing is decoded, C where nothing is prefilled."""
+    """A problem at one role and (b, M, C); see ``docs/cost-model.md``, "Letters", "Iterations" and "Prefill and decode
+    replicas". b is 0 if nothing is decoded, C is 0 if nothing is prefilled."""
 
     problem: PlacementProblem
     moments: WorkloadMoments
@@ -29,34 +29,34 @@ class Setting:
 
     @property
     def chunk_iterations(self) -> float:
-        """nc: iterations of a request that carry a chunk."""
+        """Return nc, the iterations of a request that carry a chunk."""
         if self.role is Role.DECODE:
             return 0.0
         return self.moments.mean_prompt / self.chunk_tokens
 
     @property
     def plain_iterations(self) -> float:
-        """nd: iterations of a request without a chunk."""
+        """Return nd, the iterations of a request without a chunk."""
         if self.role is Role.PREFILL:
             return 0.0
         return max(0.0, self.moments.mean_output / self.micro_batch - self.chunk_iterations)
 
     @property
     def iterations(self) -> float:
-        """n_it."""
+        """Return n_it."""
         return self.chunk_iterations + self.plain_iterations
 
     @property
     def chunk_share(self) -> float:
-        """phi: share of iterations that carry a chunk."""
+        """Return phi, the share of iterations that carry a chunk."""
         return self.chunk_iterations / self.iterations
 
     def has_fit(self, gpu: str, op: Op, tp: int) -> bool:
-        """Whether the profile of a GPU type has an operator that not all have."""
+        """Return whether the profile of a GPU type has an optional operator."""
         return self.problem.profiles[gpu].fit(op, self.model, tp) is not None
 
     def per_request(self, with_chunk_s: float, plain_s: float) -> float:
-        """Seconds per request of something that takes these seconds in an iteration with and without a chunk."""
+        """Return seconds per request, given the seconds in an iteration with and without a chunk."""
         return self.chunk_iterations * with_chunk_s + self.plain_iterations * plain_s
 
     def seconds(
@@ -71,7 +71,7 @@ class Setting:
         heads: float = 0.0,
         wire_s: float = 0.0,
     ) -> float:
-        """fit(op; features) of a GPU type; 0 for an operator the profile does not have."""
+        """Return fit(op; features) of a GPU type; 0 for an operator that the profile does not have."""
         fit = self.problem.profiles[gpu].fit(op, self.model, tp)
         if fit is None:
             return 0.0
@@ -79,17 +79,16 @@ class Setting:
 
 
 def head_groups_per_rank(model: ModelSpec, tp: int) -> int:
-    """Gr: KV head groups that a TP rank holds; several ranks hold the same one when there are more ranks."""
+    """Return Gr, the KV head groups that a TP rank holds; if ranks outnumber groups, several hold the same one."""
     return max(1, model.head_groups // tp)
 
 
 def query_heads_per_group(model: ModelSpec, tp: int) -> float:
-    """rr: query heads of one head group on one rank."""
+    """Return rr, the query heads of one head group on one rank."""
     return model.q_heads / tp / head_groups_per_rank(model, tp)
 
 
 def divides(model: ModelSpec, tp: int) -> bool:
-    """Return whether a TP size is possible: it divides the query heads, and it and the head groups divide one
-    another."""
+    """Return whether a TP size is possible: it divides the query heads, and it divides or is divided by the groups."""
     groups = model.head_groups
     return tp >= 1 and model.q_heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)

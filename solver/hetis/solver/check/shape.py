@@ -1,4 +1,4 @@
-"""What of a replica its numbers depend on: shapes and links, no device names. Equal shapes have equal numbers."""
+"""The shapes and links that determine a replica's numbers, without device names; equal shapes have equal numbers."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class PoolShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageShape:
-    """A stage: TP size n, copies c, repeated ``layers`` l (the prefix layers of the first stage are not among them)."""
+    """A stage: TP size n, copies c, repeated ``layers`` l (without the prefix layers of the first stage)."""
 
     gpu: str
     tp: int
     copies: int
     layers: int
     intra_link: Link  # between the GPUs of a TP group
-    hop_link: Link  # what every hop into the stage is charged
+    hop_link: Link  # the link that every hop into the stage is charged
     pool: PoolShape | None = None
-    kv_link: Link | None = None  # of a prefill replica: the slowest link its KV may leave over
+    kv_link: Link | None = None  # the slowest link over which a prefill replica's KV may leave
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaShape:
     """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``.
 
-    ``shared_by`` has an entry for every way in which a card serves several stages: their positions.
+    ``shared_by`` has an entry for every set of stages that one card serves: their positions.
     """
 
     micro_batch: int
@@ -45,10 +45,10 @@ class ReplicaShape:
     stages: tuple[StageShape, ...]
     role: Role = Role.UNIFIED
     shared_by: tuple[tuple[int, ...], ...] = ()
-    slowest_link: Link | None = None  # anywhere in the cluster; not of a decode replica
+    slowest_link: Link | None = None  # anywhere in the cluster; None for a decode replica
 
     def pool_of(self, position: int) -> PoolShape:
-        """The attention workers of a stage that has them."""
+        """Return the attention workers of a stage that has them."""
         pool = self.stages[position].pool
         assert pool is not None
         return pool

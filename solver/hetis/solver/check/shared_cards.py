@@ -1,6 +1,6 @@
 """Cards that serve several stages of a replica in turn; ``docs/cost-model.md``, "Prefill and decode replicas".
 
-``positions`` are the stages that such a card serves.
+``positions`` are the stages that one card serves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hetis.solver.check.timing import worker_seconds
 
 
 def busy_seconds(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
-    """Seconds that one request of the replica keeps the card busy: a card of one of c copies sees every c-th."""
+    """Return the seconds that one request of the replica occupies the card; one of c copies serves every c-th."""
     total = 0.0
     for i in positions:
         stage = shape.stages[i]
@@ -24,7 +24,7 @@ def busy_seconds(setting: Setting, shape: ReplicaShape, positions: tuple[int, ..
 
 
 def shared_card_bytes(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
-    """Return what the card must hold: its reserve once, and the KV of every stage."""
+    """Return the bytes that the card must hold: its reserve once, and the KV of every stage."""
     kv_bytes = sum(
         per_token * kv_tokens_of_a_copy(setting, shape.stages[i].copies)
         for i, per_token in _bytes_per_token(setting, shape, positions)
@@ -33,7 +33,7 @@ def shared_card_bytes(setting: Setting, shape: ReplicaShape, positions: tuple[in
 
 
 def kv_room(setting: Setting, shape: ReplicaShape, positions: tuple[int, ...]) -> float:
-    """Tokens of the replica whose KV the card has room for: of x tokens, one of c copies holds x / c."""
+    """Return the replica's tokens whose KV the card has room for; of x tokens, one of c copies holds x / c."""
     profile = setting.problem.profiles[shape.pool_of(positions[0]).gpu]
     per_token = sum(per_token / shape.stages[i].copies for i, per_token in _bytes_per_token(setting, shape, positions))
     return max(0.0, profile.usable_bytes - profile.reserve_bytes) / per_token

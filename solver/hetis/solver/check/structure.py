@@ -1,4 +1,4 @@
-"""Structure of a plan: which devices, which layers, which head groups; no seconds and no bytes."""
+"""Structure of a plan: devices, layers and head groups, but no seconds and no bytes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 
-NONE = (0,)  # the only size of what a role does not have
+NONE = (0,)  # the only value of a size that a role does not have
 SHARING_STRATEGIES = ("hetis-paper",)  # published heuristics whose attention workers serve a whole replica
 
 
 def check_devices_once(plan: Plan) -> list[Violation]:
-    """Each device serves one place in the whole plan; a card of shared pools, one place per stage of its replica."""
+    """Check that each device serves one place in the plan; a shared card serves one place per stage of its replica."""
     first_seen: dict[str, str] = {}
     violations = []
     for number, replica in enumerate(plan.replicas):
@@ -31,7 +31,7 @@ def check_devices_once(plan: Plan) -> list[Violation]:
 
 
 def _places(replica: ReplicaPlan) -> Iterator[str]:
-    """Device names of a replica, each as often as it is used; shared by pools of different stages is used once."""
+    """Yield the device names of a replica once per use; sharing by pools of different stages counts as one use."""
     for stage in replica.stages:
         yield from stage.devices
     shared: set[str] = set()
@@ -46,7 +46,7 @@ def _places(replica: ReplicaPlan) -> Iterator[str]:
 def check_replica_structure(
     replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet
 ) -> list[Violation]:
-    """Everything that must hold before the numbers of a replica mean anything."""
+    """Check everything that must hold before the numbers of a replica have any meaning."""
     violations = list(check_role(replica, where, problem, fleet))
     violations += _check_setting(replica, where, problem)
     violations += _check_layers(replica, where, problem)
@@ -97,7 +97,7 @@ def _check_layers(replica: ReplicaPlan, where: str, problem: PlacementProblem) -
 
 
 def _check_equal_layers(replica: ReplicaPlan, where: str, prefix_layers: int) -> Iterator[Violation]:
-    """Prefix layers do not count: they are part of the first stage whatever the split."""
+    """Check equal layers without prefix layers, which are part of the first stage in any split."""
     layers = [stage.num_layers - (prefix_layers if i == 0 else 0) for i, stage in enumerate(replica.stages)]
     if max(layers) - min(layers) > 1:
         message = f"stages hold {min(layers)} to {max(layers)} layers, may differ by 1 at most"

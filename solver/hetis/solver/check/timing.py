@@ -1,4 +1,4 @@
-"""Seconds, derived again from ``docs/cost-model.md``: a layer, a stage, a replica, its latencies. Same letters."""
+"""Seconds of layers, stages, replicas and their latencies, derived again with the letters of ``docs/cost-model.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.solver.profile import Op
 
 
 def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """u: seconds of one request on one copy of a stage."""
+    """Return u, the seconds of one request on one copy of a stage."""
     b, C = setting.micro_batch, setting.chunk_tokens
     u = stage.layers * layer_seconds(setting, stage)
     u += setting.per_request(_step(setting, stage, b + C), _step(setting, stage, b))
@@ -27,32 +27,32 @@ def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
 
 
 def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
-    """w, or w' of a prefix layer: seconds of one request in one layer."""
+    """Return w, or w' for a prefix layer: the seconds of one request in one layer."""
     with_chunk = _chunk_layer_seconds(setting, stage, is_prefix=is_prefix) if setting.chunk_tokens else 0.0
     plain = _plain_layer_seconds(setting, stage, is_prefix=is_prefix)
     return max(setting.per_request(with_chunk, plain), wire_seconds(setting, stage))
 
 
 def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
-    """A layer in one iteration without a chunk."""
+    """Return the seconds of a layer in one iteration without a chunk."""
     b = setting.micro_batch
     return _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + _attention(setting, stage)
 
 
 def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
-    """A layer in one iteration with a chunk."""
+    """Return the seconds of a layer in one iteration with a chunk."""
     b, C = setting.micro_batch, setting.chunk_tokens
     beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage) + _attention(setting, stage)
     seconds = _dense(setting, stage, b + C, is_prefix) + beside_dense_s
     if stage.pool is None:
         return seconds
-    # The KV of a layer leaves while the next one computes; the exchange has its turns on the same link.
+    # The KV of a layer leaves while the next one computes, over the same link as the exchange.
     on_link_s = _ship(setting, stage, stage.pool) + _exchange(setting, stage, stage.pool)
     return seconds + max(0.0, on_link_s - _dense(setting, stage, b + C, is_prefix=False) - beside_dense_s)
 
 
 def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """One iteration with a chunk on one copy of a stage; 0 on a decode replica."""
+    """Return the seconds of one iteration with a chunk on one copy of a stage; 0 on a decode replica."""
     if setting.role is Role.DECODE:
         return 0.0
     b, C = setting.micro_batch, setting.chunk_tokens
@@ -66,7 +66,7 @@ def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
 
 
 def wire_seconds(setting: Setting, stage: StageShape) -> float:
-    """wire: seconds in which the KV of one request and layer leaves a prefill stage or reaches a decode stage."""
+    """Return wire: seconds for the KV of one request and layer to leave a prefill stage or reach a decode stage."""
     model, n, P = setting.model, stage.tp, setting.moments.mean_prompt
     per_group = model.kv_bytes_per_token_group()
     if setting.role is Role.PREFILL:
@@ -84,7 +84,7 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
 
 
 def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float:
-    """Seconds from the end of the last chunk in the last layer until its KV has left over this link."""
+    """Return the seconds from the end of the last chunk in the last layer until its KV has left over this link."""
     model = setting.model
     chunk_bytes = setting.chunk_tokens * model.head_groups * model.kv_bytes_per_token_group()
     return _transfer(setting, stage.gpu, stage.tp, chunk_bytes, kv_link) + kv_link.latency_s
@@ -93,10 +93,10 @@ def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float
 def seconds_between_completions(
     setting: Setting, stages: Sequence[StageShape], stage_s: Sequence[float], card_s: Sequence[float] = ()
 ) -> float:
-    """t, from u of every stage: the busiest stage or shared card, or the round trip of too few micro-batches.
+    """Return t, given u of every stage: the busiest stage or shared card, or the round trip of too few micro-batches.
 
     Args:
-        card_s: seconds that a request of the replica keeps the cards busy that several stages share.
+        card_s: seconds for which a request of the replica occupies the cards that several stages share.
     """
     num_copies = sum(stage.copies for stage in stages)
     stretched_s = [(1 + slack(setting, stage, num_copies)) * u for stage, u in zip(stages, stage_s, strict=True)]
@@ -106,13 +106,12 @@ def seconds_between_completions(
 
 
 def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
-    """worker: seconds of the busiest card of a pool in one layer and iteration."""
+    """Return worker: the seconds of the busiest card of a pool in one layer and iteration."""
     return _decode(setting, stage, pool.gpu, 1, pairs=busiest_card_pairs(setting, stage, pool))
 
 
 def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
-    """Return the least slack of any stage, by micro-batches in flight (M) per stage copy (K); and the factor of its
-    unevenness."""
+    """Return the least slack of any stage at M micro-batches for K stage copies, and the factor of its unevenness."""
     if setting.in_flight == 1:
         return 0.0, 0.0
     assumed, is_full = setting.problem.assumptions, setting.in_flight >= 2 * num_copies
@@ -126,7 +125,7 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
 
 
 def _chunk_spread(setting: Setting) -> float:
-    """delta: by how much chunks differ, in FLOPs of a layer over their mean."""
+    """Return delta, the spread of chunks in FLOPs of a layer as a ratio to their mean."""
     model, moments = setting.model, setting.moments
     a = moments.prefill_pairs / moments.mean_prompt
     per_token = 2 * model.active_layer_params() + model.attention_flops(model.attended_tokens(a), model.q_heads)
@@ -135,7 +134,7 @@ def _chunk_spread(setting: Setting) -> float:
 
 
 def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:
-    """sigma: share added to the time of a stage, whose iterations with and without a chunk differ."""
+    """Return sigma, the share added to the time of a stage whose iterations with and without a chunk differ."""
     least, factor = least_slack(setting, num_copies)
     if setting.role is not Role.UNIFIED:
         return least
@@ -146,12 +145,12 @@ def slack(setting: Setting, stage: StageShape, num_copies: int) -> float:
 
 
 def tpot_per_t(setting: Setting) -> float:
-    """TPOT is this many t: b M / O. None of it where nothing is decoded: b is 0."""
+    """Return TPOT as a multiple of t, b M / O, which is 0 if nothing is decoded (b is 0)."""
     return setting.micro_batch * setting.in_flight / setting.moments.mean_output
 
 
 def ttft_round_trips(setting: Setting) -> float:
-    """TTFT is this many round trips with a chunk: those of the p95 prompt, and the wait for a prefill lane."""
+    """Return TTFT in round trips with a chunk: those of the p95 prompt, and the wait for a prefill lane."""
     if setting.role is Role.DECODE:
         return 0.0
     M, C, moments = setting.in_flight, setting.chunk_tokens, setting.moments
@@ -200,7 +199,7 @@ def _prefill(setting: Setting, stage: StageShape) -> float:
 
 
 def _attention(setting: Setting, stage: StageShape) -> float:
-    """Decode attention of a micro-batch: own groups and the pool's, side by side."""
+    """Return the seconds of decode attention of a micro-batch, with own groups and the pool's in parallel."""
     groups = head_groups_per_rank(setting.model, stage.tp)
     if stage.pool is None:
         return _decode(setting, stage, stage.gpu, stage.tp, pairs=setting.micro_batch * groups)
@@ -210,12 +209,12 @@ def _attention(setting: Setting, stage: StageShape) -> float:
 
 
 def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> int:
-    """load: (request, group) pairs of a micro-batch on the busiest card of a pool."""
+    """Return load: the (request, group) pairs of a micro-batch on the busiest card of a pool."""
     return -(-setting.micro_batch * pool.head_groups * stage.tp // pool.cards)
 
 
 def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: int) -> float:
-    """Decode attention of ``pairs`` (request, group) pairs on one card."""
+    """Return the seconds of decode attention of ``pairs`` (request, group) pairs on one card."""
     if pairs == 0:
         return 0.0
     model = setting.model
@@ -232,14 +231,14 @@ def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: in
 
 
 def _transfer(setting: Setting, gpu: str, tp: int, num_bytes: float, link: Link) -> float:
-    """A message without its latency; no time for none."""
+    """Return the seconds of a message without its latency, 0 for an empty one."""
     if num_bytes == 0:
         return 0.0
     return setting.seconds(gpu, Op.TRANSFER, tp, num_bytes=num_bytes, wire_s=num_bytes / link.bytes_per_s)
 
 
 def _exchange(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
-    """q, k, v to the pool and head outputs back, for one micro-batch and layer."""
+    """Return the seconds of q, k, v to the pool and head outputs back, for one micro-batch and layer."""
     per_pair = query_heads_per_group(setting.model, stage.tp) * setting.model.exchange_bytes_per_head()
     out_bytes = setting.micro_batch * pool.head_groups * stage.tp * per_pair
     in_bytes = busiest_card_pairs(setting, stage, pool) * per_pair
@@ -249,7 +248,7 @@ def _exchange(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
 
 
 def _ship(setting: Setting, stage: StageShape, pool: PoolShape) -> float:
-    """The KV of a prefill chunk on its way to the pool."""
+    """Return the seconds of a prefill chunk's KV on its way to the pool."""
     kv_bytes = setting.chunk_tokens * pool.head_groups * stage.tp * setting.model.kv_bytes_per_token_group()
     sending = _transfer(setting, stage.gpu, stage.tp, kv_bytes, pool.link)
     return max(sending, _transfer(setting, pool.gpu, 1, kv_bytes / pool.cards, pool.link))

@@ -1,4 +1,4 @@
-"""What the checker reports: one `Violation` per broken rule and place."""
+"""Violations, the output of the checker: one for every broken rule and place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Rule(StrEnum):
-    """The sentence a sound plan fulfils, one per kind of violation."""
+    """The rules of a sound plan, one per kind of violation, each with its sentence."""
 
     KNOWN_DEVICE = "every device exists in the cluster"
     DEVICE_ONCE = "every device is used at most once"
@@ -59,7 +59,7 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Violation:
-    """A broken rule: where, and the number found beside its limit."""
+    """A broken rule, its place, and a message with the number found and its limit."""
 
     rule: Rule
     where: str

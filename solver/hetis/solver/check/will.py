@@ -1,4 +1,4 @@
-"""Whether a plan keeps the wishes of its problem: looked up device by device, whatever the search made of them."""
+"""The constraints of a problem, checked on a plan device by device, independently of the search."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RELATIVE = 1e-6  # rounding of a sum
 
 
 def check_will(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
-    """Every wish that a plan does not keep; devices that do not exist are reported elsewhere."""
+    """Return every constraint that a plan breaks; devices that do not exist are reported elsewhere."""
     return [
         Violation(rule=Rule.WILL, where=str(wish), message=message)
         for wish in problem.will
@@ -67,7 +67,7 @@ def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
 
 
 def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
-    """Every device of the plan with what it does."""
+    """Yield every device of the plan with its duties."""
     for replica in plan.replicas:
         for stage in replica.stages:
             for name in stage.devices:
@@ -78,7 +78,7 @@ def _duties(plan: Plan) -> Iterator[tuple[str, frozenset[Duty]]]:
 
 
 def _adds(of: Sum, name: str, fleet: Fleet) -> float:
-    """Return what a device adds to a sum; nothing if it does not exist."""
+    """Return what a device adds to a sum, 0 if it does not exist."""
     device = fleet.devices.get(name)
     if device is None or of is Sum.GPUS:
         return float(device is not None)

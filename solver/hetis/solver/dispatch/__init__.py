@@ -1,4 +1,4 @@
-"""Dispatch: on which devices the head groups of new requests live, with a proof of how good the choice is."""
+"""Dispatch: the choice of devices for the head groups of new requests, with a proof of how good it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Dispatcher", "solve_dispatch"]
 
 
 def __getattr__(name: str) -> Any:
-    # Compiled kernels and HiGHS are loaded when a dispatch is asked for, not when a submodule is.
+    # Compiled kernels and HiGHS are loaded on first use of a solver, not on import of a submodule.
     if name in __all__:
         from hetis.solver.dispatch import solve
 

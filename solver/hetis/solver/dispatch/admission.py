@@ -1,4 +1,4 @@
-"""Which requests can be placed at all, in their order, and which whole groups of them would fit where."""
+"""Admission: which requests can be placed, in their order, and a packing of their whole head groups."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hetis.solver.dispatch.problem import IntArray
 
 PLACED = 0
 SHORT_OF_BLOCKS = 1
-SCATTERED = 2  # proved
+SCATTERED = 2  # proven
 NOT_FOUND = 3
 
-MOST_WORK = 400_000  # devices looked at to pack again, by one call: a millisecond or less
+MOST_WORK = 400_000  # devices visited for repacking in one call, a millisecond at most
 
 
 @kernel
 def admit(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int, reserved: IntArray
 ) -> tuple[IntArray, IntArray]:
-    """Reserves whole groups for one request after the other; ``reserved`` [J, D] is written.
+    """Reserve whole groups for each request in order; ``reserved`` [J, D] is written.
 
-    Returns verdicts [J] and what is missing [J]: blocks where all devices together have too few, else groups that
-    found no device with room for a whole one. A request that is refused takes nothing, those after it are still tried;
-    none is dropped for a later one. All verdicts but `NOT_FOUND` are proved, given those admitted before.
+    Returns verdicts [J] and what is missing [J]: blocks if all devices together have too few, otherwise groups that
+    found no device with room for a whole one. A refused request takes nothing, and later ones are still tried; none is
+    dropped for a later one. All verdicts except `NOT_FOUND` are proven, given the requests admitted before.
     """
     verdict, missing = np.full(len(blocks), NOT_FOUND), np.zeros(len(blocks), np.int64)
     reserved[:] = 0
@@ -38,7 +38,7 @@ def admit_from(
     first: int, free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int,
     reserved: IntArray, room: IntArray, verdict: IntArray, missing: IntArray,
 ) -> None:  # fmt: skip
-    """`admit` for the requests from ``first`` on, those before being decided; ``room`` [D] is what they leave."""
+    """Do what `admit` does from request ``first`` on; ``room`` [D] is what the requests before it leave."""
     total, work = room.sum(), 0
     for j in range(first, len(blocks)):
         needed = blocks[j] * head_groups
@@ -74,7 +74,7 @@ def admit_from(
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed
-            # Element by element: with a copy of a slice numba compiles seconds of text for its error.
+            # Element by element: for a copy of a slice numba takes seconds to compile the text of its error.
             for i in range(len(room)):
                 room[i] = max(0, free_blocks[i])
                 for k in members:
@@ -84,13 +84,13 @@ def admit_from(
 
 @kernel
 def _first_fit(room: IntArray, unit: IntArray, blocks: int, head_groups: int, primary: int, reserved: IntArray) -> int:
-    """Reserves the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
+    """Reserve the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
 
     Returns how many found none.
     """
     left = head_groups
     for turn in range(-1, len(room)):
-        # The primary first: what it takes at a time must not be left over at the end.
+        # The primary comes first, because the multiple of groups that it takes may not be left at the end.
         i = primary if turn < 0 else turn
         if i < 0 or reserved[i] > 0:
             continue

@@ -1,7 +1,7 @@
-"""The proof of a lower bound, from multipliers alone: weak duality, written apart from every search.
+"""The proof of a lower bound from multipliers alone, by weak duality and independently of every search.
 
-Let p_ik >= 0 be the prices of the affine pieces, mu_i of KV blocks, nu of the primary's network card. Whatever z is,
-a head group of request j costs at least
+Let p_ik >= 0 be the prices of the affine pieces, mu_i of KV blocks, nu of the primary's network card. Whatever z is, a
+head group of request j costs at least
 
     pi_j = min_i  sum_k p_ik (alpha_ik + beta_ik l_j) + mu_i m_j + nu eta [i is a worker]
 
@@ -10,9 +10,9 @@ and all devices together can pay no more than
     C(z) = sum over devices in use or with constants <= z of sum_k p_ik (z - base_ik)
            + sum_i mu_i free_i + nu (z - base_nic)
 
-so no placement, in fractions or whole, is faster than the least z >= (time of the running load) with
-``C(z) >= G sum_j pi_j``. An idle device adds nothing to C below its constants: that is exact. (In the linear program
-alone its rows would have to stand without them, min(0, c + beta), which proves less.)
+so no placement, fractional or whole, is faster than the least z >= (time of the running load) with
+``C(z) >= G sum_j pi_j``. An idle device adds nothing to C below its constants, which is exact. (In the linear program
+alone its rows would have to hold without the constants, min(0, c + beta), which proves less.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hetis.solver.dispatch.tables import ALWAYS, Costs, Running
 def request_prices(
     costs: Costs, contexts: IntArray, blocks: IntArray, piece: FloatArray, block: FloatArray, nic: float
 ) -> FloatArray:
-    """pi_j, what a head group of each request costs at least, shape [J]."""
+    """Return pi_j, the least cost of a head group of each request, shape [J]."""
     num, pieces = costs.alpha.shape
     pi = np.full(len(contexts), np.inf)
     for i in range(num):
@@ -46,9 +46,9 @@ def request_prices(
 
 @kernel
 def normalise(running: Running, primary: int, bound: float, piece: FloatArray, block: FloatArray, nic: float) -> float:
-    """Scales multipliers, in place, so that one pays for a second of makespan at the bound; returns the scaled nic.
+    """Scale multipliers in place so that they pay for one second of makespan at the bound; return the scaled nic.
 
-    The bound stays what it is. Where it is the time of the running load, no multiplier is needed: all become 0.
+    The bound does not change. If it is the time of the running load, no multiplier is needed and all become 0.
     """
     slope = 0.0
     worker_is_open = False
@@ -70,11 +70,11 @@ def proven_bound(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, piece: FloatArray,
     block: FloatArray, nic: float,
 ) -> float:  # fmt: skip
-    """Seconds that no placement beats; infinite if the prices prove that memory is too short.
+    """Return seconds that no placement beats, or infinity if the prices prove that memory is too short.
 
     Args:
         contexts, blocks: context tokens and KV blocks per head group of every request to be placed, shape [J].
-        piece, block, nic: multipliers >= 0, shapes [D, K], [D] and scalar; any will do.
+        piece, block, nic: any multipliers >= 0, shapes [D, K], [D] and scalar.
     """
     num, pieces = costs.alpha.shape
     owed = costs.head_groups * request_prices(costs, contexts, blocks, piece, block, nic).sum()

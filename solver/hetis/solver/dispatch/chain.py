@@ -1,10 +1,10 @@
-"""The chain by comparative advantage: exact for devices that are each limited by one affine row.
+"""The chain by comparative advantage, which is exact if each device is limited by one affine row.
 
 A head group with context l costs ``alpha_i + beta_i l`` on device i. At prices p_i per second of every device a request
-pays ``min_i p_i (alpha_i + beta_i l)``, a lower envelope of lines in l: in an optimum, the devices sorted by falling
-``beta_i / alpha_i`` take the requests sorted by rising context in one chain (comparative advantage). Filling the chain
-to a level z tells whether z is enough, and the contexts at which one device hands over to the next tell the prices;
-these prove the next, higher level (Newton's method on a convex function of finitely many pieces).
+pays ``min_i p_i (alpha_i + beta_i l)``, a lower envelope of lines in l. In an optimum, the devices sorted by falling
+``beta_i / alpha_i`` therefore take the requests sorted by rising context as one chain (comparative advantage). Filling
+the chain to a level z tells whether z is enough. The contexts at which one device hands over to the next give prices,
+which prove the next, higher level (Newton's method on a convex function of finitely many pieces).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from hetis.solver.dispatch.compiled import kernel
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 
-TINY = 1e-24  # seconds; a device on which nothing costs anything would have an infinite price
+TINY = 1e-24  # seconds; a device with zero costs would have an infinite price
 MOST_STEPS = 200
 
 
@@ -24,15 +24,15 @@ def fill(
     open_at: FloatArray, contexts: FloatArray, blocks: FloatArray, head_groups: int, groups: FloatArray,
     tokens: FloatArray, held: FloatArray, price: FloatArray,
 ) -> tuple[float, float]:  # fmt: skip
-    """Fills devices in ``order`` up to level z, row ``alpha n + beta t + base <= kappa z`` each.
+    """Fill devices in ``order`` up to level z, with row ``alpha n + beta t + base <= kappa z`` each.
 
-    Writes the groups, tokens and KV blocks every device takes and prices under which no other order is better, all [D].
-    ``contexts`` [J] are sorted, each request has ``head_groups`` groups. Returns what all groups pay at these prices,
-    and the part of it that found no room.
+    Writes the groups, tokens and KV blocks of every device, and prices under which no other order is better, all [D].
+    ``contexts`` [J] are sorted, and each request has ``head_groups`` groups. Returns what all groups pay at these
+    prices, and the part of it that found no room.
     """
     last = len(contexts) - 1
     request, rest = 0, float(head_groups)
-    paid, value = 0.0, 1.0  # value: what a group of the request at the hand-over pays
+    paid, value = 0.0, 1.0  # value: price of a group of the request at the hand-over
     cost, p = 1.0, 1.0
     for i in order:
         groups[i] = 0.0
@@ -79,10 +79,10 @@ def fill(
 def level_paid_for(
     z: float, paid: float, kappa: FloatArray, base: FloatArray, open_at: FloatArray, price: FloatArray
 ) -> float:
-    """Least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups: a lower bound.
+    """Return the least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups, a lower bound.
 
-    Newton's method on a convex function: first with the devices open at ``z``, which the root may be on either side of,
-    then, from the right, with those open at the last root.
+    This is Newton's method on a convex function: first with the devices open at ``z``, which may be on either side of
+    the root, then from the right with those open at the last root.
     """
     top = z
     for _ in range(MOST_STEPS):
@@ -92,7 +92,7 @@ def level_paid_for(
                 slope += price[i] * kappa[i]
                 offset += price[i] * base[i]
         if slope <= 0.0:
-            # Nothing that grows with z is open yet: the next device to open is the next level.
+            # Nothing that grows with z is open yet, so the next device to open gives the next level.
             following = np.inf
             for i in range(len(price)):
                 opens = max(open_at[i], base[i] / kappa[i] if kappa[i] > 0.0 else np.inf)
@@ -115,7 +115,7 @@ def level(
     open_at: FloatArray, contexts: FloatArray, blocks: FloatArray, head_groups: int, groups: FloatArray,
     tokens: FloatArray, held: FloatArray, price: FloatArray,
 ) -> float:  # fmt: skip
-    """Least z for which `fill` finds room for every group; ``start`` is a guess. Infinite when there is none."""
+    """Return the least z at which `fill` finds room for every group, or infinity; ``start`` is a guess."""
     z = start
     for step in range(MOST_STEPS):
         paid, left = fill(
@@ -125,7 +125,7 @@ def level(
         if root == np.inf:
             return root
         if left > 1e-14 * paid and root <= z * (1.0 + 1e-15):
-            # Too low, and yet the prices prove no more: a device opens with room at once. Go to the next one to open.
+            # Too low, yet the prices prove no more because a device opens with room at once. Go to the next opening.
             following = np.inf
             for i in range(len(open_at)):
                 if open_at[i] > z:

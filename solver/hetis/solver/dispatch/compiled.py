@@ -1,4 +1,4 @@
-"""The kernels of dispatch are compiled through `kernel`; see `hetis.solver.compiled`."""
+"""Compilation of dispatch's kernels through `kernel`; see `hetis.solver.compiled`."""
 
 from __future__ import annotations
 

@@ -18,21 +18,21 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, costs_of, running_load
 from hetis.solver.highs import quiet_highs
 
-ROUNDS = 200  # of local search between looks at the clock
-ADMISSION_SHARE = 0.4  # of the time limit, at most
-SEARCH_SHARE = 0.2  # of what is left then
+ROUNDS = 200  # of local search between reads of the clock
+ADMISSION_SHARE = 0.4  # largest share of the time limit
+SEARCH_SHARE = 0.2  # share of the time left after admission
 MOST_SEARCH_ROUNDS = 20_000  # without a clock
 
 
 def solve_exactly(
     problem: DispatchProblem, *, budget: Budget | None = None, gap_target: float = 1e-6, seed: int = 0
 ) -> DispatchPlan:
-    """The best placement in whole head groups that the budget allows, with the best bound.
+    """Return the best placement in whole head groups that the budget allows, with the best bound.
 
-    Which requests are placed is decided by `hetis.solver.dispatch.exact_admission`: in their order, none dropped for
-    a later one. The plan is never worse than the fast one for the same requests, and optimal within ``gap_target``
-    unless the budget ran out. ``prices`` are those of the relaxation, so they prove
-    ``relaxed_s`` only; ``bound_s`` is HiGHS's where that is higher.
+    `hetis.solver.dispatch.exact_admission` decides which requests are placed, in their order, with none dropped for a
+    later one. The plan is never worse than the fast one for the same requests, and optimal within ``gap_target`` unless
+    the budget ran out. ``prices`` are those of the relaxation, so they prove only ``relaxed_s``; ``bound_s`` is HiGHS's
+    if that is higher.
     """
     budget = budget or Budget()
     admission = admit_exactly(problem, budget=budget.share(ADMISSION_SHARE), seed=seed)
@@ -46,7 +46,7 @@ def solve_exactly(
 def improve_plan(
     problem: DispatchProblem, plan: DispatchPlan, *, budget: Budget | None = None, seed: int = 0
 ) -> DispatchPlan:
-    """Local search from ``plan`` until the budget is spent (without a clock: a fixed number of rounds)."""
+    """Improve ``plan`` by local search until the budget is spent, or without a clock for a fixed number of rounds."""
     budget = budget or Budget()
     costs = costs_of(problem.stage)
     running, load = running_load(costs, problem.load.heads, problem.load.kv_bytes), problem.load
@@ -68,7 +68,7 @@ def improve_plan(
 
 
 def _placed(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:
-    """Indices of the requests that are placed, by rising context."""
+    """Return the indices of the placed requests, by rising context."""
     left_out = [unplaced.request for unplaced in plan.unplaced]
     order = np.argsort(problem.requests.context_tokens, kind="stable")
     return order[~np.isin(order, left_out)]
@@ -108,13 +108,13 @@ def _by_milp(
         found_s = milp.makespan_s(found)
         if found_s < makespan_s:
             groups, makespan_s = _spread(found, order, plan), found_s
-    bound = min(max(plan.bound_s, bound), makespan_s)  # HiGHS proves its bound up to a tolerance
+    bound = min(max(plan.bound_s, bound), makespan_s)  # HiGHS proves its bound only up to a tolerance
     return replace(plan, groups=groups, makespan_s=makespan_s, bound_s=bound, path=Path.MILP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Milp:
-    """Columns: z; units u_ij of x_ij = unit_i u_ij, by request; y_i: an idle device is used; y: any worker is.
+    """The MILP with columns z; units u_ij of x_ij = unit_i u_ij; y_i: idle device i is used; y: any worker is used.
 
     min  z
     s.t. sum_i unit_i u_ij = G                                                   every j
@@ -187,7 +187,7 @@ class _Milp:
         return lp
 
     def values_of(self, groups: IntArray, makespan_s: float) -> FloatArray:
-        """The columns of a placement [J, D]."""
+        """Return the columns of a placement [J, D]."""
         y = (self.running.open_at == ALWAYS) | groups.any(axis=0)
         any_worker = bool(np.any(y & (np.arange(len(y)) != self.costs.primary)))
         units = (groups // self.costs.unit).reshape(-1)

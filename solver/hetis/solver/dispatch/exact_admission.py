@@ -1,4 +1,4 @@
-"""Admission with proofs: where the fast search finds no room for whole head groups, HiGHS packs them or proves it."""
+"""Admission with proofs: if the fast search finds no room for whole head groups, HiGHS packs them or proves it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hetis.solver.highs import quiet_highs
 
 
 def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) -> Admission:
-    """Admits one request after the other, as `admit` does, but settles what that leaves open.
+    """Admit requests in order as `admit` does, but settle the verdicts that it leaves open.
 
     Sets       i devices, j a request that `admit` found no room for and those admitted before it
     Variables  u_ij >= 0 units of x_ij = unit_i u_ij, whole
     Such that  sum_i unit_i u_ij = G            every j
                sum_j m_j unit_i u_ij <= free_i  every i
 
-    The order decides: the admitted requests are the first in lexicographic order, unless the budget ran out, where
-    the verdict stays `NOT_FOUND`.
+    The order decides: the admitted requests are the first in lexicographic order. If the budget runs out, the verdict
+    stays `NOT_FOUND`.
     """
     stage, free_blocks = problem.stage, problem.load.free_blocks
     blocks = problem.requests.blocks(stage.heads.block_tokens)
@@ -57,7 +57,7 @@ def admit_exactly(problem: DispatchProblem, *, budget: Budget, seed: int = 0) ->
 def _pack(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, *, time_limit_s: float, seed: int
 ) -> tuple[bool | None, IntArray | None]:
-    """Return whether whole groups of all requests fit, None: unknown; and where, [J, D]."""
+    """Return whether whole groups of all requests fit (None: unknown), and a packing [J, D] if one was found."""
     J, D = len(blocks), len(unit)
     room = np.maximum(0, free_blocks)
     highs = quiet_highs(time_limit_s=time_limit_s, seed=seed)
@@ -85,5 +85,5 @@ def _pack(
     units = np.rint(np.array(highs.getSolution().col_value)).astype(np.int64).reshape(J, D)
     packed: IntArray = units * unit
     if np.any(packed.sum(axis=1) != head_groups) or np.any(blocks @ packed > room):
-        return None, None  # within HiGHS's tolerance only
+        return None, None  # the packing holds only within HiGHS's tolerance
     return True, packed

@@ -1,7 +1,7 @@
-"""The arrays behind `DispatchState`: who has which head groups where, and the sums per device that follow from it.
+"""The arrays behind `DispatchState`: the place of every request's head groups, and the sums per device.
 
-Requests live in slots; those of finished ones are used again. Groups under way count at their source as owned, and at
-both ends as holding blocks. The caller checks; here is only arithmetic.
+Requests occupy slots, which are reused after they finish. Groups in a move count as owned at their source and hold
+blocks at both ends. The caller validates; this module only does arithmetic.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ class Ledger:
     """Head groups, tokens and blocks of one stage.
 
     Attributes:
-        slots: slot of each request, in their order of admission.
+        slots: slot of each request, in order of admission.
         context: tokens, shape [slots].
         remaining: output tokens still expected, shape [slots].
         groups: head groups owned, shape [slots, D].
-        incoming, outgoing: head groups under way, shape [slots, D].
+        incoming, outgoing: head groups in a move, shape [slots, D].
         held: sum of groups, shape [D].
         tokens: sum of groups times context, shape [D].
         used: blocks in use, shape [D].
-        expected: blocks when all requests have produced what is expected of them, shape [D].
+        expected: blocks once all requests have produced their expected tokens, shape [D].
     """
 
     def __init__(self, num_devices: int, block_tokens: int) -> None:
@@ -37,11 +37,11 @@ class Ledger:
         self.used, self.expected = self.held.copy(), self.held.copy()
 
     def blocks(self, tokens: IntArray) -> IntArray:
-        """KV blocks per layer of one head group with so many tokens."""
+        """Return the KV blocks per layer of one head group with ``tokens``."""
         return -(-tokens // self.block_tokens)
 
     def taken(self, slots: IntArray) -> IntArray:
-        """Groups that hold blocks, owned or on their way in, shape [slots, D]."""
+        """Return the groups that hold blocks, owned or incoming, shape [slots, D]."""
         return self.groups[slots] + self.incoming[slots]
 
     def add(self, request: str, context: int, remaining: int, groups: IntArray) -> None:
@@ -53,20 +53,20 @@ class Ledger:
         self.own(slot, groups)
 
     def remove(self, request: str) -> None:
-        """Frees the slot; nothing of the request may be under way."""
+        """Free the slot of a request without groups in a move."""
         slot = self.slots.pop(request)
         self.own(slot, -self.groups[slot])
         self._spare.append(slot)
 
     def own(self, slot: int, change: IntArray) -> None:
-        """Adds groups [D] to those a request owns; removes them where negative."""
+        """Add groups [D] to those that a request owns, or remove them if negative."""
         self.groups[slot] += change
         self.held += change
         self.tokens += change * self.context[slot]
         self._count_blocks(slot, change)
 
     def send(self, slot: int, groups: int, source: int, target: int) -> None:
-        """Puts groups under way; takes that back where ``groups`` is negative."""
+        """Start a move of groups, or undo it if ``groups`` is negative."""
         change = np.zeros(len(self.held), np.int64)
         change[target] = groups
         self.incoming[slot] += change
@@ -74,7 +74,7 @@ class Ledger:
         self._count_blocks(slot, change)
 
     def lengthen(self, slots: IntArray, tokens: int) -> None:
-        """Grows contexts by ``tokens``, which were expected as far as any were."""
+        """Grow contexts by ``tokens`` and reduce the tokens still expected by as many, down to 0."""
         before, remaining, taken = self.context[slots], self.remaining[slots], self.taken(slots)
         left = np.maximum(0, remaining - tokens)
         self.used += (self.blocks(before + tokens) - self.blocks(before)) @ taken
@@ -89,14 +89,14 @@ class Ledger:
         self.expected += taken * self.blocks(self.context[slot] + self.remaining[slot])
 
     def add_device(self) -> None:
-        """One more column, empty."""
+        """Add an empty column."""
         for name in ("groups", "incoming", "outgoing"):
             setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, 1))))
         for name in ("held", "tokens", "used", "expected"):
             setattr(self, name, np.append(getattr(self, name), 0))
 
     def check(self, head_groups: int) -> None:
-        """Recounts everything; an AssertionError is a bug."""
+        """Recount everything; an AssertionError is a bug."""
         slots = np.fromiter(self.slots.values(), np.int64, len(self.slots))
         groups, outgoing, taken = self.groups[slots], self.outgoing[slots], self.taken(slots)
         context, remaining = self.context[slots], self.remaining[slots]

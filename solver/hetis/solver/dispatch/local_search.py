@@ -1,9 +1,9 @@
 """Local search on whole head groups: the slowest device gives a group away or swaps one, as long as that helps.
 
 A step looks at the slowest device that is not known to be stuck, and takes the move of one unit, or the swap of two
-groups, after which the slower of both devices is the least slow. Failing that, it moves a group to a device that hands
-some of its own on. A device that no step helps is stuck and stays as it is: what follows fills the next bottleneck
-(lexicographic min-max).
+groups, after which the slower of both devices is least slow. If there is none, it moves a group to a device that passes
+some of its own groups on. A device that no step helps is stuck and stays as it is; further steps improve the next
+bottleneck (lexicographic min-max).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def improve(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, goal_s: float,
     most_stuck: int, most_steps: int,
 ) -> int:  # fmt: skip
-    """Steps until ``most_stuck`` devices are stuck, all are below ``goal_s``, or so many are made; returns how many."""
+    """Improve until ``most_stuck`` devices are stuck, all are below ``goal_s``, or steps run out; return the steps."""
     num = len(costs.unit)
     stuck = np.zeros(num, np.bool_)
     is_full = _any_is_full(placement, blocks)
@@ -47,7 +47,8 @@ def improve(
                 helped = _move_or_swap(costs, running, placement, contexts, blocks, slowest)
             else:
                 helped = _leave_primary(costs, running, placement, contexts, blocks, slowest)
-            if not helped and is_full and num_stuck == 0 and costs.unit[slowest] == 1:  # too dear for breaking ties
+            # Too expensive for breaking ties.
+            if not helped and is_full and num_stuck == 0 and costs.unit[slowest] == 1:
                 helped = _make_room(costs, running, placement, contexts, blocks, slowest)
             if not helped and costs.primary >= 0 and slowest != costs.primary and costs.unit[costs.primary] > 1:
                 helped = _join_primary(costs, running, placement, contexts, blocks, slowest)
@@ -63,7 +64,7 @@ def improve(
 def _move_or_swap(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
 ) -> bool:
-    """The best move of one group away from ``slowest``, or swap of one for a group with a shorter context."""
+    """Make the best move of one group away from ``slowest``, or swap of one for a group with a shorter context."""
     num, num_requests = len(costs.unit), len(contexts)
     now = placement.seconds[slowest]
     least = now * BETTER
@@ -109,7 +110,7 @@ def _move_or_swap(
 
 @kernel
 def _any_is_full(placement: Placement, blocks: IntArray) -> bool:
-    """Return whether some device has no room for one more group of every request."""
+    """Return whether some device has no room for one more group of the request with the most blocks."""
     most = blocks.max()
     for i in range(len(placement.room)):  # noqa: SIM110  (compiled)
         if placement.room[i] < most:
@@ -121,9 +122,9 @@ def _any_is_full(placement: Placement, blocks: IntArray) -> bool:
 def _make_room(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
 ) -> bool:
-    """Moves a group from ``slowest`` to a device that hands some of its own on to others: the first way that helps.
+    """Move a group from ``slowest`` to a device that passes some of its own on to others, in the first way that helps.
 
-    Where memory is short there is seldom room for a group with a long context, but often for several short ones.
+    If memory is short there is seldom room for a group with a long context, but often for several short ones.
     """
     num, num_requests = len(costs.unit), len(contexts)
     least = placement.seconds[slowest] * BETTER
@@ -172,9 +173,9 @@ def _make_room(
 
 @kernel
 def _group_to_hand_on(placement: Placement, contexts: IntArray, blocks: IntArray, device: int, but: int) -> int:
-    """The smallest group that makes up for the blocks a device is short of, or else its largest; -1: none but ``but``.
+    """Return the smallest group other than ``but`` that frees the missing blocks, or else the largest, or -1 if none.
 
-    Where no blocks are short, time is: the largest.
+    If no blocks are missing, time is, and the largest is returned.
     """
     short = -placement.room[device]
     best = -1
@@ -195,7 +196,7 @@ def _group_to_hand_on(placement: Placement, contexts: IntArray, blocks: IntArray
 def _leave_primary(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, primary: int
 ) -> bool:
-    """Takes one unit of the request that relieves a tensor-parallel primary best, and spreads it over workers."""
+    """Take the unit whose loss relieves a tensor-parallel primary most, and spread it over workers."""
     unit = costs.unit[primary]
     before = max(placement.seconds[primary], card_s(costs, running, placement.on_workers[0]))
     best, least = -1, before * BETTER
@@ -233,7 +234,7 @@ def _leave_primary(
 def _join_primary(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, slowest: int
 ) -> bool:
-    """Moves one unit of a request to a tensor-parallel primary: one group of ``slowest``, others of slow workers."""
+    """Move one unit of a request to a tensor-parallel primary: one group of ``slowest``, the others of slow workers."""
     primary = costs.primary
     unit = costs.unit[primary]
     best, least = -1, placement.seconds[slowest] * BETTER
@@ -252,7 +253,7 @@ def _join_primary(
 
 @kernel
 def _gather(costs: Costs, running: Running, placement: Placement, request: int, context: int, blocks: int) -> None:
-    """Takes one unit of a request from the slowest workers that hold it to the primary."""
+    """Move one unit of a request from the slowest workers that hold it to the primary."""
     unit = costs.unit[costs.primary]
     for _ in range(unit):
         source, most = -1, -1.0
@@ -267,7 +268,7 @@ def _gather(costs: Costs, running: Running, placement: Placement, request: int, 
 def _relieve_card(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, card: float
 ) -> bool:
-    """Moves one unit from the workers to the primary if that stays below the network card's time; the cheapest one."""
+    """Move the cheapest unit from the workers to the primary if that stays below the network card's time."""
     primary = costs.primary
     unit = costs.unit[primary]
     best, least = -1, card * BETTER

@@ -1,4 +1,4 @@
-"""The relaxation as one linear program in HiGHS, for what the chain cannot settle.
+"""The relaxation as one linear program in HiGHS, for cases that the chain cannot settle.
 
     min  z
     s.t. sum_i x_ij = G                                                     every request j
@@ -7,12 +7,12 @@
          eta sum_(workers i, j) x_ij + base_nic <= z                        while workers are open
          x_ij >= 0,  z >= time of the running load
 
-Which idle devices are *open* is guessed from a level: open ones pay their constants, closed ones take nothing. The
-optimum is that of the dispatch relaxation if the guess agrees with the level found, so it is repeated until it does.
+Which idle devices are *open* is guessed from a level: open ones pay their constants, and closed ones take nothing. The
+optimum is that of the dispatch relaxation if the guess agrees with the level found, so guessing is repeated until then.
 
-Few of the x_ij are ever positive: the model starts with those that the chain's prices find cheap and is given others as
-`hetis.solver.sifting` finds them missing. Arrays go in at once, the solver and its basis are kept. Only these two
-modules talk to highspy for the relaxation.
+Few of the x_ij are ever positive. The model starts with those that are cheap at the chain's prices and receives others
+as `hetis.solver.sifting` finds them missing. Arrays are passed at once, and the solver and its basis are kept. Only
+these two modules use highspy for the relaxation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 from hetis.solver.sifting import BoolArray, sift
 
 MOST_GUESSES = 8
-NEAR = 0.02  # columns start in the model if they cost at most this share more than the cheapest of their request
-CHEAPER = 1e-9  # a column joins if it is cheaper than what its request pays by more than this share
+NEAR = 0.02  # ratio by which columns in the initial model may cost more than the cheapest of their request
+CHEAPER = 1e-9  # ratio by which a column must be cheaper than what its request pays, to join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class DispatchLpSolution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LpProblem:
-    """What the program is made of: requests to be placed only, ``contexts`` and ``blocks`` of shape [J]."""
+    """The data of the program for the requests to be placed; ``contexts`` and ``blocks`` have shape [J]."""
 
     costs: Costs
     running: Running
@@ -55,7 +55,7 @@ class LpProblem:
     blocks: IntArray
 
     def group_costs(self, piece: FloatArray, block: FloatArray, nic: float) -> FloatArray:
-        """Return what a head group of request j costs on device i at such prices, shape [J, D]."""
+        """Return the cost of a head group of request j on device i at such prices, shape [J, D]."""
         costs = self.costs
         per_group = (piece * costs.alpha).sum(axis=1) + nic * costs.nic_head_s * costs.queries * self.is_worker
         per_token = (piece * costs.beta).sum(axis=1)
@@ -77,19 +77,19 @@ class RelaxationLp:
     def solve(
         self, problem: LpProblem, *, guess_s: float, start: IntArray, piece: FloatArray, block: FloatArray, nic: float
     ) -> DispatchLpSolution | None:
-        """The optimum, or None if memory is short.
+        """Return the optimum, or None if memory is short.
 
         Args:
             guess_s: a level near the optimum.
-            start: a feasible placement [J, D]; its columns are in the model from the beginning.
-            piece, block, nic: prices near the optimal ones, to choose the other columns by.
+            start: a feasible placement [J, D] whose columns are in the initial model.
+            piece, block, nic: prices near the optimal ones, which choose the other columns.
         """
         open_at, level = problem.running.open_at, guess_s
         cost = problem.group_costs(piece, block, nic)
         columns = (cost <= cost.min(axis=1, keepdims=True) * (1 + NEAR)) | (start > 0)
         best: DispatchLpSolution | None = None
         for _ in range(MOST_GUESSES):
-            # A device that opens right at the level has no room: were it open, its constants would hold the level up.
+            # A device that opens right at the level has no room; opening it would keep the level up by its constants.
             is_open = open_at < level * (1 - 1e-9)
             solution = self._solve_open(problem, is_open, columns, 1.0 / max(guess_s, 1e-12))
             if solution is None:
@@ -107,7 +107,7 @@ class RelaxationLp:
     def _solve_open(
         self, problem: LpProblem, is_open: BoolArray, columns: BoolArray, scale: float
     ) -> DispatchLpSolution | None:
-        """The program with these devices open; ``scale`` turns seconds into numbers near 1, as HiGHS likes them."""
+        """Solve the program with these devices open; ``scale`` brings seconds near 1, as HiGHS prefers."""
         if not is_open.any():
             return None
         model = RelaxationModel(problem, is_open, scale)
@@ -119,7 +119,7 @@ class RelaxationLp:
         piece, block, nic, pays = model.prices(sifted.row_duals)
         x = np.zeros(chosen.shape)
         x[sifted.requests, sifted.devices] = np.maximum(0.0, sifted.values[1:])
-        # A closed device must cost every request what it pays elsewhere, or more.
+        # A closed device must cost every request at least what it pays elsewhere.
         for i in np.flatnonzero(~is_open):
             least = problem.costs.alpha[i, 0] + problem.costs.beta[i, 0] * problem.contexts
             piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
@@ -127,7 +127,7 @@ class RelaxationLp:
 
 
 class RelaxationModel:
-    """Rows: demand [J], pieces [D, K], memory [D], network card. Columns: z, then x_ij in the order they came."""
+    """The model with rows demand [J], pieces [D, K], memory [D], network card; columns z, then x_ij as they came."""
 
     def __init__(self, problem: LpProblem, is_open: BoolArray, scale: float) -> None:
         self.problem, self.scale, self.is_open = problem, scale, is_open
@@ -138,7 +138,7 @@ class RelaxationModel:
         self.has_card = problem.costs.primary >= 0 and bool(np.any(is_open & problem.is_worker))
 
     def program(self, requests: IntArray, devices: IntArray) -> Any:
-        """The whole model; time rows of closed devices bind nothing."""
+        """Return the whole model, in which time rows of closed devices do not bind."""
         problem, J = self.problem, self.J
         infinity = highspy.kHighsInf
         lower = np.full(self.card + 1, -infinity)
@@ -166,7 +166,7 @@ class RelaxationModel:
         return lp
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
-        """More columns for the model that ``highs`` holds."""
+        """Add columns to the model that ``highs`` holds."""
         starts, rows, values = self._entries(requests, devices)
         num = len(requests)
         highs.addCols(
@@ -175,13 +175,13 @@ class RelaxationModel:
         )  # fmt: skip
 
     def cheaper(self, row_duals: FloatArray) -> BoolArray:
-        """Columns x_ij that cost less than what their request pays, [J, D]."""
+        """Return which columns x_ij cost less than what their request pays, [J, D]."""
         piece, block, nic, pays = self.prices(row_duals)
         cheaper: BoolArray = self.problem.group_costs(piece, block, nic) < pays[:, None] * (1 - CHEAPER)
         return cheaper
 
     def prices(self, row_duals: FloatArray) -> tuple[FloatArray, FloatArray, float, FloatArray]:
-        """Multipliers of pieces [D, K], blocks [D] and the network card, and what a group of each request pays [J]."""
+        """Return multipliers of pieces [D, K], blocks [D] and network card, and the price per group of requests [J]."""
         duals = np.abs(row_duals)
         piece = duals[self.J : self.memory].reshape(self.D, self.K)
         piece[~self.is_open] = 0.0
@@ -189,7 +189,7 @@ class RelaxationModel:
         return piece, block, float(duals[self.card]) if self.has_card else 0.0, duals[: self.J] / self.scale
 
     def _entries(self, requests: IntArray, devices: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
-        """Starts [n + 1], rows and values of columns x_ij; each has K + 3 entries."""
+        """Return starts [n + 1], rows and values of columns x_ij, each of which has K + 3 entries."""
         costs, contexts = self.problem.costs, self.problem.contexts
         num, width = len(requests), self.K + 3
         rows, values = np.empty((num, width), np.int64), np.empty((num, width))

@@ -1,7 +1,7 @@
-"""Room for whole head groups where memory is short: best fit by falling size, then swaps that gather free blocks.
+"""Packing of whole head groups if memory is short: best fit by falling size, then swaps that gather free blocks.
 
-Whether whole groups fit is bin packing. `repack` looks for a packing and may miss one; `cannot_fit` proves that there
-is none and may miss that; of two or three requests `pack_few` knows. Requests are in no particular order here;
+Whether whole groups fit is bin packing. `repack` looks for a packing and may miss one. `cannot_fit` proves that there
+is none and may miss that. For two or three requests `pack_few` decides. Requests are in no particular order here;
 ``members`` lists those that have to fit.
 """
 
@@ -14,17 +14,17 @@ from hetis.solver.dispatch.problem import IntArray
 
 MOST_TRIES = 64  # packings from scratch
 MOST_SWAPS = 8  # to gather room for one group on one device
-FEW = 3  # requests that are packed exactly
+FEW = 3  # requests up to which packing is exact
 
 
 @kernel
 def cannot_fit(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, most_work: int
 ) -> tuple[int, int]:
-    """Groups that surely find no home if all ``members`` are to, and the work done; 0 groups prove nothing.
+    """Return groups that certainly find no room if all ``members`` must, and the work done; 0 groups prove nothing.
 
-    Compares the groups of at least some size with how many of that size would fit: the size of every member, the last
-    one's first, until ``most_work`` is done.
+    For the size of each member, the last one's first, this compares the groups of at least that size with the number
+    of groups of that size that would fit, until ``most_work`` is done.
     """
     work = 0
     for k in members[::-1]:
@@ -46,11 +46,12 @@ def pack_few(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
     most_work: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """Packs two or three ``members``, or proves that they do not fit; writes a packing to their rows of ``x`` [J, D].
+    """Pack two or three ``members`` or prove that they do not fit; write a packing to their rows of ``x`` [J, D].
 
-    Device by device: the most groups of the last member that have a home when so many of the others have one. A device
-    that takes several groups at a time comes first, so that more is never worse. Returns the groups that find no home
-    at least, or -1 where that would be more than ``most_work``, and the work done, in devices looked at.
+    This is a dynamic program over devices for the most groups of the last member that find room, given numbers of the
+    others' groups that do. A device that takes several groups at once comes first, so that more is never worse. Returns
+    the fewest groups without room, or -1 if that would take more than ``most_work``, and the work done in devices
+    visited.
     """
     num, G = len(unit), head_groups
     one, last = members[0], members[len(members) - 1]
@@ -103,10 +104,10 @@ def repack(
     free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
     most_work: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """Looks for a packing of all ``members``; writes it to ``x`` [J, D], whose other rows stay.
+    """Look for a packing of all ``members`` and write it to ``x`` [J, D], leaving other rows unchanged.
 
-    Returns the fewest groups that were left without a home (0: ``x`` is complete; else it is of no use) and the work
-    done, in devices looked at; it ends soon after ``most_work``.
+    Returns the fewest groups that were left without room (0: ``x`` is complete, otherwise it is useless) and the work
+    done in devices visited; it ends soon after ``most_work``.
     """
     num = len(unit)
     room, left = np.empty(num, np.int64), np.zeros(len(blocks), np.int64)
@@ -114,7 +115,7 @@ def repack(
     size = blocks[members].astype(np.float64)
     for turn in range(MOST_TRIES):
         weights = size.copy()
-        share = 1.0 if turn == 1 else 0.0  # of what the primary could take at most
+        share = 1.0 if turn == 1 else 0.0  # of the most that the primary could take
         if turn > 1:
             for m in range(len(members)):
                 state = (state * 1103515245 + 12345) % 2147483648
@@ -144,9 +145,9 @@ def _best_fit(
     room: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, order: IntArray, share: float, x: IntArray,
     left: IntArray,
 ) -> int:  # fmt: skip
-    """Places groups in ``order``, each where the least room remains; what has no home is counted in ``left`` [J].
+    """Place groups in ``order``, each where the least room remains, and count those without room in ``left`` [J].
 
-    Of a device that takes several groups at a time, a request gets what it needs there and ``share`` of the rest.
+    On a device that takes several groups at once, a request gets what it needs there and ``share`` of the rest.
     """
     num, work = len(unit), 0
     for j in order:
@@ -183,9 +184,9 @@ def _best_fit(
 def _gather_room(
     room: IntArray, unit: IntArray, blocks: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
 ) -> tuple[bool, int]:
-    """Places one group of ``request``, on a device that first gives groups away or swaps them for smaller ones."""
+    """Place one group of ``request`` on a device that first gives groups away or swaps them for smaller ones."""
     num, work = len(unit), 0
-    for target in np.argsort(-room.astype(np.float64)):  # floats: one sort is compiled for all
+    for target in np.argsort(-room.astype(np.float64)):  # floats, so that one compiled sort serves all callers
         if unit[target] > 1:
             continue
         for _ in range(MOST_SWAPS):
@@ -211,7 +212,7 @@ def _gather_room(
                         gain = blocks[j] if other < 0 else blocks[j] - blocks[other]
                         if gain <= 0 or gain > room[i]:
                             continue
-                        # The least that is enough, or else the most.
+                        # The smallest gain that is enough, or else the largest.
                         if best == 0 or (gain > best if best < short else short <= gain < best):
                             given, taken, to, best = j, other, i, gain
                     work += len(order)

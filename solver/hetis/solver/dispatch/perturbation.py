@@ -1,4 +1,4 @@
-"""Longer local search: take some groups off, give them back to the marginal devices, improve, keep what is better."""
+"""Longer local search (ruin and recreate): remove groups, return them to marginal devices, improve, keep the better."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def perturb(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, groups: IntArray,
     goal_s: float, rounds: int, state: int,
 ) -> tuple[IntArray, float, int]:  # fmt: skip
-    """``rounds`` tries from the placement ``groups`` [J, D] of requests sorted by context.
+    """Make ``rounds`` attempts from the placement ``groups`` [J, D] of requests sorted by context.
 
-    Returns the best placement, its makespan, and the state of the random numbers to go on with. Ends early at
+    Returns the best placement, its makespan, and the state of the random numbers for the next call. Ends early at
     ``goal_s``, which no placement beats.
     """
     best = groups.copy()
@@ -44,7 +44,7 @@ def perturb(
 def placement_of(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, groups: IntArray
 ) -> Placement:
-    """The placement with these ``groups`` [J, D]."""
+    """Return the placement with these ``groups`` [J, D]."""
     placement = empty_placement(costs, running, free_blocks, len(contexts))
     for j in range(len(contexts)):
         for i in range(len(costs.unit)):
@@ -57,7 +57,7 @@ def placement_of(
 def _ruin(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, state: int
 ) -> int:
-    """Takes one or two units off the slowest device that has new groups, and off a few random others."""
+    """Remove one or two units from the slowest device with new groups, and from a few random others."""
     num, num_requests = placement.x.shape[1], len(contexts)
     slowest, most = -1, -1.0
     for i in range(num):
@@ -84,7 +84,7 @@ def _ruin(
 def _recreate(
     costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, state: int
 ) -> tuple[bool, int]:
-    """Gives groups without a device to the marginal one, the requests in turn from a random one on."""
+    """Give groups without a device to the marginal one, taking the requests in turn from a random one on."""
     num_requests = len(contexts)
     state = _next(state)
     at = (state >> 33) % num_requests
@@ -102,5 +102,5 @@ def _recreate(
 
 @kernel
 def _next(state: int) -> int:
-    """A linear congruential generator (Knuth's MMIX), kept positive."""
+    """Return the next number of a linear congruential generator (Knuth's MMIX), kept positive."""
     return (state * 6364136223846793005 + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""A placement in whole head groups while it is made and improved: what every device holds, and its time."""
+"""A placement in whole head groups under construction: what every device holds, and its time."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, device_s
 
 
 class Placement(NamedTuple):
-    """Mutable arrays. Requests are those to be placed, sorted by context.
+    """Mutable arrays of a placement of the requests to be placed, sorted by context.
 
-    ``on_workers`` [1]: new groups on attention workers, for the primary's network card.
+    ``on_workers`` [1] is the number of new groups on attention workers, for the primary's network card.
     """
 
     x: IntArray  # [J, D] groups
     groups: IntArray  # [D]
     tokens: IntArray  # [D] context tokens of the groups
     room: IntArray  # [D] free KV blocks left
-    seconds: FloatArray  # [D] time, 0 for a device that holds no heads at all
+    seconds: FloatArray  # [D] time, 0 for a device that holds no heads
     on_workers: IntArray
 
 
 @kernel
 def empty_placement(costs: Costs, running: Running, free_blocks: IntArray, num_requests: int) -> Placement:
-    """Nothing placed: the running load only."""
+    """Return a placement of the running load only."""
     num = len(free_blocks)
     seconds = np.empty(num)
     for i in range(num):
@@ -47,7 +47,7 @@ def put(
     costs: Costs, running: Running, placement: Placement, request: int, device: int, count: int, context: int,
     blocks: int,
 ) -> None:  # fmt: skip
-    """Adds ``count`` groups of a request to a device; removes them where negative."""
+    """Add ``count`` groups of a request to a device, or remove them if negative."""
     placement.x[request, device] += count
     placement.groups[device] += count
     placement.tokens[device] += count * context
@@ -61,14 +61,14 @@ def put(
 
 @kernel
 def seconds_with(costs: Costs, running: Running, placement: Placement, device: int, groups: int, tokens: int) -> float:
-    """Time of a device if it held so many more groups and tokens."""
+    """Return the time of a device with ``groups`` and ``tokens`` more than it holds."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
     return device_s(costs, running, device, float(n), float(t))
 
 
 @kernel
 def card_s(costs: Costs, running: Running, on_workers: float) -> float:
-    """Time of the primary's network card for so many new groups on workers; 0 while no worker holds heads."""
+    """Return the time of the primary's network card with ``on_workers`` new groups; 0 while no worker holds heads."""
     if costs.primary < 0:
         return 0.0
     if on_workers == 0:
@@ -82,7 +82,7 @@ def card_s(costs: Costs, running: Running, on_workers: float) -> float:
 
 @kernel
 def makespan(costs: Costs, running: Running, placement: Placement) -> float:
-    """Seconds of the slowest device or network card."""
+    """Return the seconds of the slowest device or network card."""
     slowest = card_s(costs, running, placement.on_workers[0])
     for i in range(len(placement.seconds)):
         slowest = max(slowest, float(placement.seconds[i]))

@@ -1,4 +1,4 @@
-"""A placement in fractions along a chain that keeps every row and every real KV block: the relaxation's upper bound."""
+"""A fractional placement along a chain that keeps every row and every real KV block: the relaxation's upper bound."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
 MOST_STEPS = 12
-FULL = 1e-12  # share of all groups that may be left for the last device: rounding errors of the level
+FULL = 1e-12  # share of all groups that may be left for the last device, from rounding of the level
 
 
 @kernel
@@ -19,9 +19,9 @@ def pour(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
     price: FloatArray, level: float, x: FloatArray,
 ) -> float:  # fmt: skip
-    """Fills the devices in ``order`` at the least level from ``level`` on that takes all groups, or nearly the least.
+    """Fill the devices in ``order`` at about the least level, from ``level`` on, that takes all groups.
 
-    Writes fractions x [J, D] of requests sorted by context and returns the makespan, infinite where the order leaves
+    Writes fractions x [J, D] of requests sorted by context and returns the makespan, or infinity if the order leaves
     groups without memory.
     """
     z = level * (1.0 + 1e-13)
@@ -41,7 +41,7 @@ def _pour_to(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
     price: FloatArray, z: float, x: FloatArray,
 ) -> tuple[float, float, float]:  # fmt: skip
-    """Groups left over at level z, what they would pay, and the price of a second on devices with memory left."""
+    """Return the groups left at level z, what they would pay, and the price of a second on devices with free memory."""
     pieces = costs.alpha.shape[1]
     num_requests = len(contexts)
     x[:] = 0.0
@@ -89,7 +89,7 @@ def _pour_to(
 def _settle(
     costs: Costs, running: Running, x: FloatArray, contexts: FloatArray, order: IntArray, z: float, left: float
 ) -> float:
-    """Gives what rounding left over to the last device that was used; returns the makespan with the network card's."""
+    """Give what rounding left to the last device in use; return the makespan including the network card's."""
     num_requests = len(contexts)
     if left > 0.0:
         for i in order[::-1]:
@@ -101,7 +101,7 @@ def _settle(
 
 @kernel
 def _on_workers(costs: Costs, x: FloatArray) -> float:
-    """Groups x [J, D] on attention workers."""
+    """Return the groups of x [J, D] on attention workers."""
     groups = 0.0
     for j in range(x.shape[0]):
         for i in range(x.shape[1]):

@@ -1,17 +1,18 @@
-"""The dispatch problem: one replica stage, what it is running, and the requests whose head groups need a device.
+"""The dispatch problem: a replica stage, its running load, and the requests whose head groups need a device.
 
-One layer of one decode iteration is looked at. Device i takes, for h query heads that read g KV bytes (Hetis, SC'25),
+The problem covers one layer of one decode iteration. Device i takes, for h query heads that read g KV bytes (Hetis,
+SC'25),
 
     max_k (a_ik h + b_ik g + c_ik)  +  gamma_i e h + beta_i                      seconds, nothing when h = 0
 
-e being the bytes that a query head exchanges with the primary. The *primary* (a tensor-parallel group of n cards) is
-one device, the attention workers are the others. Its a and b are those of one card; heads and KV bytes of the group
-are shared evenly by its cards, it exchanges nothing, and it takes n head groups at a time, so that its cards stay even.
-Where n exceeds the G head groups of the model, every group lies on n / G cards, which share its query heads: heads
-are divided by n, KV bytes by G, and the primary takes G groups at a time. While any worker holds heads, the primary's
-network card takes ``gamma_0 e (heads on workers) + beta_0`` seconds as well.
+where e is the bytes that a query head exchanges with the primary. The *primary* (a tensor-parallel group of n cards) is
+one device, and the attention workers are the others. Its a and b are those of one card. Heads and KV bytes of the
+group are shared evenly by its cards, it exchanges nothing, and it takes n head groups at once so that its cards stay
+even. If n exceeds the G head groups of the model, every group is on n / G cards, which share its query heads: heads are
+divided by n, KV bytes by G, and the primary takes G groups at once. While any worker holds heads, the primary's network
+card also takes ``gamma_0 e (heads on workers) + beta_0`` seconds.
 
-MHA (G = number of heads, r = 1), GQA and MLA (G = 1: one latent, so that a request stays whole) differ in numbers only.
+MHA (G = number of heads, r = 1), GQA and MLA (G = 1: one latent, so a request stays whole) differ only in numbers.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import numpy.typing as npt
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 
-MOST_TOKENS = 2**31  # of a context, and of growth
+MOST_TOKENS = 2**31  # per context, and of growth
 MOST_BLOCKS = 2**40  # free on a device
 MOST_HEADS = 2**40  # running on a device
 MOST_KV_BYTES = 1e18  # running on a device
-MOST_GROUPS = 2**16  # of a layer; query heads per group, cards of the primary and tokens of a block as well
-# Within these limits no sum that a kernel makes leaves 64 bits.
+MOST_GROUPS = 2**16  # per layer; also for query heads per group, cards of the primary and tokens of a block
+# Within these limits no sum in a kernel exceeds 64 bits.
 _MOST_KV_BITS = np.array(MOST_KV_BYTES).view(np.uint64)
 
 FloatArray = npt.NDArray[np.float64]
@@ -65,7 +66,7 @@ class HeadShape:
 
     @classmethod
     def of_model(cls, model: ModelSpec, *, block_tokens: int = 16) -> HeadShape:
-        """The heads of ``model``: MHA and GQA by KV head, MLA as one latent group."""
+        """Return the heads of ``model``: MHA and GQA by KV head, MLA as one latent group."""
         return cls(
             head_groups=model.head_groups,
             queries_per_group=model.queries_per_group,
@@ -77,12 +78,12 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Primary:
-    """The device that runs the dense layers: ``tp`` cards, and the network card it reaches the workers through.
+    """The device of the dense layers: ``tp`` cards, and the network card through which it reaches the workers.
 
     Attributes:
         device: its index among the stage's devices.
         tp: n, tensor-parallel cards; a divisor or a multiple of the model's head groups.
-        nic_byte_s: gamma_0, seconds per byte exchanged with the workers, all of them together.
+        nic_byte_s: gamma_0, seconds per byte exchanged with all workers together.
         nic_s: beta_0, seconds per layer while any worker holds heads.
     """
 
@@ -94,7 +95,7 @@ class Primary:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stage:
-    """The devices of one replica stage and what attention costs on them: fixed while the replica lives.
+    """The devices of one replica stage and the cost of attention on them, fixed during the replica's life.
 
     Attributes:
         heads: shape of the attention heads.
@@ -102,9 +103,9 @@ class Stage:
         head_s: a_ik, seconds per query head, shape [D, K]. A device with fewer pieces repeats one.
         kv_byte_s: b_ik, seconds per KV byte read, shape [D, K].
         call_s: c_ik, seconds per call, shape [D, K].
-        transfer_byte_s: gamma_i, seconds per byte exchanged, shape [D]; not used of the primary.
-        transfer_s: beta_i, seconds per exchange, shape [D]; not used of the primary.
-        primary: None where all devices are attention workers and no network card is shared.
+        transfer_byte_s: gamma_i, seconds per byte exchanged, shape [D]; unused for the primary.
+        transfer_s: beta_i, seconds per exchange, shape [D]; unused for the primary.
+        primary: None if all devices are attention workers and no network card is shared.
     """
 
     heads: HeadShape
@@ -117,7 +118,7 @@ class Stage:
     primary: Primary | None = None
 
     def __post_init__(self) -> None:
-        # Kernels are compiled for these types: others would be compiled for anew, which takes a minute.
+        # Kernels are compiled for these types; for others they would be compiled again, which takes a minute.
         for name in ("head_s", "kv_byte_s", "call_s", "transfer_byte_s", "transfer_s"):
             object.__setattr__(self, name, _reals(name, getattr(self, name)))
         num = len(self.devices)
@@ -154,12 +155,12 @@ class Stage:
 
     @property
     def num_devices(self) -> int:
-        """D"""
+        """Return D."""
         return len(self.devices)
 
     @property
     def primary_groups(self) -> int:
-        """Head groups that the primary takes at a time: n, or G where its cards outnumber the groups."""
+        """Return how many head groups the primary takes at once: n, or G if its cards outnumber the groups."""
         return 1 if self.primary is None else min(self.primary.tp, self.heads.head_groups)
 
     def has_primary_at(self, device: int) -> bool:
@@ -169,14 +170,14 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceLoad:
-    """What the devices hold of the micro-batch that new requests join. Of the primary: all its cards together.
+    """The load of devices from the micro-batch that new requests join; for the primary, of all its cards together.
 
     Attributes:
         heads: running query heads, shape [D].
-        kv_bytes: KV bytes that one layer of one iteration reads for them, shape [D]; a group that lies on several
-            cards of the primary counts once.
-        free_blocks: KV blocks a layer has left on each device, shape [D], those subtracted that the running requests
-            are expected to grow into; below 0 counts as none.
+        kv_bytes: KV bytes that one layer of one iteration reads for them, shape [D]; a group on several cards of the
+            primary counts once.
+        free_blocks: KV blocks that a layer has left on each device, shape [D], minus those into which the running
+            requests are expected to grow; negative numbers count as 0.
     """
 
     heads: IntArray
@@ -195,7 +196,7 @@ class DeviceLoad:
                 f"heads, kv_bytes and free_blocks are of {len(self.heads)}, {len(self.kv_bytes)} and "
                 f"{len(self.free_blocks)} devices, must be of the same"
             )
-        # The bits of floats >= 0 rise with them; those of NaN are above, and of what has a sign above all.
+        # The bits of floats >= 0 have the same order; those of NaN are above, and those with a sign above all.
         if len(self.kv_bytes) and np.maximum.reduce(self.kv_bytes.view(np.uint64)) > _MOST_KV_BITS:
             bad = self.kv_bytes[~((self.kv_bytes >= 0) & (self.kv_bytes <= MOST_KV_BYTES))]
             if len(bad):
@@ -203,7 +204,7 @@ class DeviceLoad:
 
     @classmethod
     def idle(cls, free_blocks: IntArray) -> DeviceLoad:
-        """Devices that run nothing."""
+        """Return the load of devices that run nothing."""
         return cls(
             heads=np.zeros(len(free_blocks), np.int64), kv_bytes=np.zeros(len(free_blocks)), free_blocks=free_blocks
         )
@@ -211,12 +212,12 @@ class DeviceLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Requests:
-    """New requests in their order of admission: when memory is short, the later ones are left out.
+    """New requests in order of admission; if memory is short, the later ones are left out.
 
     Attributes:
-        ids: names, J of them, all different.
-        context_tokens: l_j, tokens a decode step attends to and keeps, shape [J].
-        growth_tokens: tokens it is expected to grow by, which memory is kept for, shape [J].
+        ids: J different names.
+        context_tokens: l_j, tokens that a decode step attends to and keeps, shape [J].
+        growth_tokens: tokens by which the context is expected to grow, for which memory is kept, shape [J].
     """
 
     ids: tuple[str, ...]
@@ -236,13 +237,13 @@ class Requests:
             )
 
     def blocks(self, block_tokens: int) -> IntArray:
-        """KV blocks that one head group of each request needs per layer, shape [J]."""
+        """Return the KV blocks that one head group of each request needs per layer, shape [J]."""
         return -(-(self.context_tokens + self.growth_tokens) // block_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DispatchProblem:
-    """Which device each head group of the new requests should live on."""
+    """The question on which device each head group of the new requests should be placed."""
 
     stage: Stage
     load: DeviceLoad
@@ -256,7 +257,7 @@ class DispatchProblem:
 
 
 def _counts(name: str, values: IntArray, most: int, *, least: int | None = 0) -> IntArray:
-    """Whole numbers from ``least`` to ``most`` as an array that kernels take."""
+    """Return whole numbers from ``least`` to ``most`` as an array that kernels accept."""
     given = np.asarray(values)
     if given.ndim != 1:
         raise InvalidProblemError(f"{name} has shape {given.shape}, must be one number each")
@@ -272,7 +273,7 @@ def _counts(name: str, values: IntArray, most: int, *, least: int | None = 0) ->
     if len(counts):
         if least is None:
             is_within = np.maximum.reduce(counts) <= most
-        else:  # one look for both ends: as unsigned, what is below 0 is huge
+        else:  # one pass for both ends: as unsigned, negative numbers are huge
             above = counts - least if least else counts
             is_within = np.maximum.reduce(above.view(np.uint64)) <= most - least
         if not is_within:

@@ -1,10 +1,10 @@
-"""The relaxation in fractions of head groups: the chain, every device on the row, or the mix of two, that binds.
+"""The relaxation in fractions of head groups: the chain, with every device on its binding row or a mix of two.
 
-A device with several rows (affine pieces, memory, the primary's network card; `rows`) is put into the chain on one of
-them. Leaving the others out can only lower the level, so if none of them is broken the answer is exact. Where one is
-broken, the device moves to it; where it is then broken on the other, the optimum holds both, at weights w and 1 - w:
-the mix ``(1-w) row + w other`` is again one affine row, a valid consequence of the two. w is found by bisection, for
-all such devices at once. Every round proves a lower bound; the best is kept.
+A device with several rows (affine pieces, memory, the primary's network card; `rows`) is put into the chain with one of
+them. Ignoring the others can only lower the level, so if none of them is violated the answer is exact. If one is
+violated, the device switches to it. If the device then violates the first, both bind in the optimum, at weights 1 - w
+and w: the mix ``(1-w) row + w other`` is again one affine row, a valid consequence of the two. w is found by bisection
+for all such devices at once. Every round proves a lower bound, and the best is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.rows import DeviceRows
 from hetis.solver.dispatch.tables import Running
 
-SETTLED = 1e-9  # a row broken by less, as a share of the level, counts as kept
-NARROW = 1e-3  # where bisection of a weight has come this far, other devices have moved on: look further again
+SETTLED = 1e-9  # violation of a row, as a ratio to the level, up to which it counts as kept
+NARROW = 1e-3  # width of a weight's bracket below which it is widened again, because other devices have changed
 
 
 class ChainMix(NamedTuple):
-    """What limits every device in the chain: (1 - weight) of row ``low`` and weight of row ``high``; all [D].
+    """The binding row of every device in the chain: (1 - weight) of row ``low`` plus weight of row ``high``; all [D].
 
-    Of the two, ``high`` charges more for tokens and less for groups. ``price``: of a second of that limit.
+    Of the two, ``high`` charges more for tokens and less for groups. ``price`` is that of a second of the mixed row.
     """
 
     low: IntArray
@@ -36,14 +36,14 @@ class ChainMix(NamedTuple):
 
 
 class ChainRelaxation(NamedTuple):
-    """Least level found for the chain, and what proves it.
+    """The least level found for the chain, and its proof.
 
-    The level leaves out the time of the running load: it is that of the devices that still have room, so that ties at
-    a bottleneck that nothing can lower are broken by filling the next one.
+    The level ignores the time of the running load: it is that of the devices that still have room, so that ties at a
+    bottleneck that nothing can lower are broken by filling the next one.
     """
 
     level_s: float
-    settled: bool  # no row is broken at that level
+    settled: bool  # no row is violated at that level
     mix: ChainMix
     order: IntArray
 
@@ -53,7 +53,7 @@ def relax(
     rows: DeviceRows, running: Running, guess: float, contexts: FloatArray, blocks: FloatArray, head_groups: int,
     most_rounds: int,
 ) -> ChainRelaxation:  # fmt: skip
-    """Solves the relaxation for requests sorted by context; ``contexts`` and ``blocks`` [J], ``guess`` a level."""
+    """Solve the relaxation for requests sorted by context; ``contexts`` and ``blocks`` [J], ``guess`` a level."""
     num = len(rows.block_scale)
     alpha, beta, base, kappa = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
     groups, tokens, held, key = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
@@ -94,7 +94,7 @@ def relax(
 
 @kernel
 def sort_again(key: FloatArray, order: IntArray) -> None:
-    """Sorts ``order`` by ``key``: quick where it nearly is in order already."""
+    """Sort ``order`` by ``key``, quickly if it is nearly sorted already."""
     for position in range(1, len(order)):
         i = order[position]
         at = position
@@ -106,7 +106,7 @@ def sort_again(key: FloatArray, order: IntArray) -> None:
 
 @kernel
 def _first_rows(rows: DeviceRows, guess: float, context: float) -> IntArray:
-    """The piece that binds first when requests of the mean context fill a device to the guessed level, shape [D]."""
+    """Return the piece that binds first when requests of the mean context fill a device to the guessed level, [D]."""
     num, width = rows.alpha.shape
     first = np.zeros(num, np.int64)
     for i in range(num):
@@ -124,7 +124,7 @@ def _adjust(
     rows: DeviceRows, z: float, contexts: FloatArray, groups: FloatArray, tokens: FloatArray, held: FloatArray,
     now: ChainMix, under: FloatArray, over: FloatArray,
 ) -> bool:  # fmt: skip
-    """Moves every device whose rows are broken towards the row broken most. Returns whether there was any."""
+    """Move every device with violated rows towards the row violated most; return whether there was any."""
     num, width = rows.alpha.shape
     memory, nic = width - 2, width - 1
     any_broken = False
@@ -135,7 +135,7 @@ def _adjust(
             use = rows.alpha[i, k] * groups[i] + rows.beta[i, k] * tokens[i]
             if k == memory:
                 if held[i] > 0.0 and use > 0.0:
-                    # Blocks are not affine in the context: let the row count as many as were really needed here.
+                    # Blocks are not affine in the context, so the row counts as many as were really needed here.
                     real = held[i] * rows.block_scale[i] / use
                     rows.alpha[i, k] *= real
                     rows.beta[i, k] *= real
@@ -144,7 +144,7 @@ def _adjust(
                 continue
             broken = (use + rows.base[i, k] - rows.kappa[i, k] * z) / z
             if k < memory and groups[i] == 0.0:
-                broken = 0.0  # an idle device may stay below its constants
+                broken = 0.0  # an idle device may remain below its constants
             if broken > most:
                 worst, most = k, broken
             if k == now.low[i]:
@@ -173,7 +173,7 @@ def _adjust(
 def _go_to(
     rows: DeviceRows, i: int, worst: int, shortest: float, now: ChainMix, under: FloatArray, over: FloatArray
 ) -> None:
-    """Puts device i on its row ``worst``, with the row it comes from on the other side of the bracket."""
+    """Put device i on its row ``worst``, with its previous row at the other end of the bracket."""
     nic = rows.alpha.shape[1] - 1
     came_from = now.high[i] if now.weight[i] > 0.5 else now.low[i]
     rises = worst == nic or (
@@ -193,7 +193,7 @@ def _go_to(
 
 @kernel
 def _most_weight(rows: DeviceRows, i: int, now: ChainMix, shortest: float) -> float:
-    """Below 1 for the network card: its row pays for groups taken, and a mix must still charge for every request."""
+    """Return 1, or less for the network card, whose row pays for groups: a mix must still charge for every request."""
     if rows.alpha[i, now.high[i]] >= 0.0:
         return 1.0
     charge = float(rows.alpha[i, now.low[i]] + rows.beta[i, now.low[i]] * shortest)

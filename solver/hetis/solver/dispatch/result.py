@@ -1,4 +1,4 @@
-"""What a dispatch answers: the placement, how good it is, how it was found, and who had to wait and why."""
+"""The answer of a dispatch: the placement, its quality, how it was found, and which requests must wait and why."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 
 
 class Path(StrEnum):
-    """How an answer was made.
+    """The way in which an answer was found.
 
     ``chain``: the relaxation was solved exactly as a chain by comparative advantage, every device on one affine piece.
-    ``mixed``: some devices are held by two of their rows at once (affine pieces, memory, the primary's network
-    card); the chain was solved on mixtures of the two, optimal up to the tolerance that was asked for.
+    ``mixed``: two rows at once bind some devices (affine pieces, memory, the primary's network card). The chain was
+    solved on mixtures of the two, and is optimal up to the requested tolerance.
     ``lp``: HiGHS solved the relaxation.
     ``milp``: HiGHS searched whole head groups (`solve_exactly`).
     """
@@ -27,11 +27,11 @@ class Path(StrEnum):
 
 
 class Resource(StrEnum):
-    """What a request that was not placed lacks.
+    """The resource that an unplaced request lacks.
 
     ``kv_blocks``: all devices together have too few free KV blocks.
-    ``whole_groups``: they have enough, but in pieces smaller than a head group of the request (on the primary: than
-    the groups it takes at a time).
+    ``whole_groups``: they have enough, but in pieces smaller than a head group of the request (on the primary, smaller
+    than the groups it takes at once).
     """
 
     KV_BLOCKS = "kv_blocks"
@@ -45,10 +45,11 @@ class Unplaced:
     Attributes:
         request: its index in the problem.
         id: its name.
-        resource: what it lacks, after the requests admitted before it.
-        missing: KV blocks per layer for ``kv_blocks``, head groups without a home for ``whole_groups``.
-        proved: no placement holds it beside those admitted before it. Always so for ``kv_blocks``. The fast path may
-            overlook a packing of whole groups: it then has not proved anything; `solve_exactly` does, given the time.
+        resource: what it lacks after the requests admitted before it.
+        missing: KV blocks per layer for ``kv_blocks``, head groups without room for ``whole_groups``.
+        proved: no placement holds it in addition to those admitted before it. This is always true for ``kv_blocks``.
+            The fast path may overlook a packing of whole groups and then proves nothing; `solve_exactly` does, given
+            the time.
     """
 
     request: int
@@ -72,8 +73,8 @@ class ShadowPrices:
     """Multipliers that prove the bound; `hetis.solver.dispatch.certificate` recomputes it from them.
 
     Attributes:
-        piece: weight of every affine piece of every device, shape [D, K], >= 0; those of the devices that the bound
-            says are in use, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
+        piece: weight of every affine piece of every device, shape [D, K], >= 0. Those of the devices that are in use
+            at the bound, and ``nic``, sum to 1 unless the running load alone is the bound (then all are 0).
         block_s: seconds of makespan that one more free KV block on the device saves, shape [D].
         nic: weight of the primary's network card.
         request_s: seconds of makespan that one more head group of the request would cost, shape [J].
@@ -91,12 +92,12 @@ class DispatchPlan:
 
     Attributes:
         groups: head groups of request j on device i, shape [J, D]; the rows of unplaced requests are 0.
-        makespan_s: seconds per layer of one decode iteration on the slowest device (or network card), running
-            requests included.
-        bound_s: no placement of the same requests is faster, proved by ``prices``.
-        relaxed_s: makespan of the best placement in fractions that was found; ``bound_s`` up to rounding on the paths
+        makespan_s: seconds per layer of one decode iteration on the slowest device (or network card), including
+            running requests.
+        bound_s: no placement of the same requests is faster, as ``prices`` prove.
+        relaxed_s: makespan of the best fractional placement found; equal to ``bound_s`` up to rounding on the paths
             ``chain`` and ``lp``.
-        path: how it was made.
+        path: how it was found.
         unplaced: requests left out, in order.
         prices: the multipliers behind the bound.
     """
@@ -111,7 +112,7 @@ class DispatchPlan:
 
     @property
     def gap(self) -> float:
-        """How far the makespan may be above the best one: ``makespan_s / bound_s - 1``; 0 when nothing runs."""
+        """Return how far the makespan may be above the best, ``makespan_s / bound_s - 1``, or 0 if nothing runs."""
         if self.makespan_s <= self.bound_s:
             return 0.0
         return self.makespan_s / self.bound_s - 1.0 if self.bound_s > 0 else np.inf

@@ -1,4 +1,4 @@
-"""Rounding of fractions to whole head groups: round down, then give every group that is left to the marginal device."""
+"""Rounding of fractions to whole head groups: round down, then give every group left to the marginal device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.solver.dispatch.placement import Placement, card_s, put, seconds_with
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 
-BLOCK = 16  # devices looked at together: a group changes one of them, and the rest of its block is looked at again
+BLOCK = 16  # devices compared together: a group changes one of them, and only its block is compared again
 
 
 @kernel
@@ -21,7 +21,7 @@ def round_down(
     contexts: IntArray,
     blocks: IntArray,
 ) -> None:
-    """Places the whole groups (of the primary: whole multiples of what it takes at a time) in ``fractions`` [J, D]."""
+    """Place the whole groups in ``fractions`` [J, D]; on the primary, whole multiples of what it takes at once."""
     for j in range(len(contexts)):
         for i in range(len(costs.unit)):
             unit = costs.unit[i]
@@ -33,7 +33,7 @@ def round_down(
 
 @kernel
 def place_rest(costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray) -> bool:
-    """Gives every group that has no device yet to the one that is the least late with it, long contexts first.
+    """Give every group without a device to the one that ends earliest with it, long contexts first.
 
     Returns whether all found room.
     """
@@ -53,14 +53,14 @@ def _place(
     costs: Costs, running: Running, placement: Placement, request: int, left: int, context: int, blocks: int,
     ends: FloatArray,
 ) -> bool:  # fmt: skip
-    """Places ``left`` groups of one request as `marginal_device` would one by one; ``ends`` [D] is room to work in.
+    """Place ``left`` groups of one request as repeated `marginal_device` would; ``ends`` [D] is scratch space.
 
-    Groups of a request are alike, so that after each only the device that took it ends at another time.
+    Groups of a request are alike, so after each one only the device that took it ends at another time.
     """
     num = len(costs.unit)
     for i in range(num):
         ends[i] = _end_with_unit(costs, running, placement, i, context, blocks)
-    first = np.empty((num + BLOCK - 1) // BLOCK, np.int64)  # of every block of workers: the one that ends first
+    first = np.empty((num + BLOCK - 1) // BLOCK, np.int64)  # for every block, the worker that ends first
     for block in range(len(first)):
         first[block] = _first_to_end(costs, ends, block)
     while left > 0:
@@ -83,7 +83,7 @@ def _place(
 
 @kernel
 def _first_to_end(costs: Costs, ends: FloatArray, block: int) -> int:
-    """The worker of a block of devices that ends first; -1 if none has room."""
+    """Return the worker of a block of devices that ends first, or -1 if none has room."""
     best, least = -1, np.inf
     for i in range(block * BLOCK, min((block + 1) * BLOCK, len(ends))):
         if ends[i] < least and i != costs.primary:
@@ -95,7 +95,7 @@ def _first_to_end(costs: Costs, ends: FloatArray, block: int) -> int:
 def _end_with_unit(
     costs: Costs, running: Running, placement: Placement, device: int, context: int, blocks: int
 ) -> float:
-    """Return when a device ends with one more unit of a request; infinite without room for it."""
+    """Return when a device ends with one more unit of a request, or infinity without room for it."""
     unit = costs.unit[device]
     if placement.room[device] < unit * blocks:
         return np.inf
@@ -113,9 +113,9 @@ def marginal_device(
     but: int,
     nor: int,
 ) -> int:
-    """The device, other than ``but`` and ``nor``, that ends first with one more unit; -1 if none has room.
+    """Return the device other than ``but`` and ``nor`` that ends first with one more unit, or -1 if none has room.
 
-    A unit is of at most ``left`` groups. A worker burdens the primary's network card too and ends with that.
+    A unit has at most ``left`` groups. A worker also loads the primary's network card and ends no earlier than that.
     """
     best, least = -1, np.inf
     card = card_s(costs, running, placement.on_workers[0] + 1) if costs.primary >= 0 else 0.0

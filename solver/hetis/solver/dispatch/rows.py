@@ -1,10 +1,10 @@
-"""Every limit on a device as a row over the n head groups and t context tokens (one per group and token) it is given.
+"""Every limit on a device as a row over the n head groups and t context tokens (summed over groups) it is given.
 
 alpha n + beta t + base <= kappa z                                        z: makespan in seconds
 
 row k < K   affine piece k       alpha = r (a + gamma e), beta = bytes b, base: time of the running load, kappa 1
 row K       free KV blocks       kappa 0, scaled to seconds. ceil((context + growth) / block) is not affine in the
-                                 context: this row only guides the search, placements and bounds count real blocks
+                                 context: this row only guides the search; placements and bounds count real blocks
 row K + 1   the primary's network card, kappa 1. All N groups go somewhere, so workers do what the primary does not:
                                  alpha = -eta, beta 0, base = time for the running workers + eta N. Other devices
                                  have no such row (all 0)
@@ -23,7 +23,7 @@ from hetis.solver.dispatch.tables import Costs, Running
 
 
 class DeviceRows(NamedTuple):
-    """Rows of all devices, [D, R] with R = K + 2; ``block_scale`` [D]: seconds that a block counts for in row K."""
+    """Rows of all devices, [D, R] with R = K + 2; ``block_scale`` [D] is the seconds per block in row K."""
 
     alpha: FloatArray
     beta: FloatArray
@@ -36,7 +36,7 @@ class DeviceRows(NamedTuple):
 def rows_of(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray
 ) -> DeviceRows:
-    """All rows, for requests of these contexts and blocks per head group, both [J]."""
+    """Return all rows, for requests of these contexts and blocks per head group, both [J]."""
     num, pieces = costs.alpha.shape
     shape = (num, pieces + 2)
     alpha, beta, base, kappa = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
@@ -73,7 +73,7 @@ def rows_of(
 
 @kernel
 def likely_level(rows: DeviceRows, running: Running, context: float, num_groups: float) -> float:
-    """A level near the optimum: where groups of equal ``context`` would fill every device's affine pieces."""
+    """Return a level near the optimum, at which groups of equal ``context`` would fill every device's affine pieces."""
     num, width = rows.alpha.shape
     z = TINY
     for i in range(num):
@@ -107,7 +107,7 @@ def prices_of(
     rows: DeviceRows, low: IntArray, high: IntArray, weight: FloatArray, price: FloatArray, piece: FloatArray,
     block: FloatArray,
 ) -> float:  # fmt: skip
-    """Multipliers of pieces [D, K] and KV blocks [D], written, and of the network card, returned, of mixed rows [D]."""
+    """Write multipliers of pieces [D, K] and KV blocks [D] and return that of the network card, from mixed rows [D]."""
     num, width = rows.alpha.shape
     pieces = width - 2
     nic = 0.0

@@ -1,4 +1,4 @@
-"""What one replica stage holds, as a value: for files, for re-dispatch, and to start a `DispatchState` from."""
+"""The contents of one replica stage as a value: for files, for re-dispatch, and to start a `DispatchState` from."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hetis.solver.errors import InvalidProblemError
 
 
 class DeviceStatus(StrEnum):
-    """Whether a device takes head groups.
+    """The status of a device, which says whether it takes head groups.
 
-    ``ok``: it does. ``draining``: it serves what it holds, takes nothing, and should be emptied. ``lost``: it is gone,
-    and so is its KV; it holds nothing.
+    ``ok``: it does. ``draining``: it serves what it holds, takes nothing, and should be emptied. ``lost``: it is gone
+    with its KV and holds nothing.
     """
 
     OK = "ok"
@@ -30,10 +30,10 @@ class DeviceSnapshot:
 
     Attributes:
         name: as in the stage.
-        total_blocks: KV blocks a layer has there; of the primary, on all its cards together.
+        total_blocks: KV blocks that a layer has there; for the primary, on all its cards together.
         status: whether it takes head groups.
         high_water: share of the blocks in use above which head groups should leave.
-        changed: it joined, came back, was lost or changed its speed since re-dispatch last looked.
+        changed: it joined, came back, was lost or changed its speed since the last look of re-dispatch.
     """
 
     name: str
@@ -53,7 +53,7 @@ class DeviceSnapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedMove:
-    """Head groups under way: blocks are taken at both ends, the source owns the groups until the move is committed.
+    """A move of head groups under way: blocks are taken at both ends, and the source owns the groups until commit.
 
     ``number`` names the move within its state; ``source`` and ``target`` are indices of devices.
     """
@@ -67,12 +67,12 @@ class PreparedMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StateSnapshot:
-    """What a stage holds at one moment. Requests are in their order of admission.
+    """The contents of a stage at one moment, with requests in order of admission.
 
     Attributes:
-        stage: devices and what attention costs on them.
+        stage: devices and the cost of attention on them.
         devices: one per device of the stage, in its order.
-        ids: names of the running requests, N of them.
+        ids: names of the N running requests.
         context_tokens: tokens that a decode step attends to, shape [N].
         remaining_tokens: output tokens still expected, one per decode step, shape [N].
         groups: head groups of each request on each device, shape [N, D].
@@ -112,7 +112,7 @@ class StateSnapshot:
         self._check_devices()
 
     def _misplaced(self) -> npt.NDArray[np.bool_]:
-        """Requests that `check_groups` refuses, shape [N]."""
+        """Return which requests `check_groups` refuses, shape [N]."""
         wrong: npt.NDArray[np.bool_] = (self.groups < 0).any(axis=1) | (
             self.groups.sum(axis=1) != self.stage.heads.head_groups
         )
@@ -147,15 +147,15 @@ class StateSnapshot:
                 raise InvalidProblemError(f"{device.name} is lost, but {held} head groups are said to be there")
 
     def context_blocks(self) -> IntArray:
-        """KV blocks per layer of one head group of each request, shape [N]."""
+        """Return the KV blocks per layer of one head group of each request, shape [N]."""
         return -(-self.context_tokens // self.stage.heads.block_tokens)
 
     def expected_blocks(self) -> IntArray:
-        """The same when the request has produced all tokens that are expected of it, shape [N]."""
+        """Return the same blocks once the request has produced all expected tokens, shape [N]."""
         return -(-(self.context_tokens + self.remaining_tokens) // self.stage.heads.block_tokens)
 
     def used_blocks(self) -> IntArray:
-        """KV blocks in use on each device, those taken for moves under way included, shape [D]."""
+        """Return the KV blocks in use on each device, including those of moves under way, shape [D]."""
         return self._blocks_on_devices(self.context_blocks())
 
     def total_blocks(self) -> IntArray:
@@ -163,11 +163,11 @@ class StateSnapshot:
         return np.array([device.total_blocks for device in self.devices], np.int64)
 
     def takes_groups(self) -> npt.NDArray[np.bool_]:
-        """Devices that are ok, shape [D]."""
+        """Return which devices are ok, shape [D]."""
         return np.array([device.status is DeviceStatus.OK for device in self.devices])
 
     def incoming(self) -> IntArray:
-        """Head groups of each request under way to each device, shape [N, D]."""
+        """Return the head groups of each request that moves bring to each device, shape [N, D]."""
         index = {name: j for j, name in enumerate(self.ids)}
         coming = np.zeros_like(self.groups)
         for move in self.moves:
@@ -175,7 +175,7 @@ class StateSnapshot:
         return coming
 
     def load(self) -> DeviceLoad:
-        """Return what new requests join; devices that take no groups have no free blocks."""
+        """Return the load that new requests join; devices that take no groups have no free blocks."""
         heads = self.stage.heads
         free = self.total_blocks() - self._blocks_on_devices(self.expected_blocks())
         return DeviceLoad(
@@ -190,7 +190,7 @@ class StateSnapshot:
 
 
 def check_groups(stage: Stage, request: str, groups: IntArray) -> None:
-    """Raises InvalidProblemError unless all head groups of a request have one device each, groups [D]."""
+    """Raise InvalidProblemError unless every head group of a request has exactly one device; groups [D]."""
     if groups.min() < 0 or groups.sum() != stage.heads.head_groups:
         raise InvalidProblemError(
             f"request {request} has {groups.tolist()} head groups on the devices, must be "

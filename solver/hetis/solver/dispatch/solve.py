@@ -22,21 +22,21 @@ from hetis.solver.dispatch.rows import likely_level, prices_of, rows_of
 from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
 from hetis.solver.errors import InvalidProblemError
 
-# How far bound and fractions may be apart before HiGHS closes the rest. Where memory binds (12 x 8 and 64 x 64, free
-# blocks 1.2 times the need, uneven growth) a tenth of it makes plans 0.05% and 0.07% better and takes 13 and 20 times
-# as long; where it does not, the two ends agree to rounding.
+# Ratio of bound and fractions up to which HiGHS is not asked. If memory binds (12 x 8 and 64 x 64, free blocks 1.2
+# times the need, uneven growth), a tenth of it makes plans 0.05% and 0.07% better and takes 13 and 20 times as long.
+# Otherwise the two ends agree up to rounding.
 TOLERANCE = 0.01
-# Of mixing rows. Twice as many leave makespans, and bounds to 1e-4, as they are (12 x 8, 64 x 64 and 1024 x 16, nearly
-# full, within 5e-5 on average) and take 1.6 ms instead of 1.2 for 1,024 devices.
+# Rounds of mixing rows. Twice as many do not change makespans, nor bounds to 1e-4 (12 x 8, 64 x 64 and 1024 x 16,
+# nearly full, within 5e-5 on average), but take 1.6 ms instead of 1.2 for 1,024 devices.
 MOST_ROUNDS = 12
 MOST_STUCK = 4
 MOST_STEPS = 400
-WORTH_POLISHING = 0.01  # a gap below this is not worth ruining and recreating
+WORTH_POLISHING = 0.01  # gap below which ruin and recreate is not worth its time
 POLISHING = 2000  # rounds of it, times requests, times devices
 
 
 class PassResult(NamedTuple):
-    """What one pass of compiled code found; requests in the order of the problem."""
+    """The result of one pass of compiled code, with requests in the order of the problem."""
 
     groups: IntArray  # [J, D]
     makespan_s: float
@@ -53,7 +53,7 @@ class PassResult(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Who is placed, and a packing of their groups: as of `hetis.solver.dispatch.admission.admit`."""
+    """The requests that are placed and a packing of their groups, as from `hetis.solver.dispatch.admission.admit`."""
 
     verdict: IntArray  # [J]
     missing: IntArray  # [J]
@@ -61,15 +61,15 @@ class Admission(NamedTuple):
 
 
 def solve_dispatch(problem: DispatchProblem, *, tolerance: float = TOLERANCE) -> DispatchPlan:
-    """Places the head groups of new requests so that the slowest device finishes soonest; see `Dispatcher.dispatch`.
+    """Place the head groups of new requests so that the slowest device finishes soonest; see `Dispatcher.dispatch`.
 
-    For a series of problems of one stage keep a `Dispatcher`: it tabulates the stage once.
+    For a series of problems of one stage keep a `Dispatcher`, which tabulates the stage once.
     """
     return Dispatcher(problem.stage).dispatch(problem.load, problem.requests, tolerance=tolerance)
 
 
 class Dispatcher:
-    """Solves dispatch problems of one stage, one after the other; not to be shared between threads."""
+    """A solver of successive dispatch problems of one stage; not to be shared between threads."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
@@ -79,7 +79,7 @@ class Dispatcher:
     def dispatch(
         self, load: DeviceLoad, requests: Requests, *, tolerance: float = TOLERANCE, admission: Admission | None = None
     ) -> DispatchPlan:
-        """Places the head groups of new requests so that the slowest device finishes soonest.
+        """Place the head groups of new requests so that the slowest device finishes soonest.
 
         Sets       i devices, j new requests, k affine pieces
         Variables  x_ij head groups of j on i, whole;  z seconds
@@ -88,14 +88,15 @@ class Dispatcher:
                    eta sum_(workers i) x_ij + base_nic <= z                       while any worker holds heads
                    sum_i x_ij = G                                                 every request placed
                    sum_j m_j x_ij <= free_i                                       every i   (KV blocks with growth)
-                   x_ij a multiple of what the primary takes at a time            i the primary
+                   x_ij a multiple of what the primary takes at once              i the primary
 
-        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.chain`, if need be with rows mixed;
-        where the bound and the fractions found this way are further apart than ``tolerance``, as a share, HiGHS solves
-        it. Whole groups come from rounding down, the marginal device for what is left, and a local search. Requests
-        that memory is too short for are named in ``unplaced``; the others are placed as if those had not come.
+        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.chain`, with mixed rows if needed.
+        If its bound and fractions are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups come
+        from rounding down, the marginal device for the rest, and a local search. Requests for which memory is too short
+        are named in ``unplaced``; the others are placed as if those had not come.
 
-        ``admission`` replaces the quick decision of who is placed: `hetis.solver.dispatch.exact` makes a proved one.
+        ``admission`` replaces the quick decision on which requests are placed; `hetis.solver.dispatch.exact` proves
+        its decision.
 
         Raises:
             InvalidProblemError: the load is of another number of devices.
@@ -116,7 +117,7 @@ class Dispatcher:
         return _plan_of(requests, answer, path)
 
     def _by_lp(self, load: DeviceLoad, requests: Requests, blocks: IntArray, first: PassResult) -> PassResult | None:
-        """The same with HiGHS's relaxation, the better of both plans and bounds; None if HiGHS gave up."""
+        """Return the better of both plans and bounds with HiGHS's relaxation, or None if HiGHS gave up."""
         self._lp = self._lp or RelaxationLp()
         running = running_load(self._costs, load.heads, load.kv_bytes)
         contexts, placed_blocks = requests.context_tokens[first.order], blocks[first.order]
@@ -168,7 +169,7 @@ def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
     all_blocks: IntArray, verdict: IntArray, missing: IntArray, all_groups: IntArray,
 ) -> PassResult:  # fmt: skip
-    """Everything after admission; ``all_groups`` [J, D] are the groups reserved there, and is written."""
+    """Do everything after admission; ``all_groups`` [J, D] holds the groups reserved by it, and is written."""
     num, pieces = costs.alpha.shape
     running = running_load(costs, heads, kv_bytes)
     order = np.flatnonzero(verdict == PLACED)
@@ -211,7 +212,7 @@ def _whole_groups(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, fractions: FloatArray,
     reserved: IntArray, bound: float,
 ) -> tuple[IntArray, float]:  # fmt: skip
-    """Rounds fractions [J, D] and improves; starts from what admission reserved where rounding runs out of room."""
+    """Round fractions [J, D] and improve, or start from what admission reserved if rounding runs out of room."""
     placement = empty_placement(costs, running, free_blocks, len(contexts))
     round_down(costs, running, placement, fractions, contexts, blocks)
     if not place_rest(costs, running, placement, contexts, blocks):
@@ -231,7 +232,7 @@ def _whole_groups(
 
 
 def _admit(costs: Costs, free_blocks: IntArray, blocks: IntArray) -> Admission:
-    """The quick decision of who is placed."""
+    """Decide quickly which requests are placed."""
     reserved = np.zeros((len(blocks), len(costs.unit)), np.int64)
     verdict, missing = admit(free_blocks, costs.unit, blocks, costs.head_groups, costs.primary, reserved)
     return Admission(verdict=verdict, missing=missing, reserved=reserved)

@@ -1,7 +1,7 @@
-"""The head map of one replica stage and its KV blocks, kept up to date step by step.
+"""The head map of one replica stage and its KV blocks, updated incrementally.
 
-A request has G head groups, each on one device. A group takes a block per ``block_tokens`` tokens of context, in every
-layer; blocks are counted per layer. While groups are under way (`prepare_move` to `commit_moves`), the source owns them
+A request has G head groups, each on one device. In every layer a group takes one block per ``block_tokens`` tokens of
+context; blocks are counted per layer. During a move of groups (`prepare_move` to `commit_moves`), the source owns them
 and both ends hold blocks for them.
 
 Every method costs what changes, times the number of devices; nothing is summed over all requests.
@@ -29,12 +29,12 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evicted:
-    """A request that lost KV and left the state: to be prefilled again, ``context_tokens`` long.
+    """A request that lost KV and left the state, to be prefilled again with ``context_tokens``.
 
     Attributes:
         id: its name.
         context_tokens: prompt and output so far.
-        remaining_tokens: output tokens that were still expected.
+        remaining_tokens: output tokens still expected at that time.
         lost_groups: head groups whose KV was on the lost device.
     """
 
@@ -45,10 +45,10 @@ class Evicted:
 
 
 class DispatchState:
-    """Owns head placement and block accounting of one stage; not to be shared between threads."""
+    """The head placement and block accounting of one stage; not to be shared between threads."""
 
     def __init__(self, stage: Stage, total_blocks: Sequence[int] | IntArray, *, high_water: float = 0.9) -> None:
-        """An empty stage with ``total_blocks`` KV blocks per layer on each device, shape [D]."""
+        """Create an empty stage with ``total_blocks`` KV blocks per layer on each device, shape [D]."""
         if len(total_blocks) != stage.num_devices:
             raise InvalidProblemError(
                 f"{len(total_blocks)} totals of KV blocks, the stage has {stage.num_devices} devices"
@@ -65,7 +65,7 @@ class DispatchState:
 
     @classmethod
     def of(cls, snapshot: StateSnapshot) -> DispatchState:
-        """The state that a snapshot was taken of."""
+        """Return the state from which a snapshot was taken."""
         state = cls(snapshot.stage, snapshot.total_blocks())
         for name, context, remaining, groups in zip(
             snapshot.ids, snapshot.context_tokens, snapshot.remaining_tokens, snapshot.groups, strict=True
@@ -77,10 +77,10 @@ class DispatchState:
         state._next_move = max((move.number + 1 for move in snapshot.moves), default=0)
         return state
 
-    # --- what there is
+    # --- contents
 
     def __len__(self) -> int:
-        """Running requests."""
+        """Return the number of running requests."""
         return len(self._ledger.slots)
 
     def __contains__(self, request: str) -> bool:
@@ -92,33 +92,33 @@ class DispatchState:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Running requests in their order of admission."""
+        """Return the running requests in order of admission."""
         return tuple(self._ledger.slots)
 
     @property
     def moves(self) -> tuple[PreparedMove, ...]:
-        """Head groups under way."""
+        """Return the moves of head groups under way."""
         return tuple(self._moves.values())
 
     def context_tokens(self, request: str) -> int:
         return int(self._ledger.context[self._slot(request)])
 
     def remaining_tokens(self, request: str) -> int:
-        """Output tokens still expected."""
+        """Return the output tokens still expected."""
         return int(self._ledger.remaining[self._slot(request)])
 
     def groups(self, request: str) -> IntArray:
-        """Head groups of a request on each device, shape [D]."""
+        """Return the head groups of a request on each device, shape [D]."""
         groups: IntArray = self._ledger.groups[self._slot(request)].copy()
         return groups
 
     def free_blocks(self) -> IntArray:
-        """Blocks in use by nobody, shape [D]; `load` tells those that no growth is expected into."""
+        """Return the unused blocks, shape [D]; `load` gives those that no growth is expected to take."""
         free: IntArray = self._total - self._ledger.used
         return free
 
     def load(self) -> DeviceLoad:
-        """Return what new requests join: free blocks are net of expected growth, 0 on devices that take no groups."""
+        """Return the load that new requests join: free blocks minus expected growth, 0 if a device takes no groups."""
         heads = self.stage.heads
         takes = np.array([device.status is DeviceStatus.OK for device in self._devices])
         return DeviceLoad(
@@ -128,7 +128,7 @@ class DispatchState:
         )
 
     def snapshot(self) -> StateSnapshot:
-        """All of it as a value that later changes do not touch."""
+        """Return all of the state as a value that later changes do not affect."""
         ledger = self._ledger
         slots = np.fromiter(ledger.slots.values(), np.int64, len(ledger.slots))
         return StateSnapshot(
@@ -144,11 +144,11 @@ class DispatchState:
     # --- requests
 
     def admit(self, requests: Requests, plan: DispatchPlan) -> tuple[str, ...]:
-        """Adds the requests that ``plan`` placed; returns their names.
+        """Add the requests that ``plan`` placed and return their names.
 
         Raises:
-            InvalidProblemError: the plan is not of this state: a device has too few blocks or takes no groups. The
-                requests before the offending one stay admitted.
+            InvalidProblemError: the plan does not fit this state: a device has too few blocks or takes no groups.
+                Requests before the offending one stay admitted.
         """
         left_out = {unplaced.request for unplaced in plan.unplaced}
         placed = [j for j in range(len(requests.ids)) if j not in left_out]
@@ -162,7 +162,7 @@ class DispatchState:
         return tuple(requests.ids[j] for j in placed)
 
     def admit_one(self, request: str, *, context_tokens: int, remaining_tokens: int, groups: IntArray) -> None:
-        """Adds one request with its head groups on each device, shape [D]. Raises as `admit`."""
+        """Add one request with its head groups on each device, shape [D]; raise as `admit` does."""
         if request in self._ledger.slots:
             raise InvalidProblemError(f"request {request} is running already")
         if not 1 <= context_tokens <= MOST_TOKENS or not 0 <= remaining_tokens <= MOST_TOKENS:
@@ -187,9 +187,9 @@ class DispatchState:
         self._ledger.add(request, context_tokens, remaining_tokens, groups)
 
     def grow(self, requests: Iterable[str], tokens: int = 1) -> tuple[str, ...]:
-        """Lengthens the context of each request by ``tokens``, which count as output that was expected.
+        """Lengthen the context of each request by ``tokens``, which count as expected output.
 
-        Returns those that stayed as they were, for a device of theirs had no block left; earlier ones go first.
+        Return the requests that did not grow because one of their devices had no block left; earlier ones go first.
         """
         names = tuple(requests)
         slots = np.array([self._slot(name) for name in names], np.int64)
@@ -215,7 +215,7 @@ class DispatchState:
         return tuple(names[position] for position in np.flatnonzero(stays))
 
     def expect(self, request: str, remaining_tokens: int) -> None:
-        """Sets the output tokens still expected: a better estimate came in."""
+        """Set the output tokens still expected to a better estimate."""
         slot = self._slot(request)
         if not 0 <= remaining_tokens <= MOST_TOKENS:
             raise InvalidProblemError(
@@ -224,7 +224,7 @@ class DispatchState:
         self._ledger.expect(slot, remaining_tokens)
 
     def finish(self, request: str) -> None:
-        """Forgets a request, done or evicted, and frees its blocks; its moves under way are aborted."""
+        """Remove a request that is done or evicted, free its blocks, and abort its moves."""
         self._slot(request)
         for move in [move for move in self._moves.values() if move.request == request]:
             self.abort_move(move.number)
@@ -233,12 +233,12 @@ class DispatchState:
     # --- moves
 
     def prepare_move(self, request: str, *, groups: int, source: int, target: int) -> PreparedMove | None:
-        """Takes blocks at ``target`` for head groups that are on ``source``, which owns them until `commit_moves`.
+        """Take blocks at ``target`` for head groups on ``source``, which owns them until `commit_moves`.
 
-        Returns None where the target has too few free blocks: another move has to free some first.
+        Return None if the target has too few free blocks, which another move has to free first.
 
         Raises:
-            InvalidProblemError: the source holds fewer groups that are not under way, or the target takes none.
+            InvalidProblemError: too few groups on the source are not in another move, or the target takes none.
         """
         slot = self._slot(request)
         held = int(self._ledger.groups[slot, source] - self._ledger.outgoing[slot, source])
@@ -260,9 +260,9 @@ class DispatchState:
         return move
 
     def commit_moves(self, *numbers: int) -> None:
-        """The targets own the groups from now on, all at once; the sources' blocks are free.
+        """Give the groups of all these moves to their targets at once, and free the sources' blocks.
 
-        The primary takes several groups at a time: moves that only together keep it even are committed together.
+        The primary takes several groups at once, so moves that keep it even only together are committed together.
 
         Raises:
             InvalidProblemError: a number is not under way, or the primary would be uneven. Nothing is committed.
@@ -284,15 +284,15 @@ class DispatchState:
             self._ledger.own(slot, change)
 
     def abort_move(self, number: int) -> None:
-        """The groups stay where they are; the target's blocks are free."""
+        """Leave the groups where they are and free the target's blocks."""
         self._release(number)
 
     # --- devices
 
     def lose_device(self, device: int) -> tuple[Evicted, ...]:
-        """Marks a device lost. Requests with KV there leave the state and are returned: they need prefill again.
+        """Mark a device lost, and remove and return the requests with KV there, which must be prefilled again.
 
-        A request that only had groups under way to it goes on where it is.
+        A request of which groups were only moving there continues where it is.
         """
         for move in [move for move in self._moves.values() if device in (move.source, move.target)]:
             self.abort_move(move.number)
@@ -313,7 +313,7 @@ class DispatchState:
         return evicted
 
     def drain_device(self, device: int) -> None:
-        """The device takes no groups from now on; moves to it are aborted. Re-dispatch empties it."""
+        """Stop a device from taking groups and abort moves to it; re-dispatch empties it."""
         if self._devices[device].status is DeviceStatus.LOST:
             raise InvalidProblemError(f"{self.stage.devices[device]} is lost and cannot be drained")
         for move in [move for move in self._moves.values() if move.target == device]:
@@ -321,14 +321,14 @@ class DispatchState:
         self._set_status(device, DeviceStatus.DRAINING)
 
     def restore_device(self, device: int) -> None:
-        """A drained or lost device takes groups again."""
+        """Let a drained or lost device take groups again."""
         self._set_status(device, DeviceStatus.OK)
 
     def resize_device(self, device: int, total_blocks: int) -> None:
-        """A device that holds nothing goes on with so many KV blocks per layer: it came back with other memory.
+        """Give an empty device that came back with other memory ``total_blocks`` KV blocks per layer.
 
         Raises:
-            InvalidProblemError: it holds head groups, or some are under way to it.
+            InvalidProblemError: it holds head groups, or some are moving to it.
         """
         if self._ledger.used[device]:
             raise InvalidProblemError(
@@ -338,7 +338,7 @@ class DispatchState:
         self._total[device] = total_blocks
 
     def add_device(self, stage: Stage, total_blocks: int, *, high_water: float = 0.9) -> None:
-        """Goes on with ``stage``: the devices so far and one more, the last, with so many KV blocks per layer."""
+        """Switch to ``stage``, which has one more device at the end with ``total_blocks`` KV blocks per layer."""
         if len(stage.devices) != len(self.stage.devices) + 1:
             raise InvalidProblemError(f"the stage has {len(stage.devices)} devices, must have {len(self._devices) + 1}")
         self._check_successor(stage)
@@ -349,7 +349,7 @@ class DispatchState:
         self._total = np.append(self._total, total_blocks)
 
     def change_costs(self, stage: Stage) -> None:
-        """Goes on with the same devices at other speeds."""
+        """Switch to the same devices at other speeds."""
         if len(stage.devices) != len(self.stage.devices):
             raise InvalidProblemError(f"the stage has {len(stage.devices)} devices, must have {len(self._devices)}")
         self._check_successor(stage)
@@ -360,13 +360,13 @@ class DispatchState:
         self.stage = stage
 
     def mark_seen(self) -> None:
-        """Re-dispatch has looked at every device that had changed."""
+        """Record that re-dispatch has looked at every changed device."""
         self._devices = [replace(device, changed=False) for device in self._devices]
 
-    # --- inside
+    # --- internals
 
     def check_invariants(self) -> None:
-        """Recounts everything; for tests and debugging. An AssertionError is a bug of this class."""
+        """Recount everything, for tests and debugging; an AssertionError is a bug of this class."""
         ledger = self._ledger
         ledger.check(self.stage.heads.head_groups)
         for name, slot in ledger.slots.items():
@@ -398,7 +398,7 @@ class DispatchState:
         self._moves[move.number] = move
 
     def _release(self, number: int) -> PreparedMove:
-        """Undoes `_send`."""
+        """Undo `_send`."""
         move = self._move(number)
         del self._moves[number]
         self._ledger.send(self._slot(move.request), -move.groups, move.source, move.target)

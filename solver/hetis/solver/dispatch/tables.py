@@ -1,6 +1,6 @@
-"""A stage and its load as arrays that kernels read: seconds per head group, per token of one, and what runs already.
+"""A stage and its load as arrays for kernels: seconds per head group and per token of one, and the running load.
 
-One head group more costs device i, on its affine piece k, ``alpha_ik + beta_ik context`` seconds:
+One more head group costs device i, on its affine piece k, ``alpha_ik + beta_ik context`` seconds:
 ``alpha = r (a + gamma e)`` and ``beta = (KV bytes per token) b``, in the letters of `hetis.solver.dispatch.problem`.
 """
 
@@ -17,14 +17,14 @@ ALWAYS = -np.inf
 
 
 class Costs(NamedTuple):
-    """What never changes of a stage; its primary's coefficients are shared out over its cards."""
+    """The constants of a stage; the primary's coefficients are divided over its cards."""
 
     alpha: FloatArray  # [D, K] seconds per head group
     beta: FloatArray  # [D, K] seconds per token of a head group
-    head_s: FloatArray  # [D, K] seconds per running query head, exchange included
+    head_s: FloatArray  # [D, K] seconds per running query head, including exchange
     byte_s: FloatArray  # [D, K] seconds per running KV byte
     call_s: FloatArray  # [D, K] seconds per call and exchange
-    unit: IntArray  # [D] head groups taken at a time
+    unit: IntArray  # [D] head groups taken at once
     primary: int  # -1: none
     nic_head_s: float  # of the primary's network card, per query head on a worker
     nic_s: float
@@ -33,17 +33,17 @@ class Costs(NamedTuple):
 
 
 class Running(NamedTuple):
-    """What the load means for every device, in seconds."""
+    """The load of every device in seconds."""
 
-    base: FloatArray  # [D, K] time of the running load, constants included
-    open_at: FloatArray  # [D] makespan from which a device may be used: -inf if it is in use, else its constants
+    base: FloatArray  # [D, K] time of the running load, including constants
+    open_at: FloatArray  # [D] makespan from which a device may be used: -inf if it is in use, otherwise its constants
     floor_s: float  # time of the running load on the slowest device or network card
-    nic_base: float  # network card's time once any worker is used, without new requests
+    nic_base: float  # network card's time once any worker is in use, without new requests
     nic_group_s: float  # eta
 
 
 class HasSlopes(Protocol):
-    """Costs, as far as a device's time needs them."""
+    """The part of costs that a device's time needs."""
 
     @property
     def alpha(self) -> FloatArray: ...
@@ -52,7 +52,7 @@ class HasSlopes(Protocol):
 
 
 class HasConstants(Protocol):
-    """What runs, as far as a device's time needs it."""
+    """The part of the running load that a device's time needs."""
 
     @property
     def base(self) -> FloatArray: ...
@@ -61,7 +61,7 @@ class HasConstants(Protocol):
 
 
 def costs_of(stage: Stage) -> Costs:
-    """Tabulates a stage."""
+    """Tabulate a stage."""
     shape, primary = stage.heads, stage.primary
     head_s, byte_s = stage.head_s.copy(), stage.kv_byte_s.copy()
     gamma, beta = stage.transfer_byte_s.copy(), stage.transfer_s.copy()
@@ -90,7 +90,7 @@ def costs_of(stage: Stage) -> Costs:
 
 @kernel
 def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running:
-    """Times of what runs already; ``heads`` and ``kv_bytes`` are those of `Load`."""
+    """Return the times of the running load; ``heads`` and ``kv_bytes`` are those of `Load`."""
     num, pieces = costs.alpha.shape
     base = np.empty((num, pieces))
     open_at = np.empty(num)
@@ -121,10 +121,10 @@ def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running
 
 @kernel
 def device_s(costs: HasSlopes, running: HasConstants, device: int, groups: float, tokens: float) -> float:
-    """Seconds of a device given ``groups`` new head groups with ``tokens`` context tokens; 0 when it holds no heads.
+    """Return seconds of a device with ``groups`` new head groups of ``tokens`` context tokens; 0 if it holds no heads.
 
-    What a device takes is written here and nowhere else, also for re-dispatch: compiled for any tuples with these
-    arrays. Tuples are passed whole, since handing arrays out of them to a kernel made dispatch five times as slow.
+    This is the only formula of a device's time, also for re-dispatch: it is compiled for any tuples with these arrays.
+    Tuples are passed whole, because passing their arrays to a kernel made dispatch five times as slow.
     """
     if groups <= 0 and running.open_at[device] != ALWAYS:
         return 0.0

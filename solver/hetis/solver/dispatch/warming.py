@@ -1,4 +1,4 @@
-"""Kernels of dispatch made ready before anybody waits for an answer: loaded, or compiled where none are on disk."""
+"""Preparation of dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.solver.dispatch.solve import Dispatcher
 
 
 def small_stage() -> Stage:
-    """Two devices and two head groups: enough to reach every kernel, over in microseconds once they are compiled."""
+    """Return two devices and two head groups, which reach every kernel in microseconds once they are compiled."""
     ones = np.ones((2, 1))
     return Stage(
         heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
@@ -23,6 +23,6 @@ def small_stage() -> Stage:
 
 
 def compile_dispatch() -> None:
-    """Places a request; takes up to a minute the first time on a machine."""
+    """Place a request, which takes up to a minute the first time on a machine."""
     requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
     Dispatcher(small_stage()).dispatch(DeviceLoad.idle(np.array([64, 64])), requests)

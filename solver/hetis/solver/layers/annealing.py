@@ -1,6 +1,6 @@
-"""Simulated annealing over placements, compiled: which layers every node holds, and the weights it gets requests by.
+"""Simulated annealing over placements, compiled: the layers that every node holds, and its weight for requests.
 
-All layers cost the same, so that what matters is how long ranges are and who shares them. Moves keep ranges together:
+All layers cost the same, so what matters is how long ranges are and which nodes share them. Moves keep ranges together:
 nodes that begin or end at one layer move with it.
 """
 
@@ -14,8 +14,8 @@ from hetis.solver.layers.compiled import kernel
 from hetis.solver.layers.sweep import SweepRoom, rate_of
 from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
-MOST_TILT, MOST_WILD_TILT = 8.0, 1000.0  # a node's weight is at most so many times its KV room per layer, or so few
-NEW_TILT = 0.2  # of nodes in a new place, where weights are wild: those that get any weight
+MOST_TILT, MOST_WILD_TILT = 8.0, 1000.0  # largest ratio of a node's weight to its KV room per layer, or its inverse
+NEW_TILT = 0.2  # share of nodes in a new place that get any weight, with wild weights
 
 
 class LayerPlacement(NamedTuple):
@@ -27,7 +27,7 @@ class LayerPlacement(NamedTuple):
 
 
 def copy_of(placement: LayerPlacement) -> LayerPlacement:
-    """A placement that may be changed without changing this one."""
+    """Return a copy of a placement."""
     return LayerPlacement(placement.first.copy(), placement.held.copy(), placement.tilt.copy())
 
 
@@ -35,7 +35,7 @@ def copy_of(placement: LayerPlacement) -> LayerPlacement:
 def weights(
     placement: LayerPlacement, kind: IntArray, tables: LayerTables, flow_only: bool, weight: FloatArray
 ) -> None:
-    """Fills ``weight``: KV room per layer, or the measured rate where only flow counts, tilted."""
+    """Fill ``weight``: KV room per layer, or the measured rate if only flow counts, times tilt."""
     for i in range(weight.shape[0]):
         if placement.held[i] > 0:
             t, k = kind[i], placement.held[i] - 1
@@ -52,7 +52,7 @@ def worth(
     weight: FloatArray,
     sweep: SweepRoom,
 ) -> float:
-    """Requests per second of a placement."""
+    """Return the requests per second of a placement."""
     weights(placement, kind, tables, flow_only, weight)
     return rate_of(placement.first, placement.held, weight, kind, tables, flow_only, sweep)
 
@@ -71,11 +71,11 @@ def anneal(
     wild: bool,
     seed: int,
 ) -> float:
-    """Moves ``placement`` about, and ``best`` to the best one met; returns the rate of ``best``.
+    """Change ``placement`` by random moves and ``best`` to the best one found; return the rate of ``best``.
 
-    A move that loses a share x of the rate is kept with probability exp(-x / temperature); the temperature falls
-    geometrically from ``hot`` to ``cold``. ``wild``: weights may be far from what KV room per layer says, as fleets of
-    very unlike nodes need and others lose time with.
+    A move that loses a share x of the rate is kept with probability exp(-x / temperature). The temperature falls
+    geometrically from ``hot`` to ``cold``. With ``wild``, weights may be far from KV room per layer, which fleets of
+    very different nodes need and which costs others time.
     """
     np.random.seed(seed)
     n = placement.first.shape[0]
@@ -102,7 +102,7 @@ def anneal(
 def polish(
     placement: LayerPlacement, kind: IntArray, tables: LayerTables, flow_only: bool, sweep: SweepRoom, num_rounds: int
 ) -> float:
-    """Tilts weights one by one, in ever smaller steps, as long as that pays; returns the rate."""
+    """Tilt weights one by one, in ever smaller steps, as long as that pays; return the rate."""
     weight = np.ones(placement.first.shape[0])
     rate = worth(placement, kind, tables, flow_only, weight, sweep)
     step = 0.5
@@ -134,7 +134,7 @@ def _copy(source: LayerPlacement, target: LayerPlacement) -> None:
 
 @kernel
 def _move(trial: LayerPlacement, kind: IntArray, tables: LayerTables, wild: bool) -> bool:
-    """Changes ``trial`` at random; False where the move is not possible."""
+    """Change ``trial`` at random; return False if the move is not possible."""
     first, held = trial.first, trial.held
     n = first.shape[0]
     i, j = np.random.randint(n), np.random.randint(n)
@@ -163,7 +163,7 @@ def _move(trial: LayerPlacement, kind: IntArray, tables: LayerTables, wild: bool
 
 @kernel
 def _new_tilt(wild: bool) -> float:
-    """Draw the tilt of a node in a new place: by its KV room, or any."""
+    """Draw the tilt of a node in a new place: 1, by its KV room, or any."""
     if wild and np.random.random() < NEW_TILT:
         return float(MOST_WILD_TILT ** np.random.uniform(-1.0, 1.0))
     return 1.0
@@ -171,7 +171,7 @@ def _new_tilt(wild: bool) -> float:
 
 @kernel
 def _join(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int, wild: bool) -> bool:
-    """Node i takes the range of node j, or as much of its begin as it can hold."""
+    """Give node i the range of node j, or as much of its beginning as node i can hold."""
     if i == j or trial.held[j] == 0:
         return False
     trial.first[i] = trial.first[j]
@@ -182,7 +182,7 @@ def _join(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j:
 
 @kernel
 def _swap(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int, wild: bool) -> bool:
-    """Nodes of two types change places."""
+    """Swap the places of two nodes of different types."""
     if kind[i] == kind[j] or trial.held[i] > tables.most[kind[j]] or trial.held[j] > tables.most[kind[i]]:
         return False
     trial.first[i], trial.first[j] = trial.first[j], trial.first[i]
@@ -193,7 +193,7 @@ def _swap(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j:
 
 @kernel
 def _trade(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int) -> bool:
-    """The range of node i gives one of its layers to that of node j, and all ranges between move along."""
+    """Move one layer from the range of node i to that of node j, and shift all ranges in between."""
     first, held = trial.first, trial.held
     if held[i] < 2 or held[j] == 0 or (first[i] == first[j] and held[i] == held[j]):
         return False
@@ -223,7 +223,7 @@ def _trade(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j
 
 @kernel
 def _shift_boundary(trial: LayerPlacement, kind: IntArray, tables: LayerTables, boundary: int, by: int) -> bool:
-    """Ranges that end or begin at a layer end or begin ``by`` later."""
+    """Shift the end or the beginning of all ranges at a layer by ``by``."""
     first, held = trial.first, trial.held
     if boundary <= 0 or boundary >= tables.num_layers:
         return False
@@ -244,7 +244,7 @@ def _shift_boundary(trial: LayerPlacement, kind: IntArray, tables: LayerTables, 
 
 @kernel
 def _stretch(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int) -> bool:
-    """Node i alone begins or ends one layer earlier or later, or both."""
+    """Shift the beginning or the end of node i alone, or both, by one layer."""
     if trial.held[i] == 0:
         return False
     by, which = 1 if np.random.random() < 0.5 else -1, np.random.randint(3)
@@ -259,7 +259,7 @@ def _stretch(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int)
 
 @kernel
 def _split(trial: LayerPlacement, i: int) -> bool:
-    """The nodes of one range become two stages."""
+    """Split the nodes of one range into two stages."""
     first, held = trial.first[i], trial.held[i]
     if held < 2:
         return False
@@ -276,7 +276,7 @@ def _split(trial: LayerPlacement, i: int) -> bool:
 
 @kernel
 def _merge(trial: LayerPlacement, kind: IntArray, tables: LayerTables, i: int, j: int) -> bool:
-    """The nodes of two ranges that follow each other hold both."""
+    """Let the nodes of two adjacent ranges hold both."""
     first, held = trial.first, trial.held
     if held[i] == 0 or held[j] == 0 or first[i] + held[i] != first[j]:
         return False

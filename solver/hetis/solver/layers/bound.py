@@ -1,21 +1,21 @@
-"""How much any placement can serve at most: nodes priced one by one, over all numbers of requests in flight.
+"""An upper bound on the rate of any placement: nodes priced separately, over all numbers of requests in flight.
 
-**Relaxation.** Take N requests in flight and forget where layers are. Node i holds k_i layers and computes a share u_i
-of the requests' work on them, the mean of its z_il; all nodes together compute every layer: sum_i k_i u_i = L. With d^
-the greatest convex function below d, by Jensen and since requests that visit a node are at least u_i,
+**Relaxation.** Take N requests in flight and ignore where layers are. Node i holds k_i layers and computes a share u_i
+of the requests' work on them, the mean of its z_il, and all nodes together compute every layer: sum_i k_i u_i = L. Let
+d^ be the greatest convex function below d. By Jensen, and because at least u_i of the requests visit a node,
 
     R >= sum_i [ k_i u_i ( d_i(1) / 2 + d^_i(N u_i / 2) + (1 + N u_i / 2) p_i / O )
                  + u_i ( h + w P / O ) + u_i^2 (N / 2) w (1 + P / O) ]
 
 and u_i is at most 1, M_i / (H N k_i) by its KV room, and, in a placement that serves X or more, 1 / (X w (P + O)),
-(T_i / (P + O)) / X and 1 / (X k_i O (c_i + p_i / O)), c_i = min_b d_i(b) / b. Chains, meshes and partial overlaps all
-obey this.
+(T_i / (P + O)) / X and 1 / (X k_i O (c_i + p_i / O)), where c_i = min_b d_i(b) / b. Chains, meshes and partial overlaps
+all satisfy this.
 
-**Price.** For a price pi of a layer, R >= pi L + sum_i min(0, min over k, u of [cost - pi k u]): a closed form for
-every node type, maximised over pi by bisection. Any pi gives a valid bound.
+**Price.** For a price pi of a layer, R >= pi L + sum_i min(0, min over k, u of [cost - pi k u]). This has a closed form
+for every node type and is maximised over pi by bisection. Any pi gives a valid bound.
 
-**All N.** R falls nowhere as N grows, so that placements with N1 <= N <= N2 serve at most N2 / (O R(N1)). The interval
-that allows most is halved until halving no longer helps.
+**All N.** R never falls as N grows, so placements with N1 <= N <= N2 serve at most N2 / (O R(N1)). The interval that
+allows most is halved until halving no longer helps.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ import numpy as np
 from hetis.solver.layers.plan import PricedInterval, RateBound
 from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
-_PRECISION = 5e-4  # of the bound: intervals are halved until one is as narrow
-_INTERVALS = 600  # where more in flight neither helps nor harms, most of them are needed: then the bound is looser
-_MARGIN = 1e-5  # a capacity that is just reached by what is served is out of reach for what serves more
-_DEAREST = 1e4  # price of a layer over what it costs at most in itself: dearer ones lose their digits
+_PRECISION = 5e-4  # ratio of an interval's width to its end at which halving stops
+_INTERVALS = 600  # if more in flight neither helps nor harms, most of them are needed and the bound is looser
+_MARGIN = 1e-5  # ratio above the rate served; no placement beyond it may just reach a capacity
+_DEAREST = 1e4  # ratio of a layer's price to the most that it costs itself; higher prices lose their digits
 _ROUNDS = 60  # of bisection
 
 
 def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateBound:
-    """Requests per second that no placement exceeds, never less than ``served``, what one is known to serve.
+    """Return requests per second that no placement exceeds, at least ``served``, which one is known to serve.
 
     Args:
         tables: the problem.
@@ -55,7 +55,7 @@ def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateB
             priced = sorted((interval for _, interval in intervals), key=lambda one: one.least)
             return RateBound(rate_rps=max(beyond, -allowed), beyond_rps=beyond, intervals=tuple(priced))
         heapq.heappop(intervals)
-        # Powers while the interval is wide: the first one begins at nothing.
+        # Geometric while the interval is wide; the first one begins at 0.
         middle = 0.5 * (low + high) if high < 4 * low else max(math.sqrt(low * high), 1e-3 * high)
         for begin, end in ((low, middle), (middle, high)):
             price_s, round_trip_s = nodes.shortest_round_trip(begin)
@@ -65,15 +65,15 @@ def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Nodes:
-    """Node types, layers held and pieces of their time tables, flattened: arrays of shape [E], one entry for each."""
+    """Node types, layers held and pieces of their time tables, flattened to arrays of shape [E] with one entry each."""
 
     num_layers: int
     counts: FloatArray  # [T]
     kind: FloatArray  # [E] as integers
     held: FloatArray
     kv: FloatArray
-    cap: FloatArray  # of the share, whatever is in flight
-    flat: FloatArray  # seconds per request and layer of any batch, the piece's own part included
+    cap: FloatArray  # limit on the share, whatever is in flight
+    flat: FloatArray  # seconds per request and layer of any batch, including the piece's constant
     slope: FloatArray  # seconds per sequence of a batch
     begin: FloatArray  # sequences at which the piece begins and ends
     end: FloatArray
@@ -109,13 +109,13 @@ class _Nodes:
         )
 
     def most_in_flight(self) -> float:
-        """KV room of all nodes, each with as few layers as serves it best."""
+        """Return the KV room of all nodes, each with as few layers as serves it best."""
         room = np.zeros_like(self.counts)
         np.maximum.at(room, self.kind.astype(np.int64), self.kv)
         return float(room @ self.counts) / self.num_layers
 
     def shortest_round_trip(self, in_flight: float) -> tuple[float, float]:
-        """A lower bound of the round trip with so many requests in flight or more, after the price that proves it.
+        """Return the price and the lower bound that it proves on the round trip with at least ``in_flight`` requests.
 
         Both are infinite if nodes cannot compute all layers of so many.
         """
@@ -130,7 +130,7 @@ class _Nodes:
         lengths = np.diff(starts, append=len(self.kind))
 
         def relaxed(price: float) -> tuple[float, float]:
-            """The bound at a price, and layers that nodes want to compute beyond all there are."""
+            """Return the bound at a price, and the layers that nodes want to compute beyond all there are."""
             worth = price * self.held - linear
             wanted = np.minimum(np.maximum(worth / divisor, low), top)
             gain = np.where(usable, (worth - square * wanted) * wanted, 0.0)
@@ -160,21 +160,21 @@ class _Nodes:
 
 
 def _least_per_sequence(sizes: FloatArray, seconds: FloatArray) -> float:
-    """The least that one of a batch of sequences takes."""
+    """Return the least seconds that one of a batch of sequences takes."""
     last = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
     known = sizes > 0
     return float(min(last, np.min(seconds[known] / sizes[known])))
 
 
 def _convex_pieces(sizes: FloatArray, seconds: FloatArray) -> list[tuple[float, float, float, float]]:
-    """The greatest convex function below a time table, as (begin, end, value at 0 of the line, slope) of its pieces."""
+    """Return the pieces of the greatest convex function below a time table: (begin, end, line's value at 0, slope)."""
     points = [(0.0, float(seconds[0])), *((float(x), float(y)) for x, y in zip(sizes, seconds, strict=True) if x > 0)]
     hull: list[tuple[float, float]] = []
     for point in points:
         while len(hull) >= 2 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
             hull.pop()
         hull.append(point)
-    # The last slope goes on for ever: what rises faster before would be above it later.
+    # The last slope continues for ever: any earlier piece that rises faster would end above it.
     last = _slope(points[-2], points[-1])
     while len(hull) >= 2 and _slope(hull[-2], hull[-1]) >= last:
         hull.pop()

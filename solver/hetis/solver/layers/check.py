@@ -1,8 +1,8 @@
-"""Derives every number of a plan again, from its nodes, links and prices alone. Shares no code with the search.
+"""A derivation of every number of a plan from its nodes, links and prices alone, without code of the search.
 
-Comparisons say what must hold, and are negated: a number that is none (NaN) holds nowhere.
+Comparisons state what must hold and are negated, so that NaN never passes.
 
-The model is that of `docs/layers.md`. What a plan says of itself is believed in nothing.
+The model is that of `docs/layers.md`. Nothing that a plan says of itself is trusted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hetis.solver.layers.check_prices import check_prices
 from hetis.solver.layers.plan import LayersPlan
 from hetis.solver.layers.problem import LayersProblem
 
-TOLERANCE = 1e-6  # relative, of rates and shares
+TOLERANCE = 1e-6  # relative, for rates and shares
 
 
 def check_layers_plan(problem: LayersProblem, plan: LayersPlan) -> tuple[str, ...]:
-    """Return what is wrong with a plan, one sentence each; nothing if it is what it says."""
+    """Return what is wrong with a plan, one sentence each, or nothing if it is sound."""
     broken = tuple(_structure(problem, plan))
     return broken or (*_flow(problem, plan), *_rate(problem, plan), *check_prices(problem, plan))
 
@@ -72,7 +72,7 @@ def _flow(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
 
 
 def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """Requests per second as the docs have it, layer by layer."""
+    """Yield wrong claims on requests per second, derived layer by layer as in the docs."""
     kinds = {kind.name: kind for kind in problem.node_types}
     nodes = {node.name: node for node in plan.nodes}
     here: dict[tuple[str, int], float] = defaultdict(float)  # share of requests that compute a layer on a node

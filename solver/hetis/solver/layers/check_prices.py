@@ -1,7 +1,7 @@
-"""Derives again what the prices of a plan's bound prove. Shares no code with `hetis.solver.layers.bound`.
+"""A second derivation of what the prices of a plan's bound prove, without code of `hetis.solver.layers.bound`.
 
 The greatest convex function below a time table is taken as the highest of all lines below it, and the cheapest share of
-a node is found by golden section; the bound has hulls and closed forms.
+a node is found by golden section; the bound itself has hulls and closed forms.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ _SECTIONS = 50
 
 
 def check_prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """Yield what keeps the prices from proving the bound: holes between the intervals, and intervals that allow
-    more."""
+    """Yield what keeps the prices from proving the bound: gaps between intervals, and intervals that allow more."""
     kept = problem.mean_prompt_tokens + 2 * problem.mean_output_tokens
     room = sum(kind.count * max(kind.kv_token_layers[: problem.most_layers(kind)]) for kind in problem.node_types)
     most = room / (kept * problem.num_layers)
@@ -49,7 +48,7 @@ def check_prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shapes:
-    """Every node type with every number of layers it can hold: arrays of shape [E]; lines [E, lines]."""
+    """Every node type with every number of layers it can hold, as arrays of shape [E]; lines [E, lines]."""
 
     problem: LayersProblem
     kind: list[int]
@@ -64,7 +63,7 @@ class _Shapes:
 
     @classmethod
     def of(cls, problem: LayersProblem, served: float) -> _Shapes:
-        """``served``: the bound is about plans that serve more than this."""
+        """Return the shapes for plans that serve more than ``served``, for which the bound holds."""
         prompt, output = problem.mean_prompt_tokens, problem.mean_output_tokens
         tokens = prompt + output
         shapes = [
@@ -76,7 +75,7 @@ class _Shapes:
         prompt_s = np.array([kind.prompt_table(k).at(prompt) / output for _, kind, k in shapes])
         card_s = np.where(held < problem.num_layers, problem.links.activation_bytes / problem.links.bandwidth, 0.0)
         one_s = np.array([_least_of_one(kind.decode_table(k)) for _, kind, k in shapes])
-        # What a request takes of a node that computes all requests: no more of it than fits into 1 / served.
+        # The time that a request takes of a node that computes all requests is at most 1 / served.
         busy_s = np.maximum(
             np.maximum(tokens * card_s, held * output * (one_s + prompt_s)),
             [tokens / kind.tokens_per_s[k - 1] for _, kind, k in shapes],
@@ -98,7 +97,7 @@ class _Shapes:
         )
 
     def round_trip_s(self, interval: PricedInterval) -> float:
-        """The least round trip that the interval's price proves; infinite if there is no room for so many."""
+        """Return the least round trip that the interval's price proves, or infinity if there is no room for so many."""
         in_flight = max(interval.least, 1e-12)
         cap = np.minimum(self.cap, self.kv / (in_flight * self.held))
         if math.isinf(interval.price_s):
@@ -109,14 +108,14 @@ class _Shapes:
         return found if math.isnan(found) else max(found, 1e-300)
 
     def _least_of_kinds(self, values: FloatArray) -> float:
-        """The sum over all nodes, each with the least value that its type offers."""
+        """Return the sum over all nodes, each with the least value of its type."""
         least = [math.inf] * len(self.problem.node_types)
         for number, value in zip(self.kind, values, strict=True):
             least[number] = min(least[number], float(value))
         return sum(kind.count * value for kind, value in zip(self.problem.node_types, least, strict=True))
 
     def _least_costs(self, in_flight: float, price_s: float, cap: FloatArray) -> FloatArray:
-        """Seconds of round trip less the price of the layers, at the best share of each shape, shape [E]."""
+        """Return seconds of round trip minus the price of the layers, at the best share of each shape, shape [E]."""
         prompts = self.problem.mean_prompt_tokens / self.problem.mean_output_tokens
 
         def cost(share: FloatArray) -> FloatArray:
@@ -135,14 +134,14 @@ class _Shapes:
 
 
 def _least_of_one(table: TimeTable) -> float:
-    """The least that one of a batch of sequences takes, at a measured size or in an endless batch."""
+    """Return the least seconds that one of a batch of sequences takes, at a measured size or in an infinite batch."""
     endless = (table.at(1e9 * table.sizes[-1] + 1e9) - table.seconds[-1]) / (1e9 * table.sizes[-1] + 1e9)
     known = [table.at(size) / size for size in table.sizes if size > 0]
     return min([endless, *known])
 
 
 def _lines_below(table: TimeTable) -> list[tuple[float, float]]:
-    """Lines as (value at 0, slope) that are nowhere above a table and touch it, once or twice."""
+    """Return lines (value at 0, slope) that are nowhere above a table and touch it once or twice."""
     corners = [(0.0, table.at(0)), *((size, table.at(size)) for size in table.sizes if size > 0)]
     far = 2 * table.sizes[-1] + 2
     endless = (table.at(2 * far) - table.at(far)) / far

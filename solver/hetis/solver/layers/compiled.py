@@ -1,4 +1,4 @@
-"""The kernels of layers are compiled through `kernel`; see `hetis.solver.compiled`."""
+"""Compilation of layers' kernels through `kernel`; see `hetis.solver.compiled`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion of arrays to named nodes, and from shares at every layer to flows on links."""
+"""Conversion of arrays to named nodes, and of shares at every layer to flows on links."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def named(
     *,
     flow_only: bool = False,
 ) -> Placed:
-    """Nodes by first layer, links, and names of idle nodes. Nodes that no request enters are idle."""
+    """Return nodes by first layer, links, and names of idle nodes, which are those that no request enters."""
     weight = np.ones(len(kind))
     weights(placement, kind, tables, flow_only, weight)
     assert share_requests(placement.first, placement.held, weight, sweep), "every layer is on some node"
@@ -48,7 +48,7 @@ def named(
 
 
 def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: SweepRoom) -> Iterator[LinkShare]:
-    """Requests that leave at a layer are handed, in order, to the nodes they enter there: the fewest links."""
+    """Yield the fewest links: requests that leave at a layer are assigned, in order, to the nodes they enter there."""
     visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
     for layer in range(num_layers + 1):
         leaving = [(i, visits[i]) for i in nodes if nodes[i].end_layer == layer] if layer else [(-1, 1.0)]

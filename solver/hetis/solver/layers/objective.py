@@ -1,4 +1,4 @@
-"""What a placement is worth: the sustained rate of given ranges and shares. `docs/layers.md` states the model."""
+"""The value of a placement: the sustained rate of given ranges and shares, in the model of `docs/layers.md`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.layers.problem import BATCH_SHARE, WAIT_SHARE, LayersProblem, 
 
 
 def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[LinkShare]) -> Judgement:
-    """The sustained rate of a placement.
+    """Return the sustained rate of a placement.
 
     Data       L layers, P prompt and O output tokens, H = P + 2 O KV tokens per request in flight, w card seconds per
                token, h latency; of node i: layers held k_i, tokens per second T_i, KV entries M_i, and the seconds of
@@ -25,7 +25,7 @@ def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[L
                                                               batch
     Rate       X = min( N / (O R),  1 / B_i,  T_i / ((P + O) v_i),  1 / (w (P + O) v_i) )    requests per second
 
-    A node that holds all L layers sends nothing but tokens to the coordinator: w is 0 for it.
+    A node that holds all L layers sends only tokens, to the coordinator, so its w is 0.
     """
     by_name = {node.name: node for node in nodes}
     kinds = {kind.name: kind for kind in problem.node_types}

@@ -1,4 +1,4 @@
-"""The answer: ranges of layers, the flow on every link, the rate, and how good it can be at most."""
+"""Plans of layers: ranges of layers, the flow on every link, the rate, and an upper bound on any rate."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from enum import StrEnum
 
 
 class Limit(StrEnum):
-    """What keeps a plan from serving more."""
+    """The limit that keeps a plan from serving more."""
 
-    ROUND_TRIP = "round trip"  # KV room is full, and a request in flight makes a token per round trip
+    ROUND_TRIP = "round trip"  # KV room is full, and a request in flight produces a token per round trip
     COMPUTE = "compute"  # a node computes all the time
-    LINK = "link"  # the card of a node sends all the time
+    LINK = "link"  # the network card of a node sends all the time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedNode:
-    """Node ``name`` of type ``kind`` holds layers ``first_layer`` to ``end_layer - 1``, counted from 0."""
+    """Node ``name`` of type ``kind``, which holds layers ``first_layer`` to ``end_layer - 1``, counted from 0."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ class PlacedNode:
 class LinkShare:
     """The share of all requests that go from ``source`` to ``target``; None is the coordinator, at both ends.
 
-    A target computes the layers it holds past the last one of the source.
+    A target computes the layers that it holds after the last one of the source.
     """
 
     source: str | None
@@ -42,14 +42,14 @@ class LinkShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLoad:
-    """What a plan does to one node.
+    """The load of one node under a plan.
 
     Attributes:
-        visits: share of the requests that pass the node.
-        layer_share: share of the requests that each held layer computes here, in the order of layers.
-        kv_fill: share of its KV room that is taken.
-        compute_load, link_load: shares of its capacity that are taken, of computing and of its card.
-        visit_s: seconds that a decoding request spends here in one round trip, with the hop that follows.
+        visits: share of the requests that pass through the node.
+        layer_share: share of the requests for which each held layer is computed here, in the order of layers.
+        kv_fill: share of its KV room in use.
+        compute_load, link_load: shares in use of its computing capacity and of its network card.
+        visit_s: seconds that a decoding request spends here in one round trip, including the following hop.
     """
 
     node: PlacedNode
@@ -63,12 +63,12 @@ class NodeLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """What ranges and shares are worth.
+    """The value of ranges and shares.
 
     Attributes:
         rate_rps: requests per second.
-        flow_rps: those that measured tokens per second and cards alone would allow, a static flow.
-        in_flight: requests that KV room is enough for.
+        flow_rps: requests per second that measured token rates and cards alone would allow, a static flow.
+        in_flight: requests for which there is KV room.
         round_trip_s: seconds per output token of a request in flight.
         limit: what binds, at node ``limit_node``.
     """
@@ -84,9 +84,9 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class PricedInterval:
-    """With ``least`` to ``most`` requests in flight, a layer has ``price_s`` seconds of round trip as its price.
+    """A price of ``price_s`` seconds of round trip per layer, for ``least`` to ``most`` requests in flight.
 
-    An infinite price: no placement that serves more has so many in flight.
+    With an infinite price, no placement that serves more has so many in flight.
     """
 
     least: float
@@ -96,10 +96,10 @@ class PricedInterval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateBound:
-    """No placement serves more than ``rate_rps``; the prices prove it, for intervals that cover all there is room for.
+    """No placement serves more than ``rate_rps``, as the prices prove for intervals that cover all of the KV room.
 
-    `hetis.solver.layers.bound` says how prices prove a rate. Capacities are counted for placements that serve more than
-    ``beyond_rps``, which is at most ``rate_rps``.
+    `hetis.solver.layers.bound` explains how prices prove a rate. Capacities are counted for placements that serve more
+    than ``beyond_rps``, which is at most ``rate_rps``.
     """
 
     rate_rps: float
@@ -109,15 +109,15 @@ class RateBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersPlan:
-    """A placement of layers, what it is worth, and the proof of how good it is.
+    """A placement of layers, its value, and the proof of how good it is.
 
     Attributes:
         nodes: those that hold layers, by first layer.
         links: those that carry anything.
-        bound: no placement in the model serves more; ``gap`` is its distance as a share of the rate.
+        bound: no placement in the model serves more; ``gap`` is its distance as a ratio to the rate.
         idle: names of nodes that hold nothing.
-        solver_s: how long the search took, 0 without a clock.
-        stopped: the search was cut short.
+        solver_s: duration of the search, 0 without a clock.
+        stopped: whether the search was cut short.
     """
 
     nodes: tuple[PlacedNode, ...]

@@ -1,4 +1,4 @@
-"""The problem: nodes that are measured by the number of layers they hold, the requests, the links between the nodes."""
+"""The layers problem: nodes measured by the number of layers they hold, the requests, and the links between nodes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from hetis.solver.errors import InvalidProblemError
 
-# How the model sees requests in flight; docs/layers.md derives both, benchmarks/layers.py holds them against a queue.
-OUTPUT_STRETCH = 2.0  # outputs in flight are so much longer than the mean: lengths are exponential
-BATCH_SHARE = 0.5  # of the requests that pass a node, those in one of its batches: they travel in two clumps
-WAIT_SHARE = 0.5  # of a batch of one sequence: what a visit waits for the other clump
+# The model of requests in flight; docs/layers.md derives both, and benchmarks/layers.py compares them with a queue.
+OUTPUT_STRETCH = 2.0  # ratio of outputs in flight to the mean output, for exponential lengths
+BATCH_SHARE = 0.5  # share of the requests that pass a node in one of its batches: they travel in two clumps
+WAIT_SHARE = 0.5  # share of a batch of one sequence that a visit waits for the other clump
 
 MAX_LAYERS = 1000
 MAX_NODES = 1000
@@ -21,7 +21,7 @@ MAX_NODES = 1000
 class TimeTable:
     """Seconds of one layer for a batch, linear between measured ``sizes`` (tokens or sequences, ascending).
 
-    Smaller batches take as long as the smallest measured one, larger ones go on with the last slope.
+    Smaller batches take as long as the smallest measured one, and larger ones continue with the last slope.
     """
 
     sizes: tuple[float, ...]
@@ -40,7 +40,7 @@ class TimeTable:
             raise InvalidProblemError("the largest batch takes no time")
 
     def at(self, size: float) -> float:
-        """Seconds of a batch of ``size``."""
+        """Return the seconds of a batch of ``size``."""
         if size <= self.sizes[0]:
             return self.seconds[0]
         last = len(self.sizes) - 1
@@ -54,13 +54,13 @@ class TimeTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeType:
-    """Equal nodes. Entry k - 1 of a sequence is of a node that holds k layers; its length is the most it can hold.
+    """Equal nodes. Entry k - 1 of a sequence is for a node with k layers; its length is the most it can hold.
 
     Attributes:
-        tokens_per_s: tokens, of prompts and outputs alike, that the node can take through the layers it holds.
-        kv_token_layers: KV entries it has room for, one for each token and layer.
-        prompt: seconds of one layer for so many prompt tokens; None: `tokens_per_s` tell.
-        decode: seconds of one layer for a batch of so many decoding sequences; None: `tokens_per_s` tell.
+        tokens_per_s: tokens, of prompts and outputs alike, that the node can process with the layers it holds.
+        kv_token_layers: KV entries that it has room for, one for each token and layer.
+        prompt: seconds of one layer by prompt tokens; None: derived from `tokens_per_s`.
+        decode: seconds of one layer by the number of decoding sequences; None: derived from `tokens_per_s`.
     """
 
     name: str
@@ -85,21 +85,21 @@ class NodeType:
             raise InvalidProblemError(f"{self.name}: prompt and decode times are given together or not at all")
 
     def prompt_table(self, held: int) -> TimeTable:
-        """Seconds per layer of a prompt of so many tokens, on a node that holds ``held`` layers."""
+        """Return seconds per layer by prompt tokens on a node that holds ``held`` layers."""
         return self.prompt or self._from_rate(held)
 
     def decode_table(self, held: int) -> TimeTable:
-        """Seconds per layer of so many decoding sequences, on a node that holds ``held`` layers."""
+        """Return seconds per layer by decoding sequences on a node that holds ``held`` layers."""
         return self.decode or self._from_rate(held)
 
     def _from_rate(self, held: int) -> TimeTable:
-        """Times in proportion to tokens, as fast as the measured rate: all that a rate says about batches."""
+        """Return times in proportion to tokens at the measured rate, which is all a rate says about batches."""
         return TimeTable(sizes=(0.0, 1.0), seconds=(0.0, 1 / (held * self.tokens_per_s[held - 1])))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """What joins any two nodes: the card of each node sends and receives at ``bandwidth`` bytes per second."""
+    """The links between any two nodes: the card of each node sends and receives at ``bandwidth`` bytes per second."""
 
     bandwidth: float
     latency_s: float
@@ -114,18 +114,18 @@ class Links:
 
     @property
     def token_s(self) -> float:
-        """Seconds of a card for the activations of one token."""
+        """Return the seconds of a card for the activations of one token."""
         return self.activation_bytes / self.bandwidth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayersProblem:
-    """Which layers should each node hold, so that most requests per second are served?
+    """The question which layers each node should hold so that most requests per second are served.
 
     Attributes:
-        name: what people call it.
-        num_layers: of the model; all layers cost the same.
-        mean_prompt_tokens, mean_output_tokens: of a request.
+        name: a name for people.
+        num_layers: layers of the model, which all cost the same.
+        mean_prompt_tokens, mean_output_tokens: tokens of a request.
     """
 
     name: str
@@ -155,20 +155,20 @@ class LayersProblem:
 
     @property
     def tokens_per_request(self) -> float:
-        """Tokens of a request that a node of its path computes, prompt and output."""
+        """Return the tokens of a request that a node on its path computes, prompt and output."""
         return self.mean_prompt_tokens + self.mean_output_tokens
 
     @property
     def tokens_in_flight(self) -> float:
-        """KV tokens per layer that are kept for a request in flight: those are longer than the mean request."""
+        """Return the KV tokens per layer of a request in flight, which is longer than the mean request."""
         return self.mean_prompt_tokens + OUTPUT_STRETCH * self.mean_output_tokens
 
     def most_layers(self, kind: NodeType) -> int:
-        """Layers that a node of this type can hold."""
+        """Return the layers that a node of this type can hold."""
         return min(len(kind.tokens_per_s), self.num_layers)
 
     def node_names(self) -> Iterator[tuple[str, NodeType]]:
-        """``T4-0``, ``T4-1``, ...: every node with its type, in the order of the types."""
+        """Yield every node as ``T4-0``, ``T4-1``, ... with its type, in the order of the types."""
         for kind in self.node_types:
             for n in range(kind.count):
                 yield f"{kind.name}-{n}", kind

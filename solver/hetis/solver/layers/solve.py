@@ -1,4 +1,4 @@
-"""The entry: anneals placements from several starts, proves a bound, and names nodes and links."""
+"""The search for placements of layers: annealing from several starts, a proven bound, and names for nodes and links."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.layers.sweep import SweepRoom, new_sweep
 from hetis.solver.layers.tables import IntArray, LayerTables, tabulate
 
-STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as hold the layers
-FINALISTS = 2  # of the starts, searched longer
+STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as can hold the layers
+FINALISTS = 2  # starts that are searched longer
 MOVES_PER_NODE, FINAL_MOVES_PER_NODE = 10_000, 30_000
-MOST_MOVES = 4_000_000  # of one search
-SLICE = 2_000_000  # moves times nodes between two looks at the clock
-HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate that a third of moves are kept with, first and last
+MOST_MOVES = 4_000_000  # per search
+SLICE = 2_000_000  # moves times nodes between two reads of the clock
+HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate at which a third of moves are kept, first and last
 POLISHING = 60
 
 
 def solve_layers(
     problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0, report: Report = silent
 ) -> LayersPlan:
-    """Finds ranges of layers and shares of requests that serve many requests per second, with a bound.
+    """Find ranges of layers and shares of requests that serve many requests per second, with a bound.
 
     The same seed gives the same plan as long as the budget does not end the search.
 
@@ -59,9 +59,9 @@ def solve_layers(
 
 
 def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
-    """The placement of most flow by measured tokens per second and links, whatever requests are in flight.
+    """Return the placement with the largest flow by measured token rates and links, whatever is in flight.
 
-    What Helix (ASPLOS'25) maximises; found with the same search. Its judgement is that of `solve_layers`.
+    This is the objective of Helix (ASPLOS'25), found by the same search. Its judgement is that of `solve_layers`.
 
     Raises:
         InfeasibleError, NoPlanFoundError: as `solve_layers`.
@@ -83,7 +83,7 @@ def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed
 
 @dataclass(slots=True, kw_only=True)
 class _Search:
-    """One search: what it works on and who waits for it."""
+    """One search: its problem, its working arrays, and its caller's budget and report."""
 
     problem: LayersProblem
     tables: LayerTables
@@ -117,7 +117,7 @@ class _Search:
         return np.array([kind.count for kind in self.problem.node_types], np.int64)
 
     def run(self, seed: int) -> LayerPlacement:
-        """The best placement from all starts."""
+        """Return the best placement from all starts."""
         found: list[tuple[float, LayerPlacement, bool]] = []
         for start, placement in enumerate(self._starts(seed)):
             if found and self.budget.is_spent():
@@ -140,13 +140,13 @@ class _Search:
         return best
 
     def tell(self, phase: str, rate: float) -> None:
-        """News for whoever waits."""
+        """Report progress."""
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
     def _anneal(
         self, placement: LayerPlacement, moves_per_node: int, hottest: float, wild: bool, seed: int
     ) -> tuple[float, LayerPlacement, bool]:
-        """The best placement met, after its rate and before ``wild``; in slices, so that the budget is heard."""
+        """Return (rate, best placement, ``wild``), annealing in slices so that the budget is checked."""
         num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
         cooling = (COLD / hottest) ** (1 / slices)
@@ -172,10 +172,11 @@ class _Search:
         return rate, best, wild
 
     def _starts(self, seed: int) -> Iterator[LayerPlacement]:
-        """Chains of nodes that hold some share of what they can.
+        """Yield chains of nodes that hold some share of what they can.
 
-        First of all nodes in random order, what is left over joins others; then type by type, what is left over stays
-        idle. A node that slows everybody down is hard to lose, one that helps is easy to add.
+        The first starts use all nodes in random order, and surplus nodes join others. The last ones go type by type,
+        and surplus nodes stay idle. A node that slows all others is hard to remove, while one that helps is easily
+        added.
         """
         for start in range(STARTS + SPARSE_STARTS):
             random = np.random.default_rng((seed, start))
@@ -204,6 +205,6 @@ class _Search:
         return placement if layer == num_layers else None
 
     def _by_type(self, random: np.random.Generator) -> IntArray:
-        """All nodes, one type after the other in random order."""
+        """Return all nodes, grouped by types in random order."""
         order = random.permutation(len(self.counts))
         return np.argsort(order[self.kind], kind="stable")

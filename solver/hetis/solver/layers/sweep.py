@@ -1,8 +1,8 @@
-"""The rate of a placement, compiled: requests swept from the first layer to the last, shared among nodes by weight.
+"""The rate of a placement, compiled: a sweep of requests from the first layer to the last, shared by node weights.
 
-Every layer is on some node, so requests that leave a node after its last layer find others to go on with: those that
-begin there share them, in proportion to their weights; where none begins, those do that hold the layer in their midst.
-`hetis.solver.layers.objective` says what the rate is; a test holds the two together.
+Every layer is on some node, so requests that leave a node after its last layer find others to continue on. Nodes that
+begin at that layer share them in proportion to their weights; if none begins there, nodes that hold the layer in their
+middle do. `hetis.solver.layers.objective` defines the rate, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
 
 class SweepRoom(NamedTuple):
-    """Room for a sweep over n nodes, used again and again. Requests enter node i for the e-th time at ``entry[i, e]``.
+    """Reusable arrays for a sweep over n nodes. Requests enter node i for the e-th time at ``entry[i, e]``.
 
-    ``share[i, e]`` is the share of all requests that do, ``arrived[l]`` that of requests whose next layer is l.
+    ``share[i, e]`` is the share of all requests that do so, ``arrived[l]`` the share whose next layer is l.
     """
 
     entries: IntArray  # [n]
     entry: IntArray  # [n, L]
     share: FloatArray  # [n, L]
     arrived: FloatArray  # [L + 1]
-    begins: IntArray  # [L] one of the nodes whose first layer this is, or -1
-    beside: IntArray  # [n] another one of the same first layer, or -1
+    begins: IntArray  # [L] a node whose first layer this is, or -1
+    beside: IntArray  # [n] another node with the same first layer, or -1
 
 
 def new_sweep(num_nodes: int, num_layers: int) -> SweepRoom:
-    """Empty room."""
+    """Return empty arrays for a sweep."""
     shape = (num_nodes, num_layers)
     return SweepRoom(
         entries=np.zeros(num_nodes, np.int64),
@@ -45,7 +45,7 @@ def new_sweep(num_nodes: int, num_layers: int) -> SweepRoom:
 
 @kernel
 def share_requests(first: IntArray, held: IntArray, weight: FloatArray, sweep: SweepRoom) -> bool:
-    """Fills ``sweep`` for nodes that hold ``held`` layers from ``first`` (0: nothing); False if a layer is nowhere."""
+    """Fill ``sweep`` for nodes with ``held`` layers from ``first`` (0: nothing); return False if a layer is missing."""
     n = first.shape[0]
     sweep.entries[:] = 0
     sweep.arrived[:] = 0.0
@@ -90,7 +90,7 @@ def _enter(i: int, layer: int, share: float, end: int, sweep: SweepRoom) -> None
 
 @kernel
 def seconds_at(batch: float, sizes: FloatArray, seconds: FloatArray) -> float:
-    """A time table at ``batch``; as `TimeTable.at`."""
+    """Return the seconds of a time table at ``batch``, as `TimeTable.at` does."""
     if batch <= sizes[0]:
         return float(seconds[0])
     right = 1
@@ -110,9 +110,9 @@ def rate_of(
     flow_only: bool,
     sweep: SweepRoom,
 ) -> float:
-    """Requests per second of a placement, 0 where a layer is nowhere.
+    """Return the requests per second of a placement, or 0 if a layer is missing.
 
-    ``flow_only``: by measured tokens per second and cards alone, what a maximum flow counts.
+    With ``flow_only`` only measured token rates and cards count, as in a maximum flow.
     """
     if not share_requests(first, held, weight, sweep):
         return 0.0

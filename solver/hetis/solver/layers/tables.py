@@ -1,4 +1,4 @@
-"""The problem as arrays, for the kernels and the bound: one row per node type, one column per number of layers held."""
+"""The problem as arrays for kernels and bound: one row per node type, one column per number of layers held."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ IntArray = NDArray[np.int64]
 
 
 class LayerTables(NamedTuple):
-    """Shapes: T node types, K layers held (column k - 1), Q points of a time table (the last one repeated as padding).
+    """Arrays over T node types, K layers held (column k - 1), Q points of a time table (padded with its last slope).
 
-    Seconds of one layer: ``wait_s`` whatever the batch, ``prompt_s`` of a prompt per output token, ``decode_s`` of
-    ``decode_at`` sequences. ``rate_s``: seconds of a request by the measured tokens per second.
+    Seconds of one layer: ``wait_s`` for any batch, ``prompt_s`` of a prompt per output token, ``decode_s`` of
+    ``decode_at`` sequences. ``rate_s`` is the seconds of a request by the measured tokens per second.
     """
 
     num_layers: int
     most: IntArray  # [T] layers that a node can hold
-    kv: FloatArray  # [T, K] requests in flight, times layers, that there is room for
+    kv: FloatArray  # [T, K] requests in flight, times layers, for which there is room
     rate_s: FloatArray  # [T, K]
     wait_s: FloatArray  # [T, K]
     prompt_s: FloatArray  # [T, K]
     decode_at: FloatArray  # [T, K, Q]
     decode_s: FloatArray  # [T, K, Q]
     latency_s: float
-    card_s: float  # of one token
+    card_s: float  # per token
     prompt_tokens: float
     output_tokens: float
 
 
 def tabulate(problem: LayersProblem) -> LayerTables:
-    """All that the search needs to know of a problem."""
+    """Return everything that the search needs to know of a problem."""
     kinds = problem.node_types
     most = np.array([problem.most_layers(kind) for kind in kinds], np.int64)
     shape = (len(kinds), int(most.max()))
@@ -59,7 +59,7 @@ def tabulate(problem: LayersProblem) -> LayerTables:
         prompt_s=prompt_s,
         decode_at=decode_at,
         decode_s=decode_s,
-        # As callers give them they may be integers, and kernels are compiled for each type that they see.
+        # Callers may pass integers, and kernels are compiled for each type that they see.
         latency_s=float(problem.links.latency_s),
         card_s=float(problem.links.token_s),
         prompt_tokens=float(problem.mean_prompt_tokens),
@@ -68,7 +68,7 @@ def tabulate(problem: LayersProblem) -> LayerTables:
 
 
 def _padded(table: TimeTable, points: int) -> tuple[FloatArray, FloatArray]:
-    """Sizes and seconds of a table, gone on with its last slope to ``points`` points."""
+    """Return sizes and seconds of a table, extended with its last slope to ``points`` points."""
     sizes = list(table.sizes)
     while len(sizes) < points:
         sizes.append(2 * sizes[-1] + 1)

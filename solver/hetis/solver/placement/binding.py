@@ -1,10 +1,10 @@
-"""From replica shapes to named GPUs.
+"""The assignment of replica shapes to named GPUs.
 
-Where all GPUs of a node are of one class, an integer program puts every replica on as few nodes as can be
-(`packing.py`). Elsewhere, and where that found nothing in time, TP groups go into nodes largest first; sizes are powers
-of two, so that whatever the master's packing rows admit fits (first fit decreasing is exact for sizes that divide one
-another), and a replica's parts go where the replica already is, if there is room. On small fleets CP-SAT then looks
-for the assignment that spreads replicas over the fewest nodes of several classes, starting from that one.
+If all GPUs of a node are of one class, an integer program puts every replica on as few nodes as possible
+(`packing.py`). Otherwise, or if it found nothing in time, TP groups go into nodes largest first. Sizes are powers of
+two, so everything that the master's packing rows admit fits (first fit decreasing is exact for sizes that divide one
+another), and a replica's parts go where the replica already is, if there is room. On small fleets CP-SAT then starts
+from that assignment and looks for one that spreads replicas over the fewest nodes of several classes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hetis.solver.placement.packing import pack
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 
-PACKING_S, PACKING_SHARE = 1.0, 0.1  # for a class: at least so long, and of the time that is left
-MOST_WITHIN_S = 30.0  # to put replicas on few nodes each, which the search did before
-MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: more are left to first fit
+PACKING_S, PACKING_SHARE = 1.0, 0.1  # least seconds for a class, and share of the time left
+MOST_WITHIN_S = 30.0  # to find nodes for replicas on few nodes each, as the search did before
+MAX_CP_SAT_PAIRS = 4000  # (TP group, node) pairs: with more, first fit decides
 CP_SAT_SECONDS = 1.0  # of deterministic time
 
 
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(slots=True)
 class BoundStage:
-    """Device names of a stage and its pool, copy after copy."""
+    """Device names of a stage and its pool, ordered by copy."""
 
     devices: list[str] = field(default_factory=list)
     workers: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class BoundStage:
 def bind(
     atlas: Atlas, templates: Sequence[Template], *, seed: int = 0, budget: Budget | None = None
 ) -> list[list[BoundStage]]:
-    """Named GPUs for every stage of every template, in their order; first fit where the budget leaves no time.
+    """Return named GPUs for every stage of every template in order; first fit if the budget leaves no time.
 
     Raises:
         UnboundPlanError: the templates do not fit in the fleet's nodes.
@@ -72,7 +72,7 @@ def bind(
 def _within(
     atlas: Atlas, templates: Sequence[Template], parts: Sequence[Part], most_nodes: int, seed: int
 ) -> list[int]:  # fmt: skip
-    """A node for every part, each replica's on at most so many."""
+    """Return a node for every part, with each replica on at most ``most_nodes``."""
     kinds = [kind_of(atlas, template) for template in templates]
     packed = pack_within(atlas.classes, kinds, most_nodes, time_limit_s=MOST_WITHIN_S, seed=seed)
     if packed is None:
@@ -84,7 +84,7 @@ def _within(
 
 
 def _on_few_nodes(atlas: Atlas, parts: Sequence[Part], seed: int, budget: Budget) -> list[int]:
-    """A node for every part, each replica's on as few as there is time to find."""
+    """Return a node for every part, with each replica on as few as time allows."""
     nodes = _first_fit(atlas, parts)
     alone = _packed(atlas, parts, nodes, seed, budget)
     rest = [i for i, part in enumerate(parts) if part.device_class not in alone]
@@ -105,7 +105,7 @@ def _parts_of(atlas: Atlas, replica: int, template: Template) -> Iterable[Part]:
 
 
 def _packed(atlas: Atlas, parts: Sequence[Part], nodes: list[int], seed: int, budget: Budget) -> set[int]:
-    """Classes whose parts are on the fewest nodes now, each replica's: they are alone in their nodes."""
+    """Move parts of classes that are alone in their nodes to the fewest nodes; return the classes that succeeded."""
     classes_of = Counter(group.name for c in atlas.classes for group in c.groups)
     done = set[int]()
     for device_class, c in enumerate(atlas.classes):
@@ -132,7 +132,7 @@ def _packed(atlas: Atlas, parts: Sequence[Part], nodes: list[int], seed: int, bu
 
 
 def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:
-    """A node (its number within the class) for every part; parts in order of size, then of replica."""
+    """Return a node (its number within the class) for every part, placed in order of size, then of replica."""
     node_of = [-1] * len(parts)
     by_class: dict[int, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
@@ -140,7 +140,7 @@ def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:
     for device_class, members in by_class.items():
         c = atlas.classes[device_class]
         free = [c.gpus_per_node] * c.num_nodes
-        waiting: dict[int, list[int]] = defaultdict(list)  # free GPUs -> nodes, the next one last
+        waiting: dict[int, list[int]] = defaultdict(list)  # free GPUs -> nodes, used from the end
         waiting[c.gpus_per_node] = list(range(c.num_nodes - 1, -1, -1))
         home: dict[int, int] = {}  # replica -> its latest node
         for i in sorted(members, key=lambda i: (-parts[i].size, parts[i].replica, i)):
@@ -157,7 +157,7 @@ def _first_fit(atlas: Atlas, parts: Sequence[Part]) -> list[int]:
 
 
 def _tightest(waiting: dict[int, list[int]], free: list[int], size: int) -> int:
-    """The node with the least room that still takes ``size`` GPUs; stale entries are dropped on the way."""
+    """Return the node with the least room that still takes ``size`` GPUs, or -1; drops stale entries on the way."""
     for room in sorted(waiting):
         if room < size:
             continue
@@ -176,7 +176,7 @@ def _num_pairs(atlas: Atlas, parts: Sequence[Part]) -> int:
 def _fewest_nodes(
     atlas: Atlas, parts: Sequence[Part], start: Sequence[int], seed: int, budget: Budget
 ) -> list[int]:  # fmt: skip
-    """The assignment that spreads replicas over the fewest nodes, by CP-SAT from ``start``.
+    """Return the assignment that spreads replicas over the fewest nodes, found by CP-SAT from ``start``.
 
     Sets       a parts, v nodes of a's class, r replicas
     Variables  x_av = 1 if part a is in node v;  y_rv = 1 if replica r has a part in node v
@@ -208,7 +208,7 @@ def _fewest_nodes(
     model.minimize(sum(hosts.values()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
-    solver.parameters.catch_sigint_signal = False  # Ctrl-C is the caller's
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C belongs to the caller
     solver.parameters.random_seed = seed
     solver.parameters.max_deterministic_time = CP_SAT_SECONDS
     solver.parameters.max_time_in_seconds = budget.remaining_s()
@@ -221,12 +221,12 @@ def _fewest_nodes(
 
 
 def _node_ids(atlas: Atlas) -> list[list[str]]:
-    """Node names of every class, in the order of their numbers: a node with several GPU types is one place."""
+    """Return the node names of every class by number; a node with several GPU types has one name in all of them."""
     return [[group.node_name(i) for group in c.groups for i in range(group.count)] for c in atlas.classes]
 
 
 class _Names:
-    """Hands out device names: the next free GPUs of a class in a node, by the node's own numbering."""
+    """An allocator of device names: the next free GPUs of a class in a node, in the node's own numbering."""
 
     def __init__(self, atlas: Atlas) -> None:
         self._places = [_places(c) for c in atlas.classes]
@@ -242,7 +242,7 @@ class _Names:
 
 
 def _places(c: DeviceClass):  # type: ignore[no-untyped-def]
-    """From the number of a node within its class to its group and name."""
+    """Return a function from the number of a node within its class to its group and name."""
     starts, total = [], 0
     for group in c.groups:
         starts.append(total)
@@ -256,7 +256,7 @@ def _places(c: DeviceClass):  # type: ignore[no-untyped-def]
 
 
 def _indices(c: DeviceClass, group: NodeGroup) -> list[int]:
-    """Device numbers of the class's GPUs within a node of the group."""
+    """Return the device numbers of the class's GPUs within a node of the group."""
     found: list[int] = []
     index = 0
     for slots in group.gpus:

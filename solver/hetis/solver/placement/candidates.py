@@ -1,9 +1,9 @@
-"""Replicas of an engine's family that may join the master, evaluated when prices ask for them.
+"""Replicas of an engine's family that may join the master, evaluated on demand at the master's prices.
 
-Every composition has a shortest conceivable interval, which is cheap to say, and a best replica, which takes a search
-over mixes, ends and splits (`pipelines.py`). At the relaxation's prices a replica improves it only below some interval:
-where even the shortest conceivable one is longer, nothing is evaluated. What was learned is kept, and shared by zones
-whose GPUs and links are the same.
+Every composition has a lower bound on its interval, which is cheap to compute, and a best replica, which takes a search
+over mixes, ends and splits (`pipelines.py`). At the relaxation's prices a replica improves it only below some interval,
+so compositions whose lower bound is longer are not evaluated. Results are kept, and shared by zones whose GPUs and
+links are the same.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray
 from hetis.solver.placement.template import Template
 
-MARGIN = 1.03  # replicas are sought that are slower than needed by so much: other zones and later prices need others
-EVERY_MIX = 1.0 + 1e-7  # share of the longest interval up to which a mix is tried
+MARGIN = 1.03  # ratio to the needed interval up to which replicas are kept: other zones and later prices may need them
+EVERY_MIX = 1.0 + 1e-7  # ratio to the longest interval up to which a mix is tried
 
 
 class Evaluator:
-    """The best replica of every composition of a shape, with the same attention workers or none.
+    """An evaluator of the best replica of every composition of a shape, with the same attention workers or none.
 
-    No replica of a composition has a shorter interval than ``shortest_s`` [C]; where ``is_known`` [C], the best has it,
-    and is what ``found`` [C, 4] says (see `best_splits`).
+    No replica of a composition has a shorter interval than ``shortest_s`` [C]. If ``is_known`` [C], the best replica
+    has this interval and is described by ``found`` [C, 4] (see `best_splits`).
     """
 
     def __init__(self, atlas: Atlas, shape: Shape, mixes: IntArray, workers: Workers | None) -> None:
@@ -56,11 +56,11 @@ class Evaluator:
 
     @cached_property
     def shortest_s(self) -> FloatArray:
-        """Known when first asked for: a first plan needs none of replicas with attention workers."""
+        """Return lower bounds [C], computed on first use: a first plan needs none for replicas with workers."""
         return np.asarray(self._shortest_s(self.shape.counts).min(axis=1))
 
     def _shortest_s(self, counts: IntArray) -> FloatArray:
-        """By composition and what is tried: mixes with workers, else rows of the sweep."""
+        """Return lower bounds by composition and mix if there are workers, otherwise by row of the sweep."""
         if self.workers is not None:
             return shortest_with(self.atlas, self.shape, counts, self.mixes, self.workers)
         sweep, times = self._without_workers
@@ -77,7 +77,7 @@ class Evaluator:
         return sweep, stage_times(self.atlas, self.shape, sweep, None)
 
     def evaluate(self, which: IntArray, needed_s: FloatArray) -> None:
-        """Finds the best replica of these compositions [W], where it has a shorter interval than is needed [W]."""
+        """Find the best replica of compositions [W] whose interval may be shorter than needed [W]."""
         ask = ~self.is_known[which] & (self.shortest_s[which] < needed_s)
         which, best_s = which[ask], needed_s[ask] * MARGIN
         if not len(which):
@@ -91,7 +91,7 @@ class Evaluator:
         self.found[which], self.is_known[which] = found, is_found
 
     def _with_workers(self, counts: IntArray, worse_s: FloatArray) -> tuple[Sweep, StageTimes]:
-        """Mixes that may be quick enough, with every number of head groups."""
+        """Return a sweep of the mixes that may be quick enough with every number of head groups, and its times."""
         assert self.workers is not None, "there are none"
         promising = np.any(self._shortest_s(counts) < worse_s[:, None], axis=0)
         groups = int(self.atlas.scopes[self.shape.scope].tables.rank_groups[self.shape.ranks].min())
@@ -101,7 +101,7 @@ class Evaluator:
     def _split(
         self, counts: IntArray, sweep: Sweep, times: StageTimes, best_s: FloatArray, found: IntArray
     ) -> None:  # fmt: skip
-        """Improves the best of every composition with what may be better, the most promising first."""
+        """Improve the best of every composition by the rows of the sweep, the most promising first."""
         t_floor = self.atlas.scopes[self.shape.scope].tables.t_floor
         shortest_s, longest_s = times.shortest_s(self._num_layers, counts), self._longest_s(sweep)
         promising = shortest_s < np.minimum(best_s[:, None], longest_s * EVERY_MIX)
@@ -131,25 +131,25 @@ class Candidates:
     is_listed: BoolArray
 
     def worth(self, row_prices: FloatArray) -> FloatArray:
-        """What the GPUs of every composition are worth; [C]."""
+        """Return the worth of the GPUs of every composition; [C]."""
         worth = self.shape.counts @ (self.atlas.group_use[self.shape.ranks] @ row_prices)
         return np.asarray(worth + self._beside() @ row_prices)
 
     def _beside(self) -> IntArray:
-        """What attention workers take of every row; [rows]."""
+        """Return how much attention workers take of every row; [rows]."""
         return _taken_by_workers(self.atlas, self.shape, self.workers)
 
     def asked(self, needed_s: FloatArray) -> IntArray:
-        """Compositions that fit and are no columns yet, and may have a shorter interval than is needed [C]."""
+        """Return compositions that fit, are not columns yet, and may have a shorter interval than needed [C]."""
         return np.flatnonzero(self.fits & ~self.is_listed & (self.evaluator.shortest_s < needed_s))
 
     def found_among(self, which: IntArray, needed_s: FloatArray) -> IntArray:
-        """Evaluate compositions [W]; return those whose best replica has a shorter interval than is needed [W]."""
+        """Evaluate compositions [W]; return those whose best replica has a shorter interval than needed [W]."""
         self.evaluator.evaluate(which, needed_s)
         return np.asarray(which[self.evaluator.is_known[which] & (self.evaluator.shortest_s[which] < needed_s)])
 
     def columns(self, which: IntArray, row_costs: FloatArray) -> Columns:
-        """Known replicas as columns."""
+        """Return known replicas as columns."""
         uses = self.shape.counts[which] @ self.atlas.group_use[self.shape.ranks] + self._beside()
         routes = self.atlas.routes
         links = np.zeros_like(routes.capacity) if routes.has_links else NO_LINKS  # replicas lie in one zone
@@ -162,7 +162,7 @@ class Candidates:
         )
 
     def kind(self, composition: int) -> Kind:
-        """The GPUs that a replica takes."""
+        """Return the GPUs that a replica takes."""
         counts = self.shape.counts[composition].tolist()
         parts = [(*self.atlas.ranks[rank], count) for rank, count in zip(self.shape.ranks, counts, strict=True)]
         if self.workers is not None:
@@ -171,16 +171,16 @@ class Candidates:
         return kind_of_parts(parts)
 
     def template(self, composition: int) -> Template:
-        """A known replica."""
+        """Return a known replica."""
         counts, found = self.shape.counts[composition], self.evaluator.found[composition]
         return template_of_pipeline(self.atlas, self.shape, counts, found, self.workers)
 
 
 def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]:
-    """All replicas of an engine's family, none of them evaluated: those without attention workers, and the many with.
+    """Return all replicas of an engine's family, unevaluated: those without attention workers, and those with.
 
     Raises:
-        InvalidProblemError: they are too many to list.
+        InvalidProblemError: there are too many to list.
     """
     shapes, evaluators = shapes_of(atlas), dict[Hashable, Evaluator]()
     scopes = {shape.scope for shape in shapes}
@@ -217,7 +217,7 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
 
 
 def _numbered(values: Sequence[Hashable]) -> list[int]:
-    """A number for each, the same for equal ones."""
+    """Return a number for each value, the same for equal ones."""
     numbers = dict[Hashable, int]()
     return [numbers.setdefault(value, len(numbers)) for value in values]
 
@@ -250,7 +250,7 @@ def _place_in_zone(atlas: Atlas, device_class: int) -> int:
 
 
 def _kind_of_scope(atlas: Atlas, scope: int) -> Hashable:
-    """The same of two scopes where replicas of equal classes, in their order, take equal times and memory."""
+    """Return a key, equal for scopes in which replicas of equal classes, in order, take equal times and memory."""
     here, t, cluster = atlas.scopes[scope], atlas.scopes[scope].tables, atlas.problem.cluster
     ranks = [s for s, (g, _) in enumerate(atlas.ranks) if atlas.classes[g].zone in here.zones]
     classes = [atlas.classes[g] for g in _classes_in(atlas, here.zones)]

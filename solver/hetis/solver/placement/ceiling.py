@@ -1,29 +1,29 @@
-"""Ceilings, compiled: how good a replica of a configuration can be at all, before any search of its stages.
+"""Ceilings, compiled: upper bounds on the replicas of a configuration, before any search of their stages.
 
-Stages i of a pipelined replica have price p, copies c and, at an interval of t seconds (the least slack taken off),
-room for ``cap(t) = min(n, (c t - f) / w)`` layers: n fit in memory, a layer takes w and the rest of the stage f
-seconds. They carry L layers with at most K copies in all, so that for every m >= 0
+Stages i of a pipelined replica have price p, copies c and, at an interval of t seconds (without the least slack), room
+for ``cap(t) = min(n, (c t - f) / w)`` layers: n fit in memory, a layer takes w seconds and the rest of the stage takes
+f. They carry L layers with at most K copies in all, so that for every m >= 0
 
     t price  >=  sum (t p + m c) - m K  >=  L r(m) - m K,        r(m) = min over stages and t of (t p + m c) / cap(t)
 
-and ``rate / price <= 1 / ((1 + slack) (L r(m) - m K))``. The quotient falls with t until the memory is full, and rises
-from there on, whatever the prices and m: its minimum is at a t known beforehand. So every stage is a *line*
-``(t / cap) p + m (c / cap)`` whose coefficients are computed once per configuration, before any price is known, and a
-line that another of the same GPU types beats in every coefficient is dropped for good. At given prices a ceiling is a
-look at the few lines that are left. m is what a copy costs beside its GPUs: without it, a class that the prices make
-nearly free would carry all layers, a few on each of ever more stages.
+and ``rate / price <= 1 / ((1 + slack) (L r(m) - m K))``. The quotient falls with t until the memory is full and rises
+from there on, whatever the prices and m, so its minimum is at a t known beforehand. Hence every stage is a *line*
+``(t / cap) p + m (c / cap)`` whose coefficients are computed once per configuration, before any price is known. A line
+that another of the same GPU types beats in every coefficient is dropped for good. At given prices a ceiling only takes
+a look at the few lines left. m is what a copy costs besides its GPUs: without it, a class that the prices make nearly
+free would carry all layers, a few on each of ever more stages.
 
-Stages of a sequential replica take turns of ``l w + f`` seconds. Price and t, over L, are a mean of the points
-``(p / l, w + f / l)`` of its stages, none below that of the same stage with a full memory. So ``t price`` is no less
-than at the lower left rim of the convex hull of these points, where t is within the limits: the least is at a corner or
-where a limit cuts the rim. By Cauchy-Schwarz it is also ``>= (sum sqrt(p (l w + f)))^2 >= (L r)^2``, r now the least
-``sqrt(p (l w + f)) / l``.
+Stages of a sequential replica take turns of ``l w + f`` seconds. Price and t, divided by L, are a mean of the points
+``(p / l, w + f / l)`` of its stages, none of which is below that of the same stage with a full memory. Therefore
+``t price`` is at least its value on the lower left boundary of these points' convex hull where t is within the limits;
+the least is at a corner or where a limit cuts the boundary. By Cauchy-Schwarz it is also
+``>= (sum sqrt(p (l w + f)))^2 >= (L r)^2``, where r is now the least ``sqrt(p (l w + f)) / l``.
 
-A line with attention workers stands for all splits of the head groups between a rank and so many cards: it has the
-time of the fastest, and the memory of the roomiest split into fractions of groups.
+A line with attention workers represents all splits of the head groups between a rank and a number of cards: it has the
+time of the fastest split, and the memory of the roomiest split into fractions of groups.
 
-All but a few configurations end here: their ceiling is below what is known to be possible. In those that remain, a
-stage is *useful* only if what it takes beyond r for each of its layers leaves a replica within reach (`is_useful`).
+Nearly all configurations end here, because their ceiling is below what is known to be possible. In the others, a stage
+is *useful* only if what it takes beyond r for each of its layers leaves a replica within reach (`is_useful`).
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ from hetis.solver.placement.options import (
 )
 from hetis.solver.placement.tables import BoolArray, FloatArray, Tables
 
-ROUNDS = 12  # of the search for m
+ROUNDS = 12  # iterations of the search for m
 
 
 class Limits(NamedTuple):
-    """What bounds the replicas of a configuration beside memory."""
+    """The limits on the replicas of a configuration, apart from memory."""
 
-    shortest_s: float  # interval, slack taken off
+    shortest_s: float  # interval, without slack
     longest_s: float
-    slack: float  # the least of any stage
+    slack: float  # the least slack of any stage
     slack_unevenness: float
     copies: int  # K
     sequential: bool
-    chunk_cap_s: float  # in an iteration with a chunk, over a stage's copies
-    unevenness: float  # of an iteration with a chunk over a mean one; of sequential replicas
+    chunk_cap_s: float  # longest iteration with a chunk, divided by a stage's copies
+    unevenness: float  # largest ratio of an iteration with a chunk to a mean one, for sequential replicas
 
 
 class Lines(NamedTuple):
-    """What a layer takes at least in stages of a configuration, whatever the prices; arrays of equal length.
+    """The least that a layer takes in stages of a configuration, whatever the prices; arrays of equal length.
 
-    A layer takes ``group`` times the price of a TP group and ``card`` times that of an attention worker, and
-    ``copies`` copies; of a sequential replica, whose stages have one, so many seconds instead.
+    A layer takes ``group`` times the price of a TP group, ``card`` times that of an attention worker, and ``copies``
+    copies. In a sequential replica, whose stages have one copy, ``copies`` is seconds instead.
     """
 
     rank: IntArray  # s
@@ -89,7 +89,7 @@ class Effort(NamedTuple):
 
 
 class Ceiling(NamedTuple):
-    """No replica of the configuration has ``rate / price`` above ``ratio``; proved with this m and r."""
+    """An upper bound ``ratio`` on ``rate / price`` of the configuration's replicas, proved with this m and r."""
 
     ratio: float
     copy_cost: float
@@ -100,7 +100,7 @@ def limits_of(
     t: Tables, x: int, f: int, least_slack: float, slack_unevenness: float, copies: int, unevenness: float,
     t_floor: float,
 ) -> Limits:  # fmt: skip
-    """The limits of a configuration whose intervals are no shorter than ``t_floor``."""
+    """Return the limits of a configuration whose intervals are no shorter than ``t_floor``."""
     least = 1.0 + least_slack
     return Limits(
         t_floor / least,
@@ -116,7 +116,7 @@ def limits_of(
 
 @kernel
 def _line(copies: float, layer_s: float, fixed_s: float, most: float, limits: Limits) -> tuple[float, float]:
-    """``(c t / cap, c / cap)`` of a stage, or ``(1 / l, w + f / l)``; inf where it carries no layer within limits."""
+    """Return ``(c t / cap, c / cap)`` of a stage, or ``(1 / l, w + f / l)``; inf if no layer fits within limits."""
     if most < 1.0 or layer_s + fixed_s > copies * limits.longest_s:
         return np.inf, np.inf
     if limits.sequential:
@@ -129,10 +129,10 @@ def _line(copies: float, layer_s: float, fixed_s: float, most: float, limits: Li
 
 @kernel
 def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: Limits) -> Lines:
-    """The lines of a configuration that no other beats, over the stages that `list_options` would list.
+    """Return the undominated lines of a configuration, over the stages that `list_options` would list.
 
     A TP group of n cards costs at least n / n' times one of n' < n cards of its class (`Resources`: it takes every
-    row that the smaller one takes), so that larger groups are beaten by smaller ones, too.
+    row that the smaller one takes), so smaller groups can beat larger ones, too.
     """
     size = 256
     rank, pool_class = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -152,7 +152,7 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
         g, last = rank_class[first], first
         while last < num_ranks and rank_class[last] == g:
             last += 1
-        plain = count  # lines of this class without pools begin here, those of a pool's class at ``pooled``
+        plain = count  # first line of this class without pools; lines with a pool of class q begin at ``pooled``
         plain_end = count
         for q in range(-1, num_classes):
             pooled = count
@@ -192,7 +192,7 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                         if q < 0:
                             rest_s *= longer
                         elif limits.slack_unevenness > 1.0:
-                            longer = 1.0  # a slower layer might be stretched to less
+                            longer = 1.0  # a slower layer might be stretched less
                         each, taken = _line(c, layer_s * longer, rest_s, most, limits)
                         if each == np.inf:
                             continue
@@ -241,7 +241,7 @@ def _longer_floats(values: FloatArray, size: int) -> FloatArray:
 
 @kernel
 def _least_effort(price_s: FloatArray, copies: FloatArray, copy_cost: float) -> Effort:
-    """r over lines with these prices."""
+    """Return r over lines with these prices."""
     best, value = -1, np.inf
     for i in range(price_s.shape[0]):
         here = price_s[i] + copy_cost * copies[i]
@@ -254,10 +254,10 @@ def _least_effort(price_s: FloatArray, copies: FloatArray, copy_cost: float) -> 
 def ceiling(
     lines: Lines, num_layers: int, group_price: FloatArray, card_price: FloatArray, limits: Limits, enough: float
 ) -> Ceiling:
-    """The ceiling of a configuration, or the first proof that it is no higher than ``enough``.
+    """Return the ceiling of a configuration, or the first proof that it is no higher than ``enough``.
 
-    ``L r(m) - m K`` is concave in m and made of lines, one per stage. m moves to where the best line that rises and
-    the best that falls meet, until nothing lies below that.
+    ``L r(m) - m K`` is concave in m and piecewise linear, with one line per stage. m moves to where the best rising
+    line meets the best falling one, until no line lies below that point.
     """
     price_s = np.empty(lines.rank.shape[0], np.float64)
     for i in range(price_s.shape[0]):
@@ -298,7 +298,7 @@ def ceiling(
 
 @kernel
 def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int, limits: Limits) -> Ceiling:
-    """From the points of stages, price and seconds of a layer: the rim of their hull is walked from the quickest on."""
+    """Return the ceiling from the stages' price and seconds per layer, walking their hull from the quickest on."""
     shortest_s, longest_s = limits.shortest_s / num_layers, limits.longest_s / num_layers
     at, root = -1, np.inf
     for i in range(price.shape[0]):
@@ -328,7 +328,7 @@ def _sequential_ceiling(price: FloatArray, seconds: FloatArray, num_layers: int,
 
 
 class Asked(NamedTuple):
-    """Configurations of one scope to find ceilings of, with their `Limits`; arrays of equal length."""
+    """Configurations of one scope whose ceilings are wanted, with their `Limits`; arrays of equal length."""
 
     mixes: IntArray
     in_flight: IntArray
@@ -342,7 +342,7 @@ class Asked(NamedTuple):
 
 
 def asked_of(mixes: IntArray, in_flight: IntArray, limits: Sequence[Limits]) -> Asked:
-    """These configurations."""
+    """Return these configurations as arrays."""
     columns = [np.array(column) for column in zip(*limits, strict=True)]
     shortest_s, longest_s, slack, slack_unevenness, copies, sequential, chunk_cap_s, _ = columns
     return Asked(
@@ -361,7 +361,7 @@ def _limits(a: Asked, i: int) -> Limits:
 
 @kernel
 def all_lines(t: Tables, a: Asked, max_copies: int, max_pool: int) -> tuple[Lines, IntArray]:
-    """`lines_of` many configurations, one after the other, and where those of each begin [configurations + 1]."""
+    """Return `lines_of` many configurations, concatenated, and where those of each begin [configurations + 1]."""
     begins = np.zeros(a.mixes.shape[0] + 1, np.int64)
     size = 4096
     every = _room_for_lines(size)
@@ -411,7 +411,7 @@ def ceilings(
     num_layers: int, a: Asked, lines: Lines, begins: IntArray, group_price: FloatArray, card_price: FloatArray,
     enough: FloatArray,
 ) -> FloatArray:  # fmt: skip
-    """`ceiling` of many configurations, with what is enough of each; [configurations, 3]: ratio, m, r."""
+    """Return `ceiling` of many configurations, with ``enough`` for each; [configurations, 3]: ratio, m, r."""
     found = np.zeros((a.mixes.shape[0], 3), np.float64)
     for i in range(a.mixes.shape[0]):
         limits = _limits(a, i)
@@ -423,10 +423,10 @@ def ceilings(
 
 
 def reach_of(num_layers: int, limits: Limits, proof: Ceiling, floor: float) -> Reach:
-    """What a stage of a replica with ``rate / price > floor`` may take.
+    """Return what a stage of a replica with ``rate / price > floor`` may take.
 
     A stage leaves ``L - cap(t)`` layers to others, which take r each. What it takes itself beyond that must be less
-    than what is left between floor and ceiling.
+    than the distance between floor and ceiling.
     """
     m, r, least = proof.copy_cost, proof.effort, 1.0 + limits.slack
     spare = np.inf

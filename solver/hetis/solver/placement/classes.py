@@ -1,4 +1,4 @@
-"""Device classes and resources: the fleet as the master sees it, kinds of GPU and how many there are of each."""
+"""Device classes and resources: the fleet as the master sees it, with the kinds of GPU and the number of each."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class DeviceClass:
     nic: Link
     intra: Link
     usd_per_hour: float | None
-    node_links: Link | None  # the worst explicit link of its nodes, where the cluster gives any
-    mark: Mark  # what is wished of it
-    groups: tuple[NodeGroup, ...]  # the node groups it is made of
+    node_links: Link | None  # the worst explicit link of its nodes, if the cluster gives any
+    mark: Mark  # the constraints on its GPUs
+    groups: tuple[NodeGroup, ...]  # the node groups that it consists of
 
     @property
     def num_nodes(self) -> int:
@@ -40,7 +40,7 @@ class DeviceClass:
         return self.num_nodes * self.gpus_per_node
 
     def link_in(self, cluster: Cluster, zones: tuple[str, ...]) -> Link:
-        """The slowest link a device of this class may meet in a replica over ``zones``."""
+        """Return the slowest link that a device of this class may use in a replica over ``zones``."""
         link = self.nic
         for a, b in itertools.combinations_with_replacement(zones, 2):
             link = link.slower_of(cluster.network.zone_link(a, b))
@@ -48,7 +48,7 @@ class DeviceClass:
 
 
 def device_classes(cluster: Cluster, marks: Marks | None = None) -> tuple[DeviceClass, ...]:
-    """The classes of a fleet, in order of appearance; ``marks`` are wishes that set GPUs apart."""
+    """Return the classes of a fleet in order of appearance; ``marks`` are constraints that distinguish GPUs."""
     worst = _worst_node_links(cluster)
     merged: dict[tuple[object, ...], list[NodeGroup]] = {}
     for group in cluster.node_groups:
@@ -66,7 +66,7 @@ def device_classes(cluster: Cluster, marks: Marks | None = None) -> tuple[Device
 
 
 def _mean_price(cluster: Cluster, group: NodeGroup, gpu: str) -> float | None:
-    """Price of one GPU where equal GPUs of a node are listed at different prices."""
+    """Return the mean price of a GPU if equal GPUs of a node are listed at different prices."""
     total, count = 0.0, 0
     for slots in group.gpus:
         price = cluster.price_of(slots)
@@ -96,14 +96,14 @@ def _worst_of_group(group: NodeGroup, worst: dict[str, Link]) -> Link | None:
 
 
 def class_of_slots(classes: Sequence[DeviceClass]) -> dict[tuple[str, str], int]:
-    """The class of the GPUs of a type in a node group, by the names of both."""
+    """Return the class of the GPUs of a type in a node group, by the names of both."""
     return {(group.name, c.gpu): i for i, c in enumerate(classes) for group in c.groups}
 
 
 def class_prices(
     classes: Sequence[DeviceClass], used: Mapping[int, int], workers: Mapping[int, int], duals: Sequence[float]
 ) -> tuple[ClassPrice, ...]:
-    """The table of a plan's classes, from the GPUs used of each, the attention workers among them, and the duals."""
+    """Return the table of a plan's classes from the GPUs used, the attention workers among them, and the duals."""
     return tuple(
         ClassPrice(
             gpu=c.gpu,
@@ -120,11 +120,11 @@ def class_prices(
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The packing rows of the master: what a TP group of each size takes of each row, and how much there is.
+    """The packing rows of the master: how much a TP group of each size takes of each row, and how much there is.
 
-    Row (g, p), p a power of two, says ``sum over TP sizes q >= p of q n_q <= p sum over nodes floor(size / p)``: for
-    sizes that are powers of two these rows are necessary and sufficient for TP groups to fit inside nodes. A row
-    p > 1 is kept only where it says more than the count of GPUs (node sizes that p does not divide).
+    Row (g, p), p a power of two, reads ``sum over TP sizes q >= p of q n_q <= p sum over nodes floor(size / p)``. For
+    sizes that are powers of two these rows are necessary and sufficient for TP groups to fit inside nodes. A row with
+    p > 1 is kept only if it is tighter than the count of GPUs (node sizes that p does not divide).
     """
 
     rows: tuple[tuple[int, int], ...]  # (class index, p)
@@ -132,16 +132,16 @@ class Resources:
 
     @property
     def counts_gpus(self) -> npt.NDArray[np.float64]:
-        """1 for the rows that count GPUs, 0 for those that only TP groups need; [rows]."""
+        """Return 1 for rows that count GPUs and 0 for those that only TP groups need; [rows]."""
         return np.array([1.0 if p == 1 else 0.0 for _, p in self.rows])
 
     def of_group(self, device_class: int, tp: int) -> IntArray:
-        """What one TP group (tp = 1: also one attention worker) takes of every row, shape [rows]."""
+        """Return how much one TP group (or attention worker, tp = 1) takes of every row, shape [rows]."""
         return np.array([tp if g == device_class and tp >= p else 0 for g, p in self.rows], dtype=np.int64)
 
 
 def resources_of(classes: tuple[DeviceClass, ...], tp_sizes: tuple[int, ...]) -> Resources:
-    """The packing rows of a fleet: one per class, more where node sizes ask for it."""
+    """Return the packing rows of a fleet: one per class, and more if node sizes require them."""
     rows: list[tuple[int, int]] = []
     limits: list[int] = []
     for index, c in enumerate(classes):

@@ -1,4 +1,4 @@
-"""The parts of a family that are searched one by one."""
+"""Configurations: the parts of a family that are searched separately."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hetis.solver.plan import Role
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A part of the family searched on its own: a scope, a mix, M, and how full or how uneven the pipeline is.
+    """A part of the family that is searched on its own: a scope, a mix, M, and how full or uneven the pipeline is.
 
-    ``side`` is where its replicas stand in the master. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
-    sequential (any K, copies take no turns), M >= 2 K runs with the first regime of its role, M >= K with the second.
-    No stage of a sequential replica takes more than ``unevenness`` times the mean in an iteration with a chunk.
+    ``side`` is the master's side of its replicas. ``max_copies`` bounds the stage copies K of a replica: M = 1 is
+    sequential (any K, copies take no turns), M >= 2 K uses the first regime of its role, and M >= K the second. No
+    stage of a sequential replica takes more than ``unevenness`` times the mean in an iteration with a chunk.
     """
 
     scope: int
@@ -37,10 +37,10 @@ class Configuration:
 
 
 def configurations(atlas: Atlas) -> list[Configuration]:
-    """Every configuration of the family, fewer those that a smaller M serves as well.
+    """Return every configuration of the family, except those that a smaller M serves as well.
 
-    With G GPUs in the fleet K <= G: once M >= 2 G the pipeline is full whatever its shape. More micro-batches only take
-    memory and time, unless a limit on TTFT binds: a prompt is less likely to wait where more are prefilled at a time.
+    With G GPUs in the fleet K <= G, so the pipeline is full once M >= 2 G whatever its shape. More micro-batches only
+    take memory and time, unless a limit on TTFT binds: a prompt is less likely to wait if more are prefilled at once.
     """
     found = []
     family = atlas.problem.family
@@ -58,7 +58,7 @@ def configurations(atlas: Atlas) -> list[Configuration]:
                         found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))
                 elif not filled:
                     filled = m >= 2 * most_copies and not limited
-                    # Without rules for chunks and with the same slack, it is a part of the other.
+                    # Without rules for chunks and with equal slack, this is part of the other configuration.
                     if filled or full != tight or role is Role.UNIFIED:
                         found.append(Configuration(scope, mix, f, m, m // 2, full, side))
                     if not filled:
@@ -68,12 +68,12 @@ def configurations(atlas: Atlas) -> list[Configuration]:
 
 @kernel
 def _least_unevenness(t: Tables, x: int) -> float:
-    """No stage of mix x has an iteration with a chunk that is less uneven than this."""
+    """Return the least unevenness that any stage of mix x has in an iteration with a chunk."""
     n_it, least = t.iterations[x], np.inf
     for s in range(t.rank_class.shape[0]):
         if t.available[t.rank_class[s]] < t.rank_tp[s]:
             continue
-        # Beside layers there are step, hop and ends: with one layer they count for most.
+        # Step, hop and ends come on top of layers, and count for most with a single layer.
         fixed_s = t.step_s[x, s]
         chunk_fixed_s = t.chunk.step_s[x, s]
         ends_s, chunk_ends_s = np.zeros(3), np.zeros(3)
@@ -106,10 +106,10 @@ def _least_unevenness(t: Tables, x: int) -> float:
 
 
 def _unevenness_limits(atlas: Atlas, scope: int, x: int, f: int) -> Iterator[float]:
-    """The limits on unevenness under which a sequential replica is looked for; inf where TTFT has no limit.
+    """Yield the limits on unevenness under which sequential replicas are looked for, or inf if TTFT has no limit.
 
-    Left out are limits that no stage keeps, that leave no time for the layers, or that another one beats: a wider one
-    that shortens the interval no more.
+    This omits limits that no stage can keep, that leave no time for the layers, or that a wider one dominates because
+    it shortens the interval no more.
     """
     t = atlas.scopes[scope].tables
     if not np.isfinite(t.trip_cap[x, f]):

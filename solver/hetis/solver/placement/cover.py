@@ -13,7 +13,7 @@ from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, C
 
 @kernel
 def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
-    """Repeated layers that option i carries in a role when completions are ``interval_s`` apart."""
+    """Return the repeated layers that option i carries in a role if completions are ``interval_s`` apart."""
     time_left = o.copies[i] * interval_s - o.fixed_s[i, role]
     if time_left <= 0.0:
         return 0
@@ -24,7 +24,7 @@ def layers_in_time(o: Options, i: int, role: int, interval_s: float) -> int:
 def cheapest_per_layers(
     o: Options, prices: FloatArray, interval_s: float, num_layers: int, best: FloatArray, arg: IntArray
 ) -> None:
-    """For each role and l: the cheapest option that carries at least l layers. Fills best, arg [4, num_layers + 1]."""
+    """Fill best, arg [4, num_layers + 1]: for each role and l, the cheapest option that carries at least l layers."""
     best[:] = np.inf
     arg[:] = -1
     for i in range(prices.shape[0]):
@@ -48,10 +48,10 @@ def cheapest_per_layers(
 def cheapest_cover(
     t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
-    """The cheapest stages that cover all layers within an interval, with at most ``max_copies`` copies in all.
+    """Return the cheapest stages that cover all layers within an interval, with at most ``max_copies`` copies in all.
 
-    A dynamic program over positions: ``cost[pos]`` is the least price of stages that reach at least ``pos``; stages
-    take all the layers they can, since reaching further is never worse. Where the cheapest cover has too many
+    This is a dynamic program over positions: ``cost[pos]`` is the least price of stages that reach at least ``pos``.
+    Stages take as many layers as they can, since reaching further is never worse. If the cheapest cover has too many
     copies, a second program counts them.
 
     Returns (price, stages): stages [., 2] of (option, layers), first to last; price inf and no stages if none covers.
@@ -62,7 +62,7 @@ def cheapest_cover(
     cheapest_per_layers(o, prices, interval_s, num_layers, best, arg)
     price, stages = _cover(t, best, arg)
     if stages.shape[0] and _copies_of(o, stages) > max_copies:
-        # A cover with fewer copies may use options that the copy-blind table leaves out: tabulate per copy count.
+        # A cover with fewer copies may use options that the first table omits, so tabulate per copy count.
         return _cover_counted(t, o, prices, interval_s, max_copies)
     return price, stages
 
@@ -127,10 +127,10 @@ def _cover(t: CoverTables, best: FloatArray, arg: IntArray) -> tuple[float, IntA
 def _cover_counted(
     t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int
 ) -> tuple[float, IntArray]:
-    """`cheapest_cover` with the copies counted: ``cost[K, pos]`` with exactly K copies so far.
+    """Return `cheapest_cover` with the copies counted: ``cost[K, pos]`` is the price with exactly K copies so far.
 
-    Written apart from `_cover`: one program for both ran as fast, but it is inlined wherever `_cover` is, and column
-    generation took 1 to 3 s longer to compile.
+    This is separate from `_cover` because a joint program, though as fast, would be inlined wherever `_cover` is, and
+    column generation took 1 to 3 s longer to compile.
     """
     num_layers = t.num_layers
     widest = 1
@@ -204,10 +204,7 @@ def _cover_counted(
 def _penalised_cover(
     t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, penalty: FloatArray
 ) -> tuple[float, IntArray]:
-    """The cheapest cover at `penalised_prices`, and the bound on the price of covers that fit in the fleet.
-
-    Returns (bound, stages).
-    """
+    """Return (bound, stages): the cheapest cover at `penalised_prices`, and its bound on covers that fit the fleet."""
     penalised, fleet = penalised_prices(t, o, prices, penalty)
     price, stages = cheapest_cover(t, o, penalised, interval_s, max_copies)
     return price - fleet, stages
@@ -218,13 +215,13 @@ def fitting_cover(
     t: CoverTables, o: Options, prices: FloatArray, interval_s: float, max_copies: int, scarce: BoolArray,
     penalty: FloatArray, enough: float,
 ) -> tuple[float, float, IntArray]:  # fmt: skip
-    """`cheapest_cover` among replicas that fit in the fleet, bounded where that is not found at once.
+    """Return `cheapest_cover` among replicas that fit in the fleet, with a bound if that is not found at once.
 
     A class of which one replica could take more than there is (a *scarce* one) gets a penalty on its GPUs, which gives
-    a Lagrangean bound. Penalties rise on what is overdrawn, and fall back by half a step where the bound stops rising
-    or the cover fits; a bound of ``enough`` ends it. ``penalty`` [N] returns those of the best bound.
+    a Lagrangian bound. Penalties rise on overdrawn classes, and fall back by half a step if the bound stops rising or
+    the cover fits. A bound of ``enough`` ends the search. ``penalty`` [N] is filled with those of the best bound.
 
-    Returns (lower bound on the price, price, stages); price inf and no stages if no fitting cover was met.
+    Returns (lower bound on the price, price, stages); price inf and no stages if no fitting cover was found.
     """
     price, stages = cheapest_cover(t, o, prices, interval_s, max_copies)
     short, over = overdrawn(t, o, stages, scarce)
@@ -261,10 +258,10 @@ def fitting_cover(
 def _options_within(
     t: CoverTables, o: Options, prices: FloatArray, best: FloatArray, interval_s: float, price_limit: float
 ) -> IntArray:
-    """Options that a cover of price below ``price_limit`` at this or a shorter interval can use.
+    """Return the options that a cover of price below ``price_limit`` at this or a shorter interval can use.
 
-    ``best`` [4, L + 1] is the cheapest option per role and layers at ``interval_s``. An option leaves the layers it
-    cannot carry to others, which cost at least the cheapest cover of so many layers by stages of any role.
+    ``best`` [4, L + 1] is the cheapest option per role and layers at ``interval_s``. The layers that an option cannot
+    carry fall to others, which cost at least the cheapest cover of that many layers by stages of any role.
     """
     num_layers = t.num_layers
     rest = np.full(num_layers + 1, np.inf)
@@ -287,8 +284,8 @@ def _options_within(
     return kept[:count]
 
 
-PANEL = 1.1  # width of the intervals that are searched with the same few options
-MAX_HALVINGS = 64  # in a panel: where a scarce class leaves a gap, narrower intervals would not close it
+PANEL = 1.1  # ratio of the ends of an interval that is searched with one selection of options
+MAX_HALVINGS = 64  # per panel: narrower intervals would not close a gap that a scarce class leaves
 
 
 @kernel
@@ -296,12 +293,14 @@ def best_column(
     t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, max_copies: int, scarce: BoolArray,
     ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
-    """The replica of a pipelined configuration with the best ``rate / price``, by branch and bound over intervals.
+    """Return the replica of a pipelined configuration with the best ``rate / price``.
 
-    With C(t) the cheapest cover at interval t, non-increasing in t, every t in [t_lo, t_hi] satisfies
+    This is branch and bound over intervals.
+
+    Let C(t) be the price of the cheapest cover at interval t, which never rises with t. Every t in [t_lo, t_hi] has
     ``1 / (t C(t)) <= 1 / (t_lo C(t_hi))``. From the longest interval down, those that cannot beat ``ratio_floor`` or
-    the best found are skipped; the others are searched panel by panel (`_best_in_panel`) with the options that a cover
-    so cheap can use.
+    the best found are skipped. The others are searched panel by panel (`_best_in_panel`) with the options that a
+    sufficiently cheap cover can use.
 
     Returns (ratio, rows of its stages, bound): no replica of this configuration that fits in the fleet has a ratio
     above ``max(bound, ratio_floor)``.
@@ -325,7 +324,7 @@ def best_column(
         price, stages = _cover(t, best, arg)
         wanted = max(ratio_floor, best_ratio)
         if overdrawn(t, o, stages, scarce)[0] >= 0 and 1.0 / (t_lo * price) > wanted:
-            # The penalties of the interval before often do here too.
+            # The penalties of the previous interval often suffice here too.
             price = max(price, _penalised_cover(t, o, prices, hi, max_copies, penalty)[0])
             if wanted * price * hi <= 1.0 + tolerance:
                 enough = (1.0 + 2.0 * tolerance) / (hi * max(wanted, 1e-300))
@@ -334,7 +333,7 @@ def best_column(
         if price == np.inf or 1.0 / (t_lo * price) <= wanted:
             break
         if wanted > 0.0 and wanted * price * hi > 1.0 + tolerance:
-            hi = 1.0 / (wanted * price)  # nothing between is cheaper than at the upper end
+            hi = 1.0 / (wanted * price)  # no cover in between is cheaper than at the upper end
             continue
         lo = max(t_lo, hi / PANEL)
         limit = 1.0 / (lo * wanted) if wanted > 0.0 else np.inf
@@ -356,13 +355,15 @@ def _best_in_panel(
     t: CoverTables, o: Options, prices: FloatArray, lo: float, hi: float, price_hi: float, max_copies: int,
     scarce: BoolArray, ratio_floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
-    """`best_column` for intervals in [lo, hi] and replicas that fit in the fleet: halves intervals until they are
-    narrower than ``tolerance`` or cannot win."""
+    """Search [lo, hi] as `best_column` does for replicas that fit in the fleet.
+
+    Intervals are halved until they are narrower than ``tolerance`` or cannot win.
+    """
     best_ratio, best_rows, bound = 0.0, np.empty((0, 6), np.int64), 0.0
     stack = np.empty((MAX_HALVINGS + 2, 3), np.float64)
     size = 0
     penalty = np.zeros(scarce.shape[0])
-    middle = hi  # no cover is cheaper than ``price_hi`` there
+    middle = hi  # no cover is cheaper than ``price_hi`` at this interval
     halvings = 0
     while True:
         halvings += 1

@@ -1,4 +1,4 @@
-"""What engines run: for each the rules that its plans keep to, and where the rules come from."""
+"""The inference engines that plans are made for, with the rules of each and their sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.problem import EngineRules, Family
 
-MAX_WORKERS = 8  # of a stage: with more, exchanging heads takes longer than their attention
+MAX_WORKERS = 8  # per stage: with more, exchanging heads takes longer than their attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,11 +18,11 @@ class Engine:
     """An engine that plans can be made for.
 
     Attributes:
-        name: what ``--engine`` calls it.
-        summary: for people, one phrase.
-        max_pool: attention workers that a stage may have.
-        version: the one that the rules were read from.
-        source: where.
+        name: the value of ``--engine``.
+        summary: one phrase for people.
+        max_pool: the most attention workers of a stage.
+        version: the engine's version from which the rules were read.
+        source: the document or setting that states the rules.
     """
 
     name: str
@@ -62,7 +62,7 @@ ENGINES: Mapping[str, Engine] = {
 
 
 def run_by(family: Family, rules: EngineRules | None) -> Family:
-    """The replicas of a family that an engine runs; all of them where any engine will do.
+    """Return the replicas of a family that an engine runs, or all of them if any engine is allowed.
 
     Raises:
         InvalidProblemError: there is no such engine.
@@ -78,7 +78,7 @@ def run_by(family: Family, rules: EngineRules | None) -> Family:
 
 
 def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster) -> tuple[str, ...]:
-    """What an engine lacks to run these replicas, each thing once, in a few words; empty: it runs them all."""
+    """Return what an engine lacks to run these replicas, each item once, in a few words; empty if it runs them all."""
     zones = {
         group.node_name(index): group.zone for group in cluster.node_groups for index in range(group.count)
     } if len(cluster.zones()) > 1 else {}  # fmt: skip

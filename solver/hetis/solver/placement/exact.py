@@ -1,12 +1,12 @@
-"""Small fleets: the best replica of every sub-fleet, then the best packing of sub-fleets; a proof, not a gap.
+"""Exact search for small fleets: the best replica of every sub-fleet, then the best packing of sub-fleets, proven.
 
-`passes.py` sweeps all configurations again and again, each time with a narrower tolerance. After a pass the master over
-the rates found gives an incumbent, and duals scaled to fit every sub-fleet give a bound; a replica whose rate falls
-short of its price by more than the distance between the two cannot be part of anything better, so the next pass does
-not look for it (`needed_rates`).
+`passes.py` sweeps all configurations repeatedly, each time with a narrower tolerance. After a pass, the master over the
+rates found gives an incumbent, and duals scaled to fit every sub-fleet give a bound. A replica whose rate falls short
+of its price by more than the distance between the two cannot be part of anything better, so the next pass does not look
+for it (`needed_rates`).
 
 Prefill and decode replicas have frontiers of their own over the same sub-fleets: the best rate of each role on each.
-They lie in one zone, and device classes do, so that a sub-fleet tells the zone; the master joins them by their flows.
+They lie in one zone, as device classes do, so a sub-fleet determines the zone. The master joins them by their flows.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from hetis.solver.placement.template import Template, template_of
 from hetis.solver.plan import Role
 
 MAX_GPUS = 24
-MAX_PAIRS = 60_000  # of (usage, smaller usage): what one dynamic program looks at, at worst
+MAX_PAIRS = 60_000  # of (usage, smaller usage) that one dynamic program visits at worst
 TOLERANCES = (0.2, 0.01, 1e-7)
-PIN_ROUNDING = 1e-6  # share of the relaxation's value by which its duals may be wrong
+PIN_ROUNDING = 1e-6  # ratio to the relaxation's value by which its duals may be wrong
 
 
 def is_small(atlas: Atlas) -> bool:
-    """Whether the fleet has few enough usage vectors for the exact search."""
+    """Return whether the fleet has few enough usage vectors for the exact search."""
     sizes = atlas.resources.limits.astype(float) + 1.0
     gpus = sum(c.available for c in atlas.classes)
     return bool(gpus <= MAX_GPUS and np.prod(sizes * (sizes + 1.0) / 2.0) <= MAX_PAIRS)
 
 
 class Kind(IntEnum):
-    """What replicas of a frontier do."""
+    """The kinds of replicas that have a frontier each."""
 
     UNIFIED = 0
     LOCAL_PREFILL = 1  # sends KV to its own zone only
-    PREFILL = 2  # may send it to all
+    PREFILL = 2  # may send KV to all zones
     DECODE = 3
 
 
@@ -72,11 +72,11 @@ def kind_of(mix: Mix) -> Kind:
 
 
 def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray]:
-    """Upper bounds on the rate of replicas, per scope, mix and sub-fleet, from dense work alone; [scopes, X, V] each.
+    """Return upper bounds on replicas' rates per scope, mix and sub-fleet from dense work alone; [scopes, X, V] each.
 
-    A GPU of class g that gives all its time to repeated layers, without attention, serves at most ``1 / (n w)``
-    layers per second for the best TP size n; a replica needs all layers from the GPUs it has. With a single
-    micro-batch in flight it has them one after the other, none faster than the fastest: the second bound.
+    A GPU of class g that spends all its time on repeated layers, without attention, serves at most ``1 / (n w)``
+    layers per second for the best TP size n, and a replica needs all layers from its GPUs. With a single micro-batch
+    in flight its GPUs work in turn, none faster than the fastest, which gives the second bound.
     """
     bounds, sequential = [], []
     present = (lattice.digits > 0).T
@@ -95,7 +95,7 @@ def speed_bounds(atlas: Atlas, lattice: Lattice) -> tuple[FloatArray, FloatArray
 
 @dataclass(slots=True)
 class Frontier:
-    """Best rate [V] of each sub-fleet, where it was found, and what cannot be exceeded."""
+    """The best rate [V] of each sub-fleet, where it was found, and a bound on further replicas."""
 
     lattice: Lattice
     rate: FloatArray
@@ -105,7 +105,7 @@ class Frontier:
     templates: dict[int, Template] = field(default_factory=dict)
 
     def ceiling(self, tolerance: float) -> FloatArray:
-        """No replica outside what was ruled out by `needed_rates` has a higher rate, per sub-fleet."""
+        """Return rates per sub-fleet that no replica exceeds, apart from those that `needed_rates` ruled out."""
         return np.maximum(self.bound, self.rate * (1.0 + tolerance))
 
 
@@ -114,10 +114,10 @@ Rates = Mapping[Kind, FloatArray]  # [V] each
 
 @dataclass(slots=True)
 class Sweep:
-    """One pass over the configurations of a part of the family, as far as it has come.
+    """The state of one pass over the configurations of a part of the family.
 
-    ``needed`` is what it does not look for, ``bounds`` what the configurations in ``swept`` may hold beyond the rates
-    found (`Frontier`).
+    Rates below ``needed`` are not looked for. ``bounds`` are what the configurations in ``swept`` may hold beyond the
+    rates found (`Frontier`).
     """
 
     part: Part
@@ -128,7 +128,7 @@ class Sweep:
 
 
 class ExactSearch:
-    """The exact search of one problem. ``costs`` [V] are what the master minimises where it has a demand."""
+    """The exact search of one problem; ``costs`` [V] are what the master minimises if it has a demand."""
 
     def __init__(self, atlas: Atlas, master: Master, row_costs: FloatArray) -> None:
         self.atlas, self.master = atlas, master
@@ -150,7 +150,7 @@ class ExactSearch:
         self._roomy: dict[tuple[Kind, Part], BoolArray] = {}
 
     def _zones(self) -> IntArray:
-        """The zone of every sub-fleet, by its number in `Routes`; -1 of those in several, or in none; [V]."""
+        """Return the zone of every sub-fleet, numbered as in `Routes`, or -1 if it has several or none; [V]."""
         routes, zones = self.atlas.routes, np.full(len(self.lattice.digits), -1)
         row_zones = [routes.zones.index(self.atlas.classes[g].zone) for g, _ in self.atlas.resources.rows]
         for v, digits in enumerate(self.lattice.digits):
@@ -160,7 +160,7 @@ class ExactSearch:
         return zones
 
     def _sides(self, kind: Kind) -> IntArray:
-        """Where replicas of a kind stand in the master; -1: not on such a sub-fleet; [V]."""
+        """Return the master's side for replicas of a kind, or -1 if they cannot be on that sub-fleet; [V]."""
         if kind is Kind.UNIFIED:
             return np.full(len(self.zones), UNIFIED)
         role = Role.DECODE if kind is Kind.DECODE else Role.PREFILL
@@ -168,10 +168,10 @@ class ExactSearch:
         return np.where(self.zones >= 0, first + self.zones, -1)
 
     def roomy(self, kind: Kind, part: Part) -> BoolArray:
-        """Sub-fleets with memory for a replica of some configuration of a part; [V].
+        """Return which sub-fleets have memory for a replica of some configuration of a part; [V].
 
-        The fewer requests a replica holds the less memory it takes, but there is no order among chunks: a longer one
-        takes room itself, and ends prefill sooner.
+        A replica with fewer requests takes less memory. Chunks have no such order: a longer one takes memory itself
+        but ends prefill sooner.
         """
         if (kind, part) not in self._roomy:
             self._roomy[kind, part] = self._find_roomy(kind, part)
@@ -193,10 +193,10 @@ class ExactSearch:
         return roomy
 
     def options_of(self, c: Configuration, part: Part | None = None) -> tuple[Options, Entries]:
-        """The options of a part of the family; by default of all of it."""
+        """Return the options of a part of the family, by default the whole of it."""
         a, part = self.atlas, part or self.whole
         tables = a.scopes[c.scope].tables
-        # Of any number of copies: whatever fits in memory.
+        # Without limits on copies, whatever fits in memory counts.
         chunk_cap_s = chunk_cap(tables, c.mix, c.in_flight_index, c.max_copies) if c.max_copies else np.inf
         sizes = part.max_copies, part.max_pool
         key = (c.scope, c.mix, c.in_flight_index, c.regime, chunk_cap_s, c.unevenness, sizes)
@@ -207,18 +207,18 @@ class ExactSearch:
         return self._options[key]
 
     def sweep(self, needed: Rates, tolerance: float, budget: Budget) -> bool:
-        """One pass over all configurations of the family; False if the budget ran out on the way."""
+        """Sweep all configurations of the family once; return False if the budget ran out first."""
         return self.go_on(self.begin(needed, tolerance, self.whole), budget)
 
     def begin(self, needed: Rates, tolerance: float, part: Part) -> Sweep:
-        """A pass that has looked at nothing yet."""
+        """Return a pass that has not looked at anything yet."""
         bounds = {kind: np.zeros(len(f.rate)) for kind, f in self.frontiers.items()}
         return Sweep(part, tolerance, needed, bounds)
 
     def go_on(self, sweep: Sweep, budget: Budget) -> bool:
-        """Goes on with a pass; False if the budget ran out on the way: the next call goes on from there.
+        """Resume a pass; return False if the budget ran out first, after which the next call resumes there.
 
-        Passes over other parts may come in between: the higher rates they find only rule out more.
+        Passes over other parts may come in between; the higher rates that they find only rule out more.
         """
         part, tolerance = sweep.part, sweep.tolerance
         for kind, frontier in self.frontiers.items():
@@ -242,7 +242,7 @@ class ExactSearch:
             ):
                 continue
             if c.is_sequential and tolerance < TOLERANCES[0]:
-                continue  # found exactly by the first pass
+                continue  # solved exactly in the first pass
             options, entries = self.options_of(c, part)
             if c.is_sequential:
                 explore_sequential(
@@ -256,18 +256,18 @@ class ExactSearch:
         return True
 
     def _order(self) -> list[int]:
-        """Pipelined configurations first, those of the best rates so far before all: they rule out most others."""
+        """Return configurations with the best rates first, then pipelined ones: they rule out most others."""
         best = np.zeros(len(self.configurations))
         for f in self.frontiers.values():
             np.maximum.at(best, f.tag[f.tag >= 0], f.rate[f.tag >= 0])
         return sorted(range(len(best)), key=lambda tag: (-best[tag], self.configurations[tag].is_sequential))
 
     def rates(self, part: Part | None = None) -> Rates:
-        """The best rates found, of replicas of a part's roles."""
+        """Return the best rates found for replicas of a part's roles."""
         return {kind: f.rate for kind, f in self._of(part)}
 
     def ceilings(self, tolerance: float, part: Part | None = None) -> Rates:
-        """What replicas of the part that was swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
+        """Return rates that replicas of the part swept with this tolerance cannot exceed (`Frontier.ceiling`)."""
         return {kind: f.ceiling(tolerance) for kind, f in self._of(part)}
 
     def _of(self, part: Part | None) -> list[tuple[Kind, Frontier]]:
@@ -275,7 +275,7 @@ class ExactSearch:
         return [(kind, f) for kind, f in self.frontiers.items() if ROLES[kind] in roles]
 
     def columns(self, rates: Rates, *, every: bool = False) -> tuple[list[tuple[Kind, int]], Columns]:
-        """Per kind, the sub-fleets whose rate no smaller one reaches, as columns of the master; or ``every`` one."""
+        """Return, per kind, sub-fleets whose rate no smaller one reaches as columns of the master; all if ``every``."""
         worth = self._of_any_worth if every else self._worth_having
         chosen = [(kind, int(v)) for kind in rates for v in worth(kind, rates[kind])]
         vs = np.array([v for _, v in chosen], dtype=np.int64)
@@ -297,14 +297,14 @@ class ExactSearch:
                     below[v] = max(below[v], below[v - stride], rates[v - stride])
         better = rates > below
         if self.counts_gpus:
-            better[:] = True  # a smaller vector may do the same and yet use too few
+            better[:] = True  # a smaller vector may have the same rate but use too few GPUs for the pins
         return np.flatnonzero((rates > 0) & better & (self._sides(kind) >= 0))
 
     def _of_any_worth(self, kind: Kind, rates: FloatArray) -> IntArray:
         return np.flatnonzero((rates > 0) & (self._sides(kind) >= 0))
 
     def _link_use(self, v: int) -> FloatArray:
-        """What a replica on a sub-fleet takes of the links between its zones."""
+        """Return the link capacity that a replica on a sub-fleet takes between its zones."""
         routes, rows = self.atlas.routes, self.atlas.resources.rows
         if not routes.has_links:
             return NO_LINKS
@@ -312,21 +312,21 @@ class ExactSearch:
         return routes.link_use([routes.zones.index(self.atlas.classes[g].zone) for g in classes])
 
     def pack(self, rates: Rates, time_limit_s: float, seed: int) -> tuple[list[tuple[Kind, int]], Verdict]:
-        """The best packing of sub-fleets at these rates."""
+        """Return the best packing of sub-fleets at these rates."""
         chosen, columns = self.columns(rates)
         return chosen, self.master.decide(columns, time_limit_s=time_limit_s, seed=seed)
 
     def prices(self, rates: Rates) -> LpSolution | None:
-        """The relaxation."""
+        """Solve the relaxation of the packing."""
         chosen, columns = self.columns(rates)
         return self.master.solve_lp(columns) if chosen else None
 
     def needed_rates(self, ceilings: Rates, incumbent: float) -> Rates:
-        """Per kind and sub-fleet, the rate below which a replica on it cannot be part of a better packing.
+        """Return, per kind and sub-fleet, the rate below which a replica cannot be part of a better packing.
 
         With ``price(v) = cost(v) + y v`` and rate prices a such that ``a rate <= price`` for all replicas, any packing
-        that holds a replica of rate r on v is bounded by D less ``price(v) - a r``, D the dual bound (`Routes`). It
-        beats the incumbent only if ``a r > price(v) - |D - incumbent|``.
+        that holds a replica of rate r on v is bounded by D minus ``price(v) - a r``, where D is the dual bound
+        (`Routes`). It beats the incumbent only if ``a r > price(v) - |D - incumbent|``.
         """
         nothing = {kind: np.zeros(len(rates)) for kind, rates in ceilings.items()}
         if self.master.pins is not None:
@@ -358,9 +358,9 @@ class ExactSearch:
         return needed
 
     def _needed_with_pins(self, ceilings: Rates, incumbent: float) -> Rates | None:
-        """The same where pins have prices, which no scaling fits to all sub-fleets: the relaxation's own duals do.
+        """Return the needed rates if pins have prices, to which scaling does not apply, from the relaxation's duals.
 
-        A pin's price is of either sign, so that it is the distance to the relaxation that a replica must make up for.
+        A pin's price has either sign, so a replica must make up for the distance to the relaxation.
         """
         chosen, columns = self.columns(ceilings)
         found = self.master.solve_lp(columns, pinned=True) if chosen and self.master.pins is not None else None
@@ -378,7 +378,7 @@ class ExactSearch:
         return needed
 
     def template(self, kind: Kind, v: int) -> Template:
-        """The replica behind a frontier's rate of a sub-fleet, at its exact interval."""
+        """Return the replica behind a frontier's rate of a sub-fleet, at its exact interval."""
         f = self.frontiers[kind]
         if v not in f.templates:
             c = self.configurations[int(f.tag[v])]

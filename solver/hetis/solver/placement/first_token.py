@@ -1,8 +1,8 @@
-"""Time to the first token: round trips of a replica whose iterations with a chunk take longer than those without.
+"""Time to the first token of replicas whose iterations with a chunk take longer than those without.
 
-A prompt's round trips all carry a chunk, so that a limit on TTFT is one on ``RTc = max(M t / n_it, sum_s chunk_s)``
-(`docs/cost-model.md`, "Latency"). The first is a cap on t. The second would couple the stages: the family keeps it by a
-rule for each of them.
+All round trips of a prompt carry a chunk, so a limit on TTFT is one on ``RTc = max(M t / n_it, sum_s chunk_s)``
+(`docs/cost-model.md`, "Latency"). The first term is a cap on t. The second would couple the stages, so the family
+enforces it by a rule for each stage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hetis.solver.plan import Role
 
 
 def ttft_s(atlas: Atlas, template: Template) -> float:
-    """p95, without the landing of a prefill replica's KV."""
+    """Return p95 TTFT in seconds, without the landing of a prefill replica's KV."""
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
     if mix.role is Role.DECODE:
         return 0.0
@@ -25,7 +25,7 @@ def ttft_s(atlas: Atlas, template: Template) -> float:
 
 
 def least_ttft_limit_s(atlas: Atlas, template: Template) -> float:
-    """The least limit on TTFT under which the family has this replica; without landing, 0 of a decode replica."""
+    """Return the least TTFT limit under which the family has this replica, without landing; 0 for decode replicas."""
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
     trip_s = m * template.interval_s / mix.iterations
     if mix.role is Role.UNIFIED:

@@ -1,8 +1,7 @@
 """Exact search over usage vectors, compiled: the best pipelined replica of *every* sub-fleet of a small fleet.
 
-For one configuration and one interval t, a dynamic program tells for all sub-fleets at once whether they carry the
-model (`reach`); halving intervals of t then closes in on the best rate of each sub-fleet that still matters
-(`explore`).
+For one configuration and one interval t, a dynamic program determines for all sub-fleets at once whether they carry the
+model (`reach`). Bisection over t then closes in on the best rate of each sub-fleet that still matters (`explore`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, F
 
 @kernel
 def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> tuple[IntArray, IntArray]:
-    """Most layers of each entry in each role, and the option that carries them; shapes [E, 4]."""
+    """Return the most layers of each entry in each role, and the option that carries them; shapes [E, 4]."""
     count = entries.usage.shape[0]
     layers = np.zeros((count, 4), np.int64)
     option = np.full((count, 4), -1, np.int64)
@@ -38,21 +37,21 @@ def entry_layers(t: Tables, o: Options, entries: Entries, interval_s: float) -> 
 
 
 class Reach(NamedTuple):
-    """How far the stages of each sub-fleet reach, by copies used at most; with where each value came from."""
+    """The reach of each sub-fleet's stages, by the most copies used, and where each value came from."""
 
     position: IntArray  # [K + 1, V] furthest position with a first stage and any plain ones; 0: no first stage fits
-    back_entry: IntArray  # [K + 1, V] entry of the last stage so far; -1: the same as for a smaller usage or K
-    back_from: IntArray  # [K + 1, V] usage before it, or the smaller usage it is the same as; -1: as with fewer copies
+    back_entry: IntArray  # [K + 1, V] entry of the last stage so far; -1: copied from a smaller usage or K
+    back_from: IntArray  # [K + 1, V] usage before it, or the smaller usage copied from; -1: copied from fewer copies
     closing: IntArray  # [V] entry of the last stage of a full cover; -1: none
     closing_copies: IntArray  # [V] copies of the cover
-    closing_from: IntArray  # [V] usage that the stages before it may take
+    closing_from: IntArray  # [V] usage left for the stages before it
 
 
 @kernel
 def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_copies: int) -> Reach:
-    """Which sub-fleets cover all layers when each entry carries ``layers`` [E, 4], with at most ``max_copies`` copies.
+    """Determine which sub-fleets cover all layers if entries carry ``layers`` [E, 4], with at most ``max_copies``.
 
-    ``max_copies`` = 0 leaves copies uncounted.
+    Copies are not counted if ``max_copies`` is 0.
     """
     num_vectors = lattice.digits.shape[0]
     num_rows = lattice.limits.shape[0]
@@ -116,7 +115,7 @@ def reach(t: Tables, lattice: Lattice, entries: Entries, layers: IntArray, max_c
 def stages_from(
     t: Tables, entries: Entries, layers: IntArray, option: IntArray, r: Reach, v: int, counted: bool
 ) -> IntArray:
-    """The stages behind ``r.closing[v]``, first to last, [., 2] of (option, layers)."""
+    """Return the stages behind ``r.closing[v]``, first to last, [., 2] of (option, layers)."""
     num_layers = t.num_layers
     reverse = np.empty((num_layers + 1, 2), np.int64)
     e = r.closing[v]
@@ -129,7 +128,7 @@ def stages_from(
     reverse[0, 0], reverse[0, 1] = option[e, LAST], num_layers - end
     count = 1
     while True:
-        # To where this position was first reached: with fewer copies, or else with a smaller usage.
+        # Go to where this position was first reached: with fewer copies, or else with a smaller usage.
         while r.back_entry[k, u] < 0 or (k > 1 and r.position[k - 1, u] == r.position[k, u]):
             if k > 1 and r.position[k - 1, u] == r.position[k, u]:
                 k -= 1
@@ -153,7 +152,7 @@ def stages_from(
 def _interval_range(
     t: Tables, o: Options, entries: Entries, cap_s: float, floor_s: float, copies: int
 ) -> tuple[float, float]:
-    """The intervals between which covers can change: below none exists, above nothing is gained."""
+    """Return the intervals between which covers can change: none exists below, and nothing is gained above."""
     slowest = 0.0
     fastest_layer = np.inf
     for i in range(o.rank.shape[0]):
@@ -170,7 +169,7 @@ def _interval_range(
 def _any_above(
     feasible: BoolArray, already: BoolArray, rate: float, needed: FloatArray, best_rate: FloatArray, tolerance: float
 ) -> bool:
-    """Whether some sub-fleet, feasible but not ``already`` so, could improve by more than a share of ``tolerance``."""
+    """Return whether a sub-fleet, feasible but not ``already``, could improve by more than the ratio ``tolerance``."""
     for v in range(feasible.shape[0]):
         if feasible[v] and not already[v] and rate > needed[v] and rate > best_rate[v] * (1.0 + tolerance):
             return True
@@ -183,11 +182,11 @@ def explore(
     needed: FloatArray, tolerance: float, best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray,
     tag: int, bound: FloatArray,
 ) -> int:  # fmt: skip
-    """Raises the best rate of every sub-fleet by the pipelined replicas of one configuration.
+    """Raise the best rate of every sub-fleet with the pipelined replicas of one configuration.
 
-    Replicas of rate ``needed[v]`` or less are not looked for. On return ``best_rate`` [V] is reached (``best_tag`` and
-    ``best_interval`` say by which configuration and interval), and no replica of this configuration
-    on sub-fleet v has a rate above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``.
+    Replicas of rate ``needed[v]`` or less are not looked for. On return ``best_rate`` [V] is reached by the
+    configuration ``best_tag`` at ``best_interval``, and no replica of this configuration on sub-fleet v has a rate
+    above ``max(bound[v], needed[v], best_rate[v] (1 + tolerance))``.
 
     Returns the number of dynamic programs run.
     """
@@ -240,7 +239,7 @@ def explore(
             for v in range(num_vectors):
                 if closing[v] and rate > best_rate[v]:
                     best_rate[v], best_tag[v], best_interval[v] = rate, tag, middle
-        # Otherwise `closing` may be too generous where copies are not counted, but then slower intervals hold nothing
+        # Otherwise `closing` may be too generous because copies are not counted. Slower intervals then hold nothing
         # better for those sub-fleets either, and faster ones are looked at again.
         if middle == t_hi:
             feasible_high[0, :] = closing
@@ -249,6 +248,6 @@ def explore(
         feasible_high[size, :] = closing
         feasible_low[size - 1, :] = closing
         lows[size - 1] = middle
-        lows[size], highs[size] = low, middle  # the faster half on top, to be looked at first
+        lows[size], highs[size] = low, middle  # the faster half is on top and looked at first
         size += 1
     return runs

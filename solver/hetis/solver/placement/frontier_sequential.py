@@ -1,6 +1,6 @@
-"""Exact search over usage vectors, compiled, for replicas with a single micro-batch: t is the sum of stage times.
+"""Exact search over usage vectors, compiled, for replicas with a single micro-batch, where t is the sum of stage times.
 
-One dynamic program finds the least sum for every sub-fleet, so that no interval has to be searched.
+One dynamic program finds the least sum for every sub-fleet, so there is no search over intervals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, F
 
 @kernel
 def _worth_s(lattice: Lattice, feasible: BoolArray, needed: FloatArray, best_rate: FloatArray) -> FloatArray:
-    """For each usage u: the longest interval that would still improve some feasible sub-fleet that contains u; [V]."""
+    """Return, per usage u, the longest interval that still improves a feasible sub-fleet containing u; [V]."""
     num_vectors = feasible.shape[0]
     worth = np.zeros(num_vectors, np.float64)
     for v in range(num_vectors - 1, -1, -1):
@@ -33,13 +33,13 @@ def _worth_s(lattice: Lattice, feasible: BoolArray, needed: FloatArray, best_rat
 
 
 class Sums(NamedTuple):
-    """Least sums of stage times by usage and layers covered, with where each came from."""
+    """The least sums of stage times by usage and layers covered, and where each came from."""
 
     seconds: FloatArray  # [V, L + 1]
-    back_entry: IntArray  # [V, L + 1] entry of the last stage; -1: the same as for a smaller usage
+    back_entry: IntArray  # [V, L + 1] entry of the last stage; -1: copied from a smaller usage
     back_usage: IntArray  # [V, L + 1] usage before it, or that smaller usage
     back_position: IntArray  # [V, L + 1] layers before it
-    option: IntArray  # [E, 4, L + 1] option of an entry that is quickest for l layers in a role
+    option: IntArray  # [E, 4, L + 1] quickest option of an entry for l layers in a role
 
 
 @kernel
@@ -51,7 +51,7 @@ def _offer(sums: Sums, v: int, pos: int, seconds: float, entry: int, usage: int,
 
 @kernel
 def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits_s: FloatArray) -> Sums:
-    """The least sum of stage times that covers ``pos`` layers with each sub-fleet.
+    """Return the least sums of stage times that cover ``pos`` layers with each sub-fleet.
 
     Partial sums that cannot stay within ``limits_s`` [V] are dropped.
     """
@@ -100,7 +100,7 @@ def least_sums(t: Tables, lattice: Lattice, o: Options, entries: Entries, limits
                         continue
                     reached_s = so_far + least[e, PLAIN, n]
                     if reached_s + (num_layers - pos - n) * fastest > limits_s[v]:
-                        break  # more layers here take longer still than elsewhere
+                        break  # further layers here only take longer
                     if t.cut_floor[pos + n] == pos + n:
                         _offer(sums, v, pos + n, reached_s, e, rest, pos)
                 _offer(sums, v, num_layers, so_far + least[e, LAST, num_layers - pos], e, rest, pos)
@@ -112,7 +112,7 @@ def explore_sequential(
     t: Tables, lattice: Lattice, o: Options, entries: Entries, interval_cap_s: float, needed: FloatArray,
     best_rate: FloatArray, best_tag: IntArray, best_interval: FloatArray, tag: int,
 ) -> None:  # fmt: skip
-    """`explore` for a single micro-batch: t is the sum of stage times, so its least value is found directly."""
+    """Do what `explore` does for a single micro-batch, where the least t is the least sum of stage times."""
     layers, _ = entry_layers(t, o, entries, np.inf)
     memory = reach(t, lattice, entries, layers, 0)
     worth = np.minimum(_worth_s(lattice, memory.closing >= 0, needed, best_rate), interval_cap_s)
@@ -131,7 +131,7 @@ def explore_sequential(
 
 @kernel
 def sequential_stages(t: Tables, lattice: Lattice, o: Options, entries: Entries, v: int, interval_s: float) -> IntArray:
-    """The stages behind the least sum of sub-fleet v, first to last, [., 2] of (option, layers)."""
+    """Return the stages behind the least sum of sub-fleet v, first to last, [., 2] of (option, layers)."""
     sums = least_sums(t, lattice, o, entries, np.full(lattice.digits.shape[0], interval_s * (1.0 + 1e-9)))
     reverse = np.empty((t.num_layers, 2), np.int64)
     pos, count = t.num_layers, 0

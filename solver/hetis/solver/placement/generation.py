@@ -1,27 +1,27 @@
-"""Column generation: fleets of any size, a bound from every round of pricing, whole counts at the end.
+"""Column generation for fleets of any size: a bound from every round of pricing, and whole counts at the end.
 
 Given row prices y, let theta be the highest ``rate / (cost + use y)`` of any replica of the family (`pricing.py` bounds
-it). Then theta y is dual feasible where the rate is maximised, and 1/theta is a feasible price of demand where cost is
+it). Then theta y is dual feasible if the rate is maximised, and 1/theta is a feasible price of demand if cost is
 minimised, so that
 
     rate <= theta y limits              cost >= demand / theta - y limits
 
-hold for every plan of the family, whatever columns have been seen. y wanders between the relaxation's duals and the
-prices of the best bound so far (Wentges smoothing), which keeps it from swinging.
+hold for every plan of the family, whichever columns have been seen. y lies between the relaxation's duals and the
+prices of the best bound so far (Wentges smoothing), which keeps it from oscillating.
 
-Roles split a request between two replicas, and its price with it. Every side of the master (`routes.py`) has a theta
-of its own: theta_u of unified replicas, theta_p and theta_d of prefill and decode replicas. Row prices s y are dual
-feasible if the flow rows have prices alpha <= s / theta_p and beta <= s / theta_d, a request prefilled and decoded
-apart being worth alpha + beta >= 1 (less what a link between zones is worth). In one zone the least such s is known
-without an LP, alpha + beta = 1 with both as large as they may be:
+With split roles a request's price is split between two replicas. Every side of the master (`routes.py`) has a theta of
+its own: theta_u for unified replicas, theta_p and theta_d for prefill and decode replicas. Row prices s y are dual
+feasible if the flow rows have prices alpha <= s / theta_p and beta <= s / theta_d, where a request prefilled and
+decoded on different replicas is worth alpha + beta >= 1 (less the price of a link between zones). In one zone the least
+such s is known without an LP, with alpha + beta = 1 and both as large as allowed:
 
     s = max(theta_u, 1 / (1 / theta_p + 1 / theta_d))
 
-the price of a request is that of its cheapest way through the fleet. The same holds where cost is minimised, with a
-price of demand ``pi = min(1 / theta_u, 1 / theta_p + 1 / theta_d)``. Links between zones add a price that is found in
-closed form, too (`Routes.highest_rate`, `Routes.least_cost`); what replicas over several zones take of links may only
-make them dearer, so that leaving it out of their dual row keeps the bound valid, if a little weaker. With alpha known,
-a prefill replica of ratio ``<= 1 / alpha`` improves nothing: the floor under which pricing need not look.
+The price of a request is that of its cheapest way through the fleet. The same holds if cost is minimised, with a price
+of demand ``pi = min(1 / theta_u, 1 / theta_p + 1 / theta_d)``. Links between zones add a price that is also known in
+closed form (`Routes.highest_rate`, `Routes.least_cost`). The links that replicas over several zones take could only
+make them dearer, so omitting them from the dual row keeps the bound valid, if a little weaker. Once alpha is known, a
+prefill replica of ratio ``<= 1 / alpha`` improves nothing, which gives the floor below which pricing need not look.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import ObjectiveKind, Role
 
-SMOOTHING = 0.5  # weight of the best bound's prices
+SMOOTHING = 0.5  # weight of the prices of the best bound
 MAX_ROUNDS = 60
-MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the least even of a spent budget: a plan is due
-VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # of the best ratio: what columns of other sizes must have
-EASE, MOST_EASE = 0.125, 0.01  # of the gap, and at most: what pricing need not look for while much is missing
-SPREAD, MOST_SPREAD = 0.05, 1.0  # of the logarithm of prices at which columns for whole counts are looked for
-GENERATION = 0.85  # of the time that is left, at most, for the whole family's relaxation: whole counts take some, too
-MORE = 0.8  # of the time left when the relaxation is done: for these, the rest is for replicas of one type per role
-MOST_BARREN = 4  # tries that found nothing better, where no time limit ends them
-KEEP = 0.97  # columns this close to the best of a round are worth keeping
+MILP_SECONDS, LEAST_MILP_SECONDS = 4.0, 0.2  # the latter applies even if the budget is spent: a plan is due
+VARIETY = {Role.PREFILL: 0.8, Role.DECODE: 0.97}  # share of the best ratio that columns of other sizes must reach
+EASE, MOST_EASE = 0.125, 0.01  # share of the gap, and largest ratio, that pricing may ignore while the gap is wide
+SPREAD, MOST_SPREAD = 0.05, 1.0  # first and largest deviation of log prices at which columns are looked for
+GENERATION = 0.85  # share of the time left for the whole family's relaxation; whole counts take the rest
+MORE = 0.8  # share of the time left for more columns after that; replicas of one type per role take the rest
+MOST_BARREN = 4  # attempts without an improvement before the search ends, if it has no time limit
+KEEP = 0.97  # columns this close to the best of a round are kept
 
 
 class ColumnGeneration:
-    """One problem's column generation: `run` for one family after another, `choose` whole counts, `outcome`.
+    """Column generation for one problem: `run` for each family, `choose` whole counts, then `outcome`.
 
-    ``roles`` says which replicas are priced: the bound then speaks of plans made of these.
+    ``roles`` are the roles of the replicas that are priced; the bound holds for plans made of these.
     """
 
     def __init__(
@@ -75,25 +75,25 @@ class ColumnGeneration:
         self.budget, self.report = budget, report
         self.roles = atlas.problem.family.roles if roles is None else roles
         self.pool = Pool(atlas, row_costs)
-        # Without wishes, which pricing does not know: its bounds are to improve on this one.
+        # Without the problem's constraints, which pricing ignores and whose bound pricing could then not improve.
         self._dense = rate_bound(atlas, self.roles, with_wishes=False) if master.maximises else 0.0
         self.bound = self._no_bound(first_prices(atlas))
         self.incumbent: MilpSolution | None = None
-        self._last_pricers: list[Pricer] = []  # of the latest run: they know ceilings
+        self._last_pricers: list[Pricer] = []  # of the latest run, with the ceilings that they proved
         self.may_have_plan = True  # until a complete pricing finds nothing at all
-        self.is_whole_family = False  # whether the bound speaks of the whole family yet
+        self.is_whole_family = False  # whether the bound holds for the whole family yet
 
     def _no_bound(self, row_prices: FloatArray) -> Bound:
-        """What is known before any pricing."""
+        """Return the bound known before any pricing."""
         routes = self.atlas.routes
         return Bound(self._dense, row_prices, np.zeros_like(routes.capacity), np.ones(routes.num_sides))
 
     def solve(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, seed: int
     ) -> Outcome | None:  # fmt: skip
-        """Generates columns and chooses whole counts, once more with columns of other sizes where the gap asks for it.
+        """Generate columns and choose whole counts, again with columns of other sizes if the gap is too wide.
 
-        None if no plan was found.
+        Return None if no plan was found.
         """
         self.generate(seeds, threads=threads, gap_target=gap_target, choose_seed=seed)
         self.choose(gap=gap_target / 10, seed=seed)
@@ -107,10 +107,10 @@ class ColumnGeneration:
     def generate(
         self, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None = None
     ) -> None:  # fmt: skip
-        """Runs the relaxation to its end: first of the families of other strategies, then of the whole family.
+        """Run the relaxation to its end, first for the families of other strategies, then for the whole family.
 
-        Each of the `contained_parts` is solved as its strategy would be, so that the full family, which goes on from
-        its columns and its choice, is never worse.
+        Each of the `contained_parts` is solved as its strategy would be. The full family starts from their columns and
+        choices, so it is never worse.
         """
         family = self.atlas.problem.family
         for part in contained_parts(family, self.roles):
@@ -128,7 +128,7 @@ class ColumnGeneration:
     def _start_from(
         self, part: Part, seeds: Sequence[Template], *, threads: int, gap_target: float, choose_seed: int | None
     ) -> None:  # fmt: skip
-        """Columns and choice of a part of the family."""
+        """Solve a part of the family, and keep its columns and its choice."""
         begun = ColumnGeneration(
             self.atlas, self.master, self.row_costs, budget=self.budget.share(SHARE), report=self._report_of_part,
             roles=part.roles,
@@ -143,7 +143,7 @@ class ColumnGeneration:
         self.bound = self._no_bound(begun.bound.row_prices)
 
     def _report_of_part(self, progress: Progress) -> None:
-        """A part's news, its choice only where it is better than what is known."""
+        """Report the progress of a part, with the known incumbent unless the part's is better."""
         if self.incumbent is not None and (
             progress.incumbent is None or not self.master.prefers(progress.incumbent, self.incumbent)
         ):
@@ -154,15 +154,15 @@ class ColumnGeneration:
         return [t for t in templates if self.atlas.mixes[t.mix].role in roles]
 
     def absorb(self, pool: Pool, choice: MilpSolution | None) -> None:
-        """Takes over the columns of another search, and its choice if that is better."""
+        """Take over the columns of another search, and its choice if that is better."""
         self.pool.add(pool.templates)
         if choice is not None and self.master.prefers(choice.value, self.incumbent):
             self.incumbent = replace(choice, counts=self.pool.counts_from(pool, choice.counts))
 
     def run(self, *, max_copies: int, max_pool: int, threads: int, target_gap: float) -> bool:
-        """Prices and solves the relaxation in turn until the bound is within ``target_gap`` of it.
+        """Alternate pricing and the relaxation until the bound is within ``target_gap`` of it.
 
-        Returns whether it converged; the bound is valid for templates with at most ``max_copies`` copies per stage and
+        Return whether it converged. The bound holds for templates with at most ``max_copies`` copies per stage and
         ``max_pool`` attention workers per copy.
         """
         pricers = self._last_pricers = self._pricers(max_copies, max_pool, threads, target_gap)
@@ -174,7 +174,7 @@ class ColumnGeneration:
         lp = self._relaxation(cap)
         for _ in range(MAX_ROUNDS):
             if cap <= 0.0:
-                return True  # no replica does anything
+                return True  # no replica serves anything
             if self.budget.is_spent():
                 return False
             if lp is not None:
@@ -203,7 +203,7 @@ class ColumnGeneration:
             if gap <= target_gap:
                 return True
             if not added and not smooth and cap >= last_cap * (1.0 - target_gap):
-                return True  # nothing improves on the relaxation: what is left of the gap is the pricing's tolerance
+                return True  # nothing improves the relaxation: the remaining gap is the pricing's tolerance
             smooth = added > 0
             ease = min(EASE * gap, MOST_EASE) if smooth else 0.0
         return False
@@ -211,8 +211,10 @@ class ColumnGeneration:
     def _priced(
         self, pricers: Sequence[Pricer], prices: FloatArray, floors: FloatArray, rate_cap: float, ease: float
     ) -> list[Priced]:
-        """What every side has to offer. The sides with the fewest configurations come first: their columns are there
-        if the budget ends while the others are searched."""
+        """Return the pricing of every side; those with the fewest configurations come first.
+
+        Their columns are then available if the budget ends while the others are searched.
+        """
         found: dict[int, Priced] = {}
         for side in sorted(range(len(pricers)), key=lambda side: len(pricers[side].configurations)):
             found[side] = pricers[side].price(
@@ -221,11 +223,11 @@ class ColumnGeneration:
         return [found[side] for side in range(len(pricers))]
 
     def vary(self, factors: FloatArray | float = 1.0) -> None:
-        """Adds columns of several sizes: what nearly every configuration has to offer at the bound's prices.
+        """Add columns of several sizes: the best of nearly every configuration at the bound's prices.
 
-        The relaxation asks for the best replicas only, and whole counts for others: of prefill replicas there are few,
-        and one that is a little worse but half as large may leave less over. Cheap where no class is scarce.
-        ``factors`` change the prices, row by row.
+        The relaxation needs only the best replicas, but whole counts need others. There are few prefill replicas, for
+        example, and one that is slightly worse but half as large may leave fewer GPUs idle. This is cheap if no class
+        is scarce. ``factors`` change the prices, row by row.
         """
         prices, cap = self._lifted(factors * self.bound.row_prices), self._rate_cap()
         for pricer, worth in zip(self._last_pricers, self.bound.rate_prices, strict=True):
@@ -235,12 +237,12 @@ class ColumnGeneration:
                 self.pool.add(pricer.price(prices, share / worth, share, self.budget, rate_cap=cap).templates)
 
     def go_on(self, *, gap_target: float, seed: int) -> None:
-        """Looks for better whole counts in the time that is left, with columns that other prices ask for.
+        """Look for better whole counts in the time left, with columns that other prices ask for.
 
-        Whole counts leave GPUs over, and lack others: what fits them is the best replica at prices of its own. The
-        bound's prices are multiplied by random factors, ever further apart, and back near 1 after an improvement; every
-        other time what is left over is cheap.
-        Without a time limit it ends after `MOST_BARREN` tries in vain.
+        Whole counts leave some GPUs idle and lack others; the replica that fits these is the best one at other prices.
+        The bound's prices are multiplied by random factors, which spread further with each failure and return to near 1
+        after an improvement. In every other attempt idle GPUs are cheap. Without a time limit the search ends after
+        `MOST_BARREN` attempts without an improvement.
         """
         budget, random, barren = self.budget.share(MORE), np.random.default_rng(seed), 0
         has_limit = bool(np.isfinite(budget.remaining_s()))
@@ -263,21 +265,20 @@ class ColumnGeneration:
         )  # fmt: skip
 
     def _rate_cap(self) -> float:
-        """What a single replica can serve of a plan at most: no plan is better than the bound, or need be than the
-        demand.
+        """Return the most that one replica can serve in a plan: the bound on the rate, or the demand.
 
-        A replica above it is worth no more than one at the cap. Without the cap the relaxation would take a part of
-        one that is too large for the fleet, above all of a prefill replica, of which there are few.
+        A replica above the cap is worth no more than one at it. Without the cap the relaxation would take a fraction
+        of a replica that is too large for the fleet, above all of prefill replicas, of which there are few.
         """
         return self.bound.value if self.master.demand is None else self.master.demand
 
     def _floors(
         self, prices: FloatArray, link_prices: FloatArray, demand_price: float, rate_cap: float
     ) -> FloatArray:  # fmt: skip
-        """The ratio of every side below which a replica improves neither the relaxation nor the bound; [sides].
+        """Return the ratio on every side below which a replica improves neither the relaxation nor the bound; [sides].
 
-        No column seen has a ratio above one (1 / rate price) at the relaxation's prices, and none at all at the
-        bound's: columns below one at prices in between improve neither. Of a side without columns anything may.
+        No column seen has a ratio above 1 / rate price at the relaxation's prices, and no replica at all has one at the
+        bound's, so columns below it at prices in between improve neither. A side without columns has no floor.
         """
         columns, routes = self.pool.columns(rate_cap), self.atlas.routes
         seen = np.zeros(routes.num_sides)
@@ -289,7 +290,7 @@ class ColumnGeneration:
         return floors
 
     def _relaxation(self, rate_cap: float) -> LpSolution | None:
-        """The relaxation over the columns seen; None while they serve nothing, or not what is demanded."""
+        """Solve the relaxation over the columns seen; return None while they serve nothing or too little."""
         lp = self.master.solve_lp(self.pool.columns(rate_cap)) if self.pool.templates else None
         return lp if lp is not None and lp.value > 0.0 else None
 
@@ -302,7 +303,7 @@ class ColumnGeneration:
         )  # fmt: skip
 
     def _lifted(self, prices: FloatArray) -> FloatArray:
-        """Prices with a floor under those of GPUs, where nothing else makes them dear."""
+        """Return prices with a floor for GPUs that no constraint makes dear."""
         resources = self.atlas.resources
         rent = 0.0 if self.master.maximises else float(self.row_costs @ resources.limits)
         return lifted(prices, resources, float(prices @ resources.limits) + rent)
@@ -322,7 +323,7 @@ class ColumnGeneration:
             self.bound = Bound(found.value, found.scale * prices, found.link_prices, found.rate_prices)
 
     def choose(self, *, gap: float, seed: int) -> MilpSolution | None:
-        """Whole counts over all columns seen; never worse than an earlier choice."""
+        """Choose whole counts over all columns seen, never worse than an earlier choice."""
         if not self.pool.templates:
             return None
         columns, start = self.pool.columns(), self.incumbent
@@ -346,15 +347,15 @@ class ColumnGeneration:
         return self.incumbent
 
     def gap(self) -> float:
-        """Between the incumbent and the bound."""
+        """Return the relative gap between the incumbent and the bound."""
         if self.incumbent is None:
             return np.inf
-        if self.atlas.problem.objective.kind is ObjectiveKind.GPUS:  # they come whole
+        if self.atlas.problem.objective.kind is ObjectiveKind.GPUS:  # the number of GPUs is whole
             return max(0.0, self.incumbent.value - float(np.ceil(self.bound.value - 1e-6))) / self.incumbent.value
         return relative_gap(self.incumbent, self.bound.value)
 
     def outcome(self) -> Outcome | None:
-        """The incumbent as an outcome; None without one, or if it serves nothing."""
+        """Return the incumbent as an outcome, or None if there is none or it serves nothing."""
         if self.incumbent is None or self.incumbent.value <= 0.0:
             return None
         counts = self.incumbent.counts

@@ -1,7 +1,7 @@
-"""A will made part of the search: GPUs left out of the fleet, sizes of the family, marks on those that are set apart.
+"""Constraints applied before the search: GPUs removed from the fleet, sizes from the family, marks on other GPUs.
 
-What is left out is as if it were not there, so that bounds speak of the fleet without it. A node that a wish names
-becomes a group of its own; GPUs of a node that lost others are counted anew, which `Grounded.names` undoes.
+Removed GPUs are treated as absent, so bounds hold for the fleet without them. A node that a constraint names becomes a
+group of its own. If a node loses GPUs, the others are renumbered, which `Grounded.names` undoes.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from hetis.solver.will import (
 
 @dataclass(frozen=True, slots=True)
 class Grounded:
-    """A problem whose will is in its cluster, family and marks; true names of devices that have another one there."""
+    """A problem with constraints moved into cluster, family and marks, and the true names of renumbered devices."""
 
     problem: PlacementProblem
     names: Mapping[str, str]
 
     @property
     def is_empty(self) -> bool:
-        """Whether no GPU, or no way to use one, is left."""
+        """Return whether no GPU, or no way to use one, is left."""
         return not self.problem.cluster.node_groups or not self.problem.family.tp_sizes
 
 
 def grounded(problem: PlacementProblem) -> Grounded:
-    """The problem that the search sees.
+    """Return the problem that the search sees.
 
     Raises:
-        InvalidProblemError: a wish speaks of what the cluster does not have.
+        InvalidProblemError: a constraint names something that the cluster does not have.
     """
     if not problem.will:
         return Grounded(problem, {})
@@ -72,7 +72,7 @@ def grounded(problem: PlacementProblem) -> Grounded:
 
 
 def _pieces(group: NodeGroup, will: Will) -> Iterator[tuple[NodeGroup, Mapping[str, str]]]:
-    """A group without what is left out, nodes that are named apart; with the device names that changed."""
+    """Yield a group without excluded GPUs and with named nodes separated, together with changed device names."""
     named = {wish.gpus.name for wish in will if isinstance(wish, LeaveOut | Keep | Use)}
     nodes = [group.node_name(i) for i in range(group.count)] if _names_nodes(will) else []
     apart = [i for i, node in enumerate(nodes) if node in named or any(n.startswith(f"{node}/") for n in named)]
@@ -92,13 +92,13 @@ def _names_nodes(will: Will) -> bool:
 
 
 def _without(group: NodeGroup, node: str, will: Will) -> tuple[NodeGroup, Mapping[str, str]]:
-    """A group of nodes like ``node`` without the GPUs left out, and its device names that are others now."""
+    """Return a group of nodes like ``node`` without the excluded GPUs, and its changed device names."""
     out = [wish.gpus for wish in will if isinstance(wish, LeaveOut)]
     slots, kept = group.slots_left(
         lambda index, gpu: not any(_takes(gpus, f"{node}/{index}", node, gpu, group) for gpus in out)
     )
     names = {f"{node}/{now}": f"{node}/{index}" for now, index in enumerate(kept) if now != index}
-    if group.count > 1 and names:  # all its nodes lost the same GPUs
+    if group.count > 1 and names:  # all nodes of the group lost the same GPUs
         for i in range(1, group.count):
             other = group.node_name(i)
             names |= {name.replace(node, other, 1): true.replace(node, other, 1) for name, true in _of(names, node)}
@@ -144,7 +144,7 @@ def _family(family: Family, will: Will) -> Family:
 
 
 def restored(plan: Plan, found: Grounded, problem: PlacementProblem) -> Plan:
-    """A plan of the grounded problem as one of ``problem``: true device names, a class table of the whole fleet."""
+    """Return a plan with true device names and a class table of the whole fleet."""
     replicas = tuple(_renamed(replica, found.names) for replica in plan.replicas) if found.names else plan.replicas
     plan = replace(plan, family=problem.describe_family(), replicas=replicas)
     return replace(plan, prices=_prices(plan, found.problem, problem.cluster))
@@ -162,7 +162,7 @@ def _renamed(replica: ReplicaPlan, names: Mapping[str, str]) -> ReplicaPlan:
 
 
 def _prices(plan: Plan, searched: PlacementProblem, cluster: Cluster) -> tuple[ClassPrice, ...]:
-    """Classes of the whole fleet, at the highest price of any part of them that was searched; 0 where none was."""
+    """Return the classes of the whole fleet at the highest price of any searched part, or 0 if none was searched."""
     classes = device_classes(cluster)
     class_at = class_of_slots(classes)
     class_of = {device.name: class_at[device.group.name, device.gpu] for device in cluster.devices()}

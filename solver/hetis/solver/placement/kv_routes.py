@@ -1,4 +1,4 @@
-"""From flows between zones to routes between replicas."""
+"""Conversion of flows between zones into routes between replicas."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 from hetis.solver.plan import KvRoute, Role
 
-DUST = 1e-12  # of a flow: what rounding leaves
+DUST = 1e-12  # share of a flow that may remain from rounding
 
 
 def kv_routes(atlas: Atlas, templates: Sequence[Template], flows: FloatArray) -> tuple[KvRoute, ...]:
-    """Splits ``flows`` [Z, Z] over the replicas of their zones, so that none sends or receives more than its rate.
+    """Split ``flows`` [Z, Z] over the replicas of their zones so that none sends or receives more than its rate.
 
-    ``templates`` are the plan's replicas in its order. What crosses zones goes first, from replicas that may send to
-    all zones; what is left of them joins those that send to their own zone only. Replicas are filled one by one, which
-    leaves few routes: fewer than there are replicas, for every pair of zones.
+    ``templates`` are the plan's replicas in order. Flows between zones come first and use replicas that may send to
+    all zones; the remaining capacity of these joins that of replicas that send to their own zone only. Replicas are
+    filled in turn, which gives few routes: fewer than there are replicas, for every pair of zones.
     """
     left = [template.rate for template in templates]
     on_side: dict[int, list[int]] = {}

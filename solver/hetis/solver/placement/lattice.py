@@ -1,7 +1,7 @@
-"""The sub-fleets of a small fleet, numbered, and the stage options by what they take of one.
+"""The sub-fleets of a small fleet, numbered, and stage options grouped by their use of a sub-fleet.
 
-A usage vector counts what a replica takes of each master row; vectors are numbered in mixed radix, so that a vector
-below another in every component has the smaller number.
+A usage vector counts what a replica takes of each master row. Vectors are numbered in mixed radix, so a vector below
+another in every component has the smaller number.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options
 
-NOTHING_BEFORE = -2  # in place of a usage vector: the stage is the first one
+NOTHING_BEFORE = -2  # instead of a usage vector: the stage is the first one
 
 
 class Lattice(NamedTuple):
@@ -23,11 +23,11 @@ class Lattice(NamedTuple):
     limits: IntArray  # [R]
     strides: IntArray  # [R]
     digits: IntArray  # [V, R]
-    inherits: bool  # a vector may do what a smaller one does; False: replicas use all of their vector
+    inherits: bool  # a vector inherits from smaller ones; False: replicas use all of their vector
 
 
 class Entries(NamedTuple):
-    """Options of one configuration by what they use: E distinct (usage, copies)."""
+    """Options of one configuration grouped by use: E distinct (usage, copies)."""
 
     usage: IntArray  # [E] number of the usage vector
     copies: IntArray  # [E]
@@ -35,7 +35,7 @@ class Entries(NamedTuple):
 
 
 def lattice_of(limits: IntArray, *, inherits: bool = True) -> Lattice:
-    """The usage vectors of a fleet with these row limits."""
+    """Return the usage vectors of a fleet with these row limits."""
     sizes = limits + 1
     strides = np.concatenate([[1], np.cumprod(sizes)[:-1]]).astype(np.int64)
     numbers = np.arange(int(np.prod(sizes)), dtype=np.int64)
@@ -45,7 +45,7 @@ def lattice_of(limits: IntArray, *, inherits: bool = True) -> Lattice:
 
 @kernel
 def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntArray) -> Entries:
-    """Groups options by usage and copies."""
+    """Group options by usage and copies."""
     num_rows = lattice.limits.shape[0]
     num_options = o.rank.shape[0]
     usage = np.empty(num_options, np.int64)
@@ -80,7 +80,7 @@ def entries_of(lattice: Lattice, o: Options, group_use: IntArray, card_use: IntA
 
 @kernel
 def within(lattice: Lattice, small: int, large: int) -> bool:
-    """Whether one usage vector is below another in every component."""
+    """Return whether one usage vector is below another in every component."""
     if small > large:
         return False
     for row in range(lattice.limits.shape[0]):  # noqa: SIM110  (compiled: a comparison of arrays would allocate)

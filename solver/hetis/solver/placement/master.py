@@ -3,13 +3,13 @@
     max  sum over unified of rate_k n_k + sum F(z, y)            or   min  sum_k cost_k n_k
     s.t. sum_k use_kr n_k <= limit_r                             every row r
          sum_y F(z, y) <= rates of the prefill replicas in z     every zone z
-         sum_(y != z) F(z, y) <= rates of those of them that may send to all zones
+         sum_(y != z) F(z, y) <= rates of the prefill replicas in z that may send to all zones
          sum_z F(z, y) <= rates of the decode replicas in y      every zone y
          F(z, y) + sum_k link_kzy n_k <= capacity(z, y)          every link
-         n_k >= 0 (LP) and whole (MILP), F >= 0                  and, where cost is minimised, served rate >= demand
+         n_k >= 0 (LP) and whole (MILP), F >= 0                  and, if cost is minimised, served rate >= demand
          least_p <= sum_k count_kp n_k <= most_p                 every pin p (`pins.py`); not in the LP unless asked for
 
-This module is the only one of placement that talks to highspy; its functions return our own values.
+This is the only module of placement that uses highspy; its functions return our own values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.routes import UNIFIED, Routes
 from hetis.solver.placement.tables import BoolArray, FloatArray
 
-# How HiGHS ends when it has not run out of time. Nothing is unbounded here: replicas take GPUs, flows need replicas.
+# HiGHS's statuses without a timeout. Nothing is unbounded here: replicas take GPUs, and flows need replicas.
 SETTLED = (
     highspy.HighsModelStatus.kOptimal,
     highspy.HighsModelStatus.kInfeasible,
@@ -37,14 +37,14 @@ SETTLED = (
 )
 Number = TypeVar("Number", np.int64, np.float64)
 UNDECIDED = "no plan was found, nor proved that there is none: packing replicas takes too long"
-MANY = 64  # replicas: from here on whole counts keep close to the relaxation
+MANY = 64  # replicas: from this number on, whole counts stay close to the relaxation
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The columns known so far: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`).
+    """The known columns: rates [K] in requests/s, costs [K], uses [K, rows], sides [K] (see `Routes`).
 
-    ``links`` [K, Z, Z] is what a replica over several zones takes of the links, in requests/s of KV.
+    ``links`` [K, Z, Z] is the link capacity that a replica over several zones takes, in requests/s of KV.
     """
 
     rates: FloatArray
@@ -54,22 +54,22 @@ class Columns:
     links: FloatArray
 
     def some(self, which: IntArray) -> Columns:
-        """Those with these numbers."""
+        """Return the columns with these numbers."""
         return Columns(
             self.rates[which], self.costs[which], self.uses[which], self.sides[which], self.links[which]
         )  # fmt: skip
 
     def undominated(self) -> IntArray:
-        """Numbers of those that no other of the same side and links outdoes: at least its rate for no more of any row.
+        """Return the numbers of columns that no other on the same side and links dominates.
 
-        Costs are no more either, being those of what is taken. Presolve finds the same and takes a hundred times as
-        long.
+        A column dominates if it has at least the rate and takes no more of any row; it then costs no more either, since
+        costs follow from rows. Presolve finds the same but takes a hundred times as long.
         """
         order = np.lexsort((self.uses.sum(axis=1), -self.rates, self.sides))
         return np.sort(order[_undominated(self.sides[order], self.uses[order])])
 
     def followed_by(self, more: Columns) -> Columns:
-        """These, then others."""
+        """Return these columns followed by others."""
         return Columns(
             rates=np.concatenate([self.rates, more.rates]),
             costs=np.concatenate([self.costs, more.costs]),
@@ -81,9 +81,12 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class LpSolution:
-    """Optimum of the relaxation with its duals: ``row_prices`` [rows] >= 0, ``link_prices`` [Z, Z] >= 0, the price of
-    demand (1 where the rate is maximised) and of each side's rate [sides]; ``counts`` [K]. ``pin_prices`` [P], of any
-    sign, where the relaxation has pins."""
+    """Optimum of the relaxation with its duals.
+
+    ``row_prices`` [rows] >= 0 and ``link_prices`` [Z, Z] >= 0. ``demand_price`` is 1 if the rate is maximised.
+    ``rate_prices`` [sides] price each side's rate; ``counts`` is [K]. ``pin_prices`` [P] have any sign, and are empty
+    unless the relaxation has pins.
+    """
 
     value: float
     row_prices: FloatArray
@@ -106,7 +109,7 @@ class MilpSolution:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The best choice found that serves anything; ``is_settled``: no better one, or none at all, exists."""
+    """The best choice found that serves anything; if ``is_settled``, no better one, or none at all, exists."""
 
     found: MilpSolution | None
     is_settled: bool
@@ -118,7 +121,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Master:
-    """Rows of the master: limits of the packing rows, routes, and the demanded rate where cost is minimised."""
+    """The rows of the master: limits of the packing rows, routes, pins, and the demanded rate if cost is minimised."""
 
     limits: IntArray
     demand: float | None  # None: maximise the rate
@@ -130,7 +133,7 @@ class Master:
         return self.demand is None
 
     def solve_lp(self, columns: Columns, *, pinned: bool = False) -> LpSolution | None:
-        """The relaxation, with the pins if ``pinned``; None if the demand, or a pin, cannot be met by these columns."""
+        """Solve the relaxation, with pins if ``pinned``; return None if these columns cannot meet demand or pins."""
         highs = quiet_highs()
         highs.passModel(self._model(columns, whole=False, pinned=pinned))
         highs.run()
@@ -159,7 +162,7 @@ class Master:
         )
 
     def _pin_prices(self, signed: FloatArray) -> FloatArray:
-        """Return the duals of the pins, which are the last rows but for the demand."""
+        """Return the duals of the pins, which are the last rows apart from the demand."""
         end = len(signed) - (0 if self.maximises else 1)
         return signed[end - (len(self.pins.lower) if self.pins is not None else 0) : end]
 
@@ -175,10 +178,10 @@ class Master:
         presolves: bool = True,
         stop: Callable[[], bool] | None = None,
     ) -> MilpSolution | None:
-        """Whole counts within a relative gap; None if none was found in time, or before ``stop`` says so.
+        """Return whole counts within a relative gap, or None if none was found in time or before ``stop`` is true.
 
-        ``start`` is a known feasible choice of the first columns: the result is never worse. With ``least`` [K] counts
-        are no less than that, and so is what the bound speaks of.
+        ``start`` is a known feasible choice of the first columns; the result is never worse. With ``least`` [K], counts
+        are at least this large, and the bound holds for such counts only.
         """
         found, _ = self.attempt(
             columns, time_limit_s=time_limit_s, gap=gap, start=start, least=least, seed=seed, presolves=presolves,
@@ -189,16 +192,21 @@ class Master:
     def decide(
         self, columns: Columns, *, time_limit_s: float, seed: int = 0, extend: Callable[[Any], object] | None = None
     ) -> Verdict:
-        """The best whole counts, or a proof that none of these columns serve anything, or the demand; ``extend`` as in
-        `attempt`."""
+        """Return the best whole counts, or a proof that these columns cannot serve anything or meet the demand.
+
+        ``extend`` is as in `attempt`.
+        """
         if not len(columns.rates):
             return Verdict(None, is_settled=True)
         found, is_settled = self.attempt(columns, time_limit_s=time_limit_s, gap=0.0, seed=seed, extend=extend)
         return Verdict(found if self.serves(found) else None, is_settled)
 
     def serves(self, found: MilpSolution | None) -> TypeGuard[MilpSolution]:
-        """Whether whole counts are a plan at all: those of no replica meet no demand, and GPUs of one's own may cost
-        nothing."""
+        """Return whether whole counts are a plan at all.
+
+        If the rate is maximised, a value of 0 means that there is no replica. If cost is minimised the demand rules
+        that out, and owned GPUs may well cost nothing.
+        """
         return found is not None and (not self.maximises or found.value > 0.0)
 
     def attempt(
@@ -214,13 +222,12 @@ class Master:
         stop: Callable[[], bool] | None = None,
         extend: Callable[[Any], object] | None = None,
     ) -> tuple[MilpSolution | None, bool]:
-        """As `solve_milp`, and whether HiGHS came to its end: with an optimum, or that there is nothing to choose.
+        """Solve as `solve_milp` does, and return whether HiGHS finished, with an optimum or a proof of infeasibility.
 
-        ``extend`` adds rows and further columns to the model, and may change what is optimised: then the bound says
-        nothing.
+        ``extend`` adds rows and further columns to the model. It may change the objective, which voids the bound.
         """
         options: dict[str, str | int | float] = {"mip_rel_gap": gap, "mip_abs_gap": 0.0}
-        if not presolves:  # looks for dominated columns pair by pair, and for no limit meanwhile
+        if not presolves:  # presolve compares columns pair by pair, without regard to the time limit
             options["presolve"] = "off"
         highs = quiet_highs(options, time_limit_s=time_limit_s, seed=seed, stop=stop)
         model = self._model(columns, whole=True, pinned=True)
@@ -246,7 +253,7 @@ class Master:
         if counts is None:
             return None, is_settled
         if self.pins is not None and not self.pins.are_kept(columns.uses, counts):
-            return None, False  # within HiGHS's tolerance only
+            return None, False  # pins hold only within HiGHS's tolerance
         flows = self.best_flows(columns, counts)
         value = self.served(columns, counts, flows) if self.maximises else float(counts @ columns.costs)
         bound = float(info.mip_dual_bound)
@@ -256,23 +263,23 @@ class Master:
         return MilpSolution(counts, flows, value, bound), is_settled
 
     def rounded_down(self, columns: Columns, relaxed: FloatArray) -> MilpSolution:
-        """The whole part of a relaxation's counts [K], which always fits."""
+        """Return the floor of a relaxation's counts [K], which always fits."""
         counts = np.floor(relaxed + 1e-9).astype(np.int64)
         flows = self.best_flows(columns, counts)
         return MilpSolution(counts, flows, self.served(columns, counts, flows), np.inf)
 
     def prefers(self, value: float, incumbent: MilpSolution | None) -> bool:
-        """Whether a plan of this value is better."""
+        """Return whether a plan of this value is better than the incumbent."""
         if incumbent is None:
             return True
         return value > incumbent.value if self.maximises else value < incumbent.value
 
     def served(self, columns: Columns, counts: IntArray, flows: FloatArray) -> float:
-        """Requests/s of whole replicas."""
+        """Return the requests/s that whole replicas serve."""
         return float((counts * columns.rates)[columns.sides == UNIFIED].sum() + flows.sum())
 
     def best_flows(self, columns: Columns, counts: IntArray) -> FloatArray:
-        """The greatest flows between chosen replicas, none a rounding error too large; [Z, Z]."""
+        """Return the largest flows between chosen replicas, none too large by a rounding error; [Z, Z]."""
         routes, count = self.routes, len(self.routes.zones)
         flows = np.zeros((count, count))
         rates: FloatArray = np.bincount(columns.sides, counts * columns.rates, routes.num_sides).astype(float)
@@ -307,11 +314,11 @@ class Master:
         return len(self.routes.zones) ** 2 if self.routes.splits_roles else 0
 
     def _between(self) -> Any:
-        """Index of the routes from one zone to another, row by row."""
+        """Return the index of routes between different zones, in row-major order."""
         return np.nonzero(~np.eye(len(self.routes.zones), dtype=bool))
 
     def _model(self, columns: Columns, *, whole: bool, pinned: bool = False) -> Any:
-        """The master as a HiGHS model. Column-wise arrays go in at once; nothing is modelled term by term."""
+        """Return the master as a HiGHS model, passed as column-wise arrays at once rather than term by term."""
         rows, upper = [columns.uses.astype(float)], [self.limits.astype(float)]
         objective = columns.costs
         served = np.where(columns.sides == UNIFIED, columns.rates, 0.0)
@@ -353,8 +360,10 @@ class Master:
         return lp
 
     def _flow_rows(self, columns: Columns) -> tuple[FloatArray, FloatArray]:
-        """Coefficients [K + flows, .] and upper limits of the rows that bind flows: by zone what is sent, what of it
-        goes to other zones, what is received; then the links."""
+        """Return coefficients [K + flows, .] and upper limits of the rows that bind flows.
+
+        Rows are, by zone: KV sent, KV sent to other zones, KV received; then the links.
+        """
         routes, count = self.routes, len(self.routes.zones)
         sender, receiver = (index.ravel() for index in np.indices((count, count)))
         zones = np.arange(count)
@@ -362,7 +371,7 @@ class Master:
         sent_afar = sent * (sender != receiver)[:, None]
         received = (receiver[:, None] == zones).astype(float)
         flows = np.concatenate([sent, sent_afar, received], axis=1)
-        by_side = np.zeros((routes.num_sides, 3 * count))  # what a request/s of a side adds to which rows
+        by_side = np.zeros((routes.num_sides, 3 * count))  # coefficients of a side's request/s in each row
         for z in range(count):
             by_side[[1 + z, 1 + count + z], z] = -1.0
             by_side[1 + count + z, count + z] = -1.0
@@ -379,7 +388,7 @@ class Master:
 
 @kernel
 def _undominated(sides: IntArray, uses: IntArray) -> BoolArray:
-    """Mark columns [K] that take less of some row than any kept before them; they come by side and falling rate."""
+    """Return a mask of columns [K] that take less of some row than any kept before; sorted by side, falling rate."""
     kept = np.zeros(len(sides), np.bool_)
     places, begin, num = np.empty(len(sides), np.int64), 0, 0
     for i in range(len(sides)):
@@ -402,15 +411,15 @@ def _undominated(sides: IntArray, uses: IntArray) -> BoolArray:
 
 
 def padded(counts: npt.NDArray[Number], num: int) -> npt.NDArray[Number]:
-    """Counts of the first columns as counts of so many, the others none."""
+    """Return counts of the first columns extended with zeros to ``num`` columns."""
     return np.pad(counts, (0, num - len(counts)))
 
 
 def settled(blocks: Sequence[FloatArray], *, back: int = 1) -> list[IntArray] | None:
-    """Return whole replicas that a search need not touch: those of the relaxation, less ``back`` of each column.
+    """Return whole replicas that a search need not touch: those of the relaxation, minus ``back`` of each column.
 
-    None: the relaxation has few replicas, and all of them may be searched. ``blocks`` are counts of columns, which
-    count together; [K] each.
+    Return None if the relaxation has so few replicas that all may be searched. ``blocks`` are counts of columns [K],
+    whose replicas are counted together.
     """
     if sum(float(counts.sum()) for counts in blocks) < MANY:
         return None

@@ -1,17 +1,17 @@
-"""Replicas and the nodes they lie on in one program: which kinds, how each is cut into pieces, what fills a node.
+"""One program for replicas and their nodes: the kinds of replicas, how each is cut into pieces, and what fills a node.
 
-The master's rows say that TP groups fit into nodes, not on how many nodes a replica then is. Here every kind of
-replica (the GPUs it takes of each device class) has *ways* to be cut into pieces, one for each node that it is on, and
-the nodes of a class are filled by patterns of pieces (`packing.py`). The program is rows and columns beside the
-master's own:
+The master's rows ensure that TP groups fit into nodes but not how many nodes a replica then uses. Here every kind of
+replica (the GPUs it takes of each device class) has *ways* to be cut into pieces, one for each node that it uses, and
+the nodes of a class are filled by patterns of pieces (`packing.py`). The program adds rows and columns to the master's
+own:
 
     z_tw >= 0 whole    replicas of kind t that are cut in way w;  y_cp >= 0 whole  nodes of class c filled by pattern p
     sum_w z_tw = sum of the counts of columns of kind t                            every kind t
     sum_tw (pieces of size s in class c of w) z_tw <= sum_p (those in p) y_cp      every class c, size s
     sum_p y_cp <= nodes of the class                                               every class c
 
-Nodes with GPUs of several classes count once for each class that a replica uses there: what is found is on no more
-nodes than that.
+A node with GPUs of several classes counts once for each class that a replica uses there, so a solution uses no more
+nodes than the program counts.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from hetis.solver.placement.packing import Cut, Parts, cuts_of, patterns_of, pla
 from hetis.solver.placement.tables import Atlas
 from hetis.solver.placement.template import Template
 
-Kind = tuple[tuple[int, Parts], ...]  # of every device class that a replica uses, its parts, the largest first
-Way = Mapping[int, Cut]  # of every device class, the pieces
-MOST_WAYS = 40  # to cut a replica: those into the fewest pieces first
-MOST_CUTS = {1: MOST_WAYS, 2: 8}  # of each device class by their number
-FEW_CUTS = 4  # where there are more classes
-SHAPE = 1 / 64  # of a piece: plans have fewer shapes of replicas
-MORE_PIECES = 2  # than the fewest, where the nodes of a replica are not limited
+Kind = tuple[tuple[int, Parts], ...]  # for every device class that a replica uses, its parts, the largest first
+Way = Mapping[int, Cut]  # the pieces by device class
+MOST_WAYS = 40  # per replica: those into the fewest pieces first
+MOST_CUTS = {1: MOST_WAYS, 2: 8}  # per device class, by the number of classes
+FEW_CUTS = 4  # per device class, if there are more classes
+SHAPE = 1 / 64  # cost of a replica shape, as a ratio to that of a piece
+MORE_PIECES = 2  # beyond the fewest, if the nodes of a replica are not limited
 
 
 def kind_of(atlas: Atlas, template: Template) -> Kind:
-    """The GPUs that a replica takes."""
+    """Return the GPUs that a replica takes."""
     parts = list[tuple[int, int, int]]()
     for stage in template.stages:
         parts.append((*atlas.ranks[stage.rank], stage.copies))
@@ -51,7 +51,7 @@ def kind_of(atlas: Atlas, template: Template) -> Kind:
 
 
 def kind_of_parts(counted: Iterable[tuple[int, int, int]]) -> Kind:
-    """Parts that are given as a device class, a size, and how many there are of it."""
+    """Return the kind of parts that are given as (device class, size, count)."""
     parts = defaultdict[int, list[int]](list)
     for device_class, size, count in counted:
         if count:
@@ -60,18 +60,18 @@ def kind_of_parts(counted: Iterable[tuple[int, int, int]]) -> Kind:
 
 
 def fewest_nodes(sizes: Sequence[int], node_size: int) -> int:
-    """Nodes that TP groups of one size, and single GPUs, take at least; sizes are those of all parts."""
+    """Return the fewest nodes for TP groups of one size and single GPUs; ``sizes`` are those of all parts."""
     largest = max(sizes)
     return int(nodes_of_groups(sum(size == largest for size in sizes), largest, sum(sizes), node_size))
 
 
 def nodes_of_groups(groups: IntArray | int, tp: int, gpus: IntArray | int, node_size: int) -> IntArray:
-    """Nodes that TP groups take at least, with single GPUs beside them; ``gpus`` counts those of both."""
+    """Return the fewest nodes for TP groups with single GPUs next to them; ``gpus`` counts the GPUs of both."""
     return np.maximum(-(-groups // max(1, node_size // tp)), -(-gpus // node_size))
 
 
 def shared_places(classes: Sequence[DeviceClass]) -> list[int]:
-    """A number for every class: equal for those whose GPUs may be in one node."""
+    """Return a number for every class, equal for classes whose GPUs may be in one node."""
     place, of_group = list(range(len(classes))), dict[str, int]()
     for index, c in enumerate(classes):
         for group in c.groups:
@@ -82,7 +82,7 @@ def shared_places(classes: Sequence[DeviceClass]) -> list[int]:
 
 
 def least_nodes_of(classes: Sequence[DeviceClass], kind: Kind) -> int:
-    """Nodes that a replica takes at least, whatever else is on them."""
+    """Return the fewest nodes that a replica takes, whatever else is on them."""
     places, nodes = shared_places(classes), dict[int, int]()
     for c, parts in kind:
         nodes[places[c]] = max(nodes.get(places[c], 0), fewest_nodes(parts, classes[c].gpus_per_node))
@@ -91,7 +91,7 @@ def least_nodes_of(classes: Sequence[DeviceClass], kind: Kind) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NodeProgram:
-    """Rows and columns for kinds of replicas. ``is_whole``: every way to put them on nodes is among them."""
+    """Rows and columns for kinds of replicas; ``is_whole`` if they include every way to put replicas on nodes."""
 
     classes: Sequence[DeviceClass]
     kinds: tuple[Kind, ...]
@@ -102,8 +102,10 @@ class NodeProgram:
 
     @staticmethod
     def of(classes: Sequence[DeviceClass], kinds: Sequence[Kind], most_nodes: int | None) -> NodeProgram | None:
-        """The program of kinds on at most so many nodes each (None: any number); kinds that need more have no ways.
-        None: nodes have too many patterns."""
+        """Return the program for kinds on at most ``most_nodes`` nodes each (None: any number).
+
+        Kinds that need more nodes have no ways. Return None if nodes have too many patterns.
+        """
         listed = [_ways(classes, kind, most_nodes) for kind in kinds]
         pieces = defaultdict[int, set[int]](set)
         for ways, _ in listed:
@@ -123,11 +125,11 @@ class NodeProgram:
 
     @property
     def pieces(self) -> list[int]:
-        """Nodes that a replica is on, in every way of every kind: those of the columns z."""
+        """Return the number of nodes that a replica uses in every way of every kind, the costs of the columns z."""
         return [_num_pieces(way) for ways in self.ways for way in ways]
 
     def extend(self, highs: Any, kinds_of_columns: Sequence[int]) -> int:
-        """Adds the program to a model whose first columns are whole counts of these kinds; the number of z's first."""
+        """Add the program to a model whose first columns count replicas of these kinds; return the first z's number."""
         first_z, z = highs.getNumCol(), list[tuple[int, Way]]()
         for kind, ways in enumerate(self.ways):
             z += [(kind, way) for way in ways]
@@ -163,8 +165,10 @@ class NodeProgram:
         return int(first_z)
 
     def simplify(self, highs: Any, kinds_of_columns: Sequence[int], enough: float) -> None:
-        """As `extend`, and makes of the model's objective a limit that is to be reached, at least or at most as it was
-        optimised: fewest pieces are sought, and of those the fewest different columns."""
+        """Extend as `extend` does, and turn the objective into a limit ``enough``, a minimum if it was maximised.
+
+        The new objective is the fewest pieces, then the fewest different columns.
+        """
         lp = highs.getLp()
         costs, upper = np.array(lp.col_cost_), float(sum(c.num_nodes * c.gpus_per_node for c in self.classes))
         maximises = lp.sense_ == highspy.ObjSense.kMaximize
@@ -185,7 +189,7 @@ class NodeProgram:
 
 
 def add_row(highs: Any, least: float, most: float, entries: Mapping[int, float]) -> None:
-    """A row of a HiGHS model by the numbers of its columns."""
+    """Add a row to a HiGHS model, with entries by column number."""
     indices = np.array(list(entries), dtype=np.int32)
     highs.addRow(least, most, len(entries), indices, np.array(list(entries.values())))
 
@@ -193,9 +197,9 @@ def add_row(highs: Any, least: float, most: float, entries: Mapping[int, float])
 def pack_within(
     classes: Sequence[DeviceClass], kinds: Sequence[Kind], most_nodes: int, *, time_limit_s: float, seed: int
 ) -> list[dict[int, list[int]]] | None:
-    """Nodes for replicas so that each is on at most so many, and all together on as few as can be.
+    """Put replicas on nodes so that each uses at most ``most_nodes``, and all together as few as possible.
 
-    Returns, of every replica and device class, the nodes of its parts in the order of its kind; None: none was found.
+    Return, by replica and device class, the nodes of its parts in the order of its kind, or None if none was found.
     """
     wanted = Counter(kinds)
     program = NodeProgram.of(classes, list(wanted), most_nodes)
@@ -231,7 +235,7 @@ def _placed(
 
 
 def _ways(classes: Sequence[DeviceClass], kind: Kind, most_nodes: int | None) -> tuple[tuple[Way, ...], bool]:
-    """Ways to cut a replica, into the fewest pieces first, and whether these are all."""
+    """Return ways to cut a replica, those into the fewest pieces first, and whether these are all."""
     least = {c: fewest_nodes(parts, classes[c].gpus_per_node) for c, parts in kind}
     most = sum(least.values()) + MORE_PIECES if most_nodes is None else most_nodes
     spare, is_all = most - sum(least.values()), most_nodes is not None
@@ -254,7 +258,7 @@ def _num_pieces(way: Way) -> int:
 
 
 def counts_of_kinds(kinds: Sequence[Kind]) -> tuple[list[Kind], IntArray]:
-    """The different kinds, and the number of each one's."""
+    """Return the different kinds, and each given kind's number among them."""
     different = list(dict.fromkeys(kinds))
     place = {kind: i for i, kind in enumerate(different)}
     return different, np.array([place[kind] for kind in kinds], dtype=np.int64)

@@ -1,7 +1,7 @@
-"""Stage options, compiled: every way to build one stage of a replica, with what it carries and what it costs.
+"""Stage options, compiled: every way to build one stage of a replica, with its capacity and its cost.
 
 Letters are those of `docs/cost-model.md`. A *configuration* is a mix x and a number of micro-batches in flight (index
-f). An *option* is a rank type s with c copies, and perhaps p cards of class q per copy that take k head groups of
+f). An *option* is a rank type s with c copies, optionally with p cards of class q per copy that take k head groups of
 every rank.
 """
 
@@ -15,30 +15,30 @@ from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CoverTables, FloatArray, Tables
 
-ROUNDING = 1e-9  # room for rounding in floor and ceil, far below one layer or one head group
+ROUNDING = 1e-9  # tolerance for rounding in floor and ceil, far below one layer or one head group
 
 
 class Options(NamedTuple):
-    """Stage options of one configuration; arrays of equal length, roles in the last axis where there are four."""
+    """Stage options of one configuration: arrays of equal length, with roles in the last axis where it is 4."""
 
     rank: IntArray  # s
     copies: IntArray  # c
     pool_class: IntArray  # q, -1 without a pool
     pool_cards: IntArray  # p
     pool_groups: IntArray  # k
-    layer_s: FloatArray  # w, and slack
-    fixed_s: FloatArray  # [., 4] hop, step and ends, and slack
-    min_layers: IntArray  # [., 4] with fewer, what a chunk takes beside layers is too uneven; 1 where all will do
+    layer_s: FloatArray  # w, including slack
+    fixed_s: FloatArray  # [., 4] hop, step and ends, including slack
+    min_layers: IntArray  # [., 4] with fewer, a chunk's time beside layers is too uneven; 1 if any number will do
     max_layers: IntArray  # [., 4] repeated layers that fit in memory and in a round trip with a chunk
 
 
 class Reach(NamedTuple):
-    """What the stages of a replica may take that is worth looking for (`ceiling.reach_of`); see `is_useful`."""
+    """Limits on the stages of replicas that are worth looking for (`ceiling.reach_of`); see `is_useful`."""
 
-    effort: float  # r: what a layer takes at least
+    effort: float  # r: least price of a layer
     copy_cost: float  # m
-    spare: float  # what one stage may take beyond r for each of its layers; inf: any stage will do
-    shortest_s: float  # interval, slack taken off
+    spare: float  # what one stage may cost beyond r for each of its layers; inf: any stage will do
+    shortest_s: float  # interval, without slack
     longest_s: float
     copies: int  # K
     sequential: bool
@@ -49,10 +49,10 @@ EVERYTHING = Reach(0.0, 0.0, np.inf, 0.0, np.inf, 1 << 20, False)
 
 @kernel
 def is_useful(reach: Reach, price: float, copies: int, layer_s: float, fixed_s: float, most: float) -> bool:
-    """Whether a replica within reach may have such a stage, with at most ``most`` layers; least slack taken off.
+    """Return whether a replica within reach may have a stage with at most ``most`` layers; times exclude least slack.
 
-    Of a pipelined replica ``t price + m c - cap(t) r`` is least at one of two intervals, of a sequential one
-    ``sqrt(price (l w + f)) - l r`` with one of two numbers of layers: the fewest or the most.
+    In a pipelined replica ``t price + m c - cap(t) r`` is least at one of two intervals. In a sequential one
+    ``sqrt(price (l w + f)) - l r`` is least at the fewest or the most layers.
     """
     if reach.spare == np.inf:
         return True
@@ -89,7 +89,7 @@ def _empty_options(capacity: int) -> Options:
 
 @kernel
 def room_of_role(room: float, first: float, last: float, tied: float, role: int) -> float:
-    """Bytes of a rank that are left for repeated layers, and for the KV of prefix layers; the ends take some."""
+    """Return the bytes of a rank left for repeated layers and the KV of prefix layers after its role's ends."""
     if role in (FIRST, BOTH):
         room -= first
     if role in (LAST, BOTH):
@@ -101,7 +101,7 @@ def room_of_role(room: float, first: float, last: float, tied: float, role: int)
 
 @kernel
 def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
-    """Repeated layers that fit on a rank in a role, not rounded; ``kept_bytes`` are KV bytes of one layer."""
+    """Return the repeated layers that fit on a rank in a role, unrounded; ``kept_bytes`` is KV bytes of one layer."""
     prefix_layers = t.prefix_layers if role in (FIRST, BOTH) else 0
     last = t.last_bytes[s] + t.logit_bytes[x, s]
     room = room_of_role(t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s], last, t.tied_bytes[s], role)
@@ -111,26 +111,28 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
 
 @kernel
 def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
-    """KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
+    """Return KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
     tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
     kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
     return kept
 
 
-# What follows is called in inner loops and takes numbers only: a call with `Tables` counts references to all of them.
+# The functions below run in inner loops and take numbers only: a call with `Tables` counts references to all of them.
 
 
 @kernel
 def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, prefix_layers: int, num_layers: int) -> float:
-    """Repeated layers that fit in a rank's ``room``, not rounded; ``kept_bytes`` are KV bytes of one layer."""
+    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer."""
     layers: float = min((room - prefix_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
     return max(0.0, layers)
 
 
 @kernel
 def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) -> float:
-    """KV bytes of one layer on a rank that gives k of its head groups to a pool: ``kv_bytes`` of a group that it keeps,
-    and of one that it gives only what prompts under way still attend to, ``prompt_bytes``."""
+    """Return KV bytes of one layer on a rank that gives k of its head groups to a pool.
+
+    A group that stays takes ``kv_bytes``; one given away takes ``prompt_bytes``, for prompts still being prefilled.
+    """
     total: float = (groups - k) * kv_bytes + k * prompt_bytes
     return total
 
@@ -139,7 +141,7 @@ def kept_of_groups(groups: int, k: int, kv_bytes: float, prompt_bytes: float) ->
 def layers_on_card(
     card_bytes: float, kv_group_bytes: float, tp: int, k: int, cards: int, requests: int, tokens: float
 ) -> float:
-    """Layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
+    """Return the layers whose KV fits on each of ``cards`` attention workers that take k head groups of ``tp`` ranks.
 
     A card holds a whole number of (request, head group) pairs of every layer.
     """
@@ -153,14 +155,14 @@ def roomiest_split(
     room: float, layer_bytes: float, groups: int, tp: int, cards_bytes: float, kv_bytes: float, prompt_bytes: float,
     num_layers: int,
 ) -> float:  # fmt: skip
-    """Layers that fit with the best split of head groups between a rank and its cards, into fractions of groups.
+    """Return the layers that fit with the best split of head groups, in fractions, between a rank and its cards.
 
-    ``kv_bytes`` are those of one head group and layer, ``prompt_bytes`` what of them stays on the rank in any case. The
-    more the cards take the more layers fit on the rank and the fewer on them: the best is where the two meet.
+    ``kv_bytes`` are those of one head group and layer, of which ``prompt_bytes`` always stay on the rank. With more
+    groups on the cards, more layers fit on the rank and fewer on the cards; the best split is where the two meet.
     """
     if room <= 0.0 or cards_bytes <= 0.0:
         return 0.0
-    per_group = tp * kv_bytes / cards_bytes  # of a layer's share of the cards
+    per_group = tp * kv_bytes / cards_bytes  # of one layer, as a share of the cards' bytes
     k = (layer_bytes + groups * kv_bytes) / (room * per_group + kv_bytes - prompt_bytes)
     k = min(max(k, 1.0), float(groups))
     kept_bytes = (groups - k) * kv_bytes + k * prompt_bytes
@@ -170,7 +172,7 @@ def roomiest_split(
 
 
 class Iterations(NamedTuple):
-    """What a mix's iterations are made of, for `stretch`."""
+    """The numbers of a mix's iterations that `stretch` needs."""
 
     number: float  # n_it
     with_chunk: float  # nc
@@ -179,13 +181,13 @@ class Iterations(NamedTuple):
 
 @kernel
 def iterations_of(t: Tables, x: int, f: int) -> Iterations:
-    """Return the iterations of a mix with so many micro-batches in flight."""
+    """Return the iteration numbers of a mix with f's number of micro-batches in flight."""
     return Iterations(t.iterations[x], t.chunk_iterations[x], t.without_chunk[x, f])
 
 
 @kernel
 def stretch(n: Iterations, request_s: float, chunk_s: float, least_slack: float, slack_unevenness: float) -> float:
-    """1 + sigma of a stage: a repeated layer takes a request ``request_s``, an iteration with a chunk ``chunk_s``."""
+    """Return 1 + sigma of a stage whose repeated layer takes ``request_s`` per request and ``chunk_s`` with a chunk."""
     slack = least_slack
     plain = n.number - n.with_chunk
     if slack_unevenness > 0.0 and plain > 0.0 and n.with_chunk > 0.0:
@@ -198,40 +200,40 @@ def stretch(n: Iterations, request_s: float, chunk_s: float, least_slack: float,
 
 @kernel
 def copies_limit(in_flight: int, max_copies: int) -> int:
-    """Copies that a stage may have: with one micro-batch in flight they would take no turns."""
+    """Return the copies that a stage may have; with one micro-batch in flight more would never take turns."""
     limit: int = 1 if in_flight == 1 else min(max_copies, in_flight)
     return limit
 
 
 @kernel
 def pool_limit(copies: int, own_cards: int, available: int, max_pool: int) -> int:
-    """Attention workers that each copy of a stage can have of a class; ``own_cards`` of it are the stage's ranks."""
+    """Return the attention workers of a class for each stage copy; ``own_cards`` of the class are the stage's ranks."""
     limit: int = min(max_pool, available - own_cards) // copies
     return limit
 
 
 @kernel
 def has_pools(max_pool: int, micro_batch: int, start: int) -> bool:
-    """Whether stages may have attention workers; prefill replicas have nothing for them. ``start``: `Tables`."""
+    """Return whether stages may have attention workers; prefill replicas have no use for them. ``start``: `Tables`."""
     return max_pool > 0 and micro_batch > 0 and start >= 0
 
 
 @kernel
 def pool_entry(t: Tables, s: int, q: int, k: int, size: int) -> int:
-    """Where the tables hold k head groups of every rank with the ``size``-th number of cards of class q."""
+    """Return the table index of k head groups of every rank with the ``size``-th number of cards of class q."""
     entry: int = t.pool_start[s, q] + (k - 1) * t.pool_sizes.shape[0] + size
     return entry
 
 
 @kernel
 def pool_wire_seconds(t: Tables, x: int, entry: int) -> float:
-    """The least time of a layer with a pool: of decode replicas, what the KV of a prompt takes to arrive."""
+    """Return the least seconds of a layer with a pool: for decode replicas, the time a prompt's KV takes to arrive."""
     seconds: float = t.pool_wire_s[entry] if t.receives[x] else 0.0
     return seconds
 
 
 def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
-    """The longest interval of a configuration: ``sum chunk_s <= unevenness t / n_it`` is to stay within the cap."""
+    """Return the longest interval of a configuration that keeps ``sum chunk_s <= unevenness t / n_it`` in the cap."""
     cap = float(t.t_cap[x, f])
     if unevenness < np.inf:
         cap = min(cap, float(t.trip_cap[x, f] * t.iterations[x]) / unevenness)
@@ -239,7 +241,7 @@ def interval_cap(t: Tables, x: int, f: int, unevenness: float) -> float:
 
 
 def chunk_cap(t: Tables, x: int, f: int, copies: int) -> float:
-    """The longest that a stage of a pipelined replica with at most so many copies may take, by its own copies."""
+    """Return the longest seconds of a stage per copy, in a pipelined replica whose stages have at most ``copies``."""
     return float("inf") if t.in_flight[f] == 1 else float(t.trip_cap[x, f]) / copies
 
 
@@ -248,7 +250,7 @@ def _fill_fixed(
     fixed_s: FloatArray, prefix_layers: int, compute_s: float, wire_s: float, hop_s: float, step_s: float,
     last_s: float, prefix_delta_s: float,
 ) -> None:  # fmt: skip
-    """What a stage takes beside its repeated layers; [4] by role."""
+    """Fill the seconds that a stage takes besides its repeated layers; [4] by role."""
     prefix_s = prefix_layers * max(compute_s + prefix_delta_s, wire_s)
     fixed_s[PLAIN] = step_s + hop_s
     fixed_s[FIRST] = step_s + prefix_s
@@ -261,8 +263,11 @@ def _limit_layers(
     floors: IntArray, caps: IntArray, layer_s: float, fixed_s: FloatArray, chunk_layer_s: float,
     chunk_fixed_s: FloatArray, longest_s: float, iterations: float, unevenness: float,
 ) -> None:  # fmt: skip
-    """Narrows ``caps`` and ``floors`` [4] to stages that take at most ``longest_s`` seconds in an iteration with a
-    chunk, and at most ``unevenness`` times a mean iteration."""
+    """Narrow ``caps`` and ``floors`` [4] to stages within both time limits.
+
+    A stage may take at most ``longest_s`` seconds in an iteration with a chunk, and at most ``unevenness`` times a mean
+    iteration.
+    """
     for role in range(4):
         floors[role] = 1
         if longest_s < np.inf:
@@ -287,15 +292,14 @@ def list_options(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, least_slack: float, slack_unevenness: float,
     chunk_cap_s: float, unevenness: float, reach: Reach, group_price: FloatArray, card_price: FloatArray,
 ) -> Options:  # fmt: skip
-    """Every useful stage option of a configuration that fits in memory, fewer those no better than a cheaper one
-    beside it.
+    """Return every useful stage option of a configuration that fits in memory, without obviously dominated ones.
 
     A stage with c copies takes at most ``c chunk_cap_s`` seconds in an iteration with a chunk, and at most
-    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option. What is useful at
-    ``group_price`` [S] and ``card_price`` [N] is said by `Reach`.
+    ``unevenness`` times what it takes in a mean one. Times are stretched by the slack of each option. `Reach` says what
+    is useful at ``group_price`` [S] and ``card_price`` [N].
 
-    An option with a pool is dropped where the stage without one, or the fastest or the roomiest of the smaller pools
-    of the same class, is as fast and has as much room: it would only cost more (unless cards count, `Tables`).
+    An option with a pool is dropped if the stage without one, or the fastest or the roomiest smaller pool of the same
+    class, is as fast and has as much room, because the option would only cost more (unless cards count, see `Tables`).
     """
     size_of_out = 256
     out = _empty_options(size_of_out)
@@ -356,7 +360,7 @@ def list_options(
                         least_s = base_s + least_pool_s[x, least_start + size]
                         if not is_useful(reach, price, c, least_s, least_rest_s, most):
                             continue
-                    # From the roomiest split to the fastest: a split that is neither has been beaten before.
+                    # From the roomiest split to the fastest: a split that is neither is already dominated.
                     for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
                         compute_s, wire_s, chunk_layer_s, on_card = base_s, wire_of_rank_s, base_chunk_s, np.inf
                         if q < 0:
@@ -429,7 +433,7 @@ def _write(
     out: Options, i: int, s: int, c: int, q: int, p: int, k: int, layer_s: float, fixed_s: FloatArray,
     floors: IntArray, caps: IntArray,
 ) -> None:  # fmt: skip
-    """Fills row i of the options."""
+    """Fill row i of the options."""
     out.rank[i], out.copies[i], out.pool_class[i], out.pool_cards[i], out.pool_groups[i] = s, c, q, p, k
     out.layer_s[i] = layer_s
     for role in range(4):
@@ -442,7 +446,7 @@ def _write(
 def _no_worse(
     fixed_a: FloatArray, floors_a: IntArray, caps_a: IntArray, fixed_b: FloatArray, floors_b: IntArray, caps_b: IntArray
 ) -> bool:
-    """Whether stage a takes no longer beside its layers than b, is as roomy, and does with as few layers; [4] each."""
+    """Return whether stage a has no longer fixed times than b, is as roomy, and allows as few layers; [4] each."""
     for role in range(4):
         if caps_a[role] < caps_b[role] or floors_a[role] > floors_b[role] or fixed_a[role] > fixed_b[role]:
             return False
@@ -489,17 +493,17 @@ def _sliced(o: Options, count: int) -> Options:
 
 
 def option_prices(o: Options, group_price: FloatArray, card_price: FloatArray) -> FloatArray:
-    """Price of each option: c TP groups and c p attention workers. ``group_price`` [S], ``card_price`` [N]."""
+    """Return the price of each option: c TP groups and c p workers. ``group_price`` [S], ``card_price`` [N]."""
     cards = np.where(o.pool_class >= 0, o.pool_cards * card_price[o.pool_class], 0.0)
     return np.asarray(o.copies * (group_price[o.rank] + cards))
 
 
 @kernel
 def penalised_prices(t: CoverTables, o: Options, prices: FloatArray, penalty: FloatArray) -> tuple[FloatArray, float]:
-    """Prices when every GPU of a class costs its ``penalty`` [N] more, and the penalties of the whole fleet.
+    """Return prices if every GPU of a class costs its ``penalty`` [N] more, and the penalties of the whole fleet.
 
-    A replica that fits in the fleet pays no more penalties than that: the least penalised price of any replica, less
-    the penalties of the fleet, bounds its price from below (a Lagrangean bound).
+    A replica that fits in the fleet pays no more penalties than the fleet. Hence the least penalised price of any
+    replica, minus the penalties of the fleet, bounds its price from below (a Lagrangian bound).
     """
     fleet = 0.0
     for g in range(penalty.shape[0]):
@@ -515,7 +519,7 @@ def penalised_prices(t: CoverTables, o: Options, prices: FloatArray, penalty: Fl
 
 @kernel
 def class_use(t: CoverTables, o: Options, i: int, device_class: int) -> int:
-    """GPUs of a class that option i takes."""
+    """Return the GPUs of a class that option i takes."""
     use = 0
     if t.rank_class[o.rank[i]] == device_class:
         use += o.copies[i] * t.rank_tp[o.rank[i]]
@@ -526,7 +530,7 @@ def class_use(t: CoverTables, o: Options, i: int, device_class: int) -> int:
 
 @kernel
 def selected(o: Options, chosen: IntArray) -> Options:
-    """The chosen options, in that order."""
+    """Return the chosen options, in that order."""
     out = _empty_options(max(1, chosen.shape[0]))
     _copy_options(o, out, chosen)
     return _sliced(out, chosen.shape[0])
@@ -537,7 +541,7 @@ NO_STAGES = np.empty((0, 6), np.int64)
 
 @kernel
 def stage_rows(o: Options, stages: IntArray) -> IntArray:
-    """Stages [., 2] of (option, layers) as rows of (s, c, layers, q, p, k) that stand for themselves; [., 6]."""
+    """Return stages [., 2] of (option, layers) as self-contained rows of (s, c, layers, q, p, k); [., 6]."""
     rows = np.empty((stages.shape[0], 6), np.int64)
     for i in range(stages.shape[0]):
         option = stages[i, 0]

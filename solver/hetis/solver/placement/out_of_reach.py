@@ -1,10 +1,11 @@
-"""What no plan can do, known before any search: from the dense work that every request needs.
+"""Bounds on every plan that need no search: they follow from the dense work of every request.
 
-A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers: with
-w the least time of a layer on any GPU it may use, ``t >= L w / M``. A mix whose latency limits ask for less has no
-replica. Of the others a GPU that gives all its time to dense work, without attention, does at most ``1 / (n w)`` layers
-per second for the best mix and TP size n of a role, and every request needs all layers. Where prompts are prefilled
-apart it serves at most a share of each request: the bound holds for every split of a request's price between the two.
+A replica with M micro-batches in flight takes ``t >= (sum of its stages) / M``, and its stages hold all L layers. With
+w the least time of a layer on any GPU it may use, ``t >= L w / M``, so a mix whose latency limits require less has no
+replica. For the other mixes, a GPU that spends all its time on dense work, without attention, processes at most
+``1 / (n w)`` layers per second at the best mix and TP size n of a role, and every request needs all layers. With
+separate prefill and decode a GPU serves at most a share of each request, and the bound holds for every split of a
+request's price between the two.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from hetis.solver.placement.pins import unit_of
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.plan import Role
 
-SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that its prompt may have
+SHARES = np.linspace(0.0, 1.0, 21)  # of a request's price that is given to its prompt
 ROUNDING = 1e-9
 
 
 def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wishes: bool = True) -> float:
-    """No plan of replicas of these roles within the limits on latency serves more requests/s; 0: none serves any.
+    """Return an upper bound on the requests/s of plans of these roles within the latency limits; 0 if none serves any.
 
-    Memory is left out. ``with_wishes`` counts limits on rent and GPUs, too.
+    Memory is ignored. With ``with_wishes`` limits on rent and GPUs count, too.
     """
     if not atlas.ranks or not atlas.scopes:
         return 0.0
@@ -32,7 +33,7 @@ def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wish
     speeds = np.array([layers_per_s(atlas, role) if role in roles else none for role in Role])  # [roles, N]
     available = np.array([float(c.available) for c in atlas.classes])
     weights = np.array([np.ones_like(SHARES), SHARES, 1.0 - SHARES])
-    of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s of a GPU at every share, [shares, N]
+    of_gpus = (weights[:, :, None] * speeds[:, None, :]).max(axis=0)  # layers/s per GPU at every share, [shares, N]
     totals = [of_gpus @ available]
     marks = atlas.problem.marks if with_wishes else None
     for wish in marks.most if marks is not None else ():
@@ -42,13 +43,13 @@ def rate_bound(atlas: Atlas, roles: Collection[Role] = tuple(Role), *, with_wish
 
 
 def is_out_of_reach(atlas: Atlas, saturated_rps: float) -> bool:
-    """Whether no plan serves that much; with 0, whether the limits alone leave no replica."""
+    """Return whether no plan serves this rate, or with 0, whether the limits alone leave no replica."""
     bound = rate_bound(atlas)
     return bound <= 0.0 or bound < saturated_rps * (1.0 - ROUNDING)
 
 
 def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
-    """Return the rate of one GPU of every class at dense work, in replicas of a role that keep the limits; [N]."""
+    """Return layers/s of dense work per GPU of every class, in replicas of a role that keep the limits; [N]."""
     best = np.zeros(len(atlas.classes))
     in_flight = np.array(atlas.problem.family.in_flight)
     for part in atlas.scopes:
@@ -68,7 +69,7 @@ def layers_per_s(atlas: Atlas, role: Role) -> FloatArray:
 
 
 def _filled(speed: FloatArray, available: FloatArray, units: FloatArray, most: float) -> float:
-    """Most layers/s within a limit on a sum: the quickest per unit first, the last of them in part (a knapsack)."""
+    """Return the most layers/s within a limit on a sum: a fractional knapsack, most speed per unit first."""
     total = 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         promise = np.where(units > 0.0, speed / units, np.inf)

@@ -1,4 +1,4 @@
-"""What a search returns, whichever way it went: chosen templates, their value, a bound, and the prices of the rows."""
+"""The outcome of any search: chosen templates, their value, a bound, and the prices of the rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hetis.solver.placement.master import MilpSolution
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.placement.template import Template
 
-ROUNDING = 1e-6  # share by which value and bound may cross, both being sums of rounded numbers
+ROUNDING = 1e-6  # ratio by which value and bound, both sums of rounded numbers, may cross
 
 
 def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
-    """``bound``, or ``value`` where rounding has put it on the wrong side of that.
+    """Return ``bound``, or ``value`` if rounding has put ``bound`` on the wrong side of it.
 
     Raises:
         BrokenProofError: they cross by more than rounding explains.
@@ -25,7 +25,7 @@ def sound_bound(bound: float, value: float, *, maximises: bool) -> float:
 
 
 def relative_gap(incumbent: MilpSolution | None, bound: float) -> float:
-    """Between a plan and a bound, as a share of the plan's value; inf without a plan."""
+    """Return the distance between a plan and a bound as a ratio of the plan's value, or inf without a plan."""
     if incumbent is None:
         return float("inf")
     return abs(bound - incumbent.value) / max(abs(incumbent.value), 1e-12)
@@ -33,14 +33,14 @@ def relative_gap(incumbent: MilpSolution | None, bound: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``value`` and ``bound`` are in the master's unit: requests/s, or USD/h or GPUs where cost is minimised."""
+    """The outcome of a search; ``value`` and ``bound`` are in requests/s, or in USD/h or GPUs if cost is minimised."""
 
     chosen: tuple[tuple[Template, int], ...]
     value: float
     bound: float
     row_prices: FloatArray  # duals of the master's rows, at the bound
-    rate_prices: FloatArray  # [sides] what a request/s is worth there, at the bound
-    flows: FloatArray  # [Z, Z] requests/s prefilled in one zone and decoded in another, or in the same
+    rate_prices: FloatArray  # [sides] value of one more request/s on that side, at the bound
+    flows: FloatArray  # [Z, Z] requests/s prefilled in the first zone and decoded in the second
     runners_up: tuple[Template, ...] = ()
     interrupted: bool = False
-    best: Outcome | None = None  # what was found before something simpler took its place
+    best: Outcome | None = None  # the best outcome, if a simpler one replaced it

@@ -1,8 +1,8 @@
-"""Replicas into equal nodes so that each lies on as few of them as can be: one integer program for a device class.
+"""An integer program that packs replicas of a device class into equal nodes so that each uses as few as possible.
 
-A replica's GPUs of the class are *parts* (TP groups, attention workers), each of which stays in a node. How a replica
-is cut into pieces, one for each node that it is on, and what pieces fill a node are patterns; equal replicas and equal
-nodes are counted, never named, so that a class of thousands of nodes is a program of a few hundred columns.
+A replica's GPUs of the class are *parts* (TP groups, attention workers), each of which stays within a node. How a
+replica is cut into pieces, one for each node that it uses, and which pieces fill a node are patterns. Equal replicas
+and equal nodes are counted, never named, so a class of thousands of nodes is a program of a few hundred columns.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 
 from hetis.solver.highs import quiet_highs
 
-MOST_PATTERNS = 5000  # of a node; more than nodes of 16 GPUs have
-MOST_CUTS = 300  # of a replica
-MOST_MIXED = 6  # parts of several sizes whose cuts are listed: there are 203 of six
-MOST_SEARCHED = 2000  # nodes of the search tree: with the same parts the same packing, whatever the machine
+MOST_PATTERNS = 5000  # per node; more than nodes of 16 GPUs have
+MOST_CUTS = 300  # per replica
+MOST_MIXED = 6  # parts of several sizes up to which all cuts are listed, 203 for six parts
+MOST_SEARCHED = 2000  # nodes of the search tree, so that the same parts are packed alike on every machine
 GAP = 1e-9
 
 Parts = tuple[int, ...]  # sizes of a replica's parts, the largest first
@@ -28,11 +28,11 @@ Cut = tuple[Parts, ...]  # its pieces, each in a node of its own
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """Where parts are: for every replica the node of each of its parts, in the order given.
+    """The places of parts: for every replica the node of each of its parts, in the order given.
 
     Attributes:
-        num_pieces: sum over replicas of the nodes that each is on.
-        least: no packing has fewer.
+        num_pieces: sum over replicas of the number of nodes that each uses.
+        least: a lower bound on ``num_pieces``.
     """
 
     nodes: tuple[tuple[int, ...], ...]
@@ -51,11 +51,11 @@ def pack(
     Such that  sum_w z_tw = n_t every t;  sum_tw (pieces of size s in w) z_tw <= sum_p (those in p) y_p every s;
                sum_p y_p <= nodes
 
-    All cuts of a replica are tried, unless they are more than `MOST_CUTS`: then those into the fewest pieces and every
-    part apart, and the bound is that of replicas each on its own.
+    All cuts of a replica are tried unless there are more than `MOST_CUTS`. Then only those into the fewest pieces and
+    the one with every part apart are tried, and the bound is that of replicas packed separately.
 
     Returns:
-        None: none was found in time, or nodes have too many patterns.
+        The packing, or None if none was found in time or nodes have too many patterns.
     """
     kinds = Counter(tuple(sorted(parts, reverse=True)) for parts in replicas)
     listed = {kind: cuts_of(kind, node_size) for kind in kinds}
@@ -76,7 +76,7 @@ def pack(
 
 
 def slots_of(patterns: Sequence[tuple[int, ...]], filled: Sequence[int]) -> dict[int, list[int]]:
-    """Room for pieces of each size where so many nodes are filled by each pattern: the nodes, the first at the end."""
+    """Return the nodes with room for pieces of each size, the first at the end; ``filled`` counts nodes per pattern."""
     slots, node = defaultdict[int, list[int]](list), 0
     for pattern, count in zip(patterns, filled, strict=True):
         for _ in range(count):
@@ -84,13 +84,13 @@ def slots_of(patterns: Sequence[tuple[int, ...]], filled: Sequence[int]) -> dict
                 slots[size].append(node)
             node += 1
     for free in slots.values():
-        free.reverse()  # the first nodes are taken first
+        free.reverse()  # the first nodes are used first
     return slots
 
 
 def place_parts(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[int]]) -> tuple[int, ...]:
-    """Nodes of a replica's parts by the next of the cuts that its kind has ``left``."""
-    waiting = defaultdict[int, list[int]](list)  # size of a part -> nodes that one of them goes to
+    """Return the nodes of a replica's parts, by the next of the cuts that its kind has ``left``."""
+    waiting = defaultdict[int, list[int]](list)  # size of a part -> the nodes for parts of this size
     for piece in left.pop():
         node = slots[sum(piece)].pop()
         for size in piece:
@@ -101,7 +101,7 @@ def place_parts(parts: Sequence[int], left: list[Cut], slots: Mapping[int, list[
 
 
 def cuts_of(parts: Parts, node_size: int) -> tuple[list[Cut], bool]:
-    """Ways to cut a replica, into the fewest pieces first, and whether these are all."""
+    """Return ways to cut a replica, those into the fewest pieces first, and whether these are all."""
     listed = _equal_cuts(parts, node_size) if len(set(parts)) == 1 else _mixed_cuts(parts, node_size)
     found = list(dict.fromkeys(islice(listed, MOST_CUTS + 1)))
     is_all = len(found) <= MOST_CUTS and (len(set(parts)) == 1 or len(parts) <= MOST_MIXED)
@@ -119,7 +119,7 @@ def _equal_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
 
 
 def _mixed_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
-    """Yield the cuts of parts of several sizes: all of them where parts are few, else the one of first fit."""
+    """Yield the cuts of parts of several sizes: all of them if there are few parts, otherwise that of first fit."""
     if len(parts) > MOST_MIXED:
         yield _filled(parts, node_size)
         return
@@ -138,7 +138,7 @@ def _mixed_cuts(parts: Parts, node_size: int) -> Iterator[Cut]:
 
 
 def _partitions(total: int, pieces: int, most: int) -> Iterator[tuple[int, ...]]:
-    """Numbers from ``most`` down to 1 that make ``total``, none larger than the one before."""
+    """Yield non-increasing sequences of numbers from ``most`` down to 1 that sum to ``total``."""
     if pieces == 0:
         if total == 0:
             yield ()
@@ -149,7 +149,7 @@ def _partitions(total: int, pieces: int, most: int) -> Iterator[tuple[int, ...]]
 
 
 def _filled(parts: Parts, node_size: int) -> Cut:
-    """First fit of the largest first."""
+    """Return the first-fit-decreasing cut."""
     pieces: list[list[int]] = []
     for size in parts:
         piece = next((piece for piece in pieces if sum(piece) + size <= node_size), None)
@@ -161,7 +161,7 @@ def _filled(parts: Parts, node_size: int) -> Cut:
 
 
 def patterns_of(sizes: Sequence[int], node_size: int) -> list[tuple[int, ...]] | None:
-    """What may fill a node, as far as no further piece fits beside it; None: too many to list."""
+    """Return the sets of pieces that fill a node so that no other fits, or None if there are too many to list."""
     found: list[tuple[int, ...]] = []
 
     def fill(begun: tuple[int, ...], left: int, first: int) -> bool:
@@ -188,7 +188,7 @@ def _solve(
     time_limit_s: float,
     seed: int,
 ) -> tuple[dict[Parts, list[Cut]], list[int], int] | None:
-    """Cuts of every kind's replicas, the number of nodes of each pattern, and the bound; None: none in time."""
+    """Return the cuts of every kind's replicas, the nodes of each pattern, and the bound; None if none in time."""
     import highspy
 
     highs = quiet_highs(
@@ -225,6 +225,6 @@ def _solve(
     for (kind, cut), number in zip(columns, values, strict=False):
         chosen[kind] += [cut] * number
     for left in chosen.values():
-        left.reverse()  # the last is taken first: replicas in few pieces before others
+        left.reverse()  # used from the end: replicas in few pieces come first
     bound = info.mip_dual_bound if np.isfinite(info.mip_dual_bound) else 0.0
     return chosen, values[len(columns) :], int(np.ceil(bound - 1e-6))

@@ -1,4 +1,4 @@
-"""Parts of a family that searches begin with: those of other strategies, so that their plans are known first."""
+"""Parts of a family with which searches begin: those of other strategies, so that their plans are known first."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from hetis.solver.plan import Role
 from hetis.solver.problem import Family
 
 PLAIN = ((Role.UNIFIED,), (Role.PREFILL, Role.DECODE))
-SHARE = 0.5  # of the time that is left, at most, for each of them
-INSIDE = (1 / 3, 1 / 6, 1 / 12)  # of the time that the exact search has left: for the first, the second, any wider part
+SHARE = 0.5  # largest share of the time left for each of them
+INSIDE = (1 / 3, 1 / 6, 1 / 12)  # shares of the exact search's time left: for the first, the second, any wider part
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Replicas of these roles with at most so many copies of a stage and attention workers of one class."""
+    """Replicas of some roles, with limits on stage copies and on attention workers of one class per copy."""
 
     roles: tuple[Role, ...]
     max_copies: int
     max_pool: int
 
     def describe(self, family: Part) -> str:
-        """What it leaves out of a family."""
+        """Return what the part leaves out of a family."""
         left_out = [
             name
             for name, is_less in (
@@ -36,15 +36,15 @@ class Part:
 
 
 def whole(family: Family) -> Part:
-    """All of a family."""
+    """Return the part that is the whole of a family."""
     return Part(family.roles, family.max_copies, family.max_pool)
 
 
 def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
-    """The parts of a family to search before the whole, fewer those that it does not go beyond.
+    """Return the parts of a family to search before the whole, without any that equals the whole.
 
-    Unified replicas without stage copies and attention workers are the family of `hexgen`, prefill and decode replicas
-    that of `hexgen2`. ``roles`` are those of the search.
+    Unified replicas without stage copies and attention workers are the family of `hexgen`; such prefill and decode
+    replicas are that of `hexgen2`. ``roles`` are those of the search.
     """
     plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles)]
     is_plain = family.max_copies == 1 and family.max_pool == 0
@@ -52,8 +52,10 @@ def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
 
 
 def parts_inside(family: Family) -> list[tuple[Part, float]]:
-    """The parts that the exact search of a family turns to, those of `contained_parts` first, then all roles without
-    stage copies, and without attention workers; each with its share of the time (`INSIDE`)."""
+    """Return the parts that the exact search of a family turns to, each with its share of the time (`INSIDE`).
+
+    Those of `contained_parts` come first, then all roles without stage copies, and without attention workers.
+    """
     roles = family.roles
     plain = contained_parts(family, roles)
     wider = [Part(roles, 1, family.max_pool), Part(roles, family.max_copies, 0)]

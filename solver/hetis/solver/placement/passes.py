@@ -1,14 +1,14 @@
-"""The exact search, pass by pass; where its time ends before a proof, the families inside it, too.
+"""The exact search in passes over the whole family and, if time ends before a proof, over smaller families inside it.
 
-Three passes over all configurations, each with a narrower tolerance; what `exact.py` proves after one is left out of
-the next. The first pass over the whole family takes longest: it knows no bound, and there are many ways to build a
-stage. If it, or a later one, has not ended after a part of the time (`MAIN`), the smaller families inside are searched,
-which takes little beside that, and then the whole family goes on where it was cut, with what they have found. So a
-search that ends early pays nothing for them, none of the work before is lost, and a search that is cut short is not
-behind what these families hold as far as their time went (`parts.INSIDE`).
+Three passes go over all configurations, each with a narrower tolerance; what `exact.py` proves in one is left out of
+the next. The first pass over the whole family takes longest, because it knows no bound and there are many ways to build
+a stage. If a pass has not ended after a share of the time (`MAIN`), the smaller families inside are searched, which is
+cheap in comparison. The search of the whole family then resumes where it stopped and uses what they found. A search
+that ends early therefore pays nothing for the smaller families, no work is lost, and a search that is cut short is at
+least as good as what these families offered within their time (`parts.INSIDE`).
 
-Only HiGHS's own word that nothing can be chosen is a proof that no plan exists: a packing that its time cut short is
-made again when there is more.
+Only HiGHS's own verdict that nothing can be chosen proves that no plan exists. A packing that HiGHS's time limit cut
+short is solved again when there is more time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from hetis.solver.placement.parts import Part, parts_inside, whole
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.tables import Atlas, FloatArray
 
-MAIN = 0.25  # of the time: for the whole family, before its parts are searched for want of a proof
-MOMENT = 1e-9  # seconds: a budget may end between two looks at it
+MAIN = 0.25  # share of the time for the whole family before its parts are searched
+MOMENT = 1e-9  # seconds: avoids a division by zero, since a budget may end between two reads of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +43,12 @@ class Packed:
 def solve_exactly(
     atlas: Atlas, master: Master, row_costs: FloatArray, *, budget: Budget, report: Report, seed: int
 ) -> Outcome | None:
-    """Proven optimum of a small fleet; None if the family holds no plan (or the budget ran out before one was found).
+    """Return the proven optimum of a small fleet, or None if the family is empty or the budget ran out before a plan.
 
-    When the budget runs out during a pass, the result carries the bound of the last full pass over the whole family.
+    If the budget runs out during a pass, the result carries the bound of the last full pass over the whole family.
 
     Raises:
-        NoPlanFoundError: HiGHS, which has a clock of its own, stopped before it found a plan or proved that none is.
+        NoPlanFoundError: HiGHS, which has a clock of its own, stopped before it found a plan or proved there is none.
     """
     passes = Passes(atlas, master, row_costs, budget, report, seed)
     family = atlas.problem.family
@@ -68,14 +68,14 @@ def solve_exactly(
 
 @dataclass(slots=True)
 class Progression:
-    """How far the passes over a part have come: so many are done, ``sweep`` is the one that is under way."""
+    """The progress of the passes over a part: ``num_done`` are finished and ``sweep`` is under way."""
 
     sweep: Sweep
     num_done: int = 0
 
 
 class Passes:
-    """Passes over one part of a family after another: what is found in one is known in the next."""
+    """Passes over the parts of a family, each of which starts from what the others found."""
 
     def __init__(
         self, atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, report: Report, seed: int
@@ -84,15 +84,15 @@ class Passes:
         self.whole = whole(atlas.problem.family)
         self.budget, self.report, self.seed = budget, report, seed
         self.best: Packed | None = None
-        self.is_empty = False  # proved: the whole family holds no plan
+        self.is_empty = False  # proven: the whole family holds no plan
         self._begun: dict[Part, Progression] = {}
-        self._is_packed = True  # the rates found, all of them
+        self._is_packed = True  # all rates found so far have been packed
         self.proven = rate_bound(atlas) if master.maximises else 0.0
 
     def over(self, part: Part, budget: Budget) -> bool:
-        """Searches a part to its end, or to that of its budget (False): the next call goes on where that was.
+        """Search a part and return whether it was finished within its budget; the next call resumes where this stopped.
 
-        The bound is that of the whole family only.
+        Only passes over the whole family improve the bound.
         """
         begun = self._progression(part)
         while begun.num_done < len(TOLERANCES):
@@ -110,7 +110,7 @@ class Passes:
         return self._begun[part]
 
     def _conclude(self, begun: Progression, budget: Budget) -> bool:
-        """Packs what a pass has found, and what its replicas cannot exceed; False if that was cut short."""
+        """Pack the replicas that a pass found and its upper bounds on them; return False if that was cut short."""
         search, sweep = self.search, begun.sweep
         is_whole = sweep.part == self.whole
         packing = self._pack(search.rates(sweep.part), budget.remaining_s())
@@ -121,18 +121,19 @@ class Passes:
         if is_whole and above.found is not None and packing.found is not None:
             self._improve_bound(above.found.bound)
         is_finest = sweep.tolerance == TOLERANCES[-1]
-        if above.proves_none or (is_finest and packing.proves_none):  # of the finest, ceilings are rounding
+        # In the finest pass the ceilings exceed the rates by rounding only, so its packing proves emptiness as well.
+        if above.proves_none or (is_finest and packing.proves_none):
             self.is_empty = self.is_empty or is_whole
             begun.num_done = len(TOLERANCES)
             return True
         if not (packing.is_settled and above.is_settled) and (is_finest or budget.is_spent()):
-            return False  # made again where there is more time: HiGHS has a clock of its own
+            return False  # repeated when there is more time: HiGHS has a clock of its own
         begun.num_done += 1
         needed = sweep.needed
         if packing.found is not None:
             self._tell(sweep.part)
             if self.budget.is_spent():
-                return False  # whoever was told has heard enough
+                return False  # the report may have cancelled the search
             needed = search.needed_rates(ceilings, self._best_value())
         if not is_finest:
             begun.sweep = search.begin(needed, TOLERANCES[begun.num_done], sweep.part)
@@ -147,7 +148,7 @@ class Passes:
         return self.best.packing.value
 
     def _pack(self, rates: Rates, time_limit_s: float) -> Verdict:
-        """The best packing at these rates, kept if no better one is known."""
+        """Return the best packing at these rates, and keep it unless a better one is known."""
         chosen, packing = self.search.pack(rates, time_limit_s, self.seed)
         found = packing.found
         if found is not None and (self.best is None or not self._is_worse(found.value, self.best.packing.value)):
@@ -172,8 +173,8 @@ class Passes:
         )
 
     def outcome(self) -> Outcome | None:
-        """The best packing as replicas, at their exact rates; None without one."""
-        if not self._is_packed:  # a pass was cut: what it found counts, even of a spent budget
+        """Return the best packing as replicas at their exact rates, or None without one."""
+        if not self._is_packed:  # a pass was cut short: its finds count even if the budget is spent
             seconds = max(LEAST_MILP_SECONDS, min(MILP_SECONDS, self.budget.remaining_s()))
             self._pack(self.search.rates(), seconds)
         if self.best is None:

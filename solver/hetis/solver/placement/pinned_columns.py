@@ -1,8 +1,8 @@
-"""Columns for pins: what the relaxation has no reason to ask for, because pricing knows no pin.
+"""Columns for pins, which the relaxation does not need because pricing ignores pins.
 
-GPUs that must be used are all but free, one pin after the other. Where there may be few replicas only, those are
-priced that are quick enough to be one of so few, with one GPU type all but free after the other. Where rent or GPUs are
-limited, they are what a replica costs.
+For each pin, GPUs that must be used are priced at almost nothing. If the number of replicas is limited, columns are
+priced that are fast enough to be one of so few, with each GPU type almost free in turn. If rent or GPUs are limited,
+these are the price of a replica.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from hetis.solver.placement.pricing import Pricer
 from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
 from hetis.solver.placement.template import Template
 
-CHEAP = 1e-3  # what GPUs that must be used cost, beside what others do
-KEEP = 0.7  # of the best ratio: what columns must have
+CHEAP = 1e-3  # price of GPUs that must be used, as a ratio to other prices
+KEEP = 0.7  # share of the best ratio that a column must reach
 TOLERANCE = 1e-2
-QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # of what each of the fewest replicas would have to serve of all that is possible
+QUICK = (0.0, 0.6, 0.4, 0.8, 0.25)  # least rate of a replica, as a share of the highest rate per allowed replica
 
 
 def pinned_columns(
     atlas: Atlas, pins: Pins, row_costs: FloatArray, prices: FloatArray, budget: Budget, threads: int
 ) -> Iterator[Template]:
-    """Replicas that pins may ask for; ``prices`` [rows] are those of GPUs that no pin wants."""
+    """Yield replicas that pins may require; ``prices`` [rows] are those of GPUs that no pin requires."""
     family, most = atlas.problem.family, float(pins.upper[-1])
     each = rate_bound(atlas) / most if np.isfinite(most) else 0.0
     free = [row > 0.0 for row in pins.wanted.T if row.any()]
-    if each:  # few replicas leave GPUs over, of whichever type
+    if each:  # with few replicas, GPUs of any type may be left idle
         rows = atlas.resources.rows
         free += [np.zeros(len(rows), dtype=bool)]
         free += [np.array([atlas.classes[g].gpu == gpu for g, _ in rows]) for gpu in _types(atlas)]
     asked = [np.where(cheap, CHEAP * prices, prices) for cheap in free]
-    asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate for what is limited
+    asked += [np.maximum(row, CHEAP * row.max()) for row in pins.dear.T]  # the best rate per limited unit
     for least in dict.fromkeys(share * each for share in QUICK):
         quick = replace(atlas, scopes=tuple(_quick(scope, least) for scope in atlas.scopes))
         every = configurations(quick)
@@ -57,7 +57,7 @@ def _types(atlas: Atlas) -> tuple[str, ...]:
 
 
 def _quick(scope: Scope, least_rate: float) -> Scope:
-    """The same with replicas of at least this rate only."""
+    """Return the scope with replicas of at least this rate only."""
     if least_rate <= 0.0:
         return scope
 

@@ -1,8 +1,8 @@
-"""Rows of the master that wishes ask for: GPUs in use at least, replicas at least and at most, a rent at most.
+"""Rows that constraints add to the master: a minimum of GPUs in use, limits on replicas, and a maximum rent.
 
-The relaxation that prices columns leaves them out, so that its bound holds with them too, if weaker: a GPU that must be
-used has a negative price, and pricing knows none. Whole counts keep them always, and the exact search of small fleets
-has them in its relaxation.
+The relaxation that prices columns omits them. Its bound still holds with them, if weaker: a GPU that must be used has a
+negative price, which pricing does not support. Whole counts always keep them, and the exact search of small fleets has
+them in its relaxation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
 from hetis.solver.placement.tables import FloatArray
 from hetis.solver.will import Marks, Sum
 
-ROUNDING = 1e-6  # share by which HiGHS may miss a row
+ROUNDING = 1e-6  # ratio by which HiGHS may miss a row
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """P rows ``lower <= sum_k (use_k of_rows + each) n_k <= upper``; ``of_rows`` [rows, P], the others [P]."""
+    """P rows ``lower <= sum_k (use_k of_rows + each) n_k <= upper``; ``of_rows`` is [rows, P], the others [P]."""
 
     of_rows: FloatArray
     each: FloatArray
@@ -28,24 +28,24 @@ class Pins:
     upper: FloatArray
 
     def coefficients(self, uses: IntArray) -> FloatArray:
-        """What columns with these uses [K, rows] count for, [K, P]."""
+        """Return the coefficients of columns with these uses [K, rows]; [K, P]."""
         found: FloatArray = uses @ self.of_rows + self.each
         return found
 
     def are_kept(self, uses: IntArray, counts: IntArray) -> bool:
-        """Whether so many replicas of every column keep them."""
+        """Return whether these numbers of replicas of every column satisfy the rows."""
         sums = counts @ self.coefficients(uses)
         room = ROUNDING * np.maximum(1.0, np.abs(sums))
         return bool(np.all(sums >= self.lower - room) and np.all(sums <= self.upper + room))
 
     @property
     def ask_for_gpus(self) -> bool:
-        """Whether some want GPUs to be used, so that a replica that does the same with fewer may not be as good."""
+        """Return whether some rows require GPUs in use, so that the same rate with fewer GPUs may be worse."""
         return bool(self.wanted.any())
 
     @property
     def wanted(self) -> FloatArray:
-        """Return the columns of `of_rows` that want GPUs, [rows, .]."""
+        """Return the columns of `of_rows` that require GPUs in use, [rows, .]."""
         return self.of_rows[:, np.isfinite(self.lower)]
 
     @property
@@ -55,7 +55,7 @@ class Pins:
 
 
 def pins_of(marks: Marks | None, classes: tuple[DeviceClass, ...], resources: Resources) -> Pins | None:
-    """The rows that a problem's marks ask for; None without any."""
+    """Return the rows that a problem's marks require, or None without any."""
     if marks is None or not marks.has_rows:
         return None
     used, count = len(marks.least), len(marks.least) + len(marks.most) + 1
@@ -73,5 +73,5 @@ def pins_of(marks: Marks | None, classes: tuple[DeviceClass, ...], resources: Re
 
 
 def unit_of(c: DeviceClass, of: Sum) -> float:
-    """What one GPU of a class adds to a sum."""
+    """Return what one GPU of a class adds to a sum."""
     return 1.0 if of is Sum.GPUS else c.usd_per_hour or 0.0

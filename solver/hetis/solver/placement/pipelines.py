@@ -1,8 +1,8 @@
-"""Every pipeline that an engine runs, listed: few stages of one TP size, without copies (`EngineRules`).
+"""The enumeration of every pipeline that an engine runs: few stages of one TP size, without copies (`EngineRules`).
 
-What such a replica may take of the fleet is soon written down: a number of TP groups of each device class, a
-*composition*, and perhaps attention workers of one class, as many for every stage. For each of them the quickest split
-of layers is found over all iteration mixes; the best of each remains, as a column of the master (`listing.py`).
+There are few ways in which such a replica may use the fleet: a number of TP groups of each device class, called a
+*composition*, optionally with attention workers of one class, equally many for every stage. For each of them the
+quickest split of layers is found over all iteration mixes, and the best becomes a column of the master (`listing.py`).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from hetis.solver.placement.template import Template, TemplateStage, gpus_of, in
 from hetis.solver.plan import Role
 
 NUM_ROLES = 4
-MOST_COMPOSITIONS = 400_000  # of one TP size and depth
-EXACT = 1e-12  # share by which a bound on an interval is taken to be rounded
+MOST_COMPOSITIONS = 400_000  # per TP size and depth
+EXACT = 1e-12  # ratio by which a bound on an interval may be rounded
 
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """What every stage of a replica has beside it: attention workers of a device class, so many of each copy."""
+    """The attention workers of every stage of a replica: a device class and their number."""
 
     device_class: int
-    size: int  # index of the number of cards among `Atlas.pool_sizes`
+    size: int  # index of the number of cards in `Atlas.pool_sizes`
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Replicas of one scope, TP size and depth, with the same attention workers at every stage, or none.
 
-    ``ranks`` are the rank types that stages may be of; ``counts`` [C, ranks] the compositions.
+    ``ranks`` are the rank types that stages may have; ``counts`` [C, ranks] are the compositions.
     """
 
     scope: int
@@ -58,8 +58,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What replicas of a shape are tried with, one in each row: mixes [X], and the head groups of every rank that
-    workers take [X], 0 without workers; ``least_slack`` and ``unevenness`` [X] are those of the regime."""
+    """Settings that replicas of a shape are tried with, one per row.
+
+    Rows have a mix [X] and the head groups of every rank that workers take [X], 0 without workers. ``least_slack`` and
+    ``unevenness`` [X] are those of the regime.
+    """
 
     mixes: IntArray
     groups: IntArray
@@ -68,9 +71,9 @@ class Sweep:
 
 
 def sweep_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
-    """Every mix with every number of head groups given."""
+    """Return every mix with every given number of head groups."""
     roles = [atlas.mixes[x].role for x in mixes.tolist()]
-    alone = Regime(0.0, 0.0)  # a single stage waits for nobody; others have as many micro-batches as stages
+    alone = Regime(0.0, 0.0)  # a single stage never waits; deeper pipelines have as many micro-batches as stages
     of_role = {role: alone if depth == 1 else atlas.regimes(role)[1] for role in set(roles)}
     each = len(groups)
     return Sweep(
@@ -82,10 +85,10 @@ def sweep_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Swe
 
 
 class StageTimes(NamedTuple):
-    """Stages of rank types R under the X rows of a sweep, slack included.
+    """Stages of rank types R under the X rows of a sweep, including slack.
 
-    Seconds per repeated layer [X, R], beside them [X, R, 4] by role, and the most repeated layers that fit in memory
-    and in a round trip with a chunk [X, R, 4].
+    Seconds per repeated layer [X, R], seconds besides layers [X, R, 4] by role, and the most repeated layers that fit
+    in memory and in a round trip with a chunk [X, R, 4].
     """
 
     layer_s: FloatArray
@@ -93,16 +96,16 @@ class StageTimes(NamedTuple):
     most: IntArray
 
     def shortest_s(self, num_layers: int, counts: IntArray) -> FloatArray:
-        """No split of a composition has a shorter interval: layers in fractions, the cheapest role; [C, X].
+        """Return lower bounds on each composition's interval, from fractional layers and the cheapest role; [C, X].
 
-        inf where its stages have no room for all layers.
+        The bound is inf if the stages have no room for all layers.
         """
-        room = counts.astype(float) @ self.most.max(axis=2).T.astype(float)  # of whole numbers numpy multiplies slowly
+        room = counts.astype(float) @ self.most.max(axis=2).T.astype(float)  # numpy multiplies integers slowly
         return np.where(room < num_layers, np.inf, _shortest_s(num_layers, counts, self.layer_s, self.fixed_s.min(2)))
 
 
 def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | None) -> StageTimes:
-    """What `options.list_options` says of single copies, a whole sweep at once; with workers, of unified mixes."""
+    """Compute what `options.list_options` does for single copies, for a whole sweep; workers need unified mixes."""
     t, f, s, x = atlas.scopes[shape.scope].tables, shape.in_flight_index, shape.ranks, sweep.mixes
     at = np.ix_(x, s)
     groups, n_it, given = t.rank_groups[s], t.iterations[x][:, None], sweep.groups[:, None]
@@ -148,9 +151,9 @@ def _shortest_s(num_layers: int, counts: IntArray, layer_s: FloatArray, beside_s
 
 
 def shortest_with(atlas: Atlas, shape: Shape, counts: IntArray, mixes: IntArray, workers: Workers) -> FloatArray:
-    """No replica of a composition with these workers has a shorter interval, whatever they take; [C, X].
+    """Return lower bounds on the interval of each composition with these workers, however much they take; [C, X].
 
-    Attention takes the least of any number of head groups, memory is no limit; inf beyond what latency allows.
+    Attention takes the least over all numbers of head groups, and memory is ignored; inf beyond the latency limits.
     """
     t, at = atlas.scopes[shape.scope].tables, np.ix_(mixes, shape.ranks)
     entries = t.least_pool_start[shape.ranks, workers.device_class] + workers.size
@@ -162,7 +165,7 @@ def shortest_with(atlas: Atlas, shape: Shape, counts: IntArray, mixes: IntArray,
 
 
 def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArray) -> FloatArray:
-    """Repeated layers in a rank's memory, by role; ``kept`` [X, R] are KV bytes of one layer; [X, R, 4]."""
+    """Return the repeated layers that fit in a rank's memory, [X, R, 4]; ``kept`` [X, R] is KV bytes of one layer."""
     t, s = atlas.scopes[shape.scope].tables, shape.ranks
     at = np.ix_(mixes, s)
     room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
@@ -173,7 +176,7 @@ def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArr
 
 
 def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s: FloatArray) -> FloatArray:
-    """What stages take beside their repeated layers; [X, S, 4]."""
+    """Return the seconds of stages besides their repeated layers; [X, S, 4]."""
     fixed_s = np.empty((*step_s.shape, NUM_ROLES))
     fixed_s[:, :, PLAIN] = step_s + hop_s
     fixed_s[:, :, FIRST] = step_s + prefix_s
@@ -183,7 +186,7 @@ def _by_role(step_s: FloatArray, hop_s: FloatArray, prefix_s: FloatArray, last_s
 
 
 def _slack(atlas: Atlas, shape: Shape, sweep: Sweep, request_s: FloatArray, chunk_s: FloatArray) -> FloatArray:
-    """`options.stretch`, less 1; [X, R]. ``request_s`` and ``chunk_s`` are of a repeated layer."""
+    """Return `options.stretch` minus 1; [X, R]. ``request_s`` and ``chunk_s`` are those of a repeated layer."""
     t, x, f = atlas.scopes[shape.scope].tables, sweep.mixes, shape.in_flight_index
     least, unevenness = sweep.least_slack[:, None], sweep.unevenness[:, None]
     iterations, nc, none = t.iterations[x][:, None], t.chunk_iterations[x][:, None], t.without_chunk[x, f][:, None]
@@ -201,15 +204,15 @@ def fill(
     num_layers: int, stages: IntArray, roles: IntArray, count: int, layer_s: FloatArray, fixed_s: FloatArray,
     most: IntArray, least: IntArray, worse_s: float, layers: IntArray,
 ) -> float:  # fmt: skip
-    """The shortest time of the longest of ``count`` stages that hold all layers between them, each the least of its
-    role [4] or more.
+    """Distribute all layers over ``count`` stages so that the longest is shortest; return the time of that stage.
 
-    ``stages`` and ``roles`` say which row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4] each is; fills
-    ``layers``. inf where they do not fit, or not below ``worse_s``.
+    ``stages`` and ``roles`` are each stage's row of ``layer_s`` [S], ``fixed_s`` and ``most`` [S, 4], and its role; a
+    stage holds at least ``least`` [4] of its role. Fills ``layers``. Return inf if the layers do not fit or the time is
+    not below ``worse_s``.
 
-    In fractions of layers all stages that are not full end at once. What each carries then is no more than it carries
-    at best, or the least that it must; the layers that are missing go, one by one, where the stage ends first with
-    them, those that are too many leave the stages that end last.
+    With fractional layers all stages that are not full end at the same time. Each stage then starts with no more
+    layers than it has in the best split, or its least. Missing layers are added one by one to the stage that ends first
+    with them, and surplus layers are taken from the stages that end last.
     """
     total = 0
     for i in range(count):
@@ -272,7 +275,7 @@ def fill(
 
 @kernel
 def _line_up(counts: IntArray, first: int, last: int, stages: IntArray, roles: IntArray) -> int:
-    """Writes a composition as stages in a row, and their roles; returns how many."""
+    """Write a composition as a sequence of stages and their roles; return their number."""
     count = 1
     stages[0], roles[0] = first, FIRST
     for s in range(counts.shape[0]):
@@ -293,11 +296,11 @@ def best_splits(
     num_layers: int, counts: IntArray, which: IntArray, layer_s: FloatArray, fixed_s: FloatArray, most: IntArray,
     least: IntArray, longest_s: float, shortest_s: float, mix: int, groups: int, best_s: FloatArray, found: IntArray,
 ) -> None:  # fmt: skip
-    """Where a mix serves a composition quicker than those before: its interval, itself, ends, and head groups given.
+    """Improve ``best_s`` [C] and ``found`` [C, 4] of compositions that a mix serves quicker than earlier ones.
 
-    ``counts`` [C, R] are compositions of as many stages, of which those in ``which`` are looked at. ``best_s`` [C] and
-    ``found`` [C, 4] are improved; no interval is longer than ``longest_s``, and none counts as less than
-    ``shortest_s``.
+    ``counts`` [C, R] are compositions of equally many stages, of which only those in ``which`` are looked at. ``found``
+    is (mix, first stage, last stage, head groups given away). No interval is longer than ``longest_s``, and none counts
+    as less than ``shortest_s``.
     """
     depth = 0
     for s in range(counts.shape[1]):
@@ -323,12 +326,12 @@ def best_splits(
 
 
 def shapes_of(atlas: Atlas) -> list[Shape]:
-    """The compositions of every scope, TP size and depth that the fleet has room for, and that have room for the model.
+    """Return the compositions of every scope, TP size and depth that fit the fleet and have room for the model.
 
     Raises:
-        InvalidProblemError: they are too many to list.
+        InvalidProblemError: there are too many to list.
     """
-    family, found, mixtures = atlas.problem.family, list[Shape](), cache(_mixtures)  # zones often have the same
+    family, found, mixtures = atlas.problem.family, list[Shape](), cache(_mixtures)  # zones often need the same ones
     engine, least = family.engine, least_layers(atlas)
     assert engine is not None, "other families have replicas that are not listed"
     for number in range(len(atlas.scopes)):
@@ -361,13 +364,13 @@ def _ranks_of(atlas: Atlas, scope: int, tp: int) -> list[int]:
 
 
 def _mixtures(num_ranks: int, depth: int) -> IntArray:
-    """Every number of stages of each rank type, ``depth`` in all; [C, ranks]."""
+    """Return every choice of ``depth`` stages as numbers of each rank type; [C, ranks]."""
     chosen = np.array(list(itertools.combinations_with_replacement(range(num_ranks), depth)), dtype=np.int64)
     return np.stack([(chosen == i).sum(axis=1) for i in range(num_ranks)], axis=1)
 
 
 def _with_room(atlas: Atlas, scope: int, ranks: list[int], counts: IntArray) -> IntArray:
-    """Those of ``counts`` [C, ranks] that the fleet has room for, and that have room for the model."""
+    """Return the rows of ``counts`` [C, ranks] that fit the fleet and have room for the model."""
     t = atlas.scopes[scope].tables
     layers = np.clip((t.room_bytes[ranks] - t.act_bytes[:, ranks].min(axis=0)) / t.layer_bytes[ranks], 0.0, None)
     fits = counts @ np.minimum(np.floor(layers + ROUNDING), t.num_layers) >= t.num_layers
@@ -379,7 +382,7 @@ def _with_room(atlas: Atlas, scope: int, ranks: list[int], counts: IntArray) -> 
 
 
 def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
-    """Whether the engine of the family runs a replica, as far as its shape says; any does where there is no engine."""
+    """Return whether the family's engine can run a replica, judging by its shape; True if there is no engine."""
     rules, mix = atlas.problem.family.engine, atlas.mixes[template.mix]
     if rules is None:
         return True
@@ -402,7 +405,7 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
 
 
 def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None, places: Sequence[int]) -> IntArray:
-    """Nodes that a replica of each composition takes at least, whatever else is on them; [C].
+    """Return the fewest nodes that a replica of each composition takes, whatever else is on them; [C].
 
     ``places`` are equal for device classes whose GPUs may be in one node (`shared_places`).
     """
@@ -420,7 +423,7 @@ def least_nodes(atlas: Atlas, shape: Shape, workers: Workers | None, places: Seq
 
 
 def least_layers(atlas: Atlas) -> IntArray:
-    """Repeated layers that a stage holds at least, by role; leading dense layers are the first one's own; [4]."""
+    """Return the fewest repeated layers of a stage by role; leading dense layers are the first stage's own; [4]."""
     engine, prefix = atlas.problem.family.engine, atlas.problem.model.prefix_layers
     least = np.full(NUM_ROLES, 1 if engine is None else engine.min_layers, dtype=np.int64)
     least[[FIRST, BOTH]] = np.maximum(1, least[[FIRST, BOTH]] - prefix)
@@ -428,7 +431,7 @@ def least_layers(atlas: Atlas) -> IntArray:
 
 
 def workers_of(atlas: Atlas, shape: Shape) -> Iterator[Workers]:
-    """The attention workers that replicas of a shape may have."""
+    """Yield the attention workers that replicas of a shape may have."""
     family, t = atlas.problem.family, atlas.scopes[shape.scope].tables
     engine = family.engine
     if engine is None or shape.depth > engine.max_pooled_stages or Role.UNIFIED not in family.roles:
@@ -446,7 +449,7 @@ def workers_of(atlas: Atlas, shape: Shape) -> Iterator[Workers]:
 def template_of_pipeline(
     atlas: Atlas, shape: Shape, counts: IntArray, found: IntArray, workers: Workers | None
 ) -> Template:
-    """The replica behind a composition [R] and what `best_splits` found of it [4]."""
+    """Return the replica behind a composition [R] and the row [4] that `best_splits` found for it."""
     t = atlas.scopes[shape.scope].tables
     x, first, last, groups = found.tolist()
     stages, roles, layers = np.empty((3, shape.depth), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Columns seen so far, and prices: what a proof is made of, and the floor that keeps pricing finite."""
+"""The columns seen so far, the prices of a bound, and the floor under prices that keeps pricing finite."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hetis.solver.placement.master import Columns
 from hetis.solver.placement.tables import Atlas, FloatArray
 from hetis.solver.placement.template import Template, use_of, zones_of
 
-PRICE_FLOOR = 1e-5  # of the mean price of a row's unit: no row is free, or a replica could be infinitely good
-NO_LINKS = np.zeros((0, 0))  # of a fleet whose links between zones carry no KV
+PRICE_FLOOR = 1e-5  # share of a row unit's mean price: with a free row a replica could be infinitely good
+NO_LINKS = np.zeros((0, 0))  # if no links between zones carry KV
 
 
 @dataclass(slots=True)
@@ -26,10 +26,10 @@ class Pool:
     uses: list[IntArray] = field(default_factory=list)
     links: list[FloatArray] = field(default_factory=list)
     _place: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _built: Columns | None = None  # of all templates; None: some are new since
+    _built: Columns | None = None  # of all templates; None if templates were added since
 
     def add(self, templates: Sequence[Template]) -> int:
-        """Adds new templates that fit in the fleet; returns how many were new."""
+        """Add new templates that fit in the fleet; return how many were new."""
         before = len(self.templates)
         routes = self.atlas.routes
         for template in templates:
@@ -44,7 +44,7 @@ class Pool:
         return len(self.templates) - before
 
     def columns(self, rate_cap: float = np.inf) -> Columns:
-        """All templates; rates count up to ``rate_cap`` only."""
+        """Return all templates as columns, with rates counted only up to ``rate_cap``."""
         if self._built is None:
             self._built = self._columns()
         return replace(self._built, rates=np.minimum(self._built.rates, rate_cap))
@@ -60,11 +60,11 @@ class Pool:
         )
 
     def place(self, template: Template) -> int:
-        """The number of a template that was added."""
+        """Return the number of a template that was added."""
         return self._place[template.shape]
 
     def counts_from(self, other: Pool, counts: IntArray) -> IntArray:
-        """Counts of another pool's templates, all of them in this one, in this one's order."""
+        """Return counts of another pool's templates, all of which are in this pool, in this pool's order."""
         mine = np.zeros(len(self.templates), dtype=np.int64)
         for template, count in zip(other.templates, counts, strict=False):
             mine[self.place(template)] += count
@@ -82,13 +82,13 @@ class Bound:
 
 
 def lifted(prices: FloatArray, resources: Resources, total: float) -> FloatArray:
-    """Row prices with a floor under those of GPUs. ``total``: what the whole inventory is worth; [rows]."""
+    """Return row prices with a floor for GPU rows; ``total`` is the worth of the whole inventory; [rows]."""
     gpus = resources.counts_gpus
     return np.maximum(prices, PRICE_FLOOR * total / max(1.0, float(gpus @ resources.limits)) * gpus)
 
 
 def first_prices(atlas: Atlas) -> FloatArray:
-    """Row prices before there are better ones: a GPU is worth about its memory bandwidth; [rows]."""
+    """Return initial row prices, at which a GPU is worth about its memory bandwidth; [rows]."""
     types, rows = atlas.problem.cluster.gpu_types, atlas.resources.rows
     worth = np.array([types[atlas.classes[g].gpu].mem_bytes_per_s for g, _ in rows])
     return np.asarray(worth / worth.max() * atlas.resources.counts_gpus)

@@ -43,11 +43,11 @@ BATCH = 32
 SCARCE = 256
 RATIO_TOLERANCE, FINEST_TOLERANCE = 2e-4, 1e-6  # intervals narrower than this are not halved further
 KERNELS = (all_lines, ceilings, list_options, best_column, useful_options, best_sequential, best_within_cap)
-ROUNDING = 1e-9  # share by which what is proved at other prices is widened
+ROUNDING = 1e-9  # ratio by which a ceiling proved at other prices is widened
 
 
 def compile_rest() -> None:
-    """Compiles what only some searches call; where one has run that calls the rest."""
+    """Compile the kernels that only some searches call, for use after a search has compiled the others."""
     compile_alike(best_within_cap, best_sequential)
 
 
@@ -55,11 +55,11 @@ def best_replica(
     t: Tables, x: int, f: int, max_copies: int, max_pool: int, group_price: FloatArray, card_price: FloatArray,
     scarce: BoolArray, limits: Limits, proof: Ceiling, floor: float, tolerance: float,
 ) -> tuple[float, IntArray, float]:  # fmt: skip
-    """The replica of a configuration with the best ``rate / price``, if any is above ``floor``.
+    """Return the replica of a configuration with the best ``rate / price``, if it is above ``floor``.
 
     Returns (ratio, rows of its stages, bound): no replica that fits in the fleet is above ``max(bound, floor)``.
 
-    No kernel itself: machine code of kernels that call kernels holds theirs, and compiling this one took a minute.
+    This is not a kernel: the machine code of a kernel contains that of those it calls, and compiling it took a minute.
     """
     options = list_options(
         t, x, f, max_copies, max_pool, limits.slack, limits.slack_unevenness, limits.chunk_cap_s, limits.unevenness,
@@ -95,18 +95,18 @@ def best_replica(
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """Outcome of one pricing: the columns found, and the highest ``rate / price`` any replica can have."""
+    """The result of one pricing: the columns found, and a bound on ``rate / price`` of any replica."""
 
     templates: tuple[Template, ...]
     ratio_bound: float
-    complete: bool  # False: the budget ran out; ceilings, infinite at worst, stand in for what was not searched
+    complete: bool  # False if the budget ran out; the bound then uses ceilings, infinite at worst, for the rest
 
 
 class Pricer:
-    """Prices some configurations, all on one side of the master.
+    """Prices configurations that are all on one side of the master.
 
-    ``row_costs`` [rows] is what a row's unit costs beside its dual. Intervals narrower than ``tolerance`` are not
-    halved further: what that leaves open goes into the bound.
+    ``row_costs`` [rows] is the cost of a row's unit besides its dual. Intervals narrower than ``tolerance`` are not
+    halved further, and the remaining uncertainty goes into the bound.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class Pricer:
     def price(
         self, row_prices: FloatArray, floor: float, keep: float, budget: Budget, *, rate_cap: float, ease: float = 0.0
     ) -> Priced:  # fmt: skip
-        """Finds the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
+        """Find the best column of every configuration whose ratio could exceed ``floor`` (inf: of none).
 
-        Rates count up to ``rate_cap`` only. With ``ease`` configurations are left alone that cannot exceed the floor by
-        more than this share; what they may have goes into the bound.
+        Rates count only up to ``rate_cap``. Configurations that cannot exceed the floor by more than the ratio
+        ``ease`` are skipped, and their ceilings go into the bound.
 
-        Columns within ``keep`` of the best ratio found so far are returned; a configuration that cannot come that
-        close is not searched, and its ceiling does not exceed the bound returned.
+        Columns within ``keep`` of the best ratio found so far are returned. A configuration that cannot come that
+        close is not searched, and its ceiling does not exceed the returned bound.
         """
         if not self.configurations or floor == np.inf:
             return Priced((), floor if self.configurations else 0.0, True)
@@ -174,7 +174,7 @@ class Pricer:
             bound = max(floor, float(highest[highest <= enough].max(initial=0.0)))
             order = np.argsort(-highest, kind="stable")
             order = order[highest[order] > enough]
-            # In batches: the threshold of a batch depends on those before it only, so that threads change nothing.
+            # In batches: a batch's threshold depends only on earlier ones, so the number of threads changes nothing.
             for start in range(0, len(order), BATCH):
                 threshold = max(floor, best * keep)
                 batch = order[start : start + BATCH]
@@ -197,23 +197,23 @@ class Pricer:
         return Priced(templates, float(bound), complete)
 
     def _longest_s(self, c: Configuration) -> float:
-        """No replica of a configuration has a longer interval."""
+        """Return an interval that no replica of a configuration exceeds."""
         longest_s: float = interval_cap(self.atlas.scopes[c.scope].tables, c.mix, c.in_flight_index, c.unevenness)
         return longest_s
 
     def _counted(self, rate_cap: float) -> FloatArray:
-        """The share of its slowest allowed rate that counts, of every configuration."""
+        """Return the share of each configuration's slowest allowed rate that counts."""
         shares = np.ones(len(self.configurations))
         if np.isfinite(rate_cap):
-            possible = self.longest_s > 0.0  # others have no replica at all
+            possible = self.longest_s > 0.0  # other configurations have no replica at all
             shares[possible] = np.minimum(1.0, rate_cap * self.longest_s[possible])
         return shares
 
     def _tables(self, rate_cap: float) -> list[Tables]:
-        """The tables of every configuration, with intervals no shorter than a rate that counts.
+        """Return the tables of every configuration, with intervals no shorter than the cap on rates allows.
 
-        Where a latency limit asks for shorter ones, any that meets it will do: all of them count for the cap, a share
-        of the slowest such rate.
+        If a latency limit requires shorter intervals, any interval within the limit is allowed. Such rates all count as
+        the cap, which is a share of the slowest of them.
         """
         whole = {int(scope): self.atlas.scopes[scope].tables for scope in np.unique(self.scopes)}
         made: dict[tuple[int, float], Tables] = {}
@@ -230,10 +230,9 @@ class Pricer:
         self, which: IntArray, tables: Sequence[Tables], group_price: FloatArray, card_price: FloatArray,
         enough: FloatArray, workers: ThreadPoolExecutor, budget: Budget,
     ) -> FloatArray:  # fmt: skip
-        """Upper bounds on the ratio of these configurations, no sharper than what is enough of each [configurations],
-        with m and r; [which, 3].
+        """Return upper bounds on the ratio of these configurations, with m and r; [which, 3].
 
-        Those that the budget leaves no time for are infinite.
+        Bounds are no sharper than ``enough`` [configurations] requires, and infinite if the budget ran out first.
         """
         asked = np.zeros(len(self.configurations), dtype=bool)
         asked[which] = True
@@ -263,11 +262,11 @@ class Pricer:
         return asked_of(self.mixes[members], self.in_flight[members], limits)
 
 
-STALE = 0.05  # share by which shortest intervals may have grown since lines were made: a little less sharp
+STALE = 0.05  # ratio by which shortest intervals may grow before lines, which lose sharpness, are made again
 
 
 class _Share:
-    """Configurations of one scope, the work of one thread, with their lines once these are asked for."""
+    """Configurations of one scope, which one thread handles, and their lines once tabulated."""
 
     def __init__(self, members: IntArray) -> None:
         self.members = members
@@ -281,8 +280,10 @@ class _Share:
         self.lines, self.begins = all_lines(t, asked, max_copies, max_pool)
 
     def is_stale(self, t_floors: FloatArray) -> bool:
-        """Whether there are no lines, or for shortest intervals that are now too long, or much too short: lines hold
-        for longer ones, a little less sharply."""
+        """Return whether lines are missing, or made for shortest intervals that are too long or much too short.
+
+        Lines remain valid for longer shortest intervals, only less sharp.
+        """
         if self.lines is None:
             return True
         return bool(np.any(t_floors < self.t_floors) or np.any(t_floors > (1.0 + STALE) * self.t_floors))
@@ -292,7 +293,7 @@ def pricers_of(
     atlas: Atlas, row_costs: FloatArray, roles: Sequence[Role], *, max_copies: int, max_pool: int, threads: int,
     target_gap: float,
 ) -> list[Pricer]:  # fmt: skip
-    """One for every side of the master; those of other roles have nothing to price."""
+    """Return a pricer for each side of the master; sides of other roles have no configurations."""
     every = [c for c in configurations(atlas) if atlas.mixes[c.mix].role in roles]
     return [
         Pricer(
@@ -309,7 +310,7 @@ def pricers_of(
 
 
 def _shares(scopes: IntArray) -> Iterator[IntArray]:
-    """Shares of the configurations for one thread each, in their order; those of a share have the same scope."""
+    """Yield parts of the configurations for one thread each, in order; each part lies within one scope."""
     for scope in np.unique(scopes):
         alike = np.flatnonzero(scopes == scope)
         for start in range(0, len(alike), 4 * BATCH):
@@ -317,10 +318,10 @@ def _shares(scopes: IntArray) -> Iterator[IntArray]:
 
 
 class _Proved:
-    """Ceilings proved at earlier prices, which say something at others.
+    """Ceilings proved at earlier prices, and what they imply at others.
 
-    With ``y <= c y'`` in every row no replica is dearer at y than c times what it is at y', so that its ratio at y' is
-    at most c times that at y. Rates that count up to less only lower it.
+    If ``y <= c y'`` in every row, no replica costs more at y than c times its price at y', so its ratio at y' is at
+    most c times its ratio at y. A lower cap on rates can only lower the ratio.
     """
 
     def __init__(self, num_configurations: int, num_rows: int) -> None:
@@ -329,20 +330,20 @@ class _Proved:
         self.rate_caps = np.full(num_configurations, np.inf)
 
     def at(self, prices: FloatArray, rate_cap: float) -> FloatArray:
-        """No replica of a configuration has a ratio above this; inf: nothing is known; [configurations]."""
+        """Return upper bounds on the ratio of replicas of each configuration, inf if unknown; [configurations]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             dearer = np.where(self.prices > 0.0, self.prices / prices, 0.0).max(axis=1, initial=0.0)
             known = np.where(self.ratios > 0.0, self.ratios * dearer * (1.0 + ROUNDING), 0.0)
         return np.where((rate_cap <= self.rate_caps) & np.isfinite(self.ratios), known, np.inf)
 
     def note(self, which: IntArray | int, ratios: FloatArray | float, prices: FloatArray, rate_cap: float) -> None:
-        """Ceilings proved at these prices."""
+        """Record ceilings proved at these prices."""
         self.ratios[which], self.prices[which], self.rate_caps[which] = ratios, prices, rate_cap
 
 
 def _scarce(atlas: Atlas) -> BoolArray:
-    """Classes of which a single replica may well ask for more GPUs than there are; [N].
+    """Return the classes of which a single replica may well require more GPUs than exist; [N].
 
-    In larger classes such a replica is not ruled out while pricing: it can only loosen the bound.
+    In larger classes pricing does not exclude such replicas, which can only loosen the bound.
     """
     return np.array([c.available < SCARCE for c in atlas.classes])

@@ -1,13 +1,13 @@
-"""Prefill and decode on different replicas: who may send KV to whom, and what a request's halves are worth.
+"""Prefill and decode on different replicas: which may send KV to which, and how a request's worth is divided.
 
-Replicas stand on *sides* of the master: unified ones on one side, and per zone z the prefill replicas that send to
-decode replicas of z only, the prefill replicas that may send to every zone, and the decode replicas. A *route* leads
-from the prefill replicas of a zone to the decode replicas of a zone; F(z, y) is its flow in requests/s.
+Replicas are on *sides* of the master: unified ones on one side, and per zone z the prefill replicas that send to decode
+replicas of z only, the prefill replicas that may send to every zone, and the decode replicas. A *route* leads from the
+prefill replicas of a zone to the decode replicas of a zone; F(z, y) is its flow in requests/s.
 
-A side has a *rate price*: what serving one request/s there is worth, 1 on the unified side where the rate is maximised.
-A route is worth ``weight(z, y)``, 1 less the price of its link, and its two ends must share at least that much:
-``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows; `Routes.highest_rate` and
-`Routes.least_cost` make bounds of it.
+A side has a *rate price*, the value of serving one more request/s there, which is 1 on the unified side if the rate is
+maximised. A route is worth ``weight(z, y)``, 1 minus the price of its link, and its two ends must share at least that
+much: ``alpha(z) + beta(y) >= weight(z, y)``. That is the dual of the flow rows, from which `Routes.highest_rate` and
+`Routes.least_cost` derive bounds.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ UNIFIED = 0  # the side of unified replicas
 
 
 def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
-    """Activations that a request of a replica over several zones puts on a link between them: ``(P + O) H s``."""
+    """Return activation bytes of a request that cross a link between zones of one replica: ``(P + O) H s``."""
     return (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
 
 
 def most_spanning(problem: PlacementProblem) -> int:
-    """Replicas over several zones that may have to share a link: as many as memory has room for the weights of."""
+    """Return how many replicas over several zones may share a link: as many as memory can hold the weights of."""
     weights = problem.model.params() * problem.model.weight_bytes
     room = 0.0
     for group in problem.cluster.node_groups:
@@ -44,7 +44,7 @@ def most_spanning(problem: PlacementProblem) -> int:
 
 
 def slowest_between(network: Network, zones: Sequence[str]) -> float:
-    """Bytes/s of the slowest link between any two of several zones."""
+    """Return bytes/s of the slowest link between any two of several zones."""
     return min(network.zone_link(a, b).bytes_per_s for i, a in enumerate(zones) for b in zones[i + 1 :])
 
 
@@ -54,7 +54,7 @@ class Valuation:
 
     Attributes:
         value: no plan is better.
-        scale: what the row prices are multiplied by to be dual feasible (1 where cost is minimised).
+        scale: the factor that makes the row prices dual feasible (1 if cost is minimised).
         rate_prices: of every side, shape [sides].
         link_prices: of a request/s of KV from zone to zone, shape [Z, Z].
     """
@@ -71,9 +71,9 @@ class Routes:
 
     Attributes:
         zones: names, in the cluster's order.
-        splits_roles: whether the family has prefill and decode replicas; if not there is one side and no route.
+        splits_roles: whether the family has prefill and decode replicas; otherwise there is one side and no route.
         capacity: requests/s whose KV the link from zone to zone carries, shape [Z, Z]; inf inside a zone.
-        most_spanning: unified replicas over several zones that share a link equally.
+        most_spanning: the number of unified replicas over several zones that share a link equally.
     """
 
     zones: tuple[str, ...]
@@ -87,11 +87,11 @@ class Routes:
 
     @property
     def has_links(self) -> bool:
-        """Whether KV may cross from zone to zone."""
+        """Return whether KV may cross from zone to zone."""
         return self.splits_roles and len(self.zones) > 1
 
     def side(self, role: Role, zone: int = 0, *, sends_afar: bool = False) -> int:
-        """The number of a side: unified, then by zone local senders, senders to all zones, receivers."""
+        """Return the number of a side: unified, then by zone local senders, senders to all zones, receivers."""
         if role is Role.UNIFIED:
             return UNIFIED
         block = 2 if role is Role.DECODE else int(sends_afar)
@@ -103,9 +103,9 @@ class Routes:
         return local, afar, receiving
 
     def link_use(self, zones: Sequence[int]) -> FloatArray:
-        """What a unified replica over ``zones`` takes of every link, in requests/s of KV; [Z, Z].
+        """Return what a unified replica over ``zones`` takes of every link, in requests/s of KV; [Z, Z].
 
-        It is granted its share whether it uses all of it or not, so that it takes the same at any rate.
+        The share is granted whether all of it is used or not, so it is the same at any rate.
         """
         use = np.zeros_like(self.capacity)
         inside = np.ix_(sorted(set(zones)), sorted(set(zones)))
@@ -114,13 +114,13 @@ class Routes:
             np.fill_diagonal(use, 0.0)
         return use
 
-    # --- bounds. Sides have ``theta`` [sides]: the highest rate / (cost + price of the GPUs) of any replica there, at
-    # least 0 (none); inf: not known. ``worth`` is what the row prices make of the whole fleet, y limits.
+    # --- bounds. Sides have ``theta`` [sides], the highest rate / (cost + price of the GPUs) of any replica there: 0 if
+    # none, inf if unknown. ``worth`` is the value of the whole fleet at the row prices, y limits.
 
     def highest_rate(self, theta: FloatArray, worth: float) -> Valuation:
-        """The least bound on the served rate that the row prices prove.
+        """Return the least bound on the served rate that the row prices prove.
 
-        With all row prices multiplied by s a replica of side i is worth ``rate <= s price / a_i`` for every rate price
+        With all row prices multiplied by s, a replica of side i is worth ``rate <= s price / a_i`` for every rate price
         ``a_i <= s / theta_i``. So s must be at least theta of the unified side, and on every route
 
             s (1 / theta_p + 1 / theta_d) + link price >= 1
@@ -142,7 +142,7 @@ class Routes:
         return scale * worth + float(self.capacity[between] @ over)
 
     def least_cost(self, theta: FloatArray, worth: float, demand: float) -> Valuation | None:
-        """The highest bound on the cost of serving ``demand`` requests/s; None where no price of it is known.
+        """Return the highest bound on the cost of serving ``demand`` requests/s, or None if no price of it is known.
 
         A price pi of demand is feasible if no replica's rate price exceeds ``1 / theta``: ``pi <= 1 / theta`` on the
         unified side and ``pi <= 1 / theta_p + 1 / theta_d + link price`` on every route. The bound
@@ -166,7 +166,7 @@ class Routes:
         return price * demand - worth - float(self.capacity[between] @ np.maximum(0.0, price - effort[between]))
 
     def _efforts(self, theta: FloatArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-        """``1 / theta_p + 1 / theta_d`` of every route [Z, Z], and which routes between zones have replicas at all."""
+        """Return ``1 / theta_p + 1 / theta_d`` of every route [Z, Z], and which routes between zones have replicas."""
         count = len(self.zones)
         if not self.splits_roles:
             return np.full((count, count), np.inf), np.zeros((count, count), dtype=bool)
@@ -178,9 +178,9 @@ class Routes:
         return effort, np.isfinite(effort) & ~np.eye(count, dtype=bool)
 
     def shared_out(self, theta: FloatArray, price: float, link_prices: FloatArray) -> FloatArray:
-        """Rate prices [sides] that give every route its weight, each side as far above its need as the others.
+        """Return rate prices [sides] that give every route its weight, with equal room above each side's need.
 
-        Among the many that would do these leave all sides the same room: a replica matters only if it is better than
+        Of the many possible prices these leave all sides the same room: a replica matters only if it is better than
         theta of its side by as much as the worst route has to spare.
         """
         prices = np.full(self.num_sides, price)
@@ -192,7 +192,7 @@ class Routes:
         with np.errstate(divide="ignore"):
             scale = float((weight / effort).max())
         if not 0.0 < scale < np.inf:
-            return prices  # nothing is known of any route: either half is priced like the whole
+            return prices  # nothing is known of any route, so either half is priced like the whole
         _, _, theta_d = self.parts(theta)
         with np.errstate(divide="ignore"):
             receiving[:] = np.minimum(scale / theta_d, price)
@@ -206,7 +206,7 @@ class Routes:
 
 
 def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int) -> Routes:
-    """The routes of a problem, whatever replicas there turn out to be."""
+    """Return the routes of a problem, whichever replicas it will have."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
     num_bytes = moments.mean_prompt * model.kv_bytes_per_token()
     capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])

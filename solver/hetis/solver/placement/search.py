@@ -1,4 +1,4 @@
-"""Which search a problem gets: equal stages listed, sub-fleets exactly, or column generation, zones merged or not."""
+"""The choice of a search: equal stages enumerated, sub-fleets exactly, or column generation, zones merged or not."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ from hetis.solver.placement.zones import merged_problem, rate_prices_of, row_pri
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.problem import PlacementProblem
 
-RELAXATION, COLUMNS = 0.6, 0.8  # of the time left: for the relaxation where there are pins, then for their columns
+RELAXATION, COLUMNS = 0.6, 0.8  # shares of the time left, with pins: for the relaxation, then for the pins' columns
 
 
 def search(
     atlas: Atlas, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int, report: Report, *,
     simplest_within: float = 0.0,
 ) -> Outcome | None:  # fmt: skip
-    """The best replicas found, with a bound; None if the family holds no plan or the budget was spent before one.
+    """Return the best replicas found with a bound, or None if the family is empty or the budget ended before a plan.
 
-    With ``simplest_within``, a share of the best value, an engine's replicas on the fewest nodes that are no worse.
-
-    Progress is reported in the master's unit: saturated requests/s, or what is minimised.
+    With ``simplest_within``, a share of the best value, an engine's replicas use the fewest nodes that lose no more
+    than this share. Progress is in the master's unit: saturated requests/s, or what is minimised.
     """
     if not atlas.ranks:
         return None
@@ -52,7 +51,7 @@ def search(
     def of_types(pair: Atlas, news: Report) -> Outcome | None:
         try:
             return search(pair, strategy, budget, gap_target, seed, threads, news)
-        except NoPlanFoundError:  # a pair that keeps no pin, as far as anyone knows
+        except NoPlanFoundError:  # no plan of this pair is known to keep the pins
             if family.one_type_per_role:
                 raise
             return None
@@ -89,10 +88,10 @@ def _pinned(
     generation: ColumnGeneration, known: Outcome | None, pins: Pins, budget: Budget, gap_target: float, seed: int,
     threads: int,
 ) -> Outcome | None:  # fmt: skip
-    """The best choice that keeps pins, with columns that only they ask for; None: proved that there is none.
+    """Return the best choice that keeps the pins, with columns generated for them; None if there is provably none.
 
     Raises:
-        NoPlanFoundError: none was found, and nothing proved.
+        NoPlanFoundError: no choice was found, nor proved impossible.
     """
     if not generation.may_have_plan:
         return None
@@ -107,7 +106,7 @@ def _pinned(
 
 
 def _with_bound(outcome: Outcome, bound: float, *, maximises: bool) -> Outcome:
-    """An outcome with another bound that holds for it, where that is tighter."""
+    """Return an outcome with another valid bound, if that is tighter."""
     tightest = (min if maximises else max)(outcome.bound, bound)
     return replace(outcome, bound=sound_bound(tightest, outcome.value, maximises=maximises))
 
@@ -115,7 +114,7 @@ def _with_bound(outcome: Outcome, bound: float, *, maximises: bool) -> Outcome:
 def _generate(
     generation: ColumnGeneration, budget: Budget, gap_target: float, seed: int, threads: int
 ) -> Outcome | None:
-    """Column generation, zones merged or not."""
+    """Run column generation, with zones merged or not."""
     atlas, master, row_costs = generation.atlas, generation.master, generation.row_costs
     _announce_compilation(KERNELS, budget, generation.report)
     if master.demand is not None and not _can_serve(generation, master.demand, threads, gap_target):
@@ -132,11 +131,11 @@ def _generate(
         relaxed = generation.bound.value if generation.is_whole_family else None
     outcome = generation.solve(uniform_templates(atlas), threads=threads, gap_target=gap_target, seed=seed)
     if outcome is None and generation.may_have_plan and master.pins is None and not budget.is_spent():
-        # Columns were found that fit in no packing: too little proof of anything.
+        # The columns found fit in no packing, which proves nothing.
         return solve_exactly(atlas, master, row_costs, budget=budget, report=generation.report, seed=seed)
     if outcome is None or relaxed is None:
         return outcome
-    # The relaxation's bound holds, whatever the zones' own search proves.
+    # The bound of the relaxation holds whatever the search over separate zones proves.
     return _with_bound(outcome, relaxed, maximises=master.maximises)
 
 
@@ -146,7 +145,7 @@ def _announce_compilation(kernels: Sequence[Callable[..., object]], budget: Budg
 
 
 def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_target: float) -> bool:
-    """Whether the fleet's best rate may reach the demand; the columns of that search stay with ``generation``."""
+    """Return whether the fleet's best rate may reach the demand; ``generation`` keeps the columns of that search."""
     atlas = generation.atlas
     fastest = ColumnGeneration(
         atlas,
@@ -163,9 +162,9 @@ def _can_serve(generation: ColumnGeneration, demand: float, threads: int, gap_ta
 def _search_merged(
     merged: Atlas, generation: ColumnGeneration, threads: int, gap_target: float, seed: int
 ) -> Outcome | None:
-    """Searches a fleet of several zones through its one-zone relaxation; None if that leaves too wide a gap.
+    """Search a fleet of several zones through its one-zone relaxation; return None if that leaves too wide a gap.
 
-    The columns found stay with ``generation``.
+    ``generation`` keeps the columns found.
     """
     master = Master(merged.resources.limits, generation.master.demand, merged.routes)
     relaxed = ColumnGeneration(
@@ -189,7 +188,7 @@ def _search_merged(
 
 
 def demanded_rate(problem: PlacementProblem) -> float | None:
-    """The saturated rate that the demanded goodput takes; None where the rate is maximised."""
+    """Return the saturated rate that the demanded goodput takes, or None if the rate is maximised."""
     objective = problem.objective
     if objective.maximises:
         return None
@@ -198,7 +197,7 @@ def demanded_rate(problem: PlacementProblem) -> float | None:
 
 
 def row_costs_of(atlas: Atlas) -> FloatArray:
-    """What one unit of each row costs in the objective: rent or a GPU for the rows that count GPUs."""
+    """Return the cost of one unit of each row in the objective: rent or one GPU for the rows that count GPUs."""
     kind = atlas.problem.objective.kind
     costs = []
     for device_class, p in atlas.resources.rows:
@@ -209,9 +208,9 @@ def row_costs_of(atlas: Atlas) -> FloatArray:
 
 
 def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
-    """The best plan of equal stages, found at once; None: none was found. It may have several types in one role.
+    """Return the best plan of equal stages, which takes little time, or None if none was found.
 
-    Its bound is of the family of `uniform` only.
+    One role may have several GPU types. The bound holds for the family of `uniform` only.
     """
     if not atlas.ranks:
         return None
@@ -226,7 +225,7 @@ def equal_stages(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
 def _enumerate_uniform(
     atlas: Atlas, master: Master, row_costs: FloatArray, budget: Budget, seed: int
 ) -> Outcome | None:
-    """The family of `uniform` is small enough to list: every GPU type, TP size and number of stages at its best."""
+    """Enumerate the small family of `uniform`: every GPU type, TP size and number of stages at its best."""
     pool = Pool(atlas, row_costs)
     pool.add(uniform_templates(atlas))
     if not pool.templates:
@@ -259,7 +258,7 @@ def _enumerate_uniform(
 
 
 def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Outcome | None:
-    """What a search that was cut short has found, unless the plan of equal stages is better; with the better bound."""
+    """Return the better of an interrupted search's outcome and the plan of equal stages, with the former's bound."""
     if found is None or first is None:
         return first if found is None else found
     is_ahead = first.value > found.value if master.maximises else first.value < found.value
@@ -267,7 +266,7 @@ def _better(found: Outcome | None, first: Outcome | None, master: Master) -> Out
 
 
 def _first_plan(atlas: Atlas, budget: Budget, seed: int) -> Outcome | None:
-    """A plan of equal stages for want of time, bounded by dense work alone."""
+    """Return a quick plan of equal stages, bounded by dense work alone."""
     outcome = equal_stages(atlas, Budget(cancelled=budget.cancelled), seed)
     bound = rate_bound(atlas) if atlas.problem.objective.maximises else 0.0
     return None if outcome is None else replace(outcome, bound=bound)

@@ -1,4 +1,4 @@
-"""Replicas with a single micro-batch, compiled: stages take turns, so that the interval t is the sum of stage times."""
+"""Replicas with a single micro-batch, compiled: stages work in turn, so the interval t is the sum of stage times."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, BoolArray, C
 def least_weighted(
     t: CoverTables, o: Options, prices: FloatArray, price_weight: float, time_weight: float
 ) -> tuple[float, float, IntArray]:
-    """Stages that cover all layers with the least ``price_weight price + time_weight sum of stage times``.
+    """Find stages that cover all layers with the least ``price_weight price + time_weight sum of stage times``.
 
-    A dynamic program over positions, every number of layers tried for every stage.
+    This is a dynamic program over positions that tries every number of layers for every stage.
 
     Returns (price, seconds, stages): stages [., 2] of (option, layers), first to last; none if nothing fits.
     """
@@ -70,15 +70,15 @@ def least_weighted(
 def best_sequential(
     t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, float, float]:
-    """The replica of a single-micro-batch configuration with the best ``rate / price = 1 / (t price)``.
+    """Find the replica of a single-micro-batch configuration with the best ``rate / price = 1 / (t price)``.
 
-    Price and t of the possible replicas are points of a plane; ``t price`` is quasi-concave, so its minimum over all
-    points is a vertex of their lower convex hull. The hull is walked edge by edge, an edge being opened only while the
+    Price and t of the possible replicas are points in a plane. ``t price`` is quasi-concave, so its minimum over all
+    points is a vertex of their lower convex hull. The hull is walked edge by edge, and an edge is opened only while the
     corner below it could beat ``ratio_floor`` and the best found. With a cap on t the minimum may lie inside an edge,
-    at the cap: that point bounds what no vertex reaches.
+    at the cap; that point bounds what no vertex reaches.
 
     Returns (ratio, time_weight, bound): `least_weighted` with price weight 1 and this time weight finds the replica.
-    What a cap leaves open between ratio and bound, `best_within_cap` closes.
+    `best_within_cap` closes the gap that a cap leaves between ratio and bound.
     """
     if prices.shape[0] == 0:
         return 0.0, 0.0, 0.0
@@ -128,15 +128,15 @@ def best_sequential(
 def useful_options(
     t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> IntArray:
-    """The options that a replica with ``1 / (t price) > ratio_floor`` and t within the cap can use.
+    """Return the options that a replica with ``1 / (t price) > ratio_floor`` and t within the cap can use.
 
     An option with n layers leaves the other layers to stages that cost at least the cheapest cover and take at least
-    the quickest one, each found on its own; if even that pair misses cap or floor for every n, the option is useless.
-    So it is if the least sum of ``sqrt(price seconds)`` of any cover is too large, for its square bounds ``t price``
-    from below (Cauchy-Schwarz); where that holds of every cover, no option is useful.
+    the quickest one, each found separately. If even that pair misses cap or floor for every n, the option is useless.
+    It is also useless if the least sum of ``sqrt(price seconds)`` of any cover is too large, because its square bounds
+    ``t price`` from below (Cauchy-Schwarz). If this holds for every cover, no option is useful.
     """
     num_layers, num_options = t.num_layers, prices.shape[0]
-    cheapest = np.full(num_layers + 1, np.inf)  # one stage with n layers, whatever its role
+    cheapest = np.full(num_layers + 1, np.inf)  # one stage with n layers in any role
     quickest = np.full(num_layers + 1, np.inf)
     least = np.full((4, num_layers + 1), np.inf)  # price times seconds of one stage
     for i in range(num_options):
@@ -185,7 +185,7 @@ def useful_options(
 
 @kernel
 def _least_cover(t: CoverTables, least: FloatArray) -> float:
-    """The least sum over stages that cover all layers; ``least`` [4, L + 1] of one stage by role and layers."""
+    """Return the least sum over stages that cover all layers; ``least`` [4, L + 1] is one stage's by role, layers."""
     num_layers = t.num_layers
     at = np.full(num_layers, np.inf)
     final: float = least[BOTH, num_layers]
@@ -203,12 +203,12 @@ def _least_cover(t: CoverTables, least: FloatArray) -> float:
 def best_fitting_sequential(
     t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, scarce: BoolArray
 ) -> tuple[float, IntArray, float]:
-    """A good single-micro-batch replica among those that fit in the fleet, and a bound on all of these.
+    """Return a good single-micro-batch replica that fits in the fleet, and a bound on all that fit.
 
-    For a row of time weights mu, penalties on scarce classes give Lagrangean bounds V(mu) on ``price + mu t``; with
-    t within the cap they bound price from below at every t, and so ``1 / (t price)``.
+    For a series of time weights mu, penalties on scarce classes give Lagrangian bounds V(mu) on ``price + mu t``. With
+    t within the cap they bound price from below at every t, and therefore ``1 / (t price)``.
 
-    Returns (ratio, stages, bound); ratio 0 and no stages if no fitting replica was met.
+    Returns (ratio, stages, bound); ratio 0 and no stages if no fitting replica was found.
     """
     steps = 15
     best, best_stages = 0.0, np.empty((0, 2), np.int64)
@@ -237,7 +237,7 @@ def best_fitting_sequential(
                     best, best_stages = 1.0 / (seconds * true_price), stages
                 if fleet <= 1e-3 * total:
                     break
-            # Along the subgradient, in ever smaller steps: large penalties would drown the prices in rounding.
+            # Follow the subgradient in ever smaller steps: large penalties would drown the prices in rounding.
             if step == 0.0:
                 step = 0.5 * total / max(1, over)
             for g in range(scarce.shape[0]):
@@ -252,7 +252,7 @@ def best_fitting_sequential(
             least = max(least, values[k] - weights[k] * following)
         bound = max(bound, 1.0 / (at * least))
         if least <= cheapest:
-            break  # from here on the price can fall no further, and longer intervals only lower the rate
+            break  # from here on the price falls no further, and longer intervals only lower the rate
         at = following
         if at >= interval_cap_s:
             break

@@ -1,4 +1,4 @@
-"""Why no replica fits in memory: what the smallest one needs beside what there is, the most telling shortage."""
+"""The reason why no replica fits in memory: the most telling shortage of the fleet for the smallest replica."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.plan import Role
 
 
 def why_nothing_fits(atlas: Atlas) -> str:
-    """One sentence, for a problem whose family holds no replica even without limits."""
+    """Return one sentence for a problem whose family holds no replica even without limits."""
     if not atlas.ranks:
         model, sizes = atlas.problem.model, "/".join(map(str, atlas.problem.family.tp_sizes))
         return f"{model.name}: its {model.q_heads} query heads cannot be split by any of TP {sizes} on this fleet"
@@ -20,7 +20,7 @@ def why_nothing_fits(atlas: Atlas) -> str:
 
 
 def _shortages(atlas: Atlas) -> Iterator[str]:
-    """From the plainest to what is left when all others are excluded."""
+    """Yield shortages, from the plainest to the one that remains if all others are excluded."""
     problem, model = atlas.problem, atlas.problem.model
     room, whose = _usable_by_a_replica(atlas)
     weights = model.params() * model.weight_bytes
@@ -60,13 +60,13 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
 
 
 def _rooms(atlas: Atlas) -> list[float]:
-    """Bytes beside the engine's on all GPUs of every class."""
+    """Return the bytes besides the engine's on all GPUs of every class."""
     rooms = atlas.scopes[-1].tables.worker_room_bytes
     return [float(room) * c.available for room, c in zip(rooms, atlas.classes, strict=True)]
 
 
 def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
-    """Bytes beside the engine's on all GPUs that one replica may use together, and whose they are."""
+    """Return the bytes besides the engine's on all GPUs that one replica may use together, and who has them."""
     rooms = _rooms(atlas)
     if atlas.problem.family.mixed_types or len(rooms) == 1:
         return sum(rooms), "this fleet"
@@ -76,13 +76,13 @@ def _usable_by_a_replica(atlas: Atlas) -> tuple[float, str]:
 
 
 def _fewest_kv_tokens(atlas: Atlas) -> float:
-    """Tokens of KV that a copy of a replica that decodes must have room for, whatever the mix."""
+    """Return the fewest tokens of KV that a copy of a decoding replica must have room for under any mix."""
     decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
     return float(atlas.scopes[-1].tables.kv_tokens[decodes].min())
 
 
 def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:
-    """Where a layer fits best: layers per rank (a fraction below 1: none), TP size, GPU, bytes needed and usable."""
+    """Return the best place for a layer: layers per rank (below 1 if none), TP size, GPU, needed and usable bytes."""
     t = atlas.scopes[-1].tables
     found = []
     for s, (device_class, tp) in enumerate(atlas.ranks):
@@ -93,7 +93,7 @@ def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:
 
 
 def _most_layers(atlas: Atlas) -> int:
-    """No replica holds more repeated layers, were it without KV and embeddings."""
+    """Return an upper bound on the repeated layers that a replica holds, ignoring KV and embeddings."""
     t = atlas.scopes[-1].tables
     most = [0] * len(atlas.classes)
     for s, (device_class, tp) in enumerate(atlas.ranks):

@@ -63,10 +63,10 @@ def solve_family(
     market: Market | None = None,
     simplest_within: float = 0.0,
 ) -> Plan:
-    """`hetis.solver.planning.solve_placement` by a strategy of our own; the problem's family is the strategy's.
+    """Solve as `hetis.solver.planning.solve_placement` does, by one of our own strategies within the problem's family.
 
-    Small fleets are solved exactly (`exact.py`), others by column generation (`generation.py`) until the gap is at
-    most ``gap_target``, the time is over or no column is left that could help.
+    Small fleets are solved exactly (`exact.py`). Others are solved by column generation (`generation.py`) until the
+    gap is at most ``gap_target``, the time is up or no remaining column could help.
     """
     searched = grounded(problem)
     report = in_objective_units(report, problem)
@@ -99,7 +99,7 @@ def solve_family(
 
 
 def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
-    """The simpler plan and what it gave up, or the best where the other is on no fewer nodes, nor of fewer shapes."""
+    """Return the simpler plan with a note on its loss, or the best if the other saves neither nodes nor shapes."""
     (nodes, shapes), (most, many) = _nodes_and_shapes(simpler), _nodes_and_shapes(best)
     if (nodes, shapes) >= (most, many):
         return replace(best, notes=(*best.notes, f"no plan within {within:.1%} of the best was found on fewer nodes"))
@@ -113,7 +113,7 @@ def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
 
 
 def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
-    """Nodes of every replica, together, and the different replicas."""
+    """Return the number of nodes, summed over replicas, and the number of distinct replica shapes."""
     nodes = sum(len({node_of(name) for name in replica.devices()}) for replica in plan.replicas)
     shapes = {
         (replica.role, *((s.gpu, s.tp, s.num_layers) for s in replica.stages),
@@ -124,8 +124,10 @@ def _nodes_and_shapes(plan: Plan) -> tuple[int, int]:
 
 
 def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int = 0) -> float | None:
-    """What the best plan of replicas with equal stages reaches, in the unit of the objective: what engines do without
-    a planner. None: there is no such plan, or none was found in time."""
+    """Return the value of the best plan of replicas with equal stages, which engines build without a planner.
+
+    The value is in the unit of the objective. Return None if there is no such plan or none was found in time.
+    """
     searched = grounded(replace(problem, family=STRATEGIES["uniform"].restrict(problem.family)))
     if searched.is_empty:
         return None
@@ -134,7 +136,7 @@ def equal_stages_value(problem: PlacementProblem, *, budget: Budget, seed: int =
 
 
 def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
-    """Progress in the unit of the objective: searches speak of saturated rates, people of goodput."""
+    """Return a report that converts progress to the unit of the objective (searches count saturated rates)."""
     scale = objective_scale(problem)
 
     def scaled(progress: Progress) -> None:
@@ -150,7 +152,7 @@ def in_objective_units(report: Report, problem: PlacementProblem) -> Report:
 
 
 def objective_scale(problem: PlacementProblem) -> float:
-    """From a saturated rate to the objective."""
+    """Return the factor from a saturated rate to the objective."""
     return problem.assumptions.planned_utilisation if problem.objective.kind is ObjectiveKind.GOODPUT else 1.0
 
 
@@ -162,7 +164,7 @@ def plan_of(
     bound_stages: list[list[BoundStage]],
     budget: Budget,
 ) -> Plan:
-    """What a search found, on named GPUs. ``templates`` are its replicas one by one, in the order of the plan."""
+    """Return the outcome of a search as a plan on named GPUs; ``templates`` lists its replicas in plan order."""
     problem = atlas.problem
     kind = problem.objective.kind
     scale = objective_scale(problem)
@@ -203,7 +205,7 @@ def plan_of(
 
 
 def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> ReplicaPlan:
-    """A template on named GPUs, in the numbers of the cost model."""
+    """Return a template on named GPUs, with the numbers of the cost model."""
     mix, m = atlas.mixes[template.mix], atlas.problem.family.in_flight[template.in_flight_index]
     zones = atlas.routes.zones if mix.sends_afar else atlas.scopes[template.scope].zones
     tables = atlas.scopes[template.scope].tables
@@ -246,7 +248,7 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
 
 
 def _with_devices(shape: ReplicaPlan, stages: list[BoundStage]) -> ReplicaPlan:
-    """The same replica on other GPUs."""
+    """Return the same replica on other GPUs."""
     return replace(
         shape,
         stages=tuple(
@@ -259,7 +261,7 @@ def _with_devices(shape: ReplicaPlan, stages: list[BoundStage]) -> ReplicaPlan:
 
 
 def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
-    """Tokens whose KV fits on all copies of a stage."""
+    """Return the number of tokens whose KV fits on all copies of a stage together."""
     t = atlas.scopes[template.scope].tables
     stage = template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
@@ -296,7 +298,7 @@ def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
     for template in outcome.runners_up:
         use = use_of(atlas, template)
         role = atlas.mixes[template.mix].role
-        worth = float(outcome.rate_prices[atlas.side_of(template.scope, template.mix)])  # of a request/s there
+        worth = float(outcome.rate_prices[atlas.side_of(template.scope, template.mix)])  # value of a request/s there
         reason = "would fit, but no packing of whole replicas with it is better"
         if objective.maximises:
             price = float(outcome.row_prices @ use)
@@ -317,7 +319,7 @@ def _runners_up(atlas: Atlas, outcome: Outcome) -> tuple[RunnerUp, ...]:
 
 
 def _paid_per_request(atlas: Atlas, outcome: Outcome) -> float:
-    """What the plan costs per request/s served."""
+    """Return what the plan costs per request/s served."""
     whole = sum(n * t.rate for t, n in outcome.chosen if atlas.mixes[t.mix].role is Role.UNIFIED)
     return outcome.value / (whole + float(outcome.flows.sum()))
 

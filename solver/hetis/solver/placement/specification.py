@@ -1,13 +1,14 @@
 """The placement problem as one compact MILP, written to be read: the specification of the search and its oracle.
 
-A maximum over products of choices looks nonlinear: a rate is one over a time that depends on every stage. It is linear
-exactly, because the time of a stage is a *number* once its option and layers are chosen. Let a binary y choose them,
-and let z be the rate that flows through that choice, 0 unless chosen: then ``u z`` is how busy the choice is.
+A maximum over products of choices looks nonlinear, since a rate is the inverse of a time that depends on every stage.
+It is linear nonetheless, exactly, because the time of a stage is a *number* once its option and layers are chosen. Let
+a binary y choose them, and let z be the rate that flows through that choice, 0 unless chosen: then ``u z`` is how busy
+the choice is.
 
-Only for tiny fleets, or for a few (b, M, C) of larger ones. It knows unified replicas only: families with prefill and
-decode replicas are refused, and explicit links between nodes; the capacity of links between zones is not modelled.
-Times and bytes are the checker's, not the search's. Which GPUs are alike it takes from the search (`classes.py`); the
-brute-force oracle of the tests, with classes and an arithmetic of its own, judges both.
+This works only for tiny fleets, or for a few (b, M, C) of larger ones, and only for unified replicas. Families with
+prefill and decode replicas are refused, as are explicit links between nodes; the capacity of links between zones is not
+modelled. Times and bytes are the checker's, not the search's. The classes of equal GPUs come from the search
+(`classes.py`); the brute-force oracle of the tests, with classes and arithmetic of its own, judges both.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from hetis.solver.placement.specification_sets import Choice, Sets
 from hetis.solver.plan import ObjectiveKind, Status
 from hetis.solver.problem import PlacementProblem
 
-cp: Any = cvxpy  # its own annotations cover half of what it exports
+cp: Any = cvxpy  # its annotations cover only half of its exports
 Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecificationResult:
-    """What the MILP found within its time.
+    """The result of the MILP within its time.
 
     ``value`` is 0 (infinity when minimising) without a plan; ``bound`` is proved for the slots and values given.
-    ``replicas`` describe the plan for people, one sentence each.
+    ``replicas`` describe the plan to people, one sentence each.
     """
 
     status: Status
@@ -58,9 +59,9 @@ def solve_specification(
     chunk_tokens: tuple[int, ...] | None = None,
     time_limit_s: float = math.inf,
 ) -> SpecificationResult:
-    """The best plan of at most ``num_replicas`` replicas of at most ``num_stages`` stages each.
+    """Return the best plan of at most ``num_replicas`` replicas of at most ``num_stages`` stages each.
 
-    Values of b, M and C default to all of the family; one of each fixes them.
+    Values of b, M and C default to all of the family; a single value fixes each.
 
     Sets       r replica slots; s stage slots: the first one, those in the middle, the last one
                e settings: what the stages of a replica share, (b, M, C), its zones, the slack that K copies earn
@@ -89,8 +90,8 @@ def solve_specification(
                planned utilisation * sum_re v_re >= demand        cost and gpus only
                sum_e v_re >= sum_e v_r+1,e                        every r       (equal slots: the fastest first)
 
-    Choices that do not fit in memory, or are too slow for the latency limits on their own, are never listed: so the
-    family's rules for iterations with a chunk are kept. Of a single micro-batch a setting has a limit on unevenness.
+    Choices that do not fit in memory, or are too slow for the latency limits on their own, are never listed, so the
+    family's rules for iterations with a chunk hold. A setting with a single micro-batch has a limit on unevenness.
     """
     if problem.cluster.network.between_nodes:
         raise InvalidProblemError("the specification does not know explicit links between nodes")
@@ -107,7 +108,7 @@ def solve_specification(
 
 
 class _Formulation:
-    """The MILP of one problem; letters as in `solve_specification`."""
+    """The MILP of one problem; letters are as in `solve_specification`."""
 
     def __init__(self, problem: PlacementProblem, num_replicas: int, num_stages: int) -> None:
         self.problem, self.R, self.S = problem, num_replicas, num_stages
@@ -126,13 +127,13 @@ class _Formulation:
         options = {"mip_rel_gap": 1e-9, "mip_feasibility_tolerance": 1e-9, "primal_feasibility_tolerance": 1e-9}
         if math.isfinite(time_limit_s):
             options["time_limit"] = time_limit_s
-        with warnings.catch_warnings():  # that a time limit was hit is in the status
+        with warnings.catch_warnings():  # the status already tells that a time limit was hit
             warnings.filterwarnings("ignore", message="Solution may be inaccurate", category=UserWarning)
             milp.solve(solver=cp.HIGHS, **options)
         return self._result(milp)
 
     def _structure(self) -> list[Any]:
-        """Settings, choices of a setting, layers, the last stage, and the order of equal replica slots."""
+        """Return the constraints on settings, their choices, layers, the last stage, and the order of equal slots."""
         repeated = self.problem.model.num_layers - self.problem.model.prefix_layers
         rate = cp.sum(self.v, axis=1)
         constraints = [
@@ -149,7 +150,7 @@ class _Formulation:
         return constraints
 
     def _rates(self) -> list[Any]:
-        """The busiest stage, the round trip, micro-batches for all copies, and the latency limits."""
+        """Return the constraints on the busiest stage, the round trip, copies' micro-batches, and latency."""
         num_gpus = self.problem.cluster.num_gpus()
         K = np.array([min(e.most_copies, num_gpus) for e in self.shared])
         T = np.array([e.t_limit_s for e in self.shared])
@@ -164,7 +165,7 @@ class _Formulation:
         return constraints
 
     def _packing(self) -> list[Any]:
-        """TP groups of every size inside the nodes of their class."""
+        """Return the constraints that TP groups of every size fit inside the nodes of their class."""
         sizes = [n for n in self.problem.family.tp_sizes if n > 1]
         constraints = []
         for g, device_class in enumerate(self.classes):
@@ -176,7 +177,7 @@ class _Formulation:
         return constraints
 
     def _cuts(self) -> list[Any]:
-        """Layers through a slot end where the model allows a cut; ``at`` chooses the place."""
+        """Return the constraints that stages end where the model allows a cut; ``at`` chooses the cut."""
         model = self.problem.model
         allowed = [i for i in range(model.prefix_layers, model.num_layers + 1) if model.allowed_cut(i)]
         if len(allowed) == model.num_layers - model.prefix_layers + 1:
@@ -211,23 +212,23 @@ class _Formulation:
         return q.u_s / shared.setting.in_flight
 
     def _setting_matrix(self, slot: Sequence[Choice], number_of: Callable[[Choice], float] = lambda q: 1.0) -> Array:
-        """A number of choice q in the column of its setting e, shape [choices, settings]."""
+        """Return a number of choice q in the column of its setting e, shape [choices, settings]."""
         matrix = np.zeros((len(slot), len(self.shared)))
         matrix[np.arange(len(slot)), [q.shared for q in slot]] = [number_of(q) for q in slot]
         return matrix
 
     def _by_setting(self, variables: list[Any], number_of: Callable[[Choice], float]) -> Any:
-        """``sum_(s, q of e) number_of(q) x_rsq`` of x = y or z, shape [replicas, settings]."""
+        """Return ``sum_(s, q of e) number_of(q) x_rsq`` for x = y or z, shape [replicas, settings]."""
         return sum(x @ self._setting_matrix(slot, number_of) for x, slot in zip(variables, self.slots, strict=True))
 
     def _total(self, number_of: Callable[[Choice], float]) -> Any:
-        """``sum_rsq number_of(q) y_rsq``."""
+        """Return ``sum_rsq number_of(q) y_rsq``."""
         return cp.sum(self._by_setting(self.y, number_of))
 
     # --- the answer
 
     def _no_plan(self) -> SpecificationResult:
-        """No stage holds even one layer within memory and limits."""
+        """Return the result if no stage holds even one layer within memory and limits."""
         value = 0.0 if self.problem.objective.maximises else math.inf
         return SpecificationResult(
             status=Status.INFEASIBLE, value=value, bound=value, num_binaries=0, solve_s=0.0, replicas=()
@@ -241,7 +242,7 @@ class _Formulation:
         has_plan = found and self.v.value is not None and float(np.sum(self.v.value)) > 1e-9
         if milp.status == cp.USER_LIMIT:
             status = Status.FEASIBLE if has_plan else Status.INTERRUPTED
-            # cvxpy minimises the negative of what is to be maximised.
+            # cvxpy minimises the negative of a maximised objective.
             bound = float(milp.solver_stats.extra_stats.mip_dual_bound) * (-1.0 if maximises else 1.0)
         else:
             status, bound = (Status.OPTIMAL if has_plan else Status.INFEASIBLE), value
@@ -263,7 +264,7 @@ class _Formulation:
 
 
 def _num_groups(g: int, n: int) -> Callable[[Choice], float]:
-    """a_qgn, for one class and size."""
+    """Return a_qgn for one class and size."""
     return lambda q: float(q.groups.count((g, n)))
 
 

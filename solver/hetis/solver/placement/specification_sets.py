@@ -1,4 +1,4 @@
-"""Sets and data of the specification: everything its variables choose from, as numbers. Letters as there.
+"""Sets and data of the specification: everything its variables choose from, as numbers, with the same letters.
 
 Times and bytes are the checker's (`hetis.solver.check`). Choices that do not fit in memory, or are too slow for the
 latency limits on their own, are never listed.
@@ -21,20 +21,20 @@ from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.placement.classes import DeviceClass, device_classes
 from hetis.solver.problem import PlacementProblem
 
-Groups = tuple[tuple[int, int], ...]  # (g, n) of every TP group, pool cards one by one
+Groups = tuple[tuple[int, int], ...]  # (g, n) of every TP group; each pool card is a group of one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """e: what all stages of a replica share. Families without mixed types or uneven layers share these, too."""
+    """e: what all stages of a replica share, including GPU type and layers if the family does not mix them."""
 
     setting: Setting
     zones: frozenset[str]
-    num_copies: int  # K, as far as slack depends on it
+    num_copies: int  # K, as the slack depends on it
     most_copies: float  # K
     t_limit_s: float  # T
-    chunk_limit_s: float  # what a stage may take in an iteration with a chunk, over its copies
-    unevenness: float  # and as a multiple of what it takes in a mean one
+    chunk_limit_s: float  # longest iteration of a stage with a chunk, divided by its copies
+    unevenness: float  # limit on that iteration as a multiple of a mean one
     gpu: str | None  # None: any
     layers: tuple[int, int]  # fewest and most of a stage
 
@@ -47,7 +47,7 @@ class Choice:
     shape: StageShape | None
     groups: Groups
     is_whole: bool  # holds the whole model
-    u_s: float  # slack included
+    u_s: float  # including slack
     rate_limit: float  # w
 
     @property
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sets:
-    """What a problem's MILP ranges over."""
+    """The sets over which a problem's MILP ranges."""
 
     classes: tuple[DeviceClass, ...]  # g
     shared: tuple[Shared, ...]  # e
@@ -71,7 +71,7 @@ class Sets:
 
     @staticmethod
     def of(problem: PlacementProblem, num_stages: int) -> Sets:
-        """The sets for replicas of at most ``num_stages`` stages."""
+        """Return the sets for replicas of at most ``num_stages`` stages."""
         classes = device_classes(problem.cluster)
         shared = tuple(_shared(problem))
         listed = _Choices(problem, classes, shared, tuple(_stage_types(problem, classes)))
@@ -86,7 +86,7 @@ class Sets:
 
 
 def _shared(problem: PlacementProblem) -> Iterator[Shared]:
-    """e: every combination of what the stages of a replica share."""
+    """Yield e: every combination of what the stages of a replica share."""
     family, cluster, rederivation = problem.family, problem.cluster, Rederivation(problem)
     repeated = problem.model.num_layers - problem.model.prefix_layers
     zone_sets = [
@@ -95,7 +95,7 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
         for zones in itertools.combinations(cluster.zones(), size)
     ]
     types = [None] if family.mixed_types else list(dict.fromkeys(s.gpu for g in cluster.node_groups for s in g.gpus))
-    # Stages that differ by one layer at most have some number of layers or one more.
+    # Stages that differ by at most one layer have some number of layers or one more.
     layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
     for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
         setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
@@ -117,13 +117,13 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
 
 
 def _fillings(setting: Setting) -> list[tuple[int, float]]:
-    """(K as far as slack depends on it, the most stage copies that a replica with that slack may have)."""
+    """Return (K on which slack depends, the most stage copies that a replica with that slack may have)."""
     M = setting.in_flight
     return [(1, math.inf)] if M == 1 else [(1, M / 2), (M, M)]
 
 
 def _t_limit_s(setting: Setting) -> float:
-    """T: the latency limits, as a limit on the seconds between completions."""
+    """Return T: the latency limits as a limit on the seconds between completions."""
     objective, limit = setting.problem.objective, math.inf
     if objective.tpot_limit_s is not None:
         limit = objective.tpot_limit_s / tpot_per_t(setting)
@@ -131,13 +131,13 @@ def _t_limit_s(setting: Setting) -> float:
 
 
 def _trip_limit_s(setting: Setting) -> float:
-    """The limit on TTFT, as one on a round trip with a chunk."""
+    """Return the limit on TTFT as a limit on a round trip with a chunk."""
     limit_s = setting.problem.objective.ttft_limit_s
     return math.inf if limit_s is None else limit_s / ttft_round_trips(setting)
 
 
 def _chunk_rules(setting: Setting) -> list[tuple[float, float, float]]:
-    """(limit on a stage's iteration with a chunk, before copies; on its unevenness; T), one or another to be kept."""
+    """Return alternatives of (limit on an iteration with a chunk before copies, limit on its unevenness, T)."""
     trip_s, t_limit_s = _trip_limit_s(setting), _t_limit_s(setting)
     if math.isinf(trip_s) or setting.in_flight > 1:
         return [(trip_s, math.inf, t_limit_s)]
@@ -147,7 +147,7 @@ def _chunk_rules(setting: Setting) -> list[tuple[float, float, float]]:
 
 
 def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> Iterator[tuple[StageShape, Groups]]:
-    """Every (class, n, c, pool class, p, k), layers and hop link still open, with the TP groups it takes."""
+    """Yield every (class, n, c, pool class, p, k) with the TP groups it takes; layers and hop link are still open."""
     family, model = problem.family, problem.model
     for (g, own), n, c in itertools.product(enumerate(classes), family.tp_sizes, range(1, family.max_copies + 1)):
         if n > own.gpus_per_node or n * c > own.available or not divides(model, n):
@@ -165,7 +165,7 @@ def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> I
 
 @dataclass(frozen=True, slots=True)
 class _Choices:
-    """Lists the choices q of a slot."""
+    """The choices q of the slots."""
 
     problem: PlacementProblem
     classes: tuple[DeviceClass, ...]
@@ -173,7 +173,7 @@ class _Choices:
     stage_types: tuple[tuple[StageShape, Groups], ...]
 
     def of_slot(self, *, is_first: bool, is_last: bool) -> Iterator[Choice]:
-        """Every stage that fits in memory and is not too slow on its own."""
+        """Yield every stage that fits in memory and is not too slow on its own."""
         network = self.problem.cluster.network
         repeated = self.problem.model.num_layers - self.problem.model.prefix_layers
         for e, shared in enumerate(self.shared):
@@ -207,7 +207,7 @@ class _Choices:
 
 
 def _empty_stages(shared: Sequence[Shared], first: Sequence[Choice]) -> Iterator[Choice]:
-    """The empty stage of every setting: it lets any rate through that a first stage can do."""
+    """Yield the empty stage of every setting, which passes any rate that a first stage can reach."""
     for e in range(len(shared)):
         w = max((q.rate_limit for q in first if q.shared == e), default=0.0)
         yield Choice(shared=e, shape=None, groups=(), is_whole=False, u_s=0.0, rate_limit=w)

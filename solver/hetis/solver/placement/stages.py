@@ -18,7 +18,7 @@ def total_price(prices: FloatArray, stages: IntArray) -> float:
 
 @kernel
 def role_of(index: int, count: int) -> int:
-    """Role of stage ``index`` out of ``count``."""
+    """Return the role of stage ``index`` out of ``count``."""
     if count == 1:
         return BOTH
     if index == 0:
@@ -28,7 +28,7 @@ def role_of(index: int, count: int) -> int:
 
 @kernel
 def total_seconds(o: Options, stages: IntArray) -> float:
-    """Sum of stage times of one request."""
+    """Return the sum of the stage times of one request."""
     total = 0.0
     count = stages.shape[0]
     for i in range(count):
@@ -39,7 +39,7 @@ def total_seconds(o: Options, stages: IntArray) -> float:
 
 @kernel
 def excess(t: CoverTables, o: Options, stages: IntArray, device_class: int) -> int:
-    """GPUs of a class that a replica takes beyond those available; negative where some are left."""
+    """Return the GPUs of a class that a replica takes beyond those available; negative if some are left."""
     use: int = -t.available[device_class]
     for i in range(stages.shape[0]):
         use += class_use(t, o, stages[i, 0], device_class)
@@ -48,7 +48,7 @@ def excess(t: CoverTables, o: Options, stages: IntArray, device_class: int) -> i
 
 @kernel
 def overdrawn(t: CoverTables, o: Options, stages: IntArray, scarce: BoolArray) -> tuple[int, int]:
-    """The scarce class that a replica takes too many GPUs of, and how many too many; -1 if it fits in the fleet."""
+    """Return the scarce class that a replica overdraws most and by how many GPUs; -1 if it fits in the fleet."""
     worst, most = -1, 0
     for g in range(scarce.shape[0]):
         if scarce[g]:

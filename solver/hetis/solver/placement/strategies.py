@@ -1,4 +1,4 @@
-"""Strategies: restrictions of the template family, so that they share the master, the bound and the checker."""
+"""Strategies: restrictions of the template family, which therefore share the master, the bound and the checker."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from hetis.solver.will import LeaveOut, Will, Wish, WithoutTp
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A name, one sentence for people, and what it makes of a family: the shapes are the strategy's, the sizes
-    tried (TP, micro-batches, chunks, at most so many copies and attention workers) the family's."""
+    """A strategy's name, one sentence for people, and how it restricts a family.
+
+    The shapes are the strategy's. The sizes tried (TP, micro-batches, chunks, limits on copies and attention workers)
+    are the family's.
+    """
 
     name: str
     summary: str
@@ -45,7 +48,7 @@ def _splitwise(family: Family) -> Family:
 
 
 def _splitwise_paper(family: Family) -> Family:
-    # Without unified replicas there is no mixed pool; every zone has pools, and their types, of its own.
+    # Without unified replicas there is no mixed pool; every zone has pools, with types of its own.
     return replace(_splitwise(family), name="splitwise-paper", roles=family.roles, one_type_per_role=False)
 
 
@@ -82,7 +85,7 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def wishes_ignored(strategy: str, will: Will) -> tuple[Wish, ...]:
-    """Wishes that a strategy cannot keep: a published heuristic knows a fleet and TP sizes, not what a GPU is for."""
+    """Return constraints that a strategy ignores: a published heuristic knows a fleet and TP sizes but no GPU roles."""
     if not STRATEGIES[strategy].is_published:
         return ()
     return tuple(wish for wish in will if not isinstance(wish, LeaveOut | WithoutTp))

@@ -1,8 +1,8 @@
-"""The cost model tabulated for the search: plain arrays, one entry per iteration mix, rank type and pool.
+"""The cost model tabulated for the search: plain arrays, with one entry per iteration mix, rank type and pool.
 
-A *rank type* s is a device class with a TP size; a *mix* x is a pair (b, C), of a prefill replica (0, C), of a decode
-replica (b, 0); roles of a stage are plain, first, last, both (a stage that is first and last). What a stage costs is
-then a few look-ups away, see `options.py`; `tabulation.py` fills the tables.
+A *rank type* s is a device class with a TP size. A *mix* x is a pair (b, C), which is (0, C) for a prefill replica and
+(b, 0) for a decode replica. Roles of a stage are plain, first, last, and both (a stage that is first and last). The
+cost of a stage is then a few look-ups away (`options.py`). `tabulation.py` fills the tables.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ PLAIN, FIRST, LAST, BOTH = range(4)
 
 
 class ChunkTables(NamedTuple):
-    """What one iteration with a chunk takes of a unified replica's stages, in seconds; zeros of other mixes."""
+    """Seconds of one iteration with a chunk in a unified replica's stages; zeros for other mixes."""
 
-    layer_s: FloatArray  # [X, S] without attention of decoding requests
+    layer_s: FloatArray  # [X, S] without decode attention
     hop_s: FloatArray  # [X, S]
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
     prefix_delta_s: FloatArray  # [X, S]
-    pool_s: FloatArray  # [X, total] decode attention with a pool, and what KV shipping adds
-    least_pool_s: FloatArray  # [X, least total] of all k
+    pool_s: FloatArray  # [X, total] decode attention with a pool, including the cost of KV shipping
+    least_pool_s: FloatArray  # [X, least total] least over k
 
 
 class Tables(NamedTuple):
-    """What the compiled kernels read. X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
+    """The arrays that compiled kernels read: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
-    Times are seconds per request: per repeated layer where the name says ``layer``, else per stage.
+    Times are seconds per request, per repeated layer if the name says ``layer`` and per stage otherwise.
     """
 
     num_layers: int  # repeated layers to place, without the prefix
@@ -54,12 +54,12 @@ class Tables(NamedTuple):
     in_flight: IntArray  # [F]
     iterations: FloatArray  # [X] n_it
     chunk_iterations: FloatArray  # [X] nc
-    without_chunk: FloatArray  # [X, F] (1 - phi)^M: the odds that no micro-batch in flight carries a chunk
+    without_chunk: FloatArray  # [X, F] (1 - phi)^M: the probability that no micro-batch in flight carries a chunk
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
-    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does; inf but of unified mixes
+    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv
-    prompt_tokens: FloatArray  # [X, F, copies] Tpre: of these, what a rank keeps of pooled groups, too
+    prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S]
     rank_groups: IntArray  # [S] Gr
@@ -67,33 +67,33 @@ class Tables(NamedTuple):
     layer_bytes: FloatArray  # [S] weights of a repeated layer
     first_bytes: FloatArray  # [S] embedding and prefix weights
     last_bytes: FloatArray  # [S] LM head
-    tied_bytes: FloatArray  # [S] counted once where a stage is both and the weights are tied
+    tied_bytes: FloatArray  # [S] counted once if a stage is both and the weights are tied
     act_bytes: FloatArray  # [X, S]
     logit_bytes: FloatArray  # [X, S]
-    layer_s: FloatArray  # [X, S] without attention of decoding requests
+    layer_s: FloatArray  # [X, S] without decode attention
     own_s: FloatArray  # [X, S, max groups + 1] decode attention of kept groups
     hop_s: FloatArray  # [X, S]
     step_s: FloatArray  # [X, S]
     last_s: FloatArray  # [X, S]
-    prefix_delta_s: FloatArray  # [X, S] a prefix layer takes this much longer than a repeated one
+    prefix_delta_s: FloatArray  # [X, S] additional time of a prefix layer over a repeated one
     chunk: ChunkTables
-    wire_s: FloatArray  # [X, S] a layer takes no less: its KV leaves or arrives; 0 of unified mixes
-    landing_s: FloatArray  # [X, S] the KV of a prompt's last chunk leaves the last layer; 0 but of prefill mixes
+    wire_s: FloatArray  # [X, S] least time of a layer while its KV leaves or arrives; 0 for unified mixes
+    landing_s: FloatArray  # [X, S] time for a prompt's last chunk of KV to leave the last layer; prefill mixes only
     available: IntArray  # [N]
     worker_room_bytes: FloatArray  # [N]
     pool_sizes: IntArray  # the numbers p of attention workers tried, ascending
     pool_start: IntArray  # [S, N] where the pool entries of (s, q) start in pool_s; -1: no such pool
-    pool_s: FloatArray  # [X, total] attention with a pool, and what KV shipping adds, over k = 1..Gr, then pool sizes
-    receives: BoolArray  # [X] whether KV arrives: the mix of a decode replica
-    pool_wire_s: FloatArray  # [total] `wire_s` of these with a pool
+    pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
+    receives: BoolArray  # [X] whether KV arrives, as in mixes of decode replicas
+    pool_wire_s: FloatArray  # [total] `wire_s` with a pool
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
     least_pool_wire_s: FloatArray  # [least total]
-    keeps_idle_cards: bool  # whether attention workers count that do nothing for their stage: some must be in use
+    keeps_idle_cards: bool  # whether idle attention workers are tried because some GPUs must be in use
 
 
 class CoverTables(NamedTuple):
-    """The few of `Tables` that covering the layers with stages takes: a kernel compiles a second for all of them."""
+    """The few `Tables` that covering layers needs: a kernel that takes all compiles a second longer."""
 
     num_layers: int
     cut_floor: IntArray
@@ -104,14 +104,14 @@ class CoverTables(NamedTuple):
 
 
 def cover_tables(t: Tables) -> CoverTables:
-    """Those of these tables."""
+    """Return the part of these tables that `CoverTables` holds."""
     return CoverTables(t.num_layers, t.cut_floor, t.t_floor, t.available, t.rank_class, t.rank_tp)
 
 
 class Scope:
-    """GPUs that one replica of some roles may use: those of its zones, of one type if ``gpu`` says so.
+    """GPUs that one replica of some roles may use: those of its zones, and of one type if ``gpu`` is given.
 
-    Its tables for the links among these zones are made when first asked for.
+    Its tables for the links among these zones are made on first use.
     """
 
     def __init__(
@@ -128,16 +128,16 @@ class Scope:
         return self._tabulate(self.zones)
 
     def serves(self, mix: Mix) -> bool:
-        """Whether replicas of this mix are looked for here."""
+        """Return whether replicas of this mix are looked for in this scope."""
         return mix.role in self.roles
 
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
-        """The same zones without GPUs of other types."""
+        """Return the same zones without GPUs of other types."""
         others = np.array([c.gpu != gpu for c in classes])
         return Scope(self.zones, roles, self.without(others)._tabulate, gpu)
 
     def without(self, out: BoolArray) -> Scope:
-        """The same without the GPUs of some classes, [N]."""
+        """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
         whole = self
 
         def tabulate(_: tuple[str, ...]) -> Tables:
@@ -148,7 +148,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Atlas:
-    """Everything tabulated for one problem."""
+    """All tables of one problem."""
 
     problem: PlacementProblem
     moments: WorkloadMoments
@@ -164,7 +164,7 @@ class Atlas:
     role_types: tuple[str, str] | None = None  # the GPU types of prefill and of decode replicas; None: any
 
     def of_types(self, prefill: str, decode: str) -> Atlas:
-        """The same problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
+        """Return the problem with prefill replicas of one GPU type, decode replicas of one, and no others."""
         scopes = (
             scope.of_type(gpu, self.classes, (role,))
             for scope in self.scopes
@@ -174,11 +174,11 @@ class Atlas:
         return replace(self, scopes=tuple(scopes), role_types=(prefill, decode))
 
     def regimes(self, role: Role) -> tuple[Regime, Regime]:
-        """Slack of a role's pipelines with at least two micro-batches per stage copy, and with at least one."""
+        """Return the slack of a role's pipelines with at least two micro-batches per stage copy, and at least one."""
         return regimes(self.problem.assumptions, role, chunk_spread(self.problem.model, self.moments))
 
     def side_of(self, scope: int, mix: int) -> int:
-        """The side of the master on which replicas of a scope and mix stand."""
+        """Return the master's side of replicas of a scope and mix."""
         x = self.mixes[mix]
         zone = 0 if x.role is Role.UNIFIED else self.routes.zones.index(self.scopes[scope].zones[0])
         return self.routes.side(x.role, zone, sends_afar=x.sends_afar)

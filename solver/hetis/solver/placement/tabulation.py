@@ -20,14 +20,14 @@ from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import DUTY_OF_ROLE, Duty
 from hetis.solver.workload import WorkloadMoments
 
-FEW_GPUS = 24  # up to here attention workers that do nothing are tried where GPUs must be in use
-MANY_ZONES = 4  # with more, sets of zones are too many to search every one
+FEW_GPUS = 24  # largest fleet for which idle attention workers are tried if GPUs must be in use
+MANY_ZONES = 4  # with more, there are too many sets of zones to search each
 
 
 def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> Atlas:
-    """Tabulates the cost model for every mix, rank type and pool of a problem's family.
+    """Tabulate the cost model for every mix, rank type and pool of a problem's family.
 
-    ``is_relaxation``: the fleet stands for several zones as if they were one (`zones.py`).
+    With ``is_relaxation`` the fleet represents several zones as if they were one (`zones.py`).
     """
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
@@ -64,7 +64,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
 def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
     """Yield the mixes of unified replicas (b, C), then those of prefill replicas (C), then of decode replicas (b).
 
-    Prefill replicas that may send KV to other zones pay for the slowest link: they are apart from those that do not.
+    Prefill replicas that may send KV to other zones pay for the slowest link and have mixes of their own.
     """
     if Role.UNIFIED in family.roles:
         for b in family.micro_batches:
@@ -81,7 +81,7 @@ def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator
 def _scopes(
     family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], tabulation: _Tabulation
 ) -> Iterator[Scope]:
-    """Prefill and decode replicas lie in one zone, unified ones may span several; roles of the same GPUs together."""
+    """Yield the scopes: single zones for any role, several zones for unified replicas only; one per set of classes."""
     for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
@@ -94,14 +94,14 @@ def _scopes(
 
 
 def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Zones that one replica may span: any of them; of many zones one, two or all."""
+    """Yield the sets of zones that one replica may span; with many zones, only sets of one, two or all."""
     for count in range(1, len(zones) + 1):
         if count <= 2 or count == len(zones) or len(zones) <= MANY_ZONES:
             yield from combinations(zones, count)
 
 
 class _MixNumbers(NamedTuple):
-    """What mixes carry and how often, in their order; [X] each. ``tokens`` are those of an iteration with a chunk."""
+    """Contents and frequencies of mixes, in their order, [X] each; ``tokens`` are per iteration with a chunk."""
 
     micro_batch: FloatArray
     chunk_tokens: FloatArray
@@ -112,7 +112,7 @@ class _MixNumbers(NamedTuple):
 
     @property
     def iterations(self) -> FloatArray:
-        """Return those of a request, with a chunk and without."""
+        """Return the iterations of a request, with and without a chunk."""
         return self.chunk_iterations + self.plain_iterations
 
 
@@ -123,7 +123,7 @@ def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
 
 
 class _Tabulation:
-    """Fills `Tables`; what does not depend on the zones of a replica is computed once."""
+    """Fills `Tables`; whatever does not depend on a replica's zones is computed once."""
 
     def __init__(
         self,
@@ -234,12 +234,12 @@ class _Tabulation:
         )  # fmt: skip
 
     def _keeps_idle_cards(self) -> bool:
-        """Where GPUs must be in use, a plan may give a stage workers that it does not need: small fleets try them."""
+        """Return whether stages may get idle workers, tried in small fleets if the problem wants GPUs in use."""
         marks = self.problem.marks
         return marks is not None and bool(marks.least) and sum(c.available for c in self.classes) <= FEW_GPUS
 
     def _own_table(self) -> FloatArray:
-        """Decode attention of kept groups, [X, S, max groups + 1]; equal devices are computed once."""
+        """Return seconds of decode attention over kept groups, [X, S, max groups + 1]; equal devices computed once."""
         groups = max((d.shape.groups for d in self.devices), default=0)
         own = np.zeros((len(self.mixes), len(self.ranks), groups + 1))
         m = self._numbers
@@ -254,7 +254,7 @@ class _Tabulation:
         return own
 
     def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
-        """Per mix: everything of a rank type that needs no pool and no zone."""
+        """Return the numbers of a rank type that depend on neither pool nor zone, per mix."""
         key = (c.gpu, c.intra, d.shape.tp)
         if key in self._rows:
             return self._rows[key]
@@ -289,9 +289,9 @@ class _Tabulation:
         return self._hops_over[key]
 
     def _kv_tables(self, zones: tuple[str, ...]) -> tuple[FloatArray, FloatArray]:
-        """(wire, landing) of a layer without a pool: KV that leaves a prefill or arrives at a decode replica; [X, S].
+        """Return (wire, landing) of a layer without a pool: KV leaving a prefill or reaching a decode replica; [X, S].
 
-        Such replicas lie in one zone; ``kv_link`` of those that send to other zones is the slowest to any of them.
+        Such replicas lie in one zone. Those that send to other zones use the slowest link to any of them.
         """
         wire_s, landing_s = np.zeros((2, len(self.mixes), len(self.ranks)))
         if len(zones) > 1:
@@ -317,9 +317,9 @@ class _Tabulation:
         return wire_s, landing_s
 
     def _slowest_landing_s(self, zones: tuple[str, ...], landing_s: FloatArray) -> FloatArray:
-        """Per mix, what a TTFT limit sets aside for landing: the slowest rank's of the zone, whichever are used; [X].
+        """Return the landing time that a TTFT limit sets aside: that of the zone's slowest rank, used or not; [X].
 
-        Where a fleet stands for several zones, no rank of some zone may land sooner than this: the quickest.
+        If a fleet represents several zones, return the quickest instead, which no rank of any zone undercuts.
         """
         here = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
         if not here:
@@ -342,7 +342,7 @@ class _Tabulation:
         return caps
 
     def _trip_cap(self) -> FloatArray:
-        """Only unified replicas have round trips without a chunk, so that the mean one does not tell."""
+        """Return caps on a round trip with a chunk; only unified replicas have others, which make a mean misleading."""
         limit_s, family, assumptions = (
             self.problem.objective.ttft_limit_s,
             self.problem.family,
@@ -358,10 +358,10 @@ class _Tabulation:
         return caps
 
     def _t_floor(self, zones: tuple[str, ...]) -> float:
-        """A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request.
+        """Return the least interval at which no plan can overdraw a link between zones.
 
-        As many replicas as memory allows may do so, and each is granted an equal share: whatever the plan, no link
-        between zones is overdrawn.
+        A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request. As many
+        replicas as memory allows may do so, each with an equal share.
         """
         if len(zones) == 1:
             return 0.0
@@ -377,7 +377,7 @@ class _Tabulation:
         return cost.prompt_tokens_per_copy(self.moments, mix, micro_batches)
 
     def _per_copy(self, tokens_of: Callable[[Mix, int], float]) -> FloatArray:
-        """[X, F, copies]: tokens of a stage copy, by its mix and the micro-batches that it holds."""
+        """Return the tokens of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
         family = self.problem.family
         return np.array(
             [
@@ -390,12 +390,14 @@ class _Tabulation:
         )
 
     def _pool_table(self) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
-        """(start, attention, the same in an iteration with a chunk, wire) of a layer with a pool, for every (rank
-        type, pool class, k, p)."""
+        """Return (start, attention, attention in an iteration with a chunk, wire) of a layer with a pool.
+
+        There is one entry for every (rank type, pool class, k, p).
+        """
         start = np.full((len(self.ranks), len(self.classes)), -1, dtype=np.int64)
         parts: list[tuple[FloatArray, FloatArray]] = []
         wires: list[FloatArray] = []
-        offsets: dict[tuple[int, int, Link, Link], int] = {}  # equal devices are one object: hashing it takes long
+        offsets: dict[tuple[int, int, Link, Link], int] = {}  # by identity of equal devices, which are slow to hash
         total = 0
         for s, (i, _) in enumerate(self.ranks):
             if not self.pool_sizes or not self.devices[s].shape.splits_groups:
@@ -421,7 +423,7 @@ class _Tabulation:
         return start, whole, chunk, np.concatenate(wires)
 
     def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """The least over k of attention, of the same in an iteration with a chunk, and of wire; fills their starts."""
+        """Return the least over k of attention, of attention with a chunk, and of wire; fill the starts of these."""
         count, parts = len(self.pool_sizes), list[tuple[FloatArray, FloatArray, FloatArray]]()
         done: dict[int, int] = {}
         for s, device in enumerate(self.devices):
@@ -443,7 +445,7 @@ class _Tabulation:
         return whole, chunk, wire
 
     def _pool_wires(self, pool: PoolCost, own_link: Link) -> FloatArray:
-        """Shape [Gr * sizes]: KV of a prompt and layer arriving at a decode replica, kept groups on its own link."""
+        """Return seconds for a prompt's KV to reach a decode replica's layer, kept groups by its link; [Gr * sizes]."""
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
@@ -451,14 +453,17 @@ class _Tabulation:
         return np.asarray(np.maximum(kept_s, pool.receive_s(k, p))).ravel()
 
     def _pool_entries(self, pool: PoolCost, chunk_layer_s: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Shape [X, Gr * sizes] each: ``n_it max(own, worker + exchange) + nc late`` for k = 1..Gr (outer), then p;
-        and of one iteration with a chunk. ``chunk_layer_s`` [X] is the rest of a layer with a chunk."""
+        """Return ``n_it max(own, worker + exchange) + nc late``, and the same for one iteration with a chunk.
+
+        Both are [X, Gr * sizes], for k = 1..Gr (outer), then p. ``chunk_layer_s`` [X] is the rest of a layer with a
+        chunk.
+        """
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
         chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
         m, unified = self._numbers, self._numbers.unified
-        # All mixes at once: a call costs more than its arithmetic.
+        # All mixes at once, because a call costs more than its arithmetic.
         b, c, n_it, nc = (
             each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations)
         )
@@ -473,7 +478,7 @@ class _Tabulation:
 
 
 def _cut_floor(problem: PlacementProblem) -> IntArray:
-    """For every position after the prefix, the last position at or before it where a stage may start."""
+    """Return, for every position after the prefix, the last position at or before it where a stage may start."""
     model = problem.model
     floor, last = [], 0
     for layer in range(model.num_layers - model.prefix_layers + 1):

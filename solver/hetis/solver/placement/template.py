@@ -1,4 +1,4 @@
-"""A replica before it has named GPUs: its shape, and what the tables say of it."""
+"""Templates: replicas without named GPUs, with their shapes and their numbers in the tables."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Template:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """What tells it from other templates: everything but its interval, which follows."""
+        """Return what identifies a template: everything but its interval, which follows from the rest."""
         return self.scope, self.mix, self.in_flight_index, self.stages
 
 
 def template_of(atlas: Atlas, configuration: Configuration, rows: IntArray) -> Template:
-    """Turns the rows of `stage_rows` into a template, at the exact interval of its best layer split."""
+    """Return the rows of `stage_rows` as a template, at the exact interval of its best layer split."""
     parts = tuple(
         TemplateStage(rank, copies, layers, pool_class, *((cards, groups) if pool_class >= 0 else (0, 0)))
         for rank, copies, layers, pool_class, cards, groups in rows.tolist()
@@ -74,14 +74,14 @@ def template_of(atlas: Atlas, configuration: Configuration, rows: IntArray) -> T
 
 
 def roles(count: int) -> list[int]:
-    """Roles of ``count`` stages in order."""
+    """Return the roles of ``count`` stages in order."""
     if count == 1:
         return [BOTH]
     return [FIRST] + [PLAIN] * (count - 2) + [LAST]
 
 
 def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
-    """(w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request."""
+    """Return (w, fixed) of every stage: a stage with l repeated layers takes ``l w + fixed`` seconds per request."""
     t = atlas.scopes[template.scope].tables
     x, result = template.mix, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
@@ -103,7 +103,7 @@ def stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]
 
 
 def chunk_stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
-    """`stage_seconds` of one iteration with a chunk, of a unified replica."""
+    """Return `stage_seconds` of one iteration with a chunk, in a unified replica."""
     t = atlas.scopes[template.scope].tables
     x, result = template.mix, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
@@ -126,12 +126,12 @@ def chunk_stage_seconds(atlas: Atlas, template: Template) -> list[tuple[float, f
 
 
 def times_of(template: Template, seconds: Sequence[tuple[float, float]]) -> list[float]:
-    """What every stage takes with its layers, of (seconds per layer, fixed)."""
+    """Return the seconds of every stage with its layers, given (seconds per layer, fixed)."""
     return [stage.layers * w + fixed for stage, (w, fixed) in zip(template.stages, seconds, strict=True)]
 
 
 def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float]]:
-    """`stage_seconds`, stretched by the slack of each stage."""
+    """Return `stage_seconds` stretched by the slack of each stage."""
     t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
     of_role = atlas.regimes(atlas.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
@@ -145,7 +145,7 @@ def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float
 
 
 def interval_of(atlas: Atlas, template: Template) -> float:
-    """t of `docs/cost-model.md`."""
+    """Return t of `docs/cost-model.md`."""
     times = times_of(template, slacked_seconds(atlas, template))
     m = atlas.problem.family.in_flight[template.in_flight_index]
     busiest = max(u / stage.copies for stage, u in zip(template.stages, times, strict=True))
@@ -153,9 +153,9 @@ def interval_of(atlas: Atlas, template: Template) -> float:
 
 
 def with_fewest_in_flight(atlas: Atlas, template: Template) -> Template:
-    """A prefill replica with no more micro-batches than its rate needs; others, and those under a limit on TTFT, stay.
+    """Return a prefill replica with no more micro-batches than its rate needs; leave others, and any with a TTFT limit.
 
-    What is in flight takes room twice: KV of a prompt has its place on the decode replica from the beginning on.
+    What is in flight takes room twice, because a prompt's KV has its place on the decode replica from the beginning.
     """
     if atlas.mixes[template.mix].role is not Role.PREFILL or atlas.problem.objective.ttft_limit_s is not None:
         return template
@@ -167,11 +167,10 @@ def with_fewest_in_flight(atlas: Atlas, template: Template) -> Template:
 
 
 def rebalanced(atlas: Atlas, template: Template) -> Template:
-    """The same stages with the split of layers that makes the interval shortest.
+    """Return the same stages with the split of layers that makes the interval shortest.
 
-    Only for pipelined replicas of models that may be cut anywhere; others come from the search with their best split.
-    The interval is lowered below the present one, every stage takes the layers that fit in it, as long as they cover
-    the model.
+    This applies to pipelined replicas of models that may be cut anywhere; others come from the search with their best
+    split. The interval is lowered as long as the layers that fit in every stage within it cover the model.
     """
     m = atlas.problem.family.in_flight[template.in_flight_index]
     if m == 1 or len(template.stages) == 1 or atlas.problem.model.forbidden_cuts:
@@ -196,7 +195,7 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
             return best
         spare = sum(fits) - total
         order = sorted(range(len(fits)), key=lambda i: -times[i][0] / best.stages[i].copies)
-        while spare > 0:  # give back where a layer costs most, keeping one layer per stage
+        while spare > 0:  # take layers where they cost most, keeping one layer per stage
             for i in order:
                 if spare > 0 and fits[i] > 1:
                     given = min(spare, max(1, (fits[i] - 1) // 2))
@@ -211,7 +210,7 @@ def rebalanced(atlas: Atlas, template: Template) -> Template:
 
 
 def kv_tokens_held(atlas: Atlas, template: Template, stage: TemplateStage) -> tuple[int, float]:
-    """(D, Tkv) of a stage: micro-batches whose KV one copy holds, and the tokens that takes."""
+    """Return (D, Tkv) of a stage: the micro-batches whose KV one copy holds, and their tokens."""
     t = atlas.scopes[template.scope].tables
     m = int(t.in_flight[template.in_flight_index])
     held = -(-m // stage.copies)
@@ -219,7 +218,7 @@ def kv_tokens_held(atlas: Atlas, template: Template, stage: TemplateStage) -> tu
 
 
 def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
-    """Bytes of a rank that do not grow with its repeated layers or KV: activations, ends, prefix weights."""
+    """Return the bytes of a rank that do not grow with repeated layers or KV: activations, ends, prefix weights."""
     t = atlas.scopes[template.scope].tables
     s, x, role = template.stages[index].rank, template.mix, roles(len(template.stages))[index]
     total = float(t.act_bytes[x, s])
@@ -233,7 +232,7 @@ def fixed_bytes(atlas: Atlas, template: Template, index: int) -> float:
 
 
 def room_layers(atlas: Atlas, template: Template, index: int) -> int:
-    """Repeated layers that fit in memory on a stage (and its pool)."""
+    """Return the repeated layers that fit in memory on a stage (and its pool)."""
     t = atlas.scopes[template.scope].tables
     stage, role = template.stages[index], roles(len(template.stages))[index]
     held, tokens = kv_tokens_held(atlas, template, stage)
@@ -250,7 +249,7 @@ def room_layers(atlas: Atlas, template: Template, index: int) -> int:
 
 
 def use_of(atlas: Atlas, template: Template) -> IntArray:
-    """What a template takes of every master row, shape [rows]."""
+    """Return how much a template takes of every master row, shape [rows]."""
     use = np.zeros(len(atlas.resources.rows), dtype=np.int64)
     for stage in template.stages:
         use += stage.copies * atlas.group_use[stage.rank]
@@ -260,19 +259,19 @@ def use_of(atlas: Atlas, template: Template) -> IntArray:
 
 
 def zones_of(atlas: Atlas, template: Template) -> list[int]:
-    """The zones of a template's GPUs, by their numbers in `Routes`."""
+    """Return the zones of a template's GPUs, by their numbers in `Routes`."""
     names = {atlas.classes[device_class].zone for device_class in gpus_of(atlas, template)}
     return [z for z, name in enumerate(atlas.routes.zones) if name in names]
 
 
 def landing_s(atlas: Atlas, template: Template) -> float:
-    """What a prefill replica adds to TTFT: the KV of a prompt's last chunk, from the slowest of its stages."""
+    """Return the seconds that landing the KV of a prompt's last chunk adds to TTFT, from the slowest stage."""
     landing = atlas.scopes[template.scope].tables.landing_s
     return float(max(landing[template.mix, stage.rank] for stage in template.stages))
 
 
 def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:
-    """GPUs of each class that a template takes."""
+    """Return the GPUs of each class that a template takes."""
     count: Counter[int] = Counter()
     for stage in template.stages:
         device_class, tp = atlas.ranks[stage.rank]
@@ -283,7 +282,7 @@ def gpus_of(atlas: Atlas, template: Template) -> Counter[int]:
 
 
 def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
-    """Like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
+    """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
     parts = []
     for stage in stages:
         device_class, tp = atlas.ranks[stage.rank]

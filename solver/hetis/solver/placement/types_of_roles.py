@@ -1,7 +1,7 @@
-"""One GPU type for prefill, one for decode: pairs of types, each a problem of its own, most of them ruled out at once.
+"""One GPU type for prefill and one for decode: each pair of types is its own problem, and most are ruled out early.
 
-This is the family of `splitwise`. Searches of wider families end here, too: a pair that could beat their plan is
-searched, so that they are never worse.
+This is the family of `splitwise`. Searches of wider families end with it, too: any pair that could beat their plan is
+searched, so they are never worse.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from hetis.solver.plan import ObjectiveKind, Role
 
 Search = Callable[[Atlas, Report], Outcome | None]
 TOLERANCE = 1e-3  # of ratios that only rule out pairs
-ROUNDING = 1e-9  # share by which a limit may seem better than what it was made from
-CHEAPEST = 1e-9  # USD/h: GPUs that cost nothing have a ratio, too
+ROUNDING = 1e-9  # ratio by which a limit may exceed the value from which it is computed
+CHEAPEST = 1e-9  # USD/h, so that free GPUs have a finite ratio
 
 
 def search_types(
     atlas: Atlas, search: Search, known: Outcome | None, budget: Budget, threads: int, report: Report
 ) -> Outcome | None:
-    """The best of ``known`` and of every pair of GPU types; pairs that cannot beat the best so far are left out.
+    """Return the best of ``known`` and every pair of GPU types, skipping pairs that cannot beat the best so far.
 
-    ``known`` comes from a family that holds all pairs: its bound stays. Without it the bound is the worst of the pairs.
+    ``known`` comes from a family that contains all pairs, so its bound holds. Without it the bound is the worst of the
+    pairs' bounds.
     """
     objective = atlas.problem.objective
     maximises, better = objective.maximises, max if objective.maximises else min
@@ -64,11 +65,11 @@ def search_types(
 def _promising_first(
     atlas: Atlas, known: Outcome | None, budget: Budget, threads: int
 ) -> list[tuple[Atlas, float]]:  # fmt: skip
-    """Every pair, without stage copies and attention workers, with a limit on its value; the best limits first.
+    """Return every pair, without stage copies and attention workers, with a limit on its value, the best limit first.
 
-    A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves theta times its
-    GPUs at most; where one type does both, its GPUs are shared out. Pricing need not look below a theta with which the
-    limit, whatever the other role's, would not be better than ``known``.
+    A type whose best replica of a role serves theta requests/s per GPU (or per unit of cost) serves at most theta times
+    its GPUs; if one type has both roles, its GPUs are divided between them. Pricing need not look below a theta at
+    which the limit could not beat ``known``, whatever the other role's theta.
     """
     objective = atlas.problem.objective
     family = replace(atlas.problem.family, max_copies=1, max_pool=0, roles=(Role.PREFILL, Role.DECODE))
@@ -82,7 +83,7 @@ def _promising_first(
         floors = {
             gpu: enough * (known.value / counts[gpu] if objective.maximises else demand / known.value) for gpu in gpus
         }
-    ratios_budget = budget.share(0.5)  # the rest is for the pairs
+    ratios_budget = budget.share(0.5)  # the other half is for the pairs
     theta = {gpu: _best_ratios(plain.of_types(gpu, gpu), floors[gpu], ratios_budget, threads) for gpu in gpus}
     found = []
     for prefill in gpus:
@@ -102,7 +103,7 @@ def _promising_first(
 
 
 def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> FloatArray:
-    """The highest rate of a prefill and of a decode replica, each per GPU or per unit of cost, or ``floor``; [2]."""
+    """Return the highest rate per GPU, or per unit of cost, of a prefill and a decode replica, or ``floor``; [2]."""
     family, kind = pair.problem.family, pair.problem.objective.kind
     prices = np.zeros(len(pair.resources.rows))
     for row, (g, p) in enumerate(pair.resources.rows):
@@ -124,7 +125,7 @@ def _best_ratios(pair: Atlas, floor: float, budget: Budget, threads: int) -> Flo
 
 
 def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
-    """What no replica of the role can exceed for its dense work alone: all that a spent budget leaves time for."""
+    """Return a bound on the role's ratio from dense work alone, which takes no time."""
     layers = pair.scopes[0].tables.num_layers
     speeds = layers_per_s(pair, role)
     of_gpu = {g: price for (g, p), price in zip(pair.resources.rows, prices, strict=True) if p == 1}
@@ -132,14 +133,14 @@ def _dense_ratio(pair: Atlas, role: Role, prices: FloatArray) -> float:
 
 
 def _in_scopes_of(atlas: Atlas, pair: Atlas, template: Template) -> Template:
-    """A template of an atlas of two GPU types as one of the whole."""
+    """Return a template of an atlas of two GPU types as one of the whole atlas."""
     zones, mix = pair.scopes[template.scope].zones, pair.mixes[template.mix]
     here = (i for i, scope in enumerate(atlas.scopes) if scope.zones == zones and scope.serves(mix))
     return replace(template, scope=next(here))
 
 
 def _of_a_pair(report: Report, best: Outcome | None, maximises: bool) -> Report:
-    """News of one pair among many: its bound says nothing of the others, its incumbent may not be the best."""
+    """Return a report without a pair's bound, which does not hold for other pairs, and with the best incumbent."""
     better = max if maximises else min
 
     def told(progress: Progress) -> None:

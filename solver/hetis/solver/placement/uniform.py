@@ -1,4 +1,4 @@
-"""What engines do today, compiled: equal stages of one GPU type. The family of `uniform`, first columns for others."""
+"""Equal stages of one GPU type, compiled, as engines build them: the family of `uniform`, and others' first columns."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hetis.solver.placement.template import Template, TemplateStage, interval_of
 
 @kernel
 def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
-    """Layers of a stage: the remainder goes to plain stages first, then to the first, then to the last."""
+    """Return the layers of a stage; the remainder goes to plain stages first, then to the first, then to the last."""
     each, spare = num_layers // num_stages, num_layers % num_stages
     if role == FIRST:
         return each + (1 if spare > max(0, num_stages - 2) else 0)
     if role == PLAIN:
-        return each + (1 if spare > 0 else 0)  # the larger of the plain ones
+        return each + (1 if spare > 0 else 0)  # the larger number among plain stages
     return each
 
 
@@ -31,15 +31,14 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 def best_equal_split(
     t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime, depth_in_flight: bool
 ) -> tuple[float, int, int]:
-    """The shortest interval of ``num_stages`` equal stages of rank type s, and its mix (of those given) and in-flight
-    index.
+    """Return the shortest interval of ``num_stages`` equal stages of rank type s, with its mix and in-flight index.
 
-    inf where nothing fits in memory or meets the limits.
+    The mix is one of ``mixes``. The interval is inf if nothing fits in memory or meets the limits.
     """
     best, best_x, best_f = np.inf, -1, -1
     kinds = 1 if num_stages == 1 else (2 if num_stages == 2 else 3)
     groups = t.rank_groups[s]
-    # Plain stages take the remainder first: not all of them, if it is less.
+    # The remainder goes to plain stages first, and may be less than their number.
     many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
@@ -68,7 +67,7 @@ def best_equal_split(
                 if role in (LAST, BOTH):
                     fixed, chunk_fixed = fixed + t.last_s[x, s], chunk_fixed + t.chunk.last_s[x, s]
                 chunk_s = max(chunk_s, layers * chunk_w + chunk_fixed)
-                # Of plain stages some may have a layer less, beside which the rest counts for more.
+                # Some plain stages may have one layer less, which gives the rest of the stage more weight.
                 for n in range(max(1, layers - 1) if role == PLAIN and many_plain else layers, layers + 1):
                     uneven = max(uneven, (n * chunk_w + chunk_fixed) * t.iterations[x] / (n * w + fixed))
                 busiest = max(busiest, layers * w + fixed)
@@ -104,7 +103,7 @@ def best_equal_split(
 
 
 def uniform_templates(atlas: Atlas) -> list[Template]:
-    """The best replica of every rank type and number of equal stages that fits in the fleet, on every side."""
+    """Return the best replica of every rank type and number of equal stages that fits in the fleet, on every side."""
     found: list[Template] = []
     for scope, part in enumerate(atlas.scopes):
         mixes_on: dict[int, list[int]] = {}
@@ -131,7 +130,7 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
             )
             cuts = np.cumsum([stage.layers for stage in stages])[:-1]
             if np.any(t.cut_floor[cuts] != cuts):
-                continue  # the model may not be cut there
+                continue  # the model does not allow these cuts
             template = Template(scope, x, f, stages, np.inf)
             if is_run_by_engine(atlas, template):
                 yield replace(template, interval_s=interval_of(atlas, template))

@@ -1,4 +1,4 @@
-"""Sequential replicas under a cap on the interval, compiled: exact, by a shortest path with (price, seconds) labels."""
+"""Sequential replicas under a cap on the interval, compiled: an exact shortest path with (price, seconds) labels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hetis.solver.placement.compiled import kernel
 from hetis.solver.placement.options import Options
 from hetis.solver.placement.tables import BOTH, FIRST, LAST, PLAIN, CoverTables, FloatArray
 
-MAX_LABELS = 192  # at a position: `best_within_cap` is not exact where more would be needed
+MAX_LABELS = 192  # per position; if more were needed, `best_within_cap` is not exact
 
 
 @kernel
 def _pareto_steps(t: CoverTables, o: Options, prices: FloatArray) -> tuple[IntArray, IntArray]:
-    """For each role and number of layers: the options of which none is both cheaper and quicker.
+    """Return the options per role and number of layers that no other beats in both price and time.
 
-    Returns (count [4, L + 1], option [4, L + 1, options]); options by ascending price.
+    Returns (count [4, L + 1], option [4, L + 1, options]); options are sorted by rising price.
     """
     num_layers, num_options = t.num_layers, prices.shape[0]
     order = np.argsort(prices)
@@ -38,16 +38,16 @@ def _pareto_steps(t: CoverTables, o: Options, prices: FloatArray) -> tuple[IntAr
 def best_within_cap(
     t: CoverTables, o: Options, prices: FloatArray, interval_cap_s: float, ratio_floor: float
 ) -> tuple[float, IntArray, bool]:
-    """The best ``1 / (t price)`` above ``ratio_floor`` with t within a cap, exactly: a shortest path with labels.
+    """Return the best ``1 / (t price)`` above ``ratio_floor`` with t within a cap, by a shortest path with labels.
 
     A label at a position is a (price, seconds) pair that no other label there beats in both. It is dropped if even the
-    cheapest and the quickest completions, each on its own, leave the cap or the floor.
+    cheapest and the quickest completions, taken separately, exceed the cap or miss the floor.
 
     Returns (ratio, stages, exact): ratio 0 if there is none; not exact if some position had too many labels.
     """
     num_layers = t.num_layers
     count, option = _pareto_steps(t, o, prices)
-    cheapest_left = np.full(num_layers + 1, np.inf)  # by layers left, the last stage included
+    cheapest_left = np.full(num_layers + 1, np.inf)  # by layers left, including the last stage
     quickest_left = np.full(num_layers + 1, np.inf)
     for left in range(1, num_layers + 1):
         for n in range(1, left + 1):
@@ -107,9 +107,9 @@ def _add_label(
     labels: IntArray, price_at: FloatArray, seconds_at: FloatArray, back: IntArray, pos: int, price: float,
     seconds: float, before_pos: int, before_label: int, option: int,
 ) -> bool:  # fmt: skip
-    """Adds a label unless one there is as good; drops those it beats. False if there was no room.
+    """Add a label unless an existing one is as good, drop those it beats, and return False if there was no room.
 
-    Labels already expanded are never dropped: a position only gains labels from positions before it.
+    Labels already expanded are never dropped, because a position only gains labels from earlier positions.
     """
     kept = 0
     for i in range(labels[pos]):

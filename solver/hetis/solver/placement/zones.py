@@ -1,9 +1,9 @@
-"""Large fleets over several zones: search them as if they were one zone, then give every zone its own columns.
+"""Large fleets over several zones: a search that treats them as one zone, then gives every zone its own columns.
 
-Where zones differ only in how many nodes they have, the fleet with all nodes in one zone is a relaxation of the real
-one: links inside a zone are at least as fast as links between zones, every replica of the real family is a replica
-there, and what it takes is available there. So its bound holds, at the cost of one zone instead of all of them and
-their combinations; and each of its replicas can stand in any zone that has the GPUs.
+If zones differ only in their numbers of nodes, the fleet with all nodes in one zone is a relaxation of the real one:
+links inside a zone are at least as fast as links between zones, every replica of the real family is a replica there,
+and what it takes is available there. So its bound holds, at the cost of one zone instead of all of them and their
+combinations, and each of its replicas can be placed in any zone that has the GPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MERGED = "all zones"
 
 
 def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
-    """The same fleet in one zone; None where that is not a relaxation or there is just one zone."""
+    """Return the same fleet in one zone, or None if that is not a relaxation or there is just one zone."""
     cluster = problem.cluster
     zones, network = cluster.zones(), cluster.network
     inside = {network.zone_link(zone, zone) for zone in zones}
@@ -32,7 +32,7 @@ def merged_problem(problem: PlacementProblem) -> PlacementProblem | None:
     link = inside.pop()
     between = [network.zone_link(a, b) for i, a in enumerate(zones) for b in zones[i + 1 :]]
     if any(other.slower_of(link) != other for other in between):
-        return None  # some zones are closer to each other than to themselves
+        return None  # some zones have faster links to each other than inside themselves
     groups = tuple(
         replace(group, zone=MERGED, nic=group.nic if group.nic is not None else network.default)
         for group in cluster.node_groups
@@ -46,7 +46,7 @@ def _kind(c: DeviceClass) -> tuple[object, ...]:
 
 
 def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:
-    """Every template in every zone that has its GPU classes; prefill replicas once more as senders to all zones."""
+    """Return every template in every zone with its GPU classes; prefill replicas also as senders to all zones."""
     found = []
     mixes_like: dict[tuple[int, int], list[int]] = {}
     for x, mix in enumerate(atlas.mixes):
@@ -62,7 +62,7 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
             mix = merged.mixes[template.mix]
             for x in mixes_like[mix.micro_batch, mix.chunk_tokens] if stages and part.serves(mix) else ():
                 moved = replace(template, scope=scope, mix=x, stages=stages)
-                if mix.role is not Role.UNIFIED:  # what leaves for or comes from other zones takes its time
+                if mix.role is not Role.UNIFIED:  # KV to or from other zones takes longer
                     moved = replace(moved, interval_s=interval_of(atlas, moved))
                     if moved.interval_s > part.tables.t_cap[x, moved.in_flight_index]:
                         continue
@@ -73,7 +73,7 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
 def _stages_on(
     merged: Atlas, class_of: list[int], rank_of: dict[tuple[int, int], int], template: Template
 ) -> tuple[TemplateStage, ...]:  # fmt: skip
-    """A template's stages on a zone's own classes; none if it lacks one."""
+    """Return a template's stages on a zone's own classes, or none if the zone lacks a class."""
     stages = []
     for stage in template.stages:
         device_class, tp = merged.ranks[stage.rank]
@@ -86,13 +86,13 @@ def _stages_on(
 
 
 def row_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
-    """Prices of the merged fleet's rows for the rows of the real one."""
+    """Return prices of the merged fleet's rows for the rows of the real fleet."""
     of_kind = {(_kind(merged.classes[g]), p): prices[i] for i, (g, p) in enumerate(merged.resources.rows)}
     return np.array([of_kind.get((_kind(atlas.classes[g]), p), 0.0) for g, p in atlas.resources.rows])
 
 
 def rate_prices_of(merged: Atlas, atlas: Atlas, prices: FloatArray) -> FloatArray:
-    """Rate prices of the merged fleet's sides for the sides of the real one: the same in every zone."""
+    """Return rate prices of the merged fleet's sides for the sides of the real one, the same in every zone."""
     if not atlas.routes.splits_roles:
         return prices
     local, _, receiving = merged.routes.parts(prices)

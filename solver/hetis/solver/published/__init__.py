@@ -1,7 +1,7 @@
-"""Heuristics of other planners as their papers describe them, under our cost model: to compare with, not to plan by.
+"""Heuristics of other planners as published, under our cost model: for comparison, not for planning.
 
-A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. What its
-paper leaves open is reconstructed, and said in the heuristic's module and in `docs/strategies.md`.
+A published heuristic returns a plan like any other, which the same checker accepts; only its bound is weak. Whatever
+its paper leaves open is reconstructed, which the heuristic's module and `docs/strategies.md` state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hetis.solver.published.splitwise import solve_splitwise
 
 
 class Solve(Protocol):
-    """A heuristic. ``problem.family`` is the strategy's own.
+    """A heuristic; ``problem.family`` is the strategy's own.
 
     Raises:
         NoPlanFoundError: it finds no plan, which proves nothing.
@@ -31,7 +31,7 @@ class Solve(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A published heuristic: name, one sentence for people, and how it is run."""
+    """A published heuristic: its name, one sentence for people, and the function that runs it."""
 
     name: str
     summary: str

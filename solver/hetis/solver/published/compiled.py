@@ -1,4 +1,4 @@
-"""Kernels of the published heuristics are compiled through `kernel`; see `hetis.solver.compiled`."""
+"""Compilation of the published heuristics' kernels through `kernel`; see `hetis.solver.compiled`."""
 
 from __future__ import annotations
 

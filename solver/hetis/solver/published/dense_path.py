@@ -1,11 +1,12 @@
-"""Which GPU types of a replica compute its dense layers, and which become attention workers: the 5% rule of Hetis.
+"""The GPU types of a replica that compute its dense layers, and those that become attention workers: Hetis's 5% rule.
 
-The cost of a dense path is C = C_comp + C_comm: seconds that a request keeps the slowest stage computing, and seconds
-of all its all-reduces and hops along the pipeline; at a reference mix, without decode attention, which Hetis spreads by
-heads later. GPUs of one type on one node form a TP group as wide as can be, different nodes and types are joined by
-pipeline parallelism, the fastest type first. Starting from all types, the slowest one leaves as long as it takes no
-more than 5% off the cost. (What exactly C sums, the reference mix, and that whole types leave are reconstructed; on the
-paper's cluster this leaves A100 and RTX 3090 in the dense path and P100 for attention, as reported.)
+The cost of a dense path is C = C_comp + C_comm: the seconds for which a request occupies the slowest stage's compute,
+and the seconds of all its all-reduces and hops along the pipeline. It is taken at a reference mix, without decode
+attention, which Hetis later spreads by heads. GPUs of one type on one node form a TP group as wide as possible;
+different nodes and types are joined by pipeline parallelism, the fastest type first. Starting from all types, the
+slowest one leaves as long as it reduces the cost by no more than 5%. (The exact terms of C, the reference mix, and that
+whole types leave are reconstructed. On the paper's cluster this leaves A100 and RTX 3090 in the dense path and P100 for
+attention, as reported.)
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from hetis.solver.published.layers import best_split
 from hetis.solver.published.parallelism import Composition, tp_groups
 from hetis.solver.published.pipelines import Ranks, ReplicaDuty, priced
 
-LEAST_GAIN = 0.05  # delta: what a type must take off the cost to stay in the dense path
+LEAST_GAIN = 0.05  # delta: share of the cost by which a type must reduce it to stay in the dense path
 REFERENCE_BATCH, REFERENCE_CHUNK = 32, 512
 
 
 @dataclass(frozen=True, slots=True)
 class DensePath:
-    """Stages of the dense path, its cost, and the device classes that are left for attention, fastest first."""
+    """The stages of the dense path, its cost, and the device classes left for attention, fastest first."""
 
     ranks: Ranks
     cost_s: float
@@ -35,7 +36,7 @@ class DensePath:
 
 
 def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath | None:
-    """The dense path of a replica on these GPUs after the 5% rule; None if no types together can hold the weights."""
+    """Return a replica's dense path on these GPUs after the 5% rule, or None if they cannot hold the weights."""
     reference = _reference(atlas, duty)
     staying = sorted(group, key=lambda part: (-_speed(atlas, reference, part[0]), part[0]))
     best, leavers = _path(atlas, reference, staying), list[int]()
@@ -49,7 +50,7 @@ def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath
 
 
 def _reference(atlas: Atlas, duty: ReplicaDuty) -> ReplicaDuty:
-    """The same duty at one mix: the family's closest to the reference."""
+    """Return the same duty at one mix, the family's closest to the reference."""
 
     def distance(x: int) -> tuple[float, float]:
         mix = atlas.mixes[x]
@@ -59,7 +60,7 @@ def _reference(atlas: Atlas, duty: ReplicaDuty) -> ReplicaDuty:
 
 
 def _speed(atlas: Atlas, reference: ReplicaDuty, device_class: int) -> float:
-    """Layers per second of one GPU."""
+    """Return the layers per second of one GPU."""
     t = atlas.scopes[reference.scope].tables
     speeds = [
         1.0 / (tp * t.layer_s[reference.mixes[0], s]) for s, (c, tp) in enumerate(atlas.ranks) if c == device_class
@@ -68,7 +69,7 @@ def _speed(atlas: Atlas, reference: ReplicaDuty, device_class: int) -> float:
 
 
 def _path(atlas: Atlas, reference: ReplicaDuty, parts: list[tuple[int, tuple[int, ...]]]) -> DensePath | None:
-    """The dense path over all GPUs of these classes, in this order; None if it cannot hold the weights."""
+    """Return the dense path over all GPUs of these classes, in order, or None if it cannot hold the weights."""
     rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
     stages: list[int] = []
     for device_class, nodes in parts:
@@ -79,11 +80,11 @@ def _path(atlas: Atlas, reference: ReplicaDuty, parts: list[tuple[int, tuple[int
 
 
 def _cost_s(atlas: Atlas, reference: ReplicaDuty, ranks: Ranks) -> float:
-    """C = C_comp + C_comm at the split of layers that balances computing; infinite if the weights do not fit."""
+    """Return C = C_comp + C_comm at the split of layers that balances compute; infinity if the weights do not fit."""
     t = atlas.scopes[reference.scope].tables
     x, s = reference.mixes[0], np.array(ranks)
     reduce_s = np.array([_all_reduce_s(atlas, x, rank) for rank in ranks])
-    # No head group is kept: what KV the stages hold is decided later.
+    # No head group is kept, because the KV of the stages is decided later.
     compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
     p = priced(atlas, reference, ranks, compute_s, np.zeros_like(compute_s), t.rank_groups[s])
     even = p._replace(
@@ -103,7 +104,7 @@ def _cost_s(atlas: Atlas, reference: ReplicaDuty, ranks: Ranks) -> float:
 
 
 def _all_reduce_s(atlas: Atlas, x: int, rank: int) -> float:
-    """Seconds of a request in the all-reduces of one layer."""
+    """Return the seconds of a request in the all-reduces of one layer."""
     device_class, tp = atlas.ranks[rank]
     c, mix, model = atlas.classes[device_class], atlas.mixes[x], atlas.problem.model
     shape = cost.rank_shape(model, tp)

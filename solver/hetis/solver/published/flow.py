@@ -1,8 +1,9 @@
-"""Step B of HexGen-2: requests from the coordinator through prefill and decode replicas and back, as a maximum flow.
+"""Step B of HexGen-2: a maximum flow of requests from the coordinator through prefill and decode replicas and back.
 
-One commodity, in requests/s. Every replica is an arc with its rate as capacity; KV goes from prefill to decode replicas
-of the same zone, and over a link between zones if the prefill replica may send there. KV arcs inside a zone need no
-capacity of their own: what a replica can send or receive is in its rate (`docs/cost-model.md`, the wire of a layer).
+There is one commodity, in requests/s. Every replica is an arc with its rate as capacity. KV goes from prefill to decode
+replicas of the same zone, and over a link between zones if the prefill replica may send there. KV arcs inside a zone
+need no capacity of their own, because a replica's rate includes what it can send or receive (`docs/cost-model.md`, the
+wire of a layer).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-STEPS = 1 << 40  # OR-Tools counts whole units: the largest rate is this many
+STEPS = 1 << 40  # OR-Tools counts whole units, of which the largest rate has this many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Station:
-    """A replica of one role: what it can serve, where it stands, and (prefill) whether KV may leave its zone."""
+    """A replica of one role: its rate, its zone, and for prefill whether KV may leave the zone."""
 
     rate: float
     zone: str
@@ -24,7 +25,7 @@ class Station:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
-    """A maximum flow: requests/s in all, of every station, and of every pair that exchanges KV."""
+    """A maximum flow in requests/s: its value, and the flow of every station and every pair that exchanges KV."""
 
     value: float
     prefill: tuple[float, ...]
@@ -35,12 +36,12 @@ class Flow:
 def maximum_flow(
     prefill: Sequence[Station], decode: Sequence[Station], link_rates: Mapping[tuple[str, str], float]
 ) -> Flow:
-    """The most requests/s that pass one prefill and one decode station each; by preflow-push (OR-Tools).
+    """Return the largest flow through one prefill and one decode station each, by preflow-push (OR-Tools).
 
     Args:
         link_rates: requests/s whose KV the link from one zone to another carries; pairs that are not listed carry none.
 
-    Rates are rounded down to whole units, so that no station and no link is overdrawn.
+    Rates are rounded down to whole units, so no station and no link is overdrawn.
     """
     from ortools.graph.python import max_flow
 
@@ -90,7 +91,7 @@ def maximum_flow(
 
 
 def _paired(sent: Mapping[int, int], received: Mapping[int, int]) -> dict[tuple[int, int], int]:
-    """Return what each sender of a link sends to each of its receivers: first come, first served."""
+    """Return what each sender of a link sends to each of its receivers, first come, first served."""
     pairs: dict[tuple[int, int], int] = {}
     waiting = [[j, units] for j, units in received.items() if units > 0]
     for i, left in sent.items():

@@ -1,4 +1,4 @@
-"""The fleet as the partitioning of HexGen-2 sees it: a graph of GPUs, weighted by memory and bandwidth."""
+"""The fleet in the partitioning of HexGen-2: a graph of GPUs, weighted by memory and bandwidth."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class FleetGraph:
         return len(self.names)
 
     def kind(self, gpu: int) -> tuple[int, str]:
-        """GPUs of one kind (device class and node) can stand in for one another."""
+        """Return the kind of a GPU (device class and node); GPUs of one kind are interchangeable."""
         return int(self.device_class[gpu]), self.nodes[gpu]
 
 
 def graph_of(atlas: Atlas) -> FleetGraph:
-    """The graph of a problem's fleet; a GPU has room for what its profile says."""
+    """Return the graph of a problem's fleet, with the memory that profiles give each GPU."""
     problem = atlas.problem
     rooms = [problem.profiles[c.gpu].room_bytes for c in atlas.classes]
     return fleet_graph(problem.cluster, atlas.classes, rooms)
 
 
 def fleet_graph(cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: Iterable[float]) -> FleetGraph:
-    """The graph of a cluster; ``room_bytes`` is what a GPU of each class has for weights and KV."""
+    """Return the graph of a cluster; ``room_bytes`` is the memory of each class's GPUs for weights and KV."""
     devices = tuple(cluster.devices())
     class_of = class_of_slots(classes)
     device_class = np.array([class_of[d.group.name, d.gpu] for d in devices], dtype=np.int64)
@@ -61,7 +61,7 @@ def fleet_graph(cluster: Cluster, classes: tuple[DeviceClass, ...], room_bytes: 
 
 
 def _bandwidths(cluster: Cluster, devices: tuple[Device, ...]) -> FloatArray:
-    """Bandwidth of every pair of GPUs; equal pairs of nodes are looked up once."""
+    """Return the bandwidth of every pair of GPUs; equal pairs of nodes are looked up once."""
     places = list(dict.fromkeys((d.node, d.gpu) for d in devices))
     first = {(d.node, d.gpu): d for d in devices}
     between = np.zeros((len(places), len(places)))
@@ -76,7 +76,7 @@ def _bandwidths(cluster: Cluster, devices: tuple[Device, ...]) -> FloatArray:
 
 
 def _bandwidth(cluster: Cluster, a: Device, b: Device) -> float:
-    """The slower of both ends' links: board to board inside a node, NIC to NIC between nodes."""
+    """Return the bandwidth of the slower end: board to board inside a node, NIC to NIC between nodes."""
     if a.node == b.node:
         ends = [intra_link(cluster.gpu_types[d.gpu], d.group.intra_link) for d in (a, b)]
         return min(link.bytes_per_s for link in ends)

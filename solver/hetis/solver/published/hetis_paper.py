@@ -1,17 +1,17 @@
 """`hetis-paper`: the search that Hetis (SC'25, arXiv 2509.08309) describes, under our cost model.
 
-Data parallelism first: the GPUs of every type are dealt out evenly to d replicas, in the order of their nodes. In each
-replica the dense path is found and the 5% rule applied (`dense_path.py`); types that left become the attention workers
-of the whole replica (`shared_pool.py`). The degree d with the least cost per request is taken.
+Data parallelism comes first: the GPUs of every type are dealt evenly to d replicas, in the order of their nodes. In
+each replica the dense path is found by the 5% rule (`dense_path.py`), and types that left become attention workers of
+the whole replica (`shared_pool.py`). The degree d with the least cost per request is taken.
 
-Reconstructed, and what our model asks for beyond the paper:
+Reconstructed, or required by our model beyond the paper:
 
-- The cost of d replicas together is that of one request divided among them, 1 / (sum of 1 / C). Degrees are tried from
-  the cheapest on; the first at which every replica keeps memory and limits is taken, or else the one with the highest
-  rate.
-- Replicas lie in one zone each, and every zone is planned on its own.
-- A pool has one GPU type: of several that left, the one that serves best; the others, and GPUs that are left over by
-  an uneven deal, idle.
+- The joint cost of d replicas is that of one request divided among them, 1 / (sum of 1 / C). Degrees are tried from
+  the cheapest on. The first one at which every replica fits memory and limits is taken, or else the one with the
+  highest rate.
+- Each replica lies in one zone, and every zone is planned separately.
+- A pool has one GPU type: of several that left, the one that serves best. The others, and GPUs that an uneven deal
+  leaves, are idle.
 - (b, M, C), the layers and the share of head groups then follow from our family, for the highest rate.
 """
 
@@ -63,7 +63,7 @@ class ReplicaShare:
 
 
 def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """The plan that the search of Hetis finds; ``seed`` changes nothing.
+    """Return the plan that the search of Hetis finds; ``seed`` has no effect.
 
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
@@ -81,7 +81,7 @@ def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, r
 
 
 def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
-    """A reader who looks for attention workers shall find them, or why there are none."""
+    """Yield a note on the attention workers, or on why there are none, for readers who look for them."""
     pools = {pool.gpu for replica in replicas for pool in replica.attention_workers}
     if pools:
         yield f"attention workers of whole replicas: {', '.join(sorted(pools))}"
@@ -92,7 +92,7 @@ def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
 def _of_zone(
     atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str, budget: Budget, report: Report
 ) -> list[ReplicaPlan]:
-    """The replicas of one zone at the cheapest degree of data parallelism that can be had."""
+    """Return the replicas of one zone at the cheapest feasible degree of data parallelism."""
     degrees = sorted(_degrees(atlas, graph, duty, zone), key=_cost_together)
     search = _PoolSearch(atlas, duty)
     best: list[tuple[ReplicaShare, Template]] = []
@@ -111,7 +111,7 @@ def _of_zone(
 
 
 def _degrees(atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str) -> Iterator[list[ReplicaShare]]:
-    """Every number of replicas whose dense paths hold the weights."""
+    """Yield the replicas' shares for every number of replicas whose dense paths hold the weights."""
     members: dict[int, list[int]] = defaultdict(list)
     for gpu in range(graph.num_gpus):
         if graph.zones[gpu] == zone:
@@ -147,7 +147,7 @@ def _rate(chosen: Sequence[tuple[ReplicaShare, Template]]) -> float:
 
 
 class _PoolSearch:
-    """Finds the best setting of a replica with its attention workers; equal replicas once."""
+    """A search for the best setting of a replica with its attention workers; equal replicas are searched once."""
 
     def __init__(self, atlas: Atlas, duty: ReplicaDuty) -> None:
         self._atlas, self._duty = atlas, duty
@@ -162,7 +162,7 @@ class _PoolSearch:
         return self._found[group]
 
     def _pools(self, group: Composition, path: DensePath) -> Iterator[SharedPool | None]:
-        """All cards of a type that left, as far as the family has pools of that size."""
+        """Yield all cards of each type that left, up to a pool size of the family."""
         for device_class, nodes in group:
             sizes = [size for size in self._atlas.pool_sizes if size <= sum(nodes)]
             if device_class in path.leavers and sizes:
@@ -170,7 +170,7 @@ class _PoolSearch:
 
 
 def _replica(atlas: Atlas, graph: FleetGraph, gpus: Sequence[int], template: Template) -> ReplicaPlan:
-    """The replica on named GPUs; the cards of its pool are listed with every stage that they serve."""
+    """Return the replica on named GPUs; the cards of its pool are listed with every stage that they serve."""
     stages = named_stages(atlas, graph, gpus, template)
     pooled = [stage for stage in template.stages if stage.pool_class >= 0]
     if not pooled:
@@ -189,7 +189,7 @@ def _replica(atlas: Atlas, graph: FleetGraph, gpus: Sequence[int], template: Tem
 
 
 def _shared_room(atlas: Atlas, template: Template, pool: SharedPool) -> int:
-    """Tokens of the replica whose KV the fullest card has room for, over all stages."""
+    """Return the replica's tokens whose KV fits on the fullest card, over all stages."""
     t = atlas.scopes[template.scope].tables
     per_token = 0.0
     for i, stage in enumerate(template.stages):

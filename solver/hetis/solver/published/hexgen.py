@@ -1,19 +1,20 @@
 """`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
 
-An individual cuts the GPUs of a zone into serving groups, one replica each. Every group gets the best pipeline of TP
-groups that it can be (`parallelism.py`), and the rates of all groups together are the individual's fitness. Offspring
-come of mutations alone, which HexGen publishes with its code: a GPU goes over to another group (of the machine that
-most of that group is on, if the giver has one), a group is split by a random share of every machine, two groups merge.
-All groups must keep memory for the weights and a tenth more.
+An individual divides the GPUs of a zone into serving groups, one replica each. Every group gets its best pipeline of TP
+groups (`parallelism.py`), and the sum of the groups' rates is the individual's fitness. Offspring come from mutations
+alone, as in HexGen's published code: a GPU moves to another group (from the machine that most of that group is on, if
+the giver has one), a group is split by a random share of every machine, or two groups merge. All groups must keep
+memory for the weights and a tenth more.
 
-Reconstructed, and what our model asks for beyond the paper:
+Reconstructed, or required by our model beyond the paper:
 
-- HexGen ranks individuals by their number of groups first and by simulated attainment of a deadline later; here it is
-  the cost model's rate within the limits, the number of groups where rates are equal.
-- HexGen merges once in a thousand or more changes of groups, here in a third of them, which finds better plans sooner.
-- The best individual stays in the population, so that the last generation is no worse than the others; a hundred
-  generations without a better one are the last.
-- One TP degree per GPU type of a group, as for `hexgen2-paper`; (b, M, C) and the layers follow from our family.
+- HexGen ranks individuals first by their number of groups and later by simulated attainment of a deadline. Here the
+  cost model's rate within the limits ranks them, with the number of groups breaking ties.
+- HexGen merges once in a thousand or more changes of groups; here a third of them merge, which finds better plans
+  sooner.
+- The best individual stays in the population, so the last generation is no worse than the others. The search ends
+  after a hundred generations without a better one.
+- Each GPU type of a group has one TP degree, as for `hexgen2-paper`. (b, M, C) and the layers follow from our family.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ from hetis.solver.published.plans import (
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends
-HEADROOM = 0.1  # of a group's memory over the weights: 144 GB for Llama-2 70B in HexGen's code
+HEADROOM = 0.1  # ratio of a group's spare memory to the weights: 144 GB for Llama-2 70B in HexGen's code
 LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # of every machine that goes to the new group of a split
-MOVES = 0.5  # of the mutations
-MERGES = 1 / 3  # of the others, which change the number of groups
-ATTEMPTS = 20  # at a mutation that leaves memory enough in all groups
+MOVES = 0.5  # share of the mutations
+MERGES = 1 / 3  # share of the other mutations, which change the number of groups
+ATTEMPTS = 20  # at a mutation that leaves enough memory in all groups
 MAX_GPUS = 1024  # groups are lists of GPUs
 
 NOTES = (
@@ -63,7 +64,7 @@ Individual = tuple[Part, ...]  # serving groups
 
 
 def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """The plan that HexGen's genetic search finds.
+    """Return the plan that HexGen's genetic search finds.
 
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
@@ -92,7 +93,7 @@ def evolved(
     start: Individual, mutated: Callable[[Individual], Individual], fitness: Callable[[Individual], tuple[float, int]],
     order: random.Random, *, budget: Budget, report: Report,
 ) -> Individual:  # fmt: skip
-    """The fittest individual of all generations; survivors are drawn by tournament, the fittest is always one."""
+    """Return the fittest individual of all generations; it always survives, and others are drawn by tournament."""
     known: dict[Individual, tuple[float, int]] = {}
 
     def fit(one: Individual) -> tuple[float, int]:
@@ -119,14 +120,14 @@ def evolved(
 
 @dataclass(frozen=True, slots=True)
 class Mutations:
-    """Changes of an individual that leave ``least_bytes`` of room in every group."""
+    """Changes of an individual that leave at least ``least_bytes`` of room in every group."""
 
     graph: FleetGraph
     least_bytes: float
     order: random.Random
 
     def mutated(self, one: Individual) -> Individual:
-        """The individual after a random change; itself where no attempt leaves memory enough."""
+        """Return the individual after a random change, or itself if no attempt leaves enough memory."""
         rooms = self.graph.room_bytes.tolist()
         for _ in range(ATTEMPTS):
             changed = self._change_of(one)(one)
@@ -142,7 +143,7 @@ class Mutations:
         return self._merged if self.order.random() < MERGES else self._split
 
     def _moved(self, one: Individual) -> Individual:
-        """A GPU goes to another group: of the machine that most of the taker is on, or else any."""
+        """Move a GPU to another group, preferably from the machine that most of the taker is on."""
         giver, taker = self.order.sample(range(len(one)), 2)
         main, _ = Counter(self.graph.kind(gpu) for gpu in one[taker]).most_common(1)[0]
         suited = [gpu for gpu in one[giver] if self.graph.kind(gpu) == main] or list(one[giver])
@@ -151,7 +152,7 @@ class Mutations:
         return (*(g for i, g in groups.items() if i != taker), tuple(sorted((*one[taker], gpu))))
 
     def _split(self, one: Individual) -> Individual:
-        """The same share of the GPUs of every machine of a group makes a new one."""
+        """Make a new group of the same share of the GPUs of every machine of a group."""
         chosen = self.order.randrange(len(one))
         share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
         kinds = Counter(self.graph.kind(gpu) for gpu in one[chosen])
@@ -168,7 +169,7 @@ class Mutations:
 
 
 def _fitness(search: ReplicaSearch, graph: FleetGraph, duty: ReplicaDuty, one: Individual) -> tuple[float, int]:
-    """Rate and number of groups."""
+    """Return the rate and the number of groups."""
     found = [_replica(search, graph, group, duty) for group in one]
     return sum(template.rate for template in found if template is not None), len(one)
 

@@ -2,18 +2,18 @@
 
     A  partition   GPUs into K serving groups, K = floor(memory / memory of a replica); groups into prefill and decode
     B  evaluate    the best replica of every group, then the maximum flow through all of them
-    C  refine      swaps guided by the flow, until none raises it
+    C  refine      swaps guided by the flow, until none increases it
 
-What the paper leaves open, and what our model asks for beyond it:
+Left open by the paper, or required by our model beyond it:
 
-- The memory of a replica is its weights and some headroom for KV, which decides K and with it a great deal. How much
-  HexGen-2 leaves is not known: several are tried (`HEADROOMS`), the best answer is kept. A fleet with memory for fewer
-  than two groups is still cut in two: nothing can be served with one.
-- Prefill and decode replicas lie in one zone each, so the fleet is partitioned zone by zone. KV goes to other zones
-  only if all prefill replicas may send there (over slower links): both ways are tried, the better one is kept.
-- A group that fits no replica idles. Where no request can be served within the latency limits, which HexGen-2 does not
-  know, one group changes sides, or the fleet is cut into ever fewer groups; if none serve, swaps are made without the
-  limits first.
+- The memory of a replica is its weights and some headroom for KV, which decides K and much else. How much HexGen-2
+  leaves is unknown, so several headrooms are tried (`HEADROOMS`) and the best answer is kept. A fleet with memory for
+  fewer than two groups is still cut in two, because one group cannot serve anything.
+- Each prefill or decode replica lies in one zone, so the fleet is partitioned zone by zone. KV goes to other zones only
+  if all prefill replicas may send there (over slower links). Both ways are tried, and the better one is kept.
+- A group that fits no replica is idle. If no request can be served within the latency limits, which HexGen-2 does not
+  have, one group changes sides, or the fleet is cut into ever fewer groups. If none serve, swaps are first made without
+  the limits.
 - It maximises the rate, whatever the objective.
 """
 
@@ -46,7 +46,7 @@ from hetis.solver.published.plans import (
 )
 from hetis.solver.published.swaps import Arrangement, Evaluated, SwapNetwork, improved, with_other_role
 
-HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # KV bytes of a replica over weight bytes, in estimating its memory
+HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # ratios of a replica's KV bytes to its weight bytes in the estimate of its memory
 MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
 
 NOTES = (
@@ -57,7 +57,7 @@ NOTES = (
 
 
 def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """The plan that HexGen-2's heuristic finds.
+    """Return the plan that HexGen-2's heuristic finds.
 
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
@@ -94,8 +94,7 @@ def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
 
 
 def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
-    """Yield for every headroom the groups of every zone: as many as memory allows, two in all at least; the most
-    first."""
+    """Return (headroom, groups by zone), the most groups first: as many as memory allows, but at least two in all."""
     members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
     room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
     found: list[tuple[float, dict[str, int]]] = []
@@ -111,7 +110,7 @@ def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str
 
 
 def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
-    """A tenth fewer groups, and so on down to two, from the zones that have most."""
+    """Yield counts with a tenth fewer groups each time, taken from the zones with most, down to two groups."""
     counts = dict(counts)
     while sum(counts.values()) > 2:
         for _ in range(min(sum(counts.values()) - 2, max(1, sum(counts.values()) // 10))):
@@ -139,7 +138,7 @@ def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar:
 
 
 def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom: float) -> Arrangement:
-    """Step A for given numbers of groups."""
+    """Do step A for given numbers of groups."""
     least = replica_bytes(atlas.problem.model, headroom)
     groups = tuple(group for zone, count in counts.items() for group in _groups(graph, zone, count, least))
     prefill, _ = maximum_cut(coarsened(graph.bytes_per_s, groups))
@@ -149,7 +148,7 @@ def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom:
 def _first_to_serve(
     networks: Sequence[SwapNetwork], starts: Iterable[Arrangement], budget: Budget
 ) -> list[tuple[SwapNetwork, Evaluated]]:  # fmt: skip
-    """The first arrangement through which requests flow, one group on the other side if need be, on every network."""
+    """Evaluate the first arrangement that serves requests on every network, one group on the other side if needed."""
     for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
         found = [(network, network.evaluated(arrangement)) for network in networks]
         serving = [(network, evaluated) for network, evaluated in found if evaluated.flow.value > 0.0]
@@ -161,7 +160,7 @@ def _first_to_serve(
 
 
 def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
-    """The arrangement itself, then with one group on the other side as long as both keep one."""
+    """Yield the arrangement itself, then with one group on the other side as long as both keep one."""
     yield start
     for group, role in enumerate(start.roles):
         if start.roles.count(role) > 1:
@@ -177,14 +176,14 @@ def _refined(
 def _from_without_limits(
     network: SwapNetwork, start: Arrangement, budget: Budget, seed: int, report: Report
 ) -> tuple[SwapNetwork, Evaluated]:
-    """Swaps without the latency limits, then with them: none leads out of an arrangement that serves nothing."""
+    """Improve by swaps without the latency limits, then with them, since no swap leaves an arrangement without flow."""
     relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
     found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
     return _refined(network, network.evaluated(found.arrangement), budget, seed, report)
 
 
 def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> list[Part]:
-    """Serving groups of one zone: spectral, then exchanges that keep room for a replica in each."""
+    """Return the serving groups of one zone: spectral, then exchanges that keep room for a replica in each."""
     if count == 0:
         return []
     gpus = [i for i, z in enumerate(graph.zones) if z == zone]
@@ -194,7 +193,7 @@ def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> lis
 
 
 def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) -> Plan:
-    """The replicas with their GPUs by name; those that the flow leaves out idle."""
+    """Return the replicas with named GPUs, without those that the flow does not use."""
     numbers: dict[Role, list[int]] = {Role.PREFILL: [], Role.DECODE: []}
     replicas: list[ReplicaPlan] = []
     for group, role, template in zip(
@@ -221,7 +220,7 @@ def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) 
 
 
 def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
-    """Total edge weight between every two parts, shape [K, K], 0 on the diagonal."""
+    """Return the total edge weight between every two parts, shape [K, K], 0 on the diagonal."""
     members = np.zeros((len(parts), len(weights)))
     for number, part in enumerate(parts):
         members[number, list(part)] = 1.0
@@ -231,10 +230,10 @@ def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
 
 
 def maximum_cut(weights: FloatArray) -> tuple[Part, Part]:
-    """Two sides, none empty, with a large cut between them; vertex 0 is on the first.
+    """Return two non-empty sides with a large cut between them; vertex 0 is on the first.
 
-    Kernighan-Lin exchanges keep the sizes of the sides, so every size from the spectral cut's neighbourhood is tried:
-    the K vertices are split at each position along the eigenvector, and the best cut after refinement wins.
+    Kernighan-Lin exchanges keep the sizes of the sides, so all sizes are tried from the balanced one outwards: the K
+    vertices are split at each position along the eigenvector, and the best cut after refinement wins.
     """
     order = _opposing_order(weights)
     best: tuple[Part, Part] | None = None
@@ -249,7 +248,7 @@ def maximum_cut(weights: FloatArray) -> tuple[Part, Part]:
 
 
 def _opposing_order(weights: FloatArray) -> list[int]:
-    """Vertices along the eigenvector of the Laplacian's largest eigenvalue, its sign fixed; ties by number."""
+    """Return vertices along the eigenvector of the Laplacian's largest eigenvalue, its sign fixed, ties by number."""
     laplacian = np.diag(weights.sum(axis=1)) - weights
     scale = float(np.abs(laplacian).max()) or 1.0
     _, vectors = np.linalg.eigh(laplacian / scale)

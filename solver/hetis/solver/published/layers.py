@@ -1,6 +1,6 @@
-"""How many layers each stage of a given pipeline holds, compiled: the best split, and the setting it is best at.
+"""The number of layers per stage of a given pipeline, compiled: the best split, and the setting at which it is best.
 
-A *setting* is a mix x and a number of micro-batches in flight (index f). Stages come in order, each one TP group.
+A *setting* is a mix x and a number of micro-batches in flight (index f). Stages are in order, each one TP group.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from hetis.solver.published.compiled import kernel
 
 
 class Pipeline(NamedTuple):
-    """S stages under X mixes and F numbers in flight, as the cost model has them.
+    """S stages under X mixes and F numbers in flight, in the cost model.
 
-    ``card_*`` is of attention workers that all stages share: what a layer of each stage costs the busiest card in
-    seconds and the fullest card as a share of its memory; zeros where there are none.
+    ``card_*`` are for attention workers that all stages share: the busiest card's seconds and the fullest card's share
+    of memory per layer of each stage; zeros without them.
     """
 
     num_layers: int
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     layer_s: FloatArray  # [X, S] seconds of a request in one layer
-    fixed_s: FloatArray  # [X, S] of a stage whatever its layers
-    chunk_layer_s: FloatArray  # [X, S] both, of one iteration with a chunk; zeros but of unified mixes
+    fixed_s: FloatArray  # [X, S] seconds of a stage whatever its layers
+    chunk_layer_s: FloatArray  # [X, S] both for one iteration with a chunk; zeros except for unified mixes
     chunk_fixed_s: FloatArray  # [X, S]
     room: IntArray  # [X, F, S] layers that fit in memory
     card_s: FloatArray  # [X, S]
     card_share: FloatArray  # [X, F, S]
-    prefix_layers: int  # of the first stage, beside those counted: on the cards they are layers like any other
+    prefix_layers: int  # of the first stage, not counted above; on the cards they are layers like any other
     in_flight: IntArray  # [F]
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
-    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that does
+    trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them
     iterations: FloatArray  # [X]
     chunk_iterations: FloatArray  # [X]
-    without_chunk: FloatArray  # [X, F] the odds that no micro-batch in flight carries a chunk
+    without_chunk: FloatArray  # [X, F] the probability that no micro-batch in flight carries a chunk
     full: Regime
     tight: Regime
 
 
 class LayerSplit(NamedTuple):
-    """``interval_s`` is infinite where no split fits; x and f are positions in the pipeline's arrays."""
+    """A split of layers; ``interval_s`` is infinite if none fits, and x and f index the pipeline's arrays."""
 
     interval_s: float
     x: int
@@ -53,10 +53,10 @@ class LayerSplit(NamedTuple):
 
 @kernel
 def best_split(p: Pipeline) -> LayerSplit:
-    """The setting and the split of layers with the shortest interval between completions.
+    """Return the setting and the split of layers with the shortest interval between completions.
 
-    For a full pipeline a layer goes to the stage that is quickest with it, one after another: no split has a quicker
-    slowest stage. For a single micro-batch, whose stages take turns, it goes to the stage where it costs least.
+    In a full pipeline each layer goes to the stage that is quickest with it, which makes the slowest stage as quick as
+    possible. With a single micro-batch, whose stages work in turn, it goes to the stage where it costs least.
     """
     num_mixes, num_stages = p.layer_s.shape
     best = LayerSplit(np.inf, -1, -1, np.zeros(num_stages, np.int64))
@@ -80,7 +80,7 @@ def best_split(p: Pipeline) -> LayerSplit:
 
 @kernel
 def _filled(p: Pipeline, x: int, f: int) -> IntArray:
-    """Layers of every stage, at least one each; empty where they do not fit."""
+    """Return the layers of every stage, at least one each, or an empty array if they do not fit."""
     num_stages = p.layer_s.shape[1]
     layers = np.ones(num_stages, np.int64)
     left, total = p.num_layers - num_stages, 0
@@ -104,7 +104,7 @@ def _filled(p: Pipeline, x: int, f: int) -> IntArray:
 
 @kernel
 def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
-    """Moves every cut that the model forbids to the last allowed one before it; whether that leaves a valid split."""
+    """Move every forbidden cut to the last allowed one before it; return whether that leaves a valid split."""
     start, held = 0, 0
     for s in range(layers.shape[0]):
         held += layers[s]
@@ -122,7 +122,7 @@ def _move_cuts(p: Pipeline, x: int, f: int, layers: IntArray) -> bool:
 
 @kernel
 def _chunk_trip(p: Pipeline, x: int, layers: IntArray) -> float:
-    """Seconds of an iteration with a chunk at all stages."""
+    """Return the seconds of an iteration with a chunk at all stages."""
     total = 0.0
     for s in range(layers.shape[0]):
         total += layers[s] * p.chunk_layer_s[x, s] + p.chunk_fixed_s[x, s]
@@ -147,7 +147,7 @@ def _interval(p: Pipeline, x: int, f: int, layers: IntArray) -> float:
 
 @kernel
 def _slack(p: Pipeline, x: int, f: int, s: int, regime: Regime) -> float:
-    """sigma of a stage."""
+    """Return sigma of a stage."""
     slack = regime.least
     plain = p.iterations[x] - p.chunk_iterations[x]
     if p.chunk_layer_s[x, s] > 0.0 and plain > 0.0:

@@ -1,9 +1,10 @@
 """Step B of HexGen-2, inside a serving group: TP degree, pipeline and layer split, by enumeration under our cost model.
 
 Prefill groups take the shape with the lowest latency of a prompt, decode groups the one with the highest rate (as
-published); (b, M, C) and the layers then follow from our family under the objective's limits, for the highest rate.
-Reconstructed: one TP degree per GPU type of a group, what is left of a node in smaller powers of two; stages of one
-type in a row; where a group holds up to three types, every order of the types, else from the roomiest to the tightest.
+published). (b, M, C) and the layers then follow from our family under the objective's limits, for the highest rate.
+Reconstructed: each GPU type of a group has one TP degree, with the rest of a node in smaller powers of two; stages of
+one type are consecutive; groups of up to three types try every order of the types, others go from the roomiest to the
+tightest.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.layers import best_split
 from hetis.solver.published.pipelines import Ranks, ReplicaDuty, pipeline_of
 
-MAX_ORDERED_TYPES = 3  # of a group whose types are tried in every order
+MAX_ORDERED_TYPES = 3  # types of a group up to which every order is tried
 
-# What a group is made of: for every device class, how many GPUs on each of its nodes, most first.
+# The composition of a group: for every device class, the number of GPUs on each of its nodes, most first.
 Composition = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def composition(graph: FleetGraph, gpus: Sequence[int]) -> Composition:
-    """Return what the best replica of a group depends on: classes, and how their GPUs share nodes."""
+    """Return what the best replica of a group depends on: classes, and how many GPUs share each node."""
     counted: dict[int, Counter[str]] = defaultdict(Counter)
     for gpu in gpus:
         device_class, node = graph.kind(gpu)
@@ -39,7 +40,7 @@ def composition(graph: FleetGraph, gpus: Sequence[int]) -> Composition:
 
 @dataclass(slots=True)
 class ReplicaSearch:
-    """Finds the best replica of a group; equal groups once. Without ``keeps_limits`` latency does not matter."""
+    """A search for the best replica of groups, equal groups once; without ``keeps_limits`` latency is ignored."""
 
     atlas: Atlas
     keeps_limits: bool = True
@@ -50,9 +51,9 @@ class ReplicaSearch:
         self._rank_of = {rank: s for s, rank in enumerate(self.atlas.ranks)}
 
     def best_replica(self, group: Composition, duty: ReplicaDuty) -> Template | None:
-        """The replica on all GPUs of a group, or on those of some of its types where all together fit none.
+        """Return the replica on all GPUs of a group, or if none fits, on those of some of its types.
 
-        None where no shape fits in memory and meets the limits.
+        Return None if no shape fits in memory and meets the limits.
         """
         key = group, duty
         if key not in self._found:
@@ -68,10 +69,10 @@ class ReplicaSearch:
         return None
 
     def _of_all(self, group: Composition, duty: ReplicaDuty) -> Template | None:
-        """The replica of a group that uses all its types."""
+        """Return the replica of a group that uses all its types."""
         shapes = list(self.shapes(group))
         if duty.role is Role.PREFILL:
-            # Lowest latency first; the first one that keeps the limits is taken, whatever the rates of the others.
+            # By latency: the first shape within the limits is taken, whatever the rates of the others.
             timed = sorted((self._latency_s(shape, duty), i) for i, shape in enumerate(shapes))
             for latency_s, i in timed:
                 template = self.at_best_setting(shapes[i], duty) if latency_s < np.inf else None
@@ -82,7 +83,7 @@ class ReplicaSearch:
         return max((t for t in found if t is not None), key=lambda template: template.rate, default=None)
 
     def shapes(self, group: Composition) -> Iterator[Ranks]:
-        """TP groups of a group in the order of their stages: every TP degree per type, every order of few types."""
+        """Yield TP groups in stage order, for every TP degree per type and, of few types, every order."""
         sizes = [sorted({tp for c, tp in self.atlas.ranks if c == g and tp <= nodes[0]}) for g, nodes in group]
         by_room = sorted(range(len(group)), key=lambda i: (-self._room_bytes(group[i][0]), i))
         orders = permutations(range(len(group))) if len(group) <= MAX_ORDERED_TYPES else iter([tuple(by_room)])
@@ -100,7 +101,7 @@ class ReplicaSearch:
         return float(profile.room_bytes)
 
     def _latency_s(self, shape: Ranks, duty: ReplicaDuty) -> float:
-        """Seconds of a mean prompt that is alone in the pipeline (or among as few as the family allows)."""
+        """Return seconds of a mean prompt that is alone in the pipeline (or among as few as the family allows)."""
         p = pipeline_of(self.atlas, duty, shape)
         fewest = int(np.argmin(p.in_flight))
         alone = p._replace(
@@ -114,7 +115,7 @@ class ReplicaSearch:
         return float(best_split(alone).interval_s * alone.in_flight[0])
 
     def at_best_setting(self, shape: Ranks, duty: ReplicaDuty) -> Template | None:
-        """The replica of this shape with the highest rate; None where it fits no setting, or none keeps the limits."""
+        """Return the replica of this shape with the highest rate, or None if no setting fits and meets the limits."""
         pipeline = pipeline_of(self.atlas, duty, shape)
         if not self.keeps_limits:
             unlimited = np.full_like(pipeline.t_cap, np.inf)
@@ -140,7 +141,7 @@ def _subsets(group: Composition, size: int) -> Iterator[Composition]:
 
 
 def tp_groups(count: int, sizes: Sequence[int]) -> Iterator[int]:
-    """TP groups that ``count`` GPUs of a node form: as many of the largest size as fit, then of the next."""
+    """Yield the TP groups that ``count`` GPUs of a node form: as many of the largest size as fit, then of the next."""
     for size in sorted(sizes, reverse=True):
         while count >= size:
             yield size

@@ -1,7 +1,7 @@
-"""Step A of HexGen-2: GPUs into serving groups, so that fast links stay inside and every group has its memory.
+"""Step A of HexGen-2: a partition of GPUs into serving groups with fast links inside and enough memory each.
 
-Recursive bisection by the Fiedler vector, then pair exchanges after Kernighan and Lin. HexGen-2 names "spectral
-partitioning" and Kernighan-Lin; the recursion, and the cut where the memory is shared out, are reconstructed.
+This is recursive bisection by the Fiedler vector, then pair exchanges after Kernighan and Lin. HexGen-2 names "spectral
+partitioning" and Kernighan-Lin; the recursion, and a cut that divides the memory evenly, are reconstructed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from hetis.solver.published.graph import FloatArray, IntArray
 
 Part = tuple[int, ...]  # vertices, ascending
 
-MAX_PASSES = 8  # of exchanges over all pairs of parts; two or three find nothing more
+MAX_PASSES = 8  # of exchanges over all pairs of parts; after two or three there is usually nothing more to find
 ROUNDING = 1e-9
 
 
 def spectral_partition(weights: FloatArray, sizes: FloatArray, num_parts: int) -> list[Part]:
-    """``num_parts`` parts of about equal size by recursive Fiedler bisection, each at least one vertex.
+    """Return ``num_parts`` parts of about equal size by recursive Fiedler bisection, each with at least one vertex.
 
     Args:
         weights: symmetric edge weights, shape [N, N]; heavy edges should stay inside.
@@ -32,7 +32,7 @@ def spectral_partition(weights: FloatArray, sizes: FloatArray, num_parts: int) -
 
 
 def cut_weight(weights: FloatArray, parts: Sequence[Part]) -> float:
-    """Total weight of the edges between different parts."""
+    """Return the total weight of the edges between different parts."""
     part_of = np.full(len(weights), -1)
     for number, part in enumerate(parts):
         part_of[list(part)] = number
@@ -44,11 +44,11 @@ def cut_weight(weights: FloatArray, parts: Sequence[Part]) -> float:
 def refine(
     weights: FloatArray, sizes: FloatArray, parts: Sequence[Part], least_size: float, *, sign: float = 1.0
 ) -> list[Part]:
-    """Kernighan-Lin exchanges between every pair of parts until no pass lowers the cut.
+    """Make Kernighan-Lin exchanges between every pair of parts until no pass lowers the cut.
 
-    A pass exchanges the best pair of unlocked vertices, again and again, whether or not it helps, and keeps the prefix
-    of exchanges with the lowest cut: it climbs over small hills, and no single exchange improves on its result. An
-    exchange that leaves a part below ``least_size`` (or below what it had, if that was less) is not made.
+    A pass repeatedly exchanges the best pair of unlocked vertices, whether or not that helps, and keeps the prefix of
+    exchanges with the lowest cut. It therefore crosses small hills, and no single exchange improves its result. An
+    exchange that leaves a part below ``least_size`` (or below its previous size, if that was less) is not made.
 
     Args:
         sign: -1 raises the cut instead.
@@ -65,9 +65,9 @@ def refine(
 
 
 def fiedler_order(weights: FloatArray) -> list[int]:
-    """Vertices along the eigenvector of the Laplacian's second smallest eigenvalue; its sign is fixed, ties by number.
+    """Return vertices along the eigenvector of the Laplacian's second smallest eigenvalue; ties by number.
 
-    The first vertex comes before the last one, so that the order does not depend on the sign that LAPACK chose.
+    The sign of the vector is fixed, so that the order does not depend on the sign that LAPACK chose.
     """
     laplacian = np.diag(weights.sum(axis=1)) - weights
     scale = float(np.abs(laplacian).max()) or 1.0
@@ -85,7 +85,7 @@ def _bisect(weights: FloatArray, sizes: FloatArray, vertices: IntArray, num_part
     left_parts = num_parts // 2
     order = vertices[fiedler_order(weights[np.ix_(vertices, vertices)])]
     share = sizes[order].sum() * left_parts / num_parts
-    # The cut whose left side comes closest to its share; both sides keep a vertex for each of their parts.
+    # The cut whose left side comes closest to its share, while both sides keep a vertex for each of their parts.
     reached = np.cumsum(sizes[order])
     cuts = np.arange(left_parts, len(order) - (num_parts - left_parts) + 1)
     cut = int(cuts[np.argmin(np.abs(reached[cuts - 1] - share))])
@@ -95,7 +95,7 @@ def _bisect(weights: FloatArray, sizes: FloatArray, vertices: IntArray, num_part
 
 
 def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int], least_size: float) -> bool:
-    """One Kernighan-Lin pass over two parts, in place; whether the cut between them fell."""
+    """Make one Kernighan-Lin pass over two parts in place; return whether the cut between them fell."""
     vertices = np.array([*a, *b])
     w = weights[np.ix_(vertices, vertices)]
     s = sizes[vertices]
@@ -103,7 +103,7 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
     room = {True: float(s[side].sum()), False: float(s[~side].sum())}
     least = {part: min(least_size, room[part]) for part in room}
     external = np.where(side[:, None] != side[None, :], w, 0.0).sum(axis=1)
-    desire = 2 * external - w.sum(axis=1)  # what moving a vertex across takes off the cut
+    desire = 2 * external - w.sum(axis=1)  # how much moving a vertex across lowers the cut
     locked = np.zeros(len(vertices), dtype=bool)
     scale = float(np.abs(w).max()) or 1.0
     total, best, steps, kept = 0.0, ROUNDING * scale, list[tuple[int, int]](), 0
@@ -120,7 +120,7 @@ def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int]
         room[True] += float(growth[i, j])
         room[False] -= float(growth[i, j])
         locked[[u, v]] = True
-        # Towards u's old companions v is now inside and u outside, and the other way round for v's.
+        # For u's old companions v is now inside and u outside; for v's it is the other way round.
         desire += np.where(side, 2 * w[:, u] - 2 * w[:, v], 2 * w[:, v] - 2 * w[:, u])
         steps.append((u, v))
         if total > best:

@@ -1,4 +1,4 @@
-"""A pipeline of TP groups priced under the cost model: the tables of the search, gathered for the stages at hand."""
+"""A pipeline of TP groups priced under the cost model: the search's tables, gathered for the given stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ranks = tuple[int, ...]  # rank type (index into `Atlas.ranks`) of every stage i
 
 @dataclass(frozen=True, slots=True)
 class ReplicaDuty:
-    """What replicas are wanted for: a role in a zone, and the mixes of the family that serve it."""
+    """The role and zone of wanted replicas, and the mixes of the family that serve them."""
 
     role: Role
     scope: int  # index into `Atlas.scopes`, of one zone
@@ -27,14 +27,14 @@ class ReplicaDuty:
 
 
 def duty_of(atlas: Atlas, role: Role, zone: str, *, sends_afar: bool = False) -> ReplicaDuty:
-    """The duty of a role in a zone; ``sends_afar``: a prefill replica may send KV to all zones."""
+    """Return the duty of a role in a zone; with ``sends_afar`` a prefill replica may send KV to all zones."""
     scope = next(i for i, scope in enumerate(atlas.scopes) if scope.zones == (zone,) and role in scope.roles)
     mixes = [x for x, mix in enumerate(atlas.mixes) if mix.role is role and mix.sends_afar == sends_afar]
     return ReplicaDuty(role, scope, tuple(mixes))
 
 
 def pipeline_of(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
-    """Times and room of a pipeline without attention workers under every mix of a duty."""
+    """Return times and room of a pipeline without attention workers under every mix of a duty."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     compute_s = t.layer_s[x[:, None], s] + t.own_s[x[:, None], s, t.rank_groups[s]]
@@ -45,8 +45,10 @@ def pipeline_of(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks) -> Pipeline:
 def priced(
     atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, compute_s: FloatArray, chunk_s: FloatArray, given: IntArray
 ) -> Pipeline:
-    """A pipeline whose layers compute for ``compute_s`` [X, S] a request and ``chunk_s`` [X, S] an iteration with a
-    chunk, and give away ``given`` [S] head groups per rank."""
+    """Return a pipeline of layers with ``compute_s`` [X, S] per request and ``chunk_s`` [X, S] with a chunk.
+
+    Its stages give away ``given`` [S] head groups per rank.
+    """
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     places = np.array(roles(len(ranks)), dtype=np.int64)
@@ -87,7 +89,7 @@ def priced(
 
 @kernel
 def _fill_rooms(t: Tables, x: IntArray, s: IntArray, places: IntArray, given: IntArray, room: IntArray) -> None:
-    """Layers that fit on a rank of every stage, for every mix and number in flight."""
+    """Fill the layers that fit on a rank of every stage, for every mix and number in flight."""
     for i in range(x.shape[0]):
         for f in range(t.in_flight.shape[0]):
             for j in range(s.shape[0]):

@@ -1,4 +1,4 @@
-"""A heuristic's answer as a plan: value, bound from dense work, class table."""
+"""The answer of a heuristic as a plan, with its value, a bound from dense work, and a class table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITHOUT_PROOF = "a heuristic as published, without a proof of its own: alone it 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeuristicPlan:
-    """What a heuristic decided."""
+    """The decisions of a heuristic."""
 
     replicas: tuple[ReplicaPlan, ...]
     kv_routes: tuple[KvRoute, ...] = ()
@@ -35,7 +35,7 @@ class HeuristicPlan:
 
 
 def refuse_larger(problem: PlacementProblem, most: int, *, strategy: str, does: str) -> None:
-    """Keeps a heuristic to fleets of at most ``most`` GPUs; ``does`` is what would take too long with more.
+    """Restrict a heuristic to fleets of at most ``most`` GPUs; ``does`` names what would take too long with more.
 
     Raises:
         NoPlanFoundError: there are more.
@@ -46,17 +46,17 @@ def refuse_larger(problem: PlacementProblem, most: int, *, strategy: str, does: 
 
 
 def no_plan(budget: Budget, message: str) -> NoPlanFoundError:
-    """The error of a heuristic that ends without a plan: out of time, or for the reason in ``message``."""
+    """Return the error of a heuristic without a plan: out of time, or for the reason in ``message``."""
     if budget.is_spent():
         return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
     return NoPlanFoundError(message)
 
 
 def plan_of(atlas: Atlas, strategy: str, answer: HeuristicPlan, budget: Budget) -> Plan:
-    """The plan, with the bound that dense work gives: no plan of any strategy is better than that.
+    """Return the plan with the bound from dense work, which no plan of any strategy exceeds.
 
     Raises:
-        NoPlanFoundError: the plan serves less than is demanded, where cost or GPUs are minimised.
+        NoPlanFoundError: cost or GPUs are minimised and the plan serves less than the demand.
     """
     problem, objective = atlas.problem, atlas.problem.objective
     rate = sum(r.rate for r in answer.replicas if r.role is Role.UNIFIED) + sum(r.rate for r in answer.kv_routes)
@@ -85,7 +85,7 @@ def plan_of(atlas: Atlas, strategy: str, answer: HeuristicPlan, budget: Budget) 
         objective=objective,
         replicas=answer.replicas,
         kv_routes=answer.kv_routes,
-        prices=class_prices(atlas.classes, *used, duals=[0.0] * len(atlas.classes)),  # a heuristic has none
+        prices=class_prices(atlas.classes, *used, duals=[0.0] * len(atlas.classes)),  # heuristics have no duals
         notes=notes,
     )
 
@@ -103,7 +103,7 @@ def _value_and_bound(atlas: Atlas, used: Counter[int], rate: float) -> tuple[flo
 
 
 def _used(atlas: Atlas, answer: HeuristicPlan) -> tuple[Counter[int], Counter[int]]:
-    """GPUs of every class that the plan uses, and of these the attention workers."""
+    """Return the GPUs of every class that the plan uses, and the attention workers among them."""
     class_of = class_of_slots(atlas.classes)
     device_class = {d.name: class_of[d.group.name, d.gpu] for d in atlas.problem.cluster.devices()}
     used = {name for replica in answer.replicas for name in replica.devices()}
@@ -112,20 +112,20 @@ def _used(atlas: Atlas, answer: HeuristicPlan) -> tuple[Counter[int], Counter[in
 
 
 def weight_bytes(model: ModelSpec) -> float:
-    """All weights of a model, once."""
+    """Return the bytes of all weights of a model."""
     ends = model.embedding_params * (1 if model.tie_embeddings else 2)
     return (model.params() - ends) * model.weight_bytes + ends * model.embedding_bytes
 
 
 def replica_bytes(model: ModelSpec, headroom: float) -> float:
-    """Estimated memory of a replica: weights, and KV of ``headroom`` times as many bytes."""
+    """Return the estimated memory of a replica: weights, and ``headroom`` times as many bytes of KV."""
     return (1.0 + headroom) * weight_bytes(model)
 
 
 def named_stages(atlas: Atlas, graph: FleetGraph, group: Sequence[int], template: Template) -> list[BoundStage]:
-    """TP groups inside nodes, the largest first, each into the fullest node that holds it.
+    """Place TP groups inside nodes, the largest first, each in the fullest node that holds it.
 
-    TP sizes are powers of two, so that this succeeds for every shape that the group's nodes admit.
+    TP sizes are powers of two, so this succeeds for every shape that the group's nodes admit.
     """
     free: dict[tuple[int, str], list[int]] = defaultdict(list)
     for gpu in sorted(group):

@@ -1,8 +1,8 @@
 """Attention workers that serve every stage of a replica in turn: the best setting of a dense path with such a pool.
 
-See "Shared pools" in `docs/cost-model.md`: every stage is timed as if the cards were its own, and a card is busy with
+See "Shared pools" in `docs/cost-model.md`: every stage is timed as if the cards were its own, while a card is busy with
 the work of all stages and holds the KV of all. Every stage gives away the same share of its head groups, rounded to
-whole groups (Hetis solves a linear program for every batch; a placement only needs its average).
+whole groups (Hetis solves a linear program for every batch, but a placement only needs its average).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SharedPool:
 
 
 def best_with_pool(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
-    """The dense path at its best setting with these attention workers, or with none; None where nothing fits."""
+    """Return the dense path at its best setting with these attention workers, or without; None if nothing fits."""
     best = _template(atlas, duty, ranks, None, np.zeros(len(ranks), dtype=np.int64), pipeline_of(atlas, duty, ranks))
     if pool is None:
         return best
@@ -42,7 +42,7 @@ def best_with_pool(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPo
 
 
 def pooled_pipeline(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
-    """Times and room of the dense path whose stages give ``given`` [S] head groups of every rank to the pool."""
+    """Return the pipeline of a dense path whose stages give ``given`` [S] head groups per rank to the pool."""
     t = atlas.scopes[duty.scope].tables
     x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
     layer_s = t.layer_s[np.ix_(x, s)]
@@ -67,7 +67,7 @@ def pooled_pipeline(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedP
 
 
 def worker_cost(atlas: Atlas, pool: SharedPool) -> DeviceCost:
-    """A card of the pool."""
+    """Return the costs of a card of the pool."""
     c, model = atlas.classes[pool.device_class], atlas.problem.model
     shape = cost.rank_shape(model, 1)
     assert shape is not None, "one GPU holds all heads"
@@ -75,7 +75,7 @@ def worker_cost(atlas: Atlas, pool: SharedPool) -> DeviceCost:
 
 
 def _card_bytes(atlas: Atlas, duty: ReplicaDuty, groups: int, cards: int) -> FloatArray:
-    """KV bytes of one layer on the fullest card, shape [X, F]; ``groups`` of all ranks together."""
+    """Return KV bytes of one layer on the fullest card, shape [X, F]; ``groups`` are those of all ranks together."""
     t = atlas.scopes[duty.scope].tables
     x = np.array(duty.mixes, dtype=np.int64)
     requests = t.micro_batch[x][:, None] * t.in_flight[None, :]
@@ -85,7 +85,7 @@ def _card_bytes(atlas: Atlas, duty: ReplicaDuty, groups: int, cards: int) -> Flo
 
 
 def _shares(atlas: Atlas, ranks: Ranks) -> Iterator[IntArray]:
-    """Head groups that every stage gives away, for ever larger shares; a stage that cannot split them keeps all."""
+    """Yield the head groups that every stage gives away, for ever larger shares; unsplittable stages keep all."""
     model = atlas.problem.model
     tps = np.array([atlas.ranks[rank][1] for rank in ranks], dtype=np.int64)
     groups = np.where(tps <= model.head_groups, np.maximum(1, model.head_groups // tps), 0)

@@ -1,17 +1,18 @@
 """`splitwise-paper`: pools of equal machines, as Splitwise (ISCA'24, arXiv 2311.18677) provisions them.
 
-A machine runs one instance of the model, tensor parallel over its GPUs. Machines of one kind prefill (the prompt pool),
-machines of one kind decode (the token pool); both kinds may be the same. The search over kinds and numbers takes the
-pair of pools that serves most. Machines that neither pool needs are the mixed pool, which does both.
+A machine runs one instance of the model, tensor parallel over its GPUs. Machines of one kind prefill (the prompt pool)
+and machines of one kind decode (the token pool); both kinds may be the same. The search over kinds and numbers takes
+the pair of pools that serves most. Machines that neither pool needs form the mixed pool, which does both.
 
-Reconstructed, and what our model asks for beyond the paper:
+Reconstructed, or required by our model beyond the paper:
 
-- Splitwise buys DGX machines; here the fleet is given, and how its nodes are cut into machines is searched, too: TP
-  groups of one size inside nodes, up to `MAX_STAGES` of them in a pipeline where one does not hold the model.
-- Splitwise judges a provisioning by its simulator under latency limits, here it is the cost model's rate within limits.
-- Splitwise moves machines into the mixed pool and back as queues grow and shrink. A plan's replicas keep their roles:
-  the mixed pool is what the search leaves over, and keeps its size.
-- KV is sent from every prompt machine to every token machine in equal shares, within a zone; the simulator's router
+- Splitwise buys DGX machines. Here the fleet is given, and the search also decides how its nodes are cut into machines:
+  TP groups of one size inside nodes, up to `MAX_STAGES` of them in a pipeline if one does not hold the model.
+- Splitwise evaluates a provisioning with its simulator under latency limits; here the cost model's rate within the
+  limits does.
+- Splitwise moves machines into the mixed pool and back as queues grow and shrink. A plan's replicas keep their roles,
+  so the mixed pool is what the search does not use, and keeps its size.
+- KV is sent from every prompt machine to every token machine in equal shares, within a zone. The simulator's router
   `fewest-tokens` chooses among them as Splitwise does (the shortest queue).
 - (b, M, C) and the layers follow from our family, for the highest rate.
 """
@@ -37,7 +38,7 @@ from hetis.solver.published.pipelines import duty_of
 from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, named_stages, no_plan, plan_of, refuse_larger
 
 MAX_GPUS = 1024  # every prompt machine has a route to every token machine
-MAX_STAGES = 8  # TP groups of a machine
+MAX_STAGES = 8  # TP groups per machine
 ROUNDING = 1e-9
 
 NOTES = (
@@ -48,7 +49,7 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A kind of machine: its GPUs for each one that the zone has, and the replica that it is in each role it can do."""
+    """A kind of machine: the GPUs of each one in the zone, and its replica in each role that it can have."""
 
     members: tuple[tuple[int, ...], ...]
     replicas: Mapping[Role, Template]
@@ -59,7 +60,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Kinds and sizes of the prompt and the token pool; what is left of both kinds is mixed."""
+    """The kinds and sizes of the prompt and the token pool; the rest of both kinds is mixed."""
 
     prompt: Machine
     token: Machine
@@ -67,11 +68,11 @@ class Pools:
     num_token: int
 
     def split_rate(self) -> float:
-        """Requests/s through both pools."""
+        """Return the requests/s through both pools."""
         return min(self.num_prompt * self.prompt.rate(Role.PREFILL), self.num_token * self.token.rate(Role.DECODE))
 
     def assigned(self) -> Iterator[tuple[Role, Machine, tuple[int, ...]]]:
-        """Role, kind and GPUs of every machine; kinds that cannot do both leave their rest idle."""
+        """Yield role, kind and GPUs of every machine; the rest of kinds that cannot do both is idle."""
         prompt, token = self.prompt.members, self.token.members
         if self.prompt is self.token:
             token = token[self.num_prompt :]
@@ -84,13 +85,13 @@ class Pools:
         yield from ((Role.UNIFIED, kind, gpus) for kind, gpus in rest if Role.UNIFIED in kind.replicas)
 
     def rate(self) -> float:
-        """Requests/s in all."""
+        """Return the total requests/s."""
         mixed = sum(kind.rate(role) for role, kind, _ in self.assigned() if role is Role.UNIFIED)
         return self.split_rate() + mixed
 
 
 def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """The plan that Splitwise's provisioning finds; ``seed`` changes nothing.
+    """Return the plan that Splitwise's provisioning finds; ``seed`` has no effect.
 
     Raises:
         NoPlanFoundError: it finds none, which proves nothing.
@@ -121,7 +122,7 @@ def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, rep
 
 
 def machines(atlas: Atlas, graph: FleetGraph, zone: str, budget: Budget) -> list[Machine]:
-    """All kinds of machines that a zone's nodes can be cut into and that can prefill or decode."""
+    """Return all kinds of machines that a zone's nodes can be cut into and that can prefill or decode."""
     search, found = ReplicaSearch(atlas), list[Machine]()
     duties = {role: duty_of(atlas, role, zone) for role in atlas.problem.family.roles}
     for rank, (device_class, tp) in enumerate(atlas.ranks):
@@ -137,13 +138,13 @@ def machines(atlas: Atlas, graph: FleetGraph, zone: str, budget: Budget) -> list
 
 
 def best_pools(kinds: Sequence[Machine]) -> Pools | None:
-    """The pools with the highest rate; None where no two machines can prefill and decode."""
+    """Return the pools with the highest rate, or None if no two machines can prefill and decode."""
     gpus = {id(kind): frozenset(gpu for member in kind.members for gpu in member) for kind in kinds}
     found: list[Pools] = []
     for prompt in kinds:
         for token in kinds:
             if prompt is not token and gpus[id(prompt)] & gpus[id(token)]:
-                continue  # the GPUs of a pool's type are all cut alike
+                continue  # all GPUs of a pool's type are cut alike
             num_prompt, num_token = pool_sizes(
                 prompt.rate(Role.PREFILL), token.rate(Role.DECODE), len(prompt.members), len(token.members),
                 is_same=prompt is token,
@@ -156,11 +157,11 @@ def best_pools(kinds: Sequence[Machine]) -> Pools | None:
 def pool_sizes(
     prompt_rate: float, token_rate: float, most_prompt: int, most_token: int, *, is_same: bool
 ) -> tuple[int, int]:  # fmt: skip
-    """The fewest prompt and token machines that pass the most requests/s; (0, 0) where none pass.
+    """Return the fewest prompt and token machines with the highest flow, or (0, 0) if none serve anything.
 
     Args:
         prompt_rate, token_rate: requests/s of one machine in each pool.
-        most_prompt, most_token: machines that there are; of the same ones if ``is_same``.
+        most_prompt, most_token: available machines, which are the same ones if ``is_same``.
     """
     if prompt_rate <= 0.0 or token_rate <= 0.0:
         return 0, 0
@@ -170,7 +171,7 @@ def pool_sizes(
 
 
 def _tp_groups(graph: FleetGraph, zone: str, device_class: int, tp: int) -> list[tuple[int, ...]]:
-    """GPUs of every TP group of this size that the nodes of a zone hold."""
+    """Return the GPUs of every TP group of this size that the nodes of a zone hold."""
     by_node: dict[str, list[int]] = defaultdict(list)
     for gpu in range(graph.num_gpus):
         if graph.zones[gpu] == zone and graph.device_class[gpu] == device_class:
@@ -181,13 +182,13 @@ def _tp_groups(graph: FleetGraph, zone: str, device_class: int, tp: int) -> list
 
 
 def _joined(groups: Sequence[tuple[int, ...]], stages: int) -> tuple[tuple[int, ...], ...]:
-    """Machines of so many TP groups each, in the order of the nodes."""
+    """Return machines of ``stages`` TP groups each, in the order of the nodes."""
     starts = range(0, len(groups) - stages + 1, stages)
     return tuple(tuple(gpu for group in groups[start : start + stages] for gpu in group) for start in starts)
 
 
 def _routes(pools: Pools, first: int) -> Iterator[KvRoute]:
-    """Equal shares from every prompt to every token machine, whose replicas are numbered from ``first`` on."""
+    """Yield equal shares from every prompt to every token machine, whose replicas are numbered from ``first`` on."""
     share = pools.split_rate() / (pools.num_prompt * pools.num_token)
     for prefill in range(first, first + pools.num_prompt):
         for decode in range(first + pools.num_prompt, first + pools.num_prompt + pools.num_token):

@@ -1,9 +1,9 @@
-"""Step C of HexGen-2: GPUs move from serving groups with slack to those that the maximum flow saturates.
+"""Step C of HexGen-2: swaps of GPUs from serving groups with slack to groups that the maximum flow saturates.
 
-A saturated group limits the flow, a group with slack starves. Proposals, in this order: a group with slack changes
-sides; a GPU of it goes over to a saturated group; two such groups exchange GPUs. The first proposal that raises the
-flow is taken, and the flow says anew who is saturated; the end is reached when none of them helps. (HexGen-2 re-does
-its secondary partition to change sides; that a flip is a proposal like the others is reconstructed.)
+A saturated group limits the flow, and a group with slack starves. Proposals come in this order: a group with slack
+changes sides; one of its GPUs moves to a saturated group; two such groups exchange GPUs. The first proposal that
+increases the flow is taken, and the new flow determines the saturated groups again, until no proposal helps. (HexGen-2
+repeats its secondary partition to change sides; making this a proposal like the others is reconstructed.)
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """An arrangement, the best replica of every group (None: it fits none) and the maximum flow through them."""
+    """An arrangement, the best replica of every group (None if none fits) and the maximum flow through them."""
 
     arrangement: Arrangement
     replicas: tuple[Template | None, ...]
     flow: Flow
 
     def loads(self) -> list[float]:
-        """Share of its capacity that the flow takes of every group; 1 of a group without capacity."""
+        """Return the share of every group's capacity that the flow takes, 1 for a group without capacity."""
         sent = {Role.PREFILL: iter(self.flow.prefill), Role.DECODE: iter(self.flow.decode)}
         return [
             1.0 if replica is None else next(sent[role]) / replica.rate
@@ -53,7 +53,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwapNetwork:
-    """What arrangements are judged by: duties by (role, zone), and the links between zones in requests/s."""
+    """The data for evaluating arrangements: duties by (role, zone), and the links between zones in requests/s."""
 
     graph: FleetGraph
     search: ReplicaSearch
@@ -79,7 +79,7 @@ class SwapNetwork:
 
 
 def improved(network: SwapNetwork, start: Evaluated, *, budget: Budget, seed: int, report: Report) -> Evaluated:
-    """The arrangement at which no proposal raises the flow any more, or the best one when the budget is spent."""
+    """Return an arrangement at which no proposal increases the flow, or the best one once the budget is spent."""
     best, order = start, np.random.default_rng(seed)
     while True:
         better = None
@@ -97,7 +97,7 @@ def improved(network: SwapNetwork, start: Evaluated, *, budget: Budget, seed: in
 
 
 def proposals(graph: FleetGraph, found: Evaluated, order: np.random.Generator) -> Iterator[Arrangement]:
-    """Arrangements that give a saturated group more, from those with the most slack; ties in an order by lot."""
+    """Yield arrangements that give a saturated group more, from groups with most slack; ties in random order."""
     loads, groups, roles = found.loads(), found.arrangement.groups, found.arrangement.roles
     lots = order.permutation(len(groups)).tolist()
     slack = sorted((g for g in lots if loads[g] < SATURATED), key=lambda g: loads[g])
@@ -118,7 +118,7 @@ def proposals(graph: FleetGraph, found: Evaluated, order: np.random.Generator) -
 
 
 def with_other_role(arrangement: Arrangement, group: int) -> Arrangement:
-    """The same with one group on the other side."""
+    """Return the arrangement with one group on the other side."""
     roles = arrangement.roles
     other = Role.DECODE if roles[group] is Role.PREFILL else Role.PREFILL
     return replace(arrangement, roles=(*roles[:group], other, *roles[group + 1 :]))

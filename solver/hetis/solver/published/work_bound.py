@@ -1,14 +1,14 @@
-"""A bound on cost that holds for every plan under the cost model, whatever its strategy: from dense work alone.
+"""A bound on cost that holds for every plan under the cost model, whatever its strategy, from dense work alone.
 
-Every request needs the dense work of all L repeated layers, its prompt's and its output's. A GPU that gives its time
-to that work alone, at the best mix and TP size there is, no attention, KV or waiting, does at most a certain number
-of layers per second: u of both at once, p of prompts, d of outputs. A plan that serves r requests/s has r L layers'
-worth of prompts and r L of outputs done per second, and so for every share q from 0 to 1
+Every request needs the dense work of all L repeated layers for its prompt and for its output. A GPU that spends its
+time on that work alone, at the best mix and TP size and without attention, KV or waiting, does at most a certain number
+of layers per second: u of both at once, p of prompts, d of outputs. A plan that serves r requests/s does r L layers'
+worth of prompts and r L of outputs per second, so for every share q from 0 to 1
 
     r L  =  q r L + (1 - q) r L  <=  sum over GPUs of max(u, q p, (1 - q) d)
 
-because a GPU that spends a part of its time on each kind of work adds at most the largest of the three per second. (The
-bound on the rate is `hetis.solver.placement.out_of_reach.rate_bound`, by the same argument.)
+because a GPU that divides its time between the kinds of work adds at most the largest of the three per second. (The
+bound on the rate, `hetis.solver.placement.out_of_reach.rate_bound`, uses the same argument.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARES = np.linspace(0.0, 1.0, 101)  # q
 
 @dataclass(frozen=True, slots=True)
 class LayerSpeeds:
-    """Layers per second of one GPU of every class, shape [N]: u, p and d of the module's text."""
+    """Layers per second of one GPU of every class, shape [N]: u, p and d of the module's docstring."""
 
     unified: FloatArray
     prefill: FloatArray
@@ -33,8 +33,7 @@ class LayerSpeeds:
 
     @staticmethod
     def of(atlas: Atlas) -> LayerSpeeds:
-        """Derive the bound from the tables of a problem whose family has all roles: a role that is missing gets no
-        speed."""
+        """Return the speeds from a problem's tables, whose family has all roles: a missing role gets speed 0."""
         layer_s = atlas.scopes[0].tables.layer_s
         speeds = np.zeros((3, len(atlas.classes)))
         for x, mix in enumerate(atlas.mixes):
@@ -44,15 +43,16 @@ class LayerSpeeds:
         return LayerSpeeds(*speeds)
 
     def at(self, share: float) -> FloatArray:
-        """Return what a GPU of each class adds at most to r L, shape [N]."""
+        """Return the most that a GPU of each class adds to r L, shape [N]."""
         result: FloatArray = np.maximum(self.unified, np.maximum(share * self.prefill, (1.0 - share) * self.decode))
         return result
 
 
 def least_cost(atlas: Atlas, demand: float, unit_costs: FloatArray) -> float:
-    """No plan that serves ``demand`` requests/s costs less; ``unit_costs`` of one GPU of every class, shape [N].
+    """Return a lower bound on the cost of serving ``demand`` requests/s; ``unit_costs`` [N] are per GPU and class.
 
-    The cheapest GPUs per layer and second first, the last class in part. Infinite where the fleet is too small.
+    The cheapest GPUs per layer and second come first, the last class in part. The bound is infinite if the fleet is too
+    small.
     """
     speeds, available = LayerSpeeds.of(atlas), _available(atlas)
     return max(_filled(speeds.at(q), available, unit_costs, demand * _layers(atlas)) for q in SHARES)

@@ -1,16 +1,15 @@
-"""A lower bound on the objective from multipliers alone: weak duality, recomputed without trusting any solver.
+"""A lower bound on the objective from multipliers alone, by weak duality and without trusting any solver.
 
-For multipliers p of the affine pieces and nu of the network card (together at most 1), mu of the blocks (those of one
-device at the horizons together at most P_i) and eta of the budget, a head group of request j on device i costs
-
+For multipliers p of the affine pieces and nu of the network card (together at most 1), mu of the blocks (for one device
+over the horizons together at most P_i) and eta of the budget, a head group of request j on device i costs
     w_ij = sum_k p_ik (alpha_ik + beta_ik l_j)  +  nu eta_0 [i worker]  +  mu_i b_j  +  sum_t mu_it m_jt
 
-and leaves i for the device where ``w + charge`` is least, if that is less than staying. So no placement beats
+and leaves i for the device at which ``w + charge`` is least, if that is less than staying. So no placement beats
 
     sum_ik p_ik base_ik + nu nic_base - sum_i mu_i room_i - sum_it mu_it limit_i - eta budget
       + sum_ij now_ij min(w_ij,  charge_ij + min_k (w_kj + charge_kj + eta bytes_j))
 
-while the devices that are closed take nothing and are left by everything.
+while closed devices take nothing and everything leaves them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Prices(NamedTuple):
 
 
 def group_prices(tables: RedispatchTables, prices: Prices) -> FloatArray:
-    """w: what a head group of each request costs on each device, shape [N, D]."""
+    """Return w, the cost of a head group of each request on each device, shape [N, D]."""
     w: FloatArray = np.outer(tables.context, (prices.piece * tables.beta).sum(axis=1)) + (
         prices.piece * tables.alpha
     ).sum(axis=1)
@@ -46,13 +45,13 @@ def group_prices(tables: RedispatchTables, prices: Prices) -> FloatArray:
 
 
 def arrival_prices(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> FloatArray:
-    """Return what a head group costs that moves to a device; infinite where it cannot, shape [N, D]."""
+    """Return the cost of a head group that moves to a device, or infinity if it cannot; shape [N, D]."""
     arriving = group_prices(tables, prices) + tables.charge + prices.budget * tables.num_bytes[:, None]
     return np.where(tables.takes & is_open, arriving, np.inf)
 
 
 def proven_bound(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> float:
-    """The bound over all placements that use open devices only; any multipliers will do, optimal ones give the most."""
+    """Return the bound over placements on open devices for any multipliers; optimal ones give the highest."""
     fixed, bound = feasible(tables, prices, is_open), 0.0
     bound += float((fixed.piece * tables.base)[is_open].sum()) + fixed.nic * tables.nic_base
     bound -= float(fixed.now @ tables.room + (fixed.later * tables.limit).sum())
@@ -65,9 +64,9 @@ def proven_bound(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -
 
 
 def feasible(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> Prices:
-    """The nearest multipliers that obey their limits: none below 0, nothing for closed devices."""
+    """Return the nearest multipliers within their limits: none below 0, and 0 for closed devices."""
     piece = np.maximum(0.0, prices.piece) * is_open[:, None]
-    # The card's row holds only while workers are in use; where that is open, it may be slack for no reason.
+    # The card's row holds only while workers are in use; if that is open, it may be slack for no reason.
     workers_open = np.any(is_open & (np.arange(len(is_open)) != tables.primary))
     nic = max(0.0, prices.nic) if tables.primary >= 0 and workers_open else 0.0
     shrink = 1.0 / max(1.0, float(piece.sum()) + nic)

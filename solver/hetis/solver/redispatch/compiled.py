@@ -1,6 +1,6 @@
-"""The kernels of re-dispatch are compiled through `kernel`; see `hetis.solver.compiled`.
+"""Compilation of re-dispatch's kernels through `kernel`; see `hetis.solver.compiled`.
 
-They call kernels of dispatch, so that their cached code is dated by the source files of both.
+They call kernels of dispatch, so their cached code is dated by the source files of both.
 """
 
 from __future__ import annotations

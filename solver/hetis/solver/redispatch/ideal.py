@@ -1,4 +1,4 @@
-"""The ideal of a stage: all that runs dispatched anew, as if moving cost nothing."""
+"""The ideal of a stage: all running requests dispatched again, as if moves were free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hetis.solver.dispatch.solve import Dispatcher
 
 
 def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draining: bool = False) -> DispatchPlan:
-    """All running requests dispatched to idle devices, as they are now: what a stage without a past would look like.
+    """Dispatch all running requests as they are now to idle devices, which shows the stage without its history.
 
-    With ``on_draining`` devices that are to be emptied may be used, so that the bound holds while they still are.
+    With ``on_draining`` devices to be emptied may be used, so that the bound holds while they are still in use.
     """
     usable = {DeviceStatus.OK, DeviceStatus.DRAINING} if on_draining else {DeviceStatus.OK}
     free = [device.total_blocks if device.status in usable else 0 for device in snapshot.devices]

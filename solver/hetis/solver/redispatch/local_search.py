@@ -1,4 +1,4 @@
-"""Rounding of fractions to whole head groups, and step by step to a lower objective."""
+"""Rounding of fractions to whole head groups, and a stepwise descent of the objective."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_STEPS = 2000
 
 
 class JointPlacement(NamedTuple):
-    """Mutable arrays; scalars are arrays of one."""
+    """Mutable arrays of a placement; scalars are arrays of one."""
 
     x: IntArray  # [N, D] groups
     groups: IntArray  # [D]
@@ -29,7 +29,7 @@ class JointPlacement(NamedTuple):
 
 @kernel
 def placement_of(tables: RedispatchTables, x: IntArray) -> JointPlacement:
-    """Sums of groups ``x`` [N, D], which is kept and changed."""
+    """Return the placement with groups ``x`` [N, D], an array that it keeps and changes."""
     num_requests, num = x.shape
     horizons = tables.later.shape[0]
     placement = JointPlacement(
@@ -53,14 +53,14 @@ def placement_of(tables: RedispatchTables, x: IntArray) -> JointPlacement:
 
 @kernel
 def seconds_with(tables: RedispatchTables, placement: JointPlacement, device: int, groups: int, tokens: float) -> float:
-    """Time of a device if it held so many more groups and tokens; 0 when it holds no heads."""
+    """Return the time of a device with ``groups`` and ``tokens`` more than it holds; 0 if it then holds no heads."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
     return device_s(tables, tables, device, float(n), float(t))
 
 
 @kernel
 def short_with(tables: RedispatchTables, placement: JointPlacement, device: int, request: int, groups: int) -> float:
-    """Price of the blocks above the limit of a device if it held so many more groups of a request."""
+    """Return the price of a device's blocks above its limit with ``groups`` more of a request."""
     most = 0.0
     for t in range(tables.later.shape[0]):
         most = max(most, placement.later[t, device] + groups * tables.later[t, request] - tables.limit[t, device])
@@ -72,7 +72,7 @@ def short_with(tables: RedispatchTables, placement: JointPlacement, device: int,
 def shift(
     tables: RedispatchTables, placement: JointPlacement, request: int, source: int, target: int, count: int
 ) -> None:
-    """Moves groups of a request."""
+    """Move groups of a request."""
     for i, n in ((source, -count), (target, count)):
         before = max(0, placement.x[request, i] - tables.now[request, i])
         placement.x[request, i] += n
@@ -90,9 +90,10 @@ def shift(
 
 @kernel
 def round_to_groups(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
-    """Whole groups near ``fractions`` [N, D]: the primary's to the nearest multiple, the others by largest remainder.
+    """Return whole groups near ``fractions`` [N, D].
 
-    A request whose new home has no room for it stays where it is.
+    The primary's groups are rounded to the nearest multiple, the others by largest remainder. A request whose new
+    devices have no room for it stays where it is.
     """
     x = tables.now.copy()
     for j in range(len(x)):
@@ -104,7 +105,7 @@ def round_to_groups(tables: RedispatchTables, fractions: FloatArray) -> IntArray
 
 @kernel
 def _round_row(tables: RedispatchTables, fractions: FloatArray, now: IntArray, row: IntArray) -> None:
-    """Writes whole groups of one request to ``row`` [D]; leaves it as it is where remainders do not tell enough."""
+    """Write whole groups of one request to ``row`` [D], or leave it unchanged if remainders are not sufficient."""
     whole, left = np.zeros(len(now), np.int64), now.sum()
     if tables.primary >= 0:
         i = tables.primary
@@ -132,7 +133,7 @@ def _round_row(tables: RedispatchTables, fractions: FloatArray, now: IntArray, r
 
 @kernel
 def _take_back_what_does_not_fit(tables: RedispatchTables, x: IntArray) -> None:
-    """Puts requests back where they were, those with the most bytes moved first, until blocks and budget suffice."""
+    """Return requests to where they were, those with the most bytes moved first, until blocks and budget suffice."""
     num_requests, num = x.shape
     placement = placement_of(tables, x)
     for _ in range(num_requests):
@@ -155,10 +156,10 @@ def _take_back_what_does_not_fit(tables: RedispatchTables, x: IntArray) -> None:
 
 @kernel
 def improve(tables: RedispatchTables, x: IntArray) -> int:
-    """Moves single groups, or takes whole moves back, as long as the objective falls; changes ``x`` [N, D].
+    """Move single groups, or undo whole moves, as long as the objective falls; changes ``x`` [N, D].
 
-    A step takes the change that lowers the objective most: of `_best_shift` or, where the primary takes several groups
-    at a time, of `_best_exchange`. Returns the number of steps.
+    A step takes the change that lowers the objective most: that of `_best_shift` or, if the primary takes several
+    groups at once, of `_best_exchange`. Returns the number of steps.
     """
     if len(x) == 0:
         return 0
@@ -179,7 +180,7 @@ def improve(tables: RedispatchTables, x: IntArray) -> int:
 
 @kernel
 def _slowest(placement: JointPlacement) -> tuple[int, int, int]:
-    """The three slowest devices: whatever two change, the slowest of all others is among them; -1 for fewer devices."""
+    """Return the three slowest devices, -1 if fewer: without any two of them, the slowest of the rest is among them."""
     first, second, third = -1, -1, -1
     for i in range(len(placement.seconds)):
         s = placement.seconds[i]
@@ -196,9 +197,9 @@ def _slowest(placement: JointPlacement) -> tuple[int, int, int]:
 def _best_shift(
     tables: RedispatchTables, placement: JointPlacement, slowest: tuple[int, int, int]
 ) -> tuple[float, int, int, int, int]:  # fmt: skip
-    """Return of all moves of one unit, or of all that a request has moved to a device, the one that gains most.
+    """Return the best move of one unit, or of all groups that a request has moved to a device.
 
-    Looks at the slowest device, at those short of blocks, and at all groups that are not where they were. Returns the
+    Sources are the slowest device, devices short of blocks, and all groups that are not where they were. Returns the
     gain, the request, source, target and groups; -1 for the request if nothing gains.
     """
     num_requests, num = placement.x.shape
@@ -217,7 +218,7 @@ def _best_shift(
                     continue
                 unit, there = max(tables.unit[i], tables.unit[k]), placement.x[j, k] - tables.now[j, k]
                 for n in (unit, moved):
-                    # Written out: called for every candidate, functions of these tuples take three times as long.
+                    # Inlined, because functions of these tuples, called for every candidate, take three times as long.
                     if n <= 0 or n > placement.x[j, i] or n % unit != 0 or (there + n > 0 and not tables.takes[k]):
                         continue
                     if placement.used[k] + n * tables.blocks[j] > tables.room[k]:
@@ -233,7 +234,7 @@ def _best_shift(
                     gain = slowest_s - max(late, card_s(tables, float(workers)))
                     gain -= tables.charge[j, i] * (abs(moved - n) - abs(moved))
                     gain -= tables.charge[j, k] * (abs(there + n) - abs(there))
-                    if gain <= most - short_i:  # no relief is more than that
+                    if gain <= most - short_i:  # relief is at most short_i
                         continue
                     gain += short_i - short_with(tables, placement, i, j, -n)
                     gain += short_with(tables, placement, k, j, 0) - short_with(tables, placement, k, j, n)
@@ -248,7 +249,7 @@ def _best_shift(
 def _best_exchange(
     tables: RedispatchTables, placement: JointPlacement, slowest: int, least_gain: float
 ) -> tuple[int, IntArray]:
-    """The request, and its new row [D], for which one unit on the primary more or less gains most; -1: none does.
+    """Return the request, and its new row [D], that gains most by one unit more or less on the primary; -1 if none.
 
     The primary's groups go one by one to the device that then ends first, or come from those that end last.
     """
@@ -292,7 +293,7 @@ def _best_exchange(
 
 @kernel
 def _partner(tables: RedispatchTables, placement: JointPlacement, request: int, arrives: bool) -> int:
-    """The worker to take a group of a request from, or to give one to; -1: none."""
+    """Return the worker that a group of a request is taken from, or given to; -1 if there is none."""
     best, most = -1, -np.inf
     for i in range(len(tables.unit)):
         if i == tables.primary:
@@ -309,7 +310,7 @@ def _partner(tables: RedispatchTables, placement: JointPlacement, request: int, 
 
 @kernel
 def _part_of_objective(tables: RedispatchTables, placement: JointPlacement, request: int) -> float:
-    """The objective but for what other requests' moves cost."""
+    """Return the objective without the cost of other requests' moves."""
     value: float = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     for i in range(len(tables.unit)):
         value += tables.charge[request, i] * abs(placement.x[request, i] - tables.now[request, i])
@@ -319,7 +320,7 @@ def _part_of_objective(tables: RedispatchTables, placement: JointPlacement, requ
 
 @kernel
 def _set_row(tables: RedispatchTables, placement: JointPlacement, request: int, row: IntArray) -> None:
-    """Moves a request's groups so that they lie as in ``row`` [D]."""
+    """Move a request's groups so that they are placed as in ``row`` [D]."""
     for i in range(len(row)):
         for k in range(len(row)):
             n = min(placement.x[request, i] - row[i], row[k] - placement.x[request, k])

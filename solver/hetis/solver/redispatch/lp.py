@@ -1,8 +1,8 @@
 """The relaxation of re-dispatch as one linear program in HiGHS, moves in fractions of head groups.
 
-Columns are what departs (d_ij, at most what is there) and what arrives (a_ij); doing nothing is all zeros. Most
-requests never move, and those that do have one good target: the model starts with the targets that prices from
-dispatch find cheap and is given others as `hetis.solver.sifting` finds them missing.
+Columns are departures (d_ij, at most what is there) and arrivals (a_ij); doing nothing is all zeros. Most requests
+never move, and those that do have one good target. The model therefore starts with the targets that are cheap at
+dispatch's prices and receives others as `hetis.solver.sifting` finds them missing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hetis.solver.redispatch.certificate import Prices, arrival_prices
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 from hetis.solver.sifting import BoolArray, sift
 
-NEAR = 0.02  # arrivals start in the model if they cost at most this share more than the cheapest of their request
-CHEAPER = 1e-7  # an arrival joins if it is cheaper than what its request pays by more than this share
+NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request
+CHEAPER = 1e-7  # ratio by which an arrival must be cheaper than what its request pays, to join
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchLpSolution:
-    """Groups x [N, D] in fractions, the objective in seconds, and the multipliers."""
+    """Fractional groups x [N, D], the objective in seconds, and the multipliers."""
 
     x: FloatArray
     value_s: float
@@ -39,9 +39,9 @@ class MoveLp:
         self._highs = quiet_highs(GROWING_SIMPLEX)
 
     def solve(self, tables: RedispatchTables, is_open: BoolArray, guess: Prices) -> RedispatchLpSolution | None:
-        """The optimum with these devices open, or None: closed ones cannot be emptied.
+        """Return the optimum with these devices open, or None if closed ones cannot be emptied.
 
-        ``guess`` are prices near the optimal ones, to choose the first columns by.
+        ``guess`` are prices near the optimal ones, which choose the first columns.
         """
         program = _Program(tables, is_open)
         cost = arrival_prices(tables, guess, is_open)
@@ -62,9 +62,9 @@ class MoveLp:
 
 
 class _Program:
-    """Rows: balance [N], pieces [D, K], network card, blocks now [D], blocks later [H, D], budget.
+    """The program with rows balance [N], pieces [D, K], network card, blocks now [D], blocks later [H, D], budget.
 
-    Columns: z, s [D], departures, then arrivals in the order they came. Seconds are multiplied by ``scale``.
+    Columns are z, s [D], departures, then arrivals as they came. Seconds are multiplied by ``scale``.
     """
 
     def __init__(self, tables: RedispatchTables, is_open: BoolArray) -> None:
@@ -82,7 +82,7 @@ class _Program:
         self.rows = np.concatenate([[0], np.cumsum(sizes)])
 
     def start(self) -> Any:
-        """The model without arrivals."""
+        """Return the model without arrivals."""
         t, D, K = self.tables, self.D, self.K
         balance, pieces, card, now, later, budget, end = self.rows
         groups, tokens = t.now.sum(axis=0), t.context @ t.now
@@ -99,7 +99,7 @@ class _Program:
         if self.has_budget:
             upper[budget] = t.budget * self.bytes_scale
 
-        # Columns z and s first, then the departures, which are arrivals with the sign turned.
+        # Columns z and s come first, then the departures, which are arrivals with the opposite sign.
         entry_rows, entry_values, sizes = [np.arange(pieces, card + 1)], [np.full(D * K + 1, -1.0)], [D * K + 1]
         for i in range(D):
             entry_rows.append(later + i + D * np.arange(self.H))
@@ -122,7 +122,7 @@ class _Program:
         return lp
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
-        """Arrivals of these requests on these devices."""
+        """Add arrivals of these requests on these devices."""
         if not len(requests):
             return
         rows, values = self._column_entries(requests, devices, sign=1.0)
@@ -134,14 +134,14 @@ class _Program:
         )  # fmt: skip
 
     def cheaper(self, row_duals: FloatArray) -> BoolArray:
-        """Arrivals that cost less than what their request pays, [N, D]."""
+        """Return which arrivals cost less than what their request pays, [N, D]."""
         prices, pays = self.prices(row_duals)
         cost = arrival_prices(self.tables, prices, self.is_open)
         cheaper: BoolArray = cost < pays[:, None] - CHEAPER * np.abs(pays)[:, None]
         return cheaper
 
     def prices(self, duals: FloatArray) -> tuple[Prices, FloatArray]:
-        """Multipliers of a solution, and what a head group of each request pays [N]."""
+        """Return the multipliers of a solution, and what a head group of each request pays [N]."""
         balance, pieces, card, now, later, budget, end = self.rows
         price = np.maximum(0.0, -duals)
         prices = Prices(
@@ -159,7 +159,7 @@ class _Program:
         return is_worker
 
     def _column_entries(self, requests: IntArray, devices: IntArray, *, sign: float) -> tuple[IntArray, FloatArray]:
-        """Rows and coefficients of the columns of these requests on these devices, both [columns, entries]."""
+        """Return rows and coefficients of the columns of these requests on these devices, both [columns, entries]."""
         t, num = self.tables, len(requests)
         balance, pieces, card, now, later, budget, _ = self.rows
         piece_s = t.alpha[devices] + t.beta[devices] * t.context[requests, None]

@@ -1,9 +1,9 @@
-"""Whole head groups by a small integer program, for where the local search is far from the bound.
+"""Whole head groups by a small integer program, used if the local search is far from the bound.
 
-Steps of one group, each of which must help, stop where several devices are equally slow, where groups should change
-places, or where a device pays only when it takes much at once. HiGHS sees all of that at once. The program is kept
-small: only the requests that the relaxation moves, then those with the most KV on the slowest devices, may move, and
-the number of nodes, not the time, is limited, so that the same stage has the same answer.
+Steps of one group, each of which must help, stop if several devices are equally slow, if groups should change places,
+or if a device pays only when it takes much at once. HiGHS considers all of that together. The program is kept small:
+only the requests that the relaxation moves, then those with the most KV on the slowest devices, may move. The number of
+nodes is limited rather than the time, so the same stage has the same answer.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import quiet_highs
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 
-MOST_CELLS = 200  # requests that may move times devices
+MOST_CELLS = 200  # limit on requests that may move times devices
 MOST_NODES = 50
 REL_GAP = 0.005
 
 
 def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
-    """Whole groups [N, D] with the least objective HiGHS finds; None if it finds none.
+    """Return whole groups [N, D] with the least objective that HiGHS finds, or None if it finds none.
 
     Args:
         tables: the problem.
@@ -43,7 +43,7 @@ def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
 
 
 def _movable(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
-    """Requests that may move: so many that the program stays small."""
+    """Return the requests that may move, few enough to keep the program small."""
     most = MOST_CELLS // max(1, tables.now.shape[1])
     moves = np.abs(fractions - tables.now).sum(axis=1) > 1e-6
     seconds = device_seconds(tables, tables.now)[:-1]
@@ -54,7 +54,7 @@ def _movable(tables: RedispatchTables, fractions: FloatArray) -> IntArray:
 
 
 def _is_allowed(tables: RedispatchTables, x: IntArray) -> bool:
-    """HiGHS keeps rows within tolerances; groups are whole and must obey them exactly."""
+    """Return whether groups are allowed exactly, since HiGHS keeps rows only within tolerances."""
     arrives = np.maximum(0, x - tables.now)
     return bool(
         np.all(x >= 0)
@@ -65,7 +65,7 @@ def _is_allowed(tables: RedispatchTables, x: IntArray) -> bool:
 
 
 class _MilpProgram:
-    """Columns: z, s [D], y [D] (in use), u (workers in use), units [M, D], arrivals [M, D]; M requests may move.
+    """The program with columns z, s [D], y [D] (in use), u (workers in use), units and arrivals [M, D] of M requests.
 
     Seconds are multiplied by ``scale``, bytes by ``1 / budget``.
     """
@@ -84,20 +84,20 @@ class _MilpProgram:
         self.num_columns = self.arrivals + self.M * self.D
 
     def groups(self, values: FloatArray) -> IntArray:
-        """Groups [N, D] of a solution."""
+        """Return the groups [N, D] of a solution."""
         x = self.stays.copy()
         units = np.rint(values[self.units : self.arrivals]).astype(np.int64).reshape(self.M, self.D)
         x[self.movable] = units * self.tables.unit
         return x
 
     def model(self) -> Any:
-        """The program for HiGHS, with rows from `_rows`."""
+        """Return the program for HiGHS, with rows from `_rows`."""
         t, lp = self.tables, highspy.HighsLp()
         matrix, upper = self._rows()
         total = self.now.sum(axis=1, keepdims=True)
         charge = self.scale * t.charge[self.movable]
         lp.num_col_, lp.num_row_ = self.num_columns, len(matrix)
-        # Departures are arrivals less the growth of x: moving costs charge (2 a - x + now).
+        # Departures are arrivals minus the growth of x: moving costs charge (2 a - x + now).
         lp.col_cost_ = np.concatenate(
             [[1.0], self.scale * t.short_s, np.zeros(self.D + 1), (-charge * t.unit).reshape(-1),
              (2 * charge).reshape(-1)]
@@ -126,7 +126,7 @@ class _MilpProgram:
         return lp
 
     def _rows(self) -> tuple[FloatArray, FloatArray]:
-        """Coefficients and upper ends: balance (equal), arrivals, x only where in use, devices, card, budget."""
+        """Return coefficients and upper limits: balance (equal), arrivals, x only if in use, devices, card, budget."""
         t, M, D = self.tables, self.M, self.D
         cells = np.arange(M * D).reshape(M, D)
         total = self.now.sum(axis=1)
@@ -153,7 +153,7 @@ class _MilpProgram:
         return np.concatenate([matrix for matrix, _ in blocks]), np.concatenate([upper for _, upper in blocks])
 
     def _rows_of_device(self, i: int, cells: IntArray) -> list[tuple[FloatArray, FloatArray]]:
-        """Its time in every piece, its blocks now and at the horizons."""
+        """Return the rows of a device's time in every piece, and of its blocks now and at the horizons."""
         t, stays, columns = self.tables, self.stays[:, i], self.units + cells
         time = self._block(t.alpha.shape[1], -self.scale * (t.alpha[i] * stays.sum() + t.beta[i] * (t.context @ stays)))
         time[0][:, 0] = -1.0
@@ -169,7 +169,7 @@ class _MilpProgram:
         return [time, now, later]
 
     def _card_rows(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """The network card's time, and that it is in use where a worker is."""
+        """Return the row of the network card's time, and the rows that it is in use if any worker is."""
         t, D = self.tables, self.D
         if t.primary < 0:
             return self._block(0, np.zeros(0))

@@ -1,4 +1,4 @@
-"""The way from one placement to another as moves from device to device, and what each of them is worth."""
+"""The way from one placement to another as moves from device to device, and the worth of each move."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.solver.redispatch.tables import RedispatchTables, card_s
 
 
 class MovedGroups(NamedTuple):
-    """Head groups from one device to another; indices."""
+    """Head groups that move from one device to another, given by indices."""
 
     groups: int
     source: int
@@ -24,8 +24,8 @@ class MovedGroups(NamedTuple):
 class RequestMoves(NamedTuple):
     """Moves of request ``j`` that are committed together.
 
-    More than one part only where the primary, which takes several groups at a time, has them from several devices or
-    gives them to several.
+    There is more than one part only if the primary, which takes several groups at once, receives them from several
+    devices or gives them to several.
     """
 
     j: int
@@ -36,19 +36,19 @@ class RequestMoves(NamedTuple):
         return sum(part.groups for part in self.parts)
 
     def part_of(self, groups: int) -> RequestMoves:
-        """Return so many groups of a step of one part."""
+        """Return a step of one part reduced to ``groups``."""
         return RequestMoves(self.j, (self.parts[0]._replace(groups=groups),))
 
 
 class Worth(NamedTuple):
-    """What a set of steps loses without one of them: seconds of makespan, and the price of short blocks."""
+    """The loss of a set of steps without one of them: seconds of makespan, and the price of short blocks."""
 
     saved_s: float
     relieved_s: float
 
 
 def steps_between(tables: RedispatchTables, before: IntArray, after: IntArray) -> list[RequestMoves]:
-    """Steps that lead from ``before`` to ``after`` [N, D]."""
+    """Return steps that lead from ``before`` to ``after`` [N, D]."""
     found = list[RequestMoves]()
     for j in np.flatnonzero((before != after).any(axis=1)).tolist():
         change = (after[j] - before[j]).tolist()
@@ -61,7 +61,7 @@ def steps_between(tables: RedispatchTables, before: IntArray, after: IntArray) -
 
 
 def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> list[RequestMoves]:
-    """Steps to or from the primary: whole multiples with one device, what is left with several; empties ``change``."""
+    """Return steps to or from the primary, whole multiples per device, then the rest together; empties ``change``."""
     arrives = change[primary] > 0
     sign = -1 if arrives else 1
     left = abs(change[primary])
@@ -91,7 +91,7 @@ def _steps_of_primary(j: int, change: list[int], primary: int, unit: int) -> lis
 
 
 def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterable[tuple[int, int, int]]:
-    """Groups, source, target, until all that is lost is gained."""
+    """Yield (groups, source, target) until everything lost is gained."""
     left = dict(loses)
     for target, wanted in sorted(gains, key=lambda gain: (-gain[1], gain[0])):
         for source in sorted(left, key=lambda i: (-left[i], i)):
@@ -103,7 +103,7 @@ def _pairs(loses: list[tuple[int, int]], gains: list[tuple[int, int]]) -> Iterab
 
 
 def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
-    """Groups [N, D] after all steps."""
+    """Return the groups [N, D] after all steps."""
     result = x.copy()
     for step in steps:
         for groups, source, target in step.parts:
@@ -113,17 +113,17 @@ def applied(x: IntArray, steps: Iterable[RequestMoves]) -> IntArray:
 
 
 def part_seconds(tables: RedispatchTables, link_byte_s: FloatArray, j: int, part: MovedGroups) -> float:
-    """Return what the copy takes on the slower of its two links."""
+    """Return the seconds of the copy on the slower of its two links."""
     return part.groups * float(tables.num_bytes[j]) * float(max(link_byte_s[part.source], link_byte_s[part.target]))
 
 
 def step_seconds(tables: RedispatchTables, link_byte_s: FloatArray, step: RequestMoves) -> float:
-    """The same of all parts, one after the other."""
+    """Return the seconds of all parts in sequence."""
     return sum(part_seconds(tables, link_byte_s, step.j, part) for part in step.parts)
 
 
 def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) -> list[Worth]:
-    """Return what ``x`` [N, D], to which all steps led, would lose without each of them alone."""
+    """Return what ``x`` [N, D], to which all steps led, would lose without each single one of them."""
     if not steps:
         return []
     undone = np.zeros((len(steps), x.shape[1]), np.int64)
@@ -139,7 +139,7 @@ def worth(tables: RedispatchTables, x: IntArray, steps: Sequence[RequestMoves]) 
 def _without_each(
     tables: RedispatchTables, x: IntArray, requests: IntArray, undone: IntArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Seconds of makespan and of price lost when each of the changes ``undone`` [S, D] of ``requests`` [S] is made."""
+    """Return the seconds of makespan and of price lost by each of the changes ``undone`` [S, D] of ``requests`` [S]."""
     placement = placement_of(tables, x)
     now_s = max(card_s(tables, float(placement.workers[0])), placement.seconds.max())
     saved, relieved = np.zeros(len(requests)), np.zeros(len(requests))
@@ -159,13 +159,12 @@ def _without_each(
 
 
 def payback_steps(saved_s: float, seconds: float, num_layers: int) -> float | None:
-    """Decode steps after which a step has saved what it took; None if it saves nothing."""
+    """Return the decode steps after which a step has saved what it took, or None if it saves nothing."""
     return seconds / (num_layers * saved_s) if saved_s > 0 else None
 
 
 def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: float, num_layers: int) -> bool:
-    """Return whether a step saves more time than it takes within its request's patience, or relieves memory at its
-    price."""
+    """Return whether a step saves its time within its request's patience, or relieves memory worth that much."""
     lost_s = seconds / (num_layers * float(tables.steps[step.j]))
     return value.saved_s + value.relieved_s >= lost_s and (value.saved_s > 0 or value.relieved_s > 0)
 
@@ -173,9 +172,9 @@ def pays(tables: RedispatchTables, step: RequestMoves, value: Worth, seconds: fl
 def paying(
     tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, steps: Iterable[RequestMoves]
 ) -> tuple[list[RequestMoves], list[float]]:
-    """Drops steps, the least worthwhile first, until all left pay; with what each gains per second it takes.
+    """Drop steps, the least worthwhile first, until all others pay; return these and their gains per second of copy.
 
-    Each is judged alone: that a step makes room for another, only an order shows.
+    Each step is judged alone, because only an order shows that one makes room for another.
     """
     kept = list(steps)
     x = applied(tables.now, kept)
@@ -189,9 +188,9 @@ def paying(
 def judged(
     tables: RedispatchTables, link_byte_s: FloatArray, num_layers: int, x: IntArray, steps: Sequence[RequestMoves]
 ) -> tuple[list[float], list[int]]:
-    """Return for steps that led to ``x`` what each gains per second it takes, and the places of those that do not pay.
+    """Return for steps that led to ``x`` their gains per second of copy, and the positions of those that do not pay.
 
-    The least worthwhile first.
+    The least worthwhile come first.
     """
     gains, losing = list[float](), list[tuple[float, int]]()
     for position, (step, value) in enumerate(zip(steps, worth(tables, x, steps), strict=True)):

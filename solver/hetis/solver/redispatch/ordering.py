@@ -1,8 +1,8 @@
-"""Puts steps in an order in which each has room at its targets while its sources still hold the blocks.
+"""An order of steps in which each has room at its targets while its sources still hold the blocks.
 
-Steps go in waves: those of one wave fit all at once, what they free is for the next. A step of one part is split where
-only some of its groups fit. When nothing fits, the steps that are left wait for each other in a cycle: one of them
-takes a detour over a third device with room, and comes to its target later; a step that finds no detour is refused.
+Steps go in waves: those of one wave fit together, and what they free is for the next. A step of one part is split if
+only some of its groups fit. If nothing fits, the remaining steps wait for each other in a cycle. Then one of them takes
+a detour through a third device with room and reaches its target later; a step that finds no detour is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hetis.solver.redispatch.tables import RedispatchTables
 
 
 class Ordered(NamedTuple):
-    """A step with its wave. ``is_detour``: on to the target in a later wave."""
+    """A step with its wave; after a detour (``is_detour``) a later wave leads to the target."""
 
     step: RequestMoves
     wave: int
@@ -25,7 +25,7 @@ class Ordered(NamedTuple):
 
 
 class WaitingStep(NamedTuple):
-    """A step that cannot be made, and why."""
+    """A step that cannot be made, and the reason."""
 
     step: RequestMoves
     why: str
@@ -34,9 +34,9 @@ class WaitingStep(NamedTuple):
 def order(
     tables: RedispatchTables, before: IntArray, steps: list[RequestMoves], names: tuple[str, ...]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
-    """Orders steps from ``before`` [N, D]; earlier ones in ``steps`` go first where there is a choice.
+    """Order steps from ``before`` [N, D]; earlier ones in ``steps`` go first if there is a choice.
 
-    ``names`` of devices are for the reasons of those refused.
+    ``names`` of devices are for the reasons of refused steps.
     """
     room = tables.room - tables.blocks @ before
     waiting, ordered, wave = list(steps), list[Ordered](), 0
@@ -71,9 +71,9 @@ def order(
 def whole_steps(
     tables: RedispatchTables, link_byte_s: FloatArray, ordered: list[Ordered]
 ) -> list[tuple[RequestMoves | None, float]]:
-    """Return for each step the one it completes, from where its groups began, and the seconds of all that took.
+    """Return for each step the whole that it completes, from where its groups began, and the seconds of all its steps.
 
-    None for a step that is a detour: it completes nothing.
+    A detour completes nothing and gets None.
     """
     result = list[tuple[RequestMoves | None, float]]()
     began: dict[tuple[int, int], tuple[int, float]] = {}  # request, third device: source and seconds of the detour
@@ -93,7 +93,7 @@ def whole_steps(
 def _split(
     tables: RedispatchTables, room: IntArray, step: RequestMoves
 ) -> tuple[RequestMoves | None, RequestMoves | None]:
-    """Return what of a step has room, and the rest."""
+    """Return the part of a step that has room, and the rest."""
     if len(step.parts) == 1:
         fits = _fitting(tables, room, step, step.parts[0].target)
         if 0 < fits < step.groups:
@@ -106,7 +106,7 @@ def _split(
 
 
 def _fitting(tables: RedispatchTables, room: IntArray, step: RequestMoves, *targets: int) -> int:
-    """Groups of a step of one part that the first target has room for, in units of all devices involved."""
+    """Return the groups of a step of one part that the first target has room for, in units of all devices involved."""
     unit = max(int(tables.unit[i]) for i in (step.parts[0].source, *targets))
     return max(0, int(min(step.groups, room[targets[0]] // tables.blocks[step.j]))) // unit * unit
 
@@ -124,10 +124,9 @@ def _detour(
     on_detour: set[tuple[int, int]],
     budget: float,
 ) -> tuple[int, RequestMoves, RequestMoves] | None:
-    """Return of all detours of a step whose departure frees blocks that another waits for the one that copies the
-    least.
+    """Return the detour that copies least, of steps whose departure frees blocks that another waits for.
 
-    The step's place among those that wait, the detour, and the way on. Nobody takes a detour twice.
+    The result is the step's position among those that wait, the detour, and the onward step. No step takes two detours.
     """
     wanted = {part.target for step in waiting for part in step.parts}
     best, least = None, np.inf

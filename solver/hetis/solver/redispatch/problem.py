@@ -1,4 +1,4 @@
-"""The re-dispatch problem: what a stage runs now, and what it costs to move KV between its devices.
+"""The re-dispatch problem: the running load of a stage, and the cost of moving KV between its devices.
 
     min  z  +  sum_j lambda_j (seconds that moving takes)  +  sum_i P_i s_i          seconds per layer and decode step
     s.t. z >= time of every device that holds heads, and of the primary's network card      as for dispatch
@@ -8,22 +8,22 @@
          sum_j m_jt x_ij <= total_i + s_i                      every i and horizon t: KV blocks expected in t steps
          sum_j bytes_j sum_i a_ij <= budget
 
-Moving one head group of request j, in all layers of the stage, moves ``bytes_j``. Both ends' network cards are busy
-with it, and each is charged half of its seconds: ``lambda_j bytes_j (link_i + link_k) / 2``. The cost of a move comes
-once, its gain lasts as long as the request does, or until the stage has drifted again. So ``lambda_j = 1 / (layers x
-patience x remaining steps of j)`` makes the two comparable: a move pays back within that share of what its request is
-expected to live, and a request about to finish does not move.
+Moving one head group of request j, in all layers of the stage, moves ``bytes_j``. It occupies the network cards of both
+ends, each of which is charged half of its seconds: ``lambda_j bytes_j (link_i + link_k) / 2``. The cost of a move is
+paid once, while its gain lasts as long as the request, or until the stage has drifted again. So ``lambda_j = 1 /
+(layers x patience x remaining steps of j)`` makes the two comparable: a move pays back within that share of its
+request's expected life, and a request about to finish does not move.
 
-In ``t`` steps a request is ``t`` tokens longer, or done: knowing only its expected remaining steps R, it still runs
-with probability ``exp(-t / R)``, and that is what ``m_jt`` counts. Blocks that will be short (s) cost P_i, the prefill
-of what is evicted for them, once, and are weighed as moving is. A draining device counts as having no blocks, and they
-are priced so high that any block leaves that can.
+In ``t`` steps a request is ``t`` tokens longer, or done. If only its expected remaining steps R are known, it still
+runs with probability ``exp(-t / R)``, and that is what ``m_jt`` counts. Blocks that will be short (s) cost P_i, the
+prefill of the KV evicted for them, once, and are weighed like moves. A draining device counts as having no blocks, and
+their price is so high that every block that can leave does.
 
-Room is what is in use or the high-water mark, the greater; all of a device while another is draining: moves should not
-take the blocks that a device's own requests are about to grow into.
+Room is the blocks in use or the high-water mark, whichever is greater, or all of a device while another is draining.
+Moves should not take the blocks that a device's own requests are about to grow into.
 
-Moves are made one after the other. A move needs room at its target while the source still holds its blocks: that is
-for the order of moves to see to, `hetis.solver.redispatch.ordering`.
+Moves are made in sequence. A move needs room at its target while the source still holds its blocks, which the order of
+moves ensures (`hetis.solver.redispatch.ordering`).
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from hetis.solver.errors import InvalidProblemError
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RedispatchProblem:
-    """Which head groups of running requests should move.
+    """The question which head groups of running requests should move.
 
     Attributes:
-        snapshot: what the stage holds; groups under way already are taken to arrive and are left alone.
-        num_layers: of the stage: a head group moves in all of them.
+        snapshot: the contents of the stage; groups already moving are assumed to arrive and are left alone.
+        num_layers: layers of the stage, in all of which a head group moves.
         link_byte_s: seconds per byte into or out of each device, shape [D]. A move takes the slower of its two ends.
         budget_bytes: most KV bytes to move.
-        least_gain: share of the makespan that all moves together must save, cost included; below, nothing moves
-            unless memory is short.
-        patience: share of a request's remaining steps within which a move of it must pay back. Less moves fewer bytes
-            for more gain each: the rest of the makespan's excess costs ever more bytes to remove.
-        ahead_steps: how far growth is anticipated. Copies take a few steps only.
-        full: devices on which a request found no block: as many as head groups are there should get free, whatever
-            that costs; else something is evicted at once.
-        refill_token_s: seconds to prefill a token again, in all layers of the stage, whose KV was evicted.
+        least_gain: share of the makespan that all moves together must save, including their cost; otherwise nothing
+            moves unless memory is short.
+        patience: share of a request's remaining steps within which its moves must pay back. Less patience moves fewer
+            bytes for more gain each, as the rest of the makespan's excess takes ever more bytes to remove.
+        ahead_steps: how far growth is anticipated. Copies take only a few steps.
+        full: devices on which a request found no block. As many blocks as they have head groups should become free at
+            any cost; otherwise something is evicted at once.
+        refill_token_s: seconds to prefill a token again whose KV was evicted, in all layers of the stage.
     """
 
     snapshot: StateSnapshot

@@ -1,8 +1,9 @@
 """The relaxation over all choices of devices in use: fractions to round from, and a bound on every placement.
 
-An idle device offers nothing until the makespan exceeds its constants. Between two such thresholds the devices that may
-be used are known and the relaxation is one linear program. Dispatch of all running requests to idle devices bounds the
-makespan from below, the objective of the programs solved so far from above: few thresholds, mostly none, lie between.
+An idle device offers nothing until the makespan exceeds its constants. Between two such thresholds the usable devices
+are known and the relaxation is one linear program. Dispatch of all running requests to idle devices bounds the makespan
+from below, and the objective of the programs solved so far bounds it from above. Few thresholds, usually none, lie
+between.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hetis.solver.redispatch.tables import RedispatchTables, objective_s
 
 
 class JointRelaxation(NamedTuple):
-    """The best groups [N, D] in fractions; the certified bound on the objective; multipliers of that program."""
+    """The best fractional groups [N, D], the certified bound on the objective, and multipliers of that program."""
 
     x: FloatArray
     bound_s: float
@@ -26,7 +27,7 @@ class JointRelaxation(NamedTuple):
 
 
 def relax(tables: RedispatchTables, lp: MoveLp, *, floor_s: float, guess: FloatArray) -> JointRelaxation:
-    """Solves the relaxation.
+    """Solve the relaxation.
 
     Args:
         floor_s: a lower bound on the makespan of any placement.

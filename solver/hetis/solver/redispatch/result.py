@@ -1,4 +1,4 @@
-"""What re-dispatch answers: moves in an order that memory allows, what they bring, and a bound."""
+"""The answer of re-dispatch: moves in an order that memory allows, their effect, and a bound."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from enum import StrEnum
 
 
 class MoveReason(StrEnum):
-    """Why a move is made.
+    """The reason for a move.
 
-    ``balance``: the slowest device gets faster. ``memory``: its device is, or will be, short of KV blocks, or
-    another move needs its room. ``drain``: its device is to be emptied. ``detour``: it waits on a third device until
-    its target has room.
+    ``balance``: the slowest device becomes faster. ``memory``: its device is, or will be, short of KV blocks, or
+    another move needs its room. ``drain``: its device is to be emptied. ``detour``: the groups wait on a third device
+    until their target has room.
     """
 
     BALANCE = "balance"
@@ -22,20 +22,20 @@ class MoveReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """Head groups of one request that go from one device to another, in all layers of the stage.
+    """Head groups of one request that move from one device to another, in all layers of the stage.
 
     Attributes:
         request: its name.
         groups: how many head groups.
         source, target: indices of devices.
         num_bytes: KV that is copied.
-        seconds: what the copy takes on the slower of the two links.
-        payback_steps: decode steps after which the move has saved the seconds it took, were it alone left out of the
-            plan; None where it saves no time and is made for another reason.
-        reason: why it is made.
-        wave: moves of one wave may be under way together; those of the next one need their commits.
-        together: moves with the same number are of one request and are committed at once, for the primary takes
-            several head groups at a time.
+        seconds: time of the copy on the slower of the two links.
+        payback_steps: decode steps after which the move has saved the seconds it took, compared with the plan without
+            it; None if it saves no time and is made for another reason.
+        reason: the reason for the move.
+        wave: moves of one wave may run concurrently; those of the next one need their commits.
+        together: moves with the same number belong to one request and are committed at once, because the primary takes
+            several head groups at once.
     """
 
     request: str
@@ -52,7 +52,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A move that would help but cannot be made, and why."""
+    """A move that would help but cannot be made, and the reason."""
 
     request: str
     groups: int
@@ -66,14 +66,14 @@ class RedispatchPlan:
     """Moves whose every prefix fits in memory.
 
     Attributes:
-        moves: in their order.
+        moves: in order.
         refused: moves that were left out.
         makespan_before_s, makespan_after_s: seconds per layer and decode step of the slowest device.
-        short_before, short_after: KV blocks that are expected to be short, and all that lie on draining devices, those
-            of requests with groups under way included.
-        objective_s: makespan, cost of moving and price of short blocks; that of doing nothing where nothing moves.
+        short_before, short_after: KV blocks that are expected to be short, and all blocks on draining devices,
+            including those of requests with groups under way.
+        objective_s: makespan, cost of moving and price of short blocks; equal to ``stay_s`` if nothing moves.
         stay_s: objective of doing nothing.
-        bound_s: no placement has a lower objective, proved by weak duality.
+        bound_s: no placement has a lower objective, as weak duality proves.
     """
 
     moves: tuple[Move, ...]
@@ -88,12 +88,12 @@ class RedispatchPlan:
 
     @property
     def num_bytes(self) -> float:
-        """KV that all moves copy."""
+        """Return the KV bytes that all moves copy."""
         return sum(move.num_bytes for move in self.moves)
 
     @property
     def gap(self) -> float:
-        """How far the objective may be above the best one, as a share; 0 when nothing runs."""
+        """Return how far the objective may be above the best one, as a ratio; 0 if nothing runs."""
         if self.objective_s <= self.bound_s:
             return 0.0
         return self.objective_s / self.bound_s - 1.0 if self.bound_s > 0 else float("inf")

@@ -41,7 +41,7 @@ from hetis.solver.redispatch.tables import (
 )
 
 MOST_ROUNDS = 8
-# Gap to the bound above which the integer program is asked. At 0.05 a tenth more of 10,000 tiny stages were over 0.5%
+# Gap to the bound above which the integer program is used. At 0.05, a tenth more of 10,000 tiny stages were over 0.5%
 # above brute force (tests/solver/redispatch/test_worst_cases.py); below 0.02 hardly another one is.
 WIDE = 0.02
 _Judge: TypeAlias = Callable[
@@ -50,7 +50,7 @@ _Judge: TypeAlias = Callable[
 
 
 class _Attempt(NamedTuple):
-    """Moves in order and where they lead, [N, D]."""
+    """Moves in order and the groups that they lead to, [N, D]."""
 
     x: IntArray
     ordered: list[Ordered]
@@ -58,26 +58,26 @@ class _Attempt(NamedTuple):
 
 
 def solve_redispatch(problem: RedispatchProblem) -> RedispatchPlan:
-    """Chooses moves of running head groups; see `Redispatcher.solve`."""
+    """Choose moves of running head groups; see `Redispatcher.solve`."""
     return Redispatcher(Dispatcher(problem.snapshot.stage)).solve(problem)
 
 
 class Redispatcher:
-    """Solves re-dispatch problems of one stage, one after the other; not to be shared between threads."""
+    """A solver of successive re-dispatch problems of one stage; not to be shared between threads."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
         self._lp = MoveLp()
 
     def solve(self, problem: RedispatchProblem) -> RedispatchPlan:
-        """Moves head groups so that makespan, moving and short memory together cost least.
+        """Move head groups so that makespan, moving and short memory together cost least.
 
-        The formulation is that of `hetis.solver.redispatch.problem`. Its relaxation is solved by HiGHS, its bound
-        recomputed from the multipliers. Whole groups come from rounding and a local search and, where these end far
-        from the bound, from a small integer program. A move is dropped that neither pays within its request's patience
-        nor makes room for others that do; what is left is ordered.
+        The formulation is that of `hetis.solver.redispatch.problem`. Its relaxation is solved by HiGHS, and its bound
+        is recomputed from the multipliers. Whole groups come from rounding and a local search and, if these end far
+        from the bound, from a small integer program. A move is dropped if it neither pays within its request's patience
+        nor makes room for others that do; the rest is ordered.
 
-        The result is settled: the same search from where the moves lead finds nothing more, so that re-dispatch of an
+        The result is stable: the same search from where the moves lead finds nothing more, so re-dispatch of an
         unchanged stage stays quiet.
         """
         tables = tables_of(problem)
@@ -92,7 +92,7 @@ class Redispatcher:
             more = self._attempt(problem, moved, self._relax(moved, ideal))
             if not more.ordered:
                 break
-            # Straight from where all began; if that has no order, over the placement in between.
+            # Directly from the start; if that has no order, through the placement in between.
             direct = self._ordered(problem, tables, more.x)
             if direct.refused or objective_s(tables, direct.x) > objective_s(tables, more.x) * (1 + 1e-9):
                 last = attempt.ordered[-1].wave + 1
@@ -106,7 +106,7 @@ class Redispatcher:
         return relax(tables, self._lp, floor_s=ideal.bound_s, guess=ideal.prices.piece)
 
     def _attempt(self, problem: RedispatchProblem, tables: RedispatchTables, relaxed: JointRelaxation) -> _Attempt:
-        """One round from ``tables.now``; no moves where they do not gain enough."""
+        """Make one round from ``tables.now``; return no moves if they do not gain enough."""
         stay = _Attempt(tables.now, [], [])
         found = list[IntArray]()
         for x in (round_to_groups(tables, relaxed.x), tables.now.copy()):
@@ -126,17 +126,17 @@ class Redispatcher:
         return attempt
 
     def _searched(self, tables: RedispatchTables, relaxed: JointRelaxation) -> IntArray | None:
-        """The integer program's answer, with what single steps still gain."""
+        """Return the integer program's answer, improved by single steps."""
         x = search(tables, relaxed.x)
         if x is not None:
             improve(tables, x)
         return x
 
     def _ordered(self, problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> _Attempt:
-        """Moves to ``x`` that pay, in order.
+        """Return the moves to ``x`` that pay, in order.
 
-        First each is judged alone, then ordered. Where that drops any, all are ordered as well, and judged with those
-        they make room for: the better plan counts.
+        First each is judged alone, then ordered. If that drops any, all are also ordered and judged together with those
+        for which they make room, and the better plan is returned.
         """
         steps = steps_between(tables, tables.now, x)
         alone, _ = paying(tables, problem.link_byte_s, problem.num_layers, steps)
@@ -149,7 +149,7 @@ class Redispatcher:
     def _completed(
         self, problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves], judge: _Judge
     ) -> _Attempt:
-        """Steps in order; where an order refuses some, the others are looked at again without."""
+        """Return steps in order; if an order refuses some, the others are judged again without them."""
         refused = list[WaitingStep]()
         while True:
             ordered, waiting = judge(problem, tables, steps)
@@ -158,7 +158,7 @@ class Redispatcher:
             if not waiting:
                 return _Attempt(reached, ordered, refused)
             refused += waiting
-            # A refused move may have begun with a detour: its request goes back to where it was.
+            # A refused move may have begun with a detour, so its request goes back to where it was.
             for j in {o.step.j for o in ordered if o.is_detour} & {w.step.j for w in waiting}:
                 reached[j] = tables.now[j]
             steps = steps_between(tables, tables.now, reached)
@@ -167,7 +167,7 @@ class Redispatcher:
 def _judged_alone(
     problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
-    """The steps that pay by themselves, in order."""
+    """Return the steps that pay on their own, in order."""
     steps, gains = paying(tables, problem.link_byte_s, problem.num_layers, steps)
     return _by_gain(problem, tables, steps, gains)
 
@@ -175,9 +175,9 @@ def _judged_alone(
 def _judged_together(
     problem: RedispatchProblem, tables: RedispatchTables, steps: list[RequestMoves]
 ) -> tuple[list[Ordered], list[WaitingStep]]:
-    """Steps in order, without those that neither pay nor make room for what does.
+    """Return steps in order, without those that neither pay nor make room for what does.
 
-    A step that does not pay alone goes only if the plan without it, and without what then has no room, is better.
+    A step that does not pay alone is dropped only if the plan is better without it and what then has no room.
     """
     kept, spared = list(steps), set[RequestMoves]()
     while True:
@@ -202,7 +202,7 @@ def _by_gain(
 
 
 def _cost_s(problem: RedispatchProblem, tables: RedispatchTables, ordered: list[Ordered]) -> float:
-    """Makespan, price of short blocks and what the copies take within patience, after these steps."""
+    """Return the cost after these steps: makespan, price of short blocks, and the copies' time within patience."""
     x = applied(tables.now, [o.step for o in ordered])
     copies_s = sum(
         step_seconds(tables, problem.link_byte_s, o.step) / (problem.num_layers * float(tables.steps[o.step.j]))
@@ -218,7 +218,7 @@ def _detours_that_do_not_pay(
     ordered: list[Ordered],
     waiting: list[WaitingStep],
 ) -> list[WaitingStep]:
-    """Moves that would have paid on the straight way."""
+    """Return moves that pay only on the direct way."""
     result = list[WaitingStep]()
     stuck = {w.step.j for w in waiting}
     on_detour = {o.step.j for o in ordered if o.is_detour}
@@ -232,7 +232,7 @@ def _detours_that_do_not_pay(
 
 
 def _names_of(problem: RedispatchProblem, step: RequestMoves) -> str:
-    """The move in words."""
+    """Return the move in words."""
     names = problem.snapshot.stage.devices
     return f"{names[step.parts[0].source]} to {names[step.parts[0].target]}"
 
@@ -242,7 +242,7 @@ def _can_be_undone(x: IntArray, step: RequestMoves) -> bool:
 
 
 def _short_or_draining(problem: RedispatchProblem, tables: RedispatchTables, x: IntArray) -> float:
-    """Blocks expected to be short, and all that lie on draining devices: also those of requests under way."""
+    """Return blocks expected to be short, and all blocks on draining devices, including requests under way."""
     snapshot = problem.snapshot
     draining = np.array([device.status is DeviceStatus.DRAINING for device in snapshot.devices])
     under_way = np.where(tables.now.sum(axis=1, keepdims=True) == 0, snapshot.groups, 0)

@@ -13,47 +13,47 @@ from hetis.solver.redispatch.compiled import kernel
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.sifting import BoolArray
 
-EXACT = 4.0  # how often a block on a draining device can change hands before staying would be cheaper
+EXACT = 4.0  # how often a block on a draining device can be moved before staying would be cheaper
 
 
 class RedispatchTables(NamedTuple):
-    """N requests, D devices, K affine pieces, H horizons.
+    """The arrays of a problem with N requests, D devices, K affine pieces and H horizons.
 
-    Requests with groups under way are part of ``base``: these run where they will be, and hold blocks at both ends,
-    which ``room`` and ``limit`` are net of.
+    Requests with groups under way are part of ``base``. They run where they will be and hold blocks at both ends, which
+    ``room`` and ``limit`` exclude.
     """
 
-    now: IntArray  # [N, D] head groups; none of requests with groups under way
+    now: IntArray  # [N, D] head groups; 0 for requests with groups under way
     alpha: FloatArray  # [D, K] seconds per head group
     beta: FloatArray  # [D, K] seconds per token of a head group
     base: FloatArray  # [D, K] constants, and the time of requests with groups under way
-    open_at: FloatArray  # [D] -inf where such requests are, else what using the device takes at least
-    unit: IntArray  # [D] head groups taken at a time
+    open_at: FloatArray  # [D] -inf if such requests are there, otherwise the least time of using the device
+    unit: IntArray  # [D] head groups taken at once
     primary: int  # -1: none
     nic_base: float
     nic_group_s: float
-    on_workers: int  # groups on workers that are no part of `now`
+    on_workers: int  # groups on workers that are not part of `now`
     takes: BoolArray  # [D] devices that groups may move to
     context: FloatArray  # [N] tokens
     blocks: IntArray  # [N] KV blocks per group now
-    later: FloatArray  # [H, N] the same at the horizons, as expected
+    later: FloatArray  # [H, N] expected KV blocks per group at the horizons
     mark: IntArray  # [D] blocks up to which moves fill a device
-    room: IntArray  # [D] blocks that may be in use: the same, or what is in use already
-    limit: FloatArray  # [H, D] blocks there are at the horizons, none on draining devices
-    charge: FloatArray  # [N, D] lambda_j bytes_j link_i / 2: seconds per layer and step, for a group in or out
+    room: IntArray  # [D] blocks that may be in use: the mark, or more if more is in use already
+    limit: FloatArray  # [H, D] blocks that exist at the horizons, 0 on draining devices
+    charge: FloatArray  # [N, D] lambda_j bytes_j link_i / 2: seconds per layer and step for a group in or out
     num_bytes: FloatArray  # [N] per group, all layers
-    steps: FloatArray  # [N] within which a move must pay back, at least 1
+    steps: FloatArray  # [N] steps within which a move must pay back, at least 1
     short_s: FloatArray  # [D] P, seconds per layer and step for a block above the limit
     budget: float  # bytes
 
 
 def tables_of(problem: RedispatchProblem) -> RedispatchTables:
-    """Tabulates a problem."""
+    """Tabulate a problem."""
     snapshot = problem.snapshot
     stage, shape = snapshot.stage, snapshot.stage.heads
     costs = costs_of(stage)
     blocks, coming = snapshot.context_blocks(), snapshot.incoming()
-    # What is under way runs where it will be, and its request, part of which may be uneven on the primary, stays.
+    # Moving groups run where they will be, and the rest of their request stays, as it may be uneven on the primary.
     leaving = np.zeros_like(coming)
     index = {name: j for j, name in enumerate(snapshot.ids)}
     for move in snapshot.moves:
@@ -109,19 +109,19 @@ def tables_of(problem: RedispatchProblem) -> RedispatchTables:
 
 
 def continued(tables: RedispatchTables, x: IntArray, *, spent_bytes: float) -> RedispatchTables:
-    """The problem that is left when groups lie as in ``x`` [N, D]."""
+    """Return the problem that remains when groups are placed as in ``x`` [N, D]."""
     room = np.maximum(tables.mark, tables.blocks @ x)
     return tables._replace(now=x, room=room, budget=max(0.0, tables.budget - spent_bytes))
 
 
 def device_seconds(tables: RedispatchTables, x: IntArray | FloatArray) -> FloatArray:
-    """Seconds of each device under whole or fractional groups ``x`` [N, D], and of the primary's card, [D + 1]."""
+    """Return seconds of each device, and of the primary's card, under whole or fractional ``x`` [N, D]; [D + 1]."""
     return _device_seconds(tables, x.sum(axis=0).astype(np.float64), tables.context @ x)
 
 
 @kernel
 def _device_seconds(tables: RedispatchTables, groups: FloatArray, tokens: FloatArray) -> FloatArray:
-    """The same of groups and tokens, both [D]."""
+    """Compute `device_seconds` from groups and tokens, both [D]."""
     num = len(groups)
     seconds = np.empty(num + 1)
     workers = 0.0
@@ -134,29 +134,29 @@ def _device_seconds(tables: RedispatchTables, groups: FloatArray, tokens: FloatA
 
 @kernel
 def card_s(tables: RedispatchTables, workers: float) -> float:
-    """Time of the primary's network card with so many groups on workers, those that are no part of ``now`` besides."""
+    """Return the time of the primary's network card with ``workers`` groups on workers besides those not in ``now``."""
     if tables.primary < 0 or workers + tables.on_workers <= 0:
         return 0.0
     return tables.nic_base + tables.nic_group_s * workers
 
 
 def short_blocks(tables: RedispatchTables, x: IntArray) -> FloatArray:
-    """s: blocks above the limits of each device at the worst horizon, shape [D]."""
+    """Return s, the blocks above the limits of each device at the worst horizon, shape [D]."""
     short: FloatArray = np.maximum(0.0, tables.later @ x - tables.limit).max(axis=0)
     return short
 
 
 def objective_s(tables: RedispatchTables, x: IntArray) -> float:
-    """Return what re-dispatch minimises, of whole or fractional groups ``x`` [N, D]."""
+    """Return the objective of re-dispatch for whole or fractional groups ``x`` [N, D]."""
     moved = float((tables.charge * np.abs(x - tables.now)).sum())
     return float(device_seconds(tables, x).max()) + moved + float(tables.short_s @ short_blocks(tables, x))
 
 
 def marks(problem: RedispatchProblem) -> IntArray:
-    """Blocks up to which moves fill each device, shape [D]; those of groups under way included.
+    """Return the blocks up to which moves fill each device, shape [D], including those of groups under way.
 
-    That is the high-water mark: a device's own requests grow, and what does not find a block is evicted.
-    What is to leave a draining device may take the rest.
+    This is the high-water mark, because a device's own requests grow, and one that finds no block is evicted. Groups
+    that leave a draining device may take the rest.
     """
     snapshot = problem.snapshot
     if any(device.status is DeviceStatus.DRAINING for device in snapshot.devices):
@@ -166,13 +166,13 @@ def marks(problem: RedispatchProblem) -> IntArray:
 
 
 def horizons(problem: RedispatchProblem) -> tuple[int, ...]:
-    """t, steps from now at which blocks are counted: when every request has begun a block more, and far ahead."""
+    """Return t, steps from now at which blocks are counted: when all requests have begun a new block, and far ahead."""
     near = min(problem.snapshot.stage.heads.block_tokens, problem.ahead_steps)
     return tuple(sorted({near, problem.ahead_steps}))
 
 
 def _later(snapshot: StateSnapshot, times: tuple[int, ...]) -> FloatArray:
-    """m_jt: blocks per group at the horizons times the probability that the request still runs, shape [H, N]."""
+    """Return m_jt: blocks per group at the horizons times the probability that the request still runs, shape [H, N]."""
     t = np.array(times, np.float64)[:, None]
     grown = np.ceil((snapshot.context_tokens + t) / snapshot.stage.heads.block_tokens)
     still_runs: FloatArray = np.exp(-t / np.maximum(1.0, snapshot.remaining_tokens))

@@ -1,4 +1,4 @@
-"""Triggers of a look at a stage: the makespan drifted from the ideal, memory fills, devices changed."""
+"""Triggers of re-dispatch: the makespan drifted from the ideal, memory fills, or devices changed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ THETA = 0.5  # Hetis (SC'25)
 
 
 class TriggerKind(StrEnum):
-    """What happened.
+    """The event behind a trigger.
 
     ``deviation``: the makespan is above the ideal by more than Theta. ``high_water``: a device uses more of its KV
     blocks than its mark. ``draining``: a device is to be emptied. ``lost``, ``changed``: a device was lost, or joined,
-    came back or changed its speed, since re-dispatch last looked (`DispatchState.mark_seen`).
+    came back or changed its speed, since the last look of re-dispatch (`DispatchState.mark_seen`).
     """
 
     DEVIATION = "deviation"
@@ -35,10 +35,10 @@ class Trigger:
 
     Attributes:
         kind: what happened.
-        device: its name; None for ``deviation``, which is of the stage.
-        value: share that the makespan is above the ideal; share of blocks in use; head groups still on a device that
-            is draining; 0 for the others.
-        limit: what ``value`` is above.
+        device: its name; None for ``deviation``, which concerns the stage.
+        value: excess of the makespan over the ideal as a ratio to it; share of blocks in use; head groups still on a
+            draining device; 0 for the others.
+        limit: the limit that ``value`` exceeds.
     """
 
     kind: TriggerKind
@@ -61,10 +61,10 @@ class Trigger:
 
 
 def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = THETA) -> tuple[Trigger, ...]:
-    """Every reason to re-dispatch there is; none of an empty stage. ``dispatcher`` is of the same stage.
+    """Return every reason to re-dispatch, none for an empty stage; ``dispatcher`` is of the same stage.
 
-    They fire for as long as their reason holds, also when no search can do anything about it: ask
-    `hetis.solver.redispatch.watch.Watch` which are worth another look.
+    A trigger fires as long as its reason holds, even if no search can do anything about it.
+    `hetis.solver.redispatch.watch.Watch` tells which are worth another look.
     """
     if theta < 0:
         raise InvalidProblemError(f"theta is {theta}, must be >= 0")
@@ -76,7 +76,7 @@ def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = 
     if ideal.unplaced:  # devices to be emptied are still needed
         ideal = ideal_dispatch(snapshot, dispatcher, on_draining=True)
     deviation = makespan_s(snapshot) / max(ideal.bound_s, 1e-12) - 1.0
-    # An ideal of fewer requests, where memory is too scattered to dispatch all anew, is none.
+    # If memory is too scattered to dispatch all again, the ideal is of fewer requests and says nothing.
     if deviation > theta and not ideal.unplaced:
         found.append(Trigger(kind=TriggerKind.DEVIATION, device=None, value=deviation, limit=theta))
     for i, device in enumerate(snapshot.devices):
@@ -92,6 +92,6 @@ def triggers(snapshot: StateSnapshot, dispatcher: Dispatcher, *, theta: float = 
 
 
 def makespan_s(snapshot: StateSnapshot) -> float:
-    """Seconds per layer and decode step of the slowest device, or of the primary's network card."""
+    """Return the seconds per layer and decode step of the slowest device, or of the primary's network card."""
     load = snapshot.load()
     return running_load(costs_of(snapshot.stage), load.heads, load.kv_bytes).floor_s

@@ -1,4 +1,4 @@
-"""Kernels of re-dispatch made ready before anybody waits for an answer: loaded, or compiled where none are on disk."""
+"""Preparation of re-dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.redispatch.solve import Redispatcher
 
 
 def compile_redispatch() -> None:
-    """Balances two requests; takes a minute or more the first time on a machine."""
+    """Balance two requests, which takes a minute or more the first time on a machine."""
     stage = small_stage()
     snapshot = StateSnapshot(
         stage=stage,

@@ -1,4 +1,4 @@
-"""Which triggers are worth a look: those that a search has failed to answer stay quiet until the stage has changed."""
+"""A filter of triggers: those that a search has failed to answer stay quiet until the stage has changed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 
 CHANGE = 0.2
 MOST_CHANGE = 0.8
-ALWAYS = frozenset({TriggerKind.LOST, TriggerKind.CHANGED})  # news, gone once the state was marked as seen
+ALWAYS = frozenset({TriggerKind.LOST, TriggerKind.CHANGED})  # events, which end once the state is marked as seen
 
 
 class _Seen(NamedTuple):
-    """A stage as of the last fruitless look."""
+    """A stage at the time of the last fruitless look."""
 
     tokens: dict[str, tuple[int, ...]]  # request: groups times context on every device
     devices: tuple[tuple[str, int, DeviceStatus], ...]
@@ -24,12 +24,12 @@ class _Seen(NamedTuple):
 
 
 class Watch:
-    """Remembers looks that moved nothing.
+    """A record of looks that moved nothing.
 
-    After such a look a trigger is due again when it is new, when its value has grown by the share ``change``, when a
-    device has changed, or when that share of the stage's KV came, went, grew or moved. After every further look in vain
-    the share doubles, up to ``MOST_CHANGE``: most of the KV. A look that moves something resets it. So under steady
-    load looks in vain come about as often as the KV is replaced, and a real change is seen at once.
+    After such a look a trigger is due again if it is new, if its value has grown by the ratio ``change``, if a device
+    has changed, or if that share of the stage's KV came, went, grew or moved. After every further fruitless look the
+    share doubles, up to ``MOST_CHANGE``, most of the KV. A look that moves something resets it. Under steady load,
+    fruitless looks are therefore about as frequent as the KV is replaced, and a real change is seen at once.
     """
 
     def __init__(self, *, change: float = CHANGE) -> None:
@@ -46,14 +46,14 @@ class Watch:
         return tuple(trigger for trigger in fired if trigger.kind in ALWAYS or self._is_news(seen, trigger))
 
     def looked(self, snapshot: StateSnapshot, fired: tuple[Trigger, ...], *, moved: bool) -> None:
-        """A look at this stage, for all that fired, has moved something or not."""
+        """Record whether a look at this stage, for all triggers that fired, has moved something."""
         if moved:
             self._seen, self._change = None, self._least
             return
         values = {(trigger.kind, trigger.device): trigger.value for trigger in fired}
         if self._seen is not None and self._seen.devices == _devices(snapshot):
             self._change = min(MOST_CHANGE, 2 * self._change)
-            values = self._seen.values | values  # what comes and goes is no news
+            values = self._seen.values | values  # what comes and goes is not new
         else:
             self._change = self._least
         self._seen = _Seen(_tokens(snapshot), _devices(snapshot), values)
@@ -70,7 +70,7 @@ class Watch:
             for name in names
             for now, before in zip(tokens.get(name, nothing), seen.tokens.get(name, nothing), strict=True)
         )
-        # What leaves one device and comes to another, or goes for another of its size, is counted twice.
+        # KV that leaves one device for another, or is replaced by KV of its size, is counted twice.
         both = sum(map(sum, tokens.values())) + sum(map(sum, seen.tokens.values()))
         return change > self._change * both
 

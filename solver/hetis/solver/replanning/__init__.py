@@ -1,2 +1,1 @@
-"""The step from a running plan to the next one: what a change costs, which replicas stay, in which order to go
-there."""
+"""The step from a running plan to the next: the cost of a change, the replicas that stay, and the order of steps."""

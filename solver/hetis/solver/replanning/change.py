@@ -1,7 +1,7 @@
-"""What it takes to go from one plan to another: which replicas stay, what every GPU loads, which KV is dropped.
+"""The change from one plan to another: which replicas stay, what every GPU loads, which KV is dropped.
 
-Replicas have no names of their own. They are told by what they hold: a replica of the new plan continues the one of the
-old plan with which it shares the most GPUs that keep their weights.
+Replicas have no names of their own and are identified by what they hold: a replica of the new plan continues the one of
+the old plan with which it shares the most GPUs that keep their weights.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from hetis.solver.workload import WorkloadMoments
 
 
 class Fate(StrEnum):
-    KEPT = "kept"  # same GPUs, weights and settings: its requests go on
-    RESET = "reset"  # same GPUs and weights, other micro-batches, chunk or head groups: its engine starts anew
-    CHANGED = "changed"  # shares GPUs that keep their weights with a replica of before
+    KEPT = "kept"  # same GPUs, weights and settings: its requests continue
+    RESET = "reset"  # same GPUs and weights, other micro-batches, chunk or head groups: its engine restarts
+    CHANGED = "changed"  # shares GPUs that keep their weights with an old replica
     NEW = "new"
     GONE = "gone"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaChange:
-    """What becomes of one replica. ``before`` and ``after`` are its places in the two plans.
+    """The fate of one replica; ``before`` and ``after`` are its positions in the two plans.
 
     Attributes:
-        moved_gpus: GPUs that do something else than before.
+        moved_gpus: GPUs with another use than before.
         load_bytes: weights that all its GPUs read together.
-        longest_load_bytes: of the GPU that reads the most: what its start waits for.
+        longest_load_bytes: weights of the GPU that reads the most, for which its start waits.
     """
 
     fate: Fate
@@ -44,13 +44,13 @@ class ReplicaChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanChange:
-    """All replicas, those of the new plan first.
+    """The changes of all replicas, those of the new plan first.
 
     Attributes:
-        loads: bytes that a GPU reads, for those whose weights change.
-        moved: GPUs of the new plan that do something else than before; those with nothing to read are among them.
-        dropped_requests: whose KV is lost while the replicas that do not stay are full.
-        dropped_kv_tokens, dropped_kv_bytes: of these requests.
+        loads: bytes that a GPU reads, for GPUs whose weights change.
+        moved: GPUs of the new plan with another use than before, including those with nothing to read.
+        dropped_requests: requests whose KV is lost if the replicas that do not stay are full.
+        dropped_kv_tokens, dropped_kv_bytes: KV of these requests.
     """
 
     replicas: tuple[ReplicaChange, ...]
@@ -65,20 +65,20 @@ class PlanChange:
         return sum(self.loads.values())
 
     def count(self, fate: Fate) -> int:
-        """Replicas of one fate."""
+        """Return the number of replicas with a fate."""
         return sum(change.fate is fate for change in self.replicas)
 
 
 def plan_change(
     before: Plan, after: Plan, model: ModelSpec, moments: WorkloadMoments, *, same_model: bool = True
 ) -> PlanChange:
-    """The change from one plan to another of the same model.
+    """Return the change from one plan to another of the same model.
 
     Args:
         before, after: the plans; devices of the same name are the same GPU.
         model: of ``after``.
         moments: of the traffic on ``before``, for the KV that is dropped.
-        same_model: False: the weights of before are of no use.
+        same_model: False if the weights of ``before`` are of no use.
     """
     held = holdings(before) if same_model else {}
     partners = _partners(before, after) if same_model else {}
@@ -110,13 +110,12 @@ def plan_change(
 
 
 def _context(replica: ReplicaPlan, moments: WorkloadMoments) -> float:
-    """Tokens in the KV of a request that such a replica holds."""
+    """Return the tokens in the KV of a request on this kind of replica."""
     return moments.resident_context if replica.micro_batch else moments.prefilling_context
 
 
 def _partners(before: Plan, after: Plan) -> dict[int, int]:
-    """Return which replica of before each one of after continues: pairs by the GPUs they share in equal roles, most
-    first."""
+    """Return the old replica that each new one continues, pairing those that share most GPUs with equal holdings."""
     owner = {
         device: (number, holding)
         for number, replica in enumerate(before.replicas)
@@ -160,8 +159,7 @@ def _change_of(
 
 
 def is_same(one: ReplicaPlan, other: ReplicaPlan) -> bool:
-    """Return whether an engine that runs the one need not be told to run the other: GPUs, layers, head groups,
-    settings."""
+    """Return whether an engine that runs one replica also runs the other: GPUs, layers, head groups, settings."""
     return (
         (one.stages, one.attention_workers, one.role) == (other.stages, other.attention_workers, other.role)
         and (one.micro_batch, one.in_flight, one.chunk_tokens)

@@ -1,4 +1,4 @@
-"""A re-planning checked by what it says alone: which GPUs it names, what they held, what that costs, in which order."""
+"""Check of a re-planning from what it states: the GPUs it names, what they held, the costs and the order of steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RELATIVE = 1e-6
 
 
 def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
-    """Everything that is wrong, in sentences; the plan itself is `check_plan`'s to judge."""
+    """Return every error as a sentence; the plan itself is judged by `check_plan`."""
     if len(found.continued) != len(found.plan.replicas):
         return [f"{len(found.continued)} replicas are told of, the plan has {len(found.plan.replicas)}"]
     return [
@@ -28,7 +28,7 @@ def check_replanning(posed: ReplanningProblem, found: Replanning) -> list[str]:
 
 
 def _check_continued(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Replicas that are kept are the running ones; those that go on another way keep their weights."""
+    """Check that kept replicas are the running ones and that those that are reset keep their weights."""
     olds = [continued.old for continued in found.continued if continued.old is not None]
     if len(olds) != len(set(olds)):
         yield "a running replica goes on twice"
@@ -52,7 +52,7 @@ def _check_moves(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
 
 
 def _check_value(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """The net value from the replicas' rates and starts; of plans without routes and without a demand only."""
+    """Check the net value against the replicas' rates and starts; only for plans without routes and demand."""
     problem = posed.problem
     if not problem.objective.maximises or any(r.role is not Role.UNIFIED for r in found.plan.replicas):
         return
@@ -81,7 +81,7 @@ def _longest_load(posed: ReplanningProblem, replica: ReplicaPlan) -> float:
 
 
 def _check_steps(posed: ReplanningProblem, found: Replanning) -> Iterator[str]:
-    """Nothing starts on GPUs that are busy; at the end the plan runs and nothing else."""
+    """Check that nothing starts on GPUs that are busy and that at the end the plan runs and nothing else."""
     lost = set(found.lost)
     runs = {i: set(r.devices()) for i, r in enumerate(posed.running.replicas) if i not in lost}
     stays = {c.old for c in found.continued if c.fate is Fate.KEPT}

@@ -1,8 +1,8 @@
-"""The re-planning master: running replicas that go on, new ones beside them, and what each is worth over the horizon.
+"""The re-planning master: running replicas that continue, new ones added to them, and their worth over the horizon.
 
-A replica that starts does not serve until it has: it counts ``1 - start / horizon`` of its rate, or costs
+A replica that starts does not serve until the start is done: it counts ``1 - start / horizon`` of its rate, or costs
 ``1 + start / horizon`` of its rent where cost is minimised. A replica that is kept never stops, and the requests in
-flight on it need not start again: half the service of each, on average, is what keeping it is worth beside its rate.
+flight on it need not start again: keeping it is worth its rate and on average half the service of each of these.
 
     max   sum over kept, reset, repaired, shrunk o of net_o x_o  +  sum over new k of net_k n_k  +  sum over kept of s_r
     s.t.  rows of `inventory.py`, and the flows of prefill and decode replicas at their net rates
@@ -32,7 +32,7 @@ from hetis.solver.replanning.running import Option, stage_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A column: an option of a running replica, or a new one if ``option`` is None."""
+    """A column: an option of a running replica, or a new replica if ``option`` is None."""
 
     template: Template
     option: Option | None = None
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnChoice:
-    """Candidates with their counts, the flows at net rates, the net value and what the columns seen allow at most."""
+    """Candidates with their counts, the flows at net rates, the net value and the upper bound over the columns seen."""
 
     chosen: tuple[tuple[Candidate, int], ...]
     value: float
@@ -55,7 +55,7 @@ class NetMaster:
     ``stay_shares``: the same as a share of its own rate.
 
     Attributes:
-        is_settled: the last `choose` came to its end: where it found nothing, there is nothing.
+        is_settled: the last `choose` finished: if it found nothing, there is nothing.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class NetMaster:
         return self.costs.start_s(max(stage_bytes(self.atlas, template)))
 
     def net(self, candidate: Candidate) -> tuple[float, float]:
-        """(rate, cost) as the master counts them."""
+        """Return (rate, cost) as the master counts them."""
         template, cost = candidate.template, float(self.row_costs @ use_of(self.atlas, candidate.template))
         option = candidate.option
         if self.master.maximises:
@@ -89,9 +89,9 @@ class NetMaster:
     def choose(
         self, candidates: Sequence[Candidate], *, time_limit_s: float, gap: float, seed: int, penalty: float = 0.0
     ) -> ColumnChoice | None:
-        """The best whole counts of these candidates; None if none was found (`is_settled`).
+        """Return the best whole counts of these candidates; None if none was found (`is_settled`).
 
-        ``penalty``: taken off per GPU that moves, so that of equally good plans the one with the fewest is chosen.
+        ``penalty``: subtracted per GPU that moves, so that of equally good plans the one with the fewest is chosen.
         """
         uses: list[dict[Row, int]] = []
         rates, costs, sides, links = list[float](), list[float](), list[int](), list[FloatArray]()
@@ -133,7 +133,7 @@ class NetMaster:
         return sum(size for row, size in self.inventory.of_template(candidate.template).items() if row[0] == "gpus")
 
     def _helpers(self) -> list[tuple[dict[Row, int], float]]:
-        """Columns that are no replicas: room in shared nodes, and what staying is worth."""
+        """Return columns that are no replicas: room in shared nodes, and what staying is worth."""
         found: list[tuple[dict[Row, int], float]] = [(use, 0.0) for use in self.inventory.floors()]
         if self.master.maximises:
             found += [
@@ -147,7 +147,7 @@ class NetMaster:
         return self.atlas.side_of(template.scope, template.mix)
 
     def links(self, template: Template) -> FloatArray:
-        """Return what a replica over several zones takes of the links between them."""
+        """Return the use of the links between zones by a replica that spans several of them."""
         routes = self.atlas.routes
         return routes.link_use(zones_of(self.atlas, template)) if routes.has_links else NO_LINKS
 
@@ -156,22 +156,22 @@ class NetMaster:
         return ColumnChoice(chosen=chosen, value=found.value, bound=found.bound)
 
     def value_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """Return what a choice is worth, without penalties: net requests/s, or USD/h or GPUs."""
+        """Return the worth of a choice, without penalties: net requests/s, or USD/h or GPUs."""
         kept = [c.option.old for c, _ in chosen if c.option is not None and c.option.fate is Fate.KEPT]
         if not self.master.maximises:
             return sum(n * self.net(c)[1] for c, n in chosen)
         return self._served(chosen, net=True) + sum(self.stay_rates.get(old, 0.0) for old in kept)
 
     def rate_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """Requests/s once all replicas run."""
+        """Return requests/s once all replicas run."""
         return self._served(chosen, net=False)
 
     def rent_of(self, chosen: Sequence[tuple[Candidate, int]]) -> float:
-        """Return what is minimised, once all replicas run."""
+        """Return the minimised quantity once all replicas run."""
         return sum(n * float(self.row_costs @ use_of(self.atlas, c.template)) for c, n in chosen)
 
     def flows_of(self, chosen: Sequence[tuple[Candidate, int]]) -> FloatArray:
-        """Between prefill and decode replicas once all run, [Z, Z]."""
+        """Return the flows between prefill and decode replicas once all run, [Z, Z]."""
         columns, counts = self._columns_of(chosen, net=False)
         return self.master.best_flows(columns, counts)
 
@@ -193,7 +193,7 @@ class NetMaster:
 
 
 def least_start_s(costs: ChangeCosts, atlas: Atlas, num_gpus: int) -> float:
-    """Until a new replica serves, at the soonest: its layers are spread over no more than ``num_gpus``."""
+    """Return the least time until a new replica serves, its layers being spread over at most ``num_gpus`` GPUs."""
     model = atlas.problem.model
     params = (model.num_layers - model.prefix_layers) * model.layer_params()
     params += model.prefix_layers * model.dense_layer_params()

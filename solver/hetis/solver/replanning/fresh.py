@@ -1,6 +1,6 @@
-"""The fleet as if nothing ran on it: replicas to choose from, and proofs that also hold beside running ones.
+"""The fleet as if nothing ran on it: replicas to choose from, and proofs that also hold together with running ones.
 
-A *proof* bounds what new replicas can be worth beside replicas that go on:
+A *proof* bounds the worth of new replicas that are added to replicas that continue:
 
     listed   small fleets: a ceiling on the rate of every sub-fleet, by the exact search; packed by the master
     priced   larger ones: prices w of GPUs and rate prices a by column generation, with ``a_s rate <= cost + w use`` for
@@ -31,20 +31,20 @@ from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import ObjectiveKind
 from hetis.solver.replanning.running import is_allowed
 
-FINEST = 1e-6  # share by which ceilings of the exact search may be above the rates found
+FINEST = 1e-6  # share by which ceilings of the exact search may exceed the rates found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fresh:
-    """What a search of the empty fleet found.
+    """The result of a search of the empty fleet.
 
     Attributes:
         templates: replicas to choose from.
-        value, bound: of the best plan found and of all plans, in the master's unit.
-        listed: ceilings on the rates of sub-fleets, as columns; None: ``prices`` are the proof.
-        prices: of column generation.
-        row_prices: duals of the rows, where there are no ``prices``; [rows].
-        is_empty: proved that no plan exists.
+        value, bound: value of the best plan found, and bound on all plans, in the master's unit.
+        listed: ceilings on the rates of sub-fleets, as columns; if None, ``prices`` are the proof.
+        prices: prices of column generation.
+        row_prices: duals of the rows, if there are no ``prices``; [rows].
+        is_empty: it is proved that no plan exists.
     """
 
     templates: tuple[Template, ...]
@@ -60,7 +60,7 @@ def search_fresh(
     atlas: Atlas, demand: float | None, *, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int,
     report: Report,
 ) -> Fresh:  # fmt: skip
-    """Replicas and a proof for the whole fleet. Without time for more, what is known at once."""
+    """Return replicas and a proof for the whole fleet; without time for more, what is known at once."""
     master = Master(atlas.resources.limits, demand, atlas.routes)
     if strategy == "uniform":
         return _listed(atlas, master, uniform_templates(atlas), budget, seed)
@@ -74,7 +74,7 @@ def search_fresh(
 
 
 def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | None:
-    """Every sub-fleet's best replica; none is ruled out, for a plan that keeps replicas may want any of them."""
+    """Return the best replica of every sub-fleet; none is ruled out, since a plan that keeps replicas may need any."""
     search_of = ExactSearch(atlas, master, row_costs_of(atlas))
     nothing = {kind: np.zeros(len(f.rate)) for kind, f in search_of.frontiers.items()}
     for tolerance in (*TOLERANCES[:-1], FINEST):
@@ -97,7 +97,7 @@ def _exact(atlas: Atlas, master: Master, budget: Budget, seed: int) -> Fresh | N
 
 
 def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Budget, seed: int) -> Fresh:
-    """A family that is listed outright."""
+    """Return the result for a family that is listed completely."""
     generation = ColumnGeneration(atlas, master, row_costs_of(atlas), budget=budget, report=silent)
     generation.pool.add(templates)
     columns = generation.pool.columns()
@@ -114,7 +114,7 @@ def _listed(atlas: Atlas, master: Master, templates: list[Template], budget: Bud
 
 
 def _bound_of(best: Verdict, atlas: Atlas, master: Master) -> float:
-    """Return what no plan exceeds, as far as HiGHS came in its time."""
+    """Return a bound that no plan exceeds, from what HiGHS proved in its time."""
     if best.proves_none:
         return 0.0 if master.maximises else np.inf
     return _known_at_once(atlas, master) if best.found is None else best.found.bound
@@ -157,16 +157,16 @@ def _known_at_once(atlas: Atlas, master: Master) -> float:
     return rate_bound(atlas) if master.maximises else 0.0
 
 
-# --- what is left of a fleet when some of its GPUs are taken
+# --- what remains of a fleet when some of its GPUs are taken
 
 
 def search_left_over(
     atlas: Atlas, taken: set[str], demand_rps: float | None, *, strategy: str, budget: Budget, gap_target: float,
     seed: int, threads: int,
 ) -> tuple[Template, ...]:  # fmt: skip
-    """The replicas of the best plan on the GPUs that are not ``taken``, as replicas of the whole fleet.
+    """Return the replicas of the best plan on the GPUs that are not ``taken``, as replicas of the whole fleet.
 
-    ``demand_rps``: the goodput that they are to serve where the objective is minimised.
+    ``demand_rps``: the goodput that they have to serve if the objective is minimised.
     """
     left = _left_over(atlas.problem.cluster, taken)
     if left is None:
@@ -183,7 +183,7 @@ def search_left_over(
 
 
 def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
-    """Nodes without GPUs that are taken as they are, others one by one with what is left of them."""
+    """Return nodes with no taken GPUs unchanged, and every other node separately with its remaining GPUs."""
     groups: list[NodeGroup] = []
     touched = {node_of(device) for device in taken}
     for group in cluster.node_groups:
@@ -200,7 +200,7 @@ def _left_over(cluster: Cluster, taken: set[str]) -> Cluster | None:
 
 
 def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | None:
-    """A replica of what is left over as one of the whole fleet: classes by the node groups they come from."""
+    """Translate a replica of the remaining fleet to the whole fleet: classes by the node groups they come from."""
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = []
     for stage in template.stages:
@@ -219,7 +219,7 @@ def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | Non
 
 
 def _origin(part: Atlas, g: int, whole: Atlas) -> int:
-    """The class of the whole fleet that a class of what is left over comes from."""
+    """Return the class of the whole fleet from which a class of the remaining fleet comes."""
     name, gpu = part.classes[g].groups[0].name.partition("/")[0], part.classes[g].gpu
     return next(
         i for i, c in enumerate(whole.classes) if c.gpu == gpu and any(group.name == name for group in c.groups)

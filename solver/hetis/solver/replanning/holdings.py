@@ -1,4 +1,4 @@
-"""What every GPU of a plan holds, and the bytes it has to load to hold something else."""
+"""The holdings of every GPU of a plan, and the bytes it has to load to hold something else."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ class Holding:
         return self.rank < 0
 
     def weight_bytes(self, model: ModelSpec) -> float:
-        """Weights of the shard, with its share of embedding and LM head on the first and the last layers."""
+        """Return the bytes of the shard, with its share of embedding and LM head on the first and the last layers."""
         return self.bytes_to_load(model, None)
 
     def bytes_to_load(self, model: ModelSpec, before: Holding | None) -> float:
-        """Return what a GPU reads that held ``before``: nothing of layers it keeps, all of them where its shard
-        differs."""
+        """Return the bytes read by a GPU that held ``before``: none for layers it keeps, all if its shard differs."""
         if self.is_worker:
             return 0.0
         same_shard = before is not None and (before.gpu, before.tp, before.rank) == (self.gpu, self.tp, self.rank)
@@ -48,7 +47,7 @@ class Holding:
         return range(self.first_layer, self.end_layer)
 
     def _tables(self, model: ModelSpec) -> frozenset[str]:
-        """Embedding and LM head; one table where they are tied."""
+        """Return embedding and LM head; one table if they are tied."""
         ends = (("embedding", 0), ("embedding" if model.tie_embeddings else "head", model.num_layers - 1))
         return frozenset(name for name, layer in ends if self.has(layer))
 
@@ -59,7 +58,7 @@ def _layer_bytes(model: ModelSpec, layer: int) -> float:
 
 
 def holdings(plan: Plan) -> dict[str, Holding]:
-    """Return what every GPU of the plan holds, by device name; shared attention workers as of their first stage."""
+    """Return the holding of every GPU of the plan, by device name; shared attention workers as in their first stage."""
     found: dict[str, Holding] = {}
     for replica in plan.replicas:
         for device, holding in holdings_of(replica):
@@ -68,7 +67,7 @@ def holdings(plan: Plan) -> dict[str, Holding]:
 
 
 def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
-    """The same of one replica, in the order of its stages, their attention workers last."""
+    """Yield the same for one replica, in the order of its stages, their attention workers last."""
     for stage in replica.stages:
         end = stage.first_layer + stage.num_layers
         for i, device in enumerate(stage.devices):
@@ -84,5 +83,5 @@ def holdings_of(replica: ReplicaPlan) -> Iterator[tuple[str, Holding]]:
 
 
 def in_flight(replica: ReplicaPlan) -> int:
-    """Requests whose KV a replica holds while it is full: those that decode, or the prompts of a prefill replica."""
+    """Return the requests whose KV a full replica holds: those that decode, or the prompts of a prefill replica."""
     return max(1, replica.micro_batch) * replica.in_flight

@@ -1,20 +1,20 @@
 """The rows of the re-planning master: GPUs by class, room for TP groups in nodes, running replicas, moves.
 
-Replicas that go on have their GPUs already, by name; new ones take what is left. How much room that is for TP groups
-depends on the nodes in which the named GPUs are. Sizes are powers of two, so that groups fit exactly if, for every
-class g and size p,
+Replicas that continue have their GPUs already, by name; new ones take the remaining GPUs. How much room these give to
+TP groups depends on the nodes that hold the named GPUs. Sizes are powers of two, so that groups fit exactly if, for
+every class g and size p,
 
     sum over groups of size q >= p of q n_q  <=  p sum over nodes floor(free GPUs / p)
 
-A node that only one running replica has GPUs in adds what that replica leaves of it to the option's column; a node
-that several share has a whole variable per p for ``floor(free / p)``. Columns (see `master.py` of placement):
+A node in which only one running replica has GPUs adds the room that this replica leaves to the option's column; a
+node shared by several has a whole variable per p for ``floor(free / p)``. Columns (see `master.py` of placement):
 
     groups of 1     GPUs of every class, counted
     groups of p     the row above, of every class and size
     shared nodes    p floor + named GPUs <= size
     replicas        at most one option of each
-    stays           what staying is worth (KV that is not dropped) only comes with the option that is kept
-    moves           GPUs that do something else than before
+    stays           the worth of staying (KV that is not dropped) only comes with the option that is kept
+    moves           GPUs whose holding changes
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Row = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """Rows with their limits, and what stays the same for every column."""
+    """Rows with their limits, and the data that every column shares."""
 
     atlas: Atlas
     places: Mapping[str, Place]
@@ -46,7 +46,7 @@ class Inventory:
     shared: frozenset[Slot] = field(default_factory=frozenset)
 
     def of_template(self, template: Template, count_moves: bool = True) -> dict[Row, int]:
-        """Return what a new replica takes."""
+        """Return the amounts that a new replica takes."""
         parts = [self.atlas.ranks[s.rank] for s in template.stages for _ in range(s.copies)]
         parts += [
             (s.pool_class, 1) for s in template.stages if s.pool_class >= 0 for _ in range(s.copies * s.pool_cards)
@@ -54,7 +54,7 @@ class Inventory:
         return self._of_parts(parts, count_moves)
 
     def of_option(self, option: Option) -> dict[Row, int]:
-        """Return what a running replica takes that goes on: its own GPUs by name, others like a new one."""
+        """Return the amounts taken by a running replica that continues: its own GPUs by name, others like a new one."""
         use = Counter(self._of_parts(option.missing(self.atlas), True))
         for slot, count in _by_slot(option.named(), self.places).items():
             _, g = slot
@@ -69,7 +69,7 @@ class Inventory:
         return dict(use)
 
     def floors(self) -> list[dict[Row, int]]:
-        """The whole variables of shared nodes."""
+        """Return the whole variables of shared nodes."""
         return [
             {("groups", g, p): -p, ("node", (node, g), p): p}
             for node, g in sorted(self.shared)
@@ -77,7 +77,7 @@ class Inventory:
         ]
 
     def matrix(self, uses: Sequence[Mapping[Row, int]]) -> IntArray:
-        """Columns as the master takes them, shape [columns, rows]."""
+        """Return columns as the master takes them, shape [columns, rows]."""
         matrix = np.zeros((len(uses), len(self.limits)), dtype=np.int64)
         for k, use in enumerate(uses):
             for row, amount in use.items():
@@ -103,7 +103,7 @@ class Inventory:
 def inventory_of(
     atlas: Atlas, places: Mapping[str, Place], options: Sequence[Option], stays: Iterable[int], max_moves: int | None
 ) -> Inventory:
-    """The rows for these options; ``stays`` are the running replicas for which staying is worth something."""
+    """Return the rows for these options; ``stays`` are the running replicas for which staying is worth something."""
     owners: dict[Slot, set[int]] = {}
     for option in options:
         for slot in _by_slot(option.named(), places):

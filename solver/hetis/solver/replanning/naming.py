@@ -1,9 +1,9 @@
-"""Names for the GPUs that join: new replicas and repaired ones on what the replicas that go on leave free.
+"""Names for the GPUs that join: the GPUs of new and repaired replicas among those that continuing replicas leave free.
 
-TP groups go into nodes largest first; sizes are powers of two, so that any node with room may be taken and the rest
-still fits where the inventory's rows say so. Among nodes with room comes first the one whose GPUs hold already what
-they are to hold, then the replica's own, then the fullest, then the one with more idle GPUs: these can start before
-anything stops.
+TP groups are placed in nodes largest first; sizes are powers of two, so that any node with room may be taken and the
+rest still fits if the inventory's rows are met. Of the nodes with room, the first choice is one whose GPUs hold already
+what they have to hold, then one that the replica uses, then the fullest, then the one with more idle GPUs: these can
+start before anything stops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hetis.solver.replanning.running import Group, Place
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A TP group or an attention worker to be found, and what each of its GPUs will hold."""
+    """A TP group or an attention worker that needs GPUs, and what each of them will hold."""
 
     replica: int
     stage: int
@@ -35,7 +35,7 @@ class _Part:
 def name_gpus(
     atlas: Atlas, places: Mapping[str, Place], chosen: Sequence[Candidate], held: Mapping[str, Holding]
 ) -> list[list[BoundStage]]:
-    """GPUs of every stage of every candidate, in their order; those that go on keep theirs.
+    """Return the GPUs of every stage of every candidate, in their order; those that continue keep theirs.
 
     ``held``: what GPUs hold now, by name.
 
@@ -123,7 +123,7 @@ def _best_slot(
 
 
 def _take(names: list[str], wanted: Sequence[Holding], held: Mapping[str, Holding]) -> tuple[str, ...]:
-    """One GPU for every shard: the one that holds it already, else an idle one, else any; they leave ``names``."""
+    """Return one GPU per shard and remove it from ``names``: first one that holds it, then an idle one, then any."""
     found: dict[int, str] = {}
     for i, holding in enumerate(wanted):
         match = next((name for name in names if held.get(name) == holding), None)

@@ -1,4 +1,4 @@
-"""What a re-planning starts from: the plan that runs, the fleet and traffic as they are now, what a change costs."""
+"""The input of a re-planning: the plan that runs, the fleet and traffic as they are now, and the costs of a change."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-HALF_DONE = 0.5  # of the service of a request in flight, on average: what is lost where its KV is dropped
+HALF_DONE = 0.5  # average share of the service of a request in flight that is lost if its KV is dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeCosts:
-    """What a change costs, in seconds in which a replica does not serve.
+    """The costs of a change, in seconds in which a replica does not serve.
 
     Attributes:
-        horizon_s: how long the new plan is expected to last: what is lost once is spread over it.
+        horizon_s: how long the new plan is expected to last: a loss that occurs once is spread over it.
         restart_s: from stopping an engine to serving again, without reading weights.
-        load_bytes_per_s: at which every GPU reads its weights, all at the same time.
+        load_bytes_per_s: the rate at which every GPU reads its weights, all at the same time.
     """
 
     horizon_s: float = 3600.0
@@ -33,19 +33,19 @@ class ChangeCosts:
             raise InvalidProblemError(f"restart_s is {self.restart_s}, must be >= 0 and finite")
 
     def start_s(self, longest_load_bytes: float) -> float:
-        """Until a replica serves whose slowest GPU reads so much."""
+        """Return the time until a replica serves, given the bytes of the GPU that reads the most."""
         return self.restart_s + longest_load_bytes / self.load_bytes_per_s
 
     def served_share(self, start_s: float) -> float:
-        """Share of the horizon."""
+        """Return the share of the horizon in which a replica serves."""
         return max(0.0, 1.0 - start_s / self.horizon_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplanningProblem:
-    """The running plan and the problem as it is now: its cluster is what is left and what has joined.
+    """The running plan and the problem as it is now: its cluster is what remains and what has joined.
 
-    ``max_moves``: GPUs of the new plan that may do something else than before; None: any number.
+    ``max_moves``: how many GPUs of the new plan may do something else than before; None: any number.
     """
 
     running: Plan

@@ -1,20 +1,20 @@
-"""The bound on every re-planning: what keeping and changing replicas can be worth together with the best new ones.
+"""The bound on every re-planning: the joint worth of kept and changed replicas and the best new ones.
 
-New replicas serve at most ``share = 1 - d / horizon`` of the horizon, d the soonest start of any. Let w and a be the
-prices of column generation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever goes on, the plan's
-net rate is at most
+New replicas serve at most ``share = 1 - d / horizon`` of the horizon, d being the soonest start of any. Let w and a be
+the prices of column generation, with ``a_s rate <= cost + w use`` for every replica on side s. Whatever continues, the
+plan's net rate is at most
 
     max   sum_o (a_s net_o + s_r) x_o  +  sum_g share w_g u_g  +  sum of links price capacity
     s.t.  sum_o use_og x_o + u_g <= GPUs of g,   x_o of one replica <= 1,   sum of u and joining GPUs <= moves
 
-over whole x and u: a small mixed program, whose bound by HiGHS is ours. Where cost is minimised, new replicas cost at
-least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least nothing.
+over whole x and u: a small mixed program, whose bound by HiGHS is used. Where cost is minimised, new replicas cost at
+least ``(1 + d / horizon) (pi demand - sum_o a_s rate_o x_o - w u - links)``, and at least 0.
 
 On small fleets new replicas are listed with ceilings on their rates instead, each counted with the share of a replica
 whose weights are spread evenly over its sub-fleet.
 
-Replicas of prefill and decode may be larger than any plan asks for, and then serve all it asks for even while they
-start: ``share`` is 1 where w prices those.
+Replicas of prefill and decode may be larger than any plan needs, and then serve all that it needs even during their
+start: ``share`` is 1 if w is the price of those.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from hetis.solver.replanning.fresh import Fresh
 from hetis.solver.replanning.inventory import Row
 from hetis.solver.replanning.running import Option
 
-PARTS = 1 << 20  # of the demand: the cost of what is not served by replicas that go on is counted in these
+PARTS = 1 << 20  # units of the demand: the cost of what continuing replicas do not serve is counted in these
 
 
 def bound_of(
     net: NetMaster, options: Sequence[Candidate], fresh: Fresh, *, time_limit_s: float, seed: int
 ) -> float:  # fmt: skip
-    """No re-planning is worth more (costs less), in the master's unit."""
+    """Return a bound: no re-planning is worth more (costs less), in the master's unit."""
     if fresh.listed is not None:
         return _by_list(net, options, fresh.listed, time_limit_s, seed)
     if fresh.prices is not None:
@@ -52,7 +52,7 @@ def bound_of(
 
 @dataclass(slots=True)
 class _BoundProgram:
-    """A bounding program, gathered column by column; ``routes`` say what sides and links there are."""
+    """A bounding program, collected column by column; ``routes`` define the sides and links."""
 
     limits: dict[Row, int]
     routes: Routes
@@ -73,7 +73,7 @@ class _BoundProgram:
         self.links.append(nothing if links is None else links)
 
     def bound(self, demand: float | None, time_limit_s: float, seed: int) -> float:
-        """HiGHS's bound over whole counts; the relaxation's where it has none in time; none at all: nothing, or inf."""
+        """Return HiGHS's bound over whole counts, or the relaxation's if it has none in time; without any, 0 or inf."""
         if not self.rates:
             return 0.0 if demand is None else np.inf
         master = Master(np.array(list(self.limits.values()), dtype=np.int64), demand, self.routes)
@@ -104,13 +104,13 @@ class _BoundProgram:
 
 
 def _limits_of(net: NetMaster, *kinds: str) -> dict[Row, int]:
-    """Rows of the inventory of these kinds with their limits."""
+    """Return rows of the inventory of these kinds with their limits."""
     inventory = net.inventory
     return {row: int(inventory.limits[i]) for row, i in inventory.rows.items() if row[0] in kinds}
 
 
 def _stay(net: NetMaster, option: Option) -> float:
-    """Return what staying is worth beside the rate."""
+    """Return the worth of staying, in addition to the rate."""
     return net.stay_rates.get(option.old, 0.0) if net.master.maximises and option.fate is Fate.KEPT else 0.0
 
 
@@ -129,7 +129,7 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
         use = net.inventory.of_template(candidate.template, count_moves=False)
         use |= {("replica", option.old): 1, ("moves",): option.num_moved(atlas)}
         program.add(use, worth * rate + _stay(net, option), cost)
-    # Room for larger TP groups is left to new replicas whole: what it is worth is a constant, as is that of the links.
+    # All room for larger TP groups is given to new replicas: its worth is a constant, as is that of the links.
     finite = np.isfinite(atlas.routes.capacity)
     fixed = float((prices.link_prices[finite] * atlas.routes.capacity[finite]).sum())
     for (g, p), price, limit in zip(atlas.resources.rows, prices.row_prices, atlas.resources.limits, strict=True):
@@ -143,12 +143,12 @@ def _by_prices(net: NetMaster, options: Sequence[Candidate], prices: Bound, time
     if demand <= 0.0:
         return 0.0
     part = later * demand / PARTS
-    program.add({}, demand / PARTS, part)  # of the demand, served anew
+    program.add({}, demand / PARTS, part)  # one unit of the demand, served by new replicas
     return max(0.0, program.bound(demand, time_limit_s, seed) - part) * (1.0 - ROUNDING)
 
 
 def _by_list(net: NetMaster, options: Sequence[Candidate], listed: Columns, time_limit_s: float, seed: int) -> float:
-    """The same master with ceilings in place of new replicas; its rows are those of the atlas."""
+    """Return the bound of the same master with ceilings in place of new replicas; its rows are those of the atlas."""
     atlas, maximises = net.atlas, net.master.maximises
     rows: list[Row] = [("row", *row) for row in atlas.resources.rows]
     limits = dict(zip(rows, map(int, atlas.resources.limits), strict=True))

@@ -1,10 +1,9 @@
-"""Running replicas on the fleet as it is now: what each may go on as.
+"""Running replicas on the fleet as it is now: how each may continue.
 
-A replica none of whose GPUs left may be *kept*, or *reset*: the same GPUs and weights under other engine settings or in
-another role (what new traffic or limits may ask for). One that lost GPUs may be *repaired*, other GPUs of the same
-class taking the place of its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are
-whole. Layers stay where they are in all of these, so that only GPUs that join a replica read weights. Any other change
-is a new replica.
+A replica that lost no GPUs may be *kept*, or *reset*: the same GPUs and weights under other engine settings or in
+another role (which new traffic or limits may require). One that lost GPUs may be *repaired*, other GPUs of the same
+class replacing its broken TP groups and lost attention workers, or *shrunk* to the stage copies that are whole. Layers
+stay in place in all of these, so that only GPUs that join a replica read weights. Any other change is a new replica.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.replanning.change import Fate
 from hetis.solver.replanning.problem import ChangeCosts
 
-WITHIN = 1.0 + 1e-9  # a limit is met up to rounding
+WITHIN = 1.0 + 1e-9  # a limit is met apart from rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +36,24 @@ class Place:
 
 
 def places_of(cluster: Cluster, atlas: Atlas) -> dict[str, Place]:
-    """Every GPU of the fleet by name."""
+    """Return the place of every GPU of the fleet by name."""
     classes = class_of_slots(atlas.classes)
     return {d.name: Place(d.node, d.gpu, classes[d.group.name, d.gpu]) for d in cluster.devices()}
 
 
-Group = tuple[str, ...] | None  # names of a TP group's GPUs, or of one attention worker; None: still to be found
+Group = tuple[str, ...] | None  # names of a TP group's GPUs, or of one attention worker; None: not found yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One way for a running replica to go on.
+    """One way for a running replica to continue.
 
     Attributes:
         old: its place in the running plan.
         fate: kept, reset, or changed (repaired or shrunk).
-        groups: of every stage, its TP groups copy after copy.
-        workers: of every stage, its attention workers, those of one copy after another.
-        start_s: until it serves; 0: it never stops.
+        groups: per stage, its TP groups copy by copy.
+        workers: per stage, its attention workers, copy by copy.
+        start_s: time until it serves; 0: it never stops.
     """
 
     old: int
@@ -65,25 +64,25 @@ class Option:
     start_s: float
 
     def named(self) -> Iterator[str]:
-        """GPUs that it has already."""
+        """Yield the names of the GPUs that it has already."""
         for parts in (*self.groups, *self.workers):
             for group in parts:
                 yield from group or ()
 
     def missing(self, atlas: Atlas) -> Iterator[tuple[int, int]]:
-        """(class, GPUs) of every TP group and attention worker that is to be found."""
+        """Yield (class, GPUs) of every TP group and attention worker that has no GPUs yet."""
         for stage, groups, workers in zip(self.template.stages, self.groups, self.workers, strict=True):
             yield from (atlas.ranks[stage.rank] for group in groups if group is None)
             yield from ((stage.pool_class, 1) for card in workers if card is None)
 
     def num_moved(self, atlas: Atlas) -> int:
-        """GPUs that join it."""
+        """Return the number of GPUs that join it."""
         return sum(size for _, size in self.missing(atlas))
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A running replica with what is left of it: groups and cards that lost a GPU are None."""
+    """The remains of a running replica: groups and cards that lost a GPU are None."""
 
     replica: ReplicaPlan
     groups: tuple[tuple[Group, ...], ...]
@@ -95,14 +94,14 @@ class _Layout:
 
 
 class Continuations:
-    """The options of running replicas; equal shapes are looked at once."""
+    """The options of running replicas; equal shapes are evaluated once."""
 
     def __init__(self, atlas: Atlas, places: Mapping[str, Place], costs: ChangeCosts) -> None:
         self.atlas, self.places, self.costs = atlas, places, costs
         self._best: dict[object, Template | None] = {}
 
     def options(self, number: int, replica: ReplicaPlan) -> tuple[Option, ...]:
-        """Every way in which replica ``number`` of the running plan may go on; empty: it cannot."""
+        """Return every way in which replica ``number`` of the running plan may continue; empty if it cannot."""
         layout = self._layout(replica)
         template = self._template(layout)
         if template is None:
@@ -112,7 +111,7 @@ class Continuations:
         return tuple(self._of_broken(number, layout, template))
 
     def template_now(self, replica: ReplicaPlan) -> Template | None:
-        """The replica as a template, if it still runs."""
+        """Return the replica as a template, if it still runs."""
         layout = self._layout(replica)
         return self._template(layout) if layout.is_whole else None
 
@@ -127,13 +126,13 @@ class Continuations:
         return _Layout(replica, groups, tuple(map(tuple, workers)))
 
     def _left(self, devices: tuple[str, ...], gpu: str) -> Group:
-        """The group, if every one of its GPUs is there, of the type it was, in one node and class."""
+        """Return the group, if every one of its GPUs is there, of the same type as before, in one node and class."""
         found = [self.places.get(device) for device in devices]
         whole = all(place is not None and place.gpu == gpu for place in found)
         return devices if whole and len({(p.node, p.device_class) for p in found if p is not None}) == 1 else None
 
     def _template(self, layout: _Layout) -> Template | None:
-        """The replica in the atlas's terms; None where the family or the fleet has no such replica."""
+        """Return the replica in the atlas's terms; None if the family or the fleet has no such replica."""
         stages, replica = [], layout.replica
         tables = self.atlas.scopes[0].tables
         for index, (stage, groups, workers) in enumerate(
@@ -161,7 +160,7 @@ class Continuations:
         return replace(rough, interval_s=interval_of(self.atlas, rough))
 
     def _class_of(self, groups: Sequence[Group], gpu: str) -> int | None:
-        """The one class of all groups that are left; of none left, the fleet's largest class of the type."""
+        """Return the one class of all remaining groups; without any, the fleet's largest class of the type."""
         found = {self.places[group[0]].device_class for group in groups if group is not None}
         if len(found) > 1:
             return None
@@ -169,7 +168,7 @@ class Continuations:
         return found.pop() if found else max(alike, key=lambda g: self.atlas.classes[g].available, default=None)
 
     def _settings(self, replica: ReplicaPlan, stages: Sequence[TemplateStage]) -> tuple[int, int, int] | None:
-        """(scope, mix, in-flight index) of a replica on these stages."""
+        """Return (scope, mix, in-flight index) of a replica on these stages."""
         zones = {self.atlas.classes[self.atlas.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.atlas.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
         afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
@@ -216,27 +215,27 @@ class Continuations:
     def _shrunk(
         self, template: Template, groups: tuple[tuple[Group, ...], ...], workers: tuple[tuple[Group, ...], ...]
     ) -> tuple[Template, tuple[tuple[Group, ...], ...]] | None:
-        """The template on the stage copies that are left, each with as many of the attention workers that are left."""
+        """Return the template on the remaining stage copies, each with equally many remaining attention workers."""
         stages, pools = [], []
         for stage, left, cards in zip(template.stages, groups, workers, strict=True):
             there = [card for card in cards if card is not None]
             each = max((p for p in self.atlas.pool_sizes if p * len(left) <= len(there)), default=0)
             if stage.pool_class >= 0 and each == 0:
-                return None  # its head groups had to go back to the stage, where memory was short of them
+                return None  # its head groups would have to return to the stage, which was short of memory for them
             each = each if stage.pool_class >= 0 else 0
             stages.append(replace(stage, copies=len(left), pool_cards=each))
             pools.append(tuple(there[: each * len(left)]))
         return replace(template, stages=tuple(stages)), tuple(pools)
 
     def _longest_load(self, template: Template, groups: tuple[tuple[Group, ...], ...]) -> float:
-        """Bytes of the GPU that reads most, of those that join."""
+        """Return the bytes of the joining GPU that reads the most."""
         sizes = stage_bytes(self.atlas, template)
         joining = [size for size, stage in zip(sizes, groups, strict=True) if any(group is None for group in stage)]
         return max(joining, default=0.0)
 
     def _best_settings(self, template: Template, role: Role | None = None, *, afar: bool = False) -> Template | None:
-        """The same stages under the engine settings that serve the most, in its own role or another; None: none are
-        allowed."""
+        """Return the same stages under the engine settings that serve the most, in its own role or another; None if no
+        settings are allowed."""
         own = self.atlas.mixes[template.mix]
         role, afar = (own.role, own.sends_afar) if role is None else (role, afar)
         key = (template.scope, template.stages, role, afar)
@@ -276,7 +275,7 @@ def is_allowed(atlas: Atlas, template: Template) -> bool:
 
 
 def stage_bytes(atlas: Atlas, template: Template) -> list[float]:
-    """Weights of one GPU of every stage."""
+    """Return the weight bytes of one GPU of every stage."""
     t, sizes = atlas.scopes[template.scope].tables, []
     for stage, role in zip(template.stages, roles(len(template.stages)), strict=True):
         size = float(stage.layers * t.layer_bytes[stage.rank])

@@ -1,4 +1,4 @@
-"""`solve_replanning`: from the plan that runs to the best one on the fleet as it is now, change costs counted."""
+"""`solve_replanning`: the best plan on the fleet as it is now, starting from the plan that runs, with change costs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hetis.solver.replanning.proof import bound_of
 from hetis.solver.replanning.survivors import Survivors
 from hetis.solver.replanning.transition import Start, Transition, plan_transition
 
-FRESH_SHARE = 0.75  # of the time: for the fleet as if nothing ran on it, then of the rest for what is left over
+FRESH_SHARE = 0.75  # of the time, for the fleet as if nothing ran on it; then of the rest, for the remaining GPUs
 CHOICE_SECONDS = 10.0  # of each mixed program
-MOVE_PENALTY = 1e-7  # of the value, per GPU of the fleet: tells equally good plans apart
+MOVE_PENALTY = 1e-7  # of the value, per GPU of the fleet: a tie-break between equally good plans
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continued:
-    """A replica of the new plan: ``old`` is the running one that goes on, None: new. ``start_s``: until it serves."""
+    """A replica of the new plan: ``old`` is the running one, None if new, ``start_s`` the time until it serves."""
 
     old: int | None
     fate: Fate
@@ -44,16 +44,16 @@ class Continued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replanning:
-    """The new plan, what it is worth with the change counted, and how to get there.
+    """The new plan, its worth with the change counted, and the steps to it.
 
     Attributes:
         plan: its result is that of the plan itself once it runs, its bound that of the fleet as if nothing ran on it.
         value: net of the change, spread over the horizon, in the objective's unit.
         bound: no re-planning is better; ``gap`` is between the two.
-        fresh_value: of the best plan found for the fleet as if nothing ran on it; None: none was found.
+        fresh_value: value of the best plan found for the fleet as if nothing ran on it; None if none was found.
         continued: every replica of the plan, in its order.
         lost: running replicas that lost GPUs.
-        change: what it takes, GPU by GPU.
+        change: the changes it requires, GPU by GPU.
         transition: the order; capacities in requests/s as the objective counts them.
     """
 
@@ -78,13 +78,13 @@ def solve_replanning(
     threads: int = 1,
     report: Report = silent,
 ) -> Replanning:
-    """Chooses which running replicas go on, and which new ones join them; proves how good that is.
+    """Choose which running replicas continue and which new ones join them, and prove how good the choice is.
 
     The family is that of ``strategy`` with its replicas kept, reset, repaired and shrunk among them
     (`running.py`). With the same arguments and no time limit the answer is the same.
 
     Raises:
-        InvalidProblemError: a strategy without re-planning.
+        InvalidProblemError: the strategy has no re-planning.
         InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
@@ -130,7 +130,7 @@ def _seconds(budget: Budget) -> float:
 
 
 def _new(net: NetMaster, templates: Sequence[Template]) -> list[Candidate]:
-    """Each shape once, of those that may join at all."""
+    """Return each shape once, of those that may join at all."""
     by_shape = {template.shape: template for template in templates}
     candidates = [Candidate(template=t, start_s=net.start_s(t)) for t in by_shape.values()]
     most = net.inventory.limits[net.inventory.rows["moves",]] if ("moves",) in net.inventory.rows else None
@@ -141,7 +141,7 @@ def _choose(
     net: NetMaster, candidates: Sequence[Candidate], running: Survivors, fresh: Fresh, gap_target: float, seed: int,
     budget: Budget,
 ) -> ColumnChoice | None:  # fmt: skip
-    """The best choice found; never worse than keeping all replicas that can be kept."""
+    """Return the best choice found; never worse than keeping all replicas that can be kept."""
     if not candidates:
         return None
     num_gpus = sum(c.available for c in net.atlas.classes)
@@ -160,7 +160,7 @@ def _choose(
 def _none(
     atlas: Atlas, posed: ReplanningProblem, fresh: Fresh, is_settled: bool, budget: Budget, seed: int, threads: int
 ) -> InfeasibleError | NoPlanFoundError:  # fmt: skip
-    """Why there is nothing to choose."""
+    """Return the error that says why there is nothing to choose."""
     if fresh.value is None:
         if budget.is_spent() or not fresh.is_empty:
             return NoPlanFoundError(f"no plan found within {budget.elapsed_s():.1f} s; allow more time")
@@ -211,7 +211,7 @@ def _continued(candidate: Candidate) -> Continued:
 
 
 def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted: bool) -> Outcome:
-    """The choice as a search of placement would return it: its worth once it runs, the bound of the empty fleet."""
+    """Return the choice as a search of placement would: its worth once it runs, the bound of the empty fleet."""
     atlas, maximises = net.atlas, net.master.maximises
     by_template: dict[Template, int] = {}
     for candidate, count in choice.chosen:
@@ -232,7 +232,7 @@ def _outcome(net: NetMaster, fresh: Fresh, choice: ColumnChoice, *, interrupted:
 def _transition(
     posed: ReplanningProblem, running: Survivors, net: NetMaster, plan: Plan, chosen: Sequence[Candidate]
 ) -> Transition:  # fmt: skip
-    """The order of steps; capacities are goodputs, saturated rates where throughput is the objective."""
+    """Return the order of steps; capacities are goodputs, or saturated rates if throughput is the objective."""
     throughput = posed.problem.objective.kind is ObjectiveKind.THROUGHPUT
     scale = 1.0 if throughput else posed.problem.assumptions.planned_utilisation
     runs = [i for i, template in enumerate(running.templates) if template is not None]

@@ -1,4 +1,4 @@
-"""The running replicas on the fleet as it is now: how each may go on, what staying is worth, what they leave over."""
+"""Running replicas on the fleet as it is now: how each may continue, the worth of staying, the GPUs they leave free."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Survivors:
     Attributes:
         places: every GPU that is there now.
         templates: each running replica as it runs; None: it lost GPUs.
-        candidates: every way in which one may go on.
+        candidates: every way in which one may continue.
         stay_rates, stay_shares: requests/s over the horizon that are not lost if one stays, and as a share of its rate.
-        keepable: those that may go on as they are.
+        keepable: those that may continue unchanged.
     """
 
     def __init__(self, posed: ReplanningProblem, atlas: Atlas) -> None:
@@ -45,10 +45,9 @@ class Survivors:
         return NetMaster(inventory, self.posed.costs, demand, stays, self.stay_shares)
 
     def all_dropped(self, net: NetMaster) -> float:
-        """Return what is lost if no running replica is kept: the requests in flight on all that are whole, in net's
-        unit.
+        """Return the loss if no running replica is kept: the requests in flight on all that are whole, in net's unit.
 
-        The master counts what keeping gains against that; people count what dropping loses.
+        The master counts what keeping gains relative to that loss; results state what dropping loses.
         """
         if net.master.maximises:
             return sum(self.stay_rates.values())
@@ -58,7 +57,7 @@ class Survivors:
     def left_over(
         self, strategy: str, budget: Budget, gap_target: float, seed: int, threads: int
     ) -> tuple[Template, ...]:  # fmt: skip
-        """New replicas beside all running ones that are whole; none where they serve what is demanded already."""
+        """Return new replicas to add to all whole running ones; none if these serve the whole demand already."""
         stay: dict[int, Candidate] = {}
         for candidate in self.candidates:
             option = candidate.option

@@ -1,15 +1,15 @@
-"""The order in which to stop and start replicas, so that the capacity on the way is as high as it can be.
+"""The order in which to stop and start replicas, so that the lowest capacity during the change is as high as possible.
 
-Replicas whose GPUs are idle start first; stopping comes when a replica that starts needs the GPUs, and at the very end
-for what nobody needs. Both can only raise the capacity: more replicas never serve less. What is left is the order of
-the starts that need something stopped. Starting two of them at once stops as much as starting them one after another
-and has the first of them serve later, so that they go one by one, and the best order is a path through the sets of
-what has started:
+Replicas whose GPUs are idle start first; a replica stops when a replica that starts needs its GPUs, and at the very end
+if its GPUs are not needed. Both can only raise the capacity: more replicas never serve less. The remaining choice is
+the order of the starts that need something stopped. Starting two of them at once stops as much as starting them in
+turn and makes the first of them serve later, so that they start one by one, and the best order is a path through the
+sets of started replicas:
 
     best(S) = max over j in S of  min(best(S - j), capacity(what runs when j has stopped what it needs, S - j started))
 
-exact for up to `MAX_EXACT` of them. For more, the start with the least dip goes first, and the bound is what the
-first and the last start leave at best, whichever they are.
+exact for up to `MAX_EXACT` of them. For more, the start with the least dip is first, and the bound is the best that
+the first and the last start allow, over all choices of these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """A replica of the new plan that is to start, and the running ones whose GPUs it needs."""
+    """A replica of the new plan that has to start, and the running ones whose GPUs it needs."""
 
     replica: int
     needs: frozenset[int]
@@ -43,9 +43,9 @@ class Step:
     """One step: ``replicas`` of the new plan start together, or those of the old one stop.
 
     Attributes:
-        seconds: until the last of them serves; 0 for a stop.
-        capacity: while the step is under way.
-        capacity_after: when it is done.
+        seconds: time until the last of them serves; 0 for a stop.
+        capacity: capacity during the step.
+        capacity_after: capacity when it is done.
     """
 
     action: Action
@@ -57,14 +57,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """The way from the running plan to the new one.
+    """The steps from the running plan to the new one.
 
     Attributes:
         before, after: capacities of what runs now, and of the new plan.
-        lowest: on the way, both ends among it.
-        best_lowest: no order does better.
-        seconds: all steps one after another.
-        lost: requests that ``after`` would have served in that time and the steps do not.
+        lowest: the lowest capacity during the change, both ends included.
+        best_lowest: no order has a higher lowest capacity.
+        seconds: all steps in sequence.
+        lost: requests that ``after`` would have served in that time and that the steps do not serve.
     """
 
     steps: tuple[Step, ...]
@@ -79,13 +79,13 @@ class Transition:
 def plan_transition(
     running: Sequence[int], stays: Sequence[int], starts: Sequence[Start], capacity: Capacity
 ) -> Transition:
-    """The order with the highest lowest capacity.
+    """Return the order with the highest lowest capacity.
 
     Args:
         running: old replicas that serve now.
         stays: those of them that never stop.
-        starts: what is to start.
-        capacity: of old and new replicas together, never falling when one joins.
+        starts: replicas that have to start.
+        capacity: capacity of old and new replicas together; it never falls when one joins.
     """
     runs, started = frozenset(running), frozenset[int]()
     before = capacity(runs, started)
@@ -126,7 +126,7 @@ def _step(action: Action, replicas: frozenset[int] | set[int], seconds: float, n
 def _order(
     blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
 ) -> tuple[list[Start], float]:
-    """Starts in order, and the highest lowest capacity that any order has during them."""
+    """Return the starts in order, and the highest lowest capacity that any order has during them."""
     if not blocked:
         return [], math.inf
     return (_exact if len(blocked) <= MAX_EXACT else _greedy)(blocked, runs, started, capacity)
@@ -135,8 +135,8 @@ def _order(
 def _exact(
     blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
 ) -> tuple[list[Start], float]:
-    """Order the steps by a dynamic program over the sets of what has started; of equal lows the one that loses the
-    fewest requests."""
+    """Order the steps by a dynamic program over the sets of started replicas; ties are broken by the fewest lost
+    requests."""
     count = len(blocked)
     best: list[tuple[float, float]] = [(math.inf, 0.0)] + [(-math.inf, 0.0)] * ((1 << count) - 1)
     last = [-1] * (1 << count)
@@ -160,7 +160,7 @@ def _exact(
 def _greedy(
     blocked: Sequence[Start], runs: frozenset[int], started: frozenset[int], capacity: Capacity
 ) -> tuple[list[Start], float]:
-    """The least dip first; the bound is that of the best first and the best last start."""
+    """Order the starts by least dip; the bound is the lower of the best first and the best last start."""
     every = frozenset(start.replica for start in blocked)
     first = max(capacity(runs - start.needs, started) for start in blocked)
     at_end = runs.difference(*(start.needs for start in blocked))

@@ -1,6 +1,6 @@
 """Ties between shares of equal total value: a claimant should have few GPU types, adjacent in speed.
 
-A job over fast and slow GPUs waits for the slow ones. OEF's paper holds that its optimum gives everybody adjacent
+A job on fast and slow GPUs waits for the slow ones. OEF's paper states that its optimum gives every claimant adjacent
 types; for arbitrary speed-ups a vertex of the program does not (190 of 300 random instances do), so ties are broken.
 """
 
@@ -16,18 +16,18 @@ from hetis.solver.shares.problem import FloatArray, IntArray, ShareProblem
 
 T = TypeVar("T", bound=np.generic)
 
-SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: what is less is rounding
+SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: anything smaller is rounding
 LOSS = 1e-9  # of the total value, within which shares count as equal
 
 
 def by_speed(problem: ShareProblem) -> IntArray:
-    """GPU types from slow to fast, by their mean speed-up over claimants, [K]."""
+    """Return GPU types from slow to fast, by their mean speed-up over claimants, [K]."""
     order: IntArray = np.argsort(problem.speedups.mean(axis=0), kind="stable")
     return order
 
 
 def spans(problem: ShareProblem, amounts: FloatArray) -> IntArray:
-    """Types between the slowest and the fastest that each claimant has a share of, both counted, [V]."""
+    """Return the number of types from the slowest to the fastest, both included, in each claimant's share, [V]."""
     used = amounts[:, by_speed(problem)] > SHARE_OF_NOTHING * problem.counts[by_speed(problem)]
     first = np.argmax(used, axis=1)
     last = used.shape[1] - 1 - np.argmax(used[:, ::-1], axis=1)
@@ -37,10 +37,10 @@ def spans(problem: ShareProblem, amounts: FloatArray) -> IntArray:
 def fewest_types(
     problem: ShareProblem, program: Program, amounts: FloatArray, *, time_limit_s: float, seed: int
 ) -> FloatArray:  # fmt: skip
-    """Shares as good as ``amounts`` under the rows of ``program`` that span the fewest types found in the time.
+    """Return shares as good as ``amounts`` under the rows of ``program`` with the fewest types found in the time.
 
     A mixed program over x and three marks per claimant and type, in order of speed: *used* or faster than a used one,
-    *used* or slower than one, and both: between the ends. The last are counted.
+    *used* or slower than one, and both: between the ends. The sum of the last is minimised.
     """
     count, types = amounts.shape
     if types < 2 or int(spans(problem, amounts).sum()) <= count:
@@ -72,12 +72,12 @@ def fewest_types(
 
 
 def _table(first: npt.NDArray[T], second: npt.NDArray[T]) -> npt.NDArray[T]:
-    """Two entries per row, from arrays of equal shape."""
+    """Return two entries per row, from arrays of equal shape."""
     return np.stack([first.ravel(), second.ravel()], axis=1)
 
 
 def _marked(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
-    """The columns that say what ``amounts`` are."""
+    """Return the columns of the program that represent ``amounts``."""
     order = by_speed(problem)
     used = (amounts > 0.0)[:, order]
     above, below = np.logical_or.accumulate(used, axis=1), np.logical_or.accumulate(used[:, ::-1], axis=1)[:, ::-1]

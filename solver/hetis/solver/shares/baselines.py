@@ -1,7 +1,7 @@
-"""How others share a mixed fleet: Gavel's max-min, Gandiva_fair's trading, and an equal split.
+"""Published rules for sharing a mixed fleet: Gavel's max-min, Gandiva_fair's trading, and an equal split.
 
-As defined in `SYSTEMS.md` section 2. Where a published rule leaves a tie open, the shares of most total value are
-taken: a baseline at its best.
+As defined in `SYSTEMS.md` section 2. If a published rule leaves a tie open, the shares with the highest total value are
+used: the baseline in its best case.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from hetis.solver.shares.oef import share_program
 from hetis.solver.shares.problem import FloatArray, ShareProblem
 from hetis.solver.shares.result import Rule, Shares
 
-LEAST_SPEED = 1e-2  # of the slowest type a job runs on
+LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
 LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
 
 
 def equal_split(problem: ShareProblem) -> Shares:
-    """The same part of every GPU type for everybody, by weight."""
+    """Return the same part of every GPU type for every claimant, by weight."""
     amounts = problem.equal_split
     value = float(problem.values(amounts).sum())
     return Shares(rule=Rule.EQUAL, amounts=amounts, value=value, bound=value, multipliers=np.zeros(0))
 
 
 def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
-    """Gavel (OSDI'20): the least value over that of an equal split is as large as can be.
+    """Return Gavel's (OSDI'20) shares: the least value over that of an equal split is as large as possible.
 
-    Of those shares the ones of most total value. ``bound`` is that of the second program.
+    Of those shares, the ones with the highest total value. ``bound`` is that of the second program.
     """
     count, types = problem.speedups.shape
     over_equal = problem.speedups / problem.values(problem.equal_split)[:, None]
@@ -43,7 +43,7 @@ def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
     assert best is not None, "the level was reached"
     amounts = np.maximum(0.0, best[0].reshape(count, types))
     value = float(problem.values(amounts).sum())
-    # Weak duality: claimants that must reach a level pay for it, the types go to whoever is worth most then.
+    # Weak duality: claimants that must reach a level pay for it, and each type goes to the claimant of highest worth.
     multipliers = np.maximum(0.0, -best[1][types:])
     paid = float(found[0][cells]) * float(multipliers.sum())
     bound = float(problem.counts @ (problem.speedups + multipliers[:, None] * over_equal).max(axis=0)) - paid
@@ -51,14 +51,15 @@ def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
 
 
 def trading(problem: ShareProblem) -> Shares:
-    """Gandiva_fair (EuroSys'20): from an equal split, pairs trade fast GPUs of one for slow ones of the other.
+    """Return Gandiva_fair's (EuroSys'20) shares: pairs trade fast GPUs of one for slow ones of the other.
 
-    The pair whose speed-ups between two types differ most trades first, at the mean of the two speed-ups as the price,
-    until one of them has nothing left to give. Both gain by every trade, so that nobody ends below an equal split.
+    Trading starts from an equal split. The pair whose speed-ups between two types differ most trades first, at the mean
+    of the two speed-ups as the price, until one of them has nothing to trade. Both gain by every trade, so that nobody
+    has less than an equal split at the end.
     """
     amounts = problem.equal_split.copy()
     types = range(len(problem.counts))
-    # Where a job cannot run its GPUs are worth next to nothing to it, and it sells them at any price.
+    # If a job cannot run on GPUs, these are worth next to nothing to it, and it sells them at any price.
     speeds = np.maximum(problem.speedups, LEAST_SPEED)
     while True:
         best_gain, trade = 1e-9, None
@@ -77,7 +78,7 @@ def trading(problem: ShareProblem) -> Shares:
 
 
 def _trade(speedups: FloatArray, amounts: FloatArray, slow: int, fast: int, seller: int, buyer: int) -> None:
-    """Moves as many fast GPUs to the buyer, and slow ones to the seller, as either can give."""
+    """Move as many fast GPUs to the buyer, and slow ones to the seller, as both can give."""
     price = (speedups[seller, fast] / speedups[seller, slow] + speedups[buyer, fast] / speedups[buyer, slow]) / 2.0
     moved = min(amounts[seller, fast], amounts[buyer, slow] / price)
     for claimant, sign in ((seller, -1.0), (buyer, 1.0)):

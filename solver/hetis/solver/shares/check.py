@@ -1,4 +1,4 @@
-"""Checks shares without trusting the rule that made them: limits, values, fairness, and the bound from multipliers."""
+"""Checks of shares independent of the rule that chose them: limits, values, fairness, and the multipliers' bound."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-6
 
 
 def check_shares(problem: ShareProblem, shares: Shares) -> tuple[str, ...]:
-    """Return what is wrong with shares, a sentence each; nothing where all is well. Sums are taken term by term."""
+    """Return every error of shares as a sentence; nothing if there is none. Sums are taken term by term."""
     names = [f"{tenant.name}/{job.name}" for tenant in problem.tenants for job in tenant.jobs]
     found = []
     for j, gpu in enumerate(problem.gpus):
@@ -54,7 +54,7 @@ def _unfair(problem: ShareProblem, shares: Shares, values: list[float], names: l
 
 
 def _bound(problem: ShareProblem, shares: Shares) -> float | None:
-    """The Lagrangean bound of `oef`, derived again entry by entry."""
+    """Return the Lagrangean bound of `oef`, derived again entry by entry."""
     w, pi, y = problem.speedups, problem.weights, shares.multipliers
     claimants, types = range(w.shape[0]), range(w.shape[1])
 

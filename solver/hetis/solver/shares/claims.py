@@ -1,4 +1,4 @@
-"""What a tenant gains by a false claim: speed-ups stated higher or lower than they are."""
+"""The gain of a tenant by a false claim: speed-ups stated higher or lower than they are."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hetis.solver.shares.solve import solve_shares
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The claim tried that pays best: speed-ups times ``factors`` [types] change the true value by ``gain``."""
+    """The tried claim that pays best: speed-ups times ``factors`` [types] change the true value by ``gain``."""
 
     factors: tuple[float, ...]
     gain: float  # value by the true speed-ups with the claim over without it, less 1
 
 
 def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: bool, tries: int, seed: int = 0) -> Claim:
-    """The best of ``tries`` false claims of one claimant, each type but his slowest off by up to 2 times.
+    """Return the best of ``tries`` false claims of one claimant, each type except its slowest off by up to 2 times.
 
-    A search, no proof: what it finds can be gained, what it does not find may still be.
+    This is a search and not a proof: a gain found is possible, a gain not found may still be possible.
     """
     generator = np.random.default_rng(seed)
     true = problem.speedups[claimant]
@@ -42,7 +42,7 @@ def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: boo
 
 
 def _value(problem: ShareProblem, rule: Rule, claimant: int, stated: FloatArray, true: FloatArray) -> float:
-    """True value of a claimant's share when he states other speed-ups."""
+    """Return the true value of a claimant's share if it states other speed-ups."""
     index = 0
     tenants = []
     for tenant in problem.tenants:

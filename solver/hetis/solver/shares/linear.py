@@ -16,7 +16,7 @@ FREE = np.inf
 
 @dataclass(slots=True)
 class Program:
-    """``max gain x`` subject to rows added one group after another; all columns are >= 0 unless said otherwise."""
+    """``max gain x`` subject to rows, which are added in groups; all columns are >= 0 unless set otherwise."""
 
     gain: FloatArray
     lower: FloatArray = field(init=False)
@@ -35,7 +35,7 @@ class Program:
         self.whole = np.zeros(len(self.gain), dtype=np.int64)
 
     def add_rows(self, columns: IntArray, values: FloatArray, *, low: float = -FREE, high: float = FREE) -> None:
-        """Rows ``low <= sum values x[columns] <= high``; columns and values have shape [rows, entries]."""
+        """Add rows ``low <= sum values x[columns] <= high``; columns and values have shape [rows, entries]."""
         count, entries = columns.shape
         self._rows.append(np.repeat(np.arange(count) + self._count, entries))
         self._columns.append(columns.ravel())
@@ -45,7 +45,7 @@ class Program:
         self._count += count
 
     def widened(self, gain: FloatArray) -> Program:
-        """The same rows with another objective over these columns and more after them."""
+        """Return the same rows with another objective over these columns and more after them."""
         wider = Program(gain)
         more = len(gain) - len(self.gain)
         wider.lower = np.concatenate([self.lower, np.zeros(more)])
@@ -57,9 +57,9 @@ class Program:
     def solve(
         self, *, time_limit_s: float = np.inf, seed: int = 0, start: FloatArray | None = None
     ) -> tuple[FloatArray, FloatArray] | None:
-        """Columns of an optimum and the duals of the rows (of a program with whole numbers: nothing useful).
+        """Return the columns of an optimum and the duals of the rows (meaningless for a program with whole numbers).
 
-        ``start`` is a feasible choice of all columns. None: no solution was found within the time.
+        ``start`` is a feasible choice of all columns. Returns None if no solution was found within the time.
 
         Raises:
             BrokenProofError: HiGHS finds no optimum of a program without whole numbers.

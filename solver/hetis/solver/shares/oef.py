@@ -6,11 +6,11 @@ With claimants l of weight pi_l, speed-ups w_l and shares x_l [types], m the fle
     non-cooperative   max sum_l w_l x_l   s.t.  w_l x_l / pi_l equal for all l                      (equal value)
     both              sum_l x_l <= m,  x >= 0
 
-The paper gives weights by cloning a claimant pi_l times; clones with equal shares satisfy its rows exactly if these
+The paper defines weights by cloning a claimant pi_l times; clones with equal shares satisfy its rows exactly if these
 hold, so that weights need not be whole here.
 
-**Bounds.** Rows in the objective with multipliers (Lagrange) leave only the fleet's limits, where every type goes to
-whoever has the largest coefficient: for any mu >= 0 (any nu with sum 0)
+**Bounds.** Rows in the objective with multipliers (Lagrange) leave only the fleet's limits, so that every type goes to
+the claimant with the largest coefficient: for any mu >= 0 (any nu with sum 0)
 
     cooperative       sum_j m_j max_l max(0, w_lj (1 + sum_i mu_li / pi_l) - sum_i mu_il w_ij / pi_l)
     non-cooperative   sum_j m_j max_l max(0, w_lj (1 + nu_l / pi_l))
@@ -31,9 +31,10 @@ TIE_SECONDS = 2.0
 
 
 def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
-    """Most total value without envy. Sharing incentive follows: nobody has less than an equal split is worth to him.
+    """Return the envy-free shares with the highest total value; none is worth less than an equal split to its claimant.
 
-    Shares of the same total are chosen to span few adjacent types, for at most ``tie_seconds`` (0: as they come).
+    Of shares with the same total, those that span few adjacent types, searched for at most ``tie_seconds`` (0: no
+    search).
     """
     program = share_program(problem)
     add_no_envy(program, problem)
@@ -48,10 +49,10 @@ def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed
 
 
 def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
-    """Most total value when all claimants have equal value per part.
+    """Return the shares with the highest total value in which all claimants have equal value per part.
 
-    Nobody gains by claiming larger speed-ups than he has. That is all: claiming smaller ones does pay, and a claimant
-    may be worse off than with an equal split.
+    Nobody gains by claiming larger speed-ups than the true ones. There is no other guarantee: claiming smaller ones
+    does pay, and a claimant may be worse off than with an equal split.
     """
     program = share_program(problem)
     add_equal_values(program, problem)
@@ -66,7 +67,7 @@ def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, 
 
 
 def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
-    """The program that all rules share: total value, and the fleet's limits as its first rows."""
+    """Return the program that all rules share: total value, and the fleet's limits as its first rows."""
     count, types = problem.speedups.shape
     program = Program(np.concatenate([problem.speedups.ravel(), np.zeros(extra_columns)]))
     for j in range(types):
@@ -75,7 +76,7 @@ def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
 
 
 def add_no_envy(program: Program, problem: ShareProblem) -> None:
-    """Rows ``w_l x_l / pi_l - w_l x_i / pi_i >= 0`` for l != i, by l and then i."""
+    """Add rows ``w_l x_l / pi_l - w_l x_i / pi_i >= 0`` for l != i, by l and then i."""
     count, types = problem.speedups.shape
     own, other = _pairs(count)
     if not len(own):
@@ -90,7 +91,7 @@ def add_no_envy(program: Program, problem: ShareProblem) -> None:
 
 
 def add_equal_values(program: Program, problem: ShareProblem) -> None:
-    """Rows ``w_l x_l / pi_l = w_0 x_0 / pi_0`` for l > 0."""
+    """Add rows ``w_l x_l / pi_l = w_0 x_0 / pi_0`` for l > 0."""
     count, types = problem.speedups.shape
     if count < 2:
         return
@@ -102,7 +103,7 @@ def add_equal_values(program: Program, problem: ShareProblem) -> None:
 
 
 def cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
-    """A bound on the total value of shares without envy, for any ``multipliers`` [V, V] >= 0 of ``l envies i``."""
+    """Return a bound on the total value of envy-free shares; ``multipliers`` [V, V] are any >= 0 of ``l envies i``."""
     mu = np.maximum(0.0, multipliers)
     w, pi = problem.speedups, problem.weights
     coefficients = w * (1.0 + mu.sum(axis=1) / pi)[:, None] - (mu.T @ w) / pi[:, None]
@@ -110,7 +111,7 @@ def cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
 
 
 def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
-    """A bound on the total value of equal shares, for any ``multipliers`` [V]; their mean is taken off first."""
+    """Return a bound on the total value of equal shares; multipliers [V] are any; their mean is first subtracted."""
     nu = multipliers - multipliers.mean()
     coefficients = problem.speedups * (1.0 + nu / problem.weights)[:, None]
     return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
@@ -120,7 +121,7 @@ def _settled(
     problem: ShareProblem, rule: Rule, program: Program, columns: FloatArray, bound: float, multipliers: FloatArray,
     tie_seconds: float, seed: int,
 ) -> Shares:  # fmt: skip
-    """The shares of an optimum, or of as good a one on fewer types."""
+    """Return the shares of an optimum, or of an equally good one with fewer types."""
     shape = problem.speedups.shape
     amounts = np.maximum(0.0, columns.reshape(shape))
     if tie_seconds > 0:
@@ -130,6 +131,6 @@ def _settled(
 
 
 def _pairs(count: int) -> tuple[IntArray, IntArray]:
-    """All (l, i) with l != i, by l and then i."""
+    """Return all (l, i) with l != i, by l and then i."""
     own, other = np.nonzero(~np.eye(count, dtype=bool))
     return own, other

@@ -18,7 +18,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuShare:
-    """A GPU type to be shared, and how many there are."""
+    """A GPU type to share, and the number of its GPUs."""
 
     gpu: str
     count: int
@@ -32,7 +32,7 @@ class GpuShare:
 class Job:
     """A kind of work of a tenant.
 
-    ``speedups`` [types] is its throughput on one GPU of each type, in any unit; 0 where it cannot run.
+    ``speedups`` [types] is its throughput on one GPU of each type, in any unit; 0 if it cannot run there.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
-    """Someone with a claim to ``weight`` parts of the fleet. Its jobs have equal parts of that."""
+    """A tenant with a claim to ``weight`` parts of the fleet. Its jobs have equal parts of that."""
 
     name: str
     jobs: tuple[Job, ...]
@@ -69,7 +69,7 @@ class ShareProblem:
     """A fleet of a few GPU types and the tenants that share it.
 
     Every job of a tenant is a *claimant* of its own with an equal part of the tenant's weight (OEF's virtual users):
-    rows of all arrays are claimants, tenant after tenant.
+    rows of all arrays are claimants, tenant by tenant.
     """
 
     gpus: tuple[GpuShare, ...]
@@ -88,38 +88,38 @@ class ShareProblem:
 
     @cached_property
     def counts(self) -> FloatArray:
-        """GPUs of each type, [K]."""
+        """Return the GPUs of each type, [K]."""
         return np.array([share.count for share in self.gpus], dtype=float)
 
     @cached_property
     def speedups(self) -> FloatArray:
-        """Throughput of each claimant on one GPU of each type over that on the slowest type it runs on, [V, K]."""
+        """Return each claimant's throughput on one GPU of each type over that on the slowest it runs on, [V, K]."""
         raw = np.array([job.speedups for tenant in self.tenants for job in tenant.jobs])
         scaled: FloatArray = raw / np.where(raw > 0.0, raw, np.inf).min(axis=1, keepdims=True)
         return scaled
 
     @cached_property
     def weights(self) -> FloatArray:
-        """Parts of each claimant, [V]."""
+        """Return the parts of each claimant, [V]."""
         return np.array([tenant.weight / len(tenant.jobs) for tenant in self.tenants for _ in tenant.jobs])
 
     @cached_property
     def tenant_of(self) -> IntArray:
-        """Index of each claimant's tenant, [V]."""
+        """Return the index of each claimant's tenant, [V]."""
         return np.array([i for i, tenant in enumerate(self.tenants) for _ in tenant.jobs], dtype=np.int64)
 
     @cached_property
     def min_gpus(self) -> IntArray:
-        """Fewest GPUs each claimant can start on, [V]."""
+        """Return the fewest GPUs on which each claimant can start, [V]."""
         return np.array([job.min_gpus for tenant in self.tenants for job in tenant.jobs], dtype=np.int64)
 
     @cached_property
     def equal_split(self) -> FloatArray:
-        """The same part of every GPU type for every claimant, by weight, [V, K]."""
+        """Return the same part of every GPU type for every claimant, by weight, [V, K]."""
         split: FloatArray = np.outer(self.weights / self.weights.sum(), self.counts)
         return split
 
     def values(self, amounts: FloatArray) -> FloatArray:
-        """Value of each claimant's share, [V]: throughput in GPUs of its slowest type."""
+        """Return the value of each claimant's share, [V]: throughput in GPUs of its slowest type."""
         values: FloatArray = np.einsum("vk,vk->v", self.speedups, amounts)
         return values

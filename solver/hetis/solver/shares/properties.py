@@ -1,4 +1,4 @@
-"""What shares are worth to everybody: envy, sharing incentive, waste, and how many GPU types a job has to span."""
+"""Properties of shares: envy, sharing incentive, waste, and the number of GPU types that a job spans."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ TOLERANCE = 1e-6  # relative
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Properties:
-    """What holds for given shares. Claimants are jobs of tenants; see `ShareProblem`.
+    """Properties of given shares. Claimants are jobs of tenants; see `ShareProblem`.
 
     Attributes:
-        envy: [V, V] what claimant l's value per part would be with i's share, over what it is with his own; l envies i
-            where this is above 1.
-        over_equal_split: [V] value over that of an equal split; below 1 sharing does not pay for him.
+        envy: [V, V] claimant l's value per part with i's share, over that with its own; l envies i if this is above 1.
+        over_equal_split: [V] value over that of an equal split; below 1 sharing does not pay for the claimant.
         unused: [K] GPUs that nobody has.
         could_gain: total value that could be added with nobody losing, as a share of the total: 0 is Pareto efficient.
-        spans: [V] GPU types from the slowest to the fastest that he has.
-        contiguous: [V] whether he has a share of every type between them.
+        spans: [V] GPU types from the slowest to the fastest in the claimant's share.
+        contiguous: [V] whether the claimant has a share of every type between them.
     """
 
     envy: FloatArray
@@ -48,12 +47,12 @@ class Properties:
 
 
 def properties_of(problem: ShareProblem, amounts: FloatArray, *, seed: int = 0) -> Properties:
-    """Derives the properties of shares from the shares alone, whichever rule they came from."""
+    """Derive the properties of shares from the shares alone, for any rule."""
     values, weights = problem.values(amounts), problem.weights
     with np.errstate(divide="ignore", invalid="ignore"):
         own = values / weights
         envy = (problem.speedups @ amounts.T) / weights[None, :] / own[:, None]
-    envy = np.where(np.isnan(envy), 1.0, envy)  # nothing against nothing
+    envy = np.where(np.isnan(envy), 1.0, envy)  # nothing compared with nothing
     np.fill_diagonal(envy, 1.0)
     used = amounts[:, by_speed(problem)] > TOLERANCE * problem.counts[by_speed(problem)]
     span = spans(problem, amounts)
@@ -68,7 +67,7 @@ def properties_of(problem: ShareProblem, amounts: FloatArray, *, seed: int = 0) 
 
 
 def _could_gain(problem: ShareProblem, values: FloatArray, seed: int) -> float:
-    """Total value beyond the sum of ``values`` when nobody may have less."""
+    """Return the possible total value beyond the sum of ``values`` if nobody may have less, as a share of that sum."""
     count, types = problem.speedups.shape
     program = share_program(problem)
     served = values > 0.0

@@ -1,4 +1,4 @@
-"""Shares as an answer: who has how much of what, what it is worth, and how much more there could be."""
+"""Shares as an answer: the GPUs of every claimant, their value, and the bound on the value."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hetis.solver.shares.problem import FloatArray, ShareProblem
 
 
 class Rule(StrEnum):
-    """How shares are chosen."""
+    """The rule by which shares are chosen."""
 
-    COOPERATIVE = "cooperative"  # OEF: most total value without envy
-    NON_COOPERATIVE = "non-cooperative"  # OEF: most total value at equal value per part
+    COOPERATIVE = "cooperative"  # OEF: highest total value without envy
+    NON_COOPERATIVE = "non-cooperative"  # OEF: highest total value at equal value per part
     MAX_MIN = "gavel"  # Gavel: the least gain over an equal split is largest
     TRADING = "gandiva-fair"  # Gandiva_fair: equal split, then pairs of tenants trade fast GPUs for slow ones
     EQUAL = "equal-split"  # the same part of every type
@@ -24,8 +24,8 @@ class Rule(StrEnum):
 class Shares:
     """Shares of every claimant and type, in GPUs; fractions are shares of time.
 
-    ``value`` is the total, ``bound`` what no shares under this rule exceed (infinite for `gandiva-fair`, a procedure
-    and not an optimum). ``multipliers`` prove the bound: see `check_shares`.
+    ``value`` is the total; no shares under this rule exceed ``bound`` (infinite for `gandiva-fair`, a procedure and not
+    an optimum). ``multipliers`` prove the bound: see `check_shares`.
     """
 
     rule: Rule
@@ -40,7 +40,7 @@ class Shares:
 
 
 def tenant_values(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
-    """Value of each tenant: the sum over its jobs, [T]."""
+    """Return the value of each tenant: the sum over its jobs, [T]."""
     values: FloatArray = np.bincount(
         problem.tenant_of, weights=problem.values(amounts), minlength=len(problem.tenants)
     ).astype(float)

@@ -1,4 +1,4 @@
-"""Whole GPUs, round after round: what rounding takes from a claimant in one round it is owed in the next."""
+"""Whole GPUs in consecutive rounds: a loss by rounding in one round is owed to the claimant in the next."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, SharePr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """Whole shares of one round, and what everybody is owed after it.
+    """Whole shares of one round, and the debt to every claimant after it.
 
     Attributes:
         granted: [V, K] GPUs.
-        owed: [V, K] GPU rounds that a claimant has had less than its share so far; negative: more.
-        waiting: claimants whose smallest job did not fit in what they would have got.
+        owed: [V, K] GPU rounds by which a claimant has had less than its share so far; negative: more.
+        waiting: claimants whose smallest job did not fit in the GPUs they would have had.
     """
 
     granted: IntArray
@@ -25,11 +25,11 @@ class Round:
 
 
 def next_round(problem: ShareProblem, amounts: FloatArray, owed: FloatArray) -> Round:
-    """Rounds ``amounts`` [V, K] plus what is ``owed`` [V, K] to whole GPUs, type by type, by largest remainder.
+    """Round ``amounts`` [V, K] plus what is ``owed`` [V, K] to whole GPUs, type by type, by largest remainder.
 
-    A claimant that would get fewer GPUs than its smallest job needs waits, the one that is owed least first, and what
-    it would have had goes to the others of that type, who will have less later. What is handed out never exceeds the
-    fleet, and over many rounds the mean comes as close to ``amounts`` as one likes.
+    A claimant that would get fewer GPUs than its smallest job needs waits, starting with the one that is owed least.
+    Its GPUs go to the others of that type, who will have less later. The granted GPUs never exceed the fleet, and over
+    many rounds their mean converges to ``amounts``.
     """
     due = amounts + owed
     able = np.ones(len(problem.weights), dtype=bool)
@@ -47,12 +47,12 @@ def next_round(problem: ShareProblem, amounts: FloatArray, owed: FloatArray) -> 
 
 
 def _whole(due: FloatArray, able: BoolArray, available: int) -> IntArray:
-    """Whole numbers >= 0, of the ``able`` only, close to what is ``due`` [V]; their sum is that of all that is due."""
+    """Return whole numbers >= 0, only for ``able``, close to what is ``due`` [V]; their sum is that of all ``due``."""
     target = np.maximum(0.0, due)
     parts = np.where(able, np.floor(target + 1e-9), 0.0)
     wanted = min(available, int(np.floor(target.sum() + 0.5 + 1e-9)))
     while able.any() and parts.sum() < wanted:
         parts[int(np.where(able, parts - due, np.inf).argmin())] += 1
-    while parts.sum() > wanted:  # more is due than there is: those furthest beyond give first
+    while parts.sum() > wanted:  # more is due than available: claimants furthest above their due give up GPUs first
         parts[int(np.where(parts > 0, parts - due, -np.inf).argmax())] -= 1
     return parts.astype(np.int64)

@@ -1,4 +1,4 @@
-"""`solve_shares`: every rule by its name."""
+"""`solve_shares`: shares by any rule, chosen by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.solver.shares.result import Rule, Shares
 
 
 def solve_shares(problem: ShareProblem, rule: Rule, *, seed: int = 0) -> Shares:
-    """Shares of a fleet under a rule; the same for the same input."""
+    """Return shares of a fleet under a rule; the same for the same input."""
     rules: Mapping[Rule, Callable[[], Shares]] = {
         Rule.COOPERATIVE: lambda: cooperative(problem, seed=seed),
         Rule.NON_COOPERATIVE: lambda: non_cooperative(problem, seed=seed),

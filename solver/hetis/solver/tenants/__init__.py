@@ -1,1 +1,1 @@
-"""Tenants with different models on one fleet: who gets which GPUs, by a rule, with a proof of how good that is."""
+"""Tenants with different models on one fleet: a division of the GPUs by a rule, with a proof of how good it is."""

@@ -1,4 +1,4 @@
-"""Binding of several tenants' chosen replicas to named GPUs, none of them twice, and a plan for each tenant."""
+"""Binding of several tenants' chosen replicas to named GPUs, none of them used twice, and a plan for each tenant."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def plans_of(
     solvers: Sequence[TenantSolver], choice: TenantsChoice, alone: Sequence[TenantReach], *, prices: FloatArray,
     multipliers: Sequence[float], budget: Budget, strategy: str, seed: int,
 ) -> list[Plan | None]:  # fmt: skip
-    """The plan of every tenant on the whole cluster's GPUs, disjoint; None: it has no replica.
+    """Return the plan of every tenant on the whole cluster's GPUs, disjoint; None if it has no replica.
 
-    A plan's bound is what its tenant could reach alone, which it may be far from; its prices are those of the shared
-    inventory, in the tenant's own rate.
+    A plan's bound is the rate that its tenant could reach alone, which may be far above its rate; its prices are those
+    of the shared inventory, in the tenant's own rate.
     """
     chosen = [templates_of(c, counts.tolist()) for c, counts in zip(solvers, choice.counts, strict=True)]
     singles = [[template for template, n in parts for _ in range(n)] for parts in chosen]
@@ -50,7 +50,7 @@ def plans_of(
 def bind_together(
     atlases: Sequence[Atlas], templates: Sequence[Sequence[Template]], *, seed: int
 ) -> list[list[list[BoundStage]]]:
-    """Named GPUs for the stages of every tenant's templates. Tenants number their ranks differently."""
+    """Return named GPUs for the stages of every tenant's templates; tenants number their ranks differently."""
     ranks = tuple(dict.fromkeys(rank for atlas in atlases for rank in atlas.ranks))
     place = {rank: s for s, rank in enumerate(ranks)}
     together = [
@@ -65,7 +65,7 @@ def bind_together(
 def _outcome(
     atlas: Atlas, chosen: tuple[tuple[Template, int], ...], *, bound: float, prices: FloatArray, interrupted: bool
 ) -> Outcome:
-    """A tenant's replicas with the rate they serve; halves of requests meet in the fleet's one zone."""
+    """Return a tenant's replicas with the rate they serve; prefill and decode both use the fleet's one zone."""
     pool = Pool(atlas, np.zeros(len(atlas.resources.rows)))
     pool.add([template for template, _ in chosen])
     counts = np.zeros(len(pool.templates), dtype=np.int64)

@@ -1,7 +1,7 @@
 """The checker of shared fleets: plans, disjointness, rates, the rule and the arithmetic of the bound, derived again.
 
-It shares no code with the search. What only a search can prove it takes on trust: that a tenant alone reaches what is
-claimed, and that no replica beats the multipliers of a proof; of the replicas in the plans it checks that, too.
+It shares no code with the search. Claims that only a search can prove are not checked: that a tenant alone reaches the
+stated rate, and that no replica exceeds the multipliers of a proof; the latter is checked for the plans' replicas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPTIMAL_GAP = 1e-6
 
 
 def check_fleet_shares(tenancy: Tenancy, answer: FleetShares) -> tuple[str, ...]:
-    """Everything that is wrong with an answer, as sentences; empty when it is sound.
+    """Return every error of an answer as a sentence; nothing if it is sound.
 
     Problems of the tenants must have the family that was searched.
     """
@@ -114,7 +114,7 @@ def _check_result(answer: FleetShares) -> Iterator[str]:
 
 
 def _check_proof(cluster: Cluster, answer: FleetShares, proof: PriceProof) -> Iterator[str]:
-    """Check that the proof's rows are those of the cluster, and that the replicas placed keep to its multipliers."""
+    """Check that the proof's rows are those of the cluster, and that the placed replicas respect its multipliers."""
     if min([row.price for row in proof.rows] + list(proof.multipliers)) < 0.0:
         yield "a price is negative"
     has = Counter[tuple[str, int, int]]()
@@ -149,7 +149,7 @@ def _counts(slots: tuple[GpuSlots, ...]) -> dict[str, int]:
 
 
 def _cards(plan: Plan) -> Iterator[tuple[str, int, str]]:
-    """Type, TP size and name of every GPU; an attention worker stands alone."""
+    """Yield type, TP size and name of every GPU; an attention worker has TP size 1."""
     for replica in plan.replicas:
         for stage in replica.stages:
             yield from ((stage.gpu, stage.tp, device) for device in stage.devices)
@@ -158,7 +158,7 @@ def _cards(plan: Plan) -> Iterator[tuple[str, int, str]]:
 
 
 def _price(proof: PriceProof, gpu: str, per_node: int, tp: int) -> float:
-    """The most that one GPU of a TP group pays; classes that look alike may have several prices."""
+    """Return the highest price of one GPU of a TP group; classes that look alike may have several prices."""
     prices: dict[int, float] = {}
     for row in proof.rows:
         if row.gpu == gpu and row.gpus_per_node == per_node and tp >= row.tp_at_least:

@@ -1,8 +1,8 @@
 """Column generation for several tenants at once: one inventory and its prices, every tenant priced at its own worth.
 
-Each round prices the replicas of every tenant at the same row prices; `bound.py` makes a bound of what comes back,
-whatever rule is asked for. Prices lie between those of the relaxation and those of the best bound (Wentges smoothing),
-as for one tenant.
+Each round prices the replicas of every tenant at the same row prices; `bound.py` turns the results into a bound, for
+every rule. Prices lie between those of the relaxation and those of the best bound (Wentges smoothing), as for one
+tenant.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from hetis.solver.tenants.bound import TenantsBound, TenantsGoal, bound_of
 from hetis.solver.tenants.master import TenantColumns, TenantsRelaxation, solve_relaxation
 from hetis.solver.tenants.tenant_solver import PricedTenant, utilisation
 
-LEAST_MULTIPLIER = 1e-6  # of the greatest: nobody's rate is worth nothing, or a replica's floor would be infinite
+LEAST_MULTIPLIER = 1e-6  # of the greatest: no rate is worth nothing, since a replica's floor would then be infinite
 
 
 class JointGeneration:
-    """Prices and solves the relaxation of one goal in turn. ``alone`` [tenants] are the rates that count as 1."""
+    """Column generation for one goal. ``alone`` [tenants] are the rates that count as 1."""
 
     def __init__(
         self, solvers: Sequence[PricedTenant], alone: FloatArray, goal: TenantsGoal, budget: Budget, report: Report
@@ -32,18 +32,18 @@ class JointGeneration:
         self.solvers, self.alone, self.goal = solvers, alone, goal
         self.budget, self.report = budget, report
         self.resources: Resources = solvers[0].atlas.resources
-        # A request/s of a tenant as a normalised rate; pricing knows saturated rates only.
+        # Factors from a tenant's request/s to a normalised rate; pricing uses saturated rates only.
         self._scales = np.array([utilisation(c.tenant) / a for c, a in zip(solvers, alone, strict=True)])
         self.bound: TenantsBound | None = None
         self.is_infeasible = False  # whether some prices prove that the floors cannot be met
 
     def run(self, target_gap: float) -> None:
-        """Adds columns until the bound is within ``target_gap`` of the relaxation, or nothing improves on it."""
+        """Add columns until the bound is within ``target_gap`` of the relaxation, or nothing improves on it."""
         smooth = True
         for _ in range(MAX_ROUNDS):
             relaxed = solve_relaxation(self._columns(), self.resources.limits, self.goal)
             if relaxed is None:
-                return  # columns that meet the floors came with them: only rounding can take them away
+                return  # columns that meet the floors were given: only rounding can make them infeasible
             if self._gap(relaxed) <= target_gap:
                 return
             self._tell(relaxed)
@@ -54,7 +54,7 @@ class JointGeneration:
             smooth = added > 0
 
     def vary(self) -> None:
-        """Adds columns that are nearly as good at the bound's prices, for whole counts to choose from."""
+        """Add columns that are nearly as good at the bound's prices, for whole counts to choose from."""
         if self.bound is None:
             return
         prices = self._lifted(self.bound.row_prices, self.bound.value)
@@ -71,7 +71,7 @@ class JointGeneration:
         return (self.bound.value - relaxed.value) / max(relaxed.value, 1e-12)
 
     def _between(self, relaxed: TenantsRelaxation) -> tuple[FloatArray, FloatArray]:
-        """Prices and multipliers between the relaxation's and the best bound's: dual feasible for columns seen."""
+        """Return prices and multipliers between relaxation and best bound: dual feasible for seen columns."""
         if self.bound is None:
             return relaxed.row_prices, relaxed.multipliers
         kept, new = SMOOTHING, 1.0 - SMOOTHING
@@ -81,7 +81,7 @@ class JointGeneration:
         )
 
     def _lifted(self, prices: FloatArray, value: float) -> FloatArray:
-        """Prices with a floor under those of GPUs: what is free could be infinitely good."""
+        """Return prices with a floor for those of GPUs: the ratio of a column of free GPUs could be infinite."""
         total = max(float(prices @ self.resources.limits), value, 1e-9)
         return lifted(prices, self.resources, total)
 
@@ -89,7 +89,7 @@ class JointGeneration:
         return np.asarray(np.maximum(multipliers, LEAST_MULTIPLIER * multipliers.max(initial=1e-9)))
 
     def _price(self, prices: FloatArray, multipliers: FloatArray) -> tuple[int, bool]:
-        """Prices every tenant's replicas and makes a bound of it; how many are new, and whether all was searched."""
+        """Price every tenant's replicas and derive a bound; return how many are new, and whether all was searched."""
         efficiency, added, complete = np.zeros(len(self.solvers)), 0, True
         for i, solver in enumerate(self.solvers):
             most, new, whole = solver.price(prices, float(multipliers[i] * self._scales[i]), self.budget)

@@ -1,16 +1,16 @@
-"""The master of several tenants in HiGHS: how many replicas of each tenant's columns on one inventory.
+"""The master of several tenants in HiGHS: counts of every tenant's columns on one inventory.
 
     Sets       i tenants, k columns (replicas of one tenant i(k)), r rows of the shared inventory
-    Variables  n_k >= 0 replicas (whole in the MILP);  f_i >= 0 requests prefilled and decoded apart;
+    Variables  n_k >= 0 replicas (whole in the MILP);  f_i >= 0 requests with prefill and decode on different replicas;
                u_i >= m_i normalised rates;  L level
     Maximise   sum_i g_i u_i                                    or   L, or least  sum_k GPUs_k n_k
     Such that  sum_k use_kr n_k <= limit_r                      every row r
                u_i <= f_i + sum over unified k of i of rate_k n_k        every tenant
                f_i <= sum over prefill k of i of rate_k n_k
                f_i <= sum over decode k of i of rate_k n_k
-               w_i L <= u_i                                     where a level is asked for
+               w_i L <= u_i                                     if a level is required
 
-Rates are normalised: 1 is what a tenant reaches alone on the whole fleet.
+Rates are normalised: 1 is the rate that a tenant reaches alone on the whole fleet.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class TenantColumns:
     sides: IntArray
 
     def served(self, counts: IntArray) -> float:
-        """The normalised rate of so many replicas."""
+        """Return the normalised rate for these counts of replicas."""
         unified, sent, received = np.bincount(self._rows(), counts * self.rates, ROWS_OF_TENANT)
         return float(unified + min(sent, received))
 
     def _rows(self) -> IntArray:
-        """Return which of a tenant's rows each column feeds: its rate itself, what is sent, what is received."""
+        """Return the tenant's row to which each column contributes: its rate itself, what is sent, what is received."""
         # Sides of one zone: unified, local senders, senders to all zones (none), receivers.
         rows: IntArray = np.where(self.sides == UNIFIED, 0, np.where(self.sides <= 2, 1, 2))
         return rows
@@ -70,11 +70,11 @@ class TenantsChoice:
     bound: float
 
     def of_more(self, blocks: Sequence[TenantColumns]) -> TenantsChoice:
-        """The same choice where columns were added behind those it counts."""
+        """Return the same choice after columns were added behind those it counts."""
         return TenantsChoice(tuple(_padded(blocks, self.counts)), self.rates, self.bound)
 
     def value(self, goal: TenantsGoal) -> float:
-        """Return what the choice is worth; -inf where it owes somebody its floor."""
+        """Return the worth of the choice; -inf if a tenant has less than its floor."""
         if np.any(self.rates < goal.floors * (1.0 - 1e-9)):
             return -np.inf
         if goal.claims is not None:
@@ -83,7 +83,7 @@ class TenantsChoice:
 
 
 def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal) -> TenantsRelaxation | None:
-    """The relaxation; None if these columns cannot meet the floors."""
+    """Return the optimum of the relaxation; None if these columns cannot meet the floors."""
     highs = quiet_highs()
     highs.passModel(_model(blocks, limits, goal, whole=False))
     highs.run()
@@ -111,10 +111,10 @@ def choose_whole(
     least: Sequence[IntArray] | None = None,
     seed: int = 0,
 ) -> TenantsChoice | None:
-    """Whole counts within a relative gap; None if none was found in time.
+    """Return whole counts within a relative gap; None if none was found in time.
 
-    ``start`` is a known feasible choice of the first columns of each tenant. With ``least`` counts are no less than
-    that, and so is what the bound speaks of.
+    ``start`` is a known feasible choice of the first columns of each tenant. With ``least``, counts have that lower
+    bound, and the returned bound is only for such counts.
     """
     highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
     model = _model(blocks, limits, goal, whole=True)
@@ -138,9 +138,9 @@ def fewest_gpus(
     blocks: Sequence[TenantColumns], limits: IntArray, gpus: Sequence[FloatArray], floors: FloatArray, *,
     time_limit_s: float, start: Sequence[IntArray], seed: int = 0,
 ) -> TenantsChoice:  # fmt: skip
-    """The choice of the fewest GPUs that meets the floors; ``start`` where no better one is found in time.
+    """Return the choice with the fewest GPUs that meets the floors; ``start`` if no better one is found in time.
 
-    ``gpus`` are those of every column.
+    ``gpus`` are the GPUs of every column.
     """
     goal = TenantsGoal(np.zeros(len(blocks)), floors)
     model = _model(blocks, limits, goal, whole=True)
@@ -164,7 +164,7 @@ def _rates(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> Float
 
 
 def _padded(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> list[IntArray]:
-    """Counts of the first columns as counts of all."""
+    """Return counts of the first columns as counts of all."""
     return [np.pad(n, (0, len(b.rates) - len(n))) for b, n in zip(blocks, counts, strict=True)]
 
 
@@ -179,13 +179,13 @@ def _as_solution(blocks: Sequence[TenantColumns], goal: TenantsGoal, counts: Seq
 
 
 def _split(values: FloatArray, blocks: Sequence[TenantColumns]) -> tuple[FloatArray, ...]:
-    """Values of the replicas' columns, tenant by tenant."""
+    """Return the values of the replicas' columns, tenant by tenant."""
     ends = np.cumsum([len(block.rates) for block in blocks])
     return tuple(np.split(values[: ends[-1]], ends[:-1]))
 
 
 def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, whole: bool) -> Any:
-    """The master as a HiGHS model: columns n, f, u, L; rows inventory, three of each tenant, levels."""
+    """Return the master as a HiGHS model: columns n, f, u, L; rows inventory, three of each tenant, levels."""
     inf, tenants = highspy.kHighsInf, len(blocks)
     replicas = sum(len(block.rates) for block in blocks)
     num_rows, num_columns = len(limits) + (ROWS_OF_TENANT + 1) * tenants, replicas + 2 * tenants + 1

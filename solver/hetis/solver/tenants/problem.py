@@ -14,9 +14,9 @@ from hetis.solver.problem import PlacementProblem
 class Tenant:
     """One model and its traffic on the shared fleet.
 
-    ``problem`` maximises goodput or throughput on the whole cluster. ``weight`` counts the parts of the fleet the
-    tenant has a claim to. ``worth`` is what a request/s is worth; None: one over what the tenant reaches alone, so that
-    the whole fleet to itself is worth 1 to everybody.
+    ``problem`` maximises goodput or throughput on the whole cluster. ``weight`` is the number of parts of the fleet
+    that the tenant has a claim to. ``worth`` is the worth of a request/s; None: 1 over the rate that the tenant reaches
+    alone, so that the whole fleet is worth 1 to every tenant.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Tenancy:
     """A fleet and its tenants.
 
     Raises:
-        InvalidProblemError: with everything that keeps them from sharing one fleet.
+        InvalidProblemError: the tenants cannot share one fleet, with every reason.
     """
 
     tenants: tuple[Tenant, ...]
@@ -46,7 +46,7 @@ class Tenancy:
 
     @property
     def claims(self) -> tuple[float, ...]:
-        """The part of the fleet each tenant has a claim to; they sum to 1."""
+        """Return the part of the fleet that each tenant has a claim to; the parts sum to 1."""
         total = sum(tenant.weight for tenant in self.tenants)
         return tuple(tenant.weight / total for tenant in self.tenants)
 

@@ -1,4 +1,4 @@
-"""How a fleet is shared: a plan per tenant, what everybody gets, and the proof."""
+"""The division of a fleet: a plan per tenant, the rate of each tenant, and the proof."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hetis.solver.plan import Plan, Status
 
 
 class TenantRule(StrEnum):
-    """What a placement for several tenants is good for, and what it owes them."""
+    """The objective of a placement for several tenants, and the rates that it guarantees them."""
 
-    EFFICIENCY = "efficiency"  # the most total value, whoever has it
-    EQUAL_THROUGHPUT = "equal-throughput"  # the same normalised rate per part for everybody, as high as can be
-    MAX_MIN = "max-min"  # the least normalised rate per part as high as can be, then the most total value
-    SHARING_INCENTIVE = "sharing-incentive"  # nobody below its part of the fleet, then the most total value
+    EFFICIENCY = "efficiency"  # the highest total value, for any distribution of it
+    EQUAL_THROUGHPUT = "equal-throughput"  # the same normalised rate per part for every tenant, as high as possible
+    MAX_MIN = "max-min"  # the least normalised rate per part as high as possible, then the highest total value
+    SHARING_INCENTIVE = "sharing-incentive"  # no tenant below its part of the fleet, then the highest total value
 
     @property
     def has_level(self) -> bool:
-        """Whether it raises the least normalised rate first."""
+        """Return whether it raises the least normalised rate first."""
         return self in (TenantRule.EQUAL_THROUGHPUT, TenantRule.MAX_MIN)
 
 
@@ -26,7 +26,7 @@ class TenantRule(StrEnum):
 class RowPrice:
     """A row of the shared inventory and its price in units of value.
 
-    GPUs of a class in TP groups of at least ``tp_at_least`` are ``limit`` at most: 1 counts all GPUs.
+    ``limit`` is the greatest number of GPUs of a class in TP groups of at least ``tp_at_least``: 1 counts all GPUs.
     """
 
     gpu: str
@@ -46,7 +46,7 @@ class PriceProof:
 
         sum g_i u_i  <=  sum price limit - sum (a_i - g_i) floors_i
 
-    and, where ``sum a_i weight_i = 1``, the least ``u_i / weight_i`` is at most ``sum price limit``.
+    and, if ``sum a_i weight_i = 1``, the least ``u_i / weight_i`` is at most ``sum price limit``.
     """
 
     rows: tuple[RowPrice, ...]
@@ -57,14 +57,14 @@ class PriceProof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantShare:
-    """What one tenant gets. Rates are in requests/s of its own objective (goodput, or saturated).
+    """The share of one tenant. Rates are in requests/s of its own objective (goodput, or saturated).
 
     Attributes:
         plan: its replicas on named GPUs; None: it has none.
-        placed: what they serve.
-        rate: what it is granted of that: less only under the rule of equal throughput.
-        alone, alone_bound: what it would reach with the whole fleet to itself, and no plan exceeds.
-        part, part_bound: what it would reach with its part of every device class.
+        placed: the rate that they serve.
+        rate: the rate that is granted to it: less than ``placed`` only under the rule of equal throughput.
+        alone, alone_bound: the rate that it would reach alone on the whole fleet, and the rate that no plan exceeds.
+        part, part_bound: the same for its part of every device class.
     """
 
     name: str
@@ -80,7 +80,7 @@ class TenantShare:
 
     @property
     def normalised(self) -> float:
-        """The rate over what it would be alone on the whole fleet."""
+        """Return the rate over the rate that it would have alone on the whole fleet."""
         return self.rate / self.alone
 
     @property
@@ -89,13 +89,13 @@ class TenantShare:
 
     @property
     def over_part(self) -> float:
-        """The rate over that of its part of the fleet; at least 1: it is not worse off for sharing."""
+        """Return the rate over that of its part of the fleet; if at least 1, sharing does not make it worse off."""
         return self.rate / self.part if self.part > 0.0 else float("inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvyCell:
-    """What a tenant would serve with as many GPUs of every class as another has, and no plan there exceeds."""
+    """A tenant's rate with as many GPUs of every class as another has, and the rate that no plan there exceeds."""
 
     rate: float
     bound: float
@@ -106,7 +106,7 @@ class FleetShares:
     """The answer. ``value`` is the sum over tenants of worth times rate; ``gap`` is (bound - value) / value.
 
     ``level`` is the least normalised rate per part of weight; rules that raise it first prove it by ``level_proof``
-    (None: by exhausting all sub-fleets). ``bound`` then speaks of placements that reach this level.
+    (None: by enumeration of all sub-fleets). ``bound`` then holds for placements that reach this level.
     """
 
     rule: TenantRule
@@ -126,7 +126,7 @@ class FleetShares:
 
     @property
     def level_gap(self) -> float:
-        """0 where the rule has no level."""
+        """Return the gap of the level; 0 if the rule has no level."""
         if self.level_bound is None:
             return 0.0
         return abs(self.level_bound - self.level) / self.level if self.level else float("inf")

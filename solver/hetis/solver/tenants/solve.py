@@ -1,4 +1,4 @@
-"""`share_fleet`: from tenants to a plan for each of them on disjoint GPUs, by a rule, with a bound."""
+"""`share_fleet`: a plan for each tenant on disjoint GPUs, by a rule, with a bound."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from hetis.solver.tenants.problem import Tenancy, Tenant
 from hetis.solver.tenants.result import EnvyCell, FleetShares, PriceProof, RowPrice, TenantRule, TenantShare
 from hetis.solver.tenants.tenant_solver import EnumeratedTenant, PricedTenant, SearchSettings, TenantReach, TenantSolver
 
-SHARED = ("hetis", "hexgen", "hexgen2")  # strategies whose families a fleet can be shared in
+SHARED = ("hetis", "hexgen", "hexgen2")  # strategies in whose families a fleet can be shared
 MILP_SECONDS, LEAST_S = 10.0, 1.0  # at most and at least for each choice of whole counts
-PART_SECONDS = 10.0  # for what a tenant reaches on a part of the fleet, its own or somebody else's
-ROUNDING = 1e-9  # share by which a floor is lowered, so that what was reached can be reached again
+PART_SECONDS = 10.0  # for the rate of a tenant on a part of the fleet, its own or another tenant's
+ROUNDING = 1e-9  # share by which a floor is lowered, so that a rate reached before can be reached again
 
 
 class FleetSearch:
-    """One fleet and its tenants: what each reaches alone and on its part, then any rule; columns are kept between.
+    """The search on one fleet: each tenant's rate alone and on its part, then any rule; columns are kept between rules.
 
     Raises:
         InvalidProblemError: the strategy has no family that can be shared.
-        ExplainedInfeasibleError: proved that a tenant fits on the fleet in no way, even alone.
-        NoPlanFoundError: the budget was spent before every tenant was known alone.
+        ExplainedInfeasibleError: it is proved that a tenant does not fit on the fleet, even alone.
+        NoPlanFoundError: the budget was spent before every tenant had a plan alone.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class FleetSearch:
         self.tenants = tuple(
             replace(t, problem=replace(t.problem, family=restrict(t.problem.family))) for t in tenancy.tenants
         )
-        self.tenancy = Tenancy(tenants=self.tenants)  # with the families that are searched
+        self.tenancy = Tenancy(tenants=self.tenants)  # with the searched families
         atlases = [build_atlas(tenant.problem) for tenant in self.tenants]
         self.limits = atlases[0].resources.limits
         self.solvers: list[TenantSolver] = []
@@ -79,12 +79,12 @@ class FleetSearch:
             for solver, claim in zip(self.solvers, tenancy.claims, strict=True)
         )
         self._highest: tuple[TenantsChoice, TenantsBound | None, float] | None = (
-            None  # the highest level, once it was looked for
+            None  # the highest level, after it was searched
         )
-        self._known: list[TenantsChoice] = self._all_parts()  # and of earlier rules: they may do for the next
+        self._known: list[TenantsChoice] = self._all_parts()  # and choices of earlier rules: they may suit the next one
 
     def _all_parts(self) -> list[TenantsChoice]:
-        """Everybody on its part, all at once: what the sharing incentive can always fall back on."""
+        """Return the choice with every tenant on its part: it is always feasible for the sharing incentive."""
         priced = [c for c in self.solvers if isinstance(c, PricedTenant)]
         if not priced:
             return []
@@ -115,10 +115,10 @@ class FleetSearch:
     # --- one rule
 
     def share(self, rule: TenantRule) -> FleetShares:
-        """Replicas for every tenant under a rule.
+        """Return replicas for every tenant under a rule.
 
         Raises:
-            NoPlanFoundError: the budget was spent before whole replicas that keep the rule were found.
+            NoPlanFoundError: the budget was spent before whole replicas that satisfy the rule were found.
         """
         claims = np.array([tenant.weight for tenant in self.tenants])
         gains = np.array([worth(t, a) * a.rate for t, a in zip(self.tenants, self.alone, strict=True)])
@@ -153,7 +153,7 @@ class FleetSearch:
         )
 
     def _solve(self, goal: TenantsGoal, phase: str) -> tuple[TenantsChoice, TenantsBound | None, float]:
-        """The best choice found, the bound from prices, and the best value proved."""
+        """Return the best choice found, the bound from prices, and the best value proved."""
         rates = self._rates()
         if isinstance(self.solvers[0], EnumeratedTenant):
             return self._pack(goal)
@@ -167,12 +167,12 @@ class FleetSearch:
         return choice, joint.bound, joint.bound.value if joint.bound is not None else self._bound_alone(goal)
 
     def _bound_alone(self, goal: TenantsGoal) -> float:
-        """Return what holds before any pricing: nobody exceeds what it could reach alone."""
+        """Return a bound known before any pricing: no tenant exceeds its bound alone."""
         most = np.array([reach.bound / reach.rate for reach in self.alone])
         return float(goal.gains @ most) if goal.claims is None else float((most / goal.claims).min())
 
     def _pack(self, goal: TenantsGoal) -> tuple[TenantsChoice, None, float]:
-        """A small fleet: the best packing of sub-fleets, and no packing of what they could be at most is better."""
+        """Return the best packing of sub-fleets of a small fleet, and the bound from their ceilings."""
         listed, rates = [c for c in self.solvers if isinstance(c, EnumeratedTenant)], self._rates()
         columns = [c.columns(a) for c, a in zip(listed, rates, strict=True)]
         ceilings = [c.ceilings(a) for c, a in zip(listed, rates, strict=True)]
@@ -183,14 +183,14 @@ class FleetSearch:
         return choice, None, above.bound
 
     def _choose(self, goal: TenantsGoal, bound: float, phase: str) -> TenantsChoice | None:
-        """Whole counts over all columns seen; never worse than what an earlier rule chose."""
+        """Return whole counts over all columns seen; never worse than an earlier rule's choice."""
         columns, s = self._columns(), self.settings
         relaxed = solve_relaxation(columns, self.limits, goal)
         earlier = [choice.of_more(columns) for choice in self._known]
         best = max(earlier, key=lambda choice: choice.value(goal), default=None)
         if best is not None and best.value(goal) == -np.inf:
             best = None
-        # Near the relaxation first: of many replicas most are settled. Then anywhere, while the gap asks for it.
+        # First near the relaxation: of many replicas most are settled. Then anywhere, while the gap is too large.
         for least in (settled(relaxed.counts) if relaxed is not None else None, None):
             if best is not None and bound - best.value(goal) <= s.gap_target * best.value(goal):
                 break
@@ -208,7 +208,7 @@ class FleetSearch:
         return best
 
     def _fewest(self, floors: FloatArray, choice: TenantsChoice) -> TenantsChoice:
-        """The same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
+        """Return the same level on the fewest GPUs: nobody is granted more, so nobody needs more."""
         columns = self._columns()
         counted = self.solvers[0].atlas.resources.counts_gpus
         gpus = [block.uses @ counted for block in columns]
@@ -218,8 +218,7 @@ class FleetSearch:
         )  # fmt: skip
 
     def _choosing_s(self) -> float:
-        """Return how long whole counts may be searched for; a little even when the time is over, for there must be
-        some."""
+        """Return the time for a search of whole counts; above 0 even after the time limit, since some are needed."""
         return LEAST_S if self.budget.is_spent() else max(LEAST_S, min(MILP_SECONDS, self.budget.remaining_s()))
 
     def _rates(self) -> FloatArray:
@@ -298,9 +297,9 @@ class FleetSearch:
     # --- envy
 
     def envy(self, shares: FleetShares) -> tuple[tuple[EnvyCell, ...], ...]:
-        """Return what every tenant (row) would serve with as many GPUs of each class as each tenant (column) has.
+        """Return each tenant's (row) rate with as many GPUs of each class as each tenant (column) has.
 
-        On the diagonal stands what it has. Searches end with the budget: a cell then tells what was found.
+        The diagonal is the rate it has. Searches end with the budget: a cell is then the rate found until the end.
         """
         uses = [self._use_of(share) for share in shares.shares]
         table = []
@@ -318,19 +317,19 @@ class FleetSearch:
         return tuple(table)
 
     def _use_of(self, share: TenantShare) -> IntArray:
-        """Return as much of every row of the inventory as the GPUs of a share allow."""
+        """Return the amount of every row of the inventory that the GPUs of a share allow."""
         used = [price.used for price in share.plan.prices] if share.plan is not None else [0] * len(self.limits)
         rows = self.solvers[0].atlas.resources.rows
         return np.array([min(limit, used[g]) for (g, _), limit in zip(rows, self.limits, strict=True)], dtype=np.int64)
 
 
 def share_fleet(tenancy: Tenancy, rule: TenantRule, **settings: object) -> FleetShares:
-    """Shares a fleet by one rule; settings are those of `FleetSearch`."""
+    """Share a fleet by one rule; settings are those of `FleetSearch`."""
     return FleetSearch(tenancy, **settings).share(rule)  # type: ignore[arg-type]
 
 
 def part_of(limits: IntArray, claim: float) -> IntArray:
-    """A tenant's part of every row of the inventory, rounded down: all parts together fit in the fleet's nodes."""
+    """Return a tenant's part of every inventory row, rounded down: all parts together fit in the fleet's nodes."""
     part: IntArray = np.floor(limits * claim + ROUNDING).astype(np.int64)
     return part
 

@@ -1,4 +1,4 @@
-"""A tenant as the search sees it: columns on the shared inventory, and what it reaches alone on any part of it.
+"""A tenant in the search: columns on the shared inventory, and its rate alone on any part of the inventory.
 
 `EnumeratedTenant` knows the best replica of every sub-fleet of a small fleet, so that packings of its columns are
 optimal. `PricedTenant` knows some replicas of a larger fleet and finds more at given prices.
@@ -29,16 +29,16 @@ from hetis.solver.tenants.master import TenantColumns
 from hetis.solver.tenants.problem import Tenant
 
 GAP_OF_PARTS = 0.02  # at least, of searches on a part of the fleet
-MAX_SUBFLEETS = 1000  # that are listed where a part of a large fleet leaves open whether anything fits on it
-VARIETY = 0.93  # of the best ratio: what columns of other sizes must have
+MAX_SUBFLEETS = 1000  # that are listed if it is unknown whether anything fits on a part of a large fleet
+VARIETY = 0.93  # of the best ratio: the least ratio of columns of other sizes
 NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantReach:
-    """What a tenant reaches alone, and no plan exceeds; in its objective's requests/s.
+    """A tenant's rate alone, and the rate that no plan exceeds; in its objective's requests/s.
 
-    ``chosen`` are the replicas that reach it, where they were searched for.
+    ``chosen`` are the replicas that reach it, if they were searched for.
     """
 
     rate: float
@@ -48,7 +48,7 @@ class TenantReach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """How to search: see `solve_placement`."""
+    """Settings of the search: see `solve_placement`."""
 
     strategy: str
     gap_target: float
@@ -57,21 +57,21 @@ class SearchSettings:
 
 
 class TenantSolver(Protocol):
-    """What the rules need of a tenant."""
+    """The interface of a tenant that the rules need."""
 
     tenant: Tenant
     atlas: Atlas
 
     def alone(self, limits: IntArray, budget: Budget, report: Report) -> TenantReach | None:
-        """Return what it reaches with so much of every row; None: proved that it is nothing."""
+        """Return the reach with these amounts of every row; None if it is proved to be nothing."""
         ...
 
     def columns(self, alone: float) -> TenantColumns:
-        """The columns known, rates over ``alone``."""
+        """Return the columns known, rates over ``alone``."""
         ...
 
     def template(self, column: int) -> Template:
-        """The replica behind a column."""
+        """Return the replica of a column."""
         ...
 
 
@@ -82,7 +82,7 @@ def utilisation(tenant: Tenant) -> float:
 
 
 def within(atlas: Atlas, limits: IntArray) -> Atlas:
-    """The same problem with no more of every row of the inventory than this."""
+    """Return the same problem with every row of the inventory limited to these amounts."""
     counts = np.zeros(len(atlas.classes), dtype=np.int64)
     for (device_class, p), limit in zip(atlas.resources.rows, limits, strict=True):
         if p == 1:
@@ -126,7 +126,7 @@ class EnumeratedTenant:
         return _normalised(self._columns, utilisation(self.tenant) / alone)
 
     def ceilings(self, alone: float) -> TenantColumns:
-        """The same sub-fleets at rates that no replica on them exceeds."""
+        """Return the same sub-fleets with rates that no replica on them exceeds."""
         return _normalised(self._ceilings, utilisation(self.tenant) / alone)
 
     def template(self, column: int) -> Template:
@@ -163,7 +163,7 @@ class PricedTenant:
             found = alone.solve(uniform_templates(part), threads=s.threads, gap_target=gap, seed=s.seed)
         few = is_small(part) or np.prod(limits + 1.0) <= MAX_SUBFLEETS
         if found is None and alone.may_have_plan and few and not budget.is_spent():
-            # Few GPUs: nothing was looked for yet, or columns were found that fit in no packing.
+            # Few GPUs: nothing was searched yet, or the columns found fit in no packing.
             with suppress(NoPlanFoundError):  # nothing is proved then
                 found = solve_exactly(part, master, np.zeros(len(limits)), budget=budget, report=report, seed=s.seed)
                 if found is None and not budget.is_spent():
@@ -182,26 +182,27 @@ class PricedTenant:
         return _normalised(self.pool.columns(), utilisation(self.tenant) / alone)
 
     def counts_of(self, chosen: Iterable[tuple[Template, int]]) -> IntArray:
-        """Counts of columns that make these replicas, all of them known."""
+        """Return the counts of columns that make these replicas, all of them known."""
         counts = np.zeros(len(self.pool.templates), dtype=np.int64)
         for template, n in chosen:
             counts[self.pool.place(template)] += n
         return counts
 
     def capped_columns(self, alone: float) -> TenantColumns:
-        """The same, where a replica counts for no more than any plan serves."""
+        """Return the same columns, each rate limited to a rate that no plan exceeds."""
         return _normalised(self.pool.columns(self.rate_cap), utilisation(self.tenant) / alone)
 
     def template(self, column: int) -> Template:
         return self.pool.templates[column]
 
     def price(self, prices: FloatArray, multiplier: float, budget: Budget) -> tuple[float, int, bool]:
-        """The most saturated requests/s that a unit of worth buys at these prices, as far as it matters.
+        """Search columns at these prices; the ratios are exact only above the least one that improves anything.
 
         At prices over ``multiplier`` (the worth of a saturated request/s) no column seen has a ratio above one: ways
-        through the fleet below that improve nothing.
+        through the fleet with lower ratios improve nothing.
 
-        Returns (the bound e, how many columns are new, whether the search was complete).
+        Returns (a bound e on the saturated requests/s per unit of worth, how many columns are new, whether the search
+        was complete).
         """
         floors = NOTHING_BELOW * self._ratios_that_matter(prices, multiplier)
         priced = [
@@ -216,9 +217,9 @@ class PricedTenant:
         return self.atlas.routes.highest_rate(theta, 1.0).value, added, complete
 
     def vary(self, prices: FloatArray, multiplier: float, budget: Budget) -> None:
-        """Adds what nearly every configuration has to offer at these prices: columns of other sizes and classes.
+        """Add near-optimal columns of nearly every configuration at these prices: of other sizes and classes.
 
-        The relaxation asks for the best replicas only; whole counts want some that fill what those leave over.
+        The relaxation needs only the best replicas; whole counts need some that fill the GPUs that those leave over.
         """
         ratios = self._ratios_that_matter(prices, multiplier)
         for pricer, ratio in zip(self._pricers, ratios, strict=True):
@@ -246,5 +247,5 @@ def _normalised(columns: Columns, scale: float) -> TenantColumns:
 
 
 def templates_of(solver: TenantSolver, counts: Sequence[int]) -> tuple[tuple[Template, int], ...]:
-    """The replicas behind counts of columns."""
+    """Return the replicas of counts of columns."""
     return tuple((solver.template(k), int(n)) for k, n in enumerate(counts) if n)

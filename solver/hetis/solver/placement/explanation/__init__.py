@@ -1,4 +1,4 @@
-"""Why a plan is as it is, from the plan's own numbers and the cost model alone: nothing is searched again.
+"""Explanations of a plan from its own numbers and the cost model alone, without another search.
 
 Sentences that say "at least" or "at most" are proofs; the others compare numbers of the cost model.
 """
@@ -18,10 +18,10 @@ __all__ = ["explain_plan"]
 
 
 def explain_plan(plan: Plan, problem: PlacementProblem) -> Explanation:
-    """Where memory and time go, what limits every replica, and why GPUs are idle.
+    """Explain where memory and time go, what limits every replica, and why GPUs are idle.
 
-    Replicas that differ in device names alone are explained once, under the number of the first of them:
-    ``bottlenecks`` has one sentence for each of these, in the order of their numbers.
+    Replicas that differ only in device names are explained once, under the number of the first. ``bottlenecks`` has one
+    sentence for each of these, in the order of their numbers.
 
     Raises:
         InvalidProblemError: the plan names devices, layers or settings that its problem does not have.

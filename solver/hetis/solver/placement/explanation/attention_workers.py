@@ -1,4 +1,4 @@
-"""What the pools of attention workers do for their stages, or why there are none."""
+"""Explanations of what pools of attention workers do for their stages, or why there are none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_POOLS = 3  # pools that the paragraph describes
 
 
 def attention_workers(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[str]:
-    """Sentences on the plan's pools; on what one would do to the busiest stage where there are none."""
+    """Yield sentences on the plan's pools, or if there are none, on what one would do to the busiest stage."""
     pools = [(view, i) for view in views for i, stage in enumerate(view.shape.stages) if stage.pool is not None]
     for view, i in pools[:MAX_POOLS]:
         yield _used_pool(view, i)
@@ -94,7 +94,7 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
 
 
 def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> str:
-    """Compare no pool with the one, of 1, 2, 4, ... or all idle cards, that costs the stage least time."""
+    """Compare no pool with the one, of 1, 2, 4, ... or all idle cards, that costs the stage the least time."""
     stage = view.shape.stages[i]
     cost, model = view.pool_cost(stage, gpu, link), view.problem.model
     groups, mix = cost.primary.shape.groups, view.mix
@@ -105,7 +105,7 @@ def _unused_pool(view: ReplicaView, i: int, gpu: str, idle: int, link: Link) -> 
     before_s = view.attention_s(stage)[0]
 
     def added_s(k: int, p: int) -> float:
-        """Seconds of a request and layer that the pool adds."""
+        """Return the seconds that the pool adds per request and layer."""
         pooled = replace(stage, pool=PoolShape(gpu=gpu, cards=p, head_groups=k, link=link))
         return mix.iterations * (max(view.attention_s(pooled)) - before_s) + mix.chunk_iterations * view.late_s(pooled)
 

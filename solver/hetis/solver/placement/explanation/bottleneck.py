@@ -1,4 +1,4 @@
-"""What limits a replica: its busiest stage, the latency limits and KV room it uses up, the next larger batch."""
+"""The limits of a replica: its busiest stage, the latency limits and KV room that it uses up, the next larger batch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from hetis.solver.placement.explanation.replica_view import ReplicaView
 from hetis.solver.placement.explanation.wording import in_bytes, in_time, in_time_above, stage_name
 from hetis.solver.plan import Role
 
-NEAR = 0.95  # a limit used to this share is said to bind
+NEAR = 0.95  # share of a limit from which it is said to bind
 
 
 def what_binds(view: ReplicaView) -> str:
-    """One sentence on the stage, the wire, the limits and the memory that keep the rate where it is."""
+    """Return one sentence on the stage, the wire, the limits and the memory that determine the rate."""
     times = view.times()
     busiest = view.busiest()
     rate = f"busy {in_time(busiest.total_s / busiest.copies)} of every {in_time(view.interval_s(times))}"
@@ -33,7 +33,7 @@ def what_binds(view: ReplicaView) -> str:
 
 
 def _wire(view: ReplicaView, busiest: StageTime) -> str:
-    """How long the KV of a request is on the wire, beside what its busiest stage takes."""
+    """Return how long the KV of a request is on the wire, compared with the time of its busiest stage."""
     if view.role is Role.UNIFIED:
         return ""
     way = "leaves" if view.role is Role.PREFILL else "arrives"
@@ -44,7 +44,7 @@ def _wire(view: ReplicaView, busiest: StageTime) -> str:
 
 
 def _limits(view: ReplicaView) -> str:
-    """Which of the latency limits and the KV room are nearly used up."""
+    """Return which of the latency limits and the KV room are nearly used up."""
     objective, one = view.problem.objective, view.replica
     said = [
         (value / limit, f"{name} {in_time(value)} of {in_time(limit)}")
@@ -63,7 +63,7 @@ def _limits(view: ReplicaView) -> str:
 
 
 def _next_size(view: ReplicaView, times: tuple[StageTime, ...]) -> str:
-    """What stands in the way of the next larger micro-batch; of a prefill replica, of the next larger chunk."""
+    """Return what prevents the next larger micro-batch, or for a prefill replica the next larger chunk."""
     family, b, C = view.problem.family, view.mix.micro_batch, view.mix.chunk_tokens
     prefills = view.role is Role.PREFILL
     larger = [

@@ -1,4 +1,4 @@
-"""Why GPUs are idle: what they are worth at the margin, why they make no replica alone, what they would do to one."""
+"""Explanations of idle GPUs: their marginal worth, why they make no replica alone, what they would do to another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hetis.solver.plan import ClassPrice, Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import LeaveOut
 
-NOTHING = 1e-6  # a dual below this share of the objective is none
+NOTHING = 1e-6  # share of the objective below which a dual counts as 0
 
 
 def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ...]) -> Iterator[IdleGpus]:
-    """The idle GPUs of every class, with the reasons."""
+    """Yield the idle GPUs of every class with the reasons."""
     for price, device_class in idle_classes(plan, problem):
         forbidden, idle = _forbidden(problem, device_class), price.available - price.used
         reasons = [f"{forbidden:,} of them are forbidden"] if 0 < forbidden < idle else []
@@ -30,7 +30,7 @@ def why_idle(plan: Plan, problem: PlacementProblem, views: tuple[ReplicaView, ..
 
 
 def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
-    """GPUs of a class that a wish leaves out."""
+    """Return the number of GPUs of a class that a constraint excludes."""
     out = [wish.gpus for wish in problem.will if isinstance(wish, LeaveOut)]
     if not out:
         return 0
@@ -43,7 +43,7 @@ def _forbidden(problem: PlacementProblem, device_class: DeviceClass) -> int:
 
 
 def idle_classes(plan: Plan, problem: PlacementProblem) -> list[tuple[ClassPrice, DeviceClass]]:
-    """Prices of classes with idle GPUs; the table of a plan lists the classes in their order."""
+    """Return the prices of classes with idle GPUs; a plan's table lists the classes in order."""
     classes = list(device_classes(problem.cluster))
     found = []
     for price in plan.prices:
@@ -79,16 +79,16 @@ def _reasons(
 
 
 def _costs(view: ReplicaView, device_class: DeviceClass, idle: int) -> list[DeviceCost]:
-    """One TP group of every size that so many GPUs allow."""
+    """Return the costs of one TP group of every size that ``idle`` GPUs allow."""
     sizes = [n for n in view.problem.family.tp_sizes if n <= min(idle, device_class.gpus_per_node)]
     usable = [n for n in sizes if rank_shape(view.problem.model, n) is not None]
     return [view.cost(device_class.gpu, n, device_class.intra) for n in usable]
 
 
 def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
-    """Why these GPUs make no replica of their own, where that can be proved in a line."""
+    """Yield why these GPUs make no replica of their own, if one line can prove it."""
     model, family, limit_s = view.problem.model, view.problem.family, view.problem.objective.tpot_limit_s
-    # A replica of one role has tokens of one kind alone.
+    # A replica of one role processes only one kind of tokens.
     least = (min(family.micro_batches), min(family.chunk_tokens))
     tokens = min(least) if family.splits_roles else sum(least)
     costs = _costs(view, device_class, idle)
@@ -100,7 +100,7 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     if held < repeated:
         yield f"the {idle:,} idle hold at most {held} of {repeated} layers, KV left out"
         return
-    # b n_it / O >= 1, so that TPOT is at least one plain iteration of one request.
+    # b n_it / O >= 1, so TPOT is at least one plain iteration of one request.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
     token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1))
     if limit_s is not None and token_s > limit_s:
@@ -110,7 +110,7 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
 
 
 def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[str]:
-    """What it does to the plan's main shape to move layers onto these GPUs."""
+    """Yield what moving layers onto these GPUs would do to the plan's main replica."""
     model, limit_s, mix = view.problem.model, view.problem.objective.tpot_limit_s, view.mix
     zones = tuple(dict.fromkeys((*view.fleet.zones_of(view.replica.devices()), device_class.zone)))
     link = device_class.link_in(view.problem.cluster, zones)
@@ -146,7 +146,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
 
 
 def _layer_s(view: ReplicaView, cost: DeviceCost) -> float:
-    """w of a repeated layer without attention workers."""
+    """Return w of a repeated layer without attention workers."""
     b, C = view.mix.micro_batch, view.mix.chunk_tokens
     own_s = float(cost.decode_attention_s(b * cost.shape.groups, cost.shape.queries_per_group))
     return view.per_request(

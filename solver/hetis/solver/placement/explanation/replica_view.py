@@ -1,4 +1,4 @@
-"""A planned replica taken apart: what the time of every stage and the memory of every card go to."""
+"""A planned replica in detail: how the time of every stage and the memory of every card are used."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from hetis.solver.workload import WorkloadMoments
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica of the plan and what its numbers follow from; letters are those of `docs/cost-model.md`."""
+    """A replica of the plan with the values its numbers follow from; letters are those of `docs/cost-model.md`."""
 
     problem: PlacementProblem
     moments: WorkloadMoments
-    fleet: Fleet  # the devices of all replicas that are explained
+    fleet: Fleet  # the devices of all explained replicas
     number: int
     count: int  # replicas like this one
     replica: ReplicaPlan
@@ -50,7 +50,7 @@ class ReplicaView:
         return self.shape.role
 
     def with_sizes(self, *, micro_batch: int, chunk_tokens: int) -> ReplicaView:
-        """The same stages with other micro-batches or chunks."""
+        """Return the same stages with other micro-batches or chunks."""
         mix = mix_of(self.moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
         return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch, chunk_tokens=chunk_tokens))
 
@@ -70,7 +70,7 @@ class ReplicaView:
         return self.mix.chunk_iterations * with_chunk_s + self.mix.plain_iterations * plain_s
 
     def layers(self, position: int) -> int:
-        """Layers of a stage, prefix layers included."""
+        """Return the layers of a stage, including prefix layers."""
         return self.shape.stages[position].layers + self._prefix(position)
 
     def _prefix(self, position: int) -> int:
@@ -84,7 +84,7 @@ class ReplicaView:
         return tuple(replace(part, is_bottleneck=part.total_s / part.copies == slowest_s) for part in parts)
 
     def busiest(self) -> StageTime:
-        """The stage that is busy for the largest share of the time."""
+        """Return the stage that is busy for the largest share of the time."""
         return next(part for part in self.times() if part.is_bottleneck)
 
     def _stage_time(self, i: int) -> StageTime:
@@ -132,7 +132,7 @@ class ReplicaView:
         )
 
     def attention_s(self, stage: StageShape) -> tuple[float, float]:
-        """Decode attention of one layer and iteration: on the stage's own ranks, and on its pool, exchange included."""
+        """Return seconds of decode attention per layer and iteration on own ranks, and on the pool with exchange."""
         cost, pool, b = self.stage_cost(stage), stage.pool, self.mix.micro_batch
         moved = 0 if pool is None else pool.head_groups
         own_s = float(cost.decode_attention_s(b * (cost.shape.groups - moved), cost.shape.queries_per_group))
@@ -141,7 +141,7 @@ class ReplicaView:
         return own_s, float(self.pool_cost(stage, pool.gpu, pool.link).attention_s(b, moved, pool.cards))
 
     def late_s(self, stage: StageShape) -> float:
-        """What shipping a chunk's KV to the stage's pool adds to one layer and iteration."""
+        """Return the seconds that shipping a chunk's KV to the stage's pool adds to one layer and iteration."""
         cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.micro_batch, self.mix.chunk_tokens
         if pool is None or C == 0:
             return 0.0
@@ -149,7 +149,7 @@ class ReplicaView:
         return float(self.pool_cost(stage, pool.gpu, pool.link).late_s(b, C, pool.head_groups, pool.cards, layer_s))
 
     def interval_s(self, times: tuple[StageTime, ...]) -> float:
-        """t"""
+        """Return t, the seconds between completions."""
         setting, copies = self._setting(), sum(part.copies for part in times)
         stretched_s = [
             (1 + slack(setting, stage, copies)) * part.total_s
@@ -161,7 +161,7 @@ class ReplicaView:
         return max(busiest_s, sum(stretched_s) / self.shape.in_flight, *cards_s)
 
     def shared_card_s(self) -> list[float]:
-        """Seconds of one request on the cards that several stages share, a number for each way of sharing."""
+        """Return the seconds of one request on cards shared by several stages, one number per group of stages."""
         return [busy_seconds(self._setting(), self.shape, positions) for positions in self.shape.shared_by]
 
     def _setting(self) -> Setting:
@@ -175,7 +175,7 @@ class ReplicaView:
         )
 
     def round_s(self, times: tuple[StageTime, ...]) -> float:
-        """Seconds between completions if nothing but the round trip held micro-batches back."""
+        """Return the seconds between completions if only the round trip limited micro-batches."""
         return sum(part.total_s for part in times) / self.shape.in_flight
 
     def least_slack(self) -> float:
@@ -186,7 +186,7 @@ class ReplicaView:
         return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
 
     def ttft_s(self, interval_s: float) -> float:
-        """p95 where completions are so far apart."""
+        """Return p95 TTFT at this interval between completions."""
         trips = ttft_round_trips(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
         if not trips:
             return 0.0
@@ -201,16 +201,16 @@ class ReplicaView:
     # --- memory
 
     def requests(self, copies: int) -> int:
-        """D b: requests whose KV a copy holds."""
+        """Return D b, the requests whose KV a copy holds."""
         return -(-self.shape.in_flight // copies) * self.mix.micro_batch
 
     def kv_tokens(self, copies: int) -> float:
-        """Tkv"""
+        """Return Tkv, the tokens whose KV a copy holds."""
         micro_batches = -(-self.shape.in_flight // copies)
         return kv_tokens_per_copy(self.problem.model, self.moments, self.problem.assumptions, self.mix, micro_batches)
 
     def prompt_tokens(self, copies: int) -> float:
-        """Tpre"""
+        """Return Tpre, the prompt tokens that a copy keeps of pooled groups."""
         return prompt_tokens_per_copy(self.moments, self.mix, -(-self.shape.in_flight // copies))
 
     def memory(self) -> Iterator[MemoryBar]:
@@ -220,7 +220,7 @@ class ReplicaView:
                 yield self._worker_memory(i, stage, stage.pool)
 
     def kv_fill(self) -> tuple[float, str]:
-        """Planned KV over the room for it, where it is scarcest, and where that is."""
+        """Return the ratio of planned KV to its room where that is scarcest, and the place."""
         fills = []
         for bar in self.memory():
             room = bar.kv_bytes + bar.free_bytes
@@ -242,7 +242,7 @@ class ReplicaView:
         return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
-        """The fullest card. Of a shared one the part of this stage, by its KV: the rest is not usable here."""
+        """Return the memory of the fullest card; of a shared card, other stages' part by KV is unusable here."""
         kv = self._worker_kv(i, stage, pool)
         bar = self._bar(i, "attention worker", pool.gpu, pool.cards * stage.copies, 0.0, kv, 0.0)
         shared_by = next((positions for positions in self.shape.shared_by if i in positions), (i,))
@@ -281,7 +281,7 @@ class ReplicaView:
 
 
 def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, ...]:
-    """The first replica of every shape."""
+    """Return the first replica of every shape."""
     first: dict[ReplicaPlan, int] = {}
     count: dict[ReplicaPlan, int] = {}
     for number, one in enumerate(plan.replicas):
@@ -304,13 +304,13 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
 
 
 def main_view(views: tuple[ReplicaView, ...]) -> ReplicaView:
-    """The shape that most of the traffic is decoded on: it speaks for the plan."""
+    """Return the shape on which most of the traffic is decoded, to represent the plan."""
     decoding = [view for view in views if view.role is not Role.PREFILL]
     return max(decoding or views, key=lambda view: view.count * view.replica.rate)
 
 
 def _nameless(one: ReplicaPlan) -> ReplicaPlan:
-    """The replica with the number of devices in place of their names."""
+    """Return the replica with numbers of devices instead of their names."""
     return replace(
         one,
         stages=tuple(replace(stage, devices=(str(len(stage.devices)),)) for stage in one.stages),
@@ -319,9 +319,7 @@ def _nameless(one: ReplicaPlan) -> ReplicaPlan:
 
 
 def _fleet_of(problem: PlacementProblem, names: set[str]) -> Fleet:
-    """The devices of these names, and one of every zone, so that all zones are known; the others of a large fleet are
-    not kept.
-    """
+    """Return the devices of these names, and one of every zone so that all are known, without the rest of the fleet."""
     is_out, devices, zones = left_out_by(problem.will), dict[str, Device](), set[str]()
     for device in problem.cluster.devices() if names else ():
         if device.name in names or (device.group.zone not in zones and not is_out(device)):

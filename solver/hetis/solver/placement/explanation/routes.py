@@ -1,4 +1,4 @@
-"""What limits the traffic between prefill and decode replicas: one of the sides, or the links between zones."""
+"""The limit on traffic between prefill and decode replicas: one of the sides, or the links between zones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hetis.solver.placement.explanation.wording import in_bytes
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 
-USED_UP = 1 - 1e-4  # a side whose traffic is this share of its rate is said to limit
-MAX_LINKS = 5  # that are told, the fullest first
+USED_UP = 1 - 1e-4  # share of a side's rate from which its traffic is said to limit
+MAX_LINKS = 5  # that are described, the fullest first
 
 
 def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """The sides, and every link between zones that KV crosses."""
+    """Yield sentences on the sides, and on every link between zones that KV crosses."""
     if all(replica.role is Role.UNIFIED for replica in plan.replicas):
         return
     yield _sides(plan)
@@ -23,7 +23,7 @@ def route_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
 
 
 def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """What the KV takes of the links between zones, the fullest first; nothing where all of it stays in its zone."""
+    """Yield how much KV uses the links between zones, the fullest first; nothing if all KV stays in its zone."""
     loads = _loads(plan, problem)
     links = sorted(loads, key=lambda pair: -loads[pair] / problem.cluster.network.zone_link(*pair).bytes_per_s)
     kv_bytes = _prompt_bytes(problem)
@@ -38,7 +38,7 @@ def link_sentences(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
 
 
 def _sides(plan: Plan) -> str:
-    """Rates of both sides, and which of them the traffic uses up."""
+    """Return the rates of both sides, and which of them the traffic uses up."""
     rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in (Role.PREFILL, Role.DECODE)}
     flow = sum(route.rate for route in plan.kv_routes)
     full = [role for role, rate in rates.items() if flow >= rate * USED_UP]
@@ -57,7 +57,7 @@ def _sides(plan: Plan) -> str:
 
 
 def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float]:
-    """Bytes/s of KV by zone pair, routes inside a zone left out."""
+    """Return bytes/s of KV by pair of zones, without routes inside a zone."""
     zone_of_node = {group.node_name(i): group.zone for group in problem.cluster.node_groups for i in range(group.count)}
     ends = {number for route in plan.kv_routes for number in (route.prefill, route.decode)}
     zones = {number: zone_of_node[node_of(plan.replicas[number].stages[0].devices[0])] for number in ends}
@@ -70,7 +70,7 @@ def _loads(plan: Plan, problem: PlacementProblem) -> dict[tuple[str, str], float
 
 
 def _prompt_bytes(problem: PlacementProblem) -> float:
-    """KV bytes of a mean prompt."""
+    """Return the KV bytes of a mean prompt."""
     workload = problem.workload.clipped_to(problem.model.max_position)
     prompt = workload.moments(block_tokens=problem.assumptions.block_tokens).mean_prompt
     return prompt * problem.model.kv_bytes_per_token()

@@ -1,4 +1,4 @@
-"""The KV of prompts on its way from prefill to decode replicas, as one side of it sees it."""
+"""Times of the KV of prompts on its way from prefill to decode replicas, as seen by one of the two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hetis.solver.cost import DeviceCost, Mix, PoolCost
 
 
 def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix: Mix) -> float:
-    """wire: seconds that the KV of one request takes in one layer, from a prefill stage or to a decode stage."""
+    """Return wire: seconds for the KV of one request and layer to leave a prefill stage or reach a decode stage."""
     if stage.kv_link is not None:  # a prefill stage
         return mix.chunk_iterations * float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
     moved = 0 if stage.pool is None else stage.pool.head_groups
@@ -18,6 +18,6 @@ def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix
 
 
 def landing_s(costs: list[DeviceCost], shape: ReplicaShape) -> float:
-    """What the last KV of a prompt adds to the TTFT of a prefill replica; 0 of every other."""
+    """Return the seconds that the last KV of a prompt adds to a prefill replica's TTFT; 0 for other roles."""
     links = [(cost, stage.kv_link) for cost, stage in zip(costs, shape.stages, strict=True)]
     return max((cost.landing_s(shape.chunk_tokens, link) for cost, link in links if link is not None), default=0.0)

@@ -1,4 +1,4 @@
-"""How an explanation writes stages and quantities."""
+"""Wording of stages and quantities in explanations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def in_time(seconds: float) -> str:
 
 
 def in_time_above(seconds: float, limit_s: float) -> str:
-    """A time above a limit with the digits that show it: 100.3 ms where the limit is 100 ms."""
+    """Return a time above a limit with enough digits to show it: 100.3 ms if the limit is 100 ms."""
     if in_time(seconds) != in_time(limit_s):
         return in_time(seconds)
     return f"{seconds:.4g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"

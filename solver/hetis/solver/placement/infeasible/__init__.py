@@ -1,12 +1,12 @@
-"""Why no plan exists: which requirements exclude one another, and what must give way for a plan to exist.
+"""The reasons why no plan exists: which requirements conflict, and what must change for a plan to exist.
 
-    Requirements  demand, limits, wishes, roles and strategy as asked; memory, links and cuts as fleet and model are
-    Trial of S    whether some plan keeps S, a part of them: the best rate under its limits, beside its demand
-    Conflict      an S that no plan keeps, and of which nothing can be left out (found by leaving out each in turn)
-    Relaxation    of a member of a conflict, the others kept: the best rate for a demand, the best latency for a limit,
-                  faster links, smaller weights, a wish gone; and GPUs to add, with nothing given up
+    Requirements  demand, limits, constraints, roles and strategy as requested; memory, links and cuts as given
+    Trial of S    whether some plan keeps a subset S of them: the best rate under its limits against its demand
+    Conflict      a minimal S that no plan keeps (found by leaving out each member in turn)
+    Relaxation    of a member of a conflict, keeping the others: the best rate for a demand, the best latency for a
+                  limit, faster links, smaller weights, a constraint dropped; or GPUs to add with nothing given up
 
-The same search that found no plan answers the trials, each until it is certain and no further.
+The search that found no plan also answers the trials, each until its result is certain and no further.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Infeasibility:
-    """Why a problem has no plan. ``reasons`` say all of it in sentences, the most telling first."""
+    """An explanation why a problem has no plan; ``reasons`` state all of it in sentences, the most telling first."""
 
     conflicts: tuple[Conflict, ...]
     relaxations: tuple[Relaxation, ...]
@@ -51,7 +51,7 @@ class Infeasibility:
 
 
 class ExplainedInfeasibleError(InfeasibleError):
-    """No plan of the family exists; ``why`` says the same as values."""
+    """No plan of the family exists; ``why`` gives the reasons as values."""
 
     def __init__(self, reasons: tuple[str, ...], why: Infeasibility) -> None:
         super().__init__(reasons)
@@ -67,10 +67,10 @@ def why_infeasible(
     market: Market | None = None,
     report: Report = silent,
 ) -> Infeasibility:
-    """What stands in the way of a problem that was proved infeasible, each member with what it would have to be.
+    """Explain a problem that was proved infeasible, with the change that each member of a conflict needs.
 
-    ``budget`` is the caller's: what it leaves no time for is said instead. ``market`` is asked for GPU types to add
-    beside those of the fleet; None: nothing is to be added.
+    ``budget`` is the caller's; the explanation says what there was no time for. ``market`` gives GPU types to add
+    besides those of the fleet; with None nothing is added.
     """
     trials = Trials(problem, budget if budget is not None else Budget(), seed, threads, report)
     trials.tell("no plan exists: finding out why")
@@ -102,13 +102,13 @@ def infeasible(
     market: Market | None = None,
     report: Report = silent,
 ) -> ExplainedInfeasibleError:
-    """`why_infeasible` as the error to raise."""
+    """Return `why_infeasible` as the error to raise."""
     why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
     return ExplainedInfeasibleError(why.reasons, why)
 
 
 def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str]:
-    """What needs no search: limits and a demand beyond what the GPUs do at dense work alone."""
+    """Yield what needs no search: limits and a demand beyond what the GPUs can do at dense work alone."""
     demand = [r for r in given if r.subject is Subject.DEMAND]
     limits = [r for r in given if r.subject in (Subject.TPOT, Subject.TTFT)]
     others, share = [r for r in given if r not in demand], trials.problem.assumptions.planned_utilisation
@@ -124,7 +124,7 @@ def _known_at_once(trials: Trials, given: Sequence[Requirement]) -> Iterator[str
 def _of_the_fleet(
     trials: Trials, given: Sequence[Requirement], fleet: Sequence[Requirement], market: Market | None
 ) -> Infeasibility:
-    """Nothing fits, whatever is asked: memory, or cuts that the model forbids; or no GPU can be used at all."""
+    """Explain why nothing fits whatever is requested: memory, forbidden cuts, or no usable GPU at all."""
     reason = why_nothing_fits(build_atlas(grounded(keeping(trials.problem, fleet)).problem))
     if not trials.of(()).exists:
         return Infeasibility(conflicts=(), relaxations=(), reasons=(reason,))
@@ -144,7 +144,7 @@ def _of_the_fleet(
 def _of_what_was_asked(
     trials: Trials, given: Sequence[Requirement], conflicts: Sequence[Conflict]
 ) -> Iterator[str | Relaxation]:
-    """Sentences about every conflict and its members, what was asked before what is there."""
+    """Yield sentences about every conflict and its members, with what was requested before what is given."""
     if len(conflicts) > 1:
         yield "several things are in the way, and all must give way: what is said of one supposes the others lifted"
     blamed = {member for conflict in conflicts for member in conflict.members}
@@ -168,7 +168,7 @@ def _of_what_was_asked(
 def _what_is_short(
     trials: Trials, given: Sequence[Requirement], rest: Sequence[Requirement], conflict: Conflict
 ) -> Iterator[str]:
-    """How much memory is missing, where it is that and no number of requests or seconds."""
+    """Yield how much memory is missing, if memory is the cause rather than a number of requests or seconds."""
     subjects = {member.subject for member in conflict.members}
     sums = any(isinstance(member.wish, Use | Replicas | AtMost) for member in conflict.members)
     if Subject.MEMORY in subjects and not sums and not subjects & {Subject.DEMAND, Subject.TPOT, Subject.TTFT}:

@@ -1,4 +1,4 @@
-"""Which requirements exclude one another: found by leaving out each in turn (a deletion filter)."""
+"""Conflicts among requirements, found by leaving out each in turn (a deletion filter)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.solver.placement.infeasible.trials import Trials
 class Conflict:
     """Requirements that no plan keeps together.
 
-    ``is_minimal``: for each of them a plan was found that keeps all others. False: a trial ended without an answer.
+    ``is_minimal`` if for each of them a plan was found that keeps all others; False if a trial ended without an answer.
     """
 
     members: tuple[Requirement, ...]
@@ -21,9 +21,9 @@ class Conflict:
 
 
 def conflicts_among(trials: Trials, given: Sequence[Requirement]) -> Iterator[Conflict]:
-    """Conflicts that have no member in common; what is left after the last can be kept, or nobody knows.
+    """Yield disjoint conflicts until the rest can be kept, or is not known to conflict.
 
-    ``given`` are kept by no plan. A requirement of the fleet may be in several conflicts: nobody can give it up.
+    No plan keeps ``given``. Requirements of the fleet may be in several conflicts, since they cannot be given up.
     """
     rest = tuple(given)
     is_first = True
@@ -37,7 +37,7 @@ def conflicts_among(trials: Trials, given: Sequence[Requirement]) -> Iterator[Co
 
 
 def _conflict_in(trials: Trials, given: Sequence[Requirement]) -> Conflict:
-    """A smallest part of ``given`` that no plan keeps."""
+    """Return a minimal subset of ``given`` that no plan keeps."""
     kept, is_minimal = list(given), True
     for requirement in given:
         without = [r for r in kept if r != requirement]

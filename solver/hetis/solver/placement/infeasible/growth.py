@@ -1,4 +1,4 @@
-"""The cheapest GPUs to add: for every type on offer the fewest with which a plan exists, the lowest rent first."""
+"""The cheapest GPUs to add: for every offered type the fewest with which a plan exists, the lowest rent first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hetis.solver.profile import Profile
 from hetis.solver.will import AtMost
 
 PER_NODE = 8
-COUNTS = (*range(1, PER_NODE + 1), 16, 24, 32, 48, 64)  # of GPUs to add: one node, then whole nodes
-OF_MARKET = 2  # types tried of the market by each kind of promise
+COUNTS = (*range(1, PER_NODE + 1), 16, 24, 32, 48, 64)  # GPUs to add: up to one node, then whole nodes
+OF_MARKET = 2  # types of the market that are tried for each kind of promise
 ADDED = "added"
 
 
@@ -35,7 +35,7 @@ Market = Callable[[], Sequence[Offer]]
 
 
 def growths(trials: Trials, kept: Collection[Requirement], market: Market) -> Iterator[Relaxation]:
-    """What to add so that all of ``kept`` can be kept; the cheapest found first."""
+    """Yield what to add so that all of ``kept`` can be kept, the cheapest first."""
     problem = keeping(trials.problem, kept)
     found: list[tuple[float, Relaxation]] = []
     for offer in () if trials.is_over() else _offers(trials.problem, market):
@@ -61,7 +61,7 @@ def _relaxation(offer: Offer, count: int, usd: float) -> Relaxation:
 
 
 def _offers(problem: PlacementProblem, market: Market) -> list[Offer]:
-    """The fleet's own types, then of the market the cheapest memory, the cheapest bandwidth, and the most of it."""
+    """Return the fleet's own types, then the market's with the cheapest memory, cheapest bandwidth, most bandwidth."""
     offers: dict[str, Offer] = {}
     for name in dict.fromkeys(slots.gpu for group in problem.cluster.node_groups for slots in group.gpus):
         offers[name] = Offer(gpu=problem.cluster.gpu_types[name], profile=problem.profiles[name])
@@ -79,12 +79,12 @@ def _offers(problem: PlacementProblem, market: Market) -> list[Offer]:
 def _fewest(
     trials: Trials, problem: PlacementProblem, demand_rps: float, offer: Offer, enough_usd: float
 ) -> int | None:  # fmt: skip
-    """The fewest of `COUNTS` with which a plan exists, below a rent; None if none was found."""
+    """Return the fewest of `COUNTS` with which a plan exists below a rent, or None if none was found."""
     counts = [n for n in COUNTS if n * offer.usd_per_hour < enough_usd or enough_usd == float("inf")]
     if not counts or trials.is_refuted_at_once(with_added(problem, offer, counts[-1]), demand_rps):
         return None
     last = len(counts) - 1
-    low, high, step = -1, -1, 0  # places in counts: none exists at `low`, one does at `high`
+    low, high, step = -1, -1, 0  # indices in counts: no plan exists at `low`, one does at `high`
     while step < len(counts):
         if trials.of_problem(with_added(problem, offer, counts[step]), demand_rps).exists:
             high = step
@@ -105,7 +105,7 @@ def _fewest(
 
 
 def with_added(problem: PlacementProblem, offer: Offer, count: int) -> PlacementProblem:
-    """The problem with so many GPUs more, in nodes of their own on the fleet's network, in its first zone."""
+    """Return the problem with ``count`` more GPUs in new nodes on the fleet's network, in its first zone."""
     cluster = problem.cluster
     per_node = min(count, PER_NODE)
     zones = cluster.zones()
@@ -125,7 +125,7 @@ def with_added(problem: PlacementProblem, offer: Offer, count: int) -> Placement
 
 
 def may_help(members: Collection[Requirement]) -> bool:
-    """Whether more GPUs could resolve a conflict of these: not one of wishes alone, or with a limit on them."""
+    """Return whether more GPUs could resolve this conflict: not if it limits GPUs or consists of constraints alone."""
     if any(isinstance(m.wish, AtMost) for m in members):
         return False
     return any(m.subject in (Subject.DEMAND, Subject.MEMORY, Subject.TPOT, Subject.TTFT) for m in members)

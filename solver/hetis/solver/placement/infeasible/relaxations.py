@@ -1,4 +1,4 @@
-"""How far a member of a conflict must give way, the others kept: each way is tried, and a plan was found."""
+"""Relaxations of a conflict's members while the others are kept; each one is tried and confirmed by a plan."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from hetis.solver.placement.infeasible.trials import Trials
 from hetis.solver.placement.infeasible.wording import listed, option_down, option_up, rounded_down
 from hetis.solver.will import AtMost, Replicas, Sum, Use, Wish
 
-PRECISION = 1.02  # a best latency is known this closely, as a ratio
-LINK_PRECISION = 1.2  # and how much faster links must be
+PRECISION = 1.02  # ratio to which a best latency is determined
+LINK_PRECISION = 1.2  # ratio to which the speed-up of links is determined
 FASTEST_LINKS = 1024.0
-MOST_SPENT = 1e4  # times what was allowed
+MOST_SPENT = 1e4  # largest ratio to the allowed amount
 SMALLER_WEIGHTS = ((1.0, "8-bit weights (fp8 or int8)"), (0.53, "4-bit weights"))  # bytes per parameter
 SMALLER_KV = 1.0  # bytes per element
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relaxation:
-    """A change with which a plan exists; ``sentence`` says what is known of it.
+    """A change with which a plan exists; ``sentence`` states what is known of it.
 
     Attributes:
-        about: what gives way; None: nothing does, the fleet grows.
+        about: the requirement that gives way; None if the fleet grows instead.
         change: what to do, in words.
-        option: the option that does it; empty: an input must change.
-        usd_per_hour: what it costs; None: not known, or nothing.
-        is_tried: whether a plan was found with it. False: the sentence only says what is out of reach.
+        option: the option that does it; empty if an input must change.
+        usd_per_hour: its cost; None if unknown or nothing.
+        is_tried: whether a plan was found with it; if False, the sentence only says what is out of reach.
     """
 
     about: Requirement | None
@@ -46,7 +46,7 @@ class Relaxation:
 
 
 def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Iterator[Relaxation]:
-    """Ways for one requirement to give way when ``others`` stay."""
+    """Yield ways in which one requirement can give way while ``others`` stay."""
     match member.subject:
         case Subject.DEMAND:
             yield _best_rate(trials, member, others)
@@ -65,7 +65,7 @@ def relaxations_of(trials: Trials, member: Requirement, others: Collection[Requi
 
 
 def _shown(others: Collection[Requirement]) -> list[Requirement]:
-    """What a number depends on, without what goes without saying."""
+    """Return the requirements that a number depends on, without those that go without saying."""
     return [r for r in others if not r.subject.is_of_fleet and r.subject not in (Subject.STRATEGY, Subject.ROLES)]
 
 
@@ -102,7 +102,7 @@ def _best_rate(trials: Trials, member: Requirement, others: Collection[Requireme
 
 
 def _best_latency(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
-    """Bisects between the limit and what a plan reaches without it."""
+    """Bisect between the limit and the latency of a plan found without it."""
     keeping_ = _beside(others)
     name = f"--{member.subject.name.lower()}"
     of_all = any(r.subject is Subject.DEMAND for r in others)
@@ -145,7 +145,7 @@ def _faster_links(trials: Trials, member: Requirement, others: Collection[Requir
 def smaller_memory(
     trials: Trials, member: Requirement, kept: Collection[Requirement]
 ) -> Iterator[Relaxation]:  # fmt: skip
-    """Weights of fewer bytes, the fewest changes first: the first that does; and a KV cache of fewer."""
+    """Yield the first smaller size of weights with which a plan exists, then a smaller KV cache if one exists."""
     model = trials.problem.model
     sizes = [(num_bytes, words) for num_bytes, words in SMALLER_WEIGHTS if num_bytes < model.weight_bytes]
     for num_bytes, words in sizes:
@@ -160,14 +160,14 @@ def smaller_memory(
 
 
 def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
-    """Whether a plan exists for the model with other bytes per number."""
+    """Return whether a plan exists for the model with other bytes per number."""
     problem = keeping(trials.problem, kept)
     smaller = replace(problem, model=replace(problem.model, **sizes))  # type: ignore[arg-type]
     return bool(trials.of_problem(smaller, demand_of(kept)).exists)
 
 
 def _fewer(trials: Trials, member: Requirement, wish: Use | Replicas, others: Collection[Requirement]) -> Relaxation:
-    """The most GPUs that can be in use, or the most replicas that a plan can have, beside the others."""
+    """Return the most GPUs that can be in use, or the most replicas of a plan, while keeping the others."""
     low, high = 0, wish.least
     if trials.of(others).exists is not True:
         return _gone(trials, member, others)
@@ -189,7 +189,7 @@ def _fewer(trials: Trials, member: Requirement, wish: Use | Replicas, others: Co
 
 
 def _more_allowed(trials: Trials, member: Requirement, wish: AtMost, others: Collection[Requirement]) -> Relaxation:
-    """The least rent, or the fewest GPUs, that do."""
+    """Return the least rent, or the fewest GPUs, with which a plan exists."""
     if trials.of(others).exists is not True:
         return _gone(trials, member, others)
 
@@ -210,14 +210,14 @@ def _more_allowed(trials: Trials, member: Requirement, wish: AtMost, others: Col
 def _with_wish(
     trials: Trials, member: Requirement, wish: Wish, changed: Wish, others: Collection[Requirement]
 ) -> bool | None:
-    """Whether a plan exists with one wish changed."""
+    """Return whether a plan exists with one constraint changed."""
     problem = keeping(trials.problem, [member, *others])
     problem = replace(problem, will=tuple(changed if w == wish else w for w in problem.will))
     return trials.of_problem(problem, demand_of(others)).exists
 
 
 def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) -> Relaxation:
-    """For what is there or not."""
+    """Return the relaxation that drops a requirement without a number."""
     exists = trials.of(others).exists
     if exists is None:
         return _unknown(member, "is in the way; no time was left to tell whether it alone is")
@@ -236,7 +236,7 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
 
 
 def _smallest(exists: Callable[[float], bool | None], precision: float, most: float) -> float | None:
-    """The smallest factor above 1 that does, by bisection; None if none was found."""
+    """Return the smallest factor above 1 for which a plan exists, by bisection, or None if none was found."""
     low, high = 1.0, 2.0
     while not exists(high):
         low, high = high, high * 4.0
@@ -252,5 +252,5 @@ def _smallest(exists: Callable[[float], bool | None], precision: float, most: fl
 
 
 def demand_of(kept: Collection[Requirement]) -> float:
-    """The demanded goodput among them; 0: none."""
+    """Return the demanded goodput among the requirements, or 0 without one."""
     return next((r.value for r in kept if r.subject is Subject.DEMAND), 0.0)

@@ -1,4 +1,4 @@
-"""What a plan must keep, as things that can be lifted one by one: a problem without some of them is a relaxation."""
+"""The requirements on a plan, which can be lifted separately: a problem without some of them is a relaxation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hetis.solver.will import Wish
 
 WIDEST = "hetis"  # the strategy that contains all searched ones
 FAST = Link(bytes_per_s=1e18, latency_s=0.0)
-PLENTY = 1000  # times the memory: more than the KV of any batch asks for
+PLENTY = 1000  # memory to add as a multiple of the weights, more than the KV of any batch needs
 
 
 class Subject(StrEnum):
-    """What a requirement is about. A conflict blames those named first last: they are left out first."""
+    """The subject of a requirement. A conflict leaves out earlier ones first and so blames them last."""
 
     DEMAND = "demand"  # requests/s of goodput
     TPOT = "mean TPOT limit"  # seconds
@@ -33,13 +33,13 @@ class Subject(StrEnum):
 
     @property
     def is_of_fleet(self) -> bool:
-        """Whether it is a fact of fleet and model, not something that was asked for."""
+        """Return whether it is a fact of fleet and model rather than a request."""
         return self in (Subject.CUTS, Subject.LINKS, Subject.MEMORY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """One of them; ``value`` of a demand or a limit, ``wish`` of a wish, else ``text`` says which."""
+    """One requirement, with the ``value`` of a demand or limit, the ``wish`` of a constraint, or a ``text``."""
 
     subject: Subject
     value: float = 0.0
@@ -61,7 +61,7 @@ class Requirement:
         return str(self.subject)
 
     def at(self, value: float) -> Requirement:
-        """The same limit or demand at another value."""
+        """Return the same limit or demand with another value."""
         return replace(self, value=value)
 
 
@@ -69,7 +69,7 @@ Requirements = frozenset[Requirement]
 
 
 def requirements_of(problem: PlacementProblem) -> tuple[Requirement, ...]:
-    """All of a problem, in the order in which a conflict leaves them out."""
+    """Return all requirements of a problem, in the order in which a conflict leaves them out."""
     return tuple(_requirements(problem))
 
 
@@ -91,7 +91,7 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
         yield Requirement(subject=Subject.STRATEGY, text=family.name)
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
-    if problem.cluster.num_gpus() > 1:  # of one node, too: the cost model charges a hop between any two stages
+    if problem.cluster.num_gpus() > 1:  # even in one node: the cost model charges a hop between any two stages
         yield Requirement(subject=Subject.LINKS)
     yield Requirement(subject=Subject.MEMORY)
 
@@ -101,10 +101,10 @@ def _roles_of(strategy: str) -> set[Role]:
 
 
 def keeping(problem: PlacementProblem, kept: Collection[Requirement]) -> PlacementProblem:
-    """The problem with these requirements alone, as one of the highest rate: whoever asks compares it to the demand.
+    """Return the problem with only these requirements, maximising the rate, which callers compare to the demand.
 
-    Every plan of ``problem`` is one of this: lifting links makes them too fast to matter, lifting memory makes much
-    more of it, at unchanged shares of the links between zones.
+    Every plan of ``problem`` is a plan of it: without links they are too fast to matter, and without memory there is
+    far more of it, at unchanged shares of the links between zones.
     """
     by_subject = {requirement.subject: requirement for requirement in kept}
     limits = {s: r.value for s, r in by_subject.items()}
@@ -156,7 +156,7 @@ def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
 
 
 def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
-    """Links between zones so much wider, those inside as they are."""
+    """Return a cluster with links between zones wider by ``factor``, and links inside zones unchanged."""
     zones, network = cluster.zones(), cluster.network
     between = {
         (a, b): network.zone_link(a, b) if a == b else _faster(network.zone_link(a, b), factor, latency=1.0)
@@ -167,13 +167,13 @@ def _with_zone_shares(cluster: Cluster, factor: float) -> Cluster:
 
 
 def with_links(cluster: Cluster, link: Link) -> Cluster:
-    """A cluster where this is the link between any two nodes."""
+    """Return a cluster with this link between any two nodes."""
     groups = tuple(replace(group, nic=None) for group in cluster.node_groups)
     return replace(cluster, node_groups=groups, network=Network(default=link))
 
 
 def with_faster_links(cluster: Cluster, factor: float) -> Cluster:
-    """A cluster whose links between nodes and zones have ``factor`` times the bandwidth, a fraction of the latency."""
+    """Return a cluster whose links between nodes and zones have ``factor`` times the bandwidth and 1/factor latency."""
     network = cluster.network
     groups = tuple(
         replace(group, nic=None if group.nic is None else _faster(group.nic, factor)) for group in cluster.node_groups

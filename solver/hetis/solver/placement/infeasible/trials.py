@@ -1,4 +1,4 @@
-"""Whether a plan exists that keeps some requirements: the search itself, ended as soon as the answer is certain."""
+"""Trials whether a plan keeps some requirements, by the search itself, which ends once the answer is certain."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
 
-MAX_TRIALS = 40  # for all reasons together
-GAP = 0.005  # of a best rate where the fleet is too large for an exact one
+MAX_TRIALS = 40  # over all reasons
+GAP = 0.005  # of a best rate if the fleet is too large for an exact one
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """Whether a plan exists that keeps some requirements, None: not known; and one, if so."""
+    """The answer to whether a plan keeps some requirements (None: unknown), and such a plan if one was found."""
 
     exists: bool | None
     atlas: Atlas | None = None
     outcome: Outcome | None = None
 
     def latency_s(self, subject: Subject, *, of_all: bool) -> float:
-        """What the replicas that have this latency reach: all of them where a demand needs all, else the best."""
+        """Return the latency of the worst replica if a demand needs all of them, otherwise of the best."""
         assert self.outcome is not None, "only asked of a plan that exists"
         assert self.atlas is not None
         a, family = self.atlas, self.atlas.problem.family
@@ -43,14 +43,14 @@ class Trial:
             if subject is Subject.TPOT and mix.role is not Role.PREFILL:
                 found.append(cost.tpot_per_interval(a.moments, mix, m) * template.interval_s)
             if subject is Subject.TTFT and mix.role is not Role.DECODE:
-                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # what a limit sets aside
+                slowest = a.scopes[template.scope].tables.landing_s[template.mix].max()  # reserved by a limit
                 found.append(least_ttft_limit_s(a, template) + float(slowest))
         return max(found) if of_all else min(found)
 
 
 @dataclass(slots=True)
 class Trials:
-    """Trials of one problem, each only once and no more than `MAX_TRIALS`."""
+    """Trials of one problem, each run once, with at most `MAX_TRIALS` searches."""
 
     problem: PlacementProblem
     budget: Budget
@@ -61,11 +61,11 @@ class Trials:
     _num_searches: int = 0
 
     def tell(self, phase: str) -> None:
-        """News: what is being found out."""
+        """Report what is being determined."""
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s()))
 
     def of(self, kept: Iterable[Requirement]) -> Trial:
-        """Whether a plan keeps these; the search ends as soon as that is certain."""
+        """Return whether a plan keeps these requirements; the search ends as soon as that is certain."""
         key = frozenset(kept)
         if key not in self._done:
             known = self._known(key)
@@ -73,14 +73,14 @@ class Trials:
         return self._done[key]
 
     def _known(self, key: Requirements) -> Trial | None:
-        """From earlier trials: a plan that keeps more, or that fewer cannot be kept."""
+        """Return an earlier trial that decides: a plan that keeps more, or a subset that cannot be kept."""
         for other, trial in self._done.items():
             if (trial.exists is True and other >= key) or (trial.exists is False and other <= key):
                 return trial
         return None
 
     def of_problem(self, problem: PlacementProblem, demand_rps: float) -> Trial:
-        """Whether a plan of a problem of the highest rate has this goodput: dense work, then equal stages may tell.
+        """Return whether a plan of a rate-maximising problem has this goodput; try dense work and equal stages first.
 
         A plan of equal stages may have several types in one role.
         """
@@ -101,30 +101,30 @@ class Trials:
         return self._search_until_certain(found, least)
 
     def is_refuted_at_once(self, problem: PlacementProblem, demand_rps: float) -> bool:
-        """Whether dense work alone proves that no plan of a problem has this goodput."""
+        """Return whether dense work alone proves that no plan of a problem has this goodput."""
         atlas = self._plain_atlas(problem)
         return atlas is None or is_out_of_reach(atlas, demand_rps / self.problem.assumptions.planned_utilisation)
 
     def best(self, kept: Iterable[Requirement]) -> Outcome | None:
-        """The best rate that keeps these; None if it was not found in time."""
+        """Return the best rate under these requirements, or None if it was not found in time."""
         atlas = self._atlas(keeping(self.problem, frozenset(kept)))
         return None if atlas is None or self.is_over() else self._search(atlas, self.budget.of_its_own(), silent)
 
     def rate_bound(self, kept: Iterable[Requirement]) -> float:
-        """Saturated requests/s that no plan of these exceeds, known without a search."""
+        """Return an upper bound on saturated requests/s under these requirements that takes no search."""
         atlas = self._plain_atlas(keeping(self.problem, frozenset(kept)))
         return 0.0 if atlas is None else rate_bound(atlas)
 
     def is_over(self) -> bool:
-        """Whether nothing more is tried."""
+        """Return whether no further trial may run."""
         return self._num_searches >= MAX_TRIALS or self.budget.is_spent()
 
     def _plain_atlas(self, problem: PlacementProblem) -> Atlas | None:
-        """Without attention workers, whose tables take longest to make: enough for dense work and equal stages."""
+        """Return tables without attention workers, which take longest; enough for dense work and equal stages."""
         return self._atlas(replace(problem, family=replace(problem.family, max_pool=0)))
 
     def _atlas(self, problem: PlacementProblem) -> Atlas | None:
-        """None where no GPU is left."""
+        """Return the tables of a problem, or None if no GPU is left."""
         found = grounded(problem)
         return None if found.is_empty else build_atlas(found.problem)
 
@@ -150,7 +150,7 @@ class Trials:
         try:
             return search(atlas, atlas.problem.family.name, budget, GAP, self.seed, self.threads, report)
         except NoPlanFoundError:
-            budget.cancelled.set()  # neither found nor refuted: as if it had been stopped
+            budget.cancelled.set()  # neither found nor refuted, as if the search had been stopped
             return None
 
 

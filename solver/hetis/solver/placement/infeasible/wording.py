@@ -1,4 +1,4 @@
-"""Numbers as an option takes them: three digits, never on the wrong side of what was shown."""
+"""Numbers in the form of options: three digits, never on the wrong side of what was shown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def listed(requirements: Iterable[Requirement]) -> str:
 
 
 def option_up(seconds: float) -> str:
-    """A time as an option takes it, never less than it is."""
+    """Return a time as an option, rounded up."""
     return _as_option(seconds, lambda value: -rounded_down(-value))
 
 
 def option_down(seconds: float) -> str:
-    """The same, never more than it is."""
+    """Return a time as an option, rounded down."""
     return _as_option(seconds, rounded_down)
 
 
@@ -28,7 +28,7 @@ def _as_option(seconds: float, rounded: Callable[[float], float]) -> str:
 
 
 def rounded_down(value: float) -> float:
-    """Three digits, not above the value."""
+    """Return three digits of a value, not above it."""
     if value == 0.0:
         return 0.0
     places = 2 - math.floor(math.log10(abs(value)))
