@@ -18,7 +18,7 @@ from hetis.solver.dispatch.problem import DeviceLoad, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.state import DispatchState
 
-LOOK_STEPS = 16  # steps of a micro-batch between two looks of re-dispatch
+LOOK_STEPS = 16  # steps of a micro-batch between two checks by re-dispatch
 
 
 class SharedCard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class SharedLink:
-    """One end of transfers: a direction of a network card, or of the link between two zones; used in order of arrival."""
+    """One end of transfers: a direction of a network card or the link between two zones; first come, first served."""
 
     __slots__ = ("busy_s", "free_s")
 

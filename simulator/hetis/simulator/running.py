@@ -178,7 +178,7 @@ _this: list[_Process] = []  # empty in the process that submits jobs
 
 
 def _begin(plan: Plan, problem: PlacementProblem, given: Synchronized[int], stop: Event) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the submitting process tells us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the submitting process sets `stop`
     _this.append(_Process(plan, problem, given, stop))
 
 

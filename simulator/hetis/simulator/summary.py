@@ -39,7 +39,7 @@ class Summary:
     devices: tuple[DeviceUse, ...]
 
     def within(self, limits: Limits) -> bool:
-        """Return whether the load is carried, if that can be told, and both latencies are within their limits."""
+        """Return whether the load is carried, if that is known, and both latencies are within their limits."""
         carried = self.growth.value <= MAX_GROWTH if self.steady is None else self.steady
         return carried and limits.met_by(ttft_s=self.ttft_p95_s.value, tpot_s=self.mean_tpot_s.value)
 

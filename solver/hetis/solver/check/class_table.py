@@ -69,7 +69,7 @@ def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
 
 
 class EqualDevices(NamedTuple):
-    """GPUs that no number of a plan can tell apart."""
+    """GPUs that no number of a plan distinguishes."""
 
     gpu: str
     zone: str

@@ -33,7 +33,7 @@ class DeviceSnapshot:
         total_blocks: KV blocks that a layer has there; for the primary, on all its cards together.
         status: whether it takes head groups.
         high_water: share of the blocks in use above which head groups should leave.
-        changed: it joined, came back, was lost or changed its speed since the last look of re-dispatch.
+        changed: it joined, came back, was lost or changed its speed since the last check by re-dispatch.
     """
 
     name: str

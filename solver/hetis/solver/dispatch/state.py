@@ -360,7 +360,7 @@ class DispatchState:
         self.stage = stage
 
     def mark_seen(self) -> None:
-        """Record that re-dispatch has looked at every changed device."""
+        """Record that re-dispatch has checked every changed device."""
         self._devices = [replace(device, changed=False) for device in self._devices]
 
     # --- internals

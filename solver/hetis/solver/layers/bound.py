@@ -130,7 +130,7 @@ class _Nodes:
         lengths = np.diff(starts, append=len(self.kind))
 
         def relaxed(price: float) -> tuple[float, float]:
-            """Return the bound at a price, and the layers that nodes want to compute beyond all there are."""
+            """Return the bound at a price, and the layers that nodes would compute in excess of the existing ones."""
             worth = price * self.held - linear
             wanted = np.minimum(np.maximum(worth / divisor, low), top)
             gain = np.where(usable, (worth - square * wanted) * wanted, 0.0)

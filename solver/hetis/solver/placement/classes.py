@@ -19,7 +19,7 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class DeviceClass:
-    """GPUs that the model cannot tell apart: one type, in nodes of one shape and zone, behind equal links."""
+    """GPUs that the model does not distinguish: one type, in nodes of one shape and zone, behind equal links."""
 
     gpu: str
     gpus_per_node: int  # of this type
