@@ -113,7 +113,7 @@ class PlacementProposals:
     # --- FleetObserver
 
     def capacity_changed(self, cluster: str) -> None:
-        """Note that a node was lost, is back, drains or joined; also to be called once for each cluster at the start."""
+        """Note that a node was lost, is back, drains or joined; to be called once per cluster at the start, too."""
         now_s = self._clock.monotonic()
         known = self._clusters.get(cluster)
         if known is None:

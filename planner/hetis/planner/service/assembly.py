@@ -256,7 +256,7 @@ async def open_planner(config: PlannerConfig) -> Succession:
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:
-    """Return the pool's settings. If callers are known, some capacity is reserved for other callers than the busiest."""
+    """Return the pool's settings. If callers are known, capacity is reserved for others than the busiest one."""
     solver = config.solver
     shared = config.asks_for_credentials
     return PoolSettings(

@@ -93,10 +93,11 @@ class Calls(grpc.aio.ServerInterceptor):
             await asyncio.wait(running)
 
     def end_revoked_streams(self) -> None:
-        """End the streams whose credentials now grant less than when they began: revoked, expired, of a lesser role or
-        scope.
+        """End the streams whose credentials now grant less than when they began.
 
-        Callers that are still allowed reconnect, and are checked again.
+        They may have been revoked, have expired, or be of a lesser role or scope. Callers that are still allowed
+        reconnect,
+        and are checked again.
         """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:

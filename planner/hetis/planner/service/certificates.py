@@ -34,7 +34,7 @@ class Certificates:
 
     @property
     def expiries_s(self) -> dict[str, float]:
-        """When the first certificate of each file expires, Unix seconds, read from the files as they are now."""
+        """The expiry of the first certificate of each file, Unix seconds, read from the files as they are now."""
         found = dict[str, float]()
         for path in self._paths:
             try:
@@ -52,9 +52,7 @@ class Certificates:
         )
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the new configuration, or None if nothing has changed; gRPC calls it in a thread before each
-        handshake.
-        """
+        """Return the new configuration, or None if nothing has changed; called in a thread before each handshake."""
         version, value = self.files.version, self.files.value
         if version == self._told:
             return None

@@ -32,8 +32,9 @@ _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partitio
 
 
 class RoleOption(StrEnum):
-    """The values of `hetis.planner.service.identity.CallerRole`, which is too slow to import for --help; a test
-    compares them.
+    """The values of `hetis.planner.service.identity.CallerRole`; a test compares them.
+
+    Importing that module would make --help slow.
     """
 
     VIEWER = "viewer"

@@ -36,9 +36,7 @@ class ConnectionLimits:
 
     @classmethod
     def of_descriptors(cls, limit: int, *, of_a_host: int | None = None) -> ConnectionLimits:
-        """Return the limits for a process's descriptors: three quarters for connections, a quarter of those for one
-        host.
-        """
+        """Return the limits for a number of descriptors: 3/4 of them for connections, 1/4 of those per host."""
         num = _UNLIMITED if limit == resource.RLIM_INFINITY else limit
         of_all = max(8, int(num * (1 - _KEPT_FOR_OTHERS)))
         return cls(of_all=of_all, of_a_host=min(of_all, of_a_host or max(2, int(of_all * _SHARE_OF_A_HOST))))

@@ -23,7 +23,7 @@ class Authenticator(Protocol):
 
     @property
     def reads_certificates(self) -> bool:
-        """Whether the connection may identify the caller; otherwise only the metadata of the call does."""
+        """Return whether the connection may identify the caller, and not only the call's metadata."""
         ...
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:

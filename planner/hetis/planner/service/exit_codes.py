@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ServiceExitCode(IntEnum):
-    """Exit codes of `hetis-planner`. 0 to 2 mean the same as for `hetis-plan`, where 3 to 7 and 10 have other meanings."""
+    """Exit codes of `hetis-planner`. 0 to 2 mean the same as for `hetis-plan`, whose 3 to 7 and 10 differ."""
 
     OK = 0
     INTERNAL = 1

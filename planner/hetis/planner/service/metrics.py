@@ -146,7 +146,7 @@ class ServiceMetrics:
         self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
-        """Note when each token and each certificate file expires, Unix seconds; expired tokens are counted separately."""
+        """Note when each token and certificate file expires, Unix seconds; expired tokens are counted separately."""
         ends_s = list(tokens_s)
         self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
         self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))

@@ -55,7 +55,7 @@ class Planner(OverviewSource, Protocol):
 
     @property
     def failures(self) -> Sequence[str]:
-        """What has failed for good, for people; empty if nothing has."""
+        """The parts that have failed for good, for people; empty if none has."""
         ...
 
     async def until_failed(self) -> None:
@@ -64,7 +64,7 @@ class Planner(OverviewSource, Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the planner can do its work now."""
+        """Return whether the planner can do its work now."""
         ...
 
     def require_leader(self, method: str) -> None:
@@ -237,7 +237,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
 
 
 async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner | None:
-    """Wait until the planner is open; return None if a signal came first, which does not wait for a store that hangs."""
+    """Wait until the planner is open; return None if a signal came first, even if the store hangs."""
     opened = asyncio.ensure_future(opening)
     asked = asyncio.create_task(signals.wait())
     try:
@@ -267,7 +267,7 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
 
 
 async def show_failure(planner: Planner, loops: Loops, server: PlannerServer) -> None:
-    """Wait for a failure, then report in health that no service serves; the page's ``/healthz`` checks independently."""
+    """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
     either = [asyncio.ensure_future(found) for found in (planner.until_failed(), loops.failed.wait())]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -292,12 +292,12 @@ def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfi
 
 
 def _leave_to_collector_what_is_new() -> None:
-    """Tune the garbage collector. A full collection blocks everything for 0.4 to 1 s with 3,000 agents; leases last 20
-    s.
+    """Tune the garbage collector, whose full collections block everything.
 
-    Modules and all objects made so far stay for good and are excluded. Later objects live long (agents, replicas) or
+    With 3,000 agents they take 0.4 to 1 s, and leases last 20 s. Modules and all objects made so far stay for good and
     are
-    freed by reference counting; cycles are few (errors with tracebacks, tasks), and are collected while young.
+    excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are few (errors with
+    tracebacks, tasks), and are collected while young.
     """
     gc.collect()
     gc.freeze()

@@ -140,7 +140,8 @@ class PlannerServer:
 
 
 def _must_be_free(address: str) -> None:
-    """
+    """Check that an address can be listened on.
+
     Raises:
         AddressError: in use, not of this machine, or not allowed.
     """
@@ -159,7 +160,7 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """Return what binding an address fails with."""
+    """Return the error of binding an address, or None."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -173,7 +174,7 @@ REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Lets tools such as grpcurl read the contract of ``services`` from the server."""
+    """Let tools such as grpcurl read the API of ``services`` from the server."""
     servicer: Any = reflection.aio.ReflectionServicer([*services, *REFLECTION_SERVICES])
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

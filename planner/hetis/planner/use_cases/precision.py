@@ -1,4 +1,4 @@
-"""Plans in a precision: the model as its weights and KV are kept, on the GPUs on which the engine runs it so."""
+"""Plans in a given precision: the model's weights and KV, and the GPUs on which the engine supports it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 
 
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
-    """The inputs with the model's weights or KV in another precision than its checkpoint's; None: as they are there."""
+    """Return the inputs with the model's weights or KV in another precision; None: as in its checkpoint."""
     model = dtypes.with_precision(loaded.inputs.model, weights=weights, kv=kv)
     asked = loaded.has_precision or weights is not None or kv is not None
     return replace(loaded, inputs=replace(loaded.inputs, model=model), has_precision=asked)
 
 
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
-    """The inputs without the GPUs on which the engine cannot run the model in its precision, and why they are left out.
+    """Return the inputs without the GPUs on which the engine cannot run the model in its precision.
 
-    A model in 16 bits keeps all GPUs, unless its precision was asked for. Doing it again changes nothing.
+    Notes give the reasons. A model in 16 bits keeps all GPUs unless its precision was requested. The function is
+    idempotent.
 
     Raises:
         InvalidProblemError: no GPU is left; says why.
@@ -54,7 +55,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
 
 
 def stages_that_do_not_start(plan: Plan, problem: PlacementProblem) -> Iterator[str]:
-    """Which GPUs of a plan's stages its engine does not run on, whatever the precision."""
+    """Yield the GPUs of a plan's stages on which its engine does not run, whatever the precision."""
     engine, gpus = problem.family.engine, gpu_types_of(problem.cluster)
     for name in dict.fromkeys(stage.gpu for replica in plan.replicas for stage in replica.stages):
         if engine is not None and engine.name in SUPPORT and (why := why_not(problem.model, gpus[name], engine.name)):
@@ -62,7 +63,7 @@ def stages_that_do_not_start(plan: Plan, problem: PlacementProblem) -> Iterator[
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
-    """The GPU types that a cluster has, by name."""
+    """Return the GPU types of a cluster by name."""
     return {slots.gpu: cluster.gpu_types[slots.gpu] for group in cluster.node_groups for slots in group.gpus}
 
 
