@@ -31,7 +31,7 @@ class Put:
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
     """Return the file read as ``value``, as it is, so that the planner's messages have its lines.
 
-    Standard input cannot be read twice, so the value is written anew.
+    Standard input cannot be read twice, so its value is serialised.
     """
     if path != "-":
         return document_of_file(path, kind)

@@ -8,7 +8,7 @@ from hetis.planner.convert.roles import TO_PROTO, role_of
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
 from hetis.v1 import replica_pb2
 
-MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, as plan.proto says
+MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, see plan.proto
 
 
 def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:

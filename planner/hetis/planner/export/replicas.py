@@ -153,7 +153,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
     """Return the parts of a plan that an engine can launch.
 
     Raises:
-        NotExportableError: there are none; with the reasons of all replicas.
+        NotExportableError: nothing can be launched; with the reasons of all replicas.
     """
     plan, changes = with_single_copies(plan)
     engine = settings.engine or engine_for(plan)

@@ -150,7 +150,7 @@ def _starting(now: Standing, around: Surroundings) -> Standing:
 
 
 def _serving(now: Standing, around: Surroundings) -> Standing:
-    """Choose anew between SERVING, DEGRADED and FAILED, from what the nodes report."""
+    """Choose again between SERVING, DEGRADED and FAILED, from the nodes' reports."""
     parts = around.parts
     gone = {node for node, part in parts.items() if part.is_lost or (part.held and part.state in _DOWN)}
     dense = sorted(gone & around.dense_nodes)

@@ -230,7 +230,7 @@ class ChangeCoordinator:
         elif kind == "abort" and is_unknown and node == self.authority:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)  # it was not permitted to flip, so it did not
         elif kind == "commit" and is_unknown and node == self.authority:
-            self._forgotten = failure  # the agent forgot: its engine may have flipped, and will say so when it is heard
+            self._forgotten = failure  # the agent forgot it: the engine may have flipped, as it will then report
             self._presume()
         elif kind == "resolved" and is_other_end:
             self.num_contradictions += 1  # it will not accept another outcome, however often it is sent

@@ -104,7 +104,7 @@ class ClusterFleet:
                 self.changes.resume(redispatch.body, now_s=now_s)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
-        """Take what the plan says of a replica; None if it cannot be read, so that the replica cannot be started."""
+        """Note the plan's content for a replica; None: the plan cannot be read, so the replica cannot be started."""
         replica = self.replicas.get(name)
         self.unprepared.pop(name, None)
         if replica is None:

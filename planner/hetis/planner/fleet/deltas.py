@@ -104,8 +104,8 @@ class ReplicaSlot:
         failure: what the node reported as wrong, or why it refused the assignment for good; None: nothing.
         is_believed: whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
         report: its last report of the replica; None if none came yet.
-        closed: ended changes whose outcome the node has acknowledged on this stream. What it still says of them gets no
-            answer, which it would only acknowledge again.
+        closed: ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no
+            answer, because the node would only acknowledge it again.
     """
 
     def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
@@ -138,7 +138,7 @@ class ReplicaSlot:
         return len(self._directives)
 
     def due_s(self, answer_s: float) -> float | None:
-        """Return when time alone may make a delta due, as no answer came or a try was put off; None: it never does."""
+        """Return when time alone may make a delta due (without an answer, or for a delayed retry), or None."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -175,7 +175,7 @@ class ReplicaSlot:
         self._told.pop(change_id, None)
 
     def restart(self, held: int, state: AssignmentState.ValueType) -> None:
-        """Begin a new stream with what the agent says it holds. A delta in flight is void and sent again."""
+        """Begin a new stream with the state reported by the agent. A delta in flight is void and sent again."""
         self.state = state
         self.hold(held)
         self._in_flight = None
@@ -248,10 +248,10 @@ class ReplicaSlot:
         return before != (self.held, self.state, self.failure, False)
 
     def hold(self, generation: int) -> None:
-        """Note the generation that the node says it holds.
+        """Note the generation held by the node, as reported.
 
-        An impossible number is not passed on to other nodes: the replica is left alone here until the node says
-        otherwise.
+        An impossible number is not passed on to other nodes: the replica is left alone here until the node reports
+        another one.
         """
         was_believed, self.is_believed = self.is_believed, generation <= self._most_held()
         if self.is_believed:

@@ -29,7 +29,7 @@ from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # for the first message of a stream
-_MOST_REQUEST_BYTES = 2**20  # as docs/api.md says
+_MOST_REQUEST_BYTES = 2**20  # see docs/api.md
 _STOOD_STILL = 4.0  # ticks; a longer gap between two means that the planner itself was suspended
 
 Request = agent_service_pb2.ConnectNodeRequest

@@ -25,7 +25,7 @@ from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
 
 PROTOCOL_VERSION = 1
-_MOST_FOREIGN = 1000  # replicas not its own about which a node is heard
+_MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report
 _MOST_REMOVALS = 16  # in flight per node
 
 Request = agent_service_pb2.ConnectNodeRequest
@@ -287,7 +287,7 @@ class NodeLink:
             return []
         found, self._outbox = self._outbox, []
         self._wake(now_s)
-        # A slot without a delta in flight has nothing to send until it is changed, except for tries that were put off.
+        # A slot without a delta in flight has nothing to send until it is changed, except for delayed retries.
         active, self._active = self._active, set()
         for replica in sorted(active):
             slot = self._slots[replica]

@@ -169,7 +169,7 @@ def _counts(side: Side) -> dict[str, tuple[int, int]]:
 
 
 def what_if_document(found: WhatIf) -> dict[str, Any]:
-    """The answer as plain data, both plans in full."""
+    """Return the answer as plain data, both plans in full."""
     return {
         "apiVersion": "hetis/v1",
         "kind": "WhatIf",

@@ -70,7 +70,7 @@ FilePath = Annotated[str, Field(min_length=1)]
 
 
 class StatusPagePart(DocumentPart):
-    """The read-only JSON page over HTTP. It asks for no credentials, so it is local unless ``public``.
+    """The read-only JSON page over HTTP. It requires no credentials, so it is local unless ``public``.
 
     ``hosts`` are the names that requests may use besides addresses, ``localhost`` and this machine's own name.
     """

@@ -27,7 +27,7 @@ class AuditedChange:
     """The subject of an audit line. Each field has a column; the hash covers the fields in this order.
 
     Attributes:
-        caller, role: the name of credentials, and what they were given for.
+        caller, role: the name of credentials, and the role they were given for.
         method: such as ``CreateCluster``.
         resource: its name; empty where there was none.
         request_id: as the caller gave it.

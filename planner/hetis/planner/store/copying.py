@@ -101,7 +101,7 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
 def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] = time.time) -> tuple[int, int]:
     """Replace a store's content by a backup's in one transaction; return the number of records and the new epoch.
 
-    Epoch and versions are above those of the backup, of what is replaced, and of what the clock says, so that stores
+    Epoch and versions are above those of the backup, of the replaced store and of the clock, so that stores
     restored from one backup at different times do not share them.
 
     Args:

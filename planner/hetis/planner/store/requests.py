@@ -7,7 +7,7 @@ import sqlalchemy as sa
 import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
 
-KEPT_S = 24 * 3600.0  # as docs/api.md says
+KEPT_S = 24 * 3600.0  # see docs/api.md
 
 
 class RequestTable:

@@ -142,7 +142,7 @@ class Store:
         return epoch
 
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
-        """Wait until nobody leads, then lead and return the epoch. Meanwhile `leader` says who leads."""
+        """Wait until nobody leads, then lead and return the epoch. Meanwhile `leader` names the leader."""
         while True:
             wait_s = _LOOK_S
             try:
@@ -197,7 +197,7 @@ class Store:
         ended = self._ended
         try:
             self._require_decision()
-            # The context says who the caller is, for work that writes the audit log.
+            # The context contains the caller, for work that writes the audit log.
             writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
         except ServiceError as error:

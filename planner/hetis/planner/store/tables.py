@@ -20,7 +20,7 @@ R = TypeVar("R", bound=Record)
 After = str | tuple[float, str] | None
 Filter = str | int | bool | Collection[str] | Collection[int]
 
-KEPT_REDISPATCHES = 1000  # per cluster, as redispatch.proto says
+KEPT_REDISPATCHES = 1000  # per cluster, see redispatch.proto
 
 
 class TableView(Generic[R]):

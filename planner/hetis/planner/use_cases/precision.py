@@ -31,7 +31,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     idempotent.
 
     Raises:
-        InvalidProblemError: no GPU is left; says why.
+        InvalidProblemError: no GPU is left; with the reason.
     """
     inputs = loaded.inputs
     model, is_plain = inputs.model, inputs.model.weights in ("", "bf16") and inputs.model.kv_bytes == 2

@@ -119,7 +119,7 @@ class StagePlanner:
 def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], StateSnapshot]:
     """Return the moves, up to the first misfit, that can be reserved now at their targets, and the resulting state.
 
-    The moves left out need room, or head groups, that others bring. They are computed anew when these have arrived.
+    The moves left out need room, or head groups, that others bring. They are computed again when these have arrived.
     """
     state = DispatchState.of(snapshot)
     kept, bundles = list[Move](), list[list[int]]()

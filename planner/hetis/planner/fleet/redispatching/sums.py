@@ -20,7 +20,7 @@ changed.
 
 A report usually costs a few microseconds: with loads at least ``s`` times those of the last computed bound, the
 bound is at least ``s`` times as high (s <= 1), and with loads at most ``s`` times those, at most ``s`` times as high
-(s >= 1). It is computed anew only if that does not decide.
+(s >= 1). It is computed again only if that does not decide.
 """
 
 from __future__ import annotations

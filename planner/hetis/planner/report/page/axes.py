@@ -20,7 +20,7 @@ ROOM = 1.06  # above the highest value
 
 
 def chart_of(panel: Panel) -> Chart:
-    """Return the drawn panel; if the panel says so, an axis of times that spans decades is logarithmic."""
+    """Return the drawn panel; if the panel requires it, an axis of times that spans decades is logarithmic."""
     xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
     tops = [_tops(line) for line in panel.lines]
     highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0

@@ -1,7 +1,7 @@
 """A plan's results when every coefficient of its profiles is off: the spread, the runner-up, the regret.
 
 All of it is priced by `FixedPlan`, with fixed GPUs, layers and head groups. *As planned* keeps micro-batches and
-chunks, so limits may be missed; *within limits* chooses engine settings anew, which needs no new plan.
+chunks, so limits may be missed; *within limits* chooses engine settings again, which needs no new plan.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Robustness:
         samples: number of random draws from ``seed``.
         rate, ttft_s, tpot_s: as planned.
         missed: share of the samples in which a latency limit is missed as planned.
-        rate_within: with engine settings chosen anew so that limits hold; ``worst`` over the samples only.
+        rate_within: with engine settings chosen again so that limits hold; ``worst`` over the samples only.
         short: share of the samples in which the demanded rate is not reached within limits; None without a demand.
         corners: the corner cases, as planned.
         runner_up, regret: None if no other plan was searched for (objectives cost and gpus) or found.
