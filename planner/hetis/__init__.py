@@ -1,13 +1,13 @@
-"""Plans LLM serving on mixed GPU fleets, with a proof of how good each plan is.
+"""Plans for LLM serving on mixed GPU fleets, with a proof of how good each plan is.
 
     import hetis
 
     plan = hetis.place("cluster.yaml", "Llama-2-70B", "azure_conv_2023", tpot="200ms")
     plan.report("report.html", simulate=True)
 
-Whatever is named here is imported when it is first used: importing `hetis` loads nothing but this module, so that
-agents and engines, which use packages inside it, need none of the libraries of the planner. `hetis` is spread over
-several folders of the source tree (and is one folder of an installation), which is why it looks for the others.
+Everything named here is imported on first use: importing `hetis` loads nothing but this module, so that agents and
+engines, which use packages inside it, need none of the planner's libraries. `hetis` is spread over several folders
+of the source tree (and is one folder in an installation), which is why it looks for the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The caller on whose behalf something is done: the one of the call that is being answered, or the planner itself."""
+"""The present caller: the one whose call is being answered, or the planner itself."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Caller:
     """Somebody who changes things.
 
     Attributes:
-        name: of a token or a certificate; what quotas count by.
-        role: that the credentials were given for.
+        name: of a token or a certificate; quotas count by it.
+        role: of the credentials.
     """
 
     name: str
@@ -20,16 +20,16 @@ class Caller:
 
 
 PLANNER = Caller(name="planner", role="planner")
-"""The planner itself: proposals, and what it begins again after a restart."""
+"""The planner itself: proposals, and work resumed after a restart."""
 
 _present: ContextVar[Caller] = ContextVar("hetis_present_caller", default=PLANNER)
 
 
 def present_caller() -> Caller:
-    """Return the caller that asked for what this task does."""
+    """Return the caller on whose behalf this task works."""
     return _present.get()
 
 
 def set_present_caller(caller: Caller) -> None:
-    """Set the caller for the rest of this task, and for the tasks that it starts."""
+    """Set the caller for the rest of this task, and for the tasks it starts."""
     _present.set(caller)

@@ -1,7 +1,7 @@
-"""What a call to the planning service can fail with: a stable reason, a status code, numbers for programs.
+"""Failures of calls to the planning service: a stable reason, a status code, and numbers for programs.
 
 HetisError (hetis.solver.errors)
-+-- ServiceError   raised by resources, jobs and fleet; the service turns it into a status with details, in one place
++-- ServiceError   raised by resources, jobs and fleet; turned into a status with details in one place, the service
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Reason = failure_pb2.ErrorReason
 
 
 class ServiceError(HetisError):
-    """A call cannot be done, for a reason that programs can act on.
+    """A failed call, with a reason that programs can act on.
 
     Attributes:
         reason: the stable cause.
-        metadata: the keys that stand at the reason in ``failure.proto``.
-        violations: every field that is wrong.
-        retry_after_s: when to try again; None: not said.
+        metadata: by the keys listed at the reason in ``failure.proto``.
+        violations: every wrong field.
+        retry_after_s: when to try again; None: unspecified.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class ServiceError(HetisError):
 
     @property
     def reason_name(self) -> str:
-        """The name of the reason as ``ErrorInfo.reason`` has it, without the prefix."""
+        """Return the name of the reason as in ``ErrorInfo.reason``, without the prefix."""
         return Reason.Name(self.reason).removeprefix(REASON_PREFIX)
 
     def to_proto(self) -> failure_pb2.Failure:
-        """The same inside a message."""
+        """Return the failure as part of a message."""
         return failure_pb2.Failure(
             reason=self.reason, message=str(self), field_violations=self.violations, metadata=self.metadata
         )
 
 
 def code_of_reason(reason: Reason.ValueType) -> grpc.StatusCode:
-    """The status code that a failure with a reason has; UNKNOWN: of a newer planner."""
+    """Return the status code for a reason; UNKNOWN for one of a newer planner."""
     return CODE_OF_REASON.get(reason, grpc.StatusCode.UNKNOWN)
 
 
@@ -77,7 +77,7 @@ def etag_mismatch(name: str, *, given: str, present: str) -> ServiceError:
 
 
 def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry_after_s: float) -> ServiceError:
-    """One caller has used up what one caller may have."""
+    """Return the error of a caller that has used up its quota."""
     return ServiceError(
         Reason.ERROR_REASON_QUOTA_EXCEEDED,
         message,
@@ -87,7 +87,7 @@ def quota_exceeded(caller: str, quota: str, message: str, *, limit: float, retry
 
 
 def invalid_fields(violations: Iterable[failure_pb2.FieldViolation]) -> ServiceError:
-    """Every wrong field of a request, in one error."""
+    """Return one error with all wrong fields of a request."""
     found = tuple(violations)
     message = "; ".join(f"{violation.field}: {violation.description}" for violation in found)
     return ServiceError(Reason.ERROR_REASON_INVALID_FIELD, message, violations=found)
@@ -98,7 +98,7 @@ def invalid_field(field: str, description: str) -> ServiceError:
 
 
 def invalid_document(error: DocumentError, field: str) -> ServiceError:
-    """A document of a request that cannot be used; ``field`` is its path from the request."""
+    """Return the error of an unusable document in a request; ``field`` is its path from the request."""
     violations = [
         failure_pb2.FieldViolation(
             field=f"{field}#{problem.path}" if problem.path else field, description=str(problem), line=problem.line or 0

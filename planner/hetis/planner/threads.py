@@ -1,10 +1,10 @@
 """Threads for work that would stall the event loop.
 
-`run_in_thread_gc_paused` is for large documents and plans: such work makes a million objects or more and hardly a
-cycle, and collections would walk them again and again, each in one go in which the loop stands still
-(docs/planner.md, "Large documents"). `run_in_daemon_thread` is for work that nobody needs to wait for when the process
-ends, as compiling, which takes up to a minute: threads of executors are joined when the event loop and the interpreter
-end, so that SIGTERM would wait for the compiler.
+`run_in_thread_gc_paused` is for large documents and plans. Such work creates a million objects or more and hardly
+any cycles, and collections would traverse them again and again, each time stopping the loop until it is done
+(docs/planner.md, "Large documents"). `run_in_daemon_thread` is for work that nobody needs to wait for when the
+process ends, such as compiling, which takes up to a minute: threads of executors are joined when the event loop and
+the interpreter end, so that SIGTERM would wait for the compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Never, ParamSpec, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
-_LONGEST_PAUSE_S = 60.0  # where such work never ends because more comes all the time
+_LONGEST_PAUSE_S = 60.0  # collect again after this if such work never ends because more keeps coming
 _MOST_AT_A_TIME = 2  # they share one interpreter: more would not be faster, and each takes memory
 _threads = ThreadPoolExecutor(_MOST_AT_A_TIME, thread_name_prefix="hetis-gc-paused")
 _unwanted: contextvars.ContextVar[threading.Event | None] = contextvars.ContextVar("unwanted", default=None)
@@ -34,8 +34,8 @@ _working = set[threading.Thread]()
 async def run_in_thread_gc_paused(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Run ``work`` in a thread with garbage collection paused, and return its result.
 
-    At most two run at a time, the others wait. Where the caller is cancelled, work that waits never begins, and work
-    that runs ends when it next calls `stop_if_unwanted`.
+    At most two run at a time; others wait. If the caller is cancelled, waiting work never starts, and running work ends
+    when it next calls `stop_if_unwanted`.
     """
     unwanted = threading.Event()
 
@@ -69,7 +69,7 @@ class UnwantedError(Exception):
 
 
 class _GcPause:
-    """Garbage collection of this process, paused while anybody holds the pause."""
+    """A pause of this process's garbage collection while anybody holds it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -98,7 +98,7 @@ _gc_pause = _GcPause()
 
 
 async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
-    """Run ``work`` in a thread of its own, which ends with the process, and return its result."""
+    """Run ``work`` in a daemon thread of its own, and return its result."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -123,9 +123,9 @@ async def run_in_daemon_thread(work: Callable[[], T], *, name: str) -> T:
 
 
 def exit_process(code: int) -> Never:
-    """End the process as `sys.exit` does; at once while a daemon thread works.
+    """End the process as `sys.exit` does, but at once while a daemon thread works.
 
-    The interpreter would tear down under a compiler that still runs, and crash now and then.
+    Otherwise the interpreter would tear down under a compiler that still runs, and crash now and then.
     """
     if not _working:
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""Latest states for watchers: whoever reads slowly misses states in between, never the last one."""
+"""Latest states for watchers: a slow reader misses states in between, never the last one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TERM_BITS = 33  # eight billion events per term, a billion terms (restored stor
 
 @dataclass(frozen=True, slots=True)
 class Event(Generic[K, V]):
-    """The state of ``key`` after a change; ``value`` is None when it is gone. ``time_s`` is the Unix time."""
+    """The state of ``key`` after a change; ``value`` is None if it is gone. ``time_s`` is the Unix time."""
 
     sequence: int
     key: K
@@ -25,10 +25,10 @@ class Event(Generic[K, V]):
 
 
 class Hub(Generic[K, V]):
-    """The last state of every key, and who waits for the next one; of one event loop.
+    """The last state of every key, and the watchers waiting for the next one; for one event loop.
 
-    Sequences grow across restarts: each leadership term has numbers of its own. A key that is gone is remembered so
-    that watchers who resume hear of it, up to ``most_gone`` of them; `is_too_old` tells who must begin anew.
+    Sequences grow across restarts: each leadership term has numbers of its own. Keys that are gone are remembered so
+    that resuming watchers learn of it, up to ``most_gone`` of them; `is_too_old` returns whether one must start anew.
     """
 
     def __init__(self, epoch: int, *, most_gone: int = 10_000) -> None:
@@ -43,11 +43,11 @@ class Hub(Generic[K, V]):
 
     @property
     def sequence(self) -> int:
-        """The number of the last event."""
+        """Return the number of the last event."""
         return self._last
 
     def publish(self, key: K, value: V | None, *, now_s: float) -> int:
-        """Makes ``value`` the state of ``key`` and wakes all watchers; None: the key is gone."""
+        """Make ``value`` the state of ``key`` and wake all watchers; None: the key is gone."""
         self._last += 1
         before = self._events.pop(key, None)
         self._num_gone += (value is None) - (before is not None and before.value is None)
@@ -66,7 +66,7 @@ class Hub(Generic[K, V]):
         return after != 0 and not max(self._first, self._oldest_gone) <= after <= self._last
 
     def close(self) -> None:
-        """Ends all watches."""
+        """End all watches."""
         self._closed = True
         self._wake()
 

@@ -1,4 +1,4 @@
-"""The `hetis-plan` command line: one module per verb, `app` ties them together.
+"""The `hetis-plan` command line: one module per verb, combined by `app`.
 
-Nothing heavy is imported at the top of these modules: ``hetis-plan --help`` must answer at once.
+Nothing heavy is imported at the top of these modules, so that ``hetis-plan --help`` answers at once.
 """

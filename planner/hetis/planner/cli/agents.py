@@ -1,4 +1,4 @@
-"""``hetis-plan agents``: the nodes of a cluster, what their agents say, and how full their KV is."""
+"""``hetis-plan agents``: the nodes of a cluster, what their agents report, and how full their KV is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hetis.v1 import cluster_pb2
 
 
-MAX_DIFFERENCES = 20  # told one by one; a fleet that is not there yet has thousands
+MAX_DIFFERENCES = 20  # shown one by one; a fleet that is not there yet has thousands
 _BAR_WIDTH = 8
 
 

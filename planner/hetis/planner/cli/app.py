@@ -108,13 +108,13 @@ def hetis_plan(
 
 
 def main() -> NoReturn:
-    """Entry point of the ``hetis-plan`` command."""
+    """Run the ``hetis-plan`` command and exit."""
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code; every error has become a message on stderr."""
-    if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script that `completion` printed asks for words
+    """Run one command line and return its exit code; every error has become a message on stderr."""
+    if "_HETIS_PLAN_COMPLETE" in os.environ:  # the script printed by `completion` asks for words
         from typer.completion import completion_init  # type: ignore[attr-defined]  # imported there, not exported
 
         completion_init()
@@ -122,10 +122,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _defaults() -> dict[str, dict[str, Any]] | None:
-    """What files of defaults say of every verb; None where there are none."""
+    """Return the options of every verb set by files of defaults, or None without such files."""
     try:
         folder = Path.cwd()
-    except OSError:  # it is gone
+    except OSError:  # the current folder is gone
         return None
     if not default_files(folder):
         return None
@@ -142,7 +142,7 @@ def _defaults() -> dict[str, dict[str, Any]] | None:
 
 
 def _verbs(group: Any) -> Iterator[tuple[str, Any]]:
-    """Every verb with its command; those of a group as ``cluster.discover``."""
+    """Yield every verb with its command; those of a group as ``cluster.discover``."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from ((f"{name}.{inner}", one) for inner, one in _verbs(command))

@@ -1,4 +1,4 @@
-"""``hetis-plan apply``: make the planner have what files say, solve on it, put plans in force."""
+"""``hetis-plan apply``: give the planner clusters and profiles from files, solve on it, put plans in force."""
 
 from __future__ import annotations
 

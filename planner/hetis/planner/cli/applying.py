@@ -1,4 +1,4 @@
-"""What ``apply`` does, step by step: documents, then a plan, then its activation."""
+"""The steps of ``apply``: documents, then a plan, then its activation."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Application:
 
     Attributes:
         activate: put the plan in force.
-        wait: until the search is over, and until the plan is in force.
+        wait: wait until the search is over, and until the plan is in force.
         dry_run: check everything, change nothing.
-        plan_id: of a new plan; empty: the planner chooses.
+        plan_id: id of a new plan; empty: the planner chooses.
         out: where to save the plan's document.
     """
 
@@ -51,7 +51,7 @@ class Application:
     _done: list[Put] = field(default_factory=list)
 
     def run(self, *, files: tuple[str, ...], goal: Goal, plan_file: str | None) -> ExitCode:
-        """Does all of it, in the order of what needs what.
+        """Do everything, in the order of dependencies.
 
         Raises:
             DocumentError: a file is not usable; nothing was changed.
@@ -60,7 +60,7 @@ class Application:
         if self.out is not None:
             refuse_unwritable(self.out)
         goal.refuse_contradictions(plan_file)
-        # Every file is read before the first call: a typing error in the last changes nothing.
+        # Read every file before the first call, so that a typing error in the last one changes nothing.
         values = [(path, load(path)) for path in files if not path.startswith("plans/")]
         plans = [path for path in files if path.startswith("plans/")]
         values += goal.documents()
@@ -117,7 +117,7 @@ class Application:
         return made
 
     def _follow(self, plan: plan_pb2.Plan) -> ExitCode:
-        """From a plan that was made to what was wanted of it."""
+        """Take a created plan as far as requested: wait for it, save it, put it in force."""
         if self.dry_run:
             return self._show(plan)
         if not self.wait and plan.state not in _WITH_ANSWER:
@@ -134,7 +134,8 @@ class Application:
         return self._put_in_force(plan) if self.activate else self._show(plan)
 
     def _put_in_force(self, plan: plan_pb2.Plan) -> ExitCode:
-        # With the cluster's etag: a plan that somebody else activates while we look is a conflict, not overwritten.
+        # With the cluster's etag, so that a plan activated by somebody else meanwhile is a conflict and not
+        # overwritten.
         named = cluster_service_pb2.GetClusterRequest(name=plan.cluster, view=view_pb2.VIEW_BASIC)
         cluster = self.client.clusters.GetCluster(named).cluster
         answer = self.client.plans.ActivatePlan(

@@ -1,4 +1,4 @@
-"""``hetis-plan audit``: who changed what, when, and what became of it."""
+"""``hetis-plan audit``: who changed what, when, and with what outcome."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ ADVICE = {
 
 
 def report_call_failure(terminal: Terminal, error: CallError, address: str, *, is_plain: bool = False) -> ExitCode:
-    """Prints a failed call on stderr and returns the exit code that says so. ``is_plain``: it was made without TLS."""
+    """Print a failed call on stderr and return its exit code. ``is_plain``: the call was made without TLS."""
     message = str(error)
     if not error.reason and error.is_unreachable:
         timed_out = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -68,11 +68,11 @@ def _advice(error: CallError, *, is_plain: bool) -> str:
         return _how_to_reach(str(error), is_plain=is_plain)
     try:
         return ADVICE.get(error.reason, "").format_map(error.metadata)
-    except KeyError:  # a planner that says less than the contract asks for
+    except KeyError:  # a planner that sends less than the contract requires
         return ""
 
 
-# What gRPC says where both sides spoke, but one of them TLS and the other not, or of other authorities.
+# What gRPC reports when both sides talk, but only one of them uses TLS, or they trust different authorities.
 _BROKEN_OFF = ("socket closed", "connection reset", "broken pipe", "end of tcp stream", "goaway", "preface")
 _TLS = ("ssl", "tls", "handshak", "certificate", "security")
 
@@ -89,5 +89,5 @@ def _how_to_reach(message: str, *, is_plain: bool) -> str:
     )
     if any(sign in said for sign in (*_TLS, *_BROKEN_OFF)):
         return f"TLS fails: {tls}"
-    # Of a host with several addresses gRPC tells the last failure only, which may be of one that nobody listens on.
+    # For a host with several addresses gRPC reports only the last failure, perhaps of one where nobody listens.
     return f"is hetis-planner running? --server or HETIS_SERVER says where. If it is: {tls}"

@@ -1,4 +1,4 @@
-"""``hetis-plan catalog``: the GPUs, models, workloads and strategies that can be named."""
+"""``hetis-plan catalog``: the GPUs, models, workloads and strategies known by name."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def catalog(
 
 
 def _suggest(terminal: Terminal, containing: str, which: Catalogue) -> None:
-    """A text that is in no name is told with the nearest one: an empty list alone would look like all there is."""
+    """Warn about a text that is in no name, with the nearest name: an empty list alone would look like all there is."""
     from hetis.formats import catalogue
     from hetis.formats.errors import did_you_mean
     from hetis.solver.placement.strategies import STRATEGIES

@@ -1,4 +1,4 @@
-"""``hetis-plan check PLAN``: does the plan keep what it promises."""
+"""``hetis-plan check PLAN``: whether the plan keeps its promises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-# Proved by the search; a plan holds no more of the proof than its result.
+# Proved by the search; a plan file contains the result of the proof only.
 ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up")
 
 

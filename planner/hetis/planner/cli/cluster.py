@@ -1,4 +1,4 @@
-"""``hetis-plan cluster discover``: a cluster file from what kubectl, nvidia-smi, Slurm or Ray print."""
+"""``hetis-plan cluster discover``: a cluster file from the output of kubectl, nvidia-smi, Slurm or Ray."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def compare(
 
 
 def _judge(compared: Sequence[Compared]) -> ExitCode:
-    """Success where there is something to choose from and nothing is broken."""
+    """Return success if there is something to choose from and nothing is broken."""
     from hetis.planner.use_cases.compare import FAILED
 
     if any(outcome.status == FAILED for outcome in compared):

@@ -1,4 +1,4 @@
-"""``hetis-plan convert TRACE --out FILE``: a trace in our form, from the logs and data sets that people have."""
+"""``hetis-plan convert TRACE --out FILE``: a trace in hetis' form, from common logs and data sets."""
 
 from __future__ import annotations
 

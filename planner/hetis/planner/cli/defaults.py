@@ -1,7 +1,7 @@
-"""Defaults of options from files: ``hetis.toml`` of the project, below it the user's.
+"""Defaults of options from files: the project's ``hetis.toml``, and below it the user's.
 
-A table named like a verb (``[place]``, ``[cluster.discover]``) holds options of that verb, and what stands before all
-tables holds for every verb that has the option. The command line comes first, then the project's verb, the project,
+A table named like a verb (``[place]``, ``[cluster.discover]``) sets options of that verb, and settings before all
+tables apply to every verb that has the option. The command line comes first, then the project's verb, the project,
 the user's verb, the user.
 """
 
@@ -16,11 +16,11 @@ from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_pr
 
 NAME = "hetis.toml"
 
-Options = Mapping[str, Mapping[str, str]]  # of every verb: what its options are called on the command line, and inside
+Options = Mapping[str, Mapping[str, str]]  # by verb: the names of its parameters, by their names on the command line
 
 
 def default_files(folder: Path) -> list[Path]:
-    """The user's file and the project's, as far as they are there; a project's is in the folder or in one above it."""
+    """Return the files that exist, the user's first; a project's file is in the folder or in one above it."""
     configuration = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     user = configuration / "hetis" / NAME
     project = next((above / NAME for above in (folder, *folder.parents) if (above / NAME).is_file()), None)
@@ -29,10 +29,10 @@ def default_files(folder: Path) -> list[Path]:
 
 
 def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
-    """Defaults of every verb by the names of its parameters, from the files that hold for a folder.
+    """Return defaults for every verb by parameter name, from the files that apply to a folder.
 
     Raises:
-        DocumentError: a file is no TOML, or names a verb or an option that there is not.
+        DocumentError: a file is not TOML, or names a verb or an option that does not exist.
     """
     found: dict[str, dict[str, Any]] = {}
     problems: list[Problem] = []
@@ -48,8 +48,8 @@ def default_map(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator[tuple[str, str, Any]]:
-    """Verb, parameter and value of everything a file says, what is for one verb after what is for all."""
-    import tomllib  # a tenth of what starting takes, for those who have a file
+    """Yield verb, parameter and value of every setting of a file: those for one verb after those for all."""
+    import tomllib  # a tenth of the start-up time, so only for those who have a file
 
     try:
         said = tomllib.loads(file.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def _settings(file: Path, options: Options, problems: list[Problem]) -> Iterator
 
 
 def _as_given(value: Any) -> Any:
-    """As the command line would have it: texts, and yes or no."""
+    """Return a value as the command line would have it: text, or yes or no."""
     if isinstance(value, list):
         return [_as_given(one) for one in value]
     return value if isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""``hetis-plan dispatch``: on which devices the head groups of new requests should live."""
+"""``hetis-plan dispatch``: on which devices the head groups of new requests should be placed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def dispatch(
     sentences = explain_dispatch(found) if explain else None
     saved = True
     if out is not None:
-        # Not saved: the answer is printed all the same, and the machine is to blame, not the input.
+        # If this fails, print the answer all the same; the machine is to blame, not the input.
         try:
             save(found.saved, out)
             terminal.say(f"saved {out}")

@@ -1,4 +1,4 @@
-"""``hetis-plan doctor``: can this installation plan, and how fast."""
+"""``hetis-plan doctor``: whether this installation can plan, and how fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--dry-run``: a whole call checked, files, names, options and what they mean together, and nothing solved."""
+"""``--dry-run``: check a whole call (files, names, options and their combination), and solve nothing."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def say_what_would_be_solved(
     time_limit_s: float,
     engine: str | None = None,
 ) -> ExitCode:
-    """The answer of a call that is in order.
+    """Print the answer to a call without errors.
 
     Args:
         problems: what would be planned.
         strategies: families of plans, or heuristics.
-        solves: searches, one after another, each with the time limit.
-        engine: whose rules plans would keep to; None: any.
+        solves: number of searches, one after another, each with the time limit.
+        engine: whose rules plans would keep; None: any.
     """
     from rich.text import Text
 

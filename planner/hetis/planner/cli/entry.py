@@ -1,4 +1,4 @@
-"""Where the commands begin: `hetis-plan`, and ``python -m hetis.planner.cli``."""
+"""Entry point of `hetis-plan` and of ``python -m hetis.planner.cli``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Entry point of the ``hetis-plan`` command; the base install has it too, but not what it needs."""
+    """Run the ``hetis-plan`` command; the base install has it too, but not the libraries it needs."""
     try:
         from hetis.planner.cli.app import main as run_and_exit
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""How `hetis-plan` ends. Scripts may rely on these numbers; docs/cli.md lists them."""
+"""Exit codes of `hetis-plan`. Scripts may rely on these numbers; docs/cli.md lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of every verb. 10 is kept free for differences that were found."""
+    """Exit codes of every verb. 10 is reserved for differences found."""
 
     OK = 0
     INTERNAL = 1
@@ -21,7 +21,7 @@ class ExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """In one line; what comes before the comma is the short form."""
+        """Return the meaning in one line; the part before the comma is the short form."""
         return _MEANINGS[self]
 
 

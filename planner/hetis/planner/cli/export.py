@@ -157,13 +157,13 @@ def _listed(lines: Sequence[str]) -> list[str]:
 
 
 def _on_stdout(path: str, text: str) -> str:
-    """Manifests are one stream; scripts say where each is from."""
+    """Return a file as part of one stream of manifests, or as a script under its path."""
     head = "---\n" if path.endswith(".yaml") else ""
     return f"{head}# {path}\n{text}"
 
 
 def _hosts(texts: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Addresses by node, and the nodes that have two."""
+    """Return addresses by node, and complaints about nodes with two."""
     hosts, wrong = dict[str, str](), list[str]()
     for text in texts:
         node, _, host = text.rpartition("=")

@@ -1,4 +1,4 @@
-"""Errors as messages: which exit code each has and what is printed. Imported only once something has failed."""
+"""Errors as messages and exit codes. Imported only once something has failed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError
 
 
 def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCode:
-    """Prints what went wrong, never a traceback, and returns the exit code that says so.
+    """Print what went wrong, never a traceback, and return the exit code.
 
-    Where programs read stdout, they find it there, too: a document of ``kind: Error`` on one line of JSON.
+    If programs read stdout, print it there, too: a document of ``kind: Error`` on one line of JSON.
     """
     terminal = terminal or in_use.get() or Terminal()
     if not terminal.prints_tables:
@@ -33,14 +33,14 @@ def report_failure(error: Exception, terminal: Terminal | None = None) -> ExitCo
 
 
 def say_failure(error: Exception, terminal: Terminal) -> ExitCode:
-    """The message alone, on stderr, for a verb that has printed a document of its own."""
+    """Print the message alone on stderr, for a verb that has printed a document of its own."""
     code, message, details = describe(error)
     terminal.error(message, details)
     return code
 
 
 def describe(error: Exception) -> tuple[ExitCode, str, list[str]]:
-    """Exit code, headline, and the lines below it."""
+    """Return the exit code, the headline and the lines below it."""
     match error:
         case DocumentError():
             count = plural(len(error.problems), "problem")

@@ -1,4 +1,4 @@
-"""Which family of plans to search: ``--strategy hexgen``, ``--roles prefill,decode``; names come from the registry."""
+"""The family of plans to search: ``--strategy hexgen``, ``--roles prefill,decode``; names come from the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL_STRATEGIES = ALL_ENGINES = "all"
 
 
 def strategy(text: str) -> str:
-    """The name of a strategy."""
+    """Parse the name of a strategy."""
     from hetis.formats.errors import did_you_mean
     from hetis.solver.placement.strategies import STRATEGIES
 
@@ -29,7 +29,7 @@ def strategy(text: str) -> str:
 
 
 def engine(text: str) -> str:
-    """The name of an engine, or ``any``."""
+    """Parse the name of an engine, or ``any``."""
     from hetis.formats.errors import did_you_mean
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
@@ -40,14 +40,14 @@ def engine(text: str) -> str:
 
 
 def weights(text: str) -> str:
-    """The precision of weights."""
+    """Parse the precision of weights."""
     from hetis.formats.dtypes import PRECISIONS
 
     return _one_of(text, PRECISIONS)
 
 
 def kv(text: str) -> str:
-    """The precision of KV."""
+    """Parse the precision of KV."""
     from hetis.formats.dtypes import KV_PRECISIONS
 
     return _one_of(text, KV_PRECISIONS)
@@ -63,13 +63,13 @@ def _one_of(text: str, known: Collection[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """Engines by name; a class of its own, for typer takes a tuple for several arguments."""
+    """Engines by name; a class of its own, because typer takes a tuple for several arguments."""
 
     names: tuple[str, ...]
 
 
 def engines(text: str) -> Engines:
-    """Names of engines with commas between them, each once; ``all`` for every one, with ``any``."""
+    """Parse names of engines separated by commas, each once; ``all`` for every one, with ``any``."""
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
     if text == ALL_ENGINES:
@@ -78,7 +78,7 @@ def engines(text: str) -> Engines:
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> EngineRules | None:
-    """What ``--engine`` and its limits ask for; None: any engine will do, as for published heuristics by default."""
+    """Return the rules set by ``--engine`` and its limits. None: any engine, as for published heuristics by default."""
     from hetis.planner.use_cases.sources import engine_rules as rules_of
     from hetis.solver.errors import InvalidProblemError
 
@@ -89,7 +89,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits) -> Engi
 
 
 def rules_of_engines(asked: Engines | None, limits: ReplicaLimits) -> dict[str, EngineRules | None]:
-    """The rules of engines by name, those that are limited with their limits; ``any`` unless others are asked for."""
+    """Return rules by engine name, with the limits if they apply to it; only ``any`` unless engines were requested."""
     from hetis.planner.use_cases.sources import ReplicaLimits
     from hetis.solver.placement.engines import ANY_ENGINE
 
@@ -102,13 +102,13 @@ def rules_of_engines(asked: Engines | None, limits: ReplicaLimits) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Strategies:
-    """Strategies by name; a class of its own, for typer takes a tuple for several arguments."""
+    """Strategies by name; a class of its own, because typer takes a tuple for several arguments."""
 
     names: tuple[str, ...]
 
 
 def strategies(text: str) -> Strategies:
-    """Names of strategies with commas between them, each once; ``all`` for every one."""
+    """Parse names of strategies separated by commas, each once; ``all`` for every one."""
     from hetis.solver.placement.strategies import STRATEGIES
 
     names = [name.strip() for name in text.split(",")]
@@ -120,7 +120,7 @@ def strategies(text: str) -> Strategies:
 
 
 def roles(text: str) -> frozenset[Role]:
-    """Roles with commas between them; prefill and decode replicas need one another."""
+    """Parse roles separated by commas; prefill and decode replicas need one another."""
     from hetis.formats.errors import did_you_mean
 
     known, names = [role.value for role in Role], [name.strip().lower() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""Options of the verbs that ask about another fleet: what joins, what leaves, what nodes it comes in."""
+"""Options of the verbs that plan for another fleet: which GPUs join or leave, and in which nodes."""
 
 from __future__ import annotations
 

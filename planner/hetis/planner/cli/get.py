@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class GetFormat(StrEnum):
-    """`OutputFormat`, and one form that only lists have."""
+    """`OutputFormat`, and one form for lists only."""
 
     TABLE = "table"
     WIDE = "wide"
@@ -92,7 +92,7 @@ _LIST_KINDS = {
 
 
 def fetched(client: Client, what: str, name: str) -> Any:
-    """One resource, whole."""
+    """Read one resource, whole."""
     from hetis.v1 import cluster_service_pb2 as clusters
     from hetis.v1 import plan_service_pb2, profile_service_pb2
 
@@ -111,7 +111,7 @@ def fetched(client: Client, what: str, name: str) -> Any:
 
 
 def listed(client: Client, what: str, cluster: str) -> list[Any]:
-    """All of a kind; those of a cluster where one is named."""
+    """Read all resources of a kind; those of one cluster if ``cluster`` is not empty."""
     match what:
         case "clusters":
             return [one for one in client.list_clusters() if cluster in ("", one.name)]

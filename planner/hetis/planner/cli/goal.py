@@ -1,4 +1,4 @@
-"""What a plan is wanted for, as the command line says it, and as the planner wants to hear it."""
+"""The goal of a plan, from the options of the command line to the planner's messages."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Goal:
 
     @property
     def solves(self) -> bool:
-        """Whether there is a problem to solve."""
+        """Return whether there is a problem to solve."""
         return self.model is not None or self.workload is not None
 
     def refuse_contradictions(self, plan_file: str | None) -> None:
-        """Says before any call what is missing or too much."""
+        """Refuse missing and contradictory options before any call."""
         if self.solves and plan_file is not None:
             raise typer.BadParameter("--plan is an answer already: it goes without --model and --workload")
         missing = [
@@ -76,7 +76,7 @@ class Goal:
             raise typer.BadParameter(f"--objective {self.objective.value} needs --rate")
 
     def documents(self) -> list[tuple[str, Any]]:
-        """Files of the cluster and of profiles, read.
+        """Read the files of the cluster and of profiles.
 
         Raises:
             DocumentError: one of them is not usable.
@@ -91,12 +91,12 @@ class Goal:
                 yield profile, load_profile(profile)
 
     def plan(self, client: Client) -> plan_pb2.Plan:
-        """The plan to create."""
+        """Return the plan to create."""
         assert self.cluster is not None
         return plan_pb2.Plan(cluster=self._cluster_name(self.cluster), spec=self._spec())
 
     def cluster_of_plan(self, client: Client, plan: Plan) -> str:
-        """The cluster that an imported plan is for: the one named, or the one whose document it was made from."""
+        """Return the cluster of an imported plan: the one named, or the one whose document it was made from."""
         if self.cluster is not None:
             return self._cluster_name(self.cluster)
         made_from = plan.inputs.get("documents", {}).get("cluster", {}).get("name", "")
@@ -167,7 +167,7 @@ class Goal:
 
 
 def _is_file(text: str) -> bool:
-    """A path, as opposed to a name: it says so by its form, or it is there."""
+    """Return whether a text is a path and not a name: by its form, or because it exists."""
     return text.endswith((".yaml", ".yml", ".json")) or Path(text).exists()
 
 

@@ -1,4 +1,4 @@
-"""Pages of HTML that a verb saves."""
+"""HTML pages saved by verbs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.planner.cli.plan_files import STDOUT, refuse_missing_library, refuse_
 
 
 def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
-    """Says before the work what would keep the page from being made; None: nobody asks for one.
+    """Refuse before the work a page that could not be saved; None: no page was requested.
 
     Args:
         beside: where the verb saves something else; its table goes to standard output in any case.
@@ -32,7 +32,7 @@ def refuse_page(path: Path | None, *, beside: Path | None = None) -> None:
 
 
 def refuse_unwritable_page(path: Path) -> None:
-    """The same for a verb that prints nothing else.
+    """Refuse the same for a verb that prints nothing else.
 
     Raises:
         DocumentError: the page cannot be written there.
@@ -43,7 +43,7 @@ def refuse_unwritable_page(path: Path) -> None:
 
 
 def save_page(terminal: Terminal, page: str, path: Path) -> None:
-    """Writes the page, on standard output for ``-``.
+    """Write the page, on standard output for ``-``.
 
     Raises:
         DocumentError: the file cannot be written.
@@ -56,7 +56,7 @@ def save_page(terminal: Terminal, page: str, path: Path) -> None:
 
 
 def save_page_or_tell(terminal: Terminal, page: str, path: Path) -> bool:
-    """The same before a verb prints what else it has. False: said why it failed."""
+    """Save the page before the verb prints its answer; return False after a failure, which was reported."""
     try:
         save_page(terminal, page, path)
     except DocumentError as error:

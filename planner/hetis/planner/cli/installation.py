@@ -1,4 +1,4 @@
-"""What an installation must have to plan: a Python, libraries that agree, a cache for compiled code, a machine."""
+"""The requirements of planning: a Python, libraries that fit together, a cache for compiled code, a machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.planner.use_cases.versions import LIBRARIES, installed_versions
 
 MIN_PYTHON = (3, 11)
 MIN_MEMORY_BYTES = 2 * 2**30
-# HiGHS release inside each OR-Tools release: highspy must bring the same one, or their symbols clash in one process.
+# HiGHS release in each OR-Tools release: highspy must have the same, or their symbols clash in one process.
 HIGHS_IN_ORTOOLS = {"9.15": "1.12"}
 _PROBE_TIMEOUT_S = 60
 
@@ -46,7 +46,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """One finding of the examination."""
 
     subject: str
     verdict: Verdict
@@ -54,7 +54,7 @@ class Finding:
 
 
 def examine() -> tuple[Finding, ...]:
-    """Looks at everything; takes a few seconds, for the solvers are loaded in processes of their own."""
+    """Examine everything; takes a few seconds, because the solvers are loaded in processes of their own."""
     return (_python(), *_libraries(), *_solver_orders(), _compiled_code_cache(), _cores(), _memory())
 
 
@@ -90,7 +90,7 @@ def _release(version: str) -> str:
 
 
 def _solver_orders() -> Iterator[Finding]:
-    """Both libraries hold a HiGHS; whichever is loaded first must leave the other one working."""
+    """Yield whether the solvers work in both import orders: both contain HiGHS, and neither must break the other."""
     if any(util.find_spec(name) is None for name in ("highspy", "ortools")):
         return
     for name, first, second in (
@@ -102,7 +102,7 @@ def _solver_orders() -> Iterator[Finding]:
 
 
 def _failure_of(program: str) -> str | None:
-    """The last line that a Python program complained with; None when it ran well."""
+    """Return the last line of a Python program's error output, or None after success."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
@@ -115,7 +115,7 @@ def _failure_of(program: str) -> str | None:
 
 
 def _compiled_code_cache() -> Finding:
-    """Numba keeps compiled code beside the source, or else in the user's cache folder."""
+    """Return where Numba keeps compiled code: beside the source, or else in the user's cache folder."""
     folder = Path(os.environ["NUMBA_CACHE_DIR"]) if os.environ.get("NUMBA_CACHE_DIR") else _solver_folder()
     fallback = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     for candidate in (folder, fallback):

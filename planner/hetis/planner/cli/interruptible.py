@@ -1,4 +1,4 @@
-"""A solve that Ctrl-C can stop: the first asks for the incumbent, the second leaves at once."""
+"""Interruptible solving: the first Ctrl-C asks for the incumbent, the second one exits at once."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_POLL_S = 0.1  # how often the waiting thread looks up; signals are handled in between
+_POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
 _ABORTED = 130
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:
-    """Runs ``work`` in a second thread while this one, the main thread, listens for Ctrl-C.
+    """Run ``work`` in a second thread while this one, the main thread, listens for Ctrl-C.
 
-    Python handles signals only between the bytecodes of the main thread: a solver that stays in compiled code for
-    seconds would be deaf. The first SIGINT sets ``cancelled`` (the search then returns its incumbent) and calls
-    ``on_cancel``; the second ends the process at once with 130, for nothing can end a thread in compiled code.
+    Python handles signals only between the bytecodes of the main thread, so a solver that stays in compiled code for
+    seconds would not react. The first SIGINT sets ``cancelled`` (the search then returns its incumbent) and calls
+    ``on_cancel``; the second one ends the process at once with 130, because nothing can end a thread in compiled code.
     """
     if threading.current_thread() is not threading.main_thread():
-        return work()  # signals are somebody else's: a test runner, a service
+        return work()  # signals belong to somebody else: a test runner, a service
     result: list[T] = []
     failure: list[BaseException] = []
 
     def worker() -> None:
         try:
             result.append(work())
-        except BaseException as error:  # carried over to the caller's thread
+        except BaseException as error:  # reraised in the caller's thread
             failure.append(error)
 
     thread = threading.Thread(target=worker, name="solve", daemon=True)

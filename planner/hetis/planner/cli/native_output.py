@@ -1,6 +1,6 @@
-"""Keeps what native libraries print off stdout, which is for data alone.
+"""Suppression of native libraries' output on stdout, which is for data alone.
 
-HiGHS 1.12 prints a line from inside its MIP search whatever its options say; it writes to the process's file
+HiGHS 1.12 prints a line from inside its MIP search whatever its options are; it writes to the process's file
 descriptor, which Python's own `sys.stdout` cannot intercept.
 """
 
@@ -17,10 +17,10 @@ _STDOUT = 1
 
 @contextmanager
 def no_native_output() -> Iterator[None]:
-    """Drops what is written to file descriptor 1 while the block runs: nobody who has data to print may be in it."""
+    """Drop what is written to file descriptor 1 in the block, which must therefore print no data."""
     try:
         kept = os.dup(_STDOUT)
-    except OSError:  # closed by whoever started us: there is nothing to keep clean
+    except OSError:  # closed by the parent process: there is nothing to keep clean
         yield
         return
     sys.stdout.flush()
@@ -36,7 +36,7 @@ def no_native_output() -> Iterator[None]:
 
 
 def _flush_c_streams() -> None:
-    """What C has buffered leaves before its descriptor changes; left in place where there is no C library to ask."""
+    """Flush C's buffers before the descriptor changes; do nothing without a C library."""
     try:
         ctypes.CDLL(None).fflush(None)
     except (OSError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""What `hetis-plan` can be asked for: every option that is long to state, or that more than one verb takes."""
+"""Options of `hetis-plan` with long definitions, or shared by several verbs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INPUTS = "Inputs"
 
 
 class Survived(StrEnum):
-    """What may be lost while a demand is kept."""
+    """A loss that the demand must survive."""
 
     NODE = "node"
 

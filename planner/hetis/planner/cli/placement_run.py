@@ -25,7 +25,7 @@ from hetis.solver.problem import PlacementProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRun:
-    """A placement that is asked for, its inputs read and its problem posed; ``out``: where its plan is saved."""
+    """A requested placement, with its inputs read and its problem posed; ``out``: where to save its plan."""
 
     terminal: Terminal
     request: PlacementRequest
@@ -36,7 +36,7 @@ class PlacementRun:
     strict: bool
 
     def finish(self) -> ExitCode:
-        """Solves and tells the outcome, whatever it is."""
+        """Solve, and report the outcome, whatever it is."""
         cancelled = threading.Event()
         try:
             answer = search_interruptibly(

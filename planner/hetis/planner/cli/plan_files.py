@@ -1,4 +1,4 @@
-"""Files that a verb saves: refused early where they cannot be written, written whole, read back."""
+"""Files saved by verbs: refused early if they cannot be written, written whole."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hetis.formats.errors import DocumentError, single_problem
 from hetis.formats.files import write_atomically
 from hetis.solver.plan import Plan
 
-STDOUT = Path("-")  # as a file: standard output
+STDOUT = Path("-")  # stands for standard output
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Says before a long solve what would go wrong after it; standard output is no file and passes.
+    """Refuse before a long search a file that could not be written after it; standard output passes.
 
     Raises:
         DocumentError: the folder is missing or may not be written, or the path is a folder.
@@ -37,23 +37,23 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_missing_library(name: str, *, extra: str, wanted_by: str) -> None:
-    """Says before the work that a library is missing, and what brings it.
+    """Refuse before the work if a library is missing, and name the extra that installs it.
 
     Raises:
-        BadParameter: it is not installed.
+        BadParameter: the library is not installed.
     """
     if importlib.util.find_spec(name) is None:
         raise typer.BadParameter(f"{name} is not installed, which {wanted_by} needs: pip install 'hetis[{extra}]'")
 
 
 def refuse_unwritable_plans(folder: Path, names: Iterable[str]) -> None:
-    """The same for plans that `save_plans` will write."""
+    """Refuse the same for plans that `save_plans` will write."""
     for name in names:
         refuse_unwritable(_plan_file(folder, name))
 
 
 def save(value: Value, path: Path) -> None:
-    """Writes the whole document or nothing; YAML where the name says so.
+    """Write the whole document or nothing; YAML if the name's suffix is that of YAML.
 
     Raises:
         DocumentError: the file cannot be written.
@@ -63,9 +63,12 @@ def save(value: Value, path: Path) -> None:
 
 
 def save_or_tell(terminal: Terminal, plan: Plan, path: Path) -> bool:
-    """Saves before printing: a reader of stdout that goes away must not cost the plan. False: said why it failed.
+    """Save before printing, so that a stdout reader that goes away does not cost the plan.
 
-    On standard output the plan is all that may be printed.
+    On standard output nothing else may be printed.
+
+    Returns:
+        False after a failure, which was reported.
     """
     if path == STDOUT:
         terminal.write(dump(plan, "json"))
@@ -80,7 +83,7 @@ def save_or_tell(terminal: Terminal, plan: Plan, path: Path) -> bool:
 
 
 def save_plans(terminal: Terminal, folder: Path, plans: Mapping[str, Plan]) -> None:
-    """Writes plans by name, as ``NAME.json``.
+    """Write plans by name, as ``NAME.json``.
 
     Raises:
         DocumentError: a file cannot be written.

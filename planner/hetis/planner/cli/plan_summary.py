@@ -1,4 +1,4 @@
-"""A plan of the service in a few lines, and what activating it does."""
+"""A short summary of a plan of the service and of the steps of its activation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.v1 import plan_pb2, plan_service_pb2
 
 
 def plan_summary(plan: plan_pb2.Plan, steps: Sequence[plan_service_pb2.TransitionStep] = ()) -> RenderableType:
-    """State, answer with its proof, activation, and the steps to it if there are any."""
+    """Return state, answer with its proof, activation, and the steps to it if there are any."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")

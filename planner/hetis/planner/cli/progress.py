@@ -1,4 +1,4 @@
-"""News from the search on stderr: one live line on a terminal, a few plain lines anywhere else."""
+"""Progress of the search on stderr: one live line on a terminal, a few plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN_INTERVAL_S = 2.0  # between plain lines
 
 @contextmanager
 def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
-    """A `Report` to hand to the solver; safe to call from another thread. Times are those of the whole command."""
+    """Yield a `Report` for the solver, safe to call from another thread. Times are those of the whole command."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield silent
@@ -30,13 +30,13 @@ def progress_on_stderr(terminal: Terminal, unit: str) -> Iterator[Report]:
 
 
 def by_one_clock(report: Report, *, clock: Callable[[], float] = time.monotonic) -> Report:
-    """News with the time since now: searches one after another each begin at zero seconds."""
+    """Return a report with the time since now: searches one after another each start at zero seconds."""
     started_s = clock()
     return lambda progress: report(replace(progress, elapsed_s=clock() - started_s))
 
 
 class SparseLines:
-    """Prints a line every `PLAIN_INTERVAL_S` seconds at most, however often phases change."""
+    """A report that prints at most one line every `PLAIN_INTERVAL_S` seconds, however often phases change."""
 
     def __init__(
         self, say: Callable[[str], None], unit: str, *, clock: Callable[[], float] = time.monotonic
@@ -57,7 +57,7 @@ class SparseLines:
 
 
 def describe(progress: Progress, unit: str) -> str:
-    """``4.1 s  pricing: incumbent 1.61, bound 1.63 requests/s, gap 1.20%``."""
+    """Return ``4.1 s  pricing: incumbent 1.61, bound 1.63 requests/s, gap 1.20%``."""
     parts = []
     if progress.incumbent is not None:
         parts.append(f"incumbent {digits(progress.incumbent, 4)}")

@@ -22,22 +22,24 @@ from hetis.v1 import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Put:
-    """What became of a file: ``what`` is created, updated or unchanged."""
+    """The outcome for a file: ``what`` is created, updated or unchanged."""
 
     resource: Any
     what: str
 
 
 def document(path: str, value: Value, kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
-    """A file that was read as ``value``, as it is, so that the planner's messages have its lines; standard input, which
-    cannot be read twice, is written anew."""
+    """Return the file read as ``value``, as it is, so that the planner's messages have its lines.
+
+    Standard input cannot be read twice, so its value is serialised.
+    """
     if path != "-":
         return document_of_file(path, kind)
     return document_pb2.Document(kind=kind, content=dump(value, "json").encode("utf-8"), source_name="stdin")
 
 
 def put_cluster(client: Client, path: str, value: Cluster, *, dry_run: bool) -> Put:
-    """The cluster of a file, under the id that its name makes."""
+    """Create or update the cluster of a file, under an id made from its name."""
     wanted = cluster_pb2.Cluster(document=document(path, value, document_pb2.DOCUMENT_KIND_CLUSTER))
     wanted.name = f"clusters/{id_of(value.name)}"
     present = _present_cluster(client, wanted.name)
@@ -56,7 +58,7 @@ def put_cluster(client: Client, path: str, value: Cluster, *, dry_run: bool) -> 
 
 
 def put_profile(client: Client, path: str, value: Profile, *, dry_run: bool) -> Put:
-    """The profile of a file, under the id that its GPU type makes."""
+    """Create or update the profile of a file, under an id made from its GPU type."""
     wanted = profile_pb2.Profile(document=document(path, value, document_pb2.DOCUMENT_KIND_PROFILE))
     wanted.name = f"profiles/{id_of(value.gpu)}"
     present = _present_profile(client, wanted.name)

@@ -10,16 +10,16 @@ NO_LIMIT = float("inf")
 
 
 MOST_BARE_S = {"TTFT": 60.0, "TPOT": 2.0}
-"""A number without a unit is seconds; above this it was rather meant in milliseconds."""
+"""A number without a unit is in seconds; from this value on, milliseconds were probably meant."""
 
 
 def ttft_limit(text: str) -> float:
-    """Seconds of a limit of the time to first token; `NO_LIMIT` for ``none``."""
+    """Parse a limit of the time to first token in seconds; `NO_LIMIT` for ``none``."""
     return _limit(text, "TTFT")
 
 
 def tpot_limit(text: str) -> float:
-    """Seconds of a limit of the time per output token; `NO_LIMIT` for ``none``."""
+    """Parse a limit of the time per output token in seconds; `NO_LIMIT` for ``none``."""
     return _limit(text, "TPOT")
 
 
@@ -33,21 +33,21 @@ def _limit(text: str, name: str) -> float:
 
 
 def positive_duration(text: str) -> float:
-    """Seconds of ``50ms``, ``2s``, ``2``."""
+    """Parse seconds: ``50ms``, ``2s``, ``2``."""
     from hetis.formats.units import parse_duration
 
     return _positive(_parsed(parse_duration, text), text)
 
 
 def ratio(text: str) -> float:
-    """A ratio written as ``0.5%`` or ``0.005``."""
+    """Parse a ratio: ``0.5%`` or ``0.005``."""
     from hetis.formats.units import parse_ratio
 
     return _parsed(parse_ratio, text)
 
 
 def share(text: str) -> float:
-    """A ratio above 0 and up to 1."""
+    """Parse a ratio above 0 and up to 1."""
     value = ratio(text)
     if not 0 < value <= 1:
         raise typer.BadParameter(f"{text!r} is out of range, must be above 0 and at most 100%")
@@ -55,7 +55,7 @@ def share(text: str) -> float:
 
 
 def error(text: str) -> float:
-    """A relative error from 0 to below 1: nothing takes no time."""
+    """Parse a relative error from 0 to below 1: at 1, work could take no time."""
     value = ratio(text)
     if not 0 <= value < 1:
         raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%")
@@ -63,7 +63,7 @@ def error(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """Bytes of ``10GiB``."""
+    """Parse bytes: ``10GiB``."""
     from hetis.formats.units import parse_bytes
 
     try:
@@ -73,14 +73,14 @@ def size(text: str) -> int:
 
 
 def bandwidth(text: str) -> float:
-    """Bytes per second of ``100Gbps`` or ``2GB/s``, above zero."""
+    """Parse bytes per second above zero: ``100Gbps`` or ``2GB/s``."""
     from hetis.formats.units import parse_bandwidth
 
     return _positive(_parsed(parse_bandwidth, text), text)
 
 
 def rate(text: str) -> float:
-    """Requests per second, above zero."""
+    """Parse requests per second, above zero."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""``hetis-plan replan``: from the plan that runs to the next one, when nodes have come or gone."""
+"""``hetis-plan replan``: from the running plan to the next one, after nodes have joined or left."""
 
 from __future__ import annotations
 

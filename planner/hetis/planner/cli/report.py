@@ -90,7 +90,7 @@ def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event
 def _market(
     terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event, count: int, time_limit_s: float
 ) -> BuyNext | None:
-    """None: Ctrl-C came before."""
+    """Return what to buy next, or None after Ctrl-C."""
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.use_cases import purchases
     from hetis.planner.use_cases.what_if import buy_next_to_plan
@@ -111,7 +111,7 @@ def _market(
 
 
 def _names(paths: list[str]) -> list[str]:
-    """What the page calls the plans: their files' names, whole where two are alike."""
+    """Return the names of the plans on the page: their files' stems, or whole paths if two stems are equal."""
     if len(paths) == 1:
         return ["The plan"]
     stems = [Path(path).stem if path != "-" else "standard input" for path in paths]

@@ -1,4 +1,4 @@
-"""Resources as plain data for ``-o json`` and ``-o yaml``: field names of the contract, documents as what they hold."""
+"""Resources as plain data for ``-o json`` and ``-o yaml``: the contract's field names, and documents' contents."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from google.protobuf.message import Message
 
 
 def resource_data(message: Message) -> dict[str, Any]:
-    """A message as JSON values; enums are names, times RFC 3339, numbers of 64 bits text, as protobuf has it."""
+    """Return a message as JSON values; as in protobuf, enums are names, times RFC 3339, and 64-bit numbers text."""
     found: dict[str, Any] = _readable(MessageToDict(message, preserving_proto_field_name=True))
     return found
 
 
 def list_data(kind: str, messages: Iterable[Message]) -> dict[str, Any]:
-    """Several resources: ``items`` under a header that says what they are."""
+    """Return several resources: ``items`` under a header with their kind."""
     return {"apiVersion": "hetis/v1", "kind": kind, "items": [resource_data(message) for message in messages]}
 
 
 def _readable(value: Any) -> Any:
-    """The same with the content of documents in the clear; protobuf writes bytes as base64."""
+    """Return the same with the contents of documents in plain text; protobuf writes bytes as base64."""
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if not isinstance(value, dict):

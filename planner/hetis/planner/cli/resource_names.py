@@ -1,4 +1,4 @@
-"""What people call resources on the command line, and what the contract calls them."""
+"""Names of resources on the command line and in the contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from hetis.planner.client import Client
 
-# Collections, by what a name consists of. Those of a cluster are inside it.
+# Collections, as they appear in names. Those of a cluster are inside it.
 COLLECTIONS = ("clusters", "nodes", "plans", "replicas", "redispatches", "profiles")
 IN_CLUSTER = ("nodes", "replicas", "redispatches")
 _SINGULAR = {"cluster": "clusters", "node": "nodes", "plan": "plans", "replica": "replicas"} | {
@@ -21,7 +21,7 @@ _MAX_ID = 63
 
 
 def collection(text: str) -> str:
-    """``plans`` of ``plans``, ``plan`` and ``plans/night``; ``nodes`` of ``clusters/c/nodes/n``."""
+    """Return ``plans`` for ``plans``, ``plan`` and ``plans/night``; ``nodes`` for ``clusters/c/nodes/n``."""
     last = text.split("/")[-2] if "/" in text.strip("/") else text
     found = _SINGULAR.get(last, last)
     if found not in COLLECTIONS:
@@ -30,7 +30,7 @@ def collection(text: str) -> str:
 
 
 def full_name(kind: str, text: str, cluster: str | None = None) -> str:
-    """The whole name of a resource of this kind: of its last part, or of the whole name itself."""
+    """Return the full name of a resource of this kind, given its last part or its full name."""
     if kind in IN_CLUSTER and text.startswith("clusters/"):
         return text
     first, slash, rest = text.partition("/")
@@ -42,7 +42,7 @@ def full_name(kind: str, text: str, cluster: str | None = None) -> str:
 
 
 def chosen_cluster(client: Client, given: str | None) -> str:
-    """The cluster that is meant: the one that was named, or the only one there is."""
+    """Return the cluster that was given, or the only one there is."""
     if given:
         return full_name("clusters", given)
     names = [cluster.name for cluster in client.list_clusters()]
@@ -54,10 +54,10 @@ def chosen_cluster(client: Client, given: str | None) -> str:
 
 
 def last(name: str) -> str:
-    """The last part of a name."""
+    """Return the last part of a name."""
     return name.rpartition("/")[2]
 
 
 def id_of(text: str) -> str:
-    """An id made of a name that people chose: ``A100-SXM-80GB`` is ``a100-sxm-80gb``."""
+    """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")

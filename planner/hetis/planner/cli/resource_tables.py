@@ -23,7 +23,7 @@ _BAR_WIDTH = 14
 
 
 class Column(NamedTuple):
-    """A column: its head, what a resource shows in it, and where it stands."""
+    """A column: its head, its cell for a resource, its alignment, and whether only the wide form has it."""
 
     head: str
     cell: Callable[[Any], RenderableType]
@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 
 def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> RenderableType:
-    """One row per resource of this kind."""
+    """Return one row per resource of this kind."""
     if not resources:
         return Text(f"no {kind}", style="dim")
     columns = [column for column in COLUMNS[kind] if wide or not column.wide]
@@ -45,12 +45,12 @@ def resource_table(kind: str, resources: Sequence[Message], *, wide: bool) -> Re
 
 
 def state(text: str) -> Text:
-    """A state in the colour that it deserves."""
+    """Return a state in its colour."""
     return Text(text, style="green" if text in _GOOD else "red" if text in _BAD else "yellow" if text else "")
 
 
 def ago(moment: Timestamp | None, now_s: float | None = None) -> str:
-    """``4 s ago``; empty for never."""
+    """Return ``4 s ago``; empty for never."""
     if moment is None or not (moment.seconds or moment.nanos):
         return ""
     passed_s = max((time.time() if now_s is None else now_s) - moment.seconds - moment.nanos / 1e9, 0.0)
@@ -61,12 +61,12 @@ def ago(moment: Timestamp | None, now_s: float | None = None) -> str:
 
 
 def kv_ratio(devices: Sequence[report_pb2.DeviceReport]) -> float | None:
-    """Share of the KV blocks that cannot be dropped, of the fullest device; None: no device says."""
+    """Return the share of KV blocks that cannot be dropped on the fullest device, or None if no device reports any."""
     return max((device.used_blocks / device.total_blocks for device in devices if device.total_blocks), default=None)
 
 
 def kv_bar(devices: Sequence[report_pb2.DeviceReport], width: int = _BAR_WIDTH) -> Text:
-    """The KV use of the fullest device as a bar."""
+    """Return the KV use of the fullest device as a bar."""
     ratio = kv_ratio(devices)
     if ratio is None:
         return Text("")
@@ -75,7 +75,7 @@ def kv_bar(devices: Sequence[report_pb2.DeviceReport], width: int = _BAR_WIDTH) 
 
 
 def value_of(plan: plan_pb2.Plan) -> str:
-    """``1.61 requests/s``: the answer, or the best so far."""
+    """Return the value of the answer or of the best plan so far: ``1.61 requests/s``."""
     if plan.HasField("result"):
         return f"{digits(plan.result.value, 4)} {plan.result.unit}"
     if plan.progress.HasField("incumbent"):

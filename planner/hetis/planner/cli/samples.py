@@ -1,4 +1,4 @@
-"""The files that ``hetis-plan init`` writes: a start that plans as it is, with comments to edit by."""
+"""The files written by ``hetis-plan init``: usable as they are, with comments as a guide to editing."""
 
 from __future__ import annotations
 

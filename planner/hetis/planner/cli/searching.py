@@ -1,4 +1,4 @@
-"""How a verb searches: news on stderr, nothing of native libraries on stdout, Ctrl-C for what there is so far."""
+"""Search from a verb: progress on stderr, no native output on stdout, and Ctrl-C for the best found so far."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 def search_interruptibly(
     terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
 ) -> T:
-    """What ``work`` returns, told of with values in ``unit``.
+    """Return the result of ``work``, and show its progress with values in ``unit``.
 
-    The first Ctrl-C sets ``cancelled`` and says that ``so_far`` (the best plan, the plans) is what there will be.
+    The first Ctrl-C sets ``cancelled`` and announces ``so_far`` (the best plan, the plans) as the result.
     """
     with no_native_output(), progress_on_stderr(terminal, unit) as report:
         return run_interruptibly(

@@ -1,4 +1,4 @@
-"""What every verb that talks to a planner shares: where it is, credentials, and failed calls as messages."""
+"""The common part of all verbs that talk to a planner: its address, credentials, and failed calls as messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens unless it is told otherwise
+DEFAULT_SERVER = "127.0.0.1:8470"  # where hetis-planner listens by default
 _PANEL = "Planner"
 
 ServerOption = Annotated[
@@ -67,7 +67,7 @@ _SHARED: dict[str, tuple[Any, Any]] = {
 def server_verb(
     *, prints_data: bool = True, output: OutputFormat = OutputFormat.TABLE
 ) -> Callable[[Callable[Concatenate[Terminal, Client, P], ExitCode]], Callable[..., None]]:
-    """Turns ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client."""
+    """Turn ``f(terminal, client, ...) -> ExitCode`` into a typer command, as `verb` does without the client."""
 
     def decorate(function: Callable[Concatenate[Terminal, Client, P], ExitCode]) -> Callable[..., None]:
         own = list(inspect.signature(function).parameters.values())[2:]
@@ -100,7 +100,7 @@ def server_verb(
 
 
 def _evaluated(annotations: dict[str, Any], name: str, function: Callable[..., Any]) -> Any:
-    """An annotation of a verb; those of its first two parameters are for type checkers only and stay unread."""
+    """Return an annotation of a verb; those of its first two parameters are for type checkers only and never read."""
     annotation = annotations[name]
     return eval(annotation, function.__globals__) if isinstance(annotation, str) else annotation
 
@@ -120,5 +120,5 @@ def _connection(given: dict[str, Any]) -> Connection:
         raise typer.BadParameter(str(error)) from None
     for path in (place.ca, place.cert, place.key, place.token_file):
         if path is not None:
-            path.read_bytes()  # says now, and with its name, what cannot be read
+            path.read_bytes()  # fails here, with the name of the file, if it cannot be read
     return place

@@ -79,7 +79,7 @@ def share(
 
     loaded = load_tenancy(file, cluster=cluster, profiles=profile or (), strategy=strategy)
     if out is not None:
-        with contextlib.suppress(OSError):  # what stands in the way is told below
+        with contextlib.suppress(OSError):  # reported below
             out.mkdir(exist_ok=True)
         refuse_unwritable_plans(out, [tenant.name for tenant in loaded.tenancy.tenants])
     if dry_run:

@@ -1,4 +1,4 @@
-"""``hetis-plan simulate PLAN``: what a plan does to real traffic, in virtual time."""
+"""``hetis-plan simulate PLAN``: a plan under real traffic, in virtual time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
 
-PICTURES = {".html": "plotly", ".png": "matplotlib"}  # what draws them
+PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
 
 
 @verb()
@@ -131,7 +131,7 @@ def simulate(
 def _refuse_contradictions(
     modes: dict[str, bool], *, cv: float, trace: str | None, files: dict[str, Path | None], until_stable: bool
 ) -> None:
-    """Says before anything is read what does not go together."""
+    """Refuse options that contradict each other, before anything is read."""
     pairs = (("--saturate", "--rate"), ("--saturate", "--recorded"), ("--saturate", "--sweep"), ("--sweep", "--rate"))
     for one, other in (*pairs, ("--sweep", "--recorded")):
         if modes[one] and modes[other]:

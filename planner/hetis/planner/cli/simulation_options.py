@@ -1,4 +1,4 @@
-"""What `simulate` can be asked for."""
+"""Options of `simulate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Router(StrEnum):
 
 
 def device_at(text: str) -> tuple[str, float]:
-    """Device and seconds of ``a100/0@30s``."""
+    """Parse a device and seconds: ``a100/0@30s``."""
     device, at, time = text.rpartition("@")
     if not at or not device:
         raise typer.BadParameter(f"{text!r} is not a device and a time such as a100/0@30s")

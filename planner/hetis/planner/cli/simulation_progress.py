@@ -1,4 +1,4 @@
-"""How far a simulation is, on stderr: a bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of a simulation on stderr: a bar on a terminal, a plain line now and then anywhere else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class SimulationNews(Protocol):
-    """Takes requests that have arrived and that will, and what is begun; safe to call from another thread."""
+    """Receiver of requests arrived so far and in all, and of parts that begin; safe to call from other threads."""
 
     def __call__(self, given: int, total: int) -> None: ...
 
@@ -25,7 +25,7 @@ class SimulationNews(Protocol):
 
 @contextmanager
 def requests_on_stderr(terminal: Terminal) -> Iterator[SimulationNews]:
-    """News of a simulation, as the terminal can show them."""
+    """Yield the progress of a simulation in the form that the terminal can show."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield _Silence()
@@ -60,7 +60,7 @@ class _Bar:
 
 
 class SparseRequests:
-    """Says nothing of what is over within seconds, and a line every `PLAIN_INTERVAL_S` at most."""
+    """News as at most one line every `PLAIN_INTERVAL_S`, and none for what ends within seconds."""
 
     def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._say = say

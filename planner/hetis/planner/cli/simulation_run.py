@@ -23,7 +23,7 @@ from hetis.solver.problem import PlacementProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationRun:
-    """What ``simulate`` was asked for, inputs read; ``processes`` 0: one per core."""
+    """A requested simulation, inputs read; ``processes`` 0: one per core."""
 
     terminal: Terminal
     plan: Plan
@@ -36,7 +36,7 @@ class SimulationRun:
     html: Path | None
 
     def finish(self) -> ExitCode:
-        """Simulates and tells the outcome, whatever it is."""
+        """Simulate, and report the outcome, whatever it is."""
         cancelled = threading.Event()
         try:
             simulated = self._simulate(cancelled)
@@ -68,7 +68,7 @@ class SimulationRun:
             )
 
     def _save(self, simulated: Simulated) -> bool:
-        """Saves before printing: a reader of stdout that goes away must not cost the files."""
+        """Save before printing, so that a stdout reader that goes away does not cost the files."""
         run = simulated.run
         try:
             if self.perfetto is not None and run is not None:

@@ -1,4 +1,4 @@
-"""What `dispatch` and `redispatch` can be asked for, and the stage that the answers name."""
+"""Options of `dispatch` and `redispatch`, and the stage they choose."""
 
 from __future__ import annotations
 
@@ -165,10 +165,10 @@ ShortOption = Annotated[
 def chosen_stage(
     terminal: Terminal, *, state: str | None, plan: str | None, replica: int, stage: int, profiles: Sequence[str]
 ) -> LoadedStage:
-    """The stage of a state file or of a plan, whichever was named.
+    """Load the stage of a state file or of a plan, whichever was given.
 
     Raises:
-        typer.BadParameter: neither or both were named.
+        typer.BadParameter: neither or both were given.
         DocumentError: the file is not usable.
     """
     if (state is None) == (plan is None):
@@ -186,7 +186,7 @@ def chosen_stage(
 
 
 def announce_compilation(terminal: Terminal) -> None:
-    """Says why the first run on a machine takes a minute."""
+    """Explain why the first run on a machine takes a minute."""
     from hetis.planner.use_cases.dispatch import is_compiled
 
     if not is_compiled():

@@ -1,4 +1,4 @@
-"""``hetis-plan status``: whether the planner serves, its clusters, and what is in force."""
+"""``hetis-plan status``: whether the planner serves, its clusters, and the plans in force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a plan with news on stderr, Ctrl-C that stops nothing, and how its end becomes an exit code."""
+"""Waiting for a plan with news on stderr; Ctrl-C ends only the waiting, and the outcome becomes an exit code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hetis.v1 import failure_pb2, plan_pb2
 
 
 def wait_for_plan(terminal: Terminal, client: Client, name: str) -> plan_pb2.Plan:
-    """The plan once nothing about it can change by itself.
+    """Wait for the plan until nothing about it can change by itself.
 
     Raises:
-        KeyboardInterrupt, CallError: Ctrl-C, or the planner is gone for long; the plan goes on, and it was said how to
-            come back to it.
+        KeyboardInterrupt: Ctrl-C; the plan goes on, and the user was told how to come back to it.
+        CallError: the planner has been gone for long; the same holds.
     """
     try:
         with news_on_stderr(terminal) as news:
@@ -35,7 +35,7 @@ def wait_for_plan(terminal: Terminal, client: Client, name: str) -> plan_pb2.Pla
 
 @contextmanager
 def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], None]]:
-    """What to call with every state of a plan: one live line on a terminal, a few plain lines anywhere else."""
+    """Yield a function to call with every state of a plan: one live line on a terminal, a few plain lines elsewhere."""
     console = terminal.stderr_console()
     if terminal.verbosity < 0:
         yield lambda plan: None
@@ -47,7 +47,7 @@ def news_on_stderr(terminal: Terminal) -> Iterator[Callable[[plan_pb2.Plan], Non
 
 
 class _PlainLines:
-    """A line when state or phase change, and otherwise every `PLAIN_INTERVAL_S` seconds at most."""
+    """News as one line when the state or the phase changes, and otherwise at most every `PLAIN_INTERVAL_S` seconds."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -63,7 +63,7 @@ class _PlainLines:
 
 
 def line_of(plan: plan_pb2.Plan) -> str:
-    """How far a plan is, in one line."""
+    """Return how far a plan is, in one line."""
     if plan.state == plan_pb2.PLAN_STATE_QUEUED:
         return f"{plan.name} waits for a solver process"
     if plan.state == plan_pb2.PLAN_STATE_SOLVING:
@@ -89,7 +89,7 @@ def _progress(said: plan_pb2.SolveProgress) -> Progress:
 
 
 def outcome(terminal: Terminal, plan: plan_pb2.Plan, *, activated: bool = False) -> ExitCode:
-    """The exit code of a plan's end; says on stderr why, where it is no success.
+    """Return the exit code for a plan's outcome, and print the reason on stderr unless it is success.
 
     Args:
         activated: whether it was also to come into force.

@@ -1,4 +1,4 @@
-"""``hetis-plan watch``: a plan until it rests, or a cluster until Ctrl-C."""
+"""``hetis-plan watch``: follow a plan until it rests, or a cluster until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
 
 def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
-    """What happened, in one line; empty where nothing did."""
+    """Return what happened, in one line; empty if nothing did."""
     from hetis.planner.cli.resource_names import last
     from hetis.planner.cli.resource_tables import kv_ratio
     from hetis.planner.cli.words_of_enums import word

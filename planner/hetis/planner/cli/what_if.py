@@ -150,7 +150,7 @@ def _refuse_half_a_question(*, buy_next: bool, changes: bool, market: bool) -> N
 
 
 def _judge(sides: list[Side]) -> ExitCode:
-    """Success where any fleet has a plan."""
+    """Return success if any fleet has a plan."""
     from hetis.solver.plan import Status
 
     if any(side.outcome.plan is not None for side in sides):

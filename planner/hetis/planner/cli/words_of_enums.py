@@ -1,4 +1,4 @@
-"""Enum values as people read them: ``READY`` of ``NODE_STATE_READY``."""
+"""Enum values as people read them: ``READY`` for ``NODE_STATE_READY``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def word(kind: Any, value: int) -> str:
-    """The value's name without the enum's prefix; of a value that is newer than we are its number.
+    """Return the value's name without the enum's prefix, or the number of a value newer than this program.
 
     Args:
         kind: the enum; stubs give it another type than it has.

@@ -6,8 +6,8 @@
         plan = client.plans.GetPlan(plan_service_pb2.GetPlanRequest(name="plans/night")).plan
 
 `client.plans`, `client.clusters`, `client.profiles` and `client.dispatch` are the stubs that protobuf generates, so
-that every call is typed by the contract. The channel below them gives every unary call a deadline and every call that
-changes something a ``request_id``, retries what may be retried, and raises `CallError` with the contract's details.
+every call is typed by the API. The channel below them gives every unary call a deadline and every changing call a
+``request_id``, retries what may be retried, and raises `CallError` with the API's details.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The client for asyncio. It belongs to the event loop that it was made in."""
+"""The client for asyncio. It belongs to the event loop in which it was made."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ Q = TypeVar("Q")
 
 
 class AsyncClient:
-    """A connection to a planner. It is made with the first call. As `Client`, with ``await`` and ``async for``.
+    """A connection to a planner, opened by the first call. Used like `Client`, with ``await`` and ``async for``.
 
     Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the contract. Unary calls raise `CallError`;
+        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`;
             streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
             `read_plan_document` do not.
     """
@@ -53,12 +53,12 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         **settings: Any,
     ) -> None:
-        """Prepares a connection.
+        """Prepare a connection.
 
         Args:
-            connection: where to; an address alone is a `Connection` with ``settings``.
-            sleep: what watches wait with before they try again.
-            **settings: of the `Connection`, when an address is given.
+            connection: to a planner; an address alone becomes a `Connection` with ``settings``.
+            sleep: how watches wait before they retry.
+            **settings: of the `Connection`, if an address is given.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -91,7 +91,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """End the connection and every call on it."""
         await self._channel.close()
 
     # --- the planner itself
@@ -100,7 +100,7 @@ class AsyncClient:
         """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
-            CallError: it is not reached.
+            CallError: it cannot be reached.
         """
         return says_serving(await self._health(b""))
 
@@ -139,20 +139,20 @@ class AsyncClient:
     def list_audited_changes(
         self, filters: audit_service_pb2.ListAuditedChangesRequest
     ) -> AsyncIterator[audit_service_pb2.AuditedChange]:
-        """Lines of the audit log that fit, the oldest first."""
+        """Yield the matching lines of the audit log, oldest first."""
         request = audit_service_pb2.ListAuditedChangesRequest()
         request.CopyFrom(filters)
         return _items(self.audit.ListAuditedChanges, request, lambda page: page.audited_changes)
 
-    # --- watches, that go on after a lost connection
+    # --- watches, which continue after a lost connection
 
     async def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
     ) -> AsyncIterator[plan_service_pb2.WatchPlanResponse]:
-        """The plan now and after each change, until nothing can change by itself.
+        """Yield the plan now and after each change, until it can no longer change without a call.
 
         Raises:
-            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         patience = patience or Patience()
         while True:
@@ -170,11 +170,12 @@ class AsyncClient:
     async def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
     ) -> AsyncIterator[cluster_service_pb2.WatchClusterResponse]:
-        """The cluster's present state, then every change, until the caller stops. After an event with ``reset`` all
-        that was known is to be forgotten.
+        """Yield the cluster's present state, then every change, until the caller stops.
+
+        An event with ``reset`` invalidates everything known before.
 
         Raises:
-            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         patience = patience or Patience()
         while True:
@@ -196,12 +197,12 @@ class AsyncClient:
         news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
         patience: Patience | None = None,
     ) -> plan_pb2.Plan:
-        """Waits until nothing about the plan can change by itself: solved, and in force or not. The answer is BASIC.
+        """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
             plan: its name.
-            news: called with every state of it on the way, the last one too.
-            patience: how long to look for a planner that does not answer.
+            news: called with every state of it on the way, including the last.
+            patience: how long to wait for a planner that does not answer.
         """
         last = plan_pb2.Plan(name=plan)
         async for response in self.watch_plan(plan, patience=patience):
@@ -210,16 +211,16 @@ class AsyncClient:
         return last
 
     def dispatch_stream(self, replica: str, state_id: str) -> AsyncDispatchStream:
-        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+        """Return a stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; `close` ends it.
 
-        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
-        leader, and open it again.
+        It goes to the last known leader. After a NOT_LEADER, declare what runs, which finds the leader, and open a new
+        stream.
         """
         call: Any = self.dispatch.DispatchRequests
         return AsyncDispatchStream(call(), replica, state_id)
 
     async def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
-        """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""
+        """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         patience = patience or Patience()
         pieces: list[plan_service_pb2.ReadPlanDocumentResponse] = []
         while True:
@@ -236,7 +237,7 @@ class AsyncClient:
 
 
 async def _items(call: Callable[[Q], Awaitable[R]], request: Q, items: Callable[[R], Any]) -> AsyncIterator[Any]:
-    """Everything of all pages, each fetched when the one before is used up."""
+    """Yield all items of all pages, each fetched when the previous one is used up."""
     while True:
         page: Any = await call(request)
         for item in items(page):

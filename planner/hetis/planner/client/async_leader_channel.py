@@ -1,4 +1,4 @@
-"""A channel to whichever planner leads, for asyncio; see `LeaderChannel`."""
+"""A channel to the leading planner, for asyncio; see `LeaderChannel`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ from hetis.planner.client.preparing import CallDetails, prepared_details, prepar
 
 
 class AsyncLeaderChannel:
-    """Channel to the leader: a ``grpc.aio.Channel`` to generated stubs, which make unary calls and streams of responses
-    through it."""
+    """A channel to the leader: for generated stubs, a ``grpc.aio.Channel`` for unary calls and response streams."""
 
     def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         self._connection = connection
         self._sleep = sleep
         self._channels: dict[Endpoint, aio.Channel] = {}
         self.leaders = search_for(connection)
-        self.to(self.leaders.present)  # files that cannot be read are found now
+        self.to(self.leaders.present)  # unreadable files are detected now
 
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
 
     def to(self, endpoint: Endpoint) -> aio.Channel:
-        """A channel to one planner, whose calls are prepared and raise `CallError`."""
+        """Return a channel to one planner, whose calls are prepared and raise `CallError`."""
         if endpoint not in self._channels:
             connection, options = self._connection, channel_options(self._connection, endpoint)
             interceptors: list[aio.ClientInterceptor] = [_AsyncUnary(connection), _AsyncStreaming(connection)]
@@ -48,7 +47,7 @@ class AsyncLeaderChannel:
         return self._channels[endpoint]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return what generated stubs ask for."""
+        """Return the callable for a unary method that generated stubs need."""
 
         async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
@@ -69,7 +68,7 @@ class AsyncLeaderChannel:
         return call
 
     def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """The same, to the planner that led last; where it does not any more, the stream fails with NOT_LEADER."""
+        """Return the callable for a bidirectional stream to the last known leader, which may fail with NOT_LEADER."""
 
         def call(requests: Any = None, **settings: Any) -> Any:
             one: Any = self.to(self.leaders.present).stream_stream(method, *arguments, **named)
@@ -78,7 +77,7 @@ class AsyncLeaderChannel:
         return call
 
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
+        """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
 
         def call(request: Any, **settings: Any) -> _AsyncStream:
             def open_stream(endpoint: Endpoint) -> Any:
@@ -91,7 +90,7 @@ class AsyncLeaderChannel:
 
 
 class _AsyncStream:
-    """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
+    """A response stream from the leader; a planner that at once says NOT_LEADER is replaced by its leader."""
 
     def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
         self._leaders = leaders
@@ -122,7 +121,7 @@ class _AsyncStream:
 
 
 class _AsyncUnary(aio.UnaryUnaryClientInterceptor):
-    """Prepares a unary call and gives its failure its details."""
+    """Prepares a unary call and adds the details to its failure."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""How to reach a planner: its address, credentials, and the options that every channel to it has."""
+"""Connections to a planner: address, credentials, and the options of every channel."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import grpc
 from hetis.formats.endpoints import is_loopback, split_endpoints
 
 DEFAULT_DEADLINE_S = 30.0  # the planner allows 60
-DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides by itself
+DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides on its own
 DISPATCH_SERVICE = "hetis.v1.DispatchService"
 
-# As docs/api.md has it; a test compares them.
+# As in docs/api.md; a test compares them.
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -38,11 +38,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.enable_retries", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute by itself, and it is the longer of the two that counts
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the default is a minute, and the longer of the two timeouts counts
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.primary_user_agent", "hetis-client"),
 )
-# Where there are several planners the client itself tries again, elsewhere, and must hear of a dead one soon.
+# With several planners, the client itself retries elsewhere, and must notice a dead one soon.
 SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
     *((name, value) for name, value in CHANNEL_OPTIONS if name not in ("grpc.service_config", "grpc.enable_retries")),
     ("grpc.enable_retries", 0),
@@ -54,18 +54,19 @@ SEVERAL_OPTIONS: tuple[tuple[str, str | int], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """The place of a planner and the identity to speak to it with.
+    """The address of a planner and the caller's credentials.
 
-    The connection is plain only where that is asked for or the address is of this machine and nothing of TLS is given.
+    The connection is only plain if that is requested, or if the address is local and no TLS setting is given.
 
     Attributes:
-        address: ``host:port``, or several with commas between them: the leader among them is found. A name with
+        address: ``host:port``, or several separated by commas, among which the leader is found. A name with
             several records is several addresses.
-        ca: file of the certificates that the planner's must be signed by. None: those of the system.
+        ca: file of the certificates that must have signed the planner's. None: those of the system.
         cert, key: files of the client's own certificate and key, for mTLS; both or neither.
-        token, token_file: a bearer token, or the file that it stands in, read again for every call, so that it may be
-            renewed; at most one of them.
-        plaintext: no TLS. None: as said above.
+        token, token_file: a bearer token, or its file, which is read again for every call, so that it can be renewed;
+        at
+            most one of them.
+        plaintext: no TLS. None: as described above.
     """
 
     address: str
@@ -103,7 +104,7 @@ class Connection:
         return self.plaintext if self.plaintext is not None else self.is_local and not (self.ca or self.cert)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """TLS credentials from the files, as they are now.
+        """Return TLS credentials from the files as they are now.
 
         Raises:
             OSError: a file cannot be read.
@@ -115,7 +116,7 @@ class Connection:
         )
 
     def metadata(self) -> list[tuple[str, str]]:
-        """Return what every call carries.
+        """Return the metadata of every call.
 
         Raises:
             OSError: the token file cannot be read.
@@ -125,8 +126,7 @@ class Connection:
 
 
 def default_deadline_s(method: str) -> float:
-    """Return the deadline of a unary call that is given none; ``method`` as gRPC has it:
-    ``/hetis.v1.PlanService/GetPlan``."""
+    """Return the default deadline of a unary call; ``method`` is in gRPC's form, ``/hetis.v1.PlanService/GetPlan``."""
     return DISPATCH_DEADLINE_S if method.startswith(f"/{DISPATCH_SERVICE}/") else DEFAULT_DEADLINE_S
 
 

@@ -1,7 +1,7 @@
-"""A `DispatchRequests` stream: what an engine says between two steps, for a fraction of what calls cost.
+"""A `DispatchRequests` stream: an engine's messages between two steps, much cheaper than single calls.
 
-An engine keeps one per replica. A stream that broke is of no more use: `CallError`; open another one, after
-DISPATCH_STATE_LOST with what is running declared anew.
+An engine keeps one per replica. A broken stream raises `CallError` and is of no further use; open another one, after
+DISPATCH_STATE_LOST with a new declaration of what is running.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hetis.planner.client.errors import CallError, FieldViolation, call_error
 from hetis.planner.failures import code_of_reason
 from hetis.v1 import dispatch_service_pb2, failure_pb2
 
-MOST_TOGETHER = 256  # requests of one kind in a message that is made of several steps; the planner takes 1,024
+MOST_TOGETHER = 256  # requests of one kind in a message that combines several steps; the planner takes 1,024
 
 
 @dataclass(slots=True, eq=False)
@@ -32,14 +32,15 @@ class _Step:
 
 
 class AsyncDispatchStream:
-    """Dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
+    """A dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
 
-    Steps that are made while another one is under way travel together in the next message, so that many tasks that ask
-    at once cost the planner one solve. They must name different requests, or go one after the other all the same.
+    Steps made while another one is under way share the next message, so that many tasks that ask at once cost the
+    planner
+    one solve. Steps that name the same request are sent one by one.
     """
 
     def __init__(self, call: Any, replica: str, state_id: str) -> None:
-        """``call``: the stream, as gRPC for asyncio opens it."""
+        """``call``: the stream, as opened by gRPC for asyncio."""
         self._call, self._replica, self._state_id = call, replica, state_id
         self._waiting = list[_Step]()
         self._sending: asyncio.Task[None] | None = None
@@ -61,11 +62,12 @@ class AsyncDispatchStream:
         new: Sequence[dispatch_service_pb2.NewRequest] = (),
         timeout: float = DISPATCH_DEADLINE_S,
     ) -> dispatch_service_pb2.DispatchRequestsResponse:
-        """Finishes, grows and admits, in this order.
+        """Finish, grow and admit requests, in this order.
 
         Raises:
-            CallError: nothing of it was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after
-                ``timeout``, the stream then goes on, and a step that was still waiting for its turn is not sent.
+            CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
+            in which
+                case the stream continues, and a step that was still waiting is not sent.
         """
         message = _message(self._replica, self._state_id, finished, grown, new)
         step = _Step(message, asyncio.get_running_loop().create_future())
@@ -79,7 +81,7 @@ class AsyncDispatchStream:
             raise _is_late(timeout) from None
 
     async def close(self) -> None:
-        """Ends the stream; steps that are under way fail."""
+        """End the stream; pending steps fail."""
         self._call.cancel()
         if self._sending is not None:
             await asyncio.gather(self._sending, return_exceptions=True)
@@ -93,13 +95,13 @@ class AsyncDispatchStream:
                     break
                 answer = await self._exchange(_joined([step.message for step in steps]))
                 if answer.HasField("failure") and len(steps) > 1:
-                    for step in steps:  # one of them is to blame: each hears of its own
+                    for step in steps:  # one of them is to blame: each gets its own answer
                         _settle(step, await self._exchange(step.message))
                     continue
                 for step in steps:
                     _settle(step, answer if len(steps) == 1 else _part_of(answer, step.message))
         except (grpc.RpcError, CallError, asyncio.CancelledError, asyncio.InvalidStateError) as error:
-            # gRPC: an error status; an orderly end; `close` while an answer was waited for; a write after either.
+            # gRPC: an error status; an orderly end; `close` while waiting for an answer; a write after either.
             failed = call_error(error) if isinstance(error, grpc.RpcError) else _has_ended()
             for step in (*steps, *self._waiting):
                 if not step.answer.done():
@@ -109,7 +111,7 @@ class AsyncDispatchStream:
             self._sending = None
 
     def _next_steps(self) -> list[_Step]:
-        """Take the steps that wait, as many as may go together; what nobody waits for any more is not sent."""
+        """Take as many waiting steps as may share a message; abandoned ones are not sent."""
         steps, names = list[_Step](), set[str]()
         while self._waiting:
             if self._waiting[0].answer.done():
@@ -140,10 +142,10 @@ class AsyncDispatchStream:
 
 
 class DispatchStream:
-    """The same for code without an event loop; steps of several threads go one after the other."""
+    """A dispatch stream for code without an event loop; steps of several threads are serialised."""
 
     def __init__(self, open_stream: Any, replica: str, state_id: str) -> None:
-        """``open_stream``: takes an iterator of requests, returns one of answers, as ``grpc`` does."""
+        """``open_stream``: takes an iterator of requests and returns one of answers, as ``grpc`` does."""
         self._replica, self._state_id = replica, state_id
         self._lock = threading.Lock()
         self._messages = queue.SimpleQueue[dispatch_service_pb2.DispatchRequestsRequest | None]()
@@ -168,11 +170,12 @@ class DispatchStream:
         new: Sequence[dispatch_service_pb2.NewRequest] = (),
         timeout: float = DISPATCH_DEADLINE_S,
     ) -> dispatch_service_pb2.DispatchRequestsResponse:
-        """Finishes, grows and admits, in this order.
+        """Finish, grow and admit requests, in this order.
 
         Raises:
-            CallError: nothing of it was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after
-                ``timeout``, the stream then goes on.
+            CallError: nothing was done, or the stream broke and it may have been; DEADLINE_EXCEEDED after ``timeout``,
+            in which
+                case the stream continues.
         """
         message = _message(self._replica, self._state_id, finished, grown, new)
         end_s = time.monotonic() + timeout
@@ -187,14 +190,14 @@ class DispatchStream:
                 if isinstance(answer, CallError):
                     self._answers.put(answer)  # for the next step too
                     raise answer
-                if answer.sequence == self._sequence:  # else of a step that was late
+                if answer.sequence == self._sequence:  # otherwise it belongs to a step that was late
                     break
         if answer.HasField("failure"):
             raise _error_of(answer.failure)
         return answer
 
     def close(self) -> None:
-        """Ends the stream; a step that is under way fails."""
+        """End the stream; a pending step fails."""
         self._messages.put(None)
         self._call.cancel()
 
@@ -237,7 +240,7 @@ def _joined(
 def _part_of(
     answer: dispatch_service_pb2.DispatchRequestsResponse, message: dispatch_service_pb2.DispatchRequestsRequest
 ) -> dispatch_service_pb2.DispatchRequestsResponse:
-    """Return what an answer to several messages says of one; the quality is that of all."""
+    """Return the part of a combined answer that concerns one message; the quality is that of all."""
     new, grown = {one.id for one in message.new_requests}, {one.id for one in message.grown}
     placements = [one for one in answer.placements if one.request in new]
     return dispatch_service_pb2.DispatchRequestsResponse(

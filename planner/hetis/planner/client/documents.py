@@ -1,4 +1,4 @@
-"""Files as the documents that calls carry. They are sent as they are: the planner reads and checks them."""
+"""Files as documents in calls. They are sent unchanged: the planner parses and checks them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_NAME = 255
 
 
 def document_of_file(path: str | os.PathLike[str], kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
-    """The document in a file, ``-`` being standard input.
+    """Return the document in a file; ``-`` is standard input.
 
     Raises:
         DocumentError: the file cannot be read.
@@ -24,5 +24,5 @@ def document_of_file(path: str | os.PathLike[str], kind: document_pb2.DocumentKi
 
 
 def joined(pieces: Iterable[plan_service_pb2.ReadPlanDocumentResponse]) -> bytes:
-    """A document from its pieces, in their order."""
+    """Return a document from its pieces, given in order."""
     return b"".join(piece.content for piece in pieces)

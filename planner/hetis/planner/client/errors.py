@@ -1,4 +1,4 @@
-"""What a call failed with, in the words of the contract.
+"""Errors of calls, with the API's details.
 
 HetisError (hetis.solver.errors)
 +-- CallError   the planner refused a call, could not do it, or was not reached
@@ -22,7 +22,7 @@ DOMAIN = "hetis"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FieldViolation:
-    """One wrong field of a request; ``field`` is its path, after ``#`` the path inside a document."""
+    """One wrong field of a request; ``field`` is its path, followed after ``#`` by a path inside a document."""
 
     field: str
     description: str
@@ -33,10 +33,10 @@ class CallError(HetisError):
 
     Attributes:
         code: the status code.
-        reason: an ErrorReason without its prefix, such as ``ETAG_MISMATCH``; empty: gRPC itself raised it.
-        metadata: the keys that stand at the reason in ``failure.proto``.
+        reason: an ErrorReason without its prefix, such as ``ETAG_MISMATCH``; empty if gRPC itself raised it.
+        metadata: the keys that ``failure.proto`` lists for the reason.
         violations: every wrong field of the request, and every missing GPU.
-        retry_after_s: when to try again; None: not said.
+        retry_after_s: when to try again; None if unknown.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class CallError(HetisError):
 
     @property
     def is_unreachable(self) -> bool:
-        """Nobody answered, in time or at all; the call may have been done."""
+        """Return whether there was no answer, in time or at all; the call may have been executed."""
         return self.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
     @property
     def is_conflict(self) -> bool:
-        """Somebody else was faster, or the state does not allow it: read again, decide again."""
+        """Return whether somebody else was faster, or the state does not allow the call: read and decide again."""
         return self.code in (
             grpc.StatusCode.ABORTED,
             grpc.StatusCode.ALREADY_EXISTS,
@@ -72,7 +72,7 @@ class CallError(HetisError):
 
 
 def call_error(error: grpc.RpcError) -> CallError:
-    """The same error with its details read; details that cannot be read are left out."""
+    """Return the error with its details; unreadable details are left out."""
     code, message, trailers = _code(error), _message(error), _trailers(error)
     reason, metadata, retry_after_s = "", dict[str, str](), None
     violations: list[FieldViolation] = []

@@ -1,4 +1,4 @@
-"""A channel to whichever planner leads, for code without an event loop."""
+"""A channel to the leading planner, for code without an event loop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from hetis.planner.client.preparing import prepared_details, prepared_request
 
 
 class LeaderChannel:
-    """Channel to the leader: a ``grpc.Channel`` to generated stubs, which make unary calls and streams of responses
-    through it.
+    """A channel to the leader: for generated stubs, a ``grpc.Channel`` for unary calls and response streams.
 
-    A unary call goes to the leader, also where that changes while it is made: a planner that does not lead names who
-    does, and one that does not answer leaves it to the next. It is the same request each time, with one ``request_id``.
+    A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
+    and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.
     """
 
     def __init__(self, connection: Connection, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -31,7 +30,7 @@ class LeaderChannel:
         self._channels: dict[Endpoint, tuple[grpc.Channel, grpc.Channel]] = {}
         self._is_closed = False
         self.leaders = search_for(connection)
-        self.to(self.leaders.present)  # files that cannot be read are found now
+        self.to(self.leaders.present)  # unreadable files are detected now
 
     def close(self) -> None:
         with self._lock:
@@ -40,7 +39,7 @@ class LeaderChannel:
                 channel.close()
 
     def to(self, endpoint: Endpoint) -> grpc.Channel:
-        """A channel to one planner, whose calls are prepared and raise `CallError`."""
+        """Return a channel to one planner, whose calls are prepared and raise `CallError`."""
         with self._lock:
             if self._is_closed:
                 raise ValueError("the client is closed")
@@ -57,7 +56,7 @@ class LeaderChannel:
             return self._channels[endpoint][1]
 
     def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """Return what generated stubs ask for."""
+        """Return the callable for a unary method that generated stubs need."""
 
         def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
@@ -77,7 +76,7 @@ class LeaderChannel:
         return call
 
     def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """The same, to the planner that led last; where it does not any more, the stream fails with NOT_LEADER."""
+        """Return the callable for a bidirectional stream to the last known leader, which may fail with NOT_LEADER."""
 
         def call(requests: Any, **settings: Any) -> Any:
             one: Any = self.to(self.leaders.present).stream_stream(method, *arguments, **named)
@@ -86,7 +85,7 @@ class LeaderChannel:
         return call
 
     def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
-        """The same; a stream that broke is the caller's to open again, and then goes to whoever leads."""
+        """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
 
         def call(request: Any, **settings: Any) -> _Stream:
             def open_stream(endpoint: Endpoint) -> Any:
@@ -98,7 +97,7 @@ class LeaderChannel:
 
 
 class _Stream:
-    """Responses of the leader: one that says at once that it does not lead is left for the one that it names."""
+    """A response stream from the leader; a planner that at once says NOT_LEADER is replaced by its leader."""
 
     def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
         self._leaders = leaders
@@ -133,8 +132,7 @@ class _Stream:
 
 
 def channel_options(connection: Connection, endpoint: Endpoint) -> list[tuple[str, str | int]]:
-    """Return channel options: where one of several planners is gone the client asks another; where there is one gRPC
-    asks it again."""
+    """Return channel options. With several planners the client retries elsewhere; with one, gRPC retries."""
     options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
     if endpoint.name:
         options.append(("grpc.default_authority", endpoint.name))
@@ -144,7 +142,7 @@ def channel_options(connection: Connection, endpoint: Endpoint) -> list[tuple[st
 
 
 class _Unary(grpc.UnaryUnaryClientInterceptor):
-    """Prepares a unary call and gives its failure its details."""
+    """Prepares a unary call and adds the details to its failure."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""Which of several planners is asked, and when again: the leader is found by what planners answer."""
+"""The search for the leader among several planners, by their answers, and the timing of retries."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from hetis.planner.client.connection import DISPATCH_SERVICE, Connection
 from hetis.planner.client.errors import CallError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
-ATTEMPT_S = 10.0  # one planner's time for a call, where others may answer it
+ATTEMPT_S = 10.0  # one planner's time for a call that others may answer
 NOT_LEADER = "NOT_LEADER"
 
 
 def search_for(connection: Connection) -> LeaderSearch:
-    """Return the search for the leader with a connection. Tokens go nowhere in the clear but to this machine, whoever
-    names the leader."""
+    """Return the search for a connection's leader.
+
+    Tokens are sent unencrypted only to this machine, whoever names the leader.
+    """
     return LeaderSearch(
         connection.addresses,
         lambda address: not connection.is_plain or (connection.is_local and is_loopback(address)),
@@ -27,20 +29,20 @@ def search_for(connection: Connection) -> LeaderSearch:
 
 
 def leader_of(error: CallError) -> str:
-    """Return where the leader is, as a planner said that does not lead; empty: it did not say."""
+    """Return the leader's address as named by a planner that does not lead, or an empty string."""
     return error.metadata.get("leader_address", "") if error.reason == NOT_LEADER else ""
 
 
 @dataclass(slots=True, kw_only=True)
 class Attempts:
-    """One call's tries until its deadline.
+    """The attempts of one call until its deadline.
 
     Args:
-        leaders: who is asked.
-        method: as gRPC has it.
+        leaders: the planners.
+        method: in gRPC's form.
         end_s: the deadline.
-        clock: seconds that only grow.
-        jitter: from 0 to 1.
+        clock: monotonic seconds.
+        jitter: returns a number from 0 to 1.
     """
 
     leaders: LeaderSearch
@@ -53,16 +55,16 @@ class Attempts:
 
     @property
     def timeout_s(self) -> float:
-        """Return the timeout of the next try."""
+        """The timeout of the next attempt."""
         left_s = max(self.end_s - self.clock(), 0.0)
         is_dispatch = self.method.startswith(f"/{DISPATCH_SERVICE}/")
         return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
 
     def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float:
-        """Return how long to wait before the next try.
+        """Return how long to wait before the next attempt.
 
         Raises:
-            CallError: the error itself, which no other planner and no waiting helps.
+            CallError: the error itself, if neither another planner nor waiting can help.
         """
         several = self.leaders.are_several
         is_elsewhere = error.reason == NOT_LEADER
@@ -71,7 +73,7 @@ class Attempts:
             raise error
         goes_on = self.leaders.failed(endpoint, leader_of(error), self.tried)
         if not is_elsewhere and (not several or self.method.startswith(f"/{DISPATCH_SERVICE}/")):
-            raise error  # one planner is asked again by gRPC; engines decide by themselves
+            raise error  # gRPC retries a single planner; engines decide on their own
         if goes_on:
             wait_s = 0.0
         elif not several:

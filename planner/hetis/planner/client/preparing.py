@@ -1,4 +1,4 @@
-"""What is done to every call before it leaves: a deadline, credentials, and an id where it changes something."""
+"""The preparation of every call: a deadline, credentials, and a request id if it changes something."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ M = TypeVar("M")
 
 
 class CallDetails(NamedTuple):
-    """What gRPC's interceptors hand on; both of its own classes have these fields, and neither can be made."""
+    """The details that gRPC's interceptors pass on.
+
+    Both its own classes have these fields, and neither can be constructed.
+    """
 
     method: Any
     timeout: float | None
@@ -25,7 +28,7 @@ class CallDetails(NamedTuple):
 
 
 def prepared_details(details: Any, connection: Connection, *, unary: bool) -> CallDetails:
-    """The details with what the caller left open. Streams get no deadline: a watch is for ever."""
+    """Return the details with the caller's gaps filled. Streams get no deadline: a watch never ends."""
     timeout = details.timeout
     if timeout is None and unary:
         method = details.method.decode() if isinstance(details.method, bytes) else str(details.method)
@@ -44,7 +47,7 @@ def prepared_details(details: Any, connection: Connection, *, unary: bool) -> Ca
 
 
 def prepared_request(request: M, new_id: Callable[[], uuid.UUID] = uuid.uuid4) -> M:
-    """The request with a ``request_id`` if it has such a field and it is empty; the caller's message stays as it is."""
+    """Return a copy of the request with a ``request_id`` if it has an empty field for it, else the request."""
     if not isinstance(request, Message) or "request_id" not in request.DESCRIPTOR.fields_by_name:
         return request
     if getattr(request, "request_id"):  # noqa: B009  # which message it is, is not known here

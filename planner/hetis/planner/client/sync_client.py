@@ -37,10 +37,10 @@ Q = TypeVar("Q")
 
 
 class Client:
-    """A connection to a planner. It is made with the first call.
+    """A connection to a planner, opened by the first call.
 
     Attributes:
-        clusters, plans, profiles, dispatch, audit: the stubs of the contract. Unary calls raise `CallError`;
+        clusters, plans, profiles, dispatch, audit: the stubs of the API. Unary calls raise `CallError`;
             streams called directly raise ``grpc.RpcError``, which `watch_plan`, `watch_cluster` and
             `read_plan_document` do not.
     """
@@ -48,12 +48,12 @@ class Client:
     def __init__(
         self, connection: Connection | str, *, sleep: Callable[[float], None] = time.sleep, **settings: Any
     ) -> None:
-        """Prepares a connection.
+        """Prepare a connection.
 
         Args:
-            connection: where to; an address alone is a `Connection` with ``settings``.
-            sleep: what watches wait with before they try again.
-            **settings: of the `Connection`, when an address is given.
+            connection: to a planner; an address alone becomes a `Connection` with ``settings``.
+            sleep: how watches wait before they retry.
+            **settings: of the `Connection`, if an address is given.
 
         Raises:
             ValueError: the settings contradict each other.
@@ -63,7 +63,7 @@ class Client:
             connection = Connection(address=connection, **settings)
         self._sleep = sleep
         self._channel = LeaderChannel(connection, sleep)
-        channel = cast(grpc.Channel, self._channel)  # as far as stubs need one
+        channel = cast(grpc.Channel, self._channel)  # as far as stubs use one
         self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(HEALTH_METHOD)
         self.clusters = cluster_service_pb2_grpc.ClusterServiceStub(channel)
         self.plans = plan_service_pb2_grpc.PlanServiceStub(channel)
@@ -80,7 +80,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """End the connection and every call on it."""
         self._channel.close()
 
     # --- the planner itself
@@ -89,7 +89,7 @@ class Client:
         """Return whether the planner takes calls; False while it starts or drains.
 
         Raises:
-            CallError: it is not reached.
+            CallError: it cannot be reached.
         """
         return says_serving(self._health(b""))
 
@@ -128,20 +128,20 @@ class Client:
     def list_audited_changes(
         self, filters: audit_service_pb2.ListAuditedChangesRequest
     ) -> Iterator[audit_service_pb2.AuditedChange]:
-        """Lines of the audit log that fit, the oldest first."""
+        """Yield the matching lines of the audit log, oldest first."""
         request = audit_service_pb2.ListAuditedChangesRequest()
         request.CopyFrom(filters)
         return _items(self.audit.ListAuditedChanges, request, lambda page: page.audited_changes)
 
-    # --- watches, that go on after a lost connection
+    # --- watches, which continue after a lost connection
 
     def watch_plan(
         self, name: str, *, after_sequence: int = 0, patience: Patience | None = None
     ) -> Iterator[plan_service_pb2.WatchPlanResponse]:
-        """The plan now and after each change, until nothing can change by itself.
+        """Yield the plan now and after each change, until it can no longer change without a call.
 
         Raises:
-            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         patience = patience or Patience()
         while True:
@@ -159,11 +159,12 @@ class Client:
     def watch_cluster(
         self, name: str, *, resume_token: str = "", patience: Patience | None = None
     ) -> Iterator[cluster_service_pb2.WatchClusterResponse]:
-        """The cluster's present state, then every change, until the caller stops. After an event with ``reset`` all
-        that was known is to be forgotten.
+        """Yield the cluster's present state, then every change, until the caller stops.
+
+        An event with ``reset`` invalidates everything known before.
 
         Raises:
-            CallError: it does not exist, or the planner is not reached for longer than ``patience``.
+            CallError: it does not exist, or the planner is out of reach for longer than ``patience``.
         """
         patience = patience or Patience()
         while True:
@@ -185,12 +186,12 @@ class Client:
         news: Callable[[plan_pb2.Plan], object] = lambda plan: None,
         patience: Patience | None = None,
     ) -> plan_pb2.Plan:
-        """Waits until nothing about the plan can change by itself: solved, and in force or not. The answer is BASIC.
+        """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
             plan: its name.
-            news: called with every state of it on the way, the last one too.
-            patience: how long to look for a planner that does not answer.
+            news: called with every state of it on the way, including the last.
+            patience: how long to wait for a planner that does not answer.
         """
         last = plan_pb2.Plan(name=plan)
         for response in self.watch_plan(plan, patience=patience):
@@ -199,15 +200,15 @@ class Client:
         return last
 
     def dispatch_stream(self, replica: str, state_id: str) -> DispatchStream:
-        """A stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; end it with `close`.
+        """Return a stream for an engine of ``replica``, in the state that `UpdateDispatchState` began; `close` ends it.
 
-        It is opened to the planner that was the leader last: after a NOT_LEADER declare what runs, which finds the
-        leader, and open it again.
+        It goes to the last known leader. After a NOT_LEADER, declare what runs, which finds the leader, and open a new
+        stream.
         """
         return DispatchStream(self.dispatch.DispatchRequests, replica, state_id)
 
     def read_plan_document(self, name: str, *, patience: Patience | None = None) -> bytes:
-        """The Plan document as canonical JSON, whatever its size; goes on where a lost connection left it."""
+        """Return the Plan document as canonical JSON, whatever its size; resumes after a lost connection."""
         patience = patience or Patience()
         pieces: list[plan_service_pb2.ReadPlanDocumentResponse] = []
         while True:
@@ -224,7 +225,7 @@ class Client:
 
 
 def _items(call: Callable[[Q], R], request: Q, items: Callable[[R], Any]) -> Iterator[Any]:
-    """Everything of all pages, each fetched when the one before is used up."""
+    """Yield all items of all pages, each fetched when the previous one is used up."""
     while True:
         page: Any = call(request)
         yield from items(page)

@@ -1,4 +1,4 @@
-"""How watches go on after the connection was lost: when to try again, and when to give up."""
+"""Retries of watches after a lost connection: when to try again, and when to give up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 
 @dataclass(slots=True, kw_only=True)
 class Patience:
-    """How long a watch without an answer is tried again.
+    """The limit on retries of a watch that gets no answer.
 
     Attributes:
-        limit_s: of the time without an answer; after it the watch ends with the error. 0: the first one ends it.
-        jitter: a number from 0 to 1, so that many clients do not come back at once.
+        limit_s: of the time without an answer; after it the watch ends with the error. 0: the first error ends it.
+        jitter: returns a number from 0 to 1, so that many clients do not return at once.
     """
 
     limit_s: float = 60.0
@@ -28,17 +28,17 @@ class Patience:
     _attempts: int = field(default=0, init=False)
 
     def answered(self) -> None:
-        """Something came: whatever happens next is new trouble."""
+        """Note an answer: a later failure starts a new series of retries."""
         self._waited_s, self._attempts = 0.0, 0
 
     def next_wait_s(self, error: CallError | None) -> float:
-        """Return how long to wait before the next try.
+        """Return how long to wait before the next attempt.
 
         Args:
-            error: what the stream ended with; None: with OK, although there is more to come.
+            error: the error that ended the stream; None if it ended with OK although there is more to come.
 
         Raises:
-            CallError: the error itself, which waiting does not help, or which lasted too long.
+            CallError: the error itself, if waiting does not help or it lasted too long.
         """
         if error is not None and (error.code is not grpc.StatusCode.UNAVAILABLE or self._waited_s >= self.limit_s):
             raise error

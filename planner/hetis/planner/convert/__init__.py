@@ -1,1 +1,1 @@
-"""Values of the solver and of files to messages of the contract, and back. Pure: no clock, no store, no stream."""
+"""Conversion between values of the solver or of files and messages of the API. Pure: no clock, no store, no stream."""

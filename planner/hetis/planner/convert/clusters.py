@@ -1,4 +1,4 @@
-"""Clusters, nodes, replicas and re-dispatches as callers see them: what is kept, with what is so now."""
+"""Clusters, nodes, replicas and re-dispatches as callers see them: stored records combined with live state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FULL = view_pb2.VIEW_FULL
 def cluster_body(
     name: str, document: document_pb2.Document, value: Cluster, policy: cluster_pb2.ClusterPolicy | None
 ) -> cluster_pb2.Cluster:
-    """Return what is kept of a cluster. ``document`` is canonical, and ``value`` what it says."""
+    """Return the stored body of a cluster. ``document`` is canonical, and ``value`` is its content."""
     return cluster_pb2.Cluster(
         name=name,
         document=document,
@@ -28,7 +28,7 @@ def cluster_body(
 
 
 def cluster_document(source: document_pb2.Document) -> tuple[document_pb2.Document, Cluster]:
-    """The canonical document of a cluster, and what it says. As `documents.read_document`."""
+    """Return the canonical document of a cluster, and its content. Raises as `documents.read_document`."""
     value = documents.read_cluster(source)
     return documents.document_of(value, source_name=source.source_name, text=source.content), value
 
@@ -59,7 +59,7 @@ def node_message(
     connect_time_s: float | None,
     heard_time_s: float | None,
 ) -> cluster_pb2.Node:
-    """A node; times that are None are those of its record, which are from an earlier term."""
+    """Return a node; times that are None are taken from its record, which is from an earlier term."""
     message = cluster_pb2.Node()
     if record is not None:
         message.CopyFrom(record.body)
@@ -89,7 +89,7 @@ def replica_message(
     report_time_s: float | None,
     redispatch: str,
 ) -> replica_pb2.Replica:
-    """A replica, with what its primary reported."""
+    """Return a replica, with its primary's report."""
     message = replica_pb2.Replica()
     message.CopyFrom(record.body)
     message.name, message.plan = record.name, record.plan
@@ -111,7 +111,7 @@ def redispatch_message(record: RedispatchRecord, *, view: view_pb2.View.ValueTyp
 
 
 def basic_replica(message: replica_pb2.Replica) -> replica_pb2.Replica:
-    """Without what the view BASIC leaves out."""
+    """Return a replica in the view BASIC."""
     short = replica_pb2.Replica()
     short.CopyFrom(message)
     short.ClearField("shape")
@@ -119,7 +119,7 @@ def basic_replica(message: replica_pb2.Replica) -> replica_pb2.Replica:
 
 
 def basic_redispatch(message: redispatch_pb2.Redispatch) -> redispatch_pb2.Redispatch:
-    """Without what the view BASIC leaves out."""
+    """Return a re-dispatch in the view BASIC."""
     short = redispatch_pb2.Redispatch()
     short.CopyFrom(message)
     short.ClearField("change")

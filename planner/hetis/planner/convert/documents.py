@@ -1,4 +1,4 @@
-"""Documents in requests and answers: text of people in, canonical JSON out."""
+"""Documents in requests and answers: people's text in, canonical JSON out."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from hetis.v1 import document_pb2
 MAX_BYTES = 3 * 2**20
 MAX_VALUES, MAX_YAML_VALUES = 400_000, 100_000
 """The most values of a document, which then costs at most 2 s and 300 MB. A cluster of 10,000 nodes, each with a name
-and its GPUs, has 60,000."""
-MAX_NODES = 10_000  # of a cluster: what 3,000 measured agents extrapolate to in one process (docs/benchmarks.md)
+and its GPUs, has 60,000.
+"""
+MAX_NODES = 10_000  # per cluster: extrapolated from 3,000 measured agents in one process (docs/benchmarks.md)
 _MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255
 Kind = document_pb2.DocumentKind
@@ -45,7 +46,7 @@ _PARSERS: Mapping[str, Callable[[Any, Text], documents.Value]] = {
 
 
 def read_document(document: document_pb2.Document, kind: str) -> documents.Value:
-    """The value of a document of a request, which must be of ``kind``. Slow for large ones: not for an event loop.
+    """Return the value of a request's document, which must be of ``kind``. Slow for large ones: not for an event loop.
 
     Raises:
         DocumentError: with every problem of the document.
@@ -66,29 +67,29 @@ def read_document(document: document_pb2.Document, kind: str) -> documents.Value
         message = f"has {len(nodes)} entries, a cluster of the service has at most {MAX_NODES} nodes"
         raise DocumentError([source.problem(("nodes",), message)])
     if kind == "Workload" and isinstance(data, dict) and data.get("trace") is not None:
-        # It would name a file of this machine, which is nobody's to ask for.
+        # It would name a file of this machine, which no caller may read.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
     return _PARSERS[kind](data, source)
 
 
 def read_cluster(document: document_pb2.Document) -> Cluster:
-    """As `read_document`."""
+    """Return a cluster's value, as `read_document`."""
     value = read_document(document, "Cluster")
     assert isinstance(value, Cluster)
     return value
 
 
 def read_profile(document: document_pb2.Document) -> Profile:
-    """As `read_document`."""
+    """Return a profile's value, as `read_document`."""
     value = read_document(document, "Profile")
     assert isinstance(value, Profile)
     return value
 
 
 def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
-    """The document of a value: canonical JSON, self-contained, so that its digest is that of its content.
+    """Return the document of a value: canonical JSON, self-contained, so that its digest is that of its content.
 
-    ``text`` is what it was read from, which is kept beside it with its comments.
+    ``text`` is the source that it was read from, which is stored next to it with its comments.
 
     Raises:
         DocumentError: it is too large: YAML aliases may stand for much more than they take.
@@ -107,7 +108,7 @@ def document_of(value: documents.Value, *, source_name: str = "", text: bytes = 
 
 
 def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str = "") -> document_pb2.Document:
-    """The document of plain data that is known to be right."""
+    """Return the document of plain data that is known to be valid."""
     content = canonical_json(data)
     return document_pb2.Document(
         kind=KINDS[kind],

@@ -1,4 +1,4 @@
-"""Why a plan is as it is, as a message."""
+"""The explanation of a plan as a message."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _memory(bar: MemoryBar) -> plan_service_pb2.MemoryBar:
         weight_bytes=bar.weight_bytes,
         kv_bytes=bar.kv_bytes,
         activation_bytes=bar.activation_bytes,
-        free_bytes=max(0, bar.free_bytes),  # parts are rounded: a full card may be some bytes over
+        free_bytes=max(0, bar.free_bytes),  # parts are rounded: a full card may exceed its size by some bytes
     )
 
 

@@ -1,7 +1,7 @@
-"""Which head groups, where the solver only says how many.
+"""The choice of individual head groups, of which the solver only decides the number.
 
-A tensor-parallel primary of n cards computes the heads of G / n head groups on each card; it takes as many of each
-card's at a time, so that its cards stay even. All other devices take whichever.
+A tensor-parallel primary of n cards computes G / n head groups on each card. It takes equally many from each card, so
+that its cards stay balanced. All other devices take any.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hetis.solver.dispatch.problem import IntArray, Stage
 
 
 def owners_of(stage: Stage, groups: IntArray) -> list[int]:
-    """An owner for every head group of a request that has so many on each device, ``groups`` [D]."""
+    """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices."""
     counts = groups.tolist()
     num = stage.heads.head_groups
     primary = None if stage.primary is None else stage.primary.device
@@ -25,10 +25,10 @@ def owners_of(stage: Stage, groups: IntArray) -> list[int]:
 
 
 def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: int, target: int, num: int) -> list[int]:
-    """``num`` head groups that go from ``source`` to ``target``, in increasing order.
+    """Return ``num`` head groups that move from ``source`` to ``target``, in increasing order.
 
-    Moves chosen before lead from ``owners`` to ``after``; what they move is not moved again. Those that leave or reach
-    the primary keep its cards as even as what the source holds allows; where that are fewer than ``num``, all of them.
+    Earlier moves lead from ``owners`` to ``after``; what they move is not moved again. Groups that leave or reach the
+    primary keep its cards as even as the source's groups allow. If the source has fewer than ``num``, all are returned.
     """
     held = [group for group, owner in enumerate(owners) if owner == source == after[group]]
     cards, there = card_of(stage), dict[int, int]()
@@ -40,14 +40,14 @@ def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: i
 
 
 def card_of(stage: Stage) -> list[int]:
-    """Return for every head group the card of the primary that computes it; of several the first."""
+    """Return, for every head group, the primary's card that computes it; the first one if there are several."""
     num = stage.heads.head_groups
     share = num // stage.primary_groups
     return [group // share for group in range(num)]
 
 
 def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mapping[int, int]) -> list[int]:
-    """``num`` of the groups, always the next of the card that has the fewest with what is ``there``; as there are."""
+    """Return up to ``num`` groups, each from the card with the fewest so far, counting those already ``there``."""
     by_card: dict[int, list[int]] = {}
     for group in groups:
         by_card.setdefault(cards[group], []).append(group)

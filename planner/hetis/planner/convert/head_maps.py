@@ -1,4 +1,4 @@
-"""Head maps of the contract as snapshots of the solver, which counts head groups and does not name them."""
+"""Head maps of the API as snapshots of the solver, which counts head groups instead of naming them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTHING: Mapping[str, report_pb2.DeviceStatus.ValueType] = MappingProxyType({})
 
 
 def status_from_proto(status: report_pb2.DeviceStatus.ValueType) -> DeviceStatus:
-    """An unknown one is taken as unspecified, and that as ok."""
+    """Return the status; unknown and unspecified ones count as OK."""
     return _STATUS.get(status, DeviceStatus.OK)
 
 
@@ -40,15 +40,14 @@ def snapshot_from_proto(
     high_water: float | None = None,
     changed: Collection[str] = (),
 ) -> StateSnapshot:
-    """Return what a head map says, for the solver.
+    """Return a head map's content for the solver.
 
-    Requests with head groups on a lost device are left out, for they will be prefilled again; blocks that they still
-    hold elsewhere are taken off what those devices have. Devices of the stage that the map does not name have no
-    blocks.
+    Requests with head groups on a lost device are left out, since they will be prefilled again; blocks that they still
+    hold elsewhere are deducted from those devices. Devices of the stage that the map does not name have no blocks.
 
     Args:
         terms: the stage.
-        conditions: by GPU, what the planner knows of devices; with what the map says, the worse counts.
+        conditions: the planner's status of devices, by GPU; the worse of it and the map's counts.
         high_water: of all devices; None: those of the stage.
         changed: devices that re-dispatch should look at, whatever they hold.
 
@@ -98,7 +97,7 @@ def _worse(one: DeviceStatus, other: DeviceStatus) -> DeviceStatus:
 
 
 def _groups(message: head_map_pb2.HeadMap, terms: StageTerms, place: list[int]) -> IntArray:
-    """Head groups of each request on each device, shape [N, D]."""
+    """Return the number of head groups of each request on each device, shape [N, D]."""
     num, head_groups = terms.stage.num_devices, terms.stage.heads.head_groups
     groups = np.zeros((len(message.requests), num), np.int64)
     for j, request in enumerate(message.requests):

@@ -1,4 +1,4 @@
-"""What agents found, beside what the cluster's document says."""
+"""The inventory: what agents found, compared with the cluster's document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
 from hetis.v1 import cluster_pb2, document_pb2, inventory_pb2
 
 MAX_DIFFERENCES = 10_000  # more would not fit into one message
-# Drivers keep some back, and cards are sold in rounded sizes: an L4 of 24 GiB shows 22.5, a T4 of 16 GiB 14.8.
+# Drivers reserve some memory, and cards are sold in rounded sizes: an L4 of 24 GiB shows 22.5, a T4 of 16 GiB 14.8.
 _LEAST_MEMORY_RATIO = 0.9
 
 Kind = cluster_pb2.InventoryDifferenceKind
@@ -21,7 +21,7 @@ Kind = cluster_pb2.InventoryDifferenceKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundNode:
-    """A node whose agent is connected. ``unhealthy``: why the devices of these indices cannot be used."""
+    """A node whose agent is connected. ``unhealthy``: why the devices with these indices cannot be used."""
 
     inventory: inventory_pb2.NodeInventory
     unhealthy: Mapping[int, str]
@@ -30,13 +30,13 @@ class FoundNode:
 def inventory_message(
     cluster: str, declared: Cluster, found: Mapping[str, FoundNode], *, cluster_etag: str
 ) -> cluster_pb2.Inventory:
-    """Both sides, and where they differ; the first 10,000 differences.
+    """Return the found inventory and its differences from the declared one, at most 10,000.
 
     Args:
         cluster: ``clusters/{cluster}``.
-        declared: what its document says.
-        found: connected nodes by their ids.
-        cluster_etag: of the cluster whose document it is.
+        declared: the content of its document.
+        found: connected nodes by id.
+        cluster_etag: of the cluster that has the document.
     """
     return cluster_pb2.Inventory(
         name=f"{cluster}/inventory",
@@ -47,7 +47,7 @@ def inventory_message(
 
 
 def differences(declared: Cluster, found: Mapping[str, FoundNode]) -> Iterator[cluster_pb2.InventoryDifference]:
-    """Every one, in the order of the document; nodes that it does not name come last."""
+    """Yield every difference in the order of the document; nodes that it does not name come last."""
     known = set[str]()
     for group, node in _nodes(declared):
         if node not in found:
@@ -104,7 +104,7 @@ def _nodes(cluster: Cluster) -> Iterator[tuple[NodeGroup, str]]:
 
 
 def _gpus_of(group: NodeGroup) -> list[str]:
-    """GPU types of a node by device index."""
+    """Return the GPU types of a node by device index."""
     return [slots.gpu for slots in group.gpus for _ in range(slots.count)]
 
 
@@ -124,7 +124,7 @@ def _found_document(declared: Cluster, found: Mapping[str, FoundNode]) -> docume
 def _found_groups(
     declared: Cluster, found: Mapping[str, FoundNode], types: Mapping[str, GpuType]
 ) -> Iterator[NodeGroup]:
-    """Groups that were found as they are declared stay groups; of others each node is one of its own."""
+    """Yield the found node groups: those found as declared stay groups, other nodes form one group each."""
     known = set[str]()
     for group in declared.node_groups:
         nodes = [group.node_name(index) for index in range(group.count)]
@@ -146,7 +146,7 @@ def _types_of(node: FoundNode) -> list[str]:
 
 
 def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequence[GpuSlots]) -> tuple[GpuSlots, ...]:
-    """GPUs by type, at the document's prices; devices of no known type are left out, as no plan can use them."""
+    """Return GPUs by type, at the document's prices; devices of unknown type are left out, as no plan can use them."""
     prices = {slots.gpu: slots.usd_per_hour for slots in declared}
     counts = dict[str, int]()
     for gpu in found:
@@ -156,7 +156,7 @@ def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequenc
 
 
 def _network_of(network: Network, nodes: set[str], zones: set[str]) -> Network:
-    """The same links, without those of nodes and zones that were not found."""
+    """Return the network without links of nodes and zones that were not found."""
     return Network(
         default=network.default,
         zone_default=network.zone_default,

@@ -1,4 +1,4 @@
-"""Names of resources: made of ids, and taken apart."""
+"""Names of resources: built from ids, and split."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 ID_RULE = "1 to 63 of a-z 0-9 -, beginning and ending with a letter or digit"
-_NODE_ID = r"[^\W_][\w.-]{0,199}"  # a name of the cluster's document
-_MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # given by the planner
+_NODE_ID = r"[^\W_][\w.-]{0,199}"  # a name in the cluster's document
+_MADE_ID = r"[A-Za-z0-9_-]{1,100}"  # chosen by the planner
 
 
 def is_id(text: str) -> bool:
-    """Return whether callers may call a resource so."""
+    """Return whether callers may choose this id for a resource."""
     return re.fullmatch(ID, text) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class NameForm:
-    """How the names of one kind of resource look; ``text`` is the form as the contract writes it."""
+    """The form of the names of one kind of resource; ``text`` is the form in the API's notation."""
 
     text: str
 
@@ -46,15 +46,15 @@ _PATTERNS = {
 
 
 def cluster_of(name: str) -> str:
-    """``clusters/{cluster}`` of anything in a cluster."""
+    """Return ``clusters/{cluster}`` for the name of anything in a cluster."""
     return "/".join(name.split("/")[:2])
 
 
 def last_part(name: str) -> str:
-    """The id: ``l4-3`` of ``clusters/night/nodes/l4-3``."""
+    """Return the id: ``l4-3`` for ``clusters/night/nodes/l4-3``."""
     return name.rpartition("/")[2]
 
 
 def node_name(cluster: str, node: str) -> str:
-    """Return the resource name of a node id of ``clusters/{cluster}``."""
+    """Return the resource name of a node id in ``clusters/{cluster}``."""
     return f"{cluster}/nodes/{node}"

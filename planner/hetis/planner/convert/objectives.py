@@ -1,4 +1,4 @@
-"""What a plan is good for, from its message: with the defaults of `hetis-plan place`, and every wrong field."""
+"""Objectives from messages: with the defaults of `hetis-plan place`, and every wrong field reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.v1 import plan_pb2
 
 Wrong = Callable[[str, str], object]
-"""Takes the path of a wrong field, and what is wrong with it."""
+"""Called with the path of a wrong field, and what is wrong with it."""
 
 _KINDS = {
     plan_pb2.OBJECTIVE_KIND_UNSPECIFIED: ObjectiveKind.GOODPUT,
@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
-    """The objective; ``wrong`` hears of every wrong field, whose path begins with ``field``."""
+    """Return the objective; ``wrong`` is called for every wrong field, whose path begins with ``field``."""
     kind = _KINDS.get(message.kind, ObjectiveKind.GOODPUT)
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):
@@ -38,7 +38,7 @@ def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) 
 
 
 def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -> float | None:
-    """Infinity: no limit. None: the default."""
+    """Return a limit, infinity for no limit, or None for the default."""
     limit, unlimited = f"{name}_limit_s", f"{name}_unlimited"
     if message.HasField(unlimited):  # type: ignore[arg-type]  # the stubs list the names as a literal
         if not getattr(message, unlimited):

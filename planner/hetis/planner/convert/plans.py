@@ -1,4 +1,4 @@
-"""Plans as messages: the answer of a search, its progress, and the two views of the resource."""
+"""Plans as messages: the result of a search, its progress, and the two views of the resource."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hetis.solver.budget import Progress
 from hetis.solver.plan import ClassPrice, Plan, Status
 from hetis.v1 import document_pb2, plan_pb2
 
-MOST_DOCUMENT_BYTES = 3 << 20  # of a document inside a message
-# What a message of 4 MiB leaves for a plan with its documents, names and states of the answer around it aside.
+MOST_DOCUMENT_BYTES = 3 << 20  # for a document inside a message
+# What a message of 4 MiB has room for besides the names and states of the surrounding answer.
 MOST_PLAN_BYTES = (4 << 20) - (128 << 10)
 
 _STATUSES = {
@@ -23,7 +23,7 @@ _STATUSES = {
 
 
 def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
-    """The answer in the view BASIC. ``document`` is the plan in canonical JSON; the plan has replicas."""
+    """Return the result in the view BASIC. ``document`` is the plan in canonical JSON; the plan has replicas."""
     result = plan.result
     message = plan_pb2.PlanResult(
         status=_STATUSES[result.status],
@@ -46,9 +46,9 @@ def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
 
 
 def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
-    """Makes the view FULL of the view BASIC: replicas, routes, prices and the document, as far as a message has room.
+    """Turn the view BASIC into FULL: add replicas, routes, prices and the document if the message has room.
 
-    The document is left out first, where it is large or there is no room: it can be read by itself.
+    The document is the first to be left out, if it is large or there is no room: it can be read separately.
     """
     result = message.result
     result.prices.extend(map(price_to_proto, plan.prices))
@@ -65,7 +65,7 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
 
 
 def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
-    """The view BASIC of what a caller wrote: documents without their contents."""
+    """Return the view BASIC of a caller's plan: documents without their contents."""
     basic = plan_pb2.Plan()
     basic.CopyFrom(message)
     match basic.WhichOneof("source"):

@@ -19,13 +19,13 @@ _SOURCES = {
 
 
 def profile_document(source: document_pb2.Document) -> tuple[document_pb2.Document, Profile]:
-    """The canonical document of a profile, and what it says. As `documents.read_document`."""
+    """Return the canonical document of a profile, and its content. Raises as `documents.read_document`."""
     value = documents.read_profile(source)
     return documents.document_of(value, source_name=source.source_name, text=source.content), value
 
 
 def profile_body(name: str, document: document_pb2.Document, value: Profile) -> profile_pb2.Profile:
-    """Return what is kept of a profile. ``document`` is canonical, and ``value`` what it says."""
+    """Return the stored body of a profile. ``document`` is canonical, and ``value`` is its content."""
     used = {fit.provenance.source for fit in value.fits}
     errors = [fit.provenance.held_out_mape for fit in value.fits if fit.provenance.held_out_mape is not None]
     return profile_pb2.Profile(
@@ -51,7 +51,7 @@ def profile_message(record: ProfileRecord, *, view: view_pb2.View.ValueType) -> 
 
 
 def gpu_type_name(text: str) -> str:
-    """The catalogue's name of a GPU type that it knows by this or another name; else the text itself."""
+    """Return the catalogue's name of a GPU type that it knows by this or another name, else the text itself."""
     try:
         return catalogue.find_gpu(text).gpu.name
     except catalogue.UnknownNameError:

@@ -1,4 +1,4 @@
-"""Moves that the solver chose, as a change of the contract: with the head groups that they move, and why."""
+"""The solver's moves as a change of the API: with their head groups and their reasons."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _KINDS = {
 
 
 def moves_to_proto(moves: Sequence[Move], head_map: head_map_pb2.HeadMap, terms: StageTerms) -> list[head_map_pb2.Move]:
-    """The same moves with the head groups that go: those of the head map's source, no head group twice.
+    """Return the moves with individual head groups, which belong to the source in the head map; no group moves twice.
 
-    Nothing of the requests that move may be under way already.
+    Nothing of the requests that move may be moving already.
     """
     place = [terms.index[device.name] for device in head_map.devices]
     wanted = {move.request for move in moves}

@@ -8,11 +8,11 @@ from hetis.planner.convert.roles import TO_PROTO, role_of
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, StagePlan
 from hetis.v1 import replica_pb2
 
-MOST_IN_A_MESSAGE = 1000  # replicas of a PlanResult, as plan.proto says
+MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, see plan.proto
 
 
 def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
-    """The first of them: as many as a message may have, and as take ``most_bytes`` together."""
+    """Return the first replicas: as many as a message may have, and as fit into ``most_bytes``."""
     messages: list[replica_pb2.ReplicaPlan] = []
     for replica in replicas:
         message = replica_to_proto(replica)

@@ -16,7 +16,7 @@ FROM_PROTO = {value: role for role, value in TO_PROTO.items()}
 
 
 def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
-    """The role of a replica; unified where it was written before there were roles."""
+    """Return the role of a replica; unified if it was written before roles existed."""
     return FROM_PROTO.get(shape.role, Role.UNIFIED)
 
 

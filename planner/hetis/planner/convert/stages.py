@@ -1,4 +1,4 @@
-"""The stages of a plan's replica as messages: what the dispatcher of its primary needs."""
+"""The stages of a plan's replica as messages for the dispatcher of its primary."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hetis.v1 import stage_pb2
 
 
 def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.StageModel]:
-    """One per copy of each stage, in their order. ``replica``: its index in the plan. Slow: not for an event loop.
+    """Return one model per copy of each stage, in order. ``replica`` is its index in the plan.
 
-    None of a prefill replica: it decodes nothing, so that nothing is dispatched.
-
-    KV blocks are those of the whole device: all micro-batches that are in flight share them.
+    A prefill replica has none: it decodes nothing, so nothing is dispatched. KV blocks are those of the whole device:
+    all
+    micro-batches in flight share them. Slow: not for an event loop.
 
     Raises:
         InvalidProblemError: the plan contradicts its inputs.
@@ -42,7 +42,7 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
 def _stage(
     loaded: LoadedStage, position: int, copy: int, gpus: Sequence[Sequence[str]], micro_batches: int
 ) -> stage_pb2.StageModel:
-    """``gpus``: of each device, in the order of the loaded stage, whose devices are those of the first copy."""
+    """Return one copy's model with ``gpus`` for its devices, in the order of the loaded stage, the first copy."""
     costs, saved = loaded.snapshot.stage, loaded.saved
     moving_s = saved.move_byte_s()
     message = stage_pb2.StageModel(stage=position, copy=copy, num_layers=saved.num_layers, heads=_heads(costs.heads))

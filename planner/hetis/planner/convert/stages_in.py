@@ -1,4 +1,4 @@
-"""A stage as the contract describes it, as the solver reads it."""
+"""A stage of the API as the solver reads it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hetis.solver.dispatch.problem import FloatArray, HeadShape, Primary, Stage
 from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import report_pb2, stage_pb2
 
-HIGH_WATER = 0.9  # StageDevice.high_water, where it says 0
+HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
 _AS_PROFILED: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTerms:
-    """What dispatch and re-dispatch need of one copy of one stage; all but ``stage`` are beside it in a problem.
+    """The data about one copy of one stage that dispatch and re-dispatch need; ``stage`` is part of a problem.
 
     Attributes:
-        stage: devices and what attention costs on them.
-        num_layers: a head group lies, and moves, in all of them.
+        stage: devices and the costs of attention on them.
+        num_layers: a head group occupies, and moves in, all of them.
         link_byte_s: seconds per byte of KV moved into or out of each device, shape [D].
         high_water: share of each device's KV blocks above which head groups should leave.
         gpus: of each device, as ``node/index``.
@@ -39,17 +39,17 @@ class StageTerms:
     def statuses(
         self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
     ) -> tuple[report_pb2.DeviceStatus.ValueType, ...]:
-        """The worst that is known of any GPU of each device; ``conditions`` by GPU, OK where it says nothing."""
+        """Return the worst known status of any GPU of each device; ``conditions`` are by GPU, missing ones are OK."""
         ok = report_pb2.DEVICE_STATUS_OK
         return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
 
 
 def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _AS_PROFILED) -> StageTerms:
-    """The same stage for the solver.
+    """Return the stage for the solver.
 
     Args:
-        slowness: by device name, what measured times are to predicted ones; 1 where it says nothing. All terms are
-            scaled, exchange included: it is in the measured times.
+        slowness: ratio of measured to predicted times by device name; 1 if missing. All terms are scaled, including the
+            exchange, which is part of the measured times.
 
     Raises:
         InvalidProblemError: the stage contradicts itself.

@@ -1,4 +1,4 @@
-"""Moments of messages and of clocks."""
+"""Times in messages and of clocks."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def timestamp(time_s: float) -> Timestamp:
 
 
 def optional_timestamp(time_s: float | None) -> Timestamp | None:
-    """None stays None: the field is left unset."""
+    """Return the timestamp, or None if there is no time, so that the field is left unset."""
     return None if time_s is None else timestamp(time_s)

@@ -1,1 +1,1 @@
-"""Plans as the files of engines and orchestrators: what each carries is written, what it cannot is said."""
+"""Plans as files for engines and orchestrators. What a target cannot carry is reported."""

@@ -1,4 +1,4 @@
-"""A compose file for each node: a service for every process, on the host's network."""
+"""A compose file for each node, with a service per process on the host's network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONFIG, _KEY = "/etc/hetis/workers.yaml", "/run/secrets/worker-key"
 
 
 def write_compose(launchable: Launchable) -> Written:
-    """A folder for each node with its compose.yaml, and the plugin's files beside it.
+    """Return a folder for each node with its compose.yaml and the plugin's files.
 
     Raises:
         NotExportableError: an image is missing.
@@ -53,7 +53,7 @@ def write_compose(launchable: Launchable) -> Written:
 
 
 def service_of(one: LaunchableReplica, command: Command) -> str:
-    """The name of a process among services, which may have no slash and no dot."""
+    """Return the name of a process among services, which may contain no slash and no dot."""
     return f"{one.name}-{command.process.name}".replace("/", "-").replace(".", "-").replace("+", "-")
 
 
@@ -96,7 +96,7 @@ def _reserved(gpus: tuple[int, ...]) -> Mapping[str, Any]:
 
 
 def _gpus(gpus: tuple[int, ...]) -> dict[str, str]:
-    """The order of the ranks among the GPUs that the container sees, which are counted anew there."""
+    """Return the environment for the ranks' order among the GPUs that the container sees, which renumbers them."""
     seen = sorted(gpus)
     order = ",".join(str(seen.index(gpu)) for gpu in gpus)
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": order}

@@ -1,4 +1,4 @@
-"""Dynamo: graph deployments of one front and a component for each replica."""
+"""Dynamo: graph deployments with one front end and a component for each replica."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import documents
 from hetis.solver.plan import Role
 
-VERSION = "1.6.1"  # of Dynamo, whose images have its front and its workers
-_MOST_COMPONENTS = 25  # of a graph, with its front
+VERSION = "1.6.1"  # of Dynamo, whose images contain its front end and its workers
+_MOST_COMPONENTS = 25  # per graph, including its front end
 _PROGRAMS = {Engine.VLLM: ("python3", "-m", "dynamo.vllm"), Engine.SGLANG: ("python3", "-m", "dynamo.sglang")}
 _TYPES = {Role.UNIFIED: "worker", Role.PREFILL: "prefill", Role.DECODE: "decode"}
 
 
 def write_dynamo(launchable: Launchable) -> Written:
-    """DynamoGraphDeployments, of which one holds all replicas unless there are more than it may.
+    """Return DynamoGraphDeployments: one with all replicas unless there are too many for a graph.
 
     Raises:
-        NotExportableError: the engine is not one of Dynamo's, or no replica is one pod.
+        NotExportableError: Dynamo does not support the engine, or no replica is a single pod.
     """
     if launchable.engine not in _PROGRAMS:
         raise NotExportableError(("Dynamo's images lack our plugin: use --to lws or kubernetes, or --engine vllm",))
@@ -86,7 +86,7 @@ def image_of(launchable: Launchable) -> str:
 
 
 def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """A worker of Dynamo takes the engine's own options, and registers with the front instead of serving HTTP."""
+    """Return a component: a Dynamo worker with the engine's options, registered with the front end."""
     [process] = one.layout.servers
     serving = replace(one.serving, program=_PROGRAMS[launchable.engine])
     words = list(arguments_of(one.layout, serving, 0, Meeting(host="")))
@@ -95,7 +95,7 @@ def _component(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     deployment = replace(deployment_of(launchable, one), image=image_of(launchable))
     pod = ReplicaObjects(one.layout, one.serving, deployment).server_pod(0, words)
     [container] = pod["containers"]
-    # Ports, probes and what pods may do are the operator's; images of Dynamo have a user of their own.
+    # Dynamo's operator sets ports, probes and permissions of pods; its images have their own user.
     kept = {name: container[name] for name in ("env", "resources", "volumeMounts", "image")}
     kept["env"] = [each for each in kept["env"] if each["name"] not in ("HOME", "NUMBA_CACHE_DIR")]
     main = {"name": "main", "command": words[:3], "args": words[3:], **kept}

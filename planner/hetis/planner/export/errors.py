@@ -8,7 +8,7 @@ from hetis.solver.errors import HetisError
 
 
 class NotExportableError(HetisError):
-    """Nothing of the plan can be launched so.
+    """No part of the plan can be launched in this way.
 
     Attributes:
         reasons: why, one sentence each.

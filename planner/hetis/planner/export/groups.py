@@ -1,7 +1,7 @@
-"""The pods of a replica for operators that make them from two templates: a leader, and workers that are all alike.
+"""Pods of a replica for operators that make them from two templates: a leader, and identical workers.
 
-A plan's stages are not alike: each belongs to the node whose GPUs its layers were chosen for. So the workers' template
-names the nodes of all further stages, lets no two of them share one, and each takes its rank from the node it is on.
+A plan's stages differ: each belongs to the node whose GPUs its layers were chosen for. So the workers' template
+names the nodes of all further stages, lets no two pods share one, and each pod derives its rank from its node.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class PodGroup:
     """Templates of a replica's pods.
 
     Args:
-        leader: the address of the leader, in the words of the operator.
-        container: what the operator calls the container of the engine; empty: as the engine.
-        worker_labels: that the operator gives workers and nobody else; None: labels of our own.
+        leader: the address of the leader, in the operator's notation.
+        container: the operator's name for the engine's container; empty: the engine's own.
+        worker_labels: labels that the operator gives only to workers; None: our own labels.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PodGroup:
         return 1 + len(self._further)
 
     def why_not(self) -> tuple[str, ...]:
-        """Why workers of one template cannot be told apart; empty: they can."""
+        """Return why workers of one template cannot be told apart; empty if they can."""
         nodes = [process.node for process in self._further]
         twice = sorted({node for node in nodes if nodes.count(node) > 1})
         return tuple(
@@ -54,13 +54,13 @@ class PodGroup:
         )
 
     def leader(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """The pod of the first stage."""
+        """Return the pod of the first stage."""
         [first, *_] = self._layout.servers
         pod = self.objects.server_pod(0, self.objects.arguments(0, master=self._leader))
         return self._template({"nodeSelector": on_node(first.node), **pod}, [first], labels)
 
     def workers(self, labels: dict[str, str] | None = None) -> dict[str, Any]:
-        """The pods of all further stages."""
+        """Return the pods of all further stages."""
         arguments = list(self.objects.arguments(1, master=self._leader))
         if len(self._further) == 1:
             pod = self.objects.server_pod(1, arguments)
@@ -70,7 +70,7 @@ class PodGroup:
         line = shlex.join(arguments).replace(_MARK, f'"${_RANK}"')
         stranger = f'*) echo "${_NODE} is no node of this replica" >&2; exit 2;;'
         script = f'case "${_NODE}" in {ranks} {stranger} esac; exec {line}'
-        # The leader's address, $(...), is put there by Kubernetes before the shell sees its quotes.
+        # The leader's address, $(...), is expanded by Kubernetes before the shell sees its quotes.
         pod = self.objects.server_pod(1, ["sh", "-c", script])
         container = pod["containers"][0]
         node = {"name": _NODE, "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}
@@ -78,7 +78,7 @@ class PodGroup:
         return self._template({"affinity": self._apart(), **pod}, self._further, labels)
 
     def _apart(self) -> dict[str, Any]:
-        """On the nodes of the further stages, and never two on one."""
+        """Return an affinity for the nodes of the further stages, with never two pods on one."""
         there = {"key": NODE_LABEL, "operator": "In", "values": [process.node for process in self._further]}
         others = {"matchLabels": self._worker_labels()}
         return {

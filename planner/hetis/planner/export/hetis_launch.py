@@ -1,4 +1,4 @@
-"""Command lines of hetis-launch, which starts again what ends, steers attention workers and stops them in order."""
+"""Command lines of hetis-launch, which restarts processes, controls attention workers and stops them in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAN_FILE = "plan.json"
 
 
 def write_hetis_launch(launchable: Launchable) -> Written:
-    """The plan, and for every node a script with a hetis-launch for each replica that has processes there."""
+    """Return the plan, and for every node a script with a hetis-launch for each replica that has processes there."""
     files, shown = {PLAN_FILE: dump(launchable.plan, "json")}, list[str]()
     for node, here in launchable.by_node().items():
         path = f"{node}.sh"
@@ -42,7 +42,7 @@ def _script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableR
 
 
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
-    """The command line that runs a replica's part of a node."""
+    """Return the command line that runs a replica's part of a node."""
     addresses, settings = one.addresses, launchable.settings
     told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", settings.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]

@@ -18,12 +18,12 @@ from hetis.solver.plan import Role
 _API = "serving.kserve.io/v1alpha2"
 _COMPONENT, _NAME = "app.kubernetes.io/component", "app.kubernetes.io/name"
 _WORKER, _PREFILL_WORKER = "llminferenceservice-workload-worker", "llminferenceservice-workload-worker-prefill"
-# A service of several nodes whose stages are a pipeline asks for a preset that KServe does not ship.
+# A service on several nodes whose stages form a pipeline needs a preset that KServe does not ship.
 _PRESETS = {Role.UNIFIED: "worker", Role.DECODE: "decode-worker", Role.PREFILL: "prefill-worker"}
 
 
 def write_kserve(launchable: Launchable) -> Written:
-    """A file for each service.
+    """Return a file for each service.
 
     Raises:
         NotExportableError: no replica can be a service, or options are missing.
@@ -60,14 +60,14 @@ def _service(launchable: Launchable, one: LaunchableReplica) -> str:
 
 
 def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
-    """The service, its attention workers, and the plugin's file."""
+    """Return the service, its attention workers, and the plugin's file."""
     one, settings = launchable.replicas[number], launchable.settings
     name, served = _service(launchable, one), settings.served_name or settings.model
     main = launchable.replicas[pairs[number]] if one.plan.role is Role.PREFILL else one
     uri = f"pvc://{settings.model_claim}{settings.model}" if settings.model_claim else f"hf://{settings.model}"
     spec: dict[str, Any] = {
         "model": {"name": served, "uri": uri},
-        # The engine is told where its model is.
+        # The engine gets the location of its model.
         "storageInitializer": {"enabled": False},
         "replicas": 1,
         **_workload(launchable, main, name, _WORKER),
@@ -87,7 +87,7 @@ def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list
 
 
 def _workload(launchable: Launchable, one: LaunchableReplica, name: str, component: str) -> dict[str, Any]:
-    """Parallelism and pods of a replica; which GPUs they mean is said where KServe hands it on to all of them."""
+    """Return parallelism and pods of a replica; its GPUs are named where KServe passes the name on to all pods."""
     workers = {_NAME: name, _COMPONENT: component}
     group = PodGroup(launchable, one, leader=LEADER, container="main", worker_labels=workers)
     leader = group.leader()
@@ -100,7 +100,7 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
         further = group.workers()
         whole["worker"] = further["spec"]
         whole["annotations"]["hetis/workers"] = further["metadata"]["annotations"]["hetis/devices"]
-    else:  # KServe takes a pipeline for several nodes
+    else:  # KServe takes a pipeline to span several nodes
         del whole["parallelism"]["pipeline"]
     return whole
 

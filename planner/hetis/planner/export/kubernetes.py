@@ -1,4 +1,4 @@
-"""Core Kubernetes: a StatefulSet for each process of a replica, as `hetis-launch kubernetes` makes them."""
+"""Core Kubernetes: a StatefulSet for each process of a replica, as made by `hetis-launch kubernetes`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.solver.plan import Plan
 
 
 def write_kubernetes(launchable: Launchable) -> Written:
-    """A file for each replica, and a kustomization of them all.
+    """Return a file for each replica, and a kustomization of them all.
 
     Raises:
         NotExportableError: pods cannot do what the replicas need, or options are missing.
@@ -48,10 +48,10 @@ def deployment_of(launchable: Launchable, one: LaunchableReplica) -> Deployment:
 
 
 def check_cluster_options(launchable: Launchable) -> None:
-    """Says what is missing of the options that objects of Kubernetes need.
+    """Check that the options for Kubernetes objects are complete.
 
     Raises:
-        NotExportableError: something is.
+        NotExportableError: with every missing option.
     """
     one = next(iter(launchable.replicas.values()))
     wrong = deployment_of(launchable, one).wrong(launchable.settings.model, has_workers=launchable.has_workers)
@@ -67,7 +67,7 @@ def written_for_cluster(
     not_carried: Iterable[str] = (),
     left_out: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Written:
-    """Manifests with a kustomization, whose fronts are Services named after the replicas."""
+    """Return manifests with a kustomization; the replicas' front ends are Services named after them."""
     namespace = launchable.settings.namespace
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     whole = {**kustomization, **({"namespace": namespace} if namespace else {}), "resources": list(files)}
@@ -86,7 +86,7 @@ def written_for_cluster(
 
 
 def types_of_nodes(plan: Plan) -> dict[str, set[str]]:
-    """GPU types that a plan uses of each node."""
+    """Return the GPU types that a plan uses on each node."""
     types = dict[str, set[str]]()
     for replica in plan.replicas:
         placed = [(stage.gpu, stage.devices) for stage in replica.stages]
@@ -98,7 +98,7 @@ def types_of_nodes(plan: Plan) -> dict[str, set[str]]:
 
 
 def mixed_nodes(launchable: Launchable) -> list[str]:
-    """Nodes with GPUs of several types, of which a pod cannot choose: it is given so many of them."""
+    """Return a sentence per node with several GPU types, among which a pod, given a number, cannot choose."""
     return [
         f"node {node} has {' and '.join(sorted(found))}: which of them a pod gets, the device plugin says"
         for node, found in types_of_nodes(launchable.plan).items()

@@ -1,7 +1,7 @@
-"""llm-d: values of the modelservice chart for replicas of one pod, LeaderWorkerSets for the others, and router weights.
+"""llm-d: values of the modelservice chart for single-pod replicas, LeaderWorkerSets for others, and router weights.
 
-The chart makes all pods of a role from one template, so that stages of several nodes cannot be told apart in it; such
-replicas, and those with attention workers, come as a kustomization that the same InferencePool selects by its labels.
+The chart makes all pods of a role from one template, in which stages on several nodes cannot be told apart. Such
+replicas, and those with attention workers, are in a kustomization that the same InferencePool selects by its labels.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hetis.planner.export.yaml_files import documents, yaml_text
 from hetis.solver.plan import Role
 
 _REPLICA_LABEL = "app.kubernetes.io/instance"
-_SIDECAR_PORT = 8200  # where the engine listens behind the chart's routing proxy
+_SIDECAR_PORT = 8200  # the engine's port behind the chart's routing proxy
 _ROLES = {Role.PREFILL: "prefill", Role.DECODE: "decode", Role.UNIFIED: "decode"}
 
 
 def write_llm_d(launchable: Launchable) -> Written:
-    """Values for `helm`, manifests for `kubectl`, and the router's configuration.
+    """Return values for `helm`, manifests for `kubectl`, and the router's configuration.
 
     Raises:
         NotExportableError: no replica can be made of such pods, or options are missing.
@@ -61,7 +61,7 @@ def write_llm_d(launchable: Launchable) -> Written:
 
 
 def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """Values of chart llm-d-modelservice 0.4.12 for a replica of one pod."""
+    """Return the values of chart llm-d-modelservice 0.4.12 for a replica of one pod."""
     settings = launchable.settings
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     is_decode_of_pair = one.plan.role is Role.DECODE
@@ -73,7 +73,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     [container] = pod["containers"]
     container["ports"] = [{"name": "http", "containerPort": port}]
     container |= {"modelCommand": "custom", "command": arguments, "mountModelVolume": False}
-    # The chart has no place for what a pod may do, but for what its containers may.
+    # The chart has no field for a pod's security context, only for its containers'.
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
@@ -82,7 +82,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
         "fullnameOverride": f"{settings.name}-{one.name}",
         "modelArtifacts": {
             "name": served,
-            # The engine is told where its model is: the chart has nothing to fetch.
+            # The engine gets the location of its model: the chart has nothing to fetch.
             "uri": f"pvc://{settings.model_claim}{settings.model}" if settings.model_claim else f"hf://{served}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: f"{settings.name}-{one.name}"},
         },
@@ -103,7 +103,7 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
 
 
 def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """A Service for the pod that the chart makes; the chart itself leaves pods to an InferencePool."""
+    """Return a Service for the pod that the chart makes; the chart itself leaves pods to an InferencePool."""
     name = f"{launchable.settings.name}-{one.name}"
     made = ReplicaObjects(one.layout, one.serving, deployment_of(launchable, one))
     spec = {"ports": [{"name": "http", "port": FRONT_PORT}], "selector": {_REPLICA_LABEL: name}}
@@ -111,7 +111,7 @@ def _front(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
 
 
 def picker_config(launchable: Launchable) -> dict[str, Any]:
-    """The endpoint picker's configuration: endpoints are drawn with the plan's shares as weights."""
+    """Return the endpoint picker's configuration: endpoints are drawn with the plan's shares as weights."""
     shares = shares_of(launchable)
 
     def weights(*roles: Role) -> dict[str, float]:

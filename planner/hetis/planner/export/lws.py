@@ -1,4 +1,4 @@
-"""LeaderWorkerSet v1 for each replica, and DisaggregatedSet v1 where all replicas prefill or decode alone."""
+"""LeaderWorkerSet v1 for each replica, and DisaggregatedSet v1 if no replica is unified."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hetis.planner.export.yaml_files import documents
 from hetis.solver.plan import Role
 
 LEADER = "$(LWS_LEADER_ADDRESS)"
-_MOST_ROLES = 10  # of a DisaggregatedSet
+_MOST_ROLES = 10  # in a DisaggregatedSet
 
 
 def write_lws(launchable: Launchable) -> Written:
-    """A file for each replica: a LeaderWorkerSet, its attention workers, and what stands around them.
+    """Return a file for each replica: a LeaderWorkerSet, its attention workers, and related objects.
 
     Raises:
         NotExportableError: no replica can be made of such pods, or options are missing.
@@ -36,7 +36,7 @@ def write_lws(launchable: Launchable) -> Written:
 
 
 def groupable(launchable: Launchable) -> tuple[Launchable, dict[int, tuple[str, ...]]]:
-    """Without the replicas whose pods cannot be made from two templates; and why.
+    """Return the replicas whose pods can be made from two templates, and why the others cannot.
 
     Raises:
         NotExportableError: none is left.
@@ -56,7 +56,7 @@ def groupable(launchable: Launchable) -> tuple[Launchable, dict[int, tuple[str, 
 def replica_objects(
     launchable: Launchable, one: LaunchableReplica, labels: dict[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Everything of one replica, in an order in which it can be applied."""
+    """Return all objects of one replica, in an order in which they can be applied."""
     group = PodGroup(launchable, one, leader=LEADER)
     workers = [made for process in one.layout.attention_workers for made in group.objects.worker(process)]
     whole = {
@@ -71,13 +71,13 @@ def replica_objects(
 def _spec(group: PodGroup, labels: dict[str, str] | None = None) -> dict[str, Any]:
     if group.size > 1:
         templates = {"leaderTemplate": group.leader(labels), "workerTemplate": group.workers(labels)}
-    else:  # without a template of its own the leader is made from the workers', of whom there are none
+    else:  # without a template of its own, the leader is made from that of the workers, of which there are none
         templates = {"workerTemplate": group.leader(labels)}
     return {
         "replicas": 1,
         "leaderWorkerTemplate": {
             "size": group.size,
-            "restartPolicy": "RecreateGroupOnPodRestart",  # an engine does not go on without one of its stages
+            "restartPolicy": "RecreateGroupOnPodRestart",  # an engine cannot continue without one of its stages
             **templates,
         },
     }

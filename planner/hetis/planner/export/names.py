@@ -1,4 +1,4 @@
-"""The targets by name: light to import, for help and completion."""
+"""The targets by name: cheap to import, for help and completion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Target(StrEnum):
-    """What a plan is exported to."""
+    """A target of an export."""
 
     VLLM = "vllm"
     SGLANG = "sglang"
@@ -22,7 +22,7 @@ class Target(StrEnum):
 
 
 class Device(StrEnum):
-    """What engines compute on."""
+    """A device type of engines."""
 
     CUDA = "cuda"
     CPU = "cpu"

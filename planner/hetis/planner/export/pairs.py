@@ -1,4 +1,4 @@
-"""One prefill replica and one decode replica, for targets that know pairs alone."""
+"""Pairs of one prefill and one decode replica, for targets that only support pairs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from hetis.solver.plan import Role
 
 
 def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int], dict[int, tuple[str, ...]]]:
-    """Pairs along the plan's routes, those with most traffic first; and replicas that have no partner.
+    """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
 
     Returns:
-        What is left, the decode replica of every prefill replica, and why the others are left out.
+        The remaining replicas, the decode replica of every prefill replica, and why the others are left out.
 
     Raises:
         NotExportableError: nothing is left.

@@ -1,4 +1,4 @@
-"""Ray Serve: an application for each replica, its ranks in a placement group whose bundles name the plan's nodes."""
+"""Ray Serve: an application per replica, its ranks in a placement group whose bundles name the plan's nodes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 
-HEAD = "ray-head"  # where Ray Serve is reached, in --node-address
-# The accelerator types of Ray 2.60 (ray/util/accelerators) that a GPU of our catalogue may be.
+HEAD = "ray-head"  # the address of Ray Serve, in --node-address
+# The accelerator types of Ray 2.60 (ray/util/accelerators) that occur in our catalogue.
 _TYPES = ("H100", "H200", "H20", "B200", "B300", "A100", "L40S", "L4", "A10G", "T4", "V100", "P100")
 _TINY = 0.001
 
 
 def write_ray(launchable: Launchable) -> Written:
-    """A config file of Ray Serve.
+    """Return a config file of Ray Serve.
 
     Raises:
-        NotExportableError: the engine is not vLLM as it is, or no replica can be placed so.
+        NotExportableError: the engine is not unmodified vLLM, or no replica can be placed in this way.
     """
     if launchable.engine is Engine.SGLANG:
         raise NotExportableError(("Ray Serve LLM runs vLLM: --engine is sglang",))
@@ -61,7 +61,7 @@ def write_ray(launchable: Launchable) -> Written:
 
 
 def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
-    """The fields of Ray's LLMConfig for a replica."""
+    """Return the fields of Ray's LLMConfig for a replica."""
     layout, settings = one.layout, launchable.settings
     options = shape_options(layout, executor="ray") | room_options(layout, one.serving)
     options.pop("--kv-transfer-config", None)
@@ -103,9 +103,9 @@ def _application(launchable: Launchable, number: int, pairs: dict[int, int]) -> 
 
 
 def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
-    """What vLLM on Ray does not do: attention workers beside it, and stages in an order that addresses do not have.
+    """Return why vLLM on Ray cannot run a replica: attention workers, or an order of stages that addresses do not have.
 
-    vLLM counts Ray's workers node by node: the front's node first, then those with fewer of them, then by address.
+    vLLM numbers Ray's workers node by node: the front end's node first, then nodes with fewer workers, then by address.
     """
     if one.layout.workers:
         return ("attention workers are processes that Ray Serve does not start: use --to hetis-launch",)
@@ -132,7 +132,7 @@ def _chosen_by_ray(launchable: Launchable) -> list[str]:
 
 
 def _resource(node: str) -> str:
-    """A resource of our own that a node has, by which bundles name it."""
+    """Return our own resource of a node, by which bundles name it."""
     return f"hetis-{node}"
 
 

@@ -1,4 +1,4 @@
-"""What of a plan can be launched: a layout for every replica, ports that do not meet, and why some stay behind."""
+"""The launchable parts of a plan: a layout for every replica, distinct ports, and why some replicas are left out."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What must be known beside the plan.
+    """The settings of an export besides the plan.
 
     Attributes:
-        model: as the engine takes it: a folder, the same on every node, or a name.
-        served_name: what clients call it; empty: ``model``.
-        engine: that serves; None: vLLM, with our plugin if the plan has attention workers.
-        program: that starts the engine; empty: as its makers have it.
-        device: ``cuda`` or ``cpu``, where a plan is only tried.
-        options: of the engine as they stand.
+        model: in the engine's form: a folder, the same on every node, or a name.
+        served_name: the name for clients; empty: ``model``.
+        engine: the serving engine; None: vLLM, with our plugin if the plan has attention workers.
+        program: the command that starts the engine; empty: its default.
+        device: ``cuda``, or ``cpu`` for trying out a plan.
+        options: passed to the engine unchanged.
         dtype: of model and KV.
-        hosts: of nodes, an address or a name; a node that is not here is called by its own name.
-        port: of the first replica's front on a node; others have the next ones.
-        name: objects and jobs begin with it.
+        hosts: addresses or host names by node; other nodes are reached by their own names.
+        port: of the first replica's front end on a node; others have the following ones.
+        name: prefix of objects and jobs.
         image: of the engine; empty: the one that its makers publish.
         worker_image: of attention workers.
         model_claim: a PersistentVolumeClaim with the models.
-        key_secret: a Secret whose ``api-key`` clients must say.
+        key_secret: a Secret with the ``api-key`` for clients.
         worker_secret: a Secret with the attention workers' ``worker-key``.
-        is_open: no key is needed in the cluster.
+        is_open: whether no key is needed in the cluster.
     """
 
     model: str
@@ -74,7 +74,7 @@ class LaunchableReplica:
 
     @cached_property
     def commands(self) -> tuple[Command, ...]:
-        """A command line for every process; the first one is where clients go."""
+        """The command line of every process; the first one is the front end."""
         host = self.addresses.host(self.front_node)
         front = ("--host", host, "--port", str(self.port))
         served = replace(self.serving, options=(*front, *self.serving.options))
@@ -86,7 +86,7 @@ class LaunchableReplica:
 
     @property
     def endpoint(self) -> str:
-        """Where clients reach it by plain commands."""
+        """The address for clients when plain commands are used."""
         return f"{self.addresses.host(self.front_node)}:{self.port}"
 
 
@@ -95,10 +95,10 @@ class Launchable:
     """A plan whose replicas have one copy of each stage, those that can be launched, and why others cannot.
 
     Attributes:
-        plan: with every replica of equal copies as several replicas; all others as they were.
-        replicas: by their place in ``plan``.
-        left_out: why a replica cannot be launched, by its place.
-        changes: what was changed to make replicas launchable.
+        plan: with each replica of equal copies split into several replicas, and all others unchanged.
+        replicas: by their position in ``plan``.
+        left_out: why a replica cannot be launched, by its position.
+        changes: changes that made replicas launchable.
     """
 
     plan: Plan
@@ -118,7 +118,7 @@ class Launchable:
         return any(one.plan.role is not Role.UNIFIED for one in self.replicas.values())
 
     def by_node(self) -> dict[str, list[tuple[int, LaunchableReplica]]]:
-        """Replicas, with their places in the plan, that have processes on a node, for every node that has some."""
+        """Return, for every node, the replicas with processes there, and their positions in the plan."""
         found = dict[str, list[tuple[int, LaunchableReplica]]]()
         for number, one in self.replicas.items():
             for node in dict.fromkeys(process.node for process in one.layout.processes):
@@ -126,13 +126,13 @@ class Launchable:
         return found
 
     def rate(self) -> float:
-        """Saturated requests/s that remain, as the plan predicts them replica by replica."""
+        """Return the saturated requests/s of the remaining replicas, as predicted by the plan."""
         there = self.replicas.keys()
         unified = sum(one.plan.rate for one in self.replicas.values() if one.plan.role is Role.UNIFIED)
         return unified + sum(r.rate for r in self.plan.kv_routes if r.prefill in there and r.decode in there)
 
     def without(self, left_out: Mapping[int, tuple[str, ...]]) -> Launchable:
-        """Less replicas that the target cannot carry.
+        """Return the plan without the replicas that the target cannot carry.
 
         Raises:
             NotExportableError: none is left.
@@ -144,16 +144,16 @@ class Launchable:
         return less
 
     def reasons(self) -> Iterator[str]:
-        """Why replicas are left out, a sentence each."""
+        """Yield why replicas are left out, a sentence each."""
         for number, reasons in sorted(self.left_out.items()):
             yield from (f"replica {number}: {reason}" for reason in reasons)
 
 
 def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
-    """What of a plan an engine can launch.
+    """Return the parts of a plan that an engine can launch.
 
     Raises:
-        NotExportableError: nothing; with the reasons of all replicas.
+        NotExportableError: nothing can be launched; with the reasons of all replicas.
     """
     plan, changes = with_single_copies(plan)
     engine = settings.engine or engine_for(plan)
@@ -213,13 +213,13 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
 
 
 def engine_for(plan: Plan) -> Engine:
-    """The engine that a plan needs: our plugin where it has attention workers."""
+    """Return the engine that a plan needs: with our plugin if it has attention workers."""
     has_workers = any(replica.attention_workers for replica in plan.replicas)
     return Engine.VLLM_HETIS if has_workers else Engine.VLLM
 
 
 def published_image(engine: Engine) -> str:
-    """The image that the engine's makers publish; empty: there is none with our plugin."""
+    """Return the image that the engine's makers publish; empty for our plugin, which has none."""
     version = RECORDED[engine].version
     return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
 
@@ -227,16 +227,16 @@ def published_image(engine: Engine) -> str:
 _NODE = re.compile(
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
 )  # names go into scripts and file names as they are
-_MASTER_STEP = 20  # SGLang takes the ports that follow its own for its processes
+_MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
 
 
 # --- stage copies
 
 
 def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
-    """The plan with a replica whose stages all have the same number of copies as so many replicas.
+    """Return the plan with each replica whose stages all have n copies split into n replicas.
 
-    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of KV room, of
+    Each of them is one copy of everything: its GPUs and attention workers, and an equal part of KV memory, of
     micro-batches in flight and of the rate. Replicas with unequal copies stay as they are: no engine runs them.
     """
     replicas, parts, changes = list[ReplicaPlan](), list[list[int]](), list[str]()

@@ -1,6 +1,6 @@
-"""Router weights: what share of the requests each replica should get, as routers of the field take it.
+"""Router weights: the share of the requests for each replica, in the formats of common routers.
 
-Shares are those of the plan: its rates, replica by replica. Where prefill and decode are apart, a request takes a pair,
+Shares follow the plan's rates, replica by replica. If prefill and decode are disaggregated, a request takes a pair,
 and the shares are those of the plan's routes.
 """
 
@@ -14,25 +14,25 @@ from hetis.planner.export.replicas import Launchable
 from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.plan import Role
 
-_WHOLE = 1000  # weights are whole numbers; this is all of them together
+_WHOLE = 1000  # weights are integers with this sum
 
 
 def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
-    """Files with the weights of replicas that are reached at these endpoints, by their place in the plan."""
+    """Return files with the weights of replicas at these endpoints, given by position in the plan."""
     files = {"router/weights.json": json.dumps(weights_of(launchable, endpoints), indent=2) + "\n"}
     unified = _unified(launchable, endpoints)
     if not unified:
         return files
     served = launchable.settings.served_name or launchable.settings.model
     files["router/litellm.yaml"] = yaml_text(_litellm(unified, served))
-    if not any("/" in endpoint for endpoint, _ in unified):  # they know hosts and ports, no paths
+    if not any("/" in endpoint for endpoint, _ in unified):  # these routers know hosts and ports, but no paths
         files["router/nginx.conf"] = _nginx(unified)
         files["router/envoy.yaml"] = yaml_text(_envoy(unified))
     return files
 
 
 def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, Any]:
-    """Endpoints with their rates and shares, and the pairs of prefill and decode replicas with theirs."""
+    """Return endpoints with their rates and shares, and the pairs of prefill and decode replicas with theirs."""
     shares = shares_of(launchable)
     pairs = [r for r in launchable.plan.kv_routes if {r.prefill, r.decode} <= launchable.replicas.keys()]
     carried = sum(pair.rate for pair in pairs) or 1.0
@@ -62,13 +62,13 @@ def weights_of(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str
 
 
 def shares_of(launchable: Launchable) -> dict[int, float]:
-    """The part of all requests that each replica should get; the sides of prefill and decode each add up to theirs."""
+    """Return the share of all requests for each replica; those of prefill and decode replicas each have one sum."""
     whole = launchable.rate() or 1.0
     return {number: rate_of(launchable, number) / whole for number in launchable.replicas}
 
 
 def rate_of(launchable: Launchable, number: int) -> float:
-    """Saturated requests/s of a replica; of one that prefills or decodes alone, those of its routes that remain."""
+    """Return the saturated requests/s of a replica; for prefill and decode replicas, those of the remaining routes."""
     replica, there = launchable.replicas[number].plan, launchable.replicas.keys()
     if replica.role is Role.UNIFIED:
         return replica.rate
@@ -77,12 +77,12 @@ def rate_of(launchable: Launchable, number: int) -> float:
 
 
 def weight(share: float) -> int:
-    """A share as a whole number; nobody who should get something gets nothing."""
+    """Return a share as an integer, at least 1 if it is positive."""
     return max(round(share * _WHOLE), 1) if share > 0 else 0
 
 
 def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple[str, int]]:
-    """Endpoints that take whole requests, with their weights among themselves; one may stand for several replicas."""
+    """Return the endpoints of unified replicas with their relative weights; one may stand for several replicas."""
     rates = dict[str, float]()
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
@@ -102,7 +102,7 @@ def _nginx(unified: list[tuple[str, int]]) -> str:
 
 
 def _envoy(unified: list[tuple[str, int]]) -> dict[str, Any]:
-    """A cluster of Envoy, weighted by endpoint."""
+    """Return a cluster of Envoy, weighted by endpoint."""
 
     def address(endpoint: str) -> dict[str, Any]:
         host, _, port = endpoint.rpartition(":")
@@ -127,7 +127,7 @@ def _envoy(unified: list[tuple[str, int]]) -> dict[str, Any]:
 
 
 def _litellm(unified: list[tuple[str, int]], served: str) -> dict[str, Any]:
-    """The settings of LiteLLM's proxy."""
+    """Return the settings of LiteLLM's proxy."""
     return {
         "model_list": [
             {

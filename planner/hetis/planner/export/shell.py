@@ -1,4 +1,4 @@
-"""Plain commands: a folder for each node, in it a script for each replica that has processes there."""
+"""Plain commands: a folder for each node with a script for each replica that has processes there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ mkdir -p logs
 
 
 def write_shell(launchable: Launchable) -> Written:
-    """Scripts for vLLM or SGLang."""
+    """Return scripts for vLLM or SGLang."""
     files, shown = dict[str, str](), list[str]()
     for node, here in launchable.by_node().items():
         for _, one in here:
@@ -48,7 +48,7 @@ def write_shell(launchable: Launchable) -> Written:
 
 
 def not_reached(launchable: Launchable) -> Iterator[str]:
-    """What commands lack where nodes are known by name alone."""
+    """Yield the features that commands lack if nodes are only known by name."""
     for one in launchable.replicas.values():
         address = one.commands[0].environment.get("VLLM_NIXL_SIDE_CHANNEL_HOST")
         if one.plan.role is Role.PREFILL and address is not None and not address.replace(".", "").isdigit():
@@ -56,7 +56,7 @@ def not_reached(launchable: Launchable) -> Iterator[str]:
 
 
 def _script(one: LaunchableReplica, node: str, commands: list[Command]) -> str:
-    """Starts a replica's processes of one node; when one of them ends, the others do, and the script with its code."""
+    """Return a script that starts a replica's processes on one node; if one ends, the others and the script do, too."""
     whole = len({process.node for process in one.layout.processes}) == 1
     what = f"{one.name} of hetis' plan ({one.plan.role.value}): {'all' if whole else 'its part'} on {node}."
     lines = [_HEAD.format(what=what), _START]
@@ -74,7 +74,7 @@ def _script(one: LaunchableReplica, node: str, commands: list[Command]) -> str:
 
 
 def _everything(node: str, names: list[str]) -> str:
-    """Starts all replicas of a node; one that ends leaves the others running."""
+    """Return a script that starts all replicas of a node; if one ends, the others keep running."""
     head = _HEAD.format(what=f"Everything of hetis' plan on {node}.")
     started = "".join(f"./{name}.sh &\npids+=($!)\n" for name in names)
     return f'{head}\n{_START}\n{started}\nwait "${{pids[@]}}"\n'

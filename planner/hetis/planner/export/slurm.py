@@ -1,4 +1,4 @@
-"""Slurm: a batch script for each replica, a heterogeneous job where it is on several nodes, a step for each process."""
+"""Slurm: a batch script per replica, which is a heterogeneous job on several nodes, and a step per process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.planner.export.written import Written
 
 
 def write_slurm(launchable: Launchable) -> Written:
-    """A script for `sbatch` for each replica, and one that submits them all."""
+    """Return a script for `sbatch` for each replica, and one that submits them all."""
     files, left_out = dict[str, str](), dict[int, tuple[str, ...]]()
     for number, one in launchable.replicas.items():
         shared = sorted({p.name.partition(".")[0] for p in one.layout.attention_workers if p.sharing > 1})
@@ -39,7 +39,7 @@ def write_slurm(launchable: Launchable) -> Written:
 
 
 def _script(launchable: Launchable, one: LaunchableReplica) -> str:
-    """One component for each node, with all GPUs that the replica has there."""
+    """Return a script with a component for each node, which has all GPUs of the replica there."""
     nodes = list(dict.fromkeys(process.node for process in one.layout.processes))
     lines = ["#!/usr/bin/env bash", f"#SBATCH --job-name={launchable.settings.name}-{one.name}"]
     lines.append("#SBATCH --output=logs/%x-%j.log")
@@ -55,7 +55,7 @@ def _script(launchable: Launchable, one: LaunchableReplica) -> str:
 
 def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterator[str]:
     process = command.process
-    # Slurm hides the other GPUs, and counts those of a step from 0.
+    # Slurm hides the other GPUs, and numbers those of a step from 0.
     environment = {name: text for name, text in command.environment.items() if not name.startswith("CUDA_")}
     place = [f"--het-group={nodes.index(process.node)}"] if len(nodes) > 1 else []
     log = f"logs/{one.name}-{process.name.replace('/', '-')}-%j.log"
@@ -68,7 +68,7 @@ def _step(one: LaunchableReplica, command: Command, nodes: list[str]) -> Iterato
 
 
 def _chosen_by_slurm(launchable: Launchable) -> Iterator[str]:
-    """Nodes of which a job has a part: Slurm says which GPUs those are."""
+    """Yield a sentence per mixed node of which a job has a part: Slurm chooses the GPUs."""
     for node, types in types_of_nodes(launchable.plan).items():
         if len(types) > 1 and node in launchable.by_node():
             yield f"node {node} has {' and '.join(sorted(types))}: which of them a step gets, Slurm says"

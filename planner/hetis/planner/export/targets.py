@@ -1,4 +1,4 @@
-"""The targets by name, and an export whole: files with README and router weights."""
+"""The targets by name, and complete exports: files with README and router weights."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Export:
 
     Attributes:
         files: text by path.
-        shown: those that say it all, for standard output.
-        lost: what of the plan is not carried, a sentence each.
+        shown: the essential files, for standard output.
+        lost: what is not carried of the plan, a sentence each.
         rate: saturated requests/s that remain of ``planned``.
     """
 
@@ -55,7 +55,7 @@ _WRITERS: Mapping[Target, Callable[[Launchable], Written]] = {
     Target.SLURM: write_slurm,
     Target.HETIS_LAUNCH: write_hetis_launch,
 }
-# What a target runs; all others take any engine.
+# The engines that a target runs; all others take any engine.
 ENGINES: Mapping[Target, tuple[Engine, ...]] = {
     Target.VLLM: (Engine.VLLM_HETIS, Engine.VLLM),
     Target.SGLANG: (Engine.SGLANG,),
@@ -63,10 +63,10 @@ ENGINES: Mapping[Target, tuple[Engine, ...]] = {
 
 
 def export_plan(plan: Plan, model: ModelSpec, target: Target, settings: Settings) -> Export:
-    """A plan as the files of a target.
+    """Return a plan as the files of a target.
 
     Raises:
-        NotExportableError: no replica can be launched so.
+        NotExportableError: no replica can be launched in this way.
     """
     found = launchable(plan, model, settings)
     written = _WRITERS[target](found)

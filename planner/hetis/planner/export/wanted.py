@@ -1,4 +1,4 @@
-"""What may be asked of an export: options checked before anything is made, the same from a shell and from a program."""
+"""The options of an export, checked before any file is made, both for the command line and for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hetis.solver.plan import Plan
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
-# What the plan decides; the rest of an engine's options may be given.
+# The options that the plan decides; an engine's other options may be given.
 _DECIDED = frozenset(
     (
         *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
@@ -30,7 +30,7 @@ _DECIDED = frozenset(
         *("--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-total-tokens"),
     )
 )
-_MAX_PORT = 60_000  # below the ports that systems hand out
+_MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
 
 def export_wanted(
@@ -58,15 +58,15 @@ def export_wanted(
     worker_key_secret: str = "",
     insecure: bool = False,
 ) -> Export:
-    """The plan as the files of a target, as the options ask for.
+    """Return the plan as the files of a target with these options.
 
     Args:
         file: of the plan, for messages.
-        spelled: how an option is written where the caller's user writes it.
-        more_wrong: what the caller found wrong, told together with what is found here.
+        spelled: returns an option's spelling in the caller's interface.
+        more_wrong: the caller's own errors, reported together with those found here.
 
     Raises:
-        DocumentError: options that cannot be kept, all of them at once, or a plan without its model.
+        DocumentError: options that cannot be met, all of them at once, or a plan without its model.
         NotExportableError: no replica can be launched on the target.
     """
     hosts = hosts or {}
@@ -117,7 +117,7 @@ def export_wanted(
 
 
 def _wrong_hosts(hosts: Mapping[str, str], spelled: Callable[[str], str]) -> list[str]:
-    """Addresses that are none; each is shown as the command line takes it."""
+    """Return errors about invalid addresses, each shown as on the command line."""
     given = {f"{node}={host}" if node else host: node and _HOST.fullmatch(host) for node, host in hosts.items()}
     must = "must be NODE=HOST, such as gpu2=10.0.0.2"
     return [f"{spelled('node_address')} is {text!r}, {must}" for text, is_right in given.items() if not is_right]

@@ -1,4 +1,4 @@
-"""What a target makes of a plan, and the README that goes with it."""
+"""The files that a target makes of a plan, and their README."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Written:
 
     Attributes:
         files: text by path; a path that ends in ``.sh`` is a program.
-        shown: those that say it all, for standard output.
-        endpoints: where each replica is reached, by its place in the plan.
-        start: how it is started, in Markdown.
-        not_carried: what of the plan the target does not do.
-        left_out: why it cannot have a replica, by its place in the plan.
+        shown: the essential files, for standard output.
+        endpoints: of each replica, by its position in the plan.
+        start: instructions in Markdown.
+        not_carried: features of the plan that the target lacks.
+        left_out: why it cannot have a replica, by its position in the plan.
     """
 
     files: Mapping[str, str]
@@ -37,7 +37,7 @@ class Written:
 
 
 def readme_of(target: str, launchable: Launchable, written: Written) -> str:
-    """What was exported, how it is started, and what it does not carry."""
+    """Return a README: what was exported, how it is started, and what is not carried."""
     recorded, shares = RECORDED[launchable.engine], shares_of(launchable)
     rows = []
     for number, one in launchable.replicas.items():
@@ -83,7 +83,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
 
 
 def _precision(model: ModelSpec) -> str:
-    """What the checkpoint must be, where that is not what models are published in."""
+    """Return the required precision of the checkpoint, if it differs from the usual one."""
     if model.weights in ("", "bf16"):
         return ""
     return f" The plan counts on weights in {weights_of(model)}: give a checkpoint that is kept so."
@@ -94,7 +94,7 @@ def _gpus(node: str, gpus: tuple[int, ...]) -> str:
 
 
 def write_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Writes every file whole, scripts as programs.
+    """Write every file atomically, and make scripts executable.
 
     Raises:
         DocumentError: one cannot be written.
@@ -111,7 +111,7 @@ def write_files(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def folder_refusals(folder: Path, *, force: bool) -> list[str]:
-    """Why files cannot be written there."""
+    """Return why files cannot be written to the folder; empty if they can."""
     try:
         if folder.exists() and not folder.is_dir():
             return [f"{folder} is no folder"]

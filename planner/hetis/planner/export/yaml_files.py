@@ -1,4 +1,4 @@
-"""YAML as exports have it: keys in the order of the writer, nothing by reference, written by libyaml if it is here."""
+"""YAML for exports: keys in the writer's order, no aliases, written by libyaml if available."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ else:
 
 class _Dumper(_Base):
     def ignore_aliases(self, data: Any) -> bool:
-        """A value that stands in two places is written twice: readers of manifests are people, too."""
+        """Ignore aliases, so that a repeated value is written twice: people read manifests, too."""
         return True
 
 
 def yaml_text(value: Mapping[str, Any]) -> str:
-    """One document."""
+    """Return one document."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120))
 
 
 def documents(values: Iterable[Mapping[str, Any]]) -> str:
-    """Several, as one stream."""
+    """Return several documents as one stream."""
     return str(yaml.dump_all(list(values), Dumper=_Dumper, sort_keys=False, width=120))

@@ -1,9 +1,9 @@
-"""What becomes of a replica next: a rule over what it is, what its nodes say, and whether the plan in force has it.
+"""The activation rule: a replica's next state, from its state, its nodes' reports, and whether the active plan has it.
 
 Up:    STARTING, goal LOAD on every node -> all LOADED -> goal SERVE on every node -> all SERVING -> SERVING
 Down:  DRAINING, goal DRAIN -> nothing runs -> STOPPED, removed from every node
-In between: DEGRADED without some attention worker, FAILED without a device of the dense path; both end by themselves
-when the device is back. A node of an engine that hetis does not steer (UNMANAGED) counts as whatever is wanted.
+In between: DEGRADED without some attention worker, FAILED without a device of the dense path; both end without help
+when the device is back. A node whose engine hetis does not steer (UNMANAGED) counts as being in any wanted state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LOADED = frozenset(
     }
 )
 SERVING = frozenset({AssignmentState.ASSIGNMENT_STATE_SERVING, AssignmentState.ASSIGNMENT_STATE_UNMANAGED})
-# What a node that served says when its engine died or came up anew; a silent one (UNSPECIFIED) is given credit.
+# Reported by a node whose engine died or restarted. A silent node (UNSPECIFIED) is presumed to serve.
 _DOWN = frozenset(
     {
         AssignmentState.ASSIGNMENT_STATE_LOADING,
@@ -43,15 +43,15 @@ UP_STATES = frozenset({State.REPLICA_STATE_SERVING, State.REPLICA_STATE_DEGRADED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaOnNode:
-    """What a node says of its part of a replica.
+    """A node's report about its part of a replica.
 
     Attributes:
-        presence: of the node.
-        is_draining: the node is to be emptied.
+        presence: state of the node.
+        is_draining: whether the node is to be emptied.
         held: generation that it holds.
-        state: how far it is.
-        failure: why it failed or refused; None: it did not.
-        is_idle: nothing runs or waits on it; None: not known, or not the primary's node.
+        state: state of its assignment.
+        failure: why it failed or refused; None if it did not.
+        is_idle: whether nothing runs or waits on it; None if unknown, or if it is not the primary's node.
     """
 
     presence: NodeState.ValueType
@@ -71,12 +71,12 @@ class ReplicaOnNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """The state of a replica in its life.
+    """A replica's state in its life cycle.
 
     Attributes:
         state: its state.
-        goal: of its last assignment. None: none was made.
-        conditions: in its last assignment, the device's status by its name.
+        goal: of its last assignment; None if none was made.
+        conditions: status of devices by name, in its last assignment.
         failure: why it is degraded or failed.
     """
 
@@ -88,13 +88,13 @@ class Standing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surroundings:
-    """What the rule looks at beside the replica itself.
+    """The inputs of the rule besides the replica's own state.
 
     Attributes:
-        is_wanted: the plan in force contains it.
-        may_drain: what the plan in force starts beside those that leave is up.
-        is_blocked: another replica is still on one of its devices.
-        is_late: it has been starting, or draining, for longer than it may.
+        is_wanted: whether the active plan contains it.
+        may_drain: whether everything is up that the active plan starts on GPUs not held by departing replicas.
+        is_blocked: whether another replica is still on one of its devices.
+        is_late: whether it has been starting, or draining, for longer than allowed.
         generation: of its last assignment.
         parts: by node id.
         devices: all its devices, `node/index`.
@@ -112,7 +112,7 @@ class Surroundings:
 
 
 def next_standing(now: Standing, around: Surroundings) -> Standing:
-    """The same value where nothing is to be done."""
+    """Return the next state of a replica, or the same value if there is nothing to do."""
     if now.state == State.REPLICA_STATE_STOPPED:
         return now
     if now.state == State.REPLICA_STATE_DRAINING:
@@ -150,7 +150,7 @@ def _starting(now: Standing, around: Surroundings) -> Standing:
 
 
 def _serving(now: Standing, around: Surroundings) -> Standing:
-    """SERVING, DEGRADED and FAILED are told apart anew every time, by what the nodes say."""
+    """Choose again between SERVING, DEGRADED and FAILED, from the nodes' reports."""
     parts = around.parts
     gone = {node for node, part in parts.items() if part.is_lost or (part.held and part.state in _DOWN)}
     dense = sorted(gone & around.dense_nodes)
@@ -187,13 +187,13 @@ def _draining(now: Standing, around: Surroundings) -> Standing:
 
 
 def _served_again(now: Standing) -> Standing:
-    """A plan that contains it came back before it had stopped."""
+    """Return to SERVING, because the active plan contains the replica again before it has stopped."""
     return replace(now, state=State.REPLICA_STATE_SERVING, goal=Goal.ASSIGNMENT_GOAL_SERVE)
 
 
 def _failed(now: Standing, failure: failure_pb2.Failure) -> Standing:
     if now.state == State.REPLICA_STATE_FAILED:
-        return now  # the first failure is the one to know
+        return now  # the first failure is the one to report
     return replace(now, state=State.REPLICA_STATE_FAILED, failure=failure)
 
 

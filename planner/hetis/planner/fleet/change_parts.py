@@ -1,4 +1,4 @@
-"""Which nodes a change concerns, and what each has to do in it."""
+"""The nodes that a change concerns, and the parts that each has in it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def parts_of(
     primary_node: str,
     moves_heads: Callable[[str], bool] = lambda node: True,
 ) -> Parts:
-    """Parts by node id, the authority's first.
+    """Return the parts by node id, the authority's first.
 
-    A node that does not move heads has no part: its attention workers are the primary's engine's own, which reserves,
-    copies and frees there, and so has the part itself.
+    A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
+    reserves, copies and frees there, so the primary's node has the part.
 
     Raises:
-        ServiceError: INVALID_FIELD: a move names a device that the stage's copy has not.
+        ServiceError: INVALID_FIELD if a move names a device that is not in the stage's copy.
     """
     gpus = gpus_of_copy(shape, change.stage, change.copy)
     found: dict[str, set[Part.ValueType]] = {primary_node: {Part.CHANGE_PART_AUTHORITY}}
@@ -39,7 +39,10 @@ def parts_of(
 
 
 def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
-    """GPUs of every device of one copy of a stage, the primary first; a device has the name of its first GPU."""
+    """Return the GPUs of every device of one copy of a stage, the primary first.
+
+    A device is named after its first GPU.
+    """
     if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
         raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
     one = shape.stages[stage]

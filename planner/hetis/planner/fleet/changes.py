@@ -1,13 +1,13 @@
-"""One re-dispatch in two phases, as a machine that is driven: what nodes say goes in, what each should be told is read.
+"""One re-dispatch in two phases, as a state machine without I/O: node reports go in, directives for nodes come out.
 
     PREPARING --all READY--> COMMITTING --authority FLIPPED--> RELEASING --all RELEASED--> DONE
         | refused, failed, late,    | authority ABORTED             ^
         v lost, called off          v                               | authority FLIPPED
     ABORTING <----------------------+-------------------------------+ --authority ABORTED, all told--> ABORTED
 
-Two rules make it safe. A permission to flip is told only after COMMITTING is durable: a planner that comes after this
-one and reads PREPARING knows that nobody was permitted. And how a change ended is told only after that is durable: the
-authority, which forgets a change once it was told, is told last.
+Two rules make it safe. Permission to flip is sent only after COMMITTING is durable, so a later planner that reads
+PREPARING knows that no node was permitted. And the outcome of a change is sent only after it is durable. The authority,
+which forgets a change once it knows the outcome, is told last.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RANK = {
     Phase.CHANGE_PHASE_RELEASED: 4,
 }
 _FLIPPED = frozenset({Phase.CHANGE_PHASE_FLIPPED, Phase.CHANGE_PHASE_RELEASED})
-# States that an engine is known to be in; the others an agent says before it has heard its engine.
+# States in which the agent has heard from its engine; it reports other states before that.
 _HEARD = frozenset(
     {
         report_pb2.ASSIGNMENT_STATE_LOADED,
@@ -43,12 +43,12 @@ _HEARD = frozenset(
         report_pb2.ASSIGNMENT_STATE_DRAINING,
     }
 )
-_ENOUGH_ANSWERS = 3  # to `resolved`, when the node never says RELEASED: that message was lost, and it has forgotten
+_ENOUGH_ANSWERS = 3  # acks of `resolved` without a RELEASED: that report was lost, and the node has forgotten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saving:
-    """A re-dispatch as it was when a write began; ``body`` is a copy."""
+    """A snapshot of a re-dispatch taken when a write begins; ``body`` is a copy."""
 
     revision: int
     body: redispatch_pb2.Redispatch
@@ -56,10 +56,12 @@ class Saving:
 
 
 class ChangeCoordinator:
-    """Attributes:
-    body: the re-dispatch as it is now; `is_unsaved` tells whether the store should know.
-    authority: id of the node whose engine decides.
-    num_contradictions: second words of authorities that differed from their first, which never happens.
+    """The coordinator of one re-dispatch.
+
+    Attributes:
+        body: the re-dispatch as it is now; `is_unsaved` says whether the store is behind.
+        authority: id of the node whose engine decides.
+        num_contradictions: reports of authorities that contradicted their first one, which never happens.
     """
 
     def __init__(
@@ -70,13 +72,13 @@ class ChangeCoordinator:
         now_s: float,
         again_s: float,
     ) -> None:
-        """A new one.
+        """Begin a new change.
 
         Args:
             body: with the change; not in the store yet.
             parts: by node id.
             now_s: monotonic.
-            again_s: what was acknowledged and had no effect is told again after this long.
+            again_s: after how long a directive that was acknowledged but had no effect is sent again.
         """
         self.body = body
         self.authority = next(node for node, its in parts.items() if Part.CHANGE_PART_AUTHORITY in its)
@@ -86,15 +88,15 @@ class ChangeCoordinator:
         self._deadline_s = now_s + seconds_of(body.change.prepare_timeout)
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
         self._is_presumed = False  # the authority did not say so itself
-        self._forgotten: failure_pb2.Failure | None = None  # what its agent said that knows nothing of the permission
-        self._engine: report_pb2.ReplicaReport | None = None  # the last word of its engine
-        self._engine_is_new = False  # it is another run than when it prepared
+        self._forgotten: failure_pb2.Failure | None = None  # by an agent that does not know of the permission
+        self._engine: report_pb2.ReplicaReport | None = None  # the last report of its engine
+        self._engine_is_new = False  # another run than when it prepared
         self._status: dict[str, change_pb2.ChangeStatus] = {}
         self._finished: set[str] = set()
         self._lost: set[str] = set()
         self._answers: dict[str, int] = {}  # to the last directive
         self._answered_s: dict[str, float] = {}
-        self._revision = 1  # of what the store should know
+        self._revision = 1  # of what the store should have
         self._saved = 0
         self._durable: State.ValueType = State.REDISPATCH_STATE_UNSPECIFIED
         self._durable_outcome: Outcome.ValueType = Outcome.CHANGE_OUTCOME_UNSPECIFIED
@@ -104,7 +106,7 @@ class ChangeCoordinator:
 
     @classmethod
     def resumed(cls, body: redispatch_pb2.Redispatch, *, now_s: float, again_s: float) -> ChangeCoordinator:
-        """One that an earlier planner left; where nobody can have been permitted to flip it is called off."""
+        """Resume a change that an earlier planner left. It is called off if no node can have been permitted to flip."""
         state = body.state
         found = cls(body, {one.node: tuple(one.parts) for one in body.nodes}, now_s=now_s, again_s=again_s)
         body.state = found._durable = state
@@ -128,7 +130,7 @@ class ChangeCoordinator:
             )
         return found
 
-    # What is to be done.
+    # Outputs.
 
     @property
     def change_id(self) -> str:
@@ -140,12 +142,12 @@ class ChangeCoordinator:
 
     @property
     def is_unsaved(self) -> bool:
-        """The store should know more than it does. Until then `directives` go by what it knows."""
+        """Return whether the store is behind. Until it has caught up, `directives` follow the stored state."""
         return self._saved != self._revision
 
     @property
     def has_ended(self) -> bool:
-        """And the store knows."""
+        """Return whether the change has ended and the store knows it."""
         return self.body.state in FINAL and not self.is_unsaved
 
     @property
@@ -158,19 +160,19 @@ class ChangeCoordinator:
         return self._parts.keys()
 
     def to_save(self) -> Saving:
-        """Return what the store should know now."""
+        """Return what the store should have now."""
         body = redispatch_pb2.Redispatch()
         body.CopyFrom(self.body)
         return Saving(revision=self._revision, body=body, outcome=self._outcome)
 
     def saved(self, saving: Saving) -> None:
-        """The store has it, durably."""
+        """Record that the store has it durably."""
         self._saved = saving.revision
         self._durable, self._durable_outcome = saving.body.state, saving.outcome
         self._advance()
 
     def directives(self) -> dict[str, Directive]:
-        """Return what each node should have been told last; nodes that are not here: nothing more."""
+        """Return the last directive that each node should have received; nodes not listed need nothing more."""
         knows_end = self._durable_outcome != Outcome.CHANGE_OUTCOME_UNSPECIFIED
         match self._durable:
             case State.REDISPATCH_STATE_PREPARING if self.body.state != State.REDISPATCH_STATE_ABORTING:
@@ -188,10 +190,10 @@ class ChangeCoordinator:
             case _:
                 return {}
 
-    # What is heard.
+    # Inputs.
 
     def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """A node said how far it is; what tells of an earlier phase than before is old."""
+        """Take a node's report of its phase. A report of an earlier phase than its last is stale."""
         before = self._status.get(node)
         if node not in self._parts or status.phase not in _RANK:
             return
@@ -211,14 +213,14 @@ class ChangeCoordinator:
         if status.phase == Phase.CHANGE_PHASE_RELEASED:
             self._finished.add(node)
         elif status.phase == Phase.CHANGE_PHASE_READY and node == self.authority:
-            self._engine_is_new = False  # whatever it was before, this run has it
+            self._engine_is_new = False  # whatever it was before, this run has the change
         self._advance()
 
     def answered(self, node: str, kind: str, failure: failure_pb2.Failure | None, *, now_s: float) -> None:
-        """A node took or refused what it was told; ``kind`` is that of the directive."""
+        """Take a node's answer to a directive, accepted or refused; ``kind`` is the directive's."""
         told = self.directives().get(node)
         if told is None or told.kind != kind:
-            return  # something newer is to be told
+            return  # a newer directive is due
         self._answered_s[node] = now_s
         self._answers[node] = self._answers.get(node, 0) + 1
         is_unknown = failure is not None and failure.reason == Reason.ERROR_REASON_CHANGE_UNKNOWN
@@ -226,12 +228,12 @@ class ChangeCoordinator:
         if kind == "prepare" and failure is not None:
             self.call_off(failure)
         elif kind == "abort" and is_unknown and node == self.authority:
-            self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)  # nobody was permitted, so that it did not flip
+            self._end(Outcome.CHANGE_OUTCOME_ABORTED, failure)  # it was not permitted to flip, so it did not
         elif kind == "commit" and is_unknown and node == self.authority:
-            self._forgotten = failure  # by the agent: its engine may have flipped, and says so when it is heard
+            self._forgotten = failure  # the agent forgot it: the engine may have flipped, as it will then report
             self._presume()
         elif kind == "resolved" and is_other_end:
-            self.num_contradictions += 1  # it will not take another end, however often it hears of it
+            self.num_contradictions += 1  # it will not accept another outcome, however often it is sent
             self._finished.add(node)
         elif kind == "resolved" and self._knows_outcome:
             was_aborted = self._outcome == Outcome.CHANGE_OUTCOME_ABORTED
@@ -240,7 +242,7 @@ class ChangeCoordinator:
         self._advance()
 
     def see_report(self, node: str, report: report_pb2.ReplicaReport) -> None:
-        """What a node says of the replica: the authority's engine may be another run than the one that prepared."""
+        """Take a node's report, which shows whether the authority's engine is still the run that prepared."""
         if node != self.authority or not (report.engine_id or report.assignment_state in _HEARD):
             return
         before, self._engine = self._engine, report
@@ -250,7 +252,7 @@ class ChangeCoordinator:
             self._advance()
 
     def reconnected(self, node: str, *, lists_change: bool) -> None:
-        """A stream of the node began, whose Hello lists the change or not."""
+        """Note that a new stream of the node began, and whether its Hello lists the change."""
         self._answers.pop(node, None)
         self._answered_s.pop(node, None)
         if not lists_change and self._knows_outcome and node in self._parts:
@@ -258,7 +260,7 @@ class ChangeCoordinator:
         self._advance()
 
     def lose(self, node: str) -> None:
-        """The node's lease ran out."""
+        """Note that the node's lease expired."""
         if node not in self._parts or node in self._lost:
             return
         self._lost.add(node)
@@ -269,26 +271,26 @@ class ChangeCoordinator:
         self._lost.discard(node)
 
     def call_off(self, failure: failure_pb2.Failure) -> None:
-        """Unless it is too late: once it is committing the authority decides."""
+        """Call the change off unless it is too late: once it is committing, the authority decides."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING:
             self.body.failure.CopyFrom(failure)
             self._enter(State.REDISPATCH_STATE_ABORTING)
 
     def give_up(self, failure: failure_pb2.Failure) -> None:
-        """The replica is removed: nothing of the change matters any more, whoever knows how it ended."""
+        """End the change because its replica is removed: its outcome no longer matters, whether or not it is known."""
         if self.body.state not in FINAL:
             self._enter(State.REDISPATCH_STATE_DONE if self.was_flipped else State.REDISPATCH_STATE_ABORTED)
             if not self.was_flipped and not self.body.HasField("failure"):
                 self.body.failure.CopyFrom(failure)
 
     def pass_time(self, now_s: float) -> list[str]:
-        """Calls the change off when it is late; returns the nodes that should be told again what they were told."""
+        """Call the change off if it is late; return the nodes to which the last directive should be sent again."""
         if self.body.state == State.REDISPATCH_STATE_PREPARING and now_s >= self._deadline_s:
             late = sorted(node for node in self._parts if not self._is_ready(node))
             message = f"not ready in time: {', '.join(late)}" if late else "ready too late"
             self.call_off(_failure(Reason.ERROR_REASON_PREPARE_EXPIRED, message))
         if self._durable == State.REDISPATCH_STATE_PREPARING == self.body.state:
-            return []  # nodes report progress by themselves, and the deadline ends it
+            return []  # nodes report progress unasked, and the deadline ends the wait
         again = [
             node
             for node, answered_s in self._answered_s.items()
@@ -298,7 +300,7 @@ class ChangeCoordinator:
             del self._answered_s[node]
         return again
 
-    # Inside.
+    # Internals.
 
     @property
     def _knows_outcome(self) -> bool:
@@ -321,7 +323,7 @@ class ChangeCoordinator:
             self.num_contradictions += 1
 
     def _end(self, outcome: Outcome.ValueType, failure: failure_pb2.Failure | None = None) -> None:
-        """The authority spoke; its first word stands."""
+        """Take the authority's decision; its first one stands."""
         if self._knows_outcome or self.body.state in FINAL:
             return
         self._outcome = outcome
@@ -343,12 +345,12 @@ class ChangeCoordinator:
         self._answered_s.clear()
 
     def _presume(self) -> None:
-        """Presume the change aborted: with the engine all that it may have flipped is gone."""
+        """Presume that the change aborted: whatever the engine may have flipped is gone with it."""
         if self._forgotten is not None and self._engine_is_new:
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self._forgotten)
 
     def _correct(self) -> None:
-        """Correct the presumption: the change had flipped after all. Some nodes may have been told otherwise."""
+        """Correct the presumption: the change had flipped after all, and some nodes may have been told otherwise."""
         self.num_contradictions += 1
         self._outcome = Outcome.CHANGE_OUTCOME_UNSPECIFIED
         self._is_presumed = False
@@ -364,7 +366,7 @@ class ChangeCoordinator:
         if state == State.REDISPATCH_STATE_PREPARING and all(map(self._is_ready, self._parts)):
             self._enter(State.REDISPATCH_STATE_COMMITTING)
         elif state == State.REDISPATCH_STATE_ABORTING and not self._knows_outcome and self.authority in self._lost:
-            # Nobody was permitted to flip, so that it did not.
+            # No node was permitted to flip, so none did.
             self._end(Outcome.CHANGE_OUTCOME_ABORTED, self.body.failure)
         if state in FINAL or not self._knows_outcome or self.is_unsaved:
             return

@@ -1,7 +1,7 @@
-"""One running cluster, as a value that is driven: what the store has, what nodes say, what is to be told and noted.
+"""One running cluster, as a value without I/O: stored records and node reports go in, messages and writes come out.
 
-Nothing here waits, knows the time by itself, or speaks to anybody. `hetis.planner.fleet.deciding` says what the store
-should know next; what follows for the nodes is set up when it does.
+Nothing here waits, reads a clock, or communicates. `hetis.planner.fleet.deciding` computes the next writes; the nodes
+are told what follows from a write once it is stored.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
 
 
 class ClusterFleet:
-    """Attributes:
-    name: `clusters/{cluster}`.
-    record: None: nothing was read yet, or the cluster is gone.
-    plan: that is in force. None: none.
-    links, leases: by node id.
-    replicas: by name.
-    changes: its re-dispatches.
-    unprepared: replicas whose plans have to be looked up.
-    dirty: replicas that the rule should look at.
-    shown: ("node" or "replica" or "redispatch", name) and ("plan", name) whose looks changed.
-    reported: reports since they were last taken, the newest of each node and replica.
-    capacity_changed: since that was last looked at.
-    progress: of the plan in force, as it was at the last look.
+    """The state of one running cluster.
+
+    Attributes:
+        name: `clusters/{cluster}`.
+        record: None if nothing was read yet, or the cluster is gone.
+        plan: the active plan, or None.
+        links, leases: by node id.
+        replicas: by name.
+        changes: its re-dispatches.
+        unprepared: replicas whose plans have to be looked up.
+        dirty: replicas that the rule should look at.
+        shown: ("node" or "replica" or "redispatch", name) and ("plan", name) whose views changed.
+        reported: reports since they were last taken, the newest of each node and replica.
+        capacity_changed: since it was last read.
+        progress: of the active plan, as of the last decision.
     """
 
     def __init__(
@@ -73,14 +75,14 @@ class ClusterFleet:
         self._epoch = epoch
         self._new_id = new_id
         self._replicas_on: dict[str, set[str]] = {}
-        self._talking: set[str] = set()  # nodes with something to be sent
-        self._waiting: set[str] = set()  # nodes with something to be sent when time has passed
+        self._talking: set[str] = set()  # nodes with messages to send
+        self._waiting: set[str] = set()  # nodes with messages to send later
         self.changes = ClusterChanges(self)
 
-    # What the store has.
+    # The stored state.
 
     def take(self, kept: KeptCluster, declared: Iterable[str], *, now_s: float) -> None:
-        """The cluster as it was just read; ``declared``: node ids of its document."""
+        """Take over the cluster as just read; ``declared`` are the node ids of its document."""
         is_first = self.record is None
         self.record, self.plan = kept.cluster, kept.plan
         self.decide_all = True
@@ -102,7 +104,7 @@ class ClusterFleet:
                 self.changes.resume(redispatch.body, now_s=now_s)
 
     def prepare(self, name: str, contents: Contents | None) -> None:
-        """What a replica's plan says of it; None: it cannot be read, and the replica not be started."""
+        """Note the plan's content for a replica; None: the plan cannot be read, so the replica cannot be started."""
         replica = self.replicas.get(name)
         self.unprepared.pop(name, None)
         if replica is None:
@@ -117,7 +119,7 @@ class ClusterFleet:
     def note_drained(self, record: NodeRecord) -> None:
         self._take_node(record)
 
-    # What nodes say.
+    # Input from nodes.
 
     def link(self, node: str) -> NodeLink:
         if node not in self.links:
@@ -136,10 +138,10 @@ class ClusterFleet:
         return self.links[node]
 
     def open(self, node: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float) -> Opened:
-        """A stream begins.
+        """Open a stream.
 
         Raises:
-            ServiceError: it must not.
+            ServiceError: it is refused.
         """
         link = self.link(node)
         self._admit(node, link, request.hello.boot_id, now_s=now_s)
@@ -165,7 +167,7 @@ class ClusterFleet:
         return opened
 
     def _admit(self, node: str, link: NodeLink, boot_id: str, *, now_s: float) -> None:
-        """Whoever has the node's credentials could else end its agent by one message.
+        """Refuse another agent while one is connected: otherwise its node's credentials would suffice to end it.
 
         Raises:
             ServiceError: NODE_IN_USE.
@@ -181,14 +183,14 @@ class ClusterFleet:
             )
 
     def close(self, node: str, session: str) -> None:
-        """A stream ended."""
+        """Note that a stream ended."""
         if self.links[node].close(session) and self.leases.disconnect(node):
             self.note_presence([node])
 
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
     ) -> list[events.HeadMapsRead | events.Fenced]:
-        """A message of a stream; what it means for others than this cluster is returned.
+        """Handle a message of a stream; return events that concern others than this cluster.
 
         Raises:
             ServiceError: the stream must end.
@@ -227,7 +229,7 @@ class ClusterFleet:
         return returned
 
     def pass_time(self, now_s: float) -> None:
-        """Leases, deadlines, and what should be said again."""
+        """Expire leases and deadlines, and schedule what should be sent again."""
         self.note_presence(self.leases.expire(now_s))
         self._talking |= self._waiting
         self._waiting.clear()
@@ -235,7 +237,7 @@ class ClusterFleet:
         self.dirty |= {name for name, replica in self.replicas.items() if replica.since_s is not None}
 
     def note_presence(self, nodes: Iterable[str]) -> None:
-        """The states of these nodes changed."""
+        """Note that the states of these nodes changed."""
         for node in nodes:
             self.shown.add(("node", node_name(self.name, node)))
             self.shown.add(("cluster", self.name))
@@ -245,10 +247,10 @@ class ClusterFleet:
                 self.capacity_changed = True
             self.changes.note_presence(node, state)
 
-    # What is to be sent and asked.
+    # Output and requests to nodes.
 
     def talk(self, node: str) -> None:
-        """Something is to be sent to it."""
+        """Note that there is something to send to the node."""
         self._talking.add(node)
 
     def messages(self, now_s: float) -> dict[str, list[Response]]:
@@ -267,10 +269,10 @@ class ClusterFleet:
         return found
 
     def ask_head_maps(self, replica: str) -> tuple[str, str]:
-        """The node that was asked, and the id of the request.
+        """Request a replica's head maps; return the node asked and the request's id.
 
         Raises:
-            ServiceError: NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE where nobody can answer.
+            ServiceError: NOT_FOUND; ENGINE_CANNOT or DEVICE_UNAVAILABLE if nobody can answer.
         """
         found = self.replicas.get(replica)
         if found is None:
@@ -295,10 +297,10 @@ class ClusterFleet:
                 link.say_goodbye(reason)
                 self._talking.add(node)
 
-    # What follows when the store knows; called by `deciding.applied`.
+    # Consequences of stored writes; called by `deciding.applied`.
 
     def assign(self, replica: Replica, *, is_new: bool = True) -> None:
-        """Its last assignment is what its nodes should hold; not ``is_new``: an earlier planner made it."""
+        """Send the replica's last assignment to its nodes; if not ``is_new``, an earlier planner made it."""
         peers = {node: self.link(node).engine_address for node in replica.nodes}
         if is_new:
             replica.must_reassign = False
@@ -309,13 +311,13 @@ class ClusterFleet:
             replica.peers = None
 
     def remove(self, replica: Replica) -> None:
-        """Nothing of it should be held anywhere."""
+        """Tell all its nodes to remove the replica."""
         for node in replica.nodes:
             self.link(node).slot(replica.name).want(WantedRemoval(reason="no plan contains it any more"))
             self._talking.add(node)
 
     def drop_replica(self, name: str) -> None:
-        """Its record is gone."""
+        """Drop a replica whose record is gone."""
         replica = self.replicas.pop(name)
         self.unprepared.pop(name, None)
         self.changes.give_up(replica)
@@ -332,20 +334,20 @@ class ClusterFleet:
         self.dirty.discard(name)
         self.decide_all = True
 
-    # For the rule of activation.
+    # Inputs of the activation rule.
 
     def parts(self, replica: Replica) -> Mapping[str, ReplicaOnNode]:
         return {node: self._part(replica, node) for node in replica.nodes}
 
     def is_clearing(self, replica: Replica) -> bool:
-        """One of its nodes still holds something that it was told to remove."""
+        """Return whether one of its nodes still holds something that it was told to remove."""
         return any(node in self.links and self.links[node].is_clearing for node in replica.nodes)
 
     def is_draining(self, node: str) -> bool:
         record = self.node_records.get(node)
         return record is not None and record.draining
 
-    # Inside.
+    # Internals.
 
     def _part(self, replica: Replica, node: str) -> ReplicaOnNode:
         state = self.leases.state(node)
@@ -423,7 +425,7 @@ class ClusterFleet:
         self.changes.answered(node, answer, now_s=now_s)
 
     def _check_held(self, node: str, name: str) -> None:
-        """What a node holds of a replica that is not its own, or a later generation than was ever given away."""
+        """Correct a node that holds a replica that is not its own, or a later generation than was ever sent."""
         replica = self.replicas.get(name)
         slot = self.links[node].heard_slot(name)
         if slot is None:
@@ -451,7 +453,7 @@ class ClusterFleet:
             self.dirty.add(name)
 
     def _note_address(self, node: str, address: str, *, before: str) -> None:
-        """``before``: as it was last, or as an earlier planner kept it; empty: not known."""
+        """``before``: the last known address, perhaps stored by an earlier planner; empty if unknown."""
         for name in self._replicas_on.get(node, ()):
             replica = self.replicas[name]
             if replica.peers is not None:
@@ -464,7 +466,7 @@ class ClusterFleet:
                 and not replica.has_failed
                 and isinstance(self.link(node).slot(name).wanted, WantedAssignment)
             ):
-                self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it whole
+                self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it complete
 
     def _write_node(self, node: str, found: events.InventoryReceived | None) -> None:
         link = self.links[node]

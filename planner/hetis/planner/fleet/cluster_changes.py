@@ -1,4 +1,4 @@
-"""The re-dispatches of one cluster: those under way, those that are only kept, and those that nodes still speak of."""
+"""The re-dispatches of one cluster: running ones, advised ones, and ended ones that nodes still mention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("hetis.planner.fleet")
 
 
 class Around(Protocol):
-    """The cluster; attributes are as of `hetis.planner.fleet.cluster.ClusterFleet`."""
+    """The parts of `hetis.planner.fleet.cluster.ClusterFleet` that are used here."""
 
     replicas: dict[str, Replica]
     leases: Leases
@@ -38,23 +38,25 @@ class Around(Protocol):
     def link(self, node: str) -> NodeLink: ...
 
     def talk(self, node: str) -> None:
-        """Something is to be sent to it."""
+        """Note that there is something to send to the node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """How a change ended, for nodes that come back and ask."""
+    """The outcome of a change, for nodes that reconnect and ask."""
 
     outcome: Outcome.ValueType
     moves: tuple[change_pb2.MoveResult, ...]
 
 
 class ClusterChanges:
-    """Attributes:
-    under_way: by change id.
-    advised: re-dispatches that are only to be kept.
-    late: changes that nodes speak of and that are not under way.
-    ended: re-dispatches that ended since they were last taken.
+    """The re-dispatches of a cluster.
+
+    Attributes:
+        under_way: by change id.
+        advised: re-dispatches that are only stored.
+        late: changes that nodes mention and that are not under way.
+        ended: re-dispatches that ended since they were last taken.
     """
 
     def __init__(self, cluster: Around) -> None:
@@ -67,14 +69,14 @@ class ClusterChanges:
 
     @property
     def have_news(self) -> bool:
-        """There is something that the store should know."""
+        """Return whether there is something that the store should know."""
         return bool(self.advised) or any(one.is_unsaved or one.has_ended for one in self.under_way.values())
 
     def of(self, replica: Replica) -> ChangeCoordinator | None:
         return self.under_way.get(replica.change_id)
 
     def propose(self, body: redispatch_pb2.Redispatch, *, now_s: float) -> None:
-        """Begins a re-dispatch; it counts from when the store has it. ADVISED ones are only kept.
+        """Begin a re-dispatch, which is in effect once it is stored. ADVISED ones are only stored.
 
         Raises:
             ServiceError: NOT_FOUND, CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE or INVALID_FIELD.
@@ -119,7 +121,7 @@ class ClusterChanges:
         self._cluster.dirty.add(replica.name)
 
     def resume(self, kept: redispatch_pb2.Redispatch, *, now_s: float) -> None:
-        """One that an earlier planner left."""
+        """Resume a re-dispatch that an earlier planner left."""
         body = redispatch_pb2.Redispatch()
         body.CopyFrom(kept)
         change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self._cluster.settings.answer_s)
@@ -132,7 +134,7 @@ class ClusterChanges:
         self.tell(change)
 
     def tell(self, change: ChangeCoordinator) -> None:
-        """What the nodes of a change should have been told now."""
+        """Pass the current directives of a change to the links of its nodes."""
         directives = change.directives()
         for node in change.nodes:
             link = self._cluster.link(node)
@@ -144,7 +146,7 @@ class ClusterChanges:
         self._cluster.shown.add(("redispatch", change.body.name))
 
     def end(self, change: ChangeCoordinator) -> None:
-        """The store knows how it ended."""
+        """Remove a change whose outcome is stored."""
         cluster = self._cluster
         del self.under_way[change.change_id]
         self.tell(change)
@@ -160,14 +162,14 @@ class ClusterChanges:
             cluster.shown.add(("replica", replica.name))
 
     def give_up(self, replica: Replica) -> None:
-        """Its record is gone."""
+        """Give up the change of a replica whose record is gone."""
         if (change := self.of(replica)) is not None:
             change.give_up(_gone(replica.name))
 
-    # What nodes say.
+    # Input from nodes.
 
     def reconnected(self, node: str, said: Iterable[change_pb2.ChangeStatus]) -> None:
-        """A stream of the node began, and it listed these."""
+        """Note that a new stream of the node began, in which it listed these changes."""
         listed = {status.change_id: status for status in said}
         for change in list(self.under_way.values()):
             if node in change.nodes:
@@ -176,7 +178,7 @@ class ClusterChanges:
             self.hear(node, status)
 
     def hear(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """How far a change is on the node."""
+        """Take a node's report of a change's phase."""
         change = self.under_way.get(status.change_id)
         if change is not None:
             change.hear(node, status)
@@ -195,7 +197,7 @@ class ClusterChanges:
                 self.tell(change)
 
     def answered(self, node: str, answer: DeltaAnswer, *, now_s: float) -> None:
-        """A directive was."""
+        """Take a node's answer to a directive."""
         change = self.under_way.get(answer.change_id)
         if change is not None:
             change.answered(node, answer.kind, answer.failure, now_s=now_s)
@@ -215,7 +217,7 @@ class ClusterChanges:
                 self.tell(change)
 
     def pass_time(self, now_s: float) -> None:
-        """Deadlines, and what should be said again."""
+        """Expire deadlines, and schedule what should be sent again."""
         for change in list(self.under_way.values()):
             was = change.state
             for node in change.pass_time(now_s):
@@ -224,10 +226,10 @@ class ClusterChanges:
             if change.state != was:
                 self.tell(change)
 
-    # Those that are over.
+    # Changes that are over.
 
     def found_late(self, change_id: str, body: redispatch_pb2.Redispatch | None) -> None:
-        """How a change that nodes speak of ended, as the store says; None: it knows no such change."""
+        """Answer nodes that mention an ended change; ``body`` is as stored, None if the store knows no such change."""
         if body is not None and body.state in FINAL:
             self._remember_end(body)
         for node, status in self.late.take(change_id):
@@ -243,7 +245,7 @@ class ClusterChanges:
             status, outcome=None if ended is None else ended.outcome, moves=() if ended is None else ended.moves
         )
         slot = self._cluster.link(node).heard_slot(status.replica)
-        if slot is not None and slot.num_directives < MOST_OF_NODE:  # the others will be said again
+        if slot is not None and slot.num_directives < MOST_OF_NODE:  # nodes mention the others again
             slot.tell(directive)
             self._cluster.talk(node)
 

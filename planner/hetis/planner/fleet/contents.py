@@ -1,4 +1,4 @@
-"""What plans say of their replicas, looked up once: model and stages. Read and worked out beside the event loop."""
+"""The model and stages of plans' replicas, looked up once. Plans are parsed outside the event loop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 
 _log = logging.getLogger("hetis.planner.fleet")
-_KEPT = 2  # parsed plans: the one in force and the one before
+_KEPT = 2  # parsed plans: the active one and the one before
 
 
 class ContentsSource(Protocol):
-    """Source of what plans say of their replicas."""
+    """Source of the contents of plans' replicas."""
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Return the contents of these replicas of a plan; None: the plan is gone, or cannot be read."""
+        """Return the contents of these replicas of a plan; None for those whose plan is gone or unreadable."""
 
 
 class PlanContents:
@@ -38,7 +38,7 @@ class PlanContents:
         self._parsed: OrderedDict[str, PlanAndProblem] = OrderedDict()
 
     async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Return what `ContentsSource` asks for. A plan's document never changes, so that what was read stays right."""
+        """Return the contents of these replicas. A plan's document never changes, so parsed plans can be kept."""
         found = self._parsed.get(plan)
         if found is None:
             document = await self._store.read(lambda tx: tx.plan_documents.get(plan))

@@ -1,4 +1,4 @@
-"""What the fleet counted since it started: plain numbers, for whoever exports them."""
+"""Counters of the fleet since it started: plain numbers for exporters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True)
 class FleetCounters:
-    """All only grow.
+    """Counters, which only grow.
 
     Attributes:
-        messages: of agents, by the field that was set.
-        reports_dropped: that a newer one had overtaken.
+        messages: from agents, by the field that was set.
+        reports_dropped: reports that a newer one had overtaken.
         deltas: sent, by the field that was set.
         nacks: by reason.
-        streams: that began; `takeovers` of them ended another of their node.
-        refusals: streams of other runs of an agent, while one was connected.
-        redispatches: that ended, by state.
-        replicas_ignored: of other nodes or of nobody, that a node spoke of after too many of their kind.
-        contradictions: second words of an authority that differ from its first: a bug, here or there.
+        streams: opened; `takeovers` of them ended another stream of their node.
+        refusals: streams of another run of an agent while one was connected.
+        redispatches: ended ones, by state.
+        replicas_ignored: replicas of other nodes or of nobody, which a node mentioned after too many of the kind.
+        contradictions: reports of an authority that contradict its first: a bug, here or there.
     """
 
     messages: dict[str, int] = field(default_factory=dict)

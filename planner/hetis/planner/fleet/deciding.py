@@ -1,4 +1,4 @@
-"""Decisions about a cluster: what the store should know next, and what follows for the nodes once it does."""
+"""Decisions about a cluster: the next writes to the store, and the consequences for nodes once they are stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def needs_decision(cluster: ClusterFleet) -> bool:
 
 
 def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
-    """Return what should be written. Replicas whose contents are not looked up yet are left as they are."""
+    """Return what should be written. Replicas whose contents are not looked up yet are left unchanged."""
     if cluster.record is None:
         return Writes(cluster=cluster.name)
     view = _ClusterView.of(cluster)
@@ -34,7 +34,7 @@ def decide(cluster: ClusterFleet, *, now_s: float) -> Writes:
     for name in list(names):
         try:
             write = _decide_replica(cluster, view, cluster.replicas[name], now_s)
-        except Exception:  # a bug that one replica meets is not to stop the others; it is looked at when it changes
+        except Exception:  # a bug that affects one replica must not stop the others; it is retried when it changes
             _log.exception("a replica could not be decided", extra={"cluster": cluster.name, "replica": name})
             continue
         if write is not None:
@@ -88,13 +88,13 @@ def not_applied(cluster: ClusterFleet, writes: Writes) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ClusterView:
-    """What the rule needs to know of all replicas together.
+    """The inputs of the rule that concern all replicas together.
 
     Attributes:
-        wanted: those of the plan in force.
+        wanted: the replicas of the active plan.
         occupied: names of the replicas on each device.
-        may_drain: all that the plan starts beside those that leave serves.
-        is_unsettled: something starts, drains, stops, or is not wanted.
+        may_drain: whether everything serves that the plan starts on GPUs not held by departing replicas.
+        is_unsettled: whether any replica starts, drains, stops, or is not wanted.
     """
 
     wanted: frozenset[str]
@@ -123,7 +123,7 @@ class _ClusterView:
 
 
 def _wanted(cluster: ClusterFleet) -> Iterable[str]:
-    """A replica that failed is not wanted any more once its plan has another in its place."""
+    """Yield the replicas of the active plan, except failed ones that have a replacement."""
     assert cluster.record is not None
     active = cluster.record.active_plan
     of_plan = [one for one in cluster.replicas.values() if active and one.record.plan == active]
@@ -168,12 +168,12 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
         after = Standing(state=State.REPLICA_STATE_FAILED, failure=_unreadable(replica))
     is_new = (after.goal, after.conditions) != (now.goal, now.conditions) or replica.must_reassign
     if replica.has_failed and any(part.held < replica.assigned_generation for part in parts.values()):
-        is_new = True  # while it had failed nobody was told of its last assignment
+        is_new = True  # while it had failed no node was told of its last assignment
     if after.goal is None or after.state in (State.REPLICA_STATE_STOPPED, State.REPLICA_STATE_FAILED):
         is_new = False
     change = cluster.changes.of(replica)
     if is_new and replica.contents is None:
-        return None  # again when they are known
+        return None  # retried when the contents are known
     if change is not None and (is_new or after.state == State.REPLICA_STATE_STOPPED):
         failure = ServiceError(Reason.ERROR_REASON_CHANGE_CANCELLED, f"{replica.name} is assigned anew").to_proto()
         if after.state == State.REPLICA_STATE_STOPPED:
@@ -199,7 +199,7 @@ def _decide_replica(cluster: ClusterFleet, view: _ClusterView, replica: Replica,
 
 
 def _is_late(cluster: ClusterFleet, replica: Replica, *, is_blocked: bool, now_s: float) -> bool:
-    """Return since when it has been starting, from when its GPUs are free; or draining."""
+    """Return whether it has been starting (counted from when its GPUs are free) or draining for too long."""
     if replica.state not in (State.REPLICA_STATE_STARTING, State.REPLICA_STATE_DRAINING) or is_blocked:
         replica.since_s = None
         return False
@@ -275,13 +275,15 @@ def _decide_plan(cluster: ClusterFleet, view: _ClusterView, writes: Iterable[Rep
             activation = Activation.ACTIVATION_STATE_ACTIVE
     is_settled = not progress.num_starting and not progress.num_draining
     if activation == plan.activation and not (is_settled and progress != plan.body.activation_progress):
-        return None  # how far it is on its way is shown, and not kept: the etag is not to change with it
+        return None  # intermediate progress is shown but not stored: it must not change the etag
     return PlanWrite(name=plan.name, activation=activation, progress=progress)
 
 
 def progress_of(states: dict[str, Standing], wanted: frozenset[str]) -> plan_pb2.ActivationProgress:
-    """Return how far the replicas of a plan are. ``states``: of all replicas of the cluster; ``wanted``: of the
-    plan."""
+    """Return how far the replicas of a plan are.
+
+    ``states``: of all replicas of the cluster; ``wanted``: the plan's replicas.
+    """
     of_plan = [states[name] for name in wanted if name in states]
     failed = [one for one in of_plan if one.state == State.REPLICA_STATE_FAILED]
     num_serving = sum(one.state in UP_STATES for one in of_plan)

@@ -1,7 +1,7 @@
-"""One replica on one node: what the node should hold and do, what it holds, and the one delta between the two.
+"""One replica on one node: its wanted state, the state it holds, and the one delta between the two.
 
-Nothing here is a script. Whoever decides sets what is wanted; the next delta follows from the difference, whatever was
-lost, repeated or answered late before.
+There is no script of messages. The planner sets the wanted state; the next delta follows from the difference, whatever
+was lost, repeated or answered late before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Reason = failure_pb2.ErrorReason
 Delta = agent_service_pb2.Delta
 AssignmentState = report_pb2.AssignmentState
 
-# An agent that says so will not take this assignment however often it comes; all other reasons may pass.
+# An agent that gives one of these reasons will never take this assignment; all other reasons may pass.
 _LASTING = {
     Reason.ERROR_REASON_INVALID_FIELD,
     Reason.ERROR_REASON_DEVICE_UNAVAILABLE,
@@ -24,13 +24,13 @@ _LASTING = {
     Reason.ERROR_REASON_KV_BLOCKS_EXHAUSTED,
 }
 _CLOSED_KEPT = 1000
-MOST_GENERATION = 2**62  # no replica gets there; a number above it would be carried on, into what no field can hold
-ROOM = 2**32  # generations that a node may be ahead of the planner, whose store may have come from a backup
+MOST_GENERATION = 2**62  # out of reach for any replica; a higher number would be passed on until it overflows a field
+ROOM = 2**32  # generations that a node may be ahead of the planner, whose store may have been restored from a backup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedAssignment:
-    """Hold this. ``generation`` names the content: the same number always means the same assignment."""
+    """An assignment to hold. ``generation`` names the content: equal numbers always mean equal assignments."""
 
     generation: int
     assignment: replica_pb2.Assignment
@@ -38,18 +38,18 @@ class WantedAssignment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedRemoval:
-    """Hold nothing."""
+    """An order to hold nothing."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Directive:
-    """What a node should have been told of a change; the change's other messages before it are void.
+    """The last message that a node should have received about a change; it supersedes the earlier ones.
 
     Attributes:
         change_id: the change.
-        step: what it tells.
+        step: the message.
         generation: that the change leads to.
     """
 
@@ -78,12 +78,12 @@ _FIELDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaAnswer:
-    """A delta was answered.
+    """A node's answer to a delta.
 
     Attributes:
         kind: the field of the delta that was set.
-        change_id: empty: an assignment or removal.
-        failure: why it was refused; None: it was taken.
+        change_id: empty for an assignment or removal.
+        failure: why it was refused; None if it was accepted.
     """
 
     replica: str
@@ -93,17 +93,19 @@ class DeltaAnswer:
 
 
 class ReplicaSlot:
-    """``most_held``: the highest generation that the node can have come to.
+    """The state of one replica on one node.
+
+    ``most_held`` returns the highest generation that the node can have reached.
 
     Attributes:
-    replica: its name.
-    held: generation that the node holds, as it said last; 0: nothing.
-    state: how far the node is with its assignment, as it said last.
-    failure: what the node said went wrong, or why it refused the assignment for good; None: nothing.
-    is_believed: what it said last of its generation can be. Otherwise ``held`` is 0, and it is told nothing.
-    report: its last report of the replica; None: none yet.
-    closed: changes that are over, and whose end the node has acknowledged on this stream: what it still says of them
-        needs no answer, which it would only acknowledge with another word.
+        replica: its name.
+        held: generation that the node holds, as last reported; 0: nothing.
+        state: the node's progress with its assignment, as last reported.
+        failure: what the node reported as wrong, or why it refused the assignment for good; None: nothing.
+        is_believed: whether the generation it last reported is possible. If not, ``held`` is 0 and it is sent nothing.
+        report: its last report of the replica; None if none came yet.
+        closed: ended changes whose outcome the node has acknowledged on this stream. Later reports of them get no
+            answer, because the node would only acknowledge it again.
     """
 
     def __init__(self, replica: str, most_held: Callable[[], int] = lambda: MOST_GENERATION) -> None:
@@ -117,9 +119,9 @@ class ReplicaSlot:
         self.closed: set[str] = set()
         self._wanted: WantedAssignment | WantedRemoval | None = None
         self._directives: dict[str, Directive] = {}
-        self._told: dict[str, str] = {}  # kind of the last directive that was answered, by change
+        self._told: dict[str, str] = {}  # kind of the last answered directive, by change
         self._refused: int | None = None  # generation of the assignment that was refused for good
-        self._retry_s = 0.0  # not before this moment
+        self._retry_s = 0.0  # the earliest time of the next try
         self._in_flight: Delta | None = None
         self._sent_s = 0.0
 
@@ -136,8 +138,7 @@ class ReplicaSlot:
         return len(self._directives)
 
     def due_s(self, answer_s: float) -> float | None:
-        """Return when time alone may make a delta due: no answer came yet, or a try was put off. None: it never
-        does."""
+        """Return when time alone may make a delta due (without an answer, or for a delayed retry), or None."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -146,7 +147,7 @@ class ReplicaSlot:
 
     @property
     def in_flight(self) -> str:
-        """Nonce of the delta that is under way. Empty: none."""
+        """The nonce of the delta in flight, or an empty string."""
         return "" if self._in_flight is None else self._in_flight.nonce
 
     def want(self, wanted: WantedAssignment | WantedRemoval) -> None:
@@ -154,27 +155,27 @@ class ReplicaSlot:
             self._wanted, self._refused, self._retry_s = wanted, None, 0.0
 
     def tell(self, directive: Directive) -> None:
-        """Makes ``directive`` what the node should have been told last of its change."""
+        """Make ``directive`` the last message that the node should have received about its change."""
         self._directives[directive.change_id] = directive
 
     def forget_change(self, change_id: str) -> None:
-        """Nothing more is to be told of it."""
+        """Forget a change about which there is nothing more to tell."""
         self._directives.pop(change_id, None)
         self._told.pop(change_id, None)
 
     def close_change(self, change_id: str) -> None:
-        """The node knows how it ended, and nobody waits for its word."""
+        """Close a change whose outcome the node knows, with nobody waiting for its report."""
         self.forget_change(change_id)
         if len(self.closed) >= _CLOSED_KEPT:
-            self.closed.clear()  # at worst each is answered once more
+            self.closed.clear()  # at worst, each is answered once more
         self.closed.add(change_id)
 
     def tell_again(self, change_id: str) -> None:
-        """What was answered may have been forgotten."""
+        """Send an answered directive again: the node may have forgotten it."""
         self._told.pop(change_id, None)
 
     def restart(self, held: int, state: AssignmentState.ValueType) -> None:
-        """A stream began, in which the agent said what it holds. What was under way is void, and told again."""
+        """Begin a new stream with the state reported by the agent. A delta in flight is void and sent again."""
         self.state = state
         self.hold(held)
         self._in_flight = None
@@ -183,7 +184,7 @@ class ReplicaSlot:
         self._retry_s = 0.0
 
     def next_delta(self, now_s: float, *, new_nonce: Callable[[], str], answer_s: float) -> Delta | None:
-        """Return what to send now; None: nothing. A delta that was not answered for ``answer_s`` is sent again."""
+        """Return the delta to send now, if any. One that was not answered for ``answer_s`` is sent again."""
         if not self.is_believed:
             return None
         if self._in_flight is not None:
@@ -198,7 +199,7 @@ class ReplicaSlot:
         return self._in_flight
 
     def acknowledge(self, ack: agent_service_pb2.DeltaAck) -> DeltaAnswer | None:
-        """None: an answer to something else."""
+        """Take an ack; return None if it answers something else."""
         delta = self._answered(ack.nonce)
         if delta is None:
             return None
@@ -207,14 +208,17 @@ class ReplicaSlot:
             return self._answer(delta, self.failure)
         if delta.WhichOneof("change") == "assignment":
             self.failure = None
-            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # of the assignment before
+            if self.state == AssignmentState.ASSIGNMENT_STATE_FAILED:  # of the previous assignment
                 self.state = AssignmentState.ASSIGNMENT_STATE_UNSPECIFIED
         elif delta.WhichOneof("change") == "removal":
             self.state, self.report = AssignmentState.ASSIGNMENT_STATE_STOPPED, None
         return self._answer(delta, None)
 
     def refuse(self, nack: agent_service_pb2.DeltaNack, *, now_s: float, retry_s: float) -> DeltaAnswer | None:
-        """None: an answer to something else. An assignment is tried again, ``retry_s`` from now where that may help."""
+        """Take a nack; return None if it answers something else.
+
+        An assignment is tried again ``retry_s`` from now if that may help.
+        """
         delta = self._answered(nack.nonce)
         if delta is None:
             return None
@@ -227,7 +231,10 @@ class ReplicaSlot:
         return self._answer(delta, nack.failure)
 
     def learn(self, report: report_pb2.ReplicaReport) -> bool:
-        """Takes a newer report; returns whether more than numbers changed. One of before an assignment is void."""
+        """Take a newer report and return whether more than numbers changed.
+
+        Reports from before an assignment are void.
+        """
         if report.generation < self.held:
             return False
         before = (self.held, self.state, self.failure, self.report is None)
@@ -241,8 +248,10 @@ class ReplicaSlot:
         return before != (self.held, self.state, self.failure, False)
 
     def hold(self, generation: int) -> None:
-        """The node says that it holds this. A number that it cannot have come to is not carried on to other nodes: the
-        replica is left alone here, until the node says something else.
+        """Note the generation held by the node, as reported.
+
+        An impossible number is not passed on to other nodes: the replica is left alone here until the node reports
+        another one.
         """
         was_believed, self.is_believed = self.is_believed, generation <= self._most_held()
         if self.is_believed:
@@ -272,7 +281,7 @@ class ReplicaSlot:
         return DeltaAnswer(replica=self.replica, kind=kind, change_id=change_id, failure=failure)
 
     def _difference(self, now_s: float) -> Delta | None:
-        # Ends of changes first: an assignment would end them too, but as the agent thinks best.
+        # Ends of changes come first: an assignment would end them too, but in whatever way the agent chooses.
         due = [one for one in self._directives.values() if self._told.get(one.change_id) != one.kind]
         for directive in due:
             if directive.kind != "prepare":
@@ -295,8 +304,8 @@ class ReplicaSlot:
         return Delta(base_generation=0, generation=wanted.generation, assignment=wanted.assignment)
 
     def _delta_of(self, directive: Directive) -> Delta:
-        # Only a prepare builds on what the node holds. The others are matched by their change, and after the flip, or a
-        # newer assignment, the node is at their generation or beyond it, which no delta may build on.
+        # Only a prepare builds on what the node holds. The others are matched by change id. After the flip, or a newer
+        # assignment, the node is at or above their generation, on which no delta may build.
         base = self.held if directive.kind == "prepare" else min(self.held, directive.generation - 1)
         delta = Delta(generation=directive.generation, base_generation=base)
         getattr(delta, directive.kind).CopyFrom(directive.step)

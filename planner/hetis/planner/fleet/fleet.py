@@ -1,7 +1,7 @@
-"""All clusters of this planner in one event loop: streams, time and the store around the values that decide.
+"""All clusters of this planner in one event loop: streams, time and store around the state machines that decide.
 
-What a cluster decides is written in one transaction, and nobody is told before that is durable. Reports touch neither
-the store nor anything beyond their node and its replicas.
+The decisions of a cluster are written in one transaction, and nobody is told before that is durable. A report touches
+neither the store nor anything but its node and its replicas.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # for the first message of a stream
-_MOST_REQUEST_BYTES = 2**20  # as docs/api.md says
-_STOOD_STILL = 4.0  # ticks; a longer gap between two is the planner's own silence
+_MOST_REQUEST_BYTES = 2**20  # see docs/api.md
+_STOOD_STILL = 4.0  # ticks; a longer gap between two means that the planner itself was suspended
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
 
 
 class LiveFleet:
-    """Live nodes and replicas of all clusters.
+    """The live nodes and replicas of all clusters.
 
     Attributes:
-        observers: are told of what happens, in the loop.
-        counters: what was counted since the start.
+        observers: notified of events, in the loop.
+        counters: counts since the start.
     """
 
     def __init__(
@@ -64,25 +64,25 @@ class LiveFleet:
         self._clock = clock
         self._contents = contents or PlanContents(store)
         self._clusters: dict[str, ClusterFleet] = {}
-        self._reconcilers: dict[str, Reconciler] = {}  # also at clusters that are read for the first time
+        self._reconcilers: dict[str, Reconciler] = {}  # also of clusters that are being read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
         self._readings: dict[str, tuple[str, asyncio.Future[HeadMaps]]] = {}  # by request id, with the node's name
         self._ticks: asyncio.Task[None] | None = None
         self._published_s = 0.0
         self._ticked_s = clock.monotonic()
-        self._ending: ServiceError | None = None  # why no stream may begin any more
+        self._ending: ServiceError | None = None  # why streams are refused from now on
 
-    # Life.
+    # Life cycle.
 
     async def start(self) -> None:
-        """Reads every cluster, and takes up what an earlier planner left."""
+        """Read every cluster, and resume what an earlier planner left."""
         for record in await self._store.read(lambda tx: tx.clusters.all()):
             await self.cluster_changed(record.name)
         self._ticked_s = self._clock.monotonic()
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
 
     async def stop(self, reason: str) -> None:
-        """Says goodbye to all agents and ends their streams. Replicas serve on."""
+        """Say goodbye to all agents and end their streams. Replicas continue to serve."""
         self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner goes: {reason}; connect again")
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
@@ -104,10 +104,10 @@ class LiveFleet:
     async def connect(
         self, identity: CallerIdentity, requests: AsyncIterator[Request]
     ) -> AsyncGenerator[Response, None]:
-        """One stream, until either side ends it.
+        """Serve one stream until either side ends it.
 
         Raises:
-            ServiceError: as of ``AgentService.ConnectNode``.
+            ServiceError: as in ``AgentService.ConnectNode``.
         """
         first = await _first_of(requests)
         name = self._admit(identity, first)
@@ -128,25 +128,28 @@ class LiveFleet:
             await asyncio.gather(reading, return_exceptions=True)
             self._close(cluster, node, name, stream)
 
-    # What others ask.
+    # Queries.
 
     def node_view(self, name: str) -> LiveNode | None:
-        """None: neither declared nor connected."""
+        """Return a node, or None if it is neither declared nor connected."""
         cluster, node = self._clusters.get(cluster_of(name)), last_part(name)
         if cluster is None or node not in cluster.leases:
             return None
         return self._live_node(cluster, node)
 
     def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]:
-        """Return nodes by resource name: those that are declared, and those that are connected."""
+        """Return the declared and the connected nodes by resource name."""
         found = self._clusters.get(cluster)
         if found is None:
             return {}
         return {node_name(cluster, node): self._live_node(found, node) for node in found.leases.nodes}
 
     def num_connected(self, cluster: str) -> int:
-        """Nodes whose agents are connected: a counter, for every answer and event about a cluster. For single nodes
-        ask `node_view`, which costs as much as one node; `nodes_of` makes a view of every one.
+        """Return the number of nodes whose agents are connected.
+
+        It is a counter, cheap enough for every answer and event about a cluster. For single nodes use `node_view`,
+        which costs
+        as much as one node, whereas `nodes_of` builds a view of every one.
         """
         found = self._clusters.get(cluster)
         return 0 if found is None else found.leases.num_connected
@@ -169,27 +172,27 @@ class LiveFleet:
         return list(self._clusters)
 
     def kv_in_use(self, cluster: str) -> Iterator[tuple[str, float]]:
-        """Yield every device, ``node/index``, that says how much KV it holds, with the share of its blocks in use.
+        """Yield every device, ``node/index``, that reports its KV, with the share of its blocks in use.
 
-        Whoever goes through many devices may let others work in between; nodes that join meanwhile are left out.
+        The caller may yield to the event loop in between; nodes that join meanwhile are left out.
         """
         found = self._clusters.get(cluster)
         return iter(()) if found is None else kv_in_use(found)
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """Return what the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in the cluster; an empty policy has the defaults."""
         found = self._clusters.get(cluster)
         return cluster_pb2.ClusterPolicy() if found is None or found.record is None else found.record.body.policy
 
     def activation_progress(self, plan: str) -> plan_pb2.ActivationProgress | None:
-        """Return how far a plan in force is; None: it is not in force."""
+        """Return the progress of an active plan, or None if the plan is not active."""
         for cluster in self._clusters.values():
             if cluster.plan is not None and cluster.plan.name == plan:
                 return cluster.progress
         return None
 
     async def cluster_changed(self, cluster: str) -> None:
-        """Something of it was changed in the store: reads it again, and does what follows."""
+        """Read a cluster again whose records were changed by others, and act on the changes."""
         while True:
             reconciler = self._reconciler_of(cluster)
             async with reconciler.lock:
@@ -203,7 +206,7 @@ class LiveFleet:
             return
 
     def _reconciler_of(self, cluster: str) -> Reconciler:
-        """The one for all who come, from the first moment."""
+        """Return the one reconciler of a cluster, made on first use."""
         if cluster not in self._reconcilers:
             self._reconcilers[cluster] = Reconciler(
                 ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
@@ -218,10 +221,10 @@ class LiveFleet:
         return self._reconcilers[cluster]
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps:
-        """Asks the primary's agent.
+        """Ask the primary's agent for a replica's head maps.
 
         Raises:
-            ServiceError: there is no such replica, nobody to ask, no answer in time, or none that makes sense.
+            ServiceError: there is no such replica, nobody to ask, no answer in time, or no consistent one.
         """
         cluster = self._clusters.get(cluster_of(replica))
         if cluster is None:
@@ -241,7 +244,7 @@ class LiveFleet:
             cluster.link(node).drop_head_maps(request_id)
 
     async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Returns when it is kept; it is driven on from there, and seen in the cluster's hub.
+        """Begin a re-dispatch and return once it is stored; its progress is published in the cluster's hub.
 
         Raises:
             ServiceError: it cannot begin: CHANGE_IN_FLIGHT, GENERATION_MISMATCH, DEVICE_UNAVAILABLE, or NOT_LEADER.
@@ -253,10 +256,10 @@ class LiveFleet:
         await self._reconcilers[cluster.name].reconcile()
 
     def disconnect(self, name: str) -> None:
-        """Ends the stream of a node; whoever comes next with its credentials is let in.
+        """End the stream of a node; the next agent with its credentials is let in.
 
         Raises:
-            ServiceError: NOT_FOUND, no agent is connected as it.
+            ServiceError: NOT_FOUND if no agent is connected as this node.
         """
         cluster, stream = self._clusters.get(cluster_of(name)), self._streams.get(name)
         if cluster is None or stream is None:
@@ -340,10 +343,10 @@ class LiveFleet:
             if node in (None, name) and not answer.done():
                 answer.set_exception(error)
 
-    # What follows from what came.
+    # Consequences of input.
 
     def _after(self, cluster: ClusterFleet) -> None:
-        """Sends what is to be sent at once, tells observers, and looks at the cluster where it changed."""
+        """Send pending messages at once, notify observers, and start a reconciliation if the cluster changed."""
         self._send(cluster)
         reported, cluster.reported = cluster.reported, {}
         for (replica, _), report in reported.items():
@@ -369,7 +372,7 @@ class LiveFleet:
             self._close(cluster, node, name, stream)
 
     def _forget(self, cluster: ClusterFleet) -> None:
-        """The cluster is gone."""
+        """Forget a cluster that is gone."""
         self._reconcilers.pop(cluster.name, None)
         self._clusters.pop(cluster.name, None)
         cluster.record = None
@@ -379,7 +382,7 @@ class LiveFleet:
                 stream.end(not_found(cluster.name))
 
     def lose_leadership(self, error: ServiceError) -> None:
-        """Ends every stream; nothing is decided any more."""
+        """End every stream; nothing is decided any more."""
         self._ending = self._ending or error
         for stream in list(self._streams.values()):
             stream.end(error)
@@ -404,7 +407,7 @@ class LiveFleet:
                 _log.exception("the fleet's time stumbled")
 
     def tick(self) -> None:
-        """Look at the time: leases, deadlines, what is to be said again, what watchers should hear."""
+        """Handle the passing of time: leases, deadlines, retransmissions, and updates for watchers."""
         now_s = self._clock.monotonic()
         gap_s, self._ticked_s = now_s - self._ticked_s - self._settings.tick_s, now_s
         stood_still = gap_s > _STOOD_STILL * self._settings.tick_s

@@ -1,4 +1,4 @@
-"""Head maps put together from the pieces that an agent sends them in."""
+"""Head maps assembled from the pieces in which an agent sends them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class HeadMaps:
 
     Attributes:
         generation: of the replica's state at its authority.
-        step: decode step that all maps are of.
+        step: decode step at which all maps were read.
     """
 
     replica: str
@@ -24,7 +24,7 @@ class HeadMaps:
 
 
 class HeadMapPieces:
-    """The pieces of one request so far, in whatever order and however often they come."""
+    """The pieces of one request so far, which may arrive in any order and repeatedly."""
 
     def __init__(self, replica: str, *, most_bytes: int) -> None:
         self._replica = replica
@@ -34,7 +34,7 @@ class HeadMapPieces:
         self._last: int | None = None
 
     def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
-        """The maps when all pieces are there, else None.
+        """Add a piece; return the maps once all pieces are there, else None.
 
         Raises:
             ServiceError: the agent has no map, or its pieces do not fit together.
@@ -81,7 +81,7 @@ class HeadMapPieces:
 
 
 def _failed(failure: failure_pb2.Failure) -> ServiceError:
-    """Return the agent's failure as an error; a reason that only a newer one knows has no status code here."""
+    """Return the agent's failure as an error; a reason that only newer versions know has no status code here."""
     if failure.reason in Reason.values() and failure.reason:
         return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
     message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"

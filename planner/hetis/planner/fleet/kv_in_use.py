@@ -1,4 +1,4 @@
-"""How full the KV memory of a cluster's devices is, by what was reported last."""
+"""The share of KV memory in use on a cluster's devices, as last reported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hetis.v1 import cluster_pb2
 
 
 def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
-    """Yield devices with the share of their KV blocks in use, those of lost nodes left out.
+    """Yield devices with the share of their KV blocks in use, except those of lost nodes.
 
-    What the node says of its device counts, over all replicas on it. An engine that only knows the loads of its own
-    stages says them in the report of the replica, where the fullest stage of a device stands for it.
+    The node's own report of its device counts, over all replicas on it. An engine that only knows the loads of its own
+    stages reports them with the replica; then the fullest stage of a device stands for it.
     """
     seen = set[str]()
     for node, link in list(cluster.links.items()):

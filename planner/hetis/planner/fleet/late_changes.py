@@ -1,4 +1,4 @@
-"""Changes that a node speaks of and that are over, or that this planner never knew."""
+"""Changes that a node mentions although they are over, or that this planner never knew."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from hetis.planner.fleet.deltas import Directive
 from hetis.v1 import agent_service_pb2, change_pb2
 
 _MOST = 10_000
-MOST_OF_NODE = 100  # of one node at a time: it has one change of a replica under way, and few replicas
+MOST_OF_NODE = 100  # per node; a node has one change per replica under way, and few replicas
 
 
 class LateChanges:
-    """Statuses of changes that nobody drives, until the store was asked how they ended."""
+    """Reports of changes that nobody drives, until the store was asked for their outcome."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}
         self._num_of_node: dict[str, int] = {}
 
     def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
-        """Too many are left to be said again."""
+        """Add a report. Beyond the limits it is dropped, as the node will send it again."""
         known = self._waiting.get(status.change_id, {})
         if node not in known:
             num = self._num_of_node.get(node, 0)
@@ -32,11 +32,11 @@ class LateChanges:
 
     @property
     def unknown(self) -> list[str]:
-        """Ids of the changes that the store has to be asked for."""
+        """Ids of the changes to look up in the store."""
         return list(self._waiting)
 
     def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
-        """Take out the nodes that spoke of a change, with what they said."""
+        """Remove a change; return the nodes that mentioned it, with their reports."""
         taken = self._waiting.pop(change_id, {})
         for node in taken:
             self._num_of_node[node] -= 1
@@ -51,9 +51,9 @@ class LateChanges:
         outcome: Outcome.ValueType | None,
         moves: Iterable[change_pb2.MoveResult],
     ) -> Directive:
-        """Return what the node should be told. ``outcome``: how the change ended; None: there is no record of it.
+        """Return the directive for the node. ``outcome`` is that of the change, None if there is no record of it.
 
-        What was never recorded was never permitted to flip, so that an end can only be the node's own word.
+        A change that was never recorded was never permitted to flip, so only the node's own report can end it.
         """
         if outcome is None and status.phase == Phase.CHANGE_PHASE_FLIPPED:
             outcome, moves = Outcome.CHANGE_OUTCOME_FLIPPED, status.moves
@@ -69,5 +69,5 @@ class LateChanges:
                 metadata={"change_id": status.change_id},
             )
             step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure.to_proto())
-        # An abort of a change that nobody knows leads nowhere, but a delta has to name where.
+        # An abort of an unknown change leads to no generation, but a delta has to name one.
         return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

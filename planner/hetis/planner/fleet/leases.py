@@ -1,4 +1,4 @@
-"""Presence of nodes: a node is READY while it is heard, SUSPECT when it is late, LOST when its lease ran out."""
+"""Presence of nodes: READY while a node is heard, SUSPECT when it is late, LOST when its lease has expired."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Presence:
 
 
 class Leases:
-    """Presence of nodes by name. Hearing a node costs no more than writing down when; `expire` finds the silent ones.
+    """Presence of nodes by name. Hearing a node only records the time; `expire` finds the silent ones.
 
     Args:
         suspect_s: silence that makes a node SUSPECT.
@@ -40,7 +40,7 @@ class Leases:
 
     @property
     def nodes(self) -> list[str]:
-        """All that are declared or connected."""
+        """All nodes that are declared or connected."""
         return list(self._nodes)
 
     @property
@@ -61,10 +61,11 @@ class Leases:
         return found is not None and found.connected
 
     def declare(self, nodes: Iterable[str], *, now_s: float, known: Iterable[str] = ()) -> list[str]:
-        """Takes ``nodes`` as all that the cluster's document names; returns those whose state changed.
+        """Take ``nodes`` as all that the cluster's document names; return those whose state changed.
 
-        ``known`` are nodes that were connected under an earlier planner: until a lease from now has run out nobody can
-        say that they are lost.
+        ``known`` are nodes that were connected under an earlier planner: they cannot be called lost until a lease from
+        now has
+        expired.
         """
         names, earlier = set(nodes), set(known)
         changed = []
@@ -92,7 +93,7 @@ class Leases:
         return changed
 
     def connect(self, node: str, *, now_s: float) -> bool:
-        """A stream began; returns whether the state changed. A node that no document names is UNDECLARED."""
+        """Note that a stream began; return whether the state changed. An undeclared node becomes UNDECLARED."""
         presence = self._nodes.setdefault(node, _Presence(state=State.NODE_STATE_UNSPECIFIED, declared=False))
         self._num_connected += not presence.connected
         presence.connected, presence.heard_s = True, now_s
@@ -100,7 +101,7 @@ class Leases:
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
 
     def disconnect(self, node: str) -> bool:
-        """The stream ended; returns whether the state changed. The lease runs on."""
+        """Note that the stream ended; return whether the state changed. The lease keeps running."""
         presence = self._nodes.get(node)
         if presence is None or not presence.connected:
             return False
@@ -114,7 +115,7 @@ class Leases:
         return presence.state == State.NODE_STATE_READY and self._enter(node, State.NODE_STATE_SUSPECT)
 
     def hear(self, node: str, *, now_s: float) -> bool:
-        """Any message renews the lease; returns whether the state changed."""
+        """Renew the lease because of a message; return whether the state changed."""
         presence = self._nodes.get(node)
         if presence is None or not presence.connected:
             return False
@@ -125,7 +126,7 @@ class Leases:
         return self._enter(node, State.NODE_STATE_READY if presence.declared else State.NODE_STATE_UNDECLARED)
 
     def expire(self, now_s: float) -> list[str]:
-        """Nodes whose state changed because they were silent."""
+        """Return the nodes whose state changed because they were silent."""
         changed = []
         while self._due and self._due[0][0] <= now_s:
             due_s, node = heapq.heappop(self._due)
@@ -147,7 +148,7 @@ class Leases:
         return changed
 
     def stood_still(self, gap_s: float, *, now_s: float) -> None:
-        """Forgive the silence of ``gap_s`` until ``now_s`` in which nobody listened: that is nobody's silence."""
+        """Forgive ``gap_s`` of silence until ``now_s``, in which the planner did not listen."""
         self._due.clear()
         for node, presence in self._nodes.items():
             if presence.heard_s is not None:

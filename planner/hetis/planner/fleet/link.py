@@ -1,4 +1,4 @@
-"""The planner's side of one node's stream, as a value that is driven: messages in, messages and events out."""
+"""The planner's side of one node's stream, as a state machine without I/O: messages in, messages and events out."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
 
 PROTOCOL_VERSION = 1
-_MOST_FOREIGN = 1000  # replicas that are not a node's own and that it is listened to about
-_MOST_REMOVALS = 16  # of replicas of a node, under way
+_MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report
+_MOST_REMOVALS = 16  # in flight per node
 
 Request = agent_service_pb2.ConnectNodeRequest
 Response = agent_service_pb2.ConnectNodeResponse
@@ -38,9 +38,9 @@ class Opened:
     """A stream that began.
 
     Attributes:
-        session: its identity; what comes under another one is void.
-        restarted: the agent is another process than the last time.
-        changes: that it has in some phase. Changes that it should know and does not list are forgotten there.
+        session: its identity; input from another session is void.
+        restarted: whether the agent is another process than last time.
+        changes: changes it has in some phase. The agent has forgotten any other.
     """
 
     session: str
@@ -49,7 +49,7 @@ class Opened:
 
 
 def check_hello(request: Request, *, epoch: int) -> agent_service_pb2.Hello:
-    """The Hello of a stream's first message.
+    """Return the Hello in a stream's first message.
 
     Raises:
         ServiceError: PROTOCOL_VIOLATION, PROTOCOL_VERSION, STALE_EPOCH or INVALID_FIELD.
@@ -98,7 +98,7 @@ def _check_generations(said: Iterable[_Generational]) -> None:
 
 
 class NodeLink:
-    """What is known of one node and what it is to be told. It outlives its streams.
+    """The state of one node and the messages due to it. It outlives its streams.
 
     Attributes:
         node: `clusters/{cluster}/nodes/{node}`.
@@ -107,7 +107,7 @@ class NodeLink:
         agent_version: empty: no agent was connected.
         engine_address: where its engine listens for others; empty: it does not.
         capabilities: of its agent.
-        num_ignored: how often it spoke of a replica that is not its own, after `_MOST_FOREIGN` others.
+        num_ignored: reports about replicas that are not its own, after `_MOST_FOREIGN` others.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class NodeLink:
         new_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         most_held: Callable[[str], int | None] = lambda _: None,
     ) -> None:
-        """``most_held``: the highest generation that the node can hold of a replica; None: it is not one of its own."""
+        """``most_held`` returns the highest generation that the node can hold of a replica, None if not its own."""
         self.node = node
         self.devices: tuple[report_pb2.DeviceReport, ...] = ()
         self.inventory: inventory_pb2.NodeInventory | None = None
@@ -136,35 +136,35 @@ class NodeLink:
         self._slots: dict[str, ReplicaSlot] = {}
         self._foreign: set[str] = set()  # slots of replicas that are not its own, or were not
         self._active: set[str] = set()  # replicas for which something may have to be sent now
-        self._due: list[tuple[float, str]] = []  # when that may be so by time alone
+        self._due: list[tuple[float, str]] = []  # when time alone may require that
         self._due_s: dict[str, float] = {}  # by replica; other entries of the heap are void
         self._removals: set[str] = set()  # replicas whose removal was sent and not answered
-        self._put_off: dict[str, None] = {}  # those that wait for that
+        self._put_off: dict[str, None] = {}  # replicas whose removal waits for those
         self._outbox: list[Response] = []
         self._report_sequence = 0
         self._inventory_sequence = 0
         self._head_maps: dict[str, HeadMapPieces] = {}
 
-    # What is known.
+    # State.
 
     @property
     def session(self) -> str:
-        """The session of the stream that counts. Empty: there is none."""
+        """The session of the current stream, empty if there is none."""
         return self._session
 
     @property
     def boot_id(self) -> str:
-        """The boot id of the agent that spoke last. Empty: none did."""
+        """The boot id of the last connected agent, empty if there was none."""
         return self._boot_id
 
     @property
     def moves_heads(self) -> bool:
-        """Its agent can, or has not said yet what it can."""
+        """Return whether its agent can move heads, or has not announced its capabilities yet."""
         return not self._boot_id or Capability.AGENT_CAPABILITY_MOVE in self.capabilities
 
     @property
     def has_more(self) -> bool:
-        """Something is to be sent now, or may be when time has passed."""
+        """Return whether something is to be sent now or may be later."""
         return bool(self._active or self._outbox or self._due or self._put_off)
 
     @property
@@ -173,19 +173,18 @@ class NodeLink:
 
     @property
     def is_clearing(self) -> bool:
-        """The node holds something that it was told to remove."""
+        """Return whether the node holds something that it was told to remove."""
         return any(slot.held and isinstance(slot.wanted, WantedRemoval) for slot in self._slots.values())
 
     def slot(self, replica: str) -> ReplicaSlot:
-        """Return the slot of a replica that is about to change: what is to be sent is looked for there."""
+        """Return the slot of a replica that is about to change, and mark it for `messages`."""
         self._active.add(replica)
         if replica not in self._slots:
             self._slots[replica] = ReplicaSlot(replica, lambda: self._bound(replica))
         return self._slots[replica]
 
     def heard_slot(self, replica: str) -> ReplicaSlot | None:
-        """Return the slot of a replica that the node speaks of. None: it has spoken of too many that are not its
-        own."""
+        """Return the slot of a replica that the node mentions, or None after too many that are not its own."""
         if replica not in self._slots and self._most_held(replica) is None:
             if len(self._foreign) >= _MOST_FOREIGN:
                 self.num_ignored += 1
@@ -194,7 +193,7 @@ class NodeLink:
         return self.slot(replica)
 
     def forget(self, replica: str) -> None:
-        """The replica is gone, here and everywhere."""
+        """Forget a replica that is gone everywhere."""
         self._slots.pop(replica, None)
         self._due_s.pop(replica, None)
         self._put_off.pop(replica, None)
@@ -208,10 +207,10 @@ class NodeLink:
     # The stream.
 
     def open(self, request: Request) -> Opened:
-        """A stream begins with its first message; an earlier one of the node is void from now on.
+        """Open a stream with its first message; an earlier stream of the node is void from now on.
 
         Raises:
-            ServiceError: as of `check_hello`; the earlier stream goes on.
+            ServiceError: as `check_hello`; the earlier stream continues.
         """
         hello = check_hello(request, epoch=self._epoch)
         restarted = hello.boot_id != self._boot_id
@@ -241,7 +240,7 @@ class NodeLink:
         return Opened(session=self._session, restarted=restarted, changes=tuple(hello.changes))
 
     def close(self, session: str) -> bool:
-        """A stream ended; False: it was void already."""
+        """Close a stream; return False if it was void already."""
         if session != self._session:
             return False
         self._session, self._outbox = "", []
@@ -249,7 +248,7 @@ class NodeLink:
         return True
 
     def receive(self, request: Request, *, now_s: float) -> list[LinkEvent]:
-        """Takes a message of the stream.
+        """Handle a message of the stream.
 
         Raises:
             ServiceError: PROTOCOL_VIOLATION or STALE_EPOCH; the stream must end.
@@ -263,7 +262,7 @@ class NodeLink:
                 metadata={"epoch": self._epoch, "newest_epoch": request.epoch},
             )
         if request.epoch < self._epoch:
-            return []  # of an earlier stream: no message of this one has another epoch than its Welcome
+            return []  # from an earlier stream: all messages of this one have the epoch of its Welcome
         _check_generations([*request.report.replicas, request.ack, request.nack, request.change_status])
         match request.WhichOneof("message"):
             case "report":
@@ -279,16 +278,16 @@ class NodeLink:
                 return [Progressed(status=request.change_status)]
             case "head_map":
                 return self._take_piece(request.head_map)
-            case _:  # a heartbeat, or of a newer agent
+            case _:  # a heartbeat, or a message of a newer agent
                 return []
 
     def messages(self, now_s: float) -> list[Response]:
-        """Return what is to be sent now, and no more than once."""
+        """Return the messages to send now, each only once."""
         if not self._session:
             return []
         found, self._outbox = self._outbox, []
         self._wake(now_s)
-        # A slot without a delta under way has nothing to say until somebody changes it, but for tries put off.
+        # A slot without a delta in flight has nothing to send until it is changed, except for delayed retries.
         active, self._active = self._active, set()
         for replica in sorted(active):
             slot = self._slots[replica]
@@ -327,14 +326,14 @@ class NodeLink:
             heapq.heappush(self._due, (due_s, replica))
 
     def ask_head_maps(self, replica: str) -> str:
-        """Asks for them at the next `messages`; returns the id of the request."""
+        """Request head maps with the next `messages`; return the id of the request."""
         request_id = self._new_id()
         self._head_maps[request_id] = HeadMapPieces(replica, most_bytes=self._settings.piece_bytes)
         self._ask(agent_service_pb2.StateRequest(request_id=request_id, head_map_of=replica))
         return request_id
 
     def drop_head_maps(self, request_id: str) -> None:
-        """Nobody waits for them any more."""
+        """Drop a request for head maps for which nobody waits any more."""
         self._head_maps.pop(request_id, None)
 
     def say_goodbye(self, reason: str) -> None:
@@ -345,7 +344,7 @@ class NodeLink:
     def _ask(self, request: agent_service_pb2.StateRequest) -> None:
         self._outbox.append(Response(epoch=self._epoch, state_request=request))
 
-    # Messages of the agent.
+    # Messages from the agent.
 
     def _take_report(self, sequence: int, report: agent_service_pb2.NodeReport) -> list[LinkEvent]:
         if sequence <= self._report_sequence:

@@ -1,4 +1,4 @@
-"""What a node's stream brought: values that the cluster's rooms act on."""
+"""Events from a node's stream that the cluster acts on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
-    """The node holds a later generation than what it was to be given: a new one must be chosen, above ``held``."""
+    """The node holds a later generation than it was to be given: a new one must be chosen, above ``held``."""
 
     replica: str
     held: int
@@ -47,7 +47,7 @@ class Behind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progressed:
-    """The node said how far a change is."""
+    """The node reported the phase of a change."""
 
     status: change_pb2.ChangeStatus
 
@@ -62,7 +62,7 @@ class HeadMapsRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fenced:
-    """The node has obeyed a newer planner: this one can change nothing any more."""
+    """The node has obeyed a newer planner: this one has lost its authority."""
 
     newest_epoch: int
 

@@ -1,12 +1,11 @@
-"""Proposals: when capacity has changed for long, the planner makes a plan for what there is now: advice, or what is
-done.
+"""Proposals: after a lasting change of capacity the planner makes a new plan, which is advice or is activated.
 
-Capacity is the nodes that can be planned with: declared, not draining, not lost. It has changed when the plan in force
-uses a node that is gone, or when there is one that was not there when that plan was made. A change counts once it has
-lasted ``placement_patience`` without another; a node that blinks starts the time anew.
+Capacity is the set of nodes available to a plan: declared, not draining, not lost. It has changed if the active plan
+uses a node that is gone, or if there is a node that was not there when that plan was made. A change counts once it has
+lasted ``placement_patience`` without another; a node that flaps restarts the time.
 
-Of what capacity was there when the plan in force was made the planner knows what it saw in this term; a plan that was
-in force before it started counts as made for the nodes of the start, those not heard of yet included.
+The planner knows the capacity at the time of the active plan only from its own term. A plan that was active before
+counts as made for the nodes at the start of the term, including those not heard from yet.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from hetis.solver.cluster import node_of
 from hetis.solver.plan import Role
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
 
-POLL_S = 2.0  # how often a search under way is looked at
-GATHERED_S = 0.5  # changes of capacity that come together: every look is at all nodes, and after a restart all come
-LEAST_GAIN = 0.01  # share that the rate must rise by for a proposal to be put in force by itself
-MOST_NAMED = 5  # nodes in a reason
+POLL_S = 2.0  # how often a running search is polled
+GATHERED_S = 0.5  # batches changes of capacity: each look covers all nodes, and after a restart all connect
+LEAST_GAIN = 0.01  # relative gain in rate that a proposal needs to be activated automatically
+MOST_NAMED = 5  # nodes named in a reason
 _SEARCHING = (plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING)
 _GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
 _log = logging.getLogger("hetis.planner.proposals")
@@ -45,23 +44,23 @@ class NodeCapacity(Protocol):
 
 
 class Capacity(Protocol):
-    """What is asked of the fleet."""
+    """The methods of the fleet that proposals use."""
 
     def nodes_of(self, cluster: str) -> Mapping[str, NodeCapacity]: ...
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy: ...
 
 
 class Placements(Protocol):
-    """What is asked of the plans."""
+    """The methods of the plans that proposals use."""
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
-        """Return the plan in force with its spec and its replicas."""
+        """Return the active plan with its spec and its replicas, or None."""
         ...
 
     async def plan(self, name: str) -> plan_pb2.Plan | None: ...
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """A new plan for the nodes that can be planned with, and its name.
+        """Make a new plan for the available nodes and return its name.
 
         Raises:
             ServiceError: it cannot be made now.
@@ -69,25 +68,25 @@ class Placements(Protocol):
         ...
 
     async def withdraw(self, plan: str) -> None:
-        """A proposal that the next one replaces: its search is called off, or it is deleted."""
+        """Withdraw a proposal that the next one replaces: cancel its search, or delete it."""
         ...
 
     async def activate(self, plan: str) -> None:
-        """Raises ServiceError where it cannot be put in force now."""
+        """Activate a plan; raises ServiceError if that is impossible now."""
         ...
 
 
 @dataclass(slots=True)
 class _Cluster:
-    """What is known of a cluster.
+    """The state of a cluster.
 
     Attributes:
         nodes: its capacity, as of the last look.
         since_s: when it became so.
-        changed_s: when it may have changed since that look; None: it has not.
-        plan, planned: the plan in force, and the capacity that it was made for.
-        proposal, proposed: the proposal that waits, and its capacity; empty: none.
-        is_settled: nothing is to be done until something changes.
+        changed_s: when it may have changed since that look; None if it has not.
+        plan, planned: the active plan, and the capacity that it was made for.
+        proposal, proposed: the open proposal, and its capacity; empty if none.
+        is_settled: whether there is nothing to do until something changes.
     """
 
     nodes: frozenset[str]
@@ -101,7 +100,10 @@ class _Cluster:
 
 
 class PlacementProposals:
-    """A `FleetObserver`. Start `run` once; `step` does what is due now. At most one proposal of a cluster is open."""
+    """A `FleetObserver` with at most one open proposal per cluster.
+
+    Start `run` once; `step` does what is due now.
+    """
 
     def __init__(self, fleet: Capacity, placements: Placements, *, clock: Clock) -> None:
         self._fleet, self._placements, self._clock = fleet, placements, clock
@@ -111,7 +113,7 @@ class PlacementProposals:
     # --- FleetObserver
 
     def capacity_changed(self, cluster: str) -> None:
-        """A node was lost, is back, drains or joined; also to be called once for each cluster at the start."""
+        """Note that a node was lost, is back, drains or joined; to be called once per cluster at the start, too."""
         now_s = self._clock.monotonic()
         known = self._clusters.get(cluster)
         if known is None:
@@ -121,18 +123,18 @@ class PlacementProposals:
         self._wake.set()
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """Says nothing of capacity."""
+        """Do nothing: reports do not affect capacity."""
 
     def replica_changed(self, replica: str) -> None:
-        """Says nothing of capacity."""
+        """Do nothing: replicas do not affect capacity."""
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Says nothing of capacity."""
+        """Do nothing: re-dispatches do not affect capacity."""
 
-    # --- what is due
+    # --- due work
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._wake.clear()
@@ -143,7 +145,7 @@ class PlacementProposals:
             await asyncio.sleep(GATHERED_S)
 
     async def step(self) -> float | None:
-        """Look at every cluster whose time has come; seconds until the next one's has, None: nothing waits."""
+        """Look at every cluster that is due; return the seconds until the next one is, or None if none is waiting."""
         waits = list[float]()
         for name, known in list(self._clusters.items()):
             self._take_change(name, known)
@@ -155,7 +157,7 @@ class PlacementProposals:
                 _log.warning("no proposal for %s: %s", name, error)
                 wait_s = error.retry_after_s or proposal_policy(self._fleet.policy_of(name)).patience_s
             except Exception:
-                _log.exception("the look at %s failed", name)  # the loop is for all clusters
+                _log.exception("the look at %s failed", name)  # the loop serves all clusters
                 wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
             if known.changed_s is not None:
                 wait_s = 0.0  # it has changed meanwhile
@@ -165,7 +167,7 @@ class PlacementProposals:
         return min(waits) if waits else None
 
     async def _look(self, name: str, known: _Cluster) -> float | None:
-        """Seconds until the next look; None: none is needed."""
+        """Return the seconds until the next look, or None if none is needed."""
         policy = proposal_policy(self._fleet.policy_of(name))
         if policy.mode == cluster_pb2.REACTION_MODE_OFF:
             return None
@@ -188,7 +190,7 @@ class PlacementProposals:
         if left_s > 0:
             return left_s
         if plan.activation != plan_pb2.ACTIVATION_STATE_ACTIVE:
-            return POLL_S  # another change of the plan has to come to its end first
+            return POLL_S  # another change of plan has to finish first
         if not plan.HasField("spec"):
             _log.warning("no proposal for %s: %s was imported, there is no problem to pose again", name, plan.name)
             return None
@@ -197,10 +199,10 @@ class PlacementProposals:
         return POLL_S
 
     async def _follow(self, known: _Cluster, plan: plan_pb2.Plan, policy: ProposalPolicy) -> float | None:
-        """Sees what became of the proposal; forgets it where another may be made."""
+        """Follow up the proposal; forget it if another may be made."""
         proposal = await self._placements.plan(known.proposal)
         if proposal is None or proposal.name == plan.name:
-            known.proposal = ""  # somebody deleted it, or put it in force
+            known.proposal = ""  # somebody deleted or activated it
             return None
         if known.proposed != known.nodes:
             await self._placements.withdraw(known.proposal)
@@ -212,7 +214,7 @@ class PlacementProposals:
             policy.mode == cluster_pb2.REACTION_MODE_AUTOMATIC
             and proposal.state == plan_pb2.PLAN_STATE_READY
             and proposal.activation == plan_pb2.ACTIVATION_STATE_INACTIVE
-            and not proposal.HasField("activate_time")  # it was, and somebody went back
+            and not proposal.HasField("activate_time")  # it was activated, and somebody rolled back
         )
         if not is_wanted or not is_better(proposal, plan, known.nodes):
             return None  # it waits for a person, until capacity changes
@@ -237,21 +239,20 @@ class PlacementProposals:
 
 
 def is_better(proposal: plan_pb2.Plan, plan: plan_pb2.Plan, nodes: Iterable[str]) -> bool:
-    """Return whether a proposal serves more than what ``nodes`` leave of the plan in force; no where not all is
-    known."""
+    """Return whether a proposal serves more than ``nodes`` leave of the active plan; False if that is not known."""
     if proposal.result.replicas_truncated or plan.result.replicas_truncated:
         return False
     return served_rps(proposal.result) > left_rps(plan.result, set(nodes)) * (1 + LEAST_GAIN)
 
 
 def served_rps(result: plan_pb2.PlanResult) -> float:
-    """Return what a plan serves: by its unified replicas, and over its routes."""
+    """Return the rate that a plan serves, by its unified replicas and over its routes, in requests/s."""
     unified = sum(one.rate_rps for one in result.replicas if role_of(one) is Role.UNIFIED)
     return unified + sum(route.rate_rps for route in result.kv_routes)
 
 
 def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
-    """Return what the nodes that are ``there`` leave of a plan, at most: KV may take other routes than planned."""
+    """Return an upper bound on what the nodes ``there`` leave of a plan: KV may take other routes than planned."""
     left = dict.fromkeys(Role, 0.0)
     for replica in result.replicas:
         if _dense_nodes(replica) <= there:
@@ -260,12 +261,12 @@ def left_rps(result: plan_pb2.PlanResult, there: set[str]) -> float:
 
 
 def _dense_nodes(replica: replica_pb2.ReplicaPlan) -> set[str]:
-    """Nodes without which the replica cannot serve."""
+    """Return the nodes without which the replica cannot serve."""
     return {node_of(device) for stage in replica.stages for device in stage.devices}
 
 
 def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
-    """Nodes that it uses."""
+    """Return the nodes that a plan uses."""
     workers = {
         node_of(device)
         for replica in plan.result.replicas
@@ -276,7 +277,7 @@ def _nodes_of(plan: plan_pb2.Plan) -> frozenset[str]:
 
 
 def _reason(gone: Iterable[str], came: Iterable[str], patience_s: float) -> str:
-    """Return the reason in one sentence, for people."""
+    """Return the reason as a sentence for people."""
     parts = [
         f"{_named(nodes)} {'is' if len(nodes) == 1 else 'are'} {what}"
         for nodes, what in ((sorted(gone), "gone"), (sorted(came), "there that the plan in force does not count on"))

@@ -1,4 +1,4 @@
-"""Tells watchers what the fleet has changed; of what changes often they hear the newest, now and then."""
+"""Updates for watchers about the fleet; of frequent changes they get the latest state, at a limited rate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2
 
 
 def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
-    """All that has changed since the last time. ``now_s``: Unix time."""
+    """Publish everything that has changed since the last time. ``now_s``: Unix time."""
     shown, cluster.shown = cluster.shown, set()
     if not shown:
         return
     hub = hubs.cluster(cluster.name)
     for kind, name in shown:
         if kind == "node":
-            # Only that it changed: whoever watches looks up how it is, when it is ready for it.
+            # Only the name of the node: watchers look up its state when they are ready for it.
             hub.publish((kind, name), cluster_pb2.Node(name=name), now_s=now_s)
         elif kind == "replica":
             replica = cluster.replicas.get(name)
@@ -39,7 +39,7 @@ def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
 def publish_end(
     cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
 ) -> None:
-    """A re-dispatch that is final; ``ended_s``: when, as the store has it."""
+    """Publish a re-dispatch in its final state; ``ended_s`` is the time in the store."""
     message = basic_redispatch(body)
     if not message.HasField("end_time"):
         message.end_time.CopyFrom(timestamp(ended_s))
@@ -47,7 +47,7 @@ def publish_end(
 
 
 def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
-    """The plan in force in the view BASIC, as far as it is now."""
+    """Return the active plan in the view BASIC, with its current progress."""
     plan = without_contents(record.body)
     plan.name, plan.cluster = record.name, record.cluster
     plan.state, plan.activation = record.state, record.activation
@@ -58,7 +58,7 @@ def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
 
 
 def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica:
-    """A replica in the view BASIC."""
+    """Return a replica in the view BASIC."""
     message = replica_pb2.Replica()
     message.CopyFrom(replica.basic_body)
     message.plan = replica.record.plan
@@ -73,7 +73,7 @@ def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica
 
 
 def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
-    """Return a replica's generation as its primary said last; that of its last assignment where it said nothing yet."""
+    """Return a replica's generation as last reported by its primary, or else that of its last assignment."""
     link = cluster.links.get(replica.primary_node)
     slot = None if link is None else link.slots.get(replica.name)
     return slot.held if slot is not None and slot.held else replica.assigned_generation
@@ -102,7 +102,7 @@ def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
 
 
 def live_node(cluster: ClusterFleet, node: str, name: str, *, unix_s: float, now_s: float) -> LiveNode:
-    """``unix_s`` and ``now_s``: the same moment by both clocks."""
+    """Return a node's view. ``unix_s`` and ``now_s`` are the same moment by both clocks."""
     link = cluster.links.get(node)
     heard_s = cluster.leases.heard_s(node)
     connect_time_s = cluster.connect_time_s.get(node)

@@ -1,4 +1,4 @@
-"""Reconciles one cluster at a time: what is decided is written to the store, and then the nodes are told."""
+"""Reconciles one cluster: decisions are written to the store, and then the nodes are told."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
 from hetis.planner.store import ClusterRecord, Store
 
 _log = logging.getLogger("hetis.planner.fleet")
-_ENDS_AT_ONCE = 1000  # changes that the store is asked for in one read
-_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are worked out between two rounds
-_PAUSE = 3.0  # between two rounds, in times of what the last one took: what comes meanwhile is one round
+_ENDS_AT_ONCE = 1000  # changes looked up in the store by one read
+_LOOKED_UP_AT_ONCE = 64  # replicas whose plans are evaluated between two rounds
+_PAUSE = 3.0  # between two rounds, in multiples of the last one's duration: later input becomes one round
 _MOST_PAUSE_S = 1.0
-_ROUNDS = 100  # rounds one after another before others have their turn
+_ROUNDS = 100  # consecutive rounds before others have their turn
 
 
 class Reconciler:
-    """Brings the store and the nodes of one cluster to what should be, whenever something changed.
+    """Brings the store and the nodes of one cluster to the wanted state whenever something changed.
 
     Attributes:
         cluster: its ``record`` is None before the first read, and when it is gone.
         lock: held by whoever reads or decides.
-        task: the reconciliation that is under way or about to be. None: there is none.
+        task: the running or scheduled reconciliation, or None.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Reconciler:
         self._declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
 
     async def read(self) -> bool:
-        """Take what the store has, under the lock; False: the cluster is gone."""
+        """Read the cluster from the store; the caller holds the lock. Return False if the cluster is gone."""
         kept = await self._store.read(partial(read_cluster, name=self.cluster.name))
         if kept.cluster is None:
             return False
@@ -71,12 +71,12 @@ class Reconciler:
         )
 
     def begin(self) -> None:
-        """Start a round if there is something to decide; whatever comes in the same moment is decided together."""
+        """Start a round if there is something to decide; input of the same moment is decided together."""
         if self.task is None and self.has_work:
             self.task = asyncio.create_task(self._reconcile_soon(), name=f"reconciling {self.cluster.name}")
 
     async def reconcile(self) -> None:
-        """Decide, keep and tell, until nothing is left to decide."""
+        """Decide, write and tell until nothing is left to decide."""
         async with self.lock:
             for _ in range(_ROUNDS):
                 if not self.has_work:
@@ -96,7 +96,7 @@ class Reconciler:
             self._took_s = self._clock.monotonic() - began_s
         except ServiceError as error:
             _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
-            self._took_s = _MOST_PAUSE_S  # as after a long one: the store is asked once a second
+            self._took_s = _MOST_PAUSE_S  # as after a long round: the store is asked once a second
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
                 self._lose_leadership(error)
         except Exception:
@@ -108,7 +108,7 @@ class Reconciler:
         cluster, kept_s = self.cluster, self._clock.time()
         try:
             kept = await self._store.write(partial(apply, writes=writes, now_s=kept_s))
-        except BaseException:  # whatever ended it: nothing that was decided is to be forgotten
+        except BaseException:  # whatever ended it: no decision may be lost
             deciding.not_applied(cluster, writes)
             raise
         deciding.applied(cluster, writes, kept)
@@ -125,7 +125,7 @@ class Reconciler:
                 observer.redispatch_ended(body)
 
     async def _prepare(self) -> None:
-        """Look up what plans say of replicas that were not looked up yet."""
+        """Look up the plans of replicas that were not looked up yet."""
         cluster = self.cluster
         by_plan: dict[str, list[tuple[str, int]]] = {}
         for name in list(cluster.unprepared)[:_LOOKED_UP_AT_ONCE]:

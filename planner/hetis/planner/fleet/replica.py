@@ -1,4 +1,4 @@
-"""A replica of a running cluster: its record, what its engines need to know, and the assignments that follow."""
+"""A replica of a running cluster: its record, its plan's contents, and the assignments that follow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
 
 Authority = replica_pb2.HeadMapAuthority
 
-# What the last assignment asked for, where an earlier planner made it. LOAD again does no harm to a node that was told
-# to serve: all of them are told anew once all are loaded.
+# The goal of the last assignment, if an earlier planner made it. A repeated LOAD does no harm to a node that was told
+# to
+# serve: all nodes are told again once all have loaded.
 _GOAL_OF = {
     State.REPLICA_STATE_STARTING: Goal.ASSIGNMENT_GOAL_LOAD,
     State.REPLICA_STATE_SERVING: Goal.ASSIGNMENT_GOAL_SERVE,
@@ -28,11 +29,11 @@ _GOAL_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """What a plan's document says of a replica beside its shape.
+    """The parts of a plan's document about a replica besides its shape.
 
     Attributes:
         model: a ModelSpec document.
-        stages: for the dispatcher of the primary, one per copy of each stage; none of a prefill replica.
+        stages: for the dispatcher of the primary, one per copy of each stage; none for a prefill replica.
     """
 
     model: document_pb2.Document
@@ -40,25 +41,27 @@ class Contents:
 
     @classmethod
     def nothing(cls) -> Contents:
-        """Return the contents of a plan that can no longer be read: enough for a replica to end its life."""
+        """Return the contents of a plan that can no longer be read, with which a replica can be drained and stopped."""
         return cls(model=document_pb2.Document(), stages=())
 
 
 class Replica:
-    """Attributes:
-    record: as the store has it.
-    basic_body: its body in the view BASIC.
-    standing: the same, as the rule of activation reads it.
-    contents: None: not looked up yet; no assignment can be made.
-    nodes: ids of its nodes, the primary's first.
-    dense_nodes: those of them that it cannot serve without.
-    devices: all its GPUs.
-    report, report_time_s: the last of its primary, and its Unix time.
-    peers: where its engines listen, by node id, as they were told last. None: by no assignment of this planner.
-    since_s: since when it has been starting or draining. None: it is not, or waits for its GPUs.
-    cannot_start: its plan cannot be read.
-    must_reassign: a node holds something later than its assignment, or listens elsewhere: they all need a new one.
-    change_id: of the re-dispatch under way. Empty: none.
+    """The state of one replica.
+
+    Attributes:
+        record: as stored.
+        basic_body: its body in the view BASIC.
+        standing: the input of the activation rule.
+        contents: None until looked up; no assignment can be made before.
+        nodes: ids of its nodes, the primary's first.
+        dense_nodes: those of them that it cannot serve without.
+        devices: all its GPUs.
+        report, report_time_s: the last of its primary, and its Unix time.
+        peers: addresses of its engines by node id, as last sent; None if no assignment of this planner was.
+        since_s: since when it has been starting or draining; None if it is not, or if it waits for its GPUs.
+        cannot_start: its plan cannot be read.
+        must_reassign: all nodes need a new assignment, as one holds something later or has another address.
+        change_id: of the re-dispatch under way; empty if none.
     """
 
     def __init__(self, record: ReplicaRecord) -> None:
@@ -104,7 +107,7 @@ class Replica:
 
     @property
     def generation(self) -> int:
-        """The highest that was given away, to an assignment or a change."""
+        """The highest generation used so far, by an assignment or a change."""
         return self.record.generation
 
     @property
@@ -112,7 +115,7 @@ class Replica:
         return self.record.body.assigned_generation
 
     def renew(self, record: ReplicaRecord, standing: Standing | None = None) -> None:
-        """The store has a newer record; ``standing`` where the fleet decided it."""
+        """Take a newer record from the store, and its ``standing`` if the fleet decided it."""
         self.record, self.basic_body = record, _without_shape(record.body)
         self.standing = standing or Standing(
             state=record.state,
@@ -122,7 +125,7 @@ class Replica:
         )
 
     def assignments(self, peers: Mapping[str, str], plan: str) -> dict[str, WantedAssignment]:
-        """Return the replica's last assignment by node id: the same generation means the same content on every node."""
+        """Return the replica's last assignment by node id: equal generations have equal content on every node."""
         contents, goal = self.contents, self.standing.goal
         assert contents is not None
         assert goal is not None
@@ -149,7 +152,7 @@ class Replica:
 
 
 def standing_of(record: ReplicaRecord) -> Standing:
-    """Return where a replica is, by its record alone."""
+    """Return a replica's standing as far as its record tells."""
     body = record.body
     return Standing(
         state=record.state or State.REPLICA_STATE_STARTING,

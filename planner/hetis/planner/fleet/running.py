@@ -1,4 +1,4 @@
-"""What dispatch and re-dispatch see of the fleet: running replicas, and nothing of streams, leases or the store."""
+"""The interface of the fleet for dispatch and re-dispatch: running replicas, without streams, leases or the store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.v1 import cluster_pb2, head_map_pb2, redispatch_pb2, replica_pb2, rep
 
 
 class RunningReplica(Protocol):
-    """A replica as it is now; as `hetis.planner.fleet.views.LiveReplica`."""
+    """A replica as it is now; implemented by `hetis.planner.fleet.views.LiveReplica`."""
 
     @property
     def name(self) -> str: ...
@@ -28,17 +28,17 @@ class RunningReplica(Protocol):
     def stages(self) -> Sequence[stage_pb2.StageModel]: ...
     @property
     def conditions(self) -> Mapping[str, report_pb2.DeviceStatus.ValueType]:
-        """Conditions by GPU as ``node/index``; a GPU that is not here is OK."""
+        """Conditions by GPU as ``node/index``; GPUs not listed are OK."""
         ...
 
     @property
     def redispatch(self) -> str:
-        """Re-dispatch under way; empty: none."""
+        """The re-dispatch under way, or an empty string."""
         ...
 
 
 class ReadHeadMaps(Protocol):
-    """All head maps of a replica at one step, as its authority read them out."""
+    """All head maps of a replica at one step, as read by its authority."""
 
     @property
     def generation(self) -> int: ...
@@ -47,20 +47,20 @@ class ReadHeadMaps(Protocol):
 
 
 class RunningReplicas(Protocol):
-    """Source of what is known of running replicas."""
+    """Source of running replicas."""
 
     def replica_view(self, name: str) -> RunningReplica | None: ...
 
 
 class Redispatching(RunningReplicas, Protocol):
-    """What the re-dispatch loop asks of the fleet."""
+    """The methods of the fleet that the re-dispatch loop uses."""
 
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """Return what the planner may do in it; an empty one has the defaults."""
+        """Return what the planner may do in the cluster; an empty policy has the defaults."""
         ...
 
     async def read_head_maps(self, replica: str, timeout_s: float) -> ReadHeadMaps: ...
 
     async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Keeps a record of it, and drives it through two phases unless it is ADVISED."""
+        """Store it, and drive it through two phases unless it is ADVISED."""
         ...

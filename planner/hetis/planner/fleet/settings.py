@@ -1,4 +1,4 @@
-"""How the fleet is kept: how often agents speak, how long silence may last, how much is sent at once."""
+"""Settings of the fleet: reporting intervals, tolerated silence, limits of messages."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from hetis.v1 import agent_service_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
-    """Times in seconds.
+    """Settings; times are in seconds.
 
     Attributes:
         heartbeat_s: agents send something at least this often.
-        lease_s: a node that was silent for this long is LOST; a node known before the planner started has as long
+        lease_s: a node that was silent for this long is LOST; for a node known before the planner started, silence
+        counts
             from its start.
         suspect_s: a node that was silent for this long is SUSPECT; a broken stream makes it so at once.
-        kv_change_ratio, kv_thresholds, min_report_s: as of ``Settings`` in the contract.
+        kv_change_ratio, kv_thresholds, min_report_s: as in the API's ``Settings``.
         answer_s: a delta without an answer is sent again, under the same nonce, after this long.
-        retry_s: an assignment refused for want of an engine is tried again after this long.
+        retry_s: an assignment refused for lack of an engine is tried again after this long.
         start_s: a replica that does not serve this long after its GPUs were free has failed.
-        drain_s: a replica that drains is stopped after this long, whatever still runs.
-        publish_s: watchers and observers of states hear of changes this often at most.
-        tick_s: how often time itself is looked at.
-        reconnect_s: agents come back within this time after a Goodbye.
+        drain_s: a draining replica is stopped after this long, whatever still runs.
+        publish_s: the least time between two updates for watchers and observers of states.
+        tick_s: how often leases and deadlines are checked.
+        reconnect_s: agents reconnect within this time after a Goodbye.
         piece_bytes: most bytes of the head maps of one replica, all pieces together.
     """
 
@@ -51,7 +52,7 @@ class FleetSettings:
             )
 
     def to_proto(self) -> agent_service_pb2.Settings:
-        """Return what agents are told."""
+        """Return the settings that agents get."""
         return agent_service_pb2.Settings(
             heartbeat_interval=duration(self.heartbeat_s),
             lease=duration(self.lease_s),
@@ -62,7 +63,7 @@ class FleetSettings:
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
-    """Seconds as the message, to the nanosecond."""
+    """Return seconds as a message, exact to the nanosecond."""
     nanos = round(seconds * 1e9)
     return duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
 

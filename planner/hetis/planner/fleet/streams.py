@@ -1,4 +1,4 @@
-"""One open stream: what is to be written to it, until it ends or another one of its node takes over."""
+"""One open stream: messages to be written to it, until it ends or another stream of its node takes over."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.v1 import agent_service_pb2
 
 Response = agent_service_pb2.ConnectNodeResponse
-MOST_MESSAGES = 1000  # that an agent has not taken yet
+MOST_MESSAGES = 1000  # not yet taken by the agent
 MOST_BYTES = 64 * 2**20
 
 
 class Stream:
-    """Messages for one agent, in their order. Of one event loop."""
+    """Messages for one agent, in order. Belongs to one event loop."""
 
     def __init__(self, session: str) -> None:
         self.session = session
@@ -26,7 +26,7 @@ class Stream:
         self._error: ServiceError | None = None
 
     def send(self, messages: Iterable[Response]) -> bool:
-        """False: the agent is too slow, and the stream ends without them."""
+        """Queue messages; return False if the agent is too slow, in which case the stream ends without them."""
         if self._has_ended:
             return True
         for message in messages:
@@ -40,15 +40,16 @@ class Stream:
         return True
 
     def end(self, error: ServiceError | None = None) -> None:
-        """After what was sent before. None: with OK, because the agent ended it."""
+        """End the stream after the queued messages, with OK if there is no error."""
         if not self._has_ended:
             self._has_ended, self._error = True, error
             self._has_news.set()
 
     async def messages(self) -> AsyncIterator[Response]:
-        """
+        """Yield messages until the stream ends.
+
         Raises:
-            ServiceError: that the stream was ended with.
+            ServiceError: the error with which the stream was ended.
         """
         while True:
             while self._queue:

@@ -1,4 +1,4 @@
-"""What happens to replicas when a plan comes into force: which go on, which start, which drain, and in which order."""
+"""The transition to a new plan: which replicas continue, start or drain, and in which order."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Kind = plan_service_pb2.TransitionKind
 Step = plan_service_pb2.TransitionStep
 
 START_BESIDE, DRAIN, START_INSTEAD = 1, 2, 3  # waves
-# What a plan predicts of a replica; another workload changes these and nothing that an engine would notice.
+# Predictions of a plan about a replica, which another workload changes without any effect on an engine.
 _PREDICTIONS = ("rate_rps", "ttft_s", "tpot_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """Which replica is which of a plan.
+    """The correspondence between a plan's replicas and running ones.
 
     Attributes:
         names: the replica's name by its index in the plan, kept and new ones.
-        kept: those of them that run already, as they are.
-        leaving: running replicas that the plan does not contain, in their order.
+        kept: those of them that are running already and stay unchanged.
+        leaving: running replicas that the plan does not contain, in order.
     """
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ def match_replicas(
     runs_same_model: Callable[[str], bool] = lambda _name: True,
     taken: Collection[str] = (),
 ) -> Matching:
-    """Finds the replicas of a plan that run already, and names the others after the plan and their index in it.
+    """Find the replicas of a plan that run already, and name the others after the plan and their index in it.
 
     Args:
         running: shapes of the cluster's replicas by name, without those that stopped or failed.
@@ -49,7 +49,7 @@ def match_replicas(
         cluster: `clusters/{cluster}`.
         plan: `plans/{plan}`.
         runs_same_model: whether a running replica serves the plan's model, with the same precision.
-        taken: names that no new replica may have, beside those of `running`: of every replica that has a record.
+        taken: names that no new replica may have, besides those in `running`: of every replica that has a record.
     """
     free: dict[bytes, list[str]] = {}
     for name, shape in running.items():
@@ -72,10 +72,10 @@ def plan_transition(
     runs_same_model: Callable[[str], bool] = lambda _name: True,
     taken: Collection[str] = (),
 ) -> list[Step]:
-    """The steps from what runs to a plan; the arguments are those of `match_replicas`.
+    """Return the steps from what runs to a plan; the arguments are those of `match_replicas`.
 
-    Wave 1 starts what needs no GPU of a replica that leaves, wave 2 drains those, wave 3 starts the rest. Replicas
-    that are kept stand in wave 1. ``load_bytes`` says what the GPUs of a replica load, in bytes.
+    Wave 1 starts replicas that need no GPU of a departing replica, wave 2 drains the departing ones, wave 3 starts the
+    rest. Kept replicas are in wave 1. ``load_bytes`` returns the bytes that the GPUs of a replica load.
     """
     matching = match_replicas(
         running, plan_replicas, cluster=cluster, plan=plan, runs_same_model=runs_same_model, taken=taken
@@ -99,18 +99,18 @@ def plan_transition(
 
 
 def dense_devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """GPUs that the replica cannot serve without, as `node/index`, the primary's first."""
+    """Return the GPUs that the replica cannot serve without, as `node/index`, the primary's first."""
     return [device for stage in shape.stages for device in stage.devices]
 
 
 def devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """All its GPUs, as `node/index`: those of its stages, then its attention workers."""
+    """Return all its GPUs, as `node/index`: those of its stages, then its attention workers."""
     workers = dict.fromkeys(device for pool in shape.attention_workers for device in pool.devices)  # shared ones once
     return [*dense_devices_of(shape), *workers]
 
 
 def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
-    """Ids of the nodes that it has GPUs on, the primary's first."""
+    """Return the ids of the nodes that it has GPUs on, the primary's first."""
     return list(dict.fromkeys(map(node_of, devices_of(shape))))
 
 
@@ -119,7 +119,7 @@ def _identity(shape: replica_pb2.ReplicaPlan) -> bytes:
     same.CopyFrom(shape)
     for field in _PREDICTIONS:
         same.ClearField(field)  # type: ignore[arg-type]  # the stubs list the names as a literal
-    same.role = TO_PROTO[role_of(shape)]  # replicas that were started before there were roles are unified
+    same.role = TO_PROTO[role_of(shape)]  # replicas that were started before roles existed are unified
     return same.SerializeToString(deterministic=True)
 
 

@@ -1,4 +1,4 @@
-"""What the fleet shows of itself: moments, not handles."""
+"""Views of the fleet: snapshots, not handles."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from hetis.v1 import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveNode:
-    """A node as its stream tells. Times are Unix seconds; None: never.
+    """A node as reported on its stream. Times are Unix seconds; None: never.
 
     Attributes:
         name: `clusters/{cluster}/nodes/{node}`.
-        state: whether it can be relied on.
-        is_draining: it is to be emptied.
+        state: its presence.
+        is_draining: whether it is to be emptied.
         devices: last report of each GPU.
         inventory: what its agent found; None: not known.
-        agent_version: empty: no agent was connected since the planner started.
+        agent_version: empty if no agent was connected since the planner started.
         capabilities: of its agent.
     """
 
@@ -47,21 +47,21 @@ class LiveNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveReplica:
-    """A replica as its nodes tell.
+    """A replica as reported by its nodes.
 
     Attributes:
         name: `clusters/{cluster}/replicas/{replica}`.
         cluster: `clusters/{cluster}`.
-        plan: that it belongs to.
+        plan: the plan that it belongs to.
         plan_index: its index there.
         state: its state.
-        generation: of its state at its primary, or of its last assignment where the primary said nothing yet.
+        generation: of its state at its primary, or of its last assignment if the primary has not reported yet.
         authority: who decides its head map.
         primary_node: id of the node.
-        shape: what the plan says of it.
+        shape: its shape in the plan.
         model: a ModelSpec document; None: not looked up yet.
         stages: for its dispatcher; empty: not looked up yet, or a prefill replica.
-        conditions: by GPU, `node/index`; those that are not here are OK.
+        conditions: by GPU, `node/index`; those not listed are OK.
         report: the last of its primary; None: none yet.
         report_time_s: when that came, Unix seconds; None: never.
         redispatch: name of the one under way; empty: none.
@@ -85,46 +85,47 @@ class LiveReplica:
 
 
 class Publishing(Protocol):
-    """Hubs where watchers hear of changes: those of this leadership term."""
+    """The hubs of this leadership term, through which watchers get changes."""
 
     @property
     def plans(self) -> Hub[str, plan_pb2.Plan]: ...
 
     def cluster(self, name: str) -> Hub[tuple[str, str], Any]:
-        """Return the hub of ``clusters/{cluster}``; to be asked for each time."""
+        """Return the hub of ``clusters/{cluster}``; to be requested each time."""
 
 
 class CallerIdentity(Protocol):
-    """The identity of whoever opens a stream."""
+    """The identity of a stream's caller."""
 
     def require_node(self, node: str) -> None:
-        """
+        """Check that the caller may speak for this node.
+
         Raises:
-            ServiceError: WRONG_NODE: it may not speak for this node.
+            ServiceError: WRONG_NODE.
         """
 
 
 class FleetObserver(Protocol):
-    """Listener that is told in the fleet's loop, and must return at once."""
+    """An observer that is called in the fleet's loop and must return at once."""
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """A report came of a node of the replica, the primary's or another."""
+        """Note a report from one of the replica's nodes, the primary's or another."""
 
     def replica_changed(self, replica: str) -> None:
-        """Its state, generation or conditions; or it is gone."""
+        """Note a change of a replica's state, generation or conditions, or that it is gone."""
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Its state is final, durably."""
+        """Note that a re-dispatch is final, durably."""
 
     def capacity_changed(self, cluster: str) -> None:
-        """A node was lost, is back, drains, or joined."""
+        """Note that a node was lost, is back, drains, or joined."""
 
 
 class Clock(Protocol):
-    """Time, from outside."""
+    """A source of time."""
 
     def monotonic(self) -> float:
-        """Seconds that only grow."""
+        """Return monotonic seconds."""
 
     def time(self) -> float:
-        """Unix seconds."""
+        """Return Unix seconds."""

@@ -1,4 +1,4 @@
-"""What the fleet keeps: read in one view of the store, written in one transaction, before anybody is told."""
+"""The stored state of the fleet: read in one view of the store, written in one transaction before anybody is told."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNDER_WAY = tuple(state for state in RedispatchState.values() if state and state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptCluster:
-    """A cluster as the store has it; ``cluster`` is None when it is gone, ``plan`` when none is in force."""
+    """A cluster as stored; ``cluster`` is None if it is gone, ``plan`` if none is active."""
 
     cluster: ClusterRecord | None
     nodes: Sequence[NodeRecord] = ()
@@ -48,13 +48,13 @@ def read_cluster(reader: Reader, name: str) -> KeptCluster:
 
 
 def read_ends(reader: Reader, names: Sequence[str]) -> dict[str, redispatch_pb2.Redispatch]:
-    """Re-dispatches by name, as they are kept; those that are not here: there is no record of them."""
+    """Return the stored re-dispatches of these names; names without a record are missing."""
     return {record.name: record.body for record in reader.redispatches.all(name=names)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaWrite:
-    """What the fleet decided of a replica; ``is_gone``: its record goes."""
+    """The fleet's decision about a replica; ``is_gone``: its record is to be deleted."""
 
     name: str
     standing: Standing
@@ -66,7 +66,7 @@ class ReplicaWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWrite:
-    """What an agent told of its node. None and empty: nothing new."""
+    """An agent's report about its node. None or empty: nothing new."""
 
     name: str
     inventory: inventory_pb2.NodeInventory | None
@@ -77,7 +77,7 @@ class NodeWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanWrite:
-    """How far the plan in force is."""
+    """The progress of the active plan."""
 
     name: str
     activation: plan_pb2.ActivationState.ValueType
@@ -86,7 +86,7 @@ class PlanWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchWrite:
-    """A re-dispatch; it may be a new one."""
+    """A re-dispatch to write, perhaps a new one."""
 
     name: str
     replica: str
@@ -109,7 +109,7 @@ class Writes:
 
 @dataclass(slots=True, kw_only=True)
 class Kept:
-    """The records after `apply`; replicas that somebody removed meanwhile are not among them."""
+    """The records after `apply`; replicas that others removed meanwhile are missing."""
 
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
@@ -118,7 +118,10 @@ class Kept:
 
 
 def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
-    """Writes it all. Others change the same records: only the fleet's own fields are touched. ``now_s``: Unix time."""
+    """Write everything at ``now_s``, Unix time.
+
+    Others change the same records, so only the fleet's own fields are touched.
+    """
     kept = Kept()
     for one in writes.replicas:
         _apply_replica(tx, one, kept)
@@ -191,7 +194,7 @@ def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, kep
 def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:
     of_cluster, record = tx.clusters.get(cluster), tx.plans.get(write.name)
     if of_cluster is None or of_cluster.active_plan != write.name or record is None:
-        return  # another plan came into force meanwhile
+        return  # another plan was activated meanwhile
     body = plan_pb2.Plan()
     body.CopyFrom(record.body)
     body.activation = write.activation

@@ -1,1 +1,1 @@
-"""Searches for plans in processes of their own: what is asked, how it ends, who works on it."""
+"""Searches for plans in processes of their own: problems, outcomes, and the pool that runs them."""

@@ -1,6 +1,6 @@
-"""Messages between the service and a solver process: a JSON header and bytes, each with its length in front.
+"""Messages between the service and a solver process: a JSON header and bytes, each preceded by its length.
 
-No pickle: what comes from another process is read as data, whatever happened to that process.
+Pickle is not used: whatever another process sends is read as plain data, whatever happened to that process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobFrame:
-    """``kind`` says what it is; ``fields`` are plain data, ``payload`` is a document or nothing."""
+    """A message: ``kind`` names it, ``fields`` are plain data, ``payload`` is a document or empty."""
 
     kind: str
     fields: dict[str, Any]
@@ -29,7 +29,7 @@ def to_bytes(frame: JobFrame) -> bytes:
 
 
 def read_frame(pipe: BinaryIO) -> JobFrame | None:
-    """The next frame; None: the other side is gone."""
+    """Return the next frame, or None if the other side is gone."""
     lengths = pipe.read(_LENGTHS.size)
     if len(lengths) < _LENGTHS.size:
         return None

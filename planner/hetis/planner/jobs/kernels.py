@@ -1,7 +1,7 @@
-"""Machine code of the search, loaded or compiled before the clock of a search runs.
+"""Compiled kernels of the search, loaded or compiled before a search's time limit starts to run.
 
-It is compiled once per installation, which takes up to a minute: more than many a time limit. The way to get all of it
-is to solve a problem that is as small as it can be.
+Kernels are compiled once per installation, which takes up to a minute, longer than many time limits. Solving the
+smallest possible problem compiles them all.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _GPU, _MODEL = "A100-SXM-80GB", "Llama-2-7B"
 
 
 def are_cached() -> bool:
-    """Return whether machine code of all searches is on disk."""
+    """Return whether the compiled kernels of all searches are on disk."""
     return all(is_cached(kernel) for kernel in (best_splits, explore, *KERNELS))
 
 
 def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> None:
-    """Makes sure that a fleet of ``num_gpus`` is searched without compiling anything.
+    """Ensure that a fleet of ``num_gpus`` is searched without compiling anything.
 
-    ``for_engine``: for an engine's plans, whose search compiles in seconds whatever the fleet.
+    ``for_engine``: plans for an engine, whose search compiles in seconds whatever the fleet.
     """
     if for_engine:
         if not is_cached(best_splits):
@@ -54,7 +54,7 @@ def load_kernels(num_gpus: int, *, for_engine: bool = False, report: Report) -> 
 
 
 def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: bool = False, report: Report) -> None:
-    """Makes sure that these strategies search such a fleet without compiling anything."""
+    """Ensure that these strategies search such a fleet without compiling anything."""
     load_kernels(num_gpus, for_engine=for_engine, report=report)
     if not is_cached(best_split) and not PUBLISHED.keys().isdisjoint(strategies):
         report(Progress(phase=COMPILING, elapsed_s=0.0))
@@ -63,14 +63,14 @@ def compile_kernels(num_gpus: int, strategies: Collection[str], *, for_engine: b
 
 
 def compile_all_kernels() -> None:
-    """Leaves nothing of any strategy to be compiled for fleets of any size; takes a minute or two the first time."""
+    """Compile the kernels of every strategy for fleets of any size; takes a minute or two the first time."""
     load_kernels(1, for_engine=True, report=lambda _progress: None)
     for num_gpus in (1, MAX_GPUS + 1):
         compile_kernels(num_gpus, PUBLISHED, report=lambda _progress: None)
 
 
 def load_cached_kernels() -> None:
-    """Takes a second, before there is work; nothing if they are still to be compiled."""
+    """Load the kernels before there is work, which takes a second; do nothing if they are not compiled yet."""
     if are_cached():
         for problem in (_smallest_of_engine(), _smallest_problem(1), _smallest_problem(MAX_GPUS + 1)):
             solve_placement(problem)

@@ -1,4 +1,4 @@
-"""How a search can end. All of these are answers; only `Crashed` says something about the process that searched."""
+"""The outcomes of a search. All are answers; only `Crashed` says something about the process that searched."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hetis.planner.jobs.frames import JobFrame
 
 @dataclass(frozen=True, slots=True)
 class FoundPlan:
-    """A plan that passed the independent checker; perhaps interrupted, as its status says.
+    """A plan that passed the independent checker, possibly after an interruption, as its status says.
 
     Attributes:
-        document: it, in canonical JSON; it was read again, and was the same.
-        result: the same in the view BASIC, a serialised ``hetis.v1.PlanResult``: the service need not read the
-            document, which takes a plan of a million GPUs some twenty seconds, without pause for anything else.
+        document: the plan in canonical JSON; it was read back and compared.
+        result: the plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the
+            document, which would block it for some twenty seconds for a plan of a million GPUs.
     """
 
     document: bytes
@@ -24,35 +24,35 @@ class FoundPlan:
 
 @dataclass(frozen=True, slots=True)
 class Infeasible:
-    """Proved: the family holds no plan. One sentence per cause, the most telling first."""
+    """A proof that the family holds no plan. One sentence per cause, the most telling first."""
 
     reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NothingFound:
-    """Time ran out, or the caller called it off, before there was a plan."""
+    """Time ran out, or the caller cancelled, before a plan was found."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Unsound:
-    """The solver's plan breaks its own problem: a bug. One sentence per violation."""
+    """The solver's plan violates its own problem: a bug. One sentence per violation."""
 
     violations: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Invalid:
-    """The inputs contradict each other in a way that only the search saw."""
+    """The inputs contradict each other in a way that only the search noticed."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Crashed:
-    """The process ended or had to be ended. ``exit_code`` is negative for a signal, as POSIX numbers them."""
+    """The process ended or had to be killed. ``exit_code`` is negative for a signal, as in POSIX."""
 
     exit_code: int
     message: str
@@ -60,7 +60,7 @@ class Crashed:
 
 @dataclass(frozen=True, slots=True)
 class CalledOff:
-    """Nobody searched: it was called off in the queue, or its process did not listen and had to be ended."""
+    """Nobody searched: the search was cancelled in the queue, or its process did not react and had to be killed."""
 
 
 Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
@@ -82,7 +82,7 @@ def answer_to_frame(answer: Answer) -> JobFrame:
 
 
 def answer_from_frame(frame: JobFrame) -> Answer | None:
-    """None: the frame is no answer."""
+    """Return the answer in the frame, or None if the frame is no answer."""
     match frame.kind:
         case "found":
             return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))

@@ -1,4 +1,4 @@
-"""A bounded pool of solver processes: who waits, who searches, when the queue is full."""
+"""A bounded pool of solver processes with a queue and quotas per caller."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LEAST_RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """How much of the machine searches may use.
+    """The share of the machine that searches may use.
 
     Attributes:
-        num_processes: searches at a time.
-        queue_size: searches that wait, beside those that run.
-        running_per_caller: of one caller at a time, so that others need not wait for all of its searches; None: any.
-        queued_per_caller: that wait, of one caller; None: any.
-        searches_per_process: after so many a process is replaced, so that no leak grows for ever.
-        grace_s: how long after its time limit, or after it was called off, a search may take to answer.
-        preparation_s: how long a process may load and compile before the clock of a search runs.
+        num_processes: concurrent searches.
+        queue_size: searches that wait, in addition to those that run.
+        running_per_caller: concurrent searches of one caller, so that others need not wait for all of them; None: any.
+        queued_per_caller: waiting searches of one caller; None: any.
+        searches_per_process: how many searches a process does before it is replaced, so that no leak grows for ever.
+        grace_s: how long a search may take to answer after its time limit or after it was cancelled.
+        preparation_s: how long a process may load and compile before a search's time limit starts to run.
     """
 
     num_processes: int = 1
@@ -41,7 +41,7 @@ class PoolSettings:
 
 
 class SolverPool:
-    """Slots that each keep one process and work through the common queue; of one event loop."""
+    """Slots that keep one process each and work through the common queue. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -52,10 +52,10 @@ class SolverPool:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._places: set[Search] = set()  # of all that have not ended
-        self._waiting: dict[str, deque[Search]] = {}  # by caller, whose turn it is first
+        self._places: set[Search] = set()  # reserved, waiting or running
+        self._waiting: dict[str, deque[Search]] = {}  # by caller, the caller whose turn is next first
         self._arrived = asyncio.Event()
-        self._running: dict[Search, tuple[Slot, float]] = {}  # who works on it, and since when
+        self._running: dict[Search, tuple[Slot, float]] = {}  # its slot, and when it began
         self._num_crashes = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._slots = [
@@ -68,24 +68,24 @@ class SolverPool:
             for _ in range(settings.num_processes)
         ]
 
-    # --- for its owner
+    # --- for the owner
 
     def start(self) -> None:
-        """Starts the processes, so that they are warm when the first search comes."""
+        """Start the processes, so that they are warm when the first search comes."""
         self._tasks = [
             asyncio.create_task(self._work(slot), name=f"solver slot {number}")
             for number, slot in enumerate(self._slots)
         ]
 
     async def until_failed(self) -> None:
-        """Returns when it was stopped; raises what ended a slot, on which nothing is searched any more."""
+        """Wait until the pool is stopped; raise the error that ended a slot, which takes no more searches."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             if not task.cancelled():
                 task.result()
 
     async def stop(self) -> None:
-        """Ends all processes at once. Searches that have not ended get no outcome: they are begun again elsewhere."""
+        """End all processes at once. Unfinished searches get no outcome: they are started again elsewhere."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -102,7 +102,7 @@ class SolverPool:
 
     @property
     def num_crashes(self) -> int:
-        """Processes that ended, or had to be ended, while they searched."""
+        """The number of processes that ended, or had to be killed, while they searched."""
         return self._num_crashes
 
     @property
@@ -111,7 +111,7 @@ class SolverPool:
         return [slot.pid for slot in self._slots if slot.pid is not None]
 
     def searches_of(self) -> dict[str, dict[str, int]]:
-        """Return a caller's searches that are ``running`` and ``queued``."""
+        """Return the number of ``running`` and ``queued`` searches of each caller."""
         found: dict[str, dict[str, int]] = {}
         for search in self._places:
             counts = found.setdefault(search.caller, {"running": 0, "queued": 0})
@@ -119,10 +119,10 @@ class SolverPool:
         return found
 
     def reserve(self, caller: str, *, even_if_full: bool = False) -> Search:
-        """A place for one search, to be begun or abandoned.
+        """Reserve a place for one search, to be begun or abandoned.
 
         Raises:
-            ServiceError: QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time when a place may be free.
+            ServiceError: QUOTA_EXCEEDED or SOLVER_QUEUE_FULL, with the time at which a place may be free.
         """
         settings = self._settings
         if not even_if_full:
@@ -164,7 +164,7 @@ class SolverPool:
         left_s = [since_s + search.time_limit_s - now_s for search, (_, since_s) in self._running.items()]
         return max(LEAST_RETRY_S, min(left_s, default=LEAST_RETRY_S))
 
-    # --- for its searches
+    # --- for searches
 
     def enqueue(self, search: Search) -> None:
         self._waiting.setdefault(search.caller, deque()).append(search)
@@ -180,7 +180,7 @@ class SolverPool:
             waiting.remove(search)
             self._end(search, CalledOff())
 
-    # --- for its slots
+    # --- for slots
 
     async def _work(self, slot: Slot) -> None:
         while True:
@@ -194,14 +194,14 @@ class SolverPool:
             self._end(search, outcome)
 
     def _next(self) -> Search | None:
-        """Return what is to be searched now: callers take turns, those first of whom fewest searches run."""
+        """Return the search to run next, if any. Callers take turns, those with the fewest running searches first."""
         running = Counter(search.caller for search in self._running)
         for caller in [caller for caller, waiting in self._waiting.items() if not waiting]:
             del self._waiting[caller]
         ready = [caller for caller in self._waiting if running[caller] < self._most_running]
         if not ready:
             return None
-        caller = min(ready, key=running.__getitem__)  # of equals the one whose turn is the longest ago
+        caller = min(ready, key=running.__getitem__)  # ties go to the caller whose last turn is longest ago
         waiting = self._waiting.pop(caller)
         search = waiting.popleft()
         if waiting:
@@ -211,5 +211,5 @@ class SolverPool:
     def _end(self, search: Search, outcome: Outcome) -> None:
         self._places.discard(search)
         self._running.pop(search, None)
-        self._arrived.set()  # its caller may have another one that had to wait
+        self._arrived.set()  # its caller may have another search that had to wait
         search.tell(outcome)

@@ -1,4 +1,4 @@
-"""A problem that is posed: everything a search needs, as one JSON document that needs no catalogue and no file."""
+"""A posed problem: everything a search needs, as one JSON document that refers to no catalogue and no file."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hetis.solver.problem import EngineRules, PlacementProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PosedProblem:
-    """What is to be solved and how long it may take."""
+    """A problem to solve and how long the search may take."""
 
     loaded: LoadedInputs
     objective: Objective
     settings: Settings
 
     def inputs_for_engine(self) -> LoadedInputs:
-        """The inputs on the GPUs on which the engine runs the model in its precision.
+        """Return the inputs restricted to the GPUs on which the engine runs the model in its precision.
 
         Raises:
-            InvalidProblemError: there are none.
+            InvalidProblemError: there are no such GPUs.
         """
         return for_engine(self.loaded, self.settings.engine)
 
     def problem(self) -> PlacementProblem:
-        """The placement problem.
+        """Return the placement problem.
 
         Raises:
             InvalidProblemError: the inputs contradict each other.
@@ -40,7 +40,7 @@ class PosedProblem:
         return inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
 
     def to_json(self) -> bytes:
-        """Equal problems give equal bytes; `posed_from_json` reads them."""
+        """Return the problem as JSON for `posed_from_json`; equal problems give equal bytes."""
         data = {
             "documents": self.loaded.inputs.documents(),
             "origins": dict(self.loaded.origins),
@@ -51,10 +51,10 @@ class PosedProblem:
 
 
 def posed_from_json(text: bytes) -> PosedProblem:
-    """The problem that `PosedProblem.to_json` wrote.
+    """Return the problem that `PosedProblem.to_json` wrote.
 
     Raises:
-        DocumentError: a document in it is of a form that this version does not know.
+        DocumentError: it contains a document in a form that this version does not know.
     """
     data: dict[str, Any] = json.loads(text)
     objective: dict[str, Any] = data["objective"]

@@ -13,13 +13,13 @@ from contextlib import suppress
 
 from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
 
-# -P: what lies in the service's working directory is not imported.
+# -P: nothing is imported from the service's working directory.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "hetis.planner.jobs.worker")
-_LAST_LINES = 20  # of what a process writes to its standard error, for the message about its end
+_LAST_LINES = 20  # of a process's standard error that are kept for the message about its end
 
 
 class SolverProcess:
-    """A process that was started; it ends when `stop` is called, when it crashes, or with the service."""
+    """A running process, which ends when `stop` is called, when it crashes, or with the service."""
 
     def __init__(self, process: Process) -> None:
         assert process.stdin is not None
@@ -33,10 +33,11 @@ class SolverProcess:
 
     @classmethod
     async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> SolverProcess:
-        """Starts a process; it says ``ready`` when it has loaded the solver.
+        """Start a process, which sends ``ready`` when it has loaded the solver.
 
-        A session of its own keeps Ctrl-C in the service's terminal away from it. No fork of this process, which has
-        threads: a new program.
+        It gets a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program,
+        not a
+        fork of this process, which has threads.
         """
         return cls(
             await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
@@ -51,34 +52,34 @@ class SolverProcess:
         return self._process.returncode is None
 
     def send(self, frame: JobFrame) -> None:
-        """Tells the process; one that has ended hears nothing, and `receive` says so."""
+        """Send a frame. A process that has ended does not get it, and `receive` reports the end."""
         if not self._stdin.is_closing():
             self._stdin.write(to_bytes(frame))
 
     async def receive(self) -> JobFrame | None:
-        """The next frame; None: the process has ended."""
+        """Return the next frame, or None if the process has ended."""
         return await receive_frame(self._stdout)
 
     def kill(self) -> None:
-        # Not Process.kill(): that looks after the process first, and takes its exit code away from asyncio.
+        # Not Process.kill(), which polls the process first and takes its exit code away from asyncio.
         if self.is_alive:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
     async def ended(self) -> int:
-        """Waits for the end of the process and returns its exit code, negative for a signal."""
+        """Wait until the process ends and return its exit code, negative for a signal."""
         exit_code = await self._process.wait()
         await self._stderr_read
         return exit_code
 
     async def stop(self) -> int:
-        """Ends the process, whatever it does, and returns its exit code."""
+        """End the process, whatever it is doing, and return its exit code."""
         self._stdin.close()
         self.kill()
         return await self.ended()
 
     def last_words(self) -> str:
-        """The last line that it wrote to standard error, which is the error's own in a traceback; may be empty."""
+        """Return the last line of standard error, which in a traceback is the error itself; may be empty."""
         return self._last_lines[-1] if self._last_lines else ""
 
     def last_lines(self) -> str:

@@ -1,4 +1,4 @@
-"""News of a search on its way from the process to the service: seldom enough for both."""
+"""Progress reports of a search from its process to the service, rate-limited for the sake of both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
 
 
 class ProgressReporter:
-    """Sends each new phase, and within a phase one report per `PROGRESS_INTERVAL_S` at most."""
+    """Sends every new phase, and at most one report per `PROGRESS_INTERVAL_S` within a phase."""
 
     def __init__(self, send: Callable[[JobFrame], None]) -> None:
         self._send = send
@@ -27,7 +27,7 @@ class ProgressReporter:
 
 
 def progress_to_frame(progress: Progress) -> JobFrame:
-    """Return what is not finite is not known: it is left out."""
+    """Return a frame with the finite numbers; others are unknown and left out."""
     numbers = {"incumbent": progress.incumbent, "bound": progress.bound, "gap": progress.gap}
     known = {name: float(value) for name, value in numbers.items() if value is not None and math.isfinite(value)}
     return JobFrame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})

@@ -1,4 +1,4 @@
-"""One search on its way through the pool: a place is reserved, then it waits, runs and ends."""
+"""One search in the pool: it gets a place, waits, runs and ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.budget import Progress
 
 
 class Begun(Enum):
-    """A process has taken the search up."""
+    """Sent when a process begins the search."""
 
     BEGUN = "begun"
 
@@ -21,7 +21,7 @@ News = Begun | Progress | Outcome
 
 
 class SearchPool(Protocol):
-    """What a search asks of its pool."""
+    """The methods of the pool that a search calls."""
 
     def enqueue(self, search: Search) -> None: ...
     def give_back(self, search: Search) -> None: ...
@@ -29,7 +29,7 @@ class SearchPool(Protocol):
 
 
 class Search:
-    """A place in the pool, and what became of it. `SolverPool.reserve` makes them."""
+    """A search with its place in the pool and its outcome. `SolverPool.reserve` makes them."""
 
     def __init__(self, pool: SearchPool, caller: str) -> None:
         self._pool = pool
@@ -40,22 +40,22 @@ class Search:
         self.is_called_off = False
 
     def begin(self, posed_json: bytes, *, time_limit_s: float) -> None:
-        """Puts it into the queue."""
+        """Put the search into the queue."""
         self.posed_json, self.time_limit_s = posed_json, time_limit_s
         self._pool.enqueue(self)
 
     def abandon(self) -> None:
-        """Gives the reserved place back: it will not begin after all."""
+        """Give the reserved place back; the search will not begin."""
         self._pool.give_back(self)
 
     def cancel(self) -> None:
-        """Calls it off: the best plan so far, if there is one, is its answer. Without effect once it has ended."""
+        """Cancel the search, which answers with its best plan so far, if any. No effect once it has ended."""
         if not self.is_called_off:
             self.is_called_off = True
             self._pool.call_off(self)
 
     async def news(self) -> AsyncIterator[News]:
-        """Everything that happens to it, for one reader; the last is its outcome."""
+        """Yield everything that happens to the search, for one reader; the last item is its outcome."""
         while True:
             news = await self._news.get()
             yield news
@@ -63,5 +63,5 @@ class Search:
                 return
 
     def tell(self, news: News) -> None:
-        """Adds news; of the pool."""
+        """Append news; called by the pool."""
         self._news.put_nowait(news)

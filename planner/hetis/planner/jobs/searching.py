@@ -1,4 +1,4 @@
-"""The searches of a solver process, one at a time."""
+"""The searches of a solver process, which run sequentially."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ class Sender(Protocol):
 
 
 class Searcher:
-    """Solves in the thread that calls; `cancel` comes from another one."""
+    """Solves in the calling thread; `cancel` is called from another one."""
 
     def __init__(self, outbox: Sender) -> None:
         self._outbox = outbox
         self._cancelled = threading.Event()
 
     def expect(self) -> threading.Event:
-        """Makes ready for the next search: what `cancel` does from now on is meant for it."""
+        """Prepare for the next search: from now on `cancel` refers to it."""
         self._cancelled = threading.Event()
         return self._cancelled
 
     def solve(self, posed_json: bytes, cancelled: threading.Event) -> None:
-        """Searches and sends the answer. The time limit counts from ``searching``: compiling is not the caller's.
+        """Search and send the answer.
 
-        Most of it is done before. What is left to be compiled while it searches, because a part of the machine code was
-        on disk, stops the clock, and is told as ``compiling``.
+        The time limit starts at ``searching``, since the caller does not pay for compiling.
+
+        Most kernels are compiled before. If only part of them was on disk, compiling the rest during the search stops
+        the
+        clock and is reported as ``compiling``.
         """
         posed = posed_from_json(posed_json)
         report = ProgressReporter(self._outbox.send)
@@ -57,16 +60,16 @@ class Searcher:
         self._outbox.send(answer_to_frame(answer))
 
     def cancel(self) -> None:
-        """Makes the search return its incumbent; nothing if there is none."""
+        """Make the search return its incumbent, if there is one."""
         self._cancelled.set()
 
 
 class SearchClock:
-    """Seconds but for those in which a thread of this process compiled or waited for another process that did.
+    """A clock that stops while a thread of this process compiles or waits for another process that does.
 
     Args:
-        clock: seconds that only grow.
-        on_change: called, in that thread, when compiling begins (True) and when all of it has ended (False).
+        clock: monotonic seconds.
+        on_change: called in that thread with True when compiling begins and with False when all of it has ended.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class SearchClock:
             return (self._since_s if self._num_compiling else self._clock()) - self._compiled_s
 
     def note(self, begins: bool) -> None:
-        """A compilation begins or ends; one inside another, or beside it in another thread, takes no more time."""
+        """Record that a compilation begins or ends; nested or concurrent ones are not counted twice."""
         with self._lock:
             self._num_compiling += 1 if begins else -1
             changes = self._num_compiling == (1 if begins else 0)

@@ -1,4 +1,4 @@
-"""One place of the pool: a process that is kept warm, and the search that it works on."""
+"""One slot of the pool: a process that is kept warm, and the search that it works on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ StartProcess = Callable[[], Awaitable[SolverProcess]]
 
 
 class Slot:
-    """Keeps one process, and starts another where it has ended.
+    """Keeps one process and replaces it when it has ended.
 
     Args:
-        start_process: gives a process that has not said yet that it is ready.
-        searches_per_process: after so many a process is replaced.
-        preparation_s: how long a process may load and compile before the clock of a search runs.
-        grace_s: how long after its time limit, or after it was called off, a search may take to answer.
+        start_process: returns a process that has not yet sent ``ready``.
+        searches_per_process: how many searches a process does before it is replaced.
+        preparation_s: how long a process may load and compile before a search's time limit starts to run.
+        grace_s: how long a search may take to answer after its time limit or after it was cancelled.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Slot:
 
     @property
     def pid(self) -> int | None:
-        """The id of the process; None: there is none."""
+        """The id of the process, or None if there is none."""
         return None if self._process is None else self._process.pid
 
     async def warm_up(self) -> None:
-        """Start a process before there is work. If none can be started the next search says why."""
+        """Start a process before there is work. If that fails, the next search reports why."""
         if self._process is not None and self._process.num_searches >= self._searches_per_process:
             await self.stop()
         self._wait_for_preparation()
@@ -57,10 +57,10 @@ class Slot:
         self._set_timer(None, "")
 
     async def finish(self, search: Search) -> Outcome:
-        """Works on a search until it ends, one way or another."""
+        """Work on a search until it ends, and return its outcome."""
         try:
             outcome, was_heard = await self._attempt(search)
-            if not was_heard:  # idle processes die unseen, of a lack of memory for instance: not the search's end
+            if not was_heard:  # an idle process may have died, for lack of memory say; not the search's fault
                 outcome, _ = await self._attempt(search)
             return outcome
         finally:
@@ -68,9 +68,9 @@ class Slot:
             self._set_timer(None, "")
 
     def call_off(self) -> None:
-        """Tells the process that the present search is called off; it is killed if it does not answer.
+        """Tell the process that the present search is cancelled; it is killed if it does not answer.
 
-        What it compiles at that moment it finishes: the next search would have to begin with it again.
+        It may finish what it is compiling: otherwise the next search would have to compile it again.
         """
         if self._process is not None and self._is_ready:
             self._process.send(JobFrame(kind="cancel", fields={}))
@@ -81,7 +81,7 @@ class Slot:
         self._set_timer(self._grace_s, f"gave no answer {self._grace_s:g} s after it was called off")
 
     async def stop(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._set_timer(None, "")
         self._is_ready = False
         if self._process is not None:
@@ -89,7 +89,7 @@ class Slot:
             self._process = None
 
     async def _attempt(self, search: Search) -> tuple[Outcome, bool]:
-        """Return how it ended, and whether the process had heard of the search before it did."""
+        """Return the outcome, and whether the process had received the search before."""
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
             return CalledOff() if search.is_called_off else crashed, True
@@ -124,7 +124,7 @@ class Slot:
         return crashed, was_heard or bool(self._why_killed)
 
     async def _prepare(self) -> Crashed | None:
-        """Makes sure that there is a process that is ready; a crash if there cannot be one."""
+        """Ensure that a process is ready; return a crash if that fails."""
         if self._process is not None and not self._process.is_alive:
             await self.stop()
         if self._process is None:
@@ -140,7 +140,7 @@ class Slot:
         return None
 
     async def _bury(self, process: SolverProcess) -> Crashed:
-        """Return what became of a process whose output has ended."""
+        """Return how a process ended whose output has ended."""
         self._is_ready = False
         exit_code = await process.stop()
         self._process = None
@@ -153,7 +153,7 @@ class Slot:
         self._set_timer(self._preparation_s, f"was not ready to search after {self._preparation_s:g} s")
 
     def _set_timer(self, seconds: float | None, why: str) -> None:
-        """Kills the process in ``seconds``; None: not any more."""
+        """Kill the process in ``seconds``; None cancels the timer."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._why_killed = None, ""

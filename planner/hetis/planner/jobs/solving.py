@@ -1,4 +1,4 @@
-"""One search, as a solver process does it: a posed problem in, an answer out."""
+"""One search inside a solver process: from a posed problem to an answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def solve(
     report: Report,
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
-    """Searches until the answer is good enough, the time is over, or ``cancelled`` is set; what is found is checked."""
+    """Search until the answer is good enough, the time is up, or ``cancelled`` is set, and check what is found."""
     budget = Budget(time_limit_s=posed.settings.time_limit_s, clock=clock, cancelled=cancelled)
     try:
         loaded, problem = posed.inputs_for_engine(), posed.problem()
@@ -45,5 +45,5 @@ def solve(
 
 
 def document_bytes(plan: Value) -> bytes:
-    """The bytes that a plan's digest is of."""
+    """Return the bytes that a plan's digest is computed from."""
     return canonical_json(to_data(plan, self_contained=True))

@@ -1,9 +1,8 @@
 """A solver process: ``python -m hetis.planner.jobs.worker``, driven over its standard input and output.
 
 It reads ``solve`` and ``cancel`` and writes ``ready``, ``searching``, ``compiling``, ``progress`` and one answer per
-``solve``. It
-ends when its input does, so that none outlives its service. An error that nobody foresaw ends it too: what it holds is
-not to be trusted any more, and the service starts another.
+``solve``. It ends when its input ends, so that no process outlives its service. An unforeseen error ends it, too: its
+state cannot be trusted any more, and the service starts another.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _CRASHED = 70  # EX_SOFTWARE
 def main() -> None:
     inbox, outbox = _private_pipes()
     _be_the_first_to_go()
-    # The libraries take seconds to load: before there is work.
+    # Loading the libraries takes seconds, so it is done before there is work.
     from hetis.planner.jobs.kernels import load_cached_kernels
     from hetis.planner.jobs.searching import Searcher
 
@@ -46,14 +45,14 @@ def main() -> None:
 
 
 class FrameSender:
-    """The way to the service, for several threads."""
+    """The connection to the service, usable from several threads."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
 
     def send(self, frame: JobFrame) -> None:
-        with self._lock, suppress(BrokenPipeError):  # the service is gone; so is our input, which ends us
+        with self._lock, suppress(BrokenPipeError):  # the service is gone; so is our input, which ends this process
             self._pipe.write(to_bytes(frame))
             self._pipe.flush()
 
@@ -68,7 +67,7 @@ def _finish_or_crash(search: Callable[[], None]) -> None:
 
 
 def _private_pipes() -> tuple[BinaryIO, FrameSender]:
-    """The pipes, out of the reach of libraries that print."""
+    """Return the pipes and redirect descriptors 0 and 1, so that libraries that print cannot reach them."""
     inbox, outbox = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -78,7 +77,7 @@ def _private_pipes() -> tuple[BinaryIO, FrameSender]:
 
 
 def _be_the_first_to_go() -> None:
-    """Have the kernel take a search, and not the service, where memory runs out. Linux only."""
+    """Make the kernel kill this process before the service when memory runs out. Linux only."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
 

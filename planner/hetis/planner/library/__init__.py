@@ -1,1 +1,1 @@
-"""What ``import hetis`` gives: the planner for programs and notebooks."""
+"""The API of ``import hetis``: the planner for programs and notebooks."""

@@ -11,7 +11,7 @@ from hetis.solver.cluster import Cluster
 
 
 def load_cluster(path: str | os.PathLike[str]) -> Cluster:
-    """Reads a Cluster file.
+    """Read a Cluster file.
 
     Raises:
         HetisError: with every problem of the file, each with its line.
@@ -20,7 +20,7 @@ def load_cluster(path: str | os.PathLike[str]) -> Cluster:
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Reads a plan that `Plan.save` or ``hetis-plan place --out`` wrote; its inputs are in it.
+    """Read a plan that `Plan.save` or ``hetis-plan place --out`` wrote; it contains its inputs.
 
     Raises:
         HetisError: the plan, or a document in it, is not usable.

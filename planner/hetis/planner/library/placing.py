@@ -1,4 +1,4 @@
-"""A plan for a model on a fleet, as ``hetis-plan place`` makes it."""
+"""Plans for a model on a fleet, as made by ``hetis-plan place``."""
 
 from __future__ import annotations
 
@@ -58,27 +58,28 @@ def place(
     other_engines: bool = True,
     progress: Callable[[Progress], None] = silent,
 ) -> Plan:
-    """Decides which GPUs form which replicas, and proves how good that is. Options mean what those of the verb mean.
+    """Decide which GPUs form which replicas, with a proof of optimality. Options are those of the command.
 
     Args:
-        cluster: a Cluster file, or what `load_cluster` returned.
+        cluster: a Cluster file, or the result of `load_cluster`.
         model: a name of the catalogue, a ModelSpec file, a Hugging Face config.json, or a value.
         workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
-        ttft, tpot: limits in seconds or as ``"200ms"``; None lifts one, ``"default"`` is 2 s and 100 ms.
+        ttft, tpot: limits in seconds or as ``"200ms"``; None means no limit, ``"default"`` is 2 s and 100 ms.
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
             ``nvfp4``; None: the checkpoint's. ``kv``: of the KV cache, ``bf16`` or ``fp8``.
-        engine: ``vllm-hetis`` (the default, but for published heuristics), ``vllm``, ``sglang`` or ``any``: plan only
+        engine: ``vllm-hetis`` (the default, except for published heuristics), ``vllm``, ``sglang`` or ``any``: plan
+        only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
             at most ``max_nodes``.
-        simplest_within: share of the best that the plan may lose for replicas on fewer nodes, then of fewer shapes.
-        pin, forbid: what the plan must keep, such as ``"type=L4:as=worker"``.
-        verify: simulate the plan at the rate it promises.
-        other_engines: say what plans for other engines reach, found in a tenth of the time limit.
-        progress: called with news of the search, from this thread.
+        simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
+        pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
+        verify: simulate the plan at its promised rate.
+        other_engines: report the values of plans for other engines, found in a tenth of the time limit.
+        progress: called with progress of the search, from this thread.
 
     Raises:
-        InfeasibleError: no plan exists; the reasons are in it.
+        InfeasibleError: no plan exists; contains the reasons.
         NoPlanFoundError: none was found within the time limit.
         HetisError: an input is not usable; the message names it.
     """

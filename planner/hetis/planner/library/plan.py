@@ -1,4 +1,4 @@
-"""A plan as programs hold it: its value, the problem it solves, and what can be asked of both."""
+"""A plan for programs: its value, the problem it solves, and operations on both."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Plan:
-    """Replicas on named GPUs with a proof of how good they are: ``value`` is all of it, ``problem`` what it solves."""
+    """Replicas on named GPUs with a proof of optimality: ``value`` has everything, ``problem`` is what it solves."""
 
     value: solved.Plan
     problem: PlacementProblem
 
     @property
     def result(self) -> solved.SolveResult:
-        """How good the plan is: value, bound, gap, status, unit."""
+        """The quality of the plan: value, bound, gap, status, unit."""
         return self.value.result
 
     @property
@@ -54,15 +54,15 @@ class Plan:
         return figures_of(self.value, inputs)
 
     def explain(self) -> Explanation:
-        """Where memory and time go, what limits every replica, why GPUs idle."""
+        """Explain where memory and time go, what limits every replica, and why GPUs idle."""
         from hetis.solver.placement.explanation import explain_plan
 
         return explain_plan(self.value, self.problem)
 
     def report(self, path: str | os.PathLike[str] | None = None, *, simulate: bool = False) -> str:
-        """The plan as one page of HTML that needs no network, saved at ``path`` where one is given.
+        """Return the plan as one page of HTML that needs no network, and save it at ``path`` if given.
 
-        ``simulate`` draws its latencies at rates up to and beyond the planned one, too.
+        ``simulate`` adds its simulated latencies at rates up to and above the planned one.
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
         from hetis.planner.use_cases.latency_curve import latency_curve
@@ -87,12 +87,12 @@ class Plan:
         sweep: bool = False,
         tolerance: Quantity = 0.02,
     ) -> Simulation:
-        """Runs the plan under Poisson arrivals of its workload in virtual time, in this process.
+        """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
         Args:
-            rate: requests/s; the demanded one or the planned goodput unless given.
-            requests: of each run; 20 times what the plan holds at once, 2,000 at least, unless given.
-            seeds: runs, the first with ``seed``.
+            rate: requests/s; by default the demanded one or the planned goodput.
+            requests: per run; by default 20 times what the plan holds at once, at least 2,000.
+            seeds: number of runs, the first with ``seed``.
             sweep: search the highest rate within the limits, to ``tolerance``.
 
         Raises:
@@ -127,17 +127,17 @@ class Plan:
         worker_key_secret: str = "",
         insecure: bool = False,
     ) -> Export:
-        """The plan as the files of an engine or orchestrator; options mean what those of ``hetis-plan export`` mean.
+        """Return the plan as the files of an engine or orchestrator; options are those of ``hetis-plan export``.
 
         Args:
             target: ``vllm``, ``sglang``, ``compose``, ``kubernetes``, ``lws``, ``llm-d``, ``kserve``, ``dynamo``,
                 ``ray``, ``slurm`` or ``hetis-launch``.
-            folder: new or empty, where the files are written; unless given they are only returned.
+            folder: new or empty, to which the files are written; by default they are only returned.
             force: write into a folder that is not empty.
-            engine: ``vllm``, ``vllm-hetis`` or ``sglang``; unless given vLLM, with the plugin for attention workers.
-            engine_options: of the engine, as its command line takes them.
-            model: as the engine takes it: a folder, the same on every node, or a name.
-            node_address: where nodes are reached; those that are not here by their own names.
+            engine: ``vllm``, ``vllm-hetis`` or ``sglang``; by default vLLM, with the plugin for attention workers.
+            engine_options: of the engine, in the form of its command line.
+            model: in the engine's form: a folder, the same on every node, or a name.
+            node_address: addresses by node; other nodes are reached by their own names.
 
         Raises:
             HetisError: an option or the folder cannot be used, all problems at once, or no replica can be launched
@@ -162,7 +162,7 @@ class Plan:
         return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan with its inputs, YAML for ``.yaml`` and ``.yml``, else JSON; `hetis.load_plan` reads it.
+        """Write the plan with its inputs, as YAML for ``.yaml`` and ``.yml``, else as JSON; `hetis.load_plan` reads it.
 
         Raises:
             HetisError: the file cannot be written.
@@ -172,11 +172,11 @@ class Plan:
         write_atomically(target, dump(self.value, form))
 
     def to_dict(self) -> Mapping[str, Any]:
-        """The plan as plain data: what ``hetis-plan place -o json`` prints."""
+        """Return the plan as plain data, as ``hetis-plan place -o json`` prints it."""
         return to_data(self.value)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row for every stage and every pool of attention workers. Needs pandas: ``pip install 'hetis[frames]'``."""
+        """Return a row per stage and per pool of attention workers. Needs pandas: ``pip install 'hetis[frames]'``."""
         import pandas
 
         return pandas.DataFrame([*_rows(self.value)], columns=list(_COLUMNS))
@@ -188,7 +188,7 @@ class Plan:
         return f"<hetis.Plan: {value}, {plural(len(self.replicas), 'replica')} on {gpus}>"
 
     def _repr_html_(self) -> str:
-        # A document of its own: its style must not reach the notebook, nor the notebook's the page.
+        # A separate document: its style must not affect the notebook, nor the notebook's the page.
         page = html.escape(self.report(), quote=True)
         return (
             f'<iframe title="hetis plan" srcdoc="{page}" sandbox="allow-scripts" '

@@ -1,4 +1,4 @@
-"""Quantities as programs give them: numbers in seconds and ratios, or the texts that the command line takes."""
+"""Quantities from programs: numbers in seconds and ratios, or texts as on the command line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Name = TypeVar("Name", bound=StrEnum)
 
 
 def member(names: type[Name], text: str, what: str) -> Name:
-    """The name that the text says.
+    """Return the member of ``names`` with this text.
 
     Raises:
-        InvalidProblemError: there is none such.
+        InvalidProblemError: there is none.
     """
     try:
         return names(text)
@@ -25,10 +25,10 @@ def member(names: type[Name], text: str, what: str) -> Name:
 
 
 def seconds_of(value: Quantity) -> float:
-    """Seconds of ``0.2`` or ``"200ms"``.
+    """Return the seconds of ``0.2`` or ``"200ms"``.
 
     Raises:
-        InvalidProblemError: it is no duration above zero.
+        InvalidProblemError: it is not a positive duration.
     """
     try:
         seconds = parse_duration(value) if isinstance(value, str) else float(value)
@@ -40,10 +40,10 @@ def seconds_of(value: Quantity) -> float:
 
 
 def limit_of(value: Quantity | None) -> float | None:
-    """Seconds of a latency limit, infinite where it is lifted; None asks for the default of the objective.
+    """Return the seconds of a latency limit, infinity for no limit, or None for the objective's default.
 
     Raises:
-        InvalidProblemError: it is no duration above zero.
+        InvalidProblemError: it is not a positive duration.
     """
     if value is None:
         return float("inf")
@@ -53,10 +53,10 @@ def limit_of(value: Quantity | None) -> float | None:
 
 
 def ratio_of(value: Quantity) -> float:
-    """A ratio of ``0.01`` or ``"1%"``.
+    """Return the ratio of ``0.01`` or ``"1%"``.
 
     Raises:
-        InvalidProblemError: it is none.
+        InvalidProblemError: it is not a ratio.
     """
     try:
         return parse_ratio(value) if isinstance(value, str) else float(value)

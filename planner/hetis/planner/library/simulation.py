@@ -1,4 +1,4 @@
-"""A simulation as programs hold it."""
+"""A simulation for programs."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Simulation:
-    """What traffic made of a plan; ``simulated`` holds all of it."""
+    """The result of a plan under traffic; ``simulated`` contains everything."""
 
     simulated: Simulated
     plan: Plan
 
     @property
     def summary(self) -> Summary:
-        """Throughput, latencies, attainment, and what happened, with intervals; of a sweep at its goodput."""
+        """Throughput, latencies, attainment and events, with intervals; for a sweep, at its goodput."""
         return self.simulated.summary
 
     @property
     def goodput_rps(self) -> float | None:
-        """The highest rate within the limits that a sweep found; 0: none is, None: it was no sweep."""
+        """The highest rate within the limits that a sweep found, 0 if none is; None without a sweep."""
         return None if self.simulated.sweep is None else self.simulated.sweep.goodput_rps
 
     @property
     def kept(self) -> bool:
-        """Whether the load was carried within the limits."""
+        """Return whether the load was carried within the limits."""
         return self.summary.within(self.simulated.question.limits)
 
     def to_dict(self) -> Mapping[str, Any]:
-        """The simulation as plain data: what ``hetis-plan simulate -o json`` prints."""
+        """Return the simulation as plain data, as ``hetis-plan simulate -o json`` prints it."""
         return simulation_document(self.simulated, self.plan)
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row for every rate that was tried, one where it was no sweep. Needs pandas: ``hetis[frames]``."""
+        """Return a row for every rate that was tried, or one row without a sweep. Needs pandas: ``hetis[frames]``."""
         import pandas
 
         swept, question = self.simulated.sweep, self.simulated.question
@@ -98,7 +98,7 @@ def simulation_of(
     sweeps: bool,
     tolerance: float,
 ) -> Simulation:
-    """Runs the simulator on the plan's own workload.
+    """Run the simulator on the plan's own workload.
 
     Raises:
         InvalidProblemError: the plan has no replicas, or cannot be simulated.

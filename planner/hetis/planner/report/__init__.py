@@ -1,1 +1,1 @@
-"""Plans and explanations as rich tables that fit 80 columns. No verb logic, no files."""
+"""Rich tables of plans and explanations that fit 80 columns. Neither command logic nor files."""

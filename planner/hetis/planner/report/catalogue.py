@@ -11,7 +11,7 @@ from hetis.planner.report.figures import digits, tokens
 
 
 def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -> Table:
-    """GPU types with the peaks a plan depends on, and where the profile of each is from when no file gives one."""
+    """Return GPU types with the peaks that plans depend on, and the default origin of their profiles."""
     table = _table(
         ("name", "left"),
         ("architecture", "left"),
@@ -34,7 +34,7 @@ def gpu_table(entries: Sequence[GpuEntry], profiles: Mapping[str, str | None]) -
 
 
 def model_table(entries: Sequence[ModelEntry]) -> Table:
-    """Models with the shape of their layers."""
+    """Return models with the shape of their layers."""
     table = _table(
         ("name", "left"), *_right("params", "active", "layers", "q/kv"), ("att.", "left"), *_right("context")
     )
@@ -53,7 +53,7 @@ def model_table(entries: Sequence[ModelEntry]) -> Table:
 
 
 def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
-    """Traces with the lengths of their requests."""
+    """Return traces with the lengths of their requests."""
     table = _table(("name", "left"), *_right("requests", "rate", "mean prompt", "p95", "mean output"))
     for entry in entries:
         moments, rate = entry.workload.moments(), entry.workload.rate_rps
@@ -69,7 +69,7 @@ def workload_table(entries: Sequence[WorkloadEntry]) -> Table:
 
 
 def strategy_table(entries: Sequence[tuple[str, str]]) -> Table:
-    """Strategies with what each of them searches."""
+    """Return strategies with what each of them searches."""
     table = _table(("name", "left"), ("searches", "left"))
     for name, summary in entries:
         table.add_row(name, summary)

@@ -1,4 +1,4 @@
-"""Strategies, or engines, side by side: one row each, and below the table why some have no plan."""
+"""Strategies, or engines, side by side: a table with a row for each, and why some have no plan."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PUBLISHED_MEANS = (
     "and gap are those of the family that its plans are of."
 )
 _LINES_PER_REASON = 3
-_WIDEST_GAP = 9.99  # shown as it is
+_WIDEST_GAP = 9.99  # larger gaps are shown as above it
 
 
 def render_comparison(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> RenderableType:
-    """At most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     parts: list[RenderableType] = [_title(inputs), goal_line(objective), Text(), _table(compared, inputs, objective)]
     published = dict.fromkeys(o.strategy for o in compared if STRATEGIES[o.strategy].is_published)
     if published:
@@ -46,7 +46,7 @@ def _published(strategies: Iterable[str]) -> Table:
 
 
 def comparison_document(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> dict[str, Any]:
-    """The comparison as plain data, every plan in full."""
+    """Return the comparison as plain data, with every plan in full."""
     return {
         "apiVersion": "hetis/v1",
         "kind": "Comparison",
@@ -77,7 +77,7 @@ def _title(inputs: Inputs) -> Text:
 
 
 def goal_line(objective: Objective) -> Text:
-    """The objective and its limits in a line."""
+    """Return the objective and its limits in a line."""
     ttft, tpot = objective.ttft_limit_s, objective.tpot_limit_s
     limits = [
         f"TTFT p95 {'unlimited' if ttft is None else f'up to {ttft:g} s'}",
@@ -108,12 +108,12 @@ def _table(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -
 
 
 def _compares_engines(compared: Sequence[Compared]) -> bool:
-    """Whether there are several engines and one strategy."""
+    """Return whether there are several engines and one strategy."""
     return len({outcome.strategy for outcome in compared}) == 1 < len({outcome.engine for outcome in compared})
 
 
 def _labels(compared: Sequence[Compared]) -> Callable[[Compared], str]:
-    """What a row is called: a strategy, an engine, or both where there are several of both."""
+    """Return a function for a row's label: a strategy, an engine, or both if there are several of both."""
     if _compares_engines(compared):
         return lambda outcome: outcome.engine or ""
     several = len({outcome.engine for outcome in compared}) > 1

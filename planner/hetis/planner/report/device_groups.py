@@ -1,4 +1,4 @@
-"""GPUs of a plan that do the same work, told together."""
+"""Groups of a plan's GPUs that do the same work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hetis.solver.plan import Plan, Role
 
 
 def device_groups(plan: Plan) -> dict[str, str]:
-    """Device to the name of its group: GPU type, and what it is for where that is not all of a request."""
+    """Return the name of each device's group: GPU type, and its role unless that is a whole request."""
     groups: dict[str, str] = {}
     for replica in plan.replicas:
         role = "" if replica.role is Role.UNIFIED else f", {replica.role}"
@@ -21,7 +21,7 @@ def device_groups(plan: Plan) -> dict[str, str]:
 
 
 def grouped_use(plan: Plan, uses: Sequence[DeviceUse]) -> list[DeviceUse]:
-    """One use per group, its name and number of GPUs in place of the device; means of means, the highest of highs."""
+    """Return one use per group, under its name and number of GPUs: means of means, and the highest maximum."""
     groups = device_groups(plan)
     members: dict[str, list[DeviceUse]] = {}
     for use in uses:

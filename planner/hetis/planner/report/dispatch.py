@@ -1,4 +1,4 @@
-"""Dispatch as tables: where the head groups of new requests went, what that does to every device, who waits."""
+"""Dispatch as tables: the placement of new requests, its effect on every device, and waiting requests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BAR_WIDTH = 8
 
 
 def render_dispatch(found: Dispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
-    """The table view, at most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     return Group(*_sections(found, explanation))
 
 
 def facts_table(rows: Sequence[tuple[str, Text | str]]) -> Table:
-    """What was decided and how good it is, a line each."""
+    """Return a table of facts about the decision and its quality, one per line."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -35,7 +35,7 @@ def facts_table(rows: Sequence[tuple[str, Text | str]]) -> Table:
 
 
 def plain_table(*columns: tuple[str, str]) -> Table:
-    """A table without lines; every column is ``(name, left or right)``."""
+    """Return a table without lines; every column is ``(name, left or right)``."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     for name, side in columns:
         table.add_column(name, justify="right" if side == "right" else "left", overflow="fold")
@@ -50,7 +50,7 @@ def device_table(
     blocks: Sequence[int],
     last: tuple[str, Sequence[str]] | None = None,
 ) -> RenderableType:
-    """Times before and after with a bar, KV blocks of each device, and a column of the caller's."""
+    """Return times before and after with a bar, KV blocks of each device, and optionally a column of the caller's."""
     title, cells = last or ("", ())
     columns = [("device", "left"), ("before", "right"), ("after", "right"), ("", "left"), ("KV blocks", "right")]
     table = plain_table(*columns, *([(title, "right")] if last else []))
@@ -85,12 +85,12 @@ def device_table(
 
 
 def and_more(count: int, noun: str) -> Text:
-    """What was not shown."""
+    """Return a line about rows that are not shown."""
     return Text(f"… and {count:,} more {noun}{'' if count == 1 else 's'} (-o json has all)", style="dim")
 
 
 def per_layer(value_s: float, stage: LoadedStage) -> str:
-    """A time of one layer, and of a decode step through all of the stage's."""
+    """Return the time of one layer, and of a decode step through all layers of the stage."""
     layers = stage.saved.num_layers
     return f"{seconds(value_s)} per layer, {seconds(value_s * layers)} per step of {plural(layers, 'layer')}"
 

@@ -1,4 +1,4 @@
-"""Dispatch and re-dispatch as JSON values. Names of devices stand for their indices; times are seconds per layer."""
+"""Dispatch and re-dispatch as JSON values. Devices are given by name; times are seconds per layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.solver.redispatch.result import Move, Refused
 
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """``kind: Dispatch``."""
+    """Return the document of ``kind: Dispatch``."""
     plan, names = found.plan, found.stage.snapshot.stage.devices
     devices = _devices(found.stage, found.before, found.after, found.reached)
     for i, device in enumerate(devices):
@@ -66,7 +66,7 @@ def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = N
 
 
 def redispatch_document(found: Redispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:
-    """``kind: Redispatch``."""
+    """Return the document of ``kind: Redispatch``."""
     plan, problem, names = found.plan, found.problem, found.stage.snapshot.stage.devices
     return {
         "apiVersion": API_VERSION,

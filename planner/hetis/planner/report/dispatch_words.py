@@ -1,4 +1,4 @@
-"""Why head groups went where they did, in sentences."""
+"""Sentences that explain where head groups went."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PATHS = {
 
 
 def explain_dispatch(found: Dispatched) -> tuple[str, ...]:
-    """What limits the placement, what its bound rests on, what more memory would bring, and who waits for what."""
+    """Explain what limits the placement, its bound, the value of more memory, and waiting requests."""
     return tuple(_dispatch_sentences(found))
 
 
 def explain_redispatch(found: Redispatched) -> tuple[str, ...]:
-    """What limits the stage, why anything moves, when that pays, and what is left."""
+    """Explain what limits the stage, why anything moves, when that pays, and what remains."""
     return tuple(_redispatch_sentences(found))
 
 
 def costs_sentence(stage: LoadedStage) -> str | None:
-    """Which devices have modelled costs; None where all are given or measured."""
+    """Return a sentence on devices with modelled costs, or None if all costs are given or measured."""
     modelled = [device for device in stage.saved.devices if stage.origins[device.name] == MODELLED]
     if not modelled:
         return None
@@ -41,7 +41,7 @@ def costs_sentence(stage: LoadedStage) -> str | None:
 
 
 def bottleneck_sentence(stage: LoadedStage, times: StageTimes) -> str:
-    """Which device is slowest and what it spends its time on."""
+    """Return a sentence on the slowest device and where its time goes."""
     if times.makespan_s == 0:
         return "Nothing runs."
     if times.bottleneck is None:
@@ -82,7 +82,7 @@ def _dispatch_sentences(found: Dispatched) -> Iterator[str]:
 
 
 def _is_used(found: Dispatched, name: str) -> bool:
-    """Idle devices have prices too: those say what using them would have to bring."""
+    """Return whether the device holds heads; idle ones also have prices: what using them would have to save."""
     return found.after.devices[found.stage.snapshot.stage.devices.index(name)].heads > 0
 
 
@@ -180,10 +180,10 @@ def _redispatch_sentences(found: Redispatched) -> Iterator[str]:
 
 
 def could_fall(plan: RedispatchPlan) -> str:
-    """By which share of the objective the best plan could be lower at most: never above 100%."""
+    """Return the largest share of the objective by which the best plan could be lower; at most 100%."""
     return percent(1.0 - plan.bound_s / plan.objective_s)
 
 
 def _tiny(value_s: float) -> str:
-    """Nanoseconds where `seconds` would show leading zeros."""
+    """Return nanoseconds where `seconds` would show leading zeros."""
     return f"{digits(value_s * 1e9)} ns" if value_s < 1e-7 else seconds(value_s)

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: memory and time as bars, bottlenecks, prices, and what every idle GPU lacks."""
+"""The explanation of a plan: memory and time as bars, bottlenecks, prices, and reasons for every idle GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BAR_WIDTH = 30
 
 
 def render_explanation(plan: Plan, explanation: Explanation, *, wide: bool = False) -> RenderableType:
-    """Everything ``hetis-plan explain`` shows, at most 80 columns wide; ``wide`` shows every shape of replica."""
+    """Return the view of ``hetis-plan explain``, at most 80 columns wide; ``wide`` shows every shape of replica."""
     return Group(*_sections(plan, explanation, wide=wide))
 
 
@@ -60,7 +60,7 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
     number, count = group.numbers[0], len(group.numbers)
     role = "" if group.first.role is Role.UNIFIED else f" ({group.first.role})"
     name = f"Replica {number}{role}" if count == 1 else f"Replica {number}{role}, as {count - 1:,} more"
-    # Sentences come in the order of the replicas that are explained, the first of every shape.
+    # Sentences are in the order of the explained replicas, the first of every shape.
     explained = dict.fromkeys(part.replica for part in explanation.stage_times)
     sentence = dict(zip(explained, explanation.bottlenecks, strict=False)).get(number)
     if sentence is not None:
@@ -111,7 +111,7 @@ def _waterfall(parts: list[MemoryBar]) -> Table:
 
 
 def memory_shares(part: MemoryBar) -> list[Share]:
-    """Where the memory of a GPU goes, what is free left out."""
+    """Return the uses of a GPU's memory, without what is free."""
     return [
         Share(name="unusable", amount=part.unusable_bytes, glyph="×", style="bright_black"),
         Share(name="engine", amount=part.reserve_bytes, glyph="░", style="red"),
@@ -146,7 +146,7 @@ def _times(parts: list[StageTime]) -> RenderableType:
 
 
 def _time_table(parts: list[StageTime]) -> Table:
-    """Shares in per cent of the stage's own time; columns that are empty on every stage are left out."""
+    """Return shares in per cent of the stage's own time; columns that are empty for every stage are left out."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("% of stage")
     columns = [[share.amount for share in time_shares(part)] for part in parts]
@@ -164,7 +164,7 @@ def _time_table(parts: list[StageTime]) -> Table:
 
 
 def time_shares(part: StageTime) -> list[Share]:
-    """What the time of a stage goes to."""
+    """Return the uses of a stage's time."""
     return [
         Share(name="dense", amount=part.dense_s, glyph="█", style="cyan"),
         Share(name="all-reduce", amount=part.all_reduce_s, glyph="▒", style="red"),

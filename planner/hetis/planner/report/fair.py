@@ -1,4 +1,4 @@
-"""Fair shares as tables and as a document: who has what, what it is worth, who envies whom, what others would do."""
+"""Fair shares as tables and as a document: amounts, values, envy, and the results of other rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RULES = {
 
 
 def claimant_names(found: Sharing) -> list[str]:
-    """``tenant``, or ``tenant/job`` where a tenant has several."""
+    """Return ``tenant``, or ``tenant/job`` if a tenant has several jobs."""
     return [
         tenant.name if len(tenant.jobs) == 1 else f"{tenant.name}/{job.name}"
         for tenant in found.problem.tenants
@@ -39,7 +39,7 @@ def claimant_names(found: Sharing) -> list[str]:
 
 
 def render_fair(found: Sharing) -> RenderableType:
-    """The table view, at most 80 columns wide where names and GPU types allow it."""
+    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
     return Group(*_sections(found))
 
 
@@ -187,7 +187,7 @@ def _round_table(found: Sharing) -> Table:
 
 
 def fair_document(found: Sharing) -> dict[str, Any]:
-    """Everything as plain data."""
+    """Return everything as plain data."""
     problem = found.problem
     gpus = [gpu.gpu for gpu in problem.gpus]
     document: dict[str, Any] = {
@@ -223,7 +223,7 @@ def _claim(claim: Any) -> dict[str, Any]:
 
 
 def _plain(numbers: FloatArray) -> Any:
-    """As lists, none of them a negative zero, which solvers return and JSON keeps."""
+    """Return lists without negative zeros, which solvers return and JSON would keep."""
     return (numbers + 0.0).tolist()
 
 

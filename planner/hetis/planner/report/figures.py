@@ -1,4 +1,4 @@
-"""Numbers as people read them: milliseconds, GiB, per cent, bars."""
+"""Numbers for people: milliseconds, GiB, per cent, bars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BLOCKS = " ▏▎▍▌▋▊▉"
 
 
 def seconds(value_s: float) -> str:
-    """``1.25 s``, ``98.2 ms``, ``340 us``: three digits and the unit that suits them."""
+    """Return ``1.25 s``, ``98.2 ms``, ``340 us``: three digits with a suitable unit."""
     if value_s == 0:
         return "0 s"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
@@ -18,7 +18,7 @@ def seconds(value_s: float) -> str:
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """At least ``significant`` digits, never an exponent; thousands apart."""
+    """Return at least ``significant`` digits, never an exponent, with separators for thousands."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
@@ -29,12 +29,12 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """``79.2 GiB``."""
+    """Return ``79.2 GiB``."""
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def tokens(count: float) -> str:
-    """``980``, ``12.3k``, ``4.56M``."""
+    """Return ``980``, ``12.3k``, ``4.56M``."""
     for limit, unit in ((1e6, "M"), (1e4, "k")):
         if count >= limit:
             return f"{digits(count / {'M': 1e6, 'k': 1e3}[unit])}{unit}"
@@ -42,7 +42,7 @@ def tokens(count: float) -> str:
 
 
 def percent(ratio: float) -> str:
-    """``0.42%``; small gaps keep two decimals, larger shares none."""
+    """Return ``0.42%``; values below 10% have two decimals, larger ones none."""
     if not math.isfinite(ratio):
         return "unknown"
     value = 100 * ratio
@@ -50,12 +50,12 @@ def percent(ratio: float) -> str:
 
 
 def bar(ratio: float, width: int) -> str:
-    """A bar of ``width`` characters, filled to ``ratio`` in eighths of a character."""
+    """Return a bar of ``width`` characters, filled to ``ratio`` in eighths of a character."""
     eighths = round(min(max(ratio, 0.0), 1.0) * width * 8)
     full, part = divmod(eighths, 8)
     return ("█" * full + (_BLOCKS[part] if part else "")).ljust(width)
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 replica``, ``1,200 replicas``."""
+    """Return ``1 replica``, ``1,200 replicas``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

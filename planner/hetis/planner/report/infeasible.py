@@ -1,4 +1,4 @@
-"""Why a problem has no plan, as data: conflicts and what each member would have to be."""
+"""The reasons why a problem has no plan, as data: conflicts, and changes that would resolve them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def infeasible_parts(error: InfeasibleError) -> Mapping[str, Any]:
-    """``reasons`` in sentences; ``conflicts`` and ``relaxations`` where the solver gave them."""
+    """Return ``reasons`` in sentences, and ``conflicts`` and ``relaxations`` if the solver gave them."""
     from hetis.solver.placement.infeasible import ExplainedInfeasibleError
 
     if not isinstance(error, ExplainedInfeasibleError):

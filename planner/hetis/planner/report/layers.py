@@ -1,4 +1,4 @@
-"""A placement of layers on one screen: its rate and proof, what limits it, its stages, what most flow would serve."""
+"""A placement of layers on one screen: rate and proof, what limits it, its stages, and the max-flow placement."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BAR_WIDTH = 6
 
 
 def render_layers(found: Layered) -> RenderableType:
-    """The table view, at most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     return Group(*_sections(found))
 
 
 def limit_sentence(found: Layered) -> str:
-    """What keeps the plan from serving more."""
+    """Return a sentence on what limits the plan's rate."""
     judgement = found.plan.judgement
     match judgement.limit:
         case Limit.ROUND_TRIP:

@@ -1,4 +1,4 @@
-"""A placement of layers as JSON values. Layers count from 0; null is the coordinator, where requests come from."""
+"""A placement of layers as JSON values. Layers count from 0; null is the coordinator, which sends requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hetis.solver.layers.plan import LayersPlan
 
 
 def layers_document(found: Layered) -> dict[str, Any]:
-    """``kind: LayersPlan``."""
+    """Return the document of ``kind: LayersPlan``."""
     problem, plan = found.problem, found.plan
     return {
         "apiVersion": API_VERSION,

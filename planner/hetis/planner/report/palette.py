@@ -1,4 +1,4 @@
-"""One colour per GPU type, the same all over a report."""
+"""One colour per GPU type, consistent within a report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Palette:
-    """Colours by GPU type; a type that was not known when it was made is drawn plainly."""
+    """Colours by GPU type; unknown types are drawn plainly."""
 
     colors: Mapping[str, str]
 
     @classmethod
     def of(cls, plan: Plan) -> Palette:
-        """Colours for the GPU types of a plan, in the order of its device classes."""
+        """Return colours for the GPU types of a plan, in the order of its device classes."""
         gpus = [price.gpu for price in plan.prices]
         gpus += [stage.gpu for replica in plan.replicas for stage in replica.stages]
         distinct = dict.fromkeys(gpus)

@@ -1,4 +1,4 @@
-"""A plan on one screen: how good it is, which limits bind, the replicas, the device classes, what else was tried."""
+"""A plan on one screen: its quality, binding limits, replicas, device classes, and alternatives."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
 
-MAX_SHAPES = 12  # replica shapes drawn in full; the rest is summed up in a line
+MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
-SMALLEST_PRICE = 1e-4  # shown of a device class as a number
-PROVED = 0.005  # share by which a bound may be off another engine's value without a word
-BINDS_FROM = 0.99  # micro-batches are whole numbers: a limit binds when the next size would break it
+SMALLEST_PRICE = 1e-4  # the smallest price of a device class that is shown as a number
+PROVED = 0.005  # relative difference of a bound from another engine's value that is not mentioned
+BINDS_FROM = 0.99  # micro-batches are integers: a limit binds if the next size would violate it
 
 _VALUE_NAMES = {
     ObjectiveKind.GOODPUT: "Goodput",
@@ -43,22 +43,22 @@ _VALUE_NAMES = {
 
 
 def render_plan(plan: Plan, *, wide: bool = False) -> RenderableType:
-    """The table view of a plan, at most 80 columns wide where the names allow it; ``wide`` names every device."""
+    """Return the table view of a plan, at most 80 columns wide if the names allow it; ``wide`` names every device."""
     return Group(*_sections(plan, wide=wide))
 
 
 def headline(plan: Plan) -> RenderableType:
-    """What was planned and how good the answer is: the part that `explain` shows too."""
+    """Return what was planned and its quality, which `explain` shows too."""
     return Group(_title(plan), _facts(plan))
 
 
 def section(title: str, body: RenderableType) -> RenderableType:
-    """A body under its bold title."""
+    """Return a body under its bold title."""
     return Group(Text(f"\n{title}", style="bold"), Padding(body, (0, 0, 0, 1)))
 
 
 def price_table(plan: Plan) -> Table:
-    """Device classes: how many there are, what became of them, and their price at the margin."""
+    """Return the device classes: their numbers and uses, and their marginal prices."""
     several_zones = len({price.zone for price in plan.prices}) > 1
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("GPU", no_wrap=True, overflow="fold")
@@ -94,7 +94,7 @@ def _sections(plan: Plan, *, wide: bool) -> Iterator[RenderableType]:
 
 
 def bullets(lines: tuple[str, ...]) -> Table:
-    """One bullet per line, wrapped under itself."""
+    """Return one bullet per line, with hanging indents."""
     table = Table.grid(padding=(0, 1))
     for line in lines:
         table.add_row("•", Text(line))
@@ -147,7 +147,7 @@ def _facts(plan: Plan) -> Table:
 
 
 def _value(plan: Plan) -> Text:
-    """What may be promised: the rate that simulated traffic keeps the limits at, where the model's is higher."""
+    """Return the promised value: the simulated rate within the limits, if the model's is higher."""
     result, kept = plan.result, kept_rate(plan)
     by_model = f"{digits(result.value, 4)} {result.unit}"
     if kept is None or result.objective is not ObjectiveKind.GOODPUT:
@@ -157,7 +157,7 @@ def _value(plan: Plan) -> Text:
 
 
 def _cost(plan: Plan) -> str | None:
-    """What the GPUs in use cost, and so the tokens; None where the plan's inputs are not in it."""
+    """Return the cost of the GPUs in use and per token, or None if the plan does not contain its inputs."""
     documents = plan.inputs.get("documents")
     if not plan.replicas or not isinstance(documents, Mapping):
         return None
@@ -178,7 +178,7 @@ def _cost(plan: Plan) -> str | None:
 
 
 def losses(plan: Plan) -> str:
-    """What is still served without the worst node or zone; empty where nobody asked."""
+    """Return the share still served without the worst node or zone; empty if not requested."""
     return "; ".join(
         f"any one {kind} lost: {percent(loss.share)} still served (the worst is {loss.name})"
         for kind, loss in losses_of(plan).items()
@@ -186,7 +186,7 @@ def losses(plan: Plan) -> str:
 
 
 def precision(plan: Plan) -> str | None:
-    """What weights and KV are kept in; None where the plan does not say its model."""
+    """Return the precision of weights and KV, or None if the plan does not contain its model."""
     document = plan.inputs.get("documents", {}).get("model", {})
     if "weight_bytes" not in document:
         return None
@@ -195,7 +195,7 @@ def precision(plan: Plan) -> str | None:
 
 
 def beside_equal_stages(plan: Plan) -> str | None:
-    """What replicas of equal stages reach, as engines are set up without a planner; None where nobody asked."""
+    """Return the value of replicas of equal stages, as set up without a planner, or None if not requested."""
     if EQUAL_STAGES not in plan.inputs:
         return None
     alone, result = plan.inputs[EQUAL_STAGES], plan.result
@@ -206,8 +206,10 @@ def beside_equal_stages(plan: Plan) -> str | None:
 
 
 def beside_engines(plan: Plan, *, hints: bool = True) -> list[str]:
-    """What plans for the other engines reach, and what keeps them apart; equal engines share a line. Without ``hints``
-    engines are left out of which there is nothing to say but how to find more."""
+    """Return the values of plans for other engines, and the differing features; equal engines share a line.
+
+    Without ``hints``, engines are left out for which the only information is how to get more.
+    """
     said = dict[str, list[str]]()
     for other in engine_values_of(plan):
         if not hints and other.why_not == NOT_COMPILED and not other.equal_stages:
@@ -239,7 +241,7 @@ def _engine_words(other: EngineValue, plan: Plan) -> str:
 
 
 def simple_setups(plan: Plan) -> list[str]:
-    """What people would try first, and how much less (or more) it is: one TP size everywhere, equal stages."""
+    """Return what people would try first, and its relative value: one TP size everywhere, equal stages."""
     found = plan.inputs.get(SIMPLE_SETUPS)
     lines = []
     for tp, value in found.items() if isinstance(found, Mapping) else ():
@@ -252,13 +254,13 @@ def simple_setups(plan: Plan) -> list[str]:
 
 
 def _beside(value: float, other: float) -> str:
-    """``7.38% more``, ``15% less``, ``the same``."""
+    """Return ``7.38% more``, ``15% less``, ``the same``."""
     ratio = value / other - 1.0 if other else 0.0
     return "the same" if not ratio else f"{percent(abs(ratio))} {'more' if ratio > 0 else 'less'}"
 
 
 def _range(expected: Predicted, plan: Plan) -> Text:
-    """What the errors of the profiles make of the rate and the latencies."""
+    """Return the ranges of rate and latencies given the profiles' errors."""
     rate = f"{digits(expected.rate.low)} to {digits(expected.rate.high)}"
     unit = plan.objective.unit if plan.objective.maximises else "requests/s of goodput"
     latencies = (
@@ -269,7 +271,7 @@ def _range(expected: Predicted, plan: Plan) -> Text:
 
 
 def verdict(result: SolveResult) -> str:
-    """What the proof says, in words."""
+    """Return the meaning of the proof in words."""
     if result.status is Status.OPTIMAL:
         return "proven optimal: no plan of the family is better"
     if not math.isfinite(result.gap):
@@ -280,7 +282,7 @@ def verdict(result: SolveResult) -> str:
 
 
 def limits(plan: Plan) -> Iterator[tuple[str, float, float | None]]:
-    """Name, worst value over the replicas and limit of TTFT and TPOT."""
+    """Yield name, worst value over the replicas and limit of TTFT and TPOT."""
     if plan.replicas:
         yield "TTFT p95", max(r.ttft_s for r in plan.replicas), plan.objective.ttft_limit_s
         yield "TPOT mean", max(r.tpot_s for r in plan.replicas), plan.objective.tpot_limit_s
@@ -297,7 +299,7 @@ def _limit(reached: float, limit: float | None) -> Text:
 
 
 def _simulated(found: Verification, plan: Plan) -> Text:
-    """What traffic makes of the limits, beside what the model says of them above."""
+    """Return the simulated outcome for the limits, which follows the model's values above."""
     latencies = f"TTFT p95 {seconds(found.ttft_p95_s)}, TPOT mean {seconds(found.tpot_mean_s)}"
     at = f"at {digits(found.rate_rps, 4)} requests/s"
     if found.kept:
@@ -338,11 +340,11 @@ def _price_row(price: ClassPrice, plan: Plan, *, zone: bool) -> list[str]:
 
 
 def worth(dual: float, plan: Plan) -> str:
-    """A marginal price with its unit."""
+    """Return a marginal price with its unit."""
     if dual <= 0:
         return "0"
     unit = plan.result.unit.removeprefix("requests")
-    number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0: it is worth something
+    number = digits(dual) if dual >= SMALLEST_PRICE else f"< {SMALLEST_PRICE}"  # never 0, as it has some value
     return f"{number}{unit if unit.startswith('/') else f' {unit}'}"
 
 
@@ -361,6 +363,6 @@ def _runners_up(plan: Plan) -> Table:
 
 
 def folded(shape: str) -> str:
-    """Equal stages in a row told once: ``A | A | B`` is ``2 × A | B``."""
+    """Merge equal consecutive stages: ``A | A | B`` is ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)

@@ -1,4 +1,4 @@
-"""Two plans of the same model, one after the other: what becomes of every replica, and what the change takes."""
+"""The change between two plans of the same model: the fate of every replica, and the cost of the change."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.replanning.change import Fate, PlanChange, ReplicaChange
 
-MAX_ROWS = 40  # replicas that change, listed; -o json has all
-MAX_LOADS = 16  # GPUs listed with what they load
+MAX_ROWS = 40  # changing replicas listed; -o json has all
+MAX_LOADS = 16  # loading GPUs listed
 
 _WORDS = {
     Fate.KEPT: "kept as it is",
@@ -30,7 +30,7 @@ _WORDS = {
 
 
 def render_diff(diff: PlanDiff) -> RenderableType:
-    """The table view, at most 80 columns wide where names allow it."""
+    """Return the table view, at most 80 columns wide if names allow it."""
     return Group(*_sections(diff))
 
 
@@ -61,7 +61,7 @@ def _figures(diff: PlanDiff) -> Table:
 
 
 def change_counts(change: PlanChange) -> str:
-    """``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs do something else``."""
+    """Return ``2 kept, 1 changed, 1 new, 1 gone; 12 GPUs do something else``."""
     counts = ", ".join(f"{change.count(fate):,} {_WORDS[fate]}" for fate in Fate if change.count(fate))
     moved = plural(len(change.moved), "GPU")
     load = f", {gigabytes(change.load_bytes)} of weights to load" if change.loads else ""
@@ -69,7 +69,7 @@ def change_counts(change: PlanChange) -> str:
 
 
 def dropped_words(change: PlanChange) -> str:
-    """The KV of replicas that do not stay, as they are when full."""
+    """Return the KV of replicas that do not stay, assuming that they are full."""
     if not change.dropped_requests:
         return "none: every replica of before goes on"
     return (
@@ -79,7 +79,7 @@ def dropped_words(change: PlanChange) -> str:
 
 
 def changed_replicas(change: PlanChange, before: Plan, after: Plan) -> Iterator[RenderableType]:
-    """A row for every replica that does not simply go on."""
+    """Yield a row for every replica that does not simply continue."""
     rows = [c for c in change.replicas if c.fate is not Fate.KEPT]
     if not rows:
         return
@@ -111,7 +111,7 @@ def _row(change: ReplicaChange, before: Plan, after: Plan) -> list[str]:
 
 
 def shape_of(replica: ReplicaPlan) -> str:
-    """``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
+    """Return ``prefill: A100 TP4 L40 | L4 TP1 ×4 L40 + 2 workers``."""
     stages = []
     for i, stage in enumerate(replica.stages):
         workers = sum(len(pool.devices) for pool in replica.attention_workers if pool.stage == i)
@@ -123,7 +123,7 @@ def shape_of(replica: ReplicaPlan) -> str:
 
 
 def load_table(change: PlanChange) -> Table:
-    """What GPUs read, the most first; equal amounts together."""
+    """Return what GPUs load, the largest amounts first; equal amounts together."""
     by_size: dict[int, list[str]] = {}
     for device, size in change.loads.items():
         by_size.setdefault(round(size), []).append(device)
@@ -139,7 +139,7 @@ def load_table(change: PlanChange) -> Table:
 
 
 def diff_document(diff: PlanDiff) -> dict[str, Any]:
-    """The difference as plain data."""
+    """Return the difference as plain data."""
     return {
         "apiVersion": "hetis/v1",
         "kind": "PlanDiff",
@@ -152,7 +152,7 @@ def diff_document(diff: PlanDiff) -> dict[str, Any]:
 
 
 def change_document(change: PlanChange) -> dict[str, Any]:
-    """A change as plain data: counts, every replica, every GPU that loads."""
+    """Return a change as plain data: counts, every replica, every GPU that loads."""
     return {
         "counts": {fate.value: change.count(fate) for fate in Fate},
         "moved_gpus": list(change.moved),

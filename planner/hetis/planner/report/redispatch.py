@@ -1,4 +1,4 @@
-"""Re-dispatch as tables: what fired, which head groups move in which order, and what that brings."""
+"""Re-dispatch as tables: triggers, moves of head groups in order, and their effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hetis.planner.use_cases.dispatch import Redispatched
 
 
 def render_redispatch(found: Redispatched, explanation: tuple[str, ...] | None = None) -> RenderableType:
-    """The table view, at most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     return Group(*_sections(found, explanation))
 
 

@@ -1,4 +1,4 @@
-"""A re-planning on one screen: what it is worth, what stays, what loads, and the steps in order."""
+"""A re-planning on one screen: its value, what stays, what loads, and the steps in order."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from hetis.solver.replanning.problem import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
 from hetis.solver.replanning.transition import Action, Step
 
-MAX_STEPS = 40  # listed; -o json has all
+MAX_STEPS = 40  # steps listed; -o json has all
 
 
 def render_replan(found: Replanning, posed: Posed, costs: ChangeCosts) -> RenderableType:
-    """The table view, at most 80 columns wide where names allow it."""
+    """Return the table view, at most 80 columns wide if names allow it."""
     return Group(*_sections(found, posed, costs))
 
 
@@ -79,7 +79,7 @@ def _facts(found: Replanning, posed: Posed, costs: ChangeCosts) -> Table:
 
 
 def seconds_or_hours(value_s: float) -> str:
-    """``1 h``, ``90 min``, ``45 s``."""
+    """Return ``1 h``, ``90 min``, ``45 s``."""
     for size, unit in ((3600, "h"), (60, "min")):
         if value_s >= size and value_s % size == 0:
             return f"{value_s / size:,.0f} {unit}"
@@ -87,7 +87,7 @@ def seconds_or_hours(value_s: float) -> str:
 
 
 def change_cost_words(costs: ChangeCosts) -> str:
-    """What a change is taken to cost."""
+    """Return the assumed costs of a change in words."""
     return (
         f"a start takes {seconds(costs.restart_s)} and the weights of its fullest GPU at "
         f"{digits(costs.load_bytes_per_s / 1e9)} GB/s; requests in flight lose half their service"
@@ -113,7 +113,7 @@ def _steps(found: Replanning, posed: Posed) -> RenderableType:
 
 
 def step_rows(found: Replanning, posed: Posed) -> Iterator[list[str]]:
-    """The cells of every step, in order."""
+    """Return the cells of every step, in order."""
     return (_step_row(step, found, posed) for step in found.transition.steps)
 
 
@@ -137,7 +137,7 @@ def _load_of(found: Replanning, number: int) -> float:
 
 
 def lowest_words(found: Replanning, posed: Posed) -> str:
-    """How far the capacity falls on the way, and whether another order would keep more; empty without steps."""
+    """Return the lowest capacity on the way, and whether another order would keep more; empty without steps."""
     transition = found.transition
     if not transition.steps:
         return ""
@@ -150,7 +150,7 @@ def lowest_words(found: Replanning, posed: Posed) -> str:
 
 
 def replan_document(found: Replanning, posed: Posed, costs: ChangeCosts) -> dict[str, Any]:
-    """The answer as plain data, the plan in full."""
+    """Return the answer as plain data, with the plan in full."""
     unit = found.plan.result.unit
     return {
         "apiVersion": "hetis/v1",

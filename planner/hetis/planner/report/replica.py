@@ -14,18 +14,18 @@ from hetis.planner.use_cases.grouping import ReplicaGroup
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
 PICTURE_WIDTH = 78
-MIN_STAGE_WIDTH = 4  # room for a two-digit stage number
+MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number
 
 
 def render_replica(group: ReplicaGroup, palette: Palette) -> RenderableType:
-    """Headline, picture and stage table of a group of equal replicas."""
+    """Return headline, picture and stage table of a group of equal replicas."""
     return Group(
         _headline(group), Padding(Group(_picture(group.first, palette), _stages(group, palette)), (0, 0, 0, 1))
     )
 
 
 def device_table(group: ReplicaGroup, plan: Plan) -> Table:
-    """Which GPUs every one of equal replicas has: those of its stages, and its attention workers."""
+    """Return the GPUs of each of several equal replicas: those of its stages, and its attention workers."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     workers = any(replica.attention_workers for replica in plan.replicas)
     for name in ("replica", "devices", *(["attention workers"] if workers else [])):
@@ -38,7 +38,7 @@ def device_table(group: ReplicaGroup, plan: Plan) -> Table:
 
 
 def _headline(group: ReplicaGroup) -> Text:
-    """What it serves and how, in two lines; where its KV goes, if that may be to several zones, in a third."""
+    """Return rate and settings in two lines, and in a third the zones to which KV may go if there are several."""
     replica, count = group.first, len(group.numbers)
     name = f"Replica {group.numbers[0]}" if count == 1 else f"{count:,} equal replicas"
     each = "" if count == 1 else f" each, {digits(group.rate, 4)} together"
@@ -52,7 +52,7 @@ def _headline(group: ReplicaGroup) -> Text:
 
 
 def _latencies(replica: ReplicaPlan) -> str:
-    """Those that the role has."""
+    """Return the latencies that the role has."""
     ttft, tpot = f"TTFT {seconds(replica.ttft_s)}", f"TPOT {seconds(replica.tpot_s)}"
     match replica.role:
         case Role.PREFILL:
@@ -77,7 +77,7 @@ def _kv_zones(replica: ReplicaPlan) -> str:
 
 
 def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
-    """The layers from left to right, stage widths in proportion to their layers, with layer numbers below."""
+    """Return the layers from left to right, with stage widths in proportion and layer numbers below."""
     widths = _widths([stage.num_layers for stage in replica.stages])
     if widths is None:
         return Text(f"{len(replica.stages)} stages, too many to draw", style="dim")
@@ -87,13 +87,13 @@ def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
         line.append("┃")
         tick = str(stage.first_layer + stage.num_layers)
         ruler = ruler.ljust(len(line) - 1)
-        if not ruler or ruler[-1] == " ":  # a tick that would run into the one before it is left out
+        if not ruler or ruler[-1] == " ":  # a tick that would overlap the previous one is left out
             ruler = ruler[: len(line) - len(tick)] + tick if number == len(replica.stages) else ruler + tick
     return Group(line, Text(ruler, style="dim"))
 
 
 def _label(number: int, stage: StagePlan, width: int) -> str:
-    """The longest description of a stage that leaves a dash on both sides."""
+    """Return the longest description of a stage that leaves a dash on both sides."""
     shape = _shape(stage)
     for label in (f" {number} {stage.gpu} {shape} ", f" {number} {stage.gpu} ", f" {number} ", f"{number}"):
         if len(label) <= width - 2 or label == f"{number}":
@@ -106,7 +106,7 @@ def _shape(stage: StagePlan) -> str:
 
 
 def _widths(layers: list[int]) -> list[int] | None:
-    """Characters per stage, its right border included; None when even the least does not fit."""
+    """Return characters per stage including its right border, or None if even the minimum does not fit."""
     room = PICTURE_WIDTH - 1 - MIN_STAGE_WIDTH * len(layers)
     if room < 0:
         return None

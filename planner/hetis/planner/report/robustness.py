@@ -1,4 +1,4 @@
-"""The outcome of a robustness study: the spread, the corner cases that hurt most, the runner-up, the regret."""
+"""The result of a robustness study: the spread, the worst corner cases, the runner-up, the regret."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hetis.planner.use_cases.robustness.study import Robustness, Spread
 from hetis.solver.plan import Objective, ObjectiveKind
 
 MAX_CORNERS = 5  # shown; JSON has all
-MAX_SHAPES = 3  # of a runner-up
+MAX_SHAPES = 3  # per runner-up
 
 
 def render_robustness(robustness: Robustness, objective: Objective) -> RenderableType:
-    """At most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     title = f"Every coefficient of the profiles off by up to {percent(robustness.error)}"
     return section(title, Group(*_parts(robustness, objective)))
 

@@ -1,4 +1,4 @@
-"""Who prefills and who decodes, and over which routes the KV of prompts goes."""
+"""Prefill and decode replicas, and the routes of prompts' KV between them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hetis.planner.use_cases.devices import number_ranges
 from hetis.planner.use_cases.grouping import ReplicaGroup
 from hetis.solver.plan import Plan, Role
 
-MAX_NUMBERS = 24  # characters of the numbers of equal replicas
-MAX_ROUTES = 12  # pairs of replica shapes; the rest is summed up in a line
+MAX_NUMBERS = 24  # characters for the numbers of equal replicas
+MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
 
 
 def count_by_role(plan: Plan) -> str:
-    """``1 prefill, 2 decode``; empty where every replica is unified."""
+    """Return ``1 prefill, 2 decode``; empty if every replica is unified."""
     counts = {role: sum(one.role is role for one in plan.replicas) for role in Role}
     if counts[Role.UNIFIED] == len(plan.replicas):
         return ""
@@ -25,7 +25,7 @@ def count_by_role(plan: Plan) -> str:
 
 
 def rates_by_role(plan: Plan) -> str:
-    """What both sides could do and what goes between them, in saturated requests/s."""
+    """Return the possible rates of both sides and the routed rate, in saturated requests/s."""
     rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in Role}
     routed = sum(route.rate for route in plan.kv_routes)
     text = f"prefill {digits(rates[Role.PREFILL])}, decode {digits(rates[Role.DECODE])}, routed {digits(routed)}"
@@ -33,7 +33,7 @@ def rates_by_role(plan: Plan) -> str:
 
 
 def route_table(plan: Plan, groups: Sequence[ReplicaGroup]) -> Table:
-    """Routes between replicas of equal shape in one row, the largest first."""
+    """Return routes between replicas of equal shape, one row each, the largest first."""
     group_of = {number: i for i, group in enumerate(groups) for number in group.numbers}
     rates: defaultdict[tuple[int, int], float] = defaultdict(float)
     for route in plan.kv_routes:

@@ -1,4 +1,4 @@
-"""A simulation on one screen: planned beside simulated, latencies, what happened, how the GPUs were used."""
+"""A simulation on one screen: planned and simulated values, latencies, events, and GPU use."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ NAMED = 4  # devices
 
 
 def render_simulation(simulated: Simulated, plan: Plan) -> RenderableType:
-    """At most 80 columns wide where the names allow it."""
+    """Return the table view, at most 80 columns wide if the names allow it."""
     return Group(*_sections(simulated, plan))
 
 
 def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
-    """The same as JSON values, with every run and every device; null where there is no number."""
+    """Return JSON values with every run and every device; null for missing numbers."""
     question, summary = simulated.question, simulated.summary
     load = question.load
     return {
@@ -117,7 +117,7 @@ def _facts(simulated: Simulated) -> Table:
 
 
 def _doubt(simulated: Simulated) -> str | None:
-    """Why the figures are not those of a load that is carried; None: they are."""
+    """Return why the figures are not those of a sustained load, or None if they are."""
     summary, counts = simulated.summary, simulated.summary.counts
     of = f"{plural(counts.arrived, 'request')}"
     if counts.unfinished:  # a run ends when nothing can happen any more
@@ -136,8 +136,8 @@ def _doubt(simulated: Simulated) -> str | None:
 
 
 def _gone(simulated: Simulated) -> str:
-    """The devices that failed and did not come back."""
-    up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # the last of each decides
+    """Return the devices that failed and did not come back."""
+    up = {fault.device: fault.joins for fault in simulated.question.settings.faults}  # the last fault of each decides
     down = sorted(device for device, joins in up.items() if not joins)
     more = f" and {len(down) - NAMED} more" if len(down) > NAMED else ""
     return f"; {', '.join(down[:NAMED])}{more} failed and did not join again" if down else ""
@@ -201,9 +201,9 @@ def _verdict(point: Point) -> Text:
 
 
 def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
-    """Name, planned, simulated and their ratio of the three figures that a plan states.
+    """Return name, planned value, simulated value and their ratio for the three figures that a plan states.
 
-    Below saturation a plan promises to carry what arrives: that is then what its throughput is held against.
+    Below saturation a plan promises to carry what arrives, so its throughput is compared with that.
     """
     summary, planned, load = simulated.summary, simulated.prediction, simulated.question.load
     if simulated.sweep is None:
@@ -220,7 +220,7 @@ def _compared(simulated: Simulated) -> list[tuple[str, float, Estimate, float]]:
 
 
 def _agreement(simulated: Simulated) -> bool | None:
-    """Whether throughput is within `AGREES` of the planned one; None where that is not known: the run is too short."""
+    """Return whether throughput is within `AGREES` of the planned one, or None if the run is too short to tell."""
     ratio = _compared(simulated)[0][3]
     return abs(ratio - 1) <= AGREES if math.isfinite(ratio) and simulated.summary.steady is not None else None
 

@@ -1,4 +1,4 @@
-"""A simulation as pictures: what to draw, and drawing it as HTML (plotly) or PNG (matplotlib)."""
+"""Pictures of a simulation as HTML (plotly) or PNG (matplotlib)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hetis.simulator.sweep import Sweep
 from hetis.simulator.values import FloatArray, Run
 from hetis.solver.plan import Plan
 
-_HEIGHT = 300  # of a panel, in pixels
+_HEIGHT = 300  # per panel, in pixels
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito
-_MAX_POINTS = 2000  # of a line: more cannot be seen
+_MAX_POINTS = 2000  # per line: more cannot be distinguished
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Line:
-    """Points of one thing; ``spread`` is the half width of an interval around each, or None."""
+    """A line of points; ``spread`` is the half width of an interval around each, or None."""
 
     name: str
     x: FloatArray
@@ -43,7 +43,7 @@ class Panel:
 
 
 def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
-    """HTML that needs no network for ``.html``, a PNG for ``.png``.
+    """Return HTML that needs no network for ``.html``, or a PNG for ``.png``.
 
     Raises:
         ModuleNotFoundError: plotly, or matplotlib, is not installed.
@@ -56,13 +56,13 @@ def picture(simulated: Simulated, plan: Plan, *, form: str) -> str | bytes:
 
 
 def panels_of(simulated: Simulated, plan: Plan) -> tuple[Panel, ...]:
-    """What there is to draw of a simulation."""
+    """Return the panels of a simulation."""
     swept = () if simulated.sweep is None else panels_of_sweep(simulated.sweep, simulated.question.limits)
     return (*swept, *(() if simulated.run is None else _of_run(simulated, simulated.run, plan)))
 
 
 def panels_of_sweep(swept: Sweep, limits: Limits) -> tuple[Panel, ...]:
-    """Throughput and latencies over the rates that were tried, with the limits across."""
+    """Return throughput and latencies over the rates that were tried, with the limits across."""
     return tuple(_of_sweep(swept, limits))
 
 
@@ -133,11 +133,11 @@ def _cumulative(name: str, values: FloatArray) -> Line:
 
 
 def _level(name: str, begins: FloatArray, ends: FloatArray) -> Line:
-    """How many have begun and not ended."""
+    """Return how many have begun and not ended."""
     begins, ends = begins[np.isfinite(begins)], ends[np.isfinite(ends)]
     times = np.concatenate([begins, ends])
     steps = np.concatenate([np.ones(len(begins)), -np.ones(len(ends))])
-    order = np.lexsort((steps, times))  # who leaves makes room for who comes at the same time
+    order = np.lexsort((steps, times))  # departures make room for arrivals at the same time
     return _thinned(name, times[order], np.cumsum(steps[order]))
 
 
@@ -175,7 +175,7 @@ def _html(panels: Sequence[Panel], title: str) -> str:
 
 
 def _png(panels: Sequence[Panel], title: str) -> bytes:
-    # matplotlib draws without a browser; plotly's exporter would want Chrome.
+    # matplotlib draws without a browser; plotly's exporter would need Chrome.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

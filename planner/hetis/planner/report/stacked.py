@@ -1,4 +1,4 @@
-"""Stacked bars that can be read with colours and without."""
+"""Stacked bars that are readable with and without colours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Share:
 
 
 def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
-    """Parts side by side in ``width`` characters that stand for ``whole``; what is left stays a dotted line."""
+    """Draw parts side by side in ``width`` characters that stand for ``whole``; the rest is a dotted line."""
     text, drawn, total = Text(), 0, 0.0
     for share in shares:
         total += share.amount
@@ -33,5 +33,5 @@ def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
 
 
 def legend(shares: Sequence[Share]) -> Unbroken:
-    """Which part is which."""
+    """Return the legend of the parts."""
     return Unbroken([Text.assemble((f"{s.glyph} ", s.style), (s.name, "dim")) for s in shares], "  ")

@@ -1,4 +1,4 @@
-"""A shared fleet as tables and as a document: who serves how much on which GPUs, what holds, what fairness costs."""
+"""A shared fleet as tables and as a document: rates and GPUs by tenant, properties, and the cost of fairness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RULES = {
 
 
 def render_tenants(found: SharedFleet) -> RenderableType:
-    """The table view, at most 80 columns wide where names and GPU types allow it."""
+    """Return the table view, at most 80 columns wide if names and GPU types allow it."""
     return Group(*_sections(found))
 
 
@@ -74,7 +74,7 @@ def _share_table(answer: FleetShares) -> Table:
 
 
 def _used(share: TenantShare) -> dict[str, int]:
-    """GPUs by type."""
+    """Return the number of GPUs in use by type."""
     used: dict[str, int] = {}
     for row in share.plan.prices if share.plan is not None else ():
         used[row.gpu] = used.get(row.gpu, 0) + row.used
@@ -99,7 +99,7 @@ def _gpu_table(answer: FleetShares) -> Table:
 
 
 def envies(found: SharedFleet) -> list[list[float]]:
-    """Own rate with as many GPUs as the other has, per part, over one's own; above 1 is envy; [tenant][other]."""
+    """Return the envy [tenant][other]: the rate with the other's GPUs per part, over the own rate; above 1 is envy."""
     shares = found.answers[0].shares
     return [
         [_over(cell.rate / shares[j].weight, shares[i].rate / shares[i].weight) for j, cell in enumerate(row)]
@@ -114,7 +114,7 @@ def _over(a: float, b: float) -> float:
 
 
 def holds(found: SharedFleet) -> list[str]:
-    """What is true of the first answer, and the counter-example of what is not."""
+    """Return which properties the first answer has, with counter-examples for those it lacks."""
     answer = found.answers[0]
     lines = []
     worse = [share for share in answer.shares if share.over_part < 1.0 - EPSILON]
@@ -173,7 +173,7 @@ def _envy_table(found: SharedFleet) -> Table:
 
 
 def lost_to_fairness(found: SharedFleet, answer: FleetShares) -> float | None:
-    """The share of the value that efficiency alone has and this rule has not; None: that was not searched."""
+    """Return the share of the most efficient rule's value that this rule loses, or None if that was not searched."""
     best = next((one.value for one in found.answers if one.rule is TenantRule.EFFICIENCY), None)
     return None if not best else max(0.0, 1.0 - answer.value / best)
 
@@ -198,7 +198,7 @@ def _gap(gap: float) -> str:
 
 
 def tenants_document(found: SharedFleet) -> dict[str, Any]:
-    """Everything as plain data but the plans themselves, which ``--out`` saves."""
+    """Return everything as plain data except the plans themselves, which ``--out`` saves."""
     document: dict[str, Any] = {
         "cluster": found.tenancy.cluster.name,
         "gpus": _there(found),

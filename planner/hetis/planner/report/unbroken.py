@@ -1,4 +1,4 @@
-"""Names side by side, in lines that end between names and not in them."""
+"""Names side by side, in lines that break between names and not inside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 class Unbroken:
-    """Parts with a separator after each but the last; a line is broken after a separator only, as long as parts fit."""
+    """Parts with a separator after each but the last. Lines break only after separators as long as parts fit."""
 
     def __init__(self, parts: Sequence[Text], separator: str) -> None:
         last = len(parts) - 1

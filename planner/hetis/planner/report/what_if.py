@@ -1,4 +1,4 @@
-"""Two fleets side by side, and what to buy next: as tables and as documents."""
+"""Two fleets side by side, and what to buy next, as tables and documents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOTE = (
 
 
 def render_what_if(found: WhatIf) -> RenderableType:
-    """The table view, at most 80 columns wide where names allow it."""
+    """Return the table view, at most 80 columns wide if names allow it."""
     return Group(*_sections(found))
 
 
@@ -60,7 +60,7 @@ def _title(side: Side) -> Text:
 
 
 def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]:
-    """What is taken away and what is added, each with a word before it."""
+    """Yield what is removed and what is added, each with a word before it."""
     if change.remove:
         yield "without", ", ".join(change.remove)
     if change.add:
@@ -69,7 +69,7 @@ def change_lines(change: FleetChange, before: Side) -> Iterator[tuple[str, str]]
 
 
 def shape_words(shape: NodeShape, before: Side) -> str:
-    """``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
+    """Return ``in nodes of up to 8 GPUs, zone default, the network's 100 Gb/s``."""
     default = before.loaded.inputs.cluster.network.default
     nic = f"the network's {_speed(default)}" if shape.nic is None else f"a NIC of {_speed(shape.nic)}"
     inside = "" if shape.intra_link is None else f", {_speed(shape.intra_link)} between its GPUs"
@@ -93,7 +93,7 @@ def _value_name(objective: Objective) -> str:
 
 
 def side_rows(found: WhatIf) -> Iterator[tuple[str, str, str]]:
-    """A figure, before, and after."""
+    """Yield a figure, its value before, and its value after."""
     sides = (found.before, found.after)
     plans = [side.outcome.plan for side in sides]
     results = [plan.result if plan is not None else None for plan in plans]
@@ -125,7 +125,7 @@ def _money(usd: float | None) -> str:
 
 
 def verdict_words(difference: Difference, objective: Objective) -> str:
-    """What is proven, in words; a difference smaller than the gaps is not made up."""
+    """Return what is proven, in words; a difference smaller than the gaps is not claimed."""
     unit = objective.unit
     span = f"between {_signed(difference.low)} and {_signed(difference.high)} {unit}"
     found = f"the plans found differ by {_signed(difference.found)} {unit}"
@@ -145,7 +145,7 @@ def _signed(value: float) -> str:
 
 
 def _use_table(found: WhatIf) -> Table:
-    """Tell how many GPUs of every type there are and are used, before and after."""
+    """Return how many GPUs of every type exist and are used, before and after."""
     table = plain_table(
         ("GPU", "left"), ("there", "right"), ("used", "right"), ("then there", "right"), ("used", "right")
     )
@@ -157,7 +157,7 @@ def _use_table(found: WhatIf) -> Table:
 
 
 def _counts(side: Side) -> dict[str, tuple[int, int]]:
-    """There and used, by GPU type."""
+    """Return existing and used GPUs by type."""
     there: dict[str, int] = {}
     for group in side.loaded.inputs.cluster.node_groups:
         for slots in group.gpus:
@@ -169,7 +169,7 @@ def _counts(side: Side) -> dict[str, tuple[int, int]]:
 
 
 def what_if_document(found: WhatIf) -> dict[str, Any]:
-    """The answer as plain data, both plans in full."""
+    """Return the answer as plain data, both plans in full."""
     return {
         "apiVersion": "hetis/v1",
         "kind": "WhatIf",
@@ -205,7 +205,7 @@ def _plan_document(plan: Plan | None) -> Any:
 
 
 def render_buy_next(found: BuyNext) -> RenderableType:
-    """The market as a table, the best purchase per dollar first."""
+    """Return the market as a table, the best purchase per dollar first."""
     return Group(*_market_sections(found))
 
 
@@ -250,7 +250,7 @@ def _market_table(found: BuyNext) -> Table:
 
 
 def offer_row(offer: Offer) -> list[str]:
-    """The cells of a type of GPU in the market."""
+    """Return the cells of a GPU type on the market."""
     plan, found = offer.after.outcome.plan, offer.difference.found
     per_gpu = found / offer.addition.count
     price = offer.usd_per_hour
@@ -281,7 +281,7 @@ def _proven(difference: Difference) -> str:
 
 
 def buy_next_document(found: BuyNext) -> dict[str, Any]:
-    """The market as plain data; ``gain`` is in the objective's unit, negative where that is minimised and falls."""
+    """Return the market as plain data; ``gain`` is in the objective's unit, negative if that is minimised and falls."""
     return {
         "apiVersion": "hetis/v1",
         "kind": "BuyNext",

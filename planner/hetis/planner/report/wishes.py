@@ -1,4 +1,4 @@
-"""The table of what the wishes of a plan cost."""
+"""The table of the costs of a plan's constraints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render_wish_prices(prices: Sequence[WishPrice], unit: str) -> RenderableType:
-    """What the objective would gain without each wish, and without all."""
+    """Return what the objective would gain without each constraint, and without all."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column("without", overflow="fold")
     table.add_column(f"gain, {unit}", justify="right")

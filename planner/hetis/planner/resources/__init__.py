@@ -1,1 +1,1 @@
-"""Clusters, profiles and plans as resources: what each call checks, changes and answers."""
+"""Clusters, profiles and plans as resources: the implementation of every call about them."""

@@ -1,4 +1,4 @@
-"""Answers that are kept to be given again hold no large documents: the resource that they are of has them already."""
+"""Stored answers to requests contain no large documents, since the resource in the answer has them already."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hetis.v1 import document_pb2
 
 A = TypeVar("A", bound=Message)
 MOST_KEPT_BYTES = 4096
-_LEFT_OUT = b"\0"  # no document is that
+_LEFT_OUT = b"\0"  # cannot be a document
 
 
 def without_documents(answer: A) -> A:
-    """A copy whose large documents are marked as left out."""
+    """Return a copy whose large documents are marked as left out."""
     kept = type(answer)()
     kept.CopyFrom(answer)
     for document in _documents(kept):
@@ -28,7 +28,7 @@ def without_documents(answer: A) -> A:
 
 
 def with_documents(answer: A, tx: Transaction) -> A:
-    """The answer with what was left out, as far as the resource still has it; else the content is empty."""
+    """Return the answer with its documents restored, or with empty ones that the resource has no longer."""
     missing = [document for document in _documents(answer) if _LEFT_OUT in (document.content, document.text)]
     if missing:
         known = {document.digest: document for body in _bodies(answer, tx) for document in _documents(body)}
@@ -42,7 +42,7 @@ def with_documents(answer: A, tx: Transaction) -> A:
 
 
 def _bodies(answer: Message, tx: Transaction) -> Iterator[Message]:
-    """Yield what is kept of the resources in an answer."""
+    """Yield the stored bodies of the resources in an answer."""
     for field, table in (("cluster", tx.clusters), ("profile", tx.profiles), ("plan", tx.plans)):
         if field in answer.DESCRIPTOR.fields_by_name and answer.HasField(field):
             record = table.get(getattr(answer, field).name)

@@ -1,4 +1,4 @@
-"""The audit log as callers read it."""
+"""The audit log as an API resource."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXTS = ("caller", "method", "resource", "outcome")
 
 
 class AuditedChanges:
-    """Lines of the log, the oldest first."""
+    """Lines of the log, oldest first."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""What is wrong with a request: every field of it, in one error."""
+"""Validation of requests: all wrong fields in one error."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ _SHOWN = 80  # characters of a wrong value in a message
 
 
 class Checks:
-    """Gathers what is wrong with one request, then raises it all."""
+    """Collects the errors of one request, then raises them together."""
 
     def __init__(self) -> None:
         self._violations: list[failure_pb2.FieldViolation] = []
         self._documents: list[ServiceError] = []
 
     def require(self, is_right: bool, field: str, description: str) -> bool:
-        """``description`` is what to say where it is not."""
+        """Record ``description`` as an error of ``field`` unless ``is_right``; return ``is_right``."""
         if not is_right:
             self._violations.append(failure_pb2.FieldViolation(field=field, description=description))
         return is_right
 
     def new_id(self, field: str, value: str) -> None:
-        """An id that a caller chooses."""
+        """Check an id that a caller chooses."""
         self.require(is_id(value), field, f"is {_shown(value)}, must be {ID_RULE}")
 
     def name(self, field: str, value: str, form: NameForm) -> None:
-        """A required resource name."""
+        """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
 
     def optional_name(self, field: str, value: str, form: NameForm) -> None:
-        """The same, or empty."""
+        """Check a resource name that may be empty."""
         if value:
             self.name(field, value, form)
 
     def request_id(self, value: str) -> None:
-        """A UUID, or empty."""
+        """Check a UUID that may be empty."""
         if value:
             self.require(_is_uuid(value), "request_id", f"is {_shown(value)}, must be a UUID")
 
@@ -53,7 +53,7 @@ class Checks:
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
     ) -> V | None:
-        """Return what ``read`` makes of it, beside the event loop; None: something is wrong with it."""
+        """Return the result of ``read``, called in a thread, or None if the document is wrong."""
         try:
             return await run_in_thread_gc_paused(read, document)
         except DocumentError as error:
@@ -61,8 +61,10 @@ class Checks:
             return None
 
     def raise_if_wrong(self) -> None:
-        """Raises:
-        ServiceError: INVALID_DOCUMENT where all that is wrong is a document, else INVALID_FIELD.
+        """Raise the recorded errors, if any.
+
+        Raises:
+            ServiceError: INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD.
         """
         if len(self._documents) == 1 and not self._violations:
             raise self._documents[0]

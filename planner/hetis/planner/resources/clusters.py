@@ -1,4 +1,4 @@
-"""Clusters: what their calls check, change and answer."""
+"""Clusters: the implementation of the calls about them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from hetis.v1 import cluster_service_pb2 as service_pb2
 
 Parsed = tuple[document_pb2.Document, Cluster]
 ClusterDeleted = Callable[[str, Sequence[str]], None]
-"""Called with ``clusters/{cluster}`` and the names of its plans, in the loop; must return at once."""
+"""Called in the loop with ``clusters/{cluster}`` and the names of its plans; must return at once."""
 
 
 class Clusters:
     """The resource ``clusters/{cluster}``.
 
     Attributes:
-        deleted: who hears of clusters that are gone.
+        deleted: callbacks for deleted clusters.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Clusters:
         return parsed
 
     async def _tell(self, record: ClusterRecord, *, before: ClusterRecord | None) -> None:
-        """Watchers and the fleet of a cluster that was made or changed."""
+        """Tell watchers and fleet about a cluster that was created or changed."""
         publish_cluster(self._hubs, self._fleet, record, now_s=self._clock())
         if before is not None and record.body.document.digest != before.body.document.digest:
             was, is_ = await self._fleets.of(before), await self._fleets.of(record)
@@ -210,7 +210,7 @@ _POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
 
 
 def _paths(checks: Checks, request: service_pb2.UpdateClusterRequest) -> frozenset[str]:
-    """Return what is to be changed: the mask, or the fields that are set."""
+    """Return the paths to change: the mask, or the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
     if not given:
         fields = (("document", cluster.HasField("document")), ("policy", cluster.HasField("policy")))
@@ -231,7 +231,7 @@ def _with_changes(
     *,
     now_s: float,
 ) -> ClusterRecord:
-    """The same record where nothing changes."""
+    """Return the changed record, or the same object if nothing changes."""
     policy = cluster_pb2.ClusterPolicy()
     policy.CopyFrom(wanted.policy if "policy" in paths else record.body.policy)
     for name in (path.partition(".")[2] for path in paths if path.startswith("policy.")):
@@ -278,11 +278,11 @@ def _in_use(name: str, user: str, why: str) -> ServiceError:
     )
 
 
-_LONGEST_S = 315_576_000_000  # of a valid Duration
+_LONGEST_S = 315_576_000_000  # in a valid Duration
 
 
 def check_policy(checks: Checks, policy: cluster_pb2.ClusterPolicy, field: str) -> None:
-    """The limits that stand in ``cluster.proto``."""
+    """Check the limits that ``cluster.proto`` states."""
     ratio = policy.deviation_ratio
     checks.require(0 <= ratio <= 100, f"{field}.deviation_ratio", f"is {ratio}, must be from 0 to 100")
     mark = policy.high_water

@@ -1,4 +1,4 @@
-"""What the documents of clusters declare, parsed once."""
+"""The content of clusters' documents, parsed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.planner.store import ClusterRecord
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
 
-_KEPT_NODES = 100 * documents.MAX_NODES  # of all clusters that are kept parsed; about 80 bytes each
+_KEPT_NODES = 100 * documents.MAX_NODES  # in all parsed clusters together; about 80 bytes each
 
 
 class Declared:
@@ -24,7 +24,7 @@ class Declared:
 
     @cached_property
     def known(self) -> frozenset[str]:
-        """The same as a set."""
+        """Return the ids as a set."""
         return frozenset(self.nodes)
 
     def __contains__(self, node: str) -> bool:
@@ -33,13 +33,13 @@ class Declared:
 
 
 class DeclaredFleets:
-    """The clusters that were last asked for; a new document has a new digest, so that nothing gets old here."""
+    """The clusters used most recently, by digest; a new document has a new digest, so entries never become stale."""
 
     def __init__(self) -> None:
         self._by_digest: OrderedDict[str, Declared] = OrderedDict()
 
     async def of(self, record: ClusterRecord) -> Declared:
-        """Return the declared cluster, parsed in a thread where it must be parsed."""
+        """Return the declared cluster, parsing its document in a thread if necessary."""
         digest = record.body.document.digest
         if digest not in self._by_digest:
             self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)

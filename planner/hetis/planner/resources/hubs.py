@@ -1,4 +1,4 @@
-"""Hubs of watchers: one for plans, one for each cluster and what is in it."""
+"""Hubs of watchers: one for plans, and one for each cluster with everything in it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from hetis.v1 import plan_pb2
 class ClusterHub(Hub[tuple[str, str], Message]):
     """The hub of one cluster.
 
-    Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values in the view BASIC. Of
-    re-dispatches the last 1,000 are kept, as in the store: they alone never end by being removed.
+    Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values in the view BASIC. Only
+    the
+    last 1,000 re-dispatches are kept, as in the store, since re-dispatches are never removed.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -46,27 +47,30 @@ class Hubs:
         self._rounds: dict[str, int] = {}
 
     def cluster(self, name: str) -> ClusterHub:
-        """The hub of ``clusters/{cluster}``. Ask each time: a cluster that is deleted and made again has a new one."""
+        """Return the hub of ``clusters/{cluster}``.
+
+        Call it each time: a cluster that is deleted and made again has a new one.
+        """
         if name not in self._clusters:
             self._clusters[name] = ClusterHub(self.epoch)
         return self._clusters[name]
 
     def round_of(self, name: str) -> int:
-        """Return how often `renew_cluster` was called: sequences of one round say nothing in another."""
+        """Return how often `renew_cluster` was called: sequence numbers are only valid within one round."""
         return self._rounds.get(name, 0)
 
     def renew_cluster(self, name: str) -> None:
-        """Lets all watches of a cluster begin anew, after more has changed than is worth telling one by one."""
+        """Restart all watches of a cluster, when too much has changed to be worth single events."""
         self._rounds[name] = self.round_of(name) + 1
         self.remove_cluster(name)
 
     def remove_cluster(self, name: str) -> None:
-        """Ends the watches of a cluster that was deleted."""
+        """End the watches of a deleted cluster."""
         if hub := self._clusters.pop(name, None):
             hub.close()
 
     def close(self) -> None:
-        """Ends all watches."""
+        """End all watches."""
         self.plans.close()
         for hub in self._clusters.values():
             hub.close()

@@ -1,4 +1,4 @@
-"""What resources need of the fleet: how things are now. Told apart from it, so that tests can stand in for it."""
+"""The live state of the fleet that resources need, as protocols, so that tests can replace the fleet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class NodeNow(Protocol):
 
     @property
     def devices(self) -> Sequence[report_pb2.DeviceReport]:
-        """Last report of every device."""
+        """The last report of every device."""
 
     @property
     def inventory(self) -> inventory_pb2.NodeInventory | None: ...
@@ -39,34 +39,34 @@ class ReplicaNow(Protocol):
 
     @property
     def report(self) -> report_pb2.ReplicaReport | None:
-        """Last report of its primary."""
+        """The last report of its primary, or None."""
 
     @property
     def report_time_s(self) -> float | None: ...
 
     @property
     def redispatch(self) -> str:
-        """Name of the one under way; empty: none."""
+        """The name of the re-dispatch under way, or an empty string."""
 
 
 class FleetNow(Protocol):
-    """The fleet's live view; all names are resource names."""
+    """The live state of the fleet; all names are resource names."""
 
     def node_view(self, name: str) -> NodeNow | None: ...
 
     def nodes_of(self, cluster: str) -> Mapping[str, NodeNow]: ...
 
     def num_connected(self, cluster: str) -> int:
-        """Nodes whose agents are connected; costs nothing, however large the cluster is."""
+        """Return the number of nodes whose agents are connected; takes no time, however large the cluster is."""
 
     def replica_view(self, name: str) -> ReplicaNow | None: ...
 
     def disconnect(self, name: str) -> None:
-        """Ends the stream of a node's agent.
+        """End the stream of a node's agent.
 
         Raises:
-            ServiceError: NOT_FOUND, none is connected.
+            ServiceError: NOT_FOUND if none is connected.
         """
 
     async def cluster_changed(self, cluster: str) -> None:
-        """Something of it was changed in the store."""
+        """Note that the cluster's records were changed in the store."""

@@ -1,4 +1,4 @@
-"""The nodes of a cluster: declared by its document, kept in records, seen by the fleet; put together in one place."""
+"""The nodes of a cluster: declared in its document, stored in records, seen by the fleet, and combined here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store
 from hetis.v1 import cluster_pb2, view_pb2
 
 State = cluster_pb2.NodeState
-_MOST_BY_NAME = 500  # above, all records of a cluster are read rather than those that are named
+_MOST_BY_NAME = 500  # above it, all records of a cluster are read instead of the named ones
 
 CONNECTED = frozenset({State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED})
 """States of nodes whose agents are connected."""
@@ -26,10 +26,10 @@ class NodeViews:
 
     Attributes:
         cluster: its record.
-        declared: what its document says.
-        records: by node id; of all nodes, or of those that were asked for.
+        declared: the content of its document.
+        records: by node id; of all nodes, or of the requested ones.
         replicas: names of replicas by node id.
-        live: by node id; of all nodes, or of those that were asked for.
+        live: by node id; of all nodes, or of the requested ones.
     """
 
     cluster: ClusterRecord
@@ -39,7 +39,7 @@ class NodeViews:
     live: Mapping[str, NodeNow]
 
     def exists(self, node: str) -> bool:
-        """Return whether it is declared or connected."""
+        """Return whether the node is declared or connected."""
         live = self.live.get(node)
         return node in self.declared or (live is not None and live.state in _HERE)
 
@@ -49,7 +49,7 @@ class NodeViews:
         if node not in self.declared:
             return State.NODE_STATE_UNDECLARED
         if live is not None:
-            # Declared by now: the fleet may not have looked yet.
+            # Declared by now, but the fleet may not have noticed yet.
             undeclared = live.state == State.NODE_STATE_UNDECLARED
             return State.NODE_STATE_READY if undeclared else live.state
         record = self.records.get(node)
@@ -57,7 +57,7 @@ class NodeViews:
         return State.NODE_STATE_LOST if was_connected else State.NODE_STATE_EXPECTED
 
     def node(self, node: str, view: view_pb2.View.ValueType) -> cluster_pb2.Node:
-        """A node that exists."""
+        """Return the message of a node that exists."""
         live = self.live.get(node)
         return node_message(
             node_name(self.cluster.name, node),
@@ -71,15 +71,14 @@ class NodeViews:
         )
 
     def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
-        """Return the ids of all nodes that exist, in order; or of some, among which are all that are in one of
-        ``states``."""
+        """Return the ids of all existing nodes in order; given ``states``, at least those of nodes in one of them."""
         undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
-        if states and State.NODE_STATE_EXPECTED not in states:  # all but a few nodes of a large fleet may be EXPECTED
+        if states and State.NODE_STATE_EXPECTED not in states:  # nearly all nodes of a large fleet may be EXPECTED
             heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
             return sorted([*heard_of, *undeclared])
         if not undeclared:
             return self.declared.nodes
-        return sorted([*self.declared.nodes, *undeclared])  # all but sorted already, which is fast
+        return sorted([*self.declared.nodes, *undeclared])  # nearly sorted already, which is fast
 
 
 class NodeReader:
@@ -92,11 +91,12 @@ class NodeReader:
         self._places = ReplicaPlaces()
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
-        """Read the nodes of ``clusters/{cluster}``, with what is known of these node ids; None: of all, which a large
-        fleet feels.
+        """Read the nodes of ``clusters/{cluster}``, with the state of these node ids or, if None, of all.
+
+        Reading all is noticeably slow for a large fleet.
 
         Raises:
-            ServiceError: NOT_FOUND: the cluster.
+            ServiceError: NOT_FOUND if there is no such cluster.
         """
         record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
         return NodeViews(
@@ -125,17 +125,17 @@ def _read(
     return record, {last_part(node.name): node for node in kept}, places.read(tx, cluster)
 
 
-_AT_ONCE = 500  # names in one query
+_AT_ONCE = 500  # names per query
 
 
 class ReplicaPlaces:
-    """Names of replicas by node id, for each cluster that was asked for. To be used in the store's thread alone."""
+    """Names of replicas by node id, for each requested cluster. Only for use in the store's thread."""
 
     def __init__(self) -> None:
         self._by_cluster: dict[str, _Places] = {}
 
     def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
-        """Read the places as they are in this transaction; not to be changed."""
+        """Return the places as of this transaction; not to be modified."""
         present = tx.replicas.versions(cluster=cluster)
         if not present:
             self._by_cluster.pop(cluster, None)
@@ -160,7 +160,7 @@ class _Places:
             for replica in tx.replicas.all(name=changed[start : start + _AT_ONCE]):
                 nodes[replica.name] = tuple(last_part(node) for node in replica.body.nodes)
         if nodes != self._nodes:
-            by_node = dict[str, list[str]]()  # a new one: readers may still have the old one
+            by_node = dict[str, list[str]]()  # a new mapping, since readers may still hold the old one
             for name in sorted(nodes):
                 for node in nodes[name]:
                     by_node.setdefault(node, []).append(name)

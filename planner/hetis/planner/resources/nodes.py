@@ -1,4 +1,4 @@
-"""Nodes and the inventory: what their calls check, change and answer."""
+"""Nodes and the inventory: the implementation of the calls about them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Nodes:
         return service_pb2.UndrainNodeResponse(node=node)
 
     async def disconnect(self, request: service_pb2.DisconnectNodeRequest) -> service_pb2.DisconnectNodeResponse:
-        """Ends the stream of whoever is connected as the node; nothing is kept of it."""
+        """End the stream of whoever is connected as the node; nothing about it is stored."""
         checks = Checks()
         checks.name("name", request.name, names.NODE)
         checks.raise_if_wrong()

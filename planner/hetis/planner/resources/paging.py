@@ -1,4 +1,4 @@
-"""Pages of lists: what a token says, and that it is of this list."""
+"""Pages of lists, and tokens that are bound to their list."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ DEFAULT_SIZE = 50
 MAX_SIZE = 500
 R = TypeVar("R")
 Place = str | tuple[float, str]
-"""Where a resource stands in its list: its name, or its time and name where lists begin with the newest."""
+"""The position of a resource in its list: its name, or its time and name in lists ordered newest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageRequest:
-    """Which page is asked for.
+    """A request for a page.
 
     Attributes:
-        size: most resources of it.
-        after: place of the last one of the page before; None: the first page.
-        list_digest: of the list and its filter, which the next token is bound to.
+        size: most resources on it.
+        after: position of the last resource of the previous page; None for the first page.
+        list_digest: of the list and its filter, to which the next token is bound.
     """
 
     size: int
@@ -38,12 +38,12 @@ class PageRequest:
 
     @property
     def num_read(self) -> int:
-        """One more than the page holds: whether there is another page."""
+        """The number of resources to read: one more than the page holds, to see whether there is another page."""
         return self.size + 1
 
     @property
     def after_number(self) -> int:
-        """`after` of a list by number, from 1.
+        """`after` in a list by number, from 1.
 
         Raises:
             ServiceError: INVALID_PAGE_TOKEN.
@@ -55,11 +55,11 @@ class PageRequest:
         raise _invalid(str(self.after))
 
     def cut(self, found: Sequence[R], place_of: Callable[[R], Place]) -> tuple[list[R], str]:
-        """The page, and the token of the next one: empty when there is none.
+        """Return the page, and the token of the next one, empty if there is none.
 
         Args:
-            found: the first `num_read` resources behind `after`, or as many as there are.
-            place_of: of a resource in the list.
+            found: the first `num_read` resources after `after`, or as many as there are.
+            place_of: returns a resource's position in the list.
         """
         page = list(found[: self.size])
         if len(found) <= self.size:
@@ -68,11 +68,11 @@ class PageRequest:
 
 
 def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
-    """Read a List request's fields ``page_size`` (checked before: not below 0) and ``page_token``; others filter.
+    """Read a List request's ``page_token`` and its validated ``page_size``; its other fields are filters.
 
     Args:
         request: of a List method.
-        newest_first: the list is by age, not by name.
+        newest_first: whether the list is by age, not by name.
 
     Raises:
         ServiceError: INVALID_PAGE_TOKEN.
@@ -115,7 +115,7 @@ def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
 
 
 def _is_text(name: str) -> bool:
-    """Return whether a database takes it: tokens can be made up."""
+    """Return whether a database accepts the name: tokens can be forged."""
     return bool(name) and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 

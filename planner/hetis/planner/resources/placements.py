@@ -1,4 +1,4 @@
-"""Plans as `hetis.planner.fleet.proposals` asks for them: with replicas, and without requests and views."""
+"""Plans for `hetis.planner.fleet.proposals`: with replicas, and without requests and views."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hetis.planner.store import PlanRecord, Store, etag_of
 from hetis.v1 import plan_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
-_MOST_KEPT = 64  # plans whose replicas are kept; of each cluster two are asked for again and again
+_MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
 
 
 class StoredPlacements:
-    """Reads replicas out of a plan's document once for each state that it has."""
+    """Reads the replicas from a plan's document once per state of the plan."""
 
     def __init__(self, store: Store, plans: Plans, creation: PlanCreation, activation: PlanActivation) -> None:
         self._store, self._plans, self._creation, self._activation = store, plans, creation, activation
@@ -44,7 +44,7 @@ class StoredPlacements:
         return await self._creation.propose(cluster, spec, reason)
 
     async def withdraw(self, plan: str) -> None:
-        """A search is called off and keeps what it found; what nobody put in force is deleted."""
+        """Cancel a running search, which keeps what it found; delete a plan that nobody activated."""
         try:
             record = await self._store.read(lambda reader: reader.plans.get(plan))
             if record is not None and record.state in SEARCHING:

@@ -1,4 +1,4 @@
-"""Putting plans in force and going back: decided in one durable transaction, carried out by the fleet."""
+"""Activation and rollback of plans: decided in one durable transaction, carried out by the fleet."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from hetis.v1 import plan_service_pb2 as pb2
 
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
 
-_MOST_BYTES = (4 << 20) - (16 << 10)  # of an answer
+_MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 
 
 class PlanActivation:
-    """Decides which plan is in force; `Fleet` sees to it."""
+    """Decides which plan is active; the fleet carries it out."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class PlanActivation:
         return await self._change(request, pb2.RollbackPlanResponse, go_back, respond)
 
     async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
-        """A repeated request finds another plan in force, and is answered all the same."""
+        """Answer a repeated request, which finds another plan active."""
 
         def refuse() -> pb2.RollbackPlanResponse:
             raise error
@@ -127,7 +127,8 @@ class PlanActivation:
         return answer.response
 
     async def _target(self, name: str) -> Target:
-        """
+        """Return the plan with everything slow computed.
+
         Raises:
             ServiceError: NOT_FOUND, PLAN_STATE, INVENTORY_MISMATCH.
         """
@@ -155,7 +156,7 @@ class PlanActivation:
         put_in_force: Callable[[Transaction], ChangedPlans],
         respond: Callable[[ChangedPlans], R],
     ) -> R:
-        """One durable transaction, then word to watchers and fleet."""
+        """Make the change in one durable transaction, then tell watchers and fleet."""
         done: ChangedPlans | None = None
 
         def work(tx: Transaction) -> R:
@@ -217,12 +218,12 @@ class PlanActivation:
         matching: Matching,
         records: Mapping[str, ReplicaRecord],
     ) -> None:
-        """Replicas of the plan belong to it now, new ones begin, all others belong to no plan."""
+        """Assign kept and new replicas to the plan, and all others to none."""
         for index, (name, shape) in enumerate(zip(matching.names, target.shapes, strict=True)):
             if name in matching.kept:
                 record = records[name]
                 record.body.plan, record.body.plan_index = plan.name, index
-                record.body.shape.CopyFrom(shape)  # what it predicts may be new
+                record.body.shape.CopyFrom(shape)  # its predictions may be new
                 tx.replicas.update(replace(record, plan=plan.name))
             else:
                 tx.replicas.insert(new_replica(name, plan, index, shape, target.model_digest, self._clock()))
@@ -233,7 +234,8 @@ class PlanActivation:
 
 
 def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
-    """
+    """Check that the cluster's active plan is not still being activated.
+
     Raises:
         ServiceError: ACTIVATION_IN_PROGRESS.
     """
@@ -259,7 +261,7 @@ def _check(request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest) -> None:
 
 
 def _fitting(response: R) -> R:
-    """Leaves the devices of the last steps out where a message has no room for them."""
+    """Leave out the devices of the last steps if the message would be too large."""
     too_many_bytes = response.ByteSize() - _MOST_BYTES
     for step in reversed(response.steps):
         if too_many_bytes <= 0:

@@ -1,4 +1,4 @@
-"""What it takes to put a plan in force: which replicas go on, and what becomes of the records. Pure."""
+"""The transition to a new active plan: which replicas continue, and how the records change. Pure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GONE = frozenset({replica_pb2.REPLICA_STATE_STOPPED, replica_pb2.REPLICA_STATE_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A plan that shall come into force, all that is slow about it done before the transaction.
+    """A plan to be activated, with everything slow computed before the transaction.
 
     Attributes:
-        record: of the plan, as it was looked up; the transaction looks again.
+        record: of the plan as read before; the transaction reads it again.
         shapes: of its replicas.
         model_digest: of its model.
         cluster_digest: of the cluster's document that was found to have its GPUs.
-        load_bytes: weights that the GPUs of a replica load.
+        load_bytes: returns the bytes of weights that the GPUs of a replica load.
     """
 
     record: PlanRecord
@@ -36,11 +36,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedPlans:
-    """What a transaction did.
+    """The changes of a transaction.
 
     Attributes:
-        cluster: as it is now. None: nothing was done, the plan was in force already.
-        plans: that changed, the one that comes into force first.
+        cluster: its new record; None if the plan was active already, so that nothing was done.
+        plans: the changed ones, the newly active one first.
         steps: from what ran to the plan.
     """
 
@@ -84,7 +84,7 @@ def new_replica(
         plan_index=index,
         shape=shape,
         state=replica_pb2.REPLICA_STATE_STARTING,
-        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until its primary's agent says what its engine can
+        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until its primary's agent reports what its engine can do
         primary_node=nodes[0],
         nodes=nodes,
         model_digest=model_digest,
@@ -112,7 +112,7 @@ def past(plan: PlanRecord) -> PlanRecord:
 
 
 def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord | None) -> str:
-    """Return where a later rollback goes: to the last plan that came up, never to the one that comes into force."""
+    """Return the target of a later rollback: the last plan that came up, never the one being activated."""
     was_up = before is not None and before.activation != plan_pb2.ACTIVATION_STATE_FAILED
     earlier = before.name if before is not None and was_up else cluster.earlier_plan
     return "" if earlier == plan.name else earlier

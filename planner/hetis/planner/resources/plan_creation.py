@@ -50,7 +50,7 @@ class SearchableProblem:
 
 
 class PlanCreation:
-    """Makes plans; for callers, and for the planner itself (`propose`)."""
+    """Makes plans, for callers and for the planner itself (`propose`)."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class PlanCreation:
         return await self._make(request, answer)
 
     async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
-        """Makes a plan for the planner itself, because of ``reason``, and returns its name.
+        """Make a plan for the planner itself, because of ``reason``, and return its name.
 
         Raises:
             ServiceError: as `create`.
@@ -192,7 +192,10 @@ class PlanCreation:
         return (await to_the_end(change())).response
 
     def _place(self, answer: SearchableProblem | ImportedPlan) -> Search | ServiceError | None:
-        """A place in the queue, or why there is none: a repeated request is answered even if the queue is full."""
+        """Reserve a place in the queue, or return why there is none.
+
+        A repeated request is answered even if the queue is full.
+        """
         if isinstance(answer, ImportedPlan):
             return None
         try:
@@ -230,7 +233,7 @@ class PlanCreation:
 
 
 def _without_state(record: PlanRecord) -> plan_pb2.Plan:
-    """Return what would be, as far as it is not decided when it is."""
+    """Return the plan that would be made, without the fields that are only decided when it is made."""
     plan = basic_view(record)
     for field in ("state", "activation", "etag", "create_time"):
         plan.ClearField(field)

@@ -1,4 +1,4 @@
-"""What changes from one plan to another."""
+"""The differences between two plans."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_service_pb2 as pb2
 
-MOST_BYTES = (4 << 20) - (16 << 10)  # of the answer
+MOST_BYTES = (4 << 20) - (16 << 10)  # in the answer
 _Kind = pb2.ReplicaDifferenceKind
 _SETTINGS = ("roles", "engine", "seed", "threads", "gap_target", "time_limit_s")
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 
 def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse:
-    """Slow for large plans: not for an event loop.
+    """Return the differences. Slow for large plans: not for an event loop.
 
     Raises:
         ServiceError: MESSAGE_TOO_LARGE.
@@ -49,8 +49,10 @@ def compare(one: PlanAndProblem, other: PlanAndProblem) -> pb2.DiffPlansResponse
 
 
 def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.ReplicaDifference]:
-    """Yield the differences of the first plan's replicas in their order, then what is added. Nothing is kept for
-    another model."""
+    """Yield the differences of the first plan's replicas in order, then the added ones.
+
+    No replica is kept if the model changes.
+    """
     first, second = one.plan.replicas, other.plan.replicas
     is_same_model = one.problem.model == other.problem.model
     by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}
@@ -85,12 +87,12 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
 
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Return which weights are on which GPU."""
+    """Return the placement of weights on GPUs."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
 
 
 def _without_predictions(replica: ReplicaPlan) -> ReplicaPlan:
-    """Rate and latencies follow from the workload: no engine would notice them."""
+    """Return the replica without rate and latencies, which follow from the workload and do not affect an engine."""
     return replace(replica, rate=0.0, ttft_s=0.0, tpot_s=0.0)
 
 

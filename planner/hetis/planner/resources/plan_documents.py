@@ -1,4 +1,4 @@
-"""Plans read back from their documents, the last few of them kept: they are asked for several times in a row."""
+"""Plans parsed from their documents; the last few are cached, since they are often requested several times in a row."""
 
 from __future__ import annotations
 
@@ -37,16 +37,17 @@ class AnsweredPlan:
 
 
 class PlanDocuments:
-    """Documents of plans; they never change, so that nothing here gets old."""
+    """Documents of plans; they never change, so cached ones never become stale."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._read: OrderedDict[str, tuple[bytes, PlanAndProblem]] = OrderedDict()  # by digest
 
     async def answered(self, name: str) -> AnsweredPlan:
-        """
+        """Return a plan that has an answer.
+
         Raises:
-            ServiceError: NOT_FOUND; PLAN_STATE, it has no answer.
+            ServiceError: NOT_FOUND; PLAN_STATE if it has no answer.
         """
         record = await self._store.read(lambda reader: reader.plans.require(name))
         require_answer(record)
@@ -66,7 +67,8 @@ class PlanDocuments:
 
 
 def require_answer(record: PlanRecord) -> None:
-    """
+    """Check that the plan has an answer.
+
     Raises:
         ServiceError: PLAN_STATE.
     """
@@ -75,7 +77,10 @@ def require_answer(record: PlanRecord) -> None:
 
 
 def plan_state(record: PlanRecord, what: str) -> ServiceError:
-    """The plan's state does not allow a call; ``what`` says why, behind its name and state."""
+    """Return the error for a call that the plan's state does not allow.
+
+    ``what`` follows its name and state in the message.
+    """
     state = plan_pb2.PlanState.Name(record.state).removeprefix("PLAN_STATE_")
     return ServiceError(
         Reason.ERROR_REASON_PLAN_STATE,

@@ -1,4 +1,4 @@
-"""Plans that were made elsewhere: trusted no more than our own, and for this cluster's GPUs alone."""
+"""Plans that were made elsewhere: checked like our own, and accepted only for this cluster's GPUs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ MOST_VIOLATIONS = 20  # of the checker, in a message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedPlan:
-    """A plan that holds, and its canonical JSON."""
+    """A plan that passed the checker, and its canonical JSON."""
 
     plan: Plan
     document: bytes
 
 
 def read_plan(document: document_pb2.Document) -> Plan:
-    """
+    """Return the plan in a document.
+
     Raises:
         DocumentError: with every problem of the document.
     """
@@ -40,10 +41,10 @@ def read_plan(document: document_pb2.Document) -> Plan:
 
 
 def checked(plan: Plan, name: str) -> ImportedPlan:
-    """The plan, if it solves the problem that it carries. Slow for large plans: not for an event loop.
+    """Return the plan if it solves the problem that it contains. Slow for large plans: not for an event loop.
 
     Raises:
-        DocumentError: it does not carry a problem.
+        DocumentError: it does not contain a problem.
         InvalidProblemError: the problem contradicts itself.
         ServiceError: PLAN_CHECK_FAILED.
     """
@@ -61,7 +62,7 @@ def checked(plan: Plan, name: str) -> ImportedPlan:
 
 
 def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -> None:
-    """``name`` is the cluster's, for the message. Slow for large fleets: not for an event loop.
+    """Check that the cluster called ``name`` has the replicas' GPUs. Slow for large fleets: not for an event loop.
 
     Raises:
         ServiceError: INVENTORY_MISMATCH, with every missing GPU.

@@ -1,4 +1,4 @@
-"""Searches on their way from QUEUED to an end: every change of state durable before anybody hears of it."""
+"""Searches from QUEUED to their end: every change of state is durable before it is published."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from hetis.v1 import failure_pb2, plan_pb2
 
 _log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts to write to a store that is away
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between attempts to write to an unavailable store
 
 
 def problem_name(plan: str) -> str:
-    """Under which the posed problem of a plan is kept while it is searched; see `Store`'s plan documents.
+    """Return the name under which a plan's posed problem is stored during the search; see `Store`'s plan documents.
 
-    Cancelling removes it: a search that was called off is not begun again by the next planner.
+    Cancelling removes it, so that the next planner does not start a cancelled search again.
     """
     return f"{plan}/problem"
 
@@ -59,11 +59,11 @@ class PlanSearches:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def progress_of(self, plan: str) -> plan_pb2.SolveProgress | None:
-        """The last news of a search that runs; None: there is none."""
+        """Return the latest progress of a running search, or None."""
         return self._progress.get(plan)
 
     def begin(self, plan: str, search: Search, posed: PosedProblem, posed_json: bytes) -> None:
-        """Begins the search for a plan that is in the store already."""
+        """Begin the search for a plan that is in the store already."""
         self._searches[plan] = search
         search.begin(posed_json, time_limit_s=posed.settings.time_limit_s)
         task = asyncio.create_task(self._follow(plan, search, posed), name=f"search for {plan}")
@@ -71,17 +71,17 @@ class PlanSearches:
         task.add_done_callback(self._tasks.discard)
 
     def cancel(self, plan: str) -> None:
-        """Tells the search that it is called off; nothing if it has ended."""
+        """Cancel the search; does nothing if it has ended."""
         if (search := self._searches.get(plan)) is not None:
             search.cancel()
 
     def cluster_deleted(self, _cluster: str, plans: Sequence[str]) -> None:
-        """Calls off what nobody can ask for any more."""
+        """Cancel the searches for plans of a deleted cluster."""
         for plan in plans:
             self.cancel(plan)
 
     async def resume(self) -> None:
-        """Begins again what the planner before had not ended, the oldest first, however many there are."""
+        """Restart the searches that the previous planner had not finished, oldest first, however many there are."""
         left = await self._store.read(lambda reader: reader.plans.all(state=SEARCHING))
         for record in reversed(left):
             posed_json = await self._posed_json(record.name)
@@ -101,7 +101,7 @@ class PlanSearches:
         return await self._store.read(lambda reader: reader.plan_documents.get(problem_name(plan)))
 
     async def stop(self) -> None:
-        """Stops following; the store keeps what is QUEUED or SOLVING."""
+        """Stop following the searches; the store keeps what is QUEUED or SOLVING."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -163,7 +163,7 @@ class PlanSearches:
         await self._change(plan, change)
 
     async def _change(self, plan: str, change: Callable[[PlanRecord, Transaction], PlanRecord]) -> PlanRecord | None:
-        """Changes a record and tells the watchers; a store that is away is waited for."""
+        """Change a record and tell the watchers; retries while the store is unavailable."""
 
         def work(tx: Transaction) -> PlanRecord | None:
             record = tx.plans.get(plan)
@@ -179,7 +179,7 @@ class PlanSearches:
                 break
             except ServiceError as error:
                 if error.reason == Reason.ERROR_REASON_NOT_LEADER:
-                    raise  # the next planner has it
+                    raise  # the next planner resumes it
                 _log.warning("%s: %s; trying again in %g s", plan, error, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,4 +1,4 @@
-"""Posing the problem of a plan that a caller wants: every wrong field first, then what contradicts itself."""
+"""Poses the problem of a requested plan: every wrong field is reported first, then contradictions."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ LONGEST_TIME_S = 24 * 3600.0
 MOST_PROFILES = 64
 MOST_LABELS = 64
 MOST_STAGES = 16
-_SEEDS = 2**31  # the solvers' own are so many
+_SEEDS = 2**31  # the range of the solvers' own seeds
 _LABEL = re.compile(r"[a-z0-9._/-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchLimits:
-    """What one search may take. ``threads``: of it; ``time_s``: the longest time limit that callers may ask for."""
+    """The limits of a search: its ``threads``, and ``time_s``, the longest time limit that callers may request."""
 
     threads: int = 1
     time_s: float = LONGEST_TIME_S
@@ -56,7 +56,7 @@ class SearchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSpec:
-    """A spec whose fields are right; profiles and cluster are still names."""
+    """A spec whose fields are valid; profiles and cluster are still names."""
 
     model: ModelSpec
     workload: Workload
@@ -69,7 +69,7 @@ class ReadSpec:
 
 
 def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
-    """The limits that stand in ``plan.proto``."""
+    """Check the limits that ``plan.proto`` states."""
     checks.require(len(labels) <= MOST_LABELS, field, f"has {len(labels)} entries, at most {MOST_LABELS} are allowed")
     for key, value in sorted(labels.items())[:MOST_LABELS]:
         right = 1 <= len(key) <= 63 and len(value) <= 255 and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)
@@ -79,7 +79,7 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
 
 
 async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> ReadSpec | None:
-    """None: something is wrong, and ``checks`` knows what."""
+    """Return the spec, or None if ``checks`` has found an error."""
     model = await _model(checks, spec, field)
     workload = await _workload(checks, spec, field)
     objective = objective_from_proto(
@@ -120,7 +120,7 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
 def choose_profiles(
     spec: ReadSpec, named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str], field: str
 ) -> dict[str, ProfileRecord]:
-    """The profile of every GPU type that has one: the named one, else the newest of those that are stored.
+    """Return the profile of every GPU type that has one: the named one, else the newest of those stored.
 
     Raises:
         ServiceError: INVALID_FIELD.
@@ -150,7 +150,7 @@ def pose(
     left_out: frozenset[str],
     profiles: Mapping[str, ProfileRecord],
 ) -> PosedProblem:
-    """The problem of a fleet without the nodes ``left_out``. Slow for large fleets: not for an event loop.
+    """Return the problem of a fleet without the nodes ``left_out``. Slow for large fleets: not for an event loop.
 
     Raises:
         InvalidProblemError: the inputs contradict each other.
@@ -268,7 +268,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
 
 
 def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
-    """Return the roles that are right; ``checks`` knows of the others."""
+    """Return the valid roles; errors go to ``checks``."""
     names = ", ".join(role.name for role in Role)
     for position, value in enumerate(spec.roles[: len(Role) + 1]):
         named = enums.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
@@ -283,7 +283,7 @@ def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, .
 
 
 def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules | None:
-    """Return the rules that plans keep to; where they are wrong, None, and ``checks`` knows why."""
+    """Return the rules that plans keep to, or None if there are none or ``checks`` has found an error."""
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
     strategy, known = spec.strategy or DEFAULT_STRATEGY, [*ENGINES, ANY_ENGINE]
@@ -313,7 +313,7 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
 
 
 def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
-    """The cluster without these nodes; the others keep their names and their links."""
+    """Return the cluster without these nodes; the others keep their names and their links."""
     if not nodes:
         return cluster
     groups = tuple(part for group in cluster.node_groups for part in _rest(group, nodes))
@@ -332,7 +332,10 @@ def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
 
 
 def _rest(group: NodeGroup, nodes: Collection[str]) -> Iterator[NodeGroup]:
-    """A group counts from 0 without gaps: what stands behind the first gap becomes groups of one node each."""
+    """Yield what is left of a group.
+
+    Groups count from 0 without gaps, so nodes after the first gap become their own groups.
+    """
     names = [group.node_name(index) for index in range(group.count)]
     gaps = [index for index, name in enumerate(names) if name in nodes]
     if not gaps:

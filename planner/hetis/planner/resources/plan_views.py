@@ -1,4 +1,4 @@
-"""What callers see of a plan: its record, and the last news of its search."""
+"""Views of a plan: its record, and the latest progress of its search."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_
 
 
 def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
-    """All but what only the plan's document has: replicas and prices. ``progress``: newer than the record's."""
+    """Return all but replicas and prices, which only the plan's document has.
+
+    ``progress`` is newer than the record's.
+    """
     plan = plan_pb2.Plan()
     plan.CopyFrom(record.body)
     plan.name, plan.cluster = record.name, record.cluster
@@ -29,7 +32,7 @@ def basic_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = Non
 
 
 def is_settled(plan: plan_pb2.Plan) -> bool:
-    """Return whether nothing about it can change by itself: no search, nothing that comes up or drains."""
+    """Return whether the plan can no longer change without a call: no search, nothing that comes up or drains."""
     if plan.state in SEARCHING or plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
         return False
     if plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:

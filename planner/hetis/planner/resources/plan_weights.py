@@ -1,4 +1,4 @@
-"""How many bytes of weights the GPUs of a replica load, by the cost model."""
+"""The bytes of weights that the GPUs of a replica load, by the cost model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.solver.plan import ReplicaPlan
 
 
 def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
-    """Return the bytes that the replicas of this plan load; equal shapes are worked out once."""
+    """Return a function for the bytes that a replica of this plan loads; equal shapes are computed once."""
     from hetis.solver.placement.explanation.replica_view import replica_views
 
     known: dict[tuple[object, ...], int] = {}
@@ -26,5 +26,5 @@ def load_bytes_of(found: PlanAndProblem) -> Callable[[ReplicaPlan], int]:
 
 
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
-    """Return what decides about weights: layers and GPU types, whatever the GPUs are called."""
+    """Return what determines the weights: layers and GPU types, but not the names of GPUs."""
     return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers) for s in replica.stages)

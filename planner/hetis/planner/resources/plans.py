@@ -1,4 +1,4 @@
-"""PlanService but for making plans and what the fleet does: show, watch, cancel, explain, compare and forget them."""
+"""The calls of PlanService about existing plans: get, list, delete, watch, cancel, explain, diff, read the document."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ class Plans:
         return await to_the_end(change())
 
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
-        """Ends when nothing can change by itself.
+        """Yield the plan's states until it can no longer change without a call.
 
         Raises:
-            ServiceError: NOT_FOUND, also when it is deleted meanwhile; DRAINING, the planner goes.
+            ServiceError: NOT_FOUND, also if it is deleted meanwhile; DRAINING if the planner shuts down.
         """
         _require_name(request.name)
         hub = self._hubs.plans
@@ -110,7 +110,7 @@ class Plans:
         async for events in hub.watch():
             event = next((event for event in events if event.key == request.name), None)
             if event is None and is_first:
-                # Nothing has happened to it in this term: what the store has is its state.
+                # Nothing has happened to it in this term: its state is the stored one.
                 hub.publish(record.name, self._basic(record), now_s=self._clock())
             is_first = False
             if event is None:
@@ -164,7 +164,7 @@ class Plans:
         return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
-        """The document from the offset on, in pieces; one empty piece where the offset is its end."""
+        """Yield the document from the offset on in pieces; one empty piece if the offset is its end."""
         _require_name(request.name)
 
         def read(reader: Reader) -> tuple[PlanRecord, bytes | None]:

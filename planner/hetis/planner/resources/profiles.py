@@ -1,4 +1,4 @@
-"""Profiles: what their calls check, change and answer."""
+"""Profiles: the implementation of the calls about them."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Profiles:
 
 
 async def _read_body(checks: Checks, name: str, profile: profile_pb2.Profile) -> profile_pb2.Profile:
-    """Return what is kept of a profile that a caller sent; raises what ``checks`` has found by then."""
+    """Return the body to store for a profile that a caller sent; raises what ``checks`` has found so far."""
     parsed = None
     if checks.require(profile.HasField("document"), "profile.document", "is required"):
         parsed = await checks.document("profile.document", profile.document, profile_document)

@@ -1,4 +1,4 @@
-"""Tells watchers of clusters what calls have changed."""
+"""Publishes to the watchers of clusters what calls have changed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from hetis.planner.resources.live import FleetNow
 from hetis.planner.store import ClusterRecord
 from hetis.v1 import cluster_pb2
 
-_MOST_ONE_BY_ONE = 1000  # nodes; above, watchers are sent the present state again
+_MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
 
 
 def publish_cluster(hubs: Hubs, fleet: FleetNow, record: ClusterRecord, *, now_s: float) -> None:
-    """Its document, policy or plans have changed."""
+    """Publish that the document, policy or plans of a cluster have changed."""
     message = cluster_message(record, view=BASIC, num_connected=fleet.num_connected(record.name))
     hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
 
 
 def publish_nodes(hubs: Hubs, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
-    """Something of these nodes has changed, or they are new, or gone; watches look up what it is."""
+    """Publish that these nodes were changed, added or removed; watches look up their state."""
     if len(nodes) > _MOST_ONE_BY_ONE:
         hubs.renew_cluster(cluster)
         return

@@ -1,4 +1,4 @@
-"""Changes that are done once, and to the end: whatever callers repeat, and whenever they stop waiting."""
+"""Changes that are made exactly once and completely, however often callers repeat a request or stop waiting for it."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from hetis.planner.store import AuditedChange, Transaction, audit
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")
 RESOURCES = ("cluster", "profile", "plan", "node")
-_under_way = set[asyncio.Task[Any]]()  # the loop itself keeps tasks weakly
+_under_way = set[asyncio.Task[Any]]()  # the loop itself only has weak references to tasks
 
 
 @dataclass(frozen=True, slots=True)
 class CallAnswer(Generic[A]):
-    """The answer of a changing call. ``is_new``: it was done now; False: before, and this is what was answered then."""
+    """The answer of a changing call. If not ``is_new``, the change and the answer were made before."""
 
     response: A
     is_new: bool
 
 
 def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> CallAnswer[A]:
-    """Does ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
+    """Do ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
 
     Args:
-        tx: the transaction in which ``work`` changes what it does.
-        request: has a field ``request_id``, empty or a UUID, whose letters may be of either case.
+        tx: the transaction in which ``work`` makes its changes.
+        request: has a field ``request_id``, empty or a UUID in either case.
         response: the class of the answer.
-        work: what to do, and the answer.
+        work: makes the changes and returns the answer.
 
     Raises:
         ServiceError: REQUEST_ID_REUSED.
@@ -55,7 +55,7 @@ def once(tx: Transaction, request: Message, response: type[A], work: Callable[[]
 
 
 def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
-    """A line of the audit log, in the transaction of what it is about."""
+    """Add a line to the audit log, in the transaction of the change."""
     caller, plan = present_caller(), named_in(answer, "plan")
     tx.audit.append(
         AuditedChange(
@@ -72,7 +72,7 @@ def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str
 
 
 def named_in(message: Message, *fields: str) -> str:
-    """The name of the resource in the first of these fields that has one; as text or as the resource."""
+    """Return the resource name in the first of these fields that has one, as text or in a message; or ""."""
     for field in fields:
         if field in message.DESCRIPTOR.fields_by_name:
             value = getattr(message, field)
@@ -83,7 +83,7 @@ def named_in(message: Message, *fields: str) -> str:
 
 
 def fingerprint(request: Message) -> str:
-    """Equal for requests that ask for the same; the id itself left out."""
+    """Return a digest that is equal for equal requests, regardless of their ids."""
     asked = type(request)()
     asked.CopyFrom(request)
     asked.ClearField("request_id")
@@ -91,7 +91,7 @@ def fingerprint(request: Message) -> str:
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Return what ``work`` returns; it goes on when the caller is cancelled.
+    """Return the result of ``work``, which is completed even if the caller is cancelled.
 
     A call whose deadline passes while its transaction commits must still tell watchers and fleet what it changed.
     """

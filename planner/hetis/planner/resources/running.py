@@ -1,4 +1,4 @@
-"""Replicas and re-dispatches: what runs, and what was moved and why. Read only."""
+"""Replicas and re-dispatches: what runs, and what was moved and why. Read-only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hetis.v1 import replica_pb2, view_pb2
 
 
 def replica_now(fleet: FleetNow, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
-    """A replica with what the fleet knows of it; as it was last kept where the fleet knows nothing."""
+    """Return a replica in its live state, or in its stored one if the fleet does not know it."""
     live = fleet.replica_view(record.name)
     return replica_message(
         record,

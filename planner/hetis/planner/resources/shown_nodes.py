@@ -1,4 +1,4 @@
-"""Nodes as watchers see them: looked up once for each change, however many watch."""
+"""Nodes for watchers, looked up once per change, however many watch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hetis.planner.resources.hubs import ClusterHub
 from hetis.planner.resources.node_views import NodeReader
 from hetis.v1 import cluster_pb2
 
-_KEPT = 10_000  # nodes of a cluster that are kept, about a kilobyte each; the rest is looked up again
+_KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up again
 
 
 class ShownNodes:
-    """The nodes of all clusters in the view BASIC, as they were at their last event or later."""
+    """The nodes of all clusters in the view BASIC, as of their last event or later."""
 
     def __init__(self, reader: NodeReader) -> None:
         self._reader = reader
@@ -25,17 +25,17 @@ class ShownNodes:
     async def read(
         self, hub: ClusterHub, cluster: str, events: Mapping[str, int]
     ) -> Mapping[str, cluster_pb2.Node | None]:
-        """Nodes by id, not to be changed; None: there is no such node any more.
+        """Return nodes by id, not to be modified; None for a node that is gone.
 
         Args:
-            hub: of the cluster; sequences of another one say nothing.
-            events: sequence of the last event of each node.
+            hub: of the cluster; sequence numbers of another hub do not apply.
+            events: sequence number of the last event of each node.
 
         Raises:
-            ServiceError: NOT_FOUND: the cluster.
+            ServiceError: NOT_FOUND if there is no such cluster.
         """
         shown = self._of.setdefault(hub, _Shown())
-        async with shown.reading:  # whoever comes meanwhile finds what is read now
+        async with shown.reading:  # concurrent callers find what is being read
             found = {node: shown.nodes[node][1] for node, sequence in events.items() if shown.has(node, sequence)}
             missing = [node for node in events if node not in found]
             if missing:

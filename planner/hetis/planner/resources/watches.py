@@ -1,8 +1,8 @@
 """WatchCluster: the present state of a cluster, then every change; resumed by a token.
 
-The hub says *which* resource has changed; of nodes this looks up *how* it is when the watcher is ready for it. So a
-slow watcher gets the newest state, and the present state needs no copy in memory. However many watch, it is looked up
-once for each change.
+The hub says *which* resource has changed; the state of a node is looked up when the watcher is ready for it. So a slow
+watcher gets the newest state, and the present state needs no copy in memory. However many watch, it is looked up once
+per change.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Response = service_pb2.WatchClusterResponse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResumeToken:
-    """Up to where a watcher has seen a cluster.
+    """The point up to which a watcher has seen a cluster.
 
     Attributes:
-        made: when the cluster was made, which tells it from an earlier one of the same name.
+        made: when the cluster was created, which distinguishes it from an earlier one of the same name.
         round: which of the cluster's hubs it watched.
-        sequence: of that hub; 0: it has not seen the whole present state, and must begin anew.
+        sequence: of that hub; 0 if it has not seen the whole present state and must start over.
     """
 
     made: float
@@ -60,7 +60,7 @@ class ResumeToken:
 
     @classmethod
     def from_text(cls, text: str) -> ResumeToken | None:
-        """None: it is not one of ours."""
+        """Return the token in a text, or None if it is not valid."""
         try:
             made, round_, sequence = text[:100].split(":")
             return cls(made=float.fromhex(made), round=int(round_), sequence=int(sequence))
@@ -88,7 +88,7 @@ class ClusterWatches:
         self._clock = clock
 
     async def watch(self, request: service_pb2.WatchClusterRequest) -> AsyncIterator[Response]:
-        """Ends when the cluster is deleted (NOT_FOUND) or the planner goes (DRAINING)."""
+        """Yield changes until the cluster is deleted (NOT_FOUND) or the planner shuts down (DRAINING)."""
         checks = Checks()
         checks.name("name", request.name, names.CLUSTER)
         checks.raise_if_wrong()
@@ -109,7 +109,7 @@ class ClusterWatches:
     async def _watch(
         self, hub: ClusterHub, here: ResumeToken, token: ResumeToken | None, name: str, *, is_new: bool
     ) -> AsyncIterator[Response]:
-        """Until ``hub`` closes. ``here`` is where the watcher is, at no sequence yet."""
+        """Yield changes until ``hub`` closes. ``here`` is the watcher's position, without a sequence yet."""
         begin = hub.sequence
         resumes = token is not None and _can_resume(token, hub, here)
         if not resumes:
@@ -146,7 +146,7 @@ class ClusterWatches:
     def _what_runs(
         self, replicas: Sequence[ReplicaRecord], redispatches: Sequence[RedispatchRecord]
     ) -> Sequence[Response]:
-        """Re-dispatches in the order in which they were made."""
+        """Return responses for replicas, then for re-dispatches, oldest first."""
         return [
             *(Response(replica=replica_now(self._fleet, record, BASIC)) for record in replicas),
             *(Response(redispatch=redispatch_message(record, view=BASIC)) for record in reversed(redispatches)),
@@ -158,7 +158,7 @@ class ClusterWatches:
     async def _changes(
         self, hub: ClusterHub, here: ResumeToken, name: str, after: int, *, is_resumed: bool
     ) -> AsyncIterator[Response]:
-        """Yield what is newer than ``after``; a watcher that has resumed is told when it has caught up."""
+        """Yield the changes after ``after``; a watcher that has resumed is told when it has caught up."""
         async for events in hub.watch(after):
             changed = {last_part(event.key[1]): event.sequence for event in events if event.key[0] == "node"}
             nodes = await self._shown.read(hub, name, changed) if changed else {}
@@ -193,6 +193,6 @@ class ClusterWatches:
 
 
 def _can_resume(token: ResumeToken, hub: ClusterHub, here: ResumeToken) -> bool:
-    """Return whether all that has changed since is known; else the present state is sent again."""
+    """Return whether all changes since the token are known; if not, the present state is sent again."""
     is_here = (token.made, token.round) == (here.made, here.round)
     return is_here and token.sequence > 0 and not hub.is_too_old(token.sequence)

@@ -1,1 +1,1 @@
-"""The gRPC planning service: a server at its edge, where messages become values and errors become statuses."""
+"""The gRPC planning service: a server that turns messages into values and errors into statuses."""

@@ -1,4 +1,4 @@
-"""Which role each method needs, in one table; what stands in no row is refused."""
+"""The roles that each method needs, in one table; methods that are not in it are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEEDED: dict[str, tuple[CallerRole, ...]] = {
     for roles, methods in rows.items()
     for method in methods.split()
 }
-"""Roles of which a caller needs one, by ``/package.Service/Method``."""
+"""The roles of which a caller needs one, by ``/package.Service/Method``."""
 
 CONNECT = "/hetis.v1.AgentService/ConnectNode"
 OPEN_SERVICES = (
@@ -46,11 +46,12 @@ OPEN_SERVICES = (
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
 )
-"""For probes and tools: anybody may call them, without a deadline. They tell nothing that is not published."""
+"""Services for probes and tools: anybody may call them, without a deadline. They reveal nothing that is not published.
+"""
 
 
 def is_open(method: str) -> bool:
-    """Return whether a method is of a service that asks for no role and no deadline."""
+    """Return whether a method's service requires no role and no deadline."""
     return method.split("/")[1] in OPEN_SERVICES
 
 
@@ -61,15 +62,15 @@ _STANDBY = {
     "PlanService": "GetPlan ListPlans ExplainPlan DiffPlans ReadPlanDocument",
 }
 STANDBY_READS = {f"/hetis.v1.{service}/{method}" for service, found in _STANDBY.items() for method in found.split()}
-"""What a planner that does not lead answers from the store. What agents say now, and watches, the leader alone has."""
+"""Methods that a planner answers from the store without leading. Agents' live reports and watches need the leader."""
 
 
 def needs_leader(method: str, *, reads_too: bool) -> bool:
-    """Return whether the leader alone may answer.
+    """Return whether only the leader may answer.
 
     Args:
         method: as gRPC has it.
-        reads_too: also what changes nothing and is of the present moment; False: only what decides something.
+        reads_too: whether to include methods that change nothing but read live state; if False, only those that decide.
     """
     if is_open(method) or method in STANDBY_READS:
         return False
@@ -77,9 +78,10 @@ def needs_leader(method: str, *, reads_too: bool) -> bool:
 
 
 def require_role(identity: Identity, method: str) -> None:
-    """
+    """Check that the caller has a role that the method needs.
+
     Raises:
-        ServiceError: ROLE, the caller has none of the roles that the method needs.
+        ServiceError: ROLE if the caller has none.
     """
     needed = NEEDED.get(method, ())
     if not identity.roles.isdisjoint(needed):

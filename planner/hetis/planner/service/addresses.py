@@ -28,11 +28,11 @@ def join_address(host: str, port: int) -> str:
 
 
 def reachable_from_elsewhere(address: str) -> str:
-    """The address with this machine's name where it listens on all of the machine's addresses."""
+    """Return the address, with this machine's name as the host if it listens on all interfaces."""
     host, port = split_address(address)
     return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
 
 
 def is_socket_path(address: str) -> bool:
-    """Return whether it is a Unix socket, ``unix:/run/hetis/planner.sock``."""
+    """Return whether the address is a Unix socket, ``unix:/run/hetis/planner.sock``."""
     return address.startswith("unix:")

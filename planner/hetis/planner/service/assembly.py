@@ -1,4 +1,4 @@
-"""The planner, put together: store, and for each term hubs, solver pool, fleet, resources, servicers."""
+"""The planner's object graph: the store, and for each term hubs, solver pool, fleet, resources, servicers."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class SystemClock:
 
 
 class Term:
-    """Everything behind the gRPC server for one leadership term; before `begin` it answers what the store alone knows.
+    """Everything behind the gRPC server for one leadership term. Before `begin` it answers from the store alone.
 
     Args:
-        epoch: of the term. 0: this planner does not lead, and will not in this one.
-        counters: of the fleet; they go on from term to term.
-        loops: where is remembered what goes on beside the calls and fails.
+        epoch: of the term; 0 if this planner does not lead and will not in this term.
+        counters: of the fleet; they continue from term to term.
+        loops: collects the failures of background tasks.
     """
 
     def __init__(
@@ -175,14 +175,14 @@ class Term:
         )
 
     async def stand_by(self) -> None:
-        """Loads what would take time when this planner comes to lead: the kernels of dispatch are of the process."""
+        """Load what would delay this planner when it takes over: the kernels of dispatch belong to the process."""
         await self._states.warm_up()
 
     async def begin(self) -> None:
-        """Takes up what the planner before had under way, and decides from now on.
+        """Resume what the previous planner had under way, and make decisions from now on.
 
         Raises:
-            ServiceError: NOT_LEADER or STORE_UNAVAILABLE; `close` it then.
+            ServiceError: NOT_LEADER or STORE_UNAVAILABLE; then call `close`.
         """
         parts = self._parts
         parts.callback(self._hubs.close)
@@ -199,30 +199,30 @@ class Term:
         self._loops.start("warming up dispatch", self._states.warm_up())
         self._loops.start("the history of KV", self._kv.run())
         await self._searches.resume()
-        self._pool.start()  # last: its processes take all cores while they load, and agents wait for this planner
+        self._pool.start()  # last: its processes use all cores while they load, and agents wait for this planner
         self._loops.start("the solver slots", self._pool.until_failed())
 
     def lose(self, error: ServiceError) -> None:
-        """The term is over: agents and watchers go at once, nothing is decided any more."""
+        """End the term: agents and watchers are dismissed at once, nothing is decided any more."""
         self._fleet.lose_leadership(error)
         self._hubs.close()
 
     async def say_goodbye(self) -> None:
-        """Tells the agents that the planner goes, and ends watches."""
+        """Tell the agents that the planner stops, and end watches."""
         self._hubs.close()
         await self._fleet.stop("the planner is shutting down")
 
     async def close(self) -> None:
-        """Stops everything that `begin` started."""
+        """Stop everything that `begin` started."""
         await self._parts.aclose()
 
 
 async def open_planner(config: PlannerConfig) -> Succession:
-    """Opens the store, and leads, or stands by where another planner does and the configuration says so.
+    """Open the store and lead, or stand by if another planner leads and the configuration allows it.
 
     Raises:
         StoreError: the store cannot be used.
-        ServiceError: NOT_LEADER, another planner holds it, and this one is not to wait for it.
+        ServiceError: NOT_LEADER if another planner leads and this one is not to wait for it.
     """
     if config.store == default_store():
         Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ async def open_planner(config: PlannerConfig) -> Succession:
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:
-    """One process and most of the queue are for others than the caller that asks most, where callers are known."""
+    """Return the pool's settings. If callers are known, capacity is reserved for others than the busiest one."""
     solver = config.solver
     shared = config.asks_for_credentials
     return PoolSettings(
@@ -268,5 +268,5 @@ def pool_settings(config: PlannerConfig) -> PoolSettings:
 
 
 def _threads(config: PlannerConfig) -> int:
-    """Return the threads of one search: all processes together use the machine once."""
+    """Return the threads per search: all processes together use each core once."""
     return max(1, (os.cpu_count() or 1) // config.solver.processes)

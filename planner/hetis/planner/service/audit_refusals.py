@@ -1,4 +1,4 @@
-"""Changes that were refused, on their way into the audit log; what is done is written with what it does."""
+"""Refused changes on their way into the audit log; accepted ones are logged in the transaction of the change."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.store.audit import AuditedChange
 
 EVERY_S = 60.0
-"""Refusals of one caller, method and reason are one line in so many seconds, which says how many there were."""
+"""Refusals of one caller, method and reason within this many seconds become one line with their count."""
 NOT_KEPT = frozenset({"QUOTA_EXCEEDED", "DRAINING", "NOT_LEADER", "STORE_UNAVAILABLE", "CREDENTIALS"})
-"""Callers without credentials are nobody in particular; the others say nothing of what was asked for."""
+"""Reasons not logged: callers without credentials are nobody in particular, the others do not depend on the request."""
 _MOST_KINDS = 1000
 _log = logging.getLogger("hetis.planner.audit")
 
 
 class AuditRefusals:
-    """Gathers refusals by kind, and writes those that are due in one transaction.
+    """Collects refusals by kind, and writes those that are due in one transaction.
 
     Args:
         append: writes lines durably, or raises ServiceError.
-        clock: seconds that only grow.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class AuditRefusals:
         self._came = asyncio.Event()
 
     def note(self, change: AuditedChange) -> None:
-        """Adds a refusal. Of more kinds than a thousand at a time the log of calls alone knows."""
+        """Add a refusal. Beyond a thousand kinds at once, only the log of calls has them."""
         key = change.caller, change.method, change.outcome
         if (same := self._waiting.get(key)) is not None:
             self._waiting[key] = replace(change, times=same.times + 1)
@@ -48,7 +48,7 @@ class AuditRefusals:
         self._came.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             wait_s = await self.step()
             self._came.clear()
@@ -58,7 +58,7 @@ class AuditRefusals:
                 continue
 
     async def step(self) -> float | None:
-        """Writes what is due; seconds until more is, None: nothing waits."""
+        """Write what is due; return the seconds until more is, or None if nothing waits."""
         now_s = self._clock()
         self._written_s = {key: at_s for key, at_s in self._written_s.items() if now_s - at_s < EVERY_S}
         due = {key: change for key, change in self._waiting.items() if key not in self._written_s}

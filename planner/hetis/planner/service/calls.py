@@ -1,4 +1,4 @@
-"""What happens to every call before and after its servicer: who, until when, what became of it, written down."""
+"""The handling of every call around its servicer: identity, deadline, errors, telemetry."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 DEADLINE_SLACK_S = 0.05
-"""A call cancelled this near its deadline ended by it: the caller's clock, a hair ahead, may end it first."""
-Handler = Any  # grpc.RpcMethodHandler and ServicerContext: gRPC types neither beyond Any where they meet here
+"""A call cancelled this close to its deadline ended by it: the caller's clock may be slightly ahead."""
+Handler = Any  # grpc.RpcMethodHandler and ServicerContext: gRPC's types for both amount to Any here
 Context = Any
 Decode = Callable[[bytes], Message]
 
@@ -40,7 +40,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._telemetry = telemetry
         self._wrapped: dict[str, Handler] = {}
         self._limits = StreamLimits()
-        # With its method, and whose it was when it began.
+        # With its method, its context, and its caller when it began.
         self._streams: dict[asyncio.Task[None], tuple[str, Context, Identity]] = {}
         self._num_unary = 0
         self._unary_done = asyncio.Event()
@@ -48,7 +48,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._ended = dict[asyncio.Task[None], ServiceError]()
         self.is_draining = False
         self.require_leader: Callable[[str], None] = lambda _method: None
-        """Raises NOT_LEADER where this planner may not answer a method now."""
+        """Raises NOT_LEADER if this planner may not answer a method now."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Handler]], handler_call_details: Any
@@ -68,7 +68,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return wrapped
 
     def _refusing(self, method: str, error: ServiceError, *, is_stream: bool) -> Handler:
-        """Fails a call before its message has come: gRPC reads none for a stream of requests before it is asked to."""
+        """Fail a call before its message has arrived: gRPC reads a stream of requests only on demand."""
 
         async def answer(_requests: Any, context: Context) -> None:
             async def body(_record: CallRecord) -> None:
@@ -79,11 +79,11 @@ class Calls(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer)
 
     def refuse_new(self) -> None:
-        """Make every call from now on fail with DRAINING, but health and reflection."""
+        """Make every call from now on fail with DRAINING, except health and reflection."""
         self.is_draining = True
 
     async def end_streams(self, error: ServiceError | None = None) -> None:
-        """Ends what streams there still are, with DRAINING unless another error is given."""
+        """End the remaining streams, with DRAINING unless another error is given."""
         running = [stream for stream in self._streams if not stream.done()]
         for stream in running:
             if error is not None:
@@ -93,8 +93,12 @@ class Calls(grpc.aio.ServerInterceptor):
             await asyncio.wait(running)
 
     def end_revoked_streams(self) -> None:
-        """Ends the streams whose credentials are good for less than when they began: taken back, expired, of a lesser
-        role or of fewer nodes. Whoever is still let in connects again, and is checked again."""
+        """End the streams whose credentials now grant less than when they began.
+
+        They may have been revoked, have expired, or be of a lesser role or scope. Callers that are still allowed
+        reconnect,
+        and are checked again.
+        """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:
                 identity = self._authenticator.identify(context.invocation_metadata() or (), context.auth_context())
@@ -110,7 +114,7 @@ class Calls(grpc.aio.ServerInterceptor):
                     stream.cancel()
 
     async def wait_for_unary(self, timeout_s: float) -> bool:
-        """Waits until no unary call is under way; whether that came to be."""
+        """Wait until no unary call is under way; return False on a timeout."""
         try:
             await asyncio.wait_for(self._unary_done.wait(), timeout_s)
         except TimeoutError:
@@ -176,7 +180,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return answer
 
     async def _streamed(self, method: str, responses: Any, context: Context) -> None:
-        """Writes a servicer's responses, or lets it write them, in a task that a drain can end."""
+        """Write a servicer's responses, or let it write them, in a task that a drain can end."""
 
         async def write() -> None:
             if not hasattr(responses, "__aiter__"):
@@ -203,9 +207,9 @@ class Calls(grpc.aio.ServerInterceptor):
             ended = self._ended.pop(stream, None)
         if ended is not None:
             raise ended
-        self.require_leader(method)  # else the end of a term would look like the end of what is watched
+        self.require_leader(method)  # otherwise the end of a term would look like the end of the watched resource
         if self.is_draining:
-            # It may have ended for another reason in this very moment; the caller comes back and sees.
+            # It may have ended for another reason at this very moment; the caller will find out when it retries.
             raise statuses.draining()
         return None
 
@@ -224,7 +228,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 answer = await body(record)
             code = _code_set(context) or grpc.StatusCode.OK
             return answer
-        except grpc.aio.AbortError:  # a servicer of gRPC's own, such as health
+        except grpc.aio.AbortError:  # by gRPC's own servicers, such as health
             code = _code_set(context) or code
             raise
         except asyncio.CancelledError:
@@ -234,7 +238,7 @@ class Calls(grpc.aio.ServerInterceptor):
             raise
         except Exception as error:
             if isinstance(error, NotImplementedError) and _code_set(context) is grpc.StatusCode.UNIMPLEMENTED:
-                code = grpc.StatusCode.UNIMPLEMENTED  # what generated code raises where a servicer lacks a method
+                code = grpc.StatusCode.UNIMPLEMENTED  # raised by generated code for methods that a servicer lacks
                 await context.abort(code, f"{method} is not implemented")
             status = _status(error, record)
             if method in WRITES and record.caller and record.reason not in NOT_KEPT:
@@ -245,10 +249,11 @@ class Calls(grpc.aio.ServerInterceptor):
             record.end(code, self._telemetry.metrics)
 
     def _admit(self, method: str, metadata: Any, context: Context, record: CallRecord, *, is_stream: bool) -> None:
-        """
+        """Check the caller and set it for this call.
+
         Raises:
             ServiceError: CREDENTIALS, QUOTA_EXCEEDED, ROLE, DRAINING, NOT_LEADER, DEADLINE_REQUIRED or
-                DEADLINE_TOO_LONG, in this order.
+                DEADLINE_TOO_LONG, checked in this order.
         """
         if is_open(method):
             set_caller(ANYBODY)
@@ -266,9 +271,10 @@ class Calls(grpc.aio.ServerInterceptor):
 
 
 def decoded(decode: Decode, raw: bytes) -> Message:
-    """
+    """Return the decoded message.
+
     Raises:
-        ServiceError: INVALID_FIELD, the bytes are no such message.
+        ServiceError: INVALID_FIELD if the bytes are no such message.
     """
     try:
         return decode(raw)
@@ -293,7 +299,7 @@ def _status(error: Exception, record: CallRecord) -> statuses.Status:
 
 
 def _code_set(context: Context) -> grpc.StatusCode | None:
-    """Return what a servicer set on its context; None: nothing."""
+    """Return the code that a servicer set on its context, or None."""
     code = context.code()
     if code is None or isinstance(code, grpc.StatusCode):
         return code
@@ -302,16 +308,17 @@ def _code_set(context: Context) -> grpc.StatusCode | None:
 
 LONGEST_S = 60.0
 LONGEST_OF_DISPATCH_S = 10.0
-_CLOCKS_S = 0.5  # a deadline is rounded up on its way, and counted on two clocks
+_CLOCKS_S = 0.5  # a deadline is rounded up on its way, and measured by two clocks
 
 
 def longest_s(method: str) -> float:
-    """The farthest deadline of a unary method."""
+    """Return the latest deadline of a unary method, in seconds from now."""
     return LONGEST_OF_DISPATCH_S if method.startswith("/hetis.v1.DispatchService/") else LONGEST_S
 
 
 def require_deadline(method: str, remaining_s: float | None) -> None:
-    """
+    """Check a unary call's deadline.
+
     Raises:
         ServiceError: DEADLINE_REQUIRED or DEADLINE_TOO_LONG.
     """

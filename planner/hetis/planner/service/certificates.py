@@ -1,4 +1,4 @@
-"""The planner's certificate, and the authority of its clients' certificates, renewed without a restart."""
+"""The planner's certificate and the authority for client certificates, renewed without a restart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_PASSWORD = ""
 
 
 class Certificates:
-    """Server credentials that follow their files. Connections that stand keep the certificate they began with.
+    """Server credentials that follow their files. Open connections keep the certificate they began with.
 
     Raises:
         DocumentError: the files cannot be used, with every problem.
@@ -34,25 +34,25 @@ class Certificates:
 
     @property
     def expiries_s(self) -> dict[str, float]:
-        """Return when the first certificate of each file ends, Unix seconds; as the files are now."""
+        """The expiry of the first certificate of each file, Unix seconds, read from the files as they are now."""
         found = dict[str, float]()
         for path in self._paths:
             try:
                 ends_s = ends_of_certificates(read_text(path))
             except DocumentError:
-                continue  # `files` tells of it
+                continue  # reported by `files`
             if ends_s:
                 found[path] = min(ends_s)
         return found
 
     def credentials(self) -> grpc.ServerCredentials:
-        newer: Any = self._newer  # may answer None, unlike what the stubs of grpc say
+        newer: Any = self._newer  # may return None, unlike what grpc's stubs say
         return grpc.dynamic_ssl_server_credentials(
             self.files.value, newer, require_client_authentication=self._asks_clients
         )
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return what gRPC asks before each handshake, in a thread of its own; None: nothing is new."""
+        """Return the new configuration, or None if nothing has changed; called in a thread before each handshake."""
         version, value = self.files.version, self.files.value
         if version == self._told:
             return None
@@ -77,7 +77,7 @@ def _load(tls: TlsPart) -> grpc.ServerCertificateConfiguration:
 
 
 def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
-    """Return what OpenSSL says against the files; gRPC would only refuse handshakes later."""
+    """Return what OpenSSL finds wrong with the files; gRPC would only refuse handshakes later."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     problems: list[Problem] = []
     if b"-----BEGIN CERTIFICATE-----" not in texts[tls.certificate]:
@@ -102,9 +102,9 @@ def _unusable(tls: TlsPart, texts: dict[str, bytes]) -> list[Problem]:
 
 
 def ends_of_certificates(pem: str) -> list[float]:
-    """Until when each certificate of a PEM text holds, Unix seconds; those that cannot be read are left out.
+    """Return the expiry of each certificate in a PEM text, Unix seconds; unreadable ones are left out.
 
-    The standard library reads the dates of authorities alone, and a planner needs no cryptography of its own.
+    The standard library only reads the dates of authorities, and a planner needs no cryptography package for this.
     """
     found = list[float]()
     for block in _CERTIFICATE.findall(pem):
@@ -118,8 +118,10 @@ _UTC_TIME, _GENERALIZED_TIME, _VERSION = 0x17, 0x18, 0xA0
 
 
 def _end_of(der: bytes) -> float:
-    """`notAfter` of a certificate (RFC 5280): of TBSCertificate the validity, the fifth field with a version, else the
-    fourth."""
+    """Return `notAfter` of a certificate (RFC 5280).
+
+    The validity is the fifth field of TBSCertificate if there is a version, else the fourth.
+    """
     fields = _contents(_contents(_contents(der)[0][1])[0][1])
     validity = fields[4 if fields[0][0] == _VERSION else 3][1]
     tag, text = _contents(validity)[1]
@@ -132,7 +134,7 @@ def _end_of(der: bytes) -> float:
 
 
 def _contents(der: bytes) -> list[tuple[int, bytes]]:
-    """Tag and content of each element of a DER sequence, whose own head is left out."""
+    """Return tag and content of each element of a DER sequence, given without its own header."""
     found, at = list[tuple[int, bytes]](), 0
     while at < len(der):
         tag, length, start = der[at], der[at + 1], at + 2

@@ -32,8 +32,10 @@ _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partitio
 
 
 class RoleOption(StrEnum):
-    """The values of `hetis.planner.service.identity.CallerRole`, which imports too much for --help; a test keeps them
-    in step."""
+    """The values of `hetis.planner.service.identity.CallerRole`; a test compares them.
+
+    Importing that module would make --help slow.
+    """
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"
@@ -138,7 +140,7 @@ def hetis_planner(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What `_HELP` says."""
+    """Handle the options that `_HELP` describes."""
     if context.invoked_subcommand is not None:
         return
     from hetis.planner.service.setting_sources import Given
@@ -280,7 +282,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code; every error has become a message on stderr."""
+    """Run one command line and return its exit code; every error becomes a message on stderr."""
     try:
         app(list(arguments), prog_name="hetis-planner")
     except SystemExit as stop:

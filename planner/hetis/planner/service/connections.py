@@ -1,8 +1,8 @@
-"""How many connections the gRPC ports keep: of all hosts together, which gRPC sees to, and of one host, which we do.
+"""Limits on connections to the gRPC ports: in total, enforced by gRPC, and per host, enforced here.
 
-gRPC for Python counts no connections per host and hands none out. But they are descriptors of this process: a thread
-looks through them now and then, and shuts down what one host has too many of, the newest first. gRPC then closes them
-as it does when a peer goes away. Without `/proc` (other systems than Linux) only the limit of all holds.
+gRPC for Python neither counts connections per host nor exposes them. But they are descriptors of this process: a thread
+inspects them periodically and shuts down those in excess of a host's limit, the newest first. gRPC then closes them as
+when a peer goes away. Without `/proc` (on systems other than Linux) only the total limit applies.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _log = logging.getLogger("hetis.planner.connections")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """Connections at a time, in all and of one host."""
+    """The most open connections, in total and per host."""
 
     of_all: int
     of_a_host: int
 
     @classmethod
     def of_descriptors(cls, limit: int, *, of_a_host: int | None = None) -> ConnectionLimits:
-        """Return what so many descriptors allow: three quarters for connections, a quarter of those for one host."""
+        """Return the limits for a number of descriptors: 3/4 of them for connections, 1/4 of those per host."""
         num = _UNLIMITED if limit == resource.RLIM_INFINITY else limit
         of_all = max(8, int(num * (1 - _KEPT_FOR_OTHERS)))
         return cls(of_all=of_all, of_a_host=min(of_all, of_a_host or max(2, int(of_all * _SHARE_OF_A_HOST))))
@@ -46,17 +46,17 @@ class ConnectionWatch:
     """Keeps each host to its share.
 
     Attributes:
-        closed: connections that were too many, since the start.
+        closed: excess connections closed since the start.
     """
 
     def __init__(self, limits: ConnectionLimits, ports: frozenset[int]) -> None:
-        """``ports``: those that gRPC listens on."""
+        """``ports``: the ports that gRPC listens on."""
         self.closed = 0
         self._limits, self._ports = limits, ports
         self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
 
     async def run(self) -> None:
-        """Look until it is cancelled."""
+        """Check periodically until cancelled."""
         while os.path.isdir(_FOLDER):
             try:
                 await asyncio.to_thread(self.look)
@@ -65,9 +65,10 @@ class ConnectionWatch:
             await asyncio.sleep(LOOK_S)
 
     def look(self) -> int:
-        """Counts all connections, and closes those of which a host has too many; those that came last go first.
+        """Count all connections, and close those in excess of a host's limit, newest first.
 
-        Returns how many there are; 0 also where there are too few descriptors for any host to have too many.
+        Returns:
+            The number of connections; 0 also if there are too few descriptors for any host to exceed its limit.
         """
         names = os.listdir(_FOLDER)
         if len(names) <= self._limits.of_a_host:
@@ -103,25 +104,25 @@ class _Connection:
 
 
 def ports_of(addresses: Iterable[str]) -> frozenset[int]:
-    """Return the ports that are listened on; Unix sockets have none, and file modes instead."""
+    """Return the TCP ports in use; Unix sockets have none, and are protected by file modes."""
     return frozenset(split_address(address)[1] for address in addresses if not is_socket_path(address))
 
 
 def _inode_of(link: str) -> int | None:
-    """Return the inode of a descriptor, where it is a socket."""
+    """Return the inode of a descriptor if it is a socket, else None."""
     return int(link[len("socket:[") : -1]) if link.startswith("socket:[") else None
 
 
 def _connection(descriptor: int, ports: frozenset[int]) -> _Connection | None:
-    """A connection that somebody made to one of the ports; None: something else."""
+    """Return an accepted connection to one of the ports, or None if the descriptor is something else."""
     with suppress(OSError), _opened(descriptor) as found:
         if found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] in ports:
-            return _Connection(descriptor=descriptor, host=str(found.getpeername()[0]))  # fails for what listens
+            return _Connection(descriptor=descriptor, host=str(found.getpeername()[0]))  # fails for listening sockets
     return None
 
 
 def _shut_down(one: _Connection, inode: int) -> bool:
-    """Ends a connection, if the descriptor is still that one."""
+    """Shut down a connection if the descriptor still refers to it; return whether it did."""
     with suppress(OSError), _opened(one.descriptor) as found:
         if os.fstat(found.fileno()).st_ino == inode:
             found.shutdown(socket.SHUT_RDWR)
@@ -130,7 +131,7 @@ def _shut_down(one: _Connection, inode: int) -> bool:
 
 
 def _opened(descriptor: int) -> socket.socket:
-    """A socket on a descriptor of its own: whoever closes the other one closes nothing here."""
+    """Return a socket on a duplicate descriptor, so that closing either one leaves the other open."""
     own = os.dup(descriptor)
     try:
         return socket.socket(fileno=own)

@@ -1,4 +1,4 @@
-"""Identification of callers by what a call carries: a bearer token, or the certificate of its connection."""
+"""Identification of callers by a call's credentials: a bearer token, or the certificate of its connection."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,
 
 
 class Authenticator(Protocol):
-    """Tells who calls."""
+    """Identifies callers."""
 
     @property
     def reads_certificates(self) -> bool:
-        """Whether the connection may say who calls; else the metadata of the call alone does."""
+        """Return whether the connection may identify the caller, and not only the call's metadata."""
         ...
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        """
+        """Return the caller's identity.
+
         Raises:
             ServiceError: CREDENTIALS.
         """
@@ -35,7 +36,7 @@ class Authenticator(Protocol):
 
 
 class NoCredentials:
-    """Everybody may do everything: for loopback only."""
+    """Allows everybody everything: for loopback only."""
 
     reads_certificates = False
 
@@ -44,11 +45,11 @@ class NoCredentials:
 
 
 class Credentials:
-    """A bearer token decides where one is sent; else the certificate of the connection.
+    """Identifies the caller by its bearer token if one is sent, else by the certificate of the connection.
 
     Args:
-        tokens: the present tokens; None: tokens are not taken.
-        trust_domain: of the certificates' names; None: certificates are not looked at.
+        tokens: the present tokens; None if tokens are not accepted.
+        trust_domain: of the certificates' names; None if certificates are ignored.
         clock: Unix seconds.
     """
 
@@ -64,7 +65,8 @@ class Credentials:
         return self._trust_domain is not None
 
     def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        """
+        """Return the caller's identity.
+
         Raises:
             ServiceError: CREDENTIALS.
         """
@@ -81,19 +83,19 @@ class Credentials:
 
 
 def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s: float) -> Identity:
-    """The caller that a verified certificate names by a URI in its subject alternative names.
+    """Return the caller that a verified certificate names by a URI in its subject alternative names.
 
     ``spiffe://DOMAIN/clusters/C/nodes/N`` is the agent of a node, ``spiffe://DOMAIN/ROLE/NAME`` somebody with a role.
 
-    TLS looks at the dates of a certificate in the handshake alone; connections last longer.
+    TLS checks the dates of a certificate only in the handshake, but connections last longer.
 
     Raises:
-        ServiceError: CREDENTIALS; no such URI, or more than one; or the certificate has expired since.
+        ServiceError: CREDENTIALS if there is no such URI, or more than one, or if the certificate has expired since.
     """
     if any(_end_of_certificate(pem) <= now_s for pem in connection.get("x509_pem_cert", ())):
         raise refused("the client certificate has expired: connect again with a new one")
     start = f"spiffe://{trust_domain}/"
-    # `peer_uri`, not all alternative names: what a DNS entry says is not known to be a URI.
+    # `peer_uri`, not all alternative names: the content of a DNS entry need not be a URI.
     uris = [uri.decode(errors="replace") for uri in connection.get("peer_uri", ())]
     ours = [uri for uri in uris if uri.startswith(start)]
     if len(ours) != 1:
@@ -107,7 +109,7 @@ def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s
     raise refused(f"the client certificate is of {ours[0]}, expected {start}clusters/C/nodes/N or {start}ROLE/NAME")
 
 
-@lru_cache(maxsize=16_384)  # one of each agent; asked for every call
+@lru_cache(maxsize=16_384)  # one per agent; used in every call
 def _end_of_certificate(pem: bytes) -> float:
     return min(ends_of_certificates(pem.decode(errors="replace")), default=math.inf)
 

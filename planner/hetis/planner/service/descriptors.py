@@ -1,4 +1,4 @@
-"""File descriptors: each connection, file and process pipe takes one, and a process may have so many."""
+"""File descriptors: each connection, file and process pipe takes one, and their number is limited per process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _log = logging.getLogger("hetis.planner")
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the limit as far as this process may, and returns it; says so in the log where that is little."""
+    """Raise the limit as far as this process may, and return it; logs a warning if it is low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-        except (OSError, ValueError) as error:  # some systems say that there is no limit, and take none
+        except (OSError, ValueError) as error:  # some systems report no limit, but do not accept that value
             _log.warning("the limit of open files stays at %d: %s", soft, error)
     if soft != resource.RLIM_INFINITY and soft < _ENOUGH:
         _log.warning(
@@ -28,6 +28,5 @@ def raise_descriptor_limit() -> int:
 
 
 def reserved_for_page(limit: int) -> int:
-    """Return how many of so many descriptors the status page may take: an eighth; the rest stays for gRPC and the
-    store."""
+    """Return how many descriptors the status page may take: an eighth; the rest is for gRPC and the store."""
     return 256 if limit == resource.RLIM_INFINITY else max(8, min(256, limit // 8))

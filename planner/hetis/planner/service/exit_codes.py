@@ -1,4 +1,4 @@
-"""How `hetis-planner` ends. Service managers may rely on these numbers; docs/planner.md lists them."""
+"""Exit codes of `hetis-planner`. Service managers may rely on these numbers; docs/planner.md lists them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ServiceExitCode(IntEnum):
-    """Exit codes of `hetis-planner`. 0 to 2 mean what they mean for `hetis-plan`; 3 to 7 and 10 are its own there."""
+    """Exit codes of `hetis-planner`. 0 to 2 mean the same as for `hetis-plan`, whose 3 to 7 and 10 differ."""
 
     OK = 0
     INTERNAL = 1
@@ -18,7 +18,7 @@ class ServiceExitCode(IntEnum):
 
     @property
     def meaning(self) -> str:
-        """The meaning in one line; what comes before the comma is the short form."""
+        """The meaning in one line; the part before the comma is the short form."""
         return _MEANINGS[self]
 
 

@@ -1,4 +1,4 @@
-"""What the fleet counted, as Prometheus metrics."""
+"""The fleet's counters as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.planner.fleet.counters import FleetCounters
 
 
 class FleetCollector(Collector):
-    """Reads the counters when somebody scrapes."""
+    """Reads the counters at each scrape."""
 
     def __init__(self, counters: FleetCounters) -> None:
         self._counters = counters

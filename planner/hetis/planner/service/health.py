@@ -1,7 +1,7 @@
 """gRPC health of every service, and of the whole as ``""``.
 
-grpcio-health-checking brings a servicer of its own, whose watchers of one service share a condition that the first who
-leaves takes with it: those who stay are never told that the planner drains.
+The servicer in grpcio-health-checking has a bug: the watchers of one service share a condition, which the first one
+to leave removes, so that the others are never told that the planner drains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Status = Any  # health_pb2 has no types
 
 
 class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """All services serve, or none."""
+    """The health of all services: either all serve, or none."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = {"", SERVICE, *services}
@@ -26,14 +26,14 @@ class ServiceHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._changed = asyncio.Event()
 
     def add(self, services: Iterable[str]) -> None:
-        """Services beside those that were given."""
+        """Add services to those given before."""
         self._services.update(services)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def serve(self, is_serving: bool) -> None:
-        """Says from now on that all services serve, or that none does."""
+        """Set whether all services serve, or none."""
         self._is_serving = is_serving
         self._changed.set()
         self._changed = asyncio.Event()

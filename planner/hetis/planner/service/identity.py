@@ -11,7 +11,7 @@ from hetis.planner.failures import Reason, ServiceError
 
 
 class CallerRole(StrEnum):
-    """What credentials are given for. AGENT stands apart: its own node's stream, and dispatch."""
+    """A role of credentials. AGENT stands apart: its own node's stream, and dispatch."""
 
     VIEWER = "viewer"
     ORCHESTRATOR = "orchestrator"
@@ -20,7 +20,7 @@ class CallerRole(StrEnum):
 
     @property
     def includes(self) -> frozenset[CallerRole]:
-        """Itself and the roles that it may stand in for."""
+        """The role itself and the roles that it implies."""
         return _INCLUDES[self]
 
 
@@ -38,9 +38,9 @@ class Identity:
 
     Attributes:
         name: for logs; the name of a token or of a certificate.
-        roles: those it was given, with all that they include.
-        scope: for agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any node of it) that the
-            credentials are of; None: any node, which only a planner without credentials grants.
+        roles: those granted, with all that they imply.
+        scope: for agents, the node (``clusters/c/nodes/n``) or the cluster (``clusters/c``: any of its nodes) of the
+            credentials; None for any node, which only a planner without credentials grants.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Identity:
         return ", ".join(sorted(self.roles - implied))
 
     def speaks_for(self, node: str) -> bool:
-        """Return whether it may act as the agent of a node."""
+        """Return whether the caller may act as the agent of a node."""
         if CallerRole.AGENT not in self.roles:
             return False
         return self.scope is None or node == self.scope or node.startswith(f"{self.scope}/nodes/")
 
     def covers(self, other: Identity) -> bool:
-        """Return whether it may do all that the other may."""
+        """Return whether the caller may do everything that the other may."""
         if not other.roles <= self.roles:
             return False
         if CallerRole.AGENT not in other.roles or self.scope in (None, other.scope):
@@ -68,9 +68,10 @@ class Identity:
         return other.scope is not None and other.scope.startswith(f"{self.scope}/nodes/")
 
     def require_node(self, node: str) -> None:
-        """
+        """Check that the caller may act as the agent of a node.
+
         Raises:
-            ServiceError: WRONG_NODE, the credentials are of another node.
+            ServiceError: WRONG_NODE if the credentials are for another node.
         """
         if not self.speaks_for(node):
             raise ServiceError(
@@ -81,13 +82,13 @@ class Identity:
 
 
 ANYBODY = Identity(name="local", roles=frozenset(CallerRole))
-"""Every caller of a planner that asks for no credentials; it listens on loopback only."""
+"""Every caller of a planner that asks for no credentials, which listens on loopback only."""
 
 _caller: ContextVar[Identity] = ContextVar("hetis_caller")
 
 
 def caller() -> Identity:
-    """Return the caller of the call that is being answered. The service has set it before a servicer runs."""
+    """Return the caller of the current call, which the interceptor has set before the servicer runs."""
     return _caller.get()
 
 

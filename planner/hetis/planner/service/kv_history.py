@@ -1,4 +1,4 @@
-"""How full the KV memory of every device was in the last minutes: kept in memory, for people who look at the page."""
+"""The recent history of KV use on every device: kept in memory, for people who look at the page."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 SAMPLE_S = 5.0
 NUM_SAMPLES = 180  # a quarter of an hour
-MAX_DEVICES = 20_000  # of a cluster: 7 MB; those that come later are not kept
-_AT_ONCE = 500  # devices that are read before others may work
+MAX_DEVICES = 20_000  # per cluster: 7 MB; later ones are not kept
+_AT_ONCE = 500  # devices read before the loop may do other work
 
 _log = logging.getLogger("hetis.planner.kv_history")
 
@@ -26,12 +26,12 @@ KvInUse = Iterable[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvRecord:
-    """What is known of one device.
+    """The history of one device.
 
     Attributes:
         device: as ``node/index``.
         times_s: Unix seconds of the samples, ascending.
-        shares: of its KV blocks in use, as many; NaN where it said nothing.
+        shares: of its KV blocks in use, one per sample; NaN if it reported nothing.
     """
 
     device: str
@@ -40,7 +40,7 @@ class KvRecord:
 
     @property
     def now(self) -> float:
-        """The last of the shares; NaN: it says nothing any more."""
+        """The last share; NaN if the device no longer reports."""
         return float(self.shares[-1]) if len(self.shares) else math.nan
 
     @property
@@ -50,7 +50,7 @@ class KvRecord:
 
 
 class KvHistory:
-    """The last samples of one cluster: a row for each of them, a column for each device."""
+    """The last samples of one cluster: a row per sample, a column per device."""
 
     def __init__(self) -> None:
         self._columns: dict[str, int] = {}
@@ -58,7 +58,7 @@ class KvHistory:
         self._rows = np.full((NUM_SAMPLES, 0), np.nan, dtype=np.float16)
 
     def add(self, time_s: float, in_use: KvInUse) -> None:
-        """A sample; the oldest goes when there are too many."""
+        """Add a sample; the oldest is dropped if there are too many."""
         found = dict(in_use)
         for device in found:
             if device not in self._columns and len(self._columns) < MAX_DEVICES:
@@ -75,7 +75,7 @@ class KvHistory:
         self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
 
     def records(self, most: int) -> list[KvRecord]:
-        """Return the devices that are fullest now, or were in the time that is kept, by name; ``most`` of them."""
+        """Return the ``most`` devices that are fullest now, or else were in the history, sorted by name."""
         num = len(self._times_s)
         if not num or not self._columns:
             return []
@@ -85,14 +85,14 @@ class KvHistory:
         now = np.where(known[-1], rows[-1], -1.0)
         fullest = sorted(self._columns, key=lambda device: (now[self._columns[device]], peaks[self._columns[device]]))
         chosen = [device for device in fullest[-most:] if peaks[self._columns[device]] >= 0]
-        begin = int(known.any(axis=1).argmax())  # before that nobody said anything
+        begin = int(known.any(axis=1).argmax())  # nothing was reported before
         return [
             KvRecord(device=device, times_s=self._times_s[begin:], shares=rows[begin:, self._columns[device]])
             for device in sorted(chosen, key=natural_order)
         ]
 
     def now(self) -> dict[str, float]:
-        """Return the shares of the last sample, of the devices that were in it."""
+        """Return the shares in the last sample by device."""
         if not self._times_s:
             return {}
         last = self._rows[-1]
@@ -100,18 +100,18 @@ class KvHistory:
 
     @property
     def num_devices(self) -> int:
-        """Devices that said something in the time that is kept."""
+        """The number of devices that reported anything in the history."""
         if not self._times_s or not self._columns:
             return 0
         return int((~np.isnan(self._rows[-len(self._times_s) :])).any(axis=0).sum())
 
 
 class KvHistories:
-    """Samples every cluster as long as `run` runs.
+    """Samples every cluster while `run` runs.
 
     Args:
-        clusters: names of those that there are.
-        in_use: devices of one with the shares in use.
+        clusters: returns the names of all clusters.
+        in_use: yields a cluster's devices with their shares in use.
     """
 
     def __init__(
@@ -133,12 +133,12 @@ class KvHistories:
         while True:
             try:
                 await self.sample()
-            except Exception:  # a picture for people: nothing else may end with it
+            except Exception:  # a picture for people: its failure must not affect anything else
                 _log.exception("the KV in use could not be read")
             await self._sleep(SAMPLE_S)
 
     async def sample(self) -> None:
-        """Read every device of every cluster once, a few hundred at a time."""
+        """Read every device of every cluster once, in batches of a few hundred."""
         names = set(self._clusters())
         self._of = {name: history for name, history in self._of.items() if name in names}
         for name in sorted(names):
@@ -151,6 +151,6 @@ class KvHistories:
 
 
 def natural_order(device: str) -> list[tuple[bool, int, str]]:
-    """A key by which ``p100-2/0`` comes before ``p100-10/0``."""
+    """Return a sort key by which ``p100-2/0`` comes before ``p100-10/0``."""
     parts = re.split(r"(\d+)", device)
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]

@@ -19,7 +19,7 @@ _MOST_HELD = 10_000
 
 
 def set_up_logs(*, level: str, form: str) -> None:
-    """Sends everything that the process logs to stderr in the given form (``json`` or ``text``)."""
+    """Send everything that the process logs to stderr in the given form (``json`` or ``text``)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     handler.addFilter(CountRepeats())
@@ -31,13 +31,14 @@ def set_up_logs(*, level: str, form: str) -> None:
 
 
 class CountRepeats(logging.Filter):
-    """Lets a warning through once in `REPEAT_S`, with ``repeated``: how often it was held back since the last time.
+    """Passes a warning once in `REPEAT_S`, with ``repeated``, the number of times it was suppressed since.
 
-    What it is about (``cluster``, ``reason``) makes another line of it; a count or a time does not. Lines of calls are
-    all let through: each is of another call.
+    Warnings about different subjects (``cluster``, ``reason``) are different; a count or a time makes no difference.
+    Lines
+    about calls always pass: each is about another call.
 
     Args:
-        clock: seconds that only grow.
+        clock: monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,7 +66,7 @@ class CountRepeats(logging.Filter):
 
 
 class JsonLines(logging.Formatter):
-    """``{"time": ..., "level": ..., "logger": ..., "message": ...}`` and the fields that the event came with."""
+    """``{"time": ..., "level": ..., "logger": ..., "message": ...}`` and the fields of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
         event: dict[str, Any] = {
@@ -81,7 +82,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """The same for people: time, level, message, ``key=value``."""
+    """Text for people: time, level, message, ``key=value``."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -100,7 +101,7 @@ def _one_word(value: object) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
-# What JSON leaves as it is and terminals obey or do not show: C1 controls, directions of writing, breaks, no width.
+# Characters that JSON keeps but terminals obey or hide: C1 controls, text directions, line breaks, zero width.
 _UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 

@@ -1,4 +1,4 @@
-"""What the planner does beside its calls."""
+"""Background tasks of the planner."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _log = logging.getLogger("hetis.planner")
 
 
 class Loops:
-    """One that fails is not begun again: nobody knows what it left half done.
+    """Background tasks. One that fails is not restarted: nobody knows what it left half done.
 
     Args:
-        whole: what the failures of these are failures of, too, while they are stopped by themselves.
+        whole: tasks of which these are a part that is stopped separately; it gets their failures, too.
 
     Attributes:
-        failures: names of those that have failed.
-        failed: set with the first of them.
+        failures: names of the failed tasks.
+        failed: set with the first failure.
     """
 
     def __init__(self, whole: Loops | None = None) -> None:
@@ -32,7 +32,7 @@ class Loops:
         self._tasks.append(task)
 
     async def stop(self) -> None:
-        """Stops them; others may be started later."""
+        """Stop the tasks; others may be started later."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Runs the command; the base install has it too, but not what it needs."""
+    """Run the command; the base install has it too, but lacks its dependencies."""
     try:
         from hetis.planner.service.command import run
     except ModuleNotFoundError as error:

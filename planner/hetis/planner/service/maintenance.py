@@ -1,4 +1,4 @@
-"""What an operator does to a store beside serving: backup, restore, migrate, and reading the audit log."""
+"""An operator's commands on a store besides serving: backup, restore, migration, and reading the audit log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hetis.planner.store.migrating import revisions
 
 
 def store_url(path: str | None, flags: Sequence[Given]) -> str:
-    """The store of the configuration that a planner would be started with."""
+    """Return the store's URL in the configuration that a planner would be started with."""
     return load_config(path, environment=os.environ, flags=flags).store
 
 
@@ -51,7 +51,7 @@ def print_audit(
     until: str | None,
     as_json: bool,
 ) -> None:
-    """Prints the lines that fit all filters, the oldest first."""
+    """Print the lines that match all filters, oldest first."""
     which = AuditFilter(
         caller=caller,
         method=method,
@@ -69,7 +69,7 @@ def print_audit(
 
 
 def check_audit(url: str) -> ServiceExitCode:
-    """Says whether any line was changed, and what to keep elsewhere to notice a log that was cut off."""
+    """Report whether any line was altered, and print the last hash, which reveals a truncated log if kept elsewhere."""
 
     def check(reader: Reader) -> ServiceExitCode:
         if (wrong := reader.audit.first_wrong()) is not None:

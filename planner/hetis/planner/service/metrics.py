@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from hetis.planner.service.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-LOOK_S = 0.25  # between two looks at the event loop
+LOOK_S = 0.25  # between two checks of the event loop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class ServiceMetrics:
-    """The service's metrics, in a registry of their own; other rooms add theirs to ``registry``."""
+    """The service's metrics, in a registry of their own; other modules add theirs to ``registry``."""
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
@@ -89,7 +89,7 @@ class ServiceMetrics:
         self._worst_lag_s = 0.0
         self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
-        # Finding the child of labels takes as long as an admission's solve; they are few.
+        # Finding the child of a set of labels takes as long as the solve of an admission; there are few of them.
         self._running_of = cache(self._running.labels)
         self._calls_of, self._streams_of = cache(self._calls.labels), cache(self._streams.labels)
 
@@ -97,7 +97,7 @@ class ServiceMetrics:
         self._running_of(method).inc()
 
     def call_ended(self, method: str, code: str, seconds: float, *, is_stream: bool) -> None:
-        """``method`` must be one that exists: callers choose names, and each costs memory for ever."""
+        """Count a call. ``method`` must exist: callers choose names, and each label costs memory for ever."""
         self._running_of(method).dec()
         if is_stream:
             self._streams_of(method, code).inc()
@@ -105,11 +105,11 @@ class ServiceMetrics:
             self._calls_of(method, code).observe(seconds)
 
     def quota_exceeded(self, caller: str, quota: str) -> None:
-        """``caller`` is the name of credentials that were checked."""
+        """Count a refused call. ``caller`` is the name of verified credentials."""
         self._quotas.labels(caller, quota).inc()
 
     def show(self, overview: Overview) -> None:
-        """Sets the gauges of the planner's state; what is gone disappears."""
+        """Set the gauges of the planner's state, without those of deleted resources."""
         self._epoch.set(overview.epoch)
         self._leader_since.set(overview.leader_since_s)
         self._nodes.clear()
@@ -128,7 +128,7 @@ class ServiceMetrics:
         self._processes.set(overview.solver_processes)
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """Return all metrics in Prometheus' text format."""
         self._lag.set(self._worst_lag_s)
         self._worst_lag_s = 0.0
         self._failed_loops.set(self._num_failed_loops())
@@ -138,15 +138,15 @@ class ServiceMetrics:
         return generate_latest(self.registry)
 
     def count_failed_loops(self, failed: Callable[[], int]) -> None:
-        """``failed``: how many have failed since the start."""
+        """``failed`` returns how many loops have failed since the start."""
         self._num_failed_loops = failed
 
     def count_closed_connections(self, closed: Callable[[], int]) -> None:
-        """``closed``: how many were closed since the start, because their host had too many."""
+        """``closed`` returns how many connections were closed since the start because their host had too many."""
         self._closed_connections = closed
 
     def credentials_read(self, *, tokens_s: Iterable[float], certificates_s: Mapping[str, float], now_s: float) -> None:
-        """Note when each token and each certificate file expires, Unix seconds; an expired token is counted apart."""
+        """Note when each token and certificate file expires, Unix seconds; expired tokens are counted separately."""
         ends_s = list(tokens_s)
         self._token_expiry.set(min((end_s for end_s in ends_s if end_s > now_s), default=0.0))
         self._tokens_expired.set(sum(end_s <= now_s for end_s in ends_s))
@@ -159,7 +159,7 @@ class ServiceMetrics:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Measures how late the event loop comes to its turn, until it is cancelled."""
+        """Measure the delay of the event loop until cancelled."""
         while True:
             due_s = clock() + LOOK_S
             await sleep(LOOK_S)

@@ -1,8 +1,8 @@
-"""Ends the process of a leader whose event loop hangs after its lease has ended.
+"""Ends the process of a leader whose event loop hangs after its lease has expired.
 
-The loop is what lets agents and watchers go when a term is over. Where it hangs, gRPC's own threads go on answering
-pings, so that its agents would stay with it for as long as it hangs, and their nodes be LOST to the next leader. A
-thread of its own looks at the lease, which is the machine's clock and no promise of the loop's.
+The loop is what dismisses agents and watchers when a term is over. If it hangs, gRPC's own threads still answer pings,
+so its agents would stay with it for as long as it hangs, and their nodes would be LOST to the next leader. A separate
+thread checks the lease, which depends on the machine's clock and not on the loop.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.store import Lease
 
 TICK_S = 0.5
-TICKS = 4  # one after the other: a process that stood still as a whole finds its lease over, too, and steps down then
+TICKS = 4  # in a row: a process that was suspended as a whole finds its lease expired, too, but then steps down
 
 
 class OverdueTerm:
-    """Whether a term has been over for a while and the loop has not noticed."""
+    """Detects a term that has been over for a while without the loop noticing."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
         self._ticks = 0
 
     def tick(self) -> bool:
-        """Return whether it is overdue for `TICKS` ticks; the caller asks every `TICK_S` seconds."""
+        """Return whether the term has been overdue for `TICKS` ticks; to be called every `TICK_S` seconds."""
         self._ticks = self._ticks + 1 if self._lease.is_overdue else 0
         return self._ticks >= TICKS
 
 
 def end_process() -> None:
-    """Says where every thread is, closes no file in order, and ends: the loop is needed for any other end."""
+    """Dump the stacks of all threads and exit without cleanup, since any other way of ending needs the loop."""
     os.write(2, b"the lease is over and the event loop hangs: this planner ends, so that its agents find the leader\n")
     faulthandler.dump_traceback(2)
     os._exit(ServiceExitCode.INTERNAL)
 
 
 def watch(lease: Lease) -> None:
-    """Watches over all terms of a process from a thread; nothing where a file's lock holds the term."""
+    """Guard all terms of a process from a thread; do nothing if a file's lock holds the term."""
     if not lease.lease_s:
         return
     term = OverdueTerm(lease)

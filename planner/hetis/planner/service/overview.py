@@ -1,4 +1,4 @@
-"""The planner at a glance: what the status page shows and the gauges count."""
+"""The planner at a glance: the data of the status page and the gauges."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class ClusterOverview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """All of it.
+    """The planner's state.
 
     Attributes:
         epoch: the planner's leadership term.
         leader_since_s: when it began, Unix seconds.
         num_plans: plans by state, such as ``SOLVING``.
         queued, searching: searches that wait for a solver process, and that have one.
-        solver_processes: how many there may be.
+        solver_processes: the most there may be.
         searches_of: searches by caller and state, ``running`` or ``queued``.
-        counted_s_ago: how old the counts of clusters and plans are, where the store does not answer.
+        counted_s_ago: how old the counts of clusters and plans are, as the store may not answer.
         leads: whether this planner does.
-        leader: who does, for people; empty: not known.
-        lease_age_s: since the last renewal; 0 where there is no lease.
-        store_answered_s_ago: since the store last did what it was asked to.
+        leader: who does, for people; empty if unknown.
+        lease_age_s: since the last renewal; 0 if there is no lease.
+        store_answered_s_ago: since the store's last successful transaction.
     """
 
     epoch: int
@@ -56,15 +56,15 @@ class Overview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterNow:
-    """A cluster as the planner has it in memory: the store is not asked.
+    """A cluster as the planner has it in memory, without a query to the store.
 
     Attributes:
         nodes: by resource name.
         replicas: all that were not stopped, by name.
         redispatches: of this leadership term, the latest change first.
-        kv: how full the devices were in the last minutes.
-        high_water: share of a device's KV above which head groups leave; None: as each stage says.
-        now_s: when this was, Unix seconds.
+        kv: recent history of the devices' KV.
+        high_water: share of a device's KV above which head groups leave; None: the stage's own.
+        now_s: the time of this snapshot, Unix seconds.
     """
 
     name: str
@@ -80,15 +80,15 @@ class OverviewSource(Protocol):
     """Source of the overview."""
 
     def clusters_now(self) -> Sequence[ClusterNow]:
-        """Return the clusters that this planner leads, by name; none of a standby."""
+        """Return the clusters that this planner leads, by name; none for a standby."""
         ...
 
     async def overview(self) -> Overview:
-        """Return the overview at once; where the store does not answer, with what was known before."""
+        """Return the overview at once; if the store does not answer, with older counts."""
         ...
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        """A cluster with nodes, replicas and re-dispatches as JSON values; None: there is none of that name.
+        """Return a cluster with nodes, replicas and re-dispatches as JSON values, or None if it does not exist.
 
         Raises:
             ServiceError: STORE_UNAVAILABLE.

@@ -25,9 +25,9 @@ from hetis.planner.store import Reader, Store
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 
-FRESH_S = 2.0  # so long one count is good for, however many scrape
-WAIT_S = 0.5  # for a count, before the last one is shown
-DETAILS_S = 5.0  # for all of one cluster
+FRESH_S = 2.0  # how long a count is valid, however many scrape
+WAIT_S = 0.5  # for a new count, before the last one is shown
+DETAILS_S = 5.0  # for all details of one cluster
 _PAGE = 500
 
 
@@ -37,7 +37,7 @@ class Overviews:
     Args:
         leader_since_s: Unix seconds.
         most_searches: solver processes.
-        clock: seconds that only grow.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Overviews:
         )
 
     async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        """The first 500 of each kind; ``has_more`` names the kinds of which there are more."""
+        """Return the first 500 of each kind; ``has_more`` names the kinds of which there are more."""
         try:
             async with asyncio.timeout(DETAILS_S):
                 return await self._details(name)
@@ -140,7 +140,7 @@ class Overviews:
         }
 
     async def _count(self) -> None:
-        """Counts anew what is old; a store that does not answer is not waited for, and asked once at a time."""
+        """Refresh an outdated count. A store that does not answer is not waited for, and gets only one query."""
         if self._counting is None and self._counted_at_s is not None and self._clock() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
@@ -149,7 +149,7 @@ class Overviews:
         if not done:
             return
         counting, self._counting = self._counting, None
-        if counting is None:  # another who waited has taken it
+        if counting is None:  # another waiter has taken it
             return
         if counting.exception() is None:
             self._kept, self._kept_s = counting.result(), self._clock()

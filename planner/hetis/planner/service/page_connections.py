@@ -1,7 +1,7 @@
-"""How many connections the status page keeps, and for how long one may say nothing.
+"""Limits on the connections of the status page and on their silence.
 
 Every connection takes a descriptor, of which a process has a fixed number: without limits, idle ones would leave none
-to gRPC and the store.
+for gRPC and the store.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLimits:
-    """What the page grants.
+    """The limits of the page.
 
     Attributes:
-        of_all, of_a_peer: connections at a time, in all and of one host; one too many is closed at once.
-        request_s: after how long one is closed on which no whole request has come, or none since the last answer.
-        answer_s: after how long one is closed whose answer has not all been written, because nobody reads it.
+        of_all, of_a_peer: open connections, in total and per host; one in excess is closed at once.
+        request_s: how long a connection may stay without a complete request, from its start or the last answer.
+        answer_s: how long the writing of an answer may take, as its reader may be stuck.
     """
 
     of_all: int = 256
@@ -32,7 +32,7 @@ class PageLimits:
 
 
 def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
-    """The HTTP protocol of a page with such limits."""
+    """Return the HTTP protocol class of a page with such limits."""
     open_by_peer = Counter[str]()
 
     class Protocol(H11Protocol):
@@ -64,18 +64,18 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
             self._go_on_watching()
 
         def send_400_response(self, msg: str) -> None:
-            """Answers what is no HTTP, unless the request that it is part of has its answer or a part of that."""
+            """Answer malformed HTTP, unless the request that it belongs to has its answer or a part of it."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True  # else it answers, too, and logs why it cannot
+                self.cycle.disconnected = True  # otherwise it answers, too, and logs why it cannot
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
             else:
-                self.transport.abort()  # what is still to be written is nobody's any more
+                self.transport.abort()  # nobody reads what is still to be written
 
         def on_response_complete(self) -> None:
             self._is_answering = False
             self._unwatch()
-            super().on_response_complete()  # which begins to answer what was asked meanwhile
+            super().on_response_complete()  # which begins to answer pipelined requests
             self._go_on_watching()
 
         def _go_on_watching(self) -> None:
@@ -85,14 +85,14 @@ def limited_protocol(limits: PageLimits) -> type[asyncio.Protocol]:
                 self._watch()
 
         def _answer_in_time(self) -> None:
-            """One time for the answer, however much more is asked for meanwhile."""
+            """Start the timer for the answer once, however many more requests arrive meanwhile."""
             if not self._is_answering and not self.transport.is_closing():
                 self._is_answering = True
                 self._unwatch()
                 self._timer = self.loop.call_later(limits.answer_s, self.transport.abort)
 
         def _watch(self) -> None:
-            """Watch the time since the connection's begin or the last answer; what comes bit by bit gains no time."""
+            """Start the timer from the connection's start or the last answer; requests that trickle in gain no time."""
             if self._timer is None and not self.transport.is_closing():
                 self._timer = self.loop.call_later(limits.request_s, self.transport.abort)
 

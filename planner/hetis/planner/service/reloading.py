@@ -1,4 +1,4 @@
-"""Values made of files that change under a running process: certificates, tokens."""
+"""Values read from files that change under a running process: certificates, tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class Refreshable(Protocol):
-    """Something that may have become old."""
+    """Something that may be outdated."""
 
     def refresh(self) -> bool:
-        """Makes it new if it is old; whether it was."""
+        """Refresh the value if it is outdated; return whether it was."""
         ...
 
 
 class Reloaded(Generic[T]):
-    """The value of some files, made again when they change. A bad new one is logged, and the last good one stays.
+    """The value of some files, loaded again when they change.
+
+    If new files are bad, that is logged and the old value kept.
 
     Raises:
         DocumentError: when made, if the files are bad from the start.
@@ -50,7 +52,7 @@ class Reloaded(Generic[T]):
             _log.error("%s: the new files are bad, the old ones stay in force: %s", self._what, error)
             return False
         if self._signature() != now:
-            return False  # they changed while they were read: next time
+            return False  # they changed while being read: next time
         self._seen = now
         self.value = value
         self.version += 1
@@ -64,7 +66,7 @@ class Reloaded(Generic[T]):
 async def keep_fresh(
     sources: Iterable[Refreshable], interval_s: float, *, then: Callable[[], None] = lambda: None
 ) -> None:
-    """Look after files until it is cancelled; calls ``then`` after each look, in the loop."""
+    """Refresh sources periodically until cancelled; call ``then`` after each round, in the loop."""
     kept = tuple(sources)
     while True:
         await asyncio.sleep(interval_s)
@@ -75,7 +77,7 @@ async def keep_fresh(
                 _log.exception("looking for new files failed")
         try:
             then()
-        except Exception:  # of one bad look must not be made none for ever
+        except Exception:  # one failure must not end the loop for ever
             _log.exception("what follows from files failed")
 
 

@@ -1,4 +1,4 @@
-"""The life of the process: what comes up in which order, and goes down in the other."""
+"""The life of the process: the order in which its parts start, and stop in reverse."""
 
 from __future__ import annotations
 
@@ -50,48 +50,49 @@ class Planner(OverviewSource, Protocol):
 
     @property
     def collectors(self) -> Sequence[Collector]:
-        """Metrics of its own."""
+        """The planner's own metrics."""
         ...
 
     @property
     def failures(self) -> Sequence[str]:
-        """What has failed for good, for people; empty: nothing."""
+        """The parts that have failed for good, for people; empty if none has."""
         ...
 
     async def until_failed(self) -> None:
-        """Returns when something has failed for good: the planner still answers, but should be started anew."""
+        """Wait until something has failed for good: the planner still answers, but should be restarted."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can do now what it is for."""
+        """Return whether the planner can do its work now."""
         ...
 
     def require_leader(self, method: str) -> None:
-        """
+        """Check that this planner may answer a method now.
+
         Raises:
-            ServiceError: NOT_LEADER or STORE_UNAVAILABLE: this planner may not answer that method now.
+            ServiceError: NOT_LEADER or STORE_UNAVAILABLE.
         """
         ...
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Called to end all streams when this planner does not lead any more."""
+        """Set the callback that ends all streams when this planner no longer leads."""
         ...
 
     def note_refusal(self, change: AuditedChange) -> None:
-        """Puts a change that was refused into the audit log."""
+        """Put a refused change into the audit log."""
         ...
 
     async def until_replaced(self) -> None:
-        """Returns when this planner can change nothing any more, and will not."""
+        """Wait until this planner can change nothing any more, and never will."""
         ...
 
     async def say_goodbye(self) -> None:
-        """Tells the agents that the planner goes, and ends watches."""
+        """Tell the agents that the planner stops, and end watches."""
         ...
 
     async def close(self) -> None:
-        """Stops solver processes and closes the store."""
+        """Stop solver processes and close the store."""
         ...
 
 
@@ -99,7 +100,7 @@ OpenPlanner = Callable[[PlannerConfig], Awaitable[Planner]]
 
 
 class Access:
-    """Certificates and tokens of a configuration, kept fresh.
+    """The certificates and tokens of a configuration, reloaded when they change.
 
     Raises:
         DocumentError: a file of them cannot be used, with every problem.
@@ -151,12 +152,12 @@ def problems_of_access(config: PlannerConfig) -> Sequence[Problem]:
 
 
 async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, version: str, ready_json: bool) -> None:
-    """Serves until a signal asks to stop.
+    """Serve until a signal asks to stop.
 
     Raises:
         DocumentError: a certificate or the token file cannot be used.
         AddressError: an address cannot be listened on.
-        MissingExtraError: traces are wanted without OpenTelemetry.
+        MissingExtraError: traces are configured, but OpenTelemetry is missing.
         ServiceError: the store cannot be opened, or another planner leads.
     """
     signals = StopSignals()
@@ -173,7 +174,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         credentials = access.certificates.credentials() if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
         stack.push_async_callback(server.stop_at_once)
-        # Before the store is opened: whoever cannot listen must not have taken the lead from one who can.
+        # Before the store is opened: a planner that cannot listen must not take the lead from one that can.
         addresses = [server.listen(address) for address in config.listen]
         connections = ConnectionWatch(limits, ports_of(addresses))
         metrics.count_closed_connections(lambda: connections.closed)
@@ -192,7 +193,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         for collector in planner.collectors:
             metrics.registry.register(collector)
         server.add(planner.servicings)
-        stack.push_async_callback(server.stop_at_once)  # again: before the planner closes
+        stack.push_async_callback(server.stop_at_once)  # again, so that it happens before the planner closes
         if page_address:
             app = status_app(
                 planner,
@@ -236,7 +237,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
 
 
 async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner | None:
-    """Waits until the planner is open; None: a signal came first, which does not wait for a store that hangs."""
+    """Wait until the planner is open; return None if a signal came first, even if the store hangs."""
     opened = asyncio.ensure_future(opening)
     asked = asyncio.create_task(signals.wait())
     try:
@@ -245,7 +246,7 @@ async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner 
             return opened.result()
         opened.cancel()
         (found,) = await asyncio.gather(opened, return_exceptions=True)
-        if not isinstance(found, BaseException):  # it was open in this very moment
+        if not isinstance(found, BaseException):  # it was opened at this very moment
             await found.close()
         return None
     finally:
@@ -254,7 +255,7 @@ async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner 
 
 
 async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
-    """Waits for a signal, or for another planner to take over; whether it was that."""
+    """Wait for a signal, or for another planner to take over; return whether the latter happened."""
     replaced = asyncio.create_task(planner.until_replaced())
     asked = asyncio.create_task(signals.wait())
     try:
@@ -266,7 +267,7 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
 
 
 async def show_failure(planner: Planner, loops: Loops, server: PlannerServer) -> None:
-    """Health says from then on that no service serves; the page's ``/healthz`` asks by itself."""
+    """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
     either = [asyncio.ensure_future(found) for found in (planner.until_failed(), loops.failed.wait())]
     try:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -291,15 +292,17 @@ def _say_ready(addresses: Sequence[str], page_address: str, config: PlannerConfi
 
 
 def _leave_to_collector_what_is_new() -> None:
-    """Full collections of garbage hold up everything: 0.4 to 1 s with 3,000 agents, when leases are 20 s.
+    """Tune the garbage collector, whose full collections block everything.
 
-    Modules and all that was made until now stay for good, and nothing of it is looked at again. What comes later lives
-    long (agents, replicas) or goes by itself; cycles are few (errors with tracebacks, tasks), and found while young.
+    With 3,000 agents they take 0.4 to 1 s, and leases last 20 s. Modules and all objects made so far stay for good and
+    are
+    excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are few (errors with
+    tracebacks, tasks), and are collected while young.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
-    sys.setswitchinterval(0.001)  # seconds that the loop waits for a thread that reads a document; 5 ms unless said
+    sys.setswitchinterval(0.001)  # seconds that the loop waits for a thread that reads a document; the default is 5 ms
 
 
 async def _close_traces(traces: Traces) -> None:
@@ -310,7 +313,7 @@ _CODES = {signal.SIGINT: ServiceExitCode.INTERRUPTED, signal.SIGTERM: ServiceExi
 
 
 class StopSignals:
-    """Waits for the first signal of this process."""
+    """Waits for the first signal to this process."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
@@ -326,5 +329,5 @@ class StopSignals:
 
     def _came(self, number: signal.Signals) -> None:
         if self._asked.is_set():
-            os._exit(_CODES[number])  # whatever hangs, hangs no more; the store is made to bear this
+            os._exit(_CODES[number])  # it ends whatever hangs; the store is made to survive this
         self._asked.set()

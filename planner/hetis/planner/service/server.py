@@ -1,4 +1,4 @@
-"""The gRPC server: addresses, limits, certificates, health, reflection, and how it goes away."""
+"""The gRPC server: addresses, limits, certificates, health, reflection, and shutdown."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from hetis.planner.service.health import SERVICE as HEALTH
 from hetis.planner.service.health import ServiceHealth
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-MAX_CALLS = 30_000  # at a time, also those whose message has not come: 10,000 agents and twice as many others
+MAX_CALLS = 30_000  # at once, including those whose message has not arrived: 10,000 agents and twice as many others
 _log = logging.getLogger("hetis.planner.server")
-_STREAMS_S = 2.0  # how long streams have to end by themselves before a drain ends them
+_STREAMS_S = 2.0  # how long streams have to end on their own before a drain ends them
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # Agents ping every 10 s and clients every 30 s (docs/api.md): allowed, also without a call, down to one in 8 s.
+    # Agents ping every 10 s and clients every 30 s (docs/api.md): allowed down to 8 s, even without a call.
     ("grpc.http2.min_ping_interval_without_data_ms", 8_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # Finds clients that vanished without a word; their streams would stay for ever.
+    # Detects clients that vanished silently; their streams would stay for ever.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
-    # Connections end now and then, so that those of 10,000 agents spread after a restart.
+    # Connections end from time to time, so that those of 10,000 agents spread after a restart.
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
-    # Those that call nothing are closed; clients come back by themselves with their next call.
+    # Idle ones are closed; clients reconnect with their next call.
     ("grpc.max_connection_idle_ms", 300_000),
-    # Of one connection: agents have one, which carries one stream; watchers and engines a handful of calls.
+    # Per connection: an agent has one with one stream; watchers and engines have a handful of calls.
     ("grpc.max_concurrent_streams", 1_000),
     # Two planners on one port would each get half of the calls.
     ("grpc.so_reuseport", 0),
@@ -52,7 +52,7 @@ class AddressError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Servicing:
-    """A service of the contract: its full name, what answers it, and the generated function that puts both together."""
+    """A service of the API: its full name, its servicer, and the generated function that registers it."""
 
     service: str
     servicer: Any
@@ -60,7 +60,7 @@ class Servicing:
 
 
 class PlannerServer:
-    """A grpc.aio server with everything around the servicers. Makes nothing of its own up: all parts are given."""
+    """A grpc.aio server with everything around the servicers. It creates none of its parts: all are passed in."""
 
     def __init__(
         self,
@@ -81,17 +81,17 @@ class PlannerServer:
         self._servicings = list(servicings)
 
     def add(self, servicings: Sequence[Servicing]) -> None:
-        """Services beside those that were given, before the start."""
+        """Add services to those given before; to be called before the start."""
         self._servicings += servicings
 
     def listen(self, address: str) -> str:
-        """Binds an address before the start, and returns it with the port that was chosen for 0.
+        """Bind an address before the start, and return it with the port that was chosen for 0.
 
         Raises:
             AddressError: in use, not of this machine, or not allowed.
         """
         if not is_socket_path(address):
-            _must_be_free(address)  # gRPC itself would say so in the log, at length
+            _must_be_free(address)  # gRPC itself would log it at length
         try:
             if self._credentials is None:
                 port = self._server.add_insecure_port(address)
@@ -102,7 +102,7 @@ class PlannerServer:
         return address if is_socket_path(address) else join_address(split_address(address)[0], port)
 
     async def start(self) -> None:
-        """Begins to answer."""
+        """Begin to answer."""
         names = [servicing.service for servicing in self._servicings]
         for servicing in self._servicings:
             servicing.add(servicing.servicer, self._server)
@@ -112,10 +112,11 @@ class PlannerServer:
         self.health.serve(True)
 
     async def drain(self, timeout_s: float, say_goodbye: Callable[[], Awaitable[None]]) -> bool:
-        """Goes away in order; whether every call could finish.
+        """Shut down in order; return whether every call could finish.
 
-        Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` lets agents and watches end; streams
-        that stay are ended; unary calls finish; what is left after ``timeout_s`` is cut off.
+        Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` lets agents and watches end. Remaining
+        streams
+        are ended, and unary calls finish. Whatever is left after ``timeout_s`` is cut off.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
@@ -133,13 +134,14 @@ class PlannerServer:
         return finished
 
     async def stop_at_once(self) -> None:
-        """Cuts everything off."""
+        """Cut everything off."""
         self._calls.refuse_new()
         await self._server.stop(None)
 
 
 def _must_be_free(address: str) -> None:
-    """
+    """Check that an address can be listened on.
+
     Raises:
         AddressError: in use, not of this machine, or not allowed.
     """
@@ -158,7 +160,7 @@ def _must_be_free(address: str) -> None:
 def _error_of(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, _name: str, where: tuple[Any, ...]
 ) -> OSError | None:
-    """Return what binding an address fails with."""
+    """Return the error of binding an address, or None."""
     try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -172,7 +174,7 @@ REFLECTION_SERVICES = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
-    """Lets tools such as grpcurl read the contract of ``services`` from the server."""
+    """Let tools such as grpcurl read the API of ``services`` from the server."""
     servicer: Any = reflection.aio.ReflectionServicer([*services, *REFLECTION_SERVICES])
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

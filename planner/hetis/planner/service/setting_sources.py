@@ -1,4 +1,4 @@
-"""Sources of settings: flags over environment over file over defaults, with the place of everything wrong."""
+"""Sources of settings: flags over environment over file over defaults; errors name the source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Leaf = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """A setting that was given outside the file: its dotted name, its text, and what gave it (``--store``)."""
+    """A setting from outside the file: its dotted name, its text, and its source (``--store``)."""
 
     name: str
     text: str
@@ -37,16 +37,16 @@ def load_config(
     flags: Iterable[Given] = (),
     look_further: Callable[[PlannerConfig], Iterable[Problem]] = lambda _config: (),
 ) -> PlannerConfig:
-    """The configuration of a file (None: none), the ``HETIS_*`` variables over it, and flags over both.
+    """Return the configuration of a file (None: no file), with the ``HETIS_*`` variables over it, and flags over both.
 
     Args:
         path: of the file.
         environment: of the process.
         flags: of the command line.
-        look_further: what else is wrong with a configuration whose values are all valid, such as a missing file.
+        look_further: returns further problems, such as a missing file, of a configuration whose values are all valid.
 
     Raises:
-        DocumentError: with every problem of all of them.
+        DocumentError: with every problem of all sources.
     """
     if path is None:
         data: Any = {"apiVersion": API_VERSION, "kind": "PlannerConfig"}
@@ -56,7 +56,7 @@ def load_config(
         layers = _Layers(file=text.file, text=text.text, _root=text._root, problems=list(text.problems))
     for given in (*_from_environment(environment, layers), *flags):
         _put(data, given, layers)
-    mistakes, layers.problems[:] = list(layers.problems), []  # names that nobody knows: the values may be valid still
+    mistakes, layers.problems[:] = list(layers.problems), []  # unknown names: the values may still be valid
     try:
         config = validated(PlannerConfig, data, layers, to_value=lambda document: document)
     except DocumentError as error:
@@ -73,12 +73,12 @@ def _in_order(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def variables() -> dict[str, str]:
-    """Every environment variable that is read, and the setting that it sets."""
+    """Return every environment variable that is read, with its setting."""
     return {PREFIX + "__".join(leaf).upper(): ".".join(leaf) for leaf in _leaves(PlannerConfig)}
 
 
 def mistaken_variables(environment: Mapping[str, str]) -> list[str]:
-    """``HETIS_*`` variables that set nothing here but look as if they should, each with its nearest name."""
+    """Return ``HETIS_*`` variables that set nothing but resemble one that does, each with its nearest name."""
     known = variables()
     hints = []
     for name in sorted(environment):
@@ -93,7 +93,7 @@ _OTHERS = {"HETIS_DEBUG", "HETIS_CONFIG", "HETIS_SERVER", "HETIS_TOKEN"}  # of t
 
 @dataclass(slots=True)
 class _Layers(Text):
-    """The text of the file, and which settings came from elsewhere."""
+    """The text of the file, and the settings that came from elsewhere."""
 
     given: dict[Leaf, str] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ def _from_environment(environment: Mapping[str, str], layers: _Layers) -> Iterat
     sections = {name.partition("__")[0] + "__" for name in known if "__" in name}
     for name in sorted(environment):
         if name in known:
-            if environment[name]:  # empty is unset, as compose files have it
+            if environment[name]:  # empty is unset, as in compose files
                 yield Given(name=known[name], text=environment[name], by=name)
         elif any(name.startswith(section) for section in sections):
             layers.problems.append(Problem(file=name, message=f"is not a setting{did_you_mean(name, known)}"))
@@ -126,7 +126,7 @@ def _put(data: Any, given: Given, layers: _Layers) -> None:
     holder = data
     for part in leaf[:-1]:
         if not isinstance(holder, dict):
-            return  # the file is wrong there, and validation says so
+            return  # the file is wrong there, and validation reports it
         if holder.get(part) is None:
             holder[part] = {}
         holder = holder[part]
@@ -136,7 +136,7 @@ def _put(data: Any, given: Given, layers: _Layers) -> None:
 
 
 def _value(given: Given, annotation: Any) -> Any:
-    """The text of a variable as its field wants it: text stays text, lists are split at commas, the rest is YAML."""
+    """Return a variable's text as its field needs it: text stays text, lists are split at commas, the rest is YAML."""
     if get_origin(annotation) is list:
         return [part.strip() for part in given.text.split(",")]
     if annotation is str or get_origin(annotation) is Literal:
@@ -145,7 +145,7 @@ def _value(given: Given, annotation: Any) -> Any:
 
 
 def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
-    """Path and bare type of every setting."""
+    """Return path and bare type of every setting."""
     found: dict[Leaf, Any] = {}
     for name, info in document.model_fields.items():
         if name in ("api_version", "kind"):
@@ -159,7 +159,7 @@ def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
 
 
 def _bare(annotation: Any) -> Any:
-    """``X`` of ``Annotated[X, ...]`` and of ``X | None``."""
+    """Return ``X`` of ``Annotated[X, ...]`` and of ``X | None``."""
     if hasattr(annotation, "__metadata__"):
         return _bare(annotation.__origin__)
     if isinstance(annotation, UnionType) or get_origin(annotation) is Union:

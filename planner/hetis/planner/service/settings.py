@@ -1,4 +1,4 @@
-"""What `hetis-planner` can be told: the PlannerConfig document, its defaults, and what contradicts itself."""
+"""The settings of `hetis-planner`: the PlannerConfig document, its defaults, and checks across fields."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _listed(value: object) -> object:
 
 
 def default_store() -> str:
-    """A SQLite file in ``$XDG_STATE_HOME/hetis``, which is ``~/.local/state/hetis`` unless set."""
+    """Return the URL of an SQLite file in ``$XDG_STATE_HOME/hetis``, by default ``~/.local/state/hetis``."""
     state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return f"sqlite:///{state}/hetis/planner.db"
 
@@ -70,9 +70,9 @@ FilePath = Annotated[str, Field(min_length=1)]
 
 
 class StatusPagePart(DocumentPart):
-    """The read-only JSON page over HTTP. It asks for no credentials, so that it is local unless ``public``.
+    """The read-only JSON page over HTTP. It requires no credentials, so it is local unless ``public``.
 
-    ``hosts`` are names by which it is asked for, beside addresses, ``localhost`` and this machine's own name.
+    ``hosts`` are the names that requests may use besides addresses, ``localhost`` and this machine's own name.
     """
 
     address: Annotated[str, AfterValidator(_status_address)] = "127.0.0.1:8471"
@@ -81,10 +81,10 @@ class StatusPagePart(DocumentPart):
 
 
 class SolverPart(DocumentPart):
-    """Searches run in processes of their own; what finds none free waits.
+    """Searches, which run in processes of their own and wait if none is free.
 
-    Of one caller so many run and wait at most. Unless said, one process and three quarters of the queue are left to
-    others; a planner without credentials cannot tell callers apart, and leaves nothing.
+    The number of running and waiting searches per caller is limited. By default, one process and three quarters of the
+    queue are left to others; a planner without credentials cannot tell callers apart, and has no limits per caller.
     """
 
     processes: Annotated[int, Field(ge=1, le=256)] = Field(default_factory=half_of_the_cores)
@@ -95,21 +95,20 @@ class SolverPart(DocumentPart):
 
 
 class WritesPart(DocumentPart):
-    """How often one caller may change things, in a row and in the long run. Dispatch is not among it."""
+    """The rate at which one caller may make changes, and its burst. Dispatch is not included."""
 
     per_second: Annotated[float, Field(gt=0, le=1e6)] = 100.0
     burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
 
 
 class ConnectionsPart(DocumentPart):
-    """Most connections of one host to the gRPC ports, at a time; unless said, a quarter of all that the descriptors
-    allow."""
+    """Most open connections of one host to the gRPC ports; by default a quarter of all that the descriptors allow."""
 
     per_host: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
 class TlsPart(DocumentPart):
-    """Certificate of the planner, and the authority whose clients it takes. Files are PEM."""
+    """The planner's certificate, and the authority for client certificates. Files are PEM."""
 
     certificate: FilePath
     key: FilePath
@@ -123,17 +122,19 @@ class LogPart(DocumentPart):
 
 
 class AgentsPart(DocumentPart):
-    """How often a silent agent says that it lives, and after how long a silence its node is lost."""
+    """The interval of agents' heartbeats, and the silence after which a node is lost."""
 
     heartbeat: Annotated[Duration, Field(ge=0.05, le=600)] = 5.0
     lease: Annotated[Duration, Field(ge=0.1, le=3600)] = 20.0
 
 
 class LeadershipPart(DocumentPart):
-    """Leadership where several planners share a store.
+    """Leadership among planners that share a store.
 
-    ``standby``: whether this one waits where another one leads; unless said, on PostgreSQL it does. ``lease``: how long
-    one on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; unless said,
+    ``standby``: whether this planner waits while another one leads; by default it does on PostgreSQL. ``lease``: how
+    long
+    a planner on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; by
+    default
     its addresses in ``listen``.
     """
 
@@ -151,7 +152,7 @@ class TelemetryPart(DocumentPart):
 class PlannerConfig(DocumentPart):
     """The configuration of a planner. Times are seconds inside, ``30s`` in files.
 
-    ``reload`` is how often certificate and token files are looked at; they are read again when they changed.
+    ``reload`` is how often certificate and token files are checked for changes.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -183,7 +184,7 @@ class PlannerConfig(DocumentPart):
         return self.store.startswith("postgres") if standby is None else standby
 
     def reached_at(self, addresses: Sequence[str]) -> PlannerConfig:
-        """The configuration with where callers reach the planner, which listens on ``addresses``."""
+        """Return the configuration with the advertised addresses of a planner that listens on ``addresses``."""
         if self.leadership.advertise:
             return self
         reachable = [reachable_from_elsewhere(address) for address in addresses if not is_socket_path(address)]
@@ -191,7 +192,7 @@ class PlannerConfig(DocumentPart):
         return self.model_copy(update={"leadership": leadership})
 
     def contradictions(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """Yield what cannot be used although every field by itself can, as (path, message)."""
+        """Yield contradictions between fields that are valid by themselves, as (path, message)."""
         for position, address in enumerate(self.listen):
             if not is_loopback(address) and not (self.tls is not None and self.asks_for_credentials):
                 yield (
@@ -215,7 +216,7 @@ class PlannerConfig(DocumentPart):
             yield ("agents", "lease"), f"is {lease}, must be at least twice agents.heartbeat, which is {heartbeat}"
 
     def to_data(self) -> dict[str, Any]:
-        """The document with every default filled in, without secrets."""
+        """Return the document with every default filled in, without secrets."""
         data = self.model_dump(by_alias=True, exclude_none=True)
         data["store"] = without_password(self.store)
         for part, name in _DURATIONS:
@@ -236,7 +237,7 @@ _DURATIONS: tuple[tuple[str | None, str], ...] = (
 
 
 def without_password(url: str) -> str:
-    """A store URL to show: ``postgresql://user:***@host/database``."""
+    """Return a store's URL for display: ``postgresql://user:***@host/database``."""
     scheme, _, rest = url.partition("://")
     user, at, host = rest.rpartition("@")
     name, colon, _ = user.partition(":")

@@ -1,4 +1,4 @@
-"""What the options of `hetis-planner` do, and what is said when it cannot."""
+"""The actions of `hetis-planner`, and its error messages."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _log = logging.getLogger("hetis.planner")
 
 
 def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None:
-    """Serves until a signal asks to stop."""
+    """Serve until a signal asks to stop."""
 
     async def open_planner(config: PlannerConfig) -> Planner:
-        from hetis.planner.service import overdue  # late: a wrong setting is said at once
+        from hetis.planner.service import overdue  # late, so that a wrong setting is reported at once
         from hetis.planner.service.assembly import open_planner as open_all
 
         planner = await open_all(config)
@@ -52,7 +52,7 @@ def serve_with(open_planner: OpenPlanner, path: str | None, flags: Sequence[Give
 
 
 def check_config(path: str | None, flags: Sequence[Given]) -> None:
-    """Says whether the planner could start with this configuration; opens neither the store nor a port."""
+    """Report whether the planner could start with this configuration; opens neither the store nor a port."""
     from hetis.planner.service.running import Access, problems_of_access
 
     config = load_config(path, environment=os.environ, flags=flags, look_further=problems_of_access)
@@ -71,7 +71,7 @@ def print_effective(path: str | None, flags: Sequence[Given]) -> None:
 def make_token(
     path: str, *, role: str, name: str | None, node: str | None, cluster: str | None, valid_days: str
 ) -> None:
-    """Prints a new token; everything else that there is to say goes to stderr."""
+    """Print a new token on stdout, and everything else on stderr."""
     scope = _scope(role, node, cluster)
     expires = datetime.now(UTC) + _days(valid_days)
     chosen = name or "-".join([role, *((scope or "").split("/")[1::2])])
@@ -105,7 +105,7 @@ def _days(text: str) -> timedelta:
 
 
 def report(error: Exception) -> ServiceExitCode:
-    """Prints what went wrong on stderr, never a traceback, and returns the exit code that says so."""
+    """Print the error on stderr, never a traceback, and return its exit code."""
     from hetis.planner.failures import ServiceError
     from hetis.planner.service.server import AddressError
     from hetis.planner.service.traces import MissingExtraError

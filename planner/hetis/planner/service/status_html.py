@@ -1,6 +1,6 @@
-"""The status page for people: replicas, KV in use over time, re-dispatches as they happen, in the look of the reports.
+"""The status page for people: replicas, KV use over time, and re-dispatches, in the style of the reports.
 
-Everything here is what the planner has in memory; a store that is away is shown, and takes nothing from the page.
+Everything shown comes from the planner's memory; an unavailable store is reported, and the page stays complete.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 
-MAX_CLUSTERS = 4  # in full on the first page; others have a page each
-MAX_NODES = 36  # of a cluster, drawn
+MAX_CLUSTERS = 4  # shown in full on the first page; others have a page each
+MAX_NODES = 36  # drawn per cluster
 MAX_STRIPS = 32
 MAX_REPLICAS = 40
 MAX_REDISPATCHES = 15
-FULL = 0.9  # a share of KV in use from which a device is shown as in trouble
+FULL = 0.9  # share of KV in use above which a device is highlighted
 STORE_AWAY_S = 10.0  # without an answer
 _WIDTH, _HEIGHT = 600, 28
-_LEAST_SPAN_S = 60.0  # of the axis of time
+_LEAST_SPAN_S = 60.0  # of the time axis
 _UNDER_WAY = ("PREPARING", "COMMITTING", "RELEASING", "ABORTING")
 
 
 def status_html(
     overview: Overview, clusters: Sequence[ClusterNow], *, version: str, is_ready: bool, only: str = ""
 ) -> str:
-    """The page. ``only`` names the one cluster that is asked for; without it there are the planner and all clusters."""
+    """Return the page of the one cluster ``only``, or else of the planner and all clusters."""
     counted = {one.name: one for one in overview.clusters}
     shown = [one for one in clusters if one.name == only] if only else clusters[:MAX_CLUSTERS]
     sections = [] if only else [_planner_section(overview, clusters, version=version, is_ready=is_ready)]
@@ -75,7 +75,7 @@ def status_html(
 
 
 def _clock(overview: Overview, clusters: Sequence[ClusterNow]) -> str:
-    """Minutes are enough: a page on which nothing happens stays the same."""
+    """Return the time in minutes, so that a page on which nothing happens stays the same."""
     now_s = max((one.now_s for one in clusters), default=overview.leader_since_s)
     return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
@@ -342,7 +342,7 @@ def _pressure(cluster: ClusterNow, colors: Mapping[str, int], records: Sequence[
 
 
 def _paths(xs: np.ndarray, shares: np.ndarray) -> tuple[str, str]:
-    """A line, and what lies under it, with gaps where nothing was said."""
+    """Return a line and the area below it, with gaps where nothing was reported."""
     lines, areas = list[str](), list[str]()
     known = np.flatnonzero(~np.isnan(shares))
     for run in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1):
@@ -424,13 +424,13 @@ def _state(one: redispatch_pb2.Redispatch) -> str:
 
 
 def _word(enum: object, value: int) -> str:
-    """``READY`` of ``NODE_STATE_READY``."""
+    """Return ``READY`` for ``NODE_STATE_READY``."""
     prefix = name_of(enum, 0).removesuffix("UNSPECIFIED")
     return name_of(enum, value).removeprefix(prefix)
 
 
 def _whole(share: float) -> str:
-    """What changes every few seconds needs no decimals."""
+    """Return a share without decimals, as it changes every few seconds."""
     return f"{share:.0%}"
 
 

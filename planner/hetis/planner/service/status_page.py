@@ -1,4 +1,4 @@
-"""The read-only page: what the planner knows, for people with browsers or curl, for Prometheus, and for probes."""
+"""The read-only page: the planner's state for people with browsers or curl, for Prometheus, and for probes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hetis.planner.service.status_html import status_html
 
 _GRACE_S = 1
 _VARIES = {"Vary": "Accept"}
-# What a browser may do with the page: nothing but show it and ask this server again. Its own policy allows less still.
+# The browser may only show the page and poll this server; the page's own policy is stricter still.
 _PAGE_HEADERS = {
     **_VARIES,
     "Cache-Control": "no-store",
@@ -50,11 +50,11 @@ def status_app(
     failures: Callable[[], Sequence[str]] = tuple,
     hosts: Sequence[str] = (),
 ) -> Starlette:
-    """The page's routes. All are GET, and change nothing.
+    """Return the page's routes. All are GET and change nothing.
 
     Args:
-        failures: what has failed for good, so that the process should be started anew.
-        hosts: names by which the page may be asked for, beside addresses, `localhost` and this machine's own name.
+        failures: returns what has failed for good, so that the process should be restarted.
+        hosts: names that requests may use besides addresses, `localhost` and this machine's own name.
     """
 
     async def drawn(only: str = "") -> Response:
@@ -107,12 +107,12 @@ def status_app(
 
 
 def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
-    """How the page is served."""
+    """Return uvicorn's configuration for the page."""
     return uvicorn.Config(
         app,
         http=limited_protocol(limits),
-        ws="none",  # else a library that happens to be installed takes connections over, and out of the limits
-        proxy_headers=False,  # nobody is believed to speak for somebody else
+        ws="none",  # otherwise a library that happens to be installed takes over connections, which escape the limits
+        proxy_headers=False,  # nobody may claim to be a proxy
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -122,15 +122,15 @@ def page_config(app: Starlette, limits: PageLimits) -> uvicorn.Config:
 
 
 def _wants_html(request: Request) -> bool:
-    """Browsers say so; curl and what else reads JSON takes anything."""
+    """Return whether the client asks for HTML: browsers do; curl and JSON clients accept anything."""
     return "text/html" in request.headers.get("accept", "")
 
 
 class _KnownHosts:
     """Refuses requests that name another host.
 
-    A browser that is made to believe that a stranger's name is this machine (DNS rebinding) would show the page to the
-    stranger's scripts; it sends that name.
+    A browser tricked into believing that a stranger's name is this machine (DNS rebinding) would show the page to the
+    stranger's scripts; but its requests carry that name.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Sequence[str]) -> None:
@@ -139,7 +139,7 @@ class _KnownHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = Headers(scope=scope).get("host", "") if scope["type"] == "http" else ""
-        if not given or self._knows(given):  # HTTP 1.0 names none; browsers always do
+        if not given or self._knows(given):  # HTTP 1.0 names no host; browsers always do
             await self._app(scope, receive, send)
             return
         name = given if given.isprintable() else "?"
@@ -158,7 +158,7 @@ class _KnownHosts:
 
 
 def overview_data(overview: Overview, *, version: str, is_ready: bool) -> dict[str, Any]:
-    """The first page as JSON values."""
+    """Return the first page as JSON values."""
     return {
         "planner": {
             "version": version,
@@ -200,7 +200,7 @@ class StatusPage:
         self._serving: asyncio.Task[None] | None = None
 
     def listen(self, address: str) -> str:
-        """Binds an address, and returns it with the port that was chosen for 0.
+        """Bind an address, and return it with the port that was chosen for 0.
 
         Raises:
             AddressError: in use, or not of this machine.
@@ -217,29 +217,29 @@ class StatusPage:
         return join_address(host, self._socket.getsockname()[1])
 
     async def start(self, app: Starlette) -> None:
-        """Begins to answer with what `status_app` made."""
+        """Begin to answer with the app that `status_app` made."""
         assert self._socket is not None
         self._server = _Server(page_config(app, self._limits))
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         while not self._server.started and not self._serving.done():
-            await asyncio.sleep(0.005)  # uvicorn tells by a flag
+            await asyncio.sleep(0.005)  # uvicorn only sets a flag
 
     async def stop(self) -> None:
-        """Finishes the requests under way, for a second at most."""
+        """Finish the running requests, for at most a second."""
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
         self.abandon()
 
     def abandon(self) -> None:
-        """Gives the address back without having started."""
+        """Release the address without having started."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to the process."""
+    """A server that leaves signals to the process."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

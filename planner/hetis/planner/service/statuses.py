@@ -1,4 +1,4 @@
-"""Every error as a status with `google.rpc` details: the one place where exceptions meet the wire."""
+"""Errors as statuses with `google.rpc` details: the only place that converts exceptions for the wire."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetis.solver.errors import InvalidProblemError
 
 DOMAIN = "hetis"
 Status = Any  # google.rpc has no types
-# gRPC drops responses whose headers are larger than 8 KiB. The message is in them twice, the details in base64.
+# gRPC drops responses whose headers exceed 8 KiB. They contain the message twice, and the details in base64.
 _MOST_MESSAGE_BYTES = 1200
 _MOST_DETAIL_BYTES = 3600
 _RETRIED = {
@@ -46,7 +46,7 @@ def draining() -> ServiceError:
 
 
 def incident(incident_id: str) -> ServiceError:
-    """Return what callers hear of a bug: nothing but where to find it."""
+    """Return the error that callers get for a bug: only where to find its log entry."""
     return ServiceError(
         Reason.ERROR_REASON_INTERNAL,
         f"internal error, incident {incident_id}: the planner's log says more, please report it with that entry",
@@ -55,7 +55,7 @@ def incident(incident_id: str) -> ServiceError:
 
 
 def as_service_error(error: Exception) -> ServiceError | None:
-    """The error for callers; None: nobody meant it, it is a bug."""
+    """Return the error for callers, or None if it was not raised on purpose, which is a bug."""
     match error:
         case ServiceError():
             return error
@@ -67,7 +67,7 @@ def as_service_error(error: Exception) -> ServiceError | None:
 
 
 def to_status(error: ServiceError) -> Status:
-    """The status of an error with all its details. What is too long for gRPC's headers is cut, and says so."""
+    """Return the status of an error with all its details. What is too long for gRPC's headers is cut and marked."""
     code, _ = error.code.value
     status = status_pb2.Status(code=int(code), message=_shortened(str(error), _MOST_MESSAGE_BYTES))
     for detail in _details(error, status.message):
@@ -80,14 +80,14 @@ def code_of(status: Status) -> grpc.StatusCode:
 
 
 async def abort(context: Any, status: Status) -> Never:
-    """Ends a call with a status and its details.
+    """End a call with a status and its details.
 
     Raises:
         grpc.aio.AbortError: always.
     """
     found = rpc_status.to_status(status)
     if any(b"leader_address" in detail.value for detail in status.details):
-        # gRPC itself would ask this planner again, three times, before the caller hears where the leader is.
+        # Otherwise gRPC itself would retry here three times before the caller learns where the leader is.
         found = found._replace(trailing_metadata=(*found.trailing_metadata, ("grpc-retry-pushback-ms", "-1")))
     await context.abort_with_status(found)
     raise AssertionError("abort_with_status returned")
@@ -146,14 +146,14 @@ def _missing_gpus(error: ServiceError, message: str) -> Message:
 
 
 def _resource_type(name: str) -> str:
-    """``hetis.v1.Node`` of ``clusters/c/nodes/n``: the last collection of a name."""
+    """Return ``hetis.v1.Node`` for ``clusters/c/nodes/n``, from the last collection in the name."""
     parts = name.split("/")
     collections = [part for part in parts[::2] if part in _TYPES]
     return f"hetis.v1.{_TYPES[collections[-1]]}" if collections else ""
 
 
 def _shortened(text: str, most_bytes: int) -> str:
-    """Text that takes so many bytes at most in a header, where all but plain ASCII is written %XX."""
+    """Cut a text to at most ``most_bytes`` bytes in a header, where all but plain ASCII is written %XX."""
     text = text.encode("utf-8", errors="replace").decode()
     if len(text) <= most_bytes // 9 or len(quote(text, safe=_PLAIN)) <= most_bytes:
         return text

@@ -1,4 +1,4 @@
-"""How the store answers and how old the lease is, as Prometheus metrics; reading them asks the store nothing."""
+"""The store's response times and the lease's age as Prometheus metrics; reading them makes no query."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.planner.store.health import BUCKETS_S
 
 
 class StoreCollector(Collector):
-    """Reads the store's own counts when somebody scrapes."""
+    """Reads the store's own counts at each scrape."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""How many streams one caller may have open: each costs memory and, at every change, time of the one event loop."""
+"""Limits on a caller's open streams: each costs memory and, at every change, time of the only event loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hetis.planner.service.access import is_open
 MOST_OF_A_CALLER = 100
 """Watches and downloads of one caller, by its credentials."""
 MOST_OF_A_HOST = 100
-"""Streams of one host to services that anybody may call: health and reflection."""
+"""Streams of one host to services open to anybody: health and reflection."""
 MOST_OF_ALL_HOSTS = 1_000
 MOST_OF_ENGINES = 1_000
-"""Streams of one caller that dispatch: engines do so with the credentials of their agents, which nodes may share."""
+"""Dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
 _DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
-_UNLIMITED = "/hetis.v1.AgentService/ConnectNode"  # one of each node, whose agents may share credentials
+_UNLIMITED = "/hetis.v1.AgentService/ConnectNode"  # one per node, whose agents may share credentials
 
 
 class StreamLimits:
@@ -28,7 +28,7 @@ class StreamLimits:
 
     @contextmanager
     def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
-        """While a stream is open. ``peer``: as gRPC names it, with its port.
+        """Count a stream as open within the context. ``peer`` is in gRPC's form, with its port.
 
         Raises:
             ServiceError: TOO_MANY_STREAMS.

@@ -1,4 +1,4 @@
-"""One leadership term after the other: this planner leads while nobody else does, and stands by otherwise."""
+"""The sequence of leadership terms: this planner leads while nobody else does, and stands by otherwise."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hetis.planner.service.overview import ClusterNow, Overview, OverviewSource
 from hetis.planner.service.server import Servicing
 from hetis.planner.store import AuditedChange, Lease, Store
 
-ANSWERED_S = 10.0  # a store that has not answered for longer is away
+ANSWERED_S = 10.0  # a store that has not answered for longer counts as unavailable
 _AGAIN_S = 1.0  # after a term that could not begin
-_STEP_DOWN_S = 10.0  # for the streams of a term to end, and as long for the rest of it
+_STEP_DOWN_S = 10.0  # for the streams of a term to end, and again for the rest of it
 _log = logging.getLogger("hetis.planner.succession")
 
 
 class LeadershipTerm(Protocol):
-    """What serves while this planner leads, or, never begun, while it does not."""
+    """The serving parts of one term; without `begin`, of a planner that does not lead."""
 
     @property
     def servicings(self) -> Sequence[Servicing]: ...
@@ -49,14 +49,14 @@ class Succession:
     """A planner over all its terms.
 
     Args:
-        store: that says who leads; closed with this.
-        make_term: from an epoch; 0: for reads alone.
+        store: decides who leads; closed with this object.
+        make_term: makes a term with an epoch; 0 for one that only reads.
         holder, addresses: of this planner, for callers of others.
-        stands_by: whether it waits where another planner leads; else it ends then.
+        stands_by: whether it waits while another planner leads, instead of ending.
         loops: of all terms.
-        refusals: changes that were refused, for the audit log.
+        refusals: refused changes, for the audit log.
         collectors: metrics of all terms.
-        step_down_s: how long it waits for what a term leaves behind before it stands by again.
+        step_down_s: how long it waits for the rest of a term before it stands by again.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Succession:
 
     @property
     def present(self) -> LeadershipTerm:
-        """What answers now."""
+        """The term that answers now."""
         return self._leading or self._standby
 
     @property
@@ -104,10 +104,10 @@ class Succession:
         return self._leading is not None and self._store.lease.is_held
 
     async def start(self) -> None:
-        """Leads, or begins to stand by.
+        """Lead, or begin to stand by.
 
         Raises:
-            ServiceError: NOT_LEADER, and it is not to stand by; STORE_UNAVAILABLE.
+            ServiceError: NOT_LEADER if it is not to stand by; STORE_UNAVAILABLE.
         """
         try:
             await self._begin(await self._store.lead(self._holder, self._addresses))
@@ -120,9 +120,10 @@ class Succession:
         self._loops.start("the guard of the store's connections", self._store.until_failed())
 
     def require_leader(self, method: str) -> None:
-        """
+        """Check that this planner may answer a method now.
+
         Raises:
-            ServiceError: NOT_LEADER, with where the leader is; STORE_UNAVAILABLE where the lease is about to end.
+            ServiceError: NOT_LEADER, with the leader's address; STORE_UNAVAILABLE if the lease is about to expire.
         """
         if self.leads and not self._store.lease.may_decide:
             if needs_leader(method, reads_too=False):
@@ -131,12 +132,12 @@ class Succession:
             raise self._store.not_leader()
 
     def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Called to end the streams that do not end by themselves when the term is over."""
+        """Set the callback that ends the remaining streams when the term is over."""
         self._end_streams = end_streams
 
     @property
     def is_ready(self) -> bool:
-        """The planner can serve what it is for: as the leader with a lease, or as a standby; and the store answers."""
+        """Return whether the planner, as a leader with a lease or as a standby, can work and its store answers."""
         is_well = self._store.health.answered_s_ago < ANSWERED_S
         return is_well and (self._store.lease.may_decide if self._leading is not None else self._stands_by)
 
@@ -168,7 +169,7 @@ class Succession:
         self._refusals.note(change)
 
     async def until_replaced(self) -> None:
-        """Returns when this planner is of no use any more; one that stands by always is."""
+        """Wait until this planner is of no use any more; one that stands by always is."""
         await self._is_over.wait()
 
     async def say_goodbye(self) -> None:
@@ -215,7 +216,7 @@ class Succession:
             self._is_over.set()
 
     async def _step_down(self) -> None:
-        """What was decided stands; agents and watchers go to whoever leads."""
+        """End the term: agents and watchers go to the new leader; stored decisions remain valid."""
         term, self._leading = self._leading, None
         assert term is not None
         error = self._store.not_leader()
@@ -226,7 +227,7 @@ class Succession:
         await self._in_time("the term", term.close())
 
     async def _in_time(self, what: str, ending: Awaitable[None]) -> None:
-        """Waits for an end, and not for ever: this planner has to stand by again, whatever hangs."""
+        """Wait for an end, but not for ever: this planner has to stand by again, whatever hangs."""
         task = asyncio.ensure_future(ending)
         try:
             for limit_s in (self._step_down_s, 1.0):
@@ -242,7 +243,7 @@ class Succession:
 
 
 class _Present:
-    """The servicer of one service, of the term that is present when a call comes."""
+    """A servicer that passes each call to the same service of the present term."""
 
     def __init__(self, succession: Succession, position: int) -> None:
         self._succession = succession

@@ -1,4 +1,4 @@
-"""What is written down of every call: a line, a measurement, a span."""
+"""Telemetry of every call: a log line, a metric, a span."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")
-_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls a second: debug while they succeed
+_QUIET = ("/grpc.", "/hetis.v1.DispatchService/")  # probes, and thousands of calls per second: debug level if OK
 _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 
 class CallRecord:
-    """One call, from its begin to its end."""
+    """One call, from begin to end."""
 
     def __init__(self, method: str, peer: str, span: Span, *, is_stream: bool) -> None:
         self.method = method
@@ -40,7 +40,7 @@ class CallRecord:
         return self._span.trace_id
 
     def refused_change(self) -> AuditedChange:
-        """Note a refused change for the audit log."""
+        """Return the call as a refused change for the audit log."""
         return AuditedChange(
             caller=self.caller,
             role=self.role,
@@ -79,7 +79,7 @@ class CallRecord:
 
 
 class Telemetry:
-    """Begins records."""
+    """Starts call records."""
 
     def __init__(self, metrics: ServiceMetrics, traces: Traces) -> None:
         self.metrics = metrics
@@ -102,7 +102,7 @@ def _naming_fields(message: Descriptor) -> tuple[str, ...]:
 
 
 def name_of(request: Message) -> str:
-    """The resource that a request is about, at most 200 characters; empty: it names none."""
+    """Return the resource that a request names, at most 200 characters; empty if it names none."""
     for naming in _naming_fields(request.DESCRIPTOR):
         value = getattr(request, naming)
         if isinstance(value, str) and value:

@@ -1,4 +1,4 @@
-"""Bearer tokens: a file of their hashes, with a role and an end for each. The tokens themselves are nowhere."""
+"""Bearer tokens: a file of their hashes, each with a role and an expiry. The tokens themselves are stored nowhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hetis.formats.positions import parse_text
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.identity import CallerRole, Identity
 
-_START = "hetis_"  # so that scanners for leaked secrets can know one
+_START = "hetis_"  # lets scanners for leaked secrets recognise a token
 _TOKEN = re.compile(r"hetis_[A-Za-z0-9_-]{43}")
 _ID = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"
 NODE = re.compile(rf"clusters/({_ID})/nodes/([A-Za-z0-9][A-Za-z0-9._-]*)")
@@ -67,7 +67,7 @@ class PlannerTokens(DocumentPart):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What a token gives: an identity, until a moment (Unix seconds)."""
+    """The effect of a token: an identity, until a moment (Unix seconds)."""
 
     identity: Identity
     expires_s: float
@@ -81,9 +81,10 @@ class Tokens:
 
     @classmethod
     def load(cls, path: str) -> Tokens:
-        """
+        """Return the tokens of a file.
+
         Raises:
-            DocumentError: with every problem of the file; also when others than its owner may write it.
+            DocumentError: with every problem of the file, including write permission for everybody.
         """
         text = read_text(path)
         if Path(path).stat().st_mode & 0o002:
@@ -92,20 +93,21 @@ class Tokens:
 
     @property
     def expiries_s(self) -> list[float]:
-        """Return when each token ends, Unix seconds."""
+        """The expiry of each token, Unix seconds."""
         return [grant.expires_s for grant in self._grants.values()]
 
     def __len__(self) -> int:
         return len(self._grants)
 
     def identify(self, token: str, *, now_s: float) -> Identity:
-        """
+        """Return the identity that a token grants.
+
         Raises:
-            ServiceError: CREDENTIALS; malformed, unknown or expired.
+            ServiceError: CREDENTIALS if it is malformed, unknown or expired.
         """
         if not _TOKEN.fullmatch(token):
             raise refused("the bearer token is malformed: it is not one that `hetis-planner token create` printed")
-        # Looked up by its hash, so that time tells nothing about how much of a guess was right.
+        # Looked up by its hash, so that timing reveals nothing about how much of a guess was right.
         grant = self._grants.get(digest(token))
         if grant is None:
             raise refused("the bearer token is unknown: it was never made or has been taken out of the file")
@@ -120,12 +122,12 @@ def refused(message: str) -> ServiceError:
 
 
 def digest(token: str) -> str:
-    """SHA-256 of a token. It has 256 random bits, so that a slow hash would protect nothing more."""
+    """Return the SHA-256 of a token. It has 256 random bits, so a slow hash would protect no better."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, expires: datetime) -> str:
-    """Makes a token, appends its hash to the file, which it makes (mode 0600) where there is none, and returns it.
+    """Make a token, append its hash to the file, which is created (mode 0600) if missing, and return the token.
 
     Raises:
         DocumentError: the file is not a token file or cannot be written, the name is taken, or a value is wrong.
@@ -140,7 +142,7 @@ def create_token(path: str, *, name: str, role: CallerRole, scope: str | None, e
     except OSError as error:
         raise unreadable(path, error) from None
     with open(descriptor, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # two at once: neither is lost, neither takes the other's name
+        fcntl.flock(file, fcntl.LOCK_EX)  # for two writers at once: neither is lost, neither takes the other's name
         before = file.read().decode("utf-8", errors="replace")
         added = _entry_text(entry, before)
         _grants(before + added, path)
@@ -174,7 +176,7 @@ def _grant(entry: TokenPart) -> Grant:
 
 
 def _clashes(tokens: object) -> Iterator[tuple[Sequence[str | int], str]]:
-    """Names that are taken twice, agents without a scope, scopes of others."""
+    """Yield duplicate names, agents without a scope, and scopes of others."""
     first: dict[str, int] = {}
     for position, entry in enumerate(tokens if isinstance(tokens, list) else ()):
         if not isinstance(entry, dict):

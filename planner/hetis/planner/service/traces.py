@@ -14,21 +14,21 @@ class Span(Protocol):
 
     @property
     def trace_id(self) -> str:
-        """Return the trace id for logs; empty: the call is not traced."""
+        """The trace id for logs, empty if the call is not traced."""
         ...
 
     def end(self, code: str, *, is_error: bool) -> None: ...
 
 
 class Traces(Protocol):
-    """Maker of spans."""
+    """Factory of spans."""
 
     def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
-        """The span of a call; it is the current one of this task until it ends."""
+        """Start the span of a call, which is the current one of this task until it ends."""
         ...
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
         ...
 
 
@@ -53,11 +53,11 @@ _NO_SPAN = _NoSpan()
 
 
 class MissingExtraError(Exception):
-    """Traces are wanted, and OpenTelemetry is not installed."""
+    """Traces are configured, but OpenTelemetry is not installed."""
 
 
 class OtelTraces:
-    """Spans of OpenTelemetry; the caller's ``traceparent`` is followed."""
+    """Spans of OpenTelemetry, as children of the caller's ``traceparent``."""
 
     def __init__(self, provider: TracerProvider) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -102,7 +102,7 @@ class _OtelSpan:
 
 
 def open_traces(endpoint: str | None, version: str) -> Traces:
-    """Traces to an OTLP endpoint; None: nowhere.
+    """Return traces that are sent to an OTLP endpoint, or to nowhere if None.
 
     Raises:
         MissingExtraError: OpenTelemetry is not installed.

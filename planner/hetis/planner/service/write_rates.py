@@ -1,4 +1,4 @@
-"""How fast one caller may change things: each change is a transaction that reaches the disk, one after another."""
+"""Limits on the rate of a caller's changes: each is a transaction that reaches the disk, and they are serialised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITES = frozenset(
     and method not in STANDBY_READS
     and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
 )
-"""What a rate holds for. Dispatch touches no disk; of the streams of agents there is one for each node."""
+"""The methods that are limited. Dispatch does not touch the disk, and a node has only one agent stream."""
 _MOST_REMEMBERED = 10_000
 
 
@@ -28,12 +28,12 @@ class _Bucket:
 
 
 class WriteRates:
-    """A bucket of tokens for each caller, of which a call takes one.
+    """A token bucket per caller, from which each call takes one token.
 
     Args:
-        per_s: how many a bucket gains a second.
-        burst: how many it holds.
-        clock: seconds that only grow.
+        per_s: tokens added per second.
+        burst: capacity of a bucket.
+        clock: monotonic seconds.
     """
 
     def __init__(self, *, per_s: float = 100.0, burst: int = 500, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,9 +41,10 @@ class WriteRates:
         self._buckets: dict[str, _Bucket] = {}
 
     def take(self, method: str, caller: str) -> None:
-        """
+        """Take a token from the caller's bucket if the method is a write.
+
         Raises:
-            ServiceError: QUOTA_EXCEEDED, with the time when the caller may go on.
+            ServiceError: QUOTA_EXCEEDED, with the time when the caller may continue.
         """
         if method not in WRITES:
             return
@@ -65,7 +66,7 @@ class WriteRates:
         bucket.tokens -= 1
 
     def _forget_full(self, now_s: float) -> None:
-        """Names are those of credentials; still they may become many."""
+        """Drop full buckets when there are many; callers are names of credentials, but these can be numerous."""
         if len(self._buckets) >= _MOST_REMEMBERED:
             full_s = self._burst / self._per_s
             self._buckets = {name: kept for name, kept in self._buckets.items() if now_s - kept.filled_s < full_s}

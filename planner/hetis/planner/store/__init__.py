@@ -1,4 +1,4 @@
-"""What the planning service keeps: records in SQLite or PostgreSQL, one durable transaction at a time."""
+"""The store of the planning service: records in SQLite or PostgreSQL, changed by one durable transaction at a time."""
 
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLine
 from hetis.planner.store.errors import StoreError

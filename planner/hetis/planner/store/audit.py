@@ -1,8 +1,8 @@
-"""The audit log: who changed what, when, and what became of it. Lines are only ever added.
+"""The audit log: who changed what, when, and with what outcome. Lines are only ever added.
 
-Each line has the hash of the one before it in its own, so that a line that was changed, taken out or put in between
-breaks the chain from there on. Whoever can write to the database can make the whole chain anew, or cut its end off:
-keep the last hash elsewhere now and then.
+The hash of a line covers the hash of the line before it, so a line that was changed, removed or inserted breaks the
+chain from there on. Whoever can write to the database can forge the whole chain or cut off its end; to detect that,
+keep a copy of the last hash elsewhere.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PAGE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditedChange:
-    """What a line is about; a column for each field, which the hash is of in this order.
+    """The subject of an audit line. Each field has a column; the hash covers the fields in this order.
 
     Attributes:
-        caller, role: the name of credentials, and what they were given for.
+        caller, role: the name of credentials, and the role they were given for.
         method: such as ``CreateCluster``.
         resource: its name; empty where there was none.
         request_id: as the caller gave it.
-        plan: that was chosen or made.
-        outcome: `OK`; `REPEATED`: a request that had been done before; else the reason of the error.
-        times: of refusals how many were the same since the last line of that kind.
+        plan: the plan that was chosen or made.
+        outcome: `OK`; `REPEATED` for a request that had been done before; else the reason of the error.
+        times: for refusals, how many equal ones were counted since the last line of that kind.
     """
 
     caller: str
@@ -48,7 +48,10 @@ class AuditedChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditLine:
-    """A change as it stands in the log. ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's."""
+    """An audited change as it stands in the log.
+
+    ``number`` counts from 1, ``time_s`` is Unix time, ``epoch`` the term's.
+    """
 
     number: int
     time_s: float
@@ -57,14 +60,14 @@ class AuditLine:
     hash: str
 
     def expected_hash(self, before: str) -> str:
-        """Return the hash of what stands in the line and of the hash of the one before."""
+        """Return the hash of the line's content and of the hash of the line before it."""
         values = [before, self.number, self.time_s, self.epoch, *asdict(self.change).values()]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditFilter:
-    """Which lines are asked for; what is None is not looked at.
+    """A selection of audit lines; fields that are None match everything.
 
     Attributes:
         caller, method, outcome: as they stand in a line.
@@ -93,20 +96,20 @@ class AuditFilter:
 
 
 class AuditLog:
-    """The log as one transaction sees it."""
+    """The audit log as seen by one transaction."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
     def page(self, after: int, limit: int, which: AuditFilter | None = None) -> list[AuditLine]:
-        """The next lines with a higher number, in their order."""
+        """Return up to ``limit`` lines with a number above ``after``, in order."""
         table = schema.audit
         conditions = [table.c.number > after, *(which or AuditFilter()).conditions()]
         query = sa.select(table).where(*conditions).order_by(table.c.number).limit(limit)
         return [_line(row) for row in self._connection.execute(query)]
 
     def lines(self, which: AuditFilter | None = None) -> Iterator[AuditLine]:
-        """All of them, in their order."""
+        """Yield all matching lines in order."""
         after, is_more = 0, True
         while is_more:
             found = self.page(after, _PAGE, which)
@@ -120,7 +123,7 @@ class AuditLog:
         return None if row is None else _line(row)
 
     def append(self, change: AuditedChange, *, time_s: float) -> None:
-        """Adds a line; of a write transaction, of which there is one at a time."""
+        """Append a line. Needs a write transaction, of which there is only one at any moment."""
         last = self.last()
         number, before = (last.number + 1, last.hash) if last is not None else (1, "")
         epoch = self._connection.execute(sa.select(schema.leadership.c.epoch)).scalar_one()
@@ -136,7 +139,7 @@ class AuditLog:
         )
 
     def first_wrong(self) -> int | None:
-        """The number of the first line that is not what it was or does not follow the one before; None: all do."""
+        """Return the number of the first line that was altered or does not follow its predecessor, or None."""
         number, before = 0, ""
         for line in self.lines():
             if line.number != number + 1 or line.hash != line.expected_hash(before):

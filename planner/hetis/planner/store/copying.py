@@ -1,7 +1,7 @@
-"""Backups: the whole store at one moment as a file, and a store that is made of such a file again.
+"""Backups: the whole store at one moment as a file, and a store restored from such a file.
 
-A backup is an SQLite store, whatever the store is that it was made of: it can be looked at, restored into either kind
-of store, and one of an older version is brought to the newest form on the way.
+A backup is always an SQLite store, whatever kind of store it was made from. It can be inspected and restored into
+either kind of store; a backup of an older version is migrated to the newest schema on the way.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from hetis.planner.store.file_lock import FileLock
 from hetis.planner.store.transactions import Reader
 
 T = TypeVar("T")
-_ROWS = 500  # at a time
-_LEASE_S = 3600.0  # what timeouts follow from: nobody waits for a lease here
+_ROWS = 500  # rows per insert
+_LEASE_S = 3600.0  # timeouts follow from it; nobody waits for a lease here
 BEYOND = 2**20
-"""Epochs and versions above those of a backup that a restored store leaves out where the clock tells no more: the store
-may have used some since, and agents obey the highest epoch that they saw, callers must never see an etag twice."""
-_FIRST_S = 1_767_225_600  # 2026 began: epochs count seconds from here, so that they stay short
+"""The gap that a restored store leaves above the backup's epochs and versions if the clock does not give more: the
+original store may have used some since, agents obey the highest epoch that they saw, and no caller may see an etag
+twice.
+"""
+_FIRST_S = 1_767_225_600  # the start of 2026: epochs count seconds from here, which keeps them short
 
 
 def back_up(url: str, file: Path) -> int:
-    """Writes a backup of a store, which may be in use, and returns how many records it has. It has mode 0600.
+    """Write a backup of a store, which may be in use, with mode 0600, and return its number of records.
 
     Raises:
-        StoreError: the store cannot be read or is of another version, or the file is there already or cannot be made.
+        StoreError: the store cannot be read or is of another version, or the file exists already or cannot be made.
     """
     if file.exists():
         raise StoreError(f"{file} is there already; a backup replaces nothing")
@@ -64,7 +66,7 @@ def back_up(url: str, file: Path) -> int:
                     num = _copy(connection, written)
                 target.dispose()
                 _sync(made)
-                os.link(made, file)  # fails where somebody else was faster
+                os.link(made, file)  # fails if another process was faster
                 _sync(file.absolute().parent)
         return num
     except OSError as error:
@@ -78,7 +80,7 @@ def back_up(url: str, file: Path) -> int:
 
 
 def read_store(url: str, work: Callable[[Reader], T]) -> T:
-    """Return what ``work`` returns of one consistent state of a store, which may be in use.
+    """Return the result of ``work`` on one consistent state of a store, which may be in use.
 
     Raises:
         StoreError: the store cannot be read or is of another version.
@@ -97,15 +99,15 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
 
 
 def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] = time.time) -> tuple[int, int]:
-    """Makes a store what a backup says, in one transaction; returns how many records it has, and its epoch.
+    """Replace a store's content by a backup's in one transaction; return the number of records and the new epoch.
 
-    Epoch and versions are above those of the backup and of what is replaced, and above what the clock says, so that
-    stores that are made of one backup at different times do not share them.
+    Epoch and versions are above those of the backup, of the replaced store and of the clock, so that stores
+    restored from one backup at different times do not share them.
 
     Args:
-        url: of a store that no planner uses.
-        file: the backup; it stays as it is.
-        replace: whether what is in the store may go.
+        url: a store that no planner uses.
+        file: the backup, which is not changed.
+        replace: whether existing content may be deleted.
         clock: Unix time.
 
     Raises:
@@ -115,7 +117,7 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
         raise StoreError(f"{file}: no such backup")
     with tempfile.TemporaryDirectory(prefix="hetis-restore-") as folder:
         copied = Path(folder) / "backup.db"
-        shutil.copyfile(file, copied)  # a backup of an older version is migrated, which must not change it
+        shutil.copyfile(file, copied)  # a backup of an older version is migrated, but the file itself must not change
         source, _ = _engine(f"sqlite:///{copied}")
         try:
             with _errors_of(str(file)), source.begin() as connection:
@@ -148,13 +150,13 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
 
 
 def migrate_to(url: str, revision: str) -> str:
-    """Brings a store that no planner uses to the form of a version; returns the one that it had.
+    """Migrate a store that no planner uses up or down to ``revision``, and return its revision before.
 
     Raises:
         StoreError: there is no such version, or the store cannot be used or is in use.
     """
     with unused(url) as (connection, label):
-        migrating.needs_migration(connection, label)  # refuses what it does not know
+        migrating.needs_migration(connection, label)  # refuses unknown versions
         before = MigrationContext.configure(connection).get_current_revision() or "nothing"
         migrating.migrate(connection, to=revision)
         return before
@@ -162,10 +164,10 @@ def migrate_to(url: str, revision: str) -> str:
 
 @contextlib.contextmanager
 def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
-    """A write transaction on a store that no planner leads with, and what messages call it.
+    """Open a write transaction on a store that no planner leads with; yield it and the store's name for messages.
 
     Raises:
-        StoreError: a planner does, or the store cannot be used.
+        StoreError: a planner leads with the store, or it cannot be used.
     """
     engine, label = _engine(url)
     file = opening.file_of(opening.parse_url(url))
@@ -197,7 +199,7 @@ def _engine(url: str) -> tuple[sa.Engine, str]:
 
 @contextlib.contextmanager
 def _reading(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """One consistent state, however long it is read."""
+    """Read one consistent state, however long the reading takes."""
     reader = opening.reading(engine)
     if engine.dialect.name == "postgresql":
         reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -223,7 +225,7 @@ def _require_no_lease(connection: sa.Connection, label: str) -> None:
 
 
 def _first_filled(connection: sa.Connection) -> str:
-    """The name of a table that holds records; empty: none does."""
+    """Return the name of a table that holds records, or an empty string if none does."""
     for table in schema.metadata.sorted_tables:
         if table is not schema.leadership and connection.execute(sa.select(table).limit(1)).first() is not None:
             return table.name.replace("_", " ")
@@ -231,10 +233,10 @@ def _first_filled(connection: sa.Connection) -> str:
 
 
 def _copy(source: sa.Connection, target: sa.Connection) -> int:
-    """Everything, as it is; the number of rows."""
+    """Copy all rows unchanged and return their number."""
     num = 0
     for table in schema.metadata.sorted_tables:
-        target.execute(sa.delete(table))  # the row that the first migration makes
+        target.execute(sa.delete(table))  # the row that the first migration inserts
         rows = source.execution_options(stream_results=True).execute(sa.select(table))
         for part in rows.mappings().partitions(_ROWS):
             target.execute(sa.insert(table), [dict(row) for row in part])
@@ -247,7 +249,7 @@ def _epoch(connection: sa.Connection) -> int:
 
 
 def _highest_version(connection: sa.Connection) -> int:
-    """Return the highest version of all records, those that are gone included."""
+    """Return the highest version of all records, including deleted ones."""
     found = [
         connection.execute(sa.select(sa.func.max(table.c.version))).scalar_one() or 0 for table in _versioned_tables()
     ]
@@ -255,7 +257,7 @@ def _highest_version(connection: sa.Connection) -> int:
 
 
 def _raise(connection: sa.Connection, *, epoch: int, version: int) -> None:
-    """Makes ``epoch`` the last one, and ``version`` the last that any record had before it came back."""
+    """Make ``epoch`` the last epoch, and ``version`` the last version that any record had before it was restored."""
     connection.execute(sa.update(schema.leadership).values(epoch=epoch, holder="", lease_end_s=0.0))
     gone = schema.gone_versions
     connection.execute(sa.delete(gone))

@@ -1,4 +1,4 @@
-"""One planner per SQLite file: a lock that ends with its process, however that ends."""
+"""One planner per SQLite file: a lock that is released when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hetis.planner.store.errors import StoreError
 
 
 class FileLock:
-    """The lock of ``FILE.lock`` beside a store. A file of its own, so that backups may read the store meanwhile."""
+    """A lock on ``FILE.lock`` next to a store. It is a separate file so that backups may read the store meanwhile."""
 
     def __init__(self, store: Path) -> None:
         self._path = store.with_name(f"{store.name}.lock")
@@ -22,10 +22,12 @@ class FileLock:
         return self._descriptor is not None
 
     def take(self) -> bool:
-        """False: another has it. Taking it twice is the same as once.
+        """Take the lock and return True, or return False if another process holds it.
+
+        Taking it twice has no further effect.
 
         Raises:
-            StoreError: the lock cannot be made.
+            StoreError: the lock file cannot be made.
         """
         if self.is_held:
             return True
@@ -42,7 +44,7 @@ class FileLock:
         return True
 
     def release(self) -> None:
-        """The file stays: removing it would let two planners lock two files of one name."""
+        """Release the lock. The file stays: removing it would let two planners lock two files of one name."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

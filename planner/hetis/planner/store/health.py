@@ -1,4 +1,4 @@
-"""How the store answers: what readiness and metrics are made of, without asking the store."""
+"""The store's health, for readiness checks and metrics, without a query to the store."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 
 
 class StoreHealth:
-    """Counts transactions. Written by the store's thread, read by anybody.
+    """Counters of transactions, written by the store's thread and read by any other.
 
     Attributes:
-        errors: transactions that the store could not do.
-        seconds: all together.
-        buckets: transactions that took as long as the bucket of `BUCKETS_S` at most; the last: longer.
+        errors: transactions that failed.
+        seconds: duration of all transactions together.
+        buckets: transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -28,25 +28,25 @@ class StoreHealth:
 
     @property
     def answered_s_ago(self) -> float:
-        """Since it last did what it was asked to."""
+        """Return the seconds since the last successful transaction."""
         return self._clock() - self._answered_s
 
     @property
     def running_s(self) -> float:
-        """How long the present transaction takes already; 0: there is none."""
+        """Return how long the present transaction has been running, 0 if there is none."""
         began_s = self._began_s
         return 0.0 if began_s is None else self._clock() - began_s
 
     @property
     def failing_s(self) -> float:
-        """How long it has done nothing of what it was asked to; 0: the last that ended was done."""
+        """Return for how long no transaction has succeeded, 0 if the last one that ended did."""
         return self.answered_s_ago if self._is_failing else 0.0
 
     def began(self) -> None:
         self._began_s, self._has_failed = self._clock(), False
 
     def failed(self) -> None:
-        """The present one."""
+        """Mark the present transaction as failed."""
         self._has_failed = True
 
     def ended(self) -> None:

@@ -1,7 +1,8 @@
-"""Leadership: the term of whoever may write, its epoch, and the lease that holds it on a server.
+"""Leadership: the writer's term, its epoch, and the lease that holds it on a server.
 
-Every write transaction reads the epoch of the one row, locked so that a takeover waits for it or it fails after the
-takeover. So a planner that lost its term can change nothing, whatever it believes and whatever its clock says.
+Every write transaction reads the epoch from the one row under a lock, so that either a takeover waits for the
+transaction, or the transaction comes after the takeover and fails. A planner that lost its term can therefore change
+nothing, whatever it believes and whatever its clock says.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Holder:
     """The holder of the leadership.
 
     Attributes:
-        name: for people, without blanks.
-        addresses: where callers reach it; empty: not known.
+        name: shown to people, without blanks.
+        addresses: where callers reach it; empty if not known.
     """
 
     name: str
@@ -34,25 +35,25 @@ class Holder:
         return cls(name=name, addresses=tuple(addresses.split(",")) if addresses else ())
 
     def to_text(self) -> str:
-        """Return the text that stands in the one row."""
+        """Return the text that is stored in the one row."""
         return f"{self.name} {','.join(self.addresses)}" if self.addresses else self.name
 
 
 def look(connection: sa.Connection) -> tuple[Holder, float]:
-    """Return who led last, and how long its lease lasts still; nothing is locked. Negative: it is over."""
+    """Return the last leader and the seconds left of its lease, negative if it has expired. Takes no lock."""
     left_s = (schema.leadership.c.lease_end_s - _now(connection)).label("left_s")
     row = connection.execute(sa.select(schema.leadership.c.holder, left_s).where(_ROW)).one()
     return Holder.from_text(row.holder), float(row.left_s)
 
 
 def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) -> int:
-    """The epoch of a new term.
+    """Start a new term and return its epoch.
 
     Args:
         connection: in a write transaction.
-        holder: who leads, for people.
-        store: how messages call it.
-        lease_s: how long before others may take over, by the server's clock. 0: a file lock holds the term.
+        holder: the new leader, for messages.
+        store: the store's name in messages.
+        lease_s: how long, by the server's clock, before others may take over; 0 if a file lock holds the term.
 
     Raises:
         ServiceError: NOT_LEADER, with the leader and when to try again.
@@ -69,7 +70,7 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
 
 
 def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
-    """Prolongs the lease, in one statement; raises NOT_LEADER when another has taken over."""
+    """Prolong the lease in one statement. Raises NOT_LEADER if another planner has taken over."""
     ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
     lease_end_s = _now(connection) + lease_s
     if not connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
@@ -77,27 +78,33 @@ def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
 
 
 def release(connection: sa.Connection, epoch: int) -> None:
-    """Lets another take over at once; nothing happens when one has already."""
+    """Let another planner take over at once; does nothing if one already has."""
     ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
     connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=0.0))
 
 
 def check(connection: sa.Connection, epoch: int) -> None:
-    """Holds the term until the transaction ends; raises NOT_LEADER when it is over."""
+    """Hold the term until the transaction ends. Raises NOT_LEADER if the term is over."""
     columns = schema.leadership.c.epoch, schema.leadership.c.holder
-    # KEY SHARE: a takeover (FOR UPDATE) waits for it, a renewal of the lease beside it (NO KEY UPDATE) does not.
+    # KEY SHARE: a takeover (FOR UPDATE) waits for it, a concurrent renewal of the lease (NO KEY UPDATE) does not.
     row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True, key_share=True)).one()
     if row.epoch != epoch:
         raise not_leader(row.holder)
 
 
 def holder_of(connection: sa.Connection) -> str:
-    """Return who led last."""
+    """Return the last leader."""
     return str(connection.execute(sa.select(schema.leadership.c.holder).where(_ROW)).scalar_one())
 
 
 def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = None) -> ServiceError:
-    """``leader``: as the one row has it, empty where it is not known; ``store``: how messages call what it holds."""
+    """Return the error for a planner that does not lead.
+
+    Args:
+        leader: the text of the one row, empty if not known.
+        store: the store's name in messages.
+        retry_after_s: when to try again.
+    """
     holder = Holder.from_text(leader)
     what = f"another planner leads with the store {store}" if store else "another planner leads"
     metadata = {"leader": holder.name} if holder.name else {}
@@ -112,8 +119,10 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
 
 
 def _now(connection: sa.Connection) -> sa.ColumnElement[float]:
-    """Unix time by the server's clock, which all planners share, in the statement that needs it: asked for alone it
-    would cost each renewal another way there and back. A file needs none: there is no lease."""
+    """Return Unix time by the server's clock, which all planners share, as an expression to use within a statement.
+
+    A query of its own would cost each renewal another round trip. SQLite has no lease and needs no time.
+    """
     if connection.dialect.name == "sqlite":
         return sa.literal(0.0)
     return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double)

@@ -1,4 +1,4 @@
-"""Brings the tables of a store to the newest form, in one transaction; refuses a form it does not know."""
+"""Migrates the tables of a store to the newest schema in one transaction; refuses an unknown schema."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from alembic.script import ScriptDirectory
 
 from hetis.planner.store.errors import StoreError
 
-_MIGRATION_LOCK = 0x6865746973  # of PostgreSQL's advisory locks: "hetis"
+_MIGRATION_LOCK = 0x6865746973  # key of PostgreSQL's advisory lock: "hetis"
 _FOLDER = Path(__file__).parent / "migrations"
 
 
 def needs_migration(connection: sa.Connection, store: str) -> bool:
-    """Return whether the tables are older than this planner; ``store`` is how messages call the store.
+    """Return whether the tables are older than this planner; ``store`` is the store's name in messages.
 
     Raises:
         StoreError: they are newer, or not those of a planner at all.
@@ -38,18 +38,18 @@ def needs_migration(connection: sa.Connection, store: str) -> bool:
 
 
 def revisions() -> list[str]:
-    """Versions of the tables, the oldest first."""
+    """Return the versions of the schema, oldest first."""
     return [revision.revision for revision in _script().walk_revisions()][::-1]
 
 
 def lock_out_others(connection: sa.Connection) -> None:
-    """Waits on a server until nobody else migrates, for the rest of the transaction."""
+    """Wait, on a server, until nobody else migrates, and keep others out until the transaction ends."""
     connection.execute(sa.text("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0"))
     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
 
 
 def migrate(connection: sa.Connection, *, to: str | None = None) -> None:
-    """Runs every migration that is missing, or all up or down to a version; the caller commits.
+    """Run every missing migration, or migrate up or down to the version ``to``; the caller commits.
 
     Raises:
         StoreError: there is no such version.

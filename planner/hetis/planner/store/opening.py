@@ -1,4 +1,4 @@
-"""The place of a store, and a connection to it that keeps what it says it keeps."""
+"""A store's location, and connections to it that are as durable as the store promises."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.errors import StoreError
 
 _log = logging.getLogger("hetis.planner.store")
-FILE_WAIT_S = 5.0  # for a backup tool or a shell that has the file
+FILE_WAIT_S = 5.0  # while a backup tool or a shell holds the file
 _READS = "hetis_reads"
 _CONNECT_S = 3  # to a server; whole seconds, at least 2
-_LEAST_LIMIT_S = 5.0  # shorter leases are of tests, whose servers are no faster
+_LEAST_LIMIT_S = 5.0  # shorter leases occur only in tests, whose servers are no faster
 
 
 def parse_url(text: str) -> sa.URL:
-    """The URL of a store: ``sqlite:///FILE`` (four slashes: an absolute path) or ``postgresql://...``.
+    """Parse the URL of a store: ``sqlite:///FILE`` (four slashes for an absolute path) or ``postgresql://...``.
 
     Raises:
-        StoreError: it is neither; passwords are never shown.
+        StoreError: it is neither; the message never shows a password.
     """
     try:
         url = sa.make_url(text)
@@ -44,18 +44,18 @@ def parse_url(text: str) -> sa.URL:
 
 
 def file_of(url: sa.URL) -> Path | None:
-    """The file of an SQLite store; None: in memory, or on a server."""
+    """Return the file of an SQLite store, or None if the store is in memory or on a server."""
     if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
         return None
     return Path(url.database).absolute()
 
 
 def keep_private(file: Path) -> None:
-    """Makes the file with mode 0600 where there is none, before SQLite does; an older one is closed to others.
+    """Create the file with mode 0600 if it does not exist, before SQLite does; close an older one to others.
 
-    What SQLite puts beside it (the write-ahead log) gets the same mode.
+    The files that SQLite puts next to it (the write-ahead log) get the same mode.
     """
-    with contextlib.suppress(OSError):  # of the folder: SQLite says so
+    with contextlib.suppress(OSError):  # an error of the folder is reported by SQLite
         os.close(os.open(file, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     for found in (file, *(file.with_name(file.name + ending) for ending in ("-wal", "-shm"))):
         try:
@@ -66,19 +66,22 @@ def keep_private(file: Path) -> None:
 
 
 def label_of(url: sa.URL) -> str:
-    """Return how messages call the store."""
+    """Return the store's name in messages."""
     return str(file_of(url) or url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True))
 
 
 def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.Engine:
-    """Connects lazily. Write transactions of SQLite lock at once and reach the disk before they end.
+    """Return an engine that connects lazily.
+
+    SQLite's write transactions lock at once and reach the disk before they end.
 
     Args:
         url: as `parse_url` makes it.
-        lease_s: what a server's timeouts follow from: a planner that is cut off in the middle of a transaction must
-            not keep another from taking over when the lease is over.
-        asks_first: whether a connection to a server is asked whether it still works before each use. That is another
-            way there and back, which whoever tries again soon does not need.
+        lease_s: what a server's timeouts are derived from: a planner that is cut off in the middle of a transaction
+        must
+            not keep another from taking over once the lease has expired.
+        asks_first: whether a connection to a server is tested before each use. That costs another round trip, which a
+            caller that retries soon does not need.
     """
     if url.drivername != "sqlite":
         most_ms = round(1000 * max(lease_s, _LEAST_LIMIT_S))
@@ -96,7 +99,7 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
             "keepalives_interval": 2,
             "keepalives_count": 3,
         }
-        # HSTORE: a new connection would be asked whether the server knows that type.
+        # HSTORE: each new connection would ask the server whether it knows that type.
         return sa.create_engine(
             url,
             pool_size=1,
@@ -112,10 +115,10 @@ def make_engine(url: sa.URL, *, lease_s: float, asks_first: bool = True) -> sa.E
 
 
 class Breaker:
-    """Ends the connection of an engine from outside of the thread that waits for it.
+    """Ends the connection of an engine from outside the thread that waits for it.
 
-    No timeout of the system notices a server behind something that still acknowledges bytes and passes none on: the
-    thread that waits for an answer would wait for ever. The engine has one connection at most.
+    No system timeout notices a server behind a proxy that still acknowledges bytes but forwards none: the thread that
+    waits for an answer would wait for ever. The engine has one connection at most.
     """
 
     def __init__(self, engine: sa.Engine, clock: Callable[[], float]) -> None:
@@ -126,17 +129,17 @@ class Breaker:
         if engine.dialect.name == "postgresql":
             for name in ("before_cursor_execute", "after_cursor_execute", "begin", "commit"):
                 event.listen(engine, name, self._moved)
-            # First of all: what SQLAlchemy asks a new connection may hang, too.
+            # Inserted first: SQLAlchemy's queries on a new connection may hang, too.
             event.listen(engine, "connect", self._connected, insert=True)
             event.listen(engine, "close", self._closed)
 
     @property
     def silent_s(self) -> float:
-        """Since a transaction last began a statement or had its answer."""
+        """Return the seconds since a transaction last began a statement or got its answer."""
         return self._clock() - self._moved_s
 
     def break_connection(self) -> None:
-        """Whoever waits for it hears that it is gone; the next transaction makes a new one."""
+        """Break the connection: whoever waits on it gets an error, and the next transaction makes a new one."""
         with self._lock:
             if self._socket is not None:
                 with contextlib.suppress(OSError):
@@ -146,14 +149,14 @@ class Breaker:
         self._moved_s = self._clock()
 
     def close(self) -> None:
-        """Forgets the connection."""
+        """Forget the connection."""
         with self._lock:
             self._forget()
 
     def _connected(self, connection: Any, _: object) -> None:
         with self._lock:
-            self._forget()  # one that failed before it was of use
-            # A descriptor of our own: the number of the driver's may be another file's by the time it is used.
+            self._forget()  # a connection that failed before it was of use
+            # A descriptor of our own: the driver's number may belong to another file by the time it is used.
             self._socket = socket.socket(fileno=os.dup(connection.fileno()))
 
     def _closed(self, _connection: object, _: object) -> None:
@@ -166,18 +169,21 @@ class Breaker:
 
 
 def reading(engine: sa.Engine) -> sa.Engine:
-    """The same connections, for transactions that only read."""
+    """Return the engine with the same connections for transactions that only read."""
     return engine.execution_options(**{_READS: True})
 
 
 def at_once(engine: sa.Engine) -> sa.Engine:
-    """The same connections, for single statements that are durable when they are answered: nothing begins or commits
-    around them, which each cost a way to the server and back. A file is as near as ever: there it changes nothing."""
+    """Return the engine for single statements that are durable when they are answered.
+
+    Nothing begins or commits around them, which would cost a round trip to the server each. SQLite's engine is
+    unchanged.
+    """
     return engine if engine.dialect.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def use_write_ahead_log(engine: sa.Engine) -> None:
-    """Kept in the file from then on: one sync per commit, and readers (a backup) hold up no writer."""
+    """Use write-ahead logging in this file from now on: one sync per commit, and readers (a backup) block no writer."""
     connection = engine.raw_connection()
     try:
         connection.cursor().execute("PRAGMA journal_mode = WAL").close()
@@ -186,14 +192,14 @@ def use_write_ahead_log(engine: sa.Engine) -> None:
 
 
 def check_file(connection: sa.Connection, store: str) -> None:
-    """Raises StoreError where SQLite finds a damaged page."""
+    """Raise StoreError if SQLite finds a damaged page."""
     found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
     if found != "ok":
         raise _damaged(store, str(found))
 
 
 def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
-    """Return what to tell whoever starts the planner."""
+    """Return the error for the user who starts the planner."""
     reason = _reason(error)
     if not isinstance(error.orig, sqlite3.Error):
         return StoreError(f"store {store} cannot be reached: {reason}")
@@ -207,8 +213,7 @@ def cannot_open(error: sa.exc.DBAPIError, store: str) -> StoreError:
 
 
 def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
-    """Return what to tell a caller whose transaction the store could not do. It was undone, unless the connection
-    broke."""
+    """Return the error for a caller whose transaction failed. It was rolled back, unless the connection broke."""
     broken = error.connection_invalidated
     what = "whether the change was made is not known" if broken else "nothing was changed"
     return ServiceError(
@@ -219,7 +224,7 @@ def unavailable(error: sa.exc.DBAPIError, store: str) -> ServiceError:
 
 
 def is_a_bug(error: sa.exc.DBAPIError) -> bool:
-    """Return whether the statement was wrong, not the store."""
+    """Return whether the statement was at fault, not the store."""
     return isinstance(
         error, sa.exc.IntegrityError | sa.exc.ProgrammingError | sa.exc.DataError | sa.exc.NotSupportedError
     )
@@ -236,11 +241,11 @@ def _reason(error: sa.exc.DBAPIError) -> str:
 
 
 def _set_up_file(connection: sqlite3.Connection, _: object) -> None:
-    connection.isolation_level = None  # transactions begin and end where we say
+    connection.isolation_level = None  # transactions begin and end where we say so
     connection.execute("PRAGMA synchronous = FULL").close()  # a commit is on disk when it returns
 
 
 def _begin(connection: sa.Connection) -> None:
-    # Locked from the start: a transaction that reads first could otherwise fail when it comes to write.
+    # Locked from the start: a transaction that reads first could otherwise fail at its first write.
     reads = connection.get_execution_options().get(_READS)
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,6 +1,6 @@
-"""What is kept, one class per table. Bodies are the messages of the contract: what callers wrote and what was found.
+"""The stored records, one class per table. Bodies are messages of the API: the caller's input and what was found.
 
-What a resource shows beside its body (states that live in memory, times, etags) is put together in ``convert``.
+Fields that a resource shows besides its body (states that live in memory, times, etags) are added in ``convert``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica
 
 
 class Record(Protocol):
-    """What every record has: its resource name, and its version, which each update raises by one."""
+    """The fields of every record: its resource name, and its version, which each update raises by one."""
 
     @property
     def name(self) -> str: ...
@@ -22,19 +22,19 @@ class Record(Protocol):
 
 
 def etag_of(record: Record | None) -> str:
-    """Return what conditional changes compare. None: a resource of which nothing is kept yet."""
+    """Return the value that conditional changes compare. None stands for a resource that is not stored yet."""
     return f"v{record.version if record else 0}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterRecord:
-    """A cluster: ``body`` has document (whole), policy and the counts that follow from the document."""
+    """A cluster: ``body`` has the whole document, the policy and the counts derived from the document."""
 
     name: str
     body: cluster_pb2.Cluster
     version: int = 1
-    active_plan: str = ""  # active or being activated; empty: none
-    earlier_plan: str = ""  # where RollbackPlan goes; empty: nowhere
+    active_plan: str = ""  # active or being activated; empty if none
+    earlier_plan: str = ""  # the target of RollbackPlan; empty if none
     create_time_s: float
     update_time_s: float
 
@@ -52,7 +52,7 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileRecord:
-    """A profile: ``body`` has the document (whole) and what follows from it."""
+    """A profile: ``body`` has the whole document and what is derived from it."""
 
     name: str
     gpu_type: str
@@ -64,7 +64,7 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRecord:
-    """A plan: ``body`` has all but its Plan document, which is in ``plan_documents``."""
+    """A plan: ``body`` has everything but the Plan document, which is in ``plan_documents``."""
 
     name: str
     cluster: str
@@ -81,7 +81,7 @@ class ReplicaRecord:
 
     name: str
     cluster: str
-    plan: str  # empty: of no plan any more, it is stopping
+    plan: str  # empty once it belongs to no plan and is stopping
     body: replica_pb2.Replica
     state: replica_pb2.ReplicaState.ValueType
     generation: int = 0
@@ -90,7 +90,7 @@ class ReplicaRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchRecord:
-    """A re-dispatch, under way or ended."""
+    """A re-dispatch, in progress or ended."""
 
     name: str
     cluster: str

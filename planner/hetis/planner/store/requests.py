@@ -1,4 +1,4 @@
-"""Requests that were done, by the id their caller gave them: a repeated one is answered again, not done again."""
+"""Completed requests by the id that their caller gave them: a repeated one gets the same answer and is not redone."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sqlalchemy as sa
 import hetis.planner.store.schema as schema
 from hetis.planner.failures import Reason, ServiceError
 
-KEPT_S = 24 * 3600.0  # as docs/api.md says
+KEPT_S = 24 * 3600.0  # see docs/api.md
 
 
 class RequestTable:
-    """Answers to requests of the last 24 hours; written in the transaction that did what was asked."""
+    """Answers to requests of the last 24 hours, written in the transaction that carried out the request."""
 
     def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
         self._connection = connection
         self._now_s = now_s
 
     def replay(self, method: str, request_id: str, fingerprint: str) -> bytes | None:
-        """Return what the same request was answered; None: it was not done, or gave no id.
+        """Return the answer that the same request got, or None if it was not done before or gave no id.
 
         Args:
             method: such as ``/hetis.v1.ClusterService/CreateCluster``.
-            request_id: empty: the caller gave none.
+            request_id: empty if the caller gave none.
             fingerprint: equal for equal requests.
 
         Raises:
@@ -46,7 +46,7 @@ class RequestTable:
         return bytes(row.response)
 
     def remember(self, method: str, request_id: str, fingerprint: str, response: bytes) -> None:
-        """Keeps the answer of a request that has just been done, and forgets old ones."""
+        """Store the answer to a request that has just been done, and forget old ones."""
         if not request_id:
             return
         table = schema.requests

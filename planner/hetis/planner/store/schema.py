@@ -1,6 +1,6 @@
 """The tables as the newest migration leaves them; a test compares the two.
 
-Names sort by their bytes in every database: PostgreSQL would sort by language.
+Names sort by their bytes in every database, whereas PostgreSQL's default is the order of a language.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def _required(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]]) -> Colum
 leadership = Table(
     "leadership",
     metadata,
-    Column("id", Integer, primary_key=True),  # there is one row
+    Column("id", Integer, primary_key=True),  # there is only one row
     _required("epoch", BigInteger),
     _required("holder", Text),
-    _required("lease_end_s", Double),  # Unix time of the database server; 0: nobody holds it
+    _required("lease_end_s", Double),  # Unix time of the database server; 0 if nobody holds it
 )
 clusters = Table(
     "clusters",
@@ -126,8 +126,8 @@ requests = Table(
     _required("end_time_s", Double),
     Index("requests_by_end", "end_time_s"),
 )
-# Of each table: the highest version that a record had which is gone. A record of the same name begins above it, so that
-# no etag comes twice.
+# Per table, the highest version of any deleted record. A record that reuses a name starts above it, so that no etag is
+# used twice.
 gone_versions = Table(
     "gone_versions",
     metadata,

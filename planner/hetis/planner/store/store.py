@@ -1,4 +1,4 @@
-"""The store: everything that must outlive the process, one durable transaction at a time."""
+"""The store: everything that must outlive the process, changed by one durable transaction at a time."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from hetis.planner.store.lease import Lease, machine_s
 from hetis.planner.store.transactions import Reader, Transaction
 
 T = TypeVar("T")
-LEASE_S = 5.0  # of a planner on a server
-_RENEWALS = 6  # in the time of a lease; an attempt may take two such times
-_LOOK_S = 0.5  # how often a standby looks at who leads
-_TRY_S = 1.0  # that a read waits at least, whatever is known of the store
-_PROBE_S = 2.0  # a store that nobody asked for so long is asked whether it is there
+LEASE_S = 5.0  # for a planner on a server
+_RENEWALS = 6  # per lease; one attempt may take two such intervals
+_LOOK_S = 0.5  # how often a standby checks who leads
+_TRY_S = 1.0  # the least that a read waits, whatever is known of the store
+_PROBE_S = 2.0  # a store that got no query for so long is probed
 _log = logging.getLogger("hetis.planner.store")
 
 
 class Store:
-    """Records in SQLite or PostgreSQL. One thread does all the work, so that writes are one after another.
+    """Records in SQLite or PostgreSQL. One thread does all the work, so writes are serialised.
 
-    A write is durable when `write` returns: SQLite has synced it to disk, PostgreSQL has committed it. Work that a
-    caller no longer waits for (a cancelled call) is done all the same once it has begun.
+    A write is durable when `write` returns: SQLite has synced it to disk, PostgreSQL has committed it. Once begun, work
+    is finished even if its caller no longer waits (a cancelled call).
 
     Leadership on a server has a thread and a connection of its own. Whatever happens to either connection, the term
-    ends when the lease does by this machine's clock (`Lease`): from then on nothing is written or acknowledged.
+    ends when the lease expires by this machine's clock (`Lease`): from then on nothing is written or acknowledged.
 
     Attributes:
-        health: when and how quickly it answered.
+        health: when and how quickly the store answered.
         lease: of the present term.
-        leader: who led when that was last looked at, or refused to be replaced. None: not known, or this planner.
+        leader: the last leader seen, or the one that refused to be replaced. None if unknown or if it is this planner.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Store:
         self._clock = clock
         self._machine_s = machine
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hetis-store")
-        # A file has one connection for all: a second one would wait for the first one's locks.
+        # A file has one connection for everything: a second one would wait for the locks of the first.
         self._lease_engine = (
             opening.make_engine(url, lease_s=lease_s / 2, asks_first=False) if is_served else self._engine
         )
@@ -77,7 +77,7 @@ class Store:
         self._epoch: int | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._guard: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()  # the present term is over
+        self._ended = asyncio.Event()  # set when the present term is over
         self.health = StoreHealth(machine)
         self.lease = Lease(self._lease_s, machine)
         self.leader: Holder | None = None
@@ -91,13 +91,13 @@ class Store:
         clock: Callable[[], float] = time.time,
         machine: Callable[[], float] = machine_s,
     ) -> Store:
-        """A store whose tables have the newest form.
+        """Open a store and migrate its tables to the newest schema.
 
         Args:
             url: ``sqlite:///FILE`` or ``postgresql://...``.
-            lease_s: how long a planner on PostgreSQL leads without renewing; it renews six times as often.
-            clock: Unix time, for what is forgotten after a while.
-            machine: seconds that only grow, for the lease.
+            lease_s: how long a planner on PostgreSQL leads without a renewal; it renews six times per lease.
+            clock: Unix time, by which old requests are forgotten.
+            machine: monotonic seconds, for the lease.
 
         Raises:
             StoreError: it cannot be used; nothing was changed.
@@ -106,7 +106,7 @@ class Store:
         try:
             await store._open_in_time()
         except BaseException:
-            store._breaker.break_connection()  # else closing waits for whatever hangs
+            store._breaker.break_connection()  # otherwise closing would wait for whatever hangs
             await store.close()
             raise
         store._guard = asyncio.create_task(store._watch_over(), name="the store's guard")
@@ -114,18 +114,18 @@ class Store:
 
     @property
     def epoch(self) -> int | None:
-        """The epoch of the present term. None: this planner does not lead."""
+        """The epoch of the present term, or None if this planner does not lead."""
         return self._epoch
 
     async def lead(self, holder: str, addresses: Sequence[str] = ()) -> int:
-        """Takes leadership and returns its epoch, which is above all before; durably.
+        """Take leadership durably and return its epoch, which is above all earlier ones.
 
         Args:
-            holder: who this is, for people.
+            holder: this planner's name, for people.
             addresses: where callers reach it.
 
         Raises:
-            ServiceError: NOT_LEADER: another planner holds the file's lock or the server's lease. STORE_UNAVAILABLE.
+            ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
         """
         await self._end_renewal()
         text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
@@ -142,7 +142,7 @@ class Store:
         return epoch
 
     async def stand_by(self, holder: str, addresses: Sequence[str] = ()) -> int:
-        """Waits until nobody leads, then leads; returns the epoch. `leader` says meanwhile who does."""
+        """Wait until nobody leads, then lead and return the epoch. Meanwhile `leader` names the leader."""
         while True:
             wait_s = _LOOK_S
             try:
@@ -157,11 +157,11 @@ class Store:
             await asyncio.sleep(wait_s)
 
     async def until_replaced(self) -> None:
-        """Returns when the term is over: another planner has taken over, or the lease could not be renewed."""
+        """Wait until the term is over: another planner has taken over, or the lease could not be renewed."""
         await self._ended.wait()
 
     async def until_failed(self) -> None:
-        """Returns when it is closed; raises what ended the guard over its connections."""
+        """Wait until the store is closed; raise the error that ended the guard of its connections."""
         guard = self._guard
         if guard is not None:
             await asyncio.wait({guard})
@@ -169,15 +169,15 @@ class Store:
                 guard.result()
 
     async def read(self, work: Callable[[Reader], T]) -> T:
-        """Return what ``work`` returns; it runs in the store's thread and sees one consistent state.
+        """Run ``work`` on one consistent state in the store's thread and return its result.
 
-        A server that answers nobody is not waited for in the queue of all who ask it: another planner may answer.
+        A read does not queue behind a server that answers nobody: it fails, and another planner may answer.
 
         Raises:
             ServiceError: STORE_UNAVAILABLE, or what ``work`` raises.
         """
         reading: asyncio.Future[T] = asyncio.ensure_future(self._run(self._timed, self._read, work))
-        reading.add_done_callback(_forget)  # it may go on when nobody waits any more
+        reading.add_done_callback(_forget)  # it may continue after nobody waits for it any more
         if self._lease_s and not await self._ends_in_time(reading):
             raise ServiceError(
                 Reason.ERROR_REASON_STORE_UNAVAILABLE,
@@ -187,8 +187,9 @@ class Store:
         return await reading
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
-        """Return what ``work`` returns, in the store's thread, once all its changes are durable; if it raises none is
-        made.
+        """Run ``work`` in the store's thread and return its result once its changes are durable.
+
+        If it raises, no change is made.
 
         Raises:
             ServiceError: NOT_LEADER or STORE_UNAVAILABLE, or what ``work`` raises.
@@ -196,7 +197,7 @@ class Store:
         ended = self._ended
         try:
             self._require_decision()
-            # Work that writes the audit log asks who the caller is.
+            # The context contains the caller, for work that writes the audit log.
             writing = self._run(contextvars.copy_context().run, self._timed, self._write, work)
             return await (self._unless(ended, writing) if self._lease_s else writing)
         except ServiceError as error:
@@ -206,19 +207,20 @@ class Store:
             raise
 
     def require_term(self) -> None:
-        """
+        """Raise unless this planner leads and its lease is held.
+
         Raises:
-            ServiceError: NOT_LEADER, with the leader where it is known.
+            ServiceError: NOT_LEADER, with the leader if it is known.
         """
         if self._epoch is None or not self.lease.is_held:
             raise self.not_leader()
 
     def not_leader(self) -> ServiceError:
-        """Return what callers are told who have come to the wrong planner."""
+        """Return the error for callers that reached a planner that does not lead."""
         return leadership.not_leader(self.leader.to_text() if self.leader is not None else "")
 
     def undecided(self) -> ServiceError:
-        """Return what callers are told in the last third of the lease."""
+        """Return the error for callers in the last third of the lease."""
         return ServiceError(
             Reason.ERROR_REASON_STORE_UNAVAILABLE,
             f"the lease of this planner on {self._label} was not renewed for {self.lease.age_s:.1f} s of"
@@ -228,7 +230,7 @@ class Store:
         )
 
     async def close(self) -> None:
-        """Lets another planner take over, and closes. Further calls do nothing."""
+        """Let another planner take over, and close the store. Further calls do nothing."""
         if self._guard is not None:
             self._guard.cancel()
             await asyncio.gather(self._guard, return_exceptions=True)
@@ -255,7 +257,7 @@ class Store:
             raise self.undecided()
 
     async def _ends_in_time(self, reading: asyncio.Future[T]) -> bool:
-        """Waits for a read while the store answers somebody; whether it ended."""
+        """Wait for a read while the store answers anybody, and return whether it ended."""
         wait_s = _TRY_S
         while wait_s > 0:
             done, _ = await asyncio.wait({reading}, timeout=wait_s)
@@ -266,7 +268,7 @@ class Store:
         return False
 
     async def _unless(self, ended: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
-        """Return what ``work`` returns, if that is in the term that began with it: later nobody may be told."""
+        """Return the result of ``work`` if the term that it began in still holds; afterwards nobody may be told it."""
         working, ending = asyncio.ensure_future(work), asyncio.ensure_future(ended.wait())
         working.add_done_callback(_forget)  # the caller may be cancelled
         try:
@@ -303,7 +305,7 @@ class Store:
             )
 
     async def _renew_for_ever(self, epoch: int) -> None:
-        """Until the term ends, which every way out of here ends it but that its owner cancels this."""
+        """Renew until the term ends. Every exit ends the term, except a cancellation by its owner."""
         try:
             await self._renew_while_held(epoch)
         except asyncio.CancelledError:
@@ -313,16 +315,17 @@ class Store:
         self._end_term()
 
     async def _renew_while_held(self, epoch: int) -> None:
-        """The loop asks, so that a planner whose loop hangs loses its lease, too."""
+        """Renew from the event loop, so that a planner whose loop hangs loses its lease, too."""
         trouble = ""
         asked_s = self._machine_s()
         while self._epoch == epoch and self.lease.is_held:
-            # From question to question: what an answer took is not waited for again. No later than the end: what waits
-            # for a write then has to hear of it.
+            # Counted from request to request: the time an answer took is not waited again. Never past the end of the
+            # lease:
+            # pending writes must hear of it.
             rest_s = asked_s + self._lease_s / _RENEWALS - self._machine_s()
             await asyncio.sleep(max(min(rest_s, self.lease.left_s), 0.0))
             if not self.lease.is_held:
-                continue  # the process stood still
+                continue  # the process was suspended
             asked_s = self._machine_s()
             try:
                 await self._limited(self._renew, epoch, limit_s=min(2 * self._lease_s / _RENEWALS, self.lease.left_s))
@@ -334,7 +337,7 @@ class Store:
                 trouble = str(error)
                 _log.warning("the lease was not renewed", extra={"age_s": round(self.lease.age_s, 3), "why": trouble})
             else:
-                # A term that is over stays over, whatever the server granted meanwhile: callers have heard of its end.
+                # A term that is over stays over, whatever the server granted meanwhile: callers know that it ended.
                 if self._epoch == epoch and self.lease.is_held:
                     self.lease.grant(asked_s)
         if self._epoch == epoch:
@@ -347,10 +350,10 @@ class Store:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     async def _limited(self, work: Callable[..., T], *arguments: object, limit_s: float | None = None) -> T:
-        """Return what ``work`` returns, in the thread of the lease; whoever waits too long breaks its connection.
+        """Run ``work`` in the lease's thread and return its result; break the connection if it takes too long.
 
         Raises:
-            ServiceError: what ``work`` raises; STORE_UNAVAILABLE after ``limit_s``, where the store is on a server.
+            ServiceError: what ``work`` raises; STORE_UNAVAILABLE after ``limit_s`` if the store is on a server.
         """
         working = asyncio.get_running_loop().run_in_executor(self._lease_thread, work, *arguments)
         if self._lock is not None or not self._lease_s:
@@ -360,7 +363,7 @@ class Store:
         try:
             done, _ = await asyncio.wait({working}, timeout=limit_s)
         finally:
-            working.cancel()  # what the thread has not begun: it would ask for a lease that nobody uses any more
+            working.cancel()  # drops work not yet begun: it would ask for a lease that nobody uses any more
         if not done:
             self._lease_breaker.break_connection()
             raise ServiceError(
@@ -371,7 +374,7 @@ class Store:
         return working.result()
 
     async def _watch_over(self) -> None:
-        """Breaks a connection on which nothing comes, and asks a store that nobody asks whether it is there."""
+        """Break a connection that has gone silent, and probe a store that got no query for a while."""
         probing: asyncio.Task[Any] | None = None
         while True:
             await asyncio.sleep(min(_PROBE_S, self._limit_s) / 4)
@@ -382,7 +385,7 @@ class Store:
                 probing.add_done_callback(_forget)
 
     async def _open_in_time(self) -> None:
-        """Waits as long as a server answers something; a migration may take its time."""
+        """Wait for as long as the server answers anything; a migration may take its time."""
         working = asyncio.ensure_future(self._run(self._open))
         working.add_done_callback(_forget)
         while True:
@@ -418,14 +421,14 @@ class Store:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
                     migrating.lock_out_others(connection)
-                if migrating.needs_migration(connection, self._label):  # nobody was faster
+                if migrating.needs_migration(connection, self._label):  # no other planner was faster
                     migrating.migrate(connection)
         finally:
             if self._lock is not None:
                 self._lock.release()
 
     def _look(self) -> float:
-        """Return how long the lease of whoever leads lasts still; with a file, 0: its lock says whether it is free."""
+        """Return the seconds left of the leader's lease; 0 for a file, whose lock says whether it is free."""
         left_s = self._look_by(self._lease_looks)
         return 0.0 if self._lock is not None else left_s
 
@@ -446,7 +449,7 @@ class Store:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
         try:
             with self._lease_engine.begin() as connection:
-                asked_s = self._machine_s()  # with a connection: what that took is no part of the lease
+                asked_s = self._machine_s()  # after connecting, which is no part of the lease
                 return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
         except sa.exc.DBAPIError as error:
             raise self._trouble(error) from None
@@ -468,7 +471,7 @@ class Store:
     def _write(self, work: Callable[[Transaction], T]) -> T:
         self._require_decision()  # it may have waited long for its turn
         epoch = self._epoch
-        if epoch is None:  # since a moment
+        if epoch is None:  # ended since the check
             raise self.not_leader()
         try:
             with self._engine.begin() as connection:
@@ -494,7 +497,7 @@ class Store:
     def _release(self, epoch: int | None) -> None:
         if epoch is not None and self._lease_s:
             with contextlib.suppress(sa.exc.DBAPIError), self._lease_statements.begin() as connection:
-                leadership.release(connection, epoch)  # else the lease ends by itself
+                leadership.release(connection, epoch)  # otherwise the lease expires
         if self._lease_engine is not self._engine:
             self._lease_engine.dispose()
             self._lease_breaker.close()
@@ -507,6 +510,6 @@ class Store:
 
 
 def _forget(task: asyncio.Future[Any]) -> None:
-    """Nobody waits for what becomes of it."""
+    """Retrieve the exception of a task that nobody waits for, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()

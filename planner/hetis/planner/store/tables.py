@@ -1,4 +1,4 @@
-"""Records in tables: read, written, paged. A version that changed in between stops an update."""
+"""Tables of records: reads, writes, pages. An update fails if the record's version has changed in between."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ R = TypeVar("R", bound=Record)
 After = str | tuple[float, str] | None
 Filter = str | int | bool | Collection[str] | Collection[int]
 
-KEPT_REDISPATCHES = 1000  # of a cluster, as redispatch.proto says
+KEPT_REDISPATCHES = 1000  # per cluster, see redispatch.proto
 
 
 class TableView(Generic[R]):
-    """Reads of one kind of record; by name, or the newest first where they are kept by age."""
+    """Reads of one kind of record, ordered by name or, for kinds kept by age, newest first."""
 
     def __init__(
         self, connection: sa.Connection, table: sa.Table, record: type[R], *, newest_first: bool = False
@@ -42,13 +42,14 @@ class TableView(Generic[R]):
         return None if row is None else self._from_row(row)
 
     def require(self, name: str) -> R:
-        """Raises NOT_FOUND."""
+        """Return the record; raises NOT_FOUND."""
         if (record := self.get(name)) is None:
             raise failures.not_found(name)
         return record
 
     def page(self, after: After, limit: int, **filters: Filter) -> list[R]:
-        """The next ``limit`` records behind `place_of` the last one seen; None or empty: from the beginning.
+        """Return the next ``limit`` records after ``after``, the `place_of` the last one seen; None or empty: the
+        first.
 
         Each filter is a column and its value, or the values that it may have.
         """
@@ -61,12 +62,12 @@ class TableView(Generic[R]):
         return [self._from_row(row) for row in self._connection.execute(self._filtered(filters))]
 
     def versions(self, **filters: Filter) -> dict[str, int]:
-        """Return the version of each record by its name: what has changed, without reading it."""
+        """Return the version of each record by name, which shows what has changed without reading the bodies."""
         query = sa.select(self._table.c.name, self._table.c.version).where(*_conditions(self._table, filters))
         return {row.name: row.version for row in self._connection.execute(query)}
 
     def place_of(self, record: R) -> str | tuple[float, str]:
-        """Return what `page` goes on from."""
+        """Return the position from which `page` continues."""
         if self._newest_first:
             return record.create_time_s, record.name  # type: ignore[attr-defined]
         return record.name
@@ -94,12 +95,12 @@ class RecordTable(TableView[R]):
     """Reads and changes of one kind of record."""
 
     def insert(self, record: R) -> R:
-        """The record, with a version that no record of its name has had.
+        """Insert the record and return it with a version that no record of its name has had.
 
         Raises:
             ServiceError: ALREADY_EXISTS.
         """
-        # Looked up first: a failed statement would end the whole transaction of PostgreSQL. Nobody else writes.
+        # Looked up first: a failed statement would end the whole transaction of PostgreSQL. There is no other writer.
         taken = sa.select(self._table.c.name).where(self._table.c.name == record.name)
         if self._connection.execute(taken).one_or_none() is not None:
             raise ServiceError(
@@ -110,7 +111,7 @@ class RecordTable(TableView[R]):
         return first
 
     def update(self, record: R) -> R:
-        """The record with the next version. It must be the present version, as it was read in this transaction.
+        """Update the record and return it with the next version. It must have the version read in this transaction.
 
         Raises:
             ServiceError: NOT_FOUND; ETAG_MISMATCH when the record has changed since it was read.
@@ -124,12 +125,12 @@ class RecordTable(TableView[R]):
         return newer
 
     def delete(self, name: str) -> None:
-        """Raises NOT_FOUND."""
+        """Delete the record; raises NOT_FOUND."""
         if not self._delete(self._table.c.name == name):
             raise failures.not_found(name)
 
     def delete_all(self, **filters: Filter) -> int:
-        """Return how many records there were."""
+        """Delete the matching records and return their number."""
         return self._delete(*_conditions(self._table, filters))
 
     def _delete(self, *conditions: sa.ColumnElement[bool]) -> int:
@@ -155,7 +156,7 @@ class RecordTable(TableView[R]):
 
 
 class RedispatchTable(RecordTable[records.RedispatchRecord]):
-    """Re-dispatches; the oldest of a cluster beyond the last 1,000 are forgotten when one is added."""
+    """Re-dispatches. Adding one deletes those of its cluster beyond the last 1,000."""
 
     def insert(self, record: records.RedispatchRecord) -> records.RedispatchRecord:
         first = super().insert(record)
@@ -177,27 +178,27 @@ class RedispatchTable(RecordTable[records.RedispatchRecord]):
 
 
 class PlanDocumentView:
-    """Plan documents in canonical JSON, apart from their plans because they are large."""
+    """Plan documents in canonical JSON, kept apart from their plans because they are large."""
 
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
     def get(self, name: str) -> bytes | None:
-        """Return the record of the plan of that name."""
+        """Return the document of the plan of that name, or None."""
         table = schema.plan_documents
         return self._connection.execute(sa.select(table.c.content).where(table.c.name == name)).scalar_one_or_none()
 
 
 class PlanDocumentTable(PlanDocumentView):
-    """The same, and their changes."""
+    """Plan documents with their changes."""
 
     def put(self, name: str, content: bytes) -> None:
-        """Replaces what is there."""
+        """Insert or replace the document."""
         self.delete(name)
         self._connection.execute(sa.insert(schema.plan_documents).values(name=name, content=content))
 
     def delete(self, name: str) -> None:
-        """Nothing happens where there is none."""
+        """Delete the document; does nothing if there is none."""
         table = schema.plan_documents
         self._connection.execute(sa.delete(table).where(table.c.name == name))
 

@@ -1,4 +1,4 @@
-"""The tables as one transaction sees them."""
+"""The tables as seen by one transaction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.planner.store.tables import PlanDocumentTable, PlanDocumentView, Reco
 
 
 class Reader:
-    """A consistent view of everything. Of one thread, and of no use after its work is done."""
+    """A consistent view of all tables. It belongs to one thread and is unusable once its work is done."""
 
     clusters: TableView[records.ClusterRecord]
     nodes: TableView[records.NodeRecord]
@@ -35,7 +35,7 @@ class Reader:
 
 
 class Transaction(Reader):
-    """The same, with changes: all of them happen, or none."""
+    """A view whose changes are made all together or not at all."""
 
     clusters: RecordTable[records.ClusterRecord]
     nodes: RecordTable[records.NodeRecord]

@@ -1,1 +1,1 @@
-"""What users ask for, files in and a result out: place, compare, what-if, replan, share, simulate, robustness."""
+"""The use cases, from files to a result: place, compare, what-if, replan, share, simulate, robustness."""

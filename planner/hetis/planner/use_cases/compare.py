@@ -1,4 +1,4 @@
-"""Several strategies, or engines, on one problem: plans side by side, each checked, each with the best bound known."""
+"""Several strategies or engines on one problem: plans side by side, each checked, each with the best known bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-# Every plan of a strategy is one of its container's, whose bound therefore holds for it, too. `hetis-paper` shares
+# Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
 CONTAINERS: Mapping[str, str] = {
     "uniform": "hexgen",
@@ -29,16 +29,16 @@ CONTAINERS: Mapping[str, str] = {
     "hexgen2": "hetis",
 }
 
-ROUNDING = 1e-6  # share by which a plan must be ahead of another
+ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
 
 NO_PLAN, FAILED = "no plan", "failed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """What became of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` say more.
+    """The outcome of one strategy. ``status`` is that of its plan, or why there is none; ``reasons`` give details.
 
-    ``engine``: the one that its plans are for; None: engines were not compared.
+    ``engine`` is the engine of its plans, or None if engines were not compared.
     """
 
     strategy: str
@@ -50,21 +50,21 @@ class Compared:
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """The name that distinguishes it from the others."""
         return self.strategy if self.engine is None else f"{self.strategy}-{self.engine}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """A plan in the numbers that strategies are compared by.
+    """The figures of a plan by which strategies are compared.
 
     Attributes:
-        rate_rps: goodput, or throughput where that is the objective.
+        rate_rps: goodput, or throughput if that is the objective.
         prompt_tokens_per_s, output_tokens_per_s: at ``rate_rps``.
         usd_per_hour: of the GPUs in use; None: some have no price.
         usd_per_million_output_tokens: at ``rate_rps``.
         ttft_s, tpot_s: of the slowest replica.
-        kv_tokens: KV room of the replicas that decode.
+        kv_tokens: KV capacity of the replicas that decode.
     """
 
     rate_rps: float
@@ -88,13 +88,15 @@ def compare_strategies(
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
-    """Plans by every strategy, contained ones first, each with a budget of its own; outcomes as they were asked for.
+    """Return the outcome of every strategy in the given order.
 
-    A strategy without a plan is an outcome like any other. Once a budget is cancelled, the strategies after it are not
+    Contained ones are solved first, each with its own budget.
+
+    A strategy without a plan is an outcome like any other. Once a budget is cancelled, the remaining strategies are not
     run.
 
     Raises:
-        InvalidProblemError: the objective asks for what the cluster does not have, a price say.
+        InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
     """
     found: dict[str, Compared] = {}
     for number, strategy in enumerate(ordered := _contained_first(strategies), start=1):
@@ -125,12 +127,12 @@ def compare_engines(
     budget: Callable[[], Budget],
     report: Report,
 ) -> tuple[Compared, ...]:
-    """`compare_strategies` for each engine, by strategy, the engines as they were asked for.
+    """Return `compare_strategies` for each engine, by strategy and then by engine in the given order.
 
-    A plan that an engine runs is one of any engine, where it keeps to the rules of that family.
+    A plan that some engine runs also counts for "any engine" if it keeps to the rules of that family.
 
     Raises:
-        InvalidProblemError: the objective asks for what the cluster does not have, a price say.
+        InvalidProblemError: the objective needs something that the cluster lacks, such as a price.
     """
     found = dict[tuple[str, str], Compared]()
     for number, (name, rules) in enumerate(engines.items(), start=1):
@@ -158,7 +160,7 @@ def _contained_first(strategies: Iterable[str]) -> list[str]:
 
 
 def _containers(strategy: str) -> list[str]:
-    """The strategies that contain this one, the closest first."""
+    """Return the strategies that contain this one, the closest first."""
     found = []
     while strategy in CONTAINERS:
         strategy = CONTAINERS[strategy]
@@ -169,7 +171,7 @@ def _containers(strategy: str) -> list[str]:
 def planned(
     loaded: LoadedInputs, objective: Objective, settings: Settings, budget: Budget, report: Report
 ) -> Compared:  # fmt: skip
-    """The plan of one strategy, or why there is none."""
+    """Return the outcome of one strategy: its plan, or why there is none."""
     name = settings.strategy
     if settings.engine is not None and STRATEGIES[name].is_published:
         reason = f"a published heuristic does not know {settings.engine.name}"
@@ -209,10 +211,9 @@ def planned(
 def _with_better_plan(
     container: Compared, contained: Plan | None, problem: PlacementProblem, note: str
 ) -> Compared:  # fmt: skip
-    """The container with a plan of a family inside it, where its own search ended with a worse one; ``note`` says so.
+    """Return the container with a contained family's plan if its own search ended with a worse one; ``note`` says so.
 
-    Bound and prices stay the container's. Each has its time limit: a heuristic may be ahead of a search that is cut
-    short.
+    Bound and prices remain the container's. Every search has a time limit, so a heuristic may beat a truncated search.
     """
     own = container.plan
     if own is None or contained is None or not _is_better(contained, own):
@@ -240,13 +241,13 @@ def _is_better(plan: Plan, other: Plan) -> bool:
 
 
 def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
-    """The same with the bound of a strategy that contains it, where that is better than its own."""
+    """Return the outcome with the bound of a containing strategy if that is better than its own."""
     if compared.plan is None:
         return compared
     result, objective = compared.plan.result, compared.plan.objective
     known = {name: plans[name].result.bound for name in _containers(compared.strategy) if name in plans}
     known = {compared.strategy: result.bound} | known
-    # The strategy's own bound where a container's is no better.
+    # The strategy's own bound, unless a container's is better.
     best = min(known, key=lambda name: known[name] if objective.maximises else -known[name])
     if best == compared.strategy:
         return compared
@@ -258,10 +259,10 @@ def _with_best_bound(compared: Compared, plans: Mapping[str, Plan]) -> Compared:
 
 
 def _with_bound(result: SolveResult, bound: float, objective: Objective) -> SolveResult:
-    """The result with another bound.
+    """Return the result with another bound.
 
     Raises:
-        BrokenProofError: it crosses the value by more than rounding explains.
+        BrokenProofError: the bound crosses the value by more than rounding explains.
     """
     bound = sound_bound(bound, result.value, maximises=objective.maximises)
     gap = abs(bound - result.value) / abs(result.value) if result.value else result.gap
@@ -269,7 +270,7 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
 
 
 def figures_of(plan: Plan, inputs: Inputs) -> Figures:
-    """The numbers to compare a plan by."""
+    """Return the figures of a plan."""
     goodput_share = inputs.problem(plan.objective, plan.strategy).assumptions.planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
@@ -292,7 +293,7 @@ def figures_of(plan: Plan, inputs: Inputs) -> Figures:
 
 
 def saturated_rate(plan: Plan) -> float:
-    """Requests/s: those of unified replicas, and those that are prefilled on one replica and decoded on another."""
+    """Return the rate of unified replicas plus that of the routes from prefill to decode replicas, in requests/s."""
     unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
     return unified + sum(route.rate for route in plan.kv_routes)
 
@@ -302,7 +303,7 @@ def _devices(plan: Plan) -> set[str]:
 
 
 def _usd_per_hour(plan: Plan, inputs: Inputs) -> float | None:
-    """What the GPUs in use cost; None where one of them has no price."""
+    """Return the cost of the GPUs in use in USD per hour, or None if one of them has no price."""
     used, total = _devices(plan), 0.0
     for group in inputs.cluster.node_groups:
         prices = [inputs.cluster.price_of(slots) for slots in group.gpus for _ in range(slots.count)]

@@ -1,4 +1,4 @@
-"""Traces as people have them, written in our form."""
+"""Conversion of traces in common formats into ours."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hetis.formats.trace_rows import CSV_ENDINGS, JSONL_ENDINGS
 from hetis.formats.traces import Trace, read_trace, spaced, trace_text
 
 CHARACTERS_PER_TOKEN = 4.0
-"""English prose in the vocabularies of 2023 to 2026; code and other languages have fewer."""
+"""English prose in the vocabularies of 2023 to 2026; code and other languages have fewer characters per token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
-    """A trace that was read, and what of it is not the file's own word."""
+    """A trace, and warnings about values that do not come from its file."""
 
     trace: Trace
     warnings: tuple[str, ...]
@@ -28,13 +28,13 @@ class Converted:
 def convert(
     path: str, *, characters_per_token: float | None = None, tokenizer: str | None = None, rate_rps: float | None = None
 ) -> Converted:
-    """Reads a trace in any form that is known.
+    """Read a trace in any known form.
 
     Args:
         path: the file.
-        characters_per_token: for texts whose tokens nobody counted; None: `CHARACTERS_PER_TOKEN`.
+        characters_per_token: for texts without token counts; None: `CHARACTERS_PER_TOKEN`.
         tokenizer: a ``tokenizer.json`` or its folder, which counts them instead.
-        rate_rps: at which requests without times arrive.
+        rate_rps: arrival rate of requests without times.
 
     Raises:
         DocumentError: not usable, or a rate for requests that have times.
@@ -58,10 +58,10 @@ def convert(
 
 
 def trace_file(trace: Trace, name: str) -> bytes:
-    """The trace as the file of a name holds it: JSONL or CSV, compressed or not.
+    """Return the trace in the form that a file name implies: JSONL or CSV, compressed or not.
 
     Raises:
-        DocumentError: the name ends otherwise.
+        DocumentError: the name has another ending.
     """
     if not name.endswith(CSV_ENDINGS + JSONL_ENDINGS):
         raise single_problem(name, f"a trace's name ends in {', '.join(CSV_ENDINGS + JSONL_ENDINGS)}")
@@ -70,7 +70,7 @@ def trace_file(trace: Trace, name: str) -> bytes:
 
 
 class _Asked:
-    """Counts tokens, and knows whether anybody asked."""
+    """Counts tokens, and remembers whether it was called."""
 
     def __init__(self, count: CountTokens) -> None:
         self._count = count
@@ -82,7 +82,7 @@ class _Asked:
 
 
 def tokenizer_counter(path: str) -> CountTokens:
-    """Tokens of a text by a tokenizer of Hugging Face, without special ones.
+    """Return a counter of a text's tokens by a Hugging Face tokenizer, without special tokens.
 
     Raises:
         DocumentError: it cannot be read, or the package that reads it is not installed.
@@ -96,6 +96,6 @@ def tokenizer_counter(path: str) -> CountTokens:
         raise single_problem(path, "needs the package tokenizers: pip install tokenizers") from None
     try:
         made = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # a library in Rust, which raises Exception itself
+    except Exception as error:  # a Rust library that raises Exception itself
         raise single_problem(str(file), f"is no tokenizer: {str(error)[:200]}") from None
     return lambda text: len(made.encode(text, add_special_tokens=False).ids)

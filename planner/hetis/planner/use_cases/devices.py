@@ -1,4 +1,4 @@
-"""Device names in short: ``l4-0/0, l4-0/1, l4-1/0, l4-1/1`` is ``l4-[0-1]/[0-1]``."""
+"""Abbreviated device names: ``l4-0/0, l4-0/1, l4-1/0, l4-1/1`` is ``l4-[0-1]/[0-1]``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
 
 
 def abbreviate(devices: Sequence[str]) -> str:
-    """Names the same devices in as few characters as a host list does; order is not kept."""
+    """Return the devices as a compact host list; their order is not kept."""
     nodes: dict[str, list[int]] = {}
     for device in devices:
         node, _, index = device.rpartition("/")
@@ -27,7 +27,7 @@ def abbreviate(devices: Sequence[str]) -> str:
 
 
 def number_ranges(numbers: Iterable[int]) -> str:
-    """``3`` or ``[0-2,5]``."""
+    """Return ``3`` or ``[0-2,5]``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

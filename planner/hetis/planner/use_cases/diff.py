@@ -1,4 +1,4 @@
-"""Two plan files and what lies between them."""
+"""The differences between two plan files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.solver.workload import WorkloadMoments
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanDiff:
-    """``same_model``: weights of the one are of use to the other. ``warnings``: what makes them hard to compare."""
+    """Two plans and their differences. ``same_model``: weights can be kept. ``warnings`` limit the comparison."""
 
     before: Plan
     after: Plan
@@ -26,7 +26,7 @@ class PlanDiff:
 
 
 def diff_plans(before: str, after: str) -> PlanDiff:
-    """Reads two plans and compares them; devices of the same name are taken to be the same GPU.
+    """Read two plans and compare them; devices of the same name are taken to be the same GPU.
 
     Raises:
         DocumentError: a plan, or a document in it, is not usable.
@@ -54,7 +54,7 @@ def _moments(problem: PlacementProblem) -> WorkloadMoments:
 
 
 def _differences(old: Inputs, new: Inputs, before: Plan, after: Plan) -> list[str]:
-    """What the rates of the two plans do not share."""
+    """Return the reasons why the rates of the two plans are not comparable."""
     found = []
     if old.model != new.model:
         found.append(f"the plans serve different models: {old.model.name} and {new.model.name}; nothing is kept")

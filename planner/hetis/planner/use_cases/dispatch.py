@@ -1,4 +1,4 @@
-"""Dispatch and re-dispatch of a saved state, with everything that is told about it."""
+"""Dispatch and re-dispatch of a saved state, with all results for a report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Dispatched:
     """New requests placed on a stage.
 
     Attributes:
-        stage: what they were placed on.
-        requests: in their order of admission.
-        plan: where they went, with its proof.
+        stage: the stage.
+        requests: in order of admission.
+        plan: their placement, with its proof.
         before, after: times of every device without and with them.
-        reached: the state with those that were placed.
+        reached: the state including the placed requests.
     """
 
     stage: LoadedStage
@@ -48,15 +48,15 @@ class Dispatched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redispatched:
-    """Head groups of running requests moved.
+    """Moves of running requests' head groups.
 
     Attributes:
-        stage: what runs.
+        stage: the stage with its running requests.
         problem: with the settings it was solved under.
-        triggers: what would make a running stage look.
+        triggers: those that would fire in a running stage.
         plan: moves, refused ones, proof.
-        before, after: times of every device; head groups under way count where they go.
-        reached: the state once the moves are done.
+        before, after: times of every device; moving head groups count at their targets.
+        reached: the state after the moves.
     """
 
     stage: LoadedStage
@@ -75,7 +75,7 @@ class Redispatched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchSettings:
-    """As of `RedispatchProblem`, None: its default; ``theta`` as of `hetis.solver.redispatch.triggers`."""
+    """Settings as in `RedispatchProblem`, None for its default; ``theta`` as in `hetis.solver.redispatch.triggers`."""
 
     theta: float = 0.5
     budget_bytes: float = math.inf
@@ -86,7 +86,7 @@ class RedispatchSettings:
 
 
 def is_compiled() -> bool:
-    """Whether the kernels have been compiled on this machine; the first run takes a minute longer."""
+    """Return whether the kernels have been compiled on this machine; if not, the first run takes a minute longer."""
     from hetis.solver.compiled import is_cached
     from hetis.solver.dispatch.tables import running_load
 
@@ -96,7 +96,7 @@ def is_compiled() -> bool:
 def dispatch_requests(
     stage: LoadedStage, requests: NewRequests, *, exact: bool = False, budget: Budget | None = None, seed: int = 0
 ) -> Dispatched:
-    """Places new requests; ``exact``: searches whole head groups until proven best or the budget is spent."""
+    """Place new requests. If ``exact``, search whole head groups until proven optimal or the budget is spent."""
     from hetis.solver.dispatch.exact import solve_exactly
     from hetis.solver.dispatch.solve import solve_dispatch
 
@@ -117,7 +117,7 @@ def dispatch_requests(
 
 
 def redispatch_stage(stage: LoadedStage, settings: RedispatchSettings) -> Redispatched:
-    """Finds the moves that pay, whether or not a trigger has fired."""
+    """Find the moves that pay, whether or not a trigger has fired."""
     from hetis.solver.dispatch.solve import Dispatcher
     from hetis.solver.redispatch.solve import Redispatcher
     from hetis.solver.redispatch.triggers import triggers
@@ -149,7 +149,7 @@ def redispatch_stage(stage: LoadedStage, settings: RedispatchSettings) -> Redisp
 
 
 def bundles(plan: RedispatchPlan) -> Iterator[list[Move]]:
-    """Moves that are committed at once, in order."""
+    """Yield groups of moves that are committed at once, in order."""
     for _, moves in groupby(plan.moves, key=lambda move: move.together):
         yield list(moves)
 

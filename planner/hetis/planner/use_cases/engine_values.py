@@ -1,4 +1,4 @@
-"""What the limits of a plan's engine cost: what plans of the other engines reach, and what keeps them apart."""
+"""The cost of the limits of a plan's engine: the values of other engines' plans, and the missing features."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.will import Will
 
 ENGINE_VALUES = "engine_values"  # entry of `Plan.inputs`: an `EngineValue` for every other engine
-EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: what `uniform` reaches, null where it has no plan
-EQUAL_STAGES_S = 5.0  # at most, to find what replicas of equal stages reach
+EQUAL_STAGES = "equal_stages_value"  # entry of `Plan.inputs`: the value of `uniform`, null if it has no plan
+EQUAL_STAGES_S = 5.0  # at most, to find the value of replicas of equal stages
 SHARE = 0.1  # of the time limit, at most, to find all of them
 NOT_COMPILED = "its search is not compiled yet, --engine any does that"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineValue:
-    """What the best plan for another engine reaches.
+    """The value of the best plan for another engine.
 
     Attributes:
         engine: its name, or ``any``.
         value: in the unit of the objective; None: no plan was found.
         bound: none of its plans is better; None: nothing was proved.
-        lacks: what keeps the two apart: of a richer engine's plan what the plan's own engine has not, and of the plan
-            what a poorer engine has not.
+        lacks: the missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for
+        a
+            poorer one, those that the plan needs and it lacks.
         why_not: why there is no value, or no better one.
-        equal_stages: the value is that of the best replicas of equal stages, which the engine runs: no search found
-            a better plan.
+        equal_stages: whether the value is that of the best replicas of equal stages, which the engine runs: no search
+            found a better plan.
     """
 
     engine: str
@@ -51,7 +52,10 @@ class EngineValue:
 def with_engine_values(
     plan: Plan, problem: PlacementProblem, *, seed: int, time_limit_s: float, cancelled: threading.Event, report: Report
 ) -> Plan:
-    """The plan with what other engines' plans reach; ``time_limit_s`` is that of its own search, this takes a share."""
+    """Return the plan with the values of other engines' plans.
+
+    Takes a share of ``time_limit_s``, its own search's limit.
+    """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
     def told(engine: str) -> None:
@@ -63,7 +67,7 @@ def with_engine_values(
 
 
 def engine_values_of(plan: Plan) -> list[EngineValue]:
-    """What a plan says of the other engines; nothing where nobody asked, or in a form of another version."""
+    """Return a plan's values for other engines; none if they were not requested, or are in another version's form."""
     rows = plan.inputs.get(ENGINE_VALUES)
     try:
         return [EngineValue(**{**row, "lacks": tuple(row["lacks"])}) for row in rows or ()]
@@ -80,7 +84,7 @@ def _values(
     of_engine = partial(wishes_of, problem.model, problem.cluster)
     ours = of_engine(None if own is None else own.name)
     asked = [wish for wish in problem.will if wish not in ours]
-    for name in (*ENGINES, ANY_ENGINE):  # last the one whose search takes long
+    for name in (*ENGINES, ANY_ENGINE):  # the one with the slowest search comes last
         if name == (ANY_ENGINE if own is None else own.name):
             continue
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
@@ -113,7 +117,7 @@ def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> 
 
 
 def _stages_that_do_not_start(plan: Plan, problem: PlacementProblem, engine: str) -> tuple[str, ...]:
-    """Stages of a plan on GPUs that an engine does not run the model on."""
+    """Return the stages of a plan on GPUs on which an engine cannot run the model, in a few words each."""
     refused = refused_by(problem.model, problem.cluster, engine)
     return tuple(f"stages on {gpu}" for gpu in refused if any(s.gpu == gpu for r in plan.replicas for s in r.stages))
 
@@ -123,14 +127,14 @@ def _but_for_its_name(family: Family) -> Family:
 
 
 def _has_all_of(family: Family, poorer: Family) -> bool:
-    """Whether all plans of another engine are of this family, under limits that are the same."""
+    """Return whether this family contains all plans of another engine's, given equal limits."""
     return family.engine is None or (poorer.engine is not None and family.max_pool >= poorer.max_pool)
 
 
 def _searched(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int, budget: Budget
 ) -> EngineValue:
-    """What a search finds, or what was known before where that is better: the value of a plan that the engine runs."""
+    """Return what a search finds, or ``known`` if better: the value of a plan that the engine runs."""
     from hetis.solver.placement.engines import beyond
     from hetis.solver.planning import is_compiled, solve_placement
 
@@ -156,13 +160,13 @@ def _by_equal_stages(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int,
     cancelled: threading.Event,
 ) -> EngineValue:  # fmt: skip
-    """What replicas of equal stages reach on an engine, where nothing as good was found."""
+    """Return the value of replicas of equal stages on an engine, or ``known`` if it is as good."""
     from hetis.solver.placement.solve import equal_stages_value
 
     if own is not None and EQUAL_STAGES in plan.inputs:
         value = plan.inputs[EQUAL_STAGES]  # they have no attention workers, and the other limits are the same
     elif known.value is not None:
-        return known  # a search of its own is for engines without any plan
+        return known  # a separate search is only for engines without any plan
     else:
         alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
         value = equal_stages_value(problem, budget=alone, seed=seed)

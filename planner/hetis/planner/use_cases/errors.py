@@ -1,4 +1,4 @@
-"""What can go wrong around the solver.
+"""Errors around the solver.
 
 HetisError (hetis.solver.errors)
 +-- UncheckedPlanError   the solver's plan fails the independent checker; a bug, please report it
@@ -10,7 +10,7 @@ from hetis.solver.errors import HetisError
 
 
 class UncheckedPlanError(HetisError):
-    """The solver returned a plan that breaks its own problem, so that nothing is printed or saved.
+    """The solver returned a plan that violates its own problem, so nothing is printed or saved.
 
     Attributes:
         violations: what the checker found, one sentence each.

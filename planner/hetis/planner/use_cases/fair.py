@@ -1,4 +1,4 @@
-"""Fair shares from a ShareProblem file: speed-ups that are not given come from our own placements."""
+"""Fair shares from a ShareProblem file; missing speed-ups are derived from our own placements."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from hetis.solver.shares.rounds import Round, next_round
 from hetis.solver.shares.solve import solve_shares
 from hetis.solver.workload import Workload
 
-NETWORK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbps between nodes, where speed-ups are derived
-GAP = 0.005  # of the placements that speed-ups are derived from
+NETWORK = Link(bytes_per_s=12.5e9, latency_s=20e-6)  # 100 Gbps between nodes, for deriving speed-ups
+GAP = 0.005  # of the placements from which speed-ups are derived
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharing:
-    """Shares under each rule asked for, and what holds for them.
+    """Shares under each requested rule, and their properties.
 
     Attributes:
         derived: jobs (``tenant/job``) whose speed-ups come from our placements.
-        rounds: whole GPUs under the first rule, round after round.
-        claims: the false claims that pay best under the first rule, per claimant: inflated, deflated.
+        rounds: whole GPUs under the first rule, round by round.
+        claims: the most profitable false claims under the first rule, per claimant: inflated, deflated.
     """
 
     problem: ShareProblem
@@ -52,12 +52,13 @@ def share_out(
     inputs: ShareInputs, rules: tuple[Rule, ...], *, budget: Budget, tell: Callable[[str], None], rounds: int = 0,
     claims: int = 0,
 ) -> Sharing:  # fmt: skip
-    """Shares the fleet under every rule and checks the answers.
+    """Share the fleet under every rule and check the answers.
 
-    Of the first rule also as many ``rounds`` of whole GPUs, and the best of ``claims`` false claims of every claimant.
+    For the first rule, also return ``rounds`` rounds of whole GPUs, and the best of ``claims`` false claims per
+    claimant.
 
     Raises:
-        DocumentError: a model, workload or GPU type that speed-ups are derived from is not known.
+        DocumentError: a model, workload or GPU type from which speed-ups are derived is unknown.
         InvalidProblemError: a model runs on none of the GPU types.
     """
     problem, derived = share_problem(inputs, budget=budget, tell=tell)
@@ -99,7 +100,7 @@ def _claims(
 def share_problem(
     inputs: ShareInputs, *, budget: Budget, tell: Callable[[str], None]
 ) -> tuple[ShareProblem, tuple[str, ...]]:
-    """The problem of a file, with the names of the jobs whose speed-ups were derived."""
+    """Return the problem of a file, and the names of the jobs whose speed-ups were derived."""
     work = _models_and_workloads(inputs)
     known: dict[tuple[str, str], Mapping[str, float]] = {}  # one derivation serves all jobs with the same work
     derived = []
@@ -126,7 +127,7 @@ def share_problem(
 
 
 def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple[ModelSpec, Workload]]:
-    """What speed-ups are derived from, by the names in the file; all that cannot be read is told at once."""
+    """Return models and workloads for deriving speed-ups, by their names in the file; reports all errors at once."""
     problems: list[Problem] = []
     found = {}
     asked = dict.fromkeys(
@@ -154,7 +155,7 @@ def _models_and_workloads(inputs: ShareInputs) -> Mapping[tuple[str, str], tuple
 def _derived_speedups(
     inputs: ShareInputs, model: ModelSpec, workload: Workload, *, budget: Budget
 ) -> Mapping[str, float]:
-    """Goodput per GPU of the best placement on all GPUs of each type alone; 0 where the model does not fit."""
+    """Return the goodput per GPU of the best placement on all GPUs of each single type; 0 if the model does not fit."""
     from hetis.solver.planning import solve_placement
 
     rates = {}
@@ -190,7 +191,7 @@ def _one_type(name: str, count: int, per_node: int, model: ModelSpec, workload: 
 
 
 def _require_checked(problem: ShareProblem, shares: tuple[Shares, ...]) -> None:
-    """Raises `UncheckedPlanError` where the independent checker finds something wrong."""
+    """Raise `UncheckedPlanError` if the independent checker finds something wrong."""
     from hetis.planner.use_cases.errors import UncheckedPlanError
     from hetis.solver.shares.check import check_shares
 

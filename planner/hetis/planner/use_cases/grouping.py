@@ -1,4 +1,4 @@
-"""Equal replicas told once: a plan of thousands of replicas has a few dozen shapes."""
+"""Groups of equal replicas: a plan of thousands of replicas has a few dozen shapes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hetis.solver.plan import ReplicaPlan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaGroup:
-    """Replicas that differ in nothing but the names of their devices.
+    """Replicas that differ only in the names of their devices.
 
     Attributes:
-        first: the replica that speaks for all of them.
-        numbers: their places in the plan, counted from 0.
+        first: the representative of all of them.
+        numbers: their positions in the plan, from 0.
         rate: saturated rate of all of them together, requests/s.
     """
 
@@ -24,7 +24,7 @@ class ReplicaGroup:
 
 
 def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
-    """Groups equal replicas, the group with the highest rate first."""
+    """Group equal replicas, the group with the highest rate first."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, replica in enumerate(replicas):
         groups.setdefault(_shape(replica), []).append(number)
@@ -38,7 +38,7 @@ def group_replicas(replicas: Sequence[ReplicaPlan]) -> tuple[ReplicaGroup, ...]:
 def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.kv_head_groups_kept) for s in replica.stages)
     pools = tuple((p.stage, p.gpu, len(p.devices), p.kv_head_groups, p.shared) for p in replica.attention_workers)
-    # Four digits: replicas of one template bound to different nodes may differ in the last ones.
+    # Four digits: replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
     return stages, pools, times, sizes, replica.role, replica.kv_zones

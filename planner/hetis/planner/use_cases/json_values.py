@@ -10,7 +10,7 @@ from typing import Any
 
 
 def json_value(value: Any) -> Any:
-    """What ``json.dumps`` takes: mappings, lists, text, numbers; None where a number is infinite."""
+    """Return a value for ``json.dumps``: mappings, lists, text, numbers; None for infinite numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Enum):

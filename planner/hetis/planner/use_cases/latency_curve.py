@@ -1,4 +1,4 @@
-"""How the latencies of a plan grow with the rate of requests, simulated."""
+"""The simulated latencies of a plan as a function of the request rate."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hetis.simulator.sweep import Sweep, judged_rates
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; beyond it queues grow
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.05, 1.1)  # of the planned rate; above it queues grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """What was simulated at every rate, against which limits, with how many requests."""
+    """The results of a simulation at every rate, with its limits and number of requests."""
 
     sweep: Sweep
     limits: Limits
@@ -30,9 +30,9 @@ class Curve:
 def latency_curve(
     plan: Plan, problem: PlacementProblem, *, seed: int = 0, cancelled: threading.Event, report: Report
 ) -> Curve | None:
-    """Simulates Poisson arrivals at shares of the planned rate, heads where the plan has them.
+    """Simulate Poisson arrivals at shares of the planned rate, with attention workers if the plan has them.
 
-    None: the plan has no replicas, or it was cancelled before the first rate was done.
+    Return None if the plan has no replicas, or if it was cancelled before the first rate was done.
     """
     if not plan.replicas:
         return None

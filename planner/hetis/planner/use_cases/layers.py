@@ -1,4 +1,4 @@
-"""A placement of layers with its proof checked, beside the one of most flow."""
+"""A placement of layers with its proof checked, next to the one of maximum flow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hetis.solver.layers.problem import LayersProblem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layered:
-    """What `hetis-plan layers` found.
+    """The result of `hetis-plan layers`.
 
     Attributes:
-        problem: as the file has it.
+        problem: as in the file.
         plan: the placement, checked.
-        max_flow: the placement of most flow under the same model, checked; None where nobody asked.
+        max_flow: the placement of maximum flow under the same model, checked; None if not requested.
     """
 
     problem: LayersProblem
@@ -41,17 +41,17 @@ class Stage:
 
     @property
     def visits(self) -> float:
-        """Share of the requests that pass the stage."""
+        """The share of the requests that pass the stage."""
         return sum(load.visits for load in self.loads)
 
     @property
     def round_trip_s(self) -> float:
-        """Its part of the round trip of a mean request."""
+        """The stage's part of the round trip of a mean request."""
         return sum(load.visits * load.visit_s for load in self.loads)
 
 
 def is_compiled() -> bool:
-    """Whether the kernels have been compiled on this machine; the first run takes half a minute longer."""
+    """Return whether the kernels have been compiled on this machine; if not, the first run takes 30 s longer."""
     from hetis.solver.compiled import is_cached
     from hetis.solver.layers.annealing import anneal
 
@@ -66,14 +66,14 @@ def place_layers(
     compare: bool = True,
     report: Report = silent,
 ) -> Layered:
-    """Solves and checks.
+    """Solve and check.
 
     Args:
         problem: what to place.
-        budget: of the search; the comparison, cheaper by half, gets what is left.
-        seed: the same seed gives the same plan.
-        compare: also find the placement of most flow.
-        report: hears of progress.
+        budget: of the search; the comparison, which is cheaper by half, gets what is left.
+        seed: equal seeds give equal plans.
+        compare: also find the placement of maximum flow.
+        report: called with progress.
 
     Raises:
         InfeasibleError: the nodes cannot hold all layers.
@@ -93,7 +93,7 @@ def place_layers(
 
 
 def stages(plan: LayersPlan) -> Iterator[Stage]:
-    """The plan's stages by first layer, shorter ones first."""
+    """Yield the plan's stages by first layer, shorter ones first."""
     key = _range_of
     for (first, held), loads in itertools.groupby(sorted(plan.judgement.loads, key=key), key):
         yield Stage(first_layer=first, num_layers=held, loads=tuple(loads))

@@ -1,4 +1,4 @@
-"""GPU types that could be added to a fleet: those of the catalogue with a rent, and the profiles they would get."""
+"""GPU types that could be added to a fleet: the catalogue's types with a price, and their default profiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def catalogue_market() -> Sequence[Offer]:
-    """Every type of the catalogue whose price is known and that has a profile, shipped or modelled."""
+    """Return every type of the catalogue that has a known price and a profile, shipped or modelled."""
     from hetis.solver.placement.infeasible import Offer
 
     offers = []

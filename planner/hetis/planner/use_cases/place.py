@@ -1,7 +1,7 @@
 """`hetis-plan place`, step by step: `load` -> `pose` -> `search` (which binds) -> `describe` -> `check` -> report.
 
-`place` takes a loaded problem through them and studies the plan as far as it is asked to; `make_plan` is its middle,
-which `compare` and the solver jobs of the service share. What `place` returns is drawn by `hetis.planner.report.plan`.
+`place` takes a loaded problem through them and adds the requested studies of the plan. `make_plan` is its core, which
+`compare` and the solver jobs of the service share. `hetis.planner.report.plan` draws the result of `place`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
-SIMPLE_SETUPS = "simple_setups"  # and this: the same by TP size, where every replica has that one
-WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: what every constraint costs, where it was asked for
+SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
+WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to search; all of it goes into ``plan.inputs``. ``roles``: those that replicas may have; empty: all of the
-    strategy. ``engine``: the one whose rules plans keep to; None: any. ``simplest_within``: the share of the best that
-    a plan on fewer nodes may lose."""
+    """Settings of the search, all of which go into ``plan.inputs``.
+
+    ``roles``: those that replicas may have; empty: all of the strategy. ``engine``: the one whose rules plans keep to;
+    None: any. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose.
+    """
 
     strategy: str = DEFAULT_STRATEGY
     roles: tuple[Role, ...] = ()
@@ -58,16 +60,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRequest:
-    """What ``place`` is asked, as files, names and options say it.
+    """The request of ``place``, as files, names and options.
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
         weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
-        ttft_s: None asks for the default limit, infinity lifts it; ``tpot_s`` likewise.
+        ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
         verify: simulate the plan before it is shown.
-        other_engines: say what plans for other engines reach.
-        price_pins: say what every constraint costs.
-        survive_node: the demand is to be served when any one node is lost.
+        other_engines: report the values of plans for other engines.
+        price_pins: report the cost of every constraint.
+        survive_node: the demand must be served even if any one node is lost.
         profile_error: study the plan under profiles that are off by up to this share; None: no study.
     """
 
@@ -93,7 +95,7 @@ class PlacementRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedPlan:
-    """A plan that passed the checker, and what was studied about it."""
+    """A plan that passed the checker, with its studies."""
 
     plan: Plan
     robustness: Robustness | None = None
@@ -135,12 +137,12 @@ def place(
     cancelled: threading.Event,
     report: Report,
 ) -> PlacedPlan:
-    """Search, describe and check a plan, then verify, price and study it as far as the request asks.
+    """Search, describe and check a plan, then verify, price and study it as requested.
 
     The time limit is that of the search; a study may take as long again, and so may the prices.
 
     Raises:
-        InfeasibleError: no plan of the family exists; says which GPUs of the catalogue could be added.
+        InfeasibleError: no plan of the family exists; names the GPUs of the catalogue that could be added.
         NoPlanFoundError: stopped before one was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
@@ -188,10 +190,11 @@ def make_plan(
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
 ) -> Plan:
-    """Search a plan, complete it with its inputs and notes, check it, and add what its profiles' errors make of it.
+    """Search a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
 
-    Where no plan exists, ``market`` says which GPUs could be added (None: nobody asks). ``beside_equal_stages`` asks
-    what equal stages reach, and ``beside_engines`` what plans for other engines do, which takes time of its own.
+    If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
+    the
+    value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -237,7 +240,7 @@ def search(
 
 
 def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings) -> Plan:
-    """Add to a plan what it was made from, and notes on its links and profiles."""
+    """Add to a plan its inputs, and notes on its links and profiles."""
     from hetis.solver.placement.explanation.routes import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
@@ -251,7 +254,7 @@ def check(plan: Plan, problem: PlacementProblem) -> None:
     """Derive every number of the plan again, with code that shares nothing with the search.
 
     Raises:
-        UncheckedPlanError: a number or a constraint is broken.
+        UncheckedPlanError: a number or a constraint is violated.
     """
     from hetis.solver.check import check_plan
 
@@ -262,7 +265,7 @@ def check(plan: Plan, problem: PlacementProblem) -> None:
 def objective(
     kind: ObjectiveKind, *, ttft_s: float | None, tpot_s: float | None, demand_rps: float | None
 ) -> Objective:
-    """The objective with its default limits; None asks for the default, infinity lifts a limit."""
+    """Return the objective with its default limits; None is the default, infinity means no limit."""
     throughput = kind is ObjectiveKind.THROUGHPUT
     ttft_s = (float("inf") if throughput else DEFAULT_TTFT_S) if ttft_s is None else ttft_s
     tpot_s = (float("inf") if throughput else DEFAULT_TPOT_S) if tpot_s is None else tpot_s
@@ -275,10 +278,10 @@ def objective(
 
 
 def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Workload) -> None:
-    """Refuses to guess how much traffic the least cost and the fewest GPUs are for.
+    """Refuse to guess the traffic for which the least cost or the fewest GPUs are wanted.
 
     Raises:
-        InvalidProblemError: no rate is demanded; names the rate of the trace, where it has one.
+        InvalidProblemError: no rate is demanded; names the rate of the trace, if it has one.
     """
     if kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and demand_rps is None:
         hint = "" if workload.rate_rps is None else f"; {workload.name} arrives at {workload.rate_rps:.4g} requests/s"
@@ -286,7 +289,7 @@ def require_demand(kind: ObjectiveKind, demand_rps: float | None, workload: Work
 
 
 def missed(plan: Plan, settings: Settings) -> list[str]:
-    """What ``--strict`` asks for and the plan does not reach."""
+    """Return the requirements of ``--strict`` that the plan does not meet."""
     result, found = plan.result, []
     if result.gap == float("inf"):
         found.append("the search stopped before it had a bound, so that no gap is proven")
@@ -302,7 +305,7 @@ def missed(plan: Plan, settings: Settings) -> list[str]:
 
 
 def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementProblem) -> dict[str, Any]:
-    """What ``plan.inputs`` holds of a plan made so."""
+    """Return ``plan.inputs`` for a plan made in this way."""
     return {
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
@@ -320,7 +323,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
 
 
 def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings, cancelled: threading.Event) -> Plan:
-    """The plan with what equal stages reach, which is what engines do without a planner."""
+    """Return the plan with the value of equal stages, which is what engines do without a planner."""
     from hetis.solver.placement.solve import equal_stages_value
 
     alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
@@ -337,7 +340,7 @@ def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings
 
 
 def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]:
-    """Progress of a simulation as progress of the search, once for every quarter of its requests."""
+    """Return a callback that reports a simulation as progress of the search, once per quarter of the requests."""
     started_s, told = time.monotonic() - plan.result.solve_s, [-1]
 
     def requests(given: int, total: int) -> None:
@@ -353,7 +356,7 @@ def _simulation_report(plan: Plan, report: Report) -> Callable[[int, int], None]
 def _constraint_prices(
     plan: Plan, problem: PlacementProblem, settings: Settings, budget: Budget, report: Report
 ) -> tuple[WishPrice, ...]:
-    """What every constraint costs; empty where the problem has none."""
+    """Return the cost of every constraint; empty if the problem has none."""
     if not problem.will:
         return ()
     from hetis.solver.wish_prices import price_wishes
@@ -370,7 +373,7 @@ def _constraint_prices(
 
 
 def _price_rows(prices: Sequence[WishPrice]) -> list[dict[str, Any]]:
-    """Prices as `Plan.inputs` keeps them."""
+    """Return prices as stored in `Plan.inputs`."""
     return [
         {
             "wishes": [str(wish) for wish in price.will],

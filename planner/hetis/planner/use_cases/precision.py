@@ -1,4 +1,4 @@
-"""Plans in a precision: the model as its weights and KV are kept, on the GPUs on which the engine runs it so."""
+"""Plans in a given precision: the model's weights and KV, and the GPUs on which the engine supports it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 
 
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
-    """The inputs with the model's weights or KV in another precision than its checkpoint's; None: as they are there."""
+    """Return the inputs with the model's weights or KV in another precision; None: as in its checkpoint."""
     model = dtypes.with_precision(loaded.inputs.model, weights=weights, kv=kv)
     return replace(loaded, inputs=replace(loaded.inputs, model=model))
 
 
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
-    """The inputs without the GPUs on which the engine cannot run the model in its precision, and why they are left out.
+    """Return the inputs without the GPUs on which the engine cannot run the model in its precision.
 
-    Doing it again changes nothing.
+    Notes give the reasons. The function is idempotent.
 
     Raises:
-        InvalidProblemError: no GPU is left; says why.
+        InvalidProblemError: no GPU is left; with the reason.
     """
     inputs, name = loaded.inputs, None if engine is None else engine.name
     refused = refused_by(inputs.model, inputs.cluster, name)
@@ -47,7 +47,10 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
 
 
 def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[str, str]:
-    """GPU types on which an engine cannot run the model in its precision, and why; None, or ``any``: nobody knows."""
+    """Return the GPU types on which an engine cannot run the model in its precision, with the reason for each.
+
+    Empty for None and for ``any``, of which nobody knows.
+    """
     if engine is None or engine not in SUPPORT:
         return {}
     whys = ((name, why_not(model, gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
@@ -55,14 +58,14 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
 
 
 def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Wish, ...]:
-    """What plans for an engine keep to for that: no GPU in the part that it cannot play."""
+    """Return the wishes that keep GPUs out of parts that an engine cannot give them."""
     has_workers = engine == WORKERS and model.kv_bytes == 2
     wishes = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
     return (*wishes, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(wishes)
 
 
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
-    """The GPU types that a cluster has, by name."""
+    """Return the GPU types of a cluster by name."""
     return {slots.gpu: cluster.gpu_types[slots.gpu] for group in cluster.node_groups for slots in group.gpus}
 
 

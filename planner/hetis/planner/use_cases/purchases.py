@@ -14,14 +14,14 @@ from hetis.planner.use_cases.what_if import FleetChange
 from hetis.solver.advice.fleets import Addition, NodeShape, node_names
 from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
 
-MAX_ADDED = 100_000  # GPUs by one option
+MAX_ADDED = 100_000  # GPUs per option
 _ADDED = re.compile(r"(\d{1,9})\s*[x×]\s*(\S.*)")
 DEFAULT_GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What the options ask for, understood."""
+    """The parsed options."""
 
     change: FleetChange
     market: tuple[Addition, ...]
@@ -38,10 +38,10 @@ def read(
     zone: str | None,
     nic: Link | None,
 ) -> Wanted:
-    """All options of another fleet together; ``market`` is its text and the number of GPUs, None: not asked for.
+    """Parse all options for another fleet. ``market`` is its text and the number of GPUs, or None if not requested.
 
     Raises:
-        DocumentError: with what is wrong with any of them.
+        DocumentError: with the problems of all options.
     """
     problems: list[Problem] = []
     shape = attempt(lambda: node_shape(cluster, like=like, gpus_per_node=gpus_per_node, zone=zone, nic=nic), problems)
@@ -54,10 +54,10 @@ def read(
 
 
 def additions(texts: Sequence[str], cluster: Cluster) -> tuple[Addition, ...]:
-    """The GPUs of ``--add`` options.
+    """Return the GPUs of ``--add`` options.
 
     Raises:
-        DocumentError: every one that cannot be understood.
+        DocumentError: with every option that cannot be parsed.
     """
     problems: list[Problem] = []
     found = [attempt(lambda text=text: _addition(text, cluster), problems) for text in texts]  # type: ignore[misc]
@@ -77,7 +77,7 @@ def _addition(text: str, cluster: Cluster) -> Addition:
 
 
 def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
-    """A type of the fleet or of the catalogue, one that can be planned with."""
+    """Return a type of the fleet or of the catalogue that can be planned with."""
     if name in cluster.gpu_types:
         return cluster.gpu_types[name]
     try:
@@ -91,10 +91,10 @@ def _gpu(name: str, cluster: Cluster, option: str) -> GpuType:
 
 
 def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
-    """The nodes and groups of ``--remove`` options.
+    """Return the nodes and groups of ``--remove`` options.
 
     Raises:
-        DocumentError: every one that the cluster does not have.
+        DocumentError: with every name that the cluster does not have.
     """
     known = {group.name for group in cluster.node_groups} | set(node_names(cluster))
     unknown = [name for name in dict.fromkeys(names) if name not in known]
@@ -109,8 +109,9 @@ def removals(names: Sequence[str], cluster: Cluster) -> tuple[str, ...]:
 def node_shape(
     cluster: Cluster, *, like: str | None, gpus_per_node: int | None, zone: str | None, nic: Link | None
 ) -> NodeShape:
-    """What added GPUs come in: a node like one of the fleet's, or of 8 GPUs in the fleet's first zone; the other
-    options override what these say.
+    """Return the nodes in which GPUs are added: like one of the fleet's, or of 8 GPUs in the fleet's first zone.
+
+    The other options override these values.
 
     Raises:
         DocumentError: no such node or zone.
@@ -144,11 +145,12 @@ def _node(cluster: Cluster, name: str) -> NodeGroup:
 
 
 def market_of(text: str | None, cluster: Cluster, count: int) -> tuple[Addition, ...]:
-    """The types of a ``--market`` option with their prices, each once; without one all of the catalogue's that have a
-    price and can be planned with, and those of the fleet.
+    """Return the types of a ``--market`` option with their prices, each once.
+
+    The default is all types of the catalogue that have a price and can be planned with, and those of the fleet.
 
     Raises:
-        DocumentError: every entry that cannot be understood.
+        DocumentError: with every entry that cannot be parsed.
     """
     if text is None:
         return tuple(Addition(gpu=gpu, count=count) for gpu in _priced(cluster))
@@ -173,7 +175,7 @@ def _priced(cluster: Cluster) -> Iterator[GpuType]:
 
 
 def _entries(text: str) -> list[str]:
-    """Entries with commas or line ends between them; of a file where there is one of that name, less its comments."""
+    """Return the entries between commas or line ends; if a file has that name, its entries without comments."""
     path = Path(text)
     try:
         content = path.read_text(encoding="utf-8") if path.is_file() else text

@@ -1,4 +1,4 @@
-"""From a plan file and a new fleet to a checked plan, what it keeps of the old one, and the way there."""
+"""Re-planning: from a plan file and a new fleet to a checked plan, what it keeps of the old one, and the transition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTE = "re-planned from a running plan; value and bound are those of the fleet, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Posed:
-    """A re-planning as asked for. ``warnings`` tell what looks odd about the running plan."""
+    """A re-planning request. ``warnings`` point out oddities of the running plan."""
 
     running: Plan
     loaded: LoadedInputs
@@ -39,8 +39,9 @@ def load_replanning(
     *, running: str, cluster: str, workload: str | None, model: str | None, profiles: Sequence[str],
     rate_rps: float | None, settings: Settings,
 ) -> Posed:  # fmt: skip
-    """Reads the running plan and the new fleet. Model, objective, strategy and roles are the plan's; its profiles and
-    traffic are, too, unless others are given.
+    """Read the running plan and the new fleet.
+
+    Model, objective, strategy and roles are the plan's, and so are profiles and traffic unless others are given.
 
     Raises:
         DocumentError: with the problems of all files; or the plan is of another model than ``model``.
@@ -89,7 +90,7 @@ def load_replanning(
 
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
-    """A warning where no GPU of the running plan is there any more: most likely nodes were renamed."""
+    """Yield a warning if no GPU of the running plan is left: most likely nodes were renamed."""
     replicas = running.replicas
     used = {(device, part.gpu) for one in replicas for part in one.stages for device in part.devices}
     used |= {(device, part.gpu) for one in replicas for part in one.attention_workers for device in part.devices}
@@ -109,7 +110,7 @@ def _origins(saved: dict[str, object], workload: str | None, profiles: dict[str,
 def replan(
     posed: Posed, costs: ChangeCosts, max_moves: int | None, *, budget: Budget, report: Report
 ) -> Replanning:  # fmt: skip
-    """Solves, completes the plan with its inputs and notes, and checks plan and change.
+    """Solve, complete the plan with its inputs and notes, and check plan and change.
 
     Raises:
         InfeasibleError: no plan exists, or none within ``max_moves``.

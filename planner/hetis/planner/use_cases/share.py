@@ -1,4 +1,4 @@
-"""One fleet shared by tenants with different models: files in, a checked plan for each of them out."""
+"""A fleet shared by tenants with different models: from files to a checked plan for each of them."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class LoadedTenants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedFleet:
-    """The fleet shared by the rule asked for, and by others to compare with.
+    """The fleet shared by the requested rule, and by others for comparison.
 
     Attributes:
         tenancy: the tenants with the families that were searched.
-        answers: by the rule asked for, then by the others that were done in time.
-        envy: of the first answer, tenant by tenant; None: not asked for, or no time was left for it.
+        answers: for the requested rule, then for the others that finished in time.
+        envy: of the first answer, tenant by tenant; None if not requested or if no time was left.
     """
 
     tenancy: Tenancy
@@ -46,7 +46,7 @@ class SharedFleet:
 
 
 def load_tenancy(file: str, *, cluster: str, profiles: Sequence[str] = (), strategy: str = "hetis") -> LoadedTenants:
-    """Reads the tenants and everything they name.
+    """Read the tenants and everything they name.
 
     Raises:
         DocumentError: with the problems of all inputs together.
@@ -76,9 +76,9 @@ def _load(tenant: FleetTenant, cluster: str, profiles: Sequence[str]) -> LoadedI
 
 
 def _in_file(problem: Problem, index: int, tenant: FleetTenant, source: Text) -> Problem:
-    """What is wrong with a name or path that a tenant gives, at the line that gives it; other problems as they are."""
+    """Return a problem with a name or path of a tenant at the line that contains it; other problems unchanged."""
     for field, given in (("model", tenant.model), ("workload", tenant.workload)):
-        if problem.line is None and problem.file in (field, given):  # a name that is unknown, a file that is missing
+        if problem.line is None and problem.file in (field, given):  # an unknown name, or a missing file
             message = problem.message if problem.file == field else str(problem)
             return source.problem(("tenants", index, field), f"tenant {tenant.name}: {message}")
     return problem
@@ -96,7 +96,7 @@ def share_out_fleet(
     loaded: LoadedTenants, rules: Sequence[TenantRule], settings: Settings, *, with_envy: bool, budget: Budget,
     report: Report,
 ) -> SharedFleet:  # fmt: skip
-    """Shares the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
+    """Share the fleet by the first rule, and by the others while there is time; every answer has passed the checker.
 
     Raises:
         InfeasibleError: a tenant cannot be served on this fleet at all.
@@ -121,7 +121,7 @@ def share_out_fleet(
         try:
             answers.append(_finished(search, loaded, rule, settings, told))
         except NoPlanFoundError:
-            break  # the time is over: what there is will do
+            break  # the time is up; the answers so far suffice
     number = count
     envy = search.envy(answers[0]) if with_envy and not budget.is_spent() else None
     return SharedFleet(tenancy=search.tenancy, answers=tuple(answers), envy=envy)
@@ -130,7 +130,7 @@ def share_out_fleet(
 def _finished(
     search: FleetSearch, loaded: LoadedTenants, rule: TenantRule, settings: Settings, report: Report
 ) -> FleetShares:
-    """The answer by a rule, its plans complete, checked."""
+    """Return the checked answer by a rule, with completed plans."""
     from hetis.solver.tenants.check import check_fleet_shares
 
     report(Progress(phase=f"rule {rule}", elapsed_s=search.budget.elapsed_s()))

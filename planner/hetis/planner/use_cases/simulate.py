@@ -1,4 +1,4 @@
-"""What `hetis-plan simulate` is asked for, as runs of the simulator, and their answers as one."""
+"""Requests of `hetis-plan simulate` as runs of the simulator, with one combined result."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
-TURNS = 20  # so often the requests that a plan holds at once are replaced in a run, unless told otherwise
-DOUBLINGS = 6  # of the requests, at most, until the intervals are narrow
+TURNS = 20  # how often, by default, a run replaces all the requests that a plan holds at once
+DOUBLINGS = 6  # of the number of requests, at most, until the intervals are narrow
 SAMPLES = 200  # per device and run
-AGREES = 0.1  # simulated over planned may differ from one by this much
+AGREES = 0.1  # tolerated difference of simulated / planned from 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What to simulate.
+    """The simulation to run.
 
     Attributes:
-        load: the traffic; its rate is not used by a sweep, which tries its own.
-        num_requests: of each run.
-        seeds: one run each.
-        settings: of the runs; the seed in it is replaced.
-        limits: what goodput and attainment are measured by.
-        sweeps: search the highest rate within the limits.
+        load: the traffic; a sweep ignores its rate and tries its own.
+        num_requests: per run.
+        seeds: one per run.
+        settings: of the runs; its seed is replaced.
+        limits: for goodput and attainment.
+        sweeps: whether to search the highest rate within the limits.
         tolerance: of the sweep, relative.
-        precision: runs are made longer until every interval is this narrow, relative; None: as they are.
-        keep_run: the answer holds all of the first run.
+        precision: runs are lengthened until every interval is this narrow, relative; None: they are not.
+        keep_run: whether the answer contains the whole first run.
     """
 
     load: Load
@@ -63,16 +63,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """The answer to a question, and what the plan said.
+    """The answer to a question, with the plan's prediction.
 
     Attributes:
-        question: with the number of requests that was run in the end.
-        summary: of all runs; of a sweep: at the highest rate within the limits, or the lowest tried if none is.
+        question: with the final number of requests.
+        summary: of all runs; for a sweep, at the highest rate within the limits, or at the lowest tried if none is.
         runs: metrics of each, in the order of the seeds; empty for a sweep.
-        num_clipped: requests, of all runs, that were shortened to the model's context.
+        num_clipped: requests, over all runs, that were shortened to the model's context.
         run: the first run, if it was to be kept.
-        complete: nobody stopped it.
-        precise: the intervals are as narrow as asked for, if that was asked.
+        complete: whether it was not cancelled.
+        precise: whether the intervals are as narrow as requested, if that was requested.
     """
 
     question: Question
@@ -87,11 +87,11 @@ class Simulated:
 
 
 class NothingSimulatedError(Exception):
-    """The run was stopped before any of it was done."""
+    """The run was cancelled before any of it was done."""
 
 
 def load_lengths(ref: str) -> Trace | Workload:
-    """The requests of a trace file, or the distribution that anything else `load_workload` knows stands for.
+    """Return the requests of a trace file, or the distribution of anything else that `load_workload` knows.
 
     Raises:
         DocumentError: unknown name, or a file with problems (all of them).
@@ -100,7 +100,7 @@ def load_lengths(ref: str) -> Trace | Workload:
 
 
 def planned_lengths(plan: Plan, name: str) -> Workload:
-    """The workload that a plan was made for, not clipped; messages call the plan ``name``.
+    """Return the workload that a plan was made for, not clipped; ``name`` is the plan's in messages.
 
     Raises:
         DocumentError: the documents saved in it are not usable.
@@ -109,27 +109,27 @@ def planned_lengths(plan: Plan, name: str) -> Workload:
 
 
 def default_rate(plan: Plan, problem: PlacementProblem) -> float:
-    """Where no rate is asked for: the demanded one, or else the planned goodput."""
+    """Return the default rate: the demanded one, or else the planned goodput, in requests/s."""
     return plan.objective.demand_rps or problem.assumptions.planned_utilisation * prediction_of(plan).rate_rps
 
 
 def default_requests(plan: Plan, load: Load) -> int:
-    """All of a trace that is replayed as recorded; else so many that warm-up and chance weigh little."""
+    """Return all requests of a trace replayed as recorded, else enough that warm-up and chance matter little."""
     if load.arrivals is Arrivals.RECORDED and isinstance(load.lengths, Trace):
         return len(load.lengths.arrival_s)
     return max(MIN_REQUESTS, TURNS * seats_of(plan))
 
 
 def seats_of(plan: Plan) -> int:
-    """Requests that a plan holds at once."""
+    """Return how many requests a plan holds at once."""
     return sum(max(replica.micro_batch, 1) * replica.in_flight for replica in plan.replicas)
 
 
 def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
-    """Spacing of about `SAMPLES` samples over a run; None where its length cannot be foreseen."""
+    """Return the spacing for about `SAMPLES` samples over a run, or None if its length cannot be predicted."""
     recorded = load.lengths.rate_rps if load.arrivals is Arrivals.RECORDED else None
     served_rps = prediction_of(plan).rate_rps
-    # However fast requests come, they do not leave faster than they are served.
+    # However fast requests arrive, they leave no faster than they are served.
     rate_rps = min(load.rate_rps or recorded or served_rps, served_rps)
     return num_requests / rate_rps / SAMPLES if rate_rps > 0 else None
 
@@ -137,7 +137,7 @@ def sample_spacing_s(plan: Plan, load: Load, num_requests: int) -> float | None:
 def faults_of(
     events: Iterable[DeviceEvent], plan: Plan, problem: PlacementProblem, *, source: str
 ) -> tuple[Fault, ...]:
-    """Events of devices that the plan uses.
+    """Return the faults of devices that the plan uses.
 
     Raises:
         DocumentError: a device is not in the cluster, or not in the plan (all of them, from ``source``).
@@ -170,12 +170,12 @@ def answer(
     report: Report,
     begins: Callable[[str], None] = lambda _part: None,
 ) -> Simulated:
-    """Runs the simulator as often as the question needs; after ``cancelled`` the answer is of what was run by then.
+    """Run the simulator as often as the question needs. After ``cancelled``, the answer covers what was run by then.
 
-    ``begins`` is told of every part of a question of several: the rates of a sweep, the doublings of the requests.
+    ``begins`` is called for every part of a question with several: the rates of a sweep, the doublings of the requests.
 
     Raises:
-        NothingSimulatedError: cancelled before anything was.
+        NothingSimulatedError: cancelled before anything was simulated.
         InvalidProblemError: the plan cannot be simulated.
     """
     with runner(plan, problem, processes=processes, cancelled=cancelled, report=report) as runs:
@@ -213,7 +213,7 @@ def _run(runs: Runner, question: Question) -> Simulated:
 
 
 def _swept(runs: Runner, question: Question, begins: Callable[[str], None]) -> Simulated:
-    clipped: list[int] = []  # of every load: all rates draw the same requests
+    clipped: list[int] = []  # per load: all rates draw the same requests
     rounds = itertools.count(1)
 
     def evaluate(rates: Sequence[float]) -> list[Summary]:

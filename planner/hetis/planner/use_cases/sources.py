@@ -1,4 +1,4 @@
-"""What a placement is made from: files and names to a problem, and a saved plan back to its problem."""
+"""The inputs of a placement: from files and names to a problem, and from a saved plan back to its problem."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from hetis.solver.workload import Workload
 
 T = TypeVar("T")
 
-# Where a profile came from that no file gave.
+# The origins of profiles and inputs that come from no file.
 MODELLED = "modelled"
 FITTED = "fitted"  # shipped with hetis, fitted to published measurements
-VALUE = "value"  # where an input came from that a program gave
+VALUE = "value"  # an input that was passed by a program
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The values a placement is made from; the workload as it was, not clipped; ``will``: what plans must keep."""
+    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints."""
 
     cluster: Cluster
     model: ModelSpec
@@ -53,17 +53,18 @@ class Inputs:
     def problem(
         self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
     ) -> PlacementProblem:
-        """The problem they pose. Prompts are clipped to what the model's context allows.
+        """Return the problem that the inputs pose. Prompts are clipped to the model's context.
 
         Args:
-            objective: what the plan should be good for.
+            objective: what the plan optimises.
             strategy: name of the family of plans.
-            roles: that replicas may have; empty: all that the strategy has.
+            roles: those that replicas may have; empty: all of the strategy's.
             engine: whose rules replicas keep to; None: any engine's.
 
         Raises:
-            InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles, or knows
-                no engine.
+            InvalidProblemError: the inputs contradict each other, or the strategy lacks one of these roles or supports
+            no
+                engine.
         """
         return PlacementProblem(
             cluster=self.cluster,
@@ -76,11 +77,11 @@ class Inputs:
         )
 
     def documents(self) -> dict[str, Any]:
-        """Everything as plain data that needs no catalogue to be read again."""
+        """Return all inputs as plain data that can be read without a catalogue."""
         return self._each(lambda value: to_data(value, self_contained=True))
 
     def digests(self) -> dict[str, Any]:
-        """SHA-256 of every document."""
+        """Return the SHA-256 of every document."""
         return self._each(digest)
 
     def _each(self, function: Callable[[Value], Any]) -> dict[str, Any]:
@@ -93,11 +94,11 @@ class Inputs:
 
 
 def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None) -> Family:
-    """The plans that a strategy searches, with only some of its roles if any are named, as far as the engine runs them.
+    """Return the family of a strategy, restricted to some roles if any are named, and to the engine's rules.
 
     Raises:
-        InvalidProblemError: it has not all of these roles, or they cannot be without others; or it is a published
-            heuristic, which knows no engine's rules.
+        InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it is a published
+            heuristic, which supports no engine's rules.
     """
     from hetis.solver.placement.engines import run_by
     from hetis.solver.placement.strategies import STRATEGIES
@@ -114,7 +115,7 @@ def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLimits:
-    """What is asked of every replica beside the rules of its engine, see `EngineRules`; None: what the engine has."""
+    """Limits on every replica in addition to its engine's rules, see `EngineRules`; None: the engine's own."""
 
     max_stages: int | None = None
     max_gpus: int | None = None
@@ -123,12 +124,12 @@ class ReplicaLimits:
 
     @property
     def given(self) -> dict[str, int]:
-        """Those that are asked for, by name."""
+        """The given limits by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
-    """The rules of the engine that plans are asked for; None: any will do, as for published heuristics by default.
+    """Return the rules of the requested engine; None means any engine, the default of published heuristics.
 
     Args:
         name: of the engine, ``any``, or None for the default.
@@ -136,7 +137,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = Replic
         limits: of a replica.
 
     Raises:
-        InvalidProblemError: there is no such engine, or any is asked for and yet limited.
+        InvalidProblemError: there is no such engine, or limits are given for any engine.
     """
     from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, run_by
     from hetis.solver.placement.strategies import STRATEGIES
@@ -152,16 +153,16 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = Replic
 
 
 def ordered(roles: Iterable[Role]) -> tuple[Role, ...]:
-    """Each once, in the order in which families list them."""
+    """Return the roles in the order in which families list them, without duplicates."""
     wanted = set(roles)
     return tuple(role for role in Role if role in wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedInputs:
-    """Inputs and the file or name each of them came from, profiles by GPU type.
+    """Inputs and the file or name that each of them came from, profiles by GPU type.
 
-    ``notes`` say what became of the inputs.
+    ``notes``: changes made to the inputs.
     """
 
     inputs: Inputs
@@ -169,7 +170,7 @@ class LoadedInputs:
     notes: tuple[str, ...] = ()
 
     def with_will(self, *, pins: Sequence[str], forbids: Sequence[str]) -> LoadedInputs:
-        """The same with what ``--pin`` and ``--forbid`` ask for.
+        """Return the inputs with the constraints of ``--pin`` and ``--forbid`` options.
 
         Raises:
             DocumentError: with every problem of all of them.
@@ -179,7 +180,7 @@ class LoadedInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAndProblem:
-    """A plan read from a file and the problem it says it solves; ``warnings`` tell what looks odd about it."""
+    """A plan read from a file and the problem that it claims to solve; ``warnings`` point out oddities."""
 
     plan: Plan
     problem: PlacementProblem
@@ -189,8 +190,7 @@ class PlanAndProblem:
 def load_inputs(
     *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = ()
 ) -> LoadedInputs:
-    """Reads the inputs of a placement, but those that are values. GPU types without a profile file get
-    `default_profile`.
+    """Read the inputs of a placement that are not values already; GPU types without a file get `default_profile`.
 
     Raises:
         DocumentError: with the problems of all inputs together.
@@ -225,10 +225,10 @@ def load_inputs(
 
 
 def default_profile(gpu: GpuType) -> tuple[str, Profile]:
-    """The profile of a GPU type that no file gives, and its origin: the one that is shipped, or else a modelled one.
+    """Return the origin and the profile of a GPU type without a file: the shipped one, or else a modelled one.
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
-    profile is not of that card.
+    profile is for another card.
 
     Raises:
         InvalidProblemError: none is shipped and none can be modelled.
@@ -239,7 +239,7 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
 
 
 def profile_origin(gpu: GpuType) -> str | None:
-    """The origin of `default_profile`; None where there is none."""
+    """Return the origin of `default_profile`, or None if there is no profile."""
     try:
         return default_profile(gpu)[0]
     except InvalidProblemError:
@@ -247,7 +247,7 @@ def profile_origin(gpu: GpuType) -> str | None:
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:
-    """Reads a plan and rebuilds its problem from the documents saved in it.
+    """Read a plan and rebuild its problem from the documents saved in it.
 
     Raises:
         DocumentError: the plan, or a document in it, is not usable.
@@ -256,7 +256,7 @@ def load_plan_and_problem(path: str) -> PlanAndProblem:
 
 
 def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
-    """Rebuilds the problem of a plan from the documents saved in it; messages call the plan ``name``.
+    """Rebuild the problem of a plan from the documents saved in it; ``name`` is the plan's in messages.
 
     Raises:
         DocumentError: the plan, or a document in it, is not usable.
@@ -272,7 +272,7 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
 
 
 def inputs_from_documents(documents: Any, path: str) -> Inputs:
-    """What `Inputs.documents` wrote; ``path`` is what messages call the plan that holds it.
+    """Return the inputs that `Inputs.documents` wrote; ``path`` is the plan's name in messages.
 
     Raises:
         DocumentError: with the problems of all documents.
@@ -309,7 +309,7 @@ def _known_strategy(plan: Plan, path: str) -> None:
 
 
 def _will_of(plan: Plan, cluster: Cluster, path: str) -> Will:
-    """The wishes that a plan says it keeps; none unless it does."""
+    """Return the constraints that a plan claims to keep, if any."""
     texts = plan.inputs.get("will", [])
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise single_problem(
@@ -324,7 +324,7 @@ def _will_of(plan: Plan, cluster: Cluster, path: str) -> Will:
 
 
 def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
-    """Roles of the family that was searched. Plans of a time before roles do not say: their replicas are unified."""
+    """Return the roles of the searched family. Plans from before roles do not name any: their replicas are unified."""
     names, known = plan.inputs.get("roles", [Role.UNIFIED.value]), [role.value for role in Role]
     if not isinstance(names, list) or not names or not all(name in known for name in names):
         raise single_problem(path, f"inputs.roles must be a list of {', '.join(known)}: the plan is judged by them")
@@ -336,10 +336,10 @@ def _roles_of(plan: Plan, path: str) -> tuple[Role, ...]:
 
 
 def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
-    """The engine that a plan is for; None for any, as in plans of a time before engines.
+    """Return the engine that a plan is for; None for any, as in plans from before engines.
 
     Raises:
-        DocumentError: it is none that is known; messages call the plan ``path``.
+        DocumentError: the engine is unknown; ``path`` is the plan's name in messages.
     """
     data = plan.inputs.get("engine")
     if data is None:
@@ -374,7 +374,7 @@ def _gpus(cluster: Cluster) -> list[str]:
 
 
 def attempt(read: Callable[[], T], problems: list[Problem]) -> T | None:
-    """What ``read`` gives, or None and its problems in the list: the user shall see those of all inputs at once."""
+    """Return the result of ``read``, or None after adding its problems to the list, which collects all inputs'."""
     try:
         return read()
     except DocumentError as error:

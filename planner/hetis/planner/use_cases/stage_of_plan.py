@@ -1,4 +1,4 @@
-"""The stage of a placement plan as the empty state that dispatch starts from."""
+"""A stage of a placement plan as an empty state for dispatch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hetis.solver.profile import Op, Profile
 
 
 def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
-    """The first copy of a stage, with nothing running.
+    """Return the first copy of a stage, with nothing running.
 
     Attention costs, links and KV memory are those that the plan was made with. KV memory is the share of one
-    micro-batch: dispatch looks at one, and a copy of the stage holds the KV of several.
+    micro-batch: dispatch handles one, and a copy of the stage holds the KV of several.
 
     Args:
         path: the plan's file.
@@ -49,7 +49,7 @@ def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
 
 
 def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedState:
-    """As `load_stage_of_plan`, of a plan that was read already; ``position`` is counted from 0.
+    """Return the state of a stage as `load_stage_of_plan`, from a loaded plan; ``position`` is counted from 0.
 
     Raises:
         InvalidProblemError: the plan contradicts its inputs.
@@ -104,7 +104,7 @@ def state_of_stage(found: PlanAndProblem, number: int, position: int) -> SavedSt
 
 
 def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
-    """A state without devices of its own; the catalogue's model where it is the plan's, else its bytes."""
+    """Return a state without devices, with the model's name if the catalogue has the same model, else its sizes."""
     nobody = (SavedDevice(name="none", role="worker", attention=(AttentionPiece(),), total_blocks=0),)
     try:
         if catalogue.find_model(model.name).model == model:
@@ -121,7 +121,7 @@ def _empty_stage(name: str, model: ModelSpec, num_layers: int) -> SavedState:
 
 
 def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[float, float]:
-    """Seconds per byte and per exchange over a link, as the cost model of placement has them."""
+    """Return seconds per byte and per exchange over a link, as in the cost model of placement."""
     fit = profile.fit(Op.TRANSFER, model, tp)
     assert fit is not None, "Profile guarantees a fit for transfers"
     byte_s = max(piece.byte_s + piece.wire / link.bytes_per_s for piece in fit.pieces)
@@ -129,7 +129,7 @@ def _exchange(profile: Profile, model: ModelSpec, tp: int, link: Link) -> tuple[
 
 
 def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model: ModelSpec) -> SavedState:
-    """Writes down the costs of GPU types that the catalogue would not give again."""
+    """Store the costs of GPU types that the catalogue would not reproduce."""
     flops = model.decode_attention_flops(1.0, model.queries_per_group)
 
     def device(one: SavedDevice) -> SavedDevice:
@@ -153,7 +153,7 @@ def _is_default(profile: Profile) -> bool:
 
 
 def _known(gpu: str) -> str | None:
-    """The name if the catalogue has it: a state file may name no other."""
+    """Return the name if the catalogue has it: a state file may name no other."""
     try:
         return catalogue.find_gpu(gpu).gpu.name
     except catalogue.UnknownNameError:

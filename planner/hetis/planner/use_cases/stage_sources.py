@@ -1,4 +1,4 @@
-"""What a dispatch is made from: a DispatchState file, the costs of the GPU types it names, and new requests."""
+"""The inputs of dispatch: a DispatchState file, the costs of the GPU types it names, and new requests."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, FitScope, Op, Profile
 
-GIVEN = "given"  # costs that stand in the state file
+GIVEN = "given"  # costs from the state file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedStage:
-    """A stage whose costs are known.
+    """A stage with known costs.
 
     Attributes:
-        file: what messages call it.
-        saved: the state as its file has it.
-        snapshot: the same for the solver.
-        origins: where the costs of each device come from: `GIVEN`, `MODELLED`, or the file of a profile.
+        file: its name in messages.
+        saved: the state as in its file.
+        snapshot: the state for the solver.
+        origins: of the costs of each device: `GIVEN`, `MODELLED`, or the file of a profile.
     """
 
     file: str
@@ -40,7 +40,7 @@ class LoadedStage:
 
 
 def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
-    """Reads a state; GPU types without a profile file get a modelled one.
+    """Read a state; GPU types without a profile file get a modelled one.
 
     Raises:
         DocumentError: with the problems of all files together.
@@ -63,7 +63,7 @@ def load_stage(path: str, *, profiles: Sequence[str] = ()) -> LoadedStage:
 
 
 def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, Profile]]) -> LoadedStage:
-    """Look up what the GPU types of a state cost. ``measured``: file and profile by GPU type.
+    """Add the costs of the GPU types in a state. ``measured``: file and profile by GPU type.
 
     Raises:
         InvalidProblemError: a GPU type has no profile and none can be modelled.
@@ -80,11 +80,11 @@ def with_costs(saved: SavedState, file: str, measured: Mapping[str, tuple[str, P
 
 
 def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int) -> Pieces:
-    """The pieces of decode attention in seconds per query head, per KV byte and per call, on one of ``tp`` cards.
+    """Return the pieces of decode attention, per query head, per KV byte and per call, on one of ``tp`` cards.
 
     FLOPs grow with the KV that is read: ``group_flops`` are those of one head group per token of its context.
     """
-    # Where cards outnumber head groups, the query heads of a group are shared by the cards that hold it.
+    # If cards outnumber head groups, the cards that hold a group share its query heads.
     flops_per_byte = group_flops / heads.kv_bytes_per_token / max(1, tp // heads.head_groups)
     return tuple(
         AttentionPiece(
@@ -95,10 +95,10 @@ def attention_pieces(fit: Fit, heads: HeadShape, *, group_flops: float, tp: int)
 
 
 def load_new_requests(stage: LoadedStage, *, file: str | None, words: Sequence[str]) -> NewRequests:
-    """The requests of a file, then those given as ``CONTEXT/OUTPUT``.
+    """Return the requests of a file, then those given as ``CONTEXT/OUTPUT``.
 
     Raises:
-        DocumentError: with every problem, requests that are running already among them.
+        DocumentError: with every problem, including requests that are running already.
     """
     problems: list[Problem] = []
     running = set(stage.snapshot.ids)

@@ -1,4 +1,4 @@
-"""How long every device of a stage takes, and on what: the numbers that reports and explanations show."""
+"""The times of every device of a stage by cause, for reports and explanations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hetis.solver.dispatch.snapshot import StateSnapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceTime:
-    """Seconds per layer and decode step of a device, on the affine piece that counts; all 0 when it holds no heads.
+    """Seconds per layer and decode step of a device, on the slowest affine piece; all 0 if it holds no heads.
 
-    ``heads_s`` are for query heads, their exchange with the primary included, ``kv_s`` for reading KV, ``call_s`` for
-    what every call and exchange takes.
+    ``heads_s`` is for query heads and their exchange with the primary, ``kv_s`` for reading KV, ``call_s`` for the
+    fixed
+    cost of calls and exchanges.
     """
 
     heads: int
@@ -31,7 +32,7 @@ class DeviceTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """What every device takes, and the primary's network card, which takes 0 while no worker holds heads."""
+    """The times of every device, and of the primary's network card, which is 0 while no worker holds heads."""
 
     devices: tuple[DeviceTime, ...]
     card_s: float
@@ -42,14 +43,14 @@ class StageTimes:
 
     @property
     def bottleneck(self) -> int | None:
-        """The slowest device; None: the network card, or nothing runs."""
+        """The slowest device, or None if it is the network card or nothing runs."""
         seconds = [device.seconds for device in self.devices]
         slowest = max(range(len(seconds)), key=lambda i: seconds[i])
         return slowest if seconds[slowest] >= self.card_s and seconds[slowest] > 0 else None
 
 
 def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StageTimes:
-    """Times under a load, running query heads and KV bytes read per layer on each device, shape [D]."""
+    """Return the times under a load: query heads and KV bytes read per layer on each device, shape [D]."""
     from hetis.solver.dispatch.tables import costs_of
 
     costs = costs_of(stage)
@@ -69,7 +70,7 @@ def stage_times(stage: Stage, heads: IntArray, kv_bytes: FloatArray) -> StageTim
 
 
 def times_of(snapshot: StateSnapshot, *, arrived: bool = False) -> StageTimes:
-    """Times of what runs; with ``arrived`` as if the head groups under way were where they go."""
+    """Return the times of the running requests; with ``arrived``, moving head groups count at their targets."""
     groups = arrived_groups(snapshot) if arrived else snapshot.groups
     heads = snapshot.stage.heads
     kv_bytes = (snapshot.context_tokens @ groups).astype(np.float64) * heads.kv_bytes_per_token
@@ -77,7 +78,7 @@ def times_of(snapshot: StateSnapshot, *, arrived: bool = False) -> StageTimes:
 
 
 def arrived_groups(snapshot: StateSnapshot) -> IntArray:
-    """Head groups of each request on each device once all moves under way are done, shape [N, D]."""
+    """Return the head groups of each request on each device after all moves in progress, shape [N, D]."""
     groups = snapshot.groups + snapshot.incoming()
     index = {name: j for j, name in enumerate(snapshot.ids)}
     for move in snapshot.moves:
@@ -86,6 +87,6 @@ def arrived_groups(snapshot: StateSnapshot) -> IntArray:
 
 
 def expected_blocks(snapshot: StateSnapshot) -> IntArray:
-    """KV blocks per layer on each device once its requests have all the tokens expected of them, shape [D]."""
+    """Return the KV blocks per layer on each device once its requests have all their expected tokens, shape [D]."""
     blocks: IntArray = snapshot.expected_blocks() @ (snapshot.groups + snapshot.incoming())
     return blocks

@@ -1,4 +1,4 @@
-"""What a plan serves when a node or a zone is lost, and plans that are large enough for that."""
+"""The rate left after the loss of a node or a zone, and plans that are large enough to survive one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hetis.solver.losses import Loss, worst_node, worst_zone
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
-LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, a `Loss` of the worst one
+LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
 
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
-    """The plan with what is left of it when any one node, or zone, is lost."""
+    """Return the plan with its worst loss of any one node, and of any one zone."""
     found = {"node": worst_node(plan, problem.cluster), "zone": worst_zone(plan, problem.cluster)}
     rows = {kind: asdict(loss) for kind, loss in found.items() if loss is not None}
     return replace(plan, inputs={**plan.inputs, LOSSES: rows}) if rows else plan
 
 
 def losses_of(plan: Plan) -> dict[str, Loss]:
-    """What a plan says of losses, by kind of place; nothing in a form of another version."""
+    """Return a plan's losses by kind of place; none if they are in another version's form."""
     rows = plan.inputs.get(LOSSES)
     try:
         return {str(kind): Loss(**row) for kind, row in rows.items()} if isinstance(rows, Mapping) else {}
@@ -34,10 +34,12 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
 def surviving_plan(
     solve: Callable[[PlacementProblem], Plan], problem: PlacementProblem
 ) -> tuple[Plan, PlacementProblem]:
-    """A plan that serves the demand when any one node is lost, and the problem of the larger demand that it solves.
+    """Return a plan that serves the demand even if any one node is lost, and the problem that it solves.
 
-    The demand grows by what the worst loss takes until enough is left. So the plan is the best for a demand, not
-    of all that survive; no plan that survives costs less than the best for the demand itself.
+    That problem has a larger demand.
+
+    The demand grows by the worst loss until enough is left. So the plan is the best for some demand, not among all that
+    survive; no surviving plan costs less than the best plan for the original demand.
 
     Raises:
         InvalidProblemError: the objective has no demand to keep.

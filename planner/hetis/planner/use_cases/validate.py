@@ -1,4 +1,4 @@
-"""Checks a document of any kind and says what it is."""
+"""Validation and identification of a document of any kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hetis.solver.workload import Workload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """What became of one file: what it is when it is sound, or else its problems."""
+    """The result for one file: its kind and name if it is valid, else its problems."""
 
     file: str
     kind: str | None = None
@@ -30,7 +30,7 @@ class Validation:
 
 
 def validate_file(path: str) -> Validation:
-    """Reads a file as the kind it says it is; traces and Hugging Face configs say it by their form."""
+    """Read a file as the kind it states; traces and Hugging Face configs are recognised by their form."""
     try:
         value = _load_any(path)
     except DocumentError as error:

@@ -1,7 +1,7 @@
-"""A plan under traffic before it is shown: whether its latency limits hold at the rate that it plans.
+"""Simulation of a plan before it is shown: whether its latency limits hold at its planned rate.
 
 The bound and the value of a plan are those of the cost model. The simulator knows more: how requests queue for seats,
-how lengths vary. So `place` simulates what it has found and tells both figures side by side.
+how lengths vary. So `place` simulates the plan it has found and reports both figures.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
-TURNS = 8  # so often the requests that a plan holds at once are replaced in a run
-FEWEST, MOST = 1_000, 40_000  # requests of a run
-AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads where the plan has them: nothing to compile, and quick
-FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, for its heads are dispatched
-LEAST_SHARE = 0.5  # of the planned rate: below, a plan that misses its limits is not tried
-HALVINGS = 4  # of the rates between
+TURNS = 8  # how often a run replaces all the requests that a plan holds at once
+FEWEST, MOST = 1_000, 40_000  # requests per run
+AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
+FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, as its heads are dispatched
+LEAST_SHARE = 0.5  # of the planned rate: below it, a plan that misses its limits is not tried
+HALVINGS = 4  # of the interval of rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What a plan did under Poisson arrivals at the rate that it plans.
+    """A plan's behaviour under Poisson arrivals at its planned rate.
 
     Attributes:
         rate_rps: of the traffic.
-        num_requests: of each run.
-        kept: the load was carried, and no latency was above its limit by more than chance.
-        steady: the queue did not grow; None: the run was too short to tell.
+        num_requests: per run.
+        kept: whether the load was carried with no latency above its limit by more than chance.
+        steady: whether the queue did not grow; None: the run was too short to tell.
         ttft_p95_s: over all requests of the run, after the warm-up.
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
-        kept_rps: the highest rate tried that kept the limits: ``rate_rps`` if ``kept``; None: none of those tried.
+        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``; None: none of those tried.
     """
 
     rate_rps: float
@@ -56,7 +56,7 @@ class Verification:
 
 
 def verified(plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report) -> Plan:
-    """The plan with what the simulator says of it; as it was where it promises nothing, or nobody waits any more."""
+    """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled."""
     limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
     if not plan.replicas or (limits.ttft_s is None and limits.tpot_s is None) or cancelled.is_set():
         return plan
@@ -65,7 +65,7 @@ def verified(plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: thr
 
 
 def verification_of(plan: Plan) -> Verification | None:
-    """What `verified` wrote; None where nothing, or nothing readable, was written."""
+    """Return what `verified` wrote, or None if there is nothing readable."""
     found = plan.inputs.get(VERIFICATION)
     names = [field.name for field in fields(Verification)]
     if not isinstance(found, Mapping) or not all(name in found for name in names):
@@ -77,21 +77,21 @@ def verification_of(plan: Plan) -> Verification | None:
 
 
 def kept_rate(plan: Plan) -> float | None:
-    """The highest rate at which simulated traffic kept the limits, where the plan's own rate did not.
+    """Return the highest rate at which simulated traffic kept the limits, if it did not at the plan's own rate.
 
-    None: the plan was not simulated, or kept them, or no rate that was tried did.
+    Return None if the plan was not simulated, or kept them, or kept them at no rate that was tried.
     """
     found = verification_of(plan)
     return None if found is None or found.kept else found.kept_rps
 
 
 def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
-    """Where none is asked for: the demanded rate, or the one that the plan keeps its limits at, as far as is known."""
+    """Return the default rate to simulate: the demanded one, or else the rate known to keep the plan's limits."""
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
 def misses(verification: Verification, plan: Plan) -> list[str]:
-    """What a simulated plan does not keep, one clause each; empty if it keeps all."""
+    """Return the limits that a simulated plan does not keep, one clause each; empty if it keeps all."""
     if verification.kept:
         return []
     pairs = (
@@ -103,7 +103,7 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
 
 
 def num_requests_of(plan: Plan) -> int:
-    """Requests of a run: enough to fill the plan several times over, in seconds."""
+    """Return the requests per run: enough to fill the plan several times over, in seconds."""
     with_workers = any(replica.attention_workers for replica in plan.replicas)
     fewest, most = (FEWEST_WITH_WORKERS, MOST_WITH_WORKERS) if with_workers else (FEWEST, MOST)
     return min(most, max(fewest, TURNS * seats_of(plan)))
@@ -157,9 +157,9 @@ def _verify(
 
 
 def _keeps(summary: Summary, limits: Limits) -> bool:
-    """Within the limits, or above one by what may be chance: a plan may well use its limit up."""
+    """Return whether the limits are kept, up to chance: a plan may well use its limits up."""
     if summary.within(limits):
         return True
     pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
     by_chance = all(limit is None or estimate.value - estimate.half_width <= limit for estimate, limit in pairs)
-    return summary.steady is not False and by_chance  # an interval that is not known excuses nothing
+    return summary.steady is not False and by_chance  # an unknown interval excuses nothing

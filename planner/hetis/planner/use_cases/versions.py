@@ -1,4 +1,4 @@
-"""Versions of what makes a plan: hetis, Python, and the libraries whose release can change an answer."""
+"""Versions of hetis, Python, and the libraries whose release can change a plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LIBRARIES = ("numpy", "numba", "highspy", "ortools", "protobuf", "pydantic")
 
 
 def installed_versions() -> dict[str, str]:
-    """Name to version; a library that is not installed is left out."""
+    """Return versions by name; libraries that are not installed are left out."""
     versions = {"hetis": metadata.version("hetis"), "python": platform.python_version()}
     for library in LIBRARIES:
         try:

@@ -1,7 +1,7 @@
-"""What another fleet would be worth: the same problem solved before and after, and what the two proofs say.
+"""The value of another fleet: the same problem solved before and after, and what the two proofs imply.
 
-`what_if` adds and removes nodes as asked; `buy_next` adds the same number of GPUs of every type on a market list in
-turn. Every answer is a solve, with the options of `hetis-plan place`.
+`what_if` adds and removes nodes; `buy_next` adds the same number of GPUs of each type on a market list, one type per
+solve. Every answer is a solve, with the options of `hetis-plan place`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, Status
 from hetis.solver.replanning.change import PlanChange, plan_change
 
-Solve = Callable[[LoadedInputs, str], Compared]  # inputs, and what its progress is called
+Solve = Callable[[LoadedInputs, str], Compared]  # inputs, and the name in progress reports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One of the two fleets: what was planned on it, and what that proves.
+    """One of the two fleets: its plan, and what that proves.
 
     ``usd_per_hour`` is the price of the whole fleet; None: a GPU has none.
     """
@@ -41,7 +41,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetChange:
-    """Nodes by name (or groups) to take away, GPUs to add, and the nodes these come in."""
+    """Nodes or groups to remove, GPUs to add, and the nodes in which they come."""
 
     remove: tuple[str, ...] = ()
     add: tuple[Addition, ...] = ()
@@ -50,7 +50,7 @@ class FleetChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WhatIf:
-    """Before and after. ``plan_change`` says what became of the replicas; None: a side has no plan."""
+    """The results before and after. ``plan_change``: the changes of replicas; None if a side has no plan."""
 
     objective: Objective
     change: FleetChange
@@ -65,9 +65,9 @@ class Offer:
     """A GPU type on the market, added to the fleet and solved again.
 
     Attributes:
-        addition: the type, how many were added, and the price asked.
-        dual: what one GPU of the type is worth at the margin of the plan before; None: the fleet has none. An estimate.
-        difference: what all added GPUs together change.
+        addition: the type, the number added, and the price.
+        dual: estimated marginal value of one GPU of the type in the plan before; None: the fleet has none of it.
+        difference: the effect of all added GPUs together.
     """
 
     addition: Addition
@@ -77,21 +77,21 @@ class Offer:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """What one GPU costs an hour; None: no price is known."""
+        """The price of one GPU per hour, or None if unknown."""
         price = self.addition.usd_per_hour
         return price if price is not None else self.addition.gpu.usd_per_hour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuyNext:
-    """The market, the best purchase per dollar first: by what the plans found gain, then by what is proven."""
+    """The market, the best purchase per dollar first: by the gain of the plans found, then by what is proven."""
 
     objective: Objective
     shape: NodeShape
     count: int
     before: Side
     offers: tuple[Offer, ...]
-    left_out: tuple[str, ...]  # types for which the time or Ctrl-C left no solve
+    left_out: tuple[str, ...]  # types for which no time was left, or that were cancelled
 
 
 def what_if(
@@ -103,7 +103,7 @@ def what_if(
     budget: Callable[[], Budget],
     report: Report,
 ) -> WhatIf:
-    """Solves on the fleet as it is and as it would be, each with a budget of its own.
+    """Solve on the present and on the changed fleet, each with its own budget.
 
     Raises:
         InvalidProblemError: an unknown node, a type without profile, no node left.
@@ -133,9 +133,9 @@ def buy_next(
     budget: Callable[[], Budget],
     report: Report,
 ) -> BuyNext:
-    """Solves again with every type of the market added, types of the highest dual per dollar first.
+    """Solve again with every type of the market added, types of the highest dual per dollar first.
 
-    Once a budget is cancelled, the types after it are left out and named.
+    Once a budget is cancelled, the remaining types are left out and named.
 
     Raises:
         InvalidProblemError: a type has no profile and none can be modelled.
@@ -174,7 +174,7 @@ def buy_next_to_plan(
     found: PlanAndProblem, market: Sequence[Addition], shape: NodeShape, *, time_limit_s: float,
     budget: Callable[[], Budget], report: Report,
 ) -> BuyNext:  # fmt: skip
-    """The same question about a plan that was made before, with its inputs, wishes, goal, strategy and engine.
+    """Answer `buy_next` for an existing plan, with its inputs, constraints, objective, strategy and engine.
 
     Raises:
         InvalidProblemError, UncheckedPlanError: as `buy_next`.
@@ -201,7 +201,7 @@ def _per_dollar(gain: float, usd_per_hour: float | None) -> float:
 
 
 def _duals(side: Side) -> dict[str, float]:
-    """The highest dual among the classes of every type."""
+    """Return the highest dual among the classes of every type."""
     duals: dict[str, float] = {}
     for price in side.outcome.plan.prices if side.outcome.plan is not None else ():
         duals[price.gpu] = max(duals.get(price.gpu, 0.0), price.dual)
@@ -211,7 +211,7 @@ def _duals(side: Side) -> dict[str, float]:
 def _solver(
     objective: Objective, settings: Settings, budget: Callable[[], Budget], report: Report, *, count: int
 ) -> Solve:
-    """Solves for one fleet after another; ``count``: of them, for those who wait."""
+    """Return a function that solves for each of ``count`` fleets and numbers them in its progress."""
     numbers = itertools.count(1)
 
     def solve(loaded: LoadedInputs, name: str) -> Compared:
@@ -253,7 +253,7 @@ def _difference(before: Side, after: Side, objective: Objective) -> Difference:
 
 
 def _kind_of_change(before: Cluster, after: Cluster) -> Change:
-    """Grown or shrunk where one fleet holds the other; among several zones that decides nothing about plans."""
+    """Return grown or shrunk if one fleet contains the other; with several zones that implies nothing about plans."""
     if len(set(before.zones()) | set(after.zones())) > 1:
         return Change.OTHER
     old, new = (dict.fromkeys(d.name + d.gpu for d in cluster.devices()) for cluster in (before, after))
@@ -273,7 +273,7 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
 
 
 def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
-    """The same inputs with another fleet; types that join get `default_profile`."""
+    """Return the inputs with another fleet; new types get `default_profile`."""
     cluster = with_added(loaded.inputs.cluster, change.add, change.shape)  # first: nothing else may be left
     if change.remove:
         cluster = without(cluster, change.remove)
@@ -281,7 +281,7 @@ def changed_inputs(loaded: LoadedInputs, change: FleetChange) -> LoadedInputs:
 
 
 def with_cluster(loaded: LoadedInputs, cluster: Cluster, origin: str | None = None) -> LoadedInputs:
-    """The same model, workload and profiles on another fleet; types without a profile get `default_profile`."""
+    """Return model, workload and profiles on another fleet; types without a profile get `default_profile`."""
     used = dict.fromkeys(slots.gpu for group in cluster.node_groups for slots in group.gpus)
     profiles, origins = dict(loaded.inputs.profiles), dict(loaded.origins.get("profiles", {}))
     for gpu in used:

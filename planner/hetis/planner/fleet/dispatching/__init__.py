@@ -1,1 +1,1 @@
-"""Dispatch for engines without a dispatcher of their own: the head maps that the planner itself is the authority of."""
+"""Dispatch for engines without a dispatcher of their own: head maps for which the planner itself is the authority."""

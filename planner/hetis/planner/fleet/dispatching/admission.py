@@ -1,9 +1,9 @@
-"""Which new requests fit on all stages of a replica at once, on which copies, and where; decided, not done.
+"""Admission: which new requests fit on all stages of a replica at once, on which copies, and where. Nothing is changed.
 
-Requests come in their order. One that a stage refuses takes nothing anywhere, and those after it are still tried. What
-a stage says of a request depends on those before it, also on some that another stage refuses. So refusals are made
-final from the front: as far as each stage has judged without requests that do not come after all; the others are tried
-again.
+Requests are tried in order. A request that some stage refuses takes nothing anywhere, and later ones are still tried.
+But a stage's answer for a request depends on the requests before it, including some that another stage refuses.
+Refusals are therefore made final from the front, up to the point where each stage has judged without requests that are
+refused elsewhere; the others are tried again.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 
-# After so many rounds whatever is refused is final. It may be too much where stages are short of memory in turns: those
-# wait for the next call.
+# After this many rounds all refusals are final. That may refuse too many if stages run short of memory in turns: those
+# requests wait for the next call.
 MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A request that has to wait, as one stage judged it."""
+    """A request that has to wait, as judged by one stage."""
 
     stage: int
     resource: Resource
@@ -33,7 +33,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """How good the placement on one copy of a stage is; of requests that run already too."""
+    """The quality of the placement on one copy of a stage, running requests included."""
 
     stage: int
     copy: int
@@ -44,7 +44,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Home:
-    """The place of a request's head groups on one stage: ``groups`` [D]."""
+    """The devices of a request's head groups on one stage: ``groups`` [D]."""
 
     copy: StageCopy
     groups: IntArray
@@ -52,11 +52,11 @@ class Home:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchAdmission:
-    """What a batch leads to, requests by their position in it.
+    """The result for a batch; requests are given by their position in it.
 
     Attributes:
-        homes: of each request that is placed, one per stage.
-        refused: of each that has to wait.
+        homes: of each placed request, one per stage.
+        refused: of each request that has to wait.
         qualities: one per copy of a stage that gets requests.
     """
 
@@ -67,7 +67,7 @@ class BatchAdmission:
 
 @dataclass(frozen=True, slots=True)
 class _AdmissionAnswer:
-    """What one stage says of requests by their position in the batch."""
+    """One stage's answer for requests, given by their position in the batch."""
 
     homes: dict[int, Home]
     refused: dict[int, Unplaced]
@@ -77,7 +77,7 @@ class _AdmissionAnswer:
 def admit(
     stages: Sequence[Sequence[StageCopy]], loads: Sequence[Sequence[DeviceLoad]], newcomers: Sequence[Newcomer]
 ) -> BatchAdmission:
-    """Places a batch on copies of all stages, which are under ``loads``; looks at nothing else that changes."""
+    """Place a batch on copies of all stages, which have these ``loads``. Reads nothing else that changes."""
     standing, refused = list(range(len(newcomers))), dict[int, Refusal]()
     answers: list[_AdmissionAnswer | None] = [None] * len(stages)
     for round_number in range(len(newcomers) + 1):
@@ -100,7 +100,7 @@ def admit(
 
 
 def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> dict[int, Refusal]:
-    """Requests refused by a stage that has judged without all those refused before."""
+    """Return the requests refused by a stage that has judged without any request refused before."""
     final = dict[int, Refusal]()
     for j in sorted({j for answer in answers for j in answer.refused}):
         by = [s for s, answer in enumerate(answers) if j in answer.refused]
@@ -115,7 +115,7 @@ def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> di
 def _on_stage(
     copies: Sequence[StageCopy], loads: Sequence[DeviceLoad], standing: Sequence[int], newcomers: Sequence[Newcomer]
 ) -> _AdmissionAnswer:
-    """Each request on the copy that has most free blocks; where that has no room, on the next."""
+    """Place each request on the copy with most free blocks; if it has no room there, on the next."""
     free = [int(np.maximum(0, load.free_blocks).sum()) for load in loads]
     heads = copies[0].terms.stage.heads
     untried = {j: set(range(len(copies))) for j in standing}

@@ -1,4 +1,4 @@
-"""What dispatch found, as messages."""
+"""Results of dispatch as messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RESOURCES = {
 def placement_to_proto(
     request: str, running: RunningRequest | None, homes: Sequence[Home] | None
 ) -> dispatch_service_pb2.Placement:
-    """Return where a request is, or else where it would go."""
+    """Return where a request is, or where it would go."""
     if running is not None:
         owners = [(copy, copy.owners[request]) for copy in running.copies]
     else:

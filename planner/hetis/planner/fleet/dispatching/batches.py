@@ -1,4 +1,4 @@
-"""What may stand in a batch of requests; every wrong field is told at once."""
+"""Validation of batches of requests; every wrong field is reported at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from hetis.planner.failures import invalid_field, invalid_fields
 from hetis.planner.fleet.dispatching.declaring import MOST_VIOLATIONS, name_violations, token_violations
 from hetis.v1 import dispatch_service_pb2, failure_pb2
 
-MOST_REQUESTS = 1024  # of one call
+MOST_REQUESTS = 1024  # per call
 
 
 def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> None:
-    """
+    """Check the size and the fields of a batch.
+
     Raises:
         ServiceError: INVALID_FIELD.
     """
@@ -24,7 +25,7 @@ def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> N
 
 
 def check_step(request: dispatch_service_pb2.DispatchRequestsRequest) -> None:
-    """All parts of a message of `DispatchRequests`.
+    """Check all parts of a message of `DispatchRequests`.
 
     Raises:
         ServiceError: INVALID_FIELD.

@@ -1,4 +1,4 @@
-"""What an engine declares to be running, checked as a whole: every wrong field is told at once."""
+"""The running requests that an engine declares, validated as a whole: every wrong field is reported at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hetis.solver.dispatch.problem import MOST_BLOCKS
 from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import dispatch_service_pb2, failure_pb2, head_map_pb2, report_pb2
 
-MOST_TOKENS = 2**24  # of a context, and expected output
-MOST_NAME_BYTES = 128  # of a request
-MOST_VIOLATIONS = 100  # told of one call; a batch of nonsense needs no list of all of it
+MOST_TOKENS = 2**24  # per context, and per expected output
+MOST_NAME_BYTES = 128  # of a request's name
+MOST_VIOLATIONS = 100  # reported per call; a nonsense batch needs no complete list
 _STATUSES = (
     report_pb2.DEVICE_STATUS_OK,
     report_pb2.DEVICE_STATUS_DRAINING,
@@ -28,7 +28,7 @@ Place = tuple[int, int]  # stage and copy
 def declared(
     state: dispatch_service_pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str
 ) -> ReplicaDispatch:
-    """The state that the engine says there is.
+    """Return the state that the engine declares.
 
     Args:
         terms: of every copy of every stage of the replica.
@@ -69,7 +69,7 @@ def declared(
         replica.running[name] = RunningRequest(
             admitted=newcomer, copies=tuple(by_stage[s] for s in range(num_stages) if s in by_stage)
         )
-    # A request that lost its KV on one stage has to be prefilled again on all.
+    # A request that lost its KV on one stage has to be prefilled again on all stages.
     replica.finish([name for name, by_stage in on.items() if len(by_stage) < num_stages])
     return replica
 
@@ -157,7 +157,7 @@ def _in_move(
 def _across_stages(
     path: str, head_maps: Sequence[head_map_pb2.HeadMap], num_stages: int
 ) -> Iterator[failure_pb2.FieldViolation]:
-    """Each request is on one copy of every stage, with the same numbers."""
+    """Check that each request is on one copy of every stage, with the same numbers."""
     first: dict[str, tuple[str, head_map_pb2.RunningRequest]] = {}
     stages: dict[str, set[int]] = {}
     for m, head_map in enumerate(head_maps):
@@ -177,7 +177,7 @@ def _across_stages(
 
 
 def name_violations(path: str, name: str, seen: set[str]) -> Iterator[failure_pb2.FieldViolation]:
-    """Yield what is wrong with the name of a request; ``seen`` has those before it, and gets it too."""
+    """Yield what is wrong with a request's name, and add it to ``seen``, the names before it."""
     num_bytes = len(name.encode())
     if not 1 <= num_bytes <= MOST_NAME_BYTES:
         yield _violation(path, f"has {num_bytes} bytes, must have 1 to {MOST_NAME_BYTES}")

@@ -1,4 +1,4 @@
-"""What runs on one replica whose head map the planner is the authority of: all copies of all its stages."""
+"""The requests on one replica for whose head map the planner is the authority, on all copies of all its stages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
-MOST_IN_LOOP = 16  # new requests that are planned in the event loop: about a millisecond on two stages
-MOST_TRIES = 3  # of planning more in a thread
+MOST_IN_LOOP = 16  # new requests planned in the event loop: about a millisecond on two stages
+MOST_TRIES = 3  # of planning larger batches in a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRequest:
-    """A request that runs: its numbers when it was admitted, and the copy that it is on, one per stage."""
+    """A running request: its numbers when it was admitted, and its copy of every stage."""
 
     admitted: Newcomer
     copies: tuple[StageCopy, ...]
@@ -28,7 +28,7 @@ class RunningRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestGrowth:
-    """How long a request has become. ``remaining_tokens`` None: what was expected before, less the growth."""
+    """A request's new length. If ``remaining_tokens`` is None, the earlier expectation less the growth holds."""
 
     id: str
     context_tokens: int
@@ -37,11 +37,11 @@ class RequestGrowth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmittedRequests:
-    """What became of the requests of one call that did not run before.
+    """The result for those requests of one call that did not run before.
 
     Attributes:
-        homes: of each that is placed, one per stage.
-        refused: of each that has to wait, in their order.
+        homes: of each placed request, one per stage.
+        refused: of each request that has to wait, in order.
         qualities: of the copies that got requests of the call.
     """
 
@@ -52,14 +52,14 @@ class AdmittedRequests:
 
 @dataclass(slots=True, eq=False)
 class _Coming:
-    """A call that waits for the next turn of the loop."""
+    """A call that waits for the next iteration of the loop."""
 
     newcomers: Sequence[Newcomer]
     answer: asyncio.Future[AdmittedRequests]
 
 
 class ReplicaDispatch:
-    """A request is on one copy of every stage, or on none; every method keeps it so.
+    """The dispatch state of one replica. Every request is on one copy of every stage or on none, after every method.
 
     Attributes:
         running: in order of admission.
@@ -73,12 +73,12 @@ class ReplicaDispatch:
         stages: Sequence[Sequence[StageCopy]],
         running: Mapping[str, RunningRequest],
     ) -> None:
-        """``stages`` hold what is ``running``, as `hetis.planner.fleet.dispatching.declaring` reads it."""
+        """Build the state from ``stages`` that hold the ``running`` requests, as read by `declaring`."""
         self.state_id, self.generation = state_id, generation
         self.stages = tuple(tuple(copies) for copies in stages)
         self.running = dict(running)
         self.version = 0
-        self._planning = asyncio.Lock()  # a stage plans one batch at a time
+        self._planning = asyncio.Lock()  # a stage plans only one batch at once
         self._coming = list[_Coming]()
         self._later = set[asyncio.Task[None]]()
 
@@ -87,13 +87,14 @@ class ReplicaDispatch:
         return (copy for copies in self.stages for copy in copies)
 
     async def admit(self, newcomers: Sequence[Newcomer], *, keep: bool = True) -> AdmittedRequests:
-        """Places requests, in their order, and adds those that fit; those that run with the same numbers are ignored.
+        """Place requests in order and add those that fit; those that run with the same numbers are ignored.
 
-        Small batches that come in one turn of the event loop are planned as one: where many engines ask at once, one
+        Small batches that arrive in one iteration of the event loop are planned together: if many engines ask at once,
+        one
         solve answers them all.
 
         Args:
-            keep: False: nothing is added.
+            keep: if False, nothing is added.
 
         Raises:
             ServiceError: REQUEST_RUNNING, with other numbers; then none is added.
@@ -112,10 +113,10 @@ class ReplicaDispatch:
         return _part_of(admission, fresh, range(len(fresh)))
 
     def not_running(self, newcomers: Sequence[Newcomer], *, finished: frozenset[str] = frozenset()) -> list[Newcomer]:
-        """Return the requests that do not run already, or are ``finished``.
+        """Return the requests that are not running, or whose running namesake is in ``finished``.
 
         Raises:
-            ServiceError: REQUEST_RUNNING, one runs with other numbers.
+            ServiceError: REQUEST_RUNNING if one runs with other numbers.
         """
         fresh = list[Newcomer]()
         for one in newcomers:
@@ -127,7 +128,7 @@ class ReplicaDispatch:
         return fresh
 
     def _take_coming(self) -> None:
-        if self._planning.locked():  # a large batch is planned in a thread
+        if self._planning.locked():  # a large batch is being planned in a thread
             task = asyncio.ensure_future(self._take_coming_later())
             self._later.add(task)
             task.add_done_callback(self._later.discard)
@@ -152,7 +153,7 @@ class ReplicaDispatch:
         self._take_coming()
 
     def _admit_together(self, batch: Sequence[_Coming]) -> None:
-        """No name comes twice in it."""
+        """Admit calls together; no name occurs twice among them."""
         fresh, parts = list[Newcomer](), list[tuple[_Coming, range]]()
         for one in batch:
             try:
@@ -173,10 +174,11 @@ class ReplicaDispatch:
             one.answer.set_result(_part_of(admission, fresh, positions))
 
     async def _plan(self, newcomers: Sequence[Newcomer]) -> BatchAdmission:
-        """Plan where a batch would go from here, for `_add` before anything else is awaited; nothing is changed.
+        """Plan where a batch would go, without changing anything; call `_add` before awaiting anything else.
 
-        A large batch is planned in a thread, on what ran at that moment: when that has changed meanwhile it is planned
-        again, at last in the loop, where nothing can change.
+        A large batch is planned in a thread, on the requests that run at that moment. If these have changed meanwhile
+        it is
+        planned again, the last time in the loop, where nothing can change.
         """
         for _ in range(MOST_TRIES if len(newcomers) > MOST_IN_LOOP else 0):
             version = self.version
@@ -189,7 +191,7 @@ class ReplicaDispatch:
         return [[copy.load() for copy in copies] for copies in self.stages]
 
     def _add(self, newcomers: Sequence[Newcomer], admission: BatchAdmission) -> None:
-        """Adds what was placed, of the state that it was planned on."""
+        """Add what was placed, to the state that it was planned on."""
         self.version += 1
         for j, homes in admission.homes.items():
             for home in homes:
@@ -208,9 +210,9 @@ class ReplicaDispatch:
                     copy.finish(request)
 
     def grow(self, growths: Sequence[RequestGrowth]) -> tuple[str, ...]:
-        """Lengthens requests, on all stages or on none; those not running, or not longer, are ignored.
+        """Lengthen requests, on all stages or on none; those not running, or not longer, are ignored.
 
-        Returns those that stay as they were, for want of blocks; earlier ones get room first.
+        Return the requests that were not lengthened for lack of blocks; earlier requests get room first.
         """
         self.version += 1
         growing = list[tuple[RequestGrowth, int]]()
@@ -237,8 +239,8 @@ class ReplicaDispatch:
         return tuple(growth.id for growth, _ in growing if growth.id in stalled)
 
     def _without_room(self, growing: Sequence[tuple[RequestGrowth, int]]) -> set[str]:
-        """Requests that some device has no block left for, all stages taken together."""
-        needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: place of the copy, blocks [D]
+        """Return the requests for which some device has no free block, taking all stages together."""
+        needs: dict[str, list[tuple[int, IntArray]]] = {}  # request: (index of the copy, blocks [D])
         copies = list(self.copies)
         room = [copy.state.free_blocks() for copy in copies]
         is_short = False
@@ -270,7 +272,7 @@ class ReplicaDispatch:
     # --- devices and moves
 
     def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> None:
-        """What is known of GPUs. Requests that lost KV are forgotten: the engine prefills and admits them again."""
+        """Update the status of GPUs. Requests that lost KV are forgotten: the engine prefills and admits them again."""
         self.version += 1
         gone = set[str]()
         for copy in self.copies:
@@ -281,32 +283,32 @@ class ReplicaDispatch:
         return self.stages[stage][copy]
 
     def prepare(self, change: change_pb2.Change) -> None:
-        """Takes blocks for the moves of a re-dispatch; the sources own the head groups until `commit`."""
+        """Reserve blocks for the moves of a re-dispatch; the sources own the head groups until `commit`."""
         self.version += 1
         self.copy_of(change.stage, change.copy).prepare(change)
 
     def commit(self, change: change_pb2.Change, left_out: Iterable[int]) -> None:
-        """The engine has flipped; ``left_out`` are the numbers of moves that it did not make."""
+        """Commit a change that the engine has flipped; ``left_out`` are the numbers of moves that it did not make."""
         self.version += 1
         self.copy_of(change.stage, change.copy).commit(change.change_id, left_out)
         self.generation = max(self.generation, change.generation)
 
     def abort(self, change: change_pb2.Change) -> None:
-        """Nothing has moved."""
+        """Abort a change of which nothing has moved."""
         self.version += 1
         self.copy_of(change.stage, change.copy).abort(change.change_id)
 
     # --- messages
 
     def head_maps(self, requests: Sequence[str] | None = None) -> list[head_map_pb2.HeadMap]:
-        """Return what runs, or of that ``requests`` only."""
+        """Return the head maps of all running requests, or only of ``requests``."""
         names = list(self.running) if requests is None else requests
         incarnations = {name: self.running[name].admitted.incarnation for name in names}
         return [copy.head_map(incarnations, requests) for copy in self.copies]
 
 
 def _part_of(admission: BatchAdmission, newcomers: Sequence[Newcomer], positions: range) -> AdmittedRequests:
-    """Return what an admission says of some of its requests."""
+    """Return the part of an admission that concerns some of its requests."""
     homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
     used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
     return AdmittedRequests(

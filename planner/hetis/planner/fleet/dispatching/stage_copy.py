@@ -1,4 +1,4 @@
-"""One copy of one stage: which device owns which head group of every running request, and its KV blocks."""
+"""One copy of one stage: the device of every head group of every running request, and its KV blocks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 
-# How far apart the bounds may be before HiGHS is asked. Plans hardly change: on two H100 and eight P100 that are nearly
-# full, makespans are longer than with the solver's own 1% by 0.0025% on average and 0.15% at worst with 1 to 4 new
-# requests at a time, by 0.06% and 1.3% with 5 to 16; a solve takes 0.45 ms instead of 1.4, and 1.1 instead of 2.2. The
-# bound that is told is then up to 5% further away.
+# The relative gap of bounds at which HiGHS is called. It hardly affects plans: on two H100 and eight P100 that are
+# nearly full, makespans exceed those at the solver's own 1% by 0.0025% on average and 0.15% at worst with 1 to 4 new
+# requests per call, and by 0.06% and 1.3% with 5 to 16; a solve takes 0.45 ms instead of 1.4, and 1.1 instead of 2.2.
+# The reported bound is then up to 5% looser.
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Newcomer:
-    """A request to admit; as `NewRequest`."""
+    """A request to admit, as in `NewRequest`."""
 
     id: str
     incarnation: int
@@ -36,17 +36,17 @@ class Newcomer:
 
 @dataclass(slots=True)
 class _Moving:
-    """Moves of a change that are under way: what moves, and its number in the state."""
+    """Moves of a change in progress, and their numbers in the state."""
 
     change: change_pb2.Change
     numbers: dict[int, int]  # number of the move in its change: number in the state
 
 
 class StageCopy:
-    """The solver's state, which counts head groups, beside their owners by name."""
+    """The solver's state, which counts head groups, together with the owner of each head group."""
 
     def __init__(self, stage: int, copy: int, terms: StageTerms, head_map: head_map_pb2.HeadMap) -> None:
-        """Starts with what a head map says.
+        """Start with the content of a head map.
 
         Raises:
             InvalidProblemError: the map contradicts itself or the stage.
@@ -74,7 +74,7 @@ class StageCopy:
         return self.state.load()
 
     def plan(self, load: DeviceLoad, newcomers: Sequence[Newcomer]) -> DispatchPlan:
-        """Return where new requests would go; nothing is changed."""
+        """Return where new requests would go, without changing anything."""
         return self._dispatcher.dispatch(
             load,
             Requests(
@@ -99,7 +99,7 @@ class StageCopy:
         del self.owners[request]
 
     def taken(self, requests: Sequence[str]) -> IntArray:
-        """Head groups that hold blocks, owned or under way to a device, shape [len(requests), D]."""
+        """Return the head groups that hold blocks, owned or moving to a device, shape [len(requests), D]."""
         groups = np.array([self.state.groups(request) for request in requests], np.int64)
         if self.state.moves:
             position = {request: j for j, request in enumerate(requests)}
@@ -111,7 +111,7 @@ class StageCopy:
     # --- devices and moves
 
     def set_conditions(self, statuses: Iterable[report_pb2.DeviceStatus.ValueType]) -> set[str]:
-        """Take over what is known of each device; return requests that lost KV, which left this copy."""
+        """Update the status of each device; return requests that lost KV, which are removed from this copy."""
         gone = set[str]()
         for i, status in enumerate(map(status_from_proto, statuses)):
             now = self.state.devices[i].status
@@ -126,7 +126,7 @@ class StageCopy:
         return gone
 
     def prepare(self, change: change_pb2.Change) -> None:
-        """Takes blocks for the moves of a change; those whose request is gone are left out."""
+        """Reserve blocks for the moves of a change, except those whose request is gone."""
         moving, index = _Moving(change, {}), self.terms.index
         self._moving[change.change_id] = moving
         for move in change.moves:
@@ -141,7 +141,7 @@ class StageCopy:
                     moving.numbers[move.number] = prepared.number
 
     def commit(self, change_id: str, left_out: Iterable[int]) -> None:
-        """The targets own what moved, but for moves that the engine left out and those of requests that are gone."""
+        """Make the targets own what moved, except for moves that the engine left out or whose request is gone."""
         moving = self._moving.pop(change_id, None)
         if moving is None:
             return
@@ -161,7 +161,7 @@ class StageCopy:
             self.state.commit_moves(*going)
 
     def abort(self, change_id: str) -> None:
-        """Everything stays where it is."""
+        """Leave everything where it is and free the reserved blocks."""
         moving = self._moving.pop(change_id, None)
         if moving is not None:
             for number in {move.number for move in self.state.moves} & set(moving.numbers.values()):
@@ -170,7 +170,7 @@ class StageCopy:
     # --- messages
 
     def head_map(self, incarnations: dict[str, int], requests: Iterable[str] | None = None) -> head_map_pb2.HeadMap:
-        """Return what runs here, or of that those of ``requests`` that do."""
+        """Return the head map of all requests here, or only of those in ``requests``."""
         state = self.state
         return head_map_pb2.HeadMap(
             stage=self.stage,
@@ -200,7 +200,7 @@ class StageCopy:
         )
 
     def _lengths(self, requests: Iterable[str] | None) -> list[tuple[str, int, int]]:
-        """Context and tokens still expected of those that run here; None: of all."""
+        """Return name, context and expected tokens of these requests if they run here, or of all if None."""
         state = self.state
         if requests is not None:
             return [(one, state.context_tokens(one), state.remaining_tokens(one)) for one in requests if one in state]

@@ -1,9 +1,9 @@
-"""DispatchService by messages: the states of all replicas that the planner is the authority of, in memory.
+"""The implementation of DispatchService: in memory, the states of all replicas whose authority is the planner.
 
-A restarted planner has none of them: engines declare what is running, for they hold the KV. Calls are answered in the
-event loop, solves included, which take a fraction of a millisecond; large batches and large declarations are worked out
-in a thread, so that others do not wait. The compiled kernels have to be there first: `admit` waits for them once, after
-an installation up to a minute, and a caller whose deadline comes before hears DEADLINE_EXCEEDED.
+A restarted planner has none of them: engines, which hold the KV, declare what is running. Calls are answered in the
+event loop, including solves, which take a fraction of a millisecond. Large batches and large declarations are processed
+in a thread, so that other calls do not wait. The compiled kernels have to be loaded first: `admit` waits for them once,
+for up to a minute after an installation, and a caller whose deadline is earlier gets DEADLINE_EXCEEDED.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
 from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
 
-MOST_DECLARED_IN_LOOP = 100  # running requests of all stages: a few milliseconds
+MOST_DECLARED_IN_LOOP = 100  # running requests on all stages: a few milliseconds
 PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
 _STATE = "/dispatchState"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownHeadMaps:
-    """All head maps of a replica; as the fleet reads them from engines."""
+    """All head maps of a replica, in the form in which the fleet reads them from engines."""
 
     generation: int
     maps: list[head_map_pb2.HeadMap]
 
 
 class DispatchStates:
-    """One state per replica; of one event loop."""
+    """One dispatch state per replica. Belongs to one event loop."""
 
     def __init__(self, replicas: RunningReplicas, *, make_id: Callable[[], str] = lambda: str(uuid.uuid4())) -> None:
         self._replicas, self._make_id = replicas, make_id
@@ -58,10 +58,11 @@ class DispatchStates:
     # --- kernels
 
     async def warm_up(self) -> None:
-        """Compiles the kernels of dispatch, or loads them; the service starts this, `admit` waits for it.
+        """Compile or load the kernels of dispatch; the service starts this, `admit` waits for it.
 
-        A thread does it that the process does not wait for at its end. A caller whose deadline comes first hears
-        DEADLINE_EXCEEDED and tries again.
+        A thread does it that does not keep the process alive. A caller whose deadline is earlier gets DEADLINE_EXCEEDED
+        and
+        tries again.
         """
         if self._warming is None:
             self._warming = asyncio.ensure_future(run_in_daemon_thread(compile_dispatch, name="kernels of dispatch"))
@@ -72,7 +73,7 @@ class DispatchStates:
     async def admit(
         self, request: dispatch_service_pb2.AdmitRequestsRequest
     ) -> dispatch_service_pb2.AdmitRequestsResponse:
-        """`AdmitRequests`. Requests that run already have no part in the `StageQuality` of the answer."""
+        """Answer `AdmitRequests`. The answer's `StageQuality` does not cover requests that run already."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
@@ -87,7 +88,7 @@ class DispatchStates:
     async def step(
         self, request: dispatch_service_pb2.DispatchRequestsRequest
     ) -> dispatch_service_pb2.DispatchRequestsResponse:
-        """A message of `DispatchRequests`. Everything of it is checked before anything is done."""
+        """Answer a message of `DispatchRequests`. All of it is checked before anything is done."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
@@ -116,20 +117,20 @@ class DispatchStates:
     ) -> AdmittedRequests:
         admitted = await state.admit(_newcomers(requests), keep=keep)
         if self._states.get(name) is not state:
-            raise self._lost(name, state.state_id)  # the engine declared another one meanwhile
+            raise self._lost(name, state.state_id)  # the engine declared another state meanwhile
         return admitted
 
     def finish(
         self, request: dispatch_service_pb2.FinishRequestsRequest
     ) -> dispatch_service_pb2.FinishRequestsResponse:
-        """`FinishRequests`."""
+        """Answer `FinishRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), names_violations("requests", request.requests))
         state.finish(request.requests)
         return dispatch_service_pb2.FinishRequestsResponse()
 
     def grow(self, request: dispatch_service_pb2.GrowRequestsRequest) -> dispatch_service_pb2.GrowRequestsResponse:
-        """`GrowRequests`."""
+        """Answer `GrowRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), growth_violations("requests", request.requests))
         return dispatch_service_pb2.GrowRequestsResponse(stalled=state.grow(_growths(request.requests)))
@@ -137,7 +138,7 @@ class DispatchStates:
     def get(
         self, request: dispatch_service_pb2.GetDispatchStateRequest
     ) -> dispatch_service_pb2.GetDispatchStateResponse:
-        """`GetDispatchState`; a replica whose state was not declared yet has no `state_id` and no head maps."""
+        """Answer `GetDispatchState`; a replica without a declared state has no `state_id` and no head maps."""
         replica = self._replica_of_state(request.name, "name")
         if request.page_size < 0:
             raise invalid_field("page_size", f"is {request.page_size}, must be at least 0")
@@ -158,7 +159,7 @@ class DispatchStates:
     async def update(
         self, request: dispatch_service_pb2.UpdateDispatchStateRequest
     ) -> dispatch_service_pb2.UpdateDispatchStateResponse:
-        """`UpdateDispatchState`."""
+        """Answer `UpdateDispatchState`."""
         if wrong := [path for path in request.update_mask.paths if path not in ("head_maps", "*")]:
             raise invalid_field("update_mask", f"{wrong[0]} cannot be changed, only head_maps can")
         state = request.dispatch_state
@@ -178,15 +179,15 @@ class DispatchStates:
         self._states[replica.name] = made
         return dispatch_service_pb2.UpdateDispatchStateResponse(state_id=made.state_id)
 
-    # --- what the planner itself asks and says
+    # --- calls by the planner itself
 
     def head_maps(self, replica: str) -> KnownHeadMaps | None:
-        """Return what runs on a replica; None: no state was declared."""
+        """Return the head maps of a replica, or None if no state was declared."""
         state = self._states.get(replica)
         return None if state is None else KnownHeadMaps(generation=state.generation, maps=state.head_maps())
 
     def replica_changed(self, name: str) -> None:
-        """Devices drain, were lost or came back; or the replica is gone, or its engine decides now."""
+        """Note that devices drain, were lost or came back, or that the replica is gone or its engine decides now."""
         state = self._states.get(name)
         replica = self._replicas.replica_view(name)
         if state is None:
@@ -198,13 +199,13 @@ class DispatchStates:
         state.generation = max(state.generation, replica.generation)
 
     def redispatch_begun(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Takes room for its moves."""
+        """Reserve room for the moves of a re-dispatch."""
         state = self._states.get(redispatch.replica)
         if state is not None:
             state.prepare(redispatch.change)
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """The head groups are where its authority said that they are."""
+        """Commit or abort the moves of a re-dispatch, as its authority decided."""
         state = self._states.get(redispatch.replica)
         if state is None:
             return
@@ -213,7 +214,7 @@ class DispatchStates:
         else:
             state.abort(redispatch.change)
 
-    # --- inside
+    # --- internals
 
     def _replica(self, name: str) -> RunningReplica:
         replica = self._replicas.replica_view(name)
@@ -250,7 +251,7 @@ class DispatchStates:
 
 
 def left_out_of(redispatch: redispatch_pb2.Redispatch) -> set[int]:
-    """Numbers of moves that did not share the fate of their change, as its authority said."""
+    """Return the numbers of moves that did not share the outcome of their change, as reported by its authority."""
     return {
         move.number
         for node in redispatch.nodes
@@ -291,7 +292,7 @@ def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGro
 def _placements(
     state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: AdmittedRequests
 ) -> list[dispatch_service_pb2.Placement]:
-    """Return the placements of the requests admitted now, and of those that ran before."""
+    """Return the placements of the requests admitted now, and of those that were running before."""
     return [
         placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
         for one in requests

@@ -1,10 +1,10 @@
-"""The re-dispatch loop: sees reports, asks for head maps where something is wrong, and sends changes that mend it.
+"""The re-dispatch loop: reads reports, asks for head maps when something is wrong, and sends changes that correct it.
 
     report -> sums -> alarm? -> head maps -> triggers -> moves (in a thread) -> those that fit at once -> change
                                                                                     its end -> look again
 
-At most one change of a replica is under way. Looks at a replica are ``redispatch_interval`` apart; after a change that
-was aborted the interval doubles each time.
+At most one change of a replica is under way. Looks at a replica are ``redispatch_interval`` apart; each aborted change
+doubles the interval.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hetis.solver.redispatch.warming import compile_redispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 
 READ_TIMEOUT_S = 10.0
-SOLVE_BUDGET_S = 10.0  # a state older than that is none to move by
+SOLVE_BUDGET_S = 10.0  # an older state is no basis for moves
 LEAST_WAIT_S = 0.5  # between two looks at a replica whose redispatch_interval is shorter
 MOST_DOUBLINGS = 6
 _WATCHED = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
@@ -44,7 +44,7 @@ Solve = Callable[[StagePlanner, StageLook], Awaitable[FoundMoves | None]]
 
 
 class RedispatchLoop:
-    """A `FleetObserver`. Start `run` once; `step` does what is due now, and is what `run` does again and again."""
+    """A `FleetObserver`. Start `run` once; it repeats `step`, which does what is due now."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class RedispatchLoop:
         make_id: Callable[[], str] = lambda: str(uuid.uuid4()),
         solve: Solve | None = None,
     ) -> None:
-        """``solve`` looks at one stage; None: in a thread of the loop's own, within `SOLVE_BUDGET_S`."""
+        """``solve`` looks at one stage; if None, the loop's own thread does, within `SOLVE_BUDGET_S`."""
         self._fleet, self._dispatch = fleet, dispatch
         self._clock, self._make_id = clock, make_id
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redispatch")
@@ -66,7 +66,7 @@ class RedispatchLoop:
     # --- FleetObserver
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """A report of one of its nodes. Costs microseconds unless something is wrong."""
+        """Take a report of one of a replica's nodes. Costs microseconds unless something is wrong."""
         if not report.is_primary or not report.stages:
             return
         found = self._watched_replica(replica)
@@ -78,14 +78,14 @@ class RedispatchLoop:
             self._wake.set()
 
     def replica_changed(self, replica: str) -> None:
-        """Its state, generation or conditions."""
+        """Take a change of a replica's state, generation or conditions."""
         self._dispatch.replica_changed(replica)
         found = self._watched_replica(replica)
         if found is not None and found[0].is_wanted:
             self._wake.set()
 
     def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """What had to wait for room may have it now."""
+        """Look again: what had to wait for room may have it now."""
         self._dispatch.redispatch_ended(redispatch)
         watched = self._watched.get(redispatch.replica)
         if watched is None or watched.under_way != redispatch.name:
@@ -102,12 +102,12 @@ class RedispatchLoop:
         self._wake.set()
 
     def capacity_changed(self, cluster: str) -> None:
-        """Nodes came or went; replicas that have GPUs there hear of it by themselves."""
+        """Do nothing: replicas on the changed nodes are reported separately."""
 
-    # --- what is due
+    # --- due work
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         looks = set[asyncio.Task[None]]()
 
         def has_looked(look: asyncio.Task[None]) -> None:
@@ -115,7 +115,7 @@ class RedispatchLoop:
             self._wake.set()
 
         try:
-            # First of all: a compilation would spend the budget of a solve.
+            # Before anything else: a compilation would use up the time limit of a solve.
             await run_in_daemon_thread(compile_redispatch, name="kernels of re-dispatch")
             while True:
                 for look in self._begin_due():
@@ -130,11 +130,11 @@ class RedispatchLoop:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def step(self) -> None:
-        """Look at every replica whose time has come, and waits until that is done."""
+        """Look at every replica that is due, and wait until that is done."""
         await asyncio.gather(*self._begin_due())
 
     def _begin_due(self) -> list[asyncio.Task[None]]:
-        """Each replica by itself: an engine that does not answer holds up no other."""
+        """Start a task for each replica that is due: an engine that does not answer delays no other."""
         now_s = self._clock.monotonic()
         due = [
             (name, watched)
@@ -148,7 +148,7 @@ class RedispatchLoop:
         ]
 
     def _next_s(self) -> float | None:
-        """Seconds until the next look is due; None: nothing waits."""
+        """Return the seconds until the next look is due, or None if none is waiting."""
         waits = [one.not_before_s for one in self._watched.values() if one.can_be_looked_at]
         return max(0.0, min(waits) - self._clock.monotonic()) if waits else None
 
@@ -158,19 +158,19 @@ class RedispatchLoop:
         except HetisError as error:
             _log.warning("no look at %s: %s", name, error)
         except Exception:
-            _log.exception("the look at %s failed", name)  # the loop is for all replicas
+            _log.exception("the look at %s failed", name)  # the loop serves all replicas
         finally:
             watched.is_looking = False
 
     async def _look(self, name: str) -> None:
-        """Finds moves of one stage, and sends them."""
+        """Find moves on one stage, and send them."""
         found = self._watched_replica(name)
         if found is None:
             return
         watched, policy = found
         view = self._fleet.replica_view(name)
         if view is None or view.redispatch:
-            self._put_off(watched, policy)  # not ours: of the planner before
+            self._put_off(watched, policy)  # not ours, but the previous planner's
             return
         if not watched.by_urgency():
             watched.is_wanted = False
@@ -225,7 +225,7 @@ class RedispatchLoop:
                 watched.is_wanted = True
             raise
 
-    # --- inside
+    # --- internals
 
     async def _head_maps(self, view: RunningReplica) -> ReadHeadMaps | None:
         if view.authority == replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
@@ -247,7 +247,7 @@ class RedispatchLoop:
             return None
 
     def _watched_replica(self, name: str) -> tuple[WatchedReplica, RedispatchPolicy] | None:
-        """Return what is remembered of a replica; None: it is not to be watched now."""
+        """Return the state kept for a replica, or None if it is not to be watched now."""
         view = self._fleet.replica_view(name)
         if view is None or not view.stages:
             self._watched.pop(name, None)
@@ -281,7 +281,7 @@ class RedispatchLoop:
                 stage=place[0],
                 copy=place[1],
                 base_generation=base_generation,
-                generation=base_generation + 1,  # the fleet says which number was never used
+                generation=base_generation + 1,  # replaced by the fleet, which knows the unused numbers
                 moves=found.moves,
                 prepare_timeout=duration(policy.prepare_timeout_s),
             ),

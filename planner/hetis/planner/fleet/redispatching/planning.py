@@ -1,4 +1,4 @@
-"""Search for the moves of one change in a head map; pure, and slow enough for a thread."""
+"""Search for the moves of one change in a head map. Pure, and slow enough to need a thread."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from hetis.solver.redispatch.triggers import Trigger, makespan_s, triggers
 from hetis.solver.redispatch.watch import Watch
 from hetis.v1 import head_map_pb2, report_pb2
 
-MOST_MOVES = 4096  # of a change
+MOST_MOVES = 4096  # per change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageLook:
-    """One copy of one stage that something seems wrong with.
+    """One copy of one stage where something seems wrong.
 
     Attributes:
-        terms: the stage at the speeds that were measured.
-        conditions: what the planner knows of GPUs.
+        terms: the stage at the measured speeds.
+        conditions: status of GPUs known to the planner.
         changed: devices that joined, came back, were lost or changed their speed since the last look.
     """
 
@@ -43,11 +43,11 @@ class StageLook:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoundMoves:
-    """Moves that fit at once, and what they bring.
+    """Moves that fit at once, and their effect.
 
     Attributes:
-        moves: as the contract has them.
-        fired: every reason to look.
+        moves: in the API's form.
+        fired: every trigger of the look.
         plan: all that the solver would move, now and when others have made room.
         makespan_before_s, makespan_after_s: of ``moves`` alone.
     """
@@ -60,9 +60,9 @@ class FoundMoves:
 
 
 class StagePlanner:
-    """Look at one copy of one stage, again and again; not to be shared between threads.
+    """Looks at one copy of one stage repeatedly; not to be shared between threads.
 
-    It remembers looks in vain (`Watch`), so that what cannot be helped is not worked out over and over.
+    It remembers fruitless looks (`Watch`), so that hopeless cases are not solved over and over.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class StagePlanner:
         self._terms: StageTerms | None = None
 
     def look(self, look: StageLook) -> FoundMoves | None:
-        """Moves worth making; None: there are none, or nothing has changed since there were none.
+        """Return moves worth making, or None if there are none, or if nothing has changed since there were none.
 
         Raises:
             InvalidProblemError: the head map contradicts itself or the stage.
@@ -84,7 +84,7 @@ class StagePlanner:
             changed=look.changed,
         )
         if not snapshot.ids or snapshot.moves:
-            return None  # what is under way has to arrive first
+            return None  # moves in progress have to arrive first
         redispatcher = self._redispatcher_of(look.terms)
         fired = triggers(snapshot, redispatcher.dispatcher, theta=look.policy.deviation_ratio)
         if not self._watch.due(snapshot, fired):
@@ -98,7 +98,7 @@ class StagePlanner:
             )
         )
         moves, reached = fitting(snapshot, plan)
-        is_change = bool(moves) and not look.policy.is_advisory  # what is only advised leaves everything as it was
+        is_change = bool(moves) and not look.policy.is_advisory  # mere advice leaves everything as it was
         self._watch.looked(snapshot, fired, moved=is_change)
         if not moves:
             return None
@@ -117,9 +117,9 @@ class StagePlanner:
 
 
 def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], StateSnapshot]:
-    """Moves that can be reserved at once beside what their targets hold, in order until one cannot; where they lead.
+    """Return the moves, up to the first misfit, that can be reserved now at their targets, and the resulting state.
 
-    Those that are left out need room, or head groups, that others bring. They are worked out anew when these have come.
+    The moves left out need room, or head groups, that others bring. They are computed again when these have arrived.
     """
     state = DispatchState.of(snapshot)
     kept, bundles = list[Move](), list[list[int]]()
@@ -136,7 +136,7 @@ def fitting(snapshot: StateSnapshot, plan: RedispatchPlan) -> tuple[list[Move], 
 
 
 def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
-    """Reserves moves that flip together, or none of them."""
+    """Reserve moves that flip together; return their numbers, or None if not all fit."""
     numbers = list[int]()
     try:
         for move in bundle:
@@ -145,7 +145,7 @@ def _reserved(state: DispatchState, bundle: list[Move]) -> list[int] | None:
                 break
             numbers.append(prepared.number)
     except InvalidProblemError:
-        pass  # the source gets what moves on only with another move
+        pass  # the source gets the head groups only by another move
     if len(numbers) == len(bundle):
         return numbers
     for number in numbers:

@@ -1,4 +1,4 @@
-"""What a cluster lets the planner do by itself, with the defaults that the contract names."""
+"""The automatic reactions that a cluster's policy allows, with the defaults of the API."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RedispatchPolicy:
     Attributes:
         mode: OFF, ADVISORY or AUTOMATIC.
         deviation_ratio: share that the slowest device may be above the ideal.
-        high_water: share of a device's KV blocks above which head groups leave; None: as each stage says.
+        high_water: share of a device's KV blocks above which head groups leave; None: the stage's own.
         interval_s: least time between two re-dispatches of a replica.
-        prepare_timeout_s: how long one may be prepared.
-        kv_bytes: most that one may move.
+        prepare_timeout_s: how long the preparation of one may take.
+        kv_bytes: most KV that one may move.
     """
 
     mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC

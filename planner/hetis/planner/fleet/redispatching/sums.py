@@ -1,26 +1,26 @@
-"""What the sums in a report say of a stage, before anybody asks for its head map.
+"""Bounds on a stage's deviation from the sums in a report, before its head map is requested.
 
-The time of every device follows from its sums exactly: attention costs are affine in heads and KV bytes. What the best
-placement would take does not, for the head groups are not known. But no placement is faster than if heads and KV bytes
-could be dealt out freely, each for itself:
+The time of every device follows exactly from its sums, as attention costs are affine in heads and KV bytes. The time
+of the best placement does not, as the head groups are not known. But no placement is faster than if heads and KV bytes
+could be distributed freely and independently:
 
     min  z
     s.t. z >= c_i + a_i h_i + b_i g_i     every device i that takes head groups and is used
          sum_i h_i = H,  sum_i g_i = B
 
-And of that every weighing of the two is a bound from below: for shares u + v = 1, with
-w_i = max(u / (H a_i), v / (B b_i)) what device i can do of the weighed sum in a second, at least the z with
-``sum_i max(0, z - c_i) w_i = 1`` is needed. With devices by rising c_i it is the least of ``(1 + sum c w) / (sum w)``
-over all prefixes. Of a device with several affine pieces each gives a bound, so each may be taken.
+Each weighting of the two sums gives a lower bound. For shares u + v = 1, let w_i = max(u / (H a_i), v / (B b_i)) be
+the part of the weighted sum that device i does per second; then at least the z with ``sum_i max(0, z - c_i) w_i = 1``
+is needed. With devices by rising c_i it is the least of ``(1 + sum c w) / (sum w)`` over all prefixes. If a device has
+several affine pieces, each of them gives a valid bound.
 
-So a makespan within the deviation ratio of the bound is within that of the ideal: no trigger is missed. The other way
-round it may be a false alarm, since memory, whole head groups, the network card and the mix of lengths are not seen;
-then the head map is read once in vain, and `hetis.planner.fleet.redispatching.watched` keeps quiet until something has
+So a makespan within the deviation ratio of the bound is within that of the ideal, and no trigger is missed. The
+converse may be a false alarm, since memory, whole head groups, the network card and the mix of lengths are ignored.
+Then the head map is read once in vain, and `hetis.planner.fleet.redispatching.watched` stays quiet until something has
 changed.
 
-A report costs a few microseconds as a rule: with loads at least ``s`` times those that the bound was worked out for,
-the bound is at least ``s`` times as high (s <= 1), and with at most ``s`` times those at most (s >= 1), so that it is
-worked out anew only when that does not do.
+A report usually costs a few microseconds: with loads at least ``s`` times those of the last computed bound, the
+bound is at least ``s`` times as high (s <= 1), and with loads at most ``s`` times those, at most ``s`` times as high
+(s >= 1). It is computed again only if that does not decide.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.tables import costs_of
 from hetis.v1 import report_pb2
 
-NEAR = 0.05  # share that a deviation above its limit may be understated by
+NEAR = 0.05  # share by which a deviation above its limit may be understated
 _SHARES = np.linspace(0.0, 1.0, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSums:
-    """A stage in a report; devices in the order of the stage, those not reported idle and ok.
+    """A stage in a report; devices in the order of the stage, unreported ones idle and ok.
 
     Attributes:
         heads: running query heads.
-        kv_bytes: that a layer of one step reads.
+        kv_bytes: read by a layer in one step.
         used_ratio: share of KV blocks in use.
         status: whether it takes head groups; the worse of what the report and the planner know.
     """
@@ -59,7 +59,7 @@ class StageSums:
 def sums_of(
     load: report_pb2.StageLoad, terms: StageTerms, known: Sequence[report_pb2.DeviceStatus.ValueType]
 ) -> StageSums:
-    """The sums of a report; ``known``: what the planner knows of each device."""
+    """Return the sums of a report; ``known`` is the planner's status of each device."""
     num = len(terms.gpus)
     heads, kv_bytes, used, status = [0] * num, [0.0] * num, [0.0] * num, list(known)
     for device in load.devices:
@@ -86,7 +86,7 @@ class SumTest:
         self._bounded: tuple[int, float, tuple[int, ...], float] | None = None  # heads, bytes, statuses, bound
 
     def makespan_s(self, sums: StageSums) -> float:
-        """Seconds per layer and decode step of the slowest device, or of the primary's network card."""
+        """Return seconds per layer and decode step of the slowest device or of the primary's network card."""
         slowest = 0.0
         for heads, kv_bytes, row in zip(sums.heads, sums.kv_bytes, self._rows, strict=True):
             if heads:
@@ -101,14 +101,15 @@ class SumTest:
         return slowest
 
     def device_s(self, i: int, heads: int, kv_bytes: float) -> float:
-        """Seconds per layer and decode step of one device; 0 when it holds nothing."""
+        """Return seconds per layer and decode step of one device, 0 if it holds nothing."""
         return max(a * heads + b * kv_bytes + c for a, b, c in self._rows[i]) if heads else 0.0
 
     def deviation(self, sums: StageSums, limit: float) -> float:
-        """Return how far the makespan is above the bound, as a share; any number up to ``limit`` says that it is not
-        above.
+        """Return how far the makespan is above the bound, as a share.
 
-        Above, it is right to within ``NEAR`` of the makespan.
+        A result up to ``limit`` only says that it is not above ``limit``; a higher one is right to within ``NEAR`` of
+        the
+        makespan.
         """
         makespan_s = self.makespan_s(sums)
         heads, kv_bytes = sum(sums.heads), sum(sums.kv_bytes)
@@ -129,7 +130,7 @@ class SumTest:
         return makespan_s / max(bound_s, 1e-12) - 1.0
 
     def bound_s(self, sums: StageSums) -> float:
-        """No placement of these heads and bytes on devices that take head groups is faster; 0 where none does."""
+        """Return a lower bound for any placement of these sums on devices that take head groups; 0 if none does."""
         takes = np.array([status <= report_pb2.DEVICE_STATUS_OK for status in sums.status])
         heads, kv_bytes = float(sum(sums.heads)), float(sum(sums.kv_bytes))
         if not takes.any() or heads <= 0:
@@ -147,5 +148,5 @@ class SumTest:
 
 
 def _per_second(shares: FloatArray, seconds: FloatArray) -> FloatArray:
-    """Shares [W] of the whole by seconds [K, D] each; huge where a device takes no time for it."""
+    """Return shares [W] of the whole divided by seconds [K, D]; huge if a device takes no time for it."""
     return shares[:, None] / np.maximum(seconds, 1e-30)[:, None]

@@ -1,4 +1,4 @@
-"""What the loop remembers of a replica between reports."""
+"""The loop's state of a replica between reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OK, _DRAINING, _LOST = report_pb2.DEVICE_STATUS_OK, report_pb2.DEVICE_STATUS_DR
 
 
 class WatchedStage:
-    """One copy of one stage."""
+    """The state of one copy of one stage."""
 
     def __init__(self, model: stage_pb2.StageModel) -> None:
         self.model = model
@@ -30,13 +30,13 @@ class WatchedStage:
         self.terms = stage_from_proto(model)
         self.sums: StageSums | None = None
         self.alarms: tuple[Trigger, ...] = ()
-        self.changed: frozenset[str] = frozenset()  # devices that the next look is told of
+        self.changed: frozenset[str] = frozenset()  # devices to report at the next look
         self._slowness = Slowness()
         self._predicted = self._test = SumTest(self.terms)
         self._known: tuple[report_pb2.DeviceStatus.ValueType, ...] = (_OK,) * len(self.terms.gpus)
 
     def set_conditions(self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]) -> bool:
-        """Take what the planner knows of GPUs; return whether it is news."""
+        """Take the planner's status of GPUs; return whether it changed."""
         known = self.terms.statuses(conditions)
         news = {
             name for name, now, then in zip(self.terms.stage.devices, known, self._known, strict=True) if now != then
@@ -50,7 +50,7 @@ class WatchedStage:
         return bool(news)
 
     def report(self, load: report_pb2.StageLoad, policy: RedispatchPolicy) -> tuple[Trigger, ...]:
-        """Every reason to look at the head map that the sums give; in the usual case none, within microseconds."""
+        """Return every trigger that the sums of a report give, usually none, within microseconds."""
         sums = self.sums = sums_of(load, self.terms, self._known)
         slower = set[str]()
         for device in load.devices:
@@ -68,7 +68,7 @@ class WatchedStage:
         return self.alarms
 
     def looked(self, *, seen: frozenset[str], num_finished: int, moved: bool) -> None:
-        """The head map was looked at, with what was known of the devices ``seen``."""
+        """Note that the head map was looked at, with the status of the devices ``seen``."""
         self.changed -= seen
         if self.sums is not None:
             self.backoff.looked(self.sums, self.alarms, num_finished=num_finished, moved=moved)
@@ -108,11 +108,11 @@ class WatchedReplica:
     Attributes:
         stages: by stage and copy.
         num_finished, num_running: of the last report.
-        not_before_s: no look before this time.
-        is_wanted: an alarm is worth a look.
-        is_looking: one is being worked out.
-        under_way: the re-dispatch that was sent last, until it has ended; empty: none.
-        num_aborted: re-dispatches that were aborted one after the other.
+        not_before_s: the earliest time of the next look.
+        is_wanted: whether an alarm is worth a look.
+        is_looking: whether a look is in progress.
+        under_way: the re-dispatch sent last, until it has ended; empty if none.
+        num_aborted: consecutive re-dispatches that were aborted.
     """
 
     def __init__(self, models: Sequence[stage_pb2.StageModel]) -> None:
@@ -127,7 +127,7 @@ class WatchedReplica:
 
     @property
     def can_be_looked_at(self) -> bool:
-        """Whether a look is wanted that nothing but time holds up."""
+        """Return whether a look is wanted and only its time may still have to come."""
         return self.is_wanted and not self.is_looking and not self.under_way
 
     def is_of(self, models: Sequence[stage_pb2.StageModel]) -> bool:
@@ -135,7 +135,7 @@ class WatchedReplica:
         return models is self._models or list(models) == list(self._models)
 
     def set_conditions(self, view: RunningReplica) -> None:
-        """What the planner knows of GPUs; a device that went or came is worth a look."""
+        """Take the planner's status of GPUs; a device that went or came is worth a look."""
         if view.conditions == self._conditions:
             return
         first, self._conditions = self._conditions is None, dict(view.conditions)
@@ -144,7 +144,7 @@ class WatchedReplica:
             self.is_wanted = self.is_wanted or (news and not first)
 
     def report(self, report: report_pb2.ReplicaReport, policy: RedispatchPolicy) -> None:
-        """One report of the primary's node."""
+        """Take a report of the primary's node."""
         self.num_running, self.num_finished = report.num_running, report.num_finished
         for load in report.stages:
             stage = self.stages.get((load.stage, load.copy))
@@ -157,7 +157,7 @@ class WatchedReplica:
                 )
 
     def by_urgency(self) -> list[Place]:
-        """Stages that give an alarm: those with lost or draining devices first, then by how far they deviate."""
+        """Return the stages with an alarm: those with lost or draining devices first, then by deviation."""
 
         def urgency(place: Place) -> tuple[bool, float]:
             alarms = self.stages[place].alarms
@@ -169,7 +169,7 @@ class WatchedReplica:
 
 
 class _Vain(NamedTuple):
-    """A stage as of the last look in vain."""
+    """The state of a stage at the last fruitless look."""
 
     sums: StageSums
     num_finished: int
@@ -177,12 +177,15 @@ class _Vain(NamedTuple):
 
 
 class AlarmBackoff:
-    """`hetis.solver.redispatch.watch.Watch` on sums.
+    """`hetis.solver.redispatch.watch.Watch`, based on sums.
 
-    After a look that moved nothing an alarm counts again when it is new, when its value has grown by the share
-    ``CHANGE``, when a device's status changed, when that share of the KV came, went or moved, or when so many requests
-    have finished that the KV is replaced by that share. After every further look in vain the share doubles, up to
-    ``MOST_CHANGE``; a look that moves something resets it.
+    After a look that moved nothing, an alarm counts again if it is new, if its value has grown by the share ``CHANGE``,
+    if
+    a device's status changed, if that share of the KV came, went or moved, or if so many requests have finished that
+    this
+    share of the KV is replaced. Every further fruitless look doubles the share, up to ``MOST_CHANGE``; a look that
+    moves
+    something resets it.
     """
 
     def __init__(self) -> None:
@@ -194,7 +197,7 @@ class AlarmBackoff:
         vain = self._vain
         if not alarms or vain is None or vain.sums.status != sums.status:
             return bool(alarms)
-        # A replica that finishes fewer requests than before has a new engine.
+        # If a replica's count of finished requests falls, its engine is new.
         replaced = num_finished < vain.num_finished or (
             num_finished - vain.num_finished >= self._change * max(1, num_running)
         )
@@ -204,7 +207,7 @@ class AlarmBackoff:
         return any(alarm.kind in ALWAYS or self._is_news(vain, alarm) for alarm in alarms)
 
     def looked(self, sums: StageSums, alarms: tuple[Trigger, ...], *, num_finished: int, moved: bool) -> None:
-        """A look, for these alarms, has moved something or not."""
+        """Note a look for these alarms, and whether it moved something."""
         if moved:
             self._vain, self._change = None, CHANGE
             return
@@ -220,18 +223,21 @@ class AlarmBackoff:
 
 
 WINDOW = 7  # reports
-STEP = 0.25  # share that the factor must change by before it is believed
-MOST = 16.0  # and its inverse: beyond that the measurement is nonsense, or the device is as good as lost
+STEP = 0.25  # share by which the ratio must change to be believed
+MOST = 16.0  # and its inverse: beyond it, the measurement is nonsense, or the device is as good as lost
 
 
 class Slowness:
-    """Measured by predicted time of each device of a stage, as a factor that changes seldom.
+    """The ratio of measured to predicted time of each device of a stage, as a factor that changes seldom.
 
-    The median of the last seven ratios: three outliers of seven change nothing, and a device that is twice as slow is
-    known as exactly that after four reports, where a mean would pass through all values in between, each of them a
-    reason to move something. The factor is changed when the median has left it by more than a quarter, which medians of
-    ordinary noise do not. Until seven ratios are known there are 1s in their place: the profile is right unless four
-    reports say otherwise.
+    The factor follows the median of the last seven ratios. Three outliers of seven change nothing, and a device that is
+    twice as slow is known as exactly that after four reports; a mean would pass through all values in between, each of
+    them
+    a reason to move something. The factor changes when the median differs from it by more than a quarter, which
+    ordinary
+    noise does not cause. Until seven ratios are known, 1s stand in their place: the profile is right unless four
+    reports
+    contradict it.
     """
 
     def __init__(self) -> None:
@@ -240,11 +246,11 @@ class Slowness:
 
     @property
     def factors(self) -> dict[str, float]:
-        """Return slow-downs by device name; devices as fast as profiled are not there."""
+        """Slow-downs by device name; devices as fast as profiled are left out."""
         return dict(self._factors)
 
     def observe(self, device: str, observed_s: float, predicted_s: float) -> bool:
-        """One measurement, 0 being none; whether the factor changed."""
+        """Take one measurement (0 means none); return whether the factor changed."""
         if observed_s <= 0 or predicted_s <= 0:
             return False
         ratios = self._ratios.get(device)
@@ -255,12 +261,12 @@ class Slowness:
         if 1 / (1 + STEP) <= now / before <= 1 + STEP:
             return False
         if 1 / (1 + STEP) <= now <= 1 + STEP:
-            del self._factors[device]  # as profiled again: then exactly so
+            del self._factors[device]  # as profiled again, and exactly so
         else:
             self._factors[device] = now
         return True
 
     def forget(self, device: str) -> None:
-        """The device went, or came back: what was measured before says nothing of it."""
+        """Forget a device that went or came back: earlier measurements say nothing about it."""
         self._ratios.pop(device, None)
         self._factors.pop(device, None)

@@ -1,4 +1,4 @@
-"""From lines of numbers to a chart: axes with round ticks, limits across, intervals around."""
+"""Charts from lines of numbers: axes with round ticks, limits across, intervals around lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hetis.simulator.values import FloatArray
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 40
-MAX_POINTS = 250  # of a line: more cannot be seen at this width
-MAX_DOTS = 40  # of a line with intervals
+MAX_POINTS = 250  # per line: more cannot be distinguished at this width
+MAX_DOTS = 40  # on a line with intervals
 ROOM = 1.06  # above the highest value
 
 
 def chart_of(panel: Panel) -> Chart:
-    """The panel drawn; an axis of times that spans decades is logarithmic where the panel says so."""
+    """Return the drawn panel; if the panel requires it, an axis of times that spans decades is logarithmic."""
     xs = np.concatenate([line.x[np.isfinite(line.x)] for line in panel.lines] or [np.zeros(1)])
     tops = [_tops(line) for line in panel.lines]
     highest = max([*(float(top.max()) for top in tops if len(top)), *panel.limits, 0.0]) * ROOM or 1.0
@@ -73,7 +73,7 @@ def _path(x: FloatArray, y: FloatArray) -> str:
 
 
 class _Axis:
-    """From ``low`` to ``high`` in equal steps."""
+    """A linear axis from ``low`` to ``high``."""
 
     def __init__(self, low: float, high: float) -> None:
         self._low, self._high = low, high if high > low else low + 1.0
@@ -88,7 +88,7 @@ class _Axis:
 
 
 class _LogAxis:
-    """Decades of positive values."""
+    """A logarithmic axis of positive values."""
 
     def __init__(self, values: FloatArray) -> None:
         known = values[values > 0]
@@ -105,6 +105,6 @@ class _LogAxis:
 
 
 def _round_step(about: float) -> float:
-    """1, 2 or 5 times a power of ten, not below ``about``."""
+    """Return 1, 2 or 5 times a power of ten, not below ``about``."""
     power = 10.0 ** math.floor(math.log10(about))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= about * (1 - 1e-9))

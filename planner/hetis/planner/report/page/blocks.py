@@ -1,7 +1,7 @@
-"""The blocks a page is built of: what the template draws, with every number already a text and every length a share.
+"""The blocks of a page for the template, with every number as text and every length as a share.
 
-A block knows nothing of plans. Lengths are shares of the width they are drawn in, colours are numbers of the palette in
-`page.css`, so that the template only repeats what it is given.
+A block knows nothing of plans. Lengths are shares of the width in which they are drawn, colours are numbers of the
+palette in `page.css`, so the template only repeats what it is given.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-COLORS = 8  # of the palette; more things than that share them
-PLAIN = COLORS  # the colour of what belongs to nobody: idle, unusable
+COLORS = 8  # in the palette; further items reuse them
+PLAIN = COLORS  # the colour of what belongs to no item: idle, unusable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """One figure that is read first. ``tone`` is ``good``, ``bad`` or empty."""
+    """A key figure. ``tone`` is ``good``, ``bad`` or empty."""
 
     label: str
     value: str
@@ -39,9 +39,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table. ``strong`` is the row that matters most, ``bad`` are those with trouble; a ``folded`` one is opened by a
-    click.
-    """
+    """A table. ``strong`` is the most important row, ``bad`` rows have trouble; if ``folded``, it opens on a click."""
 
     kind: ClassVar[str] = "grid"
     title: str
@@ -56,7 +54,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sentences:
-    """Lines of text under a title; ``terms`` pairs what a line is about with the line."""
+    """Lines of text under a title; ``terms`` pairs the subject of a line with the line."""
 
     kind: ClassVar[str] = "sentences"
     title: str
@@ -68,7 +66,7 @@ class Sentences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRow:
-    """A bar of ``share``; ``band`` is drawn across its end, ``mark`` is a line that it is held against."""
+    """A bar of length ``share``; ``band`` is drawn across its end, ``mark`` is a line to compare it with."""
 
     label: str
     text: str
@@ -81,7 +79,7 @@ class ScaleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """Bars on one axis each, that begin at zero."""
+    """Bars that begin at zero, each on its own axis."""
 
     kind: ClassVar[str] = "scale"
     title: str
@@ -106,7 +104,7 @@ class StackRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """Bars of segments, with the same numbers as a table below, for those who cannot see the bars."""
+    """Bars of segments, with the same numbers in a table below for those who cannot see the bars."""
 
     kind: ClassVar[str] = "stack"
     title: str
@@ -116,13 +114,13 @@ class Stack:
     note: str = ""
 
     def legend(self) -> Sequence[Segment]:
-        """Every name once, with its colour."""
+        """Return every name once, with its colour."""
         return list({s.name: s for row in self.rows for s in row.segments if s.share > 0}.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A bar that begins where the one before it ended."""
+    """A bar that begins where the previous one ended."""
 
     label: str
     text: str
@@ -140,7 +138,7 @@ class Waterfall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waterfalls:
-    """What becomes of a whole, step by step, with all numbers as a table below."""
+    """The step-by-step breakdown of a whole, with all numbers in a table below."""
 
     kind: ClassVar[str] = "waterfalls"
     title: str
@@ -151,8 +149,9 @@ class Waterfalls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuCell:
-    """A GPU of a node, or ``span`` neighbours that do the same. ``role`` is ``stage``, ``worker`` or ``idle``, and
-    ``filled`` the share of a bar below.
+    """A GPU of a node, or ``span`` neighbours that do the same.
+
+    ``role`` is ``stage``, ``worker`` or ``idle``, and ``filled`` is the share of a bar below.
     """
 
     index: str
@@ -172,7 +171,7 @@ class NodeCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZoneMap:
-    """Nodes of a zone; without a name they are all nodes that there are."""
+    """The nodes of a zone, or all nodes if it has no name."""
 
     name: str
     nodes: tuple[NodeCard, ...]
@@ -237,7 +236,7 @@ class Charts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strip:
-    """A small picture of one quantity over time, in units of its drawing; ``area`` is what lies under the line."""
+    """A small picture of one quantity over time, in units of its drawing; ``area`` is the area below the line."""
 
     label: str
     text: str
@@ -249,7 +248,7 @@ class Strip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strips:
-    """Strips under each other on one axis of time, with lines across all of them: a limit, and moments with names."""
+    """Strips on a common time axis, with lines across all of them: a limit, and moments."""
 
     kind: ClassVar[str] = "strips"
     title: str
@@ -265,7 +264,7 @@ class Strips:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Links:
-    """Other pages of the same server: what they are and their paths."""
+    """Links to other pages of the same server: names and paths."""
 
     kind: ClassVar[str] = "links"
     title: str
@@ -277,7 +276,7 @@ Block = Tiles | Grid | Sentences | Scale | Stack | FleetMap | Charts | Strips | 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """Blocks under a heading: a plan, or what is said before all plans. ``anchor`` is its name in the address."""
+    """Blocks under a heading: a plan, or an introduction to all plans. ``anchor`` is its name in the address."""
 
     anchor: str
     heading: str
@@ -287,7 +286,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """``is_live``: what is shown changes, and the page looks again where it came from as long as it is open."""
+    """A page. ``is_live``: its content changes, and it fetches updates from its source while it is open."""
 
     title: str
     sections: tuple[Section, ...]

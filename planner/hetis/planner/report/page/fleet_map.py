@@ -1,4 +1,4 @@
-"""The fleet as a map: zones, nodes, and what every GPU does; in large fleets nodes that do the same are drawn once."""
+"""A map of the fleet: zones, nodes, and the use of every GPU. In large fleets, equal nodes are drawn once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.explain import Explanation
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 
-MAX_NODES = 60  # cards in a zone; the rest is counted
-ROW = 4  # GPUs of a node side by side
-MAX_SINGLE = 48  # GPUs of a fleet whose every GPU has a cell; in larger ones those that do the same share one
-MAX_NAMED = COLORS  # replicas that have a colour each; of more, equal ones share it
+MAX_NODES = 60  # cards per zone; others are only counted
+ROW = 4  # GPUs of a node per row
+MAX_SINGLE = 48  # fleets of up to so many GPUs have a cell per GPU; in larger ones, equal GPUs share one
+MAX_NAMED = COLORS  # replicas with a colour of their own; if there are more, equal ones share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Duty:
-    """What a GPU does: the texts of its cell."""
+    """The use of a GPU, with the texts of its cell."""
 
     role: str
     color: int
@@ -32,7 +32,7 @@ IDLE = Duty(role="idle", color=PLAIN, lines=("idle",))
 
 
 def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMap:
-    """The map of a plan on its cluster, with the reasons of idle GPUs beside it."""
+    """Return the map of a plan on its cluster, with the reasons of idle GPUs."""
     groups = group_replicas(plan.replicas)
     named, joined = len(plan.replicas) <= MAX_NAMED, cluster.num_gpus() > MAX_SINGLE
     duties = dict(_duties(plan, groups, named=named))
@@ -53,12 +53,12 @@ def fleet_map(plan: Plan, cluster: Cluster, explanation: Explanation) -> FleetMa
 
 
 def shape_letter(number: int) -> str:
-    """What equal replicas are called where there are too many to name each: A, B, ... Z, AA."""
+    """Return the name of equal replicas if there are too many to name each: A, B, ... Z, AA."""
     return (shape_letter(number // 26 - 1) if number >= 26 else "") + chr(ord("A") + number % 26)
 
 
 def replica_name(number: int, role: Role) -> str:
-    """``Replica 0``, ``Replica 3 (decode)``."""
+    """Return ``Replica 0``, ``Replica 3 (decode)``."""
     return f"Replica {number}" if role is Role.UNIFIED else f"Replica {number} ({role})"
 
 
@@ -71,7 +71,7 @@ def _duties(plan: Plan, groups: tuple[ReplicaGroup, ...], *, named: bool) -> Ite
 
 
 def replica_duties(replica: ReplicaPlan, name: str, color: int) -> Iterator[tuple[str, Duty]]:
-    """Yield every GPU of a replica with what it does there."""
+    """Yield every GPU of a replica with its use."""
     for number, stage in enumerate(replica.stages):
         pools = [pool for pool in replica.attention_workers if pool.stage == number]
         duty = Duty(role="stage", color=color, lines=_stage_lines(name, number, stage, pools, replica))
@@ -119,8 +119,10 @@ def _zone(name: str, groups: list[NodeGroup], duties: Mapping[str, Duty], *, joi
 
 
 def _cards(group: NodeGroup, duties: Mapping[str, Duty], *, joined: bool) -> Iterator[NodeCard]:
-    """A card for all nodes of the group whose GPUs do the same, in the order of the first of them; in a small fleet
-    (not ``joined``) one for each node."""
+    """Yield a card for all nodes of the group whose GPUs do the same, or one per node unless ``joined``.
+
+    Cards are in the order of their first nodes.
+    """
     gpus = [slots.gpu for slots in group.gpus for _ in range(slots.count)]
     alike: dict[tuple[int, tuple[Duty, ...]], list[str]] = {}
     for number in range(group.count):
@@ -141,7 +143,7 @@ def _nodes(nodes: list[str]) -> str:
 
 
 def _cells(pattern: tuple[Duty, ...], gpus: list[str], *, mixed: bool, joined: bool) -> Iterator[GpuCell]:
-    """A cell for every GPU; ``joined``: neighbours of one row that do the same share one."""
+    """Yield a cell for every GPU, or if ``joined`` one for neighbours in a row that do the same."""
     alike = [(duty, gpu) for duty, gpu in zip(pattern, gpus, strict=True)]
     first = 0
     while first < len(alike):

@@ -1,4 +1,4 @@
-"""The pages of the verbs: plans alone and beside each other, another fleet, what to buy next, the way to a new plan."""
+"""The commands' pages: one or several plans, another fleet, what to buy next, the transition to a new plan."""
 
 from __future__ import annotations
 
@@ -28,14 +28,12 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.problem import ChangeCosts
 from hetis.solver.replanning.solve import Replanning
 
-ROOM = 1.02  # beyond the longest bar
+ROOM = 1.02  # space after the longest bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownPlan:
-    """A plan on a page: what it is called there, how its latencies grow with the rate and what more GPUs would gain, if
-    that was asked for.
-    """
+    """A plan on a page: its name, and if requested its latencies by rate and the gains of more GPUs."""
 
     name: str
     plan: Plan
@@ -45,7 +43,7 @@ class ShownPlan:
 
 
 def plans_page(shown: Sequence[ShownPlan]) -> str:
-    """One plan, or several with a comparison before them."""
+    """Return the page of one plan, or of several after a comparison."""
     sections = list[Section]()
     for number, one in enumerate(shown, start=1):
         sections.append(_section(one, number))
@@ -61,7 +59,7 @@ def plans_page(shown: Sequence[ShownPlan]) -> str:
 
 
 def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Objective) -> str:
-    """Strategies side by side, and the best plan in full."""
+    """Return the page of strategies side by side, with the best plan in full."""
     with_plan = [(one.name, one.plan) for one in compared if one.plan is not None]
     without = tuple((one.name, f"{one.status}: {'; '.join(one.reasons)}") for one in compared if one.plan is None)
     blocks = list(_side_by_side([(name, plan, inputs) for name, plan in with_plan], objective))
@@ -77,7 +75,7 @@ def comparison_page(compared: Sequence[Compared], inputs: Inputs, objective: Obj
 
 
 def what_if_page(found: WhatIf) -> str:
-    """Both fleets in figures and what is proven of their difference, then both plans."""
+    """Return the page of both fleets in figures with what is proven of their difference, then both plans."""
     inputs = found.before.loaded.inputs
     blocks: list[Block] = [
         Sentences(title="The change", lines=tuple(" ".join(line) for line in change_lines(found.change, found.before))),
@@ -94,7 +92,7 @@ def what_if_page(found: WhatIf) -> str:
 
 
 def buy_next_page(found: BuyNext) -> str:
-    """The market, the best purchase first, and the plan of today."""
+    """Return the page of the market, the best purchase first, and the present plan."""
     inputs = found.before.loaded.inputs
     sections = [_market_section(found, anchor="market", heading="What to buy next")]
     sections += _side("The fleet as it is", found.before, 1)
@@ -102,7 +100,7 @@ def buy_next_page(found: BuyNext) -> str:
 
 
 def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
-    """What the change is worth and its steps, then the new plan."""
+    """Return the page of a change's value and steps, then the new plan."""
     result, transition, unit = found.plan.result, found.transition, found.plan.result.unit
     tiles = (
         Tile(label="Now", value=digits(transition.before), unit="requests/s", note=_lost(found)),
@@ -128,7 +126,7 @@ def replan_page(found: Replanning, posed: Posed, costs: ChangeCosts) -> str:
 
 
 def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem) -> str:
-    """A plan with what its simulation showed."""
+    """Return the page of a plan with the results of its simulation."""
     load = simulated.question.load
     traffic = (
         f"{load.lengths.name}, arrivals {load.arrivals.value}, {simulated.question.num_requests:,} requests a run."
@@ -139,7 +137,7 @@ def simulation_page(simulated: Simulated, plan: Plan, problem: PlacementProblem)
     return _page(f"Simulated: {_title(problem)}", [section])
 
 
-# --- parts of them
+# --- their parts
 
 
 def _section(shown: ShownPlan, number: int) -> Section:
@@ -172,7 +170,7 @@ def _side(name: str, side: Side, number: int) -> list[Section]:
 
 
 def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
-    """The best purchase in words, and all of the market."""
+    """Return the best purchase in words, and the whole market."""
     blocks: list[Block] = list(_purchase(found))
     blocks.append(
         Grid(
@@ -193,7 +191,7 @@ def _market_section(found: BuyNext, *, anchor: str, heading: str) -> Section:
 
 
 def _purchase(found: BuyNext) -> Iterator[Block]:
-    """The first of the market in words, where it gains anything."""
+    """Yield the market's first offer in words if it gains anything."""
     if not found.offers:
         return
     best = found.offers[0]
@@ -207,7 +205,7 @@ def _purchase(found: BuyNext) -> Iterator[Block]:
 
 
 def _side_by_side(rows: Sequence[tuple[str, Plan, Inputs]], objective: Objective) -> Iterator[Block]:
-    """Plans on one scale and in one table; the best in bold."""
+    """Yield plans on one scale and in one table, the best in bold."""
     if not rows:
         return
     best = _best([plan for _, plan, _ in rows])
@@ -264,7 +262,7 @@ def _best(plans: Sequence[Plan]) -> int:
 
 
 def _columns(*names: str) -> tuple[Column, ...]:
-    """Names of columns; those of words begin with a quote."""
+    """Return columns by name; those of text begin with a quote."""
     return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""A plan as a section of a page: what it serves at which cost, where, how close to its limits, and why so."""
+"""A plan as a section of a page: its rate and cost, placement, distance from its limits, and explanations."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.solver.problem import PlacementProblem
 
-MAX_SHAPES = 12  # of replicas told in full
-AXIS = 1.25  # of a limit: how far the axis goes beyond it
-ROOM = 1.02  # beyond the longest bar
+MAX_SHAPES = 12  # of replicas, described in full
+AXIS = 1.25  # length of the axis relative to a limit
+ROOM = 1.02  # space after the longest bar
 
 _MEMORY_COLORS = {"unusable": PLAIN, "engine": 5, "weights": 0, "KV": 2, "activations": 1, "free": 7}
 _TIME_COLORS = {
@@ -64,12 +64,12 @@ _WORTH = re.compile(
 def plan_section(
     name: str, plan: Plan, problem: PlacementProblem, *, anchor: str, panels: Sequence[Panel] = (), traffic: str = ""
 ) -> Section:
-    """Everything that is known of a plan.
+    """Return everything known about a plan.
 
     Args:
-        name: what the page calls it.
-        panels: curves of a simulation; empty: none was asked for.
-        traffic: what they are curves of.
+        name: its name on the page.
+        panels: curves of a simulation; empty if not requested.
+        traffic: the traffic of the curves.
 
     Raises:
         InvalidProblemError: the plan names devices, layers or settings that its problem does not have.
@@ -131,7 +131,7 @@ def _blocks(
     yield Sentences(title="Notes and how to make it again", lines=plan.notes, terms=tuple(_made(plan)), folded=True)
 
 
-# --- first of all
+# --- key figures
 
 
 def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[Tile]:
@@ -169,7 +169,7 @@ def _tiles(plan: Plan, figures: Figures, problem: PlacementProblem) -> Iterator[
 
 
 def _against_today(plan: Plan) -> Iterator[Tile]:
-    """What the plan is worth beside replicas of equal stages."""
+    """Yield a comparison of the plan with replicas of equal stages."""
     alone = plan.inputs.get(EQUAL_STAGES)
     if isinstance(alone, int | float) and alone > 0:
         ratio = plan.result.value / alone - 1.0
@@ -195,11 +195,11 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
         yield Tile(label="Simulated", value="MISSED", note=f"{misses(found, plan)[0]}; {until}", tone="bad")
 
 
-# --- how good, how close
+# --- quality and limits
 
 
 def _worth(plan: Plan) -> Scale:
-    """The value beside its bound and what is done today."""
+    """Return the value next to its bound and today's practice."""
     result, alone, expected = plan.result, plan.inputs.get(EQUAL_STAGES), predicted_of(plan)
     beside = float(alone) if isinstance(alone, int | float) and alone > 0 else 0.0
     band = (expected.rate.low, expected.rate.high) if expected is not None and plan.objective.maximises else None
@@ -264,12 +264,12 @@ def _numbered(group: ReplicaGroup) -> str:
 
 
 def _columns(*names: str) -> tuple[Column, ...]:
-    """Names of columns; those of words begin with a quote."""
+    """Return columns by name; those of text begin with a quote."""
     return tuple(Column(name=name.removeprefix("'"), numeric=not name.startswith("'")) for name in names)
 
 
 def _replicas(groups: Sequence[ReplicaGroup], *, lettered: bool) -> Grid:
-    """``lettered``: the map calls them by letters."""
+    """Return the table of replicas; if ``lettered``, with their letters on the map."""
     rows = []
     for number, group in enumerate(groups[:MAX_SHAPES]):
         one = group.first
@@ -342,11 +342,11 @@ def _explained(explanation: Explanation, plan: Plan) -> list[str]:
     return [replica_name(number, plan.replicas[number].role) for number in numbers]
 
 
-# --- where memory and time go
+# --- memory and time
 
 
 def _memory(explanation: Explanation) -> Waterfalls:
-    """A waterfall for every GPU type, of the cards that have least left, and all parts in figures."""
+    """Return a waterfall for each GPU type, of the cards with the least memory left, and all parts in figures."""
     numbers, names, tightest = [], list[str](), dict[str, MemoryBar]()
     for part in explanation.memory:
         amounts = _amounts(part)
@@ -417,7 +417,7 @@ def _segments(amounts: Mapping[str, float], whole: float, colors: Mapping[str, i
     )
 
 
-# --- what else
+# --- the rest
 
 
 def _prices(plan: Plan) -> Grid:
@@ -458,7 +458,7 @@ def _runners_up(plan: Plan) -> Grid:
 
 
 def shape_words(shape: str) -> str:
-    """``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60`` as people say it; what is not understood stays as it is."""
+    """Return a text for ``decode: L4 TP4 x1 L20 | H100 TP2 x2 L60``, or the shape itself if it cannot be parsed."""
     role, colon, stages = shape.rpartition(": ")
     found = [_STAGE.fullmatch(stage) for stage in stages.split(" | ")]
     if not all(found):
@@ -476,7 +476,7 @@ def _stage_words(match: re.Match[str]) -> str:
 
 
 def reason_words(reason: str, rate: float) -> str:
-    """How much less it is, where the reason is what its GPUs do elsewhere; any other reason as it is."""
+    """Return by how much a runner-up is worse, if the reason is its GPUs' other use; any other reason unchanged."""
     match = _WORTH.fullmatch(reason)
     if match is None or not float(match["worth"]) > 0:
         return reason
@@ -488,7 +488,7 @@ def reason_words(reason: str, rate: float) -> str:
 
 
 def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
-    """Where the profiles are from and how far off they are known to be."""
+    """Return the origins of the profiles and their known errors."""
     used = {gpu for price in plan.prices if price.used for gpu in [price.gpu]} or set(problem.profiles)
     origins = _mapping(_mapping(plan.inputs.get("origins")).get("profiles"))
     expected = predicted_of(plan)
@@ -522,7 +522,7 @@ def _profiles(plan: Plan, problem: PlacementProblem) -> Grid:
 
 
 def _made(plan: Plan) -> Iterator[tuple[str, str]]:
-    """What makes the plan again."""
+    """Yield what is needed to reproduce the plan."""
     inputs, result = plan.inputs, plan.result
     yield "Strategy", f"{plan.strategy}; {result.status} in {seconds(result.solve_s)}"
     yield "Family", plan.family

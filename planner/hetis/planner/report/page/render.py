@@ -1,4 +1,4 @@
-"""A page as one file of HTML: template, style and script together, nothing fetched from anywhere."""
+"""A page as one file of HTML: template, style and script together, with nothing to fetch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = "hetis.planner.report.page"
 
 
 def render_page(page: Page) -> str:
-    """The whole file.
+    """Return the whole file.
 
     Raises:
         ModuleNotFoundError: jinja2 is not installed.
@@ -26,7 +26,7 @@ def render_page(page: Page) -> str:
 
 
 def live_script_policy() -> str:
-    """Return what a content security policy allows as the script of a live page: that one and no other."""
+    """Return the script source in a live page's content security policy: that script and no other."""
     digest = sha256(_script(True).encode()).digest()
     return f"'sha256-{b64encode(digest).decode()}'"
 

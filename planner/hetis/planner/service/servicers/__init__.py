@@ -1,1 +1,1 @@
-"""One servicer per service of the contract: message in, one call, message out. `service.assembly` lists them."""
+"""One servicer per service of the API, which translates messages and makes one call. `service.assembly` lists them."""

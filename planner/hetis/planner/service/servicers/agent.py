@@ -1,4 +1,4 @@
-"""AgentService: an agent's stream, for the node that its credentials are of; the rest is the fleet."""
+"""AgentService: the stream of an agent for the node in its credentials; the fleet does the rest."""
 
 # ruff: noqa: N802  # gRPC's names
 
@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class AgentServicer(agent_service_pb2_grpc.AgentServiceServicer):
-    """Messages in, messages out; failures are the interceptor's to translate."""
+    """Passes messages to the fleet and back; the interceptor translates failures."""
 
     def __init__(self, fleet: LiveFleet) -> None:
         self._fleet = fleet

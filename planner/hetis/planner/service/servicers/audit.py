@@ -1,4 +1,4 @@
-"""AuditService: its one call is the resource's."""
+"""AuditService: its one call is passed to the resource."""
 
 # ruff: noqa: N802  # gRPC's names
 

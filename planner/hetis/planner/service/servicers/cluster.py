@@ -1,4 +1,4 @@
-"""ClusterService: each call is one of the resources'."""
+"""ClusterService: each call is passed to a resource."""
 
 # ruff: noqa: N802  # gRPC's names
 

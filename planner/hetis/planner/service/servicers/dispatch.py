@@ -1,4 +1,4 @@
-"""DispatchService: an agent may call it for replicas whose primary runs on its node; the rest is `DispatchStates`."""
+"""DispatchService: an agent may call it for replicas whose primary is on its node; `DispatchStates` does the rest."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
-    """Messages in, messages out; failures are the interceptor's to translate."""
+    """Passes messages to the states and back; the interceptor translates failures."""
 
     def __init__(
         self, states: DispatchStates, replicas: RunningReplicas, *, require_lease: Callable[[], None] = lambda: None
     ) -> None:
-        """``require_lease`` raises STORE_UNAVAILABLE while nothing may be decided; of calls the interceptor asks."""
+        """``require_lease`` raises STORE_UNAVAILABLE if nothing may be decided; the interceptor checks unary calls."""
         self._states, self._replicas, self._require_lease = states, replicas, require_lease
 
     async def DispatchRequests(  # noqa: N802
@@ -69,10 +69,10 @@ class DispatchServicer(dispatch_service_pb2_grpc.DispatchServiceServicer):
         return await self._states.update(request)
 
     def _require_primary(self, replica: str, role: CallerRole) -> None:
-        """An agent without ``role`` is of the node of the replica's primary.
+        """Check that an agent without ``role`` belongs to the node of the replica's primary.
 
         Raises:
-            ServiceError: WRONG_NODE. That a replica does not exist is said to those only who may know its cluster.
+            ServiceError: WRONG_NODE. Only callers that may know the cluster learn that a replica does not exist.
         """
         identity: Identity = caller()
         if role in identity.roles:

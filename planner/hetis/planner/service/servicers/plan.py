@@ -1,4 +1,4 @@
-"""PlanService: messages in, one call, messages out; failures are the interceptor's to translate."""
+"""PlanService: each call is passed to a resource; the interceptor translates failures."""
 
 # ruff: noqa: N802  # gRPC's names
 

@@ -1,4 +1,4 @@
-"""ProfileService: each call is one of the resource's."""
+"""ProfileService: each call is passed to the resource."""
 
 # ruff: noqa: N802  # gRPC's names
 

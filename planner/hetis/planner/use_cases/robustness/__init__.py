@@ -1,1 +1,1 @@
-"""How wrong a plan's numbers may be: what its profiles' errors make of them, and what other coefficients would."""
+"""The uncertainty of a plan's numbers: the effects of its profiles' errors, and of other coefficients."""

@@ -1,9 +1,9 @@
-"""What else could have been planned: searches under perturbed profiles and in smaller families, and what they show.
+"""Alternative plans: searches under perturbed profiles and in smaller families, and their results.
 
-The runner-up is the best other plan found: the best by the profiles as they are, among what the search answers under
-perturbed profiles (what somebody with slightly other numbers would have chosen) and in families that lack something
-the plan has (attention workers; prefill and decode apart; mixed GPU types; one of its TP sizes), as far as its replicas
-differ in more than micro-batches and chunks. It is not proven to be the second best.
+The runner-up is the best other plan found, judged by the unchanged profiles. Candidates are the plans of searches under
+perturbed profiles (what somebody with slightly other numbers would have chosen) and of families that lack something
+the plan has (attention workers; disaggregated prefill and decode; mixed GPU types; one of its TP sizes), if their
+replicas differ in more than micro-batches and chunks. It is not proven to be the second best.
 
 Plans are compared within limits: `FixedPlan.within_limits`.
 """
@@ -20,7 +20,7 @@ from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import Family, PlacementProblem
 
-Search = Callable[[PlacementProblem, str, Budget], Plan]  # problem, strategy, what it may take
+Search = Callable[[PlacementProblem, str, Budget], Plan]  # problem, strategy, budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,11 @@ class RunnerUp:
     """The best other plan found.
 
     Attributes:
-        replicas: shapes in words, and how many of each.
-        rate: by the profiles as they are, requests/s.
-        better: share of the samples in which it does better than the plan.
-        mean_gain: by how much in those, on average, as a share of the plan's rate.
-        most_gain: and at most.
+        replicas: shapes in words, with the number of each.
+        rate: by the unchanged profiles, requests/s.
+        better: share of the samples in which it beats the plan.
+        mean_gain: its mean gain in these, as a share of the plan's rate.
+        most_gain: its highest gain.
     """
 
     replicas: Mapping[str, int]
@@ -44,13 +44,13 @@ class RunnerUp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regret:
-    """What knowing the right coefficients would have gained: share of the best rate that the plan falls short of.
+    """The regret: the share of the best rate that the plan loses for lack of the right coefficients.
 
     Attributes:
-        searches: perturbed profiles under which the search was run again.
-        other_replicas: how many of these chose other replicas than the plan has.
-        mean, worst: against the better of the plan and what was found.
-        bound: the worst that could be true, by the bounds that the searches proved.
+        searches: number of perturbed profiles under which the search was repeated.
+        other_replicas: how many of these searches chose other replicas than the plan has.
+        mean, worst: compared with the better of the plan and what was found.
+        bound: the worst that is possible, by the bounds that the searches proved.
     """
 
     searches: int
@@ -62,7 +62,7 @@ class Regret:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
-    """A plan that a search gave, under other ``profiles`` or (None) in a smaller family."""
+    """A plan found under other ``profiles`` or, if None, in a smaller family."""
 
     profiles: Profiles | None
     plan: Plan
@@ -72,7 +72,7 @@ class Alternative:
 def alternatives(
     plan: Plan, problem: PlacementProblem, perturbed: Sequence[Profiles], *, budget: Budget, search: Search
 ) -> Iterator[Alternative]:
-    """Searches again in the smaller families and under each of the ``perturbed`` profiles, until the budget ends."""
+    """Search in the smaller families and under each of the ``perturbed`` profiles, until the budget ends."""
     questions: list[tuple[PlacementProblem, str, Profiles | None]] = [
         (replace(problem, family=family), strategy, None) for family, strategy in smaller_families(plan, problem.family)
     ]
@@ -88,13 +88,13 @@ def alternatives(
 
 
 def smaller_families(plan: Plan, family: Family) -> Iterator[tuple[Family, str]]:
-    """Families that lack something the plan has, each with its strategy: a best plan of theirs is another one."""
+    """Yield families that lack something the plan has, with their strategies: their best plans are different ones."""
     if any(replica.attention_workers for replica in plan.replicas):
         yield replace(family, max_pool=0), plan.strategy
     if plan.kv_routes and Role.UNIFIED in family.roles:
         yield replace(family, roles=(Role.UNIFIED,)), plan.strategy
     if any(len(_gpus(replica)) > 1 for replica in plan.replicas):
-        yield family, "uniform"  # the one strategy without mixed types
+        yield family, "uniform"  # the only strategy without mixed types
     for tp in sorted({stage.tp for replica in plan.replicas for stage in replica.stages}):
         if rest := tuple(size for size in family.tp_sizes if size != tp):
             yield replace(family, tp_sizes=rest), plan.strategy
@@ -108,10 +108,10 @@ def runner_up(
     samples: Sequence[Profiles],
     reached: Sequence[Reach],
 ) -> RunnerUp | None:
-    """The best of ``found`` with other replicas.
+    """Return the best of ``found`` with other replicas, or None.
 
-    ``reached`` is what the plan reaches under each of the samples, with engine settings near those that are best
-    ``around`` them.
+    ``reached`` is the plan's result under each of the samples, with engine settings near those that are best ``around``
+    them.
     """
     others = {tuple(a.fixed.structure.items()): a.fixed for a in found if a.fixed.structure != chosen.structure}
     if not others:
@@ -135,7 +135,7 @@ def runner_up(
 
 
 def regret(found: Sequence[Alternative], chosen: FixedPlan) -> Regret | None:
-    """Against what the searches under perturbed profiles found; None without any."""
+    """Return the regret compared with searches under perturbed profiles, or None if there are none."""
     losses, bounds, others = [], [], 0
     for one in found:
         if one.profiles is None:

@@ -1,10 +1,11 @@
-"""A plan whose GPUs, layers and head groups stay what they are, priced by other profiles.
+"""A plan with fixed GPUs, layers and head groups, priced by other profiles.
 
-Micro-batches, how many are in flight and the prefill chunk are settings of the engine: they change without a new plan.
-So do the routes of KV: the traffic between prefill and decode replicas is the most that both sides and the links allow.
+Micro-batches, their number in flight and the prefill chunk are settings of the engine, which change without a new plan.
+So do the routes of KV: the traffic between prefill and decode replicas is the maximum that both sides and the links
+allow.
 
 Times come from the plan checker's derivation (`hetis.solver.check`), which needs no search. Memory does not depend on
-coefficients, so that a plan that fits keeps fitting.
+coefficients, so a plan that fits always fits.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
 
-WITHIN = 1 + 1e-6  # a limit is met up to rounding
-COARSE = 3  # every third size of micro-batch is a start of the search for the best one
+WITHIN = 1 + 1e-6  # limits are compared up to rounding
+COARSE = 3  # every third size of micro-batch is a starting point of the search for the best one
 NEAREST = 8  # engine settings kept for many samples, see `FixedPlan.near`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """What a plan reaches: its rate in requests/s (goodput or saturated, as its objective counts), worst latencies."""
+    """The result of a plan: its rate in requests/s (goodput or saturated, by its objective) and worst latencies."""
 
     rate: float
     ttft_s: float  # p95, of the worst replica
     tpot_s: float  # mean, of the worst replica
 
     def misses(self, objective: Objective) -> bool:
-        """Whether a latency limit is missed."""
+        """Return whether a latency limit is missed."""
         return any(
             limit is not None and reached > limit * WITHIN
             for reached, limit in ((self.ttft_s, objective.ttft_limit_s), (self.tpot_s, objective.tpot_limit_s))
@@ -51,11 +52,11 @@ class Reach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """What an engine can change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch.
+    """Engine settings that change without a new plan: micro-batches in flight, chunk, and sizes of a micro-batch.
 
     Attributes:
         shape: a replica with these settings, and the best size of micro-batch by the problem's own profiles.
-        sizes: of a micro-batch, those that fit in memory, ascending; the one of ``shape`` is among them.
+        sizes: sizes of micro-batches that fit in memory, ascending, including that of ``shape``.
     """
 
     shape: ReplicaShape
@@ -64,7 +65,7 @@ class Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pace:
-    """One replica at one micro-batch size."""
+    """The pace of one replica at one micro-batch size."""
 
     rate: float
     ttft_s: float
@@ -76,12 +77,13 @@ NOTHING = _Pace(rate=0.0, ttft_s=0.0, tpot_s=0.0, micro_batch=0)
 
 
 class FixedPlan:
-    """A plan to price under profiles; GPU types that these leave out keep the profiles of its problem."""
+    """A plan to price under profiles; GPU types without one keep the profiles of the problem."""
 
     def __init__(self, plan: Plan, problem: PlacementProblem, *, made_with: Profiles | None = None) -> None:
-        """
+        """Prepare a plan for pricing.
+
         Args:
-            plan: of sound structure, as `check_plan` has it.
+            plan: of valid structure, as `check_plan` requires.
             problem: cluster, model, workload, objective, and the profiles to judge by.
             made_with: profiles that the plan was made with; None: those of the problem.
         """
@@ -90,32 +92,32 @@ class FixedPlan:
         self._moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._traffic = Traffic(problem, self._moments)
         self.groups = tuple(self._groups(plan, self._under(made_with or {})))
-        self._engines: dict[Group, tuple[Engine, ...]] = {}  # filled when first asked for
+        self._engines: dict[Group, tuple[Engine, ...]] = {}  # filled on first use
         self.structure = structure_of(plan)
 
     @property
     def gpus(self) -> frozenset[str]:
-        """GPU types that its times depend on."""
+        """The GPU types on which its times depend."""
         stages = [stage for group in self.groups for stage in group.shape.stages]
         return frozenset(s.gpu for s in stages) | {s.pool.gpu for s in stages if s.pool is not None}
 
     def as_planned(self, profiles: Profiles) -> Reach:
-        """With the micro-batches of the plan: limits may be missed."""
+        """Return the result with the plan's micro-batches, which may miss limits."""
         problem = self._under(profiles)
         return self._sum((group, self._pace(problem, group, group.shape)) for group in self.groups)
 
     def within_limits(self, profiles: Profiles) -> Reach:
-        """With the engine settings of every replica set anew, so that it serves the most within the limits.
+        """Return the result with the engine settings that give the highest rate within the limits.
 
-        A replica that meets them at no setting serves nothing and has no latency.
+        They are chosen for each replica. One that meets the limits with no setting serves nothing and has no latency.
         """
         problem = self._under(profiles)
         return self._sum((group, self._best(problem, group)) for group in self.groups)
 
     def near(self, some: Sequence[Profiles]) -> FixedPlan:
-        """The same plan with a few engine settings to choose from: the best under each of these profiles.
+        """Return the plan with a few engine settings to choose from: the best under each of these profiles.
 
-        For many samples around them; `within_limits` may then find slightly less.
+        It is meant for many samples around them; `within_limits` may then find slightly less.
         """
         narrowed = copy(self)
         narrowed._engines = {}
@@ -129,10 +131,11 @@ class FixedPlan:
         return narrowed
 
     def latency_s(self, profiles: Profiles, load: float) -> float:
-        """Mean seconds of a whole request (p95 TTFT + mean output x TPOT) at a ``load`` of requests/s.
+        """Return the mean seconds of a whole request (p95 TTFT + mean output x TPOT) at a ``load`` in requests/s.
 
-        Replicas take a share of the load in proportion to the most that each can do; each runs with the engine settings
-        that carry its share soonest. Infinite when the plan cannot carry the load.
+        Replicas take a share of the load in proportion to their maximum rates, and each runs with the engine settings
+        that
+        carry its share with the least latency. The result is infinite if the plan cannot carry the load.
         """
         problem = self._under(profiles)
         paces = [
@@ -169,7 +172,7 @@ class FixedPlan:
 
     @property
     def _share(self) -> float:
-        """From a saturated rate to the rate that the objective speaks of."""
+        """The factor from a saturated rate to the rate in the objective."""
         return (
             1.0
             if self._problem.objective.kind is ObjectiveKind.THROUGHPUT
@@ -201,7 +204,7 @@ class FixedPlan:
         return self._engines[group]
 
     def _new_engines(self, group: Group) -> Iterator[Engine]:
-        """Every setting of the family that fits in memory; the planned one first."""
+        """Yield every setting of the family that fits in memory, the planned one first."""
         planned, family = group.shape, self._problem.family
         copies = sum(stage.copies for stage in planned.stages)
         sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
@@ -214,7 +217,7 @@ class FixedPlan:
                 fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
             if fits:
                 engine = Engine(shape=replace(shape, micro_batch=sizes[fits - 1]), sizes=tuple(sizes[:fits]))
-                # The rate may have several tops: from a few sizes all over, and from there to the next top.
+                # The rate may have several maxima: take the best of a few sizes, and climb from there.
                 starts = [replace(engine, shape=replace(shape, micro_batch=b)) for b in engine.sizes[::COARSE]]
                 at_starts = [self._pace(self._problem, group, start.shape) for start in starts]
                 rates = [pace.rate if self._is_within(pace) else 0.0 for pace in at_starts]
@@ -223,7 +226,7 @@ class FixedPlan:
                 yield engine if best is NOTHING else replace(start, shape=replace(shape, micro_batch=best.micro_batch))
 
     def _num_fitting(self, shape: ReplicaShape, sizes: Sequence[int]) -> int:
-        """How many sizes fit in memory, from the smallest: more requests never take less."""
+        """Return how many sizes fit in memory, from the smallest: more requests never need less."""
 
         def is_too_large(size: int) -> bool:
             return not self._derive(self._problem, replace(shape, micro_batch=size)).fits
@@ -255,7 +258,7 @@ class FixedPlan:
         return max((self._best_of(problem, group, e) for e in self._engines_of(group)), key=lambda pace: pace.rate)
 
     def _best_of(self, problem: PlacementProblem, group: Group, engine: Engine) -> _Pace:
-        """The size is moved from the one of the engine down until the limits hold, or up while the rate grows."""
+        """Move the size from the engine's down until the limits hold, or up while the rate grows."""
 
         def at(size: int) -> _Pace:
             return self._pace(problem, group, replace(engine.shape, micro_batch=size))

@@ -1,4 +1,4 @@
-"""Equal replicas of a plan, and a plan's shapes in words."""
+"""Groups of equal replicas of a plan, and a plan's shapes in words."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Group:
     """Equal replicas.
 
     Attributes:
-        count: how many there are.
-        shape: what their times depend on, engine settings as planned.
-        claimed: share of the derived rate that the plan claims: below 1 where links are uneven and the worst counts.
-        zones: of the stages, in their order.
-        kv_zones: where prefill replicas may send KV to.
+        count: their number.
+        shape: the inputs of their times, with engine settings as planned.
+        claimed: share of the derived rate that the plan claims; below 1 if links are uneven, as the worst one counts.
+        zones: of the stages, in order.
+        kv_zones: zones to which prefill replicas may send KV.
     """
 
     count: int
@@ -29,7 +29,7 @@ class Group:
 
 
 def structure_of(plan: Plan) -> Mapping[str, int]:
-    """Shapes of the replicas in words, and how many there are of each. Batches and chunks can change: left out."""
+    """Return the shapes of the replicas in words, with the number of each, without changeable batches and chunks."""
     counts: dict[str, int] = {}
     for replica in plan.replicas:
         shape = describe(replica)
@@ -38,7 +38,7 @@ def structure_of(plan: Plan) -> Mapping[str, int]:
 
 
 def describe(replica: ReplicaPlan) -> str:
-    """``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``, with ``prefill: `` or ``decode: `` before."""
+    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``, with the role in front."""
     pools = {pool.stage: pool for pool in replica.attention_workers}
     stages = []
     for position, stage in enumerate(replica.stages):

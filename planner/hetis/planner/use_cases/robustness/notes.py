@@ -1,4 +1,4 @@
-"""What a plan says of its profiles: their origin, how wrong it may be by their errors, what was never measured."""
+"""A plan's notes on its profiles: their origin, the effect of their errors, and use outside the measured range."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Profile, Source
 
-PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` where it was asked for
+PROFILE_ERRORS = "profile_errors"  # entry of `Plan.inputs`: `predicted`, and `robustness` if requested
 
 
 def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
-    """Which profiles are no measurements of this fleet, by what of them the model uses."""
+    """Return notes on profiles that are not measurements of this fleet, by the fits that the model uses."""
     profiles = used_fits(problem.profiles, problem.model, problem.family.tp_sizes)
     modelled = sorted(gpu for gpu, profile in profiles.items() if _is_modelled(profile))
     fitted = sorted(gpu for gpu, profile in profiles.items() if gpu not in modelled and _is_fitted(profile))
@@ -38,7 +38,7 @@ def profile_notes(problem: PlacementProblem) -> tuple[str, ...]:
 
 
 def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
-    """The plan with the range that its profiles' errors leave, and a note for every fit used outside its region."""
+    """Return the plan with the range that its profiles' errors leave, and notes on fits used out of range."""
     inputs = dict(plan.inputs)
     if (found := predicted(plan, problem)) is not None:
         inputs[PROFILE_ERRORS] = {"predicted": json_value(found)}
@@ -46,13 +46,13 @@ def with_profile_errors(plan: Plan, problem: PlacementProblem) -> Plan:
 
 
 def with_robustness(plan: Plan, robustness: Robustness) -> Plan:
-    """The plan with the outcome of a study."""
+    """Return the plan with the result of a study."""
     errors = {**plan.inputs.get(PROFILE_ERRORS, {}), "robustness": json_value(robustness)}
     return replace(plan, inputs={**plan.inputs, PROFILE_ERRORS: errors})
 
 
 def predicted_of(plan: Plan) -> Predicted | None:
-    """What `with_profile_errors` wrote; None where nothing, or nothing readable, was written."""
+    """Return what `with_profile_errors` wrote, or None if there is nothing readable."""
     found = _mapping(_mapping(plan.inputs.get(PROFILE_ERRORS)).get("predicted"))
     rate, ttft_s, tpot_s = (_range(found.get(name)) for name in ("rate", "ttft_s", "tpot_s"))
     if rate is None or ttft_s is None or tpot_s is None:
@@ -76,7 +76,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_modelled(profile: Profile) -> bool:
-    """Whether an operator that the plan's time goes to is."""
+    """Return whether a computing operator is modelled."""
     return any(fit.op in COMPUTE and _modelled(fit) for fit in profile.fits)
 
 

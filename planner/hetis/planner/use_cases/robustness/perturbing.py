@@ -1,4 +1,4 @@
-"""Profiles with other coefficients than they have."""
+"""Profiles with changed coefficients."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Piece, Profile
 
 Profiles = Mapping[str, Profile]
-Factor = Callable[[str, Fit], float]  # what times of a GPU type's fit are multiplied by
+Factor = Callable[[str, Fit], float]  # the multiplier of a fit's times on a GPU type
 
 COEFFICIENTS = ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corner:
-    """A corner case: everything of one kind off by the whole error, in one direction."""
+    """A corner case: everything of one kind is off by the whole error in one direction."""
 
     name: str
     profiles: Profiles
 
 
 def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
-    """Every TP size that a plan of the problem may price, attention workers (1) included."""
+    """Return every TP size that a plan of the problem may price, including 1 for attention workers."""
     return frozenset({1, *problem.family.tp_sizes, *(stage.tp for r in plan.replicas for stage in r.stages)})
 
 
 def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dict[str, Profile]:
-    """The profiles without the fits that other models and TP sizes have: nothing that ``model`` is priced by changes.
+    """Return the profiles without fits for other models and TP sizes; the pricing of ``model`` does not change.
 
-    A fitted profile holds dozens of them, and every sample would perturb and search them all.
+    A fitted profile holds dozens of these, and every sample would perturb and search them all.
     """
     sizes = tuple(sizes)
 
@@ -47,12 +47,12 @@ def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dic
 
 
 def scaled(profiles: Profiles, factor: float, *, only: Op | None = None) -> dict[str, Profile]:
-    """All times, or those of one operator, multiplied by ``factor``."""
+    """Multiply all times, or those of one operator, by ``factor``."""
     return scaled_by(profiles, lambda _gpu, fit: factor if only in (None, fit.op) else 1.0)
 
 
 def scaled_by(profiles: Profiles, factor: Factor) -> dict[str, Profile]:
-    """All times of every fit multiplied by its ``factor``."""
+    """Multiply all times of every fit by its ``factor``."""
     return {
         gpu: replace(profile, fits=tuple(_scaled(fit, factor(gpu, fit)) for fit in profile.fits))
         for gpu, profile in profiles.items()
@@ -60,10 +60,10 @@ def scaled_by(profiles: Profiles, factor: Factor) -> dict[str, Profile]:
 
 
 def perturbed(profiles: Profiles, error: float, rng: np.random.Generator) -> dict[str, Profile]:
-    """Every coefficient of every fit multiplied by a factor of its own, uniform within ``1 - error`` and ``1 + error``.
+    """Multiply every coefficient of every fit by its own factor, uniform between ``1 - error`` and ``1 + error``.
 
-    Numbers are drawn in the order of GPU names and fits, also for coefficients that are zero, so that the same seed
-    gives the same errors to the same GPU type.
+    Numbers are drawn in the order of GPU names and fits, even for coefficients that are zero, so that equal seeds give
+    equal errors to a GPU type.
     """
 
     def piece(old: Piece) -> Piece:
@@ -80,7 +80,7 @@ def perturbed(profiles: Profiles, error: float, rng: np.random.Generator) -> dic
 
 
 def corners(profiles: Profiles, error: float, *, gpus: Collection[str]) -> Iterator[Corner]:
-    """Everything, one operator, or one of ``gpus`` slower and faster by ``error``."""
+    """Yield cases in which everything, one operator, or one of ``gpus`` is slower or faster by ``error``."""
     ops = [op for op in Op if any(fit.op is op for profile in profiles.values() for fit in profile.fits)]
     for word, factor in (("slower", 1.0 + error), ("faster", 1.0 - error)):
         yield Corner(name=f"everything {word}", profiles=scaled(profiles, factor))

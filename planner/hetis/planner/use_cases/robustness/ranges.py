@@ -1,10 +1,10 @@
 """The range of a plan's rate and latencies that follows from the errors its profiles state.
 
 Times only grow with coefficients. So the plan is priced twice: with every fit too fast by its stated held-out error,
-and with every fit too slow. The error is that of predicted / measured, so that what is measured lies between
-``1 / (1 + e)`` and ``1 / (1 - e)`` times what the fit says. Between the two lies whatever the plan does as long as no
-fit is further off than that; errors of operators weigh by their share of the time, and never cancel. A held-out error
-is a mean: single points are further off, but a plan's times are sums over many of them.
+and with every fit too slow. The error is that of predicted / measured, so a measurement lies between ``1 / (1 + e)``
+and ``1 / (1 - e)`` times the fit's value. The plan's result lies between the two if no fit is off by more; errors of
+operators are weighted by their share of the time, and never cancel. A held-out error is a mean: single points are
+further off, but a plan's times are sums over many of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Fit, Op, Profile
 
-MOST_ERROR = 0.9  # beyond, "too fast by e" would have no end: ten times slower is said to be the worst
+MOST_ERROR = 0.9  # above it "too fast by e" would diverge: ten times slower is taken as the worst
 COMPUTE = (Op.DENSE, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """From the least to the most."""
+    """A range from the lowest to the highest value."""
 
     low: float
     high: float
@@ -33,12 +33,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """What a plan does if its profiles are off by what they say of themselves.
+    """The plan's result if its profiles are off by their stated errors.
 
     Attributes:
         rate: requests/s as the objective counts them; for cost and gpus the goodput.
         ttft_s, tpot_s: of the worst replica, micro-batches as planned.
-        errors: by GPU type and operator, what was assumed; 0.1 is 10%.
+        errors: the assumed errors by GPU type and operator; 0.1 is 10%.
         assumed: GPU types and operators (``L4 step``) that state no error and were given `UNKNOWN_ERROR`.
     """
 
@@ -50,7 +50,7 @@ class Predicted:
 
 
 def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
-    """None where a GPU type in use states no error of its dense layers or attention, as a measured one may."""
+    """Return the range, or None if a GPU type in use states no error of its dense layers and attention."""
     if not plan.replicas:
         return None
     fixed = FixedPlan(plan, problem)
@@ -65,7 +65,7 @@ def predicted(plan: Plan, problem: PlacementProblem) -> Predicted | None:
         )
 
     errors: dict[str, dict[str, float]] = {gpu: {} for gpu in profiles}
-    assumed = dict[str, None]()  # in order, each once
+    assumed = dict[str, None]()  # in order, without duplicates
     for gpu, profile in profiles.items():
         for fit in profile.fits:
             errors[gpu][fit.op.value] = max(errors[gpu].get(fit.op.value, 0.0), _error(fit))

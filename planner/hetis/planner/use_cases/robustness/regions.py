@@ -1,4 +1,4 @@
-"""Where a plan uses a fit outside the sizes that were measured."""
+"""Uses of a fit by a plan outside the measured sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNITS = {"kv_bytes": 1e6}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Use:
-    """A fit at the sizes that a plan calls it with."""
+    """A fit with the sizes at which a plan uses it."""
 
     gpu: str
     op: Op
@@ -33,7 +33,7 @@ class Use:
 
 
 def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
-    """One sentence per GPU type and operator, with the size in use and the range measured, the furthest use of each."""
+    """Return a sentence per GPU type and operator about its furthest use, with the size and the measured range."""
     furthest: dict[tuple[str, Op, str], tuple[float, str]] = {}
     workload = problem.workload.clipped_to(problem.model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
@@ -60,7 +60,7 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
     attended = model.attended_tokens(moments.resident_context)
     kvb = model.kv_bytes_per_token_group()
-    # The average chunk: as docs/cost-model.md, it attends to a tokens, to its own half on average.
+    # The average chunk: as in docs/cost-model.md, it attends to a tokens, to half of itself on average.
     a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
     past, context = max(0.0, a - C / 2), a + C / 2
 

@@ -1,4 +1,4 @@
-"""How much traffic fits between prefill and decode replicas of a fixed plan, when their rates are not as planned."""
+"""The traffic that fits between prefill and decode replicas of a fixed plan whose rates are not as planned."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ def most_routed(
     decode: Mapping[str, float],
     links: Mapping[tuple[str, str], float],
 ) -> float:
-    """Requests/s, at most: a maximum flow (Edmonds and Karp), for KV may take other routes than planned.
+    """Return the highest rate in requests/s, as a maximum flow (Edmonds and Karp).
+
+    KV may take other routes than planned.
 
     Args:
         prefill: rate of the prefill replicas by their zone and the zones they may send to.
         decode: rate of the decode replicas by their zone.
-        links: requests/s whose KV a link carries, by the zones it leads from and to; a zone's own is not looked up.
+        links: requests/s whose KV a link carries, by its zones from and to; links within a zone are not looked up.
     """
-    room: defaultdict[Node, dict[Node, float]] = defaultdict(dict)  # what an edge can still take, both ways
+    room: defaultdict[Node, dict[Node, float]] = defaultdict(dict)  # residual capacity of edges, in both directions
 
     def edge(start: Node, end: Node, rate: float) -> None:
         room[start][end] = room[start].get(end, 0.0) + rate
@@ -33,7 +35,7 @@ def most_routed(
         sender = ("prefill", zone, *allowed)
         edge(SOURCE, sender, rate)
         for there in allowed:
-            if there in decode:  # several kinds of senders of a zone share its link: a node for each pair of zones
+            if there in decode:  # senders of several kinds in a zone share its link, so each pair of zones has a node
                 link = ("link", zone, there)
                 edge(sender, link, math.inf)
                 room[link][("decode", there)] = math.inf if there == zone else links.get((zone, there), 0.0)
@@ -51,7 +53,7 @@ def most_routed(
 
 
 def _shortest(room: Mapping[Node, Mapping[Node, float]]) -> list[tuple[Node, Node]] | None:
-    """Edges of a shortest way with room from the source to the sink; None: there is none."""
+    """Return the edges of a shortest path with capacity from the source to the sink, or None."""
     came_from: dict[Node, Node] = {SOURCE: SOURCE}
     queue = deque([SOURCE])
     while queue:

@@ -1,7 +1,7 @@
-"""How a plan fares when every coefficient of its profiles is off: the spread, the runner-up, the regret.
+"""A plan's results when every coefficient of its profiles is off: the spread, the runner-up, the regret.
 
-All of it is priced by `FixedPlan`: GPUs, layers and head groups stay. *As planned* keeps micro-batches and chunks, so
-that limits may be missed; *within limits* sets the engine anew, which takes no new plan.
+All of it is priced by `FixedPlan`, with fixed GPUs, layers and head groups. *As planned* keeps micro-batches and
+chunks, so limits may be missed; *within limits* chooses engine settings again, which needs no new plan.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 
 SAMPLES = 200
-SMALL_FLEET = 64  # GPUs; up to here a search takes about a second
+SMALL_FLEET = 64  # GPUs; up to this size a search takes about a second
 SEARCHES, SEARCHES_OF_LARGE = 12, 4
 GAP, GAP_OF_LARGE = 0.001, 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A quantity over the samples; ``worst`` over the corner cases, too. Low rates are bad, and so is high latency."""
+    """A quantity over the samples; ``worst`` includes the corner cases. Low rates and high latencies are bad."""
 
     planned: float
     p5: float
@@ -53,7 +53,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CornerReach:
-    """What the plan as it is reaches in a corner case, and whether it misses a limit there."""
+    """The result of the unchanged plan in a corner case, and whether it misses a limit there."""
 
     name: str
     rate: float
@@ -64,18 +64,18 @@ class CornerReach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Robustness:
-    """The outcome of a study; rates in requests/s as the objective counts them, latencies in seconds.
+    """The result of a study; rates in requests/s as the objective counts them, latencies in seconds.
 
     Attributes:
         error: every coefficient was off by up to this share.
-        samples: random draws of ``seed``.
+        samples: number of random draws from ``seed``.
         rate, ttft_s, tpot_s: as planned.
         missed: share of the samples in which a latency limit is missed as planned.
-        rate_within: when engine settings are chosen anew so that limits hold; ``worst`` over the samples only.
+        rate_within: with engine settings chosen again so that limits hold; ``worst`` over the samples only.
         short: share of the samples in which the demanded rate is not reached within limits; None without a demand.
         corners: the corner cases, as planned.
-        runner_up, regret: None where no other plan was looked for (objectives cost and gpus) or found.
-        complete: False when the time was over before everything was done.
+        runner_up, regret: None if no other plan was searched for (objectives cost and gpus) or found.
+        complete: False if the time ended before everything was done.
     """
 
     error: float
@@ -106,16 +106,16 @@ def study(
     threads: int = 1,
     report: Report = silent,
 ) -> Robustness:
-    """Prices the plan under ``samples`` perturbed profiles, and searches again under a few of them.
+    """Price the plan under ``samples`` perturbed profiles, and repeat the search under a few of them.
 
     Args:
-        plan: a sound plan of ``problem`` with at least one replica.
+        plan: a valid plan of ``problem`` with at least one replica.
         error: 0.2 is 20%; below 1.
         seed: of the draws.
-        budget: its end or Ctrl-C ends the study early, with what there is.
-        search: how to search again; None: `default_search`.
+        budget: when it ends or is cancelled, the study returns what it has.
+        search: repeats the search; None: `default_search`.
         samples: at least 1.
-        searches: perturbed profiles to search again under; None: `SEARCHES`, or fewer for a large fleet.
+        searches: number of perturbed profiles to search under; None: `SEARCHES`, or fewer for a large fleet.
         threads: of a search.
     """
     budget = budget if budget is not None else Budget()
@@ -169,7 +169,7 @@ def study(
 
 
 def default_search(seed: int, *, threads: int = 1, gap_target: float = GAP) -> Search:
-    """`solve_placement`, with what is left of the budget for each search."""
+    """Return `solve_placement` as a search that gets the rest of the budget."""
     from hetis.solver.planning import solve_placement
 
     def search(problem: PlacementProblem, strategy: str, budget: Budget) -> Plan:
@@ -186,7 +186,7 @@ def _is_small(problem: PlacementProblem) -> bool:
 
 
 def _alternating(drawn: Sequence[Profiles], edges: Sequence[Corner], count: int) -> list[Profiles]:
-    """Random draws and corner cases in turn: a search that is cut short has seen both."""
+    """Return random draws and corner cases in alternation, so that a truncated search has seen both."""
     pairs = zip_longest(drawn, (corner.profiles for corner in edges))
     return list(islice((one for one in chain.from_iterable(pairs) if one is not None), count))
 

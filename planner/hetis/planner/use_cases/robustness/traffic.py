@@ -1,4 +1,4 @@
-"""What a plan serves at given rates of its replicas: the unified ones by themselves, the others through each other."""
+"""The traffic of a plan at given rates of its replicas: unified ones, and prefill with decode ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hetis.solver.workload import WorkloadMoments
 
 
 class Traffic:
-    """The traffic of one problem, profiles left out."""
+    """The traffic of one problem, without its profiles."""
 
     def __init__(self, problem: PlacementProblem, moments: WorkloadMoments) -> None:
         self._problem, self._moments = problem, moments
 
     def served(self, rates: Sequence[tuple[Group, float]]) -> tuple[float, float]:
-        """Saturated requests/s of the unified replicas, and between the others, by the rate of one of each group."""
+        """Return the saturated requests/s of the unified replicas, and of the others together, by groups' rates."""
         unified, hops = 0.0, defaultdict[tuple[str, str], float](float)
         prefill = defaultdict[tuple[str, tuple[str, ...]], float](float)
         decode = defaultdict[str, float](float)
@@ -41,7 +41,7 @@ class Traffic:
     def _links(
         self, senders: Iterable[str], receivers: Iterable[str], hops: Mapping[tuple[str, str], float]
     ) -> dict[tuple[str, str], float]:
-        """Requests/s whose KV the links between zones carry beside the hops of unified replicas."""
+        """Return the requests/s whose KV the links between zones carry besides the hops of unified replicas."""
         model, moments, network = self._problem.model, self._moments, self._problem.cluster.network
         hop_bytes = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
         kv_bytes = moments.mean_prompt * model.kv_bytes_per_token()

@@ -1,1 +1,1 @@
-"""One module per step, in order."""
+"""One module per migration, in order."""

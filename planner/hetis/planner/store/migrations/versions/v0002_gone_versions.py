@@ -1,4 +1,4 @@
-"""Versions of records that are gone, so that etags never come twice."""
+"""Versions of deleted records, so that no etag is used twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit log. Going back below it loses what is in it."""
+"""The audit log. A downgrade below this version deletes it."""
 
 from __future__ import annotations
 
