@@ -15,8 +15,7 @@ from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
 Authority = replica_pb2.HeadMapAuthority
 
 # The goal of the last assignment, if an earlier planner made it. A repeated LOAD does no harm to a node that was told
-# to
-# serve: all nodes are told again once all have loaded.
+# to serve: all nodes are told again once all have loaded.
 _GOAL_OF = {
     State.REPLICA_STATE_STARTING: Goal.ASSIGNMENT_GOAL_LOAD,
     State.REPLICA_STATE_SERVING: Goal.ASSIGNMENT_GOAL_SERVE,

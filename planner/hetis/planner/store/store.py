@@ -320,8 +320,7 @@ class Store:
         asked_s = self._machine_s()
         while self._epoch == epoch and self.lease.is_held:
             # Counted from request to request: the time an answer took is not waited again. Never past the end of the
-            # lease:
-            # pending writes must hear of it.
+            # lease: pending writes must hear of it.
             rest_s = asked_s + self._lease_s / _RENEWALS - self._machine_s()
             await asyncio.sleep(max(min(rest_s, self.lease.left_s), 0.0))
             if not self.lease.is_held:
