@@ -52,6 +52,16 @@ def ratios(prefix: str, column: str, *, contains: str = "") -> Callable[[Rows], 
     return value
 
 
+def gains(cards: str, lengths: str) -> Callable[[Rows], Sequence[float]]:
+    """The least and the greatest gain of attention workers on such cards, for such requests."""
+
+    def value(rows: Rows) -> Sequence[float]:
+        found = [number(r["ratio"]) for r in rows if r["name"].startswith(f"h100-{cards}, {lengths}")]
+        return [min(found), max(found)]
+
+    return value
+
+
 def all_dense(column: str) -> Callable[[Rows], Sequence[float]]:
     return cell("all", column, engine="all", kind="dense")
 
@@ -98,6 +108,17 @@ FIGURES = [
     Figure(BENCHMARKS, r"connected agent takes (\d+) kB", "service", cell("heartbeats, no", "kb per agent")),
     Figure(BENCHMARKS, r"with a replica (\d+) kB", "service", cell("heartbeats, serving", "kb per agent")),
     Figure(BENCHMARKS, r"is DONE after\s+(\d+) ms", "service", cell("change: DONE", "p50 ms")),
+    *(
+        Figure("when-attention-workers-help.md", said, "attention_workers", gains(cards, lengths))
+        for said, cards, lengths in (
+            (r"([\d.]+)x to ([\d.]+)x in all 16 rows", "p100", ""),
+            (r"prompts of 8,000 tokens \(([\d.]+)x to ([\d.]+)x\)", "l4", "8000/300"),
+            (r"of 16,000 \(([\d.]+)x to ([\d.]+)x\)", "l4", "16000/1000"),
+            (r"([\d.]+)x to ([\d.]+)x at 1024/256", "p100", "1024/256"),
+            (r"([\d.]+)x to ([\d.]+)x at 8000/300", "p100", "8000/300"),
+            (r"([\d.]+)x\s+to ([\d.]+)x at 16000/1000", "p100", "16000/1000"),
+        )
+    ),
     Figure("comparison.md", r"reaches (\d+)% to (\d+)% of the proven", "published",
            lambda rows: [100 * one for one in ratios(": hexgen2-paper", "ratio")(rows)]),
     Figure("faq.md", r"models is off by ([\d.]+)% on average", "silicon", all_dense("tpot mape")),
