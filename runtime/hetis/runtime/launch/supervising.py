@@ -55,8 +55,14 @@ class Supervision:
         outcome: the exit code, once all is over.
     """
 
-    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float) -> None:
-        """``kinds``: of every process by its name. All are to start now."""
+    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
+        """All processes are to start now.
+
+        Args:
+            kinds: of every process by its name.
+            until_told: vLLM may not end by itself: it is started again, also where it ends with 0.
+        """
+        self._final = (INVALID,) if until_told else _FINAL
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
         self.outcome: int | None = None
 
@@ -79,7 +85,7 @@ class Supervision:
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
         # A further process of vLLM also ends with 0 when the one with the front is gone.
-        is_final = code in _FINAL if one.kind is ProcessKind.SERVER else code == INVALID
+        is_final = code in self._final if one.kind is ProcessKind.SERVER else code == INVALID
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
             return None
@@ -96,6 +102,7 @@ def supervise(
     told: Callable[[], int],
     clock: Callable[[], float],
     wait: Callable[[], None],
+    until_told: bool = False,
 ) -> int:
     """Runs the processes until vLLM has ended, or until told; returns the exit code.
 
@@ -104,9 +111,11 @@ def supervise(
         start: starts one. An OSError counts as a process that failed at once.
         told: how often we were told to end. Once: vLLM ends first, then the workers go. Twice: nothing is waited for.
         wait: a moment between two looks.
+        until_told: as `Supervision` takes it.
     """
     by_name = {command.process.name: command for command in commands}
-    supervision = Supervision({name: command.process.kind for name, command in by_name.items()}, now_s=clock())
+    kinds = {name: command.process.kind for name, command in by_name.items()}
+    supervision = Supervision(kinds, now_s=clock(), until_told=until_told)
     running: dict[str, Running] = {}
 
     def gone(name: str, how: str, code: int) -> None:
