@@ -22,7 +22,7 @@ CONTROL = os.environ.get("FAKE_VLLM", "")
 
 
 class Front(BaseHTTPRequestHandler):
-    """Every path is well, unless the control file says something else."""
+    """Every path is well, unless the control file says something else; every chat has the same answer."""
 
     def do_GET(self) -> None:
         control = _control()
@@ -39,6 +39,16 @@ class Front(BaseHTTPRequestHandler):
             lines = [f'vllm:{name}{{model_name="fake",engine="0"}} {count}\n' for name, count in counts.items()]
             info = 'vllm:cache_config_info{num_gpu_blocks="400",model_name="fake",engine="0"} 1.0\n'
             self.wfile.write("".join([*lines, info]).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        message = {"role": "assistant", "content": "Well."}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake", "choices": [choice]}
+        self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""

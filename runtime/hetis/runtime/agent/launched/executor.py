@@ -80,7 +80,7 @@ class LaunchExecutor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._cleared = asyncio.ensure_future(asyncio.to_thread(self._end_leftovers))
-        self._cleared.add_done_callback(lambda _: self._start_waiting())
+        self._cleared.add_done_callback(self._begin)
         self._is_closing = False
 
     # --- what the agent asks
@@ -168,6 +168,11 @@ class LaunchExecutor:
 
     def _end_leftovers(self) -> None:
         end_leftovers(self._folder / "sessions", patience_s=SERVER_STOPS_S + self._settings.drain_timeout)
+
+    def _begin(self, cleared: asyncio.Future[None]) -> None:
+        if not cleared.cancelled() and (error := cleared.exception()) is not None:
+            _log.error("what an agent before has left could not be ended", exc_info=error)
+        self._start_waiting()
 
     def _withdraw(self, name: str) -> None:
         """Stop a replica once its requests have ended; its GPUs are free after that."""

@@ -129,10 +129,6 @@ class NodeProcesses:
             self._part.folder.mkdir(parents=True, exist_ok=True)
             self._sessions.mkdir(parents=True, exist_ok=True)
             prepare(self._part.commands, may_draw_key=self._part.is_whole)
-        except (OptionError, OSError) as error:
-            self._note_failure(str(error))
-            self._outcome = FAILED
-        else:
             self._outcome = supervise(
                 self._part.commands,
                 self._start,
@@ -141,6 +137,13 @@ class NodeProcesses:
                 wait=self._stop.wait,
                 until_told=True,
             )
+        except (OptionError, OSError) as error:
+            self._note_failure(str(error))
+            self._outcome = FAILED
+        except Exception as error:
+            _log.exception("%s: the thread that runs it broke", self.name)
+            self._note_failure(f"{type(error).__name__}: {error}")
+            self._outcome = FAILED
         if self.has_failed:
             _log.error("%s is given up", self.name)
         self._tell()
