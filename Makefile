@@ -21,12 +21,13 @@ export PYTHONDONTWRITEBYTECODE :=
 
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: help demo demo-cluster demo-serve test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
 	@echo "make demo-cluster  a planner and twelve agents on this machine: load, a slow card, a dead node"
 	@echo "make demo-serve    planner, agent, vLLM, two workers: heads of a chat move, a worker dies, the answer is exact"
+	@echo "make demo-vllm     a plan in force: agents start vLLM, nginx in front, one is killed, another plan; no request fails"
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
@@ -48,6 +49,10 @@ demo-cluster: $(VENV)/.cluster
 
 demo-serve: $(VENV)/.serve vllm
 	$(BIN)/python -m examples.demo_serve
+
+# nginx is the machine's (apt install nginx), or HETIS_NGINX names it.
+demo-vllm: $(VENV)/.dev vllm
+	$(BIN)/python -m examples.demo_vllm
 
 test: $(VENV)/.dev vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hetis.engines.errors import LayoutError
 from hetis.engines.versions import Engine
@@ -178,11 +178,39 @@ def layout_of(
     """
     if not 0 <= number < len(plan.replicas):
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
-    replica = plan.replicas[number]
+    documents = plan.inputs.get("documents")
+    planned = documents.get("model") if isinstance(documents, Mapping) else None
+    return layout_of_replica(
+        plan.replicas[number],
+        model,
+        planned=planned if isinstance(planned, Mapping) else None,
+        engine=engine,
+        dtype=dtype,
+        kv_tokens=kv_tokens,
+    )
+
+
+def layout_of_replica(
+    replica: ReplicaPlan,
+    model: ModelSpec,
+    *,
+    planned: Mapping[str, Any] | None,
+    engine: Engine = Engine.VLLM_HETIS,
+    dtype: str = "auto",
+    kv_tokens: int | None = None,
+) -> Layout:
+    """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
+
+    Args:
+        planned: document of the model that the replica was planned for. None: not known.
+
+    Raises:
+        LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
+    """
     kv_tokens = kv_tokens or replica.kv_tokens
     room = _Room.of(kv_tokens, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
-    wrong = [*_other_model(plan, replica, model), *_impossible(replica, model, engine, dtype), *_uneven(cards)]
+    wrong = [*_other_model(planned, replica, model), *_impossible(replica, model, engine, dtype), *_uneven(cards)]
     if wrong:
         raise LayoutError(*wrong)
     tp = replica.stages[0].tp
@@ -272,11 +300,9 @@ def _index(device: str) -> int:
 # --- what is refused
 
 
-def _other_model(plan: Plan, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
+def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
     """Yield differences between the planned model and the model to serve."""
-    documents = plan.inputs.get("documents")
-    planned = documents.get("model") if isinstance(documents, Mapping) else None
-    if isinstance(planned, Mapping):
+    if planned is not None:
         fields = ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "vocab")
         other = [
             f"{n} {planned.get(n)}, not {getattr(model, n)}" for n in fields if planned.get(n) != getattr(model, n)

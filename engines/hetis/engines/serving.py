@@ -8,6 +8,17 @@ from dataclasses import dataclass
 
 SERVE = ("vllm", "serve")
 MASTER_PORT, KV_PORT = 29501, 5600
+DECIDED = frozenset(
+    (
+        *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
+        *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
+        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
+        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
+        *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
+        *("--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-total-tokens"),
+    )
+)
+"""Options of engines that follow from the plan, or from settings of ours; users may give all others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

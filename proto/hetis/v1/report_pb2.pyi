@@ -223,6 +223,7 @@ class ReplicaReport(_message.Message):
     TPOT_S_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """`clusters/{cluster}/replicas/{replica}`. Required."""
     assignment_state: Global___AssignmentState.ValueType
@@ -253,6 +254,10 @@ class ReplicaReport(_message.Message):
     """Identity of the run of the engine that the numbers are of: another one than before says that it restarted, and that
     all KV is gone. At most 64 characters. Empty: not known.
     """
+    endpoint: _builtins.str
+    """`host:port` where clients reach the replica, over HTTP; of the primary's node, where its agent has started the
+    engine. At most 255 characters. Empty: not known.
+    """
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageLoad]:
         """Loads by stage, copy and device. Empty: nothing runs, or the engine does not say."""
@@ -279,10 +284,11 @@ class ReplicaReport(_message.Message):
         tpot_s: _builtins.float = ...,
         failure: _failure_pb2.Failure | None = ...,
         engine_id: _builtins.str = ...,
+        endpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_state", b"assignment_state", "engine_id", b"engine_id", "failure", b"failure", "generation", b"generation", "is_primary", b"is_primary", "num_finished", b"num_finished", "num_preempted", b"num_preempted", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_for_kv", b"num_waiting_for_kv", "replica", b"replica", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_state", b"assignment_state", "endpoint", b"endpoint", "engine_id", b"engine_id", "failure", b"failure", "generation", b"generation", "is_primary", b"is_primary", "num_finished", b"num_finished", "num_preempted", b"num_preempted", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "num_waiting_for_kv", b"num_waiting_for_kv", "replica", b"replica", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

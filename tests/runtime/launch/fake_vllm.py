@@ -1,22 +1,54 @@
 """Stands for vLLM where only its life is of interest: ``python fake_vllm.py serve MODEL --port N`` says it is well.
 
 Nothing but the standard library is imported. With ``--headless`` it waits, with a child of its own as vLLM's ranks are.
+A JSON file that ``FAKE_VLLM`` names says how it is, and is read at every question: with ``{"fails": TEXT}`` it ends
+with 1 at its start, with ``{"loading": true}`` it is not well yet, with ``{"silent": true}`` it answers nothing, and
+``{"running": N}`` requests run. Beside the file it keeps two lists. ``.log`` has its lives: ``started``, and ``told``,
+with how many requests ran then. ``.asked`` has what its metrics said each time.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+CONTROL = os.environ.get("FAKE_VLLM", "")
 
 
 class Front(BaseHTTPRequestHandler):
-    """Every path is well."""
+    """Every path is well, unless the control file says something else; every chat has the same answer."""
 
     def do_GET(self) -> None:
-        self.send_response(200)
+        control = _control()
+        if control.get("silent"):
+            return
+        self.send_response(503 if control.get("loading") else 200)
         self.end_headers()
+        if self.path == "/v1/models":
+            self.wfile.write(b'{"data": [{"id": "fake"}]}')
+        elif self.path == "/metrics":
+            counts = {"num_requests_running": control.get("running", 0), "num_requests_waiting": 0}
+            _note(str(counts["num_requests_running"]), ".asked")
+            counts["kv_cache_usage_perc"] = 0.25
+            lines = [f'vllm:{name}{{model_name="fake",engine="0"}} {count}\n' for name, count in counts.items()]
+            info = 'vllm:cache_config_info{num_gpu_blocks="400",model_name="fake",engine="0"} 1.0\n'
+            self.wfile.write("".join([*lines, info]).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        message = {"role": "assistant", "content": "Well."}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "fake", "choices": [choice]}
+        self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
@@ -24,12 +56,26 @@ class Front(BaseHTTPRequestHandler):
 
 def main() -> None:
     words = sys.argv[1:]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_note(f"told {_control().get('running', 0)}")))
+    if fails := _control().get("fails"):
+        sys.exit(str(fails))
     child = subprocess.Popen(["sleep", "600"])
     print(f"fake: has child {child.pid}", file=sys.stderr, flush=True)
+    _note("started")
     if "--headless" in words:
         signal.pause()
     HTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Front).serve_forever()
+
+
+def _control() -> dict[str, Any]:
+    return dict(json.loads(Path(CONTROL).read_text(encoding="utf-8"))) if CONTROL else {}
+
+
+def _note(what: str, where: str = ".log") -> int:
+    if CONTROL:
+        with Path(CONTROL).with_suffix(where).open("a", encoding="utf-8") as log:
+            log.write(f"{what}\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,6 +64,16 @@ def test_a_vllm_that_ended_as_told_or_would_end_so_again_ends_all(code: int) -> 
     assert made.outcome == code
 
 
+def test_a_vllm_that_is_to_run_until_told_is_started_again_whatever_it_says() -> None:
+    made = Supervision(KINDS, now_s=0.0, until_told=True)
+    for name in KINDS:
+        made.started(name, 0.0)
+    assert made.ended("vllm", 0, 1.0) == FIRST_WAIT_S
+    assert made.outcome is None
+    assert made.ended("vllm", 2, 2.0) is None, "its options would be wrong again"
+    assert made.outcome == 2
+
+
 def test_a_worker_with_invalid_options_ends_all() -> None:
     made = supervision()
     made.ended("w", 2, 1.0)

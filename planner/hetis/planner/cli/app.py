@@ -44,6 +44,7 @@ from hetis.planner.cli.simulate import simulate
 from hetis.planner.cli.simulation_options import SIMULATE_EXAMPLES
 from hetis.planner.cli.stage_options import DISPATCH_EXAMPLES, REDISPATCH_EXAMPLES
 from hetis.planner.cli.status import status
+from hetis.planner.cli.upstreams import UPSTREAMS_EXAMPLES, upstreams
 from hetis.planner.cli.validate import validate
 from hetis.planner.cli.version import version
 from hetis.planner.cli.watch import watch
@@ -80,6 +81,7 @@ app.command(rich_help_panel="With a planner")(get)
 app.command(rich_help_panel="With a planner")(watch)
 app.command(rich_help_panel="With a planner")(agents)
 app.command(rich_help_panel="With a planner")(status)
+app.command(rich_help_panel="With a planner", epilog=UPSTREAMS_EXAMPLES)(upstreams)
 app.command(rich_help_panel="With a planner")(rollback)
 app.command(rich_help_panel="With a planner")(cancel)
 app.command(rich_help_panel="With a planner")(disconnect)

@@ -7,7 +7,7 @@ and the shares are those of the plan's routes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hetis.planner.export.replicas import Launchable
@@ -15,6 +15,7 @@ from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.plan import Role
 
 _WHOLE = 1000  # weights are integers with this sum
+_NO_SERVER = "    server 127.0.0.1:9 down;  # nothing serves\n"
 
 
 def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[str, str]:
@@ -24,10 +25,10 @@ def routing_files(launchable: Launchable, endpoints: Mapping[int, str]) -> dict[
     if not unified:
         return files
     served = launchable.settings.served_name or launchable.settings.model
-    files["router/litellm.yaml"] = yaml_text(_litellm(unified, served))
+    files["router/litellm.yaml"] = litellm_list(unified, served)
     if not any("/" in endpoint for endpoint, _ in unified):  # these routers know hosts and ports, but no paths
         files["router/nginx.conf"] = _nginx(unified)
-        files["router/envoy.yaml"] = yaml_text(_envoy(unified))
+        files["router/envoy.yaml"] = envoy_list(unified)
     return files
 
 
@@ -87,22 +88,44 @@ def _unified(launchable: Launchable, endpoints: Mapping[int, str]) -> list[tuple
     for number, one in launchable.replicas.items():
         if one.plan.role is Role.UNIFIED and one.plan.rate > 0:
             rates[endpoints[number]] = rates.get(endpoints[number], 0.0) + one.plan.rate
+    return weighted(rates)
+
+
+def weighted(rates: Mapping[str, float]) -> list[tuple[str, int]]:
+    """Endpoints with whole-number weights, by the requests/s of each."""
     whole = sum(rates.values())
     return [(endpoint, weight(rate / whole)) for endpoint, rate in rates.items()]
 
 
-def _nginx(unified: list[tuple[str, int]]) -> str:
-    servers = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in unified)
+def nginx_list(servers: Sequence[tuple[str, int]], name: str = "hetis") -> str:
+    """The block `upstream` of nginx. It needs a server in it: where there is none, one that is down."""
+    lines = "".join(f"    server {endpoint} weight={share};\n" for endpoint, share in servers)
+    return f"upstream {name} {{\n{lines or _NO_SERVER}}}\n"
+
+
+def _nginx(unified: Sequence[tuple[str, int]]) -> str:
     return (
-        "# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer.\n"
-        f"upstream hetis {{\n{servers}}}\n"
+        "# Inside http {}. nginx picks by weight; streams of tokens must not wait for a buffer. A request without an\n"
+        "# answer goes to another replica when its own fails; where none may be computed twice, leave that out.\n"
+        f"{nginx_list(unified)}"
         "server {\n    listen 8080;\n    location / {\n        proxy_pass http://hetis;\n"
-        "        proxy_http_version 1.1;\n        proxy_buffering off;\n        proxy_read_timeout 600s;\n    }\n}\n"
+        "        proxy_http_version 1.1;\n        proxy_buffering off;\n        proxy_read_timeout 600s;\n"
+        "        proxy_next_upstream error timeout http_502 http_503 non_idempotent;\n"
+        "        proxy_next_upstream_tries 3;\n    }\n}\n"
     )
 
 
-def _envoy(unified: list[tuple[str, int]]) -> dict[str, Any]:
-    """Return a cluster of Envoy, weighted by endpoint."""
+def envoy_list(servers: Sequence[tuple[str, int]]) -> str:
+    """Return a cluster of Envoy, weighted by endpoint, as YAML."""
+    return yaml_text(_envoy(servers))
+
+
+def litellm_list(servers: Sequence[tuple[str, int]], served: str) -> str:
+    """Return the settings of LiteLLM's proxy as YAML; ``served`` is the name that clients use for the model."""
+    return yaml_text(_litellm(servers, served))
+
+
+def _envoy(unified: Sequence[tuple[str, int]]) -> dict[str, Any]:
 
     def address(endpoint: str) -> dict[str, Any]:
         host, _, port = endpoint.rpartition(":")
@@ -126,8 +149,7 @@ def _envoy(unified: list[tuple[str, int]]) -> dict[str, Any]:
     }
 
 
-def _litellm(unified: list[tuple[str, int]], served: str) -> dict[str, Any]:
-    """Return the settings of LiteLLM's proxy."""
+def _litellm(unified: Sequence[tuple[str, int]], served: str) -> dict[str, Any]:
     return {
         "model_list": [
             {

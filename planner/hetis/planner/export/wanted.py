@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hetis.engines.kubernetes import NAMESPACE
 from hetis.engines.layout import DTYPE_BYTES
 from hetis.engines.planned import planned_model
-from hetis.engines.serving import names_of
+from hetis.engines.serving import DECIDED, names_of
 from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.export.names import Device, Target
@@ -19,17 +19,6 @@ from hetis.solver.plan import Plan
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
-# The options that the plan decides; an engine's other options may be given.
-_DECIDED = frozenset(
-    (
-        *("--model", "--model-path", "--served-model-name", "--host", "--port", "--dtype"),
-        *("--tensor-parallel-size", "-tp", "--tp-size", "--pipeline-parallel-size", "-pp", "--pp-size"),
-        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--dist-init-addr", "--headless"),
-        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
-        *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *("--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-total-tokens"),
-    )
-)
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
 
@@ -124,7 +113,7 @@ def _wrong_hosts(hosts: Mapping[str, str], spelled: Callable[[str], str]) -> lis
 
 
 def _wrong_options(options: Sequence[str]) -> list[str]:
-    decided = sorted(names_of(options) & _DECIDED)
+    decided = sorted(names_of(options) & DECIDED)
     wrong = [f"{option} is no option to give the engine: the plan decides it" for option in decided]
     if options and not options[0].startswith("-"):
         wrong.append(f"{options[0]!r} is no option of the engine, which begin with -")

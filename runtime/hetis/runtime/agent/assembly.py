@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetis.engines.serving import joined
 from hetis.runtime.agent.connecting import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
 from hetis.runtime.agent.daemon import AgentDaemon
@@ -76,7 +77,7 @@ async def run_agent(parts: Parts, waiting: ReconnectBackoff) -> None:
                 node=parts.node,
                 agent_version=parts.agent_version,
                 boot_id=new_boot_id(),
-                capabilities=_STEERED if executor is not None else frozenset(),
+                capabilities=_capabilities(parts.choice, executor),
                 engine_address=engine_address,
                 clock=_clock_name(),
             ),
@@ -138,7 +139,23 @@ async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitSta
             executor = SocketExecutor(socket)
             stack.push_async_callback(executor.close)
             return executor, parts.engine_address or server.address
+        case EngineKind.LAUNCH:
+            from hetis.runtime.agent.launched.executor import LaunchExecutor
+
+            settings, node = parts.choice.settings, parts.node.rpartition("/")[2]
+            assert settings is not None
+            folder = Path(settings.folder) if settings.folder else parts.state_dir / "engines"
+            launched = LaunchExecutor(settings, node=node, folder=folder.resolve())
+            stack.push_async_callback(launched.close)
+            own = settings.addresses.get(node, "")
+            return launched, parts.engine_address or (joined(own, settings.port) if own else "")
     return None, parts.engine_address
+
+
+def _capabilities(choice: EngineChoice, executor: Executor | None) -> frozenset[AgentCapability.ValueType]:
+    if choice.kind is EngineKind.LAUNCH:
+        return frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
+    return _STEERED if executor is not None else frozenset()
 
 
 def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: AgentMetrics) -> Reports:

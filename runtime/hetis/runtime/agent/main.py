@@ -37,6 +37,9 @@ hetis-agent --server planner.example:8470 --node clusters/paper/nodes/a100-0 --e
 HETIS_AGENT_TOKEN=... hetis-agent --server planner.example:8470 --tls-ca ca.pem --node clusters/paper/nodes/l4-3
 --engine vllm:http://127.0.0.1:8000
 
+hetis-agent --server planner.example:8470 --tls-ca ca.pem --token-file token --node clusters/paper/nodes/l4-3
+--engine launch:/etc/hetis/engine.yaml
+
 hetis-agent --server 127.0.0.1:8470 --node clusters/demo/nodes/a100-0 --engine simulated --simulated-devices
 A100-SXM-80GB:4
 
@@ -100,7 +103,7 @@ def run(
         str,
         typer.Option(
             envvar="HETIS_AGENT_ENGINE",
-            help="unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, simulated or none.",
+            help="unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none.",
         ),
     ] = "none",
     engine_address: Annotated[

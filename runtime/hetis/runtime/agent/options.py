@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
 from hetis.formats.endpoints import is_loopback, split_address, split_endpoints
 from hetis.runtime.agent.connecting import AgentOptionError
+
+if TYPE_CHECKING:
+    from hetis.runtime.agent.launched.settings import EngineSettings
 
 _NODE = re.compile(r"clusters/[a-z0-9][a-z0-9-]{0,62}/nodes/[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -47,36 +50,57 @@ class EngineKind(StrEnum):
     SOCKET = "unix"
     VLLM = "vllm"
     SGLANG = "sglang"
+    LAUNCH = "launch"
     SIMULATED = "simulated"
     NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine next to the agent. ``where`` is the path of a socket or the address of its metrics."""
+    """The engine next to the agent.
+
+    Attributes:
+        where: the path of a socket, the address of its metrics, or the file of its settings.
+        settings: of engines that the agent starts itself.
+    """
 
     kind: EngineKind
     where: str = ""
+    settings: EngineSettings | None = None
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
-        """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``simulated`` or ``none``.
+        """Parse ``unix:///path``, ``vllm:http://host:port``, ``sglang:http://host:port``, ``launch:/path``,
+        ``simulated`` or ``none``.
 
         Raises:
-            AgentOptionError: the text is none of these.
+            AgentOptionError: the text is none of these, or the file of the settings has problems; all of them.
         """
         head, _, rest = re.sub(r"^(vllm|sglang)\s+", r"\1:", text.strip()).partition(":")
         expected = (
-            "unix:///path/engine.sock, vllm:http://127.0.0.1:8000, sglang:http://127.0.0.1:30000, simulated or none"
+            "unix:///path/engine.sock, vllm:http://127.0.0.1:8000, sglang:http://127.0.0.1:30000, "
+            "launch:/path/engine.yaml, simulated or none"
         )
         match head:
             case "unix" if rest.startswith("/") and rest.strip("/"):
                 return cls(EngineKind.SOCKET, "/" + rest.lstrip("/"))
             case "vllm" | "sglang" if rest:
                 return cls(EngineKind(head), _metrics_url(rest))
+            case "launch" if rest:
+                return cls(EngineKind.LAUNCH, rest, _engine_settings(rest))
             case "simulated" | "none" if not rest:
                 return cls(EngineKind(head))
         raise AgentOptionError(f"--engine is {text!r}, must be {expected}")
+
+
+def _engine_settings(path: str) -> EngineSettings:
+    from hetis.formats.errors import DocumentError
+    from hetis.runtime.agent.launched.settings import load_settings
+
+    try:
+        return load_settings(Path(path))
+    except DocumentError as error:
+        raise AgentOptionError(*(f"--engine: {problem}" for problem in error.problems)) from None
 
 
 def _metrics_url(text: str) -> str:

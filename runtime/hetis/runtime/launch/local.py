@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -72,15 +73,24 @@ def run_here(commands: Sequence[Command]) -> int:
         return supervise(commands, start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
 
 
-def start(command: Command) -> Started:
-    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it. Raises OSError."""
-    process = subprocess.Popen(
-        words_of(command),
-        env=os.environ | dict(command.environment),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        preexec_fn=_ending_with_parent(),
-    )
+def start(command: Command, log: Path | None = None) -> Started:
+    """Start a process in its own group, so that Ctrl-C reaches only this one, which forwards it.
+
+    Args:
+        log: the file that its output is appended to; None for our own output.
+
+    Raises:
+        OSError: there is no such program, or the file cannot be written.
+    """
+    environment = os.environ | dict(command.environment)
+    words = words_of(command)
+    if sys.platform == "linux":
+        words = _ending_with_parent(words, environment)
+    with ExitStack() as stack:
+        output = None if log is None else stack.enter_context(log.open("ab"))
+        process = subprocess.Popen(
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
     _log.info("%s: process %d", command.process.name, process.pid)
     return Started(process)
 
@@ -122,7 +132,7 @@ def names_of_this_machine() -> tuple[str, ...]:
 
 
 class Told:
-    """Counts signals, and provides a wait that a signal cuts short."""
+    """Counts requests to end, by a signal or `tell`, and provides a wait that they cut short."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -139,22 +149,34 @@ class Told:
                 signal.signal(number, handler)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
+        self.tell()
+
+    def tell(self) -> None:
+        """Count one more request; safe from any thread."""
         self.times += 1
         self._came.set()
 
     def wait(self) -> None:
-        """Wait a moment, or until a signal arrives."""
+        """Wait a moment, or until a request arrives."""
         if self._came.wait(_LOOK_S):
             self._came.clear()
 
 
-def _ending_with_parent() -> Callable[[], None] | None:
-    """Return what the new process calls before its program: the kernel then sends it SIGTERM if its parent dies."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork, after which little is permitted
+def _ending_with_parent(words: Sequence[str], environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Return words that run the program such that the kernel sends it SIGTERM if we are killed.
 
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    The program asks for that itself, by way of a few lines of Python that become it: nothing can be done safely between
+    fork and exec of a process with threads, such as an agent's.
+    """
+    program = shutil.which(words[0], path=environment.get("PATH"))
+    if program is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), words[0])
+    return (sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), *words)
 
-    return ask
+
+_BECOME = f"""
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):  # else it was killed before we could ask
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Plan
 
 EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
-# Options of vLLM and SGLang that follow from the plan, or that determine the memory of workers.
-_OURS = frozenset(
-    (
-        *("--model", "--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
-        *("--nnodes", "-n", "--node-rank", "-r", "--master-addr", "--master-port", "--headless"),
-        *("--distributed-executor-backend", "--kv-transfer-config", "--attention-backend"),
-        *("--model-path", "--tp-size", "--pp-size", "--dist-init-addr", "--max-total-tokens"),
-        *("--disaggregation-mode", "--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"),
-        *("--dtype", "--kv-cache-dtype", "--kv-cache-memory-bytes"),
-    )
-)
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _EXAMPLES = """Examples:
 
@@ -343,12 +332,13 @@ def _read(
         LayoutError: vLLM cannot run the replica like this. It holds all reasons.
     """
     from hetis.engines.layout import layout_of
-    from hetis.engines.serving import Serving
+    from hetis.engines.serving import DECIDED, Serving
     from hetis.engines.starting import program_of
     from hetis.formats.documents import load_plan
 
+    ours = DECIDED - {"--served-model-name", "--host", "--port"}  # the user's, unlike in an export
     options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm) or program_of(engine))
-    found = [*wrong, *_wrong_options(options, _OURS | set(set_here))]
+    found = [*wrong, *_wrong_options(options, ours | set(set_here))]
     found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not model else []
     found += ["--plan is missing: a plan of hetis-plan place"] if plan is None else []
     if found:

@@ -55,8 +55,14 @@ class Supervision:
         outcome: the exit code, once everything has ended.
     """
 
-    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float) -> None:
-        """Initialise with the kind of every process by its name. All are due now."""
+    def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
+        """Initialise with all processes due now.
+
+        Args:
+            kinds: the kind of every process by its name.
+            until_told: vLLM must not end by itself: it is restarted even if it ends with 0.
+        """
+        self._final = (INVALID,) if until_told else _FINAL
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
         self.outcome: int | None = None
 
@@ -80,8 +86,8 @@ class Supervision:
         one = self._watched[name]
         group = [self._watched[other] for other in self.together(name)]
         failures = 1 if now_s - one.started_s >= SETTLED_S else max(other.failures for other in group) + 1
-        # Another process of vLLM also ends with 0 when the one with the front end is gone.
-        is_final = code in _FINAL if one.kind is ProcessKind.SERVER else code == INVALID
+        # A further process of vLLM also ends with 0 when the one with the front is gone.
+        is_final = code in self._final if one.kind is ProcessKind.SERVER else code == INVALID
         if is_final or (one.kind in VLLM and failures > MOST_FAILURES):
             self.outcome = code if is_final else FAILED
             return None
@@ -98,6 +104,7 @@ def supervise(
     told: Callable[[], int],
     clock: Callable[[], float],
     wait: Callable[[], None],
+    until_told: bool = False,
 ) -> int:
     """Run the processes until vLLM has ended, or until told to stop; return the exit code.
 
@@ -106,9 +113,11 @@ def supervise(
         start: starts one. An OSError counts as an immediate failure of the process.
         told: how often we were told to stop. Once: vLLM ends first, then the workers. Twice: without waiting.
         wait: pauses between two checks.
+        until_told: as in `Supervision`.
     """
     by_name = {command.process.name: command for command in commands}
-    supervision = Supervision({name: command.process.kind for name, command in by_name.items()}, now_s=clock())
+    kinds = {name: command.process.kind for name, command in by_name.items()}
+    supervision = Supervision(kinds, now_s=clock(), until_told=until_told)
     running: dict[str, Running] = {}
 
     def gone(name: str, how: str, code: int) -> None:

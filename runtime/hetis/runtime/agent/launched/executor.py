@@ -1,0 +1,358 @@
+"""The executor of an agent that starts engines itself: assignments become processes, and what these do becomes reports.
+
+    assigned -> waits for its GPUs -> LOADING -> LOADED, SERVING -> withdrawn -> requests end -> stopped -> GPUs free
+
+An engine that ends, or falls silent, is LOADING again while it is started again; one that is given up is FAILED, with
+the last lines of its log. With the agent its engines end, too; the next agent starts them anew, after what was left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from hetis.engines.commands import SERVER_STOPS_S
+from hetis.runtime.agent.launched.front import Front, nothing_known, num_at_work
+from hetis.runtime.agent.launched.parts import NodePart, part_of
+from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
+from hetis.runtime.agent.launched.settings import EngineSettings
+from hetis.runtime.agent.pressure import device_reports, replica_report
+from hetis.runtime.executor.refusals import (
+    RefusedError,
+    generation_mismatch,
+    refusal,
+    stale_epoch,
+    unreachable,
+)
+from hetis.v1.change_pb2 import ChangeOutcome
+from hetis.v1.executor_service_pb2 import (
+    AbortMovesRequest,
+    AbortMovesResponse,
+    ApplyAssignmentRequest,
+    ApplyAssignmentResponse,
+    CopyMovesRequest,
+    CopyMovesResponse,
+    FlipMovesRequest,
+    FlipMovesResponse,
+    ReadHeadMapsRequest,
+    ReadHeadMapsResponse,
+    ReleaseMovesRequest,
+    ReleaseMovesResponse,
+    ReserveMovesRequest,
+    ReserveMovesResponse,
+    WatchReportsResponse,
+)
+from hetis.v1.failure_pb2 import ErrorReason
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
+from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
+
+LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # between two questions to an engine
+_KILL_S = 5.0  # for processes that are killed to be gone
+_KEY_VARIABLE = "VLLM_API_KEY"
+_log = logging.getLogger(__name__)
+
+
+class LaunchExecutor:
+    """An `Executor` whose engines are processes that it has started.
+
+    Args:
+        node: id of this node.
+        folder: for sessions, logs and files of engines.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self, settings: EngineSettings, *, node: str, folder: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._settings, self._node, self._clock = settings, node, clock
+        self._folder = folder
+        self._engine_id = str(uuid.uuid4())
+        self._newest_epoch = 0
+        self._replicas: dict[str, LaunchedReplica] = {}
+        self._leaving: list[LaunchedReplica] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._cleared = asyncio.ensure_future(asyncio.to_thread(self._end_leftovers))
+        self._cleared.add_done_callback(self._begin)
+        self._is_closing = False
+
+    # --- what the agent asks
+
+    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
+        """Run an assignment, or nothing of a replica any more; see ``executor_service.proto``.
+
+        Raises:
+            RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
+        """
+        if request.epoch < self._newest_epoch:
+            raise RefusedError(stale_epoch(request.epoch, self._newest_epoch))
+        self._newest_epoch = request.epoch
+        if request.WhichOneof("change") == "removed_replica":
+            self._withdraw(request.removed_replica)
+            return ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
+        assignment = request.assignment
+        held = self._replicas.get(assignment.replica)
+        if held is not None and request.generation < held.generation:
+            raise RefusedError(generation_mismatch(request.generation, held.generation))
+        part = part_of(assignment, self._settings, node=self._node, folder=self._folder / "replicas")
+        if held is None or held.part != part:
+            self._withdraw(assignment.replica)
+            held = self._replicas[assignment.replica] = LaunchedReplica(
+                assignment.replica,
+                part,
+                self._settings,
+                node=self._node,
+                sessions=self._folder / "sessions",
+                changed=self._changed.set,
+                clock=self._clock,
+            )
+        held.assign(assignment, request.generation, self._clock())
+        self._start_waiting()
+        self._changed.set()
+        return ApplyAssignmentResponse(state=held.state(self._clock()))
+
+    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
+        """Reports: one at once, then one after each change."""
+        while True:
+            self._changed.clear()
+            yield self._report()
+            await asyncio.sleep(min_interval_s)
+            await self._changed.wait()
+
+    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
+        raise self._cannot_move()
+
+    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
+        raise self._cannot_move()
+        yield  # an iterator, as the protocol has it
+
+    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
+        raise self._cannot_move()
+
+    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
+        raise self._cannot_move()
+
+    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
+        """Nothing of a change is ever held here, so that it is aborted already."""
+        return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
+
+    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
+        raise self._cannot_move()
+        yield  # an iterator, as the protocol has it
+
+    async def close(self) -> None:
+        """Let running requests end, then stop every engine. Cancelled, all are killed."""
+        self._is_closing = True
+        for name in list(self._replicas):
+            self._withdraw(name)
+        try:
+            await asyncio.gather(self._cleared, *self._tasks, return_exceptions=True)
+        finally:
+            for one in self._leaving:
+                one.kill()
+            for one in self._leaving:
+                one.join(_KILL_S)
+
+    # --- inside
+
+    def _cannot_move(self) -> RefusedError:
+        message = f"{self._settings.engine} was started by the agent, which moves no heads in it"
+        return refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
+
+    def _end_leftovers(self) -> None:
+        end_leftovers(self._folder / "sessions", patience_s=SERVER_STOPS_S + self._settings.drain_timeout)
+
+    def _begin(self, cleared: asyncio.Future[None]) -> None:
+        if not cleared.cancelled() and (error := cleared.exception()) is not None:
+            _log.error("what an agent before has left could not be ended", exc_info=error)
+        self._start_waiting()
+
+    def _withdraw(self, name: str) -> None:
+        """Stop a replica once its requests have ended; its GPUs are free after that."""
+        replica = self._replicas.pop(name, None)
+        if replica is not None:
+            self._leaving.append(replica)
+            self._spawn(self._retire(replica))
+            self._changed.set()
+
+    async def _retire(self, replica: LaunchedReplica) -> None:
+        await replica.retire()
+        self._leaving.remove(replica)
+        self._start_waiting()
+
+    def _start_waiting(self) -> None:
+        """Start every replica whose GPUs nobody has any more."""
+        if not self._cleared.done() or self._is_closing:
+            return
+        taken = {gpu for one in self._leaving for gpu in one.part.gpus}
+        for replica in self._replicas.values():
+            if not replica.has_begun and taken.isdisjoint(replica.part.gpus):
+                replica.begin()
+                self._spawn(replica.watch())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("the watch over an engine broke", exc_info=error)
+
+    def _report(self) -> WatchReportsResponse:
+        now_s = self._clock()
+        report = WatchReportsResponse(engine_id=self._engine_id, newest_epoch=self._newest_epoch)
+        for replica in self._replicas.values():
+            report.replicas.append(replica.report(now_s))
+            report.devices.extend(device_reports(replica.news.readings.values(), replica.part.ranks))
+        return report
+
+
+class LaunchedReplica:
+    """A replica on this node: its processes, what was last heard of them, and what is wanted.
+
+    Attributes:
+        part: what runs here.
+        generation: of the assignment.
+        news: what the front's metrics say.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        part: NodePart,
+        settings: EngineSettings,
+        *,
+        node: str,
+        sessions: Path,
+        changed: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.name, self.part, self.generation, self.news = name, part, 0, nothing_known()
+        self._settings, self._node, self._clock, self._changed = settings, node, clock, changed
+        loop, self._heard = asyncio.get_running_loop(), asyncio.Event()
+        self._processes = NodeProcesses(
+            name.rpartition("/")[2],
+            part,
+            sessions=sessions,
+            ready_s=settings.ready_timeout,
+            silence_s=settings.silence_timeout,
+            told=lambda: _call_soon(loop, self._heard.set),
+            clock=clock,
+        )
+        key = settings.environment.get(_KEY_VARIABLE, os.environ.get(_KEY_VARIABLE, ""))
+        self._front = Front(part.endpoint, api_key=key) if part.endpoint else None
+        self._goal = AssignmentGoal.ASSIGNMENT_GOAL_UNSPECIFIED
+        self._is_primary = False
+        self._drains_since_s = 0.0
+        self._ready_life = 0  # of the front, in which it served
+        self._has_served = False
+        self.has_begun = False
+
+    def assign(self, assignment: Assignment, generation: int, now_s: float) -> None:
+        """Take what is wanted; the processes are those that there are."""
+        if assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN != self._goal:
+            self._drains_since_s = now_s
+        self._goal, self.generation = assignment.goal, generation
+        self._is_primary = assignment.primary_node == self._node
+
+    def begin(self) -> None:
+        """Start the processes; once."""
+        self.has_begun = True
+        self._processes.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it serves, or, where the front is elsewhere, all its processes run."""
+        if self._front is None:
+            return self.has_begun and self._processes.are_all_up
+        return 0 < self._ready_life == self._processes.life
+
+    def state(self, now_s: float) -> AssignmentState.ValueType:
+        """How far it is with its assignment."""
+        drains = self._goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN
+        if self._processes.has_failed:
+            return AssignmentState.ASSIGNMENT_STATE_FAILED
+        if not self.is_ready:
+            # What does not serve has no requests that could end.
+            return AssignmentState.ASSIGNMENT_STATE_STOPPED if drains else AssignmentState.ASSIGNMENT_STATE_LOADING
+        if self._goal == AssignmentGoal.ASSIGNMENT_GOAL_LOAD:
+            return AssignmentState.ASSIGNMENT_STATE_LOADED
+        if drains and now_s - self._drains_since_s >= self._settings.router_delay:
+            return AssignmentState.ASSIGNMENT_STATE_DRAINING
+        return AssignmentState.ASSIGNMENT_STATE_SERVING
+
+    def report(self, now_s: float) -> ReplicaReport:
+        """What the planner is told."""
+        report = ReplicaReport(replica=self.name)
+        for model, reading in self.news.readings.items():  # an engine that we start serves one model
+            earlier, pressure = self.news.earlier.get(model), self.news.pressure.get(model)
+            report = replica_report(self.name, reading, earlier=earlier, pressure=pressure)
+        report.assignment_state, report.generation = self.state(now_s), self.generation
+        report.is_primary, report.endpoint = self._is_primary, self.part.endpoint
+        has_failed = report.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED
+        # The planner gives up a replica that fails before it has ever served: it hears of that once we give up, too.
+        if has_failed or (self._has_served and not self.is_ready):
+            report.failure.CopyFrom(unreachable(self._processes.failure or f"{self.name} does not answer"))
+        return report
+
+    async def watch(self) -> None:
+        """Ask the engine how it is, again and again, until it is over."""
+        while not self._processes.is_over:
+            if self._front is not None and (life := self._processes.life):
+                await self._look(self._front, life)
+            self._changed()
+            self._heard.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S if self.is_ready else LOADING_LOOK_S):
+                    await self._heard.wait()
+        self._changed()
+
+    async def retire(self) -> None:
+        """Wait until no request runs, or for as long as they may take; then stop the processes, and wait for that."""
+        if not self.has_begun:
+            return
+        deadline_s = self._clock() + self._settings.drain_timeout
+        while self._front is not None and self.is_ready and self._clock() < deadline_s:
+            self.news = await asyncio.to_thread(self._front.news, self.news, self._clock())
+            if num_at_work(self.news) == 0:
+                break
+            await asyncio.sleep(DRAIN_LOOK_S)
+        self._processes.stop()
+        while not self._processes.is_over:
+            await asyncio.sleep(DRAIN_LOOK_S)
+        _log.info("%s is stopped", self.name)
+
+    def kill(self) -> None:
+        """End the processes at once."""
+        self._processes.stop()
+        self._processes.stop()
+
+    def join(self, seconds: float) -> None:
+        """Block until the processes are gone, or for so long."""
+        self._processes.join(seconds)
+
+    async def _look(self, front: Front, life: int) -> None:
+        if not await asyncio.to_thread(front.is_well):
+            self._processes.was_silent(life)
+            return
+        if self._ready_life != life:
+            if not await asyncio.to_thread(front.serves_a_model):
+                return
+            _log.info("%s serves at %s", self.name, self.part.endpoint)
+            self._ready_life, self._has_served, self.news = life, True, nothing_known()
+        self._processes.answered(life)
+        self.news = await asyncio.to_thread(front.news, self.news, self._clock())
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(call)

@@ -1,0 +1,317 @@
+"""The processes of a replica on this node: a thread starts them, keeps their logs, and starts again what ends.
+
+What is started when is `hetis.runtime.launch.supervising`'s to decide, as for ``hetis-launch``. Every process leads a
+session of its own, which is noted in a file: the next agent finds and ends what one that was killed has left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from hetis.engines.commands import Command
+from hetis.engines.errors import OptionError
+from hetis.engines.layout import ProcessKind
+from hetis.runtime.agent.launched.parts import NodePart
+from hetis.runtime.launch.local import Started, Told, prepare, start
+from hetis.runtime.launch.supervising import FAILED, Running, supervise
+
+OLD_LOGS = 3  # of earlier starts, beside the present one
+_TAIL_LINES, _TAIL_BYTES = 15, 1500  # of a log, in the message of a failure
+_LOOK_S = 0.1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_log = logging.getLogger(__name__)
+
+
+class NodeProcesses:
+    """The processes of one replica on this node.
+
+    The thread that starts a process must live as long as it does, since the kernel ends a process when the *thread*
+    that started it ends. All methods may be called from any thread.
+
+    Args:
+        part: what to run.
+        sessions: folder where running processes are noted.
+        ready_s, silence_s: after so long without its first, or its next answer, the front is killed.
+        told: is called, in the thread, when a process has started or ended.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        part: NodePart,
+        *,
+        sessions: Path,
+        ready_s: float,
+        silence_s: float,
+        told: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name, self._part, self._sessions = name, part, sessions
+        self._ready_s, self._silence_s = ready_s, silence_s
+        self._tell, self._clock = told, clock
+        self._stop = Told()
+        self._lock = threading.Lock()
+        kinds = {command.process.name: command.process.kind for command in part.commands}
+        self._front = next((name for name, kind in kinds.items() if kind is ProcessKind.SERVER), "")
+        self._running: set[str] = set()
+        self._lives = 0  # of the front
+        self._is_ready = False
+        self._waits_since_s: float | None = None  # for an answer of the front
+        self._failure = ""
+        self._outcome: int | None = None
+        # A daemon: an agent that ends without having stopped it must not wait for it. Then the kernel ends processes.
+        self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
+
+    def start(self) -> None:
+        """Begin; once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the front end, then the others. Said twice, nothing is waited for."""
+        self._stop.tell()
+
+    def join(self, seconds: float) -> None:
+        """Block until nothing runs any more, or for so long."""
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs any more, nor will."""
+        return self._thread.ident is not None and not self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it was given up: it failed again and again, or would end in the same way again."""
+        return self._outcome is not None and not self._stop.times
+
+    @property
+    def failure(self) -> str:
+        """How a process ended last, with the last lines of its log. Empty: none has."""
+        with self._lock:
+            return self._failure
+
+    @property
+    def are_all_up(self) -> bool:
+        with self._lock:
+            return len(self._running) == len(self._part.commands)
+
+    @property
+    def life(self) -> int:
+        """Number of the front's present life, from 1. 0: it does not run."""
+        with self._lock:
+            return self._lives if self._front in self._running else 0
+
+    def answered(self, life: int) -> None:
+        """Note that the front has answered in this life of it."""
+        with self._lock:
+            if life == self._lives:
+                self._is_ready, self._waits_since_s = True, None
+
+    def was_silent(self, life: int) -> None:
+        """Note that the front was asked in this life of it, and did not answer."""
+        with self._lock:
+            if life == self._lives and self._waits_since_s is None:
+                self._waits_since_s = self._clock()
+
+    # --- in the thread
+
+    def _run(self) -> None:
+        try:
+            self._part.folder.mkdir(parents=True, exist_ok=True)
+            self._sessions.mkdir(parents=True, exist_ok=True)
+            prepare(self._part.commands, may_draw_key=self._part.is_whole)
+            self._outcome = supervise(
+                self._part.commands,
+                self._start,
+                told=lambda: self._stop.times,
+                clock=self._clock,
+                wait=self._stop.wait,
+                until_told=True,
+            )
+        except (OptionError, OSError) as error:
+            self._note_failure(str(error))
+            self._outcome = FAILED
+        except Exception as error:
+            _log.exception("%s: the thread that runs it broke", self.name)
+            self._note_failure(f"{type(error).__name__}: {error}")
+            self._outcome = FAILED
+        if self.has_failed:
+            _log.error("%s is given up", self.name)
+        self._tell()
+
+    def _start(self, command: Command) -> Running:
+        log = self._part.folder / f"{command.process.name.replace('/', '-')}.log"
+        _keep_old(log)
+        try:
+            started = start(command, log)
+        except OSError as error:
+            self._note_failure(f"{command.shown[0]}: {error.strerror}")
+            raise
+        session = self._sessions / str(started.pid)
+        session.write_text(f"{_boot()} {_birth(started.pid)}", encoding="ascii")
+        with self._lock:
+            self._running.add(command.process.name)
+            if command.process.name == self._front:
+                self._lives += 1
+                self._is_ready, self._waits_since_s = False, self._clock()
+        self._tell()
+        return _Watched(self, command, started, log, session)
+
+    def late(self, name: str) -> str:
+        """Why the process is to be killed; empty: it is not."""
+        with self._lock:
+            if name != self._front or self._waits_since_s is None:
+                return ""
+            limit_s = self._silence_s if self._is_ready else self._ready_s
+            if self._clock() - self._waits_since_s < limit_s:
+                return ""
+            since = "has not answered" if self._is_ready else "did not answer"
+            return f"{since} http://{self._part.endpoint}/health for {limit_s:g} s"
+
+    def ended(self, name: str, how: str, log: Path, session: Path) -> None:
+        """Note the end of a process."""
+        session.unlink(missing_ok=True)
+        with self._lock:
+            self._running.discard(name)
+        if not self._stop.times:
+            self._note_failure(f"{name} {how}; the end of {log}:\n{tail(log)}")
+        self._tell()
+
+    def _note_failure(self, text: str) -> None:
+        _log.warning("%s: %s", self.name, text)
+        with self._lock:
+            self._failure = text
+
+
+class _Watched:
+    """A process that is killed when it is too late with an answer, and whose end is noted once."""
+
+    def __init__(self, of: NodeProcesses, command: Command, started: Started, log: Path, session: Path) -> None:
+        self._of, self._name, self._started = of, command.process.name, started
+        self._log, self._session = log, session
+        self._has_ended = False
+        self._why = ""
+
+    def poll(self) -> int | None:
+        code = self._started.poll()
+        if code is None and not self._why and (why := self._of.late(self._name)):
+            self._why = why
+            self._started.kill()
+            code = FAILED
+        if code is not None:
+            self._end(self._why or (f"was ended by signal {-code}" if code < 0 else f"ended with {code}"))
+        return FAILED if self._why and code is not None else code
+
+    def terminate(self) -> None:
+        self._started.terminate()
+
+    def kill(self) -> None:
+        self._started.kill()
+        self._end("was killed")
+
+    def _end(self, how: str) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            self._of.ended(self._name, how, self._log, self._session)
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        return f"(it cannot be read: {error.strerror})"
+    return "\n".join(text.splitlines()[-_TAIL_LINES:])
+
+
+def _keep_old(log: Path) -> None:
+    """Rename the logs of earlier starts; the oldest goes."""
+    names = [log, *(log.with_name(f"{log.name}.{number}") for number in range(1, OLD_LOGS + 1))]
+    for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
+        with suppress(FileNotFoundError):
+            newer.replace(older)
+
+
+# --- what an agent that was killed has left behind
+
+
+def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
+    """End the processes that an agent before this one has started. Blocks.
+
+    The kernel has told them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
+
+    Returns:
+        leaders of the sessions that were still there.
+    """
+    noted = {int(file.name): file for file in sessions.glob("*") if file.name.isdecimal()}
+    left = {leader: file for leader, file in noted.items() if _members(leader, file)}
+    for leader in left:
+        _log.warning("process %d is left of an agent before: it is ended", leader)
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(leader, signal.SIGTERM)
+    deadline_s = time.monotonic() + patience_s
+    while there := {leader: found for leader, file in left.items() if (found := _members(leader, file))}:
+        for leader, members in there.items():
+            # What has lost its leader does nothing useful any more, and may keep a GPU or a port.
+            if leader not in members or time.monotonic() >= deadline_s:
+                for member in members:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(member, signal.SIGKILL)
+        time.sleep(_LOOK_S)
+    for file in noted.values():
+        file.unlink(missing_ok=True)
+    return sorted(left)
+
+
+def _members(leader: int, file: Path) -> list[int]:
+    """Processes of a session that was noted; none where its leader's number belongs to somebody else by now."""
+    try:
+        boot, _, birth = file.read_text(encoding="ascii").partition(" ")
+    except (OSError, ValueError):
+        return []
+    # While a session has members, no new process gets the number of its leader.
+    if boot != _boot() or _birth(leader) not in ("", birth):
+        return []
+    return [pid for pid, (state, session) in _processes().items() if session == str(leader) and state != "Z"]
+
+
+def _processes() -> Mapping[int, tuple[str, str]]:
+    """State and session of every process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            fields = _status(int(folder.name))
+            found[int(folder.name)] = (fields[0], fields[3])
+    return found
+
+
+def _birth(pid: int) -> str:
+    """When a process began, in ticks since the machine did; empty: it is gone, or the system has no /proc."""
+    try:
+        return _status(pid)[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _boot() -> str:
+    """Name of this run of the machine; empty: the system does not say."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _status(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; the name before it may have any characters."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,0 +1,114 @@
+"""upstreams: what serves, as the list of a router, written again when that changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hetis.planner.cli.exit_codes import ExitCode
+from hetis.v1 import cluster_pb2, cluster_service_pb2, replica_pb2, report_pb2
+from tests.planner.cli_server.conftest import Run
+from tests.planner.client.fake_planner import FakePlanner, refuse
+
+Captured = pytest.CaptureFixture[str]
+UP, DOWN = replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_FAILED
+NAME = "clusters/paper/replicas/r-{}"
+
+
+def replica(
+    number: int, rate_rps: float, state: replica_pb2.ReplicaState.ValueType = UP, **changes: object
+) -> replica_pb2.Replica:
+    fields = {"report": report_pb2.ReplicaReport(endpoint=f"10.0.0.{number}:8000")} | changes
+    return replica_pb2.Replica(
+        name=NAME.format(number),
+        state=state,
+        shape=replica_pb2.ReplicaPlan(rate_rps=rate_rps),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@pytest.fixture
+def served(planner: FakePlanner) -> FakePlanner:
+    """Two replicas that serve, one of them without a worker, and others that must not get requests."""
+    planner.clusters["clusters/paper"] = cluster_pb2.Cluster(name="clusters/paper")
+    replicas = [
+        replica(1, 6.0),
+        replica(2, 2.0, replica_pb2.REPLICA_STATE_DEGRADED),
+        replica(3, 9.0, replica_pb2.REPLICA_STATE_DRAINING),
+        replica(4, 9.0, replica_pb2.REPLICA_STATE_STARTING),
+        replica(5, 9.0, DOWN),
+        replica(6, 9.0, role=replica_pb2.REPLICA_ROLE_PREFILL),
+        replica(7, 9.0, report=report_pb2.ReplicaReport()),
+    ]
+    planner.replicas.update({one.name: one for one in replicas})
+    return planner
+
+
+NGINX = "upstream hetis {\n    server 10.0.0.1:8000 weight=750;\n    server 10.0.0.2:8000 weight=250;\n}\n"
+
+
+def test_what_serves_is_listed_with_weights_by_rate(served: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("upstreams") == ExitCode.OK
+    assert capsys.readouterr().out == NGINX
+    assert hetis_plan("upstreams", "--to", "envoy") == ExitCode.OK
+    found = yaml.safe_load(capsys.readouterr().out)["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert [one["load_balancing_weight"] for one in found] == [750, 250]
+    assert hetis_plan("upstreams", "--to", "litellm", "--model", "tiny") == ExitCode.OK
+    models = yaml.safe_load(capsys.readouterr().out)["model_list"]
+    assert [one["litellm_params"]["api_base"] for one in models] == [f"http://10.0.0.{i}:8000/v1" for i in (1, 2)]
+
+
+def test_where_nothing_serves_the_list_is_one_that_nginx_takes(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured
+) -> None:
+    for one in served.replicas.values():
+        one.state = DOWN
+    assert hetis_plan("upstreams") == ExitCode.OK
+    assert capsys.readouterr().out == "upstream hetis {\n    server 127.0.0.1:9 down;  # nothing serves\n}\n"
+
+
+def test_the_list_is_written_again_when_what_serves_changes_and_only_then(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "hetis.conf", tmp_path / "seen"
+    busy = replica(1, 6.0, report=report_pb2.ReplicaReport(endpoint="10.0.0.1:8000", num_running=5))
+    served.events = [
+        cluster_service_pb2.WatchClusterResponse(resume_token="t0", replica=replica(1, 6.0)),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t1", caught_up=True),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t2", replica=busy),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t3", replica=replica(1, 6.0, DOWN)),
+        cluster_service_pb2.WatchClusterResponse(resume_token="t4", replica=replica(1, 6.0)),
+    ]
+    states = {1: UP, 2: UP, 3: DOWN, 4: UP}  # of the first replica, whenever all are listed
+
+    def called(method: str, context: object) -> None:
+        if method == "ListReplicas":
+            served.replicas[NAME.format(1)].state = states[served.calls[method]]
+        if method == "WatchCluster" and served.calls[method] > 1:  # in the place of Ctrl-C
+            refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
+
+    served.fail = called
+    command = f"sh -c 'cat {out} >> {seen}'"
+    assert hetis_plan("upstreams", "--out", str(out), "--follow", "--run", command) == ExitCode.INVALID
+    alone = "upstream hetis {\n    server 10.0.0.2:8000 weight=1000;\n}\n"
+    assert seen.read_text() == NGINX + alone + NGINX
+    assert served.calls["ListReplicas"] == len(states), "numbers of requests are no news"
+    assert "wrote 1 servers" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_told_and_the_list_stands(
+    served: FakePlanner, hetis_plan: Run, capsys: Captured, tmp_path: Path
+) -> None:
+    for command, says in (("false", "false ended with 1"), ("no-such-nginx -s reload", "No such file or directory")):
+        assert hetis_plan("upstreams", "--out", str(tmp_path / "list"), "--run", command) == ExitCode.OK
+        assert says in capsys.readouterr().err
+        assert (tmp_path / "list").read_text() == NGINX
+
+
+def test_wrong_options_are_refused_before_the_planner_is_asked(hetis_plan: Run, capsys: Captured) -> None:
+    assert hetis_plan("upstreams", "--to", "litellm") == ExitCode.INVALID
+    assert "--to litellm needs --model" in capsys.readouterr().err
+    assert hetis_plan("upstreams", "--run", "sh -c 'x") == ExitCode.INVALID
+    assert "No closing quotation" in capsys.readouterr().err

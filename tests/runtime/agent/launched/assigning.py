@@ -1,0 +1,104 @@
+"""Assignments as a planner makes them of a plan, and settings of engines whose process only stands for vLLM."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hetis.planner.convert.documents import document_of
+from hetis.planner.convert.replicas import replica_to_proto
+from hetis.planner.fleet.transition import devices_of, nodes_of
+from hetis.runtime.agent.launched.settings import EngineSettings
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import ReplicaPlan
+from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest
+from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, EnginePeer
+from tests.engines.plans import MODEL, plan_of, stage_of
+from tests.runtime.launch.test_command import free_ports
+
+LOAD, SERVE, DRAIN = (
+    AssignmentGoal.ASSIGNMENT_GOAL_LOAD,
+    AssignmentGoal.ASSIGNMENT_GOAL_SERVE,
+    AssignmentGoal.ASSIGNMENT_GOAL_DRAIN,
+)
+FAKE = Path(__file__).parents[2] / "launch" / "fake_vllm.py"
+NODE, REPLICA = "a", "clusters/c/replicas/p-0"
+
+
+def settings_of(**changes: Any) -> EngineSettings:
+    fields = {"apiVersion": "hetis/v1", "kind": "EngineSettings", "engine": "vllm", "model": "{name}"}
+    return EngineSettings.model_validate(fields | changes)
+
+
+def fake_settings(folder: Path, **changes: Any) -> EngineSettings:
+    """The engine is ``fake_vllm.py``, on free ports; what ``control`` writes steers it."""
+    control(folder)
+    fields = {
+        "program": [sys.executable, str(FAKE), "serve"],
+        "device": "cpu",
+        "addresses": {NODE: "127.0.0.1"},
+        "port": free_ports(4),
+        "environment": {"FAKE_VLLM": str(folder / "fake.json")},
+        "router_delay": "0s",
+        "drain_timeout": "60s",
+    }
+    return settings_of(**(fields | changes))
+
+
+def control(folder: Path, **state: object) -> None:
+    """Say how the fake engines are from now on; see ``fake_vllm.py``."""
+    written = folder / "fake.new"
+    written.write_text(json.dumps(state), encoding="utf-8")
+    written.rename(folder / "fake.json")
+
+
+def lives(folder: Path) -> list[str]:
+    """What the fake engines noted: when they started, and were told to end."""
+    log = folder / "fake.log"
+    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+
+
+def asked(folder: Path) -> list[str]:
+    """How many requests ran, as the fake engines' metrics said each time they were asked."""
+    log = folder / "fake.asked"
+    return log.read_text(encoding="utf-8").split() if log.exists() else []
+
+
+def replica_on(*devices: str, **changes: Any) -> ReplicaPlan:
+    """A replica of one stage on these devices."""
+    stage = stage_of(tp=len(devices), devices=devices, kv_head_groups_kept=8 // len(devices))
+    return plan_of(stage, **changes).replicas[0]
+
+
+def assigned(
+    replica: ReplicaPlan | None = None,
+    *,
+    node: str = NODE,
+    name: str = REPLICA,
+    goal: AssignmentGoal.ValueType = SERVE,
+    model: ModelSpec = MODEL,
+    peers: Sequence[EnginePeer] = (),
+) -> Assignment:
+    """What the planner tells a node of a replica."""
+    shape = replica_to_proto(replica or replica_on("a/0"))
+    return Assignment(
+        replica=name,
+        plan="plans/p",
+        goal=goal,
+        shape=shape,
+        primary_node=nodes_of(shape)[0],
+        devices=[device for device in devices_of(shape) if device.startswith(f"{node}/")],
+        model=document_of(model),
+        peers=peers,
+    )
+
+
+def applying(assignment: Assignment, generation: int = 1, *, epoch: int = 1) -> ApplyAssignmentRequest:
+    return ApplyAssignmentRequest(epoch=epoch, generation=generation, assignment=assignment)
+
+
+def removing(name: str = REPLICA, generation: int = 9, *, epoch: int = 1) -> ApplyAssignmentRequest:
+    return ApplyAssignmentRequest(epoch=epoch, generation=generation, removed_replica=name)

@@ -1,0 +1,157 @@
+"""A node's part of a replica: the processes are those of the export, and ports of replicas never meet."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetis.engines.commands import Command
+from hetis.engines.versions import Engine
+from hetis.planner.convert.replicas import replica_to_proto
+from hetis.planner.export.errors import NotExportableError
+from hetis.planner.export.replicas import Settings, launchable
+from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
+from hetis.runtime.executor.refusals import RefusedError
+from hetis.solver.plan import Plan
+from hetis.v1.failure_pb2 import ErrorReason
+from hetis.v1.replica_pb2 import EnginePeer
+from tests.engines.plans import MODEL, POOL, plan_of, stage_of, write_config
+from tests.planner.export.plans import PLANS
+from tests.runtime.agent.launched.assigning import assigned, replica_on, settings_of
+
+FOLDER = Path("/run/engines")
+# Ports, and files with the replica's name, differ: an export numbers the replicas of a plan, which an agent cannot.
+OWN = {
+    "--port",
+    "--master-port",
+    "--shutdown-timeout",
+    "--dist-init-addr",
+    "--listen",
+    "--key-file",
+    "--disaggregation-bootstrap-port",
+}
+OWN_VARIABLES = {"VLLM_NIXL_SIDE_CHANNEL_PORT", "HETIS_VLLM_CONFIG"}
+
+
+def part(replica: object = None, node: str = "a", **settings: object) -> NodePart:
+    return part_of(assigned(replica, node=node), settings_of(**settings), node=node, folder=FOLDER)  # type: ignore[arg-type]
+
+
+def refused(replica: object, node: str = "a", **settings: object) -> str:
+    with pytest.raises(RefusedError) as caught:
+        part(replica, node, **settings)
+    assert caught.value.failure.reason == ErrorReason.ERROR_REASON_ENGINE_CANNOT
+    return caught.value.failure.message
+
+
+def essence(command: Command) -> tuple[str, list[str], dict[str, str]]:
+    """A process with what it is told, but for what differs."""
+    words = list(command.shown)
+    kept = [word for before, word in zip(["", *words], words, strict=False) if not {before, word} & OWN]
+    environment = {name: text for name, text in command.environment.items() if name not in OWN_VARIABLES}
+    return command.process.name, kept, environment
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("engine", Engine)
+def test_a_node_runs_what_the_export_of_the_plan_would_run_there(name: str, engine: Engine) -> None:
+    plan, hosts = PLANS[name], {node: f"10.0.0.{i}" for i, node in enumerate("abcdefgh", 1)}
+    try:
+        made = launchable(plan, MODEL, Settings(model="tiny", served_name="tiny", engine=engine, hosts=hosts))
+    except NotExportableError:
+        made = None
+    settings = settings_of(engine=engine.value, addresses=hosts)
+    for number, replica in enumerate(made.plan.replicas if made else plan.replicas):
+        nodes = {device.rpartition("/")[0] for device in replica.devices()}
+        if made is None or number in made.left_out:
+            assert refused(replica, nodes.pop(), engine=engine.value)
+            continue
+        exported = made.replicas[number].commands
+        parts = [part_of(assigned(replica, node=node), settings, node=node, folder=FOLDER) for node in sorted(nodes)]
+        found = [essence(command) for one in parts for command in one.commands]
+        assert sorted(found) == sorted(map(essence, exported))
+        assert [one.endpoint.rpartition(":")[0] for one in parts if one.endpoint] == [
+            made.replicas[number].endpoint.rpartition(":")[0]
+        ]
+        assert all(one.is_whole == (len(parts) == 1) for one in parts)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_message_of_a_replica_is_read_back_as_it_was(name: str) -> None:
+    for replica in PLANS[name].replicas:
+        assert replica_of(replica_to_proto(replica)) == replica
+
+
+def ports_of(found: NodePart) -> set[int]:
+    lines = " ".join(command.line for command in found.commands)
+    named = re.findall(r"--(?:port|master-port|disaggregation-bootstrap-port) (\d+)|_PORT=(\d+)", lines)
+    return {int(first or second) for first, second in named}
+
+
+@given(st.permutations(range(16)), st.lists(st.sampled_from([1, 2, 4]), min_size=2, max_size=4))
+def test_ports_of_replicas_on_different_gpus_never_meet(gpus: Sequence[int], sizes: Sequence[int]) -> None:
+    taken = iter(gpus)
+    parts = [part(replica_on(*(f"a/{gpu}" for gpu in itertools.islice(taken, size)))) for size in sizes]
+    for one, other in itertools.combinations(parts, 2):
+        assert ports_of(one).isdisjoint(ports_of(other))
+        assert one.gpus.isdisjoint(other.gpus)
+    assert all(one.ranks for one in parts)
+
+
+def test_every_node_knows_the_ports_of_a_replica_on_several_without_asking() -> None:
+    plan = two_nodes()
+    peers = [EnginePeer(node="a", address="10.0.0.7:8000"), EnginePeer(node="c", address="[fd00::8]:8000")]
+    found = [
+        part_of(assigned(plan.replicas[0], node=node, peers=peers), settings_of(), node=node, folder=FOLDER)
+        for node in ("a", "c")
+    ]
+    lines = [command.line for one in found for command in one.commands]
+    assert len(lines) == 2
+    assert all("--master-addr 10.0.0.7 --master-port 29561" in line for line in lines), lines  # 20 for each of 3 GPUs
+    assert [one.endpoint for one in found] == ["10.0.0.7:8003", ""]
+    assert not any(one.is_whole for one in found)
+
+
+def two_nodes() -> Plan:
+    return plan_of(
+        stage_of(num_layers=3, devices=("a/3",), kv_head_groups_kept=8),
+        stage_of(first_layer=3, num_layers=1, devices=("c/0",), kv_head_groups_kept=8),
+    )
+
+
+def refusals() -> Iterator[tuple[object, dict[str, object], str]]:
+    yield plan_of(stage_of(), pools=(POOL,)).replicas[0], {}, "it has attention workers, which vLLM has with hetis'"
+    copies = stage_of(copies=2, devices=("a/0", "a/1"), kv_head_groups_kept=8)
+    yield plan_of(copies).replicas[0], {}, "stage 0: it has 2 copies, vLLM has one of each stage"
+    yield replica_on("a/0"), {"model": "/no/such/folder"}, "tiny: there is no folder /no/such/folder here"
+    yield two_nodes().replicas[0], {"program": "python -m vllm"}, "only `vllm serve` and `sglang serve` start stages"
+
+
+@pytest.mark.parametrize(("replica", "settings", "says"), list(refusals()))
+def test_what_the_engine_cannot_do_is_refused_with_the_reason(replica: object, settings: object, says: str) -> None:
+    message = refused(replica, **settings)  # type: ignore[arg-type]
+    assert says in message
+    assert message.startswith("clusters/c/replicas/p-0: ")
+
+
+def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path / "tiny")
+    wider = replace(MODEL, hidden=256)
+    asked = assigned(model=wider)
+    with pytest.raises(RefusedError, match="the plan is of another model \\(tiny\\): hidden 256, not 128"):
+        part_of(asked, settings_of(model=f"{tmp_path}/{{name}}"), node="a", folder=FOLDER)
+
+
+def test_a_drain_time_becomes_the_engines_own() -> None:
+    assert "--shutdown-timeout 30" in part(drain_timeout="30s").commands[0].line
+    assert part(drain_timeout="30s").commands[0].stops_s == 60
+    assert "--shutdown-timeout" not in part(drain_timeout="0s").commands[0].line
+    assert part(drain_timeout="30s", options="--shutdown-timeout 5").commands[0].line.count("--shutdown-timeout") == 1
+    assert "--shutdown-timeout" not in part(engine="sglang").commands[0].line

@@ -1,0 +1,95 @@
+"""The file of ``--engine launch:FILE``: what it means, and that everything that is wrong is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.engines.versions import Engine
+from hetis.formats.errors import DocumentError
+from hetis.runtime.agent.connecting import AgentOptionError
+from hetis.runtime.agent.launched.settings import EngineSettings, load_settings
+from hetis.runtime.agent.options import EngineChoice, EngineKind
+
+GOOD = """\
+apiVersion: hetis/v1
+kind: EngineSettings
+engine: vllm
+model: /models/{name}
+"""
+
+
+def read(folder: Path, text: str) -> EngineSettings:
+    (folder / "engine.yaml").write_text(text, encoding="utf-8")
+    return load_settings(folder / "engine.yaml")
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    with pytest.raises(DocumentError) as caught:
+        read(folder, text)
+    return [str(problem).replace(str(folder), "") for problem in caught.value.problems]
+
+
+def test_four_lines_are_enough(tmp_path: Path) -> None:
+    settings = read(tmp_path, GOOD)
+    assert settings.served_by is Engine.VLLM
+    assert settings.words == ("vllm", "serve")
+    assert (settings.port, settings.device) == (8000, "cuda")
+
+
+def test_words_are_a_list_or_as_a_shell_has_them(tmp_path: Path) -> None:
+    listed = read(tmp_path, GOOD + 'program: [python, -m, "my vllm"]\noptions: [--max-model-len, "8192"]\n')
+    spelled = read(tmp_path, GOOD + "program: python -m 'my vllm'\noptions: --max-model-len 8192\n")
+    assert listed == spelled
+    assert spelled.words == ("python", "-m", "my vllm")
+    assert spelled.options == ["--max-model-len", "8192"]
+
+
+def test_all_that_is_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+    text = """\
+apiVersion: hetis/v1
+kind: EngineSettings
+engine: vlm
+modle: /models
+port: 70000
+ready_timeout: 30
+options: [--tensor-parallel-size, "2", --seed, "1"]
+addresses: {a: "10.0.0.1 or so"}
+environment: {"NO=": "x"}
+served_name: "{names}"
+"""
+    assert problems(tmp_path, text) == [
+        "/engine.yaml:1: model is missing",
+        "/engine.yaml:3: engine: 'vlm' is not one of vllm, vllm-hetis, sglang, did you mean vllm?",
+        "/engine.yaml:4: modle: unknown field, did you mean model?",
+        "/engine.yaml:5: port: is 70000, must be <= 65471",
+        "/engine.yaml:6: ready_timeout: 30 has no unit: write it like 20us",
+        "/engine.yaml:7: options: --tensor-parallel-size is no option to give the engine: "
+        "the plan or these settings decide it",
+        "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is no address, must be an IP address or a name",
+        "/engine.yaml:9: environment.NO=: 'NO=' is no name of an environment variable",
+        "/engine.yaml:10: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("options: max 1", "'max' is no option of the engine, which begin with -"),
+        ('options: "\'"', "No closing quotation"),
+        ("device: tpu", "'tpu' is not one of cuda, cpu"),
+    ],
+)
+def test_one_problem_is_one_line(tmp_path: Path, line: str, says: str) -> None:
+    (found,) = problems(tmp_path, f"{GOOD}{line}\n")
+    assert found.startswith("/engine.yaml:")
+    assert says in found
+
+
+def test_the_agents_option_reads_the_file(tmp_path: Path) -> None:
+    settings = read(tmp_path, GOOD)
+    choice = EngineChoice.parse(f"launch:{tmp_path}/engine.yaml")
+    assert (choice.kind, choice.settings) == (EngineKind.LAUNCH, settings)
+    with pytest.raises(AgentOptionError, match=r"no-such\.yaml"):
+        EngineChoice.parse(f"launch:{tmp_path}/no-such.yaml")
