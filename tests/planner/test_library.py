@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from shutil import copy
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 
 import hetis
+from hetis.planner.cli.export import export
+from hetis.planner.export.wanted import export_wanted
 from hetis.solver.plan import ObjectiveKind
 from tests.planner.command_line import EXAMPLES, hetis_plan_here
 from tests.planner.html_pages import ReadPage
@@ -119,6 +123,17 @@ def test_a_saved_plan_is_the_same(plan: hetis.Plan, tmp_path: Path) -> None:
     for name in ("plan.json", "plan.yaml"):
         plan.save(tmp_path / name)
         assert hetis.load_plan(tmp_path / name).to_dict() == plan.to_dict()
+
+
+def test_an_export_has_the_options_of_the_command_line() -> None:
+    """Three lists of them: a verb's parameters are read by typer, a library's and a use case's by people."""
+    wanted = parameters(export_wanted) - {"target", "hosts", "file", "spelled", "more_wrong"}
+    assert wanted == parameters(hetis.Plan.export) - {"self", "target", "folder", "force", "node_address"}
+    assert wanted == parameters(inspect.unwrap(export)) - {"terminal", "to", "out", "strict", "force", "node_address"}
+
+
+def parameters(function: Callable[..., object]) -> set[str]:
+    return set(inspect.signature(function).parameters)
 
 
 def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ def test_gpus_of_a_mixed_node_are_chosen_by_others() -> None:
     assert exported(PLANS["one GPU"], Target.KUBERNETES).lost == ()
 
 
+@pytest.mark.parametrize("target", list(Target))
+def test_options_after_two_dashes_are_written_or_told_as_lost(target: Target) -> None:
+    made = exported(PLANS["one GPU"], target, options=("--seed", "4711"))
+    carried = any("4711" in text for name, text in made.files.items() if name != "README.md")
+    assert carried != any("--seed 4711" in lost for lost in made.lost)
+
+
 def test_further_stages_of_one_node_are_pods_of_their_own_or_left_out() -> None:
     """Pods of one template are told apart by nodes; vLLM on Ray counts the ranks of a node one after the other."""
     stages = (on("a/0", layers=2), on("b/0", first=2, layers=1), on("b/1", first=3, layers=1))

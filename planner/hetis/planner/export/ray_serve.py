@@ -55,7 +55,7 @@ def write_ray(launchable: Launchable) -> Written:
             number: f"{head}/{launchable.replicas[fronts.get(number, number)].name}" for number in launchable.replicas
         },
         start=_HOW.format(resources=resources),
-        not_carried=tuple(_chosen_by_ray(launchable)),
+        not_carried=(*_chosen_by_ray(launchable), *_options_given(launchable)),
         left_out={**left_out, **alone},
     )
 
@@ -129,6 +129,12 @@ def _chosen_by_ray(launchable: Launchable) -> list[str]:
         for node in launchable.by_node()
         if len(types[node]) > 1
     ]
+
+
+def _options_given(launchable: Launchable) -> list[str]:
+    """Name the options after ``--``: some are the engine's and some its server's, which Ray Serve LLM replaces."""
+    words = launchable.settings.options
+    return [f"{' '.join(words)}: Ray takes no command line, set engine_kwargs in serve.yaml"] if words else []
 
 
 def _resource(node: str) -> str:
