@@ -33,6 +33,8 @@ http {{
     uwsgi_temp_path {folder}/nginx-uwsgi;
     scgi_temp_path {folder}/nginx-scgi;
     include {folder}/upstreams.conf;
+    # A reload closes connections that are kept, also where a request is just on its way: none is kept.
+    keepalive_timeout 0;
     server {{
         listen 127.0.0.1:{port};
         location / {{
