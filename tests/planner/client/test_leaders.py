@@ -12,7 +12,7 @@ from google.rpc import code_pb2
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
-from hetis.planner.client.leaders import search_for
+from hetis.planner.client.leaders import Attempts, search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 from tests.planner.client.test_client import unused_port
@@ -59,6 +59,50 @@ def both(address: str, request: cluster_service_pb2.CreateClusterRequest, watche
                 assert [one.plan.name async for one in client.plans.WatchPlan(WATCH)] == ["plans/night"]
 
     asyncio.run(aio())
+
+
+SILENCE = CallError("no answer", code=grpc.StatusCode.DEADLINE_EXCEEDED)
+UNDONE = CallError(
+    "nothing was changed", code=grpc.StatusCode.UNAVAILABLE, reason="STORE_UNAVAILABLE", metadata={"changed": "no"}
+)
+AWAY = CallError("another planner leads", code=grpc.StatusCode.UNAVAILABLE, reason="NOT_LEADER")
+TAKEN = CallError("it is there already", code=grpc.StatusCode.ALREADY_EXISTS, reason="ALREADY_EXISTS")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "last", "changed"),
+    [
+        ([SILENCE], UNDONE, "unknown"),
+        ([SILENCE, UNDONE], AWAY, "unknown"),
+        ([UNDONE, AWAY], UNDONE, "no"),
+        ([AWAY], AWAY, None),
+        ([SILENCE], TAKEN, None),  # had the first been carried out, the leader would have repeated its answer
+    ],
+    ids=["silence", "silence before", "never", "elsewhere", "refused"],
+)
+def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
+    earlier: Sequence[CallError], last: CallError, changed: str | None
+) -> None:
+    """The last planner asked speaks of its own attempt alone: found by a history of faults."""
+    now_s = 0.0
+    search = search_for(Connection(address="127.0.0.1:1,127.0.0.1:2"))
+    method = "/hetis.v1.ClusterService/UpdateCluster"
+
+    def attempts(*, may_change: bool) -> Attempts:
+        return Attempts(leaders=search, method=method, end_s=10.0, clock=lambda: now_s, may_change=may_change)
+
+    for one, expected in (
+        (attempts(may_change=True), changed),
+        (attempts(may_change=False), last.metadata.get("changed")),
+    ):
+        now_s = 0.0
+        for error in earlier:
+            one.next_wait_s(search.present, error)
+        now_s = 10.0
+        with pytest.raises(CallError) as caught:
+            one.next_wait_s(search.present, last)
+        assert caught.value.metadata.get("changed") == expected
+        assert (caught.value.code, caught.value.reason) == (last.code, last.reason)
 
 
 def test_a_standby_is_left_for_the_leader_that_it_names(pair: tuple[FakePlanner, FakePlanner]) -> None:

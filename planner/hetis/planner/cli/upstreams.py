@@ -88,7 +88,7 @@ def _list_of(to: Router, servers: list[tuple[str, int]], model: str) -> str:
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
-    """Endpoints with weights: now, and after every change of a replica, if that is followed."""
+    """Yield endpoints with weights: now and, with ``follow``, after every change of a replica."""
     yield _servers(client, cluster)
     if not follow:
         return
@@ -106,7 +106,7 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tup
 
 
 def _servers(client: Client, cluster: str) -> list[tuple[str, int]]:
-    """Endpoints of whole replicas that serve, with their weights."""
+    """Return the endpoints of whole replicas that serve, with their weights."""
     from hetis.planner.export.routing import weighted
     from hetis.v1 import cluster_service_pb2, replica_pb2
 
@@ -127,7 +127,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _run(terminal: Terminal, command: list[str]) -> None:
-    """Run the user's command; that it fails is said, and changes nothing."""
+    """Run the user's command; a failure is only reported."""
     import subprocess
 
     try:

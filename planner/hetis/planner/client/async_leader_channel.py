@@ -52,7 +52,13 @@ class AsyncLeaderChannel:
         async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
             end_s = time.monotonic() + (default_deadline_s(method) if timeout is None else timeout)
-            attempts = Attempts(leaders=self.leaders, method=method, end_s=end_s, clock=time.monotonic)
+            attempts = Attempts(
+                leaders=self.leaders,
+                method=method,
+                end_s=end_s,
+                clock=time.monotonic,
+                may_change=bool(getattr(request, "request_id", "")),
+            )
             while True:
                 endpoint = self.leaders.present
                 one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)

@@ -15,6 +15,8 @@ from hetis.planner.client.errors import CallError
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
 ATTEMPT_S = 10.0  # one planner's time for a call that others may answer
 NOT_LEADER = "NOT_LEADER"
+_REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 def search_for(connection: Connection) -> LeaderSearch:
@@ -43,6 +45,7 @@ class Attempts:
         end_s: the deadline.
         clock: monotonic seconds.
         jitter: returns a number from 0 to 1.
+        may_change: whether the call may change something.
     """
 
     leaders: LeaderSearch
@@ -50,8 +53,10 @@ class Attempts:
     end_s: float
     clock: Callable[[], float]
     jitter: Callable[[], float] = random.random
+    may_change: bool = False
     tried: set[Endpoint] = field(default_factory=set)
     _num_waits: int = 0
+    _is_in_doubt: bool = False  # an attempt may have been carried out without an answer
 
     @property
     def timeout_s(self) -> float:
@@ -64,25 +69,52 @@ class Attempts:
         """Return how long to wait before the next attempt.
 
         Raises:
-            CallError: the error itself, if neither another planner nor waiting can help.
+            CallError: the error itself, if neither another planner nor waiting can help. Its ``changed`` is ``unknown``
+                if an earlier attempt may have been carried out, whatever the planner says of the last one.
         """
+        wait_s = self._wait_s(endpoint, error)
+        if wait_s is None:
+            raise self._of_all_attempts(error)
+        self._is_in_doubt |= self.may_change and not _changed_nothing(error)
+        return wait_s
+
+    def _wait_s(self, endpoint: Endpoint, error: CallError) -> float | None:
+        """Return how long to wait before the next attempt, or None if there is no point in one."""
         several = self.leaders.are_several
         is_elsewhere = error.reason == NOT_LEADER
         is_silence = error.code is grpc.StatusCode.DEADLINE_EXCEEDED and error.reason == ""
         if error.code is not grpc.StatusCode.UNAVAILABLE and not (several and is_silence):
-            raise error
+            return None
         goes_on = self.leaders.failed(endpoint, leader_of(error), self.tried)
         if not is_elsewhere and (not several or self.method.startswith(f"/{DISPATCH_SERVICE}/")):
-            raise error  # gRPC retries a single planner; engines decide on their own
+            return None  # gRPC retries a single planner; engines decide on their own
         if goes_on:
             wait_s = 0.0
         elif not several:
-            raise error
+            return None
         else:
             self.tried.clear()
             longest_s = min(FIRST_WAIT_S * 2.0**self._num_waits, LONGEST_WAIT_S)
             self._num_waits += 1
             wait_s = longest_s * (0.5 + 0.5 * self.jitter())
-        if self.clock() + wait_s >= self.end_s:
-            raise error
-        return wait_s
+        return None if self.clock() + wait_s >= self.end_s else wait_s
+
+    def _of_all_attempts(self, error: CallError) -> CallError:
+        if not self._is_in_doubt or error.code not in _NO_ANSWER:
+            return (
+                error  # a refusal by a leader, which would have repeated its answer if an attempt had been carried out
+            )
+        return CallError(
+            f"{error}; an earlier attempt of this call may have been carried out",
+            code=error.code,
+            reason=error.reason,
+            metadata={**error.metadata, "changed": "unknown"},
+            violations=error.violations,
+            retry_after_s=error.retry_after_s,
+        )
+
+
+def _changed_nothing(error: CallError) -> bool:
+    """Return whether a failed attempt surely changed nothing."""
+    changed = error.metadata.get("changed")
+    return changed == "no" or (changed is None and error.reason in _REFUSED_AT_ONCE)

@@ -1,4 +1,4 @@
-"""The executor of an agent that starts engines itself: assignments become processes, and what these do becomes reports.
+"""The executor of an agent that starts engines itself: it turns assignments into processes, and their state into reports.
 
     assigned -> waits for its GPUs -> LOADING -> LOADED, SERVING -> withdrawn -> requests end -> stopped -> GPUs free
 
@@ -86,7 +86,7 @@ class LaunchExecutor:
     # --- what the agent asks
 
     async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
-        """Run an assignment, or nothing of a replica any more; see ``executor_service.proto``.
+        """Apply an assignment, or withdraw a replica; see ``executor_service.proto``.
 
         Raises:
             RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
@@ -119,7 +119,7 @@ class LaunchExecutor:
         return ApplyAssignmentResponse(state=held.state(self._clock()))
 
     async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
-        """Reports: one at once, then one after each change."""
+        """Yield a report at once and after each change."""
         while True:
             self._changed.clear()
             yield self._report()
@@ -140,7 +140,7 @@ class LaunchExecutor:
         raise self._cannot_move()
 
     async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
-        """Nothing of a change is ever held here, so that it is aborted already."""
+        """Confirm: nothing of a change is ever held here, so it is aborted already."""
         return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
 
     async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
@@ -148,7 +148,7 @@ class LaunchExecutor:
         yield  # an iterator, as the protocol has it
 
     async def close(self) -> None:
-        """Let running requests end, then stop every engine. Cancelled, all are killed."""
+        """Let running requests end, then stop every engine. If cancelled, kill all of them."""
         self._is_closing = True
         for name in list(self._replicas):
             self._withdraw(name)
@@ -175,7 +175,7 @@ class LaunchExecutor:
         self._start_waiting()
 
     def _withdraw(self, name: str) -> None:
-        """Stop a replica once its requests have ended; its GPUs are free after that."""
+        """Stop a replica once its requests have ended, which frees its GPUs."""
         replica = self._replicas.pop(name, None)
         if replica is not None:
             self._leaving.append(replica)
@@ -188,7 +188,7 @@ class LaunchExecutor:
         self._start_waiting()
 
     def _start_waiting(self) -> None:
-        """Start every replica whose GPUs nobody has any more."""
+        """Start every waiting replica whose GPUs are free."""
         if not self._cleared.done() or self._is_closing:
             return
         taken = {gpu for one in self._leaving for gpu in one.part.gpus}
@@ -217,7 +217,7 @@ class LaunchExecutor:
 
 
 class LaunchedReplica:
-    """A replica on this node: its processes, what was last heard of them, and what is wanted.
+    """A replica on this node: its processes, their latest news, and the assignment.
 
     Attributes:
         part: what runs here.
@@ -258,26 +258,26 @@ class LaunchedReplica:
         self.has_begun = False
 
     def assign(self, assignment: Assignment, generation: int, now_s: float) -> None:
-        """Take what is wanted; the processes are those that there are."""
+        """Take a new assignment for the same processes."""
         if assignment.goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN != self._goal:
             self._drains_since_s = now_s
         self._goal, self.generation = assignment.goal, generation
         self._is_primary = assignment.primary_node == self._node
 
     def begin(self) -> None:
-        """Start the processes; once."""
+        """Start the processes. Call it once."""
         self.has_begun = True
         self._processes.start()
 
     @property
     def is_ready(self) -> bool:
-        """Whether it serves, or, where the front is elsewhere, all its processes run."""
+        """Whether the replica serves or, if its front end is on another node, all its processes run."""
         if self._front is None:
             return self.has_begun and self._processes.are_all_up
         return 0 < self._ready_life == self._processes.life
 
     def state(self, now_s: float) -> AssignmentState.ValueType:
-        """How far it is with its assignment."""
+        """Return the state of its assignment."""
         drains = self._goal == AssignmentGoal.ASSIGNMENT_GOAL_DRAIN
         if self._processes.has_failed:
             return AssignmentState.ASSIGNMENT_STATE_FAILED
@@ -291,7 +291,7 @@ class LaunchedReplica:
         return AssignmentState.ASSIGNMENT_STATE_SERVING
 
     def report(self, now_s: float) -> ReplicaReport:
-        """What the planner is told."""
+        """Return the report for the planner."""
         report = ReplicaReport(replica=self.name)
         for model, reading in self.news.readings.items():  # an engine that we start serves one model
             earlier, pressure = self.news.earlier.get(model), self.news.pressure.get(model)
@@ -305,7 +305,7 @@ class LaunchedReplica:
         return report
 
     async def watch(self) -> None:
-        """Ask the engine how it is, again and again, until it is over."""
+        """Poll the engine until its processes have ended for good."""
         while not self._processes.is_over:
             if self._front is not None and (life := self._processes.life):
                 await self._look(self._front, life)
@@ -317,7 +317,7 @@ class LaunchedReplica:
         self._changed()
 
     async def retire(self) -> None:
-        """Wait until no request runs, or for as long as they may take; then stop the processes, and wait for that."""
+        """Wait until no request runs or ``drain_timeout`` has passed, then stop the processes and wait for their end."""
         if not self.has_begun:
             return
         deadline_s = self._clock() + self._settings.drain_timeout
@@ -337,7 +337,7 @@ class LaunchedReplica:
         self._processes.stop()
 
     def join(self, seconds: float) -> None:
-        """Block until the processes are gone, or for so long."""
+        """Block until the processes are gone, for at most so long."""
         self._processes.join(seconds)
 
     async def _look(self, front: Front, life: int) -> None:

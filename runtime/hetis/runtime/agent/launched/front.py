@@ -1,4 +1,4 @@
-"""The front of an engine as clients see it: whether it is well, serves a model, and what its metrics say."""
+"""The HTTP front end of an engine: its health, its models and its metrics."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Front:
         self._api_key = api_key
 
     def is_well(self) -> bool:
-        """Whether it answers, and says that its engine works."""
+        """Return whether it answers and reports a working engine."""
         return self._get("/health")[0] == http.HTTPStatus.OK
 
     def serves_a_model(self) -> bool:
-        """Whether it lists a model that requests can name, or has a key for that, which we do not know."""
+        """Return whether it lists a model, or requires an unknown API key for the list."""
         status, body = self._get("/v1/models")
         try:
             return status in _KEY_NEEDED or bool(status == http.HTTPStatus.OK and json.loads(body)["data"])
@@ -38,11 +38,11 @@ class Front:
             return False
 
     def news(self, before: EngineNews, now_s: float) -> EngineNews:
-        """What its metrics say, after what they said before."""
+        """Return what its metrics say now, given the earlier news."""
         return after(before, scrape(f"{self._url}/metrics", timeout_s=ASK_S), now_s, DEFAULT_LIMITS)
 
     def _get(self, path: str) -> tuple[int, bytes]:
-        """Status and body; the status is 0 where nobody answers."""
+        """Return status and body; the status is 0 if nobody answers."""
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         try:
             with _OPENER.open(urllib.request.Request(self._url + path, headers=headers), timeout=ASK_S) as answer:
@@ -55,12 +55,12 @@ class Front:
 
 
 def nothing_known() -> EngineNews:
-    """The news of an engine that was never asked."""
+    """Return the news of an engine that was never asked."""
     return EngineNews(state=ScrapeState.UNREACHABLE, readings={}, earlier={}, pressure={}, taken_s=0.0)
 
 
 def num_at_work(news: EngineNews) -> int | None:
-    """How many requests run or wait. None: the last scrape failed, or the engine does not say."""
+    """Return how many requests run or wait, or None if the last scrape failed or the engine does not say."""
     if news.state is not ScrapeState.READ:
         return None
     counts = [count for one in news.readings.values() for count in (one.num_running, one.num_waiting)]

@@ -1,4 +1,4 @@
-"""A node's part of a replica: from the planner's assignment to the processes that run here, by `hetis.engines`."""
+"""A node's part of a replica: `hetis.engines` turns the planner's assignment into the processes that run here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class NodePart:
 
 
 def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, folder: Path) -> NodePart:
-    """The part of a replica on a node.
+    """Return the part of a replica on a node.
 
     Ports follow from the replica's first GPU: no two replicas of a node have one in common, so that all nodes know the
     ports without asking each other, also those of a replica that starts while another one stops.
@@ -104,7 +104,7 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
 
 
 def _model_of(planned: Mapping[str, Any], settings: EngineSettings) -> tuple[str, ModelSpec]:
-    """Name and shape of the model that is served: by its folder where that is here, with KV in the plan's precision."""
+    """Return name and shape of the served model, from its folder if that exists here, with KV in the plan's precision."""
     document = from_data(planned, name="model")
     if not isinstance(document, ModelSpec):
         raise LayoutError("the assignment has no model")
@@ -138,7 +138,7 @@ def _with_environment(command: Command, settings: EngineSettings) -> Command:
 
 
 def replica_of(message: ReplicaMessage) -> ReplicaPlan:
-    """The replica of a message. The planner has a conversion of its own: neither may import the other."""
+    """Return the replica of a message. The planner has its own conversion, since neither may import the other."""
     return ReplicaPlan(
         rate=message.rate_rps,
         ttft_s=message.ttft_s,

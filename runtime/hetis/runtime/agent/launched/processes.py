@@ -1,4 +1,4 @@
-"""The processes of a replica on this node: a thread starts them, keeps their logs, and starts again what ends.
+"""The processes of a replica on this node: a thread starts them, keeps their logs and restarts them.
 
 What is started when is `hetis.runtime.launch.supervising`'s to decide, as for ``hetis-launch``. Every process leads a
 session of its own, which is noted in a file: the next agent finds and ends what one that was killed has left behind.
@@ -71,31 +71,31 @@ class NodeProcesses:
         self._thread = threading.Thread(target=self._run, name=f"engine {name}", daemon=True)
 
     def start(self) -> None:
-        """Begin; once."""
+        """Start the thread. Call it once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the front end, then the others. Said twice, nothing is waited for."""
+        """End the front end, then the others. A second call kills all of them."""
         self._stop.tell()
 
     def join(self, seconds: float) -> None:
-        """Block until nothing runs any more, or for so long."""
+        """Block until nothing runs any more, for at most so long."""
         if self._thread.ident is not None:
             self._thread.join(seconds)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing runs any more, nor will."""
+        """Whether all processes have ended for good."""
         return self._thread.ident is not None and not self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
-        """Whether it was given up: it failed again and again, or would end in the same way again."""
+        """Whether the replica was given up after repeated failures or one that a restart cannot mend."""
         return self._outcome is not None and not self._stop.times
 
     @property
     def failure(self) -> str:
-        """How a process ended last, with the last lines of its log. Empty: none has."""
+        """How a process last ended, with the last lines of its log; empty if none has."""
         with self._lock:
             return self._failure
 
@@ -106,18 +106,18 @@ class NodeProcesses:
 
     @property
     def life(self) -> int:
-        """Number of the front's present life, from 1. 0: it does not run."""
+        """How often the front end was started, or 0 if it does not run now."""
         with self._lock:
             return self._lives if self._front in self._running else 0
 
     def answered(self, life: int) -> None:
-        """Note that the front has answered in this life of it."""
+        """Record an answer of the front end in this life."""
         with self._lock:
             if life == self._lives:
                 self._is_ready, self._waits_since_s = True, None
 
     def was_silent(self, life: int) -> None:
-        """Note that the front was asked in this life of it, and did not answer."""
+        """Record a question that the front end left unanswered in this life."""
         with self._lock:
             if life == self._lives and self._waits_since_s is None:
                 self._waits_since_s = self._clock()
@@ -167,7 +167,7 @@ class NodeProcesses:
         return _Watched(self, command, started, log, session)
 
     def late(self, name: str) -> str:
-        """Why the process is to be killed; empty: it is not."""
+        """Return why the process must be killed; empty if it need not be."""
         with self._lock:
             if name != self._front or self._waits_since_s is None:
                 return ""
@@ -178,7 +178,7 @@ class NodeProcesses:
             return f"{since} http://{self._part.endpoint}/health for {limit_s:g} s"
 
     def ended(self, name: str, how: str, log: Path, session: Path) -> None:
-        """Note the end of a process."""
+        """Record the end of a process."""
         session.unlink(missing_ok=True)
         with self._lock:
             self._running.discard(name)
@@ -193,7 +193,7 @@ class NodeProcesses:
 
 
 class _Watched:
-    """A process that is killed when it is too late with an answer, and whose end is noted once."""
+    """A process that is killed if it does not answer in time, and whose end is recorded once."""
 
     def __init__(self, of: NodeProcesses, command: Command, started: Started, log: Path, session: Path) -> None:
         self._of, self._name, self._started = of, command.process.name, started
@@ -225,7 +225,7 @@ class _Watched:
 
 
 def tail(log: Path) -> str:
-    """The last lines of a log."""
+    """Return the last lines of a log."""
     try:
         with log.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
@@ -236,7 +236,7 @@ def tail(log: Path) -> str:
 
 
 def _keep_old(log: Path) -> None:
-    """Rename the logs of earlier starts; the oldest goes."""
+    """Rename the logs of earlier starts and drop the oldest."""
     names = [log, *(log.with_name(f"{log.name}.{number}") for number in range(1, OLD_LOGS + 1))]
     for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
         with suppress(FileNotFoundError):
@@ -247,7 +247,7 @@ def _keep_old(log: Path) -> None:
 
 
 def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
-    """End the processes that an agent before this one has started. Blocks.
+    """End the processes that an earlier agent started. Blocks.
 
     The kernel has told them to end when the agent did; leaders have ``patience_s`` for that before they are killed.
 
@@ -275,7 +275,7 @@ def end_leftovers(sessions: Path, *, patience_s: float) -> list[int]:
 
 
 def _members(leader: int, file: Path) -> list[int]:
-    """Processes of a session that was noted; none where its leader's number belongs to somebody else by now."""
+    """Return the processes of a recorded session; none if its leader's id now belongs to another process."""
     try:
         boot, _, birth = file.read_text(encoding="ascii").partition(" ")
     except (OSError, ValueError):
@@ -287,7 +287,7 @@ def _members(leader: int, file: Path) -> list[int]:
 
 
 def _processes() -> Mapping[int, tuple[str, str]]:
-    """State and session of every process."""
+    """Return state and session of every process by its id."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError, IndexError):
@@ -297,7 +297,7 @@ def _processes() -> Mapping[int, tuple[str, str]]:
 
 
 def _birth(pid: int) -> str:
-    """When a process began, in ticks since the machine did; empty: it is gone, or the system has no /proc."""
+    """Return when a process started, in ticks since boot; empty if it is gone or the system has no /proc."""
     try:
         return _status(pid)[19]
     except (OSError, IndexError):
@@ -305,7 +305,7 @@ def _birth(pid: int) -> str:
 
 
 def _boot() -> str:
-    """Name of this run of the machine; empty: the system does not say."""
+    """Return the boot id of this machine; empty if the system does not say."""
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -313,5 +313,5 @@ def _boot() -> str:
 
 
 def _status(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; the name before it may have any characters."""
+    """Return the fields of /proc/PID/stat from the state on; the name before it may contain any characters."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -59,7 +59,7 @@ Named = Annotated[str, Field(min_length=1), AfterValidator(_name)]
 
 
 class EngineSettings(DocumentPart):
-    """How replicas are run on a node.
+    """The settings of engines on a node.
 
     Attributes:
         engine: that serves them.
