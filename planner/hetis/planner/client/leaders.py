@@ -100,10 +100,9 @@ class Attempts:
         return None if self.clock() + wait_s >= self.end_s else wait_s
 
     def _of_all_attempts(self, error: CallError) -> CallError:
+        # A leader's refusal is true of all attempts: it would have repeated its answer to one that was carried out.
         if not self._is_in_doubt or error.code not in _NO_ANSWER:
-            return (
-                error  # a refusal by a leader, which would have repeated its answer if an attempt had been carried out
-            )
+            return error
         return CallError(
             f"{error}; an earlier attempt of this call may have been carried out",
             code=error.code,

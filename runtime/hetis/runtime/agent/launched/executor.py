@@ -1,4 +1,4 @@
-"""The executor of an agent that starts engines itself: it turns assignments into processes, and their state into reports.
+"""The executor of an agent that starts engines itself: it turns assignments into processes and reports.
 
     assigned -> waits for its GPUs -> LOADING -> LOADED, SERVING -> withdrawn -> requests end -> stopped -> GPUs free
 
@@ -317,7 +317,7 @@ class LaunchedReplica:
         self._changed()
 
     async def retire(self) -> None:
-        """Wait until no request runs or ``drain_timeout`` has passed, then stop the processes and wait for their end."""
+        """Wait until no request runs, at most ``drain_timeout``; then stop the processes and wait for their end."""
         if not self.has_begun:
             return
         deadline_s = self._clock() + self._settings.drain_timeout

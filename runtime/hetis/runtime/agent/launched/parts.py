@@ -104,7 +104,7 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
 
 
 def _model_of(planned: Mapping[str, Any], settings: EngineSettings) -> tuple[str, ModelSpec]:
-    """Return name and shape of the served model, from its folder if that exists here, with KV in the plan's precision."""
+    """Return the served model's name and shape, from its folder if that exists, with KV in the plan's precision."""
     document = from_data(planned, name="model")
     if not isinstance(document, ModelSpec):
         raise LayoutError("the assignment has no model")
