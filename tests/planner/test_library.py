@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(folder: Path) -> hetis.Plan:
     """Llama-2-7B on two A100."""
     return hetis.place(
-        folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="5s", other_engines=False
+        folder / "cluster.yaml", "Llama-2-7B", "500/100", tpot="80ms", time_limit="60s", other_engines=False
     )
 
 
@@ -87,7 +87,7 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
         "--tpot",
         "80ms",
         "--time-limit",
-        "5s",
+        "60s",
         "--no-other-engines",
     )
     done = hetis_plan_here("place", *arguments, "-q", "-o", "json", cwd=folder)
@@ -102,7 +102,7 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
 def test_inputs_may_be_values(plan: hetis.Plan, folder: Path) -> None:
     problem = plan.problem
     cluster = hetis.load_cluster(folder / "cluster.yaml")
-    again = hetis.place(cluster, problem.model, problem.workload, tpot=0.08, time_limit=5, verify=False)
+    again = hetis.place(cluster, problem.model, problem.workload, tpot=0.08, time_limit=60, verify=False)
     assert again.result.value == plan.result.value
     assert again.value.inputs["origins"]["model"] == "value"
 
