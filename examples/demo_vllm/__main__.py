@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -129,7 +130,8 @@ class Story:
     def _put_in_force(self, name: str, plan: Path, load: Load | None = None) -> None:
         """Activate a plan as an operator does, by one command that returns when it is active."""
         begun_s = time.monotonic()
-        words = ["apply", "--server", self._address, "--cluster", "demo", "--plan", str(plan), "--name", name]
+        file = os.path.relpath(plan)
+        words = ["apply", "--server", self._address, "--cluster", "demo", "--plan", file, "--name", name]
         self._processes.hetis_plan(*words, "--activate")
         self._say(f"hetis-plan {' '.join(words[0:1] + words[3:])} --activate: in force after {_since(begun_s)}")
         for one in self._serving():
