@@ -47,7 +47,7 @@ RUN_ELSEWHERE = {
 }
 # Run on a planner, or with the authority and the nodes that the page makes, by the tests below.
 WITH_A_PLANNER = (
-    r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit) "
+    r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit)\b"
 )
 # Offline, to the end in the soak test; some of them in every run (`tests/docs/test_commands.py`).
 OFFLINE = r"hetis-plan |sed "
@@ -201,10 +201,10 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
                 (start,) = lines_like("README.md", "hetis-agent ")
             nodes.enter_context(session.running(start, "connected: epoch"))
         session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
-        for line in lines_like("cli.md", r"hetis-plan (apply|agents|get|rollback) "):
+        for line in lines_like("cli.md", r"hetis-plan (apply|agents|get|rollback)\b"):
             session.run(line)
         with session.running(
-            *lines_like("cli.md", "hetis-plan watch "), "night", end=SIGINT, code=ExitCode.INTERRUPTED
+            *lines_like("cli.md", "hetis-plan watch "), "SERVING", end=SIGINT, code=ExitCode.INTERRUPTED
         ):
             pass
         for line in lines_like("planner.md", r"curl |hetis-plan audit "):
