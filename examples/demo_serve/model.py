@@ -1,6 +1,7 @@
-"""Makes the demo's model and tells transformers' answer: ``python -m examples.demo_serve.model FOLDER QUESTION N``.
+"""Make the demos' model, and print transformers' answer: ``python -m examples.demo_serve.model FOLDER [QUESTION N]``.
 
-Run by the Python that has vLLM, which brings transformers along. Prints one line of JSON: the text of N tokens.
+Run by the Python that has vLLM, which brings transformers along. The answer is one line of JSON with the text of N
+tokens.
 """
 
 from __future__ import annotations
@@ -32,4 +33,5 @@ def greedy_text(model: Path, question: str, tokens: int) -> str:
 
 if __name__ == "__main__":
     folder = make_checkpoint(Path(sys.argv[1]), sizes=SIZES)
-    print(json.dumps({"text": greedy_text(folder, sys.argv[2], int(sys.argv[3]))}))
+    if len(sys.argv) > 2:
+        print(json.dumps({"text": greedy_text(folder, sys.argv[2], int(sys.argv[3]))}))

@@ -30,12 +30,6 @@ CLUSTER = "clusters/demo"
 ANSWERS = 40  # between two events of the story
 NO_VLLM = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
 NO_NGINX = "nginx is not installed (apt install nginx), nor does HETIS_NGINX name it"
-_MAKE_MODEL = """
-import sys, pathlib
-from examples.demo_serve.checkpoint import make_checkpoint
-from examples.demo_serve.model import SIZES
-make_checkpoint(pathlib.Path(sys.argv[1]), sizes=SIZES)
-"""
 Json = dict[str, Any]
 State = replica_pb2.ReplicaState
 
@@ -65,7 +59,7 @@ def main() -> int:
 
 def make_model(python: Path, folder: Path) -> Path:
     """Make a tiny model with random weights. Raises ProcessError: it was not made."""
-    command = [str(python), "-c", _MAKE_MODEL, str(folder)]
+    command = [str(python), "-m", "examples.demo_serve.model", str(folder)]
     done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ProcessError(f"the model was not made:\n{done.stderr[-2000:]}")

@@ -201,12 +201,14 @@ def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
                 (start,) = lines_like("README.md", "hetis-agent ")
             nodes.enter_context(session.running(start, "connected: epoch"))
         session.run(*lines_like("README.md", "hetis-plan apply ")).index("ACTIVE")
-        for line in lines_like("cli.md", r"hetis-plan (apply|agents|get|rollback)\b"):
+        for line in lines_like("cli.md", r"hetis-plan (apply|agents|get)\b"):
             session.run(line)
         with session.running(
-            *lines_like("cli.md", "hetis-plan watch "), "SERVING", end=SIGINT, code=ExitCode.INTERRUPTED
+            *lines_like("cli.md", "hetis-plan watch "), "night", end=SIGINT, code=ExitCode.INTERRUPTED
         ):
             pass
+        for line in lines_like("cli.md", r"hetis-plan rollback\b"):
+            session.run(line)
         for line in lines_like("planner.md", r"curl |hetis-plan audit "):
             session.run(line)
     for line in lines_like("planner.md", "hetis-planner audit "):

@@ -80,10 +80,8 @@ def commands_of(layout: Layout, serving: Serving, addresses: Addresses) -> tuple
     """Return the command of every process, vLLM's first.
 
     A worker on the same node as the vLLM process that calls it listens on the loopback interface, and shares memory
-    with
-    it. Others listen on their node's address in ``addresses`` or, if that is a name, on all addresses of the node,
-    because
-    the name may resolve differently there.
+    with it. Others listen on their node's address in ``addresses`` or, if that is a name, on all addresses of the node,
+    because the name may resolve differently there.
     """
     places = dict(_places(layout, addresses))
     config = config_of(layout, places, key_file=addresses.key_file, executor=serving.executor)

@@ -174,8 +174,7 @@ class ReplicaObjects:
 
     def towards_front(self) -> dict[str, Any]:
         """Return the policy that lets everyone reach the front end. Decode replicas fetch KV from a prefill replica on
-        ports
-        that NIXL chooses.
+        ports that NIXL chooses.
         """
         ports: dict[str, Any] = {"ports": [{"port": FRONT_PORT, "protocol": "TCP"}]}
         if self._layout.role is not Role.UNIFIED:

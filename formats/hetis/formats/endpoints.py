@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Resolve = Callable[[str, int], Sequence[str]]
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ def split_address(address: str, *, least_port: int = 1) -> tuple[str, int]:
     if not host.strip("[]") or not (port.isascii() and port.isdigit()) or not least_port <= int(port) <= 65535:
         raise ValueError(f"{address!r} is no address, expected HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def is_host(text: str) -> bool:
+    """Return whether a text may stand for a host in commands and files: a name or an IP address without brackets."""
+    return _HOST.fullmatch(text) is not None
 
 
 def host_of(address: str) -> str:

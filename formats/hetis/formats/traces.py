@@ -32,9 +32,8 @@ class Trace:
     """Requests in order of arrival, at least one. All arrays have the shape [requests].
 
     ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
-    Lengths
-    are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times`` whether that
-    contains arrival times; if not, all requests arrive together.
+    Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
+    whether that contains arrival times; if not, all requests arrive together.
     """
 
     name: str

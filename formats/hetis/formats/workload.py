@@ -55,8 +55,7 @@ def load_workload(ref: str | os.PathLike[str]) -> Workload:
     Args:
         ref: a catalogue name (``azure_conv_2023``); plain means as prompt/output tokens (``8000/300``); a trace
             (``.csv``, ``.jsonl``, optionally followed by ``.gz``; see `load_trace`); or a Workload file (``-``:
-            standard
-            input).
+            standard input).
 
     Raises:
         DocumentError: the name is unknown, or the file has problems (all of them).

@@ -63,8 +63,7 @@ def expert_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
     """Return the experts' fits of ``gpu`` under ``engine``, one per format; Hopper's if nobody measured its own.
 
     The fixed time of the profile's dense layers covers four products and the work between them. Next to experts two of
-    the
-    four remain, so half of it is subtracted from the experts' own.
+    the four remain, so half of it is subtracted from the experts' own.
     """
     own = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == gpu.architecture]
     near = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == _NEAREST]

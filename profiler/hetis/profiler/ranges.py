@@ -17,8 +17,8 @@ def error_of(profile: Profile, model: ModelSpec | None = None, tp: int = 1) -> M
     """Return the relative error per operator; 0.1 is 10%.
 
     For a fitted operator it is the mean error on held-out points in the serving range. For a modelled one it is the
-    error
-    that modelling makes on measured GPUs, the mean over every pair of them. It is `UNKNOWN_ERROR` if neither is known.
+    error that modelling makes on measured GPUs, the mean over every pair of them. It is `UNKNOWN_ERROR` if neither is
+    known.
 
     Args:
         model, tp: use the fit for this model on a group of ``tp``. Without a model: the mean over all fits, without

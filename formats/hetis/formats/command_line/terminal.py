@@ -168,8 +168,7 @@ def _write_all(text: str) -> None:
     """Write to stdout until everything is written or an error is raised.
 
     Under PYTHONUNBUFFERED a text stream passes its bytes to the system once and drops those that were not accepted, so
-    a
-    full disk or a closed pipe would pass for success.
+    a full disk or a closed pipe would pass for success.
     """
     sys.stdout.flush()
     if not sys.stdout.encoding.lower().startswith("utf"):

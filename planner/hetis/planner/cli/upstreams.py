@@ -26,7 +26,7 @@ hetis-plan upstreams --to litellm --model Llama-3.1-70B
 """
 
 
-class Router(StrEnum):
+class RouterFormat(StrEnum):
     """Routers whose list can be written."""
 
     NGINX = "nginx"
@@ -39,7 +39,7 @@ def upstreams(
     terminal: Terminal,
     client: Client,
     *,
-    to: Annotated[Router, typer.Option("--to", help="The router that reads the list.")] = Router.NGINX,
+    to: Annotated[RouterFormat, typer.Option("--to", help="The router that reads the list.")] = RouterFormat.NGINX,
     cluster: ClusterNameOption = None,
     out: Annotated[str, typer.Option("--out", metavar="FILE|-", help="Where the list goes; -: to stdout.")] = "-",
     follow: Annotated[bool, typer.Option("--follow", help="Write it again at every change, until Ctrl-C.")] = False,
@@ -53,7 +53,7 @@ def upstreams(
     """
     from hetis.planner.cli.resource_names import chosen_cluster
 
-    if to is Router.LITELLM and not model:
+    if to is RouterFormat.LITELLM and not model:
         raise typer.BadParameter("--to litellm needs --model: what clients call it")
     try:
         command = shlex.split(run)
@@ -75,21 +75,22 @@ def upstreams(
     return ExitCode.OK
 
 
-def _list_of(to: Router, servers: list[tuple[str, int]], model: str) -> str:
+def _list_of(to: RouterFormat, servers: list[tuple[str, int]], model: str) -> str:
     from hetis.planner.export.routing import envoy_list, litellm_list, nginx_list
 
     match to:
-        case Router.NGINX:
+        case RouterFormat.NGINX:
             return nginx_list(servers)
-        case Router.ENVOY:
+        case RouterFormat.ENVOY:
             return envoy_list(servers)
-        case Router.LITELLM:
+        case RouterFormat.LITELLM:
             return litellm_list(servers, model)
 
 
 def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tuple[str, int]]]:
     """Yield endpoints with weights: now and, with ``follow``, after every change of a replica."""
-    yield _servers(client, cluster)
+    rates = dict[tuple[str, str], float]()
+    yield _servers(client, cluster, rates)
     if not follow:
         return
     seen = dict[str, tuple[int, str]]()
@@ -102,22 +103,28 @@ def _changes(client: Client, cluster: str, *, follow: bool) -> Iterator[list[tup
             is_news = is_news or seen.get(event.replica.name) != now
             seen[event.replica.name] = now
         if is_live and is_news:
-            yield _servers(client, cluster)
+            yield _servers(client, cluster, rates)
 
 
-def _servers(client: Client, cluster: str) -> list[tuple[str, int]]:
-    """Return the endpoints of whole replicas that serve, with their weights."""
+def _servers(client: Client, cluster: str, rates: dict[tuple[str, str], float]) -> list[tuple[str, int]]:
+    """Return the endpoints of whole replicas that serve, with their weights.
+
+    ``rates`` are the planned rates by replica and plan that are known; missing ones are fetched and added.
+    """
     from hetis.planner.export.routing import weighted
     from hetis.v1 import cluster_service_pb2, replica_pb2
 
     up = (replica_pb2.REPLICA_STATE_SERVING, replica_pb2.REPLICA_STATE_DEGRADED)
     apart = (replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE)
-    rates = dict[str, float]()
+    serving = dict[str, float]()
     for basic in client.list_replicas(cluster):
         if basic.state in up and basic.role not in apart and basic.report.endpoint:
-            request = cluster_service_pb2.GetReplicaRequest(name=basic.name)  # the lists leave out the shape
-            rates[basic.report.endpoint] = client.clusters.GetReplica(request).replica.shape.rate_rps
-    return weighted(dict(sorted(rates.items())))
+            one = basic.name, basic.plan
+            if one not in rates:
+                request = cluster_service_pb2.GetReplicaRequest(name=basic.name)  # the lists leave out the shape
+                rates[one] = client.clusters.GetReplica(request).replica.shape.rate_rps
+            serving[basic.report.endpoint] = rates[one]
+    return weighted(dict(sorted(serving.items())))
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,10 +10,10 @@ import grpc
 from grpc import aio
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch
-from hetis.planner.client.connection import Connection, default_deadline_s
+from hetis.planner.client.connection import Connection
 from hetis.planner.client.errors import CallError, call_error
 from hetis.planner.client.leader_channel import channel_options
-from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
+from hetis.planner.client.leaders import NOT_LEADER, attempts_of, leader_of, search_for
 from hetis.planner.client.preparing import CallDetails, prepared_details, prepared_request
 
 
@@ -51,14 +50,7 @@ class AsyncLeaderChannel:
 
         async def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
-            end_s = time.monotonic() + (default_deadline_s(method) if timeout is None else timeout)
-            attempts = Attempts(
-                leaders=self.leaders,
-                method=method,
-                end_s=end_s,
-                clock=time.monotonic,
-                may_change=bool(getattr(request, "request_id", "")),
-            )
+            attempts = attempts_of(self.leaders, method, request, timeout)
             while True:
                 endpoint = self.leaders.present
                 one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)

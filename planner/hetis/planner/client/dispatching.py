@@ -35,8 +35,7 @@ class AsyncDispatchStream:
     """A dispatch stream for asyncio; made by `AsyncClient.dispatch_stream`, and opened with the first step.
 
     Steps made while another one is under way share the next message, so that many tasks that ask at once cost the
-    planner
-    one solve. Steps that name the same request are sent one by one.
+    planner one solve. Steps that name the same request are sent one by one.
     """
 
     def __init__(self, call: Any, replica: str, state_id: str) -> None:

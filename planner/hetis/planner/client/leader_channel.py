@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch
-from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS, Connection, default_deadline_s
+from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS, Connection
 from hetis.planner.client.errors import CallError, call_error
-from hetis.planner.client.leaders import NOT_LEADER, Attempts, leader_of, search_for
+from hetis.planner.client.leaders import NOT_LEADER, attempts_of, leader_of, search_for
 from hetis.planner.client.preparing import prepared_details, prepared_request
 
 
@@ -60,14 +60,7 @@ class LeaderChannel:
 
         def call(request: Any, timeout: float | None = None, **settings: Any) -> Any:
             request = prepared_request(request)
-            end_s = time.monotonic() + (default_deadline_s(method) if timeout is None else timeout)
-            attempts = Attempts(
-                leaders=self.leaders,
-                method=method,
-                end_s=end_s,
-                clock=time.monotonic,
-                may_change=bool(getattr(request, "request_id", "")),
-            )
+            attempts = attempts_of(self.leaders, method, request, timeout)
             while True:
                 endpoint = self.leaders.present
                 one = self.to(endpoint).unary_unary(method, *arguments, **named)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch, is_loopback
-from hetis.planner.client.connection import DISPATCH_SERVICE, Connection
+from hetis.planner.client.connection import DISPATCH_SERVICE, Connection, default_deadline_s
 from hetis.planner.client.errors import CallError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
@@ -111,6 +113,17 @@ class Attempts:
             violations=error.violations,
             retry_after_s=error.retry_after_s,
         )
+
+
+def attempts_of(leaders: LeaderSearch, method: str, request: Any, timeout_s: float | None) -> Attempts:
+    """Return the attempts of a call that begins now; a timeout of None is the method's default deadline."""
+    return Attempts(
+        leaders=leaders,
+        method=method,
+        end_s=time.monotonic() + (default_deadline_s(method) if timeout_s is None else timeout_s),
+        clock=time.monotonic,
+        may_change=bool(getattr(request, "request_id", "")),
+    )
 
 
 def _changed_nothing(error: CallError) -> bool:

@@ -16,8 +16,7 @@ def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.Sta
     """Return one model per copy of each stage, in order. ``replica`` is its index in the plan.
 
     A prefill replica has none: it decodes nothing, so nothing is dispatched. KV blocks are those of the whole device:
-    all
-    micro-batches in flight share them. Slow: not for an event loop.
+    all micro-batches in flight share them. Slow: not for an event loop.
 
     Raises:
         InvalidProblemError: the plan contradicts its inputs.

@@ -11,13 +11,13 @@ from hetis.engines.layout import DTYPE_BYTES
 from hetis.engines.planned import planned_model
 from hetis.engines.serving import DECIDED, names_of
 from hetis.engines.versions import Engine
+from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.export.names import Device, Target
 from hetis.planner.export.replicas import Settings
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
@@ -107,7 +107,7 @@ def export_wanted(
 
 def _wrong_hosts(hosts: Mapping[str, str], spelled: Callable[[str], str]) -> list[str]:
     """Return errors about invalid addresses, each shown as on the command line."""
-    given = {f"{node}={host}" if node else host: node and _HOST.fullmatch(host) for node, host in hosts.items()}
+    given = {f"{node}={host}" if node else host: node and is_host(host) for node, host in hosts.items()}
     must = "must be NODE=HOST, such as gpu2=10.0.0.2"
     return [f"{spelled('node_address')} is {text!r}, {must}" for text, is_right in given.items() if not is_right]
 

@@ -148,8 +148,7 @@ class LiveFleet:
         """Return the number of nodes whose agents are connected.
 
         It is a counter, cheap enough for every answer and event about a cluster. For single nodes use `node_view`,
-        which costs
-        as much as one node, whereas `nodes_of` builds a view of every one.
+        which costs as much as one node, whereas `nodes_of` builds a view of every one.
         """
         found = self._clusters.get(cluster)
         return 0 if found is None else found.leases.num_connected

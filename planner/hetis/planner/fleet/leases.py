@@ -64,8 +64,7 @@ class Leases:
         """Take ``nodes`` as all that the cluster's document names; return those whose state changed.
 
         ``known`` are nodes that were connected under an earlier planner: they cannot be called lost until a lease from
-        now has
-        expired.
+        now has expired.
         """
         names, earlier = set(nodes), set(known)
         changed = []

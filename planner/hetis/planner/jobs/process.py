@@ -36,8 +36,7 @@ class SolverProcess:
         """Start a process, which sends ``ready`` when it has loaded the solver.
 
         It gets a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program,
-        not a
-        fork of this process, which has threads.
+        not a fork of this process, which has threads.
         """
         return cls(
             await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)

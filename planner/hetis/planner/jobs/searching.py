@@ -38,8 +38,7 @@ class Searcher:
         The time limit starts at ``searching``, since the caller does not pay for compiling.
 
         Most kernels are compiled before. If only part of them was on disk, compiling the rest during the search stops
-        the
-        clock and is reported as ``compiling``.
+        the clock and is reported as ``compiling``.
         """
         posed = posed_from_json(posed_json)
         report = ProgressReporter(self._outbox.send)

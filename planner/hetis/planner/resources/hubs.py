@@ -15,8 +15,7 @@ class ClusterHub(Hub[tuple[str, str], Message]):
     """The hub of one cluster.
 
     Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values in the view BASIC. Only
-    the
-    last 1,000 re-dispatches are kept, as in the store, since re-dispatches are never removed.
+    the last 1,000 re-dispatches are kept, as in the store, since re-dispatches are never removed.
     """
 
     def __init__(self, epoch: int) -> None:

@@ -96,8 +96,7 @@ class Calls(grpc.aio.ServerInterceptor):
         """End the streams whose credentials now grant less than when they began.
 
         They may have been revoked, have expired, or be of a lesser role or scope. Callers that are still allowed
-        reconnect,
-        and are checked again.
+        reconnect, and are checked again.
         """
         for stream, (method, context, began_as) in list(self._streams.items()):
             try:

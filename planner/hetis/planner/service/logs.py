@@ -34,8 +34,7 @@ class CountRepeats(logging.Filter):
     """Passes a warning once in `REPEAT_S`, with ``repeated``, the number of times it was suppressed since.
 
     Warnings about different subjects (``cluster``, ``reason``) are different; a count or a time makes no difference.
-    Lines
-    about calls always pass: each is about another call.
+    Lines about calls always pass: each is about another call.
 
     Args:
         clock: monotonic seconds.

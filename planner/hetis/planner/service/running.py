@@ -295,9 +295,8 @@ def _leave_to_collector_what_is_new() -> None:
     """Tune the garbage collector, whose full collections block everything.
 
     With 3,000 agents they take 0.4 to 1 s, and leases last 20 s. Modules and all objects made so far stay for good and
-    are
-    excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are few (errors with
-    tracebacks, tasks), and are collected while young.
+    are excluded. Later objects live long (agents, replicas) or are freed by reference counting; cycles are few (errors
+    with tracebacks, tasks), and are collected while young.
     """
     gc.collect()
     gc.freeze()

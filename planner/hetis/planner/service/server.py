@@ -115,8 +115,7 @@ class PlannerServer:
         """Shut down in order; return whether every call could finish.
 
         Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` lets agents and watches end. Remaining
-        streams
-        are ended, and unary calls finish. Whatever is left after ``timeout_s`` is cut off.
+        streams are ended, and unary calls finish. Whatever is left after ``timeout_s`` is cut off.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s

@@ -132,10 +132,8 @@ class LeadershipPart(DocumentPart):
     """Leadership among planners that share a store.
 
     ``standby``: whether this planner waits while another one leads; by default it does on PostgreSQL. ``lease``: how
-    long
-    a planner on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; by
-    default
-    its addresses in ``listen``.
+    long a planner on PostgreSQL leads without its store. ``advertise``: where callers of the others reach this one; by
+    default its addresses in ``listen``.
     """
 
     standby: bool | None = None

@@ -33,9 +33,8 @@ class EngineValue:
         engine: its name, or ``any``.
         value: in the unit of the objective; None: no plan was found.
         bound: none of its plans is better; None: nothing was proved.
-        lacks: the missing features: for a richer engine, those that its plan needs and the plan's own engine lacks; for
-        a
-            poorer one, those that the plan needs and it lacks.
+        lacks: the missing features: for a richer engine, those that its plan needs and the plan's own engine lacks;
+            for a poorer one, those that the plan needs and it lacks.
         why_not: why there is no value, or no better one.
         equal_stages: whether the value is that of the best replicas of equal stages, which the engine runs: no search
             found a better plan.
@@ -78,7 +77,7 @@ def engine_values_of(plan: Plan) -> list[EngineValue]:
 def _values(
     plan: Plan, problem: PlacementProblem, seed: int, budget: Budget, told: Callable[[str], None]
 ) -> Iterator[EngineValue]:
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES, beyond
+    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
     own, known = problem.family.engine, dict[tuple[Family, Will], EngineValue]()
     of_engine = partial(wishes_of, problem.model, problem.cluster)
@@ -92,8 +91,7 @@ def _values(
         will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))
         alike = _but_for_its_name(family), will
         if alike not in known:
-            lacks = () if rules is None else beyond(plan.replicas, rules, problem.cluster)
-            lacks = (*lacks, *_stages_that_do_not_start(plan, problem, name))
+            lacks = _lacking(plan, problem, rules)
             found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
             if not lacks and _has_all_of(problem.family, family) and set(will) >= set(problem.will):
                 found = replace(found, bound=plan.result.bound)
@@ -116,10 +114,16 @@ def _at_least(found: EngineValue, others: Iterable[EngineValue], plan: Plan) -> 
     return found
 
 
-def _stages_that_do_not_start(plan: Plan, problem: PlacementProblem, engine: str) -> tuple[str, ...]:
-    """Return the stages of a plan on GPUs on which an engine cannot run the model, in a few words each."""
-    refused = refused_by(problem.model, problem.cluster, engine)
-    return tuple(f"stages on {gpu}" for gpu in refused if any(s.gpu == gpu for r in plan.replicas for s in r.stages))
+def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -> tuple[str, ...]:
+    """Return what a plan needs and an engine lacks, in a few words each: features, and GPUs that run the model."""
+    from hetis.solver.placement.engines import beyond
+
+    if rules is None:
+        return ()
+    used = {stage.gpu for replica in plan.replicas for stage in replica.stages}
+    refused = refused_by(problem.model, problem.cluster, rules.name)
+    features = beyond(plan.replicas, rules, problem.cluster)
+    return (*features, *(f"stages on {gpu}" for gpu in refused if gpu in used))
 
 
 def _but_for_its_name(family: Family) -> Family:
@@ -135,7 +139,6 @@ def _searched(
     known: EngineValue, plan: Plan, problem: PlacementProblem, own: EngineRules | None, seed: int, budget: Budget
 ) -> EngineValue:
     """Return what a search finds, or ``known`` if better: the value of a plan that the engine runs."""
-    from hetis.solver.placement.engines import beyond
     from hetis.solver.planning import is_compiled, solve_placement
 
     if not is_compiled(problem):
@@ -151,9 +154,7 @@ def _searched(
     value, bound = other.result.value, other.result.bound
     if not _is_better(value, known.value, plan):
         return replace(known, bound=bound)
-    more = () if own is None else beyond(other.replicas, own, problem.cluster)
-    more = (*more, *(() if own is None else _stages_that_do_not_start(other, problem, own.name)))
-    return replace(known, value=value, bound=bound, lacks=known.lacks or more)
+    return replace(known, value=value, bound=bound, lacks=known.lacks or _lacking(other, problem, own))
 
 
 def _by_equal_stages(

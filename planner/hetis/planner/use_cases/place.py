@@ -193,8 +193,7 @@ def make_plan(
     """Search a plan, complete it with its inputs and notes, check it, and add the effects of its profiles' errors.
 
     If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
-    the
-    value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
+    the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
 
     Raises:
         InfeasibleError: no plan of the family exists.
@@ -244,9 +243,7 @@ def describe(plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settin
     from hetis.solver.placement.explanation.routes import link_sentences
 
     routed = (KV_IS_FOR_ENGINES, *link_sentences(plan, problem)) if plan.kv_routes else ()
-    notes = (
-        *plan.notes, *loaded.notes, *routed, *profile_notes(problem)
-    )  # fmt: skip
+    notes = (*plan.notes, *loaded.notes, *routed, *profile_notes(problem))
     return replace(plan, inputs=inputs_of_plan(loaded, settings, problem), notes=notes)
 
 

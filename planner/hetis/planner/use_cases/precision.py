@@ -31,13 +31,13 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
         InvalidProblemError: no GPU is left; with the reason.
     """
     inputs, name = loaded.inputs, None if engine is None else engine.name
-    refused = refused_by(inputs.model, inputs.cluster, name)
     if name is None or name not in SUPPORT:
         return loaded
+    refused = refused_by(inputs.model, inputs.cluster, name)
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
         raise InvalidProblemError("; ".join(dict.fromkeys(refused.values())))
-    has_workers = name == WORKERS and inputs.model.kv_bytes == 2
+    has_workers = _has_workers(inputs.model, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
         notes.append("no attention workers: they keep KV in 16 bits")
@@ -59,7 +59,7 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
 
 def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Wish, ...]:
     """Return the wishes that keep GPUs out of parts that an engine cannot give them."""
-    has_workers = engine == WORKERS and model.kv_bytes == 2
+    has_workers = _has_workers(model, engine)
     wishes = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
     return (*wishes, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(wishes)
 
@@ -67,6 +67,10 @@ def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[W
 def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
     """Return the GPU types of a cluster by name."""
     return {slots.gpu: cluster.gpu_types[slots.gpu] for group in cluster.node_groups for slots in group.gpus}
+
+
+def _has_workers(model: ModelSpec, engine: str | None) -> bool:
+    return engine == WORKERS and model.kv_bytes == 2
 
 
 def _without(gpu: str, *, has_workers: bool) -> Wish:

@@ -80,13 +80,10 @@ def load_replanning(
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
     problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
-    on_nodes = (
-        ()
-        if engine == family.engine
-        else ("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica",)
-    )
-    warnings = (*found.warnings, *on_nodes, *_nothing_in_common(found.plan, fleet))
-    return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=warnings)
+    warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
+    if engine != family.engine:
+        warnings.append("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica")
+    return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
 
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:

@@ -15,8 +15,7 @@ class DeviceTime:
     """Seconds per layer and decode step of a device, on the slowest affine piece; all 0 if it holds no heads.
 
     ``heads_s`` is for query heads and their exchange with the primary, ``kv_s`` for reading KV, ``call_s`` for the
-    fixed
-    cost of calls and exchanges.
+    fixed cost of calls and exchanges.
     """
 
     heads: int

@@ -171,8 +171,7 @@ def _against(others: Points, fits: Sequence[Fit]) -> OtherSource | None:
 
 def _on_few_heads(points: Points, fits: Sequence[Fit]) -> FewHeads | None:
     """Return the errors of the fit of ``points`` for fewer query heads, where a plan would use it for them. Return None
-    if
-    there are none.
+    if there are none.
     """
     fit = next((fit for fit in fits if (fit.op, fit.scope) == (points.op, points.scope)), None)
     if fit is None or points.few_heads is None:

@@ -61,8 +61,7 @@ def _largest_first(measurements: Sequence[Measurements], op: MeasuredOp) -> Iter
     """Yield tables in the order of their sources and, within a source, by decreasing number of rows.
 
     An engine has kernels for corner cases besides the one that serves. For a B200's prefill, for example, a decode
-    kernel
-    has a thousand rows, which come before the twelve thousand of the prefill kernel.
+    kernel has a thousand rows, which come before the twelve thousand of the prefill kernel.
     """
     for measurement in measurements:
         yield from sorted(tables_of([measurement], op), key=lambda found: -len(found[1]))

@@ -47,8 +47,7 @@ class ErrorStats:
     """Relative errors, predicted / measured - 1: mean and median of their absolute values, 95th percentile, mean.
 
     0.1 is 10%; a positive ``bias`` means that the fit is too slow. All are zero if ``num_points`` is. ``p95`` is None
-    for
-    fewer than `MIN_P95` points, where it would be one of the worst two.
+    for fewer than `MIN_P95` points, where it would be one of the worst two.
     """
 
     num_points: int

@@ -156,8 +156,7 @@ class FitReport:
 
 def stated_error(report: OpReport) -> float:
     """Return the error that a profile states for the fit: that in the serving range, or that of all held-out points if
-    it is
-    larger and the serving range has only a few.
+    it is larger and the serving range has only a few.
     """
     if report.serving.num_points >= _FEW:
         return report.serving.mape

@@ -46,9 +46,8 @@ def split(points: Points) -> Holdout:
     """Hold out a quarter of the shapes (none if there are fewer than four), and a sixth of the points of the others.
 
     Fewer than `FEW` points are all judges, in four turns. Layers composed from a grid of matrix products judge nothing
-    if
-    whole layers were measured. Otherwise a quarter of them judge, in one turn each, a fit that saw no layer with any of
-    their products. The split does not depend on the order of the points or on their times.
+    if whole layers were measured. Otherwise a quarter of them judge, in one turn each, a fit that saw no layer with any
+    of their products. The split does not depend on the order of the points or on their times.
     """
     checksums = _checksums(points)
     if len(points) < FEW:

@@ -154,8 +154,7 @@ class Campaign:
 
 def first_points(series: PointSeries) -> list[MeasuredPoint]:
     """Return the points to begin with: for every axis its least, middle and greatest size, with the other axes in the
-    middle,
-    and the corners.
+    middle, and the corners.
     """
     values = {axis: sorted({point.columns[axis] for point in series.candidates}) for axis in series.axes}
     middle = {axis: sizes[len(sizes) // 2] for axis, sizes in values.items()}

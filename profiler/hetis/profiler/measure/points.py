@@ -34,8 +34,7 @@ class TimedSample:
 
     ``spread`` is the half-width of the 95% confidence interval of the median, relative to it. ``jitter`` is how far the
     slowest tenth of the samples lies above the median, relative to it, which reveals a busy neighbour. ``cold`` means
-    that
-    every call found its operands outside the cache (`hetis.profiler.measure.rotation`).
+    that every call found its operands outside the cache (`hetis.profiler.measure.rotation`).
     """
 
     seconds: float

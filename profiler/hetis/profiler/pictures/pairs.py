@@ -72,8 +72,7 @@ def pairs_of(profile: Profile, measurements: Sequence[Measurements], gpu: GpuTyp
     """Return every measured operator with the points that a fit would select, each point by its own fit.
 
     Shapes that differ in TP size or queries per group share a picture. A fit of all of them is omitted if there are
-    fits
-    of each, because it sees the same points.
+    fits of each, because it sees the same points.
     """
     families: dict[tuple[Op, int | None, float | None], list[tuple[FitScope, Pairs]]] = {}
     for points in selected_points(measurements, gpu).points:

@@ -11,12 +11,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetis.engines.serving import joined
 from hetis.runtime.agent.connecting import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
 from hetis.runtime.agent.daemon import AgentDaemon
 from hetis.runtime.agent.devices import open_devices
-from hetis.runtime.agent.disk import StateDirectory
+from hetis.runtime.agent.disk import StateDirectory, machine_boot_id
 from hetis.runtime.agent.executor import Executor, SocketExecutor
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.options import EngineChoice, EngineKind
@@ -32,7 +31,6 @@ _STEERED = frozenset(
         AgentCapability.AGENT_CAPABILITY_HEAD_MAP,
     }
 )
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -140,6 +138,7 @@ async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitSta
             stack.push_async_callback(executor.close)
             return executor, parts.engine_address or server.address
         case EngineKind.LAUNCH:
+            from hetis.engines.serving import joined
             from hetis.runtime.agent.launched.executor import LaunchExecutor
 
             settings, node = parts.choice.settings, parts.node.rpartition("/")[2]
@@ -179,7 +178,4 @@ async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
 
 def _clock_name() -> str:
     """Return a name for the monotonic clock, which survives a restart of the agent but not a reboot."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return f"unknown-{time.time_ns()}"
+    return machine_boot_id() or f"unknown-{time.time_ns()}"

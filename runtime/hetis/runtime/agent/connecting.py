@@ -87,8 +87,7 @@ class PlannerAddress:
 
     def search(self) -> LeaderSearch:
         """Return the search for the leading planner. Without TLS, a leader that a planner names is trusted only if it
-        is on
-        this machine.
+        is on this machine.
         """
         addresses = split_endpoints(self.server)
         is_local = all(is_loopback(address) for address in addresses)

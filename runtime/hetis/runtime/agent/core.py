@@ -367,8 +367,7 @@ class AgentCore:
 
     def _report_of(self, replica: ReplicaAgent) -> ReplicaReport:
         """Return the report on a replica from what the engine says. The first report after an engine restart says that
-        it is
-        loading even if it has finished already, because its KV is gone.
+        it is loading even if it has finished already, because its KV is gone.
         """
         if self._restart_is_untold:
             return replica.report_anew()

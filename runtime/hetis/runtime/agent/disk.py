@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 
 FORM = 1  # version of the files
 _SUFFIX = ".state"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -19,13 +20,20 @@ class StateError(Exception):
     """The state directory cannot be used. The message says why and what to do."""
 
 
+def machine_boot_id() -> str:
+    """Return the boot id of this machine; empty if the system does not say."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 class StateDirectory:
     """Named parts in one directory that only this user may open.
 
     A part is a file: one line of JSON (form, name, SHA-256), then the body. The new file is written next to the old
-    one,
-    flushed to the device and renamed over it. A file that fails its check is renamed and logged as an error: the other
-    parts are used, and its content is kept for a person to look at.
+    one, flushed to the device and renamed over it. A file that fails its check is renamed and logged as an error: the
+    other parts are used, and its content is kept for a person to look at.
     """
 
     def __init__(self, path: Path) -> None:

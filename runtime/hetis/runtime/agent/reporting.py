@@ -18,10 +18,8 @@ class NodeReporter:
     """Decides what to send and when, without a clock of its own.
 
     These count as changes: a device's share of used blocks differs by more than ``kv_change_ratio``; a state, failure
-    or
-    generation differs; waiting for KV or preemptions begin; a device runs slower. Other figures (steps, running
-    requests)
-    wait for the next message that is due anyway.
+    or generation differs; waiting for KV or preemptions begin; a device runs slower. Other figures (steps, running
+    requests) wait for the next message that is due anyway.
     """
 
     def __init__(self, seed: random.Random) -> None:

@@ -62,8 +62,7 @@ class CompiledBackend:
     """Compiled by numba, for CPU memory with float32, float64 or bfloat16.
 
     Chunks of at least `LEAST_CHUNK` positions go to torch, whose matrix products are two to three times as fast there
-    as
-    computing row by row.
+    as computing row by row.
     """
 
     name = "compiled"

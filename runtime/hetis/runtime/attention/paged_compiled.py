@@ -268,8 +268,7 @@ def _exp(x: Floats, bits: Table) -> None:
     """Replace float32 numbers <= 0 by their exp, vectorised: numba would call the library for each number.
 
     Computes 2^n e^y with |y| <= ln 2 / 2, and e^y by Cephes' polynomial (expf; relative error 2e-7). Results are at
-    least
-    e^-87.
+    least e^-87.
     """
     for t in range(len(x)):
         bounded = max(np.float32(x[t]), np.float32(-87.0))

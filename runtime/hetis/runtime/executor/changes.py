@@ -24,8 +24,7 @@ class Authority(Protocol):
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
         """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
-        The
-        others are entered into ``taken.left_out``.
+        The others are entered into ``taken.left_out``.
 
         Raises:
             RefusedError: the change cannot be accepted, or no move is left. No blocks are held then.
@@ -161,12 +160,9 @@ class EngineChanges:
         """Handle AbortMoves.
 
         ``authority`` holds the statuses that the authority's engine has just reported; None if it was not reached. An
-        engine
-        whose copies were not complete has promised nothing and may abort alone. After that it follows the authority. If
-        the
-        authority has never heard of the change, it cannot rule out hearing of it later. Then the planner's word, which
-        gives
-        the change up for good, is enough, but the agent's own deadline is not.
+        engine whose copies were not complete has promised nothing and may abort alone. After that it follows the
+        authority. If the authority has never heard of the change, it cannot rule out hearing of it later. Then the
+        planner's word, which gives the change up for good, is enough, but the agent's own deadline is not.
         """
         change = self.known.get(change_id)
         if change is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ import typer
 
 from hetis.engines.errors import LayoutError, OptionError
 from hetis.engines.versions import Engine
+from hetis.formats.endpoints import is_host
 
 if TYPE_CHECKING:
     from hetis.engines.commands import Addresses
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hetis.solver.plan import Plan
 
 EXIT_FAILED, EXIT_INVALID, EXIT_NOT_POSSIBLE = 1, 2, 3
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _EXAMPLES = """Examples:
 
 hetis-launch show --plan plan.json --model /models/Llama-3.2-1B --node-address gpu1=10.0.0.1
@@ -414,7 +413,7 @@ def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
     wrong = []
     for text in texts:
         node, _, host = text.rpartition("=")
-        if not node or not _HOST.fullmatch(host):
+        if not node or not is_host(host):
             wrong.append(f"--node-address is {text!r}, must be NODE=HOST, such as gpu2=10.0.0.2")
         elif node in hosts:
             wrong.append(f"--node-address: {node} comes twice")

@@ -50,8 +50,7 @@ class Rules:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDevice:
     """One device's scale in use and, summed over the layers whose time is known, their measured time and the time
-    predicted
-    with the scale then in use.
+    predicted with the scale then in use.
     """
 
     name: str
@@ -73,8 +72,7 @@ class Following:
         clock: Clock = time.perf_counter,
     ) -> None:
         """Initialise. ``apply`` receives the costs to use from now on; ``read_s`` holds the seconds to read an answer
-        that is
-        already there, for each device.
+        that is already there, for each device.
         """
         self.calibrated, self.rules = calibrated, rules or Rules()
         self._apply, self._clock = apply, clock

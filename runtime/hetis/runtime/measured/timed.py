@@ -23,8 +23,7 @@ OVER_READING = 2.0  # waiting longer than this multiple of the time to read an a
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
     """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
-    for
-    this many query heads and the KV bytes that they read.
+    for this many query heads and the KV bytes that they read.
     """
 
     heads: int
@@ -52,8 +51,7 @@ class TimedDevice:
         """Initialise with ``read_s``, the seconds to read an answer that is already there.
 
         Calls to a CUDA device of this process return before it is done: unless each of them ``is_waited_for``, its time
-        is
-        unknown.
+        is unknown.
         """
         self.name, self.shape, self.num_pages = device.name, device.shape, device.num_pages
         self._device, self._heard, self._clock, self._read_s = device, heard, clock, read_s

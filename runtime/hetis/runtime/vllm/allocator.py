@@ -115,8 +115,7 @@ class HeadAllocator:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Initialise. ``free_here`` returns the free blocks of vLLM's pool; ``output_tokens`` are expected of a request
-        that may
-        generate more.
+        that may generate more.
         """
         self.state = DispatchState(costs, [_ENDLESS] + [0] * (costs.num_devices - 1))
         for device in range(1, costs.num_devices):
@@ -439,8 +438,7 @@ class HeadAllocator:
 
     def _load(self) -> DeviceLoad:
         """Return the load that a new request joins. On the ranks the pool knows the free blocks, and the state the
-        blocks that
-        will still be taken.
+        blocks that will still be taken.
         """
         load, free = self.state.load(), self.state.free_blocks()
         load.free_blocks[LOCAL] = self._free_here() - (free[LOCAL] - load.free_blocks[LOCAL])
@@ -484,8 +482,7 @@ class HeadAllocator:
         """Return new homes for the groups on a lost device, or on one that takes none.
 
         They go to a worker with room if the pool is short, otherwise here. ``taken`` are the blocks that others will
-        take,
-        shape [D].
+        take, shape [D].
         """
         blocks = -(-(placed.tokens + placed.growth) // self.heads.block_tokens)
         free = self._load().free_blocks - taken - self._kept_blocks(placed, lost)

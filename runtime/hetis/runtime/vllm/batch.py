@@ -39,8 +39,7 @@ class StepRequests:
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VirtualBatch:
     """N virtual sequences with V tokens in total. If each has one token, they are ordered by request, then by group,
-    which is
-    the order of vLLM's batch; otherwise by group, then by request.
+    which is the order of vLLM's batch; otherwise by group, then by request.
 
     Attributes:
         requests: index of the request of each sequence, shape [N].

@@ -139,8 +139,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         """Offer full blocks to later requests if all groups have always been here.
 
         A prefix hits only with all groups, and blocks that came back from elsewhere are empty if the worker that they
-        came
-        from was lost meanwhile.
+        came from was lost meanwhile.
         """
         request_id = request.request_id
         cached, full = self.num_cached_block.get(request_id, 0), num_tokens // self.block_size

@@ -58,8 +58,7 @@ class Reports(KVConnectorWorkerMetadata):  # type: ignore[misc]
 @dataclass
 class Greeting(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """A rank's findings, by device: the blocks of a head group that each worker holds (0 if it is absent), and the cost
-    of
-    attention on the workers and on the rank itself.
+    of attention on the workers and on the rank itself.
     """
 
     blocks: tuple[int, ...]

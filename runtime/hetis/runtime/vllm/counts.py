@@ -65,8 +65,7 @@ class SchedulerCounts:
 
     def take(self, *, is_last: bool) -> dict[str, Any] | None:
         """Return the counts since the last take and the present gauges, or None if it is too early. Pass ``is_last`` if
-        nothing
-        runs any more, so that no further take follows soon.
+        nothing runs any more, so that no further take follows soon.
         """
         now_s = self._clock()
         if not is_last and now_s < self._taken_s + EVERY_S:

@@ -270,8 +270,7 @@ class SchedulerSide:
         """Have groups of a running request copied elsewhere while it decodes.
 
         They move when all ranks have copied them or, for the planner's moves, when `commit` is called. Returns the
-        number of
-        the move, or None if the target has no room or the groups are not at rest together.
+        number of the move, or None if the target has no room or the groups are not at rest together.
         """
         move = self._prepare(request_id, groups, target, by)
         if move is None:
@@ -403,8 +402,7 @@ class SchedulerSide:
         """Have vLLM restart a request.
 
         With pipeline stages, more of its steps may be in flight. Their outputs must not count: they are void or, if one
-        of
-        them restarts already, duplicates. vLLM itself only handles the step that failed.
+        of them restarts already, duplicates. vLLM itself only handles the step that failed.
         """
         request = self._placed[request_id]
         request.num_computed_tokens = 0

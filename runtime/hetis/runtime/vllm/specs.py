@@ -18,8 +18,7 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
     """KV of *one* head group in one layer: ``num_kv_heads`` is 1, and a request takes blocks for each of its groups.
 
     All layers of a model share this spec, including those with sliding windows: windows are masked, and their blocks
-    are
-    not freed.
+    are not freed.
 
     Attributes:
         head_groups: G, KV heads of the layer on each tensor parallel rank.

@@ -87,8 +87,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
         """Limit dispatch to the plan: its workers take as many blocks as it says, others nothing.
 
         Workers that are not to be relied on take nothing either. A worker that the planner has lost keeps working as
-        long as
-        it is reached from here.
+        long as it is reached from here.
         """
         said = {condition.device for condition in assignment.conditions if condition.status != _OK}
         limits, drained = {}, set(range(1, len(self._side.settings.workers) + 1))

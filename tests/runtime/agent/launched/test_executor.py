@@ -209,11 +209,11 @@ def test_an_engine_that_does_not_come_is_given_up_with_the_end_of_its_log(
 
 def test_an_engine_that_is_never_ready_is_killed_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> None:
-        async with node_in(tmp_path, ready_timeout="1s") as node:
+        async with node_in(tmp_path, ready_timeout="3s") as node:
             control(tmp_path, loading=True)
             await node.apply(applying(assigned()))
             await node.until_lives("started", "started")
-            assert f"p-0: vllm did not answer http://127.0.0.1:{node.settings.port}/health for 1 s" in caplog.text
+            assert f"p-0: vllm did not answer http://127.0.0.1:{node.settings.port}/health for 3 s" in caplog.text
             control(tmp_path)
             await node.until_state("SERVING")
 

@@ -90,8 +90,7 @@ class ReplicaDispatch:
         """Place requests in order and add those that fit; those that run with the same numbers are ignored.
 
         Small batches that arrive in one iteration of the event loop are planned together: if many engines ask at once,
-        one
-        solve answers them all.
+        one solve answers them all.
 
         Args:
             keep: if False, nothing is added.
@@ -177,8 +176,7 @@ class ReplicaDispatch:
         """Plan where a batch would go, without changing anything; call `_add` before awaiting anything else.
 
         A large batch is planned in a thread, on the requests that run at that moment. If these have changed meanwhile
-        it is
-        planned again, the last time in the loop, where nothing can change.
+        it is planned again, the last time in the loop, where nothing can change.
         """
         for _ in range(MOST_TRIES if len(newcomers) > MOST_IN_LOOP else 0):
             version = self.version

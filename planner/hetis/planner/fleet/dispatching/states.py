@@ -61,8 +61,7 @@ class DispatchStates:
         """Compile or load the kernels of dispatch; the service starts this, `admit` waits for it.
 
         A thread does it that does not keep the process alive. A caller whose deadline is earlier gets DEADLINE_EXCEEDED
-        and
-        tries again.
+        and tries again.
         """
         if self._warming is None:
             self._warming = asyncio.ensure_future(run_in_daemon_thread(compile_dispatch, name="kernels of dispatch"))

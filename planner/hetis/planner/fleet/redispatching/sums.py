@@ -108,8 +108,7 @@ class SumTest:
         """Return how far the makespan is above the bound, as a share.
 
         A result up to ``limit`` only says that it is not above ``limit``; a higher one is right to within ``NEAR`` of
-        the
-        makespan.
+        the makespan.
         """
         makespan_s = self.makespan_s(sums)
         heads, kv_bytes = sum(sums.heads), sum(sums.kv_bytes)

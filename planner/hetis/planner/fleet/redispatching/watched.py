@@ -180,12 +180,9 @@ class AlarmBackoff:
     """`hetis.solver.redispatch.watch.Watch`, based on sums.
 
     After a look that moved nothing, an alarm counts again if it is new, if its value has grown by the share ``CHANGE``,
-    if
-    a device's status changed, if that share of the KV came, went or moved, or if so many requests have finished that
-    this
-    share of the KV is replaced. Every further fruitless look doubles the share, up to ``MOST_CHANGE``; a look that
-    moves
-    something resets it.
+    if a device's status changed, if that share of the KV came, went or moved, or if so many requests have finished that
+    this share of the KV is replaced. Every further fruitless look doubles the share, up to ``MOST_CHANGE``; a look that
+    moves something resets it.
     """
 
     def __init__(self) -> None:
@@ -232,12 +229,9 @@ class Slowness:
 
     The factor follows the median of the last seven ratios. Three outliers of seven change nothing, and a device that is
     twice as slow is known as exactly that after four reports; a mean would pass through all values in between, each of
-    them
-    a reason to move something. The factor changes when the median differs from it by more than a quarter, which
-    ordinary
-    noise does not cause. Until seven ratios are known, 1s stand in their place: the profile is right unless four
-    reports
-    contradict it.
+    them a reason to move something. The factor changes when the median differs from it by more than a quarter, which
+    ordinary noise does not cause. Until seven ratios are known, 1s stand in their place: the profile is right unless
+    four reports contradict it.
     """
 
     def __init__(self) -> None:

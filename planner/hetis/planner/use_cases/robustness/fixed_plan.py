@@ -134,8 +134,7 @@ class FixedPlan:
         """Return the mean seconds of a whole request (p95 TTFT + mean output x TPOT) at a ``load`` in requests/s.
 
         Replicas take a share of the load in proportion to their maximum rates, and each runs with the engine settings
-        that
-        carry its share with the least latency. The result is infinite if the plan cannot carry the load.
+        that carry its share with the least latency. The result is infinite if the plan cannot carry the load.
         """
         problem = self._under(profiles)
         paces = [

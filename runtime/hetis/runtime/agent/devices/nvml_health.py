@@ -80,8 +80,7 @@ class GpuHealth:
 
     def _remapping(self, handle: Any) -> bool | None:
         """Return whether remapping a row has failed, or None if the GPU does not remap rows. A pending remapping waits
-        for the
-        next reset and is harmless until then.
+        for the next reset and is harmless until then.
         """
         try:
             _corrected, _uncorrected, _pending, failed = self._nvml.nvmlDeviceGetRemappedRows(handle)

@@ -18,6 +18,7 @@ from pathlib import Path
 from hetis.engines.commands import Command
 from hetis.engines.errors import OptionError
 from hetis.engines.layout import ProcessKind
+from hetis.runtime.agent.disk import machine_boot_id
 from hetis.runtime.agent.launched.parts import NodePart
 from hetis.runtime.launch.local import Started, Told, prepare, start
 from hetis.runtime.launch.supervising import FAILED, Running, supervise
@@ -25,7 +26,6 @@ from hetis.runtime.launch.supervising import FAILED, Running, supervise
 OLD_LOGS = 3  # of earlier starts, beside the present one
 _TAIL_LINES, _TAIL_BYTES = 15, 1500  # of a log, in the message of a failure
 _LOOK_S = 0.1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _log = logging.getLogger(__name__)
 
 
@@ -157,7 +157,7 @@ class NodeProcesses:
             self._note_failure(f"{command.shown[0]}: {error.strerror}")
             raise
         session = self._sessions / str(started.pid)
-        session.write_text(f"{_boot()} {_birth(started.pid)}", encoding="ascii")
+        session.write_text(f"{machine_boot_id()} {_birth(started.pid)}", encoding="ascii")
         with self._lock:
             self._running.add(command.process.name)
             if command.process.name == self._front:
@@ -281,7 +281,7 @@ def _members(leader: int, file: Path) -> list[int]:
     except (OSError, ValueError):
         return []
     # While a session has members, no new process gets the number of its leader.
-    if boot != _boot() or _birth(leader) not in ("", birth):
+    if boot != machine_boot_id() or _birth(leader) not in ("", birth):
         return []
     return [pid for pid, (state, session) in _processes().items() if session == str(leader) and state != "Z"]
 
@@ -301,14 +301,6 @@ def _birth(pid: int) -> str:
     try:
         return _status(pid)[19]
     except (OSError, IndexError):
-        return ""
-
-
-def _boot() -> str:
-    """Return the boot id of this machine; empty if the system does not say."""
-    try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
         return ""
 
 

@@ -1,10 +1,6 @@
 """The file of ``--engine launch:FILE``: which engine serves the replicas of a node, and how it is started there.
 
-apiVersion: hetis/v1
-kind: EngineSettings
-engine: vllm
-model: /models/{name}
-addresses: {gpu1: 10.0.0.1, gpu2: 10.0.0.2}
+apiVersion: hetis/v1 kind: EngineSettings engine: vllm model: /models/{name} addresses: {gpu1: 10.0.0.1, gpu2: 10.0.0.2}
 """
 
 from __future__ import annotations
@@ -21,12 +17,12 @@ from hetis.engines.commands import WORKER_PORT
 from hetis.engines.serving import DECIDED, KV_PORT, MASTER_PORT, names_of
 from hetis.engines.starting import program_of
 from hetis.engines.versions import Engine
+from hetis.formats.endpoints import is_host
 from hetis.formats.fields import DocumentPart, Duration
 from hetis.formats.loading import read_data, validated
 
 MASTER_STEP = 20  # ports of a replica on several nodes: SGLang takes those that follow its own for its processes
 _MOST_GPUS = 64  # of a node, as far as ports are concerned
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:_-]{0,252}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -43,7 +39,7 @@ def _name(value: str) -> str:
 
 
 def _host(value: str) -> str:
-    if not _HOST.fullmatch(value):
+    if not is_host(value):
         raise ValueError(f"{value!r} is no address, must be an IP address or a name")
     return value
 

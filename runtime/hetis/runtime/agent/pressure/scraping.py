@@ -83,8 +83,7 @@ def _known_prefixes(text: str) -> str:
 
 def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
     """Return the body, or None if it is larger than ``max_bytes``. The time limit applies to the whole body, not to
-    each
-    read.
+    each read.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http or https address")
