@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,62 @@ def test_the_simplest_plan_is_asked_for_with_a_share(inputs: list[str], capsys: 
     assert any("of the best" in note for note in plan["notes"])
     assert run([*inputs, "--simplest-within", "2%", "--engine", "any"]) == ExitCode.INVALID
     assert "for an engine" in " ".join(capsys.readouterr().err.split())
+
+
+ZONES = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: zones
+nodes:
+  - {name: a, zone: east, count: 4, gpus: [{type: L4, count: 1, usd_per_hour: 0.7}]}
+  - {name: b, zone: west, count: 3, gpus: [{type: L4, count: 1, usd_per_hour: 0.8}]}
+  - {name: c, zone: north, count: 3, gpus: [{type: A100-SXM-80GB, count: 1, usd_per_hour: 2.5}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+ONE_GPU = ["--engine", "vllm", "--roles", "unified", "--max-gpus", "1", "--tpot", "none", "--ttft", "none"]
+PRICES = {"east": 0.7, "west": 0.8, "north": 2.5}
+
+
+def cheapest(rates: dict[str, float], demand: float) -> float:
+    """The least cost of counts of GPUs by zone, of which those outside any one zone serve the demand, by trying all."""
+    sizes = {"east": 4, "west": 3, "north": 3}
+    found = []
+    for counts in itertools.product(*(range(size + 1) for size in sizes.values())):
+        by_zone = [count * rates[zone] for zone, count in zip(sizes, counts, strict=True)]
+        if sum(by_zone) - max(by_zone) >= demand:
+            found.append(sum(count * PRICES[zone] for zone, count in zip(sizes, counts, strict=True)))
+    return min(found)
+
+
+@pytest.mark.parametrize("demand", [0.4, 0.9, 1.7, 2.6])
+def test_the_demand_is_served_without_any_one_zone(
+    inputs: list[str], capsys: pytest.CaptureFixture[str], demand: float
+) -> None:
+    Path("fleet.yaml").write_text(ZONES)
+    rates = {}
+    for zone in PRICES:
+        others = [f"--forbid=zone={other}" for other in PRICES if other != zone]
+        goal = ["--objective", "cost", "--rate", "0.1"]
+        rates[zone] = 0.9 * placed(capsys, [*inputs, *ONE_GPU, *goal, *others])["replicas"][0]["rate"]
+    plan = placed(
+        capsys, [*inputs, *ONE_GPU, "--objective", "cost", "--rate", str(demand), "--survive", "zone"]
+    )  # fmt: skip
+    assert 0.9 * plan["inputs"]["losses"]["zone"]["rate"] >= demand * (1 - 1e-9)
+    best = cheapest(rates, demand)
+    assert plan["result"]["bound"] <= best * (1 + 1e-9) <= plan["result"]["value"] * (1 + 1e-9)
+    assert plan["result"]["value"] <= 1.35 * best
+    Path("plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
+def test_zones_that_cannot_be_lost_are_refused_with_the_reason(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    goal = ["--objective", "gpus", "--rate", "0.5", "--survive", "zone"]
+    assert run([*inputs, *goal]) == ExitCode.INVALID
+    assert "all GPUs of cluster small are in one zone" in " ".join(capsys.readouterr().err.split())
+    Path("fleet.yaml").write_text(ZONES)
+    assert run([*inputs, *goal, "--pin", "replicas=2"]) == ExitCode.INVALID
+    assert "--pin replicas=2 counts over the whole fleet" in " ".join(capsys.readouterr().err.split())
+    assert run([*inputs, *ONE_GPU, "--objective", "cost", "--rate", "12", "--survive", "zone"]) == ExitCode.INFEASIBLE
+    assert "18 requests/s are needed to serve 12 without any one" in " ".join(capsys.readouterr().err.split())

@@ -24,6 +24,7 @@ class Survived(StrEnum):
     """A loss that the demand must survive."""
 
     NODE = "node"
+    ZONE = "zone"
 
 
 ClusterOption = Annotated[
@@ -250,7 +251,7 @@ SurviveOption = Annotated[
         "--survive",
         rich_help_panel=_GOAL,
         show_default=False,
-        help="Serve --rate when any one node is lost, with --objective cost or gpus.",
+        help="Serve --rate when any one node, or zone, is lost, with --objective cost or gpus.",
     ),
 ]
 RolesOption = Annotated[

@@ -89,7 +89,7 @@ def place(
         verify=verify,
         other_engines=other_engines,
         price_pins=price_pins,
-        survive_node=survive is not None,
+        survive="" if survive is None else survive.value,
         profile_error=profile_error,
     )
     loaded = load(request)

@@ -69,7 +69,7 @@ class PlacementRequest:
         verify: simulate the plan before it is shown.
         other_engines: report the values of plans for other engines.
         price_pins: report the cost of every constraint.
-        survive_node: the demand must be served even if any one node is lost.
+        survive: ``node`` or ``zone``: the demand must be served even if any one of them is lost; empty: neither.
         profile_error: study the plan under profiles that are off by up to this share; None: no study.
     """
 
@@ -89,7 +89,7 @@ class PlacementRequest:
     verify: bool = True
     other_engines: bool = True
     price_pins: bool = False
-    survive_node: bool = False
+    survive: str = ""
     profile_error: float | None = None
 
 
@@ -151,22 +151,20 @@ def place(
     def budget() -> Budget:
         return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
-    def solve(posed: PlacementProblem) -> Plan:
-        return make_plan(
-            loaded,
-            posed,
-            settings,
-            budget=budget(),
-            report=report,
-            market=catalogue_market,
-            beside_equal_stages=True,
-            beside_engines=request.other_engines,
-        )
+    def find(posed: PlacementProblem) -> Plan:
+        return search(posed, settings, budget=budget(), report=report, market=catalogue_market)
 
-    if request.survive_node:
-        plan, problem = surviving_plan(solve, problem)
-    else:
-        plan = solve(problem)
+    plan, problem = surviving_plan(find, problem, request.survive) if request.survive else (find(problem), problem)
+    plan = complete(
+        plan,
+        loaded,
+        problem,
+        settings,
+        cancelled=cancelled,
+        report=report,
+        beside_equal_stages=True,
+        beside_engines=request.other_engines,
+    )
     if request.verify:
         told = _simulation_report(plan, report)
         plan = verified(plan, problem, seed=settings.seed, cancelled=cancelled, report=told)
@@ -201,13 +199,40 @@ def make_plan(
         UncheckedPlanError: the plan fails the independent checker.
     """
     plan = search(problem, settings, budget=budget, report=report, market=market)
+    return complete(
+        plan,
+        loaded,
+        problem,
+        settings,
+        cancelled=budget.cancelled,
+        report=report,
+        beside_equal_stages=beside_equal_stages,
+        beside_engines=beside_engines,
+    )
+
+
+def complete(
+    plan: Plan,
+    loaded: LoadedInputs,
+    problem: PlacementProblem,
+    settings: Settings,
+    *,
+    cancelled: threading.Event,
+    report: Report,
+    beside_equal_stages: bool = False,
+    beside_engines: bool = False,
+) -> Plan:
+    """Complete a found plan as `make_plan` does.
+
+    Raises:
+        UncheckedPlanError: the plan fails the independent checker.
+    """
     plan = describe(plan, loaded, problem, settings)
     if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
-        plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
+        plan = _with_equal_stages(plan, problem, settings, cancelled)
     if beside_engines and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
         plan = with_engine_values(
-            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
-            report=report,
+            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=cancelled, report=report,
         )  # fmt: skip
     check(plan, problem)
     plan = with_losses(plan, problem) if beside_equal_stages else plan

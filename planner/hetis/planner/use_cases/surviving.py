@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 
-from hetis.solver.errors import InvalidProblemError, NoPlanFoundError
+from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.losses import Loss, worst_node, worst_zone
-from hetis.solver.plan import Plan
+from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Status
 from hetis.solver.problem import PlacementProblem
+from hetis.solver.will import AtMost, LeaveOut, Replicas, Selection, Unit, Use
 
 LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
+FEW_ZONES = 3  # plans of as many zones, or all but one, are tried besides those of all
+CLOSE = 0.01  # share of a zone's rate: less surplus is not worth another search
+
+Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
 
 def with_losses(plan: Plan, problem: PlacementProblem) -> Plan:
@@ -31,33 +36,37 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
         return {}
 
 
-def surviving_plan(
-    solve: Callable[[PlacementProblem], Plan], problem: PlacementProblem
-) -> tuple[Plan, PlacementProblem]:
-    """Return a plan that serves the demand even if any one node is lost, and the problem that it solves.
+def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> tuple[Plan, PlacementProblem]:
+    """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost, and the problem it solves.
 
     That problem has a larger demand.
 
-    The demand grows by the worst loss until enough is left. So the plan is the best for some demand, not among all that
-    survive; no surviving plan costs less than the best plan for the original demand.
-
     Raises:
-        InvalidProblemError: the objective has no demand to keep.
-        NoPlanFoundError: the demand was still not kept after some tries.
-        InfeasibleError: a larger demand has no plan.
+        InvalidProblemError: the objective has no demand to keep, or zones or constraints do not allow the question.
+        NoPlanFoundError: no such plan was found.
+        InfeasibleError: a demand that such a plan must serve has no plan.
     """
-    demand = problem.objective.demand_rps
-    if problem.objective.maximises or demand is None:
+    if problem.objective.maximises or problem.objective.demand_rps is None:
         raise InvalidProblemError("what survives is a demand: --survive goes with --objective cost or gpus and --rate")
+    return _without_a_zone(find, problem) if place == "zone" else _without_a_node(find, problem)
+
+
+def _without_a_node(find: Find, problem: PlacementProblem) -> tuple[Plan, PlacementProblem]:
+    """Let the demand grow by the worst loss until enough is left.
+
+    So the plan is the best for some demand, not among all that survive; no surviving plan costs less than the best plan
+    for the original demand.
+    """
+    demand = _demand(problem)
     utilisation, asked, alone = problem.assumptions.planned_utilisation, demand, None
     for _ in range(MOST_TRIES):
-        posed = replace(problem, objective=replace(problem.objective, demand_rps=asked))
-        plan = solve(posed)
+        posed = _for(problem, asked)
+        plan = _larger(find, posed, demand, "node")
         alone = plan if alone is None else alone
         left = worst_node(plan, problem.cluster)
         rate, whole = (0.0, asked) if left is None else (utilisation * left.rate, utilisation * left.whole)
         if rate >= demand * ENOUGH:
-            return replace(plan, notes=(*plan.notes, _cost(plan, alone, asked, rate))), posed
+            return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound), posed
         asked = max(asked, demand + whole - rate)
     raise NoPlanFoundError(
         f"no plan was found that serves {demand:.4g} requests/s without its worst node, nor proved that there is none; "
@@ -65,13 +74,187 @@ def surviving_plan(
     )
 
 
-def _cost(plan: Plan, alone: Plan, asked: float, rate: float) -> str:
+def _without_a_zone(find: Find, problem: PlacementProblem) -> tuple[Plan, PlacementProblem]:
+    """Plan every zone on its own, so that the others serve the demand without it.
+
+    Of a plan for Z zones that survives, take what each of the Z sets of Z - 1 zones serves, at least the demand D, and
+    divide the sum by Z - 1: no replica is used more than fully, so the whole plan serves D Z / (Z - 1) at least. The
+    best plan for that rate is therefore a bound on all that survive, and if it survives itself, it is the answer.
+    """
+    demand, zones = _demand(problem), problem.cluster.zones()
+    if len(zones) < 2:
+        raise InvalidProblemError(f"--survive zone: all GPUs of cluster {problem.cluster.name} are in one zone")
+    for wish in problem.will:
+        if isinstance(wish, Use | Replicas | AtMost):
+            raise InvalidProblemError(f"{wish} counts over the whole fleet: --survive zone plans every zone on its own")
+    alone = find(problem)
+    if _left(alone, problem) >= demand * ENOUGH:
+        return _with_cost(alone, alone, "zone", demand, _left(alone, problem), least=alone.result.bound), problem
+    posed = _for(problem, demand * len(zones) / (len(zones) - 1))
+    plan = _larger(find, posed, demand, "zone")
+    least = plan.result.bound
+    if _left(plan, problem) < demand * ENOUGH:
+        plan = _united(_Zones(find, problem).cheapest(), plan, posed)
+    return _with_cost(plan, alone, "zone", _demand(posed), _left(plan, problem), least=least), posed
+
+
+def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> Plan:
+    """Return a plan for the larger demand; if there is none, the reasons say first why it was asked for."""
+    try:
+        return find(posed)
+    except InfeasibleError as error:
+        if _demand(posed) == demand:
+            raise
+        why = f"with all {place}s, {_demand(posed):.4g} requests/s are needed to serve {demand:.4g} without any one"
+        raise InfeasibleError((f"--survive {place}: {why}", *error.reasons)) from None
+
+
+class _Zones:
+    """Plans of single zones that serve a demand together without any one of them."""
+
+    def __init__(self, find: Find, problem: PlacementProblem) -> None:
+        self._find, self._problem, self._demand = find, problem, _demand(problem)
+        self._found = dict[tuple[str, float], Plan | None]()
+
+    def cheapest(self) -> Mapping[str, Plan]:
+        """Return the plans by zone: of all zones, or of fewer if that costs less.
+
+        Raises:
+            NoPlanFoundError: the zones do not serve the demand without the largest.
+        """
+        zones = self._problem.cluster.zones()
+        fewer = (num for num in range(2, len(zones)) if num <= FEW_ZONES or num == len(zones) - 1)
+        found = [self._plans(zones), *(self._cheapest_of(zones, num) for num in fewer)]
+        plans = [self._trimmed(one) for one in found if one is not None]
+        if not plans:
+            raise NoPlanFoundError(
+                f"no plan was found that serves {self._demand:.4g} requests/s without its worst zone, with replicas "
+                "that lie in one zone each, nor proved that there is none"
+            )
+        return min(plans, key=_value)
+
+    def _cheapest_of(self, zones: Collection[str], num: int) -> dict[str, Plan] | None:
+        """Return the cheapest plans of ``num`` zones for equal rates, or None if too few zones can serve so much."""
+        plans = {zone: self._plan(zone, self._demand / (num - 1)) for zone in zones}
+        able = {zone: plan for zone, plan in plans.items() if plan is not None}
+        chosen = sorted(able, key=lambda zone: able[zone].result.value)[:num]
+        return {zone: able[zone] for zone in chosen} if len(chosen) == num else None
+
+    def _plans(self, zones: Collection[str]) -> dict[str, Plan] | None:
+        """Return plans of these zones for equal rates, or as much as a zone can serve; None if that is too little."""
+        most = dict.fromkeys(zones, float("inf"))
+        while True:
+            rate = _equal_rate(self._demand, most)
+            if rate is None:
+                return None
+            shares = {zone: min(rate, most[zone]) for zone in zones}
+            found = {zone: self._plan(zone, share) for zone, share in shares.items() if share > 0.0}
+            lacking = [zone for zone, plan in found.items() if plan is None]
+            if not lacking:
+                return {zone: plan for zone, plan in found.items() if plan is not None}
+            for zone in lacking:
+                most[zone] = self._most(zone) if most[zone] == float("inf") else 0.0
+
+    def _trimmed(self, plans: dict[str, Plan]) -> dict[str, Plan]:
+        """Return the plans with smaller ones where whole replicas of other zones serve more than was asked of them."""
+        for zone in plans:
+            others = [self._rate(plan) for other, plan in plans.items() if other != zone]
+            needed = max(self._demand + max(others) - sum(others), self._demand / len(plans) * CLOSE)
+            if sum(others) >= self._demand and needed < (1.0 - CLOSE) * self._rate(plans[zone]):
+                smaller = self._plan(zone, needed)
+                if smaller is not None and smaller.result.value < plans[zone].result.value:
+                    plans = {**plans, zone: smaller}
+        return plans
+
+    def _plan(self, zone: str, rate: float) -> Plan | None:
+        if (zone, rate) not in self._found:
+            try:
+                self._found[zone, rate] = self._find(_inside(_for(self._problem, rate), zone))
+            except InfeasibleError:
+                self._found[zone, rate] = None
+        return self._found[zone, rate]
+
+    def _most(self, zone: str) -> float:
+        """Return the planned rate that a zone can serve, or 0 if it cannot run the model."""
+        goal = replace(self._problem.objective, kind=ObjectiveKind.GOODPUT, demand_rps=None)
+        try:
+            return self._find(_inside(replace(self._problem, objective=goal), zone)).result.value * (1.0 - 1e-6)
+        except InfeasibleError:
+            return 0.0
+
+    def _rate(self, plan: Plan) -> float:
+        return self._problem.assumptions.planned_utilisation * plan.served_rate()
+
+
+def _equal_rate(demand: float, most: Mapping[str, float]) -> float | None:
+    """Return the least rate per zone, or as much as a zone can serve, of which all but the largest serve the demand."""
+    full = 0.0  # the rate of zones that serve all they can
+    waiting = sorted(most.values())
+    while len(waiting) > 1:
+        rate = (demand - full) / (len(waiting) - 1)
+        if rate <= waiting[0]:
+            return max(rate, 0.0)
+        full += waiting.pop(0)
+    return None
+
+
+def _inside(problem: PlacementProblem, zone: str) -> PlacementProblem:
+    others = (other for other in problem.cluster.zones() if other != zone)
+    left_out = (LeaveOut(gpus=Selection(unit=Unit.ZONE, name=other)) for other in others)
+    return replace(problem, will=(*problem.will, *left_out))
+
+
+def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -> Plan:
+    """Return the plans of several zones as one; ``whole``, the plan for the same problem, gives bound and prices."""
+    from hetis.solver.placement.grounding import Grounded, restored
+    from hetis.solver.placement.solve import OPTIMAL_GAP
+
+    replicas, routes = list[ReplicaPlan](), list[KvRoute]()
+    for part in parts.values():
+        first = len(replicas)
+        replicas += part.replicas
+        routes += (replace(one, prefill=one.prefill + first, decode=one.decode + first) for one in part.kv_routes)
+    value, bound = _value(parts), whole.result.bound
+    gap = abs(value - bound) / abs(value)
+    result = replace(
+        whole.result,
+        status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE,
+        value=value,
+        gap=gap,
+        solve_s=whole.result.solve_s + sum(part.result.solve_s for part in parts.values()),
+    )
+    plan = replace(whole, result=result, replicas=tuple(replicas), kv_routes=tuple(routes), runners_up=())
+    return restored(plan, Grounded(problem, {}), problem)
+
+
+def _value(parts: Mapping[str, Plan]) -> float:
+    return sum(part.result.value for part in parts.values())
+
+
+def _left(plan: Plan, problem: PlacementProblem) -> float:
+    """Return the planned requests/s that are left without the worst zone."""
+    lost = worst_zone(plan, problem.cluster)
+    return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
+
+
+def _for(problem: PlacementProblem, demand_rps: float) -> PlacementProblem:
+    return replace(problem, objective=replace(problem.objective, demand_rps=demand_rps))
+
+
+def _demand(problem: PlacementProblem) -> float:
+    return problem.objective.demand_rps or 0.0
+
+
+def _with_cost(plan: Plan, alone: Plan, place: str, asked: float, rate: float, *, least: float) -> Plan:
+    """Return the plan with a note on what surviving costs; ``least`` bounds all plans that survive."""
     demand, unit = alone.objective.demand_rps or 0.0, plan.objective.unit
     if plan is alone:
-        return f"any one node may be lost at no cost: {rate:.4g} of {demand:.4g} requests/s are served then"
-    more, least = plan.result.value / alone.result.value - 1.0, alone.result.bound
-    return (
-        f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one node is lost: {more:.1%} more "
-        f"than {alone.result.value:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan that "
-        f"keeps it takes less than {least:.4g} {unit}"
-    )
+        note = f"any one {place} may be lost at no cost: {rate:.4g} of {demand:.4g} requests/s are served then"
+    else:
+        more = plan.result.value / alone.result.value - 1.0
+        note = (
+            f"sized for {asked:.4g} requests/s, so that {rate:.4g} are served when any one {place} is lost: {more:.1%} "
+            f"more than {alone.result.value:.4g} {unit} of the plan for {demand:.4g} requests/s without that; no plan "
+            f"that keeps it takes less than {least:.4g} {unit}"
+        )
+    return replace(plan, notes=(*plan.notes, note))
