@@ -151,20 +151,18 @@ def place(
     def budget() -> Budget:
         return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
 
-    def find(posed: PlacementProblem) -> Plan:
-        return search(posed, settings, budget=budget(), report=report, market=catalogue_market)
-
-    plan, problem = surviving_plan(find, problem, request.survive) if request.survive else (find(problem), problem)
-    plan = complete(
-        plan,
+    plan = make_plan(
         loaded,
         problem,
         settings,
-        cancelled=cancelled,
+        budget=budget(),
         report=report,
+        market=catalogue_market,
+        survive=request.survive,
         beside_equal_stages=True,
         beside_engines=request.other_engines,
     )
+    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if request.verify:
         told = _simulation_report(plan, report)
         plan = verified(plan, problem, seed=settings.seed, cancelled=cancelled, report=told)
@@ -185,6 +183,7 @@ def make_plan(
     budget: Budget,
     report: Report,
     market: Market | None = None,
+    survive: str = "",
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
 ) -> Plan:
@@ -192,47 +191,27 @@ def make_plan(
 
     If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
     the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
+    With ``survive`` there are several searches, each with the time limit of the settings.
 
     Raises:
         InfeasibleError: no plan of the family exists.
         NoPlanFoundError: stopped before one was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
-    plan = search(problem, settings, budget=budget, report=report, market=market)
-    return complete(
-        plan,
-        loaded,
-        problem,
-        settings,
-        cancelled=budget.cancelled,
-        report=report,
-        beside_equal_stages=beside_equal_stages,
-        beside_engines=beside_engines,
-    )
 
+    def find(posed: PlacementProblem) -> Plan:
+        own = replace(budget, time_limit_s=settings.time_limit_s) if survive else budget
+        return search(posed, settings, budget=own, report=report, market=market)
 
-def complete(
-    plan: Plan,
-    loaded: LoadedInputs,
-    problem: PlacementProblem,
-    settings: Settings,
-    *,
-    cancelled: threading.Event,
-    report: Report,
-    beside_equal_stages: bool = False,
-    beside_engines: bool = False,
-) -> Plan:
-    """Complete a found plan as `make_plan` does.
-
-    Raises:
-        UncheckedPlanError: the plan fails the independent checker.
-    """
+    plan = surviving_plan(find, problem, survive) if survive else find(problem)
+    problem = replace(problem, objective=plan.objective)
     plan = describe(plan, loaded, problem, settings)
     if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
-        plan = _with_equal_stages(plan, problem, settings, cancelled)
+        plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
     if beside_engines and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
         plan = with_engine_values(
-            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=cancelled, report=report,
+            plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
+            report=report,
         )  # fmt: skip
     check(plan, problem)
     plan = with_losses(plan, problem) if beside_equal_stages else plan

@@ -36,10 +36,10 @@ def losses_of(plan: Plan) -> dict[str, Loss]:
         return {}
 
 
-def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> tuple[Plan, PlacementProblem]:
-    """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost, and the problem it solves.
+def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
+    """Return a plan that serves the demand even if any one ``node`` or ``zone`` is lost.
 
-    That problem has a larger demand.
+    It is the plan for a larger demand, which its objective tells.
 
     Raises:
         InvalidProblemError: the objective has no demand to keep, or zones or constraints do not allow the question.
@@ -51,7 +51,7 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> tuple[P
     return _without_a_zone(find, problem) if place == "zone" else _without_a_node(find, problem)
 
 
-def _without_a_node(find: Find, problem: PlacementProblem) -> tuple[Plan, PlacementProblem]:
+def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
     """Let the demand grow by the worst loss until enough is left.
 
     So the plan is the best for some demand, not among all that survive; no surviving plan costs less than the best plan
@@ -66,7 +66,7 @@ def _without_a_node(find: Find, problem: PlacementProblem) -> tuple[Plan, Placem
         left = worst_node(plan, problem.cluster)
         rate, whole = (0.0, asked) if left is None else (utilisation * left.rate, utilisation * left.whole)
         if rate >= demand * ENOUGH:
-            return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound), posed
+            return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound)
         asked = max(asked, demand + whole - rate)
     raise NoPlanFoundError(
         f"no plan was found that serves {demand:.4g} requests/s without its worst node, nor proved that there is none; "
@@ -74,7 +74,7 @@ def _without_a_node(find: Find, problem: PlacementProblem) -> tuple[Plan, Placem
     )
 
 
-def _without_a_zone(find: Find, problem: PlacementProblem) -> tuple[Plan, PlacementProblem]:
+def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:
     """Plan every zone on its own, so that the others serve the demand without it.
 
     Of a plan for Z zones that survives, take what each of the Z sets of Z - 1 zones serves, at least the demand D, and
@@ -89,13 +89,13 @@ def _without_a_zone(find: Find, problem: PlacementProblem) -> tuple[Plan, Placem
             raise InvalidProblemError(f"{wish} counts over the whole fleet: --survive zone plans every zone on its own")
     alone = find(problem)
     if _left(alone, problem) >= demand * ENOUGH:
-        return _with_cost(alone, alone, "zone", demand, _left(alone, problem), least=alone.result.bound), problem
+        return _with_cost(alone, alone, "zone", demand, _left(alone, problem), least=alone.result.bound)
     posed = _for(problem, demand * len(zones) / (len(zones) - 1))
     plan = _larger(find, posed, demand, "zone")
     least = plan.result.bound
     if _left(plan, problem) < demand * ENOUGH:
         plan = _united(_Zones(find, problem).cheapest(), plan, posed)
-    return _with_cost(plan, alone, "zone", _demand(posed), _left(plan, problem), least=least), posed
+    return _with_cost(plan, alone, "zone", _demand(posed), _left(plan, problem), least=least)
 
 
 def _larger(find: Find, posed: PlacementProblem, demand: float, place: str) -> Plan:
