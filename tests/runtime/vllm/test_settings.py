@@ -75,7 +75,8 @@ def test_a_missing_file_is_said_and_no_variable_means_no_plugin(
 
 
 def test_versions_of_vllm_that_were_not_tested_are_refused() -> None:
-    check_version("0.32.0")
-    for version in ("0.31.1", "0.320", "1.0", "unknown"):
-        with pytest.raises(SettingsError, match=r"tested: 0\.32\.x"):
+    for version in ("0.30.0", "0.31.1", "0.32.0"):
+        check_version(version)
+    for version in ("0.29.0", "0.320", "1.0", "unknown"):
+        with pytest.raises(SettingsError, match=r"tested: 0\.30\.x, 0\.31\.x, 0\.32\.x"):
             check_version(version)

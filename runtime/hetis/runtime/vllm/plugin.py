@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from hetis.runtime.vllm.settings import VARIABLE, SettingsError
 
 _log = logging.getLogger(__name__)
-VERSIONS = ("0.32",)  # tested; the extension points used are young and change
+VERSIONS = ("0.30", "0.31", "0.32")  # tested; the extension points used are young and change
 
 
 def register() -> None:
