@@ -1,6 +1,6 @@
-"""Makes the demo's model and tells transformers' answer: ``python -m examples.demo_serve.model FOLDER QUESTION N``.
+"""Make the demo's model and print transformers' answer: ``python -m examples.demo_serve.model FOLDER QUESTION N``.
 
-Run by the Python that has vLLM, which brings transformers along. Prints one line of JSON: the text of N tokens.
+Runs in the Python that has vLLM, which includes transformers. Prints one line of JSON: the text of N tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from examples.demo_serve.checkpoint import Sizes, make_checkpoint
 
-SIZES = Sizes(head_dim=32)  # vLLM's CPU kernels take heads of 32 numbers
+SIZES = Sizes(head_dim=32)  # vLLM's CPU kernels support a head dimension of 32
 
 
 def greedy_text(model: Path, question: str, tokens: int) -> str:
@@ -23,7 +23,7 @@ def greedy_text(model: Path, question: str, tokens: int) -> str:
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    loaded.generation_config.eos_token_id = None  # the chat ignores it as well
+    loaded.generation_config.eos_token_id = None  # the chat ignores it, too
     length = prompt["input_ids"].shape[1]
     with torch.inference_mode():
         found = loaded.generate(**prompt, do_sample=False, max_new_tokens=tokens)
