@@ -62,7 +62,7 @@ def errors() -> Iterator[Errors]:
 
 @pytest.fixture(autouse=True)
 def loud() -> None:
-    """After `quiet`: errors are what is looked for."""
+    """Undo `quiet`, since errors are what these tests look for."""
     logging.getLogger("hetis").setLevel(logging.ERROR)
 
 

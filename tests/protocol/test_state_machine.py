@@ -125,7 +125,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(arrives=st.booleans())
     def words_of_the_dead_arrive(self, arrives: bool) -> None:
-        """What was sent before a death may come after it."""
+        """Let messages sent before a death arrive after it, or not."""
         self.world.planners_words_arrive = arrives
         for agent in self.world.agents.values():
             agent.its_words_arrive = arrives

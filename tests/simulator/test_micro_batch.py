@@ -23,7 +23,7 @@ class Told:
         self.context: dict[int, int] = {}
 
     def attended(self) -> float:
-        """During the step: each attends to itself as well."""
+        """Return the tokens attended to during the step, each token's own included."""
         return sum(self.growth.attended(context + 1) for context in self.context.values())
 
     def crossing(self) -> int:

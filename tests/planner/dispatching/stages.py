@@ -91,7 +91,7 @@ class Replica:
 
 
 class Replicas(dict[str, Replica]):
-    """Those that there are."""
+    """The existing replicas."""
 
     def replica_view(self, name: str) -> Replica | None:
         return self.get(name)

@@ -44,7 +44,7 @@ class Pace:
 
 
 class PacedDevice(LocalDevice):
-    """In this process: the caller waits. With ``is_away`` it computes meanwhile, as a worker does."""
+    """A device in this process, for which the caller waits. With ``is_away`` it computes meanwhile, like a worker."""
 
     def __init__(
         self, name: str, shape: KvShape, pages: int, *, pace: Pace, clock: FakeClock, is_away: bool = False

@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Any:
-        """vLLM's own."""
+        """Return vLLM's own scheduler."""
         return self.core.engine_core.engine_core.scheduler
 
     @property
@@ -88,7 +88,7 @@ def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> 
 
 
 def plain(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Everything where dispatch puts it."""
+    """Generate with everything where dispatch puts it."""
     most: dict[int, int] = {}
 
     def look(_: int) -> None:
