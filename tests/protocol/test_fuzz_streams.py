@@ -42,7 +42,7 @@ BAD = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAI
 
 
 class Errors(logging.Handler):
-    """What somebody logged as an error."""
+    """The messages that were logged as errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

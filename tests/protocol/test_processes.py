@@ -234,7 +234,7 @@ class Fleet:
                 assert (now[change_id] == State.REDISPATCH_STATE_DONE) == (said in FLIPPED), change_id
 
     def _until_closed(self, node: str) -> dict[str, int]:
-        """Without a planner, wait until every prepared move resolves by its deadline; return phases by change."""
+        """Wait, without a planner, until every prepared move resolves by its deadline; return phases by change."""
         statuses: list[ChangeStatus] = []
 
         def is_closed() -> bool:

@@ -111,7 +111,7 @@ class Network:
         return seen
 
     def release(self) -> None:
-        """What was held goes on, in its order."""
+        """Deliver what was held, in order."""
         for wire in list(self.wires.values()):
             for way in Way:
                 while wire.held[way]:
@@ -185,9 +185,9 @@ class Wire:
     # How it breaks.
 
     def cut(self, *, agent_notices: bool = True, planner_notices: bool = True, arrives: Sequence[Way] = ()) -> None:
-        """Nothing goes through any more; an end that does not notice does so after `NOTICE_S`.
+        """Stop all traffic; an end that does not notice does so after `NOTICE_S`.
 
-        ``arrives``: what is under way in these directions still does.
+        ``arrives``: directions in which messages under way still arrive.
         """
         for way in arrives:
             while self.under_way[way]:

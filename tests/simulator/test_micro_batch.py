@@ -16,7 +16,7 @@ BLOCK = 4
 
 
 class Told:
-    """The same, request by request: contexts before the present step."""
+    """The oracle, request by request: contexts before the present step."""
 
     def __init__(self, growth: KvGrowth) -> None:
         self.growth = growth

@@ -16,7 +16,7 @@ from hetis.simulator.router import LeastWork, Weighted
 
 @dataclass(slots=True)
 class Replica:
-    """What routers look at. ``outstanding`` is whatever a test says: nothing ends here."""
+    """A replica as routers see it. The test sets ``outstanding``, as nothing ends here."""
 
     number: int
     rate: float

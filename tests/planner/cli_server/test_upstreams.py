@@ -31,7 +31,7 @@ def replica(
 
 @pytest.fixture
 def served(planner: FakePlanner) -> FakePlanner:
-    """Return a planner with two serving replicas, one of them without a worker, and others that must get no requests."""
+    """Return a planner with two serving replicas, one of them without a worker, and others that must not serve."""
     planner.clusters["clusters/paper"] = cluster_pb2.Cluster(name="clusters/paper")
     replicas = [
         replica(1, 6.0),

@@ -60,9 +60,7 @@ class Tables:
 
 
 class MemoryStore:
-    """The store of the planner that leads with ``epoch``. `write_as` does what a planner of another epoch could:
-    nothing.
-    """
+    """The store of the planner that leads with ``epoch``. `write_as` acts for another epoch, which must do nothing."""
 
     def __init__(self) -> None:
         self.tables = Tables()

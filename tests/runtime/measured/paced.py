@@ -31,7 +31,7 @@ class FakeClock:
 
 @dataclass(slots=True, kw_only=True)
 class Pace:
-    """What a layer takes: ``slow * (head_s * heads + kv_byte_s * bytes + call_s)``, and reading the answer after it."""
+    """The seconds of a layer, ``slow * (head_s * heads + kv_byte_s * bytes + call_s)``, and of reading the answer."""
 
     head_s: float = 1e-6
     kv_byte_s: float = 1e-9

@@ -352,7 +352,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
 
 
 def test_moves_are_committed_and_losses_restart_requests() -> None:
-    """Without these, the tests above would test nothing."""
+    """If this failed, the tests above would test nothing."""
     assert _run(1, steps=40).committed > 1
     assert _run(1, steps=40, dies_at=15).restarts > 0
 

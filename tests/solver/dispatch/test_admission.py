@@ -25,7 +25,7 @@ MLA = HeadShape(head_groups=1, queries_per_group=16, kv_bytes_per_token=1152.0, 
 
 
 def subset(problem: DispatchProblem, chosen: list[int]) -> DispatchProblem:
-    """The same with these requests only."""
+    """Return the problem with these requests only."""
     all_of = problem.requests
     requests = Requests(
         ids=tuple(all_of.ids[j] for j in chosen),

@@ -61,7 +61,7 @@ class Node:
         self.executor = LaunchExecutor(self.settings, node=NODE, folder=folder / "engines", clock=clock)
 
     async def report(self) -> WatchReportsResponse:
-        """How it is now."""
+        """Return the present report."""
         return await self.until(lambda _: True)
 
     async def apply(self, request: ApplyAssignmentRequest) -> str:
