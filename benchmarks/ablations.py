@@ -1,21 +1,23 @@
-"""What each idea is worth, simulated: the same fleet without it.
+"""The worth of each idea: the same fleet simulated without it.
 
     python -m benchmarks.ablations [--quick] [--json] [--only TEXT] [--seeds K] [--processes N]
 
-Fleets and lengths where attention workers pay, and where they do not. `without attention workers` and `without stage
-copies` plan again within the smaller family; the others, where the full plan has attention workers at all, run it with
-the idea switched off: head groups as the plan splits them (no head-level dispatch), running requests that never move,
-and Theta from 10% to 200%.
+The cases are fleets and lengths for which attention workers pay, and some for which they do not. `without attention
+workers` and `without stage copies` plan again within the smaller family. The other ablations apply if the full plan has
+attention workers. They run that plan with one idea switched off: head groups are split as planned (no head-level
+dispatch), running requests never move, or Theta is set between 10% and 200%.
 
-`throughput_rps` is what is served when somebody always waits, `over_full` that over the full method's, with the half
-width of its 95% interval by seed; `ttft_p95_s` and `tpot_s` are at 90% of the full plan's saturated rate.
+`throughput_rps` is the rate with requests always waiting. `over_full` is this rate over that of the full method, with
+the half width of its 95% interval over the seeds. `ttft_p95_s` and `tpot_s` are measured at 90% of the full plan's
+saturated rate.
 
-All runs of a case have equally many requests (`requests`): so many that the full plan makes 6,000 iterations, from 60
-to 2,000, and more where its seats would not be filled anew three times. That and limits of the search keep these cases,
-whose plans have 160 seats at most, within four CPU minutes (`cpu_s` is of the row, its search included).
+All runs of a case have the same number of requests (`requests`). It is chosen so that the full plan makes about 6,000
+iterations, within 60 to 2,000 requests, and raised if needed until the plan's seats are refilled three times. Together
+with the search's limits this keeps each of these cases, whose plans have at most 160 seats, within four CPU minutes.
+`cpu_s` is the CPU time of the row, including its search.
 
-`carried` is of the loaded runs, all seeds together, as the latencies are, and says nothing of the saturated ones: `no`
-where one of them piles up, `unknown` where one is too short to tell: with fewer than 900 requests hardly one is not
+`carried` describes the loaded runs over all seeds, like the latencies, and not the saturated ones. It is `no` if the
+queue of a run keeps growing, and `unknown` if a run is too short to tell, which is common below 900 requests
 (docs/simulator.md).
 """
 
@@ -47,17 +49,17 @@ from hetis.solver.plan import Objective, Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
-TIME_LIMIT_S = 15.0  # CPU seconds: other work on the machine does not cut the search short
-ITERATIONS = 6_000  # per run, roughly: with attention workers one takes 100 to 500 us
-FEWEST, MOST = 60, 2_000  # requests per run, if iterations decide
-TURNS = 3  # minimum number of times that a run refills the seats of the full plan, whatever MOST says
+TIME_LIMIT_S = 15.0  # CPU seconds, so that other work on the machine does not cut the search short
+ITERATIONS = 6_000  # per run, roughly; one takes 100 to 500 us with attention workers
+FEWEST, MOST = 60, 2_000  # bounds on the requests per run, before TURNS applies
+TURNS = 3  # a run refills the seats of the full plan at least this often, even beyond MOST
 THETAS = (0.1, 0.25, 1.0, 2.0)  # besides the default of 0.5
 LOAD = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A fleet under lengths."""
+    """A fleet, model, workload and limits."""
 
     name: str
     fleet: str
@@ -102,9 +104,9 @@ def main() -> None:
 
 
 def _all_ablated(chosen: Sequence[Case], *, seeds: int, processes: int) -> Iterator[Row]:
-    """Yield the rows of several cases, in parallel with one process per case, so that kernels are loaded once per case.
-    With
-    a single process, yield row by row.
+    """Yield the rows of several cases, which run in parallel.
+
+    Each case has a process of its own, so that kernels are loaded once per case. A single process yields row by row.
     """
     if processes == 1:
         for case in chosen:
@@ -121,7 +123,7 @@ def _rows(case: Case, *, seeds: int) -> list[Row]:
 
 
 def ablated(case: Case, *, seeds: int, iterations: int, thetas: tuple[float, ...]) -> Iterator[Row]:
-    """Yield the row of the full method, then one without each of its parts, from runs of about this many iterations."""
+    """Yield the row of the full method, then one without each of its parts, over about this many iterations each."""
     cluster = example(case.fleet)
     compile_kernels(cluster.num_gpus(), ("hetis",), report=silent)  # once per installation, longer than the time limit
     started_s = time.process_time()

@@ -1,12 +1,12 @@
-"""Where attention workers pay: the rate with them over the proven bound of the same family without them.
+"""The gain from attention workers: the rate with them over the proven bound of the same family without them.
 
     python -m benchmarks.attention_workers [--quick] [--json]
 
-Two strong cards beside eight weak ones (examples/h100-l4.yaml, examples/h100-p100.yaml) serve Llama-3.1-70B, under
-several lengths and TPOT limits with TTFT unlimited; the cluster of the paper serves Llama-2-70B under the default
-limits and none. ``bound_without`` is the proven bound of the `hetis` family with ``max_pool = 0``. ``ratio`` is
-``value / bound_without``: above 1, no plan without attention workers reaches the rate, whatever it does. Without a
-ratio, no plan without them exists at all.
+Two strong GPUs with eight weak ones (examples/h100-l4.yaml, examples/h100-p100.yaml) serve Llama-3.1-70B under several
+lengths and TPOT limits, with TTFT unlimited. The paper's cluster serves Llama-2-70B under the default limits and
+without limits. ``bound_without`` is the proven bound of the `hetis` family with ``max_pool = 0``. ``ratio`` is ``value
+/ bound_without``. Above 1, no plan without attention workers reaches the rate. A row without a ratio has no plan
+without them at all.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
-    """Yield every combination, or only that of the acceptance test for ``quick``."""
+    """Yield every combination; with ``quick``, only that of the acceptance test."""
     for fleet in FLEETS:
         for lengths in LENGTHS[:1] if quick else LENGTHS:
             for tpot_s in TPOT_LIMITS_S[:1] if quick else TPOT_LIMITS_S:

@@ -1,24 +1,24 @@
-"""How long a dispatch takes and how good it is, from 12 devices to 1,024; thread CPU time, all solvers in one process.
+"""Time and quality of a dispatch, from 12 devices to 1,024, in thread CPU time with all solvers in one process.
 
     python -m benchmarks.dispatch [--quick] [--json] [--ties]
 
-A row is thousands of instances of one size: arrivals, running loads and mixes of cards differ. ``p50_ms`` and
-``p99_ms`` build the problem from arrays, solve the relaxation, round and improve; ``path`` says which share of the
-instances took which path. On the same instances: HiGHS alone, the relaxation from arrays at the fastest of several
-settings; cvxpy with HiGHS, the relaxation at the faster of a new and
-a parametrised problem (the new one: ``cvxpy_new_p50_ms``); greedy water filling, whole groups,
-each to the device that ends first with it, compiled. ``mean_gap_to_relaxation`` is against the certified bound;
-``mean_gap_to_best`` against the best whole-group plan known, by MILP and local search with time, for as many instances
-as ``judged`` says; ``p50_``, ``p95_``, ``p99_`` and ``max_`` are quantiles of the same.
+A row covers thousands of instances of one size with different arrivals, running loads and mixes of GPUs. ``p50_ms`` and
+``p99_ms`` cover building the problem from arrays, solving the relaxation, rounding and improving. ``path`` is the share
+of instances that took each path. The same instances are solved by HiGHS alone (the relaxation from arrays, at the
+fastest of several settings), by cvxpy with HiGHS (the relaxation, at the faster of a new and a parametrised problem;
+the new one is ``cvxpy_new_p50_ms``), and by compiled greedy water filling, which gives each whole group to the device
+that finishes it first. ``mean_gap_to_relaxation`` is the gap to the certified bound. ``mean_gap_to_best`` is the gap to
+the best whole-group plan known, from a MILP and a longer local search, over ``judged`` instances. ``p50_``, ``p95_``,
+``p99_`` and ``max_`` are quantiles of the same gap.
 
-Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the slowest device is given;
-*nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. Cards are those of the
-catalogue with modelled profiles; three pieces bend those around the running load. Without --quick, growth with size and
-the distributions of both gaps are drawn to ``benchmarks/results/``.
+Loads: *balanced*, all devices end within what the arrivals will fill; *imbalanced*, the running load decides which
+is slowest; *nearly full*, balanced with 1.2 times the KV blocks that the arrivals need, unevenly spread. The GPUs are
+those of the catalogue with modelled profiles; with three pieces, cost curves bend around the running load. Without
+--quick, growth with size and the distributions of both gaps are drawn to ``benchmarks/results/``.
 
-With --ties instead: ways to place what does not matter for the makespan now, over a simulated sequence of arrivals; see
-`benchmarks.measuring.ties`. ``over_ours``: mean makespan over that of the first rule. ``raised``: share of admissions
-that raised the makespan.
+With --ties, the benchmark compares ways to place what does not affect the present makespan, over a simulated sequence
+of arrivals; see `benchmarks.measuring.ties`. ``over_ours`` is the mean makespan over that of the first rule, and
+``raised`` the share of admissions that raised the makespan.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SIZES = ((12, 1), (12, 8), (64, 8), (64, 64), (256, 32), (1024, 16))
 LOADS = ("balanced", "imbalanced", "nearly full")
 GPUS = ("H100-SXM-80GB", "A100-SXM-80GB", "L40S", "L4", "V100-SXM2-32GB", "T4", "A10G", "P100-PCIe-12GB", "RTX-3090")
 MODEL = "Llama-2-70B"
-LEVEL_S = (2e-4, 6e-4)  # attention time of a layer at which devices run
+LEVEL_S = (2e-4, 6e-4)  # attention time of a layer, from which the running level is drawn
 FREE_RATIO = 1.2
 STAGES = 20  # mixes of GPUs per row
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -151,7 +151,7 @@ def instances(case: Case) -> Iterator[DispatchProblem]:
 
 
 def random_stage(rng: np.random.Generator, case: Case, heads: HeadShape, level_s: float) -> Stage:
-    """Return a stage with random GPUs. In half of the stages device 0 is a primary of four."""
+    """Return a stage with random GPUs. In half of the stages, device 0 is a primary of four GPUs."""
     cards = np.array([_card(gpu, heads) for gpu in rng.choice(GPUS, case.devices)]).T
     head_s, byte_s, call_s, transfer_byte_s, transfer_s = cards * rng.uniform(0.97, 1.03, cards.shape)
     # Three pieces: cheaper bytes below a knee near the running load, more expensive ones above another.
@@ -179,9 +179,7 @@ _CARDS: dict[str, tuple[float, ...]] = {}
 
 
 def _card(gpu: str, heads: HeadShape) -> tuple[float, ...]:
-    """Return seconds per head, KV byte and call, per byte exchanged and per exchange, of a catalogue GPU on
-    100 Gb/s.
-    """
+    """Return a catalogue GPU's seconds per head, KV byte, call, exchanged byte and exchange, on 100 Gb/s."""
     if gpu not in _CARDS:
         model = load_model(MODEL)
         profile = modelled_profile(fleet("cards", (1, 1, gpu)).gpu_types[gpu])
@@ -210,7 +208,7 @@ def random_requests(rng: np.random.Generator, arrivals: int) -> Requests:
 
 
 def random_load(rng: np.random.Generator, case: Case, stage: Stage, requests: Requests, level_s: float) -> DeviceLoad:
-    """Return running heads with the KV bytes that make devices finish at the level, less what the load leaves open."""
+    """Return running heads whose KV bytes let devices finish at the level, less the slack of the case's load."""
     costs = costs_of(stage)
     heads = rng.integers(10, 100, case.devices) * 4 * stage.heads.queries_per_group
     mean_context = float(requests.context_tokens.mean())
@@ -249,7 +247,7 @@ class Timed:
 def measured(case: Case, gaps: list[plots.Gaps]) -> Row:
     """Return one row, and add its distributions to ``gaps``."""
     dispatched = dispatch_all(case)
-    # All have the same stage, so solvers may keep what does not change.
+    # All instances share a stage, so solvers may reuse what does not change.
     compared = [timed.problem for timed in dispatched[::STAGES]][: case.compared]
     greedy = [water_filling(timed.problem) for timed in dispatched]
     setting, highs_s = best_of({name: highs_seconds(compared, name, options) for name, options in SETTINGS.items()})
@@ -309,7 +307,7 @@ def dispatch_all(case: Case) -> list[Timed]:
 def gaps_to_best(
     case: Case, dispatched: Sequence[Timed], greedy: Sequence[float]
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Return how far plan and greedy are above the best plan known, for as many instances as are judged."""
+    """Return the gaps of plan and greedy to the best plan known, for the judged instances."""
     ours, theirs = [], []
     for timed, greedy_s in list(zip(dispatched, greedy, strict=True))[: case.judged]:
         budget = Budget(time_limit_s=case.judge_s, clock=time.monotonic)
@@ -323,7 +321,7 @@ def gaps_to_best(
 
 
 def quantiles(values: Sequence[float], name: str) -> dict[str, float]:
-    """Return ``p50_NAME``, ``p95_NAME``, ``p99_NAME`` and ``max_NAME``."""
+    """Return ``p50_NAME``, ``p95_NAME``, ``p99_NAME`` and ``max_NAME`` of the values."""
     found = {f"p{percent}_{name}": float(np.percentile(values, percent)) for percent in (50, 95, 99)}
     return found | {f"max_{name}": float(np.max(values))}
 
@@ -335,7 +333,7 @@ def best_of(seconds: dict[str, float]) -> tuple[str, float]:
 
 
 def shares(names: Iterator[str]) -> str:
-    """Return ``chain 98%, lp 2%``, for example."""
+    """Return the share of each name, such as ``chain 98%, lp 2%``."""
     counted = Counter(names)
     return ", ".join(f"{name} {count / counted.total():.1%}" for name, count in counted.most_common())
 
@@ -346,7 +344,7 @@ def shares(names: Iterator[str]) -> str:
 def water_filling(problem: DispatchProblem) -> tuple[float, float]:
     """Return makespan (infinite if a group finds no room) and thread CPU seconds."""
     costs = costs_of(problem.stage)
-    load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # it begins with the last
+    load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # the fill starts with the last request
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[::-1].copy()
     started = time.thread_time()
     running = running_load(costs, load.heads, load.kv_bytes)
@@ -394,9 +392,9 @@ def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[
 
 
 def cvxpy_seconds(problems: Sequence[DispatchProblem], *, again: bool) -> float:
-    """Return the median thread CPU seconds of the same in cvxpy. With ``again``, one parametrised problem serves all,
-    compiled
-    beforehand.
+    """Return the median thread CPU seconds of the same program in cvxpy.
+
+    With ``again``, one parametrised problem, compiled beforehand, serves all instances.
     """
     solve = _cvxpy_problem(problems[0])
     if again:

@@ -1,20 +1,21 @@
-"""vLLM with the plugin on emulated cards of different speeds: throughput by dispatch rule.
+"""vLLM with the plugin on emulated GPUs of different speeds: throughput by dispatch rule.
 
     python -m benchmarks.emulation [--quick] [--json] [--only TEXT] [--rounds N] [--python PYTHON]
 
-A primary and attention workers in processes of their own, one each of speed 1, 1, 1/2 and 1/4, on the same requests
-under every rule. A card is slow by waiting: its process computes, and answers when the emulated card would, so that a
-machine with few cores can have many of them; links are emulated in the same way (delay and rate in the worker). The
-model and its dense part are real, and small. Costs are the emulated cards' own, as calibration finds them. Rules:
-*hetis*, the solver's dispatcher with costs that follow and re-dispatch (*costs of the start*: they do not follow);
-*paper*, the linear program of Hetis (SC'25), rounded, with costs as they were at the start; *equal*, the same share of
-every request on every card; *primary only*.
+A primary and attention workers of speed 1, 1, 1/2 and 1/4 run in separate processes and serve the same requests under
+every rule. A GPU is slowed down by waiting: its process computes and answers when the emulated GPU would, so that a
+machine with few cores can emulate many GPUs. The worker also emulates the delay and rate of its link. The model and its
+dense part are real but small. Costs are those of the emulated GPUs, as calibration would find them. The rules: *hetis*,
+the solver's dispatcher with re-dispatch and costs that follow the GPUs (*costs of the start*: they do not); *paper*,
+the rounded linear program of Hetis (SC'25) with the initial costs; *equal*, the same share of every request on every
+GPU; *primary only*.
 
-Texts are compared first: all rules must give the same tokens. Rules take turns; each round has other requests, and
-medians of the rounds count. ``over_primary``: tokens per second over those of *primary only* in the same round;
-``least`` and ``most``: of the rounds; ``heads``: percent of head groups on each card, over all steps.
+Texts are compared first: all rules must give the same tokens. Rules take turns, each round has new requests, and
+medians over the rounds are reported. ``over_primary`` is tokens per second over those of *primary only* in the same
+round, ``least`` and ``most`` its extremes over the rounds, and ``heads`` the percentage of head groups on each GPU over
+all steps.
 
-vLLM wants an environment of its own: `make vllm`, or `--python`.
+vLLM needs its own environment: `make vllm`, or `--python`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.measuring.emulated_worker import Pace
 from benchmarks.measuring.rows import Row
 
 ROOT = Path(__file__).parents[1]
-# A head reads twice the bytes of a head with 16 numbers, for which these times were chosen.
+# These times were chosen for heads of dimension 16; a head here reads twice as many bytes.
 CARD = Pace(kv_byte_s=5e-8)
 SLOWNESS, QUICK_SLOWNESS = (1.0, 1.0, 2.0, 4.0), (1.0, 2.0)
 LINK = {"link_bytes_per_s": 4e6, "latency_s": 1e-2}
@@ -43,7 +44,7 @@ RULES = ("paper", "equal", "primary only")
 class Traffic:
     """Requests that arrive together, with prompts of 100 to 400 tokens; ``seats`` of them run concurrently.
 
-    Outputs have half to one and a half times ``output_tokens``, so that requests end, and others begin, individually.
+    Outputs have 0.5 to 1.5 times ``output_tokens``, so that requests end and start individually.
     """
 
     requests: int
@@ -68,7 +69,7 @@ QUICK = Traffic(requests=3, output_tokens=6, seats=3)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """The cards, and what they change into after half of the tokens."""
+    """The GPUs, and what they change into after half of the tokens."""
 
     name: str
     paces: tuple[Pace, ...]
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def scenarios(quick: bool) -> Iterator[Scenario]:
-    """Yield cards of four speeds: as they are, with a slow link to one, and with one that is throttled meanwhile."""
+    """Yield GPUs of four speeds: unchanged, with a slow link to one, and with one throttled halfway."""
     scale = 0.02 if quick else 1.0
     base = replace(CARD, head_s=CARD.head_s * scale, kv_byte_s=CARD.kv_byte_s * scale, call_s=CARD.call_s * scale)
     cards = tuple(replace(base, slow=slow) for slow in (QUICK_SLOWNESS if quick else SLOWNESS))

@@ -1,12 +1,12 @@
-"""What the rules of an engine cost: the same fleets planned for vLLM with the plugin, stock vLLM, and any engine.
+"""The cost of an engine's rules: the same fleets planned for vLLM with the plugin, stock vLLM, and any engine.
 
     python -m benchmarks.engines [--quick] [--json]
 
-Goodput in requests/s of Llama-2-70B on azure_conv_2023 with a p95 TTFT of at most 5 s and a mean TPOT of at most 200
-ms. A GPU on which an engine does not start is left out of its plans, or is an attention worker where the engine has
-them. SGLang has the rules of stock vLLM here. Columns named after an engine are values; those with ``_gap`` are
-proven gaps, those with ``_s`` CPU seconds. ``vllm_over_any`` and ``vllm-hetis_over_any`` are values over the value
-for any engine; where that has a gap, a better plan for any engine may exist, by at most that gap.
+Goodput in requests/s of Llama-2-70B on azure_conv_2023, with a p95 TTFT of at most 5 s and a mean TPOT of at most 200
+ms. A GPU on which an engine does not start is left out of its plans, or becomes an attention worker if the engine
+supports them. SGLang has the rules of stock vLLM here. Columns named after an engine are values, those with ``_gap``
+proven gaps, and those with ``_s`` CPU seconds. ``vllm_over_any`` and ``vllm-hetis_over_any`` are values over the value
+for any engine. If that value has a gap, a plan for any engine may be better by at most the gap.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TIME_LIMIT_S = 60.0
 
 
 def main() -> None:
-    """Prints one row per fleet, and draws them."""
+    """Print one row per fleet, and draw them."""
     parser = rows.parser("benchmarks.engines", __doc__)
     arguments = parser.parse_args()
     chosen = [one for one in fleets() if arguments.only in one[0]][: 1 if arguments.quick else None]
-    for engine in ENGINES if chosen and not arguments.quick else ():  # compiles, so that no row pays for it
+    for engine in ENGINES if chosen and not arguments.quick else ():  # compile first, so that no row includes it
         answer(posed(chosen[0][1], engine), "hetis", time_limit_s=TIME_LIMIT_S)
     shown = rows.show((measured(name, cluster) for name, cluster in chosen), arguments, name="engines")
     bars = [

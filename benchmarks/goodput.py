@@ -1,13 +1,13 @@
-"""Whether plans keep their latency limits under simulated traffic, at the rate that they plan; on random fleets.
+"""Whether plans on random fleets keep their latency limits under simulated traffic at the planned rate.
 
     python -m benchmarks.goodput [--quick] [--json] [--cases N] [--seed S]
 
-A case draws a fleet of two to four GPU types, a model, a trace or mean lengths, and limits on TTFT and TPOT; a fleet on
-which no plan exists is drawn again. The default plan of `hetis-plan place` is found, and simulated as `place` does:
-Poisson arrivals at the planned rate. ``kept`` says whether p95 of TTFT and the mean of TPOT stay within their limits
-but for chance; ``ttft`` and ``tpot`` are what is simulated over the limit. ``best_rps`` is the highest rate that keeps
-the limits, by a sweep, and ``planned_over_best`` what of it is planned; ``headed`` is what the plan is headed by where
-its own rate is missed, over the best. The last row counts.
+A case draws a fleet of two to four GPU types, a model, a trace or mean lengths, and limits on TTFT and TPOT. A fleet
+without a plan is drawn again. The case gets the default plan of `hetis-plan place`, which is then simulated as `place`
+does, with Poisson arrivals at the planned rate. ``kept`` says whether p95 TTFT and mean TPOT stay within their limits,
+up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``best_rps`` is the highest rate that
+keeps the limits, found by a sweep, and ``planned_over_best`` the planned rate over it. ``headed`` is the same ratio for
+the rate in the plan's headline, which is lower than the planned rate if that misses a limit. The last row summarises.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODELS = ("Llama-2-70B", "Qwen3-32B", "Llama-3.1-8B", "Qwen2.5-72B-Instruct", "M
 LENGTHS = ("azure_conv_2023", "sharegpt_8k_lengths", "sharegpt_first_turn_lengths", "4000/300", "1000/500", "500/50")
 TTFT_S, TPOT_S = (0.5, 1.0, 2.0, 5.0), (0.03, 0.05, 0.1, 0.2)
 TIME_LIMIT_S = 10.0
-TOLERANCE = 0.02  # of the sweep
+TOLERANCE = 0.02  # of the sweep, relative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

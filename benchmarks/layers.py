@@ -1,11 +1,12 @@
-"""Placements of layers: seconds, gap, and whether a small queue of the chain serves what the objective says.
+"""Placements of layers: seconds, gap, and whether a small queueing model of the chain agrees with the objective.
 
     python -m benchmarks.layers [--quick] [--json]
 
-Of each example fleet (`examples/layers-24.yaml`, `layers-42.yaml`) and of two that nothing was fitted to: the plan, the
-placement of most flow, and others (short searches from several seeds, random chains). ``rate`` is the objective,
-``flow`` the static flow, both in requests per second; ``queued`` what `benchmarks.measuring.layers_queue` serves. The
-last row of a fleet has the rank correlation (Spearman) of rate and of flow with what the queue serves.
+The fleets are two examples (`examples/layers-24.yaml`, `layers-42.yaml`) and two to which nothing was fitted. Each is
+placed by the plan, by maximum flow, and by others (short searches from several seeds, random chains). ``rate`` is the
+objective and ``flow`` the static flow, both in requests per second; ``queued`` is what
+`benchmarks.measuring.layers_queue` serves. The last row of a fleet has the rank correlation (Spearman) of rate and of
+flow with the queue's result.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def all_rows(*, quick: bool, only: str = "") -> Iterator[Row]:
 
 
 def problems() -> Iterator[tuple[str, LayersProblem]]:
-    """Yield the example files, and fleets of the same roofline that the model has not seen."""
+    """Yield the examples' problems, and fleets of the same roofline to which the model was not fitted."""
     for name in FLEETS:
         yield name, load_layers_problem(EXAMPLES / f"{name}.yaml")
     for name, (counts, (prompt, output)) in UNSEEN.items():
@@ -102,8 +103,8 @@ def fleet_rows(title: str, problem: LayersProblem, *, seeds: int) -> Iterator[Ro
 
 
 def placements(problem: LayersProblem, *, seeds: int) -> Iterator[tuple[str, LayersPlan]]:
-    """Yield the plan, the placement of most flow, and lesser ones."""
-    solve_layers(problem, budget=Budget(time_limit_s=0.0, clock=time.process_time))  # compiles
+    """Yield the plan, the placement of maximum flow, and worse ones."""
+    solve_layers(problem, budget=Budget(time_limit_s=0.0, clock=time.process_time))  # compile first
     yield "plan", solve_layers(problem, budget=Budget(clock=time.process_time))
     yield "most flow", solve_max_flow(problem, budget=Budget(clock=time.process_time))
     for effort in EFFORTS:

@@ -1,14 +1,14 @@
-"""How many small mistakes in the solver's arithmetic its tests notice.
+"""The share of small mistakes in the solver's arithmetic that its tests notice.
 
     python -m benchmarks.mutants [--sample N] [--seed S] [--only TEXT] [--jobs N]
 
-A mutant is the solver with one mistake: ``<`` for ``<=``, ``+`` for ``-``, a constant one off, ``min`` for ``max``, a
-statement left out, a condition turned round. Of all that can be made of dispatch, re-dispatch, the checker and the cost
-model a sample is drawn, file by file in proportion; each mutant meets the narrow tests of its part, kernels as plain
-Python. Killed: a test fails, or takes far longer than it should. What lives is printed as a change of a line: either a
-test is missing, or the change makes no difference (a bound that is checked twice, a tie, a tolerance).
+A mutant is the solver with one mistake: ``<`` for ``<=``, ``+`` for ``-``, a constant off by one, ``min`` for ``max``,
+a deleted statement, a negated condition. A sample is drawn from all mutants of dispatch, re-dispatch, the checker and
+the cost model, file by file in proportion. Each mutant meets the narrow tests of its part, with kernels as plain
+Python. It is killed if a test fails or takes far too long. Survivors are printed as a changed line: either a test is
+missing, or the change makes no difference (a bound that is checked twice, a tie, a tolerance).
 
-A mutant takes 5 to 60 CPU seconds: those of dispatch and re-dispatch take longest. The same seed draws the same mutants
+A mutant takes 5 to 60 CPU seconds; those of dispatch and re-dispatch take longest. The same seed draws the same mutants
 of the same code.
 """
 
@@ -180,7 +180,7 @@ def _not_run(tree: ast.AST) -> set[int]:
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the node with one mistake."""
+    """Yield the variants of the node with one mistake each."""
     match node:
         case ast.Compare(ops=[op]) if type(op) in OPERATORS:
             yield _with(node, ops=[OPERATORS[type(op)]()])
@@ -224,7 +224,7 @@ def _replaced(text: str, node: ast.AST, now: str) -> str:
 
 
 def tried(mutant: Mutant) -> Verdict:
-    """Return whether the tests of a mutant's part notice it."""
+    """Return the verdict of the tests of a mutant's part."""
     began = time.monotonic()
     killed = not _passes(mutant.part, mutant)
     return Verdict(mutant=mutant, killed=killed, seconds=time.monotonic() - began)
@@ -261,7 +261,7 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> int:
 
 
 class _FewInstances:
-    """A plugin of pytest that leaves a few instances of each parametrised test: kernels as plain Python are slow."""
+    """A pytest plugin that keeps a few instances of each parametrised test, since plain Python kernels are slow."""
 
     @staticmethod
     def pytest_collection_modifyitems(items: list[Any]) -> None:

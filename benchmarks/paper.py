@@ -4,16 +4,16 @@
                               [--turns N] [--time-limit S]
 
 The cluster is `examples/paper.yaml` (4 A100-80GB, 4 RTX 3090, 4 P100). Lengths are those of the catalogue's ShareGPT
-(first turns), HumanEval and LongBench, clipped to each model's context: the share that was is in `clipped`.
-Every strategy plans for the same objective (none of its own tuning is held back), for as much CPU time, and is then
-simulated. `splitwise`, `hexgen` and `hexgen2` are the best of their families, found by our search; `...-paper` are
-planned and routed by the papers' own rules as far as they are known (docs/strategies.md). Of each:
+(first turns), HumanEval and LongBench, clipped to each model's context; `clipped` is the share that was clipped. Every
+strategy plans for the same objective (none of its own tuning is held back) with the same CPU time, and its plan is then
+simulated. `splitwise`, `hexgen` and `hexgen2` are the best of their families, found by our search. `...-paper` are
+planned and routed by the papers' own rules, if known (docs/strategies.md). The columns:
 
-- `throughput_rps`: what it serves when somebody always waits, over the seeds, with the half width of its 95% interval;
-- `ttft_p95_s`, `tpot_p95_s`: at one rate for all strategies of a case, 70% of what the weakest of them serves;
-- `kv_blocks`: blocks of 16 tokens in all layers that its replicas have room for;
-- `hetis_over`, `kv_over`, `ttft_over`, `tpot_over`: `hetis` beside this strategy, above 1 where `hetis` is better, and
-  `paper_*` the most that the paper reports of the same ("up to"; it does not say where);
+- `throughput_rps`: the rate with requests always waiting, over the seeds, with the half width of its 95% interval;
+- `ttft_p95_s`, `tpot_p95_s`: at one rate for all strategies of a case, 70% of the weakest strategy's throughput;
+- `kv_blocks`: blocks of 16 tokens in all layers for which its replicas have room;
+- `hetis_over`, `kv_over`, `ttft_over`, `tpot_over`: `hetis` over this strategy, above 1 if `hetis` is better, and
+  `paper_*` the most that the paper reports of the same ("up to"; it does not say for which case);
 - `no_worse`: whether `hetis` serves at least as much, within the 95% interval of the difference by seed.
 """
 
@@ -54,14 +54,14 @@ OBJECTIVES = {
     "throughput": Objective(kind=ObjectiveKind.THROUGHPUT, ttft_limit_s=None, tpot_limit_s=None),
     "goodput": Objective(),
 }
-TIME_LIMIT_S = 30.0  # of CPU, so that other work on the machine does not cut searches short
-ROUTERS = {  # where a paper has its own rule
+TIME_LIMIT_S = 30.0  # CPU seconds, so that other work on the machine does not cut searches short
+ROUTERS = {  # of strategies whose paper has its own rule
     "hexgen-paper": Settings(router="fewest-requests"),
     "splitwise-paper": Settings(router="fewest-tokens"),
 }
 QUICK_S = 2.0  # with ``--quick``
-COMPILING_S = 1.0  # of CPU; what is compiling by then is finished
-LATENCY_LOAD = 0.7  # of what the weakest strategy serves
+COMPILING_S = 1.0  # CPU seconds; a compilation in progress is finished
+LATENCY_LOAD = 0.7  # of the weakest strategy's throughput
 BLOCK_TOKENS = 16
 # The most that the paper reports for Hetis over each: throughput, KV blocks, p95 TTFT, p95 TPOT.
 OVER_SPLITWISE, OVER_HEXGEN = (2.25, 1.87, 1.47, 1.39), (1.33, 1.87, 1.22, 1.39)
@@ -105,7 +105,7 @@ def main() -> None:
 def cases(
     objective: Objective, *, quick: bool, only: str, seeds: int, turns: int, processes: int, time_limit_s: float
 ) -> Iterator[Row]:  # fmt: skip
-    """Yield the rows of every model and trace; ``quick``: of one, with two seeds and short runs."""
+    """Yield the rows of every model and trace; with ``quick``, of only one, with two seeds and short runs."""
     compile_searches()
     for model in MODELS[:1] if quick else MODELS:
         for trace, workload in list(TRACES.items())[-1 if quick else 0 :]:
@@ -130,7 +130,7 @@ def simulated(
     posed: PlacementProblem, workload: str, *, seeds: int, turns: int, at_least: int, processes: int,
     time_limit_s: float,
 ) -> list[Outcome]:  # fmt: skip
-    """Plan with every strategy, run each saturated, then all at one rate."""
+    """Plan with every strategy, run each plan saturated, then all at one rate."""
     lengths = load_workload(workload)
     outcomes = []
     for outcome in [planned(posed, strategy, time_limit_s) for strategy in STRATEGIES]:
@@ -147,7 +147,7 @@ def simulated(
 
 
 def compile_searches() -> None:
-    """Plan something small once, so that no strategy's time includes compiling what the others also use."""
+    """Plan a small case once with every strategy, so that no measured time includes compiling."""
     posed = problem(example("paper"), model="Llama-13B", objective=OBJECTIVES["throughput"])
     for strategy in STRATEGIES:
         budget = Budget(time_limit_s=COMPILING_S, clock=time.process_time)
@@ -156,7 +156,7 @@ def compile_searches() -> None:
 
 
 def planned(posed: PlacementProblem, strategy: str, time_limit_s: float) -> Outcome:
-    """Return the strategy's plan, or why it has none."""
+    """Return the strategy's plan, or the reason why it has none."""
     budget = Budget(time_limit_s=time_limit_s, clock=time.process_time)
     try:
         return Outcome(strategy=strategy, plan=solve_placement(posed, strategy=strategy, budget=budget), note="")
@@ -178,7 +178,7 @@ def _loaded(
 
 
 def row(name: str, one: Outcome, outcomes: list[Outcome], posed: PlacementProblem) -> Row:
-    """Compare a strategy with `hetis` and with what the paper says of the two."""
+    """Compare a strategy with `hetis`, and with the paper's figures for the two."""
     ours = next(outcome for outcome in outcomes if outcome.strategy == "hetis")
     paper = PAPER.get(one.strategy, (None, None, None, None))
     served_rps = one.saturated.throughput_rps if one.saturated is not None else None
@@ -222,7 +222,7 @@ def _over(above: float | None, below: float | None) -> float | None:
 
 
 def _no_worse(ours: tuple[float, ...], theirs: tuple[float, ...]) -> str:
-    """Seeds draw the same requests for both, so that their differences are what is judged."""
+    """Compare by seed, since a seed draws the same requests for both."""
     if not ours or not theirs:
         return "-"
     difference = over_runs(np.subtract(ours, theirs).tolist())

@@ -1,18 +1,18 @@
-"""The steady rate of a pipeline by the formula, beside an event simulation of random pipelines.
+"""The steady rate of a pipeline by the formula, compared with an event simulation of random pipelines.
 
     python -m benchmarks.pipeline [--quick] [--json] [alternating | roles]
 
-The formula (docs/cost-model.md, "Rate") lets work flow evenly: with mean seconds ``u_s`` of an iteration, ``c_s``
-copies and M micro-batches in flight, ``1 / max(max_s u_s / c_s, sum_s u_s / M)`` iterations a second. Iterations with
-and without a prefill chunk alternate, so that a queue in front of the bottleneck runs dry now and then. Rows give the
-simulated rate over the formula's, without slack (mean, 10th percentile, least), by how full the pipeline is (K copies
-of all stages together) and by how chunks come: one in every so many iterations of a micro-batch, or at random.
-``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, ``share_reaching`` the share of pipelines
-that reach it.
+The formula (docs/cost-model.md, "Rate") assumes that work flows evenly. With mean seconds ``u_s`` of an iteration,
+``c_s`` copies and M micro-batches in flight, it gives ``1 / max(max_s u_s / c_s, sum_s u_s / M)`` iterations a second.
+Really, iterations with and without a prefill chunk alternate, so that a queue in front of the bottleneck runs dry now
+and then. Rows give the simulated rate over the formula's without slack (mean, 10th percentile, least), by how full the
+pipeline is (K copies over all stages) and by how chunks come: one every so many iterations of a micro-batch, or at
+random. ``assumed`` is what the slack of `Assumptions` leaves of the formula's rate, and ``share_reaching`` the share of
+pipelines that reach it.
 
 ``roles``: the simulator with pipelines of equal A100s that only prefill or only decode, with M of K, 1.5 K and 2 K.
-``busy`` is the share of time in which the busiest stage computes, ``rate`` the rate over the even flow (with chunks and
-contexts as they come, so that it may exceed 1), ``assumed`` as above.
+``busy`` is the share of time in which the busiest stage computes. ``rate`` is the rate over that of the even flow, with
+the chunks and contexts that occurred, so that it may exceed 1. ``assumed`` is as above.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DECODE_SEATS = (4, 64)  # b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """A pipeline whose micro-batches circulate for ever. Seconds are those of one iteration on one copy."""
+    """A pipeline whose micro-batches circulate forever. Seconds are those of one iteration on one copy."""
 
     plain_s: tuple[float, ...]  # per stage, without a chunk
     chunk_ratio: float
@@ -56,7 +56,7 @@ class Pipeline:
     chunk_share: float  # phi
 
     def even_rate(self, chunk_share: float) -> float:
-        """Return the iterations per second when work flows evenly: the formula without slack."""
+        """Return the iterations per second if work flows evenly: the formula without slack."""
         mean_s = [s * (1.0 + chunk_share * (self.chunk_ratio - 1.0)) for s in self.plain_s]
         slowest_s = max(s / c for s, c in zip(mean_s, self.copies, strict=True))
         return 1.0 / max(slowest_s, sum(mean_s) / self.in_flight)
@@ -138,8 +138,8 @@ def _beside(found: list[Kept]) -> dict[str, float]:
 
 
 def random_pipeline(fill: str, rng: np.random.Generator) -> Pipeline:
-    """Return stages as an optimiser leaves them: about equally busy, with different numbers of copies."""
-    # One stage with one copy is left out: there is nothing between one micro-batch and two per copy.
+    """Return stages as an optimiser builds them: about equally busy, with different numbers of copies."""
+    # One stage with one copy is left out, as there is no fill between one micro-batch and two per copy.
     stages = int(rng.integers(2, MAX_STAGES + 1))
     copies = rng.integers(1, MAX_COPIES + 1, stages)
     in_flight = _in_flight(fill, int(copies.sum()), rng)
@@ -162,8 +162,8 @@ def ratio_to_formula(pipeline: Pipeline, iterations: int, rng: np.random.Generat
 def simulate(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int], bool]) -> tuple[float, float]:
     """Return the iterations per second once the pipeline has filled up, and the share of them with a chunk.
 
-    Every stage is first come, first served, by the copy that is free first. ``carries_chunk`` is asked once for each
-    iteration of a micro-batch, in order.
+    Every stage serves first come, first served, on the copy that is free first. ``carries_chunk`` is asked once for
+    each iteration of a micro-batch, in order.
     """
     warm_up = iterations // 5
     free_s = [[0.0] * copies for copies in pipeline.copies]  # heaps
@@ -192,7 +192,7 @@ def simulate(pipeline: Pipeline, iterations: int, carries_chunk: Callable[[int],
 
 
 def _in_flight(fill: str, copies: int, rng: np.random.Generator) -> int:
-    """Return the M of a fill, up to three times the copies."""
+    """Return a random M for a fill, up to three times the copies."""
     if fill == "M = 1":
         return 1
     if fill == "M >= 2K":

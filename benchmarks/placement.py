@@ -1,19 +1,19 @@
-"""How long a placement takes and how good it is proved to be, from 12 GPUs to a million; Llama-2-70B, azure_conv_2023.
+"""Time and proven quality of placements, from 12 GPUs to a million; Llama-2-70B, azure_conv_2023.
 
     python -m benchmarks.placement [--quick] [--json] [--engine any]
 
-For vLLM with the plugin, as `hetis-plan place` does, or for another engine, or with ``--engine any`` for none in
-particular: replicas that no engine runs, which another search looks for.
+Plans are for vLLM with the plugin, as in `hetis-plan place`, or for another engine. ``--engine any`` stands for no
+particular engine: its replicas run on no engine, and another search finds them.
 
-Every row is a process of its own. ``seconds`` is the first solve of that process, which loads compiled kernels from
-numba's cache, binding to named GPUs included (rows called "warm": the median of the next five); ``first_plan_s`` and
-``first_bound_s`` say when there was a plan, and a bound on the whole family, ``to_1_percent_s`` and
-``to_half_percent_s`` when the gap was proved to be that small; ``gap`` is what was left in the end. Large fleets search
-until 0.1% or their time limit. Seconds, those of limits too, are CPU seconds of the process. Fleets with P100s have 4 s
-to the first token, for within 2 s they have no plan.
+Every row is a separate process. ``seconds`` is the first solve of that process, which loads compiled kernels from
+numba's cache and binds the plan to named GPUs (rows called "warm": the median of the next five). ``first_plan_s`` and
+``first_bound_s`` are the times of the first plan and the first bound on the whole family, ``to_1_percent_s`` and
+``to_half_percent_s`` those at which the gap was proved to be that small, and ``gap`` is the final one. Large fleets
+search until 0.1% or their time limit. All seconds, including limits, are CPU seconds of the process. Fleets with P100s
+have a TTFT limit of 4 s, because no plan meets 2 s.
 
-Without --quick, cost against the size of the fleet and the number of GPU types is drawn to ``benchmarks/results/``, and
-value and bound against time; with --markdown these are drawn to ``docs/figures/``, too.
+Without --quick, cost against the size of the fleet and the number of GPU types, and value and bound against time, are
+drawn to ``benchmarks/results/``; with --markdown, the latter also to ``docs/figures/``.
 
 Bars (DESIGN section 10): 12 GPUs optimal in 1 s (2 s without limits); 24 to 60 GPUs 0.5% in 5 s; 160 GPUs 0.5% in 5 s
 (cost and GPUs: 1% in 10 s); 1,000 GPUs 0.5% in 8 s; 10,000 GPUs 0.5% in 10 s and 2 GiB; 1,000,000 GPUs 0.5% in 20 s.
@@ -60,7 +60,7 @@ SLOWER = Objective(ttft_limit_s=4.0)  # for fleets with P100s, which have no pla
 THROUGHPUT = replace(NO_LIMITS, kind=ObjectiveKind.THROUGHPUT)
 BETWEEN_LIMIT_S = 10.0
 CURVE_LIMIT_S = 10.0
-# One choice of each for all replicas: small enough for the compact MILP.
+# One choice of each for all replicas, which is small enough for the compact MILP.
 SHRUNK = Family(
     max_copies=2, max_pool=0, micro_batches=(32,), in_flight=(8,), chunk_tokens=(512,), roles=(Role.UNIFIED,)
 )
@@ -79,16 +79,16 @@ class Case:
     gap_target: float = 0.001
     warm: int = 0
     empty_cache: bool = False
-    panel: tuple[str, str] | None = None  # of the figure of searches: fleet and objective
+    panel: tuple[str, str] | None = None  # fleet and objective in the figure of searches
 
     def measured(self) -> Measured:
-        """Solve it in a process of its own."""
+        """Solve it in a new process."""
         solve = Solve(problem=self.problem, time_limit_s=self.time_limit_s, gap_target=self.gap_target, warm=self.warm)
         with tempfile.TemporaryDirectory() as folder:
             environment = {"NUMBA_CACHE_DIR": folder} if self.empty_cache else {}
             try:
                 return in_own_process(measure, solve, environment=environment)
-            except BrokenProcessPool:  # killed, most likely because memory ran out
+            except BrokenProcessPool:  # killed, most likely for lack of memory
                 return failed("the process died")
 
 
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 class Benchmark:
-    """The rows of one engine, in the order of the documentation; ``searches``: how those of a fleet closed the gap."""
+    """The rows of one engine, in the order of the documentation; ``searches`` has the progress of its searches."""
 
     def __init__(self, *, engine: str, quick: bool, only: str) -> None:
         self.engine, self.quick, self.only = engine, quick, only
@@ -126,7 +126,7 @@ class Benchmark:
         cases = [*self._between_cases(), *self._fleet_cases(), *([] if self.quick else self._curve_cases())]
         cases = [case for case in cases if self.only in case.name]
         if cases and not self.quick:
-            # Compiles the search if its sources have changed, so that no row includes it.
+            # Compile the search if its sources have changed, so that no row includes it.
             in_own_process(measure, Solve(problem=cases[0].problem, time_limit_s=60.0, gap_target=0.5))
         for case in cases:
             measured = case.measured()
@@ -158,7 +158,7 @@ class Benchmark:
             yield _row(replace(case, name=f"{name}, warm"), measured)
 
     def _between_cases(self) -> Iterator[Case]:
-        """Yield cases with few replicas, and what gap honestly remains."""
+        """Yield cases with few replicas, for which a gap may remain."""
         for name, *nodes in BETWEEN[1:2] if self.quick else BETWEEN:
             objective = SLOWER if any(gpu.startswith("P100") for _, _, gpu in nodes) else DEFAULT_LIMITS
             posed = self.posed(fleet(name, *nodes), objective)
@@ -189,8 +189,9 @@ class Benchmark:
                 )
 
     def _curve_cases(self) -> Iterator[Case]:
-        """Yield the mix of the paper's cluster at growing sizes under the same limits, and 1,024 GPUs of more and more
-        types.
+        """Yield the cases of the cost curves.
+
+        They are the paper's mix of GPUs at growing sizes under the same limits, and 1,024 GPUs of more and more types.
         """
         for times in SCALES:
             posed = self.posed(scaled(example("paper"), times), SLOWER)
@@ -255,7 +256,7 @@ def _cells(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Specified:
-    """The answer of the compact MILP and what it took, including the build."""
+    """The answer of the compact MILP and its cost, including the build."""
 
     status: str
     value: float

@@ -1,16 +1,16 @@
-"""How far published heuristics are from the proven optimum: their rate over the bound of the family they search.
+"""The distance of published heuristics from the proven optimum: their rate over the bound of the family they search.
 
     python -m benchmarks.published [--quick] [--json]
 
-`hexgen2-paper` beside `hexgen2`, which holds every plan of it: ``ratio`` is its value over the proven bound, so that it
-is at least that far from the best. `hetis-paper` beside `hetis`: its attention workers are shared by all stages of a
-replica, which `hetis` does not do, so that its ratio to the value of `hetis` is a comparison, not a proof. The fleets
-are those of both papers, as far as they are known (HexGen-2's setting 1 is recalled, not verified: 2 H100, 6 A100, 4
-L40, 8 A6000), and random ones: 8 to 32 GPUs of two to four types. Llama-2-70B, or OPT-30B where the name says so, by
-the lengths in the name (prompt/output tokens); limits as in the name, else none. ``seconds`` are those of the
-heuristic, ``proof_s`` those of the strategy with the bound, kernels compiled before.
+`hexgen2-paper` is compared with `hexgen2`, which contains all of its plans: ``ratio`` is its value over the proven
+bound, so that it is at most that far from the best. `hetis-paper` is compared with the value of `hetis`, not its bound:
+its attention workers are shared by all stages of a replica, unlike those of `hetis`, so that the ratio is no proof. The
+fleets are those of both papers, where known (HexGen-2's setting 1 is recalled, not verified: 2 H100, 6 A100, 4 L40, 8
+A6000), and random ones: 8 to 32 GPUs of two to four types. The model is Llama-2-70B unless the name says OPT-30B, with
+the lengths (prompt/output tokens) and limits in the name, if any. ``seconds`` are those of the heuristic, ``proof_s``
+those of the strategy with the bound, both after kernels were compiled.
 
-"No plan" of a heuristic is a ratio of 0, unless no plan exists at all: then there is no ratio.
+A heuristic without a plan has a ratio of 0, or no ratio if no plan exists at all.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from hetis.solver.problem import PlacementProblem
 
 PROVEN = {"hexgen2-paper": "hexgen2", "hetis-paper": "hetis"}
 TIME_LIMIT_S = 6.0
-HEURISTIC_LIMIT_S = 120.0  # HexGen-2 reports 90 to 120 s
+HEURISTIC_LIMIT_S = 120.0  # HexGen-2's paper reports 90 to 120 s
 TYPES = ("H100-SXM-80GB", "A100-SXM-80GB", "A100-PCIe-40GB", "L40S", "RTX-A6000", "A10G", "L4", "RTX-3090", "T4")
 RANDOM_FLEETS = 8
-# Prefill (512 tokens) and decode (128 tokens), heavy above and light below, as in HexGen-2.
+# Heavy and light prefill (above and below 512 tokens) and decode (128 tokens), as in HexGen-2.
 LENGTHS = ("1024/64", "1024/256", "256/256", "256/64")
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _compile() -> None:
-    """Solve once everything that is compiled, sub-fleets and column generation, so that no row includes it."""
+    """Solve everything that is compiled once (sub-fleets and column generation), so that no row includes it."""
     for cluster in (example("h100-l4"), random_fleet(0)):
         for strategy in (*PROVEN, *PROVEN.values()):
             answer(problem(cluster, workload="1024/256", objective=NO_LIMITS), strategy, time_limit_s=120.0)
@@ -96,7 +96,7 @@ def _fleets_of_papers() -> Iterator[tuple[str, Cluster, str]]:
 
 
 def random_fleet(seed: int) -> Cluster:
-    """Return two to four kinds of nodes with one to eight GPUs, 8 to 32 GPUs that hold the model more than twice."""
+    """Return 8 to 32 GPUs that hold the model more than twice: two to four kinds of nodes with one to eight GPUs."""
     random = np.random.default_rng(seed)
     while True:
         kinds = random.choice(len(TYPES), size=int(random.integers(2, 5)), replace=False)
@@ -141,7 +141,7 @@ def compare(case: Case) -> Iterator[Row]:
 
 
 def _ratio(ours: Answer, best: float) -> float:
-    """Return the ratio, infinite (that is, none) if there is nothing to compare with."""
+    """Return the ratio, or infinity (shown as none) if there is nothing to compare with."""
     return ours.value / best if best > 0.0 and math.isfinite(best) else math.inf
 
 

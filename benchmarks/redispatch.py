@@ -1,26 +1,26 @@
-"""Re-dispatch under drift: the joint program beside the paper's rule, whole requests, LIFO eviction and doing nothing.
+"""Re-dispatch under drift: the joint program against the paper's rule, whole requests, LIFO eviction and no moves.
 
     python -m benchmarks.redispatch [--quick] [--json]
 
-One stage of Llama-2-70B (two A100 as primary, two RTX 3090 and four P100 as attention workers) in virtual time; see
-`benchmarks.measuring.drift`. Some requests grow eight times as long as expected, a device takes twice as long from some
-step on, a device leaves after a notice of 150 steps, memory is short, or all of that. Means over seeds.
+One stage of Llama-2-70B (two A100 as primary, two RTX 3090 and four P100 as attention workers) runs in virtual time;
+see `benchmarks.measuring.drift`. Some requests grow eight times as long as expected, a device becomes half as fast, a
+device leaves after a notice of 150 steps, memory is short, or all of these. Figures are means over seeds.
 
-All look every five steps and act on a trigger, ``joint`` and ``whole`` on any, ``paper`` as published on the deviation
-and on memory. For ``joint`` the trigger must be due (`Watch`, as in the service), the others may look in vain as often
-as they like. ``thrifty joint`` asks a move to pay back within a tenth of its request's remaining steps, not a quarter.
-``same bytes`` looks when ``paper`` does and moves what the joint program likes best within as many bytes as the paper's
-rule would move then. When a device is full regardless, the request admitted last there is evicted (``none``: the one
-that cannot grow).
+All policies look every five steps and act on a trigger: ``joint`` and ``whole`` on any, ``paper`` as published on
+deviation and memory. For ``joint`` the trigger must be due (`Watch`, as in the service); the others may look in vain
+any number of times. ``thrifty joint`` requires a move to pay back within a tenth of its request's remaining steps
+instead of a quarter. ``same bytes`` looks when ``paper`` does, and makes the joint program's best moves within the
+bytes that the paper's rule would move then. If a device still runs full, the request admitted last there is evicted
+(``none``: the one that cannot grow).
 
-``mean_us`` and ``p95_us``: makespan, per layer and decode step. ``refill_us``: time to prefill KV again that was lost,
-to eviction or with a device, spread over all layers and steps. ``over_ideal``: mean excess of the makespan over all
-that runs dispatched anew, which does not reward a policy for having evicted. ``moved_gib``: KV copied between devices.
-``refilled_gib``: KV that was lost and is made again. ``saved_us``: makespan and refill below those of ``none``;
-``saved_us_per_gib``: the same per GiB moved, over all seeds. ``more_us`` and ``more_us_per_gib``: both above what the
-paper's rule saves at the same Theta, on the same seeds, and ``.._error`` the standard errors of these differences (the
-second by the jackknife). ``evictions`` are those for lack of memory. ``tokens_per_s``: decoded, per second of virtual
-time.
+``mean_us`` and ``p95_us`` are makespans per layer and decode step. ``refill_us`` is the time to prefill KV lost by
+eviction or with a device, spread over all layers and steps. ``over_ideal`` is the mean excess of the makespan over a
+new dispatch of all running requests, which does not reward a policy for evictions. ``moved_gib`` is the KV copied
+between devices, and ``refilled_gib`` the KV lost and computed again. ``saved_us`` is the saving in makespan and refill
+against ``none``, and ``saved_us_per_gib`` the same per GiB moved, over all seeds. ``more_us`` and ``more_us_per_gib``
+are by how much both exceed the savings of the paper's rule at the same Theta on the same seeds, with ``.._error`` their
+standard errors (the second by the jackknife). ``evictions`` counts those for lack of memory, and ``tokens_per_s`` the
+tokens decoded per second of virtual time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ALL = frozenset(TriggerKind)
 
 @dataclass(slots=True)
 class Joint:
-    """The joint program over all running requests."""
+    """The policy that solves the joint program over all running requests."""
 
     patience: float = 0.25
     evicts_itself: bool = False
@@ -81,7 +81,7 @@ class Joint:
 
 @dataclass(slots=True)
 class Paper:
-    """The one request whose re-dispatch helps the most (Hetis, SC'25)."""
+    """The policy that moves the one request whose re-dispatch helps most (Hetis, SC'25)."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
@@ -97,7 +97,7 @@ class Paper:
 
 @dataclass(slots=True)
 class SameBytes:
-    """The joint program, used where the paper's rule would move something, with as many bytes as that rule."""
+    """The joint program, used when the paper's rule would move something, with as many bytes as that rule."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = frozenset({TriggerKind.DEVIATION, TriggerKind.HIGH_WATER})
@@ -116,7 +116,7 @@ class SameBytes:
 
 @dataclass(slots=True)
 class Whole:
-    """Requests that are never split."""
+    """The policy that moves whole requests and never splits them."""
 
     evicts_itself: bool = False
     heeds: frozenset[TriggerKind] = ALL
@@ -169,7 +169,7 @@ def main() -> None:
 
 
 def measured(*, quick: bool, only: str, curves: dict[str, dict[str, FloatArray]]) -> Iterator[Row]:
-    """Yield every scenario with every policy; one scenario, seed and Theta and fewer steps if ``quick``.
+    """Yield every scenario with every policy; with ``quick``, one scenario, seed and Theta, and fewer steps.
 
     ``curves`` is filled with the makespans over time of the first seed, by scenario and policy.
     """
@@ -222,9 +222,7 @@ def _row(
 def _beside(
     tallies: Sequence[Tally], paper: Sequence[Tally] | None, nothing: Sequence[Tally]
 ) -> dict[str, float | None]:  # fmt: skip
-    """Return how much more is saved than by the paper's rule, also per GiB, each with its standard error over the
-    seeds.
-    """
+    """Return the savings beyond those of the paper's rule, also per GiB, with standard errors over the seeds."""
     names = ("more_us", "more_us_error", "more_us_per_gib", "more_us_per_gib_error")
     if paper is None:
         return dict.fromkeys(names)
@@ -244,7 +242,7 @@ def _beside(
 
 
 def _saved_us(tallies: Sequence[Tally], nothing: Sequence[Tally]) -> list[float]:
-    """Return by how much makespan and refill are below those of no re-dispatch, by seed."""
+    """Return how far makespan and refill are below those of no re-dispatch, by seed."""
     return [_cost_us(still) - _cost_us(tally) for tally, still in zip(tallies, nothing, strict=True)]
 
 

@@ -1,18 +1,19 @@
-"""What wrong profiles cost a plan: planned with coefficients off by up to 20%, judged with the right ones.
+"""The cost of wrong profiles: plans made with coefficients off by up to 20%, judged with the right ones.
 
     python -m benchmarks.robustness [--quick] [--json]
 
 Hetis (SC'25) reports that errors of 20% in its coefficients cost at most 6.9% of latency. Here every coefficient of
-every operator and GPU type is multiplied by a factor of its own, uniform within 0.8 and 1.2; a plan is made with these
-profiles and judged with the right ones, beside the plan made with the right ones. GPUs, layers and head groups stay as
-planned; the engine (micro-batches, how many in flight, chunks) is set by what it sees, the right times: to the largest
-rate within the limits (``goodput_loss``), and to the lowest latency that carries 75% of the right plan's goodput
-(``latency_loss``, p95 TTFT + mean output x TPOT, as a share of the right plan's at the same load; below 0 where the
-wrong plan is faster: the right one is the best for goodput, not for latency). ``over_limit`` counts the plans that miss
-a latency limit with the engine as planned; ``too_slow`` those that cannot carry that load.
+every operator and GPU type is multiplied by its own factor, uniform between 0.8 and 1.2. A plan made with these
+profiles is judged with the right ones, and compared with the plan made with the right ones. GPUs, layers and head
+groups stay as planned. The engine (micro-batches, number in flight, chunks) adapts to the right times, which are what
+it observes: to the highest rate within the limits (``goodput_loss``), and to the lowest latency that carries 75% of the
+right plan's goodput (``latency_loss``, p95 TTFT + mean output x TPOT, relative to the right plan's at the same load;
+negative if the wrong plan is faster, as the right one is the best for goodput and not for latency). ``over_limit``
+counts the plans that miss a latency limit with the engine as planned, and ``too_slow`` those that cannot carry that
+load.
 
 Rows called dispatch place a batch of 64 requests on an idle stage by wrong attention and transfer coefficients, which
-is what the paper's models predict: ``latency_loss`` is that of one layer's attention, the slowest device's.
+is what the paper's models predict. Their ``latency_loss`` is that of one layer's attention on the slowest device.
 """
 
 from __future__ import annotations

@@ -1,29 +1,30 @@
-"""The planner under load: agents that stay connected, reports, re-dispatches, dispatch calls, durable writes.
+"""The planner under load: connected agents, reports, re-dispatches, dispatch calls, durable writes.
 
     python -m benchmarks.service [--quick] [--json] [--agents N] [--profile FILE]
     python -m benchmarks.service --admissions [--agents N] [--profile FILE]
     python -m benchmarks.service --soak MINUTES [--agents N]
 
-One real `hetis-planner` (SQLite, no TLS) and agents on real gRPC streams, each with a TCP connection of its own: most
-of them in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
-and eight nodes with a P100 each, its attention workers; agents and engines are scripted and do at once what they are
-told, so that the times are the planner's own, gRPC's and the scheduler's of this machine. All of it runs side by side
-on the same few cores: ``load`` says how busy they were.
+One real `hetis-planner` (SQLite, no TLS) serves agents on real gRPC streams, each with its own TCP connection. Most of
+them run in one other process, those of two cells in this one. A cell is a node with two H100, the primary of a replica,
+and eight nodes with a P100 each, its attention workers. Agents and engines are scripted and act at once, so that the
+times are those of the planner, gRPC and this machine's scheduler. Everything shares the same few cores; ``load`` says
+how busy they were.
 
-``rate_per_s``: of what the row is about; where calls are timed, of all lanes together. ``p50_ms``, ``p99_ms``,
-``max_ms``: of ``count`` latencies, ``at_once`` at a time. ``over_empty_p50``, ``over_empty_p99``: the same over those
-of an empty call (health's Check) on the same channel, so many at once, just before. ``cores``: CPU time of the
-planner's process per second. ``cpu_us``: the same for one of what the row is about. ``rss_mib``: its memory.
-``kb_per_agent``: memory above that before the first agent, per agent. ``lag_s``: reports that were sent and not taken
-yet, at the rate at which they are taken. ``load``: running processes of the machine, a minute's mean.
+``rate_per_s`` is the rate of the row's subject, for timed calls over all lanes together. ``p50_ms``, ``p99_ms`` and
+``max_ms`` are those of ``count`` latencies, ``at_once`` at a time. ``over_empty_p50`` and ``over_empty_p99`` are the
+same over those of an empty call (health's Check) on the same channel just before, with as many at once. ``cores`` is
+the CPU time of the planner's process per second, and ``cpu_us`` that per unit of the row's subject. ``rss_mib`` is its
+memory, and ``kb_per_agent`` its growth since before the first agent, per agent. ``lag_s`` is the time to take the
+reports that were sent but not taken yet, at the present rate. ``load`` is the machine's mean of running processes over
+a minute.
 
-``--soak``: 500 reports/s and 200 admissions/s, a row for each of twelve parts of the time, and one that compares the
-last part with the one that ended after a sixth of the time: memory as a share, p99 as a ratio. That p99 is of the
-calls that ran, and for 2 s before, while the machine's host kept less than a twentieth of a processor from it.
+``--soak`` applies 500 reports/s and 200 admissions/s. It prints a row for each twelfth of the time, and one that
+compares the last part with the second: memory as a share, p99 as a ratio. This p99 covers the calls during which, and
+for 2 s before which, the machine's host kept less than a twentieth of a processor from it.
 
-``change``: from the report that shows the need, as it is written, to where the name says; ``DONE`` is durable and by
-the planner's clock. ``in process``: the same admissions without gRPC, and the solver's share of them. ``--profile``
-writes a cProfile of the planner, which makes it about twice as slow.
+``change`` rows count from the writing of the report that shows the need to the named step; ``DONE`` is durable and
+timed by the planner's clock. ``in process`` is the same admissions without gRPC, and the solver's share of them.
+``--profile`` writes a cProfile of the planner, which makes it about twice as slow.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ STREAMED = (  # requests of a step, steps at once, streams
     (16, 1, 1, "1 at once"),
 )
 SMALL = "clusters/small"
-MANY = 10_000  # number of agents to which the cost of one is extrapolated
+MANY = 10_000  # number of agents to which costs are extrapolated
 MOST_CORES, MOST_LAG_S = 0.95, 1.0  # beyond that, the planner is saturated
 
 
 async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
-    """Measure everything, one after the other, on one planner."""
+    """Measure everything in sequence on one planner."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         async for row in connections(bench):
@@ -79,7 +80,7 @@ async def measure(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
 
 
 async def measure_admissions(extent: Extent, profile: Path | None) -> AsyncIterator[Row]:
-    """Measure dispatch calls beside a connected fleet, and nothing else."""
+    """Measure only dispatch calls, while a fleet is connected."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         await bench.connect()
@@ -96,7 +97,7 @@ SOAK_REPORTS_PER_S, SOAK_ADMITS_PER_S, SOAK_PARTS = 500.0, 200.0, 12
 
 
 async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> AsyncIterator[Row]:
-    """Apply one load for a long time, to see if memory or latencies grow."""
+    """Apply one load for a long time, to see whether memory or latencies grow."""
     async with opened(extent, profile) as bench:
         await bench.create_cluster()
         await bench.connect()
@@ -109,7 +110,7 @@ async def soak(extent: Extent, profile: Path | None, *, minutes: float) -> Async
         dispatched = DispatchedReplica(bench.client, found.name)
         await dispatched.declare(stage, found.generation)
         await bench.set_rate(SOAK_REPORTS_PER_S)
-        parts = list[tuple[float, float]]()  # memory, and p99 while the host leaves the machine alone
+        parts = list[tuple[float, float]]()  # memory, and p99 of the calls that the host did not disturb
         part_s = 60 * minutes / SOAK_PARTS
         for number in range(SOAK_PARTS):
             async with dispatched.streaming(1, streams=1) as step:
@@ -159,7 +160,7 @@ async def connections(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def idle(bench: Bench, name: str, alone: float) -> Row:
-    """Measure agents that only send heartbeats. ``alone``: cores without agents."""
+    """Measure agents that only send heartbeats. ``alone`` is the cores used without agents."""
     with Watched(bench.planner) as watched:
         await asyncio.sleep(bench.extent.idle_s)
     beats_per_s = bench.extent.agents / 5.0
@@ -179,7 +180,7 @@ async def idle(bench: Bench, name: str, alone: float) -> Row:
 
 
 async def empty_calls(bench: Bench) -> AsyncIterator[Row]:
-    """Yield what every call takes on this machine."""
+    """Yield the cost of any call on this machine."""
     for at_once in AT_ONCE:
         await timed(timed_call(bench.client.is_serving), count=20 * at_once, at_once=at_once)
         with Watched(bench.planner) as watched:
@@ -231,7 +232,7 @@ async def dispatch_calls(bench: Bench) -> AsyncIterator[Row]:
 
 
 async def writes(bench: Bench) -> AsyncIterator[Row]:
-    """Measure durable changes of a small cluster, and a read."""
+    """Measure durable writes to a small cluster, and a read."""
     client, small = bench.client, cell_fleet(2 * 9)
     policies = (cluster_pb2.REACTION_MODE_OFF, cluster_pb2.REACTION_MODE_ADVISORY)
     turn = 0

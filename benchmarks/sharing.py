@@ -1,15 +1,17 @@
-"""One fleet, several models: what every rule gives, what fairness costs, whether its promise holds at real rates.
+"""One fleet, several models: what every rule gives, what fairness costs, and whether its promise holds at real rates.
 
     python -m benchmarks.sharing [--quick] [--json]
 
-Rows named after a rule of `hetis-plan share` are placements by the joint master. ``value`` is the sum of the tenants'
-rates over what each reaches alone; ``lost`` the share of it that the most efficient placement has more; ``least`` the
-least of these rates per part, with its own gap; ``over_part`` the least rate over that on the tenant's own part of
-every GPU class; ``envy`` the most that somebody would gain with as many GPUs as somebody else, per part. ``promise``:
-what the rule promises, held or with its counter-example.
+Rows named after a rule of `hetis-plan share` are placements by the joint master problem. ``value`` is the sum of the
+tenants' rates, each over the rate that it reaches alone. ``lost`` is the relative loss of value against the most
+efficient placement. ``least`` is the least of these rates per part, with its own gap. ``over_part`` is the least rate
+over the rate on the tenant's own part of every GPU class. ``envy`` is the largest factor on a tenant's rate with as
+many GPUs as another tenant has, per part. ``promise`` says what the rule promises, and whether it held or the
+counter-example.
 
-Rows called *linear* are the shares of `hetis-plan fair` from one speed-up per GPU type, rounded down to whole GPUs,
-every tenant then placed on its own: what is fair, and best, on paper, at the rates that its replicas really reach.
+Rows called *linear* are the shares of `hetis-plan fair` from one speed-up per GPU type, rounded down to whole GPUs, on
+which every tenant is then placed separately. They show what is fair and best on paper at the rates that replicas really
+reach.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
 GAP = 0.01
 EPSILON = 1e-6
 LINEAR = (Rule.COOPERATIVE, Rule.NON_COOPERATIVE, Rule.EQUAL)
-# Efficiency comes last, because it may take over what any other rule has found.
+# Efficiency comes last, because it may reuse the solutions of all other rules.
 RULES = (TenantRule.MAX_MIN, TenantRule.EQUAL_THROUGHPUT, TenantRule.SHARING_INCENTIVE, TenantRule.EFFICIENCY)
 
 
@@ -48,8 +50,7 @@ class Outcome:
     """The rates of every tenant: normalised, relative to those of its part, and real ones with the others' GPUs.
 
     ``normalised`` [tenants] is the rate over the one reached alone, ``over_part`` [tenants] the rate over the one on
-    the
-    tenant's own part, ``envy`` [tenants, tenants] the rate with as many GPUs as the other, per part, over the tenant's
+    the tenant's own part, and ``envy`` [tenants, tenants] the rate with as many GPUs as the other, per part, over its
     own.
     """
 
@@ -126,7 +127,7 @@ def _gpus(prices: Sequence[object]) -> str:
 
 
 def _promise(rule: TenantRule, outcome: Outcome, names: Sequence[str]) -> str:
-    """Return what a rule promises about real rates, and everything else that fails."""
+    """Return whether the rule's promise holds at real rates, and what else fails."""
     found = []
     if rule is TenantRule.EQUAL_THROUGHPUT:
         found.append("equal: held" if np.ptp(outcome.normalised) <= EPSILON else "equal: broken")
@@ -156,16 +157,16 @@ def _worst_envy(envy: FloatArray) -> float:
 
 
 def _over(a: FloatArray, b: FloatArray) -> FloatArray:
-    """Return a / b, infinite where b is zero and a is not."""
+    """Return a / b, which is infinite if only b is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(a > 0.0, a / b, 0.0)
 
 
-# --- what one speed-up per GPU type gives on the same fleet
+# --- shares from one speed-up per GPU type on the same fleet
 
 
 def linear_problem(search: FleetSearch) -> ShareProblem:
-    """Return the sharing problem whose speed-ups are rates per GPU on all GPUs of a class alone."""
+    """Return the sharing problem whose speed-ups are the rates per GPU on each class of GPUs alone."""
     atlas = search.solvers[0].atlas
     tenants = []
     for solver in search.solvers:
@@ -187,7 +188,7 @@ def _alone(search: FleetSearch, tenant: Tenant, limits: IntArray) -> float:
 
 
 def _linear_row(name: str, search: FleetSearch, problem: ShareProblem, rule: Rule, best: float) -> Row:
-    """Return the linear shares in whole GPUs, at the rates that are really reached there."""
+    """Return the row of the linear shares in whole GPUs, at the rates that are really reached there."""
     shares = solve_shares(problem, rule)
     whole = np.floor(shares.amounts + EPSILON).astype(np.int64)
     rows_of = [g for g, _ in search.solvers[0].atlas.resources.rows]

@@ -1,17 +1,18 @@
-"""Predictions beside what real engines were measured to do: TPOT and TTFT of public serving points.
+"""Predictions against measurements of real engines: TPOT and TTFT of public serving points.
 
     python -m benchmarks.silicon [--points FILE] [--json] [--only TEXT] [--quick] [--markdown] [--peer-python PYTHON]
 
-Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with so many requests always
-in flight. What the cost model can express is predicted from shipped profiles, or modelled ones where nobody measured,
-and the catalogue; the rest is counted with its reason. Profiles are made of tables of single operators, engine settings
-are those of published scripts. What an engine's host adds is fitted to two models on one GPU, whose rows say so
-(``split``) and are in no total.
+Every row of the table (`benchmarks.measuring.serving_points`) is one engine on some GPUs with a constant number of
+requests in flight. What the cost model can express is predicted from the catalogue and shipped profiles, or modelled
+ones of GPUs that nobody measured; the rest is counted with its reason. Profiles are made of tables of single operators,
+and engine settings are those of published scripts. An engine's host times are fitted to two models on one GPU, whose
+rows say so (``split``) and are in no total.
 
-A row is one (GPU, engine, model, kind, mode): ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
-mean of predicted / measured - 1 (negative: predicted too fast), ``tpot_p90`` nine in ten points are nearer. The last
-rows count what is ``covered`` and what is ``skipped``. ``--peer-python`` is a Python with aiconfigurator in it: it
-answers the same rows, and ``both_...`` compare the two where both answer. ``--markdown`` writes docs/accuracy.md.
+A row is one (GPU, engine, model, kind, mode). ``..._mape`` is the mean absolute error over its points, ``..._bias`` the
+mean of predicted / measured - 1 (negative: predicted too fast), and ``tpot_p90`` the error that nine in ten points stay
+below. The last rows count what is ``covered`` and what is ``skipped``. ``--peer-python`` is a Python with
+aiconfigurator, which answers the same rows; ``both_...`` compare the two where both answer. ``--markdown`` writes
+docs/accuracy.md.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ POINTS = Path(__file__).parents[2] / "shared" / "data" / "measured" / "serving_p
 PEER = Path(__file__).parent / "measuring" / "aiconfigurator_peer.py"
 DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
-ROUNDS = 10  # requests of a run for each one in flight, as in InferenceX
-LEAST_DECODING = 0.5  # share of the seats in memory; below it something not in the row held requests back
+ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
+LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -74,12 +75,12 @@ class Outcome:
 
     @property
     def tpot_error(self) -> float:
-        """predicted / measured - 1"""
+        """Return predicted / measured - 1."""
         return self.tpot_s / self.point.tpot_s - 1.0
 
     @property
     def ttft_error(self) -> float:
-        """predicted / measured - 1"""
+        """Return predicted / measured - 1."""
         return self.ttft_s / self.point.ttft_s - 1.0
 
 
@@ -91,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick and not arguments.points.is_file():
         print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
-        return  # the quick form runs everywhere, but the table is not ours to ship
+        return  # the quick form must run everywhere, but the table is not ours to ship
     table = read_rows(arguments.points)
     outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
     peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
@@ -140,7 +141,7 @@ def in_percent(groups: Sequence[Row]) -> list[Row]:
 def predicted(
     table: list[dict[str, str]], *, quick: bool = False, only: str = ""
 ) -> tuple[list[Outcome], Counter[str]]:
-    """Return the predictions, and how many rows have none, by reason."""
+    """Return the predictions, and the number of rows without one by reason."""
     outcomes, skipped = list[Outcome](), Counter[str]()
     for number, found in enumerate(posed(table)):
         if quick and number % QUICK_STRIDE:
@@ -178,7 +179,7 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
 
 
 def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
-    """Return the replica's only stage, and how many requests its KV has room for.
+    """Return the replica's only stage, and the number of requests for which its KV has room.
 
     Raises:
         NotPosedError: it has room for none.
@@ -214,12 +215,12 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
 
 @cache
 def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
-    """Return the shipped profile, or else the modelled one, with the engine applied."""
+    """Return the shipped profile, or the modelled one if there is none, with the engine applied."""
     kind = catalogue.find_gpu(gpu).gpu
     return for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval)
 
 
-Peer = Mapping[str, tuple[float, float] | str]  # by the row's id: TTFT and TPOT in seconds, or why there is no answer
+Peer = Mapping[str, tuple[float, float] | str]  # by row id: TTFT and TPOT in seconds, or the reason for no answer
 
 
 def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
@@ -228,7 +229,7 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
     Raises:
         SystemExit: it cannot be started.
     """
-    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # tables are loaded for each
+    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # each key loads its tables
     kv = {point.row["id"]: {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {} for point in points}
     asked = "\n".join(json.dumps(dict(point.row) | kv[point.row["id"]]) for point in ordered)
     try:
@@ -250,8 +251,9 @@ def peer_version(peer: Peer) -> str:
 
 
 def group_rows(outcomes: Sequence[Outcome], peer: Peer | None) -> Iterator[Row]:
-    """Yield a row per (GPU, engine, model, kind, mode); for held-out points also one without the model, and one per
-    kind.
+    """Yield a row per (GPU, engine, model, kind, mode).
+
+    For held-out points, also yield one without the model, and one per kind.
     """
     for keys in (("gpu", "engine", "model"), ("gpu", "engine"), ("gpu",), ()):
         groups = defaultdict[tuple[str, ...], list[Outcome]](list)
@@ -284,7 +286,7 @@ def statistics(outcomes: Sequence[Outcome]) -> dict[str, Cell]:
 
 
 def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
-    """Return the errors of both where both answer."""
+    """Return the errors of both over the points that both answer."""
     both = [(o, answer) for o in outcomes if not isinstance(answer := peer.get(o.point.row["id"], ""), str)]
     row: dict[str, Cell] = {"both_n": len(both)}
     for name, index in (("ttft", 0), ("tpot", 1)):
@@ -296,7 +298,7 @@ def peer_statistics(outcomes: Sequence[Outcome], peer: Peer) -> dict[str, Cell]:
 
 
 def coverage_rows(outcomes: Sequence[Outcome], skipped: Mapping[str, int]) -> Iterator[Row]:
-    """Yield how many points are predicted, how many are not, and how many for each reason."""
+    """Yield the number of predicted points, of points without a prediction, and of the latter by reason."""
     yield {"coverage": "covered", "n": len(outcomes), "reason": ""}
     reasons: Iterable[tuple[str, int]] = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     for reason, count in reasons:

@@ -1,18 +1,18 @@
-"""The placement's saturated rates beside simulated ones, and how fast the simulator is.
+"""The placement's saturated rates against simulated ones, and the speed of the simulator.
 
     python -m benchmarks.simulation [--quick] [--json] [--cases N] [--rate-only] [--processes N] [agreement | speed]
 
-``agreement``: random (cluster, model, workload) cases are placed, and one replica of every shape of the plan is given
-requests that are always waiting, at the plan's b, M and C, with heads split as the plan splits them; prefill and decode
-replicas, all of a plan together (``#roles``). ``ratio`` is the simulated rate over `ReplicaPlan.rate`, or over that of
-the KV routes; the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the same for a pipeline whose iterations
-take exactly what the formula says, but come one by one, with or without a chunk: where it is as far below, the slack of
-the formula is too small, and where it is as far above, too large. Of roles it is the weaker side's.
-``ttft`` is the planned p95, ``ttft_at_plan`` the simulated one with Poisson arrivals at the planned utilisation, `-`
-where that load is not carried or the run too short to tell, and ``ttft_at_half`` that at half the planned rate, where
-hardly anybody waits for a seat; ``--rate-only`` leaves both out.
+``agreement``: random (cluster, model, workload) cases are placed. One replica of every shape of the plan serves
+requests that always wait, with the plan's b, M and C, and heads split as planned; a plan's prefill and decode replicas
+run all together (``#roles``). ``ratio`` is the simulated rate over `ReplicaPlan.rate`, or over that of the KV routes;
+the bar is 0.9 to 1.1 (DESIGN section 10). ``alternating`` is the ratio for a pipeline whose iterations take exactly the
+formula's time, but come one by one, with or without a chunk. If it is as far below, the slack of the formula is too
+small; if it is as far above, too large. For roles it is that of the weaker side. ``ttft`` is the planned p95.
+``ttft_at_plan`` is the simulated one with Poisson arrivals at the planned utilisation, `-` if that load is not carried
+or the run is too short to tell. ``ttft_at_half`` is that at half the planned rate, where hardly any request waits for a
+seat. ``--rate-only`` leaves both out.
 
-``speed``: CPU seconds of whole plans on requests that are always waiting, one process.
+``speed``: CPU seconds of whole plans on always-waiting requests, in one process.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from hetis.solver.problem import Family, PlacementProblem
 SEED = 7
 BAR = 0.1
 TTFT_BAR = 0.25
-SOLVE_S = 8.0  # of CPU, so that other work on the machine does not cut searches short
+SOLVE_S = 8.0  # CPU seconds, so that other work on the machine does not cut searches short
 WORST = 16  # rows shown
 MOST_ITERATIONS = 60_000  # of one simulated replica, roughly
 AS_PLANNED = Settings(dispatch=False, redispatch=False)
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def verdict(measured: Sequence[Row]) -> str:
-    """Return how many shapes serve what was planned, and how far their TTFT is from the plan's."""
+    """Return how many shapes serve the planned rate, and how far their TTFT is from the plan's."""
     ratios = np.array([_ratio(row) for row in measured])
     cases = len({str(row["name"]).partition(":")[0] for row in measured})
     lines = [
@@ -135,7 +135,7 @@ def _ratio(row: Row) -> float:
 
 
 def _row(name: str, case: Case, part: Plan, *, with_ttft: bool) -> Row:
-    """Return the row of one replica, or of all that KV routes join."""
+    """Return the row of one replica, or of all replicas that KV routes join."""
     planned = prediction_of(part)
     in_flight = seats_of(part)
     count = int(max(6 * in_flight, min(3 * DECK, MOST_ITERATIONS / iterations_per_request(part, case.problem)), 200))
@@ -206,7 +206,7 @@ def speed_rows(*, quick: bool, only: str) -> Iterator[Row]:
 def _speed(name: str, posed: PlacementProblem, requests: int, settings: Settings) -> Row:
     plan = solve_placement(posed, budget=Budget(time_limit_s=SOLVE_S, clock=time.process_time), gap_target=0.01)
     workload = posed.workload.clipped_to(posed.model.max_position)
-    simulate(plan, posed, Deck(workload, 20, 0), settings)  # compiles dispatch
+    simulate(plan, posed, Deck(workload, 20, 0), settings)  # compile dispatch first
     started = time.process_time()
     run = simulate(plan, posed, Deck(workload, requests, 0), settings)
     seconds = time.process_time() - started

@@ -3,12 +3,12 @@
     python -m benchmarks.staleness            lists them; status 1 if one of them does not say so
     python -m benchmarks.staleness --mark     makes each stale table say so, and no other
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins with what it was measured of:
+A table stands between ``<!-- NAME -->`` and ``<!-- end NAME -->`` and begins with a line about its sources:
 
     <!-- sources 0f3a...: measured at 1a2b3c4 -->
 
-The digest is that of the code in `SOURCES`, comments and docstrings left out. ``--markdown`` of a benchmark writes it;
-a test compares. Whoever changes code marks what has become stale; measuring again removes the mark.
+The digest is that of the code in `SOURCES`, without comments and docstrings. ``--markdown`` of a benchmark writes it,
+and a test compares it. A change of code must mark the tables that it makes stale; a new measurement removes the mark.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
 _PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "kv", "transport", "vllm", "worker"))
 
-# What each table measures: files and folders with all below; those with "!" are left out.
+# The sources of each table: files and whole folders, without those marked "!".
 SOURCES: dict[str, tuple[str, ...]] = {
     "placement": ("benchmarks/placement.py", *_SEARCH),
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
@@ -138,17 +138,17 @@ def mark(document: Path) -> None:
 
 
 def stamp(name: str) -> str:
-    """Return the line with which a table measured today begins."""
+    """Return the first line of a table that is measured today."""
     return f"<!-- sources {digest(name)}: measured at {_commit()} -->"
 
 
 def digest(name: str) -> str:
-    """Return the digest of the code that a table measures, as it is now."""
+    """Return the digest of the present code that a table measures."""
     return digest_of(sorted(_files(SOURCES[name])), lambda path: (ROOT / path).read_text(encoding="utf-8"))
 
 
 def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
-    """Return the digest of these files with these texts."""
+    """Return the digest of the files at these paths with these texts."""
     whole = hashlib.sha256()
     for path in paths:
         whole.update(f"{path}\n{code_of(text_of(path))}\n".encode())
@@ -156,7 +156,7 @@ def digest_of(paths: Iterable[str], text_of: Callable[[str], str]) -> str:
 
 
 def is_source(path: str, sources: Iterable[str]) -> bool:
-    """Return whether a file is among some sources."""
+    """Return whether a file belongs to the sources."""
     inside = [source.lstrip("!") for source in sources if path == source.lstrip("!") or path.startswith(f"{source}/")]
     outside = [s for s in sources if s.startswith("!") and path.startswith(f"{s[1:]}/")]
     return path.endswith(".py") and bool(inside) and not outside

@@ -1,4 +1,4 @@
-"""CPU seconds until ``hetis-plan --help`` has answered, beside a bare Python start in the same run.
+"""CPU seconds until ``hetis-plan --help`` has answered, next to a bare Python start in the same run.
 
     python -m benchmarks.startup [--quick] [--json]
 

@@ -2,12 +2,11 @@
 
     python -m benchmarks.strategies [--quick] [--json]
 
-Llama-2-70B on five fleets: the cluster of the paper, 8 A100 + 8 L4, 4 H100 + 8 L4, 2 H100 + 8 P100 and the 160 GPUs of
-examples/fleet-160.yaml; prompt/output tokens 1024/256, 8000/300 and 500/2000 (cut to the model's context); TTFT
-unlimited, TPOT unlimited or up to 50 ms. A column is the goodput of a strategy in requests/s (0: no plan; all but the
-published heuristics prove that there is none, unless their time was over), one with ``_s`` its CPU seconds. ``gap`` is
-the one left of `hetis`.
-``best`` names the strategies within 0.1% of the best value.
+Llama-2-70B on five fleets: the paper's cluster, 8 A100 + 8 L4, 4 H100 + 8 L4, 2 H100 + 8 P100 and the 160 GPUs of
+examples/fleet-160.yaml. Prompt/output tokens are 1024/256, 8000/300 and 500/2000 (cut to the model's context), TTFT is
+unlimited, and TPOT is unlimited or at most 50 ms. A column is the goodput of a strategy in requests/s, or with ``_s``
+its CPU seconds. A goodput of 0 means no plan; all but the published heuristics prove that there is none, unless their
+time ran out. ``gap`` is the final gap of `hetis`, and ``best`` names the strategies within 0.1% of the best value.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TIE = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A fleet under load."""
+    """A fleet, lengths and a limit."""
 
     fleet: str
     lengths: str

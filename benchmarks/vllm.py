@@ -1,20 +1,20 @@
-"""vLLM with hetis' plugin beside stock vLLM on a CPU: seconds and tokens for the same answers.
+"""vLLM with the plugin against stock vLLM on a CPU: seconds and tokens for the same answers.
 
     python -m benchmarks.vllm [--quick] [--json] [--only TEXT] [--engines LIST] [--rounds N] [--model FOLDER]
                               [--python PYTHON]
 
 Engines: *stock*; *local*, the plugin without workers; *shm* and *tcp* with one to three attention workers, each a
-process with one thread. Every engine is one process with one thread, vLLM's in eager mode; a round asks each in turn,
-after short answers that are not counted. `equal` says whether greedy tokens are stock's; `wall_s` and `worker_cpu_s`
-(CPU seconds of the engine's process) are the least of the rounds; `ratio_to_stock` and `cpu_ratio` are medians over the
-rounds, of wall and CPU seconds over stock's in the same round: on a machine that others use too, only the second means
-something. Where workers share the engine's cores, wall seconds are theirs too.
+process with one thread. Every engine is one process with one thread and runs vLLM in eager mode. A round asks each in
+turn, after short answers that are not counted. `equal` says whether greedy tokens are stock's. `wall_s` and
+`worker_cpu_s` (CPU seconds of the engine's process) are the least of the rounds. `ratio_to_stock` and `cpu_ratio` are
+medians over the rounds of wall and CPU seconds over stock's in the same round; on a shared machine, only the second is
+meaningful. If workers share the engine's cores, wall seconds include theirs.
 
 *batch* is 16 requests of 200 to 1,500 prompt and 100 to 300 output tokens at once, *single* one of 500 and 200,
-*sampled* is *batch* at temperature 1. In *memory*, 24 requests of 100 to 300 and 200 to 400, all engines have KV for a
-third of the tokens: stock has requests wait, and preempts; the plugin's have the rest on workers.
+*sampled* is *batch* at temperature 1. In *memory*, with 24 requests of 100 to 300 and 200 to 400, all engines have KV
+for a third of the tokens: stock lets requests wait and preempts, while the plugin holds the rest on workers.
 
-vLLM wants an environment of its own: `make vllm`, or `--python`.
+vLLM needs its own environment: `make vllm`, or `--python`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BLOCK_TOKENS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A set of questions for every engine.
+    """A set of prompts for every engine.
 
     Attributes:
         prompt_tokens, output_tokens: least and most, per request.
@@ -61,7 +61,7 @@ class Case:
     engines: Sequence[tuple[str, int]] = (("stock", 0), ("local", 0), ("shm", 3))
 
     def requests(self, vocab: int) -> tuple[list[list[int]], list[int]]:
-        """Return prompts, and how many tokens each should get."""
+        """Return prompts, and the number of tokens that each should get."""
         source = random.Random(1)
         prompts = [
             [source.randrange(3, vocab) for _ in range(source.randint(*self.prompt_tokens))] for _ in range(self.batch)
@@ -92,7 +92,7 @@ QUICK = (
 
 @dataclass(slots=True, kw_only=True)
 class _Engine:
-    """A running engine and what it has answered."""
+    """A running engine and its answers so far."""
 
     kind: str
     workers: int
@@ -118,7 +118,7 @@ class _Engine:
 
 
 def run(cases: Sequence[Case], model: Path, vocab: int, python: Path, rounds: int) -> Iterator[Row]:
-    """Yield one row for each case and engine, when all rounds of the case are done."""
+    """Yield one row for each case and engine, once all rounds of the case are done."""
     for case in cases:
         prompts, tokens = case.requests(vocab)
         asked = {"prompts": prompts, "tokens": tokens, "temperature": case.temperature}
@@ -161,7 +161,7 @@ def _start(
     prompts: Sequence[Sequence[int]],
     tokens: Sequence[int],
 ) -> _Engine:
-    """Start an engine with its workers, which end with the stack."""
+    """Start an engine with its workers; the stack stops them."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     total = sum(len(prompt) + more for prompt, more in zip(prompts, tokens, strict=True))
     groups = 1 if kind == "stock" else json.loads((model / "config.json").read_text())["num_key_value_heads"]
@@ -178,7 +178,7 @@ def _start(
         + 2 * case.batch,
     }
     environment = os.environ | {
-        # from this tree, even if vLLM's environment was made for another
+        # use this tree, even if vLLM's environment was made for another
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -186,7 +186,7 @@ def _start(
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba differs from ours
+        "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),  # its numba version differs from ours
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
     if kind != "stock":
@@ -213,7 +213,7 @@ def _start(
 
 
 def _configure(stack: ExitStack, folder: Path, kind: str, count: int) -> Path:
-    """Start the workers; return the plugin's file."""
+    """Start the workers and return the path of the plugin's file."""
     key = folder / "key"
     key.touch(mode=0o600)
     key.write_text("of a benchmark, on loopback alone")

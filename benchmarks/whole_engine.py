@@ -1,15 +1,15 @@
-"""Simulated runs beside whole engines that others measured: Splitwise's end-to-end table.
+"""Simulated runs against whole engines that others measured: Splitwise's end-to-end table.
 
     python -m benchmarks.whole_engine [--quick] [--json] [--only TEXT] [--data FOLDER]
 
-The table has Llama-2-70B on 2, 4 and 8 GPUs of a DGX-A100 and a DGX-H100 (vLLM of 2023): so many equal requests at
-once, prompts of 128 to 8192 tokens and batches of 1 to 64. Here the same requests arrive at the same moment at one
-replica of these GPUs with the shipped profile, and all prompts are one chunk, as that engine did it.
+The table has Llama-2-70B on 2, 4 and 8 GPUs of a DGX-A100 and a DGX-H100 (vLLM of 2023), with batches of 1 to 64 equal
+requests at once and prompts of 128 to 8192 tokens. Here the same requests arrive together at one replica of these GPUs
+with the shipped profile, and all prompts form one chunk, as in that engine.
 
 A row is one (GPU, TP). ``ttft``, ``tpot`` and ``e2e`` are mean absolute errors of the simulated times over all points,
-``..._bias`` means of simulated / measured - 1. The rows *with its host* add one number to the profile: what the token
-step of one request with a prompt of 512 is short of the measured one, charged to every iteration. It is fitted to that
-point alone, which is left out of the row; all others are predicted.
+and ``..._bias`` means of simulated / measured - 1. The rows *with its host* add one number to the profile, charged to
+every iteration: the seconds by which the predicted token step of one request with a prompt of 512 is below the measured
+one. It is fitted to that point alone, which is left out of the row; all others are predicted.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MODEL = "meta-llama/Llama-2-70b-hf"
 GPUS = ("A100-SXM-80GB", "H100-SXM-80GB")
 TABLE = "splitwise_e2e.csv.gz"
 DATA = Path(__file__).parents[2] / "shared" / "data" / "profiles"
-CALIBRATED_AT = (1, 512)  # batch, prompt: from which the host's time is derived
+CALIBRATED_AT = (1, 512)  # batch and prompt of the point that gives the host's time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One run of the table: equal requests that arrived together, seconds to the first token and per later token."""
+    """One run of the table: equal simultaneous requests, with seconds to the first token and per later token."""
 
     gpu: str
     tp: int
@@ -68,7 +68,7 @@ def main() -> None:
         message = f"{arguments.data / TABLE}: no such file; --data says where the table is"
         if not arguments.quick:
             raise SystemExit(message)
-        print(message, file=sys.stderr)  # the quick form runs everywhere, but the table is not ours to ship
+        print(message, file=sys.stderr)  # the quick form must run everywhere, but the table is not ours to ship
         return
     rows.show(engine_rows(arguments.data, quick=arguments.quick, only=arguments.only), arguments, name="whole_engine")
 
@@ -89,7 +89,7 @@ def engine_rows(data: Path, *, quick: bool, only: str) -> Iterator[Row]:
 
 
 def points_of(times: Sequence[EngineTime]) -> list[Point]:
-    """Return the runs with at least two output tokens of which both phases are known."""
+    """Return the runs with at least two output tokens for which both phases are known."""
     prompts = {_key(time): time for time in times if time.phase == "prompt"}
     return [
         Point(
@@ -132,7 +132,7 @@ class _AtOnce:
 
 
 def with_host(profile: Profile, host_s: float) -> Profile:
-    """Return the profile with ``host_s`` more seconds in every iteration."""
+    """Return the profile with ``host_s`` added to every iteration."""
     if not host_s:
         return profile
     slower = [
@@ -187,7 +187,7 @@ def _row(name: str, profile: Profile, points: Sequence[Point], host_s: float) ->
 
 
 def _alone(profile: Profile, point: Point) -> tuple[PlacementProblem, Plan]:
-    """Return a one-stage replica that takes all prompts of a point in one chunk and all its requests in one batch."""
+    """Return a one-stage replica that takes a point's prompts in one chunk and its requests in one batch."""
     spec = load_model(MODEL)
     spec = replace(spec, max_position=max(spec.max_position, 2 * (point.prompt_tokens + point.output_tokens)))
     bins = (LengthBin(prompt_tokens=point.prompt_tokens, output_tokens=point.output_tokens, weight=1.0),)

@@ -1,4 +1,4 @@
-"""Makes ``layers-24.yaml`` and ``layers-42.yaml``: fleets of one-GPU nodes with times from a roofline.
+"""Write ``layers-24.yaml`` and ``layers-42.yaml``: fleets of one-GPU nodes with times from a roofline.
 
     python -m examples.layers_fleets
 
@@ -10,8 +10,8 @@ of KV per token and layer, and a GPU of memory M, bandwidth B and peak C:
     KV entries beside k layers       (0.9 M - 1 GiB - k W) / K, at least a tenth of M / K
     tokens/s at k layers             (P + O) / (k (prompt + O decode(b) / b)),  b = KV entries / (L (P + 2 O))
 
-The last is the rate of a node in an even chain of L / k such stages, whose KV room it fills: b of its requests are with
-it at a time.
+The last is the rate of a node in an even chain of L / k such stages whose KV room it fills; b requests are at the node
+at once.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def main() -> None:
 
 
 def text(document: dict[str, Any]) -> str:
-    """Return YAML with a list of numbers on one line."""
+    """Return the document as YAML, with a list of numbers on one line."""
     header = f"# Made by `python -m examples.layers_fleets`: {MODEL} in 16 bits, roofline times, nothing measured.\n"
     return header + yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=118)
 
 
 def fleet(name: str, counts: dict[str, int]) -> dict[str, Any]:
-    """Return the document of a fleet with these numbers of nodes of each GPU type."""
+    """Return the document of a fleet with these counts of nodes by GPU type."""
     model = catalogue.find_model(MODEL).model
     return {
         "apiVersion": "hetis/v1",

@@ -1,4 +1,4 @@
-"""The processes of a demo: all are commands of this installation, and all are stopped at the end."""
+"""The processes of a demo, which are commands of this installation and are all stopped at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class ProcessError(Exception):
 
 
 class DemoProcesses:
-    """Everything that a demo starts. Logs go to ``folder``; leaving the context stops every process by its id."""
+    """The processes of a demo. Logs go to ``folder``; leaving the context stops every process by its id."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.status_page = ""  # of the planner started last
+        self.status_page = ""  # of the last planner
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
@@ -52,13 +52,13 @@ class DemoProcesses:
         return address
 
     def kill(self, name: str) -> None:
-        """Kill the process as a power cut would, without a chance to say goodbye."""
+        """Kill the process like a power cut, without a chance to say goodbye."""
         process = self._running.pop(name)
         process.kill()
         _wait(process)
 
     def stop(self, names: Iterable[str]) -> None:
-        """Send SIGTERM to all of them; those still running after ten seconds are killed."""
+        """Send SIGTERM to all of them, and kill those still running after ten seconds."""
         stopping = [self._running.pop(name) for name in names]
         for process in stopping:
             process.send_signal(signal.SIGTERM)
@@ -70,16 +70,16 @@ class DemoProcesses:
             _wait(process)
 
     def check(self) -> None:
-        """Raise ProcessError if a process ended that nobody killed."""
+        """Raise ProcessError if a process ended without being killed."""
         for name, process in self._running.items():
             if process.poll() is not None:
                 raise ProcessError(f"{name} ended with exit code {process.returncode}\n{self.tail(name)}")
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float) -> float:
-        """Wait until the condition holds, and return the seconds that took.
+        """Wait until the condition holds, and return the seconds it took.
 
         Raises:
-            ProcessError: it does not hold in time, or a process ended that nobody killed.
+            ProcessError: it does not hold in time, or a process ended without being killed.
         """
         started_s = time.monotonic()
         while not is_so():
@@ -98,7 +98,7 @@ class DemoProcesses:
     def _start(
         self, name: str, command: list[str], stdout: int | None = None, *, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Run a command of this installation, or of another one by its full path."""
+        """Run a command of this installation, or another one by its full path."""
         program = Path(command[0])
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Runs a command of ours as users do: in a process of its own, at 80 columns, without colours."""
+"""Runs our commands as users do, in a separate process, at 80 columns, without colours."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 def command_of(module: str) -> list[str]:
-    """Return what starts the command of a package: ``hetis.planner.cli``."""
+    """Return the command line of a package such as ``hetis.planner.cli``."""
     return [sys.executable, "-m", module]
 
 
 def with_ctrl_c(command: list[str]) -> list[str]:
-    """Starts a command that Ctrl-C ends as in a terminal: tests in the background ignore it, and so would the command.
+    """Return a command that Ctrl-C ends as in a terminal; tests in the background, and so their children, ignore it.
 
-    Not by a `preexec_fn`, which would run in a fork of this process: gRPC's threads do not survive that.
+    A `preexec_fn` would run in a fork of this process, which gRPC's threads do not survive.
     """
     start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", start, *command]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment at 80 columns and without colours, changed."""
+    """Return this process's environment at 80 columns, without colours, with changes."""
     kept = {name: value for name, value in os.environ.items() if name not in ("HETIS_DEBUG", "FORCE_COLOR")}
     return kept | {"COLUMNS": "80", "NO_COLOR": "1"} | changes
 
@@ -31,7 +31,7 @@ def environment(**changes: str) -> dict[str, str]:
 def run_command(
     command: list[str], *arguments: str, cwd: Path | None = None, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """A whole run: exit code, stdout, stderr."""
+    """Run a command and return its exit code, stdout and stderr."""
     return subprocess.run(
         [*command, *arguments],
         capture_output=True,

@@ -1,6 +1,6 @@
-"""One thread per process, and how much hypothesis tries.
+"""One thread per process, and the effort of hypothesis.
 
-`ci` is quick and repeats itself; HYPOTHESIS_PROFILE=thorough searches at random.
+The profile `ci` is quick and deterministic; HYPOTHESIS_PROFILE=thorough searches at random.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-# torch's threads wait for each other in a loop: with several test processes on every core they mostly burn time.
+# torch's threads busy-wait for each other, which wastes CPU time with several test processes per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Problems are large values and a first call compiles: neither says anything about a test.
+# Problems are large values, and first calls compile; neither is a fault of a test.
 _ACCEPTED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 
-# Examples are small as they are, and shrinking one takes minutes of solving: `thorough` does it.
+# Examples are small already, and shrinking takes minutes of solving, so only `thorough` does it.
 _NO_SHRINKING = (Phase.explicit, Phase.generate)
 
 settings.register_profile(

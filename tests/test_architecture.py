@@ -98,7 +98,7 @@ def test_one_root_says_what_hetis_itself_is_and_imports_nothing_for_it() -> None
 
 
 def test_no_package_asks_hetis_itself() -> None:
-    """What a package of ours needs it takes from where it is: `hetis` would bring the planner with it."""
+    """Packages import names from where they are defined, since `hetis` would load the planner."""
     for root in sorted(MAY_IMPORT):
         for path in modules(root):
             assert "hetis" not in imported(path), path.relative_to(ROOT)
@@ -145,10 +145,10 @@ def test_the_architecture_document_names_every_root() -> None:
 
 
 def imports_of(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Of every module the others that it imports, whatever for and wherever; sources by dotted name.
+    """Return for every module the others that it imports, for any purpose and anywhere; ``sources`` are by dotted name.
 
-    ``from package import name`` is an import of the package, whose ``__init__`` runs, and of the module of that name
-    where there is one.
+    ``from package import name`` is an import of the package, whose ``__init__`` runs, and of the module of that name if
+    it exists.
     """
     found: dict[str, set[str]] = {name: set() for name in sources}
     for name, source in sources.items():
@@ -204,7 +204,7 @@ def test_no_imports_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
 
 
 def test_no_folders_go_round_in_a_circle(imports: dict[str, set[str]]) -> None:
-    """The same between folders, at every depth: files without a circle may still tie two folders together."""
+    """Folders have no circles at any depth, which files without a circle may still form."""
     packages = {name[:end] for name in imports for end, letter in enumerate(name) if letter == "."}
     for package in sorted(packages):
         circle = circle_in(rooms_of(imports, package))

@@ -86,7 +86,7 @@ def test_the_roots_are_one_package_in_any_order(order: str, tmp_path: Path) -> N
 
 
 def test_without_the_planner_the_other_roots_are_a_namespace(tmp_path: Path) -> None:
-    """What is below it must not need it: then nobody has said what ``hetis`` itself is."""
+    """The roots below the planner must not need it; without it, no root defines ``hetis``."""
     program = (
         "import hetis.solver.errors, hetis.formats.errors\n"
         "assert getattr(hetis, '__file__', None) is None and not hasattr(hetis, 'place'), hetis\n"

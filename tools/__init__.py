@@ -1,1 +1,1 @@
-"""Programs that build what is shipped and shown: the catalogue, the profiles, the efficiencies, and their pages."""
+"""Programs that build the shipped catalogue, profiles and efficiencies, and the pages about them."""

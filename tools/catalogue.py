@@ -1,6 +1,6 @@
 """Make the catalogue files from reference tables: ``python -m tools.catalogue --data DIR``.
 
-The tables themselves belong to others and stay outside; what is committed are the facts that hetis uses, each row with
+The tables belong to others and stay outside the repository. Only the facts that hetis uses are committed, each row with
 its source. The same inputs give the same bytes.
 """
 
@@ -24,9 +24,9 @@ from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
 
 GIB = 2**30
 MAX_BINS = 600
-# Boards whose GPUs all reach each other over NVLink, Infinity Fabric or RoCE; PCIe boards need a bridge that joins two.
+# Boards whose GPUs are all connected by NVLink, Infinity Fabric or RoCE; on PCIe boards a bridge connects only two.
 _SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
-# In these models every second layer slides; elsewhere all do.
+# In these models every second layer has a sliding window; in the others all do.
 _ALTERNATING_WINDOW = re.compile(r"gemma-2|gpt-oss")
 
 
@@ -145,7 +145,7 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
     model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
     model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
     shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
-    del shape["forbidden_cuts"]  # the tables have none, and a set has no order
+    del shape["forbidden_cuts"]  # the tables have none, and sets have no order
     return {
         "model": shape,
         "dtype": row["dtype"],

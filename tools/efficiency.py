@@ -1,9 +1,9 @@
 """Derive efficiency.json from the measured tables: ``python -m tools.efficiency --data DIR --out FILE``.
 
-Points and fits are those of `hetis.profiler.fit`, with the work divided by the peaks of the GPU it was measured on, so
-that the GPUs of an architecture share one fit. The number of pieces is chosen within the points fitted; errors are of
-points held out. GPUs without tables are judged by every pair of measured GPUs: what the fit of one says of the other.
-Run again on the same tables it writes the same bytes.
+Points and fits are those of `hetis.profiler.fit`, with work divided by the peaks of the measured GPU, so that the GPUs
+of an architecture share one fit. The number of pieces is chosen within the fitted points; errors are those of held-out
+points. For GPUs without tables, every pair of measured GPUs shows how well the fit of one predicts the other. The same
+tables give the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tools.profiles import measurements_for
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
 _GPUS = ("A100-SXM-80GB", "A40", "H100-SXM-80GB", "L40S")
-# What an operator is calibrated on: its name in the file, and the points used.
+# The points on which each operator is calibrated, with its name in the file.
 _OPS = {
     "dense": (Op.DENSE, FitScope()),
     "dense_fp8": (Op.DENSE, FitScope(weight_bytes=1.0)),
@@ -128,7 +128,7 @@ def calibrate(folder: Path) -> Calibration:
                 measured[architecture][op] = replace(_fit(own, names), transfer_mape=transfer)
     for ops in measured.values():
         ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
-    # Missing where never measured: Ada has no NVLink board, Ampere no fp8 units; relatives may have both.
+    # Missing if never measured: Ada has no NVLink board, Ampere no fp8 units; related architectures may have both.
     measured["Ada"]["all_reduce_nvlink"] = borrowed(measured["Ampere"]["all_reduce_nvlink"])
     measured["Ampere"]["dense_fp8"] = borrowed(measured["Hopper"]["dense_fp8"])
     pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in ("L40S", "A40")}
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _relative(found: Sequence[Points], gpu: GpuType) -> list[Points]:
-    """Return the points in the serving range, their work as seconds at the peaks of ``gpu``."""
+    """Return the points in the serving range, with work as seconds at the peaks of ``gpu``."""
     results = []
     for points in found:
         fp8 = points.scope.weight_bytes == 1.0 and gpu.fp8_flops
@@ -224,7 +224,7 @@ def _with_compute_piece(decode: OpEfficiency, prefill: OpEfficiency) -> OpEffici
 def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
     """Return the geometric mean of two hosts (L40S, A40) over 2 and 4 GPUs; each host is judged by the other's fit.
 
-    Over 8 GPUs both hosts cross sockets and reach only a third of that. No one would plan for it, so it is left out.
+    Over 8 GPUs both hosts cross sockets and reach only a third of it. No one would plan for that, so it is left out.
     """
     hosts = [_joined([points for points in found if points.scope.tp in (2, 4)]) for found in by_host.values()]
     fits = []
@@ -248,8 +248,9 @@ def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
 
 
 def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
-    """Take the fixed time from small messages inside a node, and assume the share of the wire, as no table names its
-    NIC.
+    """Fit the fixed time to small messages inside a node.
+
+    The share of the wire's rate is assumed, as no table names its NIC.
     """
     small = [
         seconds
@@ -270,7 +271,7 @@ def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
 
 
 def _step(folder: Path) -> OpEfficiency:
-    """Return what remains per iteration when host and device work overlap: the sampler at the smallest batch."""
+    """Return the rest of an iteration when host and device work overlap: the sampler at the smallest batch."""
     hosts = import_tables("vidur", [folder / "vidur_cpu_overheads.csv.gz"])
     (table,) = next(measured for measured in hosts if measured.gpu == "A100-SXM-80GB").tables
     batch = table.numbers("batch")
@@ -296,7 +297,7 @@ def _relative_pieces(op: Op, pieces: Sequence[Coefficients]) -> tuple[RelativePi
 
 
 def _joined(sets: Sequence[Points]) -> Points:
-    """Join the points of several GPUs, or of several numbers of them, into one set."""
+    """Join the points of several GPUs, or of several GPU counts, into one set."""
     first = sets[0]
     cells = [cell for points in sets for cell in (points.cells or [frozenset()] * len(points))]
     return replace(

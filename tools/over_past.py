@@ -1,4 +1,4 @@
-"""Prefill chunks over a past, judged by the one published table that has them: what a past adds, what its KV costs."""
+"""Prefill chunks over a past, judged by the one published table with such chunks: added time and KV cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTE = FEATURES[Op.PREFILL_ATTENTION].index("byte_s")
 class KvCharge:
     """One way to charge KV, fitted to the table itself and judged on held-out chunks over a past.
 
-    ``readings`` is the most, over the pieces, of the time of a KV byte as a multiple of that at the nominal bandwidth.
+    ``readings`` is the time of a KV byte as a multiple of that at the nominal bandwidth, at most over the pieces.
     """
 
     charge: str
@@ -40,7 +40,7 @@ class OverPast:
         charges: ways to charge KV.
         num_increments: number of chunks with a past that have a twin without.
         increment: median of the time that the past adds, as predicted by the shipped fit / measured.
-        increment_mape: mean error of those, as a share of the whole time of the chunk.
+        increment_mape: mean error of this time, as a share of the whole time of the chunk.
     """
 
     charges: tuple[KvCharge, ...]
@@ -50,7 +50,7 @@ class OverPast:
 
 
 def over_past(measurements: Measurements, gpu: GpuType, shipped: Fit) -> OverPast:
-    """Judge the chunks of ``measurements``, none of which ``shipped`` was fitted to.
+    """Judge the chunks of ``measurements``, to none of which ``shipped`` was fitted.
 
     Raises:
         StopIteration: there is no table of prefill attention.
@@ -87,7 +87,7 @@ def _charge(name: str, points: Points, once: float) -> KvCharge:
 
 
 def _increments(points: Points, shipped: Fit) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the seconds that a past of 512 tokens or more adds to a chunk: measured, predicted; and its whole time."""
+    """Return the seconds that a past of 512 tokens or more adds, measured and predicted, and the whole chunk's time."""
     tokens, past = points.sizes["tokens"], points.sizes["past_tokens"]
     twins = {size: row for row, size in enumerate(tokens.tolist()) if past[row] == 0}
     rows = [row for row, size in enumerate(tokens.tolist()) if past[row] >= 512 and size in twins]

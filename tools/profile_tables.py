@@ -1,4 +1,4 @@
-"""The tables of docs/profiles.md: the errors of every shipped profile, and what whole engines show."""
+"""The tables of docs/profiles.md: the errors of every shipped profile, and comparisons with whole engines."""
 
 from __future__ import annotations
 

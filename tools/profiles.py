@@ -29,7 +29,7 @@ _AIC = "aic_{}_{}.csv.gz"
 _KINDS = ("comm", "context_attention", "gemm", "generation_attention")
 _COLLECTIVES = "vidur_collectives.csv.gz"
 _VIDUR = (_COLLECTIVES, "vidur_cpu_overheads.csv.gz", "vidur_layer_ops.csv.gz")
-# What each GPU's profile is made from, the most trusted first: importer and files.
+# The sources of each GPU's profile, the most trusted first: importer and files.
 SOURCES: Mapping[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "A100-PCIe-80GB": (("vidur", (_COLLECTIVES,)),),
     "A100-SXM-80GB": (
@@ -55,10 +55,10 @@ PAST_TABLE, PAST_GPU = "vidur_attention_a100.csv.gz", "A100-SXM-80GB"
 
 
 def measurements_for(gpu: str, folder: Path) -> list[Measurements]:
-    """Return what the profile of ``gpu`` is made from.
+    """Return the measurements from which the profile of ``gpu`` is made.
 
     Raises:
-        DocumentError: a table is missing or not as expected.
+        DocumentError: a table is missing or malformed.
     """
     return [
         measured
@@ -82,7 +82,7 @@ def _fitted_or_why_not(gpu: str, folder: Path) -> FittedProfile | str:
 
 
 def _over_past(folder: Path, results: Mapping[str, FittedProfile]) -> OverPast | None:
-    """Return what the chunks of `PAST_TABLE` show about the profile of its GPU, or None if that was not made."""
+    """Return what the chunks of `PAST_TABLE` show about its GPU's profile, or None if that was not made."""
     if PAST_GPU not in results:
         return None
     (measured,) = import_tables("vidur", [folder / PAST_TABLE])
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gpus = options.gpu or list(SOURCES)
     try:
-        # Spawned, so that no thread of this process is copied; each GPU is fitted alone, so that order does not matter.
+        # Spawn, so that no thread of this process is copied. Each GPU is fitted alone, so that order does not matter.
         with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
             outcomes = list(pool.map(_fitted_or_why_not, gpus, [options.data] * len(gpus)))
         wrong = [outcome for outcome in outcomes if isinstance(outcome, str)]

@@ -314,7 +314,7 @@ def api_page() -> str:
 
 
 def _comments(file: Any) -> dict[tuple[int, ...], str]:
-    """Return the comment before every element of a file, by its place."""
+    """Return the comment before every element of a file, by its path."""
     return {tuple(place.path): " ".join(place.leading_comments.split()) for place in file.source_code_info.location}
 
 
@@ -380,7 +380,7 @@ def metrics_page() -> str:
     return _page(parts)
 
 
-Described = tuple[str, str, Sequence[str], str]  # name, kind, labels, meaning
+Described = tuple[str, str, Sequence[str], str]  # name, kind, labels, description
 
 
 def _metrics(found: Iterable[Described]) -> str:
@@ -394,7 +394,7 @@ def _metrics(found: Iterable[Described]) -> str:
 
 
 def _of_registry(registry: Any) -> Iterator[Described]:
-    """Yield the metrics of a registry, also those without a sample yet."""
+    """Yield the metrics of a registry, including those without a sample yet."""
     for collector in registry._collector_to_names:
         if hasattr(collector, "_labelnames"):
             (described,) = collector.describe()

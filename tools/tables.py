@@ -52,7 +52,7 @@ def path_of(table: str) -> Path:
 
 
 def write(table: str, header: Sequence[str], rows: Iterable[Sequence[object]], *, folder: Path = DATA) -> None:
-    """Replace a table."""
+    """Replace a table's file."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / path_of(table).name).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -71,7 +71,7 @@ def read(table: str) -> list[dict[str, str]]:
 
 
 def refresh(page: Path) -> None:
-    """Write the page's excerpts as its tables are now."""
+    """Update the page's excerpts to the present tables."""
     text = page.read_text(encoding="utf-8")
     new = refreshed(text, from_root=page.parent == ROOT)
     if new != text:
@@ -90,7 +90,7 @@ def refreshed(text: str, *, from_root: bool = False) -> str:
 
 
 def excerpts(text: str) -> Iterator[Excerpt]:
-    """Yield what a page shows of tables."""
+    """Yield the excerpts of tables on a page."""
     return (parse(found["wanted"]) for found in _EXCERPT.finditer(text))
 
 

@@ -1,4 +1,4 @@
-"""Predictions of the calibrated rooflines for tables they were not fitted to: other kernels, experts, whole engines."""
+"""Predictions of the calibrated rooflines for tables not used in the fit: other kernels, experts, whole engines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Comparison:
 
 
 def comparisons(efficiencies: Efficiencies, folder: Path) -> Iterator[Comparison]:
-    """Yield every table that has a counterpart in the model and took no part in the fit."""
+    """Yield every table that has a counterpart in the model and was not used in the fit."""
     for name in _GPUS:
         gpu = catalogue.find_gpu(name).gpu
         profile, measurements = modelled_profile(gpu, efficiencies), measurements_for(name, folder)
@@ -74,7 +74,7 @@ def _compare_points(what: str, profile: Profile, points: Points) -> Comparison:
 
 
 def _experts(what: str, gpu: GpuType, dense: Fit, folder: Path, *, few: bool) -> Comparison:
-    """Compare a fused expert layer (a layer without attention and projections); routing is assumed to be even."""
+    """Compare a fused expert layer (without attention and projections); routing is assumed to be even."""
     rows = Rows(read_sheet(folder / f"{_EXPERTS[gpu.name]}_moe.csv.gz"))
     names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
     found = []
@@ -98,7 +98,7 @@ def _fit(profile: Profile, op: Op) -> Fit:
 
 
 def _predicted(fit: Fit, features: Mapping[str, FloatArray]) -> FloatArray:
-    """Return the seconds of every row of ``features``, which are named like the coefficients they meet."""
+    """Return the seconds of every row of ``features``, which are named like their coefficients."""
     pieces = [sum((getattr(piece, name) * column for name, column in features.items()), 0.0) for piece in fit.pieces]
     seconds: FloatArray = np.max(np.stack([np.asarray(piece) for piece in pieces]), axis=0)
     return seconds

@@ -16,7 +16,7 @@ from hetis.solver.workload import LengthBin, moments_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTime:
-    """Seconds to the first token (``prompt``) or per later one (``token``), median of the samples."""
+    """Seconds to the first token (``prompt``) or per later one (``token``), the median of the samples."""
 
     gpu: str
     model: str
@@ -30,7 +30,7 @@ class EngineTime:
 
     @property
     def error(self) -> float:
-        """predicted / measured - 1; positive: predicted too slow."""
+        """Return predicted / measured - 1, which is positive if predicted too slow."""
         return self.predicted_s / self.measured_s - 1.0
 
 
@@ -100,7 +100,7 @@ def _run(time: EngineTime) -> tuple[str, int, int, int, int]:
 
 
 def _least_s(time: EngineTime) -> float:
-    """Return what the layers' FLOPs alone take at the nominal peak."""
+    """Return the time of the layers' FLOPs alone at the nominal peak."""
     spec, gpu = catalogue.find_model(time.model).model, catalogue.find_gpu(time.gpu).gpu
     tokens = time.batch * time.prompt_tokens
     return 2.0 * tokens * spec.num_layers * spec.active_layer_params() / (time.tp * gpu.fp16_flops)

@@ -1,6 +1,6 @@
-"""aiconfigurator's answers to rows of its own table: reads JSON rows, and prints one JSON answer per line.
+"""aiconfigurator's answers to rows of its own table: reads JSON rows and prints one JSON answer per line.
 
-`benchmarks.silicon` runs it in a Python that has aiconfigurator and nothing of ours, so this file imports nothing else.
+`benchmarks.silicon` runs this file in a Python that has aiconfigurator but not hetis, so it imports nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from importlib.metadata import version
 
-# It has the configurations of the same shapes under these names; others it would download.
+# aiconfigurator ships the same shapes under these names; it would download others.
 GPT_OSS_EXPERTS = defaultdict(lambda: "w4a16_mxfp4", b200="w4a8_mxfp4_mxfp8", b300="w4a8_mxfp4_mxfp8")
 NAMES = {
     "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Meta-Llama-3.1-8B",
@@ -37,13 +37,13 @@ def main() -> None:
                 name = NAMES.get(row["model_path"], row["model_path"])
                 found = cli_estimate(name, row["system"], **asked(row))
             answer = {"id": row["id"], "ttft_ms": float(found.ttft), "tpot_ms": float(found.tpot)}
-        except Exception as error:  # whatever it raises, it has no answer to this row
+        except Exception as error:  # any exception means that it has no answer to this row
             answer = {"id": row["id"], "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         print(json.dumps(answer), flush=True)
 
 
 def remember_yaml() -> None:
-    """Parse each small YAML file once; aiconfigurator reads the same hundreds of files again for every row."""
+    """Parse each small YAML file once; aiconfigurator would read the same hundreds of files for every row."""
     import yaml
 
     parse, known = yaml.safe_load, dict[object, object]()

@@ -1,4 +1,4 @@
-"""Measures and checks one placement by a named strategy. A heuristic without a plan is a valid answer too."""
+"""Measure and check one placement by a named strategy. A heuristic without a plan is a valid answer, too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAILED = "failed"  # a crash, or a plan that the checker refuses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The result of a strategy. Without a plan the value is 0; if that is proved, so is the bound."""
+    """The result of a strategy. Without a plan, the value is 0, and so is the bound if infeasibility is proved."""
 
     status: str
     value: float
@@ -31,9 +31,10 @@ class Answer:
 
 
 def answer(problem: PlacementProblem, strategy: str, *, time_limit_s: float) -> Answer:
-    """Solve by one strategy. All seconds are CPU seconds of this process, so that a busy machine hardly changes plan
-    and
-    figures; naming GPUs is included, the checker is not.
+    """Solve by one strategy, including the naming of GPUs.
+
+    All seconds are CPU seconds of this process, so that a busy machine hardly changes plan and figures. The checker is
+    not timed.
     """
     started = time.process_time()
     try:

@@ -1,8 +1,8 @@
-"""A replica of one stage with a constant number of requests in flight, as load generators keep it, in virtual time.
+"""A one-stage replica with a constant number of requests in flight, as load generators keep it, in virtual time.
 
-The seconds of an iteration are the cost model's for what the iteration really carries (`StageTiming`). Between two
-events (a prompt arrives, a request ends) iterations differ only in contexts, so they are taken together: a run of 640
-requests of 8,000 tokens has a thousand steps, not a hundred thousand.
+The cost model gives the seconds of an iteration from what it really carries (`StageTiming`). Between two events (a
+prompt arrives, a request ends) iterations differ only in contexts, so they are simulated together. A run of 640
+requests of 8,000 tokens thus takes a thousand steps, not a hundred thousand.
 """
 
 from __future__ import annotations
@@ -24,16 +24,14 @@ class IterationTime(Protocol):
 
 
 class Attended(Protocol):
-    """The tokens that a query attends to with a context (`hetis.solver.model.ModelSpec.attended_tokens`)."""
+    """The number of tokens that a query with a context attends to (`hetis.solver.model.ModelSpec.attended_tokens`)."""
 
     def __call__(self, context_tokens: float, /) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """``total`` requests, ``in_flight`` at a time. Lengths are uniform between ``shortest`` of the stated length and
-    all.
-    """
+    """``total`` requests, ``in_flight`` at once. Lengths are uniform between ``shortest`` and 1 of the stated ones."""
 
     in_flight: int
     total: int
@@ -45,8 +43,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """Limits of an iteration: ``chunk_tokens`` in total, ``seats`` of KV, and whether prompts join decoding
-    requests.
+    """An engine's limits on an iteration.
+
+    It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
+    not.
     """
 
     chunk_tokens: int
@@ -67,7 +67,7 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
     """Return mean TTFT and mean TPOT over all requests, including the first ones, which arrive together."""
     waiting = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
     coming = iter(_lengths(load)[load.in_flight :])
-    finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all its tokens
+    finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all of its tokens
     num, context, step, now_s, order = 0, 0, 0, 0.0, 0
     prefilling: deque[_Request] = deque()
     ttft_s, tpot_s = 0.0, 0.0
@@ -105,9 +105,7 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
 def _chunk(
     waiting: deque[_Request], prefilling: deque[_Request], engine: Engine, decoding: int, attended: Attended
 ) -> tuple[list[_Request], int, float, float]:
-    """Return the requests whose prompts the next iteration carries part of, its tokens, (query, key) pairs
-    and KV read.
-    """
+    """Return the requests whose prompts join the next iteration, its tokens, (query, key) pairs and KV read."""
     budget = max(1, engine.chunk_tokens - (decoding if engine.mixes else 0))
     chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
     while budget:

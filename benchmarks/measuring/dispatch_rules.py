@@ -1,4 +1,4 @@
-"""Other systems' rules for where the heads of a new request go, to be put in place of `HeadAllocator.rule`."""
+"""Other systems' rules for placing the heads of a new request, to replace `HeadAllocator.rule`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, IntArray, Requests, Stage
 
-_ROUNDS = 60  # of bisection: as precise as floats are
+_ROUNDS = 60  # of bisection, down to the precision of floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class EqualSplit:
         num = self.stage.num_devices
         room = _room(self.stage, load, requests)
         counts = np.zeros(num, np.int64)
-        # The device with the fewest heads comes first, so that in the end all hold equally many.
+        # The device with the fewest heads comes first, so that all end up with equal numbers.
         order = np.argsort(load.heads, kind="stable")
         for _ in range(self.stage.heads.head_groups):
             takes = [i for i in order if counts[i] < room[i]]
@@ -86,9 +86,7 @@ class PaperRule:
         return _filled(high, base, slope, room)
 
     def _lines(self, load: DeviceLoad, context_tokens: int) -> tuple[FloatArray, FloatArray]:
-        """Return each device's seconds for its running load, and those added by one more head group of the request,
-        shape [D].
-        """
+        """Return the seconds [D] of each device's running load, and those [D] that one more head group would add."""
         stage, heads = self.stage, self.stage.heads
         away = np.array([not stage.has_primary_at(i) for i in range(stage.num_devices)])
         per_head = stage.head_s[:, 0] + away * stage.transfer_byte_s * heads.exchange_bytes_per_head

@@ -1,9 +1,9 @@
 """One replica stage in virtual time: requests arrive, grow and finish, devices change, and a policy moves head groups.
 
-A decode step takes ``layers x makespan`` plus the dense part; prefill takes time if it replaces lost KV. Moves are
-carried out sequentially in the background at the speed of the link; the source owns the groups until then. As in the
-service, a `Watch` silences triggers that a look has failed to answer, if a policy wants that. Requests, their lengths
-and the events of devices depend only on the seed and the step, not on the policy.
+A decode step takes ``layers x makespan`` plus the dense part; prefill takes time if it replaces lost KV. Moves run
+sequentially in the background at link speed, and the source owns the groups until they end. If the policy wants it, a
+`Watch` silences triggers that an earlier look could not answer, as in the service. Requests, their lengths and device
+events depend only on the seed and the step, not on the policy.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONG_ANSWERS = 0.2
 LENGTHENED = 8  # times the expected length
 REFILL_TOKEN_S = 4e-4  # prefill of lost KV: 140 GFLOP per token at 350 TFLOP/s
 WATERMARK = 0.01  # share of the blocks that admission leaves free if it overcommits
-NOTICE = 150  # steps from the notice that a device leaves to its end
+NOTICE = 150  # steps from the notice of a device's departure to its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +63,12 @@ class Scenario:
 
 
 class Policy(Protocol):
-    """Decides what to move when there is reason to."""
+    """A policy that decides what to move when a trigger fires or memory runs out."""
 
-    evicts_itself: bool  # what cannot grow is evicted itself; else whatever was admitted last on the full device
-    heeds: frozenset[TriggerKind]  # triggers that it was made for
-    is_watched: bool  # whether triggers that it failed to answer stay silent until something changes
-    solve_s: list[float]  # thread seconds of each call that looked
+    evicts_itself: bool  # evict the request that cannot grow, not the one admitted last on the full device
+    heeds: frozenset[TriggerKind]  # triggers that it reacts to
+    is_watched: bool  # whether triggers without an answer stay silent until something changes
+    solve_s: list[float]  # thread seconds of each call that searched for moves
 
     def moves(self, problem: RedispatchProblem, dispatcher: Dispatcher, full: int | None) -> Sequence[Move]:
         """Return moves in order. ``full`` is a device that ran out of blocks, or None if a trigger fired."""
@@ -76,7 +76,7 @@ class Policy(Protocol):
 
 @dataclass(slots=True)
 class Still:
-    """Moves nothing, only evicts."""
+    """A policy that moves nothing and only evicts."""
 
     evicts_itself: bool
     heeds: frozenset[TriggerKind] = frozenset()
@@ -113,8 +113,8 @@ class Coming:
 
     id: str
     context: int
-    remaining: int  # as expected
-    output: int  # actual number from now on
+    remaining: int
+    output: int  # actual number of tokens from now on
 
 
 def stage() -> Stage:
@@ -178,7 +178,7 @@ class Run:
             self._admit()
             if step % self.look_every == 0:
                 for name in self.state.ids:
-                    self.state.expect(name, self._expected[name])  # exponential outputs have no memory
+                    self.state.expect(name, self._expected[name])  # exponential outputs are memoryless
                 if not self._plan and not self._under_way:
                     self._look()
             self._decode()
@@ -272,7 +272,7 @@ class Run:
             self._bytes_left -= copied
             if self._bytes_left <= 0:
                 alive = {move.number for move in self.state.moves}
-                if alive >= set(self._under_way):  # its request may have finished meanwhile
+                if alive >= set(self._under_way):  # its request may have finished in the meantime
                     self.state.commit_moves(*self._under_way)
                 self._under_way = []
 
@@ -308,7 +308,7 @@ class Run:
             self.state.mark_seen()
 
     def _make_room(self, stuck: str) -> None:
-        """Help ``stuck``, which could not grow: by waiting moves, else by the policy's moves, else by an eviction."""
+        """Let ``stuck`` grow: by pending moves, else by the policy's moves, else by an eviction."""
         state = self.state
         groups, free = state.groups(stuck), state.free_blocks()
         full = int(np.argmax(np.where(groups > 0, groups - free, -np.inf)))

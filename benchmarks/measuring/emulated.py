@@ -1,4 +1,4 @@
-"""Emulated cards behind vLLM: the primary in its process, workers in theirs, each as slow as specified."""
+"""Emulated GPUs behind vLLM: the primary in its process, each worker in another, all as slow as specified."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Replica:
         later: Sequence[Pace] | None = None,
         followed: bool = True,
     ) -> dict[str, Any]:
-        """Return the answer of `emulated_engine` to a traffic. Costs change with the paces if they are ``followed``.
+        """Return the answer of `emulated_engine` to a traffic. If ``followed``, costs change with the paces.
 
         Raises:
             EngineFailedError: its process has ended.
@@ -76,12 +76,12 @@ class Replica:
 def emulated_replica(
     workers: int, *, python: Path, seats: int, most_tokens: int, growth_tokens: int
 ) -> Iterator[Replica]:
-    """Start this many workers, and vLLM with them by its own ``python``; end all on exit.
+    """Start this many workers, and vLLM with them in ``python``; stop all on exit.
 
     Args:
         seats: number of concurrent requests.
         most_tokens: per request, prompt and output.
-        growth_tokens: for which dispatch keeps room.
+        growth_tokens: growth for which dispatch reserves room.
     """
     with tempfile.TemporaryDirectory(prefix="hetis-emulation-") as text, ExitStack() as stack:
         folder = Path(text)

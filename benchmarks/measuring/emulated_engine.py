@@ -1,8 +1,8 @@
-"""vLLM with the plugin on an emulated primary. vLLM's Python runs it; it answers each line of JSON on stdin with one.
+"""vLLM with the plugin on an emulated primary. Runs in vLLM's Python and answers each line of JSON on stdin with one.
 
-The first line says how the engine is made and where the workers' paces are written. Each further line is a traffic, the
-rule that places its heads, and the paces of all cards, including those that they change to after half of the tokens.
-The primary is slow by waiting, like the workers: its attention ends when the emulated card's would.
+The first line configures the engine and names the files for the workers' paces. Each further line is a traffic, the
+rule that places its heads, and the paces of all GPUs, including those they change to after half of the tokens. The
+primary is slowed down by waiting, like the workers: its attention ends when the emulated GPU's would.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class EmulatedEngine:
     """The engine, its primary's pace, and the files with the workers' paces."""
 
     def __init__(self, llm: Any, files: list[Path]) -> None:
-        # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
+        # Load compiled code only here, because vLLM inspects all loaded modules while it starts.
         from benchmarks.measuring.emulated_worker import Pace, wait_until
         from hetis.solver.dispatch.solve import Dispatcher
         from hetis.solver.redispatch.warming import compile_redispatch
 
-        compile_redispatch()  # on a new machine it would take a minute of the first traffic
+        compile_redispatch()  # otherwise it takes a minute of the first traffic on a new machine
         self._make_pace, self._wait_until = Pace, wait_until
         self._rules = {"paper": PaperRule, "equal": EqualSplit, "primary only": PrimaryOnly, "hetis": Dispatcher}
         core = llm.llm_engine.engine_core.engine_core

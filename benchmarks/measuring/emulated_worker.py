@@ -1,9 +1,9 @@
-"""An attention worker that takes as long as another card would, by waiting: it computes, and answers later.
+"""An attention worker that is as slow as another GPU: it computes, and delays its answer.
 
     python -m benchmarks.measuring.emulated_worker --name w0 --key-file FILE --port-file FILE --pace FILE --pages N
 
-The file holds its pace (`Pace.write`) and is read at every step, so that a card may turn slow while it serves. Waiting
-takes no CPU time: on a machine with few cores, many of them still answer when they should.
+The pace file (`Pace.write`) is read at every step, so that an emulated GPU may slow down while it serves. Waiting takes
+no CPU time, so that many workers answer on time even on a machine with few cores.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from hetis.runtime.worker.loop import WorkerLoop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """The time that an emulated card takes.
+    """The time that an emulated GPU takes.
 
     Attributes:
-        head_s, kv_byte_s, call_s: of one layer's attention, per query head, KV byte read and call.
-        slow: factor of these.
-        link_bytes_per_s, latency_s: of the link to it, in one direction; infinite and 0: none is emulated.
+        head_s, kv_byte_s, call_s: seconds of one layer's attention per query head, KV byte read and call.
+        slow: factor on these seconds.
+        link_bytes_per_s, latency_s: the link to the GPU, in one direction; infinite and 0 emulate no link.
     """
 
     head_s: float = 4e-4
@@ -56,7 +56,7 @@ class Pace:
         return self.slow * (self.head_s * heads + self.kv_byte_s * kv_bytes + self.call_s)
 
     def link_s(self, frame: Frame, answer: Frame | None) -> float:
-        """Return the seconds that a frame and its answer, if it has one, are in transit."""
+        """Return the seconds that a frame and its answer, if any, are in transit."""
         num_bytes = sum(HEADER_BYTES + one.body_bytes for one in (frame, answer) if one)
         return num_bytes / self.link_bytes_per_s + (2 * self.latency_s if answer else 0.0)
 
@@ -72,14 +72,14 @@ class Pace:
 
 
 def wait_until(moment_s: float) -> None:
-    """Wait until a moment of `time.perf_counter`, if it has not passed."""
+    """Wait until a moment of `time.perf_counter`, unless it has passed."""
     left_s = moment_s - time.perf_counter()
     if left_s > 0:
         time.sleep(left_s)
 
 
 class PacedCore(WorkerCore):
-    """A worker's core that answers when the emulated card would."""
+    """A worker's core that answers when the emulated GPU would."""
 
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes, pace: Path) -> None:
         super().__init__(name, make_device, key=key)

@@ -22,7 +22,7 @@ class ModelSize:
 
 
 SMALL = ModelSize(hidden=768, middle=2048, layers=12, q_heads=12, kv_heads=4, vocab=32_000)  # 124M parameters
-HALF = ModelSize(hidden=512, middle=1408, layers=8, q_heads=8, kv_heads=4, vocab=16_000)  # 40M, heads of 64
+HALF = ModelSize(hidden=512, middle=1408, layers=8, q_heads=8, kv_heads=4, vocab=16_000)  # 40M, head dimension 64
 TINY = ModelSize(hidden=128, middle=256, layers=3, q_heads=8, kv_heads=4, vocab=1_000)
 
 

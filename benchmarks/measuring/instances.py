@@ -25,7 +25,7 @@ NODE_SIZES = {
     "A100-PCIe-40GB": 4,
 }
 
-PRICES = {"A100-PCIe-40GB": 3.67}  # a board without a price in the catalogue: that of A100-SXM-40GB stands in
+PRICES = {"A100-PCIe-40GB": 3.67}  # has no price in the catalogue; that of A100-SXM-40GB is used
 
 
 def example(name: str) -> Cluster:
@@ -61,7 +61,7 @@ def scaled(cluster: Cluster, times: int) -> Cluster:
 
 
 def of_types(num_types: int, num_gpus: int) -> Cluster:
-    """Return ``num_gpus`` GPUs, a multiple of 8, in equal parts (to eight GPUs) of the first ``num_types`` types."""
+    """Return ``num_gpus`` GPUs, a multiple of 8, split evenly, in eights, over the first ``num_types`` types."""
     share, rest = divmod(num_gpus // 8, num_types)
     types = list(NODE_SIZES.items())[:num_types]
     nodes = [((share + (i < rest)) * (8 // size), size, gpu) for i, (gpu, size) in enumerate(types)]

@@ -1,16 +1,19 @@
-"""A small queue of a placement of layers, with individual requests, batches and hops, to compare the objective with.
+"""A small queueing model of a placement of layers, with individual requests, batches and hops, to check the objective.
 
-Written independently of `hetis.solver.layers.objective`: it has no round trips, clumps of batches or mean lengths.
+It is written independently of `hetis.solver.layers.objective`, without its round trips, clumps of batches and mean
+lengths.
 
-- Requests always wait (closed at the entrance). Lengths are exponential around the means, whole tokens, at least one.
-- A request chooses its path once: at every node, among the next ones that have KV room for it, the one furthest behind
-  its share (weighted round robin). It keeps room for its prompt and output, times the layers it has computed there,
-  until it ends. If no path has room, it waits, and so does everything behind it.
-- A node works on one batch at a time: when it becomes free, all waiting sequences, and prompts, whole and in order, up
-  to `BATCH_TOKENS` tokens of them (a longer one alone). A batch takes, layer by layer, the prompt time of its prompt
+- Requests always wait (a closed queue at the entrance). Lengths are exponential around the means, in whole tokens, at
+  least one.
+- A request chooses its path once. At every node it goes to the one of the next nodes with KV room that is furthest
+  behind its share (weighted round robin). It holds room for its prompt and output, times the layers it has computed
+  there, until it ends. If no path has room, it waits, and so does everything behind it.
+- A node works on one batch at a time. When it becomes free, it takes all waiting sequences and up to `BATCH_TOKENS`
+  tokens of whole prompts in order (a longer prompt alone). A batch takes, layer by layer, the prompt time of its prompt
   tokens and the decode time of its sequences that need the layer.
-- At the start all requests are in the middle of their outputs, as long as those found in flight are.
-- A node's card then sends the batch on, one message per request and token, in order; the last node sends only tokens.
+- At the start all requests are in the middle of their outputs, with lengths distributed as found in flight.
+- A node's network card then sends the batch on, one message per request and token, in order. The last node sends only
+  tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class _Request:
     prompt: int
     left: int
     tokens: int
-    path: list[tuple[str, int]]  # nodes with the layer each begins at
+    path: list[tuple[str, int]]  # nodes, each with its first layer
     hop: int = 0
     prefilling: bool = True
 
@@ -56,7 +59,7 @@ class _Node:
 
 
 class ChainQueue:
-    """The queue of one placement."""
+    """The queueing model of one placement."""
 
     def __init__(self, problem: LayersProblem, plan: LayersPlan, *, seed: int = 0) -> None:
         self._problem = problem
@@ -112,8 +115,9 @@ class ChainQueue:
         return prompt, output
 
     def _fill(self) -> None:
-        """Add requests in flight at a random moment: their outputs are twice as long, and some share of them is
-        generated.
+        """Add the requests in flight at a random moment.
+
+        Their outputs are twice as long as average (length-biased), and some share of them is already generated.
         """
         mean = self._problem.mean_output_tokens
         while True:
@@ -144,7 +148,7 @@ class ChainQueue:
         return tokens * (self._nodes[name].place.end_layer - begin)
 
     def _path(self, tokens: int) -> list[tuple[str, int]] | None:
-        """Return a path with room, counting its links, or None if there is none."""
+        """Return a path with room, counting the use of its links, or None if there is none."""
         path: list[tuple[str, int]] = []
         links: list[tuple[str | None, str | None]] = []
         at: str | None = None

@@ -1,7 +1,7 @@
 """Pipelines that only prefill or only decode, without interference.
 
-A prefill pipeline gets prompts with one output token, so that no request waits for a seat to decode. A decode pipeline
-gets its prompts from a GPU that takes a thousandth of the time. There is room for all KV, and links are fast.
+A prefill pipeline gets prompts with one output token, so that no request waits to decode. A decode pipeline gets its
+prompts from a GPU that takes a thousandth of the time. There is room for all KV, and links are fast.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNCLAIMED = SolveResult(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneRole:
-    """``stages`` A100s in a row, each with equally many layers. b and C are 0 for the other role."""
+    """``stages`` A100s in a row with equal numbers of layers. b and C are 0 for the other role."""
 
     model: str
     workload: str
@@ -48,9 +48,11 @@ class OneRole:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """``rate`` is the simulated rate over that of the even flow; ``busy`` is the share of time in which the busiest
-    stage
-    computes. What the latter lacks is slack; the former also lacks what the formula's work misses of the true work.
+    """The share of the formula's rate that a pipeline keeps.
+
+    ``rate`` is the simulated rate over that of the even flow, and ``busy`` the share of time in which the busiest stage
+    computes. What ``busy`` lacks is slack. ``rate`` also lacks the difference between the formula's work and the true
+    work.
     """
 
     rate: float

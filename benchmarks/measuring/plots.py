@@ -50,7 +50,7 @@ class Bars:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The progress of a search: seconds, value of the best plan, and bound, None while there is none."""
+    """The progress of a search: seconds, value of the best plan, and bound; None while there is no plan or bound."""
 
     fleet: str
     objective: str
@@ -219,7 +219,7 @@ def _draw_html(rows: Sequence[Row], across: str, path: Path) -> None:
 
 
 def _draw_png(rows: Sequence[Row], across: str, path: Path) -> None:
-    # Import by name: matplotlib is no dependency, so type checkers need not find it.
+    # Import by name, so that type checkers need not find matplotlib, which is not a dependency.
     figures: Any = importlib.import_module("matplotlib.figure")
     figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,8 +1,8 @@
-"""Other systems' reactions when load drifts or memory runs out, for comparison with re-dispatch.
+"""Other systems' reactions to drifting load or exhausted memory, for comparison with re-dispatch.
 
-``paper_rule`` is that of Hetis (SC'25): the one request whose re-dispatch helps most. ``whole_request_moves`` never
-splits a request, like engines that migrate requests between instances (Llumnix, OSDI'24). ``last_admitted`` is the
-victim of LIFO eviction, used by engines when blocks run out (vLLM).
+``paper_rule`` is that of Hetis (SC'25): re-dispatch the one request for which it helps most. ``whole_request_moves``
+never splits a request, like engines that migrate requests between instances (Llumnix, OSDI'24). ``last_admitted`` is
+the victim of LIFO eviction, used by engines when blocks run out (vLLM).
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, sho
 def paper_rule(problem: RedispatchProblem, dispatcher: Dispatcher, *, device: int | None = None) -> tuple[Move, ...]:
     """Re-dispatch the one request with KV on the slowest device whose re-dispatch helps most.
 
-    Each candidate is dispatched as if it were new, with all others staying; groups that it would place where they
-    already
-    are stay. Memory is that of now, and growth is not anticipated. With ``device``, which ran out of memory, the
-    candidates
-    are those with KV there, and the one with the fastest new home that is off that device, at least in part, is taken.
-    Return no moves if no candidate helps.
+    Each candidate is dispatched as if it were new, while all others stay. Groups that would return to their device
+    stay, too. Memory is taken as it is now, and growth is not anticipated. If ``device`` is given, it has run out of
+    memory: the candidates are the requests with KV there, and the one with the fastest new home at least partly off
+    that device is taken. Return no moves if no candidate helps.
     """
     tables, snapshot = tables_of(problem), problem.snapshot
     before_s = float(device_seconds(tables, tables.now).max())
@@ -92,7 +90,7 @@ def whole_request_moves(problem: RedispatchProblem) -> tuple[Move, ...]:
 
 
 def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = ()) -> str | None:
-    """Return the last admitted request that holds KV on a device, which LIFO evicts, or None if there is none."""
+    """Return the last admitted request with KV on a device, which LIFO evicts, or None if there is none."""
     spared = set(but)
     for j in range(len(snapshot.ids) - 1, -1, -1):
         if snapshot.groups[j, device] and snapshot.ids[j] not in spared:
@@ -103,7 +101,7 @@ def last_admitted(snapshot: StateSnapshot, device: int, *, but: Iterable[str] = 
 def _redispatched(
     snapshot: StateSnapshot, dispatcher: Dispatcher, j: int, groups: IntArray, load: DeviceLoad, free_blocks: IntArray
 ) -> IntArray | None:
-    """Return where dispatch would put request ``j`` if it were new, [D], or None if it does not fit."""
+    """Return the groups [D] of request ``j`` if it were dispatched as new, or None if it does not fit."""
     heads = snapshot.stage.heads
     without = DeviceLoad(
         heads=load.heads - groups * heads.queries_per_group,

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: an aligned table, one JSON object per line, or a file of ``docs/data`` and its page excerpts."""
+"""Rows of a benchmark: an aligned table, JSON lines, or a file of ``docs/data`` and its page excerpts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_rounds(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add ``--rounds`` for benchmarks that repeat their cases in turn. None: the benchmark's own number."""
+    """Add ``--rounds`` for benchmarks that repeat their cases in turn. The default is the benchmark's own number."""
     parser.add_argument("--rounds", type=_at_least_one, metavar="N", help=what)
 
 
@@ -45,7 +45,7 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
     """Print the rows of benchmark ``name`` in the requested form, and return them."""
     shown, coming = [], iter(rows)
     while True:
-        with no_native_output():  # a solver's output among them would break the JSON
+        with no_native_output():  # a solver's output among the rows would break the JSON
             row = next(coming, None)
         if row is None:
             break
@@ -71,7 +71,7 @@ def keep(name: str, shown: Sequence[Row], about: str, document: Path) -> None:
 
 
 def exit_if_crashed(shown: Sequence[Row]) -> None:
-    """Exit with status 1 if a row says so, after everything has been shown, because the other rows are still good."""
+    """Exit with status 1 if a row reports a crash. Call it after everything is shown, as other rows are still good."""
     crashed = [str(row["name"]) for row in shown if row["status"] == "failed"]
     if crashed:
         raise SystemExit(f"crashed: {'; '.join(crashed)}")
@@ -87,7 +87,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machine() -> str:
-    """Return a sentence about machine and time, without which times mean nothing."""
+    """Return a sentence about machine and time, which give measured times their meaning."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8"))):
@@ -111,7 +111,7 @@ def write_section(document: Path, name: str, text: str) -> None:
 
 
 def _finite(value: Cell) -> Cell:
-    """Return None for infinity, which JSON cannot represent: a bound that was never found is null."""
+    """Return None for infinity, which JSON cannot represent; a bound that was never found becomes null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Random placements, and the rate that one of their replicas serves when requests always wait."""
+"""Random placements, and the rate of one of their replicas with requests always waiting."""
 
 from __future__ import annotations
 
@@ -111,13 +111,13 @@ def part_of(plan: Plan, *chosen: ReplicaPlan) -> Plan:
 
 
 def routed_part(plan: Plan) -> Plan | None:
-    """Return the replicas that KV routes connect, which prefill on some and decode on others, or None without any."""
+    """Return the prefill and decode replicas that KV routes connect, or None if there are none."""
     joined = sorted({end for route in plan.kv_routes for end in (route.prefill, route.decode)})
     return part_of(plan, *(plan.replicas[number] for number in joined)) if joined else None
 
 
 def saturated_run(part: Plan, problem: PlacementProblem, count: int, settings: Settings) -> Run:
-    """Run part of a plan on ``count`` requests that always wait."""
+    """Run part of a plan on ``count`` always-waiting requests."""
     workload = problem.workload.clipped_to(problem.model.max_position)
     return simulate(part, problem, Deck(workload, count, settings.seed), settings)
 
@@ -133,7 +133,7 @@ def steady_rate(run: Run, in_flight: int) -> float:
 
 
 def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
-    """Return round trips of micro-batches per served request, over the replicas that it passes."""
+    """Return micro-batch round trips per served request, summed over the replicas that it passes."""
     moments = problem.workload.clipped_to(problem.model.max_position).moments()
     prefill = decode = served = 0.0
     for one in plan.replicas:
@@ -150,10 +150,9 @@ def iterations_per_request(plan: Plan, problem: PlacementProblem) -> float:
 def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0) -> float:
     """Return requests/s if iterations took the formula's time, full chunks at the mean context, but came individually.
 
-    Each iteration of a micro-batch carries a chunk or not, at random with the formula's share phi (all for a prefill
-    replica, none for a decode replica), and a micro-batch stays on its copy of a stage. The loss against the planned
-    rate
-    is what slack should have covered. The time that KV takes to leave or to arrive is not included.
+    Each iteration of a micro-batch carries a chunk at random, with the formula's share phi (always for a prefill
+    replica, never for a decode replica). A micro-batch stays on its copy of a stage. The loss against the planned rate
+    is what slack should have covered. The time to send or receive KV is not included.
     """
     plain_s, chunk_s = _formula_seconds(problem, one)
     moments = problem.workload.clipped_to(problem.model.max_position).moments()
@@ -181,7 +180,7 @@ def alternating_rate(problem: PlacementProblem, one: ReplicaPlan, seed: int = 0)
 
 
 def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[float], list[float]]:
-    """Return the cost model's iterations without and with a chunk, for every stage (without attention workers)."""
+    """Return the cost model's seconds per iteration without and with a chunk, for every stage (without workers)."""
     model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
     b, chunk = one.micro_batch, one.chunk_tokens
     decoding = b, b * model.attended_tokens(moments.resident_context)

@@ -1,4 +1,4 @@
-"""The service of a plan in simulation: its saturated rate, and its latencies at a rate, over several seeds."""
+"""A plan under simulated load: its saturated rate, and its latencies at a given rate, over several seeds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Server:
     """A plan under load.
 
     Attributes:
-        lengths: of requests, not clipped.
+        lengths: lengths of the requests, not clipped.
         seeds: number of runs of each load.
-        turns: number of times that a run of ``at_least`` requests replaces the requests that the plan holds.
+        turns: how often a run, of at least ``at_least`` requests, refills the requests that the plan holds.
     """
 
     runs: Runner
@@ -35,7 +35,7 @@ class Server:
 
     def saturated(self, settings: Settings | None = None) -> tuple[Summary, list[float]]:
         """Return the summary, and the throughput by seed in requests/s, with requests always waiting."""
-        # Always-waiting requests of one length are the same whatever the seed.
+        # Always-waiting requests of equal length do not depend on the seed.
         num = 1 if len(self.lengths.bins) == 1 else self.seeds
         metrics = self._measured(self._load(Arrivals.SATURATED, None), settings, num) * (self.seeds // num)
         return summarise(metrics), [one.throughput_rps.value for one in metrics]
@@ -76,6 +76,6 @@ def served(
     at_least: int = 400,
     processes: int,
 ) -> Iterator[Server]:
-    """Yield a plan under load, with its runs in ``processes`` separate processes (1: in this one)."""
+    """Yield a plan under load, whose runs use ``processes`` separate processes (1: this process)."""
     with runner(plan, problem, processes=processes) as runs:
         yield Server(runs=runs, lengths=lengths, seeds=seeds, turns=turns, at_least=at_least)

@@ -1,8 +1,8 @@
-"""Node agents that cost next to nothing: they speak the protocol and do what they are told at once, in memory.
+"""Node agents that cost next to nothing: they speak the protocol and obey at once, in memory.
 
-A stream that ends is opened again, as the real agent does, because the planner ends every connection after half an
-hour. Nothing is stored, copied or decoded. A primary has a head map of made-up requests, which is updated when it is
-asked to flip a change.
+A stream that ends is opened again, as by the real agent, because the planner ends every connection after half an hour.
+Nothing is stored, copied or decoded. A primary has a head map of invented requests, which it updates when told to flip
+a change.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, inventory_pb2, replica_pb2, report_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
 
-CHANNEL_OPTIONS = (  # as hetis-agent's; with a pool of its own, every agent has its own connection
+CHANNEL_OPTIONS = (  # as in hetis-agent; a separate pool gives every agent its own connection
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
-REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary: they fit there, and nothing is wrong with it
+REQUESTS, CONTEXT_TOKENS = 24, 1400  # running on a primary, where they fit and trigger nothing
 VARIETY = 64  # number of different reports before they repeat
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.1, 1.0  # between two streams, as at the first attempt of the real agent
 WELCOME_S = 30.0
@@ -41,7 +41,7 @@ _REACHED = {
     replica_pb2.ASSIGNMENT_GOAL_SERVE: State.ASSIGNMENT_STATE_SERVING,
     replica_pb2.ASSIGNMENT_GOAL_DRAIN: State.ASSIGNMENT_STATE_DRAINING,
 }
-# An error status, its cancellation, a write or read after the end, or no Welcome.
+# A stream ends with an error status, a cancellation, a write or read after its end, or no Welcome.
 STREAM_ENDED = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, ConnectionError, TimeoutError)
 _ALL = (pb.AGENT_CAPABILITY_ASSIGN, pb.AGENT_CAPABILITY_MOVE, pb.AGENT_CAPABILITY_HEAD_MAP)
 _admission = SolverAdmission()
@@ -53,7 +53,7 @@ class ScriptedAgent:
 
     Attributes:
         node: id of the node.
-        stage: head map of the first stage copy, on a primary's node; None elsewhere, or if it is not assigned yet.
+        stage: head map of the first stage copy on a primary's node; None on other nodes and before the assignment.
         heard: called with every message of the planner before it is answered.
         sent_s: when something was last sent, by the monotonic clock.
         num_sent: number of reports sent.
@@ -83,7 +83,7 @@ class ScriptedAgent:
     # --- the stream
 
     async def connect(self, address: str) -> None:
-        """Say hello and return when the planner has said welcome; after that the agent keeps itself connected."""
+        """Send a hello and return at the planner's welcome; after that the agent stays connected by itself."""
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         await self._open(self._channel)
         self._reading = asyncio.create_task(self._stay_connected(self._channel), name=f"agent of {self.node}")
@@ -117,7 +117,7 @@ class ScriptedAgent:
             await self._write(pb.ConnectNodeRequest(change_status=self._status(change, phase)))
 
     async def _stay_connected(self, channel: grpc.aio.Channel) -> None:
-        """Read messages; after a stream ends, say hello again as often as it takes."""
+        """Read messages; after a stream ends, say hello again as often as needed."""
         while True:
             try:
                 if self._call is None:
@@ -150,14 +150,14 @@ class ScriptedAgent:
         return pb.ConnectNodeRequest(sequence=1, hello=hello)
 
     def next_heartbeat_s(self) -> float:
-        """Return when something has to be sent at the latest, a tenth more or less."""
+        """Return the latest time of the next message, with 10% jitter."""
         return self.sent_s + self.heartbeat_s * random.uniform(0.9, 1.1)
 
     async def heartbeat(self) -> None:
         await self._write(pb.ConnectNodeRequest(heartbeat=pb.Heartbeat()))
 
     async def report(self) -> None:
-        """Report the current state of the node and its replicas, which is never twice the same."""
+        """Report the present state of the node and its replicas, different every time."""
         number = next(self._numbers)
         for device in self._report.devices:
             device.used_blocks = 50_000 + 10 * number
@@ -169,13 +169,14 @@ class ScriptedAgent:
             self.num_sent += 1
 
     async def report_stage(self) -> None:
-        """Report after `stage` was changed."""
+        """Report a change of `stage`."""
         self._write_report()
         await self.report()
 
     async def _write(self, message: pb.ConnectNodeRequest) -> bool:
-        """Return whether the stream took the message. What an ended stream does not take is sent after the next
-        Welcome.
+        """Write a message and return whether the stream took it.
+
+        What an ended stream does not take is sent after the next Welcome.
         """
         async with self._writing:
             call = self._call
@@ -187,7 +188,7 @@ class ScriptedAgent:
             try:
                 await call.write(message)
             except STREAM_ENDED:
-                return False  # the reader notices the same, and reconnects
+                return False  # the reader notices it, too, and reconnects
             return True
 
     async def _read(self) -> None:
@@ -198,7 +199,7 @@ class ScriptedAgent:
             for answer in self._answers(message):
                 await self._write(answer)
 
-    # --- what is answered
+    # --- answers
 
     def _answers(self, message: pb.ConnectNodeResponse) -> list[pb.ConnectNodeRequest]:
         match message.WhichOneof("message"):
@@ -225,7 +226,7 @@ class ScriptedAgent:
         return pb.ConnectNodeRequest(head_map=piece)
 
     def _obey(self, delta: pb.Delta) -> list[pb.ConnectNodeRequest]:
-        statuses, reports = list[change_pb2.ChangeStatus](), False  # the latter: more than numbers changed
+        statuses, reports = list[change_pb2.ChangeStatus](), False  # reports: whether more than numbers changed
         match delta.WhichOneof("change"):
             case "assignment":
                 self._held[delta.replica] = (delta.generation, delta.assignment)
@@ -281,17 +282,17 @@ class ScriptedAgent:
         self._held[change.replica] = (max(generation, change.generation), assignment)
         self._write_report()
 
-    # --- what is told
+    # --- reports
 
     def _take_stage(self, assignment: replica_pb2.Assignment) -> None:
-        """Put balanced requests on the first stage copy at the first assignment, so that nothing is wrong with it."""
+        """Put balanced requests on the first stage copy at the first assignment, so that nothing triggers."""
         if assignment.stages and self.stage is None:
             self.stage = StageRun(assignment.stages[0])
             for number, owners in enumerate(balanced_owners(self.stage)):
                 self.stage.admit(request_of(number), list(owners))
 
     def _write_report(self) -> None:
-        """Build the report anew; what changes with every report is filled in by `report`."""
+        """Rebuild the report; `report` fills in what changes every time."""
         self._report = pb.NodeReport(
             devices=[
                 report_pb2.DeviceReport(

@@ -23,8 +23,8 @@ from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb
 
 CLUSTER, PLAN = "clusters/cells", "plans/cells"
 QUIET_CORES = 0.5
-MOST_STOLEN_CORES = 0.02  # above that, latencies may be the host's, and a row says so
-MOST_BETWEEN = 0.1  # share of agents that may be between connections, which end after half an hour
+MOST_STOLEN_CORES = 0.02  # above that, the host may cause the latencies, and a row says so
+MOST_BETWEEN = 0.1  # share of agents that may be reconnecting, as connections end after half an hour
 KEYS = (
     "name",
     "agents",
@@ -53,9 +53,9 @@ class Extent:
     Attributes:
         agents: number of nodes of the fleet, with one agent each.
         idle_s, report_s: duration of one measurement with heartbeats, and with reports.
-        rates: reports per second of all agents, tried one after the other until the planner is saturated.
+        rates: reports per second of all agents, tried in order until the planner is saturated.
         beside_rate: reports per second while changes and calls are timed.
-        changes: number of changes timed beside reports; a fifth as many are timed without.
+        changes: number of changes timed under reports; a fifth as many are timed without.
         calls: number of calls of one kind.
     """
 
@@ -69,12 +69,12 @@ class Extent:
 
 
 class Bench:
-    """Everything that runs, made by `opened`; agents are not connected yet.
+    """All running parts, made by `opened`; agents are not connected yet.
 
     Attributes:
         engine_cell, planner_cell: agents of this process, the primary's first: those of a replica whose engine decides
-            its head map, and those of one for which the planner does.
-        empty: latencies of empty calls, by how many were in progress at once.
+            its head map, and those of one whose head map the planner decides.
+        empty: latencies of empty calls, by the number in progress at once.
         base_bytes: memory of the planner before the first agent.
     """
 
@@ -108,7 +108,7 @@ class Bench:
         self.base_bytes = self.planner.rss_bytes()
 
     async def connect(self) -> float:
-        """Connect all agents, and return how many seconds those of the other process took."""
+        """Connect all agents, and return the seconds that those of the other process took."""
         here = [*self.engine_cell, *self.planner_cell]
         ids = {agent.node for agent in here}
         everywhere = [*(node for cell in self.fleet.cells for node in cell), *self.fleet.spare]
@@ -118,7 +118,7 @@ class Bench:
         return await asyncio.to_thread(self.crowd.connect, self.planner.address, CLUSTER, there)
 
     async def activate(self) -> float:
-        """Put the plan in force, and return the seconds until every replica serves."""
+        """Activate the plan, and return the seconds until every replica serves."""
         plan = plan_pb2.Plan(cluster=CLUSTER, imported=self.fleet.plan)
         plan_id = PLAN.partition("/")[2]
         await self.client.plans.CreatePlan(plan_service_pb2.CreatePlanRequest(plan_id=plan_id, plan=plan))
@@ -143,7 +143,7 @@ class Bench:
         await asyncio.to_thread(self.crowd.set_rate, reports_per_s)
 
     async def behind(self) -> tuple[float, float]:
-        """Return the reports that the planner has taken so far, and how many were sent that it has not taken."""
+        """Return how many reports the planner has taken so far, and how many sent ones it has not."""
         counts = await asyncio.to_thread(self.crowd.counts)
         there = self.extent.agents - len(self.engine_cell) - len(self.planner_cell)
         if counts.connected < there * (1 - MOST_BETWEEN):
@@ -152,7 +152,7 @@ class Bench:
         return taken, max(0.0, counts.sent - taken)
 
     async def until_quiet(self, *, cores: float = QUIET_CORES, most_s: float = 60.0) -> None:
-        """Wait until the planner has done what it was asked to."""
+        """Wait until the planner has finished its work."""
         end_s = time.monotonic() + most_s
         while time.monotonic() < end_s:
             with Watched(self.planner) as watched:
@@ -177,7 +177,7 @@ class Bench:
         return row | cells
 
     def memory(self) -> dict[str, Cell]:
-        """Return the planner's memory now."""
+        """Return the planner's present memory."""
         found = self.planner.rss_bytes()
         return {"rss_mib": found / 2**20, "kb_per_agent": (found - self.base_bytes) / self.extent.agents / 1e3}
 

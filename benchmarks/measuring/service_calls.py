@@ -1,4 +1,4 @@
-"""Latencies of unary planner calls, one after another or several at a time."""
+"""Latencies of unary planner calls, one after another or several at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hetis.runtime.agent.simulated.stage import StageRun
 from hetis.v1 import dispatch_service_pb2 as pb
 from hetis.v1 import replica_pb2, report_pb2, stage_pb2
 
-ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # the end of the connection, and a write after it
+ENDED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # when a connection ends, and of a write after it
 MOST_REOPENED = 4  # attempts at one step
 MOST_FINISHED = 64  # requests in one step
 Call = Callable[[list[float]], Awaitable[None]]
@@ -41,10 +41,10 @@ class Latencies:
     """Latencies of calls.
 
     Attributes:
-        seconds: of each call.
+        seconds: seconds of each call.
         total_s: from the start of the first call to the end of the last.
         failures: errors of the calls that have no seconds.
-        began_s: when each call began, by the monotonic clock, if `paced` made them.
+        began_s: start of each call by the monotonic clock, if `paced` made them.
     """
 
     seconds: Sequence[float]
@@ -61,7 +61,7 @@ class Latencies:
 
 
 async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
-    """Make ``count`` calls, ``at_once`` at a time; ``call`` is given the list to which it appends its seconds."""
+    """Make ``count`` calls, ``at_once`` at a time; each call appends its seconds to the list that it is given."""
     left = iter(range(count))
     seconds = list[float]()
 
@@ -75,7 +75,7 @@ async def timed(call: Call, *, count: int, at_once: int) -> Latencies:
 
 
 async def paced(call: Call, *, per_s: float, seconds: float) -> Latencies:
-    """Start calls at a rate, whether or not earlier ones have ended; those that fail are counted."""
+    """Start calls at a rate, whether or not earlier ones have ended; failed calls are counted."""
     found, failures, running = list[float](), list[CallError | NoRoomError](), set[asyncio.Task[None]]()
     began = list[float]()
 
@@ -110,7 +110,7 @@ def timed_call(call: Callable[[], Awaitable[object]]) -> Call:
 
 
 class DispatchedReplica:
-    """A replica that the planner dispatches; it admits batches and finishes them, so that its state stays the same."""
+    """A replica that the planner dispatches. It admits and finishes batches, so that its state stays the same."""
 
     def __init__(self, client: AsyncClient, replica: str) -> None:
         self._client, self._replica = client, replica
@@ -118,7 +118,7 @@ class DispatchedReplica:
         self._numbers = itertools.count()
 
     async def declare(self, stage: StageRun, generation: int) -> None:
-        """Declare what runs, which is what the stage has."""
+        """Declare the stage's running requests."""
         state = pb.DispatchState(
             name=f"{self._replica}/dispatchState", generation=generation, head_maps=[stage.head_map()]
         )
@@ -126,15 +126,14 @@ class DispatchedReplica:
         self._state_id = (await self._client.dispatch.UpdateDispatchState(request, timeout=10.0)).state_id
 
     def admitting(self, batch: int) -> Call:
-        """Return a call for `timed`: one AdmitRequests, which is timed, and one FinishRequests, which is not."""
+        """Return a call for `timed`: one timed AdmitRequests and one FinishRequests that is not timed."""
         return partial(self._admit_and_finish, batch)
 
     @asynccontextmanager
     async def streaming(self, batch: int, *, streams: int) -> AsyncIterator[Call]:
         """Yield a call for `timed`: one step of a stream, which also finishes what earlier steps admitted.
 
-        A stream whose connection has ended, as the planner ends all after half an hour, is opened again, and its steps
-        are
+        The planner ends all connections after half an hour. A stream that has ended is opened again, and its steps are
         repeated; their time counts from the first attempt.
         """
         async with AsyncExitStack() as stack:
@@ -155,7 +154,7 @@ class DispatchedReplica:
                 try:
                     answer = await next(turn).step(finished, request.requests)
                 except CallError:
-                    ended.extend(finished)  # it may have been done anyway, and finishing twice is no error
+                    ended.extend(finished)  # the step may have been done anyway, and finishing twice is no error
                     raise
                 finally:
                     ended.extend(one.id for one in request.requests)
@@ -189,7 +188,7 @@ class ReopenedStream:
         self._stream = open_stream()
 
     async def step(self, finished: Sequence[str], new: Sequence[pb.NewRequest]) -> pb.DispatchRequestsResponse:
-        """Make the step, and repeat it on a new stream as often as the old one ends during it."""
+        """Make the step, and repeat it on a new stream whenever the old one ends during it."""
         for left in reversed(range(MOST_REOPENED)):
             stream = self._stream
             try:
@@ -197,7 +196,7 @@ class ReopenedStream:
             except CallError as error:
                 if error.code not in ENDED or not left:
                     raise
-                if stream is self._stream:  # only the first of the steps that were in progress
+                if stream is self._stream:  # only for the first of the steps in progress
                     self._stream = self._open()
                     await stream.close()
         raise AssertionError("unreachable")

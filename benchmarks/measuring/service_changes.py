@@ -1,8 +1,8 @@
 """The duration of a re-dispatch, from the report that shows the need to the end of the change.
 
-Engines do what they are told at once, so what remains is the time of the planner and the network. The replica is one
-cell, a primary and eight attention workers, which makes nine agents. For every sample the requests of its head map are
-replaced by new ones, and every third of them has its head groups on the eight workers.
+Scripted engines act at once, so what remains is the time of the planner and the network. The replica is one cell: a
+primary and eight attention workers, hence nine agents. For every sample, new requests replace those of its head map,
+and every third of them has its head groups on the eight workers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MISPLACED_EVERY = 3  # requests
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeTimes:
-    """Seconds from the moment when the report is written.
+    """Seconds since the report was written.
 
     Attributes:
         asked_s: the planner asks for the head map.
-        prepare_s: the first node is told to prepare; in between, the change is solved and stored.
+        prepare_s: the first node is told to prepare; before that, the change is solved and stored.
         commit_s: the primary is permitted to flip.
         resolved_s: the first node is told that the change was flipped.
         done_s: the change is stored as DONE.
@@ -45,7 +45,7 @@ class ChangeTimes:
 
 
 class CellUnderStress:
-    """The agents of one cell, the primary's first, which are connected and serve a replica."""
+    """The connected agents of a cell that serve a replica, the primary's first."""
 
     def __init__(self, agents: Sequence[ScriptedAgent], client: AsyncClient) -> None:
         self._agents, self._client = agents, client
@@ -94,7 +94,7 @@ class CellUnderStress:
             self._resolved.set()
 
     async def _end(self) -> float:
-        """Return when the change was DONE by the planner's clock, which is that of this machine."""
+        """Return when the planner's clock, which is this machine's, recorded the change as DONE."""
         name = f"{self._agents[0].cluster}/redispatches/{self._change_id}"
         while True:
             answer = await self._client.clusters.GetRedispatch(cluster_service_pb2.GetRedispatchRequest(name=name))
@@ -107,7 +107,7 @@ class CellUnderStress:
 
 
 def skew(stage: StageRun, prefix: str) -> None:
-    """Replace the requests, some with a head group on every worker although the primary has room and is faster."""
+    """Replace the requests; some get a head group on every worker, although the primary has room and is faster."""
     for name in list(stage.requests):
         stage.drop(name)
     workers = [i for i, device in enumerate(stage.model.devices) if not device.is_primary]

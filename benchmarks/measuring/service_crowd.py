@@ -1,4 +1,4 @@
-"""Most agents of a fleet, in a process of its own that reads lines of JSON from stdin and answers on stdout."""
+"""Most agents of a fleet, in a separate process that reads lines of JSON from stdin and answers on stdout."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.measuring.service_process import ROOT, raise_file_limit
 
 CONNECTING_AT_ONCE = 32
 WRITING_AT_ONCE = 64
-TURN_S = 0.02  # between two checks of what is due
-MOST_BEHIND_S = 0.5  # of a rate; what is due beyond that is dropped
+TURN_S = 0.02  # between two checks for due reports
+MOST_BEHIND_S = 0.5  # backlog of a rate, beyond which due reports are dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class CrowdCounts:
 
 
 class Crowd:
-    """The process, as seen by the code that drives it. Use it as a context."""
+    """The handle of the crowd's process, a context manager."""
 
     def __enter__(self) -> Crowd:
         self._process = subprocess.Popen(
@@ -49,11 +49,11 @@ class Crowd:
         self._process.communicate()
 
     def connect(self, address: str, cluster: str, nodes: Sequence[tuple[str, int]]) -> float:
-        """Connect an agent for each node, given as ids and numbers of GPUs, and return the seconds that took."""
+        """Connect an agent for each node (id, number of GPUs), and return the seconds that it took."""
         return float(self._say({"address": address, "cluster": cluster, "nodes": list(nodes)})["seconds"])
 
     def set_rate(self, reports_per_s: float) -> None:
-        """Set the reports of all agents together, sent in turn; agents silent for long enough also send heartbeats."""
+        """Set the rate of all agents' reports, sent in turn. Agents that are silent for long send heartbeats, too."""
         self._say({"rate": reports_per_s})
 
     def counts(self) -> CrowdCounts:
@@ -70,7 +70,7 @@ class Crowd:
 
 
 class Sending:
-    """Reports of agents in turn at a rate, and heartbeats of those that are silent."""
+    """Sends reports of agents in turn at a rate, and heartbeats of silent agents."""
 
     def __init__(self, agents: Sequence[ScriptedAgent]) -> None:
         self.agents = agents
@@ -116,7 +116,7 @@ class Sending:
 
 
 async def connect_all(agents: Iterable[ScriptedAgent], address: str) -> None:
-    """Connect the agents, some at a time."""
+    """Connect the agents, some at once."""
     waiting = iter(agents)
 
     async def connect() -> None:

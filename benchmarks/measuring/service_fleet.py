@@ -1,4 +1,4 @@
-"""A fleet of equal cells, and the plan that gives each cell its replica, built from the proven plan of one cell."""
+"""A fleet of equal cells, and a plan that gives each cell a replica, built from the proven plan of one cell."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def cell_plan() -> Plan:
         loaded,
         inputs.problem(OBJECTIVE, settings.strategy),
         settings,
-        budget=Budget(time_limit_s=600.0, clock=time.process_time),  # 2 s; longer if kernels are compiled first
+        budget=Budget(time_limit_s=600.0, clock=time.process_time),  # takes 2 s, longer if kernels are compiled first
         report=lambda _: None,
     )
     if len(plan.replicas) != 1 or len(plan.replicas[0].attention_workers) != 1:

@@ -1,6 +1,6 @@
-"""`hetis-planner` as a process of its own, and what it uses: CPU time, memory, messages.
+"""`hetis-planner` as a separate process, with its CPU time, memory and messages.
 
-Run as a module, it is the planner under cProfile, which writes its results to the file named by `PROFILE`.
+Run as a module, this is the planner under cProfile, which writes its results to the file named by `PROFILE`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class PlannerProcess:
-    """A planner started in a folder of its own. Use it as a context: it is stopped at the end.
+    """A planner started in a folder of its own. As a context manager, it stops at the end.
 
     Attributes:
         address: `host:port` of gRPC.
     """
 
     def __init__(self, *arguments: str, profile: Path | None = None) -> None:
-        """``profile``: where to write a cProfile of the planner, which makes it about twice as slow."""
+        """Start the planner. ``profile`` is where to write a cProfile of it, which makes it about twice as slow."""
         self._arguments, self._profile = arguments, profile
 
     def __enter__(self) -> PlannerProcess:
@@ -79,12 +79,12 @@ class PlannerProcess:
         return Path(self._log.name).read_text(encoding="utf-8")
 
     def cpu_s(self) -> float:
-        """Return the CPU seconds of the process so far, of all threads, without the solver's processes."""
+        """Return the CPU seconds of the process so far, over all threads, without the solver's processes."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
     def rss_bytes(self) -> int:
-        """Return the memory of the process now."""
+        """Return the present memory of the process."""
         pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1]
         return int(pages) * resource.getpagesize()
 
@@ -95,7 +95,7 @@ class PlannerProcess:
         return int(found[1]) if found else 0
 
     def messages(self, kind: str) -> float:
-        """Return how many messages of agents the planner has taken so far."""
+        """Return how many agent messages of this kind the planner has taken so far."""
         with urllib.request.urlopen(f"{self._page}metrics", timeout=30) as page:
             text = page.read().decode()
         found = re.search(rf'^hetis_planner_agent_messages_total{{kind="{kind}"}} (\S+)$', text, re.MULTILINE)
@@ -107,13 +107,13 @@ MOST_STOLEN_SHARE = 0.05
 
 
 def stolen_s() -> float:
-    """Return the CPU seconds that this machine's host has kept from it so far; whatever waits for them stands still."""
+    """Return the CPU seconds that the host has kept from this machine so far, while processes waited for them."""
     fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
     return int(fields[8]) / _TICKS_PER_S
 
 
 class HostWatch:
-    """Records when the host kept processors from this machine: ``with HostWatch() as host``, then ``undisturbed``."""
+    """A record of when the host kept processors from this machine, as a context with `undisturbed` at the end."""
 
     def __enter__(self) -> HostWatch:
         self._ended = threading.Event()
@@ -131,7 +131,7 @@ class HostWatch:
             self._samples.append((time.monotonic(), stolen_s()))
 
     def undisturbed(self, began_s: Sequence[float], seconds: Sequence[float]) -> npt.NDArray[np.bool_]:
-        """Return which calls ran while, and just after, the host kept at most `MOST_STOLEN_SHARE` of a processor."""
+        """Return which calls ran while and just after the host kept at most `MOST_STOLEN_SHARE` of a processor."""
         return undisturbed(self._samples, began_s, seconds)
 
 
@@ -140,13 +140,12 @@ def undisturbed(
 ) -> npt.NDArray[np.bool_]:
     """Return which calls met no time in which the host kept more than `MOST_STOLEN_SHARE` of a processor.
 
-    A call waits for those before it, so what the host takes is felt for `AFTERMATH_S`. What the host took before the
-    first
-    sample or after the last is unknown, and is taken to disturb no call.
+    A call waits for those before it, so what the host takes is felt for another `AFTERMATH_S`. What the host took
+    before the first sample or after the last is unknown, and is assumed to disturb no call.
 
     Args:
-        samples: moments, each with what the host had kept until then (`stolen_s`), in order of time.
-        began_s, seconds: of each call.
+        samples: moments in order, each with the seconds that the host had kept until then (`stolen_s`).
+        began_s, seconds: start and duration of each call.
     """
     at_s, stolen = (np.array(values) for values in zip(*samples, strict=True))
     share = np.diff(stolen) / np.diff(at_s)

@@ -1,4 +1,4 @@
-"""Serving points that others measured, and how each is posed to the cost model, or why it cannot be.
+"""Serving points measured by others, and how each is posed to the cost model, or why it cannot be.
 
 A point is one row of aiconfigurator's table of real engines (``silicon_sample.csv``): the TTFT and TPOT of one replica
 with a constant number of requests in flight. What a row does not state (the format of the KV cache, the tokens of an
@@ -25,17 +25,17 @@ from hetis.solver.cost import rank_shape
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 
-CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published configs of models
-NODE_GPUS = 8  # of every system in the tables; a tensor-parallel group stays within a node
+CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published model configs
+NODE_GPUS = 8  # in every system of the tables; a tensor-parallel group stays within a node
 CHUNK_TOKENS = {
     "vllm": 8192,
     "sglang": 8192,
     "trtllm": 8192,
 }  # max_num_batched_tokens, chunked_prefill_size, max_num_tokens
-# SGLang computes prompts in iterations of their own; the others mix them with decoding.
+# SGLang computes prompts in separate iterations; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
-STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # of InferenceX's scripts; engines answer every token
-DRIFT = 0.98  # of equal lengths where prompts and decoding mix: requests that came together soon end apart
+STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # from InferenceX's scripts; the default is 1
+DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
@@ -45,12 +45,12 @@ COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPoint:
-    """A row as posed: ``requests`` in flight on one replica of ``tp`` GPUs."""
+    """A posed row: ``requests`` in flight on one replica of ``tp`` GPUs."""
 
     row: Mapping[str, str]
     gpu: str
     engine: str
-    label: str  # of the model, as in the row, without the organisation
+    label: str  # model name as in the row, without the organisation
     model: ModelSpec
     mode: str
     tp: int
@@ -58,19 +58,19 @@ class ServingPoint:
     prompt_tokens: int
     output_tokens: int
     shortest: float  # lengths are uniform between this share of the stated ones and all of it
-    stream_interval: int  # tokens of a request that the engine sends together
+    stream_interval: int  # number of a request's tokens that the engine sends together
     ttft_s: float
     tpot_s: float
 
     @property
     def decoding(self) -> float:
-        """Return the number of requests that decode at once, by Little's law from the measured times."""
+        """Return the number of concurrently decoding requests, by Little's law from the measured times."""
         decode_s = self.output_tokens * self.tpot_s
         return self.requests * decode_s / (self.ttft_s + decode_s)
 
     @property
     def is_calibration(self) -> bool:
-        """Return whether an engine's host times were fitted to it; see `hetis.profiler.engines`."""
+        """Return whether an engine's host times were fitted to this point; see `hetis.profiler.engines`."""
         return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
 
     @property
@@ -79,7 +79,7 @@ class ServingPoint:
 
 
 class NotPosedError(HetisError):
-    """The cost model cannot express something in the row; the message says what."""
+    """The cost model cannot express a row; the message says why."""
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -163,14 +163,14 @@ def _model(row: Mapping[str, str]) -> ModelSpec:
         plain = row.get("precision") == "bf16" or named.weight_bytes >= 2
         return dtypes.with_weight_bytes(named, 2.0) if plain else named
     (weights,) = asked
-    if "gpt-oss" in named.name:  # published with only its experts quantised (MXFP4), whatever engines call it
+    if "gpt-oss" in named.name:  # only its experts are quantised (MXFP4), whatever engines call it
         return replace(named, kv_bytes=1.0 if row["backend"] == "trtllm" else 2.0)
     sized = dtypes.with_weight_bytes(named, dtypes.layer_weight_bytes(f"bfloat16+{weights}", named))
     return replace(sized, kv_bytes=1.0 if _has_fp8_kv(row) else 2.0)
 
 
 def _has_fp8_kv(row: Mapping[str, str]) -> bool:
-    """Follow the published scripts for quantised weights: TensorRT-LLM always, elsewhere Llama and DeepSeek."""
+    """Return whether published scripts use FP8 KV: always for TensorRT-LLM, for Llama and DeepSeek elsewhere."""
     return row["backend"] == "trtllm" or re.search(r"Llama|DeepSeek", row["model_path"]) is not None
 
 
@@ -192,7 +192,7 @@ def _named_model(name: str) -> ModelSpec:
 
 
 def _requests(row: Mapping[str, str]) -> int:
-    """Return the requests in flight on the replica; the source's own number counts all replicas of a run."""
+    """Return the requests in flight on the replica; the source's number counts all replicas of a run."""
     if row.get("batch_size"):
         return _whole(row, "batch_size")
     found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))

@@ -1,4 +1,4 @@
-"""The measurement of one placement, in this process or in one of its own with its own memory and first calls."""
+"""Measurement of one placement, in this process or in a new one with separate memory and first calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WHOLE_COUNTS = "whole counts"  # phase of column generation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solve:
-    """A solve to measure: the first one of a process, and the median of ``warm`` more."""
+    """A solve to measure: the first one of a process, then ``warm`` more, whose median counts."""
 
     problem: PlacementProblem
     time_limit_s: float
@@ -41,8 +41,8 @@ class Solve:
 class Timing:
     """CPU seconds of a solve, including binding.
 
-    Also the seconds until the first plan and the first bound of the whole family, and until a gap of 1% and of 0.5% was
-    proved; None: never. ``curve``: seconds, value of the best plan and bound, at every change.
+    It also holds the seconds until the first plan and the first bound of the whole family, and until a gap of 1% and of
+    0.5% was proved; None if never. ``curve`` has seconds, value of the best plan and bound at every change.
     """
 
     seconds: float
@@ -92,11 +92,10 @@ def in_own_process(work: Callable[[A], R], argument: A, *, environment: Mapping[
 
 
 def measure(solve: Solve) -> Measured:
-    """Solve, check the plan with the checker, and return what it took.
+    """Solve, check the plan with the checker, and return the measurements.
 
-    All seconds, also those of the limit, are CPU seconds of this process, so that a busy machine changes neither plan
-    nor
-    figures much.
+    All seconds, including the limit, are CPU seconds of this process, so that a busy machine hardly changes plan and
+    figures.
     """
     started = time.process_time()
     from hetis.solver.check import check_plan
@@ -142,7 +141,7 @@ def measure(solve: Solve) -> Measured:
 
 
 def failed(note: str) -> Measured:
-    """Return what there is to say of a solve that crashed."""
+    """Return the measurement of a solve that crashed."""
     return Measured(
         status=FAILED,
         value=0.0,
@@ -172,7 +171,7 @@ def _timing(seconds: float, reports: Sequence[Progress], plan: Plan | None) -> T
 
 
 def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, gap: float) -> float | None:
-    """Return when the search had proved that its incumbent is within ``gap``."""
+    """Return the seconds until the search had proved its incumbent within ``gap``, or None if it never did."""
     if plan is None or not plan.result.gap <= gap:
         return None
     for report in _of_the_whole_family(reports, maximises=plan.objective.maximises):
@@ -185,9 +184,8 @@ def time_to_gap(reports: Sequence[Progress], plan: Plan | None, solve_s: float, 
 def _of_the_whole_family(reports: Sequence[Progress], *, maximises: bool) -> Sequence[Progress]:
     """Return the reports about the whole family.
 
-    Column generation first solves a smaller family, down to whole counts, and what it reports until then bounds only
-    that
-    family. A bound that moves away from the plans shows the same, because a proven bound only closes in.
+    Column generation first solves a smaller family, down to whole counts, and its reports until then bound only that
+    family. A bound that moves away from the plans also marks such reports, because a proven bound only closes in.
     """
     start = 0
     for i, (before, after) in enumerate(itertools.pairwise(reports), start=1):

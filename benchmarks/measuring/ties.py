@@ -1,7 +1,7 @@
 """Rules for placing head groups that do not affect the makespan, compared over a sequence of admissions.
 
 If one device is the slowest in any case, every placement that keeps the others below it is optimal now, and later
-admissions, growth and drift show which one was good. All rules here keep the makespan of the plan they are given.
+admissions, growth and drift show which one was good. All rules here keep the makespan of the given plan.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def least_power(power: float) -> Rearranged:
 
 
 def any_placement(problem: DispatchProblem, plan: DispatchPlan) -> IntArray:
-    """Take the first device with room in time and memory, in a varying order, as ``min z`` alone may do."""
+    """Take the first device with room in time and memory, in varying order, as ``min z`` alone may do."""
     return _searched(problem, plan, 0.0)
 
 
@@ -80,7 +80,7 @@ def measured(*, quick: bool, only: str) -> Iterator[Row]:
 
 
 def _searched(problem: DispatchProblem, plan: DispatchPlan, power: float) -> IntArray:
-    """Return the plan's groups [J, D] rearranged."""
+    """Return the plan's groups [J, D] after a local search."""
     placed = np.flatnonzero(plan.groups.any(axis=1))
     if not len(placed):
         return plan.groups
@@ -128,7 +128,7 @@ def _fits(
     costs: Costs, running: Running, placement: Placement, device: int, groups: int, context: int, blocks: int,
     limit_s: float,
 ) -> float:  # fmt: skip
-    """Return the device's seconds with so many more groups, infinite if blocks or the limit do not allow them."""
+    """Return the device's seconds with this many more groups, or infinity if blocks or the limit do not allow them."""
     if placement.room[device] < groups * blocks:
         return np.inf
     late = seconds_with(costs, running, placement, device, groups, groups * context)

@@ -1,7 +1,8 @@
-"""A vLLM engine in a process of its own, run by vLLM's Python: answers each line on stdin with one line of JSON.
+"""A vLLM engine in a separate process, run by vLLM's Python. Answers each line on stdin with one line of JSON.
 
-The first line says how to make the engine; each further line is a list of prompts with their output lengths. Nothing
-else of hetis is imported, and vLLM runs in this one process, so its CPU seconds cover scheduler, ranks and kernels.
+The first line configures the engine; each further line is a list of prompts with their output lengths. This file
+imports nothing else of hetis, and vLLM runs in this one process, so that its CPU seconds cover scheduler, ranks and
+kernels.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def slowdown(right: Stage, wrong: Stage, requests: Requests) -> tuple[float, boo
 
 
 def seconds_of(stage: Stage, groups: IntArray, requests: Requests) -> float:
-    """Return the seconds of the slowest device with ``groups`` [J, D], as if they had been running there."""
+    """Return the seconds of the slowest device if ``groups`` [J, D] were running there."""
     heads = groups.sum(axis=0) * stage.heads.queries_per_group
     kv_bytes = (requests.context_tokens @ groups).astype(np.float64) * stage.heads.kv_bytes_per_token
     costs = costs_of(stage)

@@ -1,9 +1,9 @@
 """A data centre on one machine: ``python -m examples.demo_cluster`` (or ``make demo-cluster``).
 
 A planner and twelve node agents run as separate processes and talk over loopback. The engines behind the agents are
-simulated; planner, agents, protocol and solver are the real ones. The story: a placement is proved and put in force,
-load comes, one card becomes slow, one node dies, the planner itself is killed; the head groups of running requests move
-each time, and serving goes on.
+simulated; planner, agents, protocol and solver are real. The story: a placement is proved and activated, load arrives,
+a GPU becomes slow, a node dies, the planner itself is killed. The head groups of running requests move each time, and
+serving continues.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from examples.processes import DemoProcesses
 
-START_TIMEOUT_S = 300.0  # the first start on a machine compiles
+START_TIMEOUT_S = 300.0  # the first start on a machine compiles kernels
 
 
 class Processes(DemoProcesses):
-    """Everything that the demo starts."""
+    """The processes that the demo starts."""
 
     def start_agent(self, node: str, *, server: str, devices: str, control: Path) -> None:
         command = [

@@ -29,14 +29,14 @@ TPOT_LIMIT_S = 0.2
 NODES = {"h100": "H100-SXM-80GB:2"} | {f"p100-{i}": "P100-PCIe-16GB:1" for i in range(11)}
 SLOW_FACTOR = 3.0
 LOAD = {"load_ratio": 0.8, "prompt_tokens": 8000, "output_tokens": 300}
-RUSH = LOAD | {"load_ratio": 4.0}  # until enough requests run; at the load itself that would take a minute
+RUSH = LOAD | {"load_ratio": 4.0}  # until enough requests run; at the normal load that would take a minute
 NUM_RUNNING = 20
 HEARTBEAT, LEASE = "500ms", "3s"
 PATIENCE_S = 6
 
 
 class Story:
-    """Tells the story and records what was seen, for a test."""
+    """The story, which records for a test what was seen."""
 
     def __init__(self, processes: Processes, teller: Teller, folder: Path) -> None:
         self._processes, self._teller = processes, teller
@@ -46,8 +46,7 @@ class Story:
         self._seen: dict[str, Any] = {}
 
     def tell(self, *, after: Callable[[str], None] = lambda _chapter: None) -> dict[str, Any]:
-        """Run the whole story and return what was seen. ``after`` is called with the name of every chapter that has
-        ended.
+        """Run the whole story and return what was seen. ``after`` is called with the name of every finished chapter.
 
         Raises:
             ProcessError: something did not happen in time.
@@ -228,7 +227,7 @@ class Story:
         say(f"{self._killed} is back; after {took_s:.1f} s the replica is SERVING with all its devices")
         self._seen["recovered"] = {"proposal": proposal.proposal_reason, "took_s": took_s}
 
-    # --- what the planner says
+    # --- the planner's view
 
     def _ready(self) -> int:
         return sum(1 for _ in self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
@@ -260,7 +259,7 @@ class Story:
         )
 
     def _last_redispatch(self) -> redispatch_pb2.Redispatch:
-        """Return the newest re-dispatch that is done."""
+        """Return the newest finished re-dispatch."""
         return next(
             redispatch
             for redispatch in self._client.list_redispatches(CLUSTER)
@@ -284,7 +283,7 @@ class Story:
         return news
 
     def _steer(self, control: dict[str, Any]) -> None:
-        """Set what the simulated engines do from now on."""
+        """Set the behaviour of the simulated engines from now on."""
         self._control.write_text(json.dumps(control), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The output of the story: chapters, what happened when, and bars of KV use."""
+"""The output of the story: chapters, events with their times, and bars of KV use."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A model whose heads live in three processes: ``python -m examples.demo_serve`` (or ``make demo-serve``).
 
-A tiny model is made; planner, agent, vLLM with hetis' plugin and two attention workers are started, and a plan is put
-in force. While a chat streams, the planner sees the primary's KV fill and has head groups moved, through the agent.
-Then the worker that got them is killed, and started again. Every answer is compared with that of transformers.
+The demo makes a tiny model, starts planner, agent, vLLM with hetis' plugin and two attention workers, and activates a
+plan. While a chat streams, the planner sees the primary's KV fill up and moves head groups through the agent. Then the
+worker that received them is killed and restarted. Every answer is compared with that of transformers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from examples.demo_serve.planner import HERE, Planner, told
 from examples.demo_serve.processes import Processes, vllm_python
 from examples.processes import ProcessError
 
-PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # as the plan calls them
+PRIMARY, WORKERS = "box/0", ("box/1", "box/2")  # names in the plan
 DEVICES = (PRIMARY, *WORKERS)
 MOST_TOKENS = 1024
-NUM_BLOCKS = 280  # the plan has the room of real cards; here half of the primary fills up within a chat
+NUM_BLOCKS = 280  # the plan has the room of real GPUs; here a chat fills half of the primary
 WORKER_KV = "16MiB"
 QUESTION = "Where do the heads of this answer live?"
 TOKENS = 900
 EVERY = 150  # tokens between two lines of the story
-MOST_CHATS = 12  # within which everything has happened; the planner compiles its kernels during the first
+MOST_CHATS = 12  # enough for everything to happen; the planner compiles its kernels during the first
 NOT_INSTALLED = "vLLM is not installed in .venv-vllm (make vllm), nor does HETIS_VLLM_PYTHON name its Python"
 Say = Callable[[str], None]
 
@@ -112,7 +112,7 @@ def tell(folder: Path, python: Path, out: TextIO) -> Json:
 
 
 def make_model(python: Path, folder: Path) -> str:
-    """Make the model in a folder and return what transformers answers. Raises ProcessError if it did not."""
+    """Make the model in a folder and return the answer of transformers. Raises ProcessError on failure."""
     command = [str(python), "-m", "examples.demo_serve.model", str(folder), QUESTION, str(TOKENS)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
@@ -127,10 +127,10 @@ class Story:
 
     Attributes:
         count: number of the planner's re-dispatches that have been told.
-        killed: the worker that was killed; empty: none yet.
-        is_restarted: its process runs again.
-        is_back: it takes heads again.
-        maps: where each head was, at every line of the story.
+        killed: the worker that was killed; empty if none was yet.
+        is_restarted: whether its process runs again.
+        is_back: whether it takes heads again.
+        maps: the device of each head, at every line of the story.
     """
 
     processes: Processes
@@ -192,7 +192,7 @@ class Story:
 
 
 def _shown(owners: tuple[str, ...], up: tuple[str, ...]) -> str:
-    """Return ``box/0 0·23·56·`` for each device."""
+    """Return a part such as ``box/0 0·23·56·`` for each device."""
     parts = []
     for name in DEVICES:
         marks = "".join(str(i) if owner == name else "·" for i, owner in enumerate(owners))

@@ -1,7 +1,7 @@
-"""A tiny model with random weights: config, weights, tokenizer and chat template, in a folder as Hugging Face has it.
+"""A tiny model with random weights: config, weights, tokenizer and chat template in a Hugging Face folder.
 
-The tokenizer is a byte-level BPE trained on this repository's documents. The model's answers make no sense, but they
-must be exactly the same however its heads are distributed.
+The tokenizer is a byte-level BPE trained on this repository's documents. The model's answers make no sense, but must be
+exactly the same however its heads are distributed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of a Llama; r = q_heads / kv_heads. ``head_dim`` None: hidden / q_heads."""
+    """Sizes of a Llama; r = q_heads / kv_heads. A ``head_dim`` of None means hidden / q_heads."""
 
     layers: int = 4
     hidden: int = 128

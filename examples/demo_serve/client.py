@@ -1,4 +1,4 @@
-"""The demo's requests to vLLM: chats over HTTP, and where head groups are, as the agent would ask."""
+"""The demo's requests to vLLM: chats over HTTP, and the devices of head groups, as the agent asks for them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The device of each head group of the only running request (empty: none runs), and which devices are up."""
+    """The device of each head group of the only running request (empty if none runs), and which devices are up."""
 
     owners: tuple[str, ...]
     up: tuple[str, ...]
 
 
 class Client:
-    """Calls of the server at ``url``, whose executor listens at ``engine``."""
+    """Client of the server at ``url``, whose executor listens at ``engine``."""
 
     def __init__(self, url: str, engine: Path, replica: str) -> None:
         self._url, self._replica = url, replica
@@ -38,7 +38,7 @@ class Client:
         self._channel.close()
 
     def heads(self) -> Heads:
-        """Return them as they are between two steps."""
+        """Return the heads as they are between two steps."""
         for piece in self._executor.ReadHeadMaps(ReadHeadMapsRequest(replica=self._replica), timeout=60):
             for head_map in piece.head_maps:
                 names = [device.name for device in head_map.devices]

@@ -1,4 +1,4 @@
-"""The demo's calls of the planner: put the plan in force, and show what became of re-dispatches."""
+"""The demo's calls of the planner: activate the plan, and report the outcome of re-dispatches."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hetis.v1 import (
 
 CLUSTER, PLAN = "clusters/demo", "plans/demo"
 HERE = Path(__file__).parent
-HIGH_WATER = 0.5  # share of a device's KV above which heads leave: low, so that there is something to see
+HIGH_WATER = 0.5  # share of a device's KV above which heads leave; low, so that there is something to see
 
 
 class Planner:
-    """Calls of the planner at ``address``."""
+    """Client of the planner at ``address``."""
 
     def __init__(self, address: str) -> None:
         self._client = Client(address)
@@ -52,7 +52,7 @@ class Planner:
         return any(self._client.list_nodes(CLUSTER, states=[cluster_pb2.NODE_STATE_READY]))
 
     def put_in_force(self) -> None:
-        """Put the plan of ``plan.json`` in force, which the planner checks."""
+        """Activate the plan of ``plan.json``, which the planner checks."""
         imported = document_of_file(HERE / "plan.json", document_pb2.DOCUMENT_KIND_PLAN)
         plan = plan_pb2.Plan(cluster=CLUSTER, imported=imported)
         self._client.plans.CreatePlan(
@@ -62,7 +62,7 @@ class Planner:
         self._client.plans.ActivatePlan(plan_service_pb2.ActivatePlanRequest(name=PLAN))
 
     def is_serving(self) -> bool:
-        """Return whether the replica is in force with all its devices."""
+        """Return whether the replica is active with all its devices."""
         replicas = list(self._client.list_replicas(CLUSTER))
         return bool(replicas) and all(r.state == replica_pb2.REPLICA_STATE_SERVING for r in replicas)
 
@@ -72,14 +72,14 @@ class Planner:
         return str(found.name)
 
     def redispatches(self) -> list[redispatch_pb2.Redispatch]:
-        """Return those that moved something, in order."""
+        """Return the re-dispatches that moved something, in order."""
         done = redispatch_pb2.REDISPATCH_STATE_DONE
         found = [one for one in self._client.list_redispatches(CLUSTER) if one.state == done]
         return sorted(found, key=lambda one: one.create_time.ToNanoseconds())
 
 
 def told(redispatch: redispatch_pb2.Redispatch) -> str:
-    """Return what triggered it, what it moved, and how long that took."""
+    """Return a sentence about the trigger, the moves and the duration."""
     first = redispatch.triggers[0]
     kind = redispatch_pb2.TriggerKind.Name(first.kind).removeprefix("TRIGGER_KIND_").lower().replace("_", " ")
     why = f"{kind} of {first.device}" if first.device else kind

@@ -16,7 +16,7 @@ import yaml
 from examples.processes import DemoProcesses, ProcessError
 
 START_S = 900  # the first start compiles kernels, which takes minutes on a busy machine
-BLOCK_TOKENS = 32  # of vLLM's blocks: its CPU kernels take multiples of that
+BLOCK_TOKENS = 32  # of vLLM's blocks; its CPU kernels need multiples of it
 _ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +27,7 @@ def vllm_python() -> Path | None:
 
 
 class Processes(DemoProcesses):
-    """Everything that the demo starts.
+    """The processes that the demo starts.
 
     Attributes:
         engine: the socket through which the agent controls vLLM.
@@ -42,19 +42,19 @@ class Processes(DemoProcesses):
         self.engine = folder / "engine.sock"
 
     def start_agent(self, server: str, *, node: str, devices: str) -> None:
-        """Start the agent, which calls the planner, and the engine at its socket as soon as that exists."""
+        """Start the agent, which connects to the planner, and to the engine once its socket exists."""
         command = ["hetis-agent", "--server", server, "--node", node, "--engine", f"unix://{self.engine}"]
         command += ["--simulated-devices", devices, "--state-dir", str(self.folder / "agent")]
         self._start("agent", command)
 
     def start_worker(self, name: str, kv_memory: str) -> None:
-        """Start the worker, which listens on the same port each time."""
+        """Start the worker, on the same port each time."""
         command = [Path(sys.executable).name, "-m", "hetis.runtime.worker", "--name", name]
         command += ["--listen", f"127.0.0.1:{self._ports[name]}", "--key-file", str(self._key)]
         self._start(_file(name), [*command, "--kv-memory", kv_memory])
 
     def kill_worker(self, name: str) -> None:
-        """Kill the worker, as a power cut would."""
+        """Kill the worker like a power cut."""
         self.kill(_file(name))
 
     def start_server(self, python: Path, model: Path, *options: str) -> str:
@@ -70,7 +70,7 @@ class Processes(DemoProcesses):
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Its numba differs: in a shared folder each would discard what the other has compiled.
+            # Its numba version differs: in a shared folder, each would discard the other's compiled code.
             "NUMBA_CACHE_DIR": str(python.parents[1] / "numba"),
         }
         self._start("server", command, environment=environment)
@@ -79,7 +79,7 @@ class Processes(DemoProcesses):
         return url
 
     def end_server(self) -> None:
-        """End vLLM as Kubernetes would, by SIGTERM. Raises ProcessError if it did not end well."""
+        """Stop vLLM with SIGTERM, as Kubernetes does. Raises ProcessError if it did not exit cleanly."""
         self._running["server"].terminate()
         if self._running["server"].wait(60) != 0:
             raise ProcessError(f"vLLM did not end well:\n{self.tail('server', 40)}")
@@ -88,10 +88,10 @@ class Processes(DemoProcesses):
         """Wait like `DemoProcesses.wait_until`, with time for such processes to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
-    # --- inside
+    # --- private
 
     def _settings(self) -> Path:
-        """Return the plugin's file: groups stay with vLLM until the planner moves them."""
+        """Return the plugin's file, which keeps groups in vLLM until the planner moves them."""
         path = self.folder / "workers.yaml"
         document = {
             "apiVersion": "hetis/v1",

@@ -1,8 +1,8 @@
 """A plan that serves: ``python -m examples.demo_vllm`` (or ``make demo-vllm``).
 
-A tiny model is made. A planner and the agents of two nodes are started, and a plan is put in force: the agents start
-vLLM, one replica each, of different size. nginx shares requests out by the plan's weights. One engine is killed and
-comes back. Then another plan is rolled out, which replaces a replica. Clients ask all the time, and no request fails.
+The demo makes a tiny model, starts a planner and the agents of two nodes, and activates a plan. The agents start vLLM,
+one replica each, of different sizes. nginx distributes requests by the plan's weights. One engine is killed and comes
+back. Then another plan is rolled out, which replaces a replica. Clients send requests all the time, and none fails.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_model(python: Path, folder: Path) -> Path:
 
 
 class Story:
-    """The demo, told to ``out`` as it happens."""
+    """The demo, which prints to ``out`` as it proceeds."""
 
     def __init__(self, folder: Path, engine: Json, nginx: Path, out: TextIO) -> None:
         self._folder, self._engine, self._nginx, self._out = folder, engine, nginx, out
@@ -132,7 +132,7 @@ class Story:
             self._say(f"  {one.name.rpartition('/')[2]:8} on {', '.join(_devices(one)):20} at {one.report.endpoint}")
 
     def _answers(self, load: Load) -> dict[str, int]:
-        """Wait for so many more answers and return how many came from each replica."""
+        """Wait for this many more answers and return how many came from each replica."""
         before = load.served
         self._wait_for(load, lambda: sum((load.served - before).values()) >= ANSWERS, f"{ANSWERS} answers came")
         return dict(load.served - before)

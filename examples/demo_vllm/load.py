@@ -60,7 +60,7 @@ class Load:
                         messages=[{"role": "user", "content": f"Question {asked} of client {number}"}],
                         max_tokens=TOKENS,
                     )
-                    # Where nginx asked several, the last one answered.
+                    # If nginx tried several replicas, the last one answered.
                     replica = answer.headers.get("x-served-by", "").rpartition(", ")[2]
                     assert answer.parse().choices
                 except openai.OpenAIError as error:

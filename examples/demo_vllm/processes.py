@@ -1,4 +1,4 @@
-"""The processes of the demo: planner, two agents that start vLLM, nginx, and what writes nginx's list of servers."""
+"""The processes of the demo: planner, two agents that start vLLM, nginx, and the writer of nginx's server list."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from examples.processes import DemoProcesses, ProcessError
 
 START_S = 900.0  # vLLM compiles at its first start, which takes minutes on a busy machine
-KV_TOKENS = 20_000  # the plan's room is that of real cards
+KV_TOKENS = 20_000  # the plan has the room of real GPUs
 NODES = {"big": "A100-SXM-80GB:1", "small": "T4:2"}
 _NGINX = """\
 {user}daemon off;
@@ -63,7 +63,7 @@ def vllm_cpu(python: Path, model: Path) -> dict[str, Any]:
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Its numba is another one: in one folder each would throw away what the other has compiled.
+            # Its numba version differs: in a shared folder, each would discard the other's compiled code.
             "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(python.parents[1] / "numba")),
         },
     }
@@ -79,7 +79,7 @@ class Processes(DemoProcesses):
     """The processes that the demo starts itself; the agents start vLLM."""
 
     def start_agent(self, node: str, *, server: str, engine: Mapping[str, Any]) -> None:
-        """Start an agent that runs an engine on ports of its own; ``engine`` holds its settings."""
+        """Start an agent that runs an engine on separate ports; ``engine`` holds its settings."""
         settings = {
             "apiVersion": "hetis/v1",
             "kind": "EngineSettings",
@@ -100,7 +100,7 @@ class Processes(DemoProcesses):
         self._start(node, [*command, "--state-dir", str(self.folder / "agents" / node)])
 
     def kill_engine(self, node: str) -> int:
-        """Kill an engine as an out-of-memory kernel would; return its process id."""
+        """Kill an engine as the kernel does when out of memory; return its process id."""
         (leader,) = self.engines(node)
         os.kill(leader, signal.SIGKILL)
         return leader
@@ -111,7 +111,7 @@ class Processes(DemoProcesses):
         return sorted(int(file.name) for file in sessions.glob("*"))
 
     def start_router(self, nginx: Path, server: str) -> str:
-        """Start nginx in front of what serves; return its address."""
+        """Start nginx in front of the serving replicas; return its address."""
         port = free_ports(1)
         user = "user root;\n" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
@@ -137,12 +137,12 @@ class Processes(DemoProcesses):
         return done.stdout
 
     def wait_until(self, is_so: Callable[[], object], what: str, *, timeout_s: float = START_S) -> float:
-        """Wait like `DemoProcesses.wait_until`, but as long as such processes need to start."""
+        """Wait like `DemoProcesses.wait_until`, with time for vLLM to start."""
         return super().wait_until(is_so, what, timeout_s=timeout_s)
 
 
 def free_ports(count: int) -> int:
-    """Return the first of so many consecutive free ports."""
+    """Return the first of ``count`` consecutive free ports."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as found:
             first = int(found.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The quick form of every benchmark runs and gives what its rows promise; no time is asserted here."""
+"""The quick form of every benchmark runs and its rows hold what they promise. No time is asserted here."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ PROMISED = {
     | {"planned_over_best", "headed"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
-# Their quick forms take from 10 to 50 CPU seconds: `make soak` runs them to the end, other runs to the first row.
+# Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
 LONG = ("placement", "published", "ablations", "simulation", "goodput")
-# Their first row takes 10 CPU seconds or more: `make soak` alone runs them.
+# Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
 SLOW = ("paper", "robustness", "strategies")
 
 
-LIMIT_S = 300  # far above what any of them takes: one that hangs is ended, and no figure depends on it
+LIMIT_S = 300  # far above what any of them needs; it only ends one that hangs
 
 
 def run(*arguments: str) -> str:
@@ -107,8 +107,7 @@ def run(*arguments: str) -> str:
 
 
 def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
-    """Return what a command prints first; it is stopped then, with all that it started. Without a line the test
-    fails."""
+    """Return the first line that a command prints, then stop it and its children. Fails without a line."""
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
@@ -128,7 +127,7 @@ def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
             line = running.stdout.readline()
         finally:
             deadline.cancel()
-            deadline.join()  # it kills nobody once the process is waited for
+            deadline.join()  # it kills nothing once the process has been waited for
             os.killpg(running.pid, signal.SIGKILL)
         if not line.endswith("\n"):
             complaints.seek(0)
@@ -138,12 +137,12 @@ def first_line(command: Sequence[str], *, limit_s: float = LIMIT_S) -> str:
 
 
 def quick_rows(name: str) -> list[dict[str, Any]]:
-    """Rows of the quick form."""
+    """Return the rows of the quick form."""
     return rows_of(run(f"benchmarks.{name}", "--quick", "--json").splitlines())
 
 
 def rows_of(lines: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows, read as strict JSON."""
+    """Return the rows, read as strict JSON."""
 
     def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is no JSON")
@@ -299,7 +298,7 @@ def plan_of_gap(gap: float) -> Plan:
 def test_a_gap_counts_only_against_a_bound_of_the_whole_family() -> None:
     reports = [
         progress("column generation", 1.0, None, 100.4),
-        progress("whole counts", 2.0, 100.0, 100.4),  # of the smaller family
+        progress("whole counts", 2.0, 100.0, 100.4),  # in the smaller family
         progress("column generation", 3.0, 100.0, 103.0),
         progress("column generation", 4.0, 100.0, 100.4),
         progress("whole counts", 5.0, 100.0, 100.4),

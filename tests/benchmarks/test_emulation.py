@@ -1,4 +1,4 @@
-"""The emulation's rules place what they should, its cards take what they should, and its quick form runs."""
+"""The emulation's rules place heads as they should, its GPUs take the right time, and its quick form runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADS = HeadShape(head_groups=8, queries_per_group=2, kv_bytes_per_token=128.0, 
 
 
 def stage(seconds: list[float], *, call_s: float = 0.0, transfer_s: float = 0.0) -> Stage:
-    """Devices that take so many seconds per query head, and nothing for KV."""
+    """Return devices that take these seconds per query head and no time for KV."""
     num = len(seconds)
     return Stage(
         heads=HEADS,

@@ -1,4 +1,4 @@
-"""Which calls the host let be: what makes calm percentiles of a shared machine mean something."""
+"""Which calls the host left undisturbed, without which calm percentiles of a shared machine mean nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CALLS = st.lists(st.tuples(st.floats(90, 130), st.floats(0, 10)), min_size=1, ma
 
 
 def let_be(samples: Sequence[tuple[float, float]], began_s: float, seconds: float) -> bool:
-    """Said again, call by call: no stretch between two samples in which much was taken touches the call."""
+    """Decide call by call, as an oracle, that no interval with much stolen time touches the call."""
     for (from_s, before), (until_s, after) in itertools.pairwise(samples):
         touches = from_s < began_s + seconds and until_s >= began_s - AFTERMATH_S
         if touches and (after - before) / (until_s - from_s) > MOST_STOLEN_SHARE:
@@ -52,7 +52,7 @@ def test_what_was_taken_between_two_samples_is_felt_for_two_seconds() -> None:
         (103.0, 5.0): False,  # around it
         (106.4, 0.1): False,  # 1.9 s after it
         (106.6, 0.1): True,  # 2.1 s after it
-        (90.0, 1.0): True,  # before anybody watched
+        (90.0, 1.0): True,  # before the first sample
         (200.0, 1.0): True,
     }
     began_s, seconds = zip(*calls, strict=True)

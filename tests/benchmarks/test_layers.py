@@ -1,4 +1,4 @@
-"""The queue of a placement of layers keeps its rules, and agrees with the objective on which placement serves more."""
+"""The queueing model of layers keeps its rules, and agrees with the objective on the better placement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def one_node(in_flight: float) -> LayersProblem:
-    """A node of 10 ms per batch of any size, prompts free: with a room for so many requests of 1 + 2 * 50 tokens."""
+    """Return a node with 10 ms per batch of any size, free prompts, and room for requests of 1 + 2 * 50 tokens."""
     flat = TimeTable(sizes=(1.0, 1000.0), seconds=(0.01, 0.01000001))
     free = TimeTable(sizes=(1.0, 1000.0), seconds=(0.0, 1e-9))
     kind = NodeType(
@@ -39,7 +39,7 @@ def test_the_queue_fills_kv_room_and_makes_a_token_per_round_trip() -> None:
     problem = one_node(100)
     served = ChainQueue(problem, solve_layers(problem)).run(warm_up_s=10, measured_s=30)
     assert served.in_flight == pytest.approx(100, rel=0.1)
-    # A token is made when its batch ends and asks for the next one: between one and two batches of 10 ms.
+    # A token is made when its batch ends, and then requests the next one: between one and two batches of 10 ms.
     assert 0.0099 < served.round_trip_s < 0.0201
     assert served.rate_rps == pytest.approx(served.in_flight / (50 * served.round_trip_s), rel=0.05)
 
@@ -57,7 +57,7 @@ def test_the_queue_serves_more_where_the_objective_is_higher(monkeypatch: pytest
     rates = [plan.rate_rps for plan in found]
     assert spearman(rates, queued) > 0.7
     assert all(0.7 < queue / rate < 1.5 for queue, rate in zip(queued, rates, strict=True))
-    assert queued[-1] < 0.8 * queued[2]  # most flow is not most served
+    assert queued[-1] < 0.8 * queued[2]  # maximum flow does not serve the most
 
 
 @pytest.mark.parametrize("name", FLEETS)

@@ -1,4 +1,4 @@
-"""The benchmark of the service: a planner, twenty agents, a second or two of everything; no time is asserted."""
+"""The benchmark of the service with a planner and twenty agents for a second or two; no time is asserted."""
 
 from __future__ import annotations
 

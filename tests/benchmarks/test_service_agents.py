@@ -1,4 +1,4 @@
-"""Agents and dispatch streams of the service's benchmark outlive their connections, all of which the planner ends."""
+"""Agents and dispatch streams of the service's benchmark outlive their connections, which the planner ends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Talk = Callable[["Stream"], Awaitable[None]]
 
 
 class Stream:
-    """A stream of an agent, as the planner has it."""
+    """The planner's end of an agent's stream."""
 
     def __init__(self, messages: AsyncIterator[pb.ConnectNodeRequest], context: Any) -> None:
         self._messages, self._context = messages, context
 
     async def hear(self, kind: str) -> pb.ConnectNodeRequest:
-        """The next message of a kind; what comes before is left out."""
+        """Return the next message of a kind, skipping what comes before it."""
         async for message in self._messages:
             if message.WhichOneof("message") == kind:
                 return message
@@ -42,7 +42,7 @@ class Stream:
 
 
 class Planner:
-    """Says Welcome, talks as the test says, and then ends the stream as gRPC does one whose connection is too old."""
+    """A planner that welcomes, follows the test's script, and ends the stream as gRPC does at a connection's end."""
 
     def __init__(self, talks: Sequence[Talk]) -> None:
         self._talks = iter(talks)
@@ -68,7 +68,7 @@ class Planner:
 
 @asynccontextmanager
 async def agent_of(*talks: Talk) -> AsyncIterator[tuple[ScriptedAgent, Planner]]:
-    """An agent whose streams end after each of the talks; the last one stays."""
+    """Yield an agent whose streams end after each of the talks, except for the last one."""
     planner, server = Planner(talks), grpc.aio.server()
     agent_service_pb2_grpc.add_AgentServiceServicer_to_server(cast(Any, planner), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -118,7 +118,7 @@ def test_an_agent_whose_connection_ends_comes_back_as_the_same_and_says_what_it_
             assert [*second.replicas] == [*third.replicas] == [held]
             assert [status.change_id for status in third.changes] == ["x"]
             assert [replica.replica for replica in reports[0].replicas] == [REPLICA]
-            while agent.num_reconnects < 2:  # the agent has yet to hear the last Welcome
+            while agent.num_reconnects < 2:  # the agent has not received the last Welcome yet
                 await asyncio.sleep(0)
 
     reports = list[pb.NodeReport]()
@@ -133,7 +133,7 @@ def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> N
         async with agent_of(wait) as (agent, planner):
             left.set()
             while agent.is_connected:
-                await agent.report()  # also when the stream has ended and the agent has not read so
+                await agent.report()  # also if the stream has ended and the agent has not noticed
                 await asyncio.sleep(0)
             before = agent.num_sent
             await agent.report()
@@ -150,7 +150,7 @@ def test_what_is_sent_between_two_streams_is_not_counted_and_ends_nothing() -> N
 
 
 class EndingStream:
-    """A dispatch stream every step of which fails, or is answered with the stream's number."""
+    """A dispatch stream whose every step fails, or is answered with the stream's number."""
 
     def __init__(self, number: int, code: grpc.StatusCode | None) -> None:
         self._number, self._code = number, code
@@ -167,7 +167,7 @@ class EndingStream:
 
 
 def steps(*codes: grpc.StatusCode | None, at_once: int = 1) -> tuple[list[Any], list[EndingStream]]:
-    """What ``at_once`` steps heard, and the streams, which fail with ``codes`` one after the other."""
+    """Return the answers of ``at_once`` steps, and the streams, which fail with ``codes`` in order."""
     opened, left = list[EndingStream](), iter(codes)
 
     def open_stream() -> Any:

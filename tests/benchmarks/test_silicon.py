@@ -1,4 +1,4 @@
-"""Predictions beside measured serving points: how rows are posed, what virtual time says, what statistics count."""
+"""Predictions against measured serving points: how rows are posed, virtual time, and statistics."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ def test_a_row_is_posed_as_it_says() -> None:
     nvfp4 = pose(row(model_path="nvidia/Qwen3-32B-NVFP4", gemm_quant_mode="nvfp4", backend="trtllm"))
     assert (nvfp4.model.weight_bytes, nvfp4.model.kv_bytes) == (0.5625, 1.0)
     assert pose(row()).model.weight_bytes == 2.0
-    # The batch is that of one replica, the source's number that of a whole run of several.
+    # The batch is that of one replica; the source's number covers all replicas of a run.
     assert pose(row(batch_size="2")).requests == 2
     assert pose(row(batch_size="")).requests == 4
     # InferenceX varies lengths, and answers several tokens at once.
     inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
     assert (inferencex.shortest, inferencex.stream_interval) == (0.8, 10)
     assert (point.shortest, point.stream_interval) == (0.98, 1)
-    assert pose(row(backend="sglang")).shortest == 1.0  # it computes prompts apart, and who came at once stays together
+    # SGLang computes prompts separately, so that simultaneous requests stay together.
+    assert pose(row(backend="sglang")).shortest == 1.0
 
 
 def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
@@ -82,7 +83,7 @@ def test_a_point_that_does_not_fit_in_memory_is_skipped() -> None:
 
 
 def test_what_held_requests_back_unrecorded_is_skipped() -> None:
-    """Four requests in flight, and the times say that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
+    """Four requests are in flight, but the times say that one decodes: 64 tokens at 6.5 ms are 0.4 s, TTFT is 2 s."""
     point = pose(row(silicon_ttft_ms="2000"))
     assert point.decoding == pytest.approx(4 * 0.416 / 2.416)
     with pytest.raises(NotPosedError, match="the engine's own limit is not recorded"):
@@ -90,7 +91,7 @@ def test_what_held_requests_back_unrecorded_is_skipped() -> None:
 
 
 def test_one_request_at_a_time_takes_what_the_cost_model_says() -> None:
-    """Nobody waits: a prompt is one iteration, every further token one at the mean context."""
+    """No request waits: a prompt is one iteration, every further token one at the mean context."""
     point = replace(pose(row(batch_size="1")), shortest=1.0)
     found = silicon.predict(point)
     shape, profile = rank_shape(point.model, 1), silicon.profile_of(point.gpu, "vllm", 1)
@@ -116,12 +117,12 @@ def test_virtual_time_by_hand() -> None:
         return context
 
     load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
-    # Mixed: prompts at 3 s and, beside the first one's second token, 7 s (the budget left is 3 of 4, so two chunks:
+    # Mixed: prompts at 3 s and, with the first one's second token, 7 s (the budget left is 3 of 4, so two chunks:
     # 6 s and 9 s). The first has its tokens at 3, 6, 9 s, the second at 9, 10, 11 s.
     assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True), seconds, attended) == (6.0, 2.0)
-    # Apart: prompts at 3 s and 6 s, then both decode: 7 s, 8 s.
+    # Separate: prompts at 3 s and 6 s, then both decode: 7 s, 8 s.
     assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=False), seconds, attended) == (4.5, 1.75)
-    # One seat: the second waits until the first is through at 5 s.
+    # One seat: the second waits until the first ends at 5 s.
     assert closed_loop(load, Engine(chunk_tokens=4, seats=1, mixes=True), seconds, attended) == (5.5, 1.0)
 
 
@@ -137,7 +138,7 @@ def test_statistics_by_hand() -> None:
         "n": 2, "tpot_mape": 0.15, "tpot_bias": 0.05, "ttft_mape": 0.5, "ttft_bias": 0.0,
     }  # fmt: skip
     assert found["tpot_p90"] == pytest.approx(0.19)
-    # The peer answers one of them, 10% too slow; ours on the same one is 20% off.
+    # The peer answers one of them, 10% too slow; ours is 20% off for the same one.
     peer: silicon.Peer = {"made-up-1": "no data", "b": (0.05, 0.00715)}
     both = silicon.peer_statistics(outcomes, peer)
     assert (both["both_n"], both["both_tpot_mape"], both["peer_tpot_mape"]) == (1, 0.2, 0.1)
@@ -153,7 +154,7 @@ def test_groups_have_the_promised_columns() -> None:
     calibration = outcome(1.0, 1.0, model_path="Qwen/Qwen3-32B", tp_size="2")
     with_it = list(silicon.group_rows([*outcomes, calibration], None))
     assert [g["split"] for g in with_it if g["model"] == "Qwen3-32B"] == ["calibration"]
-    assert [g["n"] for g in with_it if g["gpu"] == "all"] == [1, 1]  # in no total
+    assert [g["n"] for g in with_it if g["gpu"] == "all"] == [1, 1]
     promised = {"gpu", "engine", "model", "kind", "mode", "n", "tpot_mape", "tpot_bias", "ttft_mape"}
     assert all(promised <= group.keys() for group in groups)
 

@@ -1,4 +1,4 @@
-"""A table of the documents either measures the code beside it, or says that it does not."""
+"""A table in the documents either measures the present code, or says that it does not."""
 
 from __future__ import annotations
 

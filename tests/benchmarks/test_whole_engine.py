@@ -1,4 +1,4 @@
-"""Whole engines in virtual time: what `benchmarks.whole_engine` simulates is what the formulas say of such a run."""
+"""Whole engines in virtual time: `benchmarks.whole_engine` simulates what the formulas predict for such a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_batch_that_comes_at_once_takes_the_time_of_its_iterations(tp: int, ba
     found = simulated(profile, asked)
     assert found is not None
     assert found.prompt_s == pytest.approx(predicted_s(profile, MODEL, tp, "prompt", batch, 512, 128), rel=0.05)
-    # By the middle of the output, contexts have half of it on top of the prompt.
+    # In the middle of the output, contexts are the prompt and half of the output.
     middle_s = predicted_s(profile, MODEL, tp, "token", batch, 512 + 64, 128)
     assert found.token_s == pytest.approx(middle_s, rel=0.01)
 

@@ -1,4 +1,4 @@
-"""What is shipped to run hetis with: every metric, option, setting and alert that it names exists."""
+"""Every metric, option, setting and alert that the shipped deployment files name exists."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 class OneStore:
-    """As much of a store as its metrics are of."""
+    """The part of a store that its metrics read."""
 
     health = StoreHealth(clock=lambda: 0.0)
     lease = Lease(5.0)
 
 
 def metrics() -> dict[str, str]:
-    """Every name that can be scraped, and the kind of its family."""
+    """Return every name that can be scraped, with the kind of its family."""
     planner, agent = ServiceMetrics("0").registry, AgentMetrics(version="0").registry
     store: Any = OneStore()
     found = [*planner.collect(), *agent.collect(), *FleetCollector(FleetCounters()).collect()]
@@ -126,7 +126,7 @@ def test_services_start_again_but_where_only_a_person_can_help() -> None:
 
 
 def commands(app: typer.Typer) -> dict[str, set[str]]:
-    """Verbs of a command line, and the options of each."""
+    """Return the verbs of a command line with the options of each."""
     root: Any = typer.main.get_command(app)
     found = getattr(root, "commands", {}) | {"": root}
     return {name: {option for one in command.params for option in one.opts} for name, command in found.items()}
@@ -156,7 +156,7 @@ def test_systemd_understands_the_units(tmp_path: Path) -> None:
 
 
 def references(text: str) -> Iterator[str]:
-    """Values that a template reads, whole paths."""
+    """Yield the full paths of the values that a template reads."""
     yield from re.findall(r"\.Values\.([\w.]+)", text)
     for variable, path in re.findall(r"\$(\w) := \.Values\.(\w+)", text):
         yield from (f"{path}.{rest}" for rest in re.findall(rf"\${variable}\.([\w.]+)", text))
@@ -188,7 +188,7 @@ def test_the_chart_sets_variables_that_are_read() -> None:
 
 
 def rendered(**values: Any) -> list[Any]:
-    """The chart's manifests, by Helm itself: its library for Python (helm-python-sdk), or its command."""
+    """Return the chart's manifests, rendered by Helm's Python library (helm-python-sdk) or its command."""
     try:
         helm = importlib.import_module("helm_python")
     except ImportError:

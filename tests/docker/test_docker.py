@@ -1,4 +1,4 @@
-"""The images cannot be built here: at least every command, option, variable and file that they name exists."""
+"""The images cannot be built here, but every command, option, variable and file that they name must exist."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from hetis.runtime.worker.options import VARIABLES as WORKER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
-VLLM = ROOT / "docker" / "vllm.Dockerfile"  # begins with vLLM's image, which is what it is
+VLLM = ROOT / "docker" / "vllm.Dockerfile"  # is based on vLLM's image
 APPS = {"hetis-plan": plan_app, "hetis-planner": planner_app, "hetis-agent": agent_app}
-WORKER = "hetis-worker"  # its options come with the variables that they go by
+WORKER = "hetis-worker"  # its options can be given as environment variables
 COMMANDS = {*APPS, WORKER}
 
 
@@ -37,7 +37,7 @@ def compose() -> Any:
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """Every instruction of a Dockerfile and its arguments, continued lines joined, comments left out."""
+    """Return every instruction of a Dockerfile with its arguments, with continued lines joined and no comments."""
     text = "\n".join(line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
     return [
         (name, rest.strip())
@@ -46,7 +46,7 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 
 
 def commands() -> Iterator[list[str]]:
-    """Every command line of ours in the Dockerfiles, the compose file and the README."""
+    """Yield all our command lines in the Dockerfiles, the compose file and the README."""
     for path in DOCKERFILES:
         for name, rest in instructions(path):
             found = re.search(r"\[.*\]", rest)
@@ -64,7 +64,7 @@ def commands() -> Iterator[list[str]]:
 
 
 def parsed_options(command: list[str]) -> None:
-    """Fails unless the command and all its options exist."""
+    """Fail unless the command and all its options exist."""
     if command[0] == WORKER:
         assert {word for word in command if word.startswith("--")} <= set(WORKER_OPTIONS), " ".join(command)
         return
@@ -98,7 +98,7 @@ def test_every_variable_is_one_that_a_command_reads() -> None:
         HETIS_WORKER_KEY,
         HETIS_VLLM_CONFIG,
         *WORKER_OPTIONS.values(),
-    }  # the first: of the planner's configuration
+    }  # the first is in the planner's configuration
     for app in APPS.values():
         group = typer.main.get_command(app)
         for command in (group, *getattr(group, "commands", {}).values()):

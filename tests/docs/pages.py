@@ -1,4 +1,4 @@
-"""The pages that people read, and the command lines on them."""
+"""The hand-written pages, and the command lines on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEPARATORS = {"|", "&&", "||", ";", "&"}
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """One line of a page that a reader would type."""
+    """A line of a page that a reader would type."""
 
     page: str
     line: str
@@ -26,10 +26,10 @@ class CommandLine:
         return f"{self.page}: {self.line}"
 
     def programs(self) -> Iterator[list[str]]:
-        """The words of every program that the line starts, without variables and redirections.
+        """Yield the words of every program that the line starts, without variables and redirections.
 
         Raises:
-            ValueError: the line is no line of a shell.
+            ValueError: the line is not a shell command.
         """
         lexer = shlex.shlex(self.line, posix=True, punctuation_chars="|&;")
         lexer.whitespace_split, lexer.commenters = True, "#"
@@ -44,12 +44,12 @@ class CommandLine:
 
 
 def fences(text: str) -> Iterator[tuple[str, str]]:
-    """Kind and text of every fenced block."""
+    """Yield kind and text of every fenced block."""
     return ((found["kind"], found["text"]) for found in _FENCE.finditer(text))
 
 
 def command_lines() -> Iterator[CommandLine]:
-    """Every line of every block of bash, joined where it goes on."""
+    """Yield every line of every bash block, with continued lines joined."""
     for page in PAGES:
         for kind, text in fences(page.read_text(encoding="utf-8")):
             if kind == "bash":
@@ -60,7 +60,7 @@ def command_lines() -> Iterator[CommandLine]:
 
 
 def _without_shell(words: list[str]) -> list[str]:
-    """What is started: variables that are set before it and redirections are the shell's."""
+    """Return the program's words, without the shell's variable assignments and redirections."""
     kept: list[str] = []
     skips = False
     for word in words:

@@ -1,4 +1,4 @@
-"""A folder in which lines of pages are run as a reader would: by bash, with our programs on its path."""
+"""A folder in which lines of pages run as for a reader: in bash, with our programs on the path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAINS = {
 
 
 class Session:
-    """A shell's folder and environment. ``replaced``: what stands on pages, and what is here instead."""
+    """A shell's folder and environment. ``replaced`` maps text of pages to its replacement here."""
 
     def __init__(self, folder: Path, *, replaced: Mapping[str, str] | None = None, **variables: str) -> None:
         self.folder, self.replaced = folder, dict(replaced or {})
@@ -44,13 +44,13 @@ class Session:
         self.environment["PATH"] = f"{programs}:{self.environment['PATH']}"
 
     def written(self, line: str) -> str:
-        """The line with what is here in place of what stands on the page."""
+        """Return the line with the page's text replaced."""
         for there, here in self.replaced.items():
             line = line.replace(there, here)
         return line
 
     def run(self, line: str, *, codes: tuple[int, ...] = (0,)) -> str:
-        """What a line prints; it ends by itself, with one of ``codes``."""
+        """Run a line that ends by itself with one of ``codes``, and return its output."""
         command = ["bash", "-o", "pipefail", "-c", self.written(line)]
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=900, check=False
@@ -60,9 +60,9 @@ class Session:
 
     @contextmanager
     def running(self, line: str, until: str, *, end: signal.Signals = signal.SIGTERM, code: int = 0) -> Iterator[str]:
-        """Runs a line that goes on by itself: from when it prints ``until``, a pattern, to a signal that ends it.
+        """Run a line that does not end by itself, from when it prints the pattern ``until`` to a signal that ends it.
 
-        Yields what it printed so far.
+        Yields what it has printed so far.
         """
         process = subprocess.Popen(
             ["bash", "-c", f"exec {self.written(line)}"],

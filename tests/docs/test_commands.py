@@ -1,6 +1,6 @@
-"""Every command on every page is one that there is: options, verbs and values are read by the real parsers.
+"""Every command on every page exists: the real parsers read its options, verbs and values.
 
-`test_commands_run.py` runs them, or says why not.
+`test_commands_run.py` runs the commands, or says why not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.docs.pages import PAGES, ROOT, CommandLine, command_lines, fences
 from tests.planner.command_line import hetis_plan_here
 
 OURS = {"hetis-plan", "hetis-planner", "hetis-agent", "hetis-launch", "hetis-worker", "hetis-profile"}
-# What needs no planner, no engine and no search of seconds, on the files that `folder` has.
+# Commands that need no planner, engine or long search, on the files in `folder`.
 QUICK = {
     "catalog",
     "check",
@@ -37,7 +37,7 @@ QUICK = {
 
 @cache
 def group(program: str) -> Any:
-    """The command of one of our programs."""
+    """Return the command of one of our programs."""
     if program == "hetis-plan":
         from hetis.planner.cli.app import app
     elif program == "hetis-planner":
@@ -52,7 +52,7 @@ def group(program: str) -> Any:
 
 
 def parse(words: list[str]) -> None:
-    """Reads a command line as its program would. Raises where that would refuse it."""
+    """Parse a command line as its program would. Raises if the program would refuse it."""
     program, *arguments = words
     if program == "hetis-worker":
         from hetis.runtime.worker.options import make_parser
@@ -99,7 +99,7 @@ def test_our_programs_take_what_pages_tell_people_to_type(page: str) -> None:
 
 
 def test_commands_stand_in_blocks_of_bash() -> None:
-    """Elsewhere nobody would check them; a usage with its brackets is no command."""
+    """Elsewhere they would not be checked. A usage line with its brackets is not a command."""
     for page in PAGES:
         for kind, text in fences(page.read_text(encoding="utf-8")):
             if kind != "bash":
@@ -108,7 +108,7 @@ def test_commands_stand_in_blocks_of_bash() -> None:
 
 
 def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
-    """On a small plan, the samples of `init`, and the examples."""
+    """They run on a small plan, the samples of `init`, and the examples."""
     folder = tmp_path
     (folder / "examples").symlink_to(ROOT / "examples")
     assert hetis_plan_here("init", cwd=folder).returncode == 0
@@ -126,7 +126,7 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
     )
     made = hetis_plan_here("place", *inputs, "--no-verify", "--out", "plan.json", cwd=folder)
     assert made.returncode == 0, made.stderr
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")  # its plan is this one
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")  # README shows this plan
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     for line, value in (("Goodput", plan["result"]["value"]), ("Bound", plan["result"]["bound"])):
         assert re.findall(rf"^{line} +([\d.]+) requests/s", readme, re.MULTILINE) == [f"{value:.4g}"]
@@ -143,7 +143,7 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
 
 
 def _has_files(words: list[str], folder: Path) -> bool:
-    """Whether every file that a line reads is there, and the nodes that it names are the plan's."""
+    """Return whether every file that a line reads exists, and the nodes that it names are the plan's."""
     read = [word for before, word in pairwise(words) if before not in ("--out", "--html")]
     fleet = (folder / "examples" / "paper.yaml").read_text(encoding="utf-8")  # the plan's
     nodes = [re.sub(r"(-\d+)?=.*", "", word) for before, word in pairwise(words) if before == "--node-address"]
@@ -159,7 +159,7 @@ def _make(words: list[str]) -> None:
 
 
 def _module(words: list[str]) -> None:
-    """A module of ours, whose text has every option."""
+    """Check a module of ours, whose text names every option."""
     path = ROOT / (words[2].replace(".", "/") + ".py")
     package = ROOT / words[2].replace(".", "/") / "__init__.py"
     if words[2].split(".")[0] not in {"benchmarks", "tools", "tests", "examples"}:

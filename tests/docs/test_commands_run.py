@@ -1,6 +1,6 @@
-"""Every command on every page is run: here, by another test that the tables below name, or not, for a reason there.
+"""Every command on every page is run here or by another test named in the tables below, or not, for the reason given.
 
-Commands that search are checked whole, with `--dry-run`, in every run, and run to their end by the soak test.
+Every run checks commands that search with `--dry-run`; the soak test runs them to the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.planner.test_command_line_manners import tour
 
 LINES = list(command_lines())
 
-# What begins like this is not run by any test, and why.
+# Prefixes of lines that no test runs, with the reason.
 NOT_RUN = {
     r"pip install ": "it installs from a registry; tests/test_packaging.py installs what we build",
     r"make |\.ci/run|pytest |HETIS_\w+=\d+ .*pytest ": "it runs tests, this one among them, or is run by them below",
@@ -38,22 +38,22 @@ NOT_RUN = {
     r"bash exported/|curl http://10\.": "the machines of the tutorial; tests/planner/export reads the scripts",
     r"hetis-launch (show|processes) --plan plan.json --model /models/": "a model of 70B; those of docs/vllm.md are run",
 }
-# What begins like this is run by the test named.
+# Prefixes of lines that another test runs.
 RUN_ELSEWHERE = {
     r"hetis-launch (show|kubernetes) .*models/tiny": "tests/runtime/launch/test_command.py",
     r"hetis-launch processes .*--all-here": "tests/runtime/launch/test_command.py",
     r"hetis-profile (run --device cpu|fit|check) ": "tests/profiler/cli/test_end_to_end.py",
     r"hetis-plan upstreams ": "tests/planner/cli_server/test_upstreams.py",
 }
-# Run on a planner, or with the authority and the nodes that the page makes, by the tests below.
+# The tests below run these on a planner, or with the authority and the nodes that the page makes.
 WITH_A_PLANNER = (
     r"hetis-planner\b|hetis-agent |openssl |curl -s http://127|hetis-plan (apply|agents|get|watch|rollback|audit)\b"
 )
-# Offline, to the end in the soak test; some of them in every run (`tests/docs/test_commands.py`).
+# These run offline to the end in the soak test, and some in every run (`tests/docs/test_commands.py`).
 OFFLINE = r"hetis-plan |sed "
-PROFILES = r"--profile profile\.json"  # of a card that was measured just now: as `hetis-profile` above
+PROFILES = r"--profile profile\.json"  # of a GPU measured just before, like `hetis-profile` above
 
-# What the files of a page are, beside `init`'s, the examples and `plan.json`, a plan of the paper's cluster.
+# Files of a page besides those of `init`, the examples and `plan.json`, a plan of the paper's cluster.
 PAPER = "hetis-plan place -c examples/paper.yaml -m Llama-2-70B -w azure_conv_2023 --ttft 5s --tpot 200ms --no-verify"
 FILES = {
     "replanning.md": [
@@ -69,7 +69,7 @@ FILES = {
         "network: {bandwidth: 100Gbps, latency: 20us}\\n' > fleet.yaml",
     ],
 }
-# Lines whose exit code is part of what the page says.
+# Lines whose exit code is part of the page's statement.
 CODES = {
     r"--tpot 20ms": (ExitCode.INFEASIBLE,),
     r"--strict": (ExitCode.OK, ExitCode.MISSED),  # a slow machine proves less in the same time
@@ -77,7 +77,7 @@ CODES = {
 
 
 def is_tour(line: CommandLine) -> bool:
-    """Whether `test_the_tour_runs_verbatim` runs it."""
+    """Return whether `test_the_tour_runs_verbatim` runs it."""
     return line.page == "README.md" and line.line.partition("  #")[0].strip() in tour()
 
 
@@ -86,7 +86,7 @@ def begins(line: CommandLine, patterns: object) -> bool:
 
 
 def offline_lines(page: str) -> list[CommandLine]:
-    """The lines of a page that need nobody else, in its order."""
+    """Return the lines of a page that need no other process, in order."""
     return [
         line
         for line in LINES
@@ -107,7 +107,7 @@ def test_every_command_is_run_or_is_in_a_table_with_the_reason() -> None:
 
 
 def prepared(folder: Path, page: str) -> Session:
-    """The folder of somebody who reads that page, with the files that it takes for granted."""
+    """Return the folder of a reader of that page, with the files that it takes for granted."""
     session = Session(folder)
     (folder / "profile_export.jsonl").write_text(AIPERF)
     for line in FILES.get(page, ()):
@@ -124,7 +124,7 @@ SEARCHING = [
 
 
 def test_commands_that_search_are_whole(tmp_path: Path) -> None:
-    """Every name, file and option of them, and whether their results could be written."""
+    """Every name, file and option exists, and results could be written."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
     (tmp_path / "plans").mkdir()
@@ -141,14 +141,14 @@ def test_commands_that_search_are_whole(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("page", [page.name for page in PAGES if offline_lines(page.name)])
 def test_offline_commands_of_a_page_run(page: str, tmp_path: Path) -> None:
-    """As they stand there, one after the other, in searches of 20 s."""
+    """The commands run verbatim and in order, with searches of 20 s."""
     session = prepared(tmp_path, page)
     (tmp_path / "hetis.toml").write_text('time-limit = "20s"\n')
     lines = offline_lines(page)
     if not any("hetis-plan init" in line.line for line in lines):
         session.run("hetis-plan init")
     if page == "tutorial.md":
-        session.replaced["--cluster cluster.yaml"] = "--cluster fleet.yaml"  # as the reader has edited it by then
+        session.replaced["--cluster cluster.yaml"] = "--cluster fleet.yaml"  # which the reader has edited by then
     elif any(" plan.json" in line.line for line in lines):
         session.run(f"{PAPER} --out plan.json")
     for line in lines:
@@ -164,8 +164,10 @@ NODES = {"a100": "A100-PCIe-80GB:4", "r3090-0": "RTX-3090:2", "r3090-1": "RTX-30
 
 @contextmanager
 def serving(session: Session, line: str) -> Iterator[str]:
-    """A planner started by a line, on free ports, until it is stopped. Yields its address; the status page replaces
-    its usual one."""
+    """Start a planner by a line of a page, on free ports, and yield its address until it is stopped.
+
+    The status page replaces its usual one.
+    """
     here = {"HETIS_LISTEN": "127.0.0.1:0", "HETIS_STATUS_PAGE__ADDRESS": "127.0.0.1:0", "HETIS_LOG__FORMAT": "text"}
     session.environment.update(here)
     with session.running(line, r"listens on .*\n") as printed:
@@ -185,7 +187,7 @@ def lines_like(page: str, pattern: str) -> list[str]:
 
 
 def test_a_fleet_is_served_by_the_commands_of_the_pages(tmp_path: Path) -> None:
-    """A planner, an engine and four agents: plans are put in force, looked at and taken back."""
+    """With a planner, an engine and four agents, plans are activated, inspected and rolled back."""
     session = Session(tmp_path, replaced={"/run/hetis/": f"{tmp_path}/"})
     with serving(session, *lines_like("README.md", "hetis-planner ")), ExitStack() as nodes:
         session.run("hetis-plan apply examples/paper.yaml")
@@ -220,9 +222,9 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
     session = Session(tmp_path, replaced=names)
     for line in [*lines_like("operations.md", "openssl "), *lines_like("operations.md", "hetis-planner token ")]:
         session.run(line)
-    (tmp_path / "tokens.yaml").unlink()  # readers of the next page begin one of their own
+    (tmp_path / "tokens.yaml").unlink()  # readers of the next page start their own
     tokens = [session.run(line) for line in lines_like("planner.md", "hetis-planner token ")]
-    (tmp_path / "ci.token").write_text(tokens[0], encoding="utf-8")  # an orchestrator's
+    (tmp_path / "ci.token").write_text(tokens[0], encoding="utf-8")  # the orchestrator's token
     settings = {
         "apiVersion": "hetis/v1",
         "kind": "PlannerConfig",
@@ -237,7 +239,7 @@ def test_a_planner_with_certificates_is_run_by_the_commands_of_the_pages(tmp_pat
     (agent, devices) = lines_like("agent.md", "hetis-agent ")
     json.loads(session.run(devices))
     with serving(session, serve) as address:
-        server = f"localhost:{address.rpartition(':')[2]}"  # by the name in its certificate
+        server = f"localhost:{address.rpartition(':')[2]}"  # as named in its certificate
         session.run(
             f"hetis-plan apply examples/paper.yaml --server {server} --ca ca.pem --cert node.pem --key node.key"
             " --token-file ci.token"

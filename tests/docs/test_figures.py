@@ -1,4 +1,4 @@
-"""Two figures for one thing never disagree: what pages show of tables, and say of them, is what the tables hold."""
+"""Pages agree with the tables: excerpts and figures in sentences are what the tables hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure in a sentence: ``pattern`` has one group for each number, ``value`` is what the table makes of them."""
+    """A figure in a sentence: ``pattern`` has one group for each number, ``value`` computes them from the table."""
 
     page: str
     pattern: str
@@ -26,7 +26,7 @@ class Figure:
 
 
 def cell(row: str, column: str, *, scale: float = 1.0, **where: str) -> Callable[[Rows], Sequence[float]]:
-    """The number in one cell: of the row whose first cell begins like ``row``, and that has ``where``."""
+    """Return the number in one cell: of the row whose first cell begins with ``row`` and that has ``where``."""
 
     def value(rows: Rows) -> Sequence[float]:
         first = next(iter(rows[0]))
@@ -42,7 +42,7 @@ def number(text: str) -> float:
 
 
 def ratios(prefix: str, column: str, *, contains: str = "") -> Callable[[Rows], Sequence[float]]:
-    """The least and the greatest of a column, of rows whose first cell ends like ``prefix``."""
+    """Return least and greatest value of a column, over rows whose first cell ends with ``prefix``."""
 
     def value(rows: Rows) -> Sequence[float]:
         first = next(iter(rows[0]))
@@ -53,7 +53,7 @@ def ratios(prefix: str, column: str, *, contains: str = "") -> Callable[[Rows], 
 
 
 def gains(cards: str, lengths: str) -> Callable[[Rows], Sequence[float]]:
-    """The least and the greatest gain of attention workers on such cards, for such requests."""
+    """Return the least and the greatest gain of attention workers on such GPUs for such requests."""
 
     def value(rows: Rows) -> Sequence[float]:
         found = [number(r["ratio"]) for r in rows if r["name"].startswith(f"h100-{cards}, {lengths}")]
@@ -70,7 +70,7 @@ BENCHMARKS, SEARCH, HALF = "benchmarks.md", "placement", "to half percent (s)"
 
 
 def slowest(gpus: str) -> Callable[[Rows], Sequence[float]]:
-    """When a gap of 0.5% was proved for the last objective of a fleet."""
+    """Return when a gap of 0.5% was proved for the last objective of a fleet."""
     return lambda rows: [max(number(r[HALF]) for r in rows if r["name"].startswith(f"{gpus} GPUs, "))]
 
 
@@ -158,11 +158,11 @@ def test_every_table_is_led_to_and_every_excerpt_has_one() -> None:
     linked = set(re.findall(r"\(data/([\w-]+\.csv)\)", text))
     asked = {tables.path_of(one.table).name for page in PAGES for one in tables.excerpts(page.read_text("utf-8"))}
     assert linked | asked <= known
-    assert known <= linked | asked | {"profiles-past-increments.csv"}  # that one is a sentence of profiles.md
+    assert known <= linked | asked | {"profiles-past-increments.csv"}  # that one is used in a sentence of profiles.md
 
 
 def test_readme_shows_what_the_tables_of_the_plan_say() -> None:
-    """The same plan by the same figures, wherever README names them."""
+    """README names the same plan with the same figures everywhere."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (
         len(
@@ -178,7 +178,7 @@ def test_readme_shows_what_the_tables_of_the_plan_say() -> None:
 
 
 def test_an_excerpt_follows_its_table() -> None:
-    """Columns and rows as they are asked for; what is left out is led to."""
+    """An excerpt has the requested columns and rows, and links to the rest."""
     rows = [{"name": "a 1", "value": "1", "note": "x|y"}, {"name": "b", "value": "22", "note": ""}]
     shown = tables.markdown(tables.parse("t; columns: name | note; rows: ^a"), rows, "data/t.csv")
     assert shown == "| name | note |\n| --- | --- |\n| a 1 | x/y |\n\n[All 2 rows and 3 columns](data/t.csv)\n"

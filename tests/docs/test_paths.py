@@ -1,4 +1,4 @@
-"""Files and folders of the repository that pages name are there."""
+"""Files and folders of the repository that pages name exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMED = re.compile(r"`([\w.-]+(?:/[\w.*-]*)*)`")
 
 
 def missing(text: str) -> list[str]:
-    """Return the paths in a text that begin with a folder of ours, and the names of tests, that lead to no file.
+    """Return the paths in a text that begin with a folder of ours, and the names of tests, that do not exist.
 
     ``planner/cli/place.py`` is short for ``planner/hetis/planner/cli/place.py``.
     """

@@ -1,4 +1,4 @@
-"""The site is built without a warning and without a network, formulas are drawn, and nothing comes from elsewhere."""
+"""The site builds without warnings and without a network, draws formulas, and loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_the_reference_is_what_the_code_says(capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole site, with warnings as errors. What proxies there are lead nowhere, so that nothing can be fetched."""
+    """Build the whole site with warnings as errors. Proxies lead nowhere, so that nothing can be fetched."""
     folder = tmp_path_factory.mktemp("site")
-    # Not --quiet: what is not said does not count as a warning.
+    # Not --quiet, which would hide warnings from --strict.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     nowhere = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https", "all")}
     variables = os.environ | nowhere | {"NO_MKDOCS_2_WARNING": "1"}

@@ -1,4 +1,4 @@
-"""Small plans for a model of four layers and eight KV heads of 8 numbers."""
+"""Small plans for a model of four layers and eight KV heads of dimension 8."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ POOL = AttentionWorkerPool(stage=0, gpu="T4", devices=("b/0", "b/1"), kv_head_gr
 
 
 def sharing() -> Plan:
-    """Two stages that keep two heads of eight, and two cards that hold the other six of both, in turn."""
+    """Return two stages that keep two heads of eight, and two GPUs that hold the other six of each in turn."""
     shared = tuple(replace(POOL, stage=stage, shared=True) for stage in (0, 1))
     return plan_of(stage_of(num_layers=3), stage_of(first_layer=3, num_layers=1, devices=("c/0",)), pools=shared)
 
 
 def staged() -> Plan:
-    """Two ranks on a with a worker on b, then two on c with a worker beside them."""
+    """Return two ranks on a with a worker on b, then two ranks on c with a worker next to them."""
     return plan_of(
         stage_of(num_layers=3, tp=2, devices=("a/0", "a/1"), kv_head_groups_kept=1),
         stage_of(first_layer=3, num_layers=1, tp=2, devices=("c/2", "c/3"), kv_head_groups_kept=2),
@@ -94,7 +94,7 @@ def staged() -> Plan:
 
 
 def write_plan(folder: Path, plan: Plan | None = None) -> Path:
-    """By default a/0 keeps two KV heads of eight, and b/0 and b/1 have three each."""
+    """Write a plan; by default a/0 keeps two KV heads of eight, and b/0 and b/1 have three each."""
     path = folder / "plan.json"
     plan = plan or plan_of(stage_of(), pools=(POOL,))
     path.write_text(json.dumps(plan_to_data(plan)), encoding="utf-8")
@@ -102,7 +102,7 @@ def write_plan(folder: Path, plan: Plan | None = None) -> Path:
 
 
 def write_config(folder: Path) -> Path:
-    """The folder of a model that is only looked at."""
+    """Write the folder of a model of which only the configuration is read."""
     (folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],

@@ -1,4 +1,4 @@
-"""Command lines follow from the layout and from where nodes are reached, and their programs understand them."""
+"""Command lines follow from the layout and the nodes' addresses, and their programs understand them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
 def settings_of(command: Command, folder: Path) -> PluginSettings:
-    """Return what the plugin reads of the file that the command has."""
+    """Return the plugin's settings in the command's file."""
     [(name, text)] = command.files.items()
     assert command.environment["HETIS_VLLM_CONFIG"] == name
     (folder / "workers.yaml").write_text(text, encoding="utf-8")
@@ -41,7 +41,7 @@ def settings_of(command: Command, folder: Path) -> PluginSettings:
 
 
 def told(command: Command, key: Path) -> WorkerOptions:
-    """Return what the worker understands, with a key that is there."""
+    """Return the worker's parsed options, with an existing key."""
     words = [str(key) if word == Addresses().key_file else word for word in command.shown[1:]]
     return read_options(words, {})
 
@@ -103,7 +103,7 @@ def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
         assert command.environment["VLLM_PP_LAYER_PARTITION"] == "3,1"
     assert [("--headless" in one.shown) for one in (first, second)] == [False, True]
     assert first.environment["VLLM_HOST_IP"] == "10.0.0.1"
-    assert "VLLM_HOST_IP" not in second.environment  # a name, which vLLM would take for an address
+    assert "VLLM_HOST_IP" not in second.environment  # a host name, which vLLM would take for an address
     assert first.environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert second.environment["CUDA_VISIBLE_DEVICES"] == "2,3"
 
@@ -151,7 +151,7 @@ def test_between_nodes_an_address_is_listened_on_alone_and_a_name_on_all(key: Pa
         assert told(worker, key).listen == (listens, 7070)
     beside = replace(ONE, servers=(replace(ONE.servers[0], node="b"),))
     worker = commands_of(beside, SERVING, Addresses(hosts={"b": "10.0.0.2"}))[1]
-    assert told(worker, key).listen[0] == "127.0.0.1"  # beside vLLM: they share memory
+    assert told(worker, key).listen[0] == "127.0.0.1"  # on vLLM's node, where they share memory
 
 
 def test_the_forms_say_the_same() -> None:
@@ -167,7 +167,7 @@ def test_the_forms_say_the_same() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Parses each line of a JSON list as `vllm serve` does, and says what it understood.
+# Parses each line of a JSON list as `vllm serve` does, and prints the result.
 PARSE = """
 import json, sys
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -190,7 +190,7 @@ print("FOUND " + json.dumps(found))
 
 
 def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """What vLLM's parser makes of words after ``vllm``."""
+    """Return the result of vLLM's parser for the words after ``vllm``."""
     done = subprocess.run(
         [str(PYTHON), "-c", PARSE],
         input=json.dumps(lines),

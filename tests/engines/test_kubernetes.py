@@ -1,4 +1,4 @@
-"""Objects of Kubernetes: who reaches whom, what runs where, and nothing with more rights than it needs."""
+"""Kubernetes objects: who reaches whom, what runs where, and no more rights than needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
-# Two stages with a card each that holds their other heads: every rank has a card of its own.
+# Two stages, each with a GPU that holds its other heads, so that every rank has its own GPU.
 STAGES = layout_of(
     plan_of(
         stage_of(num_layers=3),
@@ -45,7 +45,7 @@ DEPLOYMENT = Deployment(
 def objects(
     layout: Layout = ONE, serving: Serving = SERVING, deployment: Deployment = DEPLOYMENT
 ) -> dict[tuple[str, str], Any]:
-    """By kind and name, as `kubectl` would read them."""
+    """Return the objects by kind and name, as `kubectl` would read them."""
     made = manifests_of(layout, serving, deployment)
     read = list(yaml.safe_load_all(yaml.safe_dump_all(made)))
     assert read == made

@@ -190,7 +190,7 @@ def test_prefill_and_decode_apart_take_what_the_connectors_take() -> None:
 
 
 def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
-    room = (PAGES - 1) * PAGE_TOKENS  # engines keep a page
+    room = (PAGES - 1) * PAGE_TOKENS  # engines reserve one page
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room + 1)).context_tokens == room
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
 

@@ -1,4 +1,4 @@
-"""Which GPUs run which precision: the table is complete, agrees with the installed vLLM, refuses with reasons."""
+"""The table of GPUs and precisions is complete, agrees with the installed vLLM, and refuses with reasons."""
 
 from __future__ import annotations
 

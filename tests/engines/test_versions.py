@@ -1,4 +1,4 @@
-"""Engines are told only what was read of the version that is recorded."""
+"""Engines only get options that exist in the recorded version."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def commands(plan: Plan, engine: Engine, **changes: object) -> tuple[Command, ..
 
 
 def told(command: Command) -> dict[str, str]:
-    """Options with their values; empty: none."""
+    """Return the options with their values, empty if there is none."""
     words = [*command.shown, "--"]
     return {name: "" if value.startswith("--") else value for name, value in pairwise(words) if name.startswith("--")}
 
@@ -65,7 +65,7 @@ def test_engines_are_told_of_the_longest_request_that_fits() -> None:
         assert told(one)[name] == "992"  # of 1,000 tokens of KV room
         [given] = commands(PLANS["whole"], engine, options=(name, "512"))
         assert (given.shown.count(name), told(given)[name]) == (1, "512")
-        if engine is Engine.VLLM:  # which finds its own room, and whether the context fits, where it is not held to one
+        if engine is Engine.VLLM:  # which sizes its own KV, and checks the context against it, unless told otherwise
             assert name not in told(commands(PLANS["whole"], engine, limits_kv=False)[0])
 
 

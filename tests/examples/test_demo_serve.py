@@ -1,4 +1,4 @@
-"""The demo is all of it in small: a planner moves heads of a chat, a worker dies and comes back, the text is exact."""
+"""In the demo a planner moves a chat's heads, a worker dies and comes back, and the text stays exact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_demos_texts_are_those_of_transformers_though_a_planner_moves_heads_
     assert all(seen["same"])
     assert seen["is_back"]
     assert seen["redispatches"] >= 1
-    # What vLLM's own /metrics says of it.
+    # The same by vLLM's own /metrics.
     assert seen["committed"] >= seen["redispatches"]
     assert seen["moved_groups"] >= seen["committed"]
     assert seen["recomputes"] >= 1

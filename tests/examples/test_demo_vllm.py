@@ -1,4 +1,4 @@
-"""The demo is all of it for real: agents run vLLM as plans say; no request fails while engines die and plans change."""
+"""Agents run vLLM as planned, and no request fails while engines die and plans change."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_no_request_fails_while_an_engine_dies_and_another_plan_is_rolled_out() 
 
 
 def fake_engine(folder: Path) -> dict[str, Any]:
-    """Settings of an engine that only stands for vLLM; `lives` of the folder says what became of it."""
+    """Return the settings of a stand-in for vLLM; `lives` of the folder tells its history."""
     folder.mkdir()
     control(folder)
     program = [sys.executable, str(FAKE), "serve"]
@@ -67,7 +67,7 @@ def fake_engine(folder: Path) -> dict[str, Any]:
 def test_a_plan_in_force_is_engines_that_run_and_the_next_one_replaces_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo's planner, agents and plans; a router's list says what serves."""
+    """The demo's planner, agents and plans are used; a router's list shows what serves."""
 
     def hetis_plan(*words: str) -> str:
         assert run([*words, "--server", address]) == ExitCode.OK, capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_a_plan_in_force_is_engines_that_run_and_the_next_one_replaces_what_diff
             assert states() == ["SERVING", "SERVING"]
             assert servers() == [760, 240] or servers() == [240, 760], "in the order of their ports"
 
-            control(tmp_path / "big-engine", loading=True)  # when it is started again
+            control(tmp_path / "big-engine", loading=True)  # for when it is restarted
             processes.kill_engine("big")
             processes.wait_until(lambda: states() == ["FAILED", "SERVING"], "the planner knows")
             assert servers() == [1000]

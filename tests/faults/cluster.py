@@ -1,7 +1,7 @@
-"""Two planners on one PostgreSQL server, each behind a proxy of its own, agents with engines that serve, and
-writers and watchers that record what they see.
+"""Two planners on one PostgreSQL server, each behind its own proxy, with agents, writers and watchers.
 
-All are real processes, but writers and watchers, which are threads. What is done to them is the caller's.
+All are real processes, except for writers and watchers, which are threads that record what they see. The caller injects
+faults.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ ROOT = Path(__file__).parents[2]
 REGISTER, SERVED = "clusters/register", "clusters/served"
 NODES = ("a", "b")
 MODEL, WORKLOAD = "Llama-2-7B", "1000/200"
-_PAUSE_S = 0.1  # of a writer, between two writes: the machine is there for the planners
+_PAUSE_S = 0.1  # between two writes of a writer, to leave the machine to the planners
 _WITNESS_S = 0.02
 _VALUE = re.compile(r"r(\d+)")
 
 
 def fleet(number: int, kind: str = "r") -> document_pb2.Document:
-    """The register's value is a number that the document carries."""
+    """Return a document that carries a number, the register's value."""
     text = f"""
 apiVersion: hetis/v1
 kind: Cluster
@@ -57,7 +57,7 @@ network: {{bandwidth: 100Gbps, latency: 20us}}
 
 
 def _environment() -> dict[str, str]:
-    """Return what `hetis` is imported from here it is imported from there."""
+    """Return an environment in which `hetis` is imported from the same place as here."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {name: value for name, value in os.environ.items() if not name.startswith("HETIS_")} | {
         "PYTHONPATH": os.pathsep.join(paths)
@@ -71,7 +71,7 @@ def free_port() -> int:
 
 
 class Planner:
-    """A `hetis-planner` that may be killed and started again, and its way to the store."""
+    """A `hetis-planner` that may be killed and restarted, and its connection to the store."""
 
     def __init__(self, name: str, folder: Path, store: str, lease_s: float) -> None:
         found = sa.make_url(store)
@@ -109,7 +109,7 @@ class Planner:
             self._process.wait()
 
     def shown(self) -> dict[str, Any] | None:
-        """The first part of its page; None: it does not answer."""
+        """Return the first part of its page, or None if it does not answer."""
         try:
             with urllib.request.urlopen(f"http://{self.page}/", timeout=2) as answer:
                 found: dict[str, Any] = json.loads(answer.read())["planner"]
@@ -125,7 +125,7 @@ class Planner:
             return False
 
     def terms(self) -> list[Led]:
-        """When it began to lead, by its own log."""
+        """Return when it began to lead, by its own log."""
         return [
             Led(planner=self.name, epoch=entry["epoch"], time_s=at_s, taken_s=at_s - entry["began_in_s"])
             for at_s, entry in self._said("leading")
@@ -151,7 +151,7 @@ class Planner:
 
 
 class Agent:
-    """A `hetis-agent` of a node with a simulated engine."""
+    """The `hetis-agent` of a node with a simulated engine."""
 
     def __init__(self, node: str, folder: Path, servers: str) -> None:
         self._log = folder / f"agent-{node}.log"
@@ -168,7 +168,7 @@ class Agent:
         )
 
     def epochs(self) -> list[tuple[float, int]]:
-        """Each Welcome that it had: when, by Unix time, and of which epoch."""
+        """Return the Unix time and the epoch of each Welcome."""
         found = list[tuple[float, int]]()
         for line in self._log.read_text(errors="replace").splitlines():
             match = re.match(r"(\S+ \S+) INFO .*connected: epoch (\d+)", line)
@@ -184,7 +184,7 @@ class Agent:
 
 
 class Watcher:
-    """Watches what serves with one planner, whenever that leads, and records each state that it reports."""
+    """Watches what serves with one planner whenever it leads, and records each reported state."""
 
     def __init__(self, planner: Planner, history: History) -> None:
         self._planner, self._history = planner, history
@@ -209,7 +209,7 @@ class Watcher:
                 with contextlib.suppress(grpc.RpcError):
                     for event in call:
                         self._note(event)
-            self._stopped.wait(0.1)  # it stands by, or is gone
+            self._stopped.wait(0.1)  # it is a standby, or gone
 
     def _note(self, event: cluster_service_pb2.WatchClusterResponse) -> None:
         if event.WhichOneof("event") == "node":
@@ -225,10 +225,10 @@ class Watcher:
 
 
 class Writer:
-    """Compares and swaps the register until it is stopped, and records every try.
+    """Compares and swaps the register until it is stopped, and records every attempt.
 
     Args:
-        address: of all planners; or of one, ``planner``, that is asked alone and whose word for another is not taken.
+        address: of all planners, or of the one ``planner`` that is asked alone, whose redirects are ignored.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class Writer:
     def _swap(self, value: str, number: int) -> None:
         seen = read(self._client, timeout_s=self._timeout_s)
         self._history.reads.append(seen)
-        # Numbers of writers do not meet: each has a million of its own.
+        # Each writer has its own range of a million numbers.
         stamp = (hash_of(self._name) % 900 + 1) * 1_000_000 + number
         began_s = time.time()
         version, refused = None, False
@@ -309,7 +309,7 @@ def read(client: Client, *, timeout_s: float = 20.0) -> Read:
 
 
 class Witness:
-    """Whether the machine gave processors to whoever asked: the longest time by which this process woke up too late."""
+    """The longest delay of this process's wake-ups, which shows whether the machine had processors to spare."""
 
     def __enter__(self) -> Witness:
         self.longest_s = 0.0
@@ -331,7 +331,7 @@ class Witness:
 
 
 class Faulty:
-    """Everything together. ``history`` and the planners' logs say what became of it."""
+    """All processes together. ``history`` and the planners' logs record the outcome."""
 
     def __init__(self, store: str, folder: Path, *, lease_s: float, seed: int, num_writers: int = 2) -> None:
         self.chance = random.Random(seed)
@@ -371,12 +371,12 @@ class Faulty:
         return self
 
     def _serve(self) -> None:
-        """Puts a plan into force, so that a replica serves before anything is done to the planners."""
+        """Activate a plan, so that a replica serves before any fault."""
         spec = plan_pb2.PlanSpec(
             model_name=MODEL,
             workload_name=WORKLOAD,
             objective=plan_pb2.Objective(ttft_unlimited=True),
-            strategy="uniform",  # the family that is searched soonest
+            strategy="uniform",  # the family with the shortest search
             roles=[replica_pb2.REPLICA_ROLE_UNIFIED],
         )
         plan = plan_pb2.Plan(cluster=SERVED, spec=spec)
@@ -390,7 +390,7 @@ class Faulty:
         self._stack.close()
 
     def leader(self) -> Planner:
-        """Waits until one planner leads."""
+        """Wait until one planner leads, and return it."""
         found: list[Planner] = []
 
         def one_leads() -> bool:
@@ -404,7 +404,7 @@ class Faulty:
         return self.planners[1 - self.planners.index(planner)]
 
     def term_after(self, moment_s: float, planner: Planner) -> Led:
-        """Waits until a planner began to lead after a moment."""
+        """Wait until a planner has begun to lead after a moment, and return its term."""
         found = list[Led]()
 
         def has_begun() -> bool:
@@ -415,7 +415,7 @@ class Faulty:
         return found[0]
 
     def acknowledged_after(self, moment_s: float) -> float:
-        """Waits for a write of the writers that go on trying; when it was acknowledged, by Unix time."""
+        """Wait for a write of the writers that keep trying, and return when it was acknowledged, in Unix time."""
         ends = list[float]()
 
         def is_there() -> bool:
@@ -427,7 +427,7 @@ class Faulty:
         return min(ends)
 
     def welcomes(self, epoch: int) -> list[float]:
-        """Waits until every agent has one of this term or a later one; when each had its first, by Unix time."""
+        """Wait until every agent has a Welcome of this term or a later one; return the Unix times of the first ones."""
 
         def all_have() -> bool:
             return all(any(found >= epoch for _, found in agent.epochs()) for agent in self.agents)
@@ -436,14 +436,14 @@ class Faulty:
         return [min(moment for moment, found in agent.epochs() if found >= epoch) for agent in self.agents]
 
     def finish(self) -> Read:
-        """Stops the writers; what the register is at the end, with the terms in the history."""
+        """Stop the writers and return the final register, with the terms added to the history."""
         self._stop_writers()
         self.history.terms = sorted((led for p in self.planners for led in p.terms()), key=lambda led: led.time_s)
         return read(self.client)
 
     @property
     def errors(self) -> list[str]:
-        """What writers were told beside acknowledgements and lost races."""
+        """Return what writers were told besides acknowledgements and lost races."""
         return [error for writer in self.writers for error in writer.errors]
 
     def _stop_writers(self) -> None:
@@ -461,7 +461,7 @@ class Faulty:
 
 @contextlib.contextmanager
 def pinned(faulty: Faulty, planner: Planner) -> Iterator[list[Write]]:
-    """Writes that ask one planner alone, whatever it says of others: what it acknowledges while it is cut off."""
+    """Yield writes that ask only one planner, whatever it says of others, to see what it acknowledges while cut off."""
     history, stop = faulty.history, threading.Event()
     made = list[Write]()
 

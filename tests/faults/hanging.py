@@ -1,4 +1,4 @@
-"""A planner whose event loop hangs for a while when it gets SIGUSR2: handlers of signals run in the loop's thread."""
+"""A planner whose event loop hangs on SIGUSR2, because signal handlers run in the loop's thread."""
 
 from __future__ import annotations
 

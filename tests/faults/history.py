@@ -1,8 +1,8 @@
-"""What happened in a run with faults, and a checker that finds in it what must never happen.
+"""The record of a run with faults, and a checker for what must never happen.
 
-Writers compare and swap one register: the etag that a write builds on, and the one that it leads to, are versions that
-grow by one. So a history is linearizable if each version was made once, by a write that was under way at some moment
-between the version before and the one after, and nobody was told of a version that did not stay.
+Writers compare and swap one register. The etag on which a write builds and the one that it leads to are versions that
+grow by one. A history is therefore linearizable if each version was made once, by a write that was under way at some
+moment between the version before and the one after, and no caller was told of a version that did not stay.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Write:
     """A compare-and-swap of the register.
 
     Attributes:
-        value: that it writes, of no other write.
-        base: version that it builds on.
+        value: the value written, unique to this write.
+        base: version on which it builds.
         began_s, ended_s: Unix time at the caller.
-        version: that it was told it made. None: it was not told.
-        refused: it was told that nothing was changed.
-        planner: that answered, where the caller asked this one alone.
+        version: version that it was told it made, or None if it was not told.
+        refused: whether it was told that nothing was changed.
+        planner: the planner that answered, if the caller asked only this one.
     """
 
     value: str
@@ -41,7 +41,7 @@ class Write:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """What a caller saw of the register."""
+    """A caller's view of the register."""
 
     version: int
     value: str
@@ -51,7 +51,7 @@ class Read:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Led:
-    """A planner began a term: at ``taken_s`` the store knew, at ``time_s`` it had taken up all that was under way."""
+    """The start of a planner's term: the store knew at ``taken_s``, and all open work was taken over at ``time_s``."""
 
     planner: str
     epoch: int
@@ -61,7 +61,7 @@ class Led:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sighting:
-    """A state of a node or replica, as a planner that led reported it to a watcher."""
+    """A state of a node or replica, as a leading planner reported it to a watcher."""
 
     planner: str
     resource: str
@@ -71,9 +71,9 @@ class Sighting:
 
 @dataclass(slots=True)
 class History:
-    """Everything that was recorded; ``first``: version and value of the register before the first write.
+    """The whole record; ``first`` is version and value of the register before the first write.
 
-    No fault hits agents or what lies between them and the planners: at any time they could reach whoever led.
+    Faults never hit agents or their connections to the planners, so that they could always reach the leader.
     """
 
     first: tuple[int, str]
@@ -86,7 +86,7 @@ class History:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What a history is like. ``violations`` are sentences; there must be none."""
+    """The result of a check. ``violations`` are sentences; there must be none."""
 
     faults: Counter[str]
     acknowledged: int
@@ -115,7 +115,7 @@ class Findings:
 
 
 def check(history: History, last: Read) -> Findings:
-    """Compares a history with the register as it was at the end, when no write was under way any more."""
+    """Compare a history with the final register, when no write is under way any more."""
     acknowledged = [write for write in history.writes if write.version is not None]
     in_doubt = [write for write in history.writes if write.is_in_doubt]
     seen = [*history.reads, last]
@@ -140,7 +140,7 @@ def check(history: History, last: Read) -> Findings:
     doubled = [value for value, versions in versions_of.items() if len(versions) > 1]
     violations += [f"doubled: {value} is versions {sorted(versions_of[value])}" for value in doubled]
 
-    # Every version up to the last was made by somebody: by acknowledged writes, and those in doubt.
+    # Every version up to the last was made by an acknowledged write or one in doubt.
     told = {write.version for write in acknowledged}
     untold = [version for version in range(history.first[0] + 1, last.version + 1) if version not in told]
     bases = Counter(write.base for write in in_doubt)
@@ -148,7 +148,7 @@ def check(history: History, last: Read) -> Findings:
         if not bases[version - 1]:
             violations.append(f"ghost: version {version} was made, and by no write that may have made it")
 
-    # What a write in doubt made is the version after the one that it builds on, or nothing.
+    # A write in doubt made the version after its base, or nothing.
     base_of = {write.value: write.base for write in in_doubt}
     for read in seen:
         base = base_of.get(read.value)
@@ -189,7 +189,7 @@ def _values_by_version(history: History, seen: Sequence[Read]) -> dict[int, set[
 
 
 def _out_of_order(history: History, seen: Sequence[Read]) -> list[str]:
-    """Whoever begins after another has ended sees no older version."""
+    """Return violations of order: what begins after another has ended sees no older version."""
     ends = [(read.ended_s, read.version) for read in seen]
     ends += [(write.ended_s, write.version) for write in history.writes if write.version is not None]
     begins = [(read.began_s, read.version, f"a read of version {read.version}") for read in seen]
@@ -210,7 +210,7 @@ def _out_of_order(history: History, seen: Sequence[Read]) -> list[str]:
 
 
 def _after_their_term(history: History) -> list[str]:
-    """Nothing is acknowledged by a planner after another one has begun to lead, unless it leads again itself."""
+    """Return writes that a planner acknowledged after another began to lead, unless it leads again itself."""
     terms = sorted(history.terms, key=lambda term: term.time_s)
     found = [
         f"epoch: {later.planner} led with epoch {later.epoch} after {before.epoch}"
@@ -221,7 +221,7 @@ def _after_their_term(history: History) -> list[str]:
         if write.version is None or not write.planner:
             continue
         led = [term for term in terms if term.time_s < write.ended_s]
-        # Several terms may have begun while it was under way, one of them its planner's.
+        # Several terms may have begun during the write, one of them its planner's.
         if led and all(
             term.planner != write.planner for term in [led[-1], *(t for t in led if t.time_s >= write.began_s)]
         ):
@@ -233,7 +233,7 @@ def _after_their_term(history: History) -> list[str]:
 
 
 def _given_up(history: History) -> list[str]:
-    """No planner that leads gives up what serves: a node that was ready is not LOST, a replica serves on."""
+    """Return cases in which a leader gave up what serves: a ready node became LOST, or a replica stopped serving."""
     found, well = list[str](), set[str]()
     for seen in sorted(history.sightings, key=lambda seen: seen.time_s):
         is_replica = "/replicas/" in seen.resource

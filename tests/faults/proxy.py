@@ -1,4 +1,4 @@
-"""A TCP proxy that freezes, delays and cuts what goes through it: a network that misbehaves, on loopback."""
+"""A TCP proxy on loopback that freezes, delays and cuts its traffic like a faulty network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _PIECE_BYTES = 1 << 16
 
 
 class Proxy:
-    """Passes bytes between callers and one address, as long as it is asked to.
+    """Passes bytes between callers and one address.
 
-    Frozen it acknowledges and passes on nothing, in either direction, so that no timeout of TCP finds anything; new
-    connections are accepted and say nothing. Cut, it resets what there is and refuses the rest.
+    While frozen it acknowledges and forwards nothing in either direction, so that no TCP timeout notices; new
+    connections are accepted and stay silent. While cut it resets existing connections and refuses new ones.
 
     Attributes:
         address: where callers connect.
-        num_asked: how many pieces came from callers; of a protocol of questions and answers, its round trips.
+        num_asked: number of pieces sent by callers, which are the round trips of a request-response protocol.
     """
 
     def __init__(self, target: tuple[str, int]) -> None:
@@ -46,7 +46,7 @@ class Proxy:
         self.close()
 
     def freeze(self) -> None:
-        """From now on nothing comes through, and nobody is told."""
+        """Stop all traffic from now on without notice."""
         self._flows.clear()
 
     @property
@@ -54,31 +54,31 @@ class Proxy:
         return not self._flows.is_set()
 
     def thaw(self) -> None:
-        """Everything that was held back comes through, in its order."""
+        """Deliver everything that was held back, in order."""
         self._flows.set()
 
     def freeze_at(self, words: bytes) -> None:
-        """Freezes when a caller says this, which does not come through any more."""
+        """Freeze when a caller sends these bytes, which are held back as well."""
         self._last_words = words
 
     def delay(self, seconds: float) -> None:
-        """Every piece takes so much longer, each way."""
+        """Delay every piece by this much, each way."""
         self._delay_s = seconds
 
     def cut(self) -> None:
-        """Resets every connection, and each new one at once, until `mend`."""
+        """Reset every connection, and each new one at once, until `mend`."""
         self._is_cut = True
         self._reset()
 
     def mend(self) -> None:
-        """The network is well again: connections that were cut stay gone."""
+        """Repair the network; connections that were cut stay gone."""
         self._is_cut, self._delay_s, self._last_words = False, 0.0, None
         self.thaw()
 
     def close(self) -> None:
-        """Ends everything."""
+        """Stop the proxy and all connections."""
         self._is_closed = True
-        # A thread that waits in accept() hears of shutdown(), and not of close().
+        # A thread waiting in accept() is woken by shutdown(), but not by close().
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()

@@ -1,4 +1,4 @@
-"""Passes connections on, also between network namespaces: Unix sockets are of the file system.
+"""Forwards connections, also between network namespaces, since Unix sockets belong to the file system.
 
 python -m tests.faults.relay FROM TO        # each HOST:PORT or unix:PATH
 """
@@ -19,7 +19,7 @@ async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def relay(source: str, target: str) -> None:
-    """Until it is ended."""
+    """Forward connections until cancelled."""
 
     async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Faults one after the other on a running pair of planners, and the figures that docs/reliability.md shows.
+"""Faults in sequence on a running pair of planners, and the figures that docs/reliability.md shows.
 
 python -m tests.faults.run --kills 50 --partitions 10 --seed 1
 """
@@ -28,8 +28,8 @@ class FarTerm:
     """Two leases' time of a leader far from its store.
 
     Attributes:
-        held: it led on.
-        starved_s: how long the machine gave no processor to this process at most, which only watched.
+        held: whether it kept leading.
+        starved_s: the longest time without a processor for this process, which only watched.
     """
 
     held: bool
@@ -41,15 +41,15 @@ class Figures:
     """Seconds of each fault.
 
     Attributes:
-        takeovers: from a kill to the next acknowledged write of a client that goes on trying.
+        takeovers: from a kill to the next acknowledged write of a client that keeps trying.
         partitions: the same from the moment of the cut.
-        stands, delays: of a stop, and of a delay above the lease.
-        far: from the kill of a leader where both planners are far from the store.
+        stands, delays: the same for a stop, and for a delay above the lease.
+        far: from the kill of a leader, with both planners far from the store.
         taken, far_taken: from a kill until the store knew of the new term, near the store and far from it.
-        far_terms: what the distance alone did to leaders.
+        far_terms: the effect of the distance alone on leaders.
         agents: from a fault to an agent's Welcome of the new term.
-        left: the same from a stop, which an agent has to find out by itself.
-        refused: what writers were told beside acknowledgements and lost races.
+        left: the same from a stop, which an agent has to detect by itself.
+        refused: what writers were told besides acknowledgements and lost races.
     """
 
     takeovers: list[float] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Figures:
 
 
 def percentiles(seconds: Sequence[float]) -> str:
-    """p50, p99 and the largest; p99 by the nearest rank."""
+    """Return p50, p99 (by the nearest rank) and the largest."""
     if not seconds:
         return "none"
     found = sorted(seconds)
@@ -106,7 +106,7 @@ def inject(
     lease_s: float,
     most_s: float = float("inf"),
 ) -> Figures:
-    """Every fault hits the planner that leads; before the next both are well again. None begins after ``most_s``."""
+    """Inject every fault into the leader, each with both planners healthy before. None begins after ``most_s``."""
     end_s = time.monotonic() + most_s
     figures = Figures()
     with Faulty(store, folder, lease_s=lease_s, seed=seed) as faulty:
@@ -115,7 +115,7 @@ def inject(
         for number, fault in enumerate(faults):
             if time.monotonic() > end_s:
                 break
-            # Anywhere in the leader's own rhythm of renewals.
+            # At a random moment between the leader's renewals.
             time.sleep(faulty.chance.uniform(0, lease_s / 3))
             leader = faulty.leader()
             began_s = time.time()
@@ -137,7 +137,7 @@ def inject(
                         (leader.network.freeze if how == "freeze" else leader.network.cut)()
                         led = faulty.term_after(began_s, faulty.other(leader))
                         seconds.append(faulty.acknowledged_after(led.time_s) - began_s)
-                        faulty.welcomes(led.epoch)  # the old leader must not hold its agents until it is mended
+                        faulty.welcomes(led.epoch)  # agents must leave the old leader before it is mended
                         time.sleep(faulty.chance.uniform(0, lease_s))
                         leader.network.mend()
                 case "far":
@@ -191,7 +191,7 @@ def inject(
 
 
 def _lead_on(faulty: Faulty, leader: Planner) -> FarTerm:
-    """Waits for two leases' time; whether the same term goes on then."""
+    """Wait for two leases' time and return whether the same term continued."""
     before = sum(len(planner.terms()) for planner in faulty.planners)
     with Witness() as witness:
         time.sleep(2 * faulty.lease_s)
@@ -203,7 +203,7 @@ def _lead_on(faulty: Faulty, leader: Planner) -> FarTerm:
 
 @contextlib.contextmanager
 def _logs() -> Iterator[Path]:
-    """A folder for the logs of planners and agents, which stays where an error ends the run."""
+    """Yield a folder for the logs of planners and agents, which is kept if an error ends the run."""
     folder = Path(tempfile.mkdtemp(prefix="hetis-faults-"))
     try:
         yield folder
@@ -214,7 +214,7 @@ def _logs() -> Iterator[Path]:
 
 
 def main() -> None:
-    """Prints the figures; exit code 1 where something happened that never must."""
+    """Print the figures; exit with code 1 after a violation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--partitions", type=int, default=2)

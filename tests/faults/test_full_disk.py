@@ -1,6 +1,6 @@
-"""A disk that fills: what was acknowledged stays, what cannot be kept is refused, and all goes on when there is room.
+"""On a full disk acknowledged data stay, new data are refused, and work resumes once there is room.
 
-The planner has a small file system of its own, a tmpfs in a mount namespace of its own, which no other process sees.
+The planner has a small tmpfs in its own mount namespace, which no other process sees.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def may_mount(folder: Path) -> bool:
 
 @contextmanager
 def small_planner(folder: Path) -> Iterator[tuple[Client, Path, str]]:
-    """A client of a planner whose store is on a small disk, that disk as this process sees it, and its page."""
+    """Yield a client of a planner whose store is on a small disk, that disk as seen here, and its page."""
     disk = folder / "disk"
     disk.mkdir()
     if not may_mount(disk):
@@ -56,7 +56,7 @@ def create(client: Client, name: str) -> None:
 
 
 def fill(disk: Path) -> None:
-    """Takes what room there is."""
+    """Use up all free space."""
     with (disk / "full").open("wb", buffering=0) as file:
         try:
             while True:
@@ -76,7 +76,7 @@ def test_a_full_disk_refuses_changes_and_loses_none(tmp_path: Path) -> None:
         for number in range(3):
             try:
                 create(client, f"full-{number}")
-                kept.append(f"clusters/full-{number}")  # in what the log of SQLite had taken before
+                kept.append(f"clusters/full-{number}")  # in space that SQLite's log had allocated before
             except CallError as error:
                 refused.append(error)
         assert refused

@@ -1,4 +1,4 @@
-"""The checker finds every violation that is planted, and none in a history that is well."""
+"""The checker finds every planted violation, and none in a correct history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def led(planner: str, epoch: int, time_s: float) -> Led:
 
 
 def serving(planner: str, time_s: float) -> list[Sighting]:
-    """What a planner reports that takes over while a replica serves: its agents come one after the other."""
+    """Return the reports of a planner that takes over while a replica serves, whose agents arrive one by one."""
     states = [("nodes/a", "SUSPECT"), ("replicas/0", "SERVING"), ("nodes/a", "READY")]
     return [
         Sighting(planner=planner, resource=f"clusters/served/{name}", state=state, time_s=time_s + 0.1 * number)
@@ -24,7 +24,7 @@ def serving(planner: str, time_s: float) -> list[Sighting]:
 
 
 def well(seed: int = 0, num_writes: int = 40) -> tuple[History, Read]:
-    """A register that was written one after the other, with terms, refusals and answers that got lost."""
+    """Return a register that was written in sequence, with terms, refusals and lost answers."""
     chance = random.Random(seed)
     history, version, value, now_s = History(first=(1, "first")), 1, "first", 100.0
     leader = 0
@@ -113,7 +113,7 @@ def test_a_refused_write_that_was_done_is_found() -> None:
 
 
 def test_a_write_in_doubt_that_was_done_on_another_version_than_it_builds_on_is_found() -> None:
-    """As by a planner that writes without comparing: nobody was told, and the register has the value."""
+    """A planner that writes without comparing would do this: no caller was told, but the register has the value."""
     history, last = well(9)
     lost_race = replace(
         history.writes[-1], value="late", base=last.version - 1, version=None, refused=False, ended_s=last.began_s
@@ -151,12 +151,12 @@ def test_an_epoch_that_does_not_grow_is_found() -> None:
     [("nodes/a", "LOST"), ("replicas/0", "STOPPED"), ("replicas/0", "FAILED"), ("replicas/0", "STARTING")],
 )
 def test_a_leader_that_gives_up_what_serves_is_found(resource: str, state: str) -> None:
-    """As the one that took over while the old leader held its agents."""
+    """This happened when a new leader took over while the old one held its agents."""
     history, last = well(10)
     assert found(history, last).sightings == len(history.sightings) > 3
     given_up = Sighting(planner="p9", resource=f"clusters/served/{resource}", state=state, time_s=last.ended_s)
     (violation,) = check(replace(history, sightings=[*history.sightings, given_up]), last).violations
     assert violation == f"given up: p9 reported clusters/served/{resource} {state} at {last.ended_s:.3f}"
-    # Nobody gives up what never served.
+    # What never served cannot be given up.
     other = replace(given_up, resource=f"clusters/served/{resource}-new")
     assert check(replace(history, sightings=[*history.sightings, other]), last).violations == ()

@@ -1,7 +1,7 @@
-"""A network cable that is pulled: packets are gone, and nobody says so. A proxy that freezes still acknowledges them.
+"""A pulled network cable: packets are lost without notice, while a frozen proxy still acknowledges them.
 
-The leader has a network of its own, with a cable (a pair of virtual interfaces) to a second one, from which relays lead
-to PostgreSQL. Callers reach it over a Unix socket, which no network carries.
+The leader has its own network, connected by a cable (a pair of virtual interfaces) to a second one, from which relays
+lead to PostgreSQL. Callers reach it over a Unix socket, which uses no network.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNSHARED = ("unshare", "--map-root-user", "--net")
 
 @contextmanager
 def running(command: Sequence[str], ready: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said that it is ready."""
+    """Yield a process that has reported that it is ready."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None
@@ -44,7 +44,7 @@ def running(command: Sequence[str], ready: str) -> Iterator[subprocess.Popen[str
 
 @dataclass(frozen=True, kw_only=True)
 class Cable:
-    """Between two networks; ``near`` is what runs a command in the first."""
+    """The connection of two networks; ``near`` is the command that runs another in the first."""
 
     near: tuple[str, ...]
 
@@ -54,7 +54,7 @@ class Cable:
 
 @contextmanager
 def two_networks(store: str, folder: Path) -> Iterator[tuple[Cable, str]]:
-    """A cable, and the store's URL at its near end."""
+    """Yield a cable, and the store's URL at its near end."""
     if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
         pytest.skip("NOT CHECKED: unshare, nsenter or ip is not installed")
     url = sa.make_url(store)
@@ -94,7 +94,7 @@ def create(stub: ClusterServiceStub, name: str) -> None:
 
 
 def outcome(stub: ClusterServiceStub, name: str) -> str:
-    """``OK``, or the reason of the error."""
+    """Return ``OK``, or the reason of the error."""
     try:
         create(stub, name)
     except grpc.RpcError as error:
@@ -116,7 +116,7 @@ def test_a_leader_whose_cable_is_pulled_stops_and_another_one_leads(postgres_url
         first.ready()
         old = ClusterServiceStub(stack.enter_context(grpc.insecure_channel(socket)))
         end_s = time.monotonic() + 60
-        while (found := outcome(old, "before")) != "OK":  # a busy machine may cost it its first lease
+        while (found := outcome(old, "before")) != "OK":  # it may lose its first lease on a busy machine
             assert time.monotonic() < end_s, found
         second = stack.enter_context(planner(postgres_url, tmp_path, "127.0.0.1:0"))
         new = ClusterServiceStub(stack.enter_context(grpc.insecure_channel(second.ready()["listen"][0])))
@@ -138,7 +138,7 @@ def test_a_leader_whose_cable_is_pulled_stops_and_another_one_leads(postgres_url
         cable.set("up")
         while True:
             try:
-                assert names(old) == kept  # a standby now, and it reads again
+                assert names(old) == kept  # it is a standby now, and reads again
                 break
             except grpc.RpcError:
                 assert time.monotonic() < end_s + 60

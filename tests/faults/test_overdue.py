@@ -1,4 +1,4 @@
-"""A leader whose event loop hangs gives its agents up by ending."""
+"""A leader whose event loop hangs ends itself, so that its agents leave."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEASE_S = 2.0
 
 
 class Clock:
-    """Seconds that a test moves."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -37,7 +37,7 @@ def test_only_a_term_that_is_over_for_long_and_not_ended_is_overdue() -> None:
     assert not any(term.tick() for _ in range(2 * TICKS))
     lease.grant(clock())
     clock.now_s += 6.0
-    assert not any(term.tick() for _ in range(TICKS - 1))  # a machine that slept: it starts to count when it wakes
+    assert not any(term.tick() for _ in range(TICKS - 1))  # a suspended machine starts to count when it wakes
     lease.grant(clock())
     assert not any(term.tick() for _ in range(2 * TICKS))
 

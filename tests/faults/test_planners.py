@@ -1,4 +1,4 @@
-"""Leaders that are killed, cut off from their store, or stand still: nothing is lost, doubled, or told too late."""
+"""Leaders are killed, cut off from their store or stopped: nothing is lost or doubled, and takeovers are in time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import pytest
 
 from tests.faults.run import Figures, inject
 
-TAKEOVER_S, AGENTS_S, LEFT_S = 10.0, 15.0, 20.0  # what is promised
-SLACK = 3  # times as long in CI, where a machine has more to do than to keep promises of time
-TERM_S = 2.0  # after the end of a lease at the latest the next term begins
+TAKEOVER_S, AGENTS_S, LEFT_S = 10.0, 15.0, 20.0  # the promised limits
+SLACK = 3  # factor in CI, where machines are busy
+TERM_S = 2.0  # the next term begins at most this long after a lease ends
 
 
 def assert_well(figures: Figures, *, lease_s: float, slack: float = 1) -> None:
-    """What the machine decides has slack; what the protocol decides is asserted of the best of several takeovers: a
-    busy machine makes some late, and one that waits too long by itself makes all of them late."""
+    """Assert the promises of time and safety.
+
+    What depends on the machine has slack. What depends on the protocol is asserted of the best of several takeovers: a
+    busy machine delays some, but a protocol that waits too long delays all of them.
+    """
     assert figures.findings is not None
     assert figures.findings.violations == (), figures.findings
     assert figures.findings.acknowledged > 10, figures.findings
@@ -23,7 +26,7 @@ def assert_well(figures: Figures, *, lease_s: float, slack: float = 1) -> None:
     assert figures.refused == [], figures.refused
     assert min(figures.taken) <= lease_s + TERM_S, figures.taken
     assert min(figures.far_taken) <= lease_s + TERM_S, figures.far_taken
-    # Where nobody was given a processor for a third of a lease, no leader can keep one.
+    # Without a processor for a third of a lease, no leader can keep it.
     assert all(term.held or term.starved_s > lease_s / 3 for term in figures.far_terms), figures.far_terms
     assert max(figures.takeovers) <= slack * TAKEOVER_S, figures
     assert max(figures.agents) <= slack * AGENTS_S, figures
@@ -31,7 +34,7 @@ def assert_well(figures: Figures, *, lease_s: float, slack: float = 1) -> None:
 
 
 def test_a_leader_that_is_killed_and_one_that_is_cut_off_are_followed(postgres_url: str, tmp_path: Path) -> None:
-    """And one whose store is 50 ms away leads on, and is followed as soon by another so far from it."""
+    """A leader whose store is 50 ms away keeps leading, and is succeeded as fast by another that is as far away."""
     figures = inject(postgres_url, tmp_path, kills=2, partitions=1, stops=1, delays=1, far=2, seed=1, lease_s=3.0)
     assert_well(figures, lease_s=3.0, slack=SLACK)
 

@@ -1,4 +1,4 @@
-"""Two planners on one store: one leads, the other serves reads, says where the leader is, and takes over."""
+"""Of two planners on one store, one leads; the other serves reads, names the leader, and takes over."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ network: {bandwidth: 100Gbps, latency: 20us}
 
 
 class Planner(Process):
-    """A planner with its addresses."""
+    """A planner process with its addresses."""
 
     def __init__(self, store: str, folder: Path, *options: str) -> None:
         super().__init__((*OPTIONS, "--store", store, *options), folder=folder, module=REAL)
@@ -86,7 +86,7 @@ class Planner(Process):
 
 
 def until(happens: Callable[[], bool], most_s: float) -> float:
-    """Return how long it took."""
+    """Wait for a condition and return how long it took."""
     began_s = time.monotonic()
     while not happens():
         assert time.monotonic() - began_s < most_s
@@ -112,7 +112,7 @@ def test_a_standby_serves_reads_names_the_leader_and_takes_over_after_kill_9(url
         assert details_of(caught.value)["ErrorInfo"].metadata["leader_address"] == first.address
         first.signal(signal.SIGKILL)
         took_s = until(second.leads, LEASE_S + 10)
-        assert took_s < LEASE_S + 8, took_s  # 2 s where the machine has nothing else to do
+        assert took_s < LEASE_S + 8, took_s  # 2 s on an idle machine
         second.create("b")
         assert second.clusters() == ["clusters/a", "clusters/b"]
         assert second.shown()["planner"]["epoch"] == 2
@@ -194,7 +194,7 @@ def test_a_leader_cut_off_from_its_store_stands_down_and_comes_back_as_a_standby
 
 
 def test_a_file_is_led_at_once_by_whoever_is_started_after_a_kill(sqlite_url: str, tmp_path: Path) -> None:
-    """Its solver processes outlive it for a moment, and have nothing of its lock."""
+    """The solver processes outlive it for a moment, but do not hold its lock."""
     with Planner(sqlite_url, tmp_path) as first:
         first.create("a")
         first.signal(signal.SIGKILL)

@@ -362,7 +362,7 @@ def states(draw: st.DrawFn) -> SavedState:
 
 @st.composite
 def time_tables(draw: st.DrawFn) -> TimeTable:
-    """As files have them: in milliseconds."""
+    """Draw tables as in files, in milliseconds."""
     sizes = sorted(draw(st.sets(st.floats(0.5, 1e6), min_size=1, max_size=4)))
     milliseconds = sorted(draw(st.lists(st.floats(1e-6, 1e6), min_size=len(sizes), max_size=len(sizes))))
     return TimeTable(sizes=tuple(sizes), seconds=tuple(ms / 1e3 for ms in milliseconds))
@@ -370,7 +370,7 @@ def time_tables(draw: st.DrawFn) -> TimeTable:
 
 @st.composite
 def node_types(draw: st.DrawFn) -> NodeType:
-    """With batch times or without."""
+    """Draw node types with or without batch times."""
     most = draw(st.integers(1, 4))
     positive = st.lists(st.floats(1e-3, 1e12), min_size=most, max_size=most).map(tuple)
     times = draw(st.none() | st.tuples(time_tables(), time_tables()))

@@ -1,4 +1,4 @@
-"""Every broken file in ``tests/bad_input`` gives exactly the message beside it (``NAME.expected``)."""
+"""Every broken file in ``tests/bad_input`` gives exactly the message in its ``NAME.expected``."""
 
 from __future__ import annotations
 

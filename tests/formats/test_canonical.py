@@ -1,4 +1,4 @@
-"""Equal data have equal bytes, whatever their order; addresses are read in one place."""
+"""Equal data have equal bytes in any order, and addresses are parsed in one place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The catalogue holds the facts of the reference tables and understands the names people use."""
+"""The catalogue holds the facts of the reference tables and understands common names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_memory_and_links_of_a_gpu() -> None:
     sxm, pcie = catalogue.find_gpu("A100-SXM-80GB").gpu, catalogue.find_gpu("A100-PCIe-80GB").gpu
     assert sxm.memory_bytes == 80 * 2**30
     assert sxm.nvlink_bytes_per_s == 300e9  # 600 GB/s is the sum of both directions
-    assert pcie.nvlink_bytes_per_s is None  # its NVLink needs a bridge that joins two cards
+    assert pcie.nvlink_bytes_per_s is None  # its NVLink needs a bridge, which connects two GPUs
     assert pcie.pcie_bytes_per_s == 32e9
 
 
@@ -98,7 +98,7 @@ def test_a_workload_summary_keeps_the_averages_of_its_trace(name: str, data: Pat
     assert summary.mean_output == pytest.approx(exact.mean_output, rel=1e-12)
     for field in ("prefill_pairs", "resident_context", "prefilling_context"):
         assert getattr(summary, field) == pytest.approx(getattr(exact, field), rel=0.005), field
-    for field in ("p95_prompt", "resident_context_sd"):  # kept well, though the bins do not aim at them
+    for field in ("p95_prompt", "resident_context_sd"):  # preserved well, although the bins do not target them
         assert getattr(summary, field) == pytest.approx(getattr(exact, field), rel=0.02), field
 
 
@@ -210,7 +210,7 @@ def test_an_ambiguous_model_is_refused_with_the_candidates() -> None:
     ("spelling", "suggestion"),
     [
         ("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.1"),  # another vocabulary and no window: not the same model
-        ("somebody/Llama-2-70b-hf", "meta-llama/Llama-2-70b-hf"),  # may be anything
+        ("somebody/Llama-2-70b-hf", "meta-llama/Llama-2-70b-hf"),  # could be any model
         ("Qwen3-31B", "Qwen/Qwen3-32B"),
     ],
 )

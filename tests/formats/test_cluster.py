@@ -1,4 +1,4 @@
-"""What the fields of a cluster file mean."""
+"""The meaning of the fields of a cluster file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DispatchState and DispatchRequests files: what they mean to the solver, and back."""
+"""DispatchState and DispatchRequests files become solver values and back."""
 
 from __future__ import annotations
 

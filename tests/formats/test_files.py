@@ -1,4 +1,4 @@
-"""Files are read with clear messages and written whole or not at all."""
+"""Files are read with clear messages, and written completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever bytes a file holds, loading it gives a value or a DocumentError."""
+"""Loading a file with arbitrary bytes gives a value or a DocumentError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.function_sc
 
 
 def outcome(load: Callable[[], object]) -> str:
-    """Return what came of it, never empty; any error but `DocumentError` fails the test."""
+    """Return the result, never empty; any error other than `DocumentError` fails the test."""
     try:
         return f"value {load()}"
     except DocumentError as error:

@@ -1,4 +1,4 @@
-"""Heads of GGUF files are models, and whatever else a file holds is one clear error."""
+"""Headers of GGUF files become models; anything else in a file is one clear error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text(value: str) -> bytes:
 
 
 def value_bytes(value: Value) -> bytes:
-    """Type and value, as gguf-py's writer has them."""
+    """Return type and value as gguf-py's writer encodes them."""
     match value:
         case bool():
             return struct.pack("<I?", 7, value)

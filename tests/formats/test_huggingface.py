@@ -16,7 +16,7 @@ from hetis.formats.model import load_model
 FOLDER = Path(__file__).parent / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
 KNOWN = {entry.model.name for entry in catalogue.models()}
-PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the model cards; active too, where exact
+PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the model cards; also the active ones if exact
     "MiniMaxAI/MiniMax-M2.5": (229, None),
     "google/gemma-7b": (8.54, 8.54),
     "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.66),
@@ -57,7 +57,7 @@ def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> 
 
 
 def compressed(**weights: object) -> dict[str, object]:
-    """A quantisation of the library compressed-tensors."""
+    """Return a quantisation of the library compressed-tensors."""
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
 
 

@@ -1,4 +1,4 @@
-"""Measurement files: what is written is read again, and every way to be wrong has its message."""
+"""Measurement files survive a round trip, and every possible error has its message."""
 
 from __future__ import annotations
 

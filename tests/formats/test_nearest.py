@@ -1,4 +1,4 @@
-"""Which known name an unknown one may have meant."""
+"""The known names that an unknown one may have meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package stays light and its public names stay where they are."""
+"""The package stays light, and its public names stay in place."""
 
 from __future__ import annotations
 

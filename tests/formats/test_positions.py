@@ -1,4 +1,4 @@
-"""Text becomes plain data that knows its lines; nothing in a text can hang or crash the reader."""
+"""Text becomes plain data with line numbers, and no text can hang or crash the reader."""
 
 from __future__ import annotations
 

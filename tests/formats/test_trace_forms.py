@@ -1,4 +1,4 @@
-"""Traces in the forms in which others publish and log them, as lines of theirs look."""
+"""Traces in the forms that others publish and log, with realistic lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetis.formats.trace_arrays import characters_counter
 from hetis.formats.trace_forms import FORMS
 from hetis.formats.traces import Trace, read_trace, trace_text
 
-# Heads of the published files; the three requests of each are the ones below.
+# First lines of the published files; each has the three requests below.
 AZURE_2023 = """\
 TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -1,4 +1,4 @@
-"""Wishes are read as they are written, written as they are read, and refused with everything that is wrong."""
+"""Constraints survive a round trip, and are refused with everything that is wrong."""
 
 from __future__ import annotations
 

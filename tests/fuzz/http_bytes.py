@@ -1,4 +1,4 @@
-"""HTTP as bytes: requests to the pages of planner and agent, and the answer of an engine that an agent asks."""
+"""HTTP as bytes: requests to the pages of planner and agent, and the answers of an engine to its agent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3}) ")
 
 
 class _Transport(asyncio.Transport):
-    """A connection whose other side has said everything at once."""
+    """A connection whose other side has sent everything at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Transport(asyncio.Transport):
 
 
 class _Errors(logging.Handler):
-    """What a server says that has failed, which nobody should be able to make it say."""
+    """Collects failures that a server logs, which no input should cause."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -89,7 +89,7 @@ def _page() -> tuple[asyncio.AbstractEventLoop, uvicorn.Config, type[Any]]:
 
 
 def ask_page(data: bytes) -> None:
-    """Bytes that come on a connection to the status page: it answers in order, and neither says nor logs a failure."""
+    """Send bytes to the status page, which must answer in order and neither report nor log a failure."""
     loop, config, protocol = _page()
     errors = _errors()
     errors.records.clear()
@@ -99,7 +99,7 @@ def ask_page(data: bytes) -> None:
         connection = protocol(config=config, server_state=state, app_state={})
         transport = _Transport()
         connection.connection_made(transport)
-        half = len(data) // 2  # nothing comes whole
+        half = len(data) // 2  # requests arrive in pieces
         for piece in (data[:half], data[half:]):
             if piece and not transport.is_closing():
                 connection.data_received(piece)
@@ -119,7 +119,7 @@ def ask_page(data: bytes) -> None:
 
 
 def _first_host(data: bytes) -> str | None:
-    """What the first request calls this machine; None: it is no whole request, or says nothing."""
+    """Return the Host of the first request, or None if it is incomplete or has none."""
     reader = h11.Connection(h11.SERVER)
     try:
         reader.receive_data(data)
@@ -132,7 +132,7 @@ def _first_host(data: bytes) -> str | None:
 
 
 def _is_ours(host: str) -> bool:
-    """Said a second time: addresses, this machine's names, and those that were configured."""
+    """Return whether a host is ours, by an oracle: addresses, this machine's names, and the configured ones."""
     name = re.sub(r":[^\]]*$", "", host) if not host.startswith("[") else host[1 : host.rfind("]")]
     if name.lower() in {"", "localhost", socket.gethostname().lower(), socket.getfqdn().lower(), *_HOSTS}:
         return True
@@ -147,7 +147,7 @@ def _agent_port() -> int:
 
 
 def ask_agent(data: bytes) -> None:
-    """Bytes that come on a connection to an agent's metrics: an answer or none, and the next one is answered."""
+    """Send bytes to an agent's metrics, which may answer or not, but must answer the next request."""
     port = _agent_port()
     answer = _talk(port, data)
     status = _STATUS.match(answer)
@@ -193,7 +193,7 @@ def _engine() -> _Engine:
 
 
 def read_engine(data: bytes) -> None:
-    """Bytes that an engine answers its agent with: metrics, or a state that says why there are none."""
+    """Read bytes as an engine's answer: metrics, or a state that says why there are none."""
     engine = _engine()
     engine.answer = data
     found: Scrape = scrape(f"http://{LOOPBACK}:{engine.port}/metrics", timeout_s=_ANSWER_S)

@@ -1,4 +1,4 @@
-"""Inputs made by chance from those that are kept, and whether a target takes them."""
+"""Random inputs mutated from the corpus, and the check that a target accepts them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _WORDS = (
 
 
 def mutations(target: Target, name: str, chance: random.Random) -> Iterator[bytes]:
-    """The kept inputs, then mutations of them without end."""
+    """Yield the kept inputs, then endless mutations of them."""
     kept = [path.read_bytes()[:MOST_BYTES] for path in target.inputs(name)]
     yield from kept
     kept.append(b"")
@@ -65,7 +65,7 @@ def _mutate(data: bytearray, chance: random.Random, kept: list[bytes]) -> None:
 
 
 def failure_of(target: Target, data: bytes) -> BaseException | None:
-    """Return what a target does not document, or that it took too long; None: all is well."""
+    """Return the undocumented exception of a target, or that it took too long, or None if all is well."""
     began_s = time.process_time()
     try:
         target.read(data)

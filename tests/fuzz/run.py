@@ -43,7 +43,7 @@ MOST_GROWN, MOST_GROWN_BYTES = 16, 2048
 
 
 def keep(name: str, data: bytes, kind: str = "found") -> Path:
-    """Writes an input into the corpus."""
+    """Write an input into the corpus."""
     path = CORPUS / name / f"{kind}-{hashlib.sha256(data).hexdigest()[:12]}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -51,7 +51,7 @@ def keep(name: str, data: bytes, kind: str = "found") -> Path:
 
 
 def by_chance(name: str, seconds: float, seed: int) -> int:
-    """Return how many inputs were found to fail; stops at the first of a target."""
+    """Return how many inputs failed, stopping at the first for a target."""
     end_s, num = time.monotonic() + seconds, 0
     for data in mutations(TARGETS[name], name, random.Random(seed)):
         if time.monotonic() > end_s:
@@ -65,7 +65,7 @@ def by_chance(name: str, seconds: float, seed: int) -> int:
 
 
 def by_coverage(name: str, seconds: float, seed: int, *, keeps: bool = False) -> int:
-    """The same with atheris, in processes of their own: it ends the process that it runs in."""
+    """Do the same with atheris in separate processes, since it ends the process that it runs in."""
     with tempfile.TemporaryDirectory(prefix="hetis-fuzz-") as text:
         folder = Path(text)
         seeds, grown, found = (folder / part for part in ("seeds", "grown", "found"))
@@ -89,12 +89,12 @@ def by_coverage(name: str, seconds: float, seed: int, *, keeps: bool = False) ->
 
 
 def keep_grown(name: str, command: Sequence[str], *, seeds: Path, grown: Path) -> int:
-    """Replaces the ``grown-*`` of a target by the shortest that reach what the seeds do not; returns how many.
+    """Replace the ``grown-*`` of a target by the shortest inputs that add to the seeds' coverage; return their number.
 
     Args:
         command: libFuzzer with its options.
-        seeds: what stays in the corpus; the rest is added to it here.
-        grown: what was there of the same kind, and what came to it.
+        seeds: the inputs that stay in the corpus, to which the others are added.
+        grown: the earlier inputs of this kind, and the new ones.
     """
     short = grown.with_name("short")
     short.mkdir()
@@ -105,7 +105,7 @@ def keep_grown(name: str, command: Sequence[str], *, seeds: Path, grown: Path) -
     done = _run([*command, "-merge=1", str(seeds), str(short)])
     if done.returncode:
         raise RuntimeError(f"{name}: the corpus was not reduced: {done.stderr[-2000:]}")
-    # The shortest first: libFuzzer merges in this order, so that one more rarely makes an earlier one useless.
+    # Shortest first, since libFuzzer merges in this order and a later input then rarely makes an earlier one useless.
     chosen = sorted(set(seeds.iterdir()) - old, key=lambda path: (path.stat().st_size, path.name))[:MOST_GROWN]
     texts = [path.read_bytes() for path in chosen]
     for path in (CORPUS / name).glob("grown-*"):
@@ -116,7 +116,7 @@ def keep_grown(name: str, command: Sequence[str], *, seeds: Path, grown: Path) -
 
 
 def _script(name: str, folder: Path) -> Path:
-    """A command that is one file: to reduce a corpus libFuzzer starts itself again, by its own name."""
+    """Return a command that is one file, since libFuzzer restarts itself by its own name to reduce a corpus."""
     script = folder / "fuzz"
     module = shlex.join([sys.executable, "-m", "tests.fuzz.run", "--one", name])
     script.write_text(f'#!/bin/sh\ncd {shlex.quote(str(ROOT))} && exec {module} "$0" "$@"\n', encoding="utf-8")
@@ -129,7 +129,7 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def one(name: str, arguments: Sequence[str]) -> None:
-    """Fuzzes one target until libFuzzer's options say stop; the first argument is what it calls itself."""
+    """Fuzz one target until libFuzzer's options say stop; the first argument is its program name."""
     target = TARGETS[name]
 
     def read(data: bytes) -> None:

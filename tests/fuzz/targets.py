@@ -1,6 +1,7 @@
-"""Everything that reads what strangers wrote, as functions of bytes: each returns, or fails in the way it documents.
+"""All readers of untrusted input as functions of bytes: each returns, or fails in a documented way.
 
-An exception that a target lets through is a finding. So is a second that one input takes (`MOST_S`): inputs are small.
+An exception that a target lets through is a finding. So is an input that takes a second (`MOST_S`), as inputs are
+small.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ Read = Callable[[bytes], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``read`` takes the bytes; ``seeds`` are patterns of files of the repository that it begins with."""
+    """``read`` takes the bytes; ``seeds`` are patterns of files of the repository to start from."""
 
     read: Read
     seeds: tuple[str, ...] = ()
 
     def inputs(self, name: str) -> Iterator[Path]:
-        """The kept corpus, which has every finding, and the seeds."""
+        """Yield the kept corpus, which includes every finding, and the seeds."""
         yield from sorted((CORPUS / name).glob("*"))
         for pattern in self.seeds:
             yield from (path for path in sorted(ROOT.glob(pattern)) if path.suffix != ".expected")
@@ -69,7 +70,7 @@ def _folder() -> Path:
 
 
 def _from_file(load: Callable[[str], object], stem: str, suffix: str, data: bytes) -> None:
-    """Loaders take paths, whose endings say the form."""
+    """Load from a file, since loaders take paths and choose the form by suffix."""
     if not suffix:
         suffix = ".json" if data.lstrip()[:1] in (b"{", b"[") else ".yaml"
     path = _folder() / f"{stem}{suffix}"
@@ -88,7 +89,7 @@ def _text(data: bytes) -> None:
 
 
 def _document(kind: str, data: bytes) -> None:
-    """As a request carries it."""
+    """Read a document as a request carries it."""
     with suppress(DocumentError, InvalidProblemError, ServiceError):
         read_document(document_pb2.Document(content=data), kind)
 

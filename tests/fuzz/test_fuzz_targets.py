@@ -1,6 +1,6 @@
-"""Readers of what strangers write fail as they document, on what was found before and on some hundred mutations of it.
+"""Readers of untrusted input fail only as documented, on earlier findings and on some hundred mutations of them.
 
-`python -m tests.fuzz.run` goes on for as long as one likes, and follows the code's branches where atheris is installed.
+`python -m tests.fuzz.run` continues for any time, and follows the code's branches if atheris is installed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ for path in pathlib.Path(second).iterdir():
 def test_what_a_fuzzer_grew_is_kept_within_bounds_in_place_of_what_was_kept_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libFuzzer's part, to say what reaches new code, is made up: all that is not "old"."""
+    """libFuzzer's part is faked: every input that is not "old" reaches new code."""
     seeds, grown, corpus = tmp_path / "seeds", tmp_path / "grown", tmp_path / "corpus"
     for folder in (seeds, grown, corpus / "text"):
         folder.mkdir(parents=True)

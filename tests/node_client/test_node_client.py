@@ -1,4 +1,4 @@
-"""A client in another language, with reflection and the published protos only, makes a plan and reads it back."""
+"""A client in another language makes a plan and reads it back, with reflection and the published protos only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ network: {bandwidth: 25Gbps, latency: 20us}
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client beside its packages, which npm fetches once and keeps for the next run."""
+    """Return the client and its packages, which npm fetches once and keeps for the next run."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("NOT TESTED: node and npm are missing, so no client in another language was run")
@@ -63,7 +63,7 @@ def _fingerprint() -> str:
 
 @pytest.fixture
 def planner(tmp_path: Path) -> Iterator[str]:
-    """The real process on a free port of the loopback; its address."""
+    """Yield the address of a real planner on a free loopback port."""
     arguments = ["--listen", "127.0.0.1:0", "--status-page", "off", "--ready-json"]
     with Process(arguments, folder=tmp_path, module=REAL) as process:
         yield process.ready()["listen"][0]

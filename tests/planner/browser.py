@@ -43,7 +43,7 @@ def browse(address: str, folder: Path, *options: str, width: int = WIDTH, height
 
 
 def console(said: str) -> list[str]:
-    """What the page or the browser said about the page."""
+    """Return the console messages from or about the page."""
     return re.findall(r".*CONSOLE.*", said)
 
 
@@ -58,12 +58,12 @@ def picture(address: str, path: Path, theme: str, *, width: int = WIDTH, height:
 
 
 def pictures_folder(otherwise: Path) -> Path:
-    """Where pictures are kept."""
+    """Return the folder for pictures."""
     return Path(os.environ.get("HETIS_SCREENSHOTS", otherwise))
 
 
 def rules_broken(html: str, folder: Path, theme: str) -> dict[str, list[str]]:
-    """What axe finds: ``violations``, and how many rules passed."""
+    """Return axe's findings: ``violations``, and the number of passed rules."""
     assert AXE is not None
     checked = folder / "checked.html"
     script = Path(AXE).read_text(encoding="utf-8").replace("</script>", "<\\/script>")

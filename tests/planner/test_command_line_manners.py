@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def piped(*arguments: str, cwd: Path, **variables: str) -> str:
-    """What goes into a pipe of a process whose environment names no width."""
+    """Return the output to a pipe of a process whose environment gives no width."""
     given = environment(**variables)
     given.pop("COLUMNS")
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, cwd=cwd, env=given, check=True)
@@ -249,7 +249,7 @@ def test_an_empty_list_of_the_catalogue_says_what_is_near(capsys: pytest.Capture
 
 
 def test_the_answer_comes_first_with_its_cost(folder: Path) -> None:
-    """What is served, what it costs, what it gains; proofs and how it was found come after."""
+    """Rate, cost and gain come first; proofs and the search come after."""
     done = hetis_plan_here("explain", "plan.json", cwd=folder)
     assert done.returncode == 0, done.stderr
     names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:13]]

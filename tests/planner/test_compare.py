@@ -1,4 +1,4 @@
-"""`compare` by the fake of a solver: order, bounds, figures, the table, and how it ends for every outcome."""
+"""`compare` with a fake solver: order, bounds, figures, the table, and the exit for every outcome."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ nodes:
 network: {bandwidth: 100Gbps, latency: 20us}
 """
 INPUTS = ("--cluster", "small.yaml", "--model", "Meta-Llama-3-8B", "--workload", "azure_conv_2023")
-# What the issue promises of the JSON form.
+# The promised keys of the JSON form.
 PLAN_FIELDS = {"kind", "strategy", "result", "inputs", "replicas"}
 RESULT_FIELDS = {"status", "objective", "value", "bound", "gap", "unit", "solve_s"}
 REPLICA_FIELDS = {"rate", "ttft_s", "tpot_s", "micro_batch", "in_flight", "stages", "attention_workers"}

@@ -1,4 +1,4 @@
-"""What plans of other engines reach, beside a plan: by the real solver, on a fleet on which all of it is found."""
+"""The values of other engines' plans next to a plan, by the real solver, on a fleet where all are found."""
 
 from __future__ import annotations
 

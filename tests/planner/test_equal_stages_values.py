@@ -1,4 +1,4 @@
-"""What another engine is said to reach is never less than replicas of equal stages, which every engine runs."""
+"""Another engine's stated value is never below that of equal stages, which every engine runs."""
 
 from __future__ import annotations
 

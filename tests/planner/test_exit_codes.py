@@ -1,4 +1,4 @@
-"""How a run ends: the exit codes, stdout for data alone, never a traceback."""
+"""Exit codes, stdout for data alone, and never a traceback."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def parameters(function: Callable[..., object]) -> set[str]:
 
 
 def test_an_export_is_that_of_the_command_line(plan: hetis.Plan, tmp_path: Path) -> None:
-    """The same files by either way, what is wrong with options all at once, and no folder is written over."""
+    """Both ways give the same files, report all errors in options at once, and never overwrite a folder."""
     plan.save(tmp_path / "plan.json")
     options = ("--model", "/models/x", "--node-address", "a100=10.0.0.1", "--", "--max-model-len", "512")
     done = hetis_plan_here("export", "plan.json", "--to", "vllm", "--out", "theirs", *options, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What native libraries print stays off stdout."""
+"""The output of native libraries stays off stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`place` by the fake of a solver: what is printed, saved and returned for every outcome."""
+"""`place` with a fake solver: output, saved files and exit code for every outcome."""
 
 from __future__ import annotations
 

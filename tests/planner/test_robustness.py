@@ -69,7 +69,7 @@ def never(_problem: PlacementProblem, _strategy: str, _budget: Budget) -> Plan:
 
 
 def studied(fleet: str, error: float, *, seed: int = 0, samples: int = 30) -> Robustness:
-    """Without searches, which other tests look at."""
+    """Return the study without searches, which other tests cover."""
     return study(planned(fleet), posed(fleet), error=error, seed=seed, samples=samples, searches=0, search=never)
 
 

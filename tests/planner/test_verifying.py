@@ -1,4 +1,4 @@
-"""What the simulator says of a plan before `place` shows it."""
+"""The simulator verifies a plan before `place` shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine's host adds to an iteration, in the cost model and in the file form."""
+"""The host time that an engine adds to an iteration, in the cost model and in the file form."""
 
 from __future__ import annotations
 

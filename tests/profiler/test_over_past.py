@@ -1,4 +1,4 @@
-"""What chunks over a past say of the way their KV is charged, and of a fit that saw none of them."""
+"""Chunks over a past judge how KV is charged, and a fit that saw none of them."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class MortalState(StateDirectory):
 
 
 class AgentHost:
-    """One node's agent. A killed one does nothing any more that anybody could notice.
+    """One node's agent. After a kill it has no visible effects.
 
     Attributes:
         engine_address: where it says that its engine listens.
@@ -70,7 +70,7 @@ class AgentHost:
         self.start()
 
     def start(self) -> None:
-        """A new process, with what is on disk."""
+        """Start a new process with the present files."""
         assert self.is_dead
         self.state = MortalState(self.folder)
         self.state.died = self.kill

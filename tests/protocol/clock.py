@@ -62,7 +62,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class VirtualClock:
-    """What the fleet and the daemons take for the time."""
+    """The clock of the fleet and the daemons."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
@@ -75,7 +75,7 @@ class VirtualClock:
 
 
 class _Leap(selectors.DefaultSelector):
-    """Instead of waiting it moves the clock."""
+    """A selector that moves the clock instead of waiting."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()

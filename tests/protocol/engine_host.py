@@ -52,7 +52,7 @@ class EngineHost:
         self._loop = asyncio.get_running_loop().create_task(self._run(), name=f"engine of {node}")
 
     def restart(self) -> None:
-        """What ran, and all KV, is gone."""
+        """Restart the engine, which loses its requests and all KV."""
         self._run_number += 1
         self.engine = self._new_engine()
         self._stepped.set()
@@ -75,7 +75,7 @@ class EngineHost:
             self._stepped = asyncio.Event()
             await asyncio.sleep(STEP_S)
 
-    # As an executor of the agent.
+    # The interface of the agent's executor.
 
     async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse:
         return await self._do("apply", lambda: self.engine.apply_assignment(request, self._now()))

@@ -1,8 +1,7 @@
-"""What is physically where: KV of head groups on every node, kept by somebody who sees all engines and trusts none.
+"""A ledger of the physical place of head groups' KV on every node, which sees all engines and trusts none.
 
-An engine that takes a change to be released has freed what it was the source of; one that gives a change up has freed
-what it was the target of. The map of the primary's engine says who is asked for a head group: whoever that is must
-still have it.
+An engine that releases a change has freed what it was the source of. One that aborts a change has freed what it was the
+target of. The map of the primary's engine says which device serves a head group; that device must still have it.
 """
 
 from __future__ import annotations

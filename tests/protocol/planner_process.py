@@ -37,7 +37,7 @@ class _Clock:
 
 
 class _Servicer(AgentServicer):
-    """As behind the interceptor: a caller is set, and errors become statuses."""
+    """The servicer as behind the interceptor: a caller is set, and errors become statuses."""
 
     async def ConnectNode(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
         identity.set_caller(identity.ANYBODY)

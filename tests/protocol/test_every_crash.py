@@ -126,7 +126,7 @@ def test_the_answer_to_every_call_of_an_engine_may_be_lost(node: str) -> None:
 
 
 def kill_at(number: int, kill: Callable[[World], None]) -> Prepare:
-    """When the message of this number is sent; it is lost with whoever dies, if that is one of its ends."""
+    """Return a preparation that kills when this message is sent, which is lost if one of its ends is killed."""
 
     def prepare(world: World) -> Callable[[], bool]:
         first, met = len(world.network.log), []

@@ -42,7 +42,7 @@ BAD = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAI
 
 
 class Errors(logging.Handler):
-    """What somebody logged as an error."""
+    """The messages that were logged as errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -62,7 +62,7 @@ def errors() -> Iterator[Errors]:
 
 @pytest.fixture(autouse=True)
 def loud() -> None:
-    """After `quiet`: errors are what is looked for."""
+    """Undo `quiet`, since errors are what these tests look for."""
     logging.getLogger("hetis").setLevel(logging.ERROR)
 
 

@@ -199,12 +199,12 @@ class Fleet:
     # --- what must hold
 
     def check_moving_again(self) -> None:
-        """Whatever died is back: re-dispatches are made again."""
+        """Check that re-dispatches are made again once everything has restarted."""
         done = self.num_done()
         self.until(lambda: self.num_done() > done, "another re-dispatch is done")
 
     def check_ends(self) -> None:
-        """With a planner that proposes no more, everything ends, and all say the same."""
+        """Check that, with a planner that proposes no more, everything ends and all agree."""
         self.kill("planner")
         phases = {node: self._until_closed(node) for node in NODES}
         for node in NODES:
@@ -234,7 +234,7 @@ class Fleet:
                 assert (now[change_id] == State.REDISPATCH_STATE_DONE) == (said in FLIPPED), change_id
 
     def _until_closed(self, node: str) -> dict[str, int]:
-        """Without a planner every prepared move resolves by its deadline; returns phases by change."""
+        """Wait, without a planner, until every prepared move resolves by its deadline; return phases by change."""
         statuses: list[ChangeStatus] = []
 
         def is_closed() -> bool:

@@ -125,7 +125,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(arrives=st.booleans())
     def words_of_the_dead_arrive(self, arrives: bool) -> None:
-        """What was sent before a death may come after it."""
+        """Let messages sent before a death arrive after it, or not."""
         self.world.planners_words_arrive = arrives
         for agent in self.world.agents.values():
             agent.its_words_arrive = arrives
@@ -166,7 +166,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 class Pressed(Protocol):
-    """The same where a change is always under way, so that faults meet its phases."""
+    """The same machine with a change always under way, so that faults meet its phases."""
 
     @initialize(seed=st.integers(0, 1000), seconds=st.sampled_from([0.0, 0.01, 0.3, 0.55, 0.6, 0.7]))
     def begin(self, seed: int, seconds: float = 0.0) -> None:

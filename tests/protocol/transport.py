@@ -33,7 +33,7 @@ class Way(Enum):
 
 
 class Fate(Enum):
-    """What becomes of a message."""
+    """The fate of a message."""
 
     PASS = "pass"
     DROP = "drop"
@@ -64,7 +64,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How the planner ended a stream; None: with OK. ``is_broken``: nobody ended it."""
+    """The planner's end of a stream; None means OK. ``is_broken`` means that neither side ended it."""
 
     error: ServiceError | None
     is_broken: bool = False
@@ -111,7 +111,7 @@ class Network:
         return seen
 
     def release(self) -> None:
-        """What was held goes on, in its order."""
+        """Deliver what was held, in order."""
         for wire in list(self.wires.values()):
             for way in Way:
                 while wire.held[way]:
@@ -164,7 +164,7 @@ class Wire:
             self.push(way, item)
 
     def push(self, way: Way, item: Item) -> None:
-        """In order with everything else that is pushed."""
+        """Push an item, in order with everything else that is pushed."""
         self.under_way[way].append(item)
         asyncio.get_running_loop().call_later(LATENCY_S, self._arrive, way)
 
@@ -185,9 +185,9 @@ class Wire:
     # How it breaks.
 
     def cut(self, *, agent_notices: bool = True, planner_notices: bool = True, arrives: Sequence[Way] = ()) -> None:
-        """Nothing goes through any more; an end that does not notice does so after `NOTICE_S`.
+        """Stop all traffic; an end that does not notice does so after `NOTICE_S`.
 
-        ``arrives``: what is under way in these directions still does.
+        ``arrives``: directions in which messages under way still arrive.
         """
         for way in arrives:
             while self.under_way[way]:
@@ -210,7 +210,7 @@ class Wire:
                 del self.network.wires[self.node]
 
     def cut_planner(self) -> None:
-        """As gRPC does: the handler is cancelled."""
+        """Cancel the handler, as gRPC does."""
         if self.planner_stands:
             self.planner_stands = False
             # After the handler has read what has arrived.
@@ -280,7 +280,7 @@ class AgentCall:
 
 
 class Address:
-    """In place of `PlannerAddress`: leads to whoever the network says is there."""
+    """A stand-in for `PlannerAddress` that leads to the planner chosen by the network."""
 
     server = "memory"
 

@@ -130,7 +130,7 @@ class World:
                 self._check_permitted(change_id)
 
     def _check_on_disk(self, node: str, request: ConnectNodeRequest) -> None:
-        """What an agent acknowledges it cannot forget any more."""
+        """Check that an acknowledged request is durable on the agent."""
         ack = request.ack
         saved = self.agents[node].state.read().get(ack.replica)
         kept = 0 if saved is None else ReplicaState.from_bytes(saved, clock="this boot").held_generation
@@ -138,7 +138,7 @@ class World:
             self.ledger.failures.append(f"{node} acknowledged generation {ack.generation}, on its disk is {kept}")
 
     def _check_permitted(self, change_id: str) -> None:
-        """Whoever flips was permitted to, and the store knew that before anybody else."""
+        """Check that a flip was permitted, and that the store knew it first."""
         with closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as connection:
             name = f"{CLUSTER}/redispatches/{change_id}"
             row = connection.execute("SELECT state FROM redispatches WHERE name = ?", (name,)).fetchone()
@@ -221,7 +221,7 @@ class World:
     # --- usual courses
 
     def serve(self) -> None:
-        """From an activated plan to a replica that serves some requests, which stay."""
+        """Go from an activated plan to a replica that serves some lasting requests."""
         self.start_planner()
         self.until(self.is_serving, SERVED_S, "the replica serves")
         self.until(lambda: len(self.running()) >= 4, SERVED_S, "requests run")
@@ -369,7 +369,7 @@ class World:
         self._call(self.agents[node].start)
 
     def drain(self, node: str, is_draining: bool) -> None:
-        """As `DrainNode` and `UndrainNode`: kept first, then told to the fleet."""
+        """Drain or undrain like `DrainNode` and `UndrainNode`: stored first, then sent to the fleet."""
         planner = self.planner
         if planner is None or planner.store.is_dead or planner.store.dies_at is not None:
             return
@@ -390,7 +390,7 @@ class World:
         self._look()
 
     def _call(self, work: Callable[[], object]) -> None:
-        """In the loop, and what follows at once."""
+        """Run work in the loop, with its immediate consequences."""
         if self.loop.is_running():
             work()
             return
@@ -404,7 +404,7 @@ class World:
     # --- the end
 
     def heal(self) -> None:
-        """Nothing goes wrong any more, for long enough."""
+        """Let time pass without faults for long enough."""
         self._drop_zombie()
         self.network.fate = lambda _: Fate.PASS
         self._call(self.network.release)
@@ -439,7 +439,7 @@ class World:
         return True
 
     def check_healed(self) -> None:
-        """Nothing is stuck, all sides say the same, and the next re-dispatch works."""
+        """Check that nothing is stuck, all sides agree, and the next re-dispatch works."""
         assert self.planner is not None
         ends = self.redispatches()
         lost = set(self.acknowledged) - ends.keys()

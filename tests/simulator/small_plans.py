@@ -102,7 +102,7 @@ def equal_requests(count: int, *, prompt: int, output: int, every_s: float = 0.0
 
 
 def with_role(one: ReplicaPlan, role: Role) -> ReplicaPlan:
-    """The same stages for prompts or for outputs only."""
+    """Return the replica with the same stages for prompts or for outputs only."""
     if role is Role.PREFILL:
         return replace(one, role=role, micro_batch=0, tpot_s=0.0, kv_zones=("default",))
     return replace(one, role=role, chunk_tokens=0, ttft_s=0.0)

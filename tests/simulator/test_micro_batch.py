@@ -16,14 +16,14 @@ BLOCK = 4
 
 
 class Told:
-    """The same, request by request: contexts before the present step."""
+    """The oracle, request by request: contexts before the present step."""
 
     def __init__(self, growth: KvGrowth) -> None:
         self.growth = growth
         self.context: dict[int, int] = {}
 
     def attended(self) -> float:
-        """During the step: each attends to itself as well."""
+        """Return the tokens attended to during the step, each token's own included."""
         return sum(self.growth.attended(context + 1) for context in self.context.values())
 
     def crossing(self) -> int:

@@ -1,4 +1,4 @@
-"""Which replica a request goes to."""
+"""The choice of a replica for a request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hetis.simulator.router import LeastWork, Weighted
 
 @dataclass(slots=True)
 class Replica:
-    """What routers look at. ``outstanding`` is whatever a test says: nothing ends here."""
+    """A replica as routers see it. The test sets ``outstanding``, as nothing ends here."""
 
     number: int
     rate: float
@@ -25,7 +25,7 @@ class Replica:
 
 
 def chosen(router: LeastWork | Weighted, replicas: list[Replica], *, times: int) -> Counter[int]:
-    """How often each is chosen; prefill replicas are done at once, others keep all their requests."""
+    """Return how often each is chosen; prefill replicas finish at once, others keep all their requests."""
     counts = Counter[int]()
     for _ in range(times):
         number = router.choose(cast(list[ReplicaRun], replicas)).number

@@ -272,7 +272,7 @@ class Begun:
     most: int
 
 
-# Of the stages begun: max u / c, sum u, and what the rule for iterations with a chunk asks for: of a single micro-batch
+# For the first stages: max u / c, sum u, and the input of the rule for iterations with a chunk: of a single micro-batch
 # the most uneven stage, else the longest over its copies.
 Times = tuple[float, float, float]
 

@@ -276,7 +276,7 @@ def templates(draw: st.DrawFn) -> tuple[PlacementProblem, Atlas, Template]:
 
 
 def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[Numbers, list[Stage]]:
-    """The same replica as the document has it."""
+    """Return the same replica in the document's terms."""
     network, mix = problem.cluster.network, atlas.mixes[template.mix]
     zones = atlas.scopes[template.scope].zones
     M = problem.family.in_flight[template.in_flight_index]

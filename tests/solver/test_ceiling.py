@@ -96,7 +96,7 @@ def test_no_split_has_more_room_than_the_roomiest(
 
 
 def test_most_configurations_end_at_their_ceiling() -> None:
-    """That is what they are for: without them pricing would search 1,824 configurations, one by one."""
+    """Without ceilings, pricing would search 1,824 configurations one by one."""
     atlas = build_atlas(problem(example("fleet-160")))
     worth = np.array([2.0, 0.9, 0.4, 0.35, 0.5])
     prices = atlas.group_use @ worth, atlas.card_use @ worth

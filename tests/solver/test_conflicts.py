@@ -227,7 +227,7 @@ def test_demand_and_a_wish_are_named_together() -> None:
 
 @pytest.mark.parametrize("of_what", list(Sum))
 def test_a_rent_that_is_too_low_says_what_is_enough(of_what: Sum) -> None:
-    """One card holds no replica, and one of these cards costs a dollar."""
+    """One GPU holds no replica, and one of these GPUs costs a dollar."""
     profile = make_profile("A", usable_bytes=4_800_000)
     problem = make_problem([make_node("a", "A", nodes=6)], profiles={"A": profile})
     wish = AtMost(of=of_what, most=1.0)

@@ -43,7 +43,7 @@ def two_cards(**objective: object) -> PlacementProblem:
 
 
 def best_goodput(problem: PlacementProblem, **limits: float | None) -> float:
-    """By brute force, under these limits; 0 where nothing meets them."""
+    """Return the best goodput under these limits by brute force; 0 if nothing meets them."""
     objective = Objective(
         ttft_limit_s=limits.get("ttft_limit_s"), tpot_limit_s=limits.get("tpot_limit_s"), demand_rps=None
     )

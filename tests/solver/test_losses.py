@@ -1,4 +1,4 @@
-"""What is left of a plan when a node or a zone is lost: worked by hand, and never more than what is left can serve."""
+"""The rest of a plan after losing a node or a zone: worked by hand, and never above what the rest can serve."""
 
 from __future__ import annotations
 

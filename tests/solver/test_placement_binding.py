@@ -1,4 +1,4 @@
-"""Named GPUs: what the master admits always fits into the nodes, and no TP group leaves its node."""
+"""The master's plans always bind to named GPUs, and no TP group leaves its node."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def test_stages_take_what_the_options_of_other_families_take(problem: PlacementP
 
 
 def with_twin_zone(problem: PlacementProblem) -> PlacementProblem:
-    """The same with every node once more, in another zone."""
+    """Return the problem with every node duplicated in another zone."""
     groups = [replace(group, zone="east") for group in problem.cluster.node_groups]
     twins = [replace(group, name=f"twin-{group.name}", zone="west") for group in groups]
     return replace(problem, cluster=replace(problem.cluster, node_groups=(*groups, *twins)))

@@ -60,7 +60,7 @@ def value_of(problem: PlacementProblem) -> float:
 
 
 def of_strategy(problem: PlacementProblem, strategy: str) -> PlacementProblem:
-    """With the family that a strategy searches, as the oracle and the checker need it."""
+    """Return the problem with the family that a strategy searches, for the oracle and the checker."""
     return replace(problem, family=STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy)))
 
 

@@ -1,4 +1,4 @@
-"""What ends without a plan says why; what is stopped early still tells the truth."""
+"""A search without a plan says why, and a search stopped early still tells the truth."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ EXAMPLES = max(3, settings().max_examples // 5)  # column generation takes about
 
 
 def generated(problem: PlacementProblem, strategy: str = "hetis", *, threads: int = 1) -> Plan | None:
-    """By column generation, however small the fleet; None where no plan exists."""
+    """Plan by column generation, however small the fleet; return None if no plan exists."""
     with patch.object(search, "is_small", lambda _: False):
         try:
             return solve_placement(problem, strategy=strategy, threads=threads)

@@ -29,7 +29,7 @@ MAXIMISED = (ObjectiveKind.GOODPUT, ObjectiveKind.THROUGHPUT)
 
 
 def on_nodes(problem: PlacementProblem, most: int | None) -> PlacementProblem:
-    """The same with replicas on so many nodes."""
+    """Return the problem with replicas on at most this many nodes."""
     return replace(problem, family=replace(problem.family, engine=replace(RULES, max_nodes=most)))
 
 

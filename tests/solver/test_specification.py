@@ -23,7 +23,7 @@ KINDS = tuple(ObjectiveKind)
 
 
 def specified_value(problem: PlacementProblem) -> float:
-    """With as many slots as the fleet could fill."""
+    """Return the MILP's value with as many slots as the fleet could fill."""
     slots = problem.cluster.num_gpus()
     return solve_specification(problem, num_replicas=slots, num_stages=slots).value
 

@@ -15,7 +15,7 @@ _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+([^)#\s]*)(?:#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page with the whole of every table."""
+    """Add a page with the full content of every table."""
     for path in sorted(tables.DATA.glob("*.csv")):
         source = f"data/{path.stem}.md"
         files.append(File.generated(config, source, content=data_page(path)))
@@ -23,7 +23,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def data_page(path: Path) -> str:
-    """Return the page with the whole of a table, and the file to download."""
+    """Return the page with a full table, and the file to download."""
     rows = tables.read(path.stem)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     body = "".join(
@@ -37,7 +37,7 @@ def data_page(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Name files of the repository instead of linking to them, and link to the pages of tables."""
+    """Replace links to files of the repository by their names, and link to the pages of tables."""
     deep = page.file.src_uri.count("/")
 
     def outside(link: re.Match[str]) -> str:

@@ -39,13 +39,13 @@ def mathml(source: str, *, display: str) -> str:
     """Return LaTeX as MathML.
 
     Raises:
-        ValueError: a command is not understood, and would be drawn as its own name.
+        ValueError: a command is unknown, and would be drawn as its own name.
     """
     one_line = " ".join(source.split()).replace("{aligned}", "{split}")  # the same, under the known name
     found = str(convert(one_line, display=display))
     if unknown := re.search(r"\\[A-Za-z]+|<mi>&</mi>", found):
         raise ValueError(f"{unknown[0]} in {source!r} is not understood")
-    return re.sub(r'columnalign="(left|right)"', r'style="text-align: \1"', found)  # browsers look at the style
+    return re.sub(r'columnalign="(left|right)"', r'style="text-align: \1"', found)  # browsers only respect the style
 
 
 def makeExtension(**kwargs: Any) -> Mathematics:  # noqa: N802

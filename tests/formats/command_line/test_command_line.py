@@ -1,4 +1,4 @@
-"""What the commands share: options of every verb, where a verb writes, and exit codes that mean the same."""
+"""Options of every verb, output files and exit codes that all commands share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hetis.profiler.cli.exit_codes import ProfileExitCode as ProfilerCode
 
 
 def application() -> typer.Typer:
-    """A command with two verbs: one prints data, the other fails as it is told."""
+    """Return a command with two verbs: one prints data, the other fails as told."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
     @app.command()

@@ -1,4 +1,4 @@
-"""What kubectl, nvidia-smi, Slurm and Ray print becomes the fleet that it is, and what is left out has its reason."""
+"""The output of kubectl, nvidia-smi, Slurm and Ray becomes the right fleet, and omissions have reasons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def found(*names: str, with_busy: bool = False, source: Source = Source.AUTO, **
 
 
 def gpus(fleet: Discovered) -> dict[str, dict[str, int]]:
-    """GPUs of every node by type."""
+    """Return the GPUs of every node by type."""
     return {
         group.node_name(i): {slots.gpu: slots.count for slots in group.gpus}
         for group in fleet.cluster.node_groups
@@ -46,7 +46,7 @@ def reason(fleet: Discovered, node: str) -> str:
 
 
 def refused(tmp_path: Path, name: str, content: str, source: Source = Source.AUTO) -> str:
-    """What is said of a file that is not usable."""
+    """Return the error for an unusable file."""
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DocumentError) as error:

@@ -210,7 +210,7 @@ def cluster_events() -> list[cluster_service_pb2.WatchClusterResponse]:
 def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     fleet.events = cluster_events()
 
-    def fail(method: str, context: object) -> None:  # in the place of Ctrl-C: this watch has no end of its own
+    def fail(method: str, context: object) -> None:  # stands for Ctrl-C, as this watch does not end by itself
         if method == "WatchCluster" and fleet.calls["WatchCluster"] > 1:
             refuse(context, 5, "NOT_FOUND", "clusters/paper is gone")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The same verbs with the real `hetis-planner` beside them: what the fake planner only claims."""
+"""The same verbs against the real `hetis-planner`, to verify what the fake planner only claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""upstreams: what serves, as the list of a router, written again when that changes."""
+"""upstreams writes the serving replicas as a router's list, and again when they change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def replica(
 
 @pytest.fixture
 def served(planner: FakePlanner) -> FakePlanner:
-    """Two replicas that serve, one of them without a worker, and others that must not get requests."""
+    """Return a planner with two serving replicas, one of them without a worker, and others that must not serve."""
     planner.clusters["clusters/paper"] = cluster_pb2.Cluster(name="clusters/paper")
     replicas = [
         replica(1, 6.0),

@@ -1,7 +1,7 @@
-"""A planner made of dictionaries, served over the loopback: what clients may rely on, and failures on demand.
+"""A planner made of dictionaries on loopback, which keeps what clients may rely on and fails on demand.
 
-It keeps etags, request ids and pages as the contract says, solves nothing, and activates at once. What a test wants to
-see of a search it puts into ``searches``.
+It handles etags, request ids and pages by the contract, solves nothing, and activates at once. A test puts the searches
+that it wants to see into ``searches``.
 """
 
 # ruff: noqa: N802  # methods are named as in the contract
@@ -48,7 +48,7 @@ def refuse(
     violations: tuple[tuple[str, str], ...] = (),
     retry_after_s: float | None = None,
 ) -> None:
-    """Ends the call with a status and its details, as the contract says."""
+    """End the call with a status and its details, as the contract says."""
     details: list[Message] = [error_details_pb2.ErrorInfo(domain="hetis", reason=reason, metadata=metadata or {})]
     if violations:
         wrong = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
@@ -70,7 +70,7 @@ class FakePlanner(
     plan_service_pb2_grpc.PlanServiceServicer,
     profile_service_pb2_grpc.ProfileServiceServicer,
 ):
-    """Everything is public: tests put in what they want to be there."""
+    """The fake planner. Everything is public, so that tests can set its contents."""
 
     def __init__(self) -> None:
         self.address = ""

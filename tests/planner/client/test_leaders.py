@@ -83,7 +83,7 @@ TAKEN = CallError("it is there already", code=grpc.StatusCode.ALREADY_EXISTS, re
 def test_a_call_says_unknown_if_any_of_its_attempts_may_have_been_carried_out(
     earlier: Sequence[CallError], last: CallError, changed: str | None
 ) -> None:
-    """The last planner asked speaks of its own attempt alone: found by a history of faults."""
+    """The last planner asked knows only of its own attempt; a history of faults found this."""
     now_s = 0.0
     search = search_for(Connection(address="127.0.0.1:1,127.0.0.1:2"))
     method = "/hetis.v1.ClusterService/UpdateCluster"

@@ -1,4 +1,4 @@
-"""Any document of the allowed size costs at most 300 MB and 2 s of a core; also one made to cost much."""
+"""Any document of the allowed size costs at most 300 MB and 2 s of a core, even a malicious one."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def _plans() -> dict[str, str]:
 
 
 def _documents() -> Iterator[tuple[str, str, str]]:
-    """Kind, name and text."""
+    """Yield kind, name and text."""
     for kind, texts in (("Cluster", _texts()), ("Profile", _profiles()), ("Plan", _plans())):
         for name, text in texts.items():
             yield kind, name, text
 
 
 def _high_water_mb() -> float:
-    """Most memory of this process since it was last asked to forget what there was."""
+    """Return the peak memory of this process since the last reset."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -92,8 +92,7 @@ def _read(kind: str, text: str) -> dict[str, float]:
 
 
 def _cost() -> None:
-    """Reads each in a process of its own, which leaves nothing to the next, and is kept from much more than is
-    allowed."""
+    """Read each document in a separate process, limited to little more than is allowed."""
     for kind, name, text in _documents():
         child = os.fork()
         if not child:

@@ -34,7 +34,7 @@ def test_canonical_json_reads_as_itself(name: str, source: str) -> None:
 
 
 def test_what_grows_too_large_as_json_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """YAML aliases stand for much more than they take."""
+    """YAML aliases expand to much more than their text."""
     monkeypatch.setattr(documents, "MAX_BYTES", 5000)
     types = "".join(f"  X{number}: *t\n" for number in range(40))
     text = (

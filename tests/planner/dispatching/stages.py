@@ -53,7 +53,7 @@ def stage_model(
 
 
 def empty_map(model: stage_pb2.StageModel, totals: Sequence[int] | None = None) -> head_map_pb2.HeadMap:
-    """Nothing runs; ``totals``: blocks of each device."""
+    """Return a head map without requests; ``totals`` are the blocks of each device."""
     return head_map_pb2.HeadMap(
         stage=model.stage,
         copy=model.copy,
@@ -91,7 +91,7 @@ class Replica:
 
 
 class Replicas(dict[str, Replica]):
-    """Those that there are."""
+    """The existing replicas."""
 
     def replica_view(self, name: str) -> Replica | None:
         return self.get(name)

@@ -87,7 +87,7 @@ def agent_of(node: str) -> Identity:
 
 
 def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Answer]], request: Request) -> Answer:
-    """Answer as the service does it: the caller is known in the call's task and nowhere else."""
+    """Return the answer as the service computes it, with the caller known only in the call's task."""
 
     async def call() -> Answer:
         set_caller(identity)
@@ -249,7 +249,7 @@ def test_a_stream_for_code_without_an_event_loop() -> None:
 
 
 def answers_to(servicer: DispatchServicer, identity: Identity) -> pb2.DispatchRequestsResponse:
-    """To one message of a stream."""
+    """Return the answer to one message of a stream."""
 
     async def call() -> pb2.DispatchRequestsResponse:
         async def requests() -> AsyncIterator[pb2.DispatchRequestsRequest]:

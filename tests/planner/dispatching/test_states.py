@@ -15,7 +15,7 @@ from tests.planner.dispatching.stages import REPLICA, STATE, Replica, Replicas, 
 
 
 class Service:
-    """One replica, and calls to it in few words."""
+    """One replica, and short forms of its calls."""
 
     def __init__(self, replica: Replica, maps: Sequence[head_map_pb2.HeadMap] | None = None) -> None:
         self.replica = replica

@@ -1,4 +1,4 @@
-"""Admissions that come in one turn of the event loop: one plan for all, each call with its own answer."""
+"""Admissions in one turn of the event loop share a plan, but each call has its own answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def newcomer(name: str, context: int = 10) -> Newcomer:
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many requests each plan was of."""
+    """Return the number of requests in each plan."""
     found, plan = list[int](), admission.admit
 
     def counted(stages: object, loads: object, newcomers: Sequence[Newcomer]) -> object:

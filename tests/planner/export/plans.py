@@ -1,4 +1,4 @@
-"""Ten plans for a model of four layers, each with something that the others have not."""
+"""Ten plans for a model of four layers, each with some feature that the others lack."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WHOLE = stage_of(kv_head_groups_kept=8)
 
 
 def made_of(*replicas: ReplicaPlan, routes: tuple[KvRoute, ...] = ()) -> Plan:
-    """A plan of these replicas that says of which model it is."""
+    """Return a plan of these replicas that names its model."""
     documents = {"documents": {"model": to_data(MODEL)}}
     return replace(plan_of(WHOLE), replicas=replicas, kv_routes=routes, inputs=documents)
 
 
 def on(*devices: str, tp: int = 1, first: int = 0, layers: int = 4, gpu: str = "L4", copies: int = 1) -> StagePlan:
-    """A stage that keeps all its heads."""
+    """Return a stage that keeps all its heads."""
     kept = 8 // tp
     return stage_of(
         gpu=gpu, tp=tp, copies=copies, first_layer=first, num_layers=layers, devices=devices, kv_head_groups_kept=kept

@@ -1,4 +1,4 @@
-"""Exports read back: from what was written alone, the layers and GPUs of each replica. Shares no code with writers."""
+"""Reads exports back: the layers and GPUs of each replica. It shares no code with the writers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 def planned(replica: ReplicaPlan) -> Read:
-    """What an export of a replica must say."""
+    """Return what an export of a replica must say."""
     return Read(
         tuple(stage.num_layers for stage in replica.stages),
         tuple(stage.devices for stage in replica.stages),
@@ -251,7 +251,7 @@ def workers_of(files: Mapping[str, str]) -> dict[str, list[Found]]:
 
 
 def together(*parts: Mapping[str, list[Found]]) -> dict[str, Read]:
-    """Replicas of which several kinds of objects have processes."""
+    """Return replicas whose processes come from several kinds of objects."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: read_replica([one for part in parts for one in part.get(name, [])]) for name in names}
 

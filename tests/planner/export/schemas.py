@@ -29,7 +29,7 @@ POD_TEMPLATE: Schema = {"type": "object", "required": ["spec"], "$comment": "Pod
 
 
 def of(required: str = "", **fields: Schema) -> Schema:
-    """An object with these fields and no others."""
+    """Return the schema of an object with these fields and no others."""
     return {"type": "object", "properties": fields, "required": required.split(), "additionalProperties": False}
 
 

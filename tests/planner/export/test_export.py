@@ -1,4 +1,4 @@
-"""An export says all of a plan that its target carries, and of the rest that it does not."""
+"""An export carries everything of a plan that its target supports, and reports the rest."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def exported(plan: Plan, target: Target, **changes: Any) -> Export:
     return export_plan(plan, MODEL, target, replace(SETTINGS, **{"engine": engine, **changes}))
 
 
-# What targets cannot carry of these plans: a part of the reason, and of which replicas.
+# The parts of these plans that targets cannot carry: a part of the reason, and the replicas.
 LOST: Mapping[tuple[Target, str], tuple[str, tuple[str, ...]]] = {
     **{(Target.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
     **{(Target.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
@@ -252,7 +252,7 @@ def test_scripts_are_shell(target: Target, tmp_path: Path) -> None:
 
 
 def test_a_script_ends_with_its_processes_and_they_with_it(tmp_path: Path) -> None:
-    """With programs that stand for vLLM: one ends with a code, the other waits for SIGTERM."""
+    """Stand-ins for vLLM are used: one ends with a code, the other waits for SIGTERM."""
     made = exported(PLANS["stages of two nodes"], Target.VLLM, hosts={"a": "127.0.0.1", "c": "127.0.0.1"})
     text = made.files["a/r0.sh"]
     [line] = [line for line in text.splitlines() if line.startswith("env ")]

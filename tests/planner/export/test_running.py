@@ -130,7 +130,7 @@ def test_an_agent_sees_kv_in_use_while_it_answers(running: Running) -> None:
 
 
 async def _before_and_while(url: str) -> tuple[EngineNews, EngineNews]:
-    """What an agent reads of an engine at rest, and of one with a request that it goes on answering."""
+    """Return an agent's news of an engine at rest, and during a request that the engine keeps answering."""
     body: dict[str, Any] = {
         "model": "tiny",
         "prompt": PROMPTS[0],

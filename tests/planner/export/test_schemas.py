@@ -1,4 +1,4 @@
-"""What is exported is accepted by those who read it: their own parsers, or schemas of their objects."""
+"""Exports are accepted by their readers' own parsers, or by the schemas of their objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCHEMAS = f"kubernetes-json-schema/v{all_versions()[-1]}-local-strict"
 
 @cache
 def definitions() -> Registry[Any]:
-    """What all objects of Kubernetes refer to; 2 MB, read once."""
+    """Return the definitions to which all Kubernetes objects refer; 2 MB, read once."""
     return Resource.from_contents(schema_contents(f"{_SCHEMAS}/_definitions.json", "")) @ Registry()
 
 
@@ -96,7 +96,7 @@ def check_pod(pod: dict[str, Any], labels: dict[str, str] | None = None) -> None
 
 
 def check_object(one: dict[str, Any]) -> None:
-    """An object of an operator by what was written down of it, or one of Kubernetes by its own schema."""
+    """Check an operator's object by our summary of its schema, or a Kubernetes object by its own schema."""
     schema = schemas.OBJECTS.get(one["kind"])
     if schema is None:
         check_core(one)

@@ -32,7 +32,7 @@ def test_vllm_understands_every_process_of_every_plan() -> None:
 
 
 def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
-    """What vLLM must have understood of a process, as far as `parsed_by_vllm` tells."""
+    """Return what vLLM must have understood of a process, for the fields that `parsed_by_vllm` returns."""
     layout, of_role = one.layout, {Role.UNIFIED: None, Role.PREFILL: "NixlConnector", Role.DECODE: "NixlConnector"}
     ranks = layout.tensor_parallel * len(layout.layers)
     return {

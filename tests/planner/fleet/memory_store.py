@@ -60,7 +60,7 @@ class Tables:
 
 
 class MemoryStore:
-    """``epoch``: of the planner that leads. `write_as` does what a planner of another epoch could do: nothing."""
+    """The store of the planner that leads with ``epoch``. `write_as` acts for another epoch, which must do nothing."""
 
     def __init__(self) -> None:
         self.tables = Tables()

@@ -95,7 +95,7 @@ class ModelAgent:
         self._stream_epoch = 0
 
     def hello(self) -> pb.ConnectNodeRequest:
-        """Begins a stream: what was not delivered is lost."""
+        """Begin a stream; undelivered messages are lost."""
         self.sent.clear()
         self._sequence, self._stream_epoch = 0, 0
         hello = pb.Hello(
@@ -173,7 +173,7 @@ class ModelAgent:
                 self._abort_here(held)
 
     def hear_from_primary(self) -> None:
-        """Over the engines' own connections: how changes ended that this node waits for."""
+        """Learn over the engines' connections how the changes ended for which this node waits."""
         for held in self.changes.values():
             if held.phase in (Phase.CHANGE_PHASE_PREPARING, Phase.CHANGE_PHASE_READY):
                 if held.change.change_id in self.engines.flipped:
@@ -279,7 +279,7 @@ class ModelAgent:
         return self._status(held)
 
     def _abort(self, held: HeldChange) -> list[change_pb2.ChangeStatus]:
-        """Whoever does not decide frees only what the authority has not flipped."""
+        """Abort a change; a node that does not decide frees only what the authority has not flipped."""
         if held.phase in (Phase.CHANGE_PHASE_PREPARING, Phase.CHANGE_PHASE_READY):
             if held.change.change_id in self.engines.flipped:
                 held.phase = Phase.CHANGE_PHASE_FLIPPED
@@ -311,7 +311,7 @@ class ModelAgent:
         return [self._status(held)]
 
     def _end_open(self, replica: str) -> list[change_pb2.ChangeStatus]:
-        """An assignment or removal meets a change."""
+        """End the open change that an assignment or removal meets."""
         statuses = []
         for held in self.changes.values():
             if held.change.replica == replica and self._is_open(held):

@@ -28,7 +28,7 @@ def world() -> World:
 
 
 def activate(world: World, *replicas: tuple[str, replica_pb2.ReplicaPlan]) -> None:
-    """As ActivatePlan does: in one transaction, then the fleet hears of it."""
+    """Activate a plan like ActivatePlan: in one transaction, of which the fleet then learns."""
     tables = world.store.tables
     cluster = tables.clusters.require("clusters/lab")
     tables.clusters.update(replace(cluster, active_plan=NEXT, earlier_plan=PLAN))

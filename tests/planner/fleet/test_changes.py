@@ -257,7 +257,7 @@ def test_parts_follow_the_gpus_of_the_copy_that_is_meant() -> None:
 
 
 def test_a_node_that_moves_no_heads_has_no_part_and_the_authority_does_it() -> None:
-    """As where attention workers of a real engine are on nodes whose agents have no engine beside them."""
+    """This happens if attention workers of a real engine are on nodes whose agents have no engine."""
     world = World()
     world.agents["b"].capabilities = []
     world.serve()

@@ -52,7 +52,7 @@ class _Clock:
 
 
 class _Servicer(AgentServicer):
-    """As behind the interceptor: a caller is set, errors become a status with the reason as its message."""
+    """The servicer as behind the interceptor: callers are set, and errors become a status with their reason."""
 
     def __init__(self, fleet: LiveFleet, who: identity.Identity) -> None:
         super().__init__(fleet)

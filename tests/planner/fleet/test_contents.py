@@ -1,4 +1,4 @@
-"""What a plan's document says of a replica, as messages: the numbers that `hetis-plan dispatch` works with."""
+"""A plan's document becomes messages with the numbers that `hetis-plan dispatch` uses."""
 
 from __future__ import annotations
 

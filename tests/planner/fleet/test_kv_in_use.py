@@ -1,4 +1,4 @@
-"""How full devices are, by what their nodes and the replicas on them said last."""
+"""How full devices are, by the last reports of their nodes and replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.planner.fleet.samples import REPLICA, SETTINGS, store_with_plan
 
 
 def test_a_device_counts_once_and_none_of_a_lost_node() -> None:
-    """What the node says comes first, the fullest stage of its engine else; blocks that are not known say nothing."""
+    """The node's report comes first, then the fullest stage of its engine; unknown blocks say nothing."""
     cluster = DrivenPlanner(store_with_plan(), 1, lambda _node, _message: None, now_s=0.0).cluster
     for node in ("a", "b"):
         cluster.leases.connect(node, now_s=0.0)

@@ -100,7 +100,7 @@ class Protocol(RuleBasedStateMachine):
 
 
 class Pressed(Protocol):
-    """The same where a change is always under way, so that faults meet its phases."""
+    """The same machine with a change always under way, so that faults meet its phases."""
 
     @initialize(serves=st.just(True))
     def begin(self, serves: bool) -> None:

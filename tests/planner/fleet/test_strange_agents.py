@@ -1,4 +1,4 @@
-"""What one agent says, out of malice or because it is newer, costs nobody else anything."""
+"""Malicious or newer messages of one agent cost others nothing."""
 
 from __future__ import annotations
 

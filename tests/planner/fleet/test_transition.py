@@ -1,4 +1,4 @@
-"""From what runs to a plan: what goes on, what starts, what drains, in which order."""
+"""The transition from running replicas to a plan: what continues, starts and drains, and in which order."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class World:
         self.settle()
 
     def disconnect(self, node: str) -> None:
-        """What was under way, in both directions, is lost."""
+        """Drop the stream with all messages under way in both directions."""
         session = self.sessions.pop(node, None)
         self.agents[node].sent.clear()
         self.to_agent[node].clear()
@@ -107,7 +107,7 @@ class World:
         return body.change.change_id
 
     def settle(self) -> None:
-        """What is to be sent goes out first, as the fleet does it: whatever waits for the store must not be in it."""
+        """Send what is due before anything else, as the fleet does: what waits for the store must not be among it."""
         self.planner.send(self.now_s)
         try:
             self.planner.settle(self.now_s)
@@ -154,7 +154,7 @@ class World:
                 self.pass_time(1.0)
 
     def serve(self) -> None:
-        """From an activated plan to a replica that serves."""
+        """Go from an activated plan to a serving replica."""
         for node in self.agents:
             self.connect(node)
         for _ in range(3):
@@ -198,7 +198,7 @@ class World:
         return {node: [held.phase for held in agent.changes.values()] for node, agent in self.agents.items()}
 
     def state(self, change_id: str) -> str:
-        """As the store has it, without its prefix."""
+        """Return the change's state in the store, without its prefix."""
         for record in self.store.tables.redispatches.rows.values():
             if record.body.change.change_id == change_id:
                 return RedispatchState.Name(record.state).removeprefix("REDISPATCH_STATE_")

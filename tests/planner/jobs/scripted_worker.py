@@ -25,12 +25,12 @@ def send(kind: str, payload: bytes = b"", **fields: object) -> None:
     sys.stdout.buffer.flush()
 
 
-# What it does with a problem that the service has posed: its seed says.
+# The seed of a posed problem selects what the worker does.
 OF_SEED = {1: "wait", 2: "die after saying something", 3: "hang", 4: "say nothing found"}
 
 
 def interrupted(document: bytes) -> bytes:
-    """A result as the service takes it."""
+    """Return a result in the service's form."""
     result = plan_pb2.PlanResult(status=plan_pb2.SOLVE_STATUS_INTERRUPTED, value=1.0)
     result.document.digest = digest_of(document)
     return result.SerializeToString()

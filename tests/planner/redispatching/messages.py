@@ -88,7 +88,7 @@ def load_message(
 
 
 def apply_moves(head_map: head_map_pb2.HeadMap, moves: Iterable[head_map_pb2.Move]) -> None:
-    """What an engine does that flips all of them."""
+    """Flip all of the moves, as an engine does."""
     place = {device.name: i for i, device in enumerate(head_map.devices)}
     running = {request.id: request for request in head_map.requests}
     for move in moves:

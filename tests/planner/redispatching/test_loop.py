@@ -114,7 +114,7 @@ class LiveFleet:
                 self.end()
 
     async def settle(self) -> None:
-        """From the random placement to one that nothing is to be moved in."""
+        """Run from the random placement to one with nothing left to move."""
         before = None
         while before != len(self.sent):
             before = len(self.sent)
@@ -123,7 +123,7 @@ class LiveFleet:
         self.num_reads = 0
 
     def makespan_s(self) -> float:
-        """As measured: with devices as slow as they are."""
+        """Return the measured makespan, with the devices' slowness."""
         return makespan_s(snapshot_from_proto(self.map, stage_from_proto(self.model, slowness=self.slowness)))
 
 
@@ -347,10 +347,10 @@ async def test_the_loop_runs_by_itself() -> None:
 
 
 def seen_by_the_loop(fleet: RealFleet) -> tuple[Redispatching, Capacity]:
-    """That the fleet is what loop and proposals ask for is mypy's to prove."""
+    """Let mypy prove that the fleet has what loop and proposals need."""
     return fleet, fleet
 
 
 def told_by_the_fleet(loop: RedispatchLoop, proposals: PlacementProposals) -> tuple[FleetObserver, FleetObserver]:
-    """And that they are what the fleet tells."""
+    """Let mypy prove that loop and proposals are observers of the fleet."""
     return loop, proposals

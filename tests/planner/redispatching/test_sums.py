@@ -1,4 +1,4 @@
-"""The cheap test: exact times, a bound that is one, and no trigger that it misses."""
+"""The cheap test has exact times and a true bound, and misses no trigger."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class LiveReplica:
 
 
 class FakeFleet:
-    """What a test says the fleet sees."""
+    """A fleet whose observations the test sets."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, LiveNode] = {}

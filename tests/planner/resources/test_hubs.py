@@ -1,4 +1,4 @@
-"""Hubs of clusters: what they forget."""
+"""The bounds on what hubs of clusters remember."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which plan is in force, decided in the store; the fleet that sees to it is made up."""
+"""The store decides which plan is active, with a fake fleet that carries it out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def roll_back(planner: Planner, name: str, **fields: Any) -> Coroutine[Any, Any,
 
 
 async def set_activation(planner: Planner, name: str, activation: plan_pb2.ActivationState.ValueType) -> None:
-    """What the fleet does when replicas are up, or failed."""
+    """Record that replicas are up or failed, as the fleet does."""
     await planner.store.write(
         lambda tx: tx.plans.update(replace(tx.plans.require(f"plans/{name}"), activation=activation))
     )

@@ -1,4 +1,4 @@
-"""What can happen to a search, with solver processes that do as they are told."""
+"""Everything that can happen to a search, with scripted solver processes."""
 
 from __future__ import annotations
 

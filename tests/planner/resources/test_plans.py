@@ -111,7 +111,7 @@ def test_a_plan_is_solved_watched_read_explained_and_forgotten(tmp_path: Path) -
 
 
 def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
-    """Unless it is said, the one that `hetis-plan place` plans for."""
+    """The default engine is that of `hetis-plan place`."""
 
     async def scenario(planner: Planner) -> None:
         values, kept = dict[str, float](), dict[str, object]()

@@ -1,4 +1,4 @@
-"""A planner without a planner: servicers that do what a test asks by the name that it calls."""
+"""Servicers without a planner, which do what a test selects by the requested name."""
 
 # ruff: noqa: N802  # gRPC's names
 
@@ -113,7 +113,7 @@ class FakeDispatch(dispatch_service_pb2_grpc.DispatchServiceServicer):
 
 
 class FakePlanner:
-    """What `running` wants of a planner."""
+    """The planner interface that `running` needs."""
 
     collectors: Sequence[Collector] = ()
 

@@ -1,4 +1,4 @@
-"""Who may call what: every role against every method, over a real connection."""
+"""Every role may call exactly its methods, over a real connection."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_a_token_that_is_no_token_is_refused_without_a_look_at_the_file() -> Non
 
 
 def test_a_caller_without_credentials_is_refused_before_its_message_has_come(tmp_path: Path) -> None:
-    """Else calls that never send theirs would stay for as long as they like."""
+    """Otherwise calls that never send a message would stay open forever."""
     make(tmp_path, CallerRole.VIEWER)
 
     async def test() -> None:

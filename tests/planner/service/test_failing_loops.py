@@ -1,4 +1,4 @@
-"""What the planner does beside its calls makes its health red where it fails, and holds up no end of a term."""
+"""A failing background task makes the planner's health red, and delays no end of a term."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the planner remembers of KV in use."""
+"""The planner's memory of KV in use."""
 
 from __future__ import annotations
 

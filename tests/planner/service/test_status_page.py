@@ -349,7 +349,7 @@ async def until_closed(reader: asyncio.StreamReader) -> bytes:
 
 
 def test_idle_connections_are_few_and_end() -> None:
-    """Those above the limit end at once, those that ask nothing after a while; whoever asks is answered."""
+    """Connections above the limit end at once, and silent ones after a while; every request is answered."""
 
     async def test() -> None:
         served, address = await page(limits=PageLimits(of_all=6, of_a_peer=4, request_s=0.2))

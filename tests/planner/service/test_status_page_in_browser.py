@@ -31,7 +31,7 @@ def page_of(address: str) -> str:
 
 
 def test_the_page_of_a_running_cluster(tmp_path: Path) -> None:
-    """Nothing is on the console while the page renews itself, and what it renews is what happens."""
+    """The console stays empty while the page refreshes itself, and the page shows what happens."""
 
     def look(chapter: str) -> None:
         address = processes.status_page

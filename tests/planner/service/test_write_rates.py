@@ -1,4 +1,4 @@
-"""One caller changes things so often and no more; others go on."""
+"""One caller's writes are limited in rate, without an effect on others."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_a_folder_that_is_missing_or_read_only_is_one_clear_error(tmp_path: Path
 
 
 def test_files_of_another_account_are_one_clear_error() -> None:
-    """As another account where the tests run as root, who may write everywhere."""
+    """The test uses another account if it runs as root, who may write everywhere."""
     folder = Path(tempfile.mkdtemp(prefix="hetis-read-only-"))
     asyncio.run(_open_and_close(f"sqlite:///{folder}/hetis.db"))
     before = (folder / "hetis.db").read_bytes()

@@ -139,7 +139,7 @@ def test_a_renewal_that_fails_in_whatever_way_ends_the_term_when_the_lease_does(
 
 
 def test_a_renewal_that_is_answered_after_the_lease_does_not_bring_the_term_back(postgres_url: str) -> None:
-    """As when the process is suspended while it renews: callers have heard that it does not lead, others may."""
+    """This happens if the process is suspended while it renews: others may lead by then, and callers know."""
     now_s, is_suspended = 0.0, False
 
     def machine_s() -> float:
@@ -193,7 +193,7 @@ def test_a_renewal_that_waits_for_its_turn_when_nobody_waits_for_it_is_never_mad
 
 
 def test_whoever_hears_that_the_lease_is_over_ends_the_term(postgres_url: str) -> None:
-    """What follows from NOT_LEADER is for good: agents are sent away."""
+    """NOT_LEADER is final, because agents are sent away after it."""
     now_s = 0.0
 
     async def scenario() -> None:
@@ -263,7 +263,7 @@ def test_a_renewal_is_one_round_trip_and_taking_over_is_five(
 
 
 def test_a_write_that_is_done_after_the_lease_is_not_acknowledged(postgres_url: str) -> None:
-    """As when the process is suspended between commit and answer."""
+    """This happens if the process is suspended between commit and answer."""
     now_s = 0.0
 
     async def scenario() -> None:

@@ -135,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.model)
     def crash(self) -> None:
-        """Goes on from what is on disk at this moment, while the store is open: as after kill -9."""
+        """Continue from the present files while the store is open, as after kill -9."""
         before, self.number = self.number, self.number + 1
         for path in self.folder.glob(f"{before}.db*"):
             if not path.name.endswith(".lock"):

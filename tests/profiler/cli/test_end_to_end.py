@@ -1,4 +1,4 @@
-"""From this very machine to a plan on it: measure, interrupt, resume, fit, place. Needs torch."""
+"""A plan on this very machine from its own measurements: measure, interrupt, resume, fit, place. Needs torch."""
 
 from __future__ import annotations
 

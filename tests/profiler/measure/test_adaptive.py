@@ -1,4 +1,4 @@
-"""What to measure next and when to stop, on surfaces that are known."""
+"""The next point to measure and when to stop, on known surfaces."""
 
 from __future__ import annotations
 

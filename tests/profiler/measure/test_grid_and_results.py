@@ -1,4 +1,4 @@
-"""Which points a model has, and the file that measured points become."""
+"""The points of a model, and the file of the measured points."""
 
 from __future__ import annotations
 

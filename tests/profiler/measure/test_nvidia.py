@@ -1,4 +1,4 @@
-"""What NVML says of a GPU: of the one that CUDA means, while it works, and of all the time between two readings."""
+"""NVML readings: of the GPU that CUDA means, while it works, and over the time between two readings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long to stay at a point: batches, warm-up, and when the median is known well enough. The timer is a fake."""
+"""How long a point is measured: batches, warm-up, and a precise enough median. The timer is a fake."""
 
 from __future__ import annotations
 

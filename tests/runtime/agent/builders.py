@@ -246,7 +246,7 @@ class Bench:
         self.calls.clear()
 
     def connect(self, epoch: int = 1, **changes: object) -> ConnectNodeRequest:
-        """Opens a stream; returns its Hello."""
+        """Open a stream and return its Hello."""
         hello = self.core.hello()
         self.hear(welcome(epoch, **changes))
         return hello

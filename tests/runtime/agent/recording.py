@@ -76,7 +76,7 @@ class RecordingExecutor:
         yield self._do(request, ReadHeadMapsResponse())
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, as nothing is open."""
 
     def _do(self, request: EngineRequest, usual: ResponseT) -> ResponseT:
         self.asked.append(request)

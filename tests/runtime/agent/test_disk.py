@@ -1,4 +1,4 @@
-"""What an agent must not forget survives kills, and damage costs no more than the damaged part."""
+"""Durable state of an agent survives kills, and damage costs only the damaged part."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> N
 
 
 def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: Path) -> None:
-    """Over the peers' own connection: one that has promised does not guess, and goes by what the authority says."""
+    """It uses the peers' connection: an engine that has promised does not guess, and follows the authority."""
 
     async def story() -> None:
         primary = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "p.sock")

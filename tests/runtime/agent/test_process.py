@@ -119,7 +119,7 @@ async def owner(executor: SocketExecutor, what: Change) -> str:
 
 @pytest.mark.parametrize("killed_after", ["prepare", "PREPARING", "READY", "commit", "FLIPPED", "resolved"])
 def test_an_agent_that_is_killed_goes_on_where_it_was(processes: Processes, killed_after: str) -> None:
-    """With the engine alive, the same planner, and every directive repeated, the change ends as if nothing had been."""
+    """With engine and planner alive and every directive repeated, the change ends as if nothing had happened."""
 
     async def story() -> None:
         async with PlannerDouble() as planner:

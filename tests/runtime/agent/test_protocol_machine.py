@@ -34,7 +34,7 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @rule()
     def run_smoothly(self) -> None:
-        """So that changes come far often enough."""
+        """Run without faults for a while, so that changes often get far enough."""
         for _ in range(3):
             for node in NODES:
                 self.world.deliver(node)

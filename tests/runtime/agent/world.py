@@ -150,7 +150,7 @@ class World:
         return True
 
     def decide(self) -> None:
-        """What an honest planner says next of its change."""
+        """Return an honest planner's next directive for its change."""
         for earlier, parts in self.earlier:
             self._decide_on(earlier, parts, aborting=True)
         if self.change is not None:

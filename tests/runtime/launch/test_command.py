@@ -114,7 +114,7 @@ def is_gone(pid: int) -> bool:
 
 
 def two_stages(kept: int, elsewhere: int) -> Plan:
-    """On a and c, each with a worker for some heads."""
+    """Return stages on a and c, each with a worker for some heads."""
     return plan_of(
         stage_of(num_layers=3, kv_head_groups_kept=kept),
         stage_of(first_layer=3, num_layers=1, devices=("c/0",), kv_head_groups_kept=kept),
@@ -182,7 +182,7 @@ FEW = ("--max-model-len", "256", "--enforce-eager")
 
 
 def check_openai_client(url: str) -> None:
-    """What clients use: chats, whole and as streams, say the same."""
+    """Check that whole and streamed chats agree for OpenAI's client."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12}
     asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}

@@ -1,4 +1,4 @@
-"""What is started again, and when it is all over: decided without processes or a clock."""
+"""The supervisor's decisions on restarts and the final end, without processes or a clock."""
 
 from __future__ import annotations
 

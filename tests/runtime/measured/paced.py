@@ -31,7 +31,7 @@ class FakeClock:
 
 @dataclass(slots=True, kw_only=True)
 class Pace:
-    """What a layer takes: ``slow * (head_s * heads + kv_byte_s * bytes + call_s)``, and reading the answer after it."""
+    """The seconds of a layer, ``slow * (head_s * heads + kv_byte_s * bytes + call_s)``, and of reading the answer."""
 
     head_s: float = 1e-6
     kv_byte_s: float = 1e-9
@@ -44,7 +44,7 @@ class Pace:
 
 
 class PacedDevice(LocalDevice):
-    """In this process: the caller waits. With ``is_away`` it computes meanwhile, as a worker does."""
+    """A device in this process, for which the caller waits. With ``is_away`` it computes meanwhile, like a worker."""
 
     def __init__(
         self, name: str, shape: KvShape, pages: int, *, pace: Pace, clock: FakeClock, is_away: bool = False

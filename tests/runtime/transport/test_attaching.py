@@ -26,7 +26,7 @@ Accepted = Future[tuple[Channel, Frame]]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /dev/shm."""
+    """Return a folder in place of /dev/shm."""
     monkeypatch.setattr(shm, "FOLDER", tmp_path)
     return tmp_path
 

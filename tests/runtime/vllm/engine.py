@@ -47,7 +47,7 @@ class Engine:
 
     @property
     def scheduler(self) -> Any:
-        """vLLM's own."""
+        """Return vLLM's own scheduler."""
         return self.core.engine_core.engine_core.scheduler
 
     @property
@@ -88,7 +88,7 @@ def prompts_of(seed: int, count: int, shortest: int = 5, longest: int = 200) -> 
 
 
 def plain(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """Everything where dispatch puts it."""
+    """Generate with everything where dispatch puts it."""
     most: dict[int, int] = {}
 
     def look(_: int) -> None:
@@ -193,9 +193,9 @@ def aborted(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 
 
 def prefix(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
-    """The same long beginning, twice: the second time it is in the prefix cache, and groups leave at once.
+    """Generate the same long beginning twice: the second time it is in the prefix cache, and groups leave at once.
 
-    Only what is here is cached: the first time nothing is sent away.
+    Only local KV is cached, so that nothing is sent away the first time.
     """
     start = prompts_of(act["seed"], 1, 150, 151)[0]
     ends = prompts_of(act["seed"] + 1, act["count"], 5, 40)

@@ -254,7 +254,7 @@ class World:
         return tuple(self.side.allocator.devices(name))
 
     def check(self) -> None:
-        """What must hold whatever happened: blocks are those of groups that are here, or on their way."""
+        """Check the invariant that all blocks belong to groups that are here or on their way."""
         self.side.allocator.check_invariants()
         for name, tables in self.blocks.tables.items():
             anchor, moves = self.blocks.anchors[name], self.side.allocator.moves

@@ -151,7 +151,7 @@ def _stock(family: str, options: str, parent: Path) -> dict[str, dict[str, Any]]
 
 
 def _asked_of_stock(act: dict[str, Any]) -> dict[str, Any]:
-    """The same requests without what happens to head groups and workers."""
+    """Return the same requests without the acts on head groups and workers."""
     kept = {name: act[name] for name in ("act", "seed", "count", "tokens") if name in act}
     return (
         {"count": 1}
@@ -162,7 +162,7 @@ def _asked_of_stock(act: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the models are."""
+    """Return the folder of the models."""
     return tmp_path_factory.mktemp("checkpoints")
 
 

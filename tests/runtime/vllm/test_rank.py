@@ -193,7 +193,7 @@ class World:
             one.tables[group] = []
 
     def hear(self) -> None:
-        """What the rank reports after a step."""
+        """Process the rank's report after a step."""
         report = self.rank.take_report()
         for number in report.copied & self.open.keys():
             self.commit(number)
@@ -352,7 +352,7 @@ def test_what_another_rank_made_void_is_copied_again() -> None:
 
 
 def test_moves_are_committed_and_losses_restart_requests() -> None:
-    """So that the tests above test something."""
+    """If this failed, the tests above would test nothing."""
     assert _run(1, steps=40).committed > 1
     assert _run(1, steps=40, dies_at=15).restarts > 0
 

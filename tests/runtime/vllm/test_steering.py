@@ -1,4 +1,4 @@
-"""What a planner may do to vLLM through its agent, and what it hears of it: without vLLM, ranks only answer."""
+"""A planner's control of vLLM through its agent, and the reports, without vLLM and with fake ranks."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stock(llama: Path) -> list[Any]:
-    """What stock vLLM says to `PLAIN` and `OTHERS`."""
+    """Return the answers of stock vLLM to `PLAIN` and `OTHERS`."""
     results = run_engine(llama, [*PLAIN, *OTHERS], config=None, enable_prefix_caching=True)
     return [one["tokens"] for one in results]
 

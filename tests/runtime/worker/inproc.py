@@ -18,7 +18,7 @@ KEY = bytes(range(16))
 
 
 class Fault(StrEnum):
-    """What happens to a worker instead of one frame."""
+    """A fault of a worker in place of one frame."""
 
     KILL = "kill"  # before it does what the frame says
     KILL_AFTER = "kill_after"  # after that, before the answer

@@ -22,7 +22,7 @@ HEADS = [0, 2, 3]
 
 
 def received(frame: Frame) -> Frame:
-    """As it comes out of a channel: its body in one piece."""
+    """Return the frame as a channel delivers it, with its body in one piece."""
     raw = b"".join(bytes(bytes_of(part)) for part in frame.parts)
     return frame._replace(parts=(np.frombuffer(raw, np.uint8),))
 

@@ -29,7 +29,7 @@ SESSION = 7
 
 @pytest.fixture(scope="module")
 def messages() -> tuple[FrameKind, ...]:
-    """What a worker is sent when nothing goes wrong."""
+    """Return the messages to a worker if nothing goes wrong."""
     worker = InprocWorker("w0", PAGES)
     check(worker.join(CASE.shape()), CASE)
     return tuple(worker.handled)

@@ -1,4 +1,4 @@
-"""What two proofs say of a difference: the interval holds every true difference, and nothing is made up."""
+"""Two proofs bound a difference: the interval holds every true difference, and nothing is invented."""
 
 from __future__ import annotations
 

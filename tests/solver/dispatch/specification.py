@@ -104,7 +104,7 @@ def solve_specification(
 def _running_s(
     problem: DispatchProblem, a: FloatArray, b: FloatArray, gamma: FloatArray, beta: FloatArray, is_worker: FloatArray
 ) -> float:
-    """z when there is nothing to place."""
+    """Return z if there is nothing to place."""
     stage, load = problem.stage, problem.load
     e = stage.heads.exchange_bytes_per_head
     seconds = (a + (gamma * e)[:, None]) * load.heads[:, None] + b * load.kv_bytes[:, None]

@@ -1,4 +1,4 @@
-"""Who is placed when memory is short: nobody is refused who fits, unless the plan says that it is not proved."""
+"""Admission under short memory: no request that fits is refused, unless the plan says that this is not proved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MLA = HeadShape(head_groups=1, queries_per_group=16, kv_bytes_per_token=1152.0, 
 
 
 def subset(problem: DispatchProblem, chosen: list[int]) -> DispatchProblem:
-    """The same with these requests only."""
+    """Return the problem with these requests only."""
     all_of = problem.requests
     requests = Requests(
         ids=tuple(all_of.ids[j] for j in chosen),
@@ -36,7 +36,7 @@ def subset(problem: DispatchProblem, chosen: list[int]) -> DispatchProblem:
 
 
 def beside_those_before(problem: DispatchProblem, plan: DispatchPlan, request: int) -> DispatchProblem:
-    """``request`` with all that were admitted before it."""
+    """Return the problem of ``request`` with all requests admitted before it."""
     left_out = {unplaced.request for unplaced in plan.unplaced}
     return subset(problem, [j for j in range(request) if j not in left_out] + [request])
 

@@ -23,7 +23,7 @@ CLOSE = 1e-9
 
 
 def check(problem: DispatchProblem, plan: DispatchPlan) -> None:
-    """What every plan keeps."""
+    """Check what every plan guarantees."""
     assert_feasible(problem, plan.groups, {unplaced.request for unplaced in plan.unplaced})
     assert plan.makespan_s == pytest.approx(makespan_of(problem, plan.groups), rel=CLOSE)
     assert plan.bound_s <= plan.relaxed_s * (1 + CLOSE)

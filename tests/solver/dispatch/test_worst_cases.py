@@ -20,7 +20,7 @@ from tests.solver.dispatch.instances import LoadKind, random_problem
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What `random_problem` is given, and the gap to the optimum that dispatch had."""
+    """The arguments of `random_problem`, and the gap to the optimum that dispatch had."""
 
     gap: float
     seed: int

@@ -54,7 +54,7 @@ def test_memory_is_shared_out() -> None:
 
 @given(graphs(least=4))
 def test_no_single_exchange_lowers_the_cut_after_refinement(weights: FloatArray) -> None:
-    """What Kernighan-Lin guarantees: a pass starts with the best exchange and keeps it if nothing better follows."""
+    """Kernighan-Lin guarantees this: a pass starts with the best exchange and keeps it if nothing better follows."""
     sizes = np.ones(len(weights))
     start = spectral_partition(weights, sizes, 2)
     found = refine(weights, sizes, start, 1.0)

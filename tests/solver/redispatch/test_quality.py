@@ -1,4 +1,4 @@
-"""How good plans are beside every placement there is, and what their moves are said to bring."""
+"""Plans against every possible placement, and the claimed gains of their moves."""
 
 from __future__ import annotations
 

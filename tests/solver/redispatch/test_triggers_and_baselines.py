@@ -1,4 +1,4 @@
-"""When re-dispatch looks, and what others would do."""
+"""The triggers of re-dispatch, and the baselines."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ from tests.solver.redispatch.instances import random_problem
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What `random_problem` is given.
+    """The arguments of `random_problem`, and the gaps.
 
     Attributes:
         gap: of the plan's objective to the best placement.
-        gap_under_rules: to the best one that moves lead to and whose moves pay.
+        gap_under_rules: to the best placement that moves lead to and whose moves all pay.
     """
 
     gap: float

@@ -1,4 +1,4 @@
-"""What a GPU loads, and how replicas of two plans are matched."""
+"""The weights that a GPU loads, and the matching of two plans' replicas."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def rows_admit(inventory: Inventory, going_on: list[Option], new: list[int]) -> 
 
 
 def fits(going_on: list[Option], new: list[int]) -> bool:
-    """By trying every node for every group."""
+    """Return whether all groups fit, by trying every node for every group."""
     taken = [device for o in going_on for device in o.named()]
     free = [6 - sum(device.startswith(node) for device in taken) for node in ("n-0/", "n-1/")]
     for nodes in itertools.product((0, 1), repeat=len(new)):

@@ -1,4 +1,4 @@
-"""What prices prove of several tenants is the optimum of the relaxation that they price."""
+"""The bound from prices of several tenants is the optimum of the relaxation that they price."""
 
 from __future__ import annotations
 

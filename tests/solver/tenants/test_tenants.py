@@ -68,7 +68,7 @@ def tenancies(draw: st.DrawFn, *, max_gpus: int = 4) -> Tenancy:
 
 
 def searched(tenancy: Tenancy) -> FleetSearch | None:
-    """None where a tenant cannot be served at all."""
+    """Return the search, or None if a tenant cannot be served at all."""
     try:
         return FleetSearch(tenancy)
     except InfeasibleError:
@@ -76,7 +76,7 @@ def searched(tenancy: Tenancy) -> FleetSearch | None:
 
 
 class Split(NamedTuple):
-    """What two tenants serve when the nodes' GPUs are handed out."""
+    """The rates of two tenants for one distribution of the nodes' GPUs."""
 
     one: float
     other: float

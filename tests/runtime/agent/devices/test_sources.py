@@ -1,4 +1,4 @@
-"""Which devices a source means, and which GPU type a product is."""
+"""The devices that a source means, and the GPU type of a product."""
 
 from __future__ import annotations
 

@@ -56,13 +56,13 @@ def control(folder: Path, **state: object) -> None:
 
 
 def lives(folder: Path) -> list[str]:
-    """What the fake engines noted: when they started, and were told to end."""
+    """Return the fake engines' notes of when they started and were told to end."""
     log = folder / "fake.log"
     return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
 def asked(folder: Path) -> list[str]:
-    """How many requests ran, as the fake engines' metrics said each time they were asked."""
+    """Return the number of running requests in the fake engines' metrics, for each time they were read."""
     log = folder / "fake.asked"
     return log.read_text(encoding="utf-8").split() if log.exists() else []
 
@@ -82,7 +82,7 @@ def assigned(
     model: ModelSpec = MODEL,
     peers: Sequence[EnginePeer] = (),
 ) -> Assignment:
-    """What the planner tells a node of a replica."""
+    """Return the planner's assignment of a replica to a node."""
     shape = replica_to_proto(replica or replica_on("a/0"))
     return Assignment(
         replica=name,

@@ -61,7 +61,7 @@ class Node:
         self.executor = LaunchExecutor(self.settings, node=NODE, folder=folder / "engines", clock=clock)
 
     async def report(self) -> WatchReportsResponse:
-        """How it is now."""
+        """Return the present report."""
         return await self.until(lambda _: True)
 
     async def apply(self, request: ApplyAssignmentRequest) -> str:
@@ -95,7 +95,7 @@ class Node:
         )
 
     async def until_asked(self, running: int) -> None:
-        """Until its metrics said twice more that so many requests run: the first answer may be of before the call."""
+        """Wait until its metrics reported this many running requests twice more; the first may predate the call."""
         before = len(asked(self.folder))
         await wait_until(lambda: asked(self.folder)[before:].count(str(running)) >= 2, lambda: "nobody asks")
 

@@ -1,4 +1,4 @@
-"""The file of ``--engine launch:FILE``: what it means, and that everything that is wrong is said at once."""
+"""The file of ``--engine launch:FILE``: its meaning, and all of its errors at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engines' metrics mean: exact names, old and new, several models, ranks, and what is missing."""
+"""The meaning of engines' metrics: exact names, old and new, several models, ranks, and missing ones."""
 
 from __future__ import annotations
 
