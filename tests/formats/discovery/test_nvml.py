@@ -33,7 +33,8 @@ def found(
 
 
 def idle(number: int, **fields: Any) -> Gpu:
-    return Gpu(**{"bus_id": ADDRESSES[number], "memory_used_bytes": 600 * 2**20} | fields)
+    given: dict[str, Any] = {"bus_id": ADDRESSES[number], "memory_used_bytes": 600 * 2**20}
+    return Gpu(**given | fields)
 
 
 def slots(fleet: Discovered) -> dict[str, dict[str, int]]:

@@ -38,7 +38,8 @@ AGENT = "from hetis.runtime.agent.main import main; main()"
 
 
 def gpu(index: int, gpu_type: str = "L4", **fields: Any) -> inventory_pb2.GpuDevice:
-    return inventory_pb2.GpuDevice(index=index, **{"gpu_type": gpu_type, "memory_bytes": 24 * GIB} | fields)
+    given: dict[str, Any] = {"gpu_type": gpu_type, "memory_bytes": 24 * GIB}
+    return inventory_pb2.GpuDevice(index=index, **given | fields)
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def declared(planner: FakePlanner, tmp_path: Path) -> Callable[..., None]:
     planner.clusters["clusters/night"] = cluster_pb2.Cluster(name="clusters/night", etag="v1", document=document)
 
     def add(name: str, gpus: Sequence[inventory_pb2.GpuDevice], **fields: Any) -> None:
-        node = {"state": cluster_pb2.NODE_STATE_READY, "inventory": inventory_pb2.NodeInventory(devices=gpus)} | fields
+        node: dict[str, Any] = {"state": cluster_pb2.NODE_STATE_READY}
+        node |= {"inventory": inventory_pb2.NodeInventory(devices=gpus)} | fields
         name = f"clusters/night/nodes/{name}"
         planner.nodes[name] = cluster_pb2.Node(name=name, **node)
 
@@ -126,10 +128,10 @@ def test_memory_that_no_replica_uses_makes_a_gpu_busy(
 def test_links_inside_a_node_are_as_its_agent_says(
     declared: Callable[..., None], hetis_plan: Run, capsys: Captured, tmp_path: Path
 ) -> None:
-    sxm = {"gpu_type": "A100-SXM-80GB", "memory_bytes": 80 * GIB}
+    sxm: dict[str, Any] = {"gpu_type": "A100-SXM-80GB", "memory_bytes": 80 * GIB}
     declared("a", [gpu(0, **sxm, linked_devices=[1]), gpu(1, **sxm, linked_devices=[0])])
     declared("b", [gpu(0, **sxm), gpu(1, **sxm)])
-    a40 = {"gpu_type": "A40", "memory_bytes": 48 * GIB}
+    a40: dict[str, Any] = {"gpu_type": "A40", "memory_bytes": 48 * GIB}
     declared("c", [gpu(0, **a40, linked_devices=[1]), gpu(1, **a40, linked_devices=[0]), gpu(2, **a40)])
     cluster, said = discovered(hetis_plan, capsys, tmp_path)
     inside = {group.name: group.intra_link for group in cluster.node_groups}
