@@ -11,7 +11,8 @@ Written down from the projects' own definitions, which are 1 to 3 MB each and ar
 
 Every export of the ten plans was also held against the three whole CRDs of LWS and KServe and the chart's
 values.schema.json when this was written (22 November 2026): 62 objects and 10 value files, no error. A `POD` or
-`POD_TEMPLATE` is held against Kubernetes' own schema by the test.
+`POD_TEMPLATE` is held against Kubernetes' own schema by the test. `test_crds.py` does the same with the CRDs again,
+where a folder has them.
 """
 
 from __future__ import annotations

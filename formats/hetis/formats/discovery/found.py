@@ -71,8 +71,10 @@ class Inventory:
     file: str = "cluster"
 
 
-def inventory(nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = ()) -> Inventory:
-    """Return all nodes that a tool reported; those without GPUs are only counted.
+def inventory(
+    nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: Iterable[str] = (), *, file: str = "cluster"
+) -> Inventory:
+    """Return all nodes that a tool reported; those without GPUs are only counted. ``file`` names the tool's report.
 
     Raises:
         DocumentError: there are problems.
@@ -80,7 +82,7 @@ def inventory(nodes: Sequence[FoundNode], problems: Sequence[Problem], notes: It
     if problems:
         raise DocumentError(problems)
     told = tuple(node for node in nodes if node.gpus or node.left_out)
-    return Inventory(nodes=told, num_without_gpus=len(nodes) - len(told), notes=tuple(notes))
+    return Inventory(nodes=told, num_without_gpus=len(nodes) - len(told), notes=tuple(notes), file=file)
 
 
 def zone_of(labels: Mapping[str, Any], names: Iterable[str]) -> str:

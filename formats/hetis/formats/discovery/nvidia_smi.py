@@ -6,19 +6,16 @@ The output does not name its host, so the file does: ``gpu-7.xml`` and ``gpu-7.t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
-from hetis.formats.discovery.found import FoundNode, Inventory, counted, grouped, inventory, some_of
+from hetis.formats.discovery.driver_gpus import DriverGpu, host_node
+from hetis.formats.discovery.found import FoundNode, Inventory, inventory, some_of
 from hetis.formats.discovery.xml_tree import Element, parse_xml
 from hetis.formats.errors import DocumentError, Problem, single_problem
 
 ROOT = "nvidia_smi_log"
 STDIN_HOST = "host"  # standard input has no name
-
-# Memory in use above this without a visible process belongs to another user or container. An idle driver keeps less.
-_IDLE_BYTES = 2**30
-_IDLE_SHARE = 0.05
 
 _ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log)$|\.topo$", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -41,7 +38,7 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
     if not hosts:
         raise single_problem(files[0][0], "is a topology alone: nvidia-smi -q -x of the same host is needed, too")
     problems: list[Problem] = []
-    links: dict[str, tuple[int | None, bool]] = {}
+    links: dict[str, list[int]] = {}
     names = {_host(label) for label in hosts}
     for label, content in files:
         if label not in hosts:
@@ -53,7 +50,7 @@ def read_nvidia_smi(files: Sequence[tuple[str, str]], *, with_busy: bool = False
     nodes = []
     for label, content in hosts.items():
         try:
-            nodes.append(_node(label, parse_xml(content, label), links.get(_host(label), (None, False)), with_busy))
+            nodes.append(_node(label, parse_xml(content, label), links.get(_host(label), []), with_busy))
         except DocumentError as error:
             problems += error.problems
     notes = ["nvidia-smi does not say in which zone a host is"] if len(nodes) > 1 else []
@@ -64,26 +61,25 @@ def _host(label: str) -> str:
     return STDIN_HOST if label == "stdin" else _ENDINGS.sub("", PurePath(label).name)
 
 
-def _node(label: str, root: Element, links: tuple[int | None, bool], with_busy: bool) -> FoundNode:
+def _node(label: str, root: Element, pairs: Sequence[int], with_busy: bool) -> FoundNode:
     if root.tag != ROOT:
         raise single_problem(label, f"is XML of {root.tag[:40]!r}, expected {ROOT!r}: nvidia-smi -q -x", line=root.line)
-    gpus = list(root.all("gpu"))
-    reasons = [_reason(gpu, with_busy) for gpu in gpus]
-    left_out = []
-    for reason in dict.fromkeys(filter(None, reasons)):
-        alike = [i for i, one in enumerate(reasons) if one == reason]
-        products = some_of(gpus[i].text_of("product_name") or "no name" for i in alike)
-        numbers = ", ".join(map(str, alike[:16])) + (", ..." if len(alike) > 16 else "")
-        left_out.append(f"{counted(len(alike))} (index {numbers}; {products}): {reason}")
-    free = [gpu for gpu, reason in zip(gpus, reasons, strict=True) if not reason]
-    nvlinks, bridged = links
-    return FoundNode(
-        name=_host(label),
-        gpus=grouped((gpu.text_of("product_name"), _memory(gpu)) for gpu in free),
-        left_out=tuple(left_out),
-        nvlinks=nvlinks if len(gpus) > 1 else None,
-        bridged=bridged,
-        where=Problem(file=label, message="", line=root.line),
+    where = Problem(file=label, message="", line=root.line)
+    gpus = [_gpu(gpu) for gpu in root.all("gpu")]
+    return host_node(_host(label), gpus, pairs=pairs, with_busy=with_busy, where=where)
+
+
+def _gpu(gpu: Element) -> DriverGpu:
+    name = gpu.text_of("product_name")
+    is_sliced = gpu.text_of("mig_mode/current_mig") == "Enabled"
+    return DriverGpu(
+        product="" if "error" in name.lower() or name.startswith(("ERR", "[")) else name,
+        memory_bytes=_memory(gpu),
+        used_bytes=_memory(gpu, "used"),
+        processes=tuple(_processes(gpu)),
+        num_parts=len(list((gpu.find("mig_devices") or gpu).all("mig_device"))) if is_sliced else None,
+        recovery=_recovery(gpu),
+        is_prohibited=gpu.text_of("compute_mode") == "Prohibited",
     )
 
 
@@ -92,38 +88,19 @@ def _memory(gpu: Element, which: str = "total") -> int | None:
     return int(found[1]) * 2**20 if found else None
 
 
-def _reason(gpu: Element, with_busy: bool) -> str:
-    """Return why a plan may not use a GPU, or an empty string if it may."""
-    name = gpu.text_of("product_name")
-    if not name or "error" in name.lower() or name.startswith(("ERR", "[")):
-        return "the driver cannot read it"
-    if gpu.text_of("mig_mode/current_mig") == "Enabled":
-        num_parts = len(list((gpu.find("mig_devices") or gpu).all("mig_device")))
-        return f"MIG is on ({num_parts} parts)"
-    recovery = gpu.text_of("gpu_recovery_action")
-    if recovery not in ("", "None", "N/A"):
-        return f"the driver asks for recovery ({recovery[:40]})"
-    if "Yes" in (
-        gpu.text_of("gpu_reset_status/reset_required"),
-        gpu.text_of("gpu_reset_status/drain_and_reset_recommended"),
-    ):
-        return "the driver asks for a reset"
-    if gpu.text_of("compute_mode") == "Prohibited":
-        return "its compute mode is Prohibited"
-    return "" if with_busy else _busy(gpu)
+def _recovery(gpu: Element) -> str:
+    action = gpu.text_of("gpu_recovery_action")
+    if action not in ("", "None", "N/A"):
+        return f"recovery ({action[:40]})"
+    status = ("reset_required", "drain_and_reset_recommended")  # before the action
+    return "a reset" if any(gpu.text_of(f"gpu_reset_status/{one}") == "Yes" for one in status) else ""
 
 
-def _busy(gpu: Element) -> str:
-    processes = gpu.find("processes")
-    # G alone is a desktop; C, C+G and M+C compute.
-    computing = [one for one in processes.all("process_info") if "C" in one.text_of("type")] if processes else []
-    if computing:
-        named = (PurePath(one.text_of("process_name")).name or f"process {one.text_of('pid')}" for one in computing)
-        return f"in use by {some_of(named)}"
-    used, total = _memory(gpu, "used"), _memory(gpu)
-    if used is not None and total and used > max(_IDLE_BYTES, total * _IDLE_SHARE):
-        return f"{used / 2**30:.0f} of {total / 2**30:.0f} GiB in use, by no process that can be seen"
-    return ""
+def _processes(gpu: Element) -> Iterator[str]:
+    found = gpu.find("processes")
+    for one in found.all("process_info") if found else ():
+        if "C" in one.text_of("type"):  # G alone is a desktop; C, C+G and M+C compute
+            yield PurePath(one.text_of("process_name")).name or f"process {one.text_of('pid')}"
 
 
 def _rows(text: str) -> list[list[str]]:
@@ -150,15 +127,11 @@ def _numbered(header: Sequence[str]) -> list[str]:
     return found
 
 
-def _nvlinks(text: str) -> tuple[int | None, bool]:
-    """Return the NVLinks between every pair of GPUs, and whether only some pairs have any."""
-    rows = _rows(text)
-    pairs = [
+def _nvlinks(text: str) -> list[int]:
+    """Return the NVLinks between the two GPUs of every pair, in both directions."""
+    return [
         int(found[1] or 0) if (found := _CELL.fullmatch(cell)) else 0
-        for i, row in enumerate(rows)
+        for i, row in enumerate(_rows(text))
         for j, cell in enumerate(row)
         if i != j
     ]
-    if not pairs:
-        return None, False
-    return min(pairs), min(pairs) == 0 and max(pairs) > 0

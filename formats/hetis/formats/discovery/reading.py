@@ -33,7 +33,8 @@ def read_inventory(paths: Sequence[str], source: Source = Source.AUTO, *, with_b
         with_busy: GPUs that are in use count as free.
 
     Raises:
-        DocumentError: with all problems: files are unreadable, from an unknown tool, or from several tools.
+        DocumentError: with all problems: files are unreadable, from an unknown tool, or from several tools; or the
+            source reads no files (`Source.NVML`, `Source.AGENTS`).
     """
     if len(paths) > MAX_FILES or len(set(paths)) != len(paths):
         twice = next((path for path in paths if paths.count(path) > 1), None) if len(paths) <= MAX_FILES else None
@@ -67,8 +68,10 @@ def _read(files: Sequence[_File], texts: Sequence[tuple[str, str]], with_busy: b
             return slurm.read_slurm(*files[0].parsed, with_busy=with_busy)
         case Source.RAY:
             return ray_nodes.read_ray(*files[0].parsed)
-        case _:
+        case Source.FILE:
             return node_tables.read_node_table(*reversed(texts[0]))
+        case other:
+            raise single_problem(files[0].label, f"is a file, and {other.value} reads none")
 
 
 class _File:

@@ -12,5 +12,7 @@ class Source(StrEnum):
     KUBECTL = "kubectl"
     NVIDIA_SMI = "nvidia-smi"
     SLURM = "slurm"
+    NVML = "nvml"
     RAY = "ray"
+    AGENTS = "agents"
     FILE = "file"

@@ -1,8 +1,9 @@
-"""``hetis-plan cluster discover``: a cluster file from the output of kubectl, nvidia-smi, Slurm or Ray."""
+"""``hetis-plan cluster discover``: a cluster file from what tools print, this host's driver, or a planner's agents."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,21 @@ from hetis.formats.command_line.verb import verb
 from hetis.formats.discovery.sources import Source
 from hetis.planner.cli import quantities
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.get import ClusterNameOption
+from hetis.planner.cli.server_verb import (
+    DEFAULT_SERVER,
+    CaOption,
+    CertOption,
+    KeyOption,
+    ServerOption,
+    TokenFileOption,
+    with_planner,
+)
+
+if TYPE_CHECKING:
+    from hetis.formats.discovery.fleet import Discovered
+    from hetis.formats.discovery.found import Inventory
+    from hetis.planner.client import Client
 
 DISCOVER_EXAMPLES = """Examples:
 
@@ -21,18 +37,20 @@ nvidia-smi -q -x > $(hostname).xml; hetis-plan cluster discover *.xml --out clus
 scontrol show nodes --json | hetis-plan cluster discover --gpu a100=A100-SXM-80GB
 
 ray list nodes --detail --format json --limit 1000 | hetis-plan cluster discover --gpu H100=H100-SXM-80GB
+
+hetis-plan cluster discover --from agents --server planner:8470 --out cluster.yaml
 """
 
 _MOST_SHOWN = 50  # sentences on stderr; the file has all
 
 cluster = typer.Typer(
-    name="cluster", help="Describe a fleet from what its own tools print.", no_args_is_help=True, add_completion=False
+    name="cluster", help="Describe a fleet from what its own tools know.", no_args_is_help=True, add_completion=False
 )
 
 
 @cluster.callback()
 def cluster_verbs() -> None:
-    """Describe a fleet from what its own tools print."""
+    """Describe a fleet from what its own tools know."""
 
 
 @cluster.command(epilog=DISCOVER_EXAMPLES)
@@ -49,10 +67,18 @@ def discover(
     ] = None,
     *,
     source: Annotated[
-        Source, typer.Option("--from", help="What wrote the files; auto: seen by what is in them. file: CSV of nodes.")
+        Source,
+        typer.Option(
+            "--from",
+            help="What wrote the files; auto: seen by what is in them. file: CSV of nodes. nvml: the driver of this "
+            "host. agents: those of a planner.",
+        ),
     ] = Source.AUTO,
     out: Annotated[str, typer.Option("--out", metavar="FILE|-", help="The cluster file; -: standard output.")] = "-",
-    name: Annotated[str, typer.Option("--name", help="Of the cluster.")] = "discovered",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", show_default="discovered; from agents: that of --cluster", help="Of the cluster."),
+    ] = None,
     gpu: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,28 +101,79 @@ def discover(
             "--latency", parser=quantities.positive_duration, metavar="TIME", show_default="20us", help="Between nodes."
         ),
     ] = None,
+    cluster: ClusterNameOption = None,
+    server: ServerOption = DEFAULT_SERVER,
+    ca: CaOption = None,
+    cert: CertOption = None,
+    key: KeyOption = None,
+    token_file: TokenFileOption = None,
 ) -> ExitCode:
-    """Make a cluster file of what kubectl, nvidia-smi, Slurm or Ray say, and tell what is left out and why."""
+    """Make a cluster file of what kubectl, nvidia-smi, Slurm, Ray, this host's driver or a planner's agents say.
+
+    Tell what is left out and why.
+    """
     from hetis.formats.discovery.boards import said_types
-    from hetis.formats.discovery.fleet import DEFAULT_LINK, discovered, file_text
+    from hetis.formats.discovery.fleet import DEFAULT_LINK, discovered
+    from hetis.formats.discovery.nvml import read_nvml
     from hetis.formats.discovery.reading import read_inventory
-    from hetis.formats.files import file_label, write_atomically
+    from hetis.formats.files import file_label
+    from hetis.planner.cli.resource_names import chosen_cluster, last
     from hetis.solver.cluster import Link
 
     said, wrong = said_types(gpu or ())
     if wrong:
         raise typer.BadParameter("; ".join(wrong))
-    if not (name.strip() and name.isprintable() and len(name) <= 200):
+    if name is not None and not (name.strip() and name.isprintable() and len(name) <= 200):
         raise typer.BadParameter(f"--name: {name[:40]!r} is not a name: 1 to 200 printable characters")
+    if files and source in (Source.NVML, Source.AGENTS):
+        raise typer.BadParameter(f"--from {source.value} reads no files, and there is {files[0]}")
     link = None
     if bandwidth is not None or latency is not None:
         link = Link(
             bytes_per_s=DEFAULT_LINK.bytes_per_s if bandwidth is None else bandwidth,
             latency_s=DEFAULT_LINK.latency_s if latency is None else latency,
         )
+
+    def written(inventory: Inventory, sources: Sequence[str], otherwise_named: str = "discovered") -> ExitCode:
+        found = discovered(inventory, name=name or otherwise_named, link=link, said=said)
+        return _write(terminal, found, sources, out)
+
+    if source is Source.AGENTS:
+        given = {"server": server, "ca": ca, "cert": cert, "key": key, "token_file": token_file}
+
+        def from_agents(client: Client) -> ExitCode:
+            parent = chosen_cluster(client, cluster)
+            return written(_of_agents(client, parent, with_busy), [f"agents of {parent}"], last(parent))
+
+        return with_planner(terminal, from_agents, **given)
+    if source is Source.NVML:
+        return written(read_nvml(with_busy=with_busy), ["NVML"])
     paths = files or ["-"]
-    found = discovered(read_inventory(paths, source, with_busy=with_busy), name=name, link=link, said=said)
-    text = file_text(found, sources=[file_label(path) for path in paths])
+    return written(read_inventory(paths, source, with_busy=with_busy), [file_label(path) for path in paths])
+
+
+def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
+    """Return what a planner's agents report, read node by node: lists are without inventories."""
+    from hetis.planner.convert.agent_nodes import agents_inventory
+    from hetis.planner.convert.documents import read_cluster
+    from hetis.v1 import cluster_pb2, cluster_service_pb2
+
+    declared = client.clusters.GetCluster(cluster_service_pb2.GetClusterRequest(name=parent)).cluster.document
+    nodes = [
+        node
+        if node.state == cluster_pb2.NODE_STATE_EXPECTED
+        else client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=node.name)).node
+        for node in client.list_nodes(parent)
+    ]
+    return agents_inventory(parent, nodes, read_cluster(declared), with_busy=with_busy)
+
+
+def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:
+    """Write the cluster file, and say what is not in it and what is assumed."""
+    from hetis.formats.discovery.fleet import file_text
+    from hetis.formats.files import write_atomically
+
+    text = file_text(found, sources=sources)
     for line in found.left_out[:_MOST_SHOWN]:
         terminal.say(f"left out: {line}")
     if len(found.left_out) > _MOST_SHOWN:

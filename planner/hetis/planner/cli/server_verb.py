@@ -75,16 +75,9 @@ def server_verb(
 
         @functools.wraps(function)
         def with_client(terminal: Terminal, *_: Any, **kwargs: Any) -> ExitCode:
-            from hetis.planner.cli.call_failures import report_call_failure
-            from hetis.planner.client import CallError, Client
-
-            place = _connection({name: kwargs[name] for name in _SHARED})
+            given = {name: kwargs[name] for name in _SHARED}
             mine: dict[str, Any] = {name: value for name, value in kwargs.items() if name in names}
-            try:
-                with Client(place) as client:
-                    return function(terminal, client, **mine)  # type: ignore[call-arg]
-            except CallError as error:
-                return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
+            return with_planner(terminal, lambda client: function(terminal, client, **mine), **given)  # type: ignore[call-arg]
 
         annotations = inspect.get_annotations(function, eval_str=False)
         own = [parameter.replace(annotation=_evaluated(annotations, parameter.name, function)) for parameter in own]
@@ -97,6 +90,25 @@ def server_verb(
         return verb(prints_data=prints_data, output=output)(with_client)
 
     return decorate
+
+
+def with_planner(terminal: Terminal, use: Callable[[Client], ExitCode], **given: Any) -> ExitCode:
+    """Return what ``use`` returns for a client, or the exit code of a call that failed, which is reported.
+
+    Args:
+        terminal: where a failure is reported.
+        use: makes the calls.
+        **given: the options of a planner: ``server``, ``ca``, ``cert``, ``key`` and ``token_file``.
+    """
+    from hetis.planner.cli.call_failures import report_call_failure
+    from hetis.planner.client import CallError, Client
+
+    place = _connection(given)
+    try:
+        with Client(place) as client:
+            return use(client)
+    except CallError as error:
+        return report_call_failure(terminal, error, place.address, is_plain=place.is_plain)
 
 
 def _evaluated(annotations: dict[str, Any], name: str, function: Callable[..., Any]) -> Any:

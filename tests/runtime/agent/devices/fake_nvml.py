@@ -32,15 +32,21 @@ class Gpu:
     remapped_rows: tuple[int, int, int, int] = (0, 0, 0, 0)
     uncorrected: int = 0
     links: set[str] = field(default_factory=set)  # bus ids of GPUs that NVLink reaches
+    remotes: list[str] = field(default_factory=list)  # bus ids at the other ends of its NVLinks: GPUs or switches
+    processes: list[int] = field(default_factory=list)  # pids of those that compute
+    compute_mode: int = real.NVML_COMPUTEMODE_DEFAULT
+    recovery: int = real.NVML_GPU_RECOVERY_ACTION_NONE
     slices: list[Gpu] | None = None
     refused: dict[str, int] = field(default_factory=dict)
 
 
-def fake_pynvml(*gpus: Gpu, driver: str = "580.65.06", refused: dict[str, int] | None = None) -> ModuleType:
+def fake_pynvml(
+    *gpus: Gpu, driver: str = "580.65.06", refused: dict[str, int] | None = None, names: dict[int, str] | None = None
+) -> ModuleType:
     """A module to put in the place of ``pynvml``; ``module.events`` is the list of events that wait to be read."""
     module: Any = ModuleType("pynvml")
     for name in dir(real):
-        if name.startswith(("NVML_", "nvmlClocks", "nvmlEventType")) or name == "NVMLError":
+        if name.startswith(("NVML_", "nvmlClocks", "nvmlEventType", "NVMLError")):
             setattr(module, name, getattr(real, name))
     refused = refused or {}
     module.events = []
@@ -88,6 +94,26 @@ def fake_pynvml(*gpus: Gpu, driver: str = "580.65.06", refused: dict[str, int] |
         gpu, xid = module.events.pop(0)
         return SimpleNamespace(device=gpu, eventType=real.nvmlEventTypeXidCriticalError, eventData=xid)
 
+    def process_name(pid: int) -> str:
+        if pid not in (names or {}):
+            raise real.NVMLError(real.NVML_ERROR_NOT_FOUND)
+        return (names or {})[pid]
+
+    def computing(gpu: Gpu) -> list[Any]:
+        return [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in gpu.processes]
+
+    def link_state(gpu: Gpu, link: int) -> int:
+        if not gpu.remotes:
+            raise real.NVMLError(real.NVML_ERROR_NOT_SUPPORTED)  # as boards without NVLink answer
+        return int(link < len(gpu.remotes))
+
+    def field_values(gpu: Gpu, wanted: list[int]) -> Any:
+        values = (real.c_nvmlFieldValue_t * len(wanted))()
+        for value, number in zip(values, wanted, strict=True):
+            assert number == real.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION
+            value.fieldId, value.value.uiVal = number, gpu.recovery
+        return values
+
     system("nvmlInit", None)
     system("nvmlShutdown", shutdown)
     system("nvmlSystemGetDriverVersion", driver)
@@ -113,6 +139,13 @@ def fake_pynvml(*gpus: Gpu, driver: str = "580.65.06", refused: dict[str, int] |
     device("nvmlDeviceGetEnforcedPowerLimit", lambda gpu: gpu.limit_mw)
     device("nvmlDeviceGetPowerUsage", lambda gpu: gpu.power_mw)
     device("nvmlDeviceGetP2PStatus", lambda gpu, other, _kind: 0 if other.bus_id in gpu.links else 5)
+    device("nvmlDeviceGetNvLinkState", link_state)
+    device("nvmlDeviceGetNvLinkRemotePciInfo", lambda gpu, link: SimpleNamespace(busId=gpu.remotes[link]))
+    device("nvmlDeviceGetComputeRunningProcesses", computing)
+    device("nvmlDeviceGetMPSComputeRunningProcesses", lambda gpu: [])
+    device("nvmlDeviceGetComputeMode", lambda gpu: gpu.compute_mode)
+    device("nvmlDeviceGetFieldValues", field_values)
+    module.nvmlSystemGetProcessName = process_name
     device("nvmlDeviceGetUtilizationRates", lambda gpu: SimpleNamespace(gpu=gpu.busy_percent, memory=1))
     device("nvmlDeviceGetCurrentClocksEventReasons", lambda gpu: gpu.reasons)
     device("nvmlDeviceGetCurrentClocksThrottleReasons", lambda gpu: gpu.reasons)
