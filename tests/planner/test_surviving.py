@@ -53,6 +53,8 @@ def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: py
     assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 0.5
     assert kept["result"]["value"] > alone["result"]["value"]
     assert any("are served when any one node is lost" in note for note in kept["notes"])
+    assert "equal_stages_value" in alone["inputs"]
+    assert "equal_stages_value" not in kept["inputs"], "equal stages that do not survive are no comparison"
     Path("plan.json").write_text(json.dumps(kept))
     assert run(["check", "plan.json", "-q"]) == ExitCode.OK
     assert run([*inputs, "--survive", "node"]) == ExitCode.INVALID

@@ -206,9 +206,10 @@ def make_plan(
     plan = surviving_plan(find, problem, survive) if survive else find(problem)
     problem = replace(problem, objective=plan.objective)
     plan = describe(plan, loaded, problem, settings)
-    if beside_equal_stages and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+    is_compared = settings.strategy == DEFAULT_STRATEGY and plan.replicas and not survive  # the others do not survive
+    if beside_equal_stages and is_compared:
         plan = _with_equal_stages(plan, problem, settings, budget.cancelled)
-    if beside_engines and settings.strategy == DEFAULT_STRATEGY and plan.replicas:
+    if beside_engines and is_compared:
         plan = with_engine_values(
             plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
             report=report,
