@@ -12,11 +12,9 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.actions import EngineRequest, EngineResponse
-from hetis.runtime.agent.admissible import refusal_of
-from hetis.runtime.agent.checks import wrong_fields
-from hetis.runtime.agent.fence import Fence
+from hetis.runtime.agent.admissible import refusal_of, wrong_fields
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, ReplicaState
+from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState
 from hetis.runtime.executor.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus, MoveResult
