@@ -18,6 +18,9 @@ from hetis.solver.budget import Report
 
 T = TypeVar("T")
 
+_POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
+_ABORTED = 130
+
 
 def search_interruptibly(
     terminal: Terminal, work: Callable[[Report], T], *, unit: str, cancelled: threading.Event, so_far: str
@@ -32,12 +35,6 @@ def search_interruptibly(
             cancelled=cancelled,
             on_cancel=lambda: terminal.say(f"stopping with {so_far} so far; Ctrl-C again leaves at once"),
         )
-
-
-T = TypeVar("T")
-
-_POLL_S = 0.1  # how often the waiting thread wakes up; signals are handled in between
-_ABORTED = 130
 
 
 def run_interruptibly(work: Callable[[], T], *, cancelled: threading.Event, on_cancel: Callable[[], None]) -> T:

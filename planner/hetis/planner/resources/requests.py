@@ -17,6 +17,8 @@ from hetis.v1 import document_pb2
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")
 RESOURCES = ("cluster", "profile", "plan", "node")
+MOST_KEPT_BYTES = 4096  # of a document in a stored answer; the resource in the answer has larger ones already
+_LEFT_OUT = b"\0"  # cannot be a document
 _under_way = set[asyncio.Task[Any]]()  # the loop itself only has weak references to tasks
 
 
@@ -99,12 +101,6 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     _under_way.add(task)
     task.add_done_callback(_under_way.discard)
     return await asyncio.shield(task)
-
-
-A = TypeVar("A", bound=Message)
-MOST_KEPT_BYTES = 4096
-# Stored answers contain no large documents, since the resource in the answer has them already.
-_LEFT_OUT = b"\0"  # cannot be a document
 
 
 def without_documents(answer: A) -> A:
