@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.use_cases.devices import abbreviate
+from hetis.planner.use_cases.grouping import abbreviate
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from hetis.formats.documents import load_layers_problem
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.report.layers_document import layers_document
+from hetis.planner.report.layers import layers_document
 from hetis.planner.use_cases.layers import place_layers, stages
 from hetis.solver.layers import solve
 from tests.planner.command_line import EXAMPLES, invoke

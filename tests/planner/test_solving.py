@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from hetis.planner.cli.interruptible import run_interruptibly
+from hetis.planner.cli.searching import run_interruptibly
 
 # Works until it is cancelled, or for a minute whatever happens; says when it has begun.
 PROGRAM = """
 import sys, threading, time
-from hetis.planner.cli.interruptible import run_interruptibly
+from hetis.planner.cli.searching import run_interruptibly
 cancelled = threading.Event()
 def work():
     print("begun", flush=True)

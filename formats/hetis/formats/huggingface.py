@@ -43,11 +43,6 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
     return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
 
 
-def supported_architectures() -> tuple[str, ...]:
-    """Return the values allowed in ``architectures``."""
-    return tuple(FAMILIES)
-
-
 def _architecture(data: dict[str, Any], source: Text) -> str:
     listed = data.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else None

@@ -21,7 +21,6 @@ from hetis.solver.profile import Fit, Op, Profile
 MOST_PEAKS = 20.0  # of the peak; upper limit for a table's median, whatever cache it is read from
 LEAST_PEAKS = 0.02  # of the peaks of compute and memory
 LEAST_LINK = 2e-3  # of the nominal link between GPUs; hosts that copy through their memory reach a thirtieth
-LEAST_NETWORK = 1e-4  # of the same, if the path leaves the host: network cards are a hundred times slower than NVLink
 STEP_SECONDS = (2e-5, 0.1)  # of the host, per iteration
 PHASE_SECONDS = {"prompt": (2e-3, 100.0), "token": (2e-4, 2.0)}  # of whole engines
 _LEAST_WORK_S = 2e-6  # at the peaks; below it the launch dominates the measurement

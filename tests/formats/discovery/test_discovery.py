@@ -14,10 +14,10 @@ from hetis.formats.cluster import parse_cluster
 from hetis.formats.discovery.boards import UnclearBoardError, board_of, said_types
 from hetis.formats.discovery.fleet import Discovered, discovered, file_text
 from hetis.formats.discovery.found import FoundGpus, FoundNode, Inventory
+from hetis.formats.discovery.nvidia_smi import parse_xml
 from hetis.formats.discovery.reading import read_inventory
 from hetis.formats.discovery.slurm import read_slurm
 from hetis.formats.discovery.sources import Source
-from hetis.formats.discovery.xml_tree import parse_xml
 from hetis.formats.documents import load_cluster
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.positions import Text, parse_text

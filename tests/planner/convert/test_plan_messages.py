@@ -9,12 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.formats.documents import digest
-from hetis.planner.convert.objectives import objective_from_proto
-from hetis.planner.convert.plans import complete, digest_of, progress_to_proto, result_to_proto, without_contents
+from hetis.planner.convert.plans import (
+    complete,
+    digest_of,
+    objective_from_proto,
+    progress_to_proto,
+    result_to_proto,
+    without_contents,
+)
 from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
 from hetis.planner.convert.roles import routes_from_proto, routes_to_proto
-from hetis.planner.jobs.progress import progress_from_frame, progress_to_frame
-from hetis.planner.jobs.solving import document_bytes
+from hetis.planner.jobs.outcomes import progress_from_frame, progress_to_frame
+from hetis.planner.jobs.searching import document_bytes
 from hetis.solver.budget import Progress
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, ReplicaPlan, Role, StagePlan
 from hetis.v1 import document_pb2, plan_pb2

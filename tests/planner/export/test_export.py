@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from hetis.engines.versions import Engine
-from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.names import Target
-from hetis.planner.export.replicas import Settings, launchable, with_single_copies
+from hetis.planner.export.replicas import NotExportableError, Settings, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 from tests.engines.plans import MODEL

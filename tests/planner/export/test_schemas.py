@@ -15,8 +15,8 @@ from kubernetes_validate.utils import all_versions, schema_contents
 from referencing import Registry, Resource
 
 from hetis.engines.versions import Engine
-from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.names import Target
+from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading, schemas
 from tests.planner.export.plans import PLANS, WITH_WORKERS
 from tests.planner.export.test_export import exported

@@ -17,7 +17,7 @@ from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.jobs.posed import PosedProblem, posed_from_json
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.search import Begun, News
-from hetis.planner.jobs.solving import solve
+from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress

@@ -16,8 +16,8 @@ from alembic.runtime.migration import MigrationContext
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, schema
 from hetis.planner.store.records import Record
-from hetis.planner.store.requests import KEPT_S
 from hetis.planner.store.tables import KEPT_REDISPATCHES
+from hetis.planner.store.transactions import KEPT_S
 from tests.planner.store import samples
 
 

@@ -75,7 +75,10 @@ def test_fit_reports_held_out_errors_by_operator_and_region(folder: Path, capsys
     assert load_profile(folder / "again.json").gpu == GPU
 
 
-def test_fit_prints_a_table_of_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_prints_a_table_of_80_columns(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     arguments = (folder / "raw.json", "--out", folder / "again.json", "--cluster", folder / "cluster.yaml")
     assert invoke("fit", *arguments) == ProfileExitCode.OK
     text = capsys.readouterr().out
@@ -106,7 +109,10 @@ def test_measurements_of_two_gpus_are_not_one_profile(folder: Path, capsys: pyte
     assert f"is L4, that of {folder / 'raw.json'} is {GPU}" in capsys.readouterr().err
 
 
-def test_show_is_readable_in_80_columns_and_complete_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_is_readable_in_80_columns_and_complete_as_json(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     assert invoke("show", folder / "profile.json") == ProfileExitCode.OK
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec
+from typing import Annotated, Any, Concatenate, ParamSpec
 
 import typer
 
-from hetis.formats.command_line.options import NoColorOption, OutputOption, QuietOption, VerboseOption
 from hetis.formats.command_line.running import OK
 from hetis.formats.command_line.terminal import OutputFormat, Terminal, in_use
+
+OutputOption = Annotated[OutputFormat, typer.Option("--output", "-o", help="Form of the data on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors only on stderr.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail on stderr.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="Plain text; so does NO_COLOR=1.")]
+
 
 P = ParamSpec("P")
 

@@ -45,9 +45,8 @@ def _table(nodes: Sequence[cluster_pb2.Node]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    from hetis.planner.cli.resource_names import last
+    from hetis.planner.cli.resource_names import last, word
     from hetis.planner.cli.resource_tables import ago, kv_bar, state
-    from hetis.planner.cli.words_of_enums import word
     from hetis.planner.report.figures import percent
     from hetis.v1 import cluster_pb2, report_pb2
 

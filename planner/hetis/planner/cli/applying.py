@@ -15,10 +15,10 @@ from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.goal import Goal
 from hetis.planner.cli.plan_files import refuse_unwritable
-from hetis.planner.cli.plan_summary import plan_summary
 from hetis.planner.cli.putting import Put, document, put_cluster, put_profile
 from hetis.planner.cli.resource_data import list_data, resource_data
 from hetis.planner.cli.resource_names import full_name
+from hetis.planner.cli.resource_tables import plan_summary
 from hetis.planner.cli.waiting import outcome, wait_for_plan
 from hetis.planner.client import Client
 from hetis.solver.cluster import Cluster

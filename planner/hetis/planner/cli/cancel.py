@@ -21,9 +21,9 @@ def cancel(
     plan: Annotated[str, typer.Argument(help="The plan whose search is to end.")],
 ) -> ExitCode:
     """End a plan's search; the best plan so far is its answer. A search that is over stays as it is."""
-    from hetis.planner.cli.plan_summary import plan_summary
     from hetis.planner.cli.resource_data import resource_data
     from hetis.planner.cli.resource_names import full_name
+    from hetis.planner.cli.resource_tables import plan_summary
     from hetis.planner.cli.waiting import outcome, wait_for_plan
     from hetis.v1 import plan_service_pb2
 

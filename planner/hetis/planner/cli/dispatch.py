@@ -35,9 +35,9 @@ def dispatch(
     import time
 
     from hetis.formats.errors import DocumentError
-    from hetis.planner.cli.interruptible import run_interruptibly
     from hetis.planner.cli.native_output import no_native_output
     from hetis.planner.cli.plan_files import refuse_unwritable, save
+    from hetis.planner.cli.searching import run_interruptibly
     from hetis.planner.cli.stage_options import chosen_stage
     from hetis.planner.report.dispatch import render_dispatch
     from hetis.planner.report.dispatch_document import dispatch_document

@@ -6,11 +6,11 @@ import json
 from contextlib import suppress
 
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.command_line.internal_errors import internal_error
+from hetis.formats.command_line.running import internal_error
 from hetis.formats.command_line.terminal import Terminal, in_use
 from hetis.formats.errors import DocumentError
 from hetis.planner.cli.exit_codes import ExitCode
-from hetis.planner.export.errors import NotExportableError
+from hetis.planner.export.replicas import NotExportableError
 from hetis.planner.report.figures import plural
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.versions import LIBRARIES

@@ -52,8 +52,8 @@ def fair(
     import time
 
     from hetis.formats.documents import load_share_problem
-    from hetis.planner.cli.interruptible import run_interruptibly
     from hetis.planner.cli.native_output import no_native_output
+    from hetis.planner.cli.searching import run_interruptibly
     from hetis.planner.report.fair import fair_document, render_fair
     from hetis.planner.use_cases.fair import share_out
     from hetis.solver.budget import Budget

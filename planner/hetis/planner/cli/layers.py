@@ -47,8 +47,7 @@ def layers(
 
     from hetis.formats.layers_problem import load_layers_problem
     from hetis.planner.cli.searching import search_interruptibly
-    from hetis.planner.report.layers import render_layers
-    from hetis.planner.report.layers_document import layers_document
+    from hetis.planner.report.layers import layers_document, render_layers
     from hetis.planner.use_cases.layers import is_compiled, place_layers
     from hetis.solver.budget import Budget
 

@@ -80,9 +80,8 @@ class PlacementRun:
     def _print(self, answer: PlacedPlan) -> None:
         from rich.console import Group, RenderableType
 
-        from hetis.planner.report.plan import render_plan
+        from hetis.planner.report.plan import render_plan, render_wish_prices
         from hetis.planner.report.robustness import render_robustness
-        from hetis.planner.report.wishes import render_wish_prices
 
         def tables() -> RenderableType:
             parts = [render_plan(answer.plan, wide=self.terminal.output is OutputFormat.WIDE)]

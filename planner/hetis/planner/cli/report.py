@@ -74,8 +74,8 @@ def report(
 
 
 def _curve(terminal: Terminal, found: PlanAndProblem, cancelled: threading.Event) -> Curve | None:
-    from hetis.planner.cli.interruptible import run_interruptibly
     from hetis.planner.cli.native_output import no_native_output
+    from hetis.planner.cli.searching import run_interruptibly
     from hetis.planner.cli.simulation_progress import requests_on_stderr
     from hetis.planner.use_cases.latency_curve import latency_curve
 

@@ -1,4 +1,4 @@
-"""Names of resources on the command line and in the contract."""
+"""Names of resources on the command line and in the contract, and of enum values as people read them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
+from typing import Any
 
 # Collections, as they appear in names. Those of a cluster are inside it.
 COLLECTIONS = ("clusters", "nodes", "plans", "replicas", "redispatches", "profiles")
@@ -61,3 +62,15 @@ def last(name: str) -> str:
 def id_of(text: str) -> str:
     """Return an id for a name chosen by people: ``a100-sxm-80gb`` for ``A100-SXM-80GB``."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower())[:_MAX_ID].strip("-")
+
+
+def word(kind: Any, value: int) -> str:
+    """Return the value's name without the enum's prefix, or the number of a value newer than this program.
+
+    Args:
+        kind: the enum; stubs give it another type than it has.
+        value: its number.
+    """
+    by_number = kind.DESCRIPTOR.values_by_number
+    prefix = str(by_number[0].name).removesuffix("UNSPECIFIED")
+    return str(by_number[value].name).removeprefix(prefix) if value in by_number else str(value)

@@ -34,9 +34,9 @@ def rollback(
 
     It names the plan to go back from, so that repeating it does not go back twice.
     """
-    from hetis.planner.cli.plan_summary import plan_summary
     from hetis.planner.cli.resource_data import resource_data
     from hetis.planner.cli.resource_names import chosen_cluster, full_name
+    from hetis.planner.cli.resource_tables import plan_summary
     from hetis.planner.cli.waiting import outcome, wait_for_plan
     from hetis.v1 import cluster_service_pb2, plan_service_pb2
 

@@ -11,8 +11,8 @@ from hetis.formats.errors import DocumentError
 from hetis.formats.files import write_atomically
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.html_pages import save_page
-from hetis.planner.cli.interruptible import run_interruptibly
 from hetis.planner.cli.native_output import no_native_output
+from hetis.planner.cli.searching import run_interruptibly
 from hetis.planner.cli.simulation_progress import requests_on_stderr
 from hetis.planner.report.simulation import render_simulation, simulation_document
 from hetis.planner.use_cases.simulate import NothingSimulatedError, Question, Simulated, answer

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from hetis.formats.command_line.terminal import Terminal
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.progress import PLAIN_INTERVAL_S, describe
-from hetis.planner.cli.words_of_enums import word
+from hetis.planner.cli.resource_names import word
 from hetis.planner.client import CallError, Client
 from hetis.solver.budget import Progress
 from hetis.v1 import failure_pb2, plan_pb2

@@ -36,8 +36,8 @@ def watch(
 
 
 def _watch_plan(terminal: Terminal, client: Client, name: str) -> ExitCode:
-    from hetis.planner.cli.plan_summary import plan_summary
     from hetis.planner.cli.resource_data import resource_data
+    from hetis.planner.cli.resource_tables import plan_summary
     from hetis.planner.cli.waiting import outcome, wait_for_plan
     from hetis.v1 import plan_pb2
 
@@ -66,9 +66,8 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
 def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:
     """Return what happened, in one line; empty if nothing did."""
-    from hetis.planner.cli.resource_names import last
+    from hetis.planner.cli.resource_names import last, word
     from hetis.planner.cli.resource_tables import kv_ratio
-    from hetis.planner.cli.words_of_enums import word
     from hetis.planner.report.figures import percent, plural, seconds
     from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 

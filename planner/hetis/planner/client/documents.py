@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from hetis.formats.files import file_label, read_text
 from hetis.v1 import document_pb2, plan_service_pb2
 
-MAX_DOCUMENT_BYTES = 3 * 2**20
 _MAX_NAME = 255
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from hetis.engines.commands import Command
 from hetis.engines.layout import ProcessKind
 from hetis.engines.versions import Engine
-from hetis.planner.export.errors import NotExportableError
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
 from hetis.planner.export.shell import not_reached
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import yaml_text

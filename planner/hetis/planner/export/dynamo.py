@@ -9,9 +9,8 @@ from hetis.engines.kubernetes import ReplicaObjects, annotations_of, on_node
 from hetis.engines.serving import Meeting
 from hetis.engines.starting import arguments_of
 from hetis.engines.versions import Engine
-from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.kubernetes import deployment_of, mixed_nodes, written_for_cluster
-from hetis.planner.export.replicas import Launchable, LaunchableReplica
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import documents
 from hetis.solver.plan import Role

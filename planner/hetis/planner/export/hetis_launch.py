@@ -57,9 +57,6 @@ def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str
     return [*told, *_if_set("--served-model-name", settings.served_name, ""), *settings.options]
 
 
-_TRAP = """trap 'kill "${pids[@]}" 2>/dev/null; wait' TERM INT"""
-
-
 def _if_set(name: str, value: str, unset: str) -> Iterable[str]:
     return () if value == unset else (name, value)
 

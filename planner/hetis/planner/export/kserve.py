@@ -8,8 +8,7 @@ from typing import Any
 from hetis.planner.export.groups import PodGroup
 from hetis.planner.export.kubernetes import check_cluster_options, mixed_nodes, written_for_cluster
 from hetis.planner.export.lws import LEADER, groupable
-from hetis.planner.export.pairs import paired
-from hetis.planner.export.replicas import Launchable, LaunchableReplica
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, paired
 from hetis.planner.export.routing import shares_of, weight
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import documents

@@ -7,8 +7,7 @@ from typing import Any
 
 from hetis.engines.errors import LayoutError
 from hetis.engines.kubernetes import FRONT_PORT, Deployment, manifests_of
-from hetis.planner.export.errors import NotExportableError
-from hetis.planner.export.replicas import Launchable, LaunchableReplica, published_image
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, published_image
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import documents, yaml_text
 from hetis.solver.cluster import node_of

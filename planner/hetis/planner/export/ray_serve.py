@@ -8,10 +8,8 @@ from typing import Any
 from hetis.engines.starting import partition_of
 from hetis.engines.versions import Engine
 from hetis.engines.vllm import connector_of, room_options, shape_options
-from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.kubernetes import types_of_nodes
-from hetis.planner.export.pairs import paired
-from hetis.planner.export.replicas import Launchable, LaunchableReplica
+from hetis.planner.export.replicas import Launchable, LaunchableReplica, NotExportableError, paired
 from hetis.planner.export.written import Written
 from hetis.planner.export.yaml_files import yaml_text
 from hetis.solver.cluster import node_of

@@ -14,9 +14,21 @@ from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving
 from hetis.engines.starting import program_of
 from hetis.engines.versions import RECORDED, Engine
-from hetis.planner.export.errors import NotExportableError
+from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
+
+
+class NotExportableError(HetisError):
+    """No part of the plan can be launched in this way.
+
+    Attributes:
+        reasons: why, one sentence each.
+    """
+
+    def __init__(self, reasons: tuple[str, ...]) -> None:
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,3 +290,26 @@ def _pool_of(pool: AttentionWorkerPool, copy: int, count: int) -> AttentionWorke
 def _part(devices: Sequence[str], copy: int, count: int) -> tuple[str, ...]:
     each = len(devices) // count
     return tuple(devices[copy * each : (copy + 1) * each])
+
+
+def paired(launchable: Launchable, target: str) -> tuple[Launchable, dict[int, int], dict[int, tuple[str, ...]]]:
+    """Pair replicas along the plan's routes, those with most traffic first, and leave out replicas without a partner.
+
+    Returns:
+        The remaining replicas, the decode replica of every prefill replica, and why the others are left out.
+
+    Raises:
+        NotExportableError: nothing is left.
+    """
+    pairs, taken = dict[int, int](), set[int]()
+    there = launchable.replicas.keys()
+    for route in sorted(launchable.plan.kv_routes, key=lambda one: (-one.rate, one.prefill, one.decode)):
+        if {route.prefill, route.decode} <= there and not {route.prefill, route.decode} & taken:
+            pairs[route.prefill] = route.decode
+            taken |= {route.prefill, route.decode}
+    left_out: dict[int, tuple[str, ...]] = {
+        number: (f"{target} knows pairs of a prefill and a decode replica, and no partner is left for this one",)
+        for number, one in launchable.replicas.items()
+        if one.plan.role is not Role.UNIFIED and number not in taken
+    }
+    return launchable.without(left_out), pairs, left_out

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome
+from hetis.planner.jobs.outcomes import CalledOff, Outcome
 from hetis.planner.jobs.process import SolverProcess
 from hetis.planner.jobs.search import Search
 from hetis.planner.jobs.slot import Slot, StartProcess
@@ -56,7 +56,6 @@ class SolverPool:
         self._waiting: dict[str, deque[Search]] = {}  # by caller, the caller whose turn is next first
         self._arrived = asyncio.Event()
         self._running: dict[Search, tuple[Slot, float]] = {}  # its slot, and when it began
-        self._num_crashes = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._slots = [
             Slot(
@@ -99,11 +98,6 @@ class SolverPool:
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
-
-    @property
-    def num_crashes(self) -> int:
-        """The number of processes that ended, or had to be killed, while they searched."""
-        return self._num_crashes
 
     @property
     def pids(self) -> list[int]:
@@ -190,7 +184,6 @@ class SolverPool:
                 await self._arrived.wait()
             self._running[search] = slot, self._clock()
             outcome = await slot.finish(search)
-            self._num_crashes += isinstance(outcome, Crashed)
             self._end(search, outcome)
 
     def _next(self) -> Search | None:

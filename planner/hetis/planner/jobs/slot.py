@@ -8,9 +8,8 @@ import signal
 from collections.abc import Awaitable, Callable
 
 from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome, answer_from_frame
+from hetis.planner.jobs.outcomes import CalledOff, Crashed, Outcome, answer_from_frame, progress_from_frame
 from hetis.planner.jobs.process import SolverProcess
-from hetis.planner.jobs.progress import progress_from_frame
 from hetis.planner.jobs.search import Begun, Search
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
 from hetis.planner.jobs.kernels import compile_kernels
-from hetis.planner.library.plan import Plan
-from hetis.planner.library.quantities import Quantity, limit_of, member, ratio_of, seconds_of
+from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision

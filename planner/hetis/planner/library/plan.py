@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
 from hetis.planner.export.targets import Export
-from hetis.planner.library.quantities import Quantity, member, ratio_of
 from hetis.planner.library.simulation import Simulation, simulation_of
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.use_cases.compare import Figures, figures_of
@@ -24,6 +23,11 @@ from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     import pandas
+from enum import StrEnum
+from typing import TypeVar
+
+from hetis.formats.units import parse_duration, parse_ratio
+from hetis.solver.errors import InvalidProblemError
 
 _FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
 
@@ -219,3 +223,59 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
                 if pool.stage == index
             ]  # fmt: skip
     return rows
+
+
+Quantity = float | str
+Name = TypeVar("Name", bound=StrEnum)
+
+
+def member(names: type[Name], text: str, what: str) -> Name:
+    """Return the member of ``names`` with this text.
+
+    Raises:
+        InvalidProblemError: there is none.
+    """
+    try:
+        return names(text)
+    except ValueError:
+        raise InvalidProblemError(f"unknown {what} {text!r}, expected one of {', '.join(names)}") from None
+
+
+def seconds_of(value: Quantity) -> float:
+    """Return the seconds of ``0.2`` or ``"200ms"``.
+
+    Raises:
+        InvalidProblemError: it is not a positive duration.
+    """
+    try:
+        seconds = parse_duration(value) if isinstance(value, str) else float(value)
+    except ValueError as error:
+        raise InvalidProblemError(str(error)) from None
+    if not seconds > 0:
+        raise InvalidProblemError(f"a duration is {value}, must be > 0")
+    return seconds
+
+
+def limit_of(value: Quantity | None) -> float | None:
+    """Return the seconds of a latency limit, infinity for no limit, or None for the objective's default.
+
+    Raises:
+        InvalidProblemError: it is not a positive duration.
+    """
+    if value is None:
+        return float("inf")
+    if isinstance(value, str) and value.strip().lower() in ("none", "default"):
+        return float("inf") if value.strip().lower() == "none" else None
+    return seconds_of(value)
+
+
+def ratio_of(value: Quantity) -> float:
+    """Return the ratio of ``0.01`` or ``"1%"``.
+
+    Raises:
+        InvalidProblemError: it is not a ratio.
+    """
+    try:
+        return parse_ratio(value) if isinstance(value, str) else float(value)
+    except ValueError as error:
+        raise InvalidProblemError(str(error)) from None

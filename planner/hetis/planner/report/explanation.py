@@ -1,8 +1,12 @@
-"""The explanation of a plan: memory and time as bars, bottlenecks, prices, and reasons for every idle GPU."""
+"""The explanation of a plan: memory and time as bars, bottlenecks, prices, and reasons for every idle GPU.
+
+Bars are readable with and without colours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,9 +15,8 @@ from rich.text import Text
 from hetis.planner.report.figures import percent, plural, seconds
 from hetis.planner.report.plan import bullets, headline, price_table, section
 from hetis.planner.report.replica import device_table
-from hetis.planner.report.stacked import Share, legend, stacked_bar
-from hetis.planner.use_cases.devices import abbreviate
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.report.unbroken import Unbroken
+from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 
@@ -184,3 +187,30 @@ def _idle(groups: tuple[IdleGpus, ...]) -> Table:
         zone = f" in {idle.zone}" if several_zones else ""
         table.add_row("•", Text.assemble((f"{idle.count:,} × {idle.gpu}{zone}", "bold"), f": {idle.reason}"))
     return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One part of a stacked bar: an amount, and how it is drawn."""
+
+    name: str
+    amount: float
+    glyph: str
+    style: str
+
+
+def stacked_bar(shares: Sequence[Share], *, whole: float, width: int) -> Text:
+    """Draw parts side by side in ``width`` characters that stand for ``whole``; the rest is a dotted line."""
+    text, drawn, total = Text(), 0, 0.0
+    for share in shares:
+        total += share.amount
+        end = min(width, round(width * total / whole)) if whole > 0 else 0
+        text.append(share.glyph * (end - drawn), style=share.style)
+        drawn = max(drawn, end)
+    text.append("·" * (width - drawn), style="dim")
+    return text
+
+
+def legend(shares: Sequence[Share]) -> Unbroken:
+    """Return the legend of the parts."""
+    return Unbroken([Text.assemble((f"{s.glyph} ", s.style), (s.name, "dim")) for s in shares], "  ")

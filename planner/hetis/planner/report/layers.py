@@ -1,18 +1,21 @@
-"""A placement of layers on one screen: rate and proof, what limits it, its stages, and the max-flow placement."""
+"""A placement of layers on one screen and as JSON: rate and proof, what limits it, its stages, max-flow's placement."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from hetis.formats.fields import API_VERSION
 from hetis.planner.report.dispatch import and_more, facts_table, plain_table
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.plan import section
 from hetis.planner.use_cases.layers import Layered, Stage, stages
-from hetis.solver.layers.plan import Limit
+from hetis.solver.layers.plan import LayersPlan, Limit
 
 MAX_STAGES = 60  # shown; -o json has all
 BAR_WIDTH = 6
@@ -101,3 +104,69 @@ def _stage_row(stage: Stage, found: Layered) -> tuple[str | Text, ...]:
         f"{max(load.link_load for load in stage.loads):.0%}",
         f"{stage.round_trip_s / found.plan.judgement.round_trip_s:.0%}",
     )
+
+
+def layers_document(found: Layered) -> dict[str, Any]:
+    """Return the document of ``kind: LayersPlan``."""
+    problem, plan = found.problem, found.plan
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "LayersPlan",
+        "name": problem.name,
+        "num_layers": problem.num_layers,
+        "result": {
+            "stopped": plan.stopped,
+            "rate_rps": plan.rate_rps,
+            "bound_rps": plan.bound_rps,
+            "gap": plan.gap,
+            "output_tokens_per_s": found.output_tokens_per_s,
+            "in_flight": plan.judgement.in_flight,
+            "round_trip_s": plan.judgement.round_trip_s,
+            "limit": plan.judgement.limit.value,
+            "limit_node": plan.judgement.limit_node,
+            "solver_s": plan.solver_s,
+        },
+        "nodes": [
+            {
+                "name": load.node.name,
+                "type": load.node.kind,
+                "first_layer": load.node.first_layer,
+                "num_layers": load.node.num_layers,
+                "visits": load.visits,
+                "kv_fill": load.kv_fill,
+                "compute_load": load.compute_load,
+                "link_load": load.link_load,
+                "visit_s": load.visit_s,
+            }
+            for load in plan.judgement.loads
+        ],
+        "idle": list(plan.idle),
+        "links": _links(found, plan),
+        "max_flow": None if found.max_flow is None else _max_flow(found, found.max_flow),
+        "proof": [
+            [interval.least, interval.most, interval.price_s if math.isfinite(interval.price_s) else None]
+            for interval in plan.bound.intervals
+        ],
+    }
+
+
+def _links(found: Layered, plan: LayersPlan) -> list[dict[str, Any]]:
+    tokens_per_s = plan.rate_rps * found.problem.tokens_per_request
+    return [
+        {"from": link.source, "to": link.target, "share": link.share, "tokens_per_s": link.share * tokens_per_s}
+        for link in plan.links
+    ]
+
+
+def _max_flow(found: Layered, plan: LayersPlan) -> dict[str, Any]:
+    return {
+        "rate_rps": plan.rate_rps,
+        "flow_tokens_per_s": plan.flow_rps * found.problem.tokens_per_request,
+        "in_flight": plan.judgement.in_flight,
+        "round_trip_s": plan.judgement.round_trip_s,
+        "nodes": [
+            {"name": node.name, "type": node.kind, "first_layer": node.first_layer, "num_layers": node.num_layers}
+            for node in plan.nodes
+        ],
+        "links": _links(found, plan),
+    }

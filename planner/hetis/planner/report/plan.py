@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -13,20 +15,21 @@ from rich.text import Text
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
-from hetis.planner.report.palette import Palette
-from hetis.planner.report.replica import device_table, render_replica
-from hetis.planner.report.roles import count_by_role, rates_by_role, route_table
+from hetis.planner.report.replica import Palette, device_table, render_replica
 from hetis.planner.report.unbroken import Unbroken
 from hetis.planner.use_cases.compare import figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, NOT_COMPILED, EngineValue, engine_values_of
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, number_ranges
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
 from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
-from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, SolveResult, Status
+from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, Role, SolveResult, Status
+
+if TYPE_CHECKING:
+    from hetis.solver.wish_prices import WishPrice
 
 MAX_SHAPES = 12  # replica shapes shown in full; the rest is summarised in a line
 MAX_CLASSES = 40
@@ -366,3 +369,71 @@ def folded(shape: str) -> str:
     """Merge equal consecutive stages: ``A | A | B`` is ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)
+
+
+MAX_NUMBERS = 24  # characters for the numbers of equal replicas
+MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
+
+
+def count_by_role(plan: Plan) -> str:
+    """Return ``1 prefill, 2 decode``; empty if every replica is unified."""
+    counts = {role: sum(one.role is role for one in plan.replicas) for role in Role}
+    if counts[Role.UNIFIED] == len(plan.replicas):
+        return ""
+    return ", ".join(f"{count:,} {role}" for role, count in counts.items() if count)
+
+
+def rates_by_role(plan: Plan) -> str:
+    """Return the possible rates of both sides and the routed rate, in saturated requests/s."""
+    rates = {role: sum(one.rate for one in plan.replicas if one.role is role) for role in Role}
+    routed = sum(route.rate for route in plan.kv_routes)
+    text = f"prefill {digits(rates[Role.PREFILL])}, decode {digits(rates[Role.DECODE])}, routed {digits(routed)}"
+    return f"{text}, unified {digits(rates[Role.UNIFIED])}" if rates[Role.UNIFIED] else text
+
+
+def route_table(plan: Plan, groups: Sequence[ReplicaGroup]) -> Table:
+    """Return routes between replicas of equal shape, one row each, the largest first."""
+    group_of = {number: i for i, group in enumerate(groups) for number in group.numbers}
+    rates: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for route in plan.kv_routes:
+        rates[group_of[route.prefill], group_of[route.decode]] += route.rate
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("prefill", overflow="fold")
+    table.add_column("decode", overflow="fold")
+    for name in ("requests/s", "of prefill", "of decode"):
+        table.add_column(name, justify="right")
+    pairs = sorted(rates, key=lambda pair: -rates[pair])
+    for pair in pairs[:MAX_ROUTES]:
+        sender, receiver = (groups[i] for i in pair)
+        shares = (percent(rates[pair] / group.rate) if group.rate else "" for group in (sender, receiver))
+        table.add_row(_named(sender), _named(receiver), digits(rates[pair], 4), *shares)
+    rest = pairs[MAX_ROUTES:]
+    if rest:
+        table.add_row(f"… {plural(len(rest), 'more pair')}", "", digits(sum(rates[pair] for pair in rest)), "", "")
+    return table
+
+
+def _named(group: ReplicaGroup) -> str:
+    gpus = ", ".join(dict.fromkeys(stage.gpu for stage in group.first.stages))
+    numbers = number_ranges(group.numbers).strip("[]")
+    if len(numbers) > MAX_NUMBERS:
+        numbers = f"{numbers[:MAX_NUMBERS].rpartition(',')[0]},… ({len(group.numbers):,})"
+    return f"{'replica' if len(group.numbers) == 1 else 'replicas'} {numbers} ({gpus})"
+
+
+def render_wish_prices(prices: Sequence[WishPrice], unit: str) -> RenderableType:
+    """Return what the objective would gain without each constraint, and without all."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("without", overflow="fold")
+    table.add_column(f"gain, {unit}", justify="right")
+    for price in prices:
+        name = str(price.will[0]) if len(price.will) == 1 else f"all {len(price.will)} together"
+        table.add_row(name, _interval(price))
+    return section("What the wishes cost", table)
+
+
+def _interval(price: WishPrice) -> str:
+    low, high = digits(price.least), digits(price.most)
+    if not price.is_solved:
+        return f"at most {high}, not solved again"
+    return low if low == high else f"{low} to {high}"

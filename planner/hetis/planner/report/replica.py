@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from hetis.planner.report.figures import digits, plural, seconds, tokens
-from hetis.planner.report.palette import Palette
-from hetis.planner.use_cases.devices import abbreviate
-from hetis.planner.use_cases.grouping import ReplicaGroup
+from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
+
+_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Palette:
+    """Colours by GPU type; unknown types are drawn plainly."""
+
+    colors: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan) -> Palette:
+        """Return colours for the GPU types of a plan, in the order of its device classes."""
+        gpus = [price.gpu for price in plan.prices]
+        gpus += [stage.gpu for replica in plan.replicas for stage in replica.stages]
+        distinct = dict.fromkeys(gpus)
+        return cls(colors={gpu: _COLORS[i % len(_COLORS)] for i, gpu in enumerate(distinct)})
+
+    def __getitem__(self, gpu: str) -> str:
+        return self.colors.get(gpu, "default")
+
 
 PICTURE_WIDTH = 78
 MIN_STAGE_WIDTH = 4  # enough for a two-digit stage number

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetis.planner.report.device_groups import grouped_use
 from hetis.planner.report.figures import digits, gigabytes, percent, plural, seconds
 from hetis.planner.report.plan import section
+from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
 from hetis.simulator.arrivals import Arrivals

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.planner.report.device_groups import device_groups
+from hetis.planner.use_cases.grouping import device_groups
 from hetis.planner.use_cases.simulate import Simulated
 from hetis.simulator.metrics import Limits
 from hetis.simulator.sweep import Sweep

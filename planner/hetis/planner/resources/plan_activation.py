@@ -25,10 +25,10 @@ from hetis.planner.resources.plan_changes import (
     past,
     transition_to,
 )
+from hetis.planner.resources.plan_differences import load_bytes_of
 from hetis.planner.resources.plan_documents import PlanDocuments, plan_state
 from hetis.planner.resources.plan_imports import require_gpus
 from hetis.planner.resources.plan_views import IN_FORCE, basic_view
-from hetis.planner.resources.plan_weights import load_bytes_of
 from hetis.planner.resources.publishing import publish_cluster
 from hetis.planner.resources.requests import once, to_the_end
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of

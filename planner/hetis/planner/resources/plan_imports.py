@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.convert import documents
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.jobs.solving import document_bytes
+from hetis.planner.jobs.searching import document_bytes
 from hetis.planner.use_cases.sources import problem_of_plan
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster

@@ -12,7 +12,7 @@ from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
 from hetis.formats.errors import DocumentError, did_you_mean
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, enums, names
-from hetis.planner.convert.objectives import objective_from_proto
+from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.roles import FROM_PROTO
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.resources.checking import Checks

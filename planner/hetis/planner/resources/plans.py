@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from hetis.planner.convert import names
-from hetis.planner.convert.explanations import explanation_to_proto
-from hetis.planner.convert.plans import complete
+from hetis.planner.convert.plans import complete, explanation_to_proto
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_field, not_found
 from hetis.planner.resources.checking import Checks
 from hetis.planner.resources.hubs import Hubs

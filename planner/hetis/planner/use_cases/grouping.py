@@ -1,11 +1,13 @@
-"""Groups of equal replicas: a plan of thousands of replicas has a few dozen shapes."""
+"""Groups of equal replicas, of GPUs that do the same work, and of names: thousands of replicas have few shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hetis.solver.plan import ReplicaPlan
+from hetis.simulator.metrics import DeviceUse
+from hetis.solver.plan import Plan, ReplicaPlan, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +44,65 @@ def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
     return stages, pools, times, sizes, replica.role, replica.kv_zones
+
+
+def device_groups(plan: Plan) -> dict[str, str]:
+    """Return the name of each device's group: GPU type, and its role unless that is a whole request."""
+    groups: dict[str, str] = {}
+    for replica in plan.replicas:
+        role = "" if replica.role is Role.UNIFIED else f", {replica.role}"
+        groups |= {device: f"{stage.gpu}{role}" for stage in replica.stages for device in stage.devices}
+        groups |= {
+            device: f"{pool.gpu}, attention worker" for pool in replica.attention_workers for device in pool.devices
+        }
+    return groups
+
+
+def grouped_use(plan: Plan, uses: Sequence[DeviceUse]) -> list[DeviceUse]:
+    """Return one use per group, under its name and number of GPUs: means of means, and the highest maximum."""
+    groups = device_groups(plan)
+    members: dict[str, list[DeviceUse]] = {}
+    for use in uses:
+        members.setdefault(groups.get(use.device, use.device), []).append(use)
+    return [
+        DeviceUse(
+            device=f"{len(group)} × {name}",
+            kv_mean=sum(use.kv_mean for use in group) / len(group),
+            kv_max=max(use.kv_max for use in group),
+            busy_mean=sum(use.busy_mean for use in group) / len(group),
+        )
+        for name, group in members.items()
+    ]
+
+
+_NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
+
+
+def abbreviate(devices: Sequence[str]) -> str:
+    """Return the devices as a compact host list; their order is not kept."""
+    nodes: dict[str, list[int]] = {}
+    for device in devices:
+        node, _, index = device.rpartition("/")
+        nodes.setdefault(node, []).append(int(index))
+    same_indices: dict[tuple[str, str], list[int]] = {}
+    for node, indices in nodes.items():
+        match = _NUMBERED.match(node)
+        numbers = same_indices.setdefault((match["stem"] if match else node, number_ranges(indices)), [])
+        if match:
+            numbers.append(int(match["number"]))
+    return " ".join(
+        f"{stem}{number_ranges(numbers) if numbers else ''}/{indices}"
+        for (stem, indices), numbers in same_indices.items()
+    )
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """Return ``3`` or ``[0-2,5]``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return text if text.isdigit() else f"[{text}]"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis.formats.catalogue import UnknownNameError
-from hetis.formats.command_line.internal_errors import internal_error
+from hetis.formats.command_line.running import internal_error
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
 from hetis.profiler.cli.exit_codes import ProfileExitCode

@@ -31,9 +31,8 @@ def fit(
     """
     from hetis.formats.errors import DocumentError, Problem
     from hetis.formats.measurements import load_measurements
+    from hetis.profiler.cli.files import all_of, require_outputs
     from hetis.profiler.cli.fit_report import report_document, report_table
-    from hetis.profiler.cli.loading import all_of
-    from hetis.profiler.cli.outputs import require_outputs
     from hetis.profiler.cli.profiles import gpu_type, save_profile, with_relative
     from hetis.profiler.fit import fit_profile
 

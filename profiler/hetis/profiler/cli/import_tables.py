@@ -42,7 +42,7 @@ def import_tables(
     Tables of several GPUs, engines or hosts become a file each: raw.json, raw-2.json, ...
     """
     from hetis.formats.measurements import save_measurements
-    from hetis.profiler.cli.outputs import require_outputs
+    from hetis.profiler.cli.files import require_outputs
     from hetis.profiler.importers import import_tables as read
 
     require_outputs([out])

@@ -28,8 +28,7 @@ def plot(
     from hetis.formats.errors import DocumentError, Problem, single_problem
     from hetis.formats.files import write_atomically
     from hetis.formats.measurements import load_measurements
-    from hetis.profiler.cli.loading import all_of
-    from hetis.profiler.cli.outputs import require_outputs
+    from hetis.profiler.cli.files import all_of, require_outputs
     from hetis.profiler.cli.profiles import gpu_type, profile_of
     from hetis.profiler.pictures.pairs import pairs_of
 

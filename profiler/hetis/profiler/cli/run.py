@@ -73,7 +73,7 @@ def run(
     from hetis.formats.errors import single_problem
     from hetis.formats.measurements import save_measurements
     from hetis.formats.model import load_model
-    from hetis.profiler.cli.outputs import require_outputs
+    from hetis.profiler.cli.files import require_outputs
     from hetis.profiler.cli.run_progress import run_progress
     from hetis.profiler.measure.journal import journal_of, points_in
     from hetis.profiler.measure.request import RunRequest

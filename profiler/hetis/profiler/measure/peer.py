@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 OPS = ("end", "transfer", "all_reduce")
-TIMEOUT_S = 60
 
 
 def main(arguments: list[str]) -> None:

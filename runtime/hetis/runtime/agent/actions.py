@@ -4,42 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
-from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    AbortMovesResponse,
-    ApplyAssignmentRequest,
-    ApplyAssignmentResponse,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReadHeadMapsRequest,
-    ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
-)
 from hetis.v1.failure_pb2 import Failure
 
 EngineRequest = (
-    ApplyAssignmentRequest
-    | ReserveMovesRequest
-    | CopyMovesRequest
-    | FlipMovesRequest
-    | ReleaseMovesRequest
-    | AbortMovesRequest
-    | ReadHeadMapsRequest
+    messages.ApplyAssignmentRequest
+    | messages.ReserveMovesRequest
+    | messages.CopyMovesRequest
+    | messages.FlipMovesRequest
+    | messages.ReleaseMovesRequest
+    | messages.AbortMovesRequest
+    | messages.ReadHeadMapsRequest
 )
 EngineResponse = (
-    ApplyAssignmentResponse
-    | ReserveMovesResponse
-    | CopyMovesResponse  # the last one
-    | FlipMovesResponse
-    | ReleaseMovesResponse
-    | AbortMovesResponse
-    | list[ReadHeadMapsResponse]
+    messages.ApplyAssignmentResponse
+    | messages.ReserveMovesResponse
+    | messages.CopyMovesResponse  # the last one
+    | messages.FlipMovesResponse
+    | messages.ReleaseMovesResponse
+    | messages.AbortMovesResponse
+    | list[messages.ReadHeadMapsResponse]
 )
 
 

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.agent.actions import Action, EngineResponse
-from hetis.runtime.agent.fence import Fence
 from hetis.runtime.agent.head_maps import HeadMapCalls
 from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.agent.replica import ReplicaAgent
-from hetis.runtime.agent.replica_state import NODE_PART, DamagedStateError, ReplicaState, epoch_from_bytes
+from hetis.runtime.agent.replica_state import NODE_PART, DamagedStateError, Fence, ReplicaState, epoch_from_bytes
 from hetis.runtime.agent.reporting import NodeReporter, with_kv
 from hetis.runtime.executor.refusals import failure_of, stale_epoch
 from hetis.v1.agent_service_pb2 import (

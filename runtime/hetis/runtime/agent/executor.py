@@ -12,24 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.executor.refusals import RefusedError, failure_of_call, unreachable
-from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    AbortMovesResponse,
-    ApplyAssignmentRequest,
-    ApplyAssignmentResponse,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReadHeadMapsRequest,
-    ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
-    WatchReportsRequest,
-    WatchReportsResponse,
-)
+from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 
 MOST_MESSAGE_BYTES = 4 << 20
@@ -42,21 +25,21 @@ class Executor(Protocol):
     unknown.
     """
 
-    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse: ...
+    async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse: ...
 
-    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse: ...
+    async def reserve_moves(self, request: messages.ReserveMovesRequest) -> messages.ReserveMovesResponse: ...
 
-    def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]: ...
+    def copy_moves(self, request: messages.CopyMovesRequest) -> AsyncIterator[messages.CopyMovesResponse]: ...
 
-    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse: ...
+    async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse: ...
 
-    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse: ...
+    async def release_moves(self, request: messages.ReleaseMovesRequest) -> messages.ReleaseMovesResponse: ...
 
-    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse: ...
+    async def abort_moves(self, request: messages.AbortMovesRequest) -> messages.AbortMovesResponse: ...
 
-    def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]: ...
+    def watch_reports(self, min_interval_s: float) -> AsyncIterator[messages.WatchReportsResponse]: ...
 
-    def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]: ...
+    def read_head_maps(self, request: messages.ReadHeadMapsRequest) -> AsyncIterator[messages.ReadHeadMapsResponse]: ...
 
     async def close(self) -> None: ...
 
@@ -75,21 +58,21 @@ class SocketExecutor:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._stub = ExecutorServiceStub(self._channel)
 
-    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
+    async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse:
         check_socket(self._socket)
         try:
             return await self._stub.ApplyAssignment(request)
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
+    async def reserve_moves(self, request: messages.ReserveMovesRequest) -> messages.ReserveMovesResponse:
         check_socket(self._socket)
         try:
             return await self._stub.ReserveMoves(request)
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
+    async def copy_moves(self, request: messages.CopyMovesRequest) -> AsyncIterator[messages.CopyMovesResponse]:
         check_socket(self._socket)
         try:
             async for response in self._stub.CopyMoves(request):
@@ -97,38 +80,40 @@ class SocketExecutor:
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
+    async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse:
         check_socket(self._socket)
         try:
             return await self._stub.FlipMoves(request)
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
+    async def release_moves(self, request: messages.ReleaseMovesRequest) -> messages.ReleaseMovesResponse:
         check_socket(self._socket)
         try:
             return await self._stub.ReleaseMoves(request)
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
+    async def abort_moves(self, request: messages.AbortMovesRequest) -> messages.AbortMovesResponse:
         check_socket(self._socket)
         try:
             return await self._stub.AbortMoves(request)
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
+    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[messages.WatchReportsResponse]:
         check_socket(self._socket)
         interval = Duration()
         interval.FromNanoseconds(int(min_interval_s * 1e9))
         try:
-            async for response in self._stub.WatchReports(WatchReportsRequest(min_interval=interval)):
+            async for response in self._stub.WatchReports(messages.WatchReportsRequest(min_interval=interval)):
                 yield response
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
+    async def read_head_maps(
+        self, request: messages.ReadHeadMapsRequest
+    ) -> AsyncIterator[messages.ReadHeadMapsResponse]:
         check_socket(self._socket)
         try:
             async for response in self._stub.ReadHeadMaps(request):

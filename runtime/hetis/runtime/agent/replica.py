@@ -12,27 +12,13 @@ from collections.abc import Iterable
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.actions import EngineRequest, EngineResponse
-from hetis.runtime.agent.admissible import refusal_of
-from hetis.runtime.agent.checks import wrong_fields
-from hetis.runtime.agent.fence import Fence
+from hetis.runtime.agent.admissible import refusal_of, wrong_fields
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, ReplicaState
+from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState
 from hetis.runtime.executor.refusals import failure_of
+from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase, ChangeStatus, MoveResult
-from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    AbortMovesResponse,
-    ApplyAssignmentRequest,
-    ApplyAssignmentResponse,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReleaseMovesRequest,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
-)
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
@@ -218,13 +204,13 @@ class ReplicaAgent:
 
     def is_applying(self) -> bool:
         """Return whether the call that is being waited for applies the assignment."""
-        return self._call is not None and isinstance(self._call[1], ApplyAssignmentRequest)
+        return self._call is not None and isinstance(self._call[1], messages.ApplyAssignmentRequest)
 
     def advance(self, now_s: float) -> None:
         """Make the next call of the engine, if one is due and none is being waited for."""
         if self._call is not None:
             number, request, change = self._call
-            is_copy = isinstance(request, CopyMovesRequest)
+            is_copy = isinstance(request, messages.CopyMovesRequest)
             if not is_copy or change is None or change.desired is DesiredPhase.PREPARED:
                 return
             self._outbox.cancel(number)
@@ -235,7 +221,7 @@ class ReplicaAgent:
         if found is None:
             return
         request, change = found
-        timeout_s = None if isinstance(request, CopyMovesRequest) else CALL_S
+        timeout_s = None if isinstance(request, messages.CopyMovesRequest) else CALL_S
         self._call = (self._outbox.call(request, timeout_s=timeout_s), request, change)
 
     def _next_request(self, now_s: float) -> tuple[EngineRequest, ChangeState | None] | None:
@@ -246,9 +232,11 @@ class ReplicaAgent:
             not held.is_applied and held.failure is None and AgentCapability.AGENT_CAPABILITY_ASSIGN in self._can
         )
         if aborting is not None and not (must_apply and aborting.is_abort_tried):
-            return AbortMovesRequest(epoch=self._fence.newest, change_id=aborting.id, failure=aborting.why), aborting
+            return messages.AbortMovesRequest(
+                epoch=self._fence.newest, change_id=aborting.id, failure=aborting.why
+            ), aborting
         if must_apply and held.generation:
-            apply = ApplyAssignmentRequest(epoch=self._fence.newest, generation=held.generation)
+            apply = messages.ApplyAssignmentRequest(epoch=self._fence.newest, generation=held.generation)
             if held.assignment is None:
                 apply.removed_replica = held.replica
             else:
@@ -262,7 +250,7 @@ class ReplicaAgent:
 
     def _next_of_change(self, change: ChangeState, now_s: float) -> EngineRequest | None:
         if change.desired is DesiredPhase.RELEASED and not change.has_ended:
-            return ReleaseMovesRequest(
+            return messages.ReleaseMovesRequest(
                 epoch=self._fence.newest,
                 change_id=change.id,
                 moves=change.status.moves,
@@ -271,19 +259,19 @@ class ReplicaAgent:
         if not change.is_open:
             return None
         if change.desired is DesiredPhase.FLIPPED:
-            return FlipMovesRequest(
+            return messages.FlipMovesRequest(
                 epoch=change.epoch, change_id=change.id, timeout=_duration(change.deadline_s - now_s)
             )
         if change.desired is DesiredPhase.PREPARED and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             if change.is_reserved:
-                return CopyMovesRequest(epoch=change.epoch, change_id=change.id)
+                return messages.CopyMovesRequest(epoch=change.epoch, change_id=change.id)
             left = Change()
             left.CopyFrom(change.change)
             left.prepare_timeout.CopyFrom(_duration(max(change.deadline_s - now_s, 1e-3)))
-            return ReserveMovesRequest(epoch=change.epoch, change=left, parts=change.parts)
+            return messages.ReserveMovesRequest(epoch=change.epoch, change=left, parts=change.parts)
         return None
 
-    def progressed(self, response: CopyMovesResponse, now_s: float) -> None:
+    def progressed(self, response: messages.CopyMovesResponse, now_s: float) -> None:
         """Note the progress of a copy, and tell the planner once a second."""
         change = self._call[2] if self._call else None
         if change is not None and change.is_open:
@@ -314,13 +302,13 @@ class ReplicaAgent:
         self._wait_s = min(2 * self._wait_s, MOST_WAIT_S)
         if change is None:
             return
-        if isinstance(request, AbortMovesRequest):
+        if isinstance(request, messages.AbortMovesRequest):
             if not change.is_abort_tried and not self.held.is_applied:
                 self._retry_s = now_s  # let the waiting assignment proceed
             change.is_abort_tried = True
-        elif isinstance(request, FlipMovesRequest) and now_s >= change.deadline_s:
+        elif isinstance(request, messages.FlipMovesRequest) and now_s >= change.deadline_s:
             self._want_abort(change, failure)  # it may have flipped: AbortMoves tells whether it did
-        elif isinstance(request, CopyMovesRequest):
+        elif isinstance(request, messages.CopyMovesRequest):
             change.is_reserved = False  # another engine may answer next, so start over
 
     def _applied(self, answer: EngineResponse | Failure) -> None:
@@ -328,21 +316,21 @@ class ReplicaAgent:
         held.is_applied = True
         if isinstance(answer, Failure):
             held.failure, held.assignment_state = answer, AssignmentState.ASSIGNMENT_STATE_FAILED
-        elif isinstance(answer, ApplyAssignmentResponse):
+        elif isinstance(answer, messages.ApplyAssignmentResponse):
             held.assignment_state = answer.state
             held.is_anew = False
             self._persist()
 
     def _change_refused(self, request: EngineRequest, change: ChangeState, failure: Failure, now_s: float) -> None:
-        if isinstance(request, AbortMovesRequest):
+        if isinstance(request, messages.AbortMovesRequest):
             self._retry_s = now_s + self._wait_s
             change.is_abort_tried = True
-        elif isinstance(request, ReleaseMovesRequest):
+        elif isinstance(request, messages.ReleaseMovesRequest):
             if failure.reason == ErrorReason.ERROR_REASON_CHANGE_UNKNOWN:
                 self._enter(change, ChangePhase.CHANGE_PHASE_RELEASED, now_s=now_s)  # it holds nothing of the change
             else:
                 self._retry_s = now_s + MOST_WAIT_S
-        elif isinstance(request, FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
+        elif isinstance(request, messages.FlipMovesRequest) and failure.reason == ErrorReason.ERROR_REASON_STALE_EPOCH:
             change.desired = DesiredPhase.PREPARED  # the planner that permitted the flip has lost its authority
             self._persist()
         else:
@@ -351,16 +339,16 @@ class ReplicaAgent:
 
     def _change_answered(self, answer: EngineResponse, change: ChangeState, now_s: float) -> None:
         ready = False
-        if isinstance(answer, ReserveMovesResponse):
+        if isinstance(answer, messages.ReserveMovesResponse):
             change.is_reserved = True
             _add_moves(change, answer.moves)
             ready = not change.copies
-        elif isinstance(answer, CopyMovesResponse):
+        elif isinstance(answer, messages.CopyMovesResponse):
             _note_copy(change, answer)
             ready = True
-        elif isinstance(answer, FlipMovesResponse | AbortMovesResponse):
+        elif isinstance(answer, messages.FlipMovesResponse | messages.AbortMovesResponse):
             _add_moves(change, answer.moves)
-            if isinstance(answer, FlipMovesResponse):
+            if isinstance(answer, messages.FlipMovesResponse):
                 change.status.step = answer.step
                 if answer.HasField("failure"):
                     change.why = answer.failure
@@ -545,7 +533,7 @@ def _add_moves(change: ChangeState, moves: Iterable[MoveResult]) -> None:
     change.status.moves.extend(move for move in moves if move.number not in known)
 
 
-def _note_copy(change: ChangeState, response: CopyMovesResponse) -> None:
+def _note_copy(change: ChangeState, response: messages.CopyMovesResponse) -> None:
     change.status.copied_bytes = max(change.status.copied_bytes, response.copied_bytes)
     _add_moves(change, response.moves)
 

@@ -1,4 +1,4 @@
-"""The state of one replica on one node, in memory and on disk: assignment, changes, last answer."""
+"""The state that an agent keeps, in memory and on disk: assignment, changes and last answer of a replica; the fence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from hetis.runtime.agent.outbox import Outbox
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import Failure
@@ -242,3 +243,20 @@ def _text(value: bytes) -> str:
 
 def _bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
+
+
+class Fence:
+    """The newest epoch that this node has obeyed. It only grows, and reaches the disk before anything of it is done."""
+
+    def __init__(self, newest: int, outbox: Outbox) -> None:
+        self.newest = newest
+        self._outbox = outbox
+
+    def is_stale(self, epoch: int) -> bool:
+        """Return whether a planner of this epoch may no longer change anything. 0 is not an epoch."""
+        return epoch < max(self.newest, 1)
+
+    def raise_to(self, epoch: int) -> None:
+        if epoch > self.newest:
+            self.newest = epoch
+            self._outbox.persist(NODE_PART, epoch_to_bytes(epoch))

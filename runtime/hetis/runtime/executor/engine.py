@@ -11,23 +11,8 @@ from typing import Generic, TypeVar
 from hetis.runtime.executor.change import EngineChange, unknown
 from hetis.runtime.executor.changes import EngineChanges
 from hetis.runtime.executor.refusals import RefusedError, generation_mismatch, stale_epoch
+from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangeStatus
-from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    AbortMovesResponse,
-    ApplyAssignmentRequest,
-    ApplyAssignmentResponse,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
-    WatchReportsResponse,
-)
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 
@@ -74,11 +59,11 @@ class SteeredEngine(ABC, Generic[TakenT]):
     # --- what kind of engine it is
 
     @abstractmethod
-    def head_maps(self, replica: str) -> ReadHeadMapsResponse:
+    def head_maps(self, replica: str) -> messages.ReadHeadMapsResponse:
         """Return all head maps of a replica whose primary is here, in one message of any size."""
 
     @abstractmethod
-    def report(self, now_s: float) -> WatchReportsResponse:
+    def report(self, now_s: float) -> messages.WatchReportsResponse:
         """Return a report on the whole engine."""
 
     @abstractmethod
@@ -105,7 +90,9 @@ class SteeredEngine(ABC, Generic[TakenT]):
 
     # --- assignments
 
-    def apply_assignment(self, request: ApplyAssignmentRequest, now_s: float) -> ApplyAssignmentResponse:
+    def apply_assignment(
+        self, request: messages.ApplyAssignmentRequest, now_s: float
+    ) -> messages.ApplyAssignmentResponse:
         self._fence(request.epoch)
         removed = request.WhichOneof("change") == "removed_replica"
         name = request.removed_replica if removed else request.assignment.replica
@@ -116,7 +103,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
                     raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
                 del self._held[name]
                 self._remove(held)
-            return ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
+            return messages.ApplyAssignmentResponse(state=AssignmentState.ASSIGNMENT_STATE_STOPPED)
         if held is not None and held.assignment == request.assignment:
             held.changes.generation = max(held.changes.generation, request.generation)
         else:
@@ -125,53 +112,53 @@ class SteeredEngine(ABC, Generic[TakenT]):
             kept = Assignment()
             kept.CopyFrom(request.assignment)
             self._held[name] = self._take(kept, request.generation, held, now_s)
-        return ApplyAssignmentResponse(state=self._state(self._held[name], now_s))
+        return messages.ApplyAssignmentResponse(state=self._state(self._held[name], now_s))
 
     # --- moves
 
-    def reserve_moves(self, request: ReserveMovesRequest, now_s: float) -> ReserveMovesResponse:
+    def reserve_moves(self, request: messages.ReserveMovesRequest, now_s: float) -> messages.ReserveMovesResponse:
         self._fence(request.epoch)
         held = self._held.get(request.change.replica)
         if held is None:
             raise RefusedError(generation_mismatch(request.change.base_generation, 0))
         changes = self._given_up if request.change.change_id in self._given_up.known else held.changes
         change = changes.reserve(request.change, request.parts, now_s)
-        return ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
+        return messages.ReserveMovesResponse(moves=change.results(), copy_bytes=change.copy_bytes)
 
-    def copy_moves(self, request: CopyMovesRequest, now_s: float) -> EngineChange:
+    def copy_moves(self, request: messages.CopyMovesRequest, now_s: float) -> EngineChange:
         """Begin to copy. `step` continues, and the change's phase says when the copy is complete."""
         self._fence(request.epoch)
         change = self._changes_of(request.change_id).begin_copy(request.change_id, now_s)
         self._changes_of(request.change_id).advance(now_s)
         return change
 
-    def copy_answer(self, change: EngineChange) -> CopyMovesResponse:
+    def copy_answer(self, change: EngineChange) -> messages.CopyMovesResponse:
         """Return the progress of a copy."""
-        return CopyMovesResponse(
+        return messages.CopyMovesResponse(
             copied_bytes=change.copied_bytes, total_bytes=change.copy_bytes, moves=change.results()
         )
 
-    def flip_moves(self, request: FlipMovesRequest, now_s: float) -> EngineChange:
+    def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
         """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
         timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
-    def flip_answer(self, change_id: str) -> FlipMovesResponse | None:
+    def flip_answer(self, change_id: str) -> messages.FlipMovesResponse | None:
         """Return the outcome of a flip that was asked for, or None while it is undecided."""
         changes = self._changes_of(change_id)
         change = changes.known[change_id]
         return None if change.is_open else changes.flip_answer(change)
 
-    def release_moves(self, request: ReleaseMovesRequest, now_s: float) -> ReleaseMovesResponse:
+    def release_moves(self, request: messages.ReleaseMovesRequest, now_s: float) -> messages.ReleaseMovesResponse:
         self._fence(request.epoch)
         changes = self._changes_of(request.change_id)
         freed = changes.release(request.change_id, request.moves, request.generation, now_s)
-        return ReleaseMovesResponse(freed_blocks=freed)
+        return messages.ReleaseMovesResponse(freed_blocks=freed)
 
     def abort_moves(
-        self, request: AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None
-    ) -> AbortMovesResponse:
+        self, request: messages.AbortMovesRequest, now_s: float, *, authority: Iterable[ChangeStatus] | None = None
+    ) -> messages.AbortMovesResponse:
         """Abort a change. ``authority`` holds what the primary's engine, if it is another one, has just reported."""
         self._fence(request.epoch)
         try:
@@ -179,7 +166,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         except RefusedError:
             changes = self._given_up
         change = changes.abort(request.change_id, request.failure, authority, now_s)
-        return AbortMovesResponse(
+        return messages.AbortMovesResponse(
             outcome=change.outcome(), generation=changes.generation, moves=change.results() if change.generation else ()
         )
 

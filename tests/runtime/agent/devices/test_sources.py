@@ -8,7 +8,7 @@ import pytest
 
 from hetis.formats.catalogue import gpus
 from hetis.runtime.agent.devices import DevicesUnavailableError, discover, open_devices
-from hetis.runtime.agent.devices.gpu_types import gpu_entry
+from hetis.runtime.agent.devices.nvml import gpu_entry
 from hetis.runtime.agent.devices.simulated import HOT_C, MAX_CLOCK_HZ, Condition, SimulatedDevices
 from hetis.v1 import inventory_pb2, report_pb2
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
 from hetis.planner.convert.replicas import replica_to_proto
-from hetis.planner.export.errors import NotExportableError
-from hetis.planner.export.replicas import Settings, launchable
+from hetis.planner.export.replicas import NotExportableError, Settings, launchable
 from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
 from hetis.runtime.executor.refusals import RefusedError
 from hetis.solver.plan import Plan

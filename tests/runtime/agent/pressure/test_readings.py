@@ -196,7 +196,6 @@ def test_pressure_is_what_only_a_shortage_gives(
     pressure = judge(now, before, 10.0, PressureLimits(use_ratio=0.9, preemptions_per_s=0.05))
     assert len(pressure.reasons) == len(reasons)
     assert all(found.startswith(said) for found, said in zip(pressure.reasons, reasons, strict=True))
-    assert pressure.is_high == bool(reasons)
 
 
 def test_devices_that_engines_share_hold_the_blocks_of_all() -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from hetis.planner.report.figures import plural
 from hetis.planner.report.page.blocks import COLORS, PLAIN, FleetMap, GpuCell, NodeCard, ZoneMap
-from hetis.planner.use_cases.devices import abbreviate
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.cluster import Cluster, NodeGroup
 from hetis.solver.explain import Explanation
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan

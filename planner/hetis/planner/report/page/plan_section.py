@@ -33,9 +33,8 @@ from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_na
 from hetis.planner.report.plan import beside_engines, beside_equal_stages, folded, limits, simple_setups, verdict, worth
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
-from hetis.planner.use_cases.devices import abbreviate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
-from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas
+from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.perturbing import used_fits
 from hetis.planner.use_cases.sources import Inputs

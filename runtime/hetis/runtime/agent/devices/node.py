@@ -1,4 +1,8 @@
-"""The host's part of an inventory, and the inventory's digest."""
+"""What all sources of devices share: their error, the host's part of an inventory, and the inventory's digest.
+
+HetisError (hetis.solver.errors)
++-- DevicesUnavailableError   the requested source cannot be read on this machine
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,13 @@ import os
 import socket
 from collections.abc import Iterable
 
+from hetis.solver.errors import HetisError
 from hetis.v1 import inventory_pb2
+
+
+class DevicesUnavailableError(HetisError):
+    """The requested source of devices cannot be read on this machine."""
+
 
 MAX_DEVICES = 64  # per node, as the contract says
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hetis.formats.catalogue import UnknownNameError, find_gpu
-from hetis.runtime.agent.devices.node import MAX_DEVICES, node_inventory
-from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
+from hetis.runtime.agent.devices.node import MAX_DEVICES, DevicesUnavailableError, node_inventory
 from hetis.solver.cluster import GpuType
 from hetis.v1 import inventory_pb2, report_pb2
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from hetis.runtime.agent.devices.node import node_inventory
-from hetis.runtime.agent.devices.unavailable import DevicesUnavailableError
+from hetis.runtime.agent.devices.node import DevicesUnavailableError, node_inventory
 from hetis.v1 import inventory_pb2, report_pb2
 
 __all__ = ["SOURCES", "Devices", "DevicesUnavailableError", "discover", "open_devices"]

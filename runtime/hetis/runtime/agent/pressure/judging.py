@@ -44,10 +44,6 @@ class Pressure:
     preemptions_per_s: float
     reasons: tuple[str, ...]
 
-    @property
-    def is_high(self) -> bool:
-        return bool(self.reasons)
-
 
 def judge(
     reading: EngineReading, earlier: EngineReading | None, elapsed_s: float, limits: PressureLimits = DEFAULT_LIMITS

@@ -1,11 +1,14 @@
-"""Checks of output files, made before the work is done."""
+"""Files that verbs read and write: problems of all of them come together, those of outputs before the work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from hetis.formats.errors import DocumentError, Problem
+
+T = TypeVar("T")
 
 
 def require_outputs(paths: Iterable[Path | None]) -> None:
@@ -29,3 +32,21 @@ def _reason(path: Path) -> str:
     if not path.parent.is_dir():
         return f"no folder {path.parent}"
     return ""
+
+
+def all_of(load: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    """Return the values that ``load`` reads from all files.
+
+    Raises:
+        DocumentError: with the problems of all files.
+    """
+    values: list[T] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            values.append(load(path))
+        except DocumentError as error:
+            problems += error.problems
+    if problems:
+        raise DocumentError(problems)
+    return values
