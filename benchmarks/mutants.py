@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tests/solver/test_check_roles.py::test_search_and_checker_know_the_same_slack",
             "tests/solver/test_arithmetic.py::test_the_search_tabulates_the_same_seconds",
             "tests/solver/test_arithmetic.py::test_the_search_finds_the_same_room",
+            "tests/solver/test_arithmetic.py::test_the_ranks_of_a_group_share_out_the_weights",
         ),
     ),
     "check": (

@@ -328,6 +328,19 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, At
         assert search.landing_s(atlas, template) == near(landing_s)
 
 
+@pytest.mark.parametrize("model", MODELS, ids=range(len(MODELS)))
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_the_ranks_of_a_group_share_out_the_weights(model: ModelSpec, tp: int) -> None:
+    shape = cost.rank_shape(model, tp)
+    assert shape is not None
+    problem = make_problem([make_node("a", "A")], model=model)
+    link = Link(bytes_per_s=1e11, latency_s=1e-6)
+    rank = cost.DeviceCost(model, problem.profiles["A"], problem.workload.moments(), shape, link)
+    assert rank.prefix_bytes() == near(model.prefix_layers * model.dense_layer_params() * model.weight_bytes / tp)
+    assert rank.layer_bytes() == near(model.layer_params() * model.weight_bytes / tp)
+    assert rank.embedding_bytes() == near(model.embedding_params * model.embedding_bytes / tp)
+
+
 @given(templates())
 def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Template]) -> None:
     _, atlas, template = found

@@ -20,7 +20,7 @@ from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.relaxation import relax
 from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
 from hetis.solver.redispatch.solve import Redispatcher, solve_redispatch
-from hetis.solver.redispatch.tables import horizons, objective_s, tables_of
+from hetis.solver.redispatch.tables import card_s, horizons, objective_s, short_blocks, tables_of
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import problems, random_problem
 from tests.solver.redispatch.specification import solve_specification
@@ -76,6 +76,34 @@ def test_moves_for_speed_pay_back_while_their_request_lives(problem: RedispatchP
         if move.reason is MoveReason.BALANCE:
             assert move.payback_steps is not None
             assert move.payback_steps <= max(1, problem.patience * remaining[move.request]) * (1 + 1e-6)
+
+
+@given(problems(), st.sampled_from([0.02, 0.1, 0.5]))
+def test_moves_save_the_share_that_is_asked_unless_they_make_room(problem: RedispatchProblem, share: float) -> None:
+    problem = replace(problem, least_gain=share)
+    plan, tables = solve_redispatch(problem), tables_of(problem)
+    if plan.moves and not short_blocks(tables, tables.now).any():
+        before_s = oracle.makespan_s(problem.snapshot, problem.snapshot.groups)
+        assert plan.stay_s - plan.objective_s >= share * before_s * (1 - 1e-9)
+
+
+def test_moves_that_save_less_than_is_asked_are_not_made() -> None:
+    moved = dict.fromkeys((0.0, 0.9), 0)
+    for share in moved:
+        for seed in range(20):
+            problem = random_problem(seed, num_devices=3, num_requests=6, slack=2.0, tp=1, least_gain=share)
+            moved[share] += bool(solve_redispatch(problem).moves)
+    assert moved[0.0] > 5
+    assert moved[0.9] == 0
+
+
+def test_a_single_group_on_workers_takes_the_time_of_the_network_card() -> None:
+    tables = tables_of(random_problem(1, num_devices=3, num_requests=4, tp=1))
+    assert tables.nic_base > 0.0
+    assert card_s(tables, float(-tables.on_workers)) == 0.0
+    assert card_s(tables, float(1 - tables.on_workers)) == pytest.approx(
+        tables.nic_base + tables.nic_group_s * (1 - tables.on_workers)
+    )
 
 
 @given(problems(least_gain=0.01))
