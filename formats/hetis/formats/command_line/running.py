@@ -17,6 +17,7 @@ from hetis.formats.command_line.terminal import plain_streams
 OK = 0
 INTERRUPTED = 130  # 128 plus the number of the signal, as in shells
 BROKEN_PIPE = 141
+REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 
 
 def run_application(
@@ -99,9 +100,6 @@ def _leave_broken_pipe() -> int:
     # Python flushes stdout once more at exit and would complain: redirect it to /dev/null.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
     return BROKEN_PIPE
-
-
-REPORT_IT = "This is a bug in hetis. HETIS_DEBUG=1 shows the traceback; please report it with the input files."
 
 
 def internal_error(error: Exception) -> tuple[str, list[str]]:

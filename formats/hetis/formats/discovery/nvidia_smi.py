@@ -22,6 +22,11 @@ _ENDINGS = re.compile(r"(\.topo)?\.(xml|txt|topo|log)$|\.topo$", re.IGNORECASE)
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CELL = re.compile(r"X|NV(\d{1,2})|SYS|NODE|PHB|PXB|PIX|C2C|N/A")
 _MEBIBYTES = re.compile(r"(\d{1,9}) MiB")
+# The XML reader below is safe for untrusted text. It uses Python's own expat, and dangerous XML is refused before it
+# can do harm: an entity declaration ends the reading, so nothing expands; expat loads nothing external unless told to;
+# and the depth and number of elements are bounded. The document type that nvidia-smi names is ignored.
+MAX_DEPTH = 64
+MAX_ELEMENTS = 1_000_000
 
 
 def is_topology(text: str) -> bool:
@@ -136,13 +141,6 @@ def _nvlinks(text: str) -> list[int]:
         for j, cell in enumerate(row)
         if i != j
     ]
-
-
-# A small XML reader that is safe for untrusted text. It uses Python's own expat, and dangerous XML is refused before it
-# can do harm: an entity declaration ends the reading, so nothing expands; expat loads nothing external unless told to;
-# and the depth and number of elements are bounded. The document type that nvidia-smi names is ignored.
-MAX_DEPTH = 64
-MAX_ELEMENTS = 1_000_000
 
 
 @dataclass(slots=True)

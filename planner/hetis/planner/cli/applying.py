@@ -27,6 +27,7 @@ from hetis.solver.profile import Profile
 from hetis.v1 import cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2, view_pb2
 
 __all__ = ["Application", "Goal"]
+_WITH_ANSWER = (plan_pb2.PLAN_STATE_READY,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,3 @@ class Application:
         shown: Message = plan
         self.terminal.emit(lambda: resource_data(shown), lambda: plan_summary(plan, steps))
         return ExitCode.OK
-
-
-_WITH_ANSWER = (plan_pb2.PLAN_STATE_READY,)

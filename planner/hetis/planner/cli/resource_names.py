@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from hetis.planner.client import Client
-from typing import Any
-
 # Collections, as they appear in names. Those of a cluster are inside it.
 COLLECTIONS = ("clusters", "nodes", "plans", "replicas", "redispatches", "profiles")
 IN_CLUSTER = ("nodes", "replicas", "redispatches")

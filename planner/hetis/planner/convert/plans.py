@@ -23,6 +23,15 @@ _STATUSES = {
     Status.FEASIBLE: plan_pb2.SOLVE_STATUS_FEASIBLE,
     Status.INTERRUPTED: plan_pb2.SOLVE_STATUS_INTERRUPTED,
 }
+Wrong = Callable[[str, str], object]  # called with the path of a wrong field, and what is wrong with it
+_KINDS = {
+    plan_pb2.OBJECTIVE_KIND_UNSPECIFIED: ObjectiveKind.GOODPUT,
+    plan_pb2.OBJECTIVE_KIND_GOODPUT: ObjectiveKind.GOODPUT,
+    plan_pb2.OBJECTIVE_KIND_THROUGHPUT: ObjectiveKind.THROUGHPUT,
+    plan_pb2.OBJECTIVE_KIND_COST: ObjectiveKind.COST,
+    plan_pb2.OBJECTIVE_KIND_GPUS: ObjectiveKind.GPUS,
+}
+_PRIMARY = "primary"
 
 
 def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
@@ -110,18 +119,6 @@ def digest_of(document: bytes) -> str:
     return f"sha256:{hashlib.sha256(document).hexdigest()}"
 
 
-Wrong = Callable[[str, str], object]
-"""Called with the path of a wrong field, and what is wrong with it."""
-
-_KINDS = {
-    plan_pb2.OBJECTIVE_KIND_UNSPECIFIED: ObjectiveKind.GOODPUT,
-    plan_pb2.OBJECTIVE_KIND_GOODPUT: ObjectiveKind.GOODPUT,
-    plan_pb2.OBJECTIVE_KIND_THROUGHPUT: ObjectiveKind.THROUGHPUT,
-    plan_pb2.OBJECTIVE_KIND_COST: ObjectiveKind.COST,
-    plan_pb2.OBJECTIVE_KIND_GPUS: ObjectiveKind.GPUS,
-}
-
-
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
     """Return the objective; ``wrong`` is called for every wrong field, whose path begins with ``field``."""
     kind = _KINDS.get(message.kind, ObjectiveKind.GOODPUT)
@@ -152,9 +149,6 @@ def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -
         wrong(f"{field}.{limit}", f"is {seconds:g}, must be above 0 and finite; {unlimited} lifts it")
         return None
     return seconds
-
-
-_PRIMARY = "primary"
 
 
 def explanation_to_proto(plan: Plan, explanation: Explanation) -> plan_service_pb2.ExplainPlanResponse:

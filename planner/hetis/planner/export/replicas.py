@@ -18,6 +18,11 @@ from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 
+_NODE = re.compile(
+    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
+)  # names go into scripts and file names as they are
+_MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
+
 
 class NotExportableError(HetisError):
     """No part of the plan can be launched in this way.
@@ -234,12 +239,6 @@ def published_image(engine: Engine) -> str:
     """Return the image that the engine's makers publish; empty for our plugin, which has none."""
     version = RECORDED[engine].version
     return {Engine.VLLM: f"vllm/vllm-openai:v{version}", Engine.SGLANG: f"lmsysorg/sglang:v{version}"}.get(engine, "")
-
-
-_NODE = re.compile(
-    r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
-)  # names go into scripts and file names as they are
-_MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
 
 
 # --- stage copies

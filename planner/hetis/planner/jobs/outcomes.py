@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from hetis.planner.jobs.frames import JobFrame
 from hetis.solver.budget import Progress
 
+PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
+
 
 @dataclass(frozen=True, slots=True)
 class FoundPlan:
@@ -102,9 +104,6 @@ def answer_from_frame(frame: JobFrame) -> Answer | None:
             return Invalid(frame.fields["message"])
         case _:
             return None
-
-
-PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
 
 
 class ProgressReporter:

@@ -7,29 +7,33 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hetis.formats.documents import dump, to_data
 from hetis.formats.files import write_atomically
+from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
 from hetis.planner.library.simulation import Simulation, simulation_of
 from hetis.planner.report.figures import digits, percent, plural
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver import plan as solved
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import Explanation
 from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     import pandas
-from enum import StrEnum
-from typing import TypeVar
-
-from hetis.formats.units import parse_duration, parse_ratio
-from hetis.solver.errors import InvalidProblemError
 
 _FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
+_COLUMNS = (
+    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "first_layer", "num_layers",
+    "kv_head_groups", "num_gpus", "devices",
+)  # fmt: skip
+Quantity = float | str
+Name = TypeVar("Name", bound=StrEnum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -200,12 +204,6 @@ class Plan:
         )
 
 
-_COLUMNS = (
-    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "first_layer", "num_layers",
-    "kv_head_groups", "num_gpus", "devices",
-)  # fmt: skip
-
-
 def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for number, replica in enumerate(plan.replicas):
@@ -223,10 +221,6 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
                 if pool.stage == index
             ]  # fmt: skip
     return rows
-
-
-Quantity = float | str
-Name = TypeVar("Name", bound=StrEnum)
 
 
 def member(names: type[Name], text: str, what: str) -> Name:

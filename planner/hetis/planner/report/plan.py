@@ -43,6 +43,8 @@ _VALUE_NAMES = {
     ObjectiveKind.COST: "Cost",
     ObjectiveKind.GPUS: "GPUs",
 }
+MAX_NUMBERS = 24  # characters for the numbers of equal replicas
+MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
 
 
 def render_plan(plan: Plan, *, wide: bool = False) -> RenderableType:
@@ -369,10 +371,6 @@ def folded(shape: str) -> str:
     """Merge equal consecutive stages: ``A | A | B`` is ``2 × A | B``."""
     runs = [(stage, len(list(equal))) for stage, equal in itertools.groupby(shape.split(" | "))]
     return " | ".join(stage if count == 1 else f"{count} × {stage}" for stage, count in runs)
-
-
-MAX_NUMBERS = 24  # characters for the numbers of equal replicas
-MAX_ROUTES = 12  # pairs of replica shapes; the rest is summarised in a line
 
 
 def count_by_role(plan: Plan) -> str:

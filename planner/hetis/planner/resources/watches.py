@@ -38,6 +38,7 @@ from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
 
 Response = service_pb2.WatchClusterResponse
+_KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,9 +199,6 @@ def _can_resume(token: ResumeToken, hub: ClusterHub, here: ResumeToken) -> bool:
     """Return whether all changes since the token are known; if not, the present state is sent again."""
     is_here = (token.made, token.round) == (here.made, here.round)
     return is_here and token.sequence > 0 and not hub.is_too_old(token.sequence)
-
-
-_KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up again
 
 
 class ShownNodes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from hetis.simulator.metrics import DeviceUse
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 
+_NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaGroup:
@@ -73,9 +75,6 @@ def grouped_use(plan: Plan, uses: Sequence[DeviceUse]) -> list[DeviceUse]:
         )
         for name, group in members.items()
     ]
-
-
-_NUMBERED = re.compile(r"^(?P<stem>.*-)(?P<number>\d+)$")
 
 
 def abbreviate(devices: Sequence[str]) -> str:

@@ -15,6 +15,10 @@ FloatArray = NDArray[np.float64]
 
 
 _FEW = 4
+_LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
+_LENGTHS = (1.0, 2.0, 4.0)  # of the smooth part, in factors of e
+_VARIANCES = (0.005, 0.02, 0.08, 0.3)  # of the smooth part: it bends by 7%, 14%, 28% or 55%
+_LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +179,6 @@ def first_points(series: PointSeries) -> list[MeasuredPoint]:
         )
         found.setdefault(nearest.key, nearest)
     return list(found.values())
-
-
-_LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
-_LENGTHS = (1.0, 2.0, 4.0)  # of the smooth part, in factors of e
-_VARIANCES = (0.005, 0.02, 0.08, 0.3)  # of the smooth part: it bends by 7%, 14%, 28% or 55%
-_LEAST_NOISE = 0.01  # relative; no timer is better than this from call to call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

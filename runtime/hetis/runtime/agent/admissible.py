@@ -15,6 +15,12 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation
 
 MOST_MOVES = 4096
 LONGEST_PREPARE_S = 600
+_PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
+# A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
+# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
+# have leapt several times.
+MOST_AHEAD = 1 << 32
+MOST_AT_FIRST = 1 << 40
 
 
 def wrong_fields(delta: Delta) -> Failure | None:
@@ -63,9 +69,6 @@ def _problems(delta: Delta) -> Iterator[tuple[str, str]]:
                 yield "resolved.outcome", f"is {delta.resolved.outcome}, must be FLIPPED or ABORTED"
 
 
-_PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
-
-
 def _change_problems(change: Change, delta: Delta) -> Iterator[tuple[str, str]]:
     if not change.change_id:
         yield "prepare.change.change_id", "is missing"
@@ -78,13 +81,6 @@ def _change_problems(change: Change, delta: Delta) -> Iterator[tuple[str, str]]:
     timeout_s = change.prepare_timeout.seconds + change.prepare_timeout.nanos / 1e9
     if not 0 < timeout_s <= LONGEST_PREPARE_S:
         yield "prepare.change.prepare_timeout", f"is {timeout_s} s, must be above 0 and at most {LONGEST_PREPARE_S} s"
-
-
-# A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
-# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
-# have leapt several times.
-MOST_AHEAD = 1 << 32
-MOST_AT_FIRST = 1 << 40
 
 
 def refusal_of(delta: Delta, held: ReplicaState, can: Collection[AgentCapability.ValueType]) -> Failure | None:

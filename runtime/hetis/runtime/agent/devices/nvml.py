@@ -41,6 +41,12 @@ _THROTTLE_REASONS: dict[str, _Reason.ValueType] = {
     "HwSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
     "HwPowerBrakeSlowdown": report_pb2.THROTTLE_REASON_HARDWARE,
 }
+# Drivers report less than the nominal memory: ECC on GDDR takes a sixteenth, firmware some hundred MiB. Boards that
+# share a name differ by a quarter or more (A100 40 and 80 GB, V100 16 and 32 GB).
+LEAST_MEMORY_SHARE = 0.88
+MOST_MEMORY_SHARE = 1.06
+# Words that drivers add but that distinguish no two boards: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
+_DECORATION = re.compile(r"\b(blackwell|edition|superchip|ac|dgx display)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,14 +265,6 @@ def _slices(nvml: ModuleType, whole: Any) -> list[Any] | None:
 
 def _is_lost(nvml: ModuleType, error: Exception) -> bool:
     return getattr(error, "value", None) in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED)
-
-
-# Drivers report less than the nominal memory: ECC on GDDR takes a sixteenth, firmware some hundred MiB. Boards that
-# share a name differ by a quarter or more (A100 40 and 80 GB, V100 16 and 32 GB).
-LEAST_MEMORY_SHARE = 0.88
-MOST_MEMORY_SHARE = 1.06
-# Words that drivers add but that distinguish no two boards: `RTX PRO 6000 Blackwell Server Edition`, `B300 SXM6 AC`.
-_DECORATION = re.compile(r"\b(blackwell|edition|superchip|ac|dgx display)\b", re.IGNORECASE)
 
 
 def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:

@@ -29,6 +29,9 @@ T = TypeVar("T")
 LONGEST_STEP_S = 0.05  # between two looks at the clock
 CONTROL_S = 0.5  # between two looks at the control file
 _log = logging.getLogger(__name__)
+ASK_S = 2.0  # an engine that does not answer within this time counts as not reached
+AGAIN_S = 0.5
+_INTERVAL = Duration(nanos=200_000_000)
 
 
 class SimulatedServer:
@@ -154,11 +157,6 @@ def _add_peer_methods(servicer: ExecutorServicer, server: grpc.aio.Server) -> No
     )
     service = messages.DESCRIPTOR.services_by_name["ExecutorService"].full_name
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"WatchReports": watch}),))
-
-
-ASK_S = 2.0  # an engine that does not answer within this time counts as not reached
-AGAIN_S = 0.5
-_INTERVAL = Duration(nanos=200_000_000)
 
 
 class PeerWatches:
