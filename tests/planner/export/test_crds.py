@@ -16,8 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
-from hetis.planner.export.errors import NotExportableError
 from hetis.planner.export.names import Target
+from hetis.planner.export.replicas import NotExportableError
 from tests.planner.export import reading
 from tests.planner.export.plans import PLANS
 from tests.planner.export.test_export import exported
