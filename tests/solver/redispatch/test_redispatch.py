@@ -15,6 +15,7 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.redispatch.ideal import ideal_dispatch
+from hetis.solver.redispatch.local_search import MOST_STEPS, improve
 from hetis.solver.redispatch.lp import MoveLp
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.relaxation import relax
@@ -95,6 +96,23 @@ def test_moves_that_save_less_than_is_asked_are_not_made() -> None:
             moved[share] += bool(solve_redispatch(problem).moves)
     assert moved[0.0] > 5
     assert moved[0.9] == 0
+
+
+@given(problems(max_devices=4, max_requests=6))
+def test_local_search_ends_where_no_shift_of_one_request_helps(problem: RedispatchProblem) -> None:
+    tables = tables_of(replace(problem, budget_bytes=np.inf))
+    x = tables.now.copy()
+    assert improve(tables, x) < MOST_STEPS
+    reached_s = objective_s(tables, x)
+    for j, i, k in np.ndindex(len(x), x.shape[1], x.shape[1]):
+        unit, moved = max(tables.unit[i], tables.unit[k]), x[j, i] - tables.now[j, i]
+        for n in {int(unit), int(moved)}:
+            there = x[j, k] + n - tables.now[j, k]
+            is_shift = i != k and 0 < n <= x[j, i] and n % unit == 0 and (there <= 0 or tables.takes[k])
+            if is_shift and tables.blocks @ x[:, k] + n * tables.blocks[j] <= tables.room[k]:
+                y = x.copy()
+                y[j, i], y[j, k] = y[j, i] - n, y[j, k] + n
+                assert objective_s(tables, y) >= reached_s * (1 - 1e-8)
 
 
 def test_a_single_group_on_workers_takes_the_time_of_the_network_card() -> None:
