@@ -9,6 +9,7 @@ import pytest
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.proposals import PlacementProposals, is_better
+from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 
 CLUSTER = "clusters/c"
@@ -45,7 +46,7 @@ class World:
     now_s: float = 1000.0
     proposed: list[tuple[plan_pb2.PlanSpec, str]] = field(default_factory=list)
     withdrawn: list[str] = field(default_factory=list)
-    error: ServiceError | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.nodes = {f"{CLUSTER}/nodes/{name}": Node() for name in "abc"}
@@ -207,6 +208,21 @@ def test_a_proposal_that_cannot_be_made_now_is_made_later() -> None:
     world.pass_s(310)
     world.error = None
     world.pass_s(10)
+    assert len(world.proposed) == 1
+
+
+def test_gpus_on_which_the_engine_does_not_run_are_a_reason_and_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    why = "vllm takes compute capability 7.5 for any model, P100-PCIe-16GB (Pascal) has 6"
+    world = World(error=InvalidProblemError(why))
+    world.pass_s(1)
+    world.set("b", LOST)
+    world.pass_s(310)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert f"no proposal for {CLUSTER}: {why}" in caplog.text
+    world.error = None
+    world.set("b")
+    world.set("c", LOST)
+    world.pass_s(700)
     assert len(world.proposed) == 1
 
 

@@ -22,6 +22,7 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock
 from hetis.solver.cluster import node_of
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
 
@@ -156,6 +157,9 @@ class PlacementProposals:
             except ServiceError as error:
                 _log.warning("no proposal for %s: %s", name, error)
                 wait_s = error.retry_after_s or proposal_policy(self._fleet.policy_of(name)).patience_s
+            except InvalidProblemError as error:  # the GPUs that are left do not run the model
+                _log.warning("no proposal for %s: %s", name, error)
+                wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
             except Exception:
                 _log.exception("the look at %s failed", name)  # the loop serves all clusters
                 wait_s = proposal_policy(self._fleet.policy_of(name)).patience_s
