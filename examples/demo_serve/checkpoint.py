@@ -1,19 +1,18 @@
 """A tiny model with random weights: config, weights, tokenizer and chat template in a Hugging Face folder.
 
-The tokenizer is a byte-level BPE trained on this repository's documents. The model's answers make no sense, but must be
+The tokenizer is a byte-level BPE trained on this repository's licence. The model's answers make no sense, but must be
 exactly the same however its heads are distributed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-DOCUMENTS = Path(__file__).parents[2] / "docs"
+TEXT = Path(__file__).parents[2] / "LICENSE"  # never changes, and with it neither tokens nor answers
 BEGIN, END, MESSAGE = "<|begin|>", "<|end|>", "<|message|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -67,7 +66,7 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_lines(), trainer)
+    tokenizer.train_from_iterator(TEXT.read_text(encoding="utf-8").splitlines(), trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -76,11 +75,6 @@ def _write_tokenizer(folder: Path, vocab: int) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-
-
-def _lines() -> Iterable[str]:
-    for path in sorted(DOCUMENTS.glob("*.md"))[:6]:
-        yield from path.read_text(encoding="utf-8").splitlines()
 
 
 def _write_config(folder: Path, sizes: Sizes) -> None:
