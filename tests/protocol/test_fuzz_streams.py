@@ -262,5 +262,11 @@ def test_a_good_stream_is_welcome_after_all_that(serving: tuple[Process, grpc.Ch
     process.signal(15)
     code, stderr = process.end()
     assert code == 0
-    incidents = [line for line in stderr.splitlines() if line.startswith("{") and json.loads(line)["level"] == "error"]
+    logged = [json.loads(line) for line in stderr.splitlines() if line.startswith("{")]
+    incidents = [line for line in logged if line["level"] == "error" and not is_of_grpc(line)]
     assert not incidents, incidents[:3]
+
+
+def is_of_grpc(line: dict[str, str]) -> bool:
+    """Return whether gRPC logged that a call ended in the middle of a write; its client has a status already."""
+    return line["logger"] == "grpc._cython.cygrpc" and "ExecuteBatchError" in line["message"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
 
 import pytest
 import yaml
@@ -10,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.cli.resource_tables import COLUMNS, ago
+from hetis.planner.cli.watch import interrupts_that_arrive
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, redispatch_pb2, replica_pb2
 from tests.planner.cli_server.conftest import Run
 from tests.planner.client.fake_planner import FakePlanner, refuse
@@ -237,3 +242,24 @@ def test_a_cluster_is_watched_line_by_line(fleet: FakePlanner, hetis_plan: Run, 
 def test_times_are_told_as_how_long_ago(passed_s: int, said: str) -> None:
     assert ago(Timestamp(seconds=1000), now_s=1000.0 + passed_s) == said
     assert ago(None) == ago(Timestamp()) == ""
+
+
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    dropped = list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: dropped.append(unraisable.exc_type))
+    before = signal.getsignal(signal.SIGINT)
+
+    def watching() -> None:
+        with interrupts_that_arrive():
+            Dropping()
+            time.sleep(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        watching()
+    assert dropped == [KeyboardInterrupt]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +18,8 @@ from hetis.planner.cli.server_verb import server_verb
 if TYPE_CHECKING:
     from hetis.planner.client import Client
     from hetis.v1 import cluster_service_pb2
+
+AGAIN_S = 0.5  # between an interrupt that was lost and the next one
 
 
 @server_verb()
@@ -53,15 +60,40 @@ def _watch_cluster(terminal: Terminal, client: Client, name: str) -> ExitCode:
 
     from hetis.planner.cli.resource_data import resource_data
 
-    for event in client.watch_cluster(name):
-        if terminal.output is OutputFormat.JSON:
-            print(json.dumps(resource_data(event)), flush=True)
-        elif terminal.output is OutputFormat.YAML:
-            print("---", flush=True)
-            terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
-        elif said := line_of_event(event):
-            terminal.emit(dict, lambda said=said: Text(said), width=WIDE)  # type: ignore[misc]
+    with interrupts_that_arrive():
+        for event in client.watch_cluster(name):
+            if terminal.output is OutputFormat.JSON:
+                print(json.dumps(resource_data(event)), flush=True)
+            elif terminal.output is OutputFormat.YAML:
+                print("---", flush=True)
+                terminal.emit(lambda event=event: resource_data(event), lambda: "")  # type: ignore[misc]
+            elif said := line_of_event(event):
+                terminal.emit(dict, lambda said=said: Text(said), width=WIDE)  # type: ignore[misc]
     return ExitCode.OK  # a watch of a cluster ends with Ctrl-C or an error
+
+
+@contextmanager
+def interrupts_that_arrive() -> Iterator[None]:
+    """Raise KeyboardInterrupt again and again after Ctrl-C, until the context is left.
+
+    Python drops an exception that is raised in a finaliser or in a callback of a weak reference, as the import system
+    has them, so one Ctrl-C at the wrong moment would be lost and a watch would never end.
+    """
+
+    def handle(_number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_S)
+        signal.default_int_handler(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def line_of_event(event: cluster_service_pb2.WatchClusterResponse) -> str:

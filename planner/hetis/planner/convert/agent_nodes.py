@@ -41,6 +41,8 @@ def agents_inventory(
 def _node(node: cluster_pb2.Node, zone: str, with_busy: bool, where: Problem) -> FoundNode:
     name, devices = last_part(node.name), sorted(node.inventory.devices, key=lambda device: device.index)
     absent = "draining" if node.draining else _ABSENT.get(node.state, "")
+    if not absent and not node.HasField("inventory"):
+        absent = "its agent has not yet told what GPUs it has"
     if absent:
         products = f" ({some_of(map(_product, devices))})" if devices else ""
         told = f"{counted(len(devices))}{products}: {absent}" if devices else absent
