@@ -208,6 +208,7 @@ def layout_of_replica(
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
     """
     kv_tokens = kv_tokens or replica.kv_tokens
+    model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     wrong = [*_other_model(planned, replica, model), *_impossible(replica, model, engine, dtype), *_uneven(cards)]

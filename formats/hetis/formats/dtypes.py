@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from hetis.solver.model import ModelSpec
+from hetis.formats.errors import did_you_mean
+from hetis.solver.model import GpuPrecision, ModelSpec
 
 BYTES_PER_PARAMETER = {
     "float32": 4.0,
@@ -28,6 +30,7 @@ PRECISIONS = {
     "mxfp4": "mxfp4",
     "nvfp4": "nvfp4",
 }
+LONGEST_CHOICE = 4096  # characters of a choice of precisions
 KV_PRECISIONS = {"bf16": 2.0, "fp8": 1.0}  # bytes per element of the KV cache
 
 _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"} | {
@@ -75,14 +78,80 @@ def with_weight_bytes(model: ModelSpec, weight_bytes: float) -> ModelSpec:
     return replace(model, weight_bytes=weight_bytes)
 
 
-def with_precision(model: ModelSpec, *, weights: str | None = None, kv: str | None = None) -> ModelSpec:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A choice of precision: ``everywhere``, except for the GPU types in ``on``. None: as it is."""
+
+    everywhere: str | None = None
+    on: Mapping[str, str] = field(default_factory=dict)
+
+
+def chosen_precision(text: str, known: Collection[str]) -> Chosen:
+    """Return the choice in ``fp8`` or ``fp8,V100-SXM2-32GB=bf16``: a precision, and those of GPU types.
+
+    Raises:
+        ValueError: a precision is unknown, or given twice.
+    """
+    if len(text) > LONGEST_CHOICE:
+        raise ValueError(f"has {len(text)} characters, may have {LONGEST_CHOICE}")
+    everywhere: str | None = None
+    on: dict[str, str] = {}
+    for part in text.split(","):
+        gpu, is_of_type, name = (word.strip() for word in part.rpartition("="))
+        if name not in known:
+            raise ValueError(f"{name[:80]!r} is not one of {', '.join(known)}{did_you_mean(name[:80], known)}")
+        if is_of_type and not gpu:
+            raise ValueError(f"{part.strip()!r} names no GPU type before =")
+        if gpu in on or (not gpu and everywhere is not None):
+            raise ValueError(f"{text!r} gives {gpu or 'all GPU types'} two precisions")
+        if gpu:
+            on[gpu] = name
+        else:
+            everywhere = name
+    return Chosen(everywhere, on)
+
+
+def with_precision(
+    model: ModelSpec, *, weights: str | Chosen | None = None, kv: str | Chosen | None = None
+) -> ModelSpec:  # fmt: skip
     """Return the same model with its layers' weights or its KV in another precision. None changes nothing.
 
     Args:
         model: its embeddings and LM head stay the same.
-        weights: a name in `PRECISIONS`.
-        kv: a name in `KV_PRECISIONS`.
+        weights: a choice of names in `PRECISIONS`, or its text (`chosen_precision`).
+        kv: a choice of names in `KV_PRECISIONS`, or its text.
+
+    Raises:
+        ValueError: a text is no choice.
     """
+    of_weights, of_kv = _chosen(weights, PRECISIONS), _chosen(kv, KV_PRECISIONS)
+    found = _in(model, of_weights.everywhere, of_kv.everywhere)
+    # A precision for all GPU types goes before one that the model's file has for some of them.
+    of_file = {one.gpu: _in(model.on(one.gpu), of_weights.everywhere, of_kv.everywhere) for one in model.precisions}
+    of_types = {
+        gpu: _in(of_file.get(gpu, found), of_weights.on.get(gpu), of_kv.on.get(gpu))
+        for gpu in dict.fromkeys((*of_file, *of_weights.on, *of_kv.on))
+    }
+    return with_precisions(found, of_types)
+
+
+def _chosen(given: str | Chosen | None, known: Collection[str]) -> Chosen:
+    if given is None:
+        return Chosen()
+    return chosen_precision(given, known) if isinstance(given, str) else given
+
+
+def with_precisions(model: ModelSpec, of_types: Mapping[str, ModelSpec]) -> ModelSpec:
+    """Return the model with GPU types in the precisions of these models, without those that make no difference."""
+    found = [
+        GpuPrecision(gpu=gpu, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes)
+        for gpu, own in of_types.items()
+        if (own.weights, own.weight_bytes, own.kv_bytes) != (model.weights, model.weight_bytes, model.kv_bytes)
+    ]
+    return replace(model, precisions=tuple(found))
+
+
+def _in(model: ModelSpec, weights: str | None, kv: str | None) -> ModelSpec:
     if weights is not None:
         dtype = f"bfloat16+{PRECISIONS[weights]}"
         model = replace(model, weights=weights, weight_bytes=layer_weight_bytes(dtype, model))
@@ -101,3 +170,13 @@ def kv_of(model: ModelSpec) -> str:
     return next(
         (n for n, size in KV_PRECISIONS.items() if size == model.kv_bytes), f"{model.kv_bytes:g} bytes a number"
     )
+
+
+def precision_of(model: ModelSpec) -> str:
+    """Return the precision of weights and KV, for people, with that of GPU types that have their own."""
+    usual = f"weights {weights_of(model)}, KV {kv_of(model)}"
+    alike: dict[str, list[str]] = {}
+    for one in model.precisions:
+        own = model.on(one.gpu)
+        alike.setdefault(f"weights {weights_of(own)}, KV {kv_of(own)}", []).append(one.gpu)
+    return "; ".join([usual, *(f"on {', '.join(gpus)}: {text}" for text, gpus in alike.items())])

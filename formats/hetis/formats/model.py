@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,12 +47,21 @@ class MoePart(DocumentPart):
     first_dense_layers: WholeOrZero = 0
 
 
+class PrecisionPart(DocumentPart):
+    """The precision in which one GPU type holds the model; what is not given is as on the other GPUs."""
+
+    weights: Literal["bf16", "fp8", "int8", "int4", "awq-int4", "gptq-int4", "mxfp4", "nvfp4"] | None = None
+    weight_bytes: ElementBytes | None = None
+    kv_bytes: ElementBytes | None = None
+
+
 class ModelSpecDocument(DocumentPart):
     """The shape of a decoder-only transformer.
 
     ``dtype`` (``bfloat16``, ``bfloat16+fp8``, ...) sets the bytes of weights, embeddings and activations; the
     ``*_bytes`` fields, in bytes per parameter or element, go before it. The KV cache has 2 unless ``kv_bytes`` says so.
     ``weights`` is what engines call the precision, which decides on what GPUs it runs; unless given, that of ``dtype``.
+    GPU types in ``precisions`` hold the model in a precision of their own.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -79,6 +89,7 @@ class ModelSpecDocument(DocumentPart):
     mla: MlaPart | None = None
     moe: MoePart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
@@ -144,6 +155,11 @@ def model_to_data(model: ModelSpec) -> dict[str, Any]:
         data["weights"] = model.weights
     if model.forbidden_cuts:
         data["forbidden_cuts"] = sorted(model.forbidden_cuts)
+    if model.precisions:
+        data["precisions"] = {
+            one.gpu: {name: getattr(one, name) for name in PrecisionPart.model_fields if getattr(one, name)}
+            for one in model.precisions
+        }
     return data
 
 
@@ -151,7 +167,7 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     fields = {
         name: getattr(document, name)
         for name in ModelSpecDocument.model_fields
-        if name not in ("api_version", "kind", "dtype", "attention", "mla", "moe", "forbidden_cuts")
+        if name not in ("api_version", "kind", "dtype", "attention", "mla", "moe", "forbidden_cuts", "precisions")
     }
     base = dtypes.base_bytes(document.dtype)
     for name in ("activation_bytes", "embedding_bytes"):
@@ -169,7 +185,16 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
         moe=MoeShape(**dict(document.moe)) if document.moe else None,
         forbidden_cuts=frozenset(document.forbidden_cuts),
     )
-    return dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))
+    model = dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))
+    return dtypes.with_precisions(model, {gpu: _on(model, part) for gpu, part in document.precisions.items()})
+
+
+def _on(model: ModelSpec, part: PrecisionPart) -> ModelSpec:
+    """Return the model in the precision of a GPU type."""
+    own = model if part.weights is None else dtypes.with_precision(model, weights=part.weights)
+    return replace(
+        own, weight_bytes=part.weight_bytes or own.weight_bytes, kv_bytes=part.kv_bytes or own.kv_bytes
+    )  # fmt: skip
 
 
 def _check_model(data: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:

@@ -63,6 +63,7 @@ class Builder:
         workload = problem.workload.clipped_to(problem.model.max_position)
         self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
+        self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
         self._timings: dict[tuple[StageShape, bool, bool], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
@@ -123,14 +124,14 @@ class Builder:
         self, number: int, position: int, one: ReplicaPlan, shape: ReplicaShape, pool: AttentionWorkerPool | None,
         shares: Mapping[str, float], cards: Mapping[str, SharedCard],
     ) -> list[SimulatedStageCopy]:  # fmt: skip
-        stage, stage_shape = one.stages[position], shape.stages[position]
+        stage, stage_shape, problem = one.stages[position], shape.stages[position], self._problem_of(one)
         is_first, is_last = position == 0, position == len(one.stages) - 1
         key = (stage_shape, is_first, is_last)
         timing = self._timings.get(key)
         if timing is None:
-            timing = self._timings[key] = StageTiming(self.problem, stage_shape, is_first=is_first, is_last=is_last)
+            timing = self._timings[key] = StageTiming(problem, stage_shape, is_first=is_first, is_last=is_last)
         setting = Setting(
-            problem=self.problem,
+            problem=problem,
             moments=self.moments,
             micro_batch=one.micro_batch,
             in_flight=one.in_flight,
@@ -144,12 +145,12 @@ class Builder:
             room, workers = None, None
             names: tuple[str, ...] = ()
             if pool is None:
-                room = KvRoom(self._blocks(rank_bytes, timing.layers, timing.cost.shape.groups))
+                room = KvRoom(self._blocks(timing, rank_bytes, timing.cost.shape.groups))
             else:
                 num = len(pool.devices) // stage.copies
                 names = pool.devices[copy * num : (copy + 1) * num]
                 seats = one.micro_batch * one.in_flight / stage.copies
-                workers = self._pool_copy(timing, pool, ranks, names, rank_bytes, shares, cards, seats)
+                workers = self._pool_copy(problem, timing, pool, ranks, names, rank_bytes, shares, cards, seats)
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 SimulatedStageCopy(
@@ -158,22 +159,29 @@ class Builder:
             )
         return copies
 
+    def _problem_of(self, one: ReplicaPlan) -> PlacementProblem:
+        gpu = one.stages[0].gpu
+        if gpu not in self._problems:
+            self._problems[gpu] = self.problem.of_replica(one)
+        return self._problems[gpu]
+
     def _pool_copy(
-        self, timing: StageTiming, pool: AttentionWorkerPool, ranks: tuple[str, ...], names: tuple[str, ...],
-        rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard], seats: float,
+        self, problem: PlacementProblem, timing: StageTiming, pool: AttentionWorkerPool, ranks: tuple[str, ...],
+        names: tuple[str, ...], rank_bytes: float, shares: Mapping[str, float], cards: Mapping[str, SharedCard],
+        seats: float,
     ) -> PoolCopy:  # fmt: skip
-        tp, model = timing.shape.tp, self.problem.model
+        tp, model = timing.shape.tp, problem.model
         away = pool.kv_head_groups * tp
-        blocks = [tp * self._blocks(rank_bytes, timing.layers, 1)]
+        blocks = [tp * self._blocks(timing, rank_bytes, 1)]
         for name in names:
             card_bytes = card_room_bytes(self.problem, pool.gpu)
             if pool.shared:
                 card_bytes *= timing.layers * away / shares[name]
-            blocks.append(self._blocks(card_bytes, timing.layers, 1))
+            blocks.append(self._blocks(timing, card_bytes, 1))
         return PoolCopy(
             names=(ranks[0], *names),
             blocks=np.array(blocks, np.int64),
-            timing=PoolTiming(self.problem, timing, cards=len(names)),
+            timing=PoolTiming(problem, timing, cards=len(names)),
             split=(model.head_groups - away, away),
             log=self._log,
             events=self._events,
@@ -193,11 +201,11 @@ class Builder:
         m, z = self.moments, self.problem.assumptions.kv_headroom_z
         return round(min(m.mean_output, m.mean_output / 2 + z * m.resident_context_sd / math.sqrt(seats)))
 
-    def _blocks(self, room_bytes: float, layers: int, groups: int) -> int:
+    def _blocks(self, timing: StageTiming, room_bytes: float, groups: int) -> int:
         return group_blocks(
             room_bytes,
-            self.problem.model,
-            layers=layers,
+            timing.cost.model,
+            layers=timing.layers,
             groups=groups,
             block_tokens=self.problem.assumptions.block_tokens,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetis.solver.errors import InvalidProblemError
@@ -37,11 +37,22 @@ class MoeShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPrecision:
+    """The precision in which one GPU type holds weights and KV; its fields mean what those of `ModelSpec` do."""
+
+    gpu: str
+    weights: str
+    weight_bytes: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A decoder-only transformer.
 
     Parameter counts omit norms and biases (well under 1% of the weights of any model in the catalogue).
-    ``forbidden_cuts`` are layer numbers i before which no pipeline stage may start.
+    ``forbidden_cuts`` are layer numbers i before which no pipeline stage may start. GPU types in ``precisions`` compute
+    layers in a precision of their own (`on`).
     """
 
     name: str
@@ -66,6 +77,7 @@ class ModelSpec:
     mla: MlaShape | None = None
     moe: MoeShape | None = None
     forbidden_cuts: frozenset[int] = frozenset()
+    precisions: tuple[GpuPrecision, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden", "q_heads", "kv_heads", "head_dim", "vocab", "max_position"):
@@ -77,6 +89,17 @@ class ModelSpec:
             )
         if (self.attention is AttentionKind.MLA) != (self.mla is not None):
             raise InvalidProblemError(f"{self.name}: attention mla and the mla shape must come together")
+
+    def on(self, gpu: str) -> ModelSpec:
+        """Return the model as GPUs of one type hold it, in a single precision."""
+        if not self.precisions:
+            return self
+        own = next((one for one in self.precisions if one.gpu == gpu), None)
+        if own is None:
+            return replace(self, precisions=())
+        return replace(
+            self, weights=own.weights, weight_bytes=own.weight_bytes, kv_bytes=own.kv_bytes, precisions=()
+        )  # fmt: skip
 
     @property
     def head_groups(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
-from hetis.solver.plan import Objective, ObjectiveKind, Role
+from hetis.solver.plan import Objective, ObjectiveKind, ReplicaPlan, Role
 from hetis.solver.profile import Profile
 from hetis.solver.will import Marks, Will
 from hetis.solver.workload import Workload
@@ -61,10 +61,10 @@ MOST_STAGES = 64  # per replica
 class EngineRules:
     """The rules of an engine, whose replicas are pipelines of few stages in one zone.
 
-    All stages have the same TP size and no copies, with as many micro-batches in flight as stages. Attention workers
-    belong to unified replicas only (the plugin replaces the connector that transfers KV). Heads go to the same worker
-    in all stages, so all stages have equally many workers of one device class and give them equally many head groups of
-    every rank.
+    All stages have the same TP size, the model in one precision, and no copies, with as many micro-batches in flight as
+    stages. Attention workers belong to unified replicas only (the plugin replaces the connector that transfers KV),
+    whose KV has 16 bits. Heads go to the same worker in all stages, so all stages have equally many workers of one
+    device class and give them equally many head groups of every rank.
 
     Attributes:
         name: the engine.
@@ -216,9 +216,24 @@ class PlacementProblem:
         """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
         return "; ".join([self.family.describe(), *map(str, self.will)])
 
+    def models(self) -> tuple[ModelSpec, ...]:
+        """Return the model in each precision of the fleet."""
+        gpus = dict.fromkeys(slots.gpu for group in self.cluster.node_groups for slots in group.gpus)
+        return tuple(dict.fromkeys(map(self.model.on, gpus)))
+
+    def in_precision_of(self, gpu: str) -> PlacementProblem:
+        """Return the problem of replicas whose stages are on this GPU type: the model in that type's precision."""
+        return replace(self, model=self.model.on(gpu)) if self.model.precisions else self
+
+    def of_replica(self, replica: ReplicaPlan) -> PlacementProblem:
+        """Return the problem with the model in the precision of this replica."""
+        return self.in_precision_of(replica.stages[0].gpu)
+
     def __post_init__(self) -> None:
         if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
+        if self.model.precisions and self.family.engine is None:
+            raise InvalidProblemError(f"{self.model.name} has several precisions, which are planned for a named engine")
         for group in self.cluster.node_groups:
             for slots in group.gpus:
                 if slots.gpu not in self.profiles:

@@ -40,24 +40,26 @@ def engine(text: str) -> str:
 
 
 def weights(text: str) -> str:
-    """Parse the precision of weights."""
+    """Parse the precision of weights, which GPU types may have their own of."""
     from hetis.formats.dtypes import PRECISIONS
 
-    return _one_of(text, PRECISIONS)
+    return _precision(text, PRECISIONS)
 
 
 def kv(text: str) -> str:
-    """Parse the precision of KV."""
+    """Parse the precision of KV, which GPU types may have their own of."""
     from hetis.formats.dtypes import KV_PRECISIONS
 
-    return _one_of(text, KV_PRECISIONS)
+    return _precision(text, KV_PRECISIONS)
 
 
-def _one_of(text: str, known: Collection[str]) -> str:
-    from hetis.formats.errors import did_you_mean
+def _precision(text: str, known: Collection[str]) -> str:
+    from hetis.formats.dtypes import chosen_precision
 
-    if text not in known:
-        raise typer.BadParameter(f"{text!r} is not one of {', '.join(known)}{did_you_mean(text, known)}")
+    try:
+        chosen_precision(text, known)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     return text
 
 

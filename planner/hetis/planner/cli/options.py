@@ -68,10 +68,10 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         parser=families.weights,
-        metavar="PRECISION",
+        metavar="PRECISION[,GPU=PRECISION...]",
         rich_help_panel=_INPUTS,
         show_default="the checkpoint's",
-        help="Of the model's weights: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4 or nvfp4.",
+        help="Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
     ),
 ]
 KvOption = Annotated[
@@ -79,10 +79,10 @@ KvOption = Annotated[
     typer.Option(
         "--kv",
         parser=families.kv,
-        metavar="PRECISION",
+        metavar="PRECISION[,GPU=PRECISION...]",
         rich_help_panel=_INPUTS,
         show_default="bf16, or the file's",
-        help="Of the KV cache: bf16 or fp8.",
+        help="Of the KV cache, everywhere and on GPU types: bf16 or fp8.",
     ),
 ]
 

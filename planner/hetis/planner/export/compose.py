@@ -63,8 +63,8 @@ def _service(launchable: Launchable, one: LaunchableReplica, command: Command, i
     shown = [places.get(word, word) for word in command.shown]
     environment = {name: places.get(text, text) for name, text in command.environment.items()} | _gpus(process.gpus)
     volumes = [f"./{path}:{_CONFIG}:ro" for path in command.files]
-    if settings.model.startswith("/") and not is_worker:
-        volumes.append(f"{settings.model}:{settings.model}:ro")
+    if one.serving.model.startswith("/") and not is_worker:
+        volumes.append(f"{one.serving.model}:{one.serving.model}:ro")
     service: dict[str, Any] = {
         "image": settings.worker_image if is_worker else image,
         # Images have entry points of their own; these words are the whole command.

@@ -44,7 +44,7 @@ def _script(launchable: Launchable, node: str, here: list[tuple[int, LaunchableR
 def words(launchable: Launchable, number: int, one: LaunchableReplica, node: str) -> list[str]:
     """Return the command line that runs a replica's part of a node."""
     addresses, settings = one.addresses, launchable.settings
-    told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", settings.model]
+    told = ["hetis-launch", "processes", "--plan", PLAN_FILE, "--replica", str(number), "--model", one.serving.model]
     told += ["--engine", launchable.engine.value, "--node", node, "--folder", one.name, "--kv-tokens"]
     told += [str(one.layout.kv_tokens), *_if_set("--dtype", settings.dtype, "auto")]
     told += [*_if_set("--device", settings.device, "cuda"), *_if_set("--vllm", shlex.join(settings.program), "")]

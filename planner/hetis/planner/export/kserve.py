@@ -61,9 +61,10 @@ def _service(launchable: Launchable, one: LaunchableReplica) -> str:
 def _objects(launchable: Launchable, number: int, pairs: dict[int, int]) -> list[dict[str, Any]]:
     """Return the service, its attention workers, and the plugin's file."""
     one, settings = launchable.replicas[number], launchable.settings
-    name, served = _service(launchable, one), settings.served_name or settings.model
+    name, model = _service(launchable, one), one.serving.model
+    served = settings.served_name or model
     main = launchable.replicas[pairs[number]] if one.plan.role is Role.PREFILL else one
-    uri = f"pvc://{settings.model_claim}{settings.model}" if settings.model_claim else f"hf://{settings.model}"
+    uri = f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{model}"
     spec: dict[str, Any] = {
         "model": {"name": served, "uri": uri},
         # The engine gets the location of its model.

@@ -53,7 +53,7 @@ def check_cluster_options(launchable: Launchable) -> None:
         NotExportableError: with every missing option.
     """
     one = next(iter(launchable.replicas.values()))
-    wrong = deployment_of(launchable, one).wrong(launchable.settings.model, has_workers=launchable.has_workers)
+    wrong = deployment_of(launchable, one).wrong(one.serving.model, has_workers=launchable.has_workers)
     if wrong:
         raise NotExportableError(tuple(wrong))
 

@@ -77,13 +77,14 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
     user = {name: value for name, value in pod["securityContext"].items() if name != "fsGroup"}
     container["securityContext"] = {**container["securityContext"], **user}
     role, other = ("prefill", "decode") if one.plan.role is Role.PREFILL else ("decode", "prefill")
-    served = settings.served_name or settings.model
+    model = one.serving.model
+    served = settings.served_name or model
     return {
         "fullnameOverride": f"{settings.name}-{one.name}",
         "modelArtifacts": {
             "name": served,
             # The engine gets the location of its model: the chart has nothing to fetch.
-            "uri": f"pvc://{settings.model_claim}{settings.model}" if settings.model_claim else f"hf://{served}",
+            "uri": f"pvc://{settings.model_claim}{model}" if settings.model_claim else f"hf://{served}",
             "labels": {**MODEL_LABELS, _REPLICA_LABEL: f"{settings.name}-{one.name}"},
         },
         "multinode": False,

@@ -71,7 +71,10 @@ def llm_config(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]
     types = {kind for stage in one.plan.stages if (kind := _type_of(stage.gpu))}
     bundles = [{"GPU": 1, "CPU": 1, _resource(node_of(device)): _TINY} for device in devices]
     config: dict[str, Any] = {
-        "model_loading_config": {"model_id": settings.served_name or settings.model, "model_source": settings.model},
+        "model_loading_config": {
+            "model_id": settings.served_name or one.serving.model,
+            "model_source": one.serving.model,
+        },
         "engine_kwargs": arguments,
         "placement_group_config": {"bundles": bundles, "strategy": "PACK"},
         "deployment_config": {"num_replicas": 1, "max_ongoing_requests": layout.seats},

@@ -14,6 +14,7 @@ from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving
 from hetis.engines.starting import program_of
 from hetis.engines.versions import RECORDED, Engine
+from hetis.formats.dtypes import weights_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
@@ -21,6 +22,7 @@ from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 _NODE = re.compile(
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
 )  # names go into scripts and file names as they are
+WEIGHTS = "{weights}"  # in the name of a model
 _MASTER_STEP = 20  # SGLang uses the ports after its own for its processes
 
 
@@ -41,7 +43,8 @@ class Settings:
     """The settings of an export besides the plan.
 
     Attributes:
-        model: in the engine's form: a folder, the same on every node, or a name.
+        model: in the engine's form: a folder, the same on every node, or a name; ``{weights}`` is the precision of a
+            replica's weights.
         served_name: the name for clients; empty: ``model``.
         engine: the serving engine; None: vLLM, with our plugin if the plan has attention workers.
         program: the command that starts the engine; empty: its default.
@@ -174,6 +177,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
     """
     plan, changes = with_single_copies(plan)
     engine = settings.engine or engine_for(plan)
+    if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
+        raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, workers = Counter[str](), Counter[str](), 0
     for number in range(len(plan.replicas)):
@@ -196,7 +201,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
             plan=plan.replicas[number],
             layout=layout,
             serving=Serving(
-                model=settings.model,
+                model=settings.model.replace(WEIGHTS, weights_of(model.on(plan.replicas[number].stages[0].gpu))),
                 program=program,
                 device=settings.device,
                 options=settings.options,
@@ -227,6 +232,11 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
         changes=tuple(changes),
     )
     return found.without({})
+
+
+def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
+    """Return the precisions of weights that the plan's replicas have."""
+    return list(dict.fromkeys(weights_of(model.on(replica.stages[0].gpu)) for replica in plan.replicas))
 
 
 def engine_for(plan: Plan) -> Engine:

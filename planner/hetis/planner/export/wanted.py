@@ -14,7 +14,7 @@ from hetis.engines.versions import Engine
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.export.names import Device, Target
-from hetis.planner.export.replicas import Settings
+from hetis.planner.export.replicas import Settings, weights_used
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
 
@@ -83,9 +83,10 @@ def export_wanted(
     shape = planned_model(plan)
     if shape is None:
         raise single_problem(file, "inputs.documents.model is missing: the layout follows from it")
+    has_one = len(weights_used(plan, shape)) == 1
     settings = Settings(
         model=model or shape.name,
-        served_name=served_name,
+        served_name=served_name or ("" if has_one else shape.name),  # clients know no precisions
         engine=engine or (allowed[0] if len(allowed) == 1 else None),
         program=words,
         device=device.value,

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hetis.engines.versions import RECORDED
-from hetis.formats.dtypes import weights_of
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
-from hetis.planner.export.replicas import Launchable
+from hetis.planner.export.replicas import Launchable, weights_used
 from hetis.planner.export.routing import shares_of
-from hetis.solver.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
             "",
             f"{launchable.model.name} by {launchable.engine.value}, whose options are those of version "
             f"{recorded.version}. The plan serves {planned:.3g} requests/s saturated, what is exported "
-            f"{left:.3g}.{_precision(launchable.model)}",
+            f"{left:.3g}.{_precision(launchable)}",
             "",
             "| replica | role | layers by stage | tensor parallel | GPUs | reached at | share |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -82,11 +80,15 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
     )
 
 
-def _precision(model: ModelSpec) -> str:
-    """Return the required precision of the checkpoint, if it differs from the usual one."""
-    if model.weights in ("", "bf16"):
+def _precision(launchable: Launchable) -> str:
+    """Return the required precision of the checkpoints, if it differs from the usual one."""
+    used = weights_used(launchable.plan, launchable.model)
+    if used == ["bf16"]:
         return ""
-    return f" The plan counts on weights in {weights_of(model)}: give a checkpoint that is kept so."
+    if len(used) == 1:
+        return f" The plan counts on weights in {used[0]}: give a checkpoint that is kept so."
+    models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
+    return f" The plan counts on weights in {' and '.join(used)}: {', '.join(models)} must be kept so."
 
 
 def _gpus(node: str, gpus: tuple[int, ...]) -> str:

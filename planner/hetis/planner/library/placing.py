@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
@@ -66,7 +65,8 @@ def place(
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
         ttft, tpot: limits in seconds or as ``"200ms"``; None means no limit, ``"default"`` is 2 s and 100 ms.
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
-            ``nvfp4``; None: the checkpoint's. ``kv``: of the KV cache, ``bf16`` or ``fp8``.
+            ``nvfp4``; ``"fp8,V100=bf16"`` gives GPU types their own; None: the checkpoint's.
+        kv: precision of the KV cache, likewise: ``bf16`` or ``fp8``.
         engine: ``vllm-hetis`` (the default, except for published heuristics), ``vllm``, ``sglang`` or ``any``: plan
         only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
@@ -100,7 +100,7 @@ def place(
         threads=threads,
         simplest_within=ratio_of(simplest_within),
     )
-    loaded = in_precision(loaded, weights=_known(weights, PRECISIONS), kv=_known(kv, KV_PRECISIONS))
+    loaded = in_precision(loaded, weights=weights, kv=kv)
     loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     compile_kernels(
@@ -119,12 +119,6 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
-
-
-def _known(name: str | None, known: Collection[str]) -> str | None:
-    if name is not None and name not in known:
-        raise InvalidProblemError(f"unknown precision {name!r}, expected one of {', '.join(known)}")
-    return name
 
 
 def _strategy(name: str) -> str:

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hetis.engines.planned import planned_model
+from hetis.formats.dtypes import precision_of
 from hetis.formats.errors import DocumentError
 from hetis.planner.report.figures import bar, digits, percent, plural, seconds
 from hetis.planner.report.replica import Palette, device_table, render_replica
@@ -192,11 +194,11 @@ def losses(plan: Plan) -> str:
 
 def precision(plan: Plan) -> str | None:
     """Return the precision of weights and KV, or None if the plan does not contain its model."""
-    document = plan.inputs.get("documents", {}).get("model", {})
-    if "weight_bytes" not in document:
+    try:
+        model = planned_model(plan)
+    except DocumentError:
         return None
-    weights = document.get("weights") or f"{digits(document['weight_bytes'])} bytes a parameter"
-    return f"weights {weights}, KV {'fp8' if document.get('kv_bytes') == 1 else 'bf16'}"
+    return None if model is None else precision_of(model)
 
 
 def beside_equal_stages(plan: Plan) -> str | None:

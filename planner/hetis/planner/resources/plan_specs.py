@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetis.formats import catalogue
-from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS
+from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, enums, names
@@ -60,7 +60,7 @@ class ReadSpec:
 
     model: ModelSpec
     workload: Workload
-    weights: str | None = None  # precision, a name of `PRECISIONS`; None: the model's
+    weights: str | None = None  # precision, as `chosen_precision` reads it; None: the model's
     kv: str | None = None
     origins: Mapping[str, str]  # of model and workload
     profiles: Sequence[str]
@@ -87,12 +87,11 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
     )
     settings = _settings(checks, spec, field, limits)
     for name, asked, known in (("weights", spec.weights, PRECISIONS), ("kv", spec.kv, KV_PRECISIONS)):
-        hint = did_you_mean(asked, known)
-        checks.require(
-            not asked or asked in known,
-            f"{field}.{name}",
-            f"is {asked[:80]!r}, must be one of {', '.join(known)}{hint}",
-        )
+        try:
+            if asked:
+                chosen_precision(asked, known)
+        except ValueError as error:
+            checks.require(False, f"{field}.{name}", str(error))
     checks.require(
         len(spec.profiles) <= MOST_PROFILES,
         f"{field}.profiles",

@@ -15,7 +15,7 @@ from hetis.solver.errors import HetisError, InfeasibleError, InvalidProblemError
 from hetis.solver.placement.outcome import sound_bound
 from hetis.solver.placement.strategies import STRATEGIES, wishes_ignored
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, SolveResult, Status
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 
 # Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
@@ -109,7 +109,7 @@ def compare_strategies(
         )
     for strategy in _contained_first(strategies):
         container = CONTAINERS.get(strategy)
-        if container in found:
+        if container in found and found[strategy].plan is not None:
             problem = loaded.inputs.problem(objective, container, engine=settings.engine)
             note = f"the plan was found by strategy {strategy}, whose plans are all of {container}"
             found[container] = _with_better_plan(found[container], found[strategy].plan, problem, note)
@@ -146,7 +146,8 @@ def compare_engines(
         ):
             found[outcome.strategy, name] = replace(outcome, engine=name)
     for (strategy, name), outcome in found.items():
-        if engines[name] is None and not STRATEGIES[strategy].is_published:
+        is_any = engines[name] is None and not STRATEGIES[strategy].is_published
+        if is_any and not loaded.inputs.model.precisions:
             problem = loaded.inputs.problem(objective, strategy, settings.roles)
             for other in engines.keys() - {name}:
                 note = f"the plan was found for {other}"
@@ -180,6 +181,9 @@ def planned(
         loaded = for_engine(loaded, settings.engine)
     except InvalidProblemError as error:
         return Compared(strategy=name, status=NO_PLAN, reasons=(str(error),), solve_s=0.0)
+    if settings.engine is None and loaded.inputs.model.precisions:
+        reason = "several precisions are planned for a named engine: --engine vllm-hetis"
+        return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     problem = loaded.inputs.problem(objective, name, settings.roles, settings.engine)
     if budget.cancelled.is_set():
         return Compared(strategy=name, status=NO_PLAN, reasons=("interrupted before it was run",), solve_s=0.0)
@@ -271,7 +275,7 @@ def _with_bound(result: SolveResult, bound: float, objective: Objective) -> Solv
 
 def figures_of(plan: Plan, inputs: Inputs) -> Figures:
     """Return the figures of a plan."""
-    goodput_share = inputs.problem(plan.objective, plan.strategy).assumptions.planned_utilisation
+    goodput_share = Assumptions().planned_utilisation
     is_throughput = plan.objective.kind is ObjectiveKind.THROUGHPUT
     rate = saturated_rate(plan) * (1.0 if is_throughput else goodput_share)
     usd = _usd_per_hour(plan, inputs)

@@ -86,6 +86,8 @@ def _values(
     for name in (*ENGINES, ANY_ENGINE):  # the one with the slowest search comes last
         if name == (ANY_ENGINE if own is None else own.name):
             continue
+        if name == ANY_ENGINE and problem.model.precisions:
+            continue  # its family has one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         family = family_of(plan.strategy, problem.family.roles, rules)
         will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))

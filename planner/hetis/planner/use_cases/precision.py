@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.formats import dtypes
+from hetis.formats.catalogue.names import UnknownNameError, resolve_gpu
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.errors import InvalidProblemError
@@ -17,9 +19,37 @@ WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16
 
 
 def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
-    """Return the inputs with the model's weights or KV in another precision; None: as in its checkpoint."""
-    model = dtypes.with_precision(loaded.inputs.model, weights=weights, kv=kv)
-    return replace(loaded, inputs=replace(loaded.inputs, model=model))
+    """Return the inputs with the model's weights or KV in another precision; None: as in its checkpoint.
+
+    Args:
+        loaded: the inputs.
+        weights, kv: choices such as ``fp8`` or ``fp8,V100=bf16`` (`dtypes.chosen_precision`).
+
+    Raises:
+        InvalidProblemError: a precision or a GPU type is unknown.
+    """
+    inputs = loaded.inputs
+    try:
+        model = dtypes.with_precision(
+            inputs.model,
+            weights=_on_types_of(inputs.cluster, weights, dtypes.PRECISIONS),
+            kv=_on_types_of(inputs.cluster, kv, dtypes.KV_PRECISIONS),
+        )
+    except (ValueError, UnknownNameError) as error:
+        raise InvalidProblemError(f"precision: {error}") from None
+    return replace(loaded, inputs=replace(inputs, model=model))
+
+
+def _on_types_of(cluster: Cluster, text: str | None, known: Collection[str]) -> dtypes.Chosen | None:
+    """Return the choice in a text with GPU types named as the cluster names them."""
+    if text is None:
+        return None
+    chosen = dtypes.chosen_precision(text, known)
+    types = tuple(cluster.gpu_types)
+    on = {gpu if gpu in types else resolve_gpu(gpu, types): name for gpu, name in chosen.on.items()}
+    if len(on) < len(chosen.on):
+        raise ValueError(f"{text!r} names a GPU type twice")
+    return dtypes.Chosen(chosen.everywhere, on)
 
 
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
@@ -37,11 +67,13 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     gpus = gpu_types_of(inputs.cluster)
     if len(refused) == len(gpus):
         raise InvalidProblemError("; ".join(dict.fromkeys(refused.values())))
-    has_workers = _has_workers(inputs.model, name)
+    has_workers = _has_workers(inputs.model, inputs.cluster, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
         notes.append("no attention workers: they keep KV in 16 bits")
-    notes += remarks(inputs.model, {gpu: kind for gpu, kind in gpus.items() if gpu not in refused}, name)
+    for model in dict.fromkeys(map(inputs.model.on, gpus)):
+        runs = {gpu: kind for gpu, kind in gpus.items() if gpu not in refused and inputs.model.on(gpu) == model}
+        notes += remarks(model, runs, name)
     will = tuple(dict.fromkeys((*wishes_of(inputs.model, inputs.cluster, name), *inputs.will)))
     return replace(loaded, inputs=replace(inputs, will=will), notes=tuple(dict.fromkeys((*loaded.notes, *notes))))
 
@@ -53,13 +85,13 @@ def refused_by(model: ModelSpec, cluster: Cluster, engine: str | None) -> dict[s
     """
     if engine is None or engine not in SUPPORT:
         return {}
-    whys = ((name, why_not(model, gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
+    whys = ((name, why_not(model.on(name), gpu, engine)) for name, gpu in gpu_types_of(cluster).items())
     return {name: why for name, why in whys if why is not None}
 
 
 def wishes_of(model: ModelSpec, cluster: Cluster, engine: str | None) -> tuple[Wish, ...]:
     """Return the wishes that keep GPUs out of parts that an engine cannot give them."""
-    has_workers = _has_workers(model, engine)
+    has_workers = _has_workers(model, cluster, engine)
     wishes = [_without(name, has_workers=has_workers) for name in refused_by(model, cluster, engine)]
     return (*wishes, WithoutWorkers()) if engine == WORKERS and not has_workers else tuple(wishes)
 
@@ -69,8 +101,9 @@ def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
     return {slots.gpu: cluster.gpu_types[slots.gpu] for group in cluster.node_groups for slots in group.gpus}
 
 
-def _has_workers(model: ModelSpec, engine: str | None) -> bool:
-    return engine == WORKERS and model.kv_bytes == 2
+def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool:
+    """Return whether any GPU type holds KV in a precision that attention workers have."""
+    return engine == WORKERS and any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(cluster))
 
 
 def _without(gpu: str, *, has_workers: bool) -> Wish:

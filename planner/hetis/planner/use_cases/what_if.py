@@ -21,6 +21,7 @@ from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, wit
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Objective, Status
+from hetis.solver.problem import Assumptions
 from hetis.solver.replanning.change import PlanChange, plan_change
 
 Solve = Callable[[LoadedInputs, str], Compared]  # inputs, and the name in progress reports
@@ -267,8 +268,8 @@ def _plan_change(before: Side, after: Side) -> PlanChange | None:
     if old is None or new is None:
         return None
     inputs = before.loaded.inputs
-    problem = inputs.problem(new.objective, new.strategy)
-    moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+    workload = inputs.workload.clipped_to(inputs.model.max_position)
+    moments = workload.moments(block_tokens=Assumptions().block_tokens)
     return plan_change(old, new, inputs.model, moments)
 
 

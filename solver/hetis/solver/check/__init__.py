@@ -48,7 +48,7 @@ def check_plan(plan: Plan, problem: PlacementProblem) -> tuple[Violation, ...]:
                 replica, where, problem.objective, derived, may_claim_less=fleet.has_uneven_links
             )
     violations += check_types_of_roles(plan, problem)
-    violations += check_routes(plan, fleet)
+    violations += check_routes(plan, problem, fleet)
     violations += check_link_capacity(plan, problem, fleet)
     violations += check_result(plan, problem, fleet)
     violations += check_class_table(plan, whole)

@@ -90,9 +90,12 @@ class Rederivation:
         self._moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._derived: dict[ReplicaShape, Derived] = {}
 
-    def setting(self, *, micro_batch: int, in_flight: int, chunk_tokens: int, role: Role = Role.UNIFIED) -> Setting:
+    def setting(
+        self, *, micro_batch: int, in_flight: int, chunk_tokens: int, role: Role = Role.UNIFIED, gpu: str = ""
+    ) -> Setting:  # fmt: skip
+        """Return the setting of replicas whose stages are on GPUs of this type, which decides the precision."""
         return Setting(
-            problem=self._problem,
+            problem=self._problem.in_precision_of(gpu),
             moments=self._moments,
             micro_batch=micro_batch,
             in_flight=in_flight,
@@ -107,6 +110,7 @@ class Rederivation:
                 in_flight=shape.in_flight,
                 chunk_tokens=shape.chunk_tokens,
                 role=shape.role,
+                gpu=shape.stages[0].gpu,
             )
             self._derived[shape] = derive(setting, shape)
         return self._derived[shape]

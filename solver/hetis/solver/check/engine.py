@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.violation import Rule, Violation
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 
@@ -15,7 +16,11 @@ def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fl
     rules = problem.family.engine
     if rules is None:
         return []
-    wrong = [*_pipeline(replica, rules, fleet), *_attention_workers(replica, rules)]
+    wrong = [
+        *_pipeline(replica, rules, fleet),
+        *_precision(replica, problem.model),
+        *_attention_workers(replica, rules, problem.model),
+    ]
     return [Violation(rule=Rule.ENGINE, where=where, message=f"{message} ({rules.name})") for message in wrong]
 
 
@@ -43,10 +48,20 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, fleet: Fleet) -> Iterato
         yield f"lies in {len(zones)} zones ({', '.join(zones)}), must lie in 1"
 
 
-def _attention_workers(replica: ReplicaPlan, rules: EngineRules) -> Iterator[str]:
+def _precision(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
+    own = {(m.weights, m.weight_bytes, m.kv_bytes) for m in (model.on(stage.gpu) for stage in replica.stages)}
+    if len(own) > 1:
+        types = ", ".join(dict.fromkeys(stage.gpu for stage in replica.stages))
+        yield f"has stages in {len(own)} precisions on {types}, must have one"
+
+
+def _attention_workers(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec) -> Iterator[str]:
     pools, depth = replica.attention_workers, len(replica.stages)
     if not pools:
         return
+    kv_bytes = model.on(replica.stages[0].gpu).kv_bytes if replica.stages else 2
+    if kv_bytes != 2:
+        yield f"has attention workers and KV of {kv_bytes:g} bytes an element, which must be 2"
     if replica.role is not Role.UNIFIED:
         yield f"has attention workers and is to {replica.role} only"
     if depth > rules.max_pooled_stages:

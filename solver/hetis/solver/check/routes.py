@@ -21,13 +21,13 @@ def served_rate(plan: Plan) -> float:
     return unified + sum(route.rate for route in plan.kv_routes)
 
 
-def check_routes(plan: Plan, fleet: Fleet) -> list[Violation]:
+def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Check that every route joins two replicas that fit together, and none sends or receives more than its rate."""
     violations: list[Violation] = []
     flow: defaultdict[int, float] = defaultdict(float)
     seen: dict[tuple[int, int], int] = {}
     for number, route in enumerate(plan.kv_routes):
-        broken = list(_check_route(route, f"route {number}", plan, fleet))
+        broken = list(_check_route(route, f"route {number}", plan, problem, fleet))
         pair = (route.prefill, route.decode)
         if not broken and pair in seen:
             message = f"leads from replica {route.prefill} to {route.decode} like route {seen[pair]}, a pair has 1"
@@ -45,7 +45,9 @@ def check_routes(plan: Plan, fleet: Fleet) -> list[Violation]:
     return violations
 
 
-def _check_route(route: KvRoute, where: str, plan: Plan, fleet: Fleet) -> Iterator[Violation]:
+def _check_route(
+    route: KvRoute, where: str, plan: Plan, problem: PlacementProblem, fleet: Fleet
+) -> Iterator[Violation]:  # fmt: skip
     if not 0 < route.rate < math.inf:
         message = f"rate is {route.rate} requests/s, must be finite and > 0"
         yield Violation(rule=Rule.FINITE, where=where, message=message)
@@ -67,6 +69,10 @@ def _check_route(route: KvRoute, where: str, plan: Plan, fleet: Fleet) -> Iterat
     zone, allowed = _zone_of(plan.replicas[route.decode].devices(), fleet), plan.replicas[route.prefill].kv_zones
     if zone is not None and zone not in allowed:
         message = f"leads to zone {zone}, replica {route.prefill} may send to {', '.join(allowed) or 'none'}"
+        yield Violation(rule=Rule.ROUTE, where=where, message=message)
+    sender, receiver = (plan.replicas[number].stages[0].gpu for number in (route.prefill, route.decode))
+    if problem.model.on(sender) != problem.model.on(receiver):
+        message = f"leads from {sender} to {receiver}, which hold the model in different precisions"
         yield Violation(rule=Rule.ROUTE, where=where, message=message)
 
 

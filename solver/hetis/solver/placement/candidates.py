@@ -253,7 +253,10 @@ def _kind_of_scope(atlas: Atlas, scope: int) -> Hashable:
     """Return a key, equal for scopes in which replicas of equal classes, in order, take equal times and memory."""
     here, t, cluster = atlas.scopes[scope], atlas.scopes[scope].tables, atlas.problem.cluster
     ranks = [s for s, (g, _) in enumerate(atlas.ranks) if atlas.classes[g].zone in here.zones]
-    classes = [atlas.classes[g] for g in _classes_in(atlas, here.zones)]
-    gpus = [(c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.mark) for c in classes]
+    numbers = _classes_in(atlas, here.zones)
+    gpus = [
+        (c.gpu, c.gpus_per_node, c.intra, c.link_in(cluster, here.zones), c.mark, here.computes_on(g))
+        for g, c in zip(numbers, (atlas.classes[g] for g in numbers), strict=True)
+    ]
     arrays = (t.t_cap, t.trip_cap, t.wire_s[:, ranks], t.hop_s[:, ranks])
     return here.roles, here.gpu, tuple(gpus), t.t_floor, *(values.tobytes() for values in arrays)

@@ -17,7 +17,7 @@ from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.out_of_reach import rate_bound
 from hetis.solver.placement.pins import Pins
 from hetis.solver.placement.pricing import Pricer
-from hetis.solver.placement.tables import Atlas, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import Atlas, FloatArray, Scope
 from hetis.solver.placement.template import Template
 
 CHEAP = 1e-3  # price of GPUs that must be used, as a ratio to other prices
@@ -60,9 +60,4 @@ def _quick(scope: Scope, least_rate: float) -> Scope:
     """Return the scope with replicas of at least this rate only."""
     if least_rate <= 0.0:
         return scope
-
-    def tabulate(_: tuple[str, ...]) -> Tables:
-        t = scope.tables
-        return t._replace(t_cap=np.minimum(t.t_cap, 1.0 / least_rate))
-
-    return Scope(scope.zones, scope.roles, tabulate, scope.gpu)
+    return scope.changed(lambda tables: tables._replace(t_cap=np.minimum(tables.t_cap, 1.0 / least_rate)))

@@ -359,7 +359,7 @@ def _ranks_of(atlas: Atlas, scope: int, tp: int) -> list[int]:
     return [
         s
         for s, (g, size) in enumerate(atlas.ranks)
-        if size == tp and available[g] >= tp and atlas.classes[g].zone in here.zones
+        if size == tp and available[g] >= tp and atlas.classes[g].zone in here.zones and here.computes_on(g)
     ]
 
 
@@ -391,12 +391,14 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
     pools = {(stage.pool_class, stage.pool_cards, stage.pool_groups) for stage in template.stages}
     zones = {atlas.classes[atlas.ranks[stage.rank][0]].zone for stage in template.stages}
     sizes = {atlas.ranks[stage.rank][1] for stage in template.stages}
+    computes_on = atlas.scopes[template.scope].computes_on
     gpus = sum(gpus_of(atlas, template).values())
     least = least_layers(atlas)
     return (
         depth == groups == int(atlas.scopes[template.scope].tables.in_flight[template.in_flight_index])
         and depth <= (rules.max_stages if workers == {-1} else rules.max_pooled_stages)
         and len(sizes) == len(zones) == len(pools) == 1
+        and all(computes_on(atlas.ranks[stage.rank][0]) for stage in template.stages)
         and (workers == {-1} or mix.role is Role.UNIFIED)
         and (rules.max_gpus is None or gpus <= rules.max_gpus)
         and (rules.max_nodes is None or least_nodes_of(atlas.classes, kind_of(atlas, template)) <= rules.max_nodes)

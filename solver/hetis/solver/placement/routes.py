@@ -35,7 +35,7 @@ def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
 
 def most_spanning(problem: PlacementProblem) -> int:
     """Return how many replicas over several zones may share a link: as many as memory can hold the weights of."""
-    weights = problem.model.params() * problem.model.weight_bytes
+    weights = min(model.params() * model.weight_bytes for model in problem.models())
     room = 0.0
     for group in problem.cluster.node_groups:
         for slots in group.gpus:
@@ -69,6 +69,8 @@ class Valuation:
 class Routes:
     """The sides of a problem's master and the routes between them; Z zones.
 
+    If a fleet has several precisions, each zone counts once for each, and no link carries KV from one to another.
+
     Attributes:
         zones: names, in the cluster's order.
         splits_roles: whether the family has prefill and decode replicas; otherwise there is one side and no route.
@@ -80,6 +82,10 @@ class Routes:
     splits_roles: bool
     capacity: FloatArray
     most_spanning: int
+
+    def place(self, zone: str, precision: int) -> int:
+        """Return the number of a zone and precision among ``zones``."""
+        return self.zones.index(zone) + precision
 
     @property
     def num_sides(self) -> int:
@@ -205,9 +211,15 @@ class Routes:
         return prices
 
 
-def routes_of(problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int) -> Routes:
+def routes_of(
+    problem: PlacementProblem, moments: WorkloadMoments, most_spanning: int, num_precisions: int = 1
+) -> Routes:  # fmt: skip
     """Return the routes of a problem, whichever replicas it will have."""
     network, zones, model = problem.cluster.network, problem.cluster.zones(), problem.model
+    if num_precisions > 1:
+        places = tuple(zone for zone in zones for _ in range(num_precisions))
+        alone = np.diag(np.full(len(places), np.inf))
+        return Routes(places, problem.family.splits_roles, alone, most_spanning)
     num_bytes = moments.mean_prompt * model.kv_bytes_per_token()
     capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
     np.fill_diagonal(capacity, np.inf)

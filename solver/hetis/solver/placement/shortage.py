@@ -21,7 +21,7 @@ def why_nothing_fits(atlas: Atlas) -> str:
 
 def _shortages(atlas: Atlas) -> Iterator[str]:
     """Yield shortages, from the plainest to the one that remains if all others are excluded."""
-    problem, model = atlas.problem, atlas.problem.model
+    problem, model = atlas.problem, min(atlas.problem.models(), key=lambda model: model.weight_bytes)
     room, whose = _usable_by_a_replica(atlas)
     weights = model.params() * model.weight_bytes
     kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(atlas)

@@ -111,7 +111,8 @@ def cover_tables(t: Tables) -> CoverTables:
 class Scope:
     """GPUs that one replica of some roles may use: those of its zones, and of one type if ``gpu`` is given.
 
-    Its tables for the links among these zones are made on first use.
+    ``primaries`` are the device classes whose GPUs may compute layers, those of a precision, which is counted from 0;
+    None: all. Tables for the links among these zones are made on first use.
     """
 
     def __init__(
@@ -120,8 +121,11 @@ class Scope:
         roles: tuple[Role, ...],
         tabulate: Callable[[tuple[str, ...]], Tables],
         gpu: str | None = None,
+        primaries: frozenset[int] | None = None,
+        precision: int = 0,
     ) -> None:
-        self.zones, self.roles, self.gpu, self._tabulate = zones, roles, gpu, tabulate
+        self.zones, self.roles, self.gpu, self.primaries, self.precision = zones, roles, gpu, primaries, precision
+        self._tabulate = tabulate
 
     @cached_property
     def tables(self) -> Tables:
@@ -131,19 +135,25 @@ class Scope:
         """Return whether replicas of this mix are looked for in this scope."""
         return mix.role in self.roles
 
+    def computes_on(self, device_class: int) -> bool:
+        """Return whether GPUs of a class may compute layers in this scope's precision."""
+        return self.primaries is None or device_class in self.primaries
+
+    def changed(self, change: Callable[[Tables], Tables]) -> Scope:
+        """Return the scope with its tables changed when they are made."""
+        whole = self
+        return Scope(
+            self.zones, self.roles, lambda _: change(whole.tables), self.gpu, self.primaries, self.precision
+        )  # fmt: skip
+
     def of_type(self, gpu: str, classes: tuple[DeviceClass, ...], roles: tuple[Role, ...]) -> Scope:
         """Return the same zones without GPUs of other types."""
         others = np.array([c.gpu != gpu for c in classes])
-        return Scope(self.zones, roles, self.without(others)._tabulate, gpu)
+        return Scope(self.zones, roles, self.without(others)._tabulate, gpu, self.primaries, self.precision)
 
     def without(self, out: BoolArray) -> Scope:
         """Return the scope without the GPUs of the classes marked in ``out`` [N]."""
-        whole = self
-
-        def tabulate(_: tuple[str, ...]) -> Tables:
-            return whole.tables._replace(available=np.where(out, 0, whole.tables.available))
-
-        return Scope(self.zones, self.roles, tabulate, self.gpu)
+        return self.changed(lambda tables: tables._replace(available=np.where(out, 0, tables.available)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +189,6 @@ class Atlas:
 
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""
-        x = self.mixes[mix]
-        zone = 0 if x.role is Role.UNIFIED else self.routes.zones.index(self.scopes[scope].zones[0])
-        return self.routes.side(x.role, zone, sends_afar=x.sends_afar)
+        x, here = self.mixes[mix], self.scopes[scope]
+        place = 0 if x.role is Role.UNIFIED else self.routes.place(here.zones[0], here.precision)
+        return self.routes.side(x.role, place, sends_afar=x.sends_afar)

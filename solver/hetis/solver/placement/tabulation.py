@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 from hetis.solver import cost
 from hetis.solver.cluster import Link
 from hetis.solver.cost import DeviceCost, Mix, PoolCost
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
 from hetis.solver.placement.tables import Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
@@ -32,8 +34,9 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     family, model = problem.family, problem.model
     moments = problem.workload.clipped_to(model.max_position).moments(block_tokens=problem.assumptions.block_tokens)
     classes = device_classes(problem.cluster, problem.marks)
-    zones = problem.cluster.zones()
-    mixes = tuple(_mixes(family, moments, len(zones)))
+    zones, precisions = problem.cluster.zones(), _precisions(model, classes)
+    # In several precisions, KV is handed over inside a zone.
+    mixes = tuple(_mixes(family, moments, len(zones) if len(precisions) == 1 else 1))
     ranks = tuple(
         (i, tp)
         for i, c in enumerate(classes)
@@ -56,8 +59,8 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
         ),
         card_use=np.array([resources.of_group(i, 1) for i in range(len(classes))], dtype=np.int64),
         pool_sizes=pool_sizes,
-        scopes=tuple(_scopes(family, zones, classes, tabulation)),
-        routes=routes_of(problem, moments, most_spanning(problem)),
+        scopes=tuple(_scopes(family, zones, classes, precisions, tabulation)),
+        routes=routes_of(problem, moments, most_spanning(problem), len(precisions)),
     )
 
 
@@ -79,9 +82,16 @@ def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator
 
 
 def _scopes(
-    family: Family, zones: tuple[str, ...], classes: tuple[DeviceClass, ...], tabulation: _Tabulation
+    family: Family,
+    zones: tuple[str, ...],
+    classes: tuple[DeviceClass, ...],
+    precisions: Sequence[_Precision],
+    tabulation: _Tabulation,
 ) -> Iterator[Scope]:
-    """Yield the scopes: single zones for any role, several zones for unified replicas only; one per set of classes."""
+    """Yield the scopes: single zones for any role, several zones for unified replicas only.
+
+    There is one per set of classes and precision.
+    """
     for span in _spans(zones) if family.engine is None else [(zone,) for zone in zones]:
         alike: dict[tuple[bool, ...], list[Role]] = {}
         for role in family.roles:
@@ -89,8 +99,27 @@ def _scopes(
                 may = tuple(DUTY_OF_ROLE[role] not in c.mark.barred for c in classes)
                 alike.setdefault(may, []).append(role)
         for may, roles in alike.items():
-            whole = Scope(span, tuple(roles), tabulation.tables)
-            yield whole if all(may) else whole.without(np.array([not each for each in may]))
+            for number, (model, primaries) in enumerate(precisions):
+                tables = partial(tabulation.tables, model)
+                whole = Scope(span, tuple(roles), tables, primaries=primaries, precision=number)
+                yield whole if all(may) else whole.without(np.array([not each for each in may]))
+
+
+class _Precision(NamedTuple):
+    """The model in one precision, and the classes that compute in it (None: all)."""
+
+    model: ModelSpec
+    primaries: frozenset[int] | None
+
+
+def _precisions(model: ModelSpec, classes: tuple[DeviceClass, ...]) -> tuple[_Precision, ...]:
+    """Return the precisions of the fleet."""
+    alike: dict[ModelSpec, set[int]] = {}
+    for i, c in enumerate(classes):
+        alike.setdefault(model.on(c.gpu), set()).add(i)
+    if len(alike) < 2:
+        return (_Precision(next(iter(alike), model), None),)
+    return tuple(_Precision(variant, frozenset(chosen)) for variant, chosen in alike.items())
 
 
 def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -140,27 +169,29 @@ class _Tabulation:
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
         self.ranks, self.pool_sizes = ranks, pool_sizes
         self._numbers = _numbers_of(mixes)
-        self._costs: dict[tuple[str, Link, int], DeviceCost] = {}
+        self._costs: dict[tuple[str, Link, int, ModelSpec], DeviceCost] = {}
         self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
         self._hops_over: dict[tuple[str, Link, int, Link], FloatArray] = {}
-        self.devices = [self._device(classes[i], tp) for i, tp in ranks]
-        self.workers = [self._device(c, 1) for c in classes]
+        models = [problem.model.on(c.gpu) for c in classes]
+        self.devices = [self._device(classes[i], tp, models[i]) for i, tp in ranks]
+        self.workers = [self._device(c, 1, model) for c, model in zip(classes, models, strict=True)]
         self.own_s = self._own_table()
         self.least_pool_start = np.full((len(ranks), len(classes)), -1, dtype=np.int64)
         self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
         self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
 
-    def _device(self, c: DeviceClass, tp: int) -> DeviceCost:
-        key = (c.gpu, c.intra, tp)
+    def _device(self, c: DeviceClass, tp: int, model: ModelSpec) -> DeviceCost:
+        """Return the costs of a device; those of an attention worker are with its primary's model."""
+        key = (c.gpu, c.intra, tp, model)
         if key not in self._costs:
-            shape = cost.rank_shape(self.problem.model, tp)
+            shape = cost.rank_shape(model, tp)
             assert shape is not None, "rank types are valid shapes"
-            profile = self.problem.profiles[c.gpu]
-            self._costs[key] = DeviceCost(self.problem.model, profile, self.moments, shape, c.intra)
+            self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
 
-    def tables(self, zones: tuple[str, ...]) -> Tables:
-        model, family = self.problem.model, self.problem.family
+    def tables(self, model: ModelSpec, zones: tuple[str, ...]) -> Tables:
+        """Return the tables of replicas in these zones with the model in one precision."""
+        family = self.problem.family
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(
@@ -400,7 +431,8 @@ class _Tabulation:
         offsets: dict[tuple[int, int, Link, Link], int] = {}  # by identity of equal devices, which are slow to hash
         total = 0
         for s, (i, _) in enumerate(self.ranks):
-            if not self.pool_sizes or not self.devices[s].shape.splits_groups:
+            primary = self.devices[s]
+            if not self.pool_sizes or not primary.shape.splits_groups or not self._may_have_workers(primary.model):
                 continue
             for q, worker_class in enumerate(self.classes):
                 if worker_class.zone != self.classes[i].zone:
@@ -408,10 +440,13 @@ class _Tabulation:
                 zone = (worker_class.zone,)
                 own_link = self.classes[i].link_in(self.problem.cluster, zone)
                 link = own_link.slower_of(worker_class.link_in(self.problem.cluster, zone))
-                key = id(self.devices[s]), id(self.workers[q]), link, own_link
+                worker = self.workers[q]
+                if worker.model != primary.model:
+                    worker = self._device(worker_class, 1, primary.model)
+                key = id(primary), id(worker), link, own_link
                 if key not in offsets:
-                    pool = PoolCost(self.devices[s], self.workers[q], link)
-                    part = self._pool_entries(pool, self._rank_rows(self.devices[s], self.classes[i])["chunk_layer_s"])
+                    pool = PoolCost(primary, worker, link)
+                    part = self._pool_entries(pool, self._rank_rows(primary, self.classes[i])["chunk_layer_s"])
                     wires.append(self._pool_wires(pool, own_link))
                     offsets[key], total = total, total + part[0].shape[1]
                     parts.append(part)
@@ -421,6 +456,10 @@ class _Tabulation:
             return start, nothing, nothing, np.zeros(1)
         whole, chunk = (np.concatenate(tables, axis=1) for tables in zip(*parts, strict=True))
         return start, whole, chunk, np.concatenate(wires)
+
+    def _may_have_workers(self, model: ModelSpec) -> bool:
+        """Return whether replicas in this precision may have attention workers: an engine's keep 16-bit KV."""
+        return self.problem.family.engine is None or model.kv_bytes == 2
 
     def _least_of_splits(self) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return the least over k of attention, of attention with a chunk, and of wire; fill the starts of these."""

@@ -119,6 +119,8 @@ def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Templat
     family = atlas.problem.family
     most_stages = min(t.num_layers, max(family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
+        if not atlas.scopes[scope].computes_on(device_class):
+            continue
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
             _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes, family.engine is not None)
             if x < 0:

@@ -98,14 +98,16 @@ def plan_change(
     ]
     dropped = [c.before for c in changes if c.before is not None and c.fate is not Fate.KEPT]
     requests = sum(in_flight(before.replicas[number]) for number in dropped)
-    tokens = sum(in_flight(before.replicas[n]) * _context(before.replicas[n], moments) for n in dropped)
+    tokens = {n: in_flight(before.replicas[n]) * _context(before.replicas[n], moments) for n in dropped}
     return PlanChange(
         replicas=tuple(changes),
         loads={device: size for device, size in loads.items() if size > 0},
         moved=tuple(dict.fromkeys(moved)),
         dropped_requests=requests,
-        dropped_kv_tokens=tokens,
-        dropped_kv_bytes=tokens * model.kv_bytes_per_token(),
+        dropped_kv_tokens=sum(tokens.values()),
+        dropped_kv_bytes=sum(
+            size * model.on(before.replicas[n].stages[0].gpu).kv_bytes_per_token() for n, size in tokens.items()
+        ),
     )
 
 

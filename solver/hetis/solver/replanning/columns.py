@@ -197,4 +197,5 @@ def least_start_s(costs: ChangeCosts, atlas: Atlas, num_gpus: int) -> float:
     model = atlas.problem.model
     params = (model.num_layers - model.prefix_layers) * model.layer_params()
     params += model.prefix_layers * model.dense_layer_params()
-    return costs.start_s(params * model.weight_bytes / max(1, num_gpus))
+    each = min(variant.weight_bytes for variant in atlas.problem.models())
+    return costs.start_s(params * each / max(1, num_gpus))

@@ -211,7 +211,12 @@ def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | Non
         stages.append(replace(stage, rank=whole.ranks.index((class_of[g], tp)), pool_class=pool_class))
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
-    scopes = [i for i, scope in enumerate(whole.scopes) if scope.zones == zones and scope.serves(mix)]
+    primaries = {whole.ranks[stage.rank][0] for stage in stages}
+    scopes = [
+        i
+        for i, scope in enumerate(whole.scopes)
+        if scope.zones == zones and scope.serves(mix) and all(map(scope.computes_on, primaries))
+    ]
     if not mixes or not scopes:
         return None
     found = replace(template, scope=scopes[0], mix=mixes[0], stages=tuple(stages))

@@ -36,7 +36,7 @@ class Holding:
             return 0.0
         same_shard = before is not None and (before.gpu, before.tp, before.rank) == (self.gpu, self.tp, self.rank)
         kept = before if same_shard else None
-        layers = sum(_layer_bytes(model, i) for i in self._layers() if kept is None or not kept.has(i))
+        layers = sum(_layer_bytes(model.on(self.gpu), i) for i in self._layers() if kept is None or not kept.has(i))
         tables = self._tables(model) - (kept._tables(model) if kept is not None else frozenset())
         return (layers + len(tables) * model.embedding_params * model.embedding_bytes) / self.tp
 

@@ -176,7 +176,8 @@ class Continuations:
         for x, mix in enumerate(self.atlas.mixes):
             if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar) == key:
                 for scope, part in enumerate(self.atlas.scopes):
-                    if set(part.zones) == zones and part.serves(mix):
+                    is_own = all(part.computes_on(self.atlas.ranks[stage.rank][0]) for stage in stages)
+                    if set(part.zones) == zones and part.serves(mix) and is_own:
                         in_flight = self.atlas.problem.family.in_flight
                         found = in_flight.index(replica.in_flight) if replica.in_flight in in_flight else None
                         return None if found is None else (scope, x, found)

@@ -22,7 +22,7 @@ from hetis.solver.placement.master import Columns, Master
 from hetis.solver.placement.passes import solve_exactly
 from hetis.solver.placement.pool import Pool
 from hetis.solver.placement.pricing import Pricer, pricers_of
-from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import Atlas, BoolArray, FloatArray, Scope
 from hetis.solver.placement.template import Template
 from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.tenants.master import TenantColumns
@@ -89,10 +89,7 @@ def within(atlas: Atlas, limits: IntArray) -> Atlas:
             counts[device_class] = limit
 
     def narrowed(scope: Scope) -> Scope:
-        def tabulate(_: tuple[str, ...]) -> Tables:
-            return scope.tables._replace(available=np.minimum(scope.tables.available, counts))
-
-        return Scope(scope.zones, scope.roles, tabulate, scope.gpu)
+        return scope.changed(lambda tables: tables._replace(available=np.minimum(tables.available, counts)))
 
     return replace(
         atlas,

@@ -234,7 +234,7 @@ class FixedPlan:
 
     def _derive(self, problem: PlacementProblem, shape: ReplicaShape) -> Derived:
         setting = Setting(
-            problem=problem,
+            problem=problem.in_precision_of(shape.stages[0].gpu),
             moments=self._moments,
             micro_batch=shape.micro_batch,
             in_flight=shape.in_flight,

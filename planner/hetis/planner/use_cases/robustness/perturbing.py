@@ -34,12 +34,15 @@ def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
 def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dict[str, Profile]:
     """Return the profiles without fits for other models and TP sizes; the pricing of ``model`` does not change.
 
+    Attention workers compute in the precision of their primary, so fits for each precision are kept.
+
     A fitted profile holds dozens of these, and every sample would perturb and search them all.
     """
-    sizes = tuple(sizes)
+    sizes, models = tuple(sizes), tuple(dict.fromkeys(map(model.on, profiles)))
 
     def kept(profile: Profile) -> tuple[Fit, ...]:
-        found = [fit for op in Op for tp in sizes if (fit := profile.fit(op, model, tp)) is not None]
+        every = (profile.fit(op, one, tp) for one in models for op in Op for tp in sizes)
+        found = [fit for fit in every if fit is not None]
         ops = {fit.op for fit in found}
         return tuple(fit for fit in profile.fits if fit.op not in ops or any(fit is one for one in found))
 

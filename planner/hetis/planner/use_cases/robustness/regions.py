@@ -38,8 +38,9 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
     workload = problem.workload.clipped_to(problem.model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     for group in group_replicas(plan.replicas):
-        for use in _uses(group.first, moments, problem):
-            fit = problem.profiles[use.gpu].fit(use.op, problem.model, use.tp)
+        own = problem.of_replica(group.first)
+        for use in _uses(group.first, moments, own):
+            fit = own.profiles[use.gpu].fit(use.op, own.model, use.tp)
             if fit is None or fit.region is None:
                 continue
             for name in fit.region.outside(**use.sizes):

@@ -14,6 +14,7 @@ from hetis.engines.layout import Layout, ProcessKind, layout_of_replica
 from hetis.engines.serving import Serving, joined, names_of
 from hetis.engines.versions import Engine
 from hetis.formats.documents import from_data
+from hetis.formats.dtypes import weights_of
 from hetis.formats.endpoints import host_of
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
@@ -64,9 +65,10 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     """
     try:
         planned = json.loads(assignment.model.content)
-        name, model = _model_of(planned, settings)
+        replica = replica_of(assignment.shape)
+        model, checkpoint = _model_of(planned, replica, settings)
         layout = layout_of_replica(
-            replica_of(assignment.shape),
+            replica,
             model,
             planned=planned,
             engine=settings.served_by,
@@ -90,7 +92,7 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     )
     front = layout.servers[0].node
     endpoint = joined(addresses.host(front), settings.port + first)
-    commands = commands_of(layout, _serving(layout, settings, name, endpoint), addresses)
+    commands = commands_of(layout, _serving(layout, settings, model.name, checkpoint, endpoint), addresses)
     here = tuple(_with_environment(one, settings) for one in commands if one.process.node == node)
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
     return NodePart(
@@ -103,27 +105,32 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     )
 
 
-def _model_of(planned: Mapping[str, Any], settings: EngineSettings) -> tuple[str, ModelSpec]:
-    """Return the served model's name and shape, from its folder if that exists, with KV in the plan's precision."""
+def _model_of(planned: Mapping[str, Any], replica: ReplicaPlan, settings: EngineSettings) -> tuple[ModelSpec, str]:
+    """Return the served model in the replica's precision, and its folder or its name for the engine.
+
+    Its shape is that of the folder if that exists, with KV in the plan's precision.
+    """
     document = from_data(planned, name="model")
     if not isinstance(document, ModelSpec):
         raise LayoutError("the assignment has no model")
-    found = Path(settings.model.format(name=document.name))
+    own = document.on(replica.stages[0].gpu)
+    checkpoint = settings.model.format(name=own.name, weights=weights_of(own))
+    found = Path(checkpoint)
     if found.is_dir():
-        return document.name, replace(load_model(found / "config.json"), kv_bytes=document.kv_bytes)
-    if found.is_absolute():
-        raise LayoutError(f"{document.name}: there is no folder {found} here")
-    return document.name, document
+        own = replace(load_model(found / "config.json"), name=own.name, kv_bytes=own.kv_bytes)
+    elif found.is_absolute():
+        raise LayoutError(f"{own.name}: there is no folder {found} here")
+    return own, checkpoint
 
 
-def _serving(layout: Layout, settings: EngineSettings, name: str, endpoint: str) -> Serving:
+def _serving(layout: Layout, settings: EngineSettings, name: str, checkpoint: str, endpoint: str) -> Serving:
     host, _, port = endpoint.rpartition(":")
     options = ["--host", host.strip("[]"), "--port", port, *settings.options]
     drains = settings.served_by is not Engine.SGLANG and settings.drain_timeout >= 1
     if drains and "--shutdown-timeout" not in names_of(settings.options):
         options += ["--shutdown-timeout", str(round(settings.drain_timeout))]
     return Serving(
-        model=settings.model.format(name=name),
+        model=checkpoint,
         program=settings.words,
         options=tuple(options),
         dtype=settings.dtype,

@@ -38,6 +38,17 @@ def _name(value: str) -> str:
     return value
 
 
+def _checkpoint(value: str) -> str:
+    try:
+        value.format(name="", weights="")
+    except (KeyError, IndexError, ValueError, AttributeError):
+        raise ValueError(
+            f"{value!r} may have {{name}} and {{weights}} in it, the model's name and the precision of the replica's "
+            "weights in the plan, and nothing else"
+        ) from None
+    return value
+
+
 def _host(value: str) -> str:
     if not is_host(value):
         raise ValueError(f"{value!r} is no address, must be an IP address or a name")
@@ -60,7 +71,8 @@ class EngineSettings(DocumentPart):
     Attributes:
         engine: that serves them.
         program: that starts the engine, as words or as a shell has it. Empty: as its makers have it.
-        model: folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan.
+        model: folder of the model, or a name that the engine knows; ``{name}`` is the model's name in the plan and
+            ``{weights}`` the precision of the replica's weights.
         served_name: what clients call it.
         device: ``cpu`` to try a plan without GPUs.
         dtype: type of the model and its KV.
@@ -86,7 +98,7 @@ class EngineSettings(DocumentPart):
     kind: Literal["EngineSettings"]
     engine: Literal["vllm", "vllm-hetis", "sglang"]
     program: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
-    model: Named
+    model: Annotated[str, Field(min_length=1), AfterValidator(_checkpoint)]
     served_name: Named = "{name}"
     device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.errors import InvalidProblemError
@@ -72,8 +73,12 @@ def _reasons(
     if views:
         view = main_view(views)
         idle = price.available - price.used
-        yield from _alone(view, device_class, idle)
-        yield from _joining(view, device_class, idle)
+        in_their_precision = problem.in_precision_of(device_class.gpu)
+        yield from _alone(replace(view, problem=in_their_precision), device_class, idle)
+        if in_their_precision.model == view.problem.model:
+            yield from _joining(view, device_class, idle)
+        else:
+            yield f"they hold the model in another precision than {view.shape.stages[0].gpu}"
     if plan.result.gap > NOTHING:
         yield f"a gap of {in_percent(plan.result.gap)} is left, so that a use for them may exist"
 

@@ -34,7 +34,10 @@ from hetis.solver.workload import WorkloadMoments
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A replica of the plan with the values its numbers follow from; letters are those of `docs/cost-model.md`."""
+    """A replica of the plan with the values its numbers follow from; letters are those of `docs/cost-model.md`.
+
+    The problem's model is in the replica's precision.
+    """
 
     problem: PlacementProblem
     moments: WorkloadMoments
@@ -297,9 +300,8 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
         mix = mix_of(moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
-        views.append(
-            ReplicaView(problem, moments, fleet, number, count[key], one, replica_shape(one, problem, fleet), mix)
-        )
+        own, shape = problem.of_replica(one), replica_shape(one, problem, fleet)
+        views.append(ReplicaView(own, moments, fleet, number, count[key], one, shape, mix))
     return tuple(views)
 
 

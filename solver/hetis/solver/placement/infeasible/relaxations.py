@@ -162,7 +162,9 @@ def smaller_memory(
 def _exists_with(trials: Trials, kept: Collection[Requirement], **sizes: float) -> bool:
     """Return whether a plan exists for the model with other bytes per number."""
     problem = keeping(trials.problem, kept)
-    smaller = replace(problem, model=replace(problem.model, **sizes))  # type: ignore[arg-type]
+    precisions = tuple(replace(one, **sizes) for one in problem.model.precisions)  # type: ignore[arg-type]
+    model = replace(problem.model, **sizes, precisions=precisions)  # type: ignore[arg-type]
+    smaller = replace(problem, model=model)
     return bool(trials.of_problem(smaller, demand_of(kept)).exists)
 
 

@@ -144,7 +144,7 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
 
 
 def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
-    weights = problem.model.params() * problem.model.weight_bytes
+    weights = max(model.params() * model.weight_bytes for model in problem.models())
     profiles = {
         gpu: replace(profile, usable_bytes=int(profile.usable_bytes + PLENTY * weights))
         for gpu, profile in problem.profiles.items()
