@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,46 @@ def test_a_model_in_another_precision(weights: str | None, kv: str | None, sizes
     assert found.embedding_bytes == model.embedding_bytes
     assert dtypes.weights_of(found) == (weights or "bf16")
     assert dtypes.kv_of(found) == (kv or "bf16")
+
+
+def test_gpu_types_may_have_a_precision_of_their_own(tmp_path: Path) -> None:
+    model = catalogue.find_model("Llama-3.1-70B").model
+    found = dtypes.with_precision(model, weights="fp8, A100-SXM-40GB=bf16,L4=awq-int4", kv="L4=fp8")
+    assert [found.on(gpu).weights for gpu in ("H100-SXM-80GB", "A100-SXM-40GB", "L4")] == ["fp8", "bf16", "awq-int4"]
+    assert [found.on(gpu).kv_bytes for gpu in ("H100-SXM-80GB", "A100-SXM-40GB", "L4")] == [2.0, 2.0, 1.0]
+    assert found.on("L4") == dtypes.with_precision(model, weights="awq-int4", kv="fp8")
+    assert dtypes.precision_of(found) == (
+        "weights fp8, KV bf16; on A100-SXM-40GB: weights bf16, KV bf16; on L4: weights awq-int4, KV fp8"
+    )
+    assert model_of(tmp_path, dump(found)) == found
+    assert dtypes.with_precision(found, weights="int8", kv="bf16").precisions == ()  # everywhere goes before
+    assert dtypes.with_precision(model, weights="A100-SXM-40GB=bf16").on("L4") == model
+
+
+def test_a_file_gives_gpu_types_precisions(tmp_path: Path) -> None:
+    text = SHAPE.format(kv_heads=2) + "dtype: bfloat16+fp8\nprecisions: {V100-SXM2-32GB: {weights: bf16}}\n"
+    model = model_of(tmp_path, text)
+    assert (model.weights, model.weight_bytes) == ("fp8", 1.0)
+    assert (model.on("V100-SXM2-32GB").weights, model.on("V100-SXM2-32GB").weight_bytes) == ("bf16", 2.0)
+    with pytest.raises(DocumentError, match=r"precisions\.L4\.weights"):
+        model_of(tmp_path, SHAPE.format(kv_heads=2) + "precisions: {L4: {weights: fp7}}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("fp9", "'fp9' is not one of bf16, fp8"),
+        ("fp8,bf16", "'fp8,bf16' gives all GPU types two precisions"),
+        ("L4=fp8,L4=bf16", "'L4=fp8,L4=bf16' gives L4 two precisions"),
+        ("=fp8", "'=fp8' names no GPU type before ="),
+        ("L4=", "'' is not one of bf16, fp8"),
+        ("", "'' is not one of bf16, fp8"),
+        ("fp8," * 2000, "has 8000 characters, may have 4096"),
+    ],
+)
+def test_a_choice_of_precisions_that_is_none(text: str, error: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(error)):
+        dtypes.chosen_precision(text, dtypes.PRECISIONS)
 
 
 def test_every_model_of_the_catalogue_can_be_written_and_read(tmp_path: Path) -> None:

@@ -117,3 +117,85 @@ def test_engines_are_compared_where_one_of_them_does_not_run_the_precision(
     assert gpus_of(vllm["plan"]) == {"T4"}
     assert (sglang["plan"], sglang["status"]) == (None, "no plan")
     assert "sglang 0.5 takes compute capability 8 for fp8 weights, T4 (Turing) has 7.5" in sglang["reasons"][0]
+
+
+MIXED = """\
+apiVersion: hetis/v1
+kind: Cluster
+name: mixed
+nodes:
+  - {name: h100, gpus: [{type: H100-SXM-80GB, count: 4}]}
+  - {name: a100, gpus: [{type: A100-SXM-40GB, count: 4}]}
+  - {name: l4, gpus: [{type: L4, count: 2}]}
+network: {bandwidth: 100Gbps, latency: 20us}
+"""
+
+
+@pytest.fixture
+def mixed(folder: Path) -> Path:
+    (folder / "mixed.yaml").write_text(MIXED)
+    return folder
+
+
+def place_mixed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    inputs = ("place", "-c", "mixed.yaml", "-m", "Llama-2-70B", "-w", "1024/256", "-q", "-o", "json")
+    assert run([*inputs, "--no-verify", "--no-other-engines", *options]) == ExitCode.OK
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_gpu_types_have_precisions_of_their_own(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--weights", "bf16,H100=fp8")
+    plan, one = place_mixed(capsys, *options), place_mixed(capsys, "--weights", "bf16")
+    model = plan["inputs"]["documents"]["model"]
+    assert model["precisions"] == {"H100-SXM-80GB": {"weights": "fp8", "weight_bytes": 1.0, "kv_bytes": 2.0}}
+    groups = [{stage["gpu"] == "H100-SXM-80GB" for stage in replica["stages"]} for replica in plan["replicas"]]
+    assert all(len(group) == 1 for group in groups), "a replica computes in one precision"
+    assert {True} in groups
+    assert {True, False} in [{s["gpu"] == "H100-SXM-80GB" for s in r["stages"]} for r in one["replicas"]]
+    for route in plan.get("kv_routes", []):
+        assert groups[route["prefill"]] == groups[route["decode"]]
+    (mixed / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+    assert run(["simulate", "plan.json", "-q", "--requests", "200"]) == ExitCode.OK
+    assert run(["explain", "plan.json", "-q"]) == ExitCode.OK
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Precision weights bf16, KV bf16; on H100-SXM-80GB: weights fp8, KV bf16" in said
+
+
+def test_a_replica_of_two_precisions_is_found_by_the_checker(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = place_mixed(capsys, "--weights", "bf16")
+    assert any(len({stage["gpu"] for stage in replica["stages"]}) > 1 for replica in plan["replicas"])
+    own = {"weights": "bf16", "weight_bytes": 2.0, "kv_bytes": 1.0}
+    plan["inputs"]["documents"]["model"]["precisions"] = {"H100-SXM-80GB": own}
+    (mixed / "plan.json").write_text(json.dumps(plan))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.INVALID
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has stages in 2 precisions on" in said
+
+
+def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mixed / "plan.json").write_text(json.dumps(place_mixed(capsys, "--weights", "bf16,H100=fp8")))
+    assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama", "--out", "no"]) != ExitCode.OK
+    assert "the plan has weights in fp8 and bf16: --model needs {weights} in it" in capsys.readouterr().err
+    assert run(["export", "plan.json", "--to", "vllm", "--model", "/models/llama-{weights}", "--out", "out"]) == 0
+    scripts = "".join(path.read_text() for path in (mixed / "out").rglob("*.sh"))
+    assert "/models/llama-fp8" in scripts
+    assert "/models/llama-bf16" in scripts
+    assert "{weights}" not in scripts
+    assert scripts.count("--served-model-name meta-llama/Llama-2-70b-hf") > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--weights", "fp8,A10=bf16"), "precision: unknown GPU 'A10'"),
+        (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which are planned for a named"),
+        (("--weights", "H100=bf16,H100-SXM-80GB=fp8"), "names a GPU type twice"),
+    ],
+)
+def test_precisions_that_cannot_be(
+    mixed: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], error: str
+) -> None:  # fmt: skip
+    assert run(["place", "-c", "mixed.yaml", "-m", "Llama-2-70B", "-w", "1024/256", *options]) == ExitCode.INVALID
+    assert error in " ".join(capsys.readouterr().err.split())

@@ -85,6 +85,10 @@ def is_one_type_per_role(problem: PlacementProblem, wanted: list[Wanted]) -> boo
 
 def served_rate(problem: PlacementProblem, wanted: list[Wanted], replicas: Mapping[Wanted, BestReplica]) -> float:
     """Requests/s that unified replicas serve, plus the most that prefill and decode replicas serve together."""
+    precisions = dict.fromkeys(w.precision for w in wanted)
+    if len(precisions) > 1:  # no KV goes from one to another
+        alike = ([w for w in wanted if w.precision == precision] for precision in precisions)
+        return sum(served_rate(problem, some, replicas) for some in alike)
     unified = sum(replicas[w].rate for w in wanted if w.role is Role.UNIFIED)
     sending = [(w, replicas[w].rate) for w in wanted if w.role is Role.PREFILL]
     receiving = [(w, replicas[w].rate) for w in wanted if w.role is Role.DECODE]
@@ -106,7 +110,10 @@ def greatest_flow(
     kv_bytes = problem.workload.moments().mean_prompt * model.num_layers * model.head_groups
     kv_bytes *= model.kv_bytes_per_token_group()
     pairs = [
-        (i, j) for i, (s, _) in enumerate(sending) for j, (r, _) in enumerate(receiving) if r.zones[0] in s.kv_zones
+        (i, j)
+        for i, (s, _) in enumerate(sending)
+        for j, (r, _) in enumerate(receiving)
+        if r.zones[0] in s.kv_zones and (r.zones == s.zones or len(precisions_of(problem)) == 1)
     ]
     if not pairs:
         return 0.0
@@ -167,11 +174,26 @@ def device_classes(cluster: Cluster) -> dict[DeviceClass, int]:
     return nodes
 
 
+Precision = tuple[str, float, float]  # of weights by name, bytes of a weight, bytes of an element of KV
+
+
+def precisions_of(problem: PlacementProblem) -> dict[Precision, set[str]]:
+    """GPU types of the fleet by the precision in which they compute layers."""
+    model = problem.model
+    own = {one.gpu: (one.weights, one.weight_bytes, one.kv_bytes) for one in model.precisions}
+    found: dict[Precision, set[str]] = {}
+    for device_class in device_classes(problem.cluster):
+        usual = (model.weights, model.weight_bytes, model.kv_bytes)
+        found.setdefault(own.get(device_class.gpu, usual), set()).add(device_class.gpu)
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """A replica's role, where its KV may go, and what it takes of the fleet."""
+    """A replica's role, its precision, where its KV may go, and what it takes of the fleet."""
 
     role: Role
+    precision: Precision
     zones: tuple[str, ...]
     kv_zones: tuple[str, ...]
     gpus: frozenset[str]
@@ -188,7 +210,22 @@ def best_replica_of_need(
     problem: PlacementProblem, nodes: Mapping[DeviceClass, int], may_be: Callable[[StageOption], bool] = always
 ) -> dict[Wanted, BestReplica]:
     """The best single replica for everything it may do and take of the fleet."""
-    options = [option for option in stage_options(problem, nodes) if may_be(option)]
+    found = dict[Wanted, BestReplica]()
+    for precision, gpus in precisions_of(problem).items():
+        weights, weight_bytes, kv_bytes = precision
+        model = replace(problem.model, weights=weights, weight_bytes=weight_bytes, kv_bytes=kv_bytes, precisions=())
+        in_it = replace(problem, model=model)
+        options = [option for option in stage_options(in_it, nodes) if option.device_class.gpu in gpus]
+        if problem.family.engine is not None and kv_bytes != 2:
+            options = [option for option in options if option.shape.pool is None]
+        found |= best_replica_in_precision(in_it, precision, nodes, [option for option in options if may_be(option)])
+    return found
+
+
+def best_replica_in_precision(
+    problem: PlacementProblem, precision: Precision, nodes: Mapping[DeviceClass, int], options: list[StageOption]
+) -> dict[Wanted, BestReplica]:
+    """The same for replicas of these stages, which have the problem's model in one precision."""
     replicas = dict[Wanted, BestReplica]()
     zones = {device_class.zone for device_class in nodes}
     for role, b, M, C in iterations(problem):
@@ -203,7 +240,9 @@ def best_replica_of_need(
                     for most_copies in fillings(problem, M)
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
-                    wanted = Wanted(role=role, zones=span, kv_zones=kv_zones, gpus=gpus, need=need)
+                    wanted = Wanted(
+                        role=role, precision=precision, zones=span, kv_zones=kv_zones, gpus=gpus, need=need
+                    )  # fmt: skip
                     replicas[wanted] = max(replicas.get(wanted, replica), replica)
     return replicas
 

@@ -15,6 +15,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.check.engine import check_engine
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of
 from hetis.solver.placement.engines import ENGINES, beyond, run_by
 from hetis.solver.placement.master import Columns, Master
@@ -61,6 +62,34 @@ def test_the_plan_found_is_the_best_that_brute_force_finds(data: st.DataObject) 
     assume(not problem.model.forbidden_cuts)
     best = best_plan_value(problem)
     assert value_of(problem) == pytest.approx(best, rel=REL)
+
+
+WEIGHTS, KV = (2.0, 1.0, 0.5), (2.0, 1.0)
+
+
+def in_precisions(data: st.DataObject, problem: PlacementProblem) -> PlacementProblem:
+    """The problem with some GPU types in precisions of their own."""
+    gpus = sorted(problem.profiles)
+    own = tuple(
+        GpuPrecision(
+            gpu=gpu,
+            weights=f"{gpu}'s" if data.draw(st.booleans()) else "",
+            weight_bytes=data.draw(st.sampled_from(WEIGHTS)),
+            kv_bytes=data.draw(st.sampled_from(KV)),
+        )
+        for gpu in data.draw(st.lists(st.sampled_from(gpus), min_size=1, unique=True))
+    )
+    return replace(problem, model=replace(problem.model, precisions=own))
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=st.data())
+def test_the_plan_found_is_the_best_in_the_precision_of_every_gpu_type(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(FAMILIES))
+    problem = data.draw(problems(max_gpus=5, kinds=tuple(ObjectiveKind), family=family))
+    assume(not problem.model.forbidden_cuts)
+    problem = in_precisions(data, problem)
+    assert value_of(problem) == pytest.approx(best_plan_value(problem), rel=REL)
 
 
 @settings(max_examples=EXAMPLES)

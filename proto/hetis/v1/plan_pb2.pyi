@@ -358,6 +358,7 @@ class PlanSpec(_message.Message):
     KV_FIELD_NUMBER: _builtins.int
     MIN_LAYERS_FIELD_NUMBER: _builtins.int
     MAX_NODES_FIELD_NUMBER: _builtins.int
+    SURVIVE_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -383,15 +384,20 @@ class PlanSpec(_message.Message):
     max_gpus: _builtins.int
     """GPUs that a replica may have, attention workers included; not with `any`. 0: any number."""
     weights: _builtins.str
-    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `awq-int4`, `gptq-int4`, `mxfp4` or `nvfp4`. GPUs on which the
-    engine does not run it are left out; the plan's notes say why. Empty: that of the model.
+    """Precision of the model's weights: `bf16`, `fp8`, `int8`, `awq-int4`, `gptq-int4`, `mxfp4` or `nvfp4`, and of GPU types
+    that have their own: `fp8,V100-SXM2-32GB=bf16`; not with `any`. GPUs on which the engine does not run it are left out;
+    the plan's notes say why. Empty: that of the model.
     """
     kv: _builtins.str
-    """Precision of the KV cache: `bf16` or `fp8`. Empty: that of the model."""
+    """Precision of the KV cache, likewise: `bf16` or `fp8`. Empty: that of the model."""
     min_layers: _builtins.int
     """Layers that every stage holds at least; not with `any`. 0: one."""
     max_nodes: _builtins.int
     """Nodes that a replica may lie on, attention workers included; not with `any`. 0: any number."""
+    survive: _builtins.str
+    """What may be lost, any one of it, without less than the demand being served: `node` or `zone`; with COST and GPUS. There
+    are several searches then, each of which may take the time limit. Empty: nothing.
+    """
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -444,10 +450,11 @@ class PlanSpec(_message.Message):
         kv: _builtins.str = ...,
         min_layers: _builtins.int = ...,
         max_nodes: _builtins.int = ...,
+        survive: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

@@ -49,6 +49,7 @@ class Goal:
     roles: frozenset[Role]  # empty: all of the strategy
     weights: str | None
     kv: str | None
+    survive: str  # node or zone; empty: nothing
     engine: str | None
     limits: ReplicaLimits
     time_limit_s: float
@@ -118,6 +119,7 @@ class Goal:
             roles=[TO_PROTO[role] for role in Role if role in self.roles],
             weights=self.weights or "",
             kv=self.kv or "",
+            survive=self.survive,
             engine=self.engine or "",
             max_stages=self.limits.max_stages or 0,
             max_gpus=self.limits.max_gpus or 0,

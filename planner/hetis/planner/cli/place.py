@@ -85,11 +85,11 @@ def place(
             seed=seed,
             threads=threads,
             simplest_within=simplest_within,
+            survive="" if survive is None else survive.value,
         ),
         verify=verify,
         other_engines=other_engines,
         price_pins=price_pins,
-        survive="" if survive is None else survive.value,
         profile_error=profile_error,
     )
     loaded = load(request)

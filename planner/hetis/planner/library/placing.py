@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from hetis.planner.jobs.kernels import compile_kernels
@@ -48,6 +49,7 @@ def place(
     max_nodes: int | None = None,
     profiles: Sequence[Path] = (),
     simplest_within: Quantity = 0.0,
+    survive: str = "",
     time_limit: Quantity = 60.0,
     gap: Quantity = 0.001,
     seed: int = 0,
@@ -72,6 +74,7 @@ def place(
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
             at most ``max_nodes``.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
+        survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
         verify: simulate the plan at its promised rate.
         other_engines: report the values of plans for other engines, found in a tenth of the time limit.
@@ -99,6 +102,7 @@ def place(
         seed=seed,
         threads=threads,
         simplest_within=ratio_of(simplest_within),
+        survive=_lost(survive),
     )
     loaded = in_precision(loaded, weights=weights, kv=kv)
     loaded = for_engine(loaded, settings.engine)
@@ -112,6 +116,7 @@ def place(
         loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True,
         beside_engines=other_engines,
     )  # fmt: skip
+    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if verify:
         plan = verified(plan, problem, seed=seed, cancelled=cancelled, report=lambda _given, _total: None)
     return Plan(value=plan, problem=problem)
@@ -119,6 +124,12 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _lost(name: str) -> str:
+    if name not in ("", *placing.PLACES):
+        raise InvalidProblemError(f"unknown loss {name!r}, expected one of {', '.join(placing.PLACES)}")
+    return name
 
 
 def _strategy(name: str) -> str:

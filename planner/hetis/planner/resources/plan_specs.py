@@ -17,7 +17,7 @@ from hetis.planner.convert.roles import FROM_PROTO
 from hetis.planner.jobs.posed import PosedProblem
 from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
-from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.place import PLACES, Settings
 from hetis.planner.use_cases.precision import in_precision
 from hetis.planner.use_cases.sources import (
     Inputs,
@@ -245,6 +245,17 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
         except InvalidProblemError as error:
             checks.require(False, f"{field}.roles", str(error))
     engine = _engine(checks, spec, field) if strategy in STRATEGIES else None
+    checks.require(
+        spec.survive in ("", *PLACES),
+        f"{field}.survive",
+        f"is {spec.survive[:80]!r}, must be one of {', '.join(PLACES)}{did_you_mean(spec.survive[:80], PLACES)}",
+    )
+    needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
+    checks.require(
+        not spec.survive or spec.objective.kind in needs,
+        f"{field}.survive",
+        "is set, and the objective has no demand that could be kept: it must be COST or GPUS",
+    )
     gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
     checks.require(0 <= gap <= 1, f"{field}.gap_target", f"is {gap:g}, must be from 0 to 1")
     time_limit_s = min(defaults.time_limit_s, limits.time_s)
@@ -263,6 +274,7 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
         gap_target=gap,
         seed=spec.seed % _SEEDS,
         threads=min(spec.num_threads or limits.threads, limits.threads),
+        survive=spec.survive,
     )
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_TTFT_S = 2.0
 DEFAULT_TPOT_S = 0.1
 DEFAULT_STRATEGY = "hetis"
+PLACES = ("node", "zone")  # whose loss a plan may have to survive
 SIMPLE_SETUPS = "simple_setups"  # entry of `Plan.inputs`: the same by TP size, with all replicas of that size
 WILL_PRICES = "will_prices"  # entry of `Plan.inputs`: the cost of every constraint, if requested
 KV_IS_FOR_ENGINES = "engines hand KV over along the routes; you set them up for it"
@@ -45,7 +46,8 @@ class Settings:
     """Settings of the search, all of which go into ``plan.inputs``.
 
     ``roles``: those that replicas may have; empty: all of the strategy. ``engine``: the one whose rules plans keep to;
-    None: any. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose.
+    None: any. ``simplest_within``: the share of the optimum that a plan on fewer nodes may lose. ``survive``: ``node``
+    or ``zone`` if the demand must be served even if any one of them is lost; empty: neither.
     """
 
     strategy: str = DEFAULT_STRATEGY
@@ -56,6 +58,7 @@ class Settings:
     seed: int = 0
     threads: int = 1
     simplest_within: float = 0.0
+    survive: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +72,6 @@ class PlacementRequest:
         verify: simulate the plan before it is shown.
         other_engines: report the values of plans for other engines.
         price_pins: report the cost of every constraint.
-        survive: ``node`` or ``zone``: the demand must be served even if any one of them is lost; empty: neither.
         profile_error: study the plan under profiles that are off by up to this share; None: no study.
     """
 
@@ -89,7 +91,6 @@ class PlacementRequest:
     verify: bool = True
     other_engines: bool = True
     price_pins: bool = False
-    survive: str = ""
     profile_error: float | None = None
 
 
@@ -158,7 +159,6 @@ def place(
         budget=budget(),
         report=report,
         market=catalogue_market,
-        survive=request.survive,
         beside_equal_stages=True,
         beside_engines=request.other_engines,
     )
@@ -183,7 +183,6 @@ def make_plan(
     budget: Budget,
     report: Report,
     market: Market | None = None,
-    survive: str = "",
     beside_equal_stages: bool = False,
     beside_engines: bool = False,
 ) -> Plan:
@@ -191,13 +190,15 @@ def make_plan(
 
     If no plan exists, ``market`` gives the GPUs that could be added (None: do not look). ``beside_equal_stages`` adds
     the value of equal stages, and ``beside_engines`` those of plans for other engines, which takes additional time.
-    With ``survive`` there are several searches, each with the time limit of the settings.
+    If a loss must be survived, there are several searches, each with the time limit of the settings.
 
     Raises:
         InfeasibleError: no plan of the family exists.
         NoPlanFoundError: stopped before one was found.
         UncheckedPlanError: the plan fails the independent checker.
     """
+
+    survive = settings.survive
 
     def find(posed: PlacementProblem) -> Plan:
         own = replace(budget, time_limit_s=settings.time_limit_s) if survive else budget
@@ -318,6 +319,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
         "gap_target": settings.gap_target,
         "time_limit_s": settings.time_limit_s,
         **({"simplest_within": settings.simplest_within} if settings.simplest_within else {}),
+        **({"survive": settings.survive} if settings.survive else {}),
         "origins": dict(loaded.origins),
         "digests": loaded.inputs.digests(),
         "documents": loaded.inputs.documents(),

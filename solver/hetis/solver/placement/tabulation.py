@@ -99,9 +99,9 @@ def _scopes(
                 may = tuple(DUTY_OF_ROLE[role] not in c.mark.barred for c in classes)
                 alike.setdefault(may, []).append(role)
         for may, roles in alike.items():
-            for number, (model, primaries) in enumerate(precisions):
-                tables = partial(tabulation.tables, model)
-                whole = Scope(span, tuple(roles), tables, primaries=primaries, precision=number)
+            for number, precision in enumerate(precisions):
+                tables = partial(tabulation.tables, precision)
+                whole = Scope(span, tuple(roles), tables, primaries=precision.primaries, precision=number)
                 yield whole if all(may) else whole.without(np.array([not each for each in may]))
 
 
@@ -189,9 +189,9 @@ class _Tabulation:
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
 
-    def tables(self, model: ModelSpec, zones: tuple[str, ...]) -> Tables:
+    def tables(self, precision: _Precision, zones: tuple[str, ...]) -> Tables:
         """Return the tables of replicas in these zones with the model in one precision."""
-        family = self.problem.family
+        family, (model, primaries) = self.problem.family, precision
         rows = [self._rank_rows(self.devices[s], self.classes[i]) for s, (i, _) in enumerate(self.ranks)]
         stack = {name: np.array([row[name] for row in rows]).T.copy() for name in (rows[0] if rows else {})}
         hops = np.array(
@@ -217,7 +217,7 @@ class _Tabulation:
             without_chunk=np.array(
                 [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
             ),
-            t_cap=self._t_cap(self._slowest_landing_s(zones, landing_s)),
+            t_cap=self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
             kv_tokens=self._per_copy(self._kv_tokens),
@@ -347,12 +347,15 @@ class _Tabulation:
             wire_s[:, s], landing_s[:, s] = done[id(d), link]
         return wire_s, landing_s
 
-    def _slowest_landing_s(self, zones: tuple[str, ...], landing_s: FloatArray) -> FloatArray:
-        """Return the landing time that a TTFT limit sets aside: that of the zone's slowest rank, used or not; [X].
+    def _slowest_landing_s(
+        self, zones: tuple[str, ...], primaries: frozenset[int] | None, landing_s: FloatArray
+    ) -> FloatArray:  # fmt: skip
+        """Return the landing time that a TTFT limit sets aside: that of the scope's slowest rank, used or not; [X].
 
         If a fleet represents several zones, return the quickest instead, which no rank of any zone undercuts.
         """
-        here = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
+        inside = [s for s, (i, _) in enumerate(self.ranks) if self.classes[i].zone in zones]
+        here = [s for s in inside if primaries is None or self.ranks[s][0] in primaries]
         if not here:
             return np.zeros(len(self.mixes))
         chosen = landing_s[:, here]
