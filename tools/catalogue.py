@@ -146,6 +146,7 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
     model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
     shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
     del shape["forbidden_cuts"]  # the tables have none, and sets have no order
+    del shape["precisions"]
     return {
         "model": shape,
         "dtype": row["dtype"],

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from hetis.formats import catalogue
 from hetis.formats.dispatch_requests import NewRequest, NewRequests
+from hetis.formats.dtypes import PRECISIONS
 from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedMove, SavedRequest, SavedState
 from hetis.formats.stage_heads import InlineHeads
 from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, GpuPrecision, MlaShape, ModelSpec, MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -104,6 +105,20 @@ def clusters(draw: st.DrawFn) -> Cluster:
 
 
 @st.composite
+def precisions(draw: st.DrawFn) -> tuple[GpuPrecision, ...]:
+    element = st.floats(min_value=0.1, max_value=16)
+    return tuple(
+        GpuPrecision(
+            gpu=gpu,
+            weights=draw(st.sampled_from(sorted(PRECISIONS))),
+            weight_bytes=draw(element),
+            kv_bytes=draw(element),
+        )
+        for gpu in draw(st.lists(TITLES, max_size=3, unique=True))
+    )
+
+
+@st.composite
 def models(draw: st.DrawFn) -> ModelSpec:
     kv_heads, group, layers = draw(SMALL), draw(SMALL), draw(st.integers(2, 100))
     latent = draw(st.booleans())
@@ -146,6 +161,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,
         forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),
+        precisions=draw(precisions()),
     )
 
 

@@ -121,6 +121,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2, "max_nodes": 1}),
             ("free", {"engine": "any", "strategy": "uniform"}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
+            ("each", {"engine": "vllm", "weights": "bf16,RTX-3090=fp8"}),
         ):
             await planner.create(name, model_name="Llama-2-13B", **spec)  # type: ignore[arg-type]
             solved = await planner.solved(f"plans/{name}")
@@ -134,11 +135,14 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
                 assert plan.inputs["documents"]["model"]["weights"] == "fp8"
                 assert plan.inputs["will"] == ["--forbid type=P100-PCIe-12GB"]
                 assert any(note.startswith("P100-PCIe-12GB left out: vllm 0.32.0 takes") for note in plan.notes)
+            if name == "each":
+                assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
+                assert all(len({stage.gpu for stage in replica.stages}) == 1 for replica in plan.replicas)
             if name == "small":
                 assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
         assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
         assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
-            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "fp8": "vllm"
+            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "fp8": "vllm", "each": "vllm"
         }  # fmt: skip
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
         assert list(changed.changed_inputs) == ["engine"]

@@ -373,9 +373,9 @@ class _Search:
             return True
         distance = np.inf if self.incumbent is None else abs(self.bound - self.incumbent.value)
         is_telling = distance * float(self.relaxed.counts.sum()) <= abs(self.bound)  # less than a replica is worth
-        may_take_long = self.listing.num_compositions <= FEW and (
-            self.incumbent is None or np.isfinite(self.budget.remaining_s())
-        )
+        # Without a limit on the time, only what cannot take long is tried.
+        ends = self.incumbent is None or np.isfinite(self.budget.remaining_s())
+        may_take_long = self.listing.num_compositions <= (FEW if ends else MOST_PROVED)
         if not (is_telling or may_take_long) or not self._list_within(distance) or self.budget.is_spent():
             return False
         worthwhile = self._within(distance)
