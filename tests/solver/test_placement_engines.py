@@ -200,6 +200,38 @@ def a_plan(**changes: object) -> tuple[Plan, PlacementProblem]:
     return solve_placement(problem, strategy="hetis"), replace(problem, **changes)  # type: ignore[arg-type]
 
 
+def precision(gpu: str, *, weight_bytes: float = 2.0, kv_bytes: float = 2.0) -> GpuPrecision:
+    return GpuPrecision(gpu=gpu, weights=f"{gpu}'s", weight_bytes=weight_bytes, kv_bytes=kv_bytes)
+
+
+def with_precisions(problem: PlacementProblem, *own: GpuPrecision) -> PlacementProblem:
+    return replace(problem, model=replace(problem.model, precisions=own))
+
+
+def test_workers_keep_the_kv_of_primaries_in_another_precision() -> None:
+    _, problem = a_plan()
+    alone = with_precisions(problem, precision("A", weight_bytes=1.0))
+    both = with_precisions(problem, precision("A", weight_bytes=1.0), precision("B", weight_bytes=4.0, kv_bytes=1.0))
+    for one in (alone, both):
+        plan = solve_placement(one, strategy="hetis", gap_target=0.0)
+        assert [({s.gpu for s in r.stages}, {w.gpu for w in r.attention_workers}) for r in plan.replicas] == [
+            ({"A"}, {"B"}), ({"A"}, {"B"})
+        ]  # fmt: skip
+        assert check_plan(plan, one) == ()
+    assert value_of(both) == pytest.approx(value_of(alone), rel=REL)
+
+
+def test_an_engines_workers_keep_no_8_bit_kv() -> None:
+    _, problem = a_plan()
+    wide = with_precisions(problem, precision("A", weight_bytes=1.0))
+    narrow = with_precisions(problem, precision("A", weight_bytes=1.0, kv_bytes=1.0))
+    plan = solve_placement(narrow, strategy="hetis", gap_target=0.0)
+    pooled = {s.gpu for r in plan.replicas if r.attention_workers for s in r.stages}
+    assert "A" not in pooled
+    found = check_plan(solve_placement(wide, strategy="hetis", gap_target=0.0), narrow)
+    assert any("has attention workers and KV of 1 bytes an element" in str(violation) for violation in found)
+
+
 def test_the_checker_knows_what_an_engine_does_not_run() -> None:
     plan, problem = a_plan()
     assert check_plan(plan, problem) == ()
