@@ -68,7 +68,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         parser=families.weights,
-        metavar="PRECISION[,GPU=PRECISION...]",
+        metavar="P[,GPU=P...]",
         rich_help_panel=_INPUTS,
         show_default="the checkpoint's",
         help="Of the model's weights, everywhere and on GPU types: bf16, fp8, int8, awq-int4, gptq-int4, mxfp4, nvfp4.",
@@ -79,7 +79,7 @@ KvOption = Annotated[
     typer.Option(
         "--kv",
         parser=families.kv,
-        metavar="PRECISION[,GPU=PRECISION...]",
+        metavar="P[,GPU=P...]",
         rich_help_panel=_INPUTS,
         show_default="bf16, or the file's",
         help="Of the KV cache, everywhere and on GPU types: bf16 or fp8.",

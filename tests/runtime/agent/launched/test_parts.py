@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
+from hetis.formats.dtypes import with_precision
 from hetis.planner.convert.replicas import replica_to_proto
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable
 from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
@@ -146,6 +147,18 @@ def test_a_folder_with_another_model_is_refused(tmp_path: Path) -> None:
     asked = assigned(model=wider)
     with pytest.raises(RefusedError, match="the plan is of another model \\(tiny\\): hidden 256, not 128"):
         part_of(asked, settings_of(model=f"{tmp_path}/{{name}}"), node="a", folder=FOLDER)
+
+
+def test_the_checkpoint_is_that_of_the_replicas_precision(tmp_path: Path) -> None:
+    model = with_precision(MODEL, weights="bf16,A100=fp8", kv="A100=fp8")
+    gpu = replica_on("a/0").stages[0].gpu
+    own = with_precision(MODEL, weights=f"bf16,{gpu}=fp8", kv=f"{gpu}=fp8")
+    for name, planned in (("bf16", model), ("fp8", own)):
+        write_config(tmp_path / f"tiny-{name}")
+        settings = settings_of(model=f"{tmp_path}/{{name}}-{{weights}}")
+        line = part_of(assigned(model=planned), settings, node="a", folder=FOLDER).commands[0].line
+        assert f"{tmp_path}/tiny-{name}" in line
+        assert ("--kv-cache-dtype fp8" in line) == (name == "fp8")
 
 
 def test_a_drain_time_becomes_the_engines_own() -> None:

@@ -58,9 +58,9 @@ options: [--tensor-parallel-size, "2", --seed, "1"]
 addresses: {a: "10.0.0.1 or so"}
 environment: {"NO=": "x"}
 served_name: "{names}"
+model: /models/{kv}
 """
     assert problems(tmp_path, text) == [
-        "/engine.yaml:1: model is missing",
         "/engine.yaml:3: engine: 'vlm' is not one of vllm, vllm-hetis, sglang, did you mean vllm?",
         "/engine.yaml:4: modle: unknown field, did you mean model?",
         "/engine.yaml:5: port: is 70000, must be <= 65471",
@@ -70,7 +70,10 @@ served_name: "{names}"
         "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is no address, must be an IP address or a name",
         "/engine.yaml:9: environment.NO=: 'NO=' is no name of an environment variable",
         "/engine.yaml:10: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
+        "/engine.yaml:11: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and the precision "
+        "of the replica's weights in the plan, and nothing else",
     ]
+    assert problems(tmp_path, GOOD.replace("model: /models/{name}\n", "")) == ["/engine.yaml:1: model is missing"]
 
 
 @pytest.mark.parametrize(
