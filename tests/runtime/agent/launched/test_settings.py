@@ -70,8 +70,8 @@ model: /models/{kv}
         "/engine.yaml:8: addresses.a: '10.0.0.1 or so' is no address, must be an IP address or a name",
         "/engine.yaml:9: environment.NO=: 'NO=' is no name of an environment variable",
         "/engine.yaml:10: served_name: '{names}' may have {name} in it, the model's name in the plan, and nothing else",
-        "/engine.yaml:11: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and the precision "
-        "of the replica's weights in the plan, and nothing else",
+        "/engine.yaml:11: model: '/models/{kv}' may have {name} and {weights} in it, the model's name and "
+        "the precision of the replica's weights in the plan, and nothing else",
     ]
     assert problems(tmp_path, GOOD.replace("model: /models/{name}\n", "")) == ["/engine.yaml:1: model is missing"]
 
