@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -161,6 +162,11 @@ def test_what_cannot_be_done_is_one_error(
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 
+def has_inventory(client: Client, name: str) -> bool:
+    node = client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=name)).node
+    return bool(node.inventory.devices)
+
+
 def test_agents_of_a_real_planner_are_a_cluster_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -187,6 +193,10 @@ def test_agents_of_a_real_planner_are_a_cluster_file(
                     ready.add(event.node.name)
                 if len(ready) == 2:
                     break
+            until_s = time.monotonic() + 300
+            while not all(has_inventory(client, name) for name in ready):  # agents send it after they are ready
+                assert time.monotonic() < until_s
+                time.sleep(0.05)
             client.clusters.DrainNode(cluster_service_pb2.DrainNodeRequest(name="clusters/night/nodes/b"))
         cluster, said = discovered(lambda *arguments: run(list(arguments)), capsys, tmp_path)
     assert shape(cluster) == {"a": ("east", {"L4": 2})}
