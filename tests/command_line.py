@@ -18,7 +18,7 @@ def with_ctrl_c(command: list[str]) -> list[str]:
 
     A `preexec_fn` would run in a fork of this process, which gRPC's threads do not survive.
     """
-    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
     return [sys.executable, "-c", start, *command]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.command_line import environment
+from tests.command_line import environment, with_ctrl_c
 from tests.docs.pages import ROOT
 
 MAINS = {
@@ -23,6 +23,7 @@ MAINS = {
     "hetis-worker": "hetis.runtime.worker.main",
     "hetis-profile": "hetis.profiler.cli.main",
 }
+LIMIT_S = 300.0  # for a first line or an end, on a machine that does much else
 
 
 class Session:
@@ -65,7 +66,7 @@ class Session:
         Yields what it has printed so far.
         """
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {self.written(line)}"],
+            with_ctrl_c(["bash", "-c", f"exec {self.written(line)}"]),
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -73,20 +74,20 @@ class Session:
             text=True,
         )
         assert process.stdout is not None
-        watchdog = threading.Timer(60, process.kill)
+        watchdog = threading.Timer(LIMIT_S, process.kill)
         watchdog.start()
         try:
             printed = ""
             while not re.search(until, printed):
                 read = process.stdout.readline()
-                assert read, f"{line}\nended, or said nothing of {until!r} for a minute\n{printed}"
+                assert read, f"{line}\nended, or said nothing of {until!r} for {LIMIT_S:g} s\n{printed}"
                 printed += read
             watchdog.cancel()
             rest = threading.Thread(target=process.stdout.read)  # a full pipe would stop it
             rest.start()
             yield printed
             process.send_signal(end)
-            assert process.wait(60) == code, line
+            assert process.wait(LIMIT_S) == code, line
             rest.join()
         finally:
             watchdog.cancel()

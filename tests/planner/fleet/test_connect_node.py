@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ class _Servicer(AgentServicer):
     async def ConnectNode(self, request_iterator, context):  # type: ignore[no-untyped-def] # noqa: N802
         identity.set_caller(self._who)
         try:
-            async for response in super().ConnectNode(request_iterator, context):
-                yield response
+            # Closed at once also where the call is cancelled while a message is written, which gRPC leaves to the
+            # garbage collector if a servicer yields its messages.
+            async with aclosing(super().ConnectNode(request_iterator, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
         except ServiceError as error:
             await context.abort(error.code, error.reason_name)
 

@@ -16,6 +16,7 @@ from typing import Any
 FAKE = "tests.planner.service.process"
 REAL = "hetis.planner.service.main"
 ROOT = Path(__file__).parents[3]
+LIMIT_S = 300.0  # for what a planner does in seconds, on a machine that does much else
 
 
 class Process:
@@ -52,7 +53,7 @@ class Process:
         self._process.communicate()
         self._stderr.close()
 
-    def ready(self, timeout_s: float = 60) -> Any:
+    def ready(self, timeout_s: float = LIMIT_S) -> Any:
         """Return what ``--ready-json`` printed."""
         assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
@@ -69,7 +70,7 @@ class Process:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def end(self, timeout_s: float = 60) -> tuple[int, str]:
+    def end(self, timeout_s: float = LIMIT_S) -> tuple[int, str]:
         """Exit code and stderr."""
         self._process.communicate(timeout=timeout_s)
         self._stderr.seek(0)
@@ -84,7 +85,7 @@ def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> t
         [sys.executable, "-m", REAL, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         cwd=folder,
         env=kept | {"COLUMNS": "120", "NO_COLOR": "1", "XDG_STATE_HOME": str(folder)} | environment,
         check=False,
