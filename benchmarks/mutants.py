@@ -33,6 +33,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
+RECORDED = "tests/solver/test_recorded.py::test_answers_are_those_that_were_recorded"
 # Part: the files that are changed, and the tests that must notice, the quickest to notice first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
@@ -53,11 +54,18 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "tests/solver/test_arithmetic.py::test_all_know_the_same_latencies_whether_prompts_wait_or_not",
         ),
     ),
-    "dispatch": ((f"{SOLVER}/dispatch",), ("tests/solver/dispatch_state", "tests/solver/dispatch")),
+    "dispatch": (
+        (f"{SOLVER}/dispatch",),
+        (f"{RECORDED}[dispatch]", "tests/solver/dispatch_state", "tests/solver/dispatch"),
+    ),
     "redispatch": (
         (f"{SOLVER}/redispatch",),
-        tuple(
-            f"tests/solver/redispatch/test_{name}.py" for name in ("ordering", "redispatch", "triggers_and_baselines")
+        (
+            f"{RECORDED}[redispatch]",
+            *(
+                f"tests/solver/redispatch/test_{name}.py"
+                for name in ("ordering", "redispatch", "triggers_and_baselines", "watch", "quality")
+            ),
         ),
     ),
 }

@@ -1,0 +1,121 @@
+"""Answers of dispatch and re-dispatch on random stages, kept: ``python -m tests.solver.recorded`` writes them anew.
+
+Properties cannot tell a good heuristic from one that a slip made a little worse, or that looks in another order; the
+answers it gave can. A change of a heuristic that is meant changes the file too, and the diff shows which answers became
+better and which worse. Times are kept, rather than placements, which may differ where two are equally good.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hetis.solver.dispatch.result import Path
+from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
+from hetis.solver.redispatch.solve import solve_redispatch
+from hetis.solver.redispatch.triggers import triggers
+from tests.solver.dispatch import instances as dispatch
+from tests.solver.redispatch import instances as redispatch
+
+Answer = dict[str, Any]
+FILE = pathlib.Path(__file__).with_name("recorded.json")
+NUM_DISPATCHES, NUM_REDISPATCHES = 240, 150
+PROVED = 1e-4  # gap of a plan that no longer search would have improved
+
+
+def is_same(name: str, before: Any, now: Any) -> bool:
+    """Return whether a value is the recorded one: exactly, or about, where the name says so."""
+    if not isinstance(now, float):
+        return bool(now == before)
+    return math.isclose(now, before, rel_tol=5e-3 if name.startswith("about") else 1e-6, abs_tol=1e-9)
+
+
+def dispatched(seed: int) -> Answer:
+    """Dispatch on a random stage of any kind, memory short in two of three."""
+    rng = np.random.default_rng(seed)
+    problem = dispatch.random_problem(
+        rng,
+        num_devices=int(rng.integers(2, 13)),
+        num_requests=int(rng.integers(1, 10)),
+        pieces=int(rng.integers(1, 4)),
+        head_groups=int(rng.choice([1, 2, 4, 8])),
+        load=rng.choice(["level", "uneven", "idle"]),
+        tp=[None, 1, 2, 4][int(rng.integers(4))],
+        nic_share=float(rng.choice([0.0, 0.5, 1.2])),
+        free_ratio=[None, 3.0, 1.3, 1.1, 1.03, 0.7][int(rng.integers(6))],
+        equal_growth=bool(rng.integers(2)),
+    )
+    plan = solve_dispatch(problem)
+    answer = {
+        "path": plan.path.value,
+        "bound_us": plan.bound_s * 1e6,
+        "relaxed_us": plan.relaxed_s * 1e6,
+        "unplaced": [str(one) for one in plan.unplaced],
+    }
+    # Where HiGHS or ruin and recreate took part, the last digits decide which of several good plans is found.
+    if plan.path is not Path.LP and plan.gap < PROVED:
+        answer |= {"makespan_us": plan.makespan_s * 1e6, "groups": sorted(plan.groups.sum(axis=0).tolist())}
+    else:
+        answer["about_us"] = plan.makespan_s * 1e6
+    return answer
+
+
+def redispatched(seed: int) -> Answer:
+    """Re-dispatch on a random stage of any kind, and why it was due."""
+    rng = np.random.default_rng(seed)
+    head_groups = int(rng.choice([1, 2, 4, 8]))
+    problem = redispatch.random_problem(
+        seed,
+        num_devices=int(rng.integers(2, 6)),
+        num_requests=int(rng.integers(1, 13)),
+        head_groups=head_groups,
+        pieces=int(rng.integers(1, 3)),
+        tp=[None, 1, min(2, head_groups)][int(rng.integers(3))],
+        slack=float(rng.choice([0.0, 0.05, 0.3, 2.0])),
+        draining=bool(rng.random() < 0.3),
+        budget_share=float(rng.choice([0.1, 0.3, np.inf, np.inf])),
+        least_gain=float(rng.choice([0.0, 0.0, 0.05])),
+        high_water=float(rng.choice([0.5, 0.9, 1.0])),
+    )
+    plan = solve_redispatch(problem)
+    return {
+        "objective_us": plan.objective_s * 1e6,
+        "bound_us": plan.bound_s * 1e6,
+        "makespan_us": plan.makespan_after_s * 1e6,
+        "short": plan.short_after,
+        "copied_mb": plan.num_bytes / 1e6,
+        "moves": [f"{move.request} {move.groups} {move.reason.value} {move.wave}" for move in plan.moves],
+        "seconds": sum(move.seconds for move in plan.moves),
+        "payback_steps": sum(move.payback_steps or 0.0 for move in plan.moves),
+        "refused": len(plan.refused),
+        "due": [f"{one.device}: {one}" for one in triggers(problem.snapshot, Dispatcher(problem.snapshot.stage))],
+    }
+
+
+KINDS: dict[str, tuple[int, Callable[[int], Answer]]] = {
+    "dispatch": (NUM_DISPATCHES, dispatched),
+    "redispatch": (NUM_REDISPATCHES, redispatched),
+}
+
+
+def recorded(kind: str) -> list[Answer]:
+    """Return the answers that were kept, by seed."""
+    answers: list[Answer] = json.loads(FILE.read_text(encoding="utf-8"))[kind]
+    return answers
+
+
+def main() -> None:
+    lines = []
+    for kind, (number, answer) in KINDS.items():
+        rows = ",\n".join(json.dumps(answer(seed), default=str) for seed in range(number))
+        lines.append(f'"{kind}": [\n{rows}\n]')
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
