@@ -69,10 +69,11 @@ def redispatched(seed: int) -> Answer:
     """Re-dispatch on a random stage of any kind, and why it was due."""
     rng = np.random.default_rng(seed)
     head_groups = int(rng.choice([1, 2, 4, 8]))
+    is_large = rng.random() < 0.12  # so that the integer program has only some of the requests
     problem = redispatch.random_problem(
         seed,
-        num_devices=int(rng.integers(2, 6)),
-        num_requests=int(rng.integers(1, 13)),
+        num_devices=int(rng.integers(6, 17) if is_large else rng.integers(2, 6)),
+        num_requests=int(rng.integers(20, 60) if is_large else rng.integers(1, 13)),
         head_groups=head_groups,
         pieces=int(rng.integers(1, 3)),
         tp=[None, 1, min(2, head_groups)][int(rng.integers(3))],

@@ -38,6 +38,7 @@ def test_groups_under_way_hold_blocks_at_both_ends_and_run_at_the_source() -> No
     assert move is not None
     assert state.free_blocks().tolist() == [40 - 9, 40 - 3 - 2, 6 - 2 - 3]
     assert state.load().heads.tolist() == [6, 6, 4]
+    state.check_invariants()
     state.commit_moves(move.number)
     assert state.free_blocks().tolist() == [40 - 6, 40 - 3 - 2, 6 - 2 - 3]
     assert state.load().heads.tolist() == [4, 6, 6]
