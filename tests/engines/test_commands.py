@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from dataclasses import replace
@@ -20,8 +21,11 @@ from hetis.engines.commands import (
 )
 from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving
+from hetis.engines.starting import program_of
+from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
+from hetis.solver.plan import Role
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
@@ -234,3 +238,43 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                 }
             )
     assert parsed_by_vllm(lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "dtype"),
+    [
+        (Engine.VLLM, ("A100-PCIe-80GB", "T4"), "float16"),
+        (Engine.SGLANG, ("A100-PCIe-80GB", "T4"), "float16"),
+        (Engine.VLLM, ("A100-PCIe-80GB", "L4"), None),
+        (Engine.VLLM, ("T4", "of-another-maker"), "float16"),
+    ],
+)
+def test_gpus_without_bfloat16_make_all_ranks_compute_in_float16(
+    engine: Engine, gpus: tuple[str, str], dtype: str | None
+) -> None:
+    ends = {"kv_head_groups_kept": 8}
+    stages = (
+        stage_of(gpu=gpus[0], num_layers=3, **ends),
+        stage_of(gpu=gpus[1], first_layer=3, num_layers=1, devices=("b/0",), **ends),
+    )
+    layout = layout_of(plan_of(*stages, in_flight=2), 0, MODEL, engine=engine)
+    serving = Serving(model="/models/tiny", program=program_of(engine))
+    for command in commands_of(layout, serving, Addresses()):
+        said = dict(itertools.pairwise(command.shown))
+        assert said.get("--dtype") == dtype, "each node would choose by its own GPUs"
+    as_wanted = commands_of(layout, replace(serving, dtype="float32"), Addresses())[0].shown
+    assert dict(itertools.pairwise(as_wanted))["--dtype"] == "float32"
+    on_cpu = commands_of(layout, replace(serving, device="cpu"), Addresses())[0].shown
+    assert "--dtype" not in on_cpu
+
+
+def test_prefill_and_decode_replicas_hand_kv_over_in_one_dtype() -> None:
+    prefill = plan_of(
+        stage_of(kv_head_groups_kept=8, gpu="A100-PCIe-80GB"), role=Role.PREFILL, micro_batch=0, tpot_s=0.0
+    ).replicas
+    decode = plan_of(
+        stage_of(kv_head_groups_kept=8, gpu="T4", devices=("b/0",)), role=Role.DECODE, chunk_tokens=0, ttft_s=0.0
+    ).replicas
+    both = replace(plan_of(stage_of()), replicas=(*prefill, *decode))
+    dtypes = {layout_of(both, number, MODEL, engine=Engine.VLLM).dtype for number in (0, 1)}
+    assert dtypes == {"float16"}

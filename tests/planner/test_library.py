@@ -235,3 +235,14 @@ def value_of(source: str, names: dict[str, Any]) -> Any:
         return eval(compile(ast.Expression(last.value), "cell", "eval"), names)
     exec(compile(ast.Module([last], []), "cell", "exec"), names)
     return None
+
+
+def test_replicas_without_routes_are_left_out_and_other_checkpoints_are_told() -> None:
+    plan = hetis.place(
+        EXAMPLES / "h100-l4.yaml", "Llama-3.1-70B", "8000/300", weights="fp8", ttft=None, tpot="50ms", verify=False,
+        other_engines=False, time_limit="10s",
+    )  # fmt: skip
+    assert [replica.role.value for replica in plan.replicas] == ["unified"], "L4s would prefill for nobody"
+    [told] = plan.export("vllm").lost
+    assert told.startswith("meta-llama/Meta-Llama-3.1-70B is kept in bf16, the plan counts on weights in fp8")
+    assert plan.export("vllm", model="/models/llama-fp8").lost == ()

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from hetis.engines.errors import LayoutError
+from hetis.engines.precision import common_dtype
 from hetis.engines.versions import Engine
 from hetis.solver.cluster import node_of
 from hetis.solver.model import ModelSpec
@@ -82,6 +83,7 @@ class Layout:
         kv_tokens: KV capacity in tokens.
         kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
         context_tokens: the longest request that fits into the KV capacity. None: the model's context is no longer.
+        dtype: of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine.
     """
 
     engine: Engine
@@ -97,6 +99,7 @@ class Layout:
     kv_tokens: int
     kv_is_fp8: bool = False
     context_tokens: int | None = None
+    dtype: str = "auto"
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -187,6 +190,7 @@ def layout_of(
         engine=engine,
         dtype=dtype,
         kv_tokens=kv_tokens,
+        partners=tuple(_partners(plan, number)),
     )
 
 
@@ -198,11 +202,13 @@ def layout_of_replica(
     engine: Engine = Engine.VLLM_HETIS,
     dtype: str = "auto",
     kv_tokens: int | None = None,
+    partners: Sequence[ReplicaPlan] = (),
 ) -> Layout:
     """The layout of a replica that is not, or no longer, in a plan; the arguments are those of `layout_of`.
 
     Args:
         planned: document of the model that the replica was planned for. None: not known.
+        partners: replicas with which it exchanges KV, in one dtype.
 
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
@@ -238,7 +244,14 @@ def layout_of_replica(
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
+        dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),
     )
+
+
+def _partners(plan: Plan, number: int) -> Iterator[ReplicaPlan]:
+    """Yield the plan's other replicas that prefill or decode alone, if this one does."""
+    if plan.replicas[number].role is not Role.UNIFIED:
+        yield from (one for one in plan.replicas if one.role is not Role.UNIFIED)
 
 
 def _is_fp8(model: ModelSpec, dtype: str) -> bool:

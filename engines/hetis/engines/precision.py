@@ -5,9 +5,10 @@ Anything not recorded (GPUs of other vendors, unlisted architectures) is not ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from hetis.formats import catalogue
 from hetis.formats.dtypes import kv_of, weights_of
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, ModelSpec
@@ -56,6 +57,7 @@ class Support:
 
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
+_BFLOAT16 = 8.0  # the least capability that has it
 _VLLM = Support(
     version="0.32.0",
     engine=Least(capability=7.5, source="docs/getting_started/installation/gpu.cuda.inc.md since v0.21"),
@@ -100,6 +102,23 @@ def why_not(model: ModelSpec, gpu: GpuType, engine: str) -> str | None:
     Return None if it can, or if nothing is recorded about it.
     """
     return next(_reasons(model, gpu, engine), None)
+
+
+def common_dtype(gpus: Iterable[str]) -> str:
+    """Return the dtype that an engine must be told so that these GPU types compute in one; ``auto``: what it chooses.
+
+    By itself each node of vLLM and SGLang takes float16 below compute capability 8.0, and the checkpoint's bfloat16
+    from there on (`supported_dtypes` in vllm/platforms/cuda.py). Types that the catalogue lacks count as having both.
+    """
+    return "float16" if any(_capability(name) < _BFLOAT16 for name in gpus) else "auto"
+
+
+def _capability(gpu: str) -> float:
+    try:
+        architecture = catalogue.find_gpu(gpu).gpu.architecture
+    except catalogue.UnknownNameError:
+        return _BFLOAT16
+    return CAPABILITIES.get(architecture, _BFLOAT16)
 
 
 def remarks(model: ModelSpec, gpus: Mapping[str, GpuType], engine: str) -> Iterator[str]:

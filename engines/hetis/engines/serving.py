@@ -49,6 +49,10 @@ class Serving:
         """Return whether one of these is among the verbatim options."""
         return bool(names_of(self.options) & set(names))
 
+    def dtype_of(self, common: str) -> str:
+        """Return the dtype to tell the engine, if that of its GPUs is ``common``: the user's goes first."""
+        return common if self.dtype == "auto" and self.device == "cuda" else self.dtype
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meeting:

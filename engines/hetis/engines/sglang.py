@@ -28,8 +28,8 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--pp-max-micro-batch-size"] = str(layout.micro_batch)
     if layout.chunk_tokens:
         told["--chunked-prefill-size"] = str(layout.chunk_tokens)
-    if serving.dtype != "auto":
-        told["--dtype"] = serving.dtype
+    if (dtype := serving.dtype_of(layout.dtype)) != "auto":
+        told["--dtype"] = dtype
     if layout.kv_is_fp8:
         told["--kv-cache-dtype"] = "fp8_e4m3"
     if serving.limits_kv:

@@ -33,8 +33,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats),
     }
     room = {name: value for name, value in given.items() if not serving.gives(name)}
-    if serving.dtype != "auto":
-        room["--dtype"] = serving.dtype
+    if (dtype := serving.dtype_of(layout.dtype)) != "auto":
+        room["--dtype"] = dtype
     if layout.kv_is_fp8:
         room["--kv-cache-dtype"] = "fp8"
     if serving.limits_kv:

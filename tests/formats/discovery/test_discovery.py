@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,18 @@ def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
     assert "4 mig-3g.20gb" in reason(fleet, "mig-mixed")
     assert "mixed types" in reason(fleet, "mixed")
     assert "1 node without GPUs" in fleet.left_out
+
+
+def test_gpus_that_a_plan_would_number_otherwise_than_the_driver_are_told(tmp_path: Path) -> None:
+    text = (INPUTS / "sxm.xml").read_text()
+    first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
+    in_use = next(one for one in others if "python3.12" in one)
+    (tmp_path / "host.xml").write_text(f"<nvidia_smi_log>{in_use}{first}{others[0]}</nvidia_smi_log>")
+    inventory = read_inventory([str(tmp_path / "host.xml")], Source.AUTO, with_busy=False)
+    fleet = discovered(inventory, name="test", said={})
+    assert gpus(fleet) == {"host": {"A100-SXM-80GB": 2}}
+    assert any("host/0 to host/1 of a plan are the driver's 1, 2" in one for one in fleet.assumed)
+    assert not any("of a plan" in one for one in found("sxm.xml").assumed), "those left out come after"
 
 
 def test_gpus_in_use_are_part_of_the_fleet_where_that_is_asked_for() -> None:

@@ -82,6 +82,7 @@ def host_node(
         ),
         nvlinks=min(links, default=None) if len(gpus) > 1 else None,
         bridged=bool(links) and min(links) == 0 < max(links),
+        indices=tuple(index for index, reason in enumerate(reasons) if not reason),
         where=where,
     )
 

@@ -69,6 +69,7 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         if slots:
             intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
             notes += [note] if note else []
+            notes += _other_indices(node)
             groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra))
     if problems:
         raise DocumentError(problems.values())
@@ -86,6 +87,18 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     )
     assumed = (*inventory.notes, *dict.fromkeys(notes), *_assumed(groups, used, zones, link))
     return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed)
+
+
+def _other_indices(node: FoundNode) -> list[str]:
+    """Return a sentence if a plan, which counts a node's GPUs from 0, would name other ones than the driver."""
+    if not node.indices or node.indices == tuple(range(len(node.indices))):
+        return []
+    free = ", ".join(map(str, node.indices))
+    planned = f"{node.name}/0" + (f" to {node.name}/{len(node.indices) - 1}" if len(node.indices) > 1 else "")
+    return [
+        f"{node.name}: its GPUs are counted without those left out: {planned} of a plan are the driver's {free}; "
+        "correct CUDA_VISIBLE_DEVICES in what is exported, or free the others"
+    ]
 
 
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:

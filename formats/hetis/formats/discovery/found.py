@@ -42,6 +42,7 @@ class FoundNode:
         left_out: a sentence for each group of unusable GPUs.
         nvlinks: NVLinks between every pair of GPUs; 0 if there are none; None if unknown.
         bridged: whether only some pairs have NVLinks.
+        indices: the driver's index of each usable GPU, in the order of ``gpus``; empty if the tool does not say.
         where: the place in its file, for problems.
     """
 
@@ -51,6 +52,7 @@ class FoundNode:
     left_out: tuple[str, ...] = ()
     nvlinks: int | None = None
     bridged: bool = False
+    indices: tuple[int, ...] = ()
     where: Problem
 
 

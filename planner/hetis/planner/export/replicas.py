@@ -14,6 +14,7 @@ from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import KV_PORT, MASTER_PORT, Serving
 from hetis.engines.starting import program_of
 from hetis.engines.versions import RECORDED, Engine
+from hetis.formats import catalogue
 from hetis.formats.dtypes import weights_of
 from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
@@ -179,6 +180,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
     engine = settings.engine or engine_for(plan)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
+    changes += _other_checkpoint(used, model, settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, workers = Counter[str](), Counter[str](), 0
     for number in range(len(plan.replicas)):
@@ -237,6 +239,21 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
 def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     """Return the precisions of weights that the plan's replicas have."""
     return list(dict.fromkeys(weights_of(model.on(replica.stages[0].gpu)) for replica in plan.replicas))
+
+
+def _other_checkpoint(used: Sequence[str], model: ModelSpec, settings: Settings) -> Iterator[str]:
+    """Yield a sentence if the checkpoint of the catalogue's name has other weights than the plan counts on."""
+    if settings.model != model.name:
+        return
+    try:
+        kept = weights_of(catalogue.find_model(model.name).model)
+    except catalogue.UnknownNameError:
+        return
+    if used != [kept]:
+        yield (
+            f"{model.name} is kept in {kept}, the plan counts on weights in {' and '.join(used)}: "
+            "--model names a checkpoint that is kept so"
+        )
 
 
 def engine_for(plan: Plan) -> Engine:

@@ -87,6 +87,8 @@ def solve_family(
         raise no_plan()
 
     def bound(outcome: Outcome) -> Plan:
+        if not problem.will:  # wishes may want GPUs in use, whatever for
+            outcome = without_idle(atlas, outcome)
         chosen = [(with_fewest_in_flight(atlas, template), count) for template, count in outcome.chosen]
         templates = [template for template, count in chosen for _ in range(count)]
         bound_stages = bind(atlas, templates, seed=seed, budget=budget)
@@ -96,6 +98,21 @@ def solve_family(
     if outcome.best is not None:
         plan = _simpler_or_best(plan, bound(outcome.best), simplest_within)
     return restored(plan, searched, problem) if problem.will else plan
+
+
+def without_idle(atlas: Atlas, outcome: Outcome) -> Outcome:
+    """Return the outcome without replicas that prefill or decode and that no KV goes from or to.
+
+    Where GPUs cost nothing a search may choose them, because they neither help nor hurt.
+    """
+    templates = [template for template, count in outcome.chosen for _ in range(count)]
+    ends = {end for route in kv_routes(atlas, templates, outcome.flows) for end in (route.prefill, route.decode)}
+    kept = Counter(
+        template
+        for number, template in enumerate(templates)
+        if number in ends or atlas.mixes[template.mix].role is Role.UNIFIED
+    )
+    return replace(outcome, chosen=tuple(kept.items()))
 
 
 def _simpler_or_best(simpler: Plan, best: Plan, within: float) -> Plan:
