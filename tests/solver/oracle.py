@@ -262,6 +262,10 @@ def alike_for_engine(
     if engine is None:
         yield options
         return
+    if role is Role.DECODE and M > 1:
+        return  # KV is handed over to single stages
+    if role is Role.PREFILL and M > 1 and problem.model.sliding_window and engine.name.startswith("vllm"):
+        return
     kinds: dict[object, list[StageOption]] = {}
     for option in options:
         pool = option.shape.pool

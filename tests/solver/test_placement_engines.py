@@ -274,8 +274,8 @@ def test_what_an_engine_lacks_is_what_the_checker_finds(problem: PlacementProble
     held, fleet = replace(problem, family=run_by(problem.family, rules)), Fleet.of(problem.cluster)
     for replica in plan.replicas:
         found = check_engine(replica, "replica", held, fleet)
-        assert bool(found) == bool(beyond([replica], rules, problem.cluster)), (found, replica)
-        without = beyond([replica], replace(rules, name="vllm"), problem.cluster)
+        assert bool(found) == bool(beyond([replica], rules, problem.cluster, problem.model)), (found, replica)
+        without = beyond([replica], replace(rules, name="vllm"), problem.cluster, problem.model)
         assert ("attention workers" in without) == bool(replica.attention_workers)
 
 
@@ -301,7 +301,7 @@ def test_limits_of_a_replica_hold_for_every_strategy(strategy: str, limit: dict[
     plan = solve_placement(problem, strategy=strategy)
     assert plan.replicas
     assert check_plan(plan, problem) == ()
-    assert beyond(plan.replicas, rules, problem.cluster) == ()
+    assert beyond(plan.replicas, rules, problem.cluster, problem.model) == ()
     nine = replace(problem, family=replace(problem.family, engine=replace(rules, min_layers=9)))
     assert any("must have at least 9" in violation.message for violation in check_plan(plan, nine))
 
@@ -312,13 +312,13 @@ def test_what_an_engine_lacks_is_said_once_and_in_words() -> None:
     copies = replace(one, stages=tuple(replace(stage, copies=2) for stage in one.stages))
     sizes = replace(one, stages=(replace(one.stages[0], tp=1), replace(one.stages[0], tp=2)), in_flight=5)
     small = EngineRules(name="vllm", max_stages=1)
-    assert beyond([copies, copies], EngineRules(name="vllm-hetis"), problem.cluster) == ("stage copies",)
-    assert beyond([copies, sizes], EngineRules(name="vllm-hetis"), problem.cluster)[:3] == (
+    assert beyond([copies, copies], EngineRules(name="vllm-hetis"), problem.cluster, problem.model) == ("stage copies",)
+    assert beyond([copies, sizes], EngineRules(name="vllm-hetis"), problem.cluster, problem.model)[:3] == (
         "stage copies",
         "several TP sizes in a replica",
         "more batches in flight than stages",
     )
-    assert "replicas of over 1 stages" in beyond([sizes], small, problem.cluster)
+    assert "replicas of over 1 stages" in beyond([sizes], small, problem.cluster, problem.model)
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -217,7 +217,11 @@ def layout_of_replica(
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
-    wrong = [*_other_model(planned, replica, model), *_impossible(replica, model, engine, dtype), *_uneven(cards)]
+    wrong = [
+        *_other_model(planned, replica, model),
+        *_impossible(replica, partners, model, engine, dtype),
+        *_uneven(cards),
+    ]
     if wrong:
         raise LayoutError(*wrong)
     tp = replica.stages[0].tp
@@ -329,7 +333,9 @@ def _other_model(planned: Mapping[str, Any] | None, replica: ReplicaPlan, model:
         yield f"the plan's stages have {layers} layers, the model {model.num_layers}"
 
 
-def _impossible(replica: ReplicaPlan, model: ModelSpec, engine: Engine, dtype: str) -> Iterator[str]:
+def _impossible(
+    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine, dtype: str
+) -> Iterator[str]:
     """Yield what the replica needs and the engine, or the plugin in it, cannot do."""
     if replica.attention_workers and engine is not Engine.VLLM_HETIS:
         yield f"it has attention workers, which {engine.program} has with hetis' plugin alone (engine vllm-hetis)"
@@ -338,17 +344,32 @@ def _impossible(replica: ReplicaPlan, model: ModelSpec, engine: Engine, dtype: s
             f"the replica is to {'prefill' if replica.role is Role.PREFILL else 'decode'} only: "
             "the plugin has the place of vLLM's connector that would carry prompts between replicas"
         )
-    if engine is not Engine.SGLANG and len(replica.stages) > 1:
-        if replica.role is Role.DECODE:
-            yield f"it decodes in {len(replica.stages)} stages: vLLM's NIXL connector brings prompts into one alone"
-        if replica.role is Role.PREFILL and model.sliding_window is not None:
-            yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
+    yield from _handed_over(replica, partners, model, engine)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and model.mla is not None:
         yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
     if replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
         yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
+
+
+def _handed_over(
+    replica: ReplicaPlan, partners: Sequence[ReplicaPlan], model: ModelSpec, engine: Engine
+) -> Iterator[str]:
+    """Yield why prompts' KV cannot be handed over between these stages, see `EngineRules.stages_of`."""
+    stages = len(replica.stages)
+    if stages == 1:
+        return
+    if engine is Engine.SGLANG:
+        from_others = {len(one.stages) for one in partners if one.role is Role.PREFILL} - {stages}
+        if replica.role is Role.DECODE and from_others:
+            others = ", ".join(map(str, sorted(from_others)))
+            yield f"it decodes in {stages} stages: SGLang takes prompts from as many stages, not {others}"
+        return
+    if replica.role is Role.DECODE:
+        yield f"it decodes in {stages} stages: vLLM's NIXL connector brings prompts into one alone"
+    if replica.role is Role.PREFILL and model.sliding_window is not None:
+        yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
 
 
 def _impossible_stage(

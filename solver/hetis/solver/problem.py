@@ -64,7 +64,8 @@ class EngineRules:
     All stages have the same TP size, the model in one precision, and no copies, with as many micro-batches in flight as
     stages. Attention workers belong to unified replicas only (the plugin replaces the connector that transfers KV),
     whose KV has 16 bits. Heads go to the same worker in all stages, so all stages have equally many workers of one
-    device class and give them equally many head groups of every rank.
+    device class and give them equally many head groups of every rank. Where prefill and decode are apart, fewer stages
+    may be allowed, see `stages_of`.
 
     Attributes:
         name: the engine.
@@ -97,13 +98,24 @@ class EngineRules:
         if self.max_stages > MOST_STAGES:
             raise InvalidProblemError(f"max_stages is {self.max_stages}, must be at most {MOST_STAGES}")
 
+    def stages_of(self, role: Role, model: ModelSpec) -> int:
+        """Return the most stages of a replica of this role.
+
+        KV that is handed over goes to decode replicas of one stage: vLLM's NIXL connector refuses others (0.32,
+        ``nixl/base_worker.py``), and SGLang takes them only where prompts come from equally many stages
+        (``disaggregation/common/conn.py``). vLLM's does not take KV from several stages either if layers slide.
+        """
+        slides = model.sliding_window is not None and self.name != "sglang"
+        return 1 if role is Role.DECODE or (role is Role.PREFILL and slides) else self.max_stages
+
     def describe(self) -> str:
         """Return the rules in a few words."""
         gpus = "" if self.max_gpus is None else f" and {self.max_gpus} GPUs"
         layers = "" if self.min_layers == 1 else f" of at least {self.min_layers} layers each"
         stages = f"{self.max_stages} stages{layers}{gpus}"
         nodes = "" if self.max_nodes is None else f" and on {self.max_nodes} node{'s' * (self.max_nodes > 1)} each"
-        return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight"
+        beside = "as many batches in flight; decode replicas have one stage"
+        return f"what {self.name} runs: at most {stages} in one zone{nodes}, {beside}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

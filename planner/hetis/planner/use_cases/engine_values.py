@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,8 @@ from hetis.planner.use_cases.precision import refused_by, wishes_of
 from hetis.planner.use_cases.sources import family_of
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
-from hetis.solver.plan import Plan
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
 from hetis.solver.will import Will
 
@@ -79,7 +80,7 @@ def _values(
 ) -> Iterator[EngineValue]:
     from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
 
-    own, known = problem.family.engine, dict[tuple[Family, Will], EngineValue]()
+    own, known = problem.family.engine, dict[Hashable, EngineValue]()
     of_engine = partial(wishes_of, problem.model, problem.cluster)
     ours = of_engine(None if own is None else own.name)
     asked = [wish for wish in problem.will if wish not in ours]
@@ -91,11 +92,11 @@ def _values(
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
         family = family_of(plan.strategy, problem.family.roles, rules)
         will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))
-        alike = _but_for_its_name(family), will
+        alike = _but_for_its_name(family, problem.model), will
         if alike not in known:
             lacks = _lacking(plan, problem, rules)
             found = EngineValue(engine=name, value=None if lacks else plan.result.value, bound=None, lacks=lacks)
-            if not lacks and _has_all_of(problem.family, family) and set(will) >= set(problem.will):
+            if not lacks and _has_all_of(problem.family, family, problem.model) and set(will) >= set(problem.will):
                 found = replace(found, bound=plan.result.bound)
             else:
                 told(name)
@@ -124,17 +125,25 @@ def _lacking(plan: Plan, problem: PlacementProblem, rules: EngineRules | None) -
         return ()
     used = {stage.gpu for replica in plan.replicas for stage in replica.stages}
     refused = refused_by(problem.model, problem.cluster, rules.name)
-    features = beyond(plan.replicas, rules, problem.cluster)
+    features = beyond(plan.replicas, rules, problem.cluster, problem.model)
     return (*features, *(f"stages on {gpu}" for gpu in refused if gpu in used))
 
 
-def _but_for_its_name(family: Family) -> Family:
-    return family if family.engine is None else replace(family, engine=replace(family.engine, name=""))
+def _but_for_its_name(family: Family, model: ModelSpec) -> tuple[Family, tuple[int, ...]]:
+    alike = family if family.engine is None else replace(family, engine=replace(family.engine, name=""))
+    return alike, _stages_of(family, model)
 
 
-def _has_all_of(family: Family, poorer: Family) -> bool:
+def _stages_of(family: Family, model: ModelSpec) -> tuple[int, ...]:
+    return tuple(family.engine.stages_of(role, model) for role in Role) if family.engine is not None else ()
+
+
+def _has_all_of(family: Family, poorer: Family, model: ModelSpec) -> bool:
     """Return whether this family contains all plans of another engine's, given equal limits."""
-    return family.engine is None or (poorer.engine is not None and family.max_pool >= poorer.max_pool)
+    if family.engine is None:
+        return True
+    allowed = zip(_stages_of(family, model), _stages_of(poorer, model), strict=False)
+    return poorer.engine is not None and family.max_pool >= poorer.max_pool and all(a >= b for a, b in allowed)
 
 
 def _searched(

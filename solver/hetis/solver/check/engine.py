@@ -17,17 +17,19 @@ def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fl
     if rules is None:
         return []
     wrong = [
-        *_pipeline(replica, rules, fleet),
+        *_pipeline(replica, rules, problem.model, fleet),
         *_precision(replica, problem.model),
         *_attention_workers(replica, rules, problem.model),
     ]
     return [Violation(rule=Rule.ENGINE, where=where, message=f"{message} ({rules.name})") for message in wrong]
 
 
-def _pipeline(replica: ReplicaPlan, rules: EngineRules, fleet: Fleet) -> Iterator[str]:
+def _pipeline(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet: Fleet) -> Iterator[str]:
     depth, sizes = len(replica.stages), {stage.tp for stage in replica.stages}
     if depth > rules.max_stages:
         yield f"has {depth} stages, may have {rules.max_stages}"
+    elif depth > (most := rules.stages_of(replica.role, model)):
+        yield f"has {depth} stages and is to {replica.role} only: KV is handed over with {most} there"
     if len(sizes) > 1:
         yield f"has stages of TP {', '.join(map(str, sorted(sizes)))}, must have one TP size"
     if any(stage.copies > 1 for stage in replica.stages):

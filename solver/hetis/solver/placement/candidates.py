@@ -207,6 +207,7 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
         made(number, side, mixes, None)
         for number, shape in enumerate(shapes)
         for side, mixes in mixes_of[shape.scope].items()
+        if engine is None or shape.depth <= engine.stages_of(atlas.mixes[mixes[0]].role, atlas.problem.model)
     ]
     return without, (
         made(number, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)

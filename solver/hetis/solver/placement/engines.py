@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.cluster import Cluster, node_of
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan, Role
 from hetis.solver.problem import EngineRules, Family
 
@@ -77,18 +78,18 @@ def run_by(family: Family, rules: EngineRules | None) -> Family:
     )  # fmt: skip
 
 
-def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster) -> tuple[str, ...]:
+def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster, model: ModelSpec) -> tuple[str, ...]:
     """Return what an engine lacks to run these replicas, each item once, in a few words; empty if it runs them all."""
     zones = {
         group.node_name(index): group.zone for group in cluster.node_groups for index in range(group.count)
     } if len(cluster.zones()) > 1 else {}  # fmt: skip
     found = dict[str, None]()
     for replica in replicas:
-        found |= dict.fromkeys(_beyond(replica, rules, zones))
+        found |= dict.fromkeys(_beyond(replica, rules, zones, model))
     return tuple(found)
 
 
-def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str]) -> Iterator[str]:
+def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str], model: ModelSpec) -> Iterator[str]:
     depth, pools = len(replica.stages), replica.attention_workers
     if any(stage.copies > 1 for stage in replica.stages):
         yield "stage copies"
@@ -96,6 +97,8 @@ def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str]) 
         yield "several TP sizes in a replica"
     if depth > rules.max_stages:
         yield f"replicas of over {rules.max_stages} stages"
+    elif depth > rules.stages_of(replica.role, model):
+        yield f"{replica.role} replicas of several stages"
     elif replica.in_flight != depth and all(stage.copies == 1 for stage in replica.stages):
         yield "more batches in flight than stages" if replica.in_flight > depth else "one batch at a time"
     names = replica.devices()

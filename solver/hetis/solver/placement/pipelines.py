@@ -396,7 +396,7 @@ def is_run_by_engine(atlas: Atlas, template: Template) -> bool:
     least = least_layers(atlas)
     return (
         depth == groups == int(atlas.scopes[template.scope].tables.in_flight[template.in_flight_index])
-        and depth <= (rules.max_stages if workers == {-1} else rules.max_pooled_stages)
+        and depth <= (rules.stages_of(mix.role, atlas.problem.model) if workers == {-1} else rules.max_pooled_stages)
         and len(sizes) == len(zones) == len(pools) == 1
         and all(computes_on(atlas.ranks[stage.rank][0]) for stage in template.stages)
         and (workers == {-1} or mix.role is Role.UNIFIED)
