@@ -61,6 +61,22 @@ def test_the_demand_is_served_without_any_one_node(inputs: list[str], capsys: py
     assert "--survive goes with --objective cost or gpus" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_survives_is_spread_over_nodes_where_that_takes_less(
+    inputs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("fleet.yaml").write_text(
+        FLEET.replace("count: 6, gpus: [{type: L4, count: 1}]", "count: 2, gpus: [{type: L4, count: 8}]")
+    )
+    goal = ["--objective", "gpus", "--rate", "1", "--tpot", "none", "--ttft", "none"]
+    alone, kept = placed(capsys, [*inputs, *goal]), placed(capsys, [*inputs, *goal, "--survive", "node"])
+    assert kept["result"]["value"] == 2 * alone["result"]["value"], "as much on either node"
+    assert kept["result"]["bound"] == pytest.approx(alone["result"]["bound"])
+    assert kept["result"]["status"] == "feasible", "a plan that survives with less was not ruled out"
+    assert 0.9 * kept["inputs"]["losses"]["node"]["rate"] >= 1
+    Path("plan.json").write_text(json.dumps(kept))
+    assert run(["check", "plan.json", "-q"]) == ExitCode.OK
+
+
 def test_every_plan_says_what_is_served_without_its_worst_node(
     inputs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,11 +156,11 @@ class Launchable:
         """Return the plan without the replicas that the target cannot carry.
 
         Raises:
-            NotExportableError: none is left.
+            NotExportableError: none is left, or those that are left serve nothing without the others.
         """
         kept = {number: one for number, one in self.replicas.items() if number not in left_out}
         less = replace(self, replicas=kept, left_out={**self.left_out, **left_out})
-        if not kept:
+        if not kept or less.rate() <= 0:
             raise NotExportableError(tuple(less.reasons()))
         return less
 

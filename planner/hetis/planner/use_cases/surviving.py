@@ -14,6 +14,7 @@ from hetis.solver.will import AtMost, LeaveOut, Replicas, Selection, Unit, Use
 LOSSES = "losses"  # entry of `Plan.inputs`: by ``node`` and ``zone``, the `Loss` of the worst one
 MOST_TRIES = 6  # demands that are tried
 ENOUGH = 1.0 - 1e-9
+FEW_NODES = (2, 3, 4, 6, 8)  # numbers of nodes that are tried on their own
 FEW_ZONES = 3  # plans of as many zones, or all but one, are tried besides those of all
 CLOSE = 0.01  # share of a zone's rate: less surplus is not worth another search
 
@@ -52,26 +53,105 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
 
 
 def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
-    """Let the demand grow by the worst loss until enough is left.
+    """Return the cheaper of two plans: one for a demand that grows until enough is left, and one of few nodes.
 
-    So the plan is the best for some demand, not among all that survive; no surviving plan costs less than the best plan
-    for the original demand.
+    Neither is the best of all that survive. No surviving plan costs less than the best plan for the original demand,
+    whose bound is theirs.
     """
-    demand = _demand(problem)
-    utilisation, asked, alone = problem.assumptions.planned_utilisation, demand, None
+    alone = find(problem)
+    plan, why_not = _grown(find, problem, alone)
+    if plan is alone:
+        return _with_cost(alone, alone, "node", _demand(problem), _left_without_node(alone, problem), least=0.0)
+    spread = _spread(find, problem)
+    if spread is not None and (plan is None or spread.result.value < plan.result.value):
+        plan = spread
+    if plan is None:
+        raise why_not or NoPlanFoundError(
+            f"no plan was found that serves {_demand(problem):.4g} requests/s without its worst node, nor proved that "
+            "there is none"
+        )
+    plan = _bounded_by(plan, alone.result.bound)
+    asked, rate = plan.objective.demand_rps or 0.0, _left_without_node(plan, problem)
+    return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound)
+
+
+def _grown(find: Find, problem: PlacementProblem, alone: Plan) -> tuple[Plan | None, InfeasibleError | None]:
+    """Let the demand grow by the worst loss until enough is left; return that plan, or None, perhaps with a proof."""
+    demand, plan = _demand(problem), alone
+    utilisation = problem.assumptions.planned_utilisation
+    asked = demand
     for _ in range(MOST_TRIES):
-        posed = _for(problem, asked)
-        plan = _larger(find, posed, demand, "node")
-        alone = plan if alone is None else alone
         left = worst_node(plan, problem.cluster)
         rate, whole = (0.0, asked) if left is None else (utilisation * left.rate, utilisation * left.whole)
         if rate >= demand * ENOUGH:
-            return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound)
+            return plan, None
         asked = max(asked, demand + whole - rate)
-    raise NoPlanFoundError(
-        f"no plan was found that serves {demand:.4g} requests/s without its worst node, nor proved that there is none; "
-        f"the last for {asked:.4g} requests/s leaves {rate:.4g}"
-    )
+        try:
+            plan = _larger(find, _for(problem, asked), demand, "node")
+        except InfeasibleError as error:
+            return None, error
+    return None, None
+
+
+def _spread(find: Find, problem: PlacementProblem) -> Plan | None:
+    """Return the cheapest plan of a few nodes, each on its own, all but one of which serve the demand; None if none.
+
+    Nodes of one group are alike, so that one of them is tried for all.
+    """
+    demand, found, best = _demand(problem), dict[tuple[str, float], Plan | None](), None
+    if any(isinstance(wish, Use | Replicas | AtMost) for wish in problem.will):
+        return None  # they count over the whole fleet
+
+    def plan_of(node: str, rate: float) -> Plan | None:
+        if (node, rate) not in found:
+            try:
+                found[node, rate] = find(_on_node(_for(problem, rate), node))
+            except (InfeasibleError, NoPlanFoundError):
+                found[node, rate] = None
+        return found[node, rate]
+
+    groups = [[group.node_name(index) for index in range(group.count)] for group in problem.cluster.node_groups]
+    for number in FEW_NODES:
+        rate = demand / (number - 1)
+        able = [
+            (plan.result.value, node) for nodes in groups if (plan := plan_of(nodes[0], rate)) for node in nodes
+        ]  # fmt: skip
+        chosen = sorted(able)[:number]
+        if len(chosen) == number and (best is None or sum(value for value, _ in chosen) < best[0]):
+            best = sum(value for value, _ in chosen), [node for _, node in chosen], rate
+    if best is None:
+        return None
+    _, nodes, rate = best
+    parts = {node: plan for node in nodes if (plan := plan_of(node, rate)) is not None}
+    if len(parts) < len(nodes):
+        return None
+    posed = _for(problem, rate * len(nodes))
+    first = next(iter(parts.values()))
+    plan = _united(parts, replace(first, objective=posed.objective), posed)
+    return plan if _left_without_node(plan, problem) >= demand * ENOUGH else None
+
+
+def _on_node(problem: PlacementProblem, node: str) -> PlacementProblem:
+    left_out = (LeaveOut(gpus=Selection(unit=Unit.NODE, name=other)) for other in _node_names(problem) if other != node)
+    return replace(problem, will=(*problem.will, *left_out))
+
+
+def _node_names(problem: PlacementProblem) -> list[str]:
+    return [group.node_name(index) for group in problem.cluster.node_groups for index in range(group.count)]
+
+
+def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
+    lost = worst_node(plan, problem.cluster)
+    return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
+
+
+def _bounded_by(plan: Plan, bound: float) -> Plan:
+    """Return the plan with the bound of all plans that survive instead of that for its own demand."""
+    from hetis.solver.placement.solve import OPTIMAL_GAP
+
+    gap = abs(plan.result.value - bound) / abs(plan.result.value)
+    status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
+    return replace(plan, result=replace(plan.result, bound=bound, gap=gap, status=status))
 
 
 def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:

@@ -64,10 +64,14 @@ def search(
     if strategy == "uniform":
         return _enumerate_uniform(atlas, master, row_costs, budget, seed)
     if family.engine is not None:
-        return search_listing(
+        outcome = search_listing(
             atlas, master, row_costs, budget=budget, gap_target=gap_target, seed=seed, report=report,
             simplest_within=simplest_within,
         )  # fmt: skip
+        is_short = budget.is_spent() and not simplest_within
+        if is_short and (outcome is None or abs(outcome.bound - outcome.value) > gap_target * outcome.value):
+            return _better(outcome, _first_plan(atlas, budget, seed), master)
+        return outcome
     if is_small(atlas):
         _announce_compilation((explore,), budget, report)
         outcome = solve_exactly(atlas, master, row_costs, budget=budget, report=report, seed=seed)
