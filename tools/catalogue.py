@@ -139,6 +139,7 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
         max_position=whole("max_position"),
         sliding_window=whole("sliding_window") if row["sliding_window"] else None,
         sliding_window_every=2 if _ALTERNATING_WINDOW.search(row["model"]) else 1,
+        float16="gemma-2" not in row["model"],
         mla=mla,
         moe=moe,
     )
@@ -147,6 +148,8 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
     shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
     del shape["forbidden_cuts"]  # the tables have none, and sets have no order
     del shape["precisions"]
+    if model.float16:
+        del shape["float16"]
     return {
         "model": shape,
         "dtype": row["dtype"],

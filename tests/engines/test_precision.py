@@ -66,6 +66,14 @@ def test_gpus_that_only_keep_the_format_are_told() -> None:
     assert not list(remarks(LLAMA, gpus, "vllm"))
 
 
+def test_models_that_overflow_in_float16_need_gpus_with_bfloat16() -> None:
+    gemma, t4 = catalogue.find_model("gemma-2-9b").model, catalogue.find_gpu("T4").gpu
+    assert not gemma.float16
+    assert "needs bfloat16" in (why_not(gemma, t4, "vllm") or "")
+    assert why_not(gemma, A100, "vllm") is None
+    assert why_not(LLAMA, t4, "vllm") is None
+
+
 def test_every_row_has_a_source() -> None:
     for support in SUPPORT.values():
         rows = [support.engine, *support.weights.values(), *support.fp8_kv.values()]

@@ -158,6 +158,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         max_position=draw(st.integers(1, 10**6)),
         sliding_window=window,
         sliding_window_every=draw(st.integers(1, 3)),
+        float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,
         forbidden_cuts=frozenset(draw(st.sets(st.integers(0, layers - 1), max_size=3))),

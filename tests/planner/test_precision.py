@@ -146,7 +146,7 @@ def place_mixed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, 
 
 def test_gpu_types_have_precisions_of_their_own(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--weights", "bf16,H100=fp8")
-    plan, one = place_mixed(capsys, *options), place_mixed(capsys, "--weights", "bf16")
+    plan, one = place_mixed(capsys, *options), place_mixed(capsys, "--weights", "bf16", "--pin", "replicas=1")
     model = plan["inputs"]["documents"]["model"]
     assert model["precisions"] == {"H100-SXM-80GB": {"weights": "fp8", "weight_bytes": 1.0, "kv_bytes": 2.0}}
     groups = [{stage["gpu"] == "H100-SXM-80GB" for stage in replica["stages"]} for replica in plan["replicas"]]
@@ -164,7 +164,7 @@ def test_gpu_types_have_precisions_of_their_own(mixed: Path, capsys: pytest.Capt
 
 
 def test_a_replica_of_two_precisions_is_found_by_the_checker(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = place_mixed(capsys, "--weights", "bf16")
+    plan = place_mixed(capsys, "--weights", "bf16", "--pin", "replicas=1")
     assert any(len({stage["gpu"] for stage in replica["stages"]}) > 1 for replica in plan["replicas"])
     own = {"weights": "bf16", "weight_bytes": 2.0, "kv_bytes": 1.0}
     plan["inputs"]["documents"]["model"]["precisions"] = {"H100-SXM-80GB": own}

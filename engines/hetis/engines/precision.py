@@ -58,6 +58,7 @@ class Support:
 
 _QUANTISATION = "vllm/model_executor/layers/quantization"
 _BFLOAT16 = 8.0  # the least capability that has it
+_NO_FLOAT16 = "_FLOAT16_NOT_SUPPORTED_MODELS in vllm/config/model.py"
 _VLLM = Support(
     version="0.32.0",
     engine=Least(capability=7.5, source="docs/getting_started/installation/gpu.cuda.inc.md since v0.21"),
@@ -138,6 +139,11 @@ def _reasons(model: ModelSpec, gpu: GpuType, engine: str) -> Iterator[str]:
         yield f"mxfp4 is a format of experts, which {model.name} has not ({support.weights['mxfp4'].source})"
     if has is None:
         return
+    if not model.float16 and has < _BFLOAT16:
+        yield (
+            f"{model.name} needs bfloat16 ({_NO_FLOAT16}), which takes compute capability {_BFLOAT16:g}, "
+            f"{gpu.name} ({gpu.architecture}) has {has:g}"
+        )
     wanted = [
         (f"{weights_of(model)} weights", support.weights.get(model.weights)),
         (f"{kv_of(model)} KV", support.fp8_kv.get(model.attention) if model.kv_bytes == 1 else None),

@@ -194,7 +194,8 @@ def _gemma(config: Config, name: str) -> ModelSpec | None:
 def _gemma2(config: Config, name: str) -> ModelSpec | None:
     """Read Gemma 2, where every second layer has a sliding window."""
     common = _common(config, name, tie_embeddings=True, head_dim=256)
-    return _spec(config, **common, sliding_window=config.whole("sliding_window", 4096), sliding_window_every=2)
+    window = config.whole("sliding_window", 4096)
+    return _spec(config, **common, sliding_window=window, sliding_window_every=2, float16=False)
 
 
 def _phi(config: Config, name: str) -> ModelSpec | None:

@@ -86,6 +86,7 @@ class ModelSpecDocument(DocumentPart):
     max_position: Whole = 4096
     sliding_window: Whole | None = None
     sliding_window_every: Whole = 1
+    float16: bool = True
     mla: MlaPart | None = None
     moe: MoePart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
@@ -147,6 +148,8 @@ def model_to_data(model: ModelSpec) -> dict[str, Any]:
     data |= {name: getattr(model, name) for name in ("gated_mlp", "tie_embeddings", "max_position")}
     if model.sliding_window is not None or model.sliding_window_every != 1:
         data |= {"sliding_window": model.sliding_window, "sliding_window_every": model.sliding_window_every}
+    if not model.float16:
+        data["float16"] = False
     for name, fields in (("mla", MlaPart.model_fields), ("moe", MoePart.model_fields)):
         shape = getattr(model, name)
         if shape is not None:

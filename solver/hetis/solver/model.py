@@ -74,6 +74,7 @@ class ModelSpec:
     max_position: int = 4096
     sliding_window: int | None = None
     sliding_window_every: int = 1  # 1: all layers slide; 2: every second one
+    float16: bool = True  # False: engines refuse to compute it in float16, whose range is too small (Gemma 2)
     mla: MlaShape | None = None
     moe: MoeShape | None = None
     forbidden_cuts: frozenset[int] = frozenset()

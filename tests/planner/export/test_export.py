@@ -63,7 +63,7 @@ LOST: Mapping[tuple[Target, str], tuple[str, tuple[str, ...]]] = {
     (Target.SLURM, "workers of stages"): ("several ranks have KV on b/0, c/4", ("r0",)),
     (Target.DYNAMO, "stages of two nodes"): ("it is on 2 nodes", ("r0",)),
     (Target.DYNAMO, "three nodes twice"): ("it is on 3 nodes", ("r0", "r1")),
-    (Target.DYNAMO, "prefill and decode"): ("it is on 2 nodes", ("r0",)),
+    (Target.DYNAMO, "prefill and decode"): ("it is on 2 nodes", ("r0", "r1", "r2")),  # nothing prefills without it
     (Target.KSERVE, "prefill and decode"): ("no partner is left", ("r2",)),
     (Target.RAY, "prefill and decode"): ("no partner is left", ("r2",)),
 }

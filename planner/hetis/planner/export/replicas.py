@@ -20,6 +20,7 @@ from hetis.solver.errors import HetisError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 
+_TUNED = re.compile(r"(?i)instruct|chat|-it$")
 _NODE = re.compile(
     r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?"
 )  # names go into scripts and file names as they are
@@ -180,7 +181,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
     engine = settings.engine or engine_for(plan)
     if len(used := weights_used(plan, model)) > 1 and WEIGHTS not in settings.model:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
-    changes += _other_checkpoint(used, model, settings)
+    changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
     fronts, meetings, workers = Counter[str](), Counter[str](), 0
     for number in range(len(plan.replicas)):
@@ -241,19 +242,19 @@ def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     return list(dict.fromkeys(weights_of(model.on(replica.stages[0].gpu)) for replica in plan.replicas))
 
 
-def _other_checkpoint(used: Sequence[str], model: ModelSpec, settings: Settings) -> Iterator[str]:
-    """Yield a sentence if the checkpoint of the catalogue's name has other weights than the plan counts on."""
-    if settings.model != model.name:
-        return
+def _other_checkpoint(used: Sequence[str], asked: str, settings: Settings) -> Iterator[str]:
+    """Yield a sentence if a checkpoint that the catalogue knows is another than asked for or counted on."""
     try:
-        kept = weights_of(catalogue.find_model(model.name).model)
+        found = catalogue.find_model(settings.model).model
     except catalogue.UnknownNameError:
         return
-    if used != [kept]:
+    if used != [kept := weights_of(found)]:
         yield (
-            f"{model.name} is kept in {kept}, the plan counts on weights in {' and '.join(used)}: "
+            f"{settings.model} is kept in {kept}, the plan counts on weights in {' and '.join(used)}: "
             "--model names a checkpoint that is kept so"
         )
+    if _TUNED.search(asked) and not _TUNED.search(settings.model):
+        yield f"the plan is for {asked}, the checkpoint is {settings.model}: --model names the one that was tuned"
 
 
 def engine_for(plan: Plan) -> Engine:

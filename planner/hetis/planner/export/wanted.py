@@ -11,13 +11,16 @@ from hetis.engines.layout import DTYPE_BYTES
 from hetis.engines.planned import planned_model
 from hetis.engines.serving import DECIDED, names_of
 from hetis.engines.versions import Engine
+from hetis.formats import catalogue
 from hetis.formats.endpoints import is_host
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.export.names import Device, Target
 from hetis.planner.export.replicas import Settings, weights_used
 from hetis.planner.export.targets import ENGINES, Export, export_plan
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
 
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?")
 _MAX_PORT = 60_000  # below the ephemeral ports of operating systems
 
@@ -85,7 +88,7 @@ def export_wanted(
         raise single_problem(file, "inputs.documents.model is missing: the layout follows from it")
     has_one = len(weights_used(plan, shape)) == 1
     settings = Settings(
-        model=model or shape.name,
+        model=model or _checkpoint(plan, shape),
         served_name=served_name or ("" if has_one else shape.name),  # clients know no precisions
         engine=engine or (allowed[0] if len(allowed) == 1 else None),
         program=words,
@@ -104,6 +107,16 @@ def export_wanted(
         is_open=insecure,
     )
     return export_plan(plan, shape, target, settings)
+
+
+def _checkpoint(plan: Plan, shape: ModelSpec) -> str:
+    """Return the checkpoint that engines load: the Hugging Face id that the plan was asked for, or the model's name."""
+    asked = str((plan.inputs.get("origins") or {}).get("model", ""))
+    try:
+        known = catalogue.find_model(asked).model.name
+    except catalogue.UnknownNameError:
+        return shape.name
+    return asked if _HF_ID.fullmatch(asked) and known == shape.name else shape.name
 
 
 def _wrong_hosts(hosts: Mapping[str, str], spelled: Callable[[str], str]) -> list[str]:
