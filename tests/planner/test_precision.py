@@ -189,7 +189,7 @@ def test_an_export_finds_the_checkpoint_of_each_precision(mixed: Path, capsys: p
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        (("--weights", "fp8,A10=bf16"), "precision: unknown GPU 'A10'"),
+        (("--weights", "fp8,A10=bf16"), "precision: cluster mixed has no GPU type 'A10', it has H100-SXM-80GB"),
         (("--weights", "fp8,H100=bf16", "--engine", "any"), "has several precisions, which are planned for a named"),
         (("--weights", "H100=bf16,H100-SXM-80GB=fp8"), "names a GPU type twice"),
     ],

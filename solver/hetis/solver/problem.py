@@ -245,7 +245,10 @@ class PlacementProblem:
         if self.objective.kind in (ObjectiveKind.COST, ObjectiveKind.GPUS) and self.objective.demand_rps is None:
             raise InvalidProblemError(f"objective {self.objective.kind} needs a demanded rate")
         if self.model.precisions and self.family.engine is None:
-            raise InvalidProblemError(f"{self.model.name} has several precisions, which are planned for a named engine")
+            raise InvalidProblemError(
+                f"{self.model.name} has several precisions, which are planned for a named engine and its strategies: "
+                "any engine has one precision"
+            )
         for group in self.cluster.node_groups:
             for slots in group.gpus:
                 if slots.gpu not in self.profiles:

@@ -151,10 +151,21 @@ def _by_kind(files: Iterable[tuple[Any, Text]]) -> dict[str, list[_Object]]:
     return found
 
 
+def is_list(data: Any) -> bool:
+    """Return whether these are objects in a list that has lost its own kind, as jq writes it."""
+    items = mapping(data).get("items")
+    return (
+        isinstance(items, list)
+        and bool(items)
+        and "kind" not in data
+        and all(mapping(one).get("kind") for one in items)
+    )
+
+
 def _objects(data: Any, source: Text) -> Iterator[_Object]:
     """Yield the objects of a list, which may omit their kind if the list has it, or the one object of a file."""
     kind = text(mapping(data).get("kind"))
-    if kind.endswith("List") and isinstance(data.get("items"), list):
+    if (kind.endswith("List") or is_list(data)) and isinstance(data.get("items"), list):
         for i, item in enumerate(data["items"]):
             if isinstance(item, dict):
                 yield _Object(data={"kind": kind.removesuffix("List"), **item}, source=source, path=("items", i))

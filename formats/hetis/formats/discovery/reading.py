@@ -106,7 +106,7 @@ class _File:
             return Source.RAY
         if isinstance(found.get("nodes"), list) and "kind" not in found:
             return Source.SLURM
-        if "kind" in found and found.get("apiVersion") != API_VERSION:
+        if kubernetes.is_list(data) or ("kind" in found and found.get("apiVersion") != API_VERSION):
             return Source.KUBECTL
         has = f"it has {', '.join(list(found)[:12])}" if found else f"it begins with {begin[:40]!r}"
         raise single_problem(self.label, f"is of no tool that is known: {has}; known: {_KNOWN}")

@@ -45,11 +45,19 @@ def _on_types_of(cluster: Cluster, text: str | None, known: Collection[str]) -> 
     if text is None:
         return None
     chosen = dtypes.chosen_precision(text, known)
-    types = tuple(cluster.gpu_types)
-    on = {gpu if gpu in types else resolve_gpu(gpu, types): name for gpu, name in chosen.on.items()}
+    on = {_type_of(gpu, cluster): name for gpu, name in chosen.on.items()}
     if len(on) < len(chosen.on):
         raise ValueError(f"{text!r} names a GPU type twice")
     return dtypes.Chosen(chosen.everywhere, on)
+
+
+def _type_of(gpu: str, cluster: Cluster) -> str:
+    types = tuple(gpu_types_of(cluster))
+    try:
+        return gpu if gpu in types else resolve_gpu(gpu, types)
+    except UnknownNameError as error:
+        has = f"cluster {cluster.name} has no GPU type {gpu!r}, it has {', '.join(types)}"
+        raise error if error.ambiguous else ValueError(has) from None
 
 
 def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs:
