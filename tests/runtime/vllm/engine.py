@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.runtime.vllm.waiting import wait_in_peace
+
 Prompts = list[list[int]]
 
 
@@ -274,6 +276,7 @@ def main() -> None:
     from vllm import LLM
 
     assert LLM is not None
+    wait_in_peace()
     gc.collect()
     gc.freeze()  # forks neither look through vLLM's modules again, as an engine does when it starts, nor copy them
     for line in sys.stdin:
@@ -294,3 +297,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a rank that vLLM has started
+    wait_in_peace()
