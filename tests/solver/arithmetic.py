@@ -7,13 +7,14 @@ It takes of the solver only plain values (problems, models, profiles, moments): 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.profile import Op
+from hetis.solver.profile import Fit, Op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +69,19 @@ class Numbers:
         self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b - self.nc)
         self.n_it = self.nc + self.nd
         self.phi = self.nc / self.n_it
+        # The oracle asks for the same layer in stages of every length, and layers ask for the same fits.
+        self.fit_of, self.layer = cache(self.fit_of), cache(self.layer)
+        self.plain, self.chunk = cache(self.plain), cache(self.chunk)
 
     # --- one layer, one iteration
+
+    def fit_of(self, gpu: str, op: Op, n: int) -> Fit | None:
+        return self.problem.profiles[gpu].fit(op, self.model, n)
 
     def fit(
         self, gpu: str, op: Op, n: int, *, F: float = 0, B: float = 0, T: float = 0, H: float = 0, W: float = 0
     ) -> float:
-        found = self.problem.profiles[gpu].fit(op, self.model, n)
+        found = self.fit_of(gpu, op, n)
         if found is None:
             return 0.0
         return max(
@@ -86,7 +93,7 @@ class Numbers:
         active = m.dense_layer_params() if is_prefix else m.active_layer_params()
         touched = m.dense_layer_params() if is_prefix else m.touched_layer_params(T)
         apart = 0.0
-        if m.moe and not is_prefix and self.problem.profiles[s.gpu].fit(Op.EXPERTS, m, s.tp):
+        if m.moe and not is_prefix and self.fit_of(s.gpu, Op.EXPERTS, s.tp):
             E, k = m.moe.num_experts, m.moe.active_experts
             matrices = 3 if m.gated_mlp else 2
             expert = matrices * m.hidden * m.moe.expert_intermediate
@@ -181,16 +188,18 @@ class Numbers:
             self.ends(s, self.b + self.C, 1, is_first, is_last),
             self.ends(s, self.b, 0, is_first, is_last),
         )
-        u = s.layers * self.layer(s) + self.nc * with_chunk + self.nd * without
-        return u + (self.model.prefix_layers * self.layer(s, is_prefix=True) if is_first else 0.0)
+        one = replace(s, layers=1)
+        u = s.layers * self.layer(one) + self.nc * with_chunk + self.nd * without
+        return u + (self.model.prefix_layers * self.layer(one, is_prefix=True) if is_first else 0.0)
 
     def chunk_seconds(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         """chunk_s: 0 of a decode stage."""
         if self.role is Role.DECODE:
             return 0.0
-        wire = self.wire(s) / self.nc
-        total = s.layers * max(self.chunk(s), wire) + self.ends(s, self.b + self.C, 1, is_first, is_last)
-        return total + (self.model.prefix_layers * max(self.chunk(s, is_prefix=True), wire) if is_first else 0.0)
+        one = replace(s, layers=1)
+        wire = self.wire(one) / self.nc
+        total = s.layers * max(self.chunk(one), wire) + self.ends(s, self.b + self.C, 1, is_first, is_last)
+        return total + (self.model.prefix_layers * max(self.chunk(one, is_prefix=True), wire) if is_first else 0.0)
 
     def ends(self, s: Stage, T: int, rows: int, is_first: bool, is_last: bool) -> float:
         """Hop, step and LM head of one iteration with T tokens, of which b and ``rows`` more need logits."""
@@ -215,7 +224,8 @@ class Numbers:
             return a.full_slack
         if self.role is Role.PREFILL:
             return max(a.full_slack, a.tight_unevenness * self.delta())
-        R = self.chunk(s) / self.plain(s)
+        one = replace(s, layers=1)
+        R = self.chunk(one) / self.plain(one)
         m = 1 + (R - 1) * self.phi
         E = R - (R - 1) * (1 - self.phi) ** self.M
         least, factor = (a.full_slack, a.full_unevenness) if full else (a.tight_slack, a.tight_unevenness)

@@ -446,12 +446,12 @@ class ReplicaSearch:
         key = (number, layers, is_first, is_last)
         if key not in self.seconds:
             stage = replace(self.options[number].shape, layers=layers)
-            fits = self.setting.fits(stage, is_first=is_first, is_last=is_last)
             ends = {"is_first": is_first, "is_last": is_last}
-            copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
-            u = (1 + self.setting.slack(stage, copies)) * self.setting.stage_seconds(stage, **ends)
-            seconds = (u, self.setting.chunk_seconds(stage, **ends))
-            self.seconds[key] = seconds if fits else None
+            self.seconds[key] = None
+            if self.setting.fits(stage, **ends):
+                copies = 1 if math.isinf(self.most_copies) else int(self.most_copies)
+                u = (1 + self.setting.slack(stage, copies)) * self.setting.stage_seconds(stage, **ends)
+                self.seconds[key] = (u, self.setting.chunk_seconds(stage, **ends))
         return self.seconds[key]
 
     def need_of(self, option: StageOption) -> Need:

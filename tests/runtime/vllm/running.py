@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ ROOT = Path(__file__).parents[3]
 PYTHON = Path(os.environ.get("HETIS_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 KEY = "a key of sixteen letters or more"
 ROOTS = ("engines", "formats", "planner", "profiler", "proto", "runtime", "simulator", "solver")
+LIMIT_S = 1800.0  # for a scenario, on a machine that does much else
 
 needs_vllm = pytest.mark.skipif(
     not PYTHON.exists(), reason=f"NOT TESTED: vLLM is not installed in {PYTHON.parents[1]} (make vllm)"
@@ -27,9 +32,63 @@ needs_vllm = pytest.mark.skipif(
 Acts = list[dict[str, Any]]
 
 
-def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) -> list[dict[str, Any]]:
-    """Return what each act returned."""
-    scenario = {"model": str(model), "hetis": config is not None, "acts": acts, "options": options}
+class _Server:
+    """The process that imports vLLM once and forks for every engine, see `engine.py`."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed at the end of this process
+        self._process = subprocess.Popen(
+            [str(PYTHON), "-m", "tests.runtime.vllm.engine"],
+            cwd=ROOT,
+            env=_environment(None),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # so that all engines can be ended at once
+        )
+        atexit.register(self.end)
+
+    def run(self, scenario: dict[str, Any]) -> str:
+        """Return the exit code of a scenario, or an empty text if the server itself has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        watchdog = threading.Timer(LIMIT_S, self._kill)
+        watchdog.start()
+        try:
+            self._process.stdin.write(json.dumps(scenario) + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline().strip()
+        except BrokenPipeError:
+            return ""
+        finally:
+            watchdog.cancel()
+
+    def end(self) -> str:
+        """End the server and all that it started, and return what it said."""
+        atexit.unregister(self.end)
+        self._kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(BrokenPipeError):
+                stream.close()
+        self._log.seek(0)
+        said = self._log.read()
+        self._log.close()
+        return said
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+def _environment(config: Path | None) -> dict[str, str]:
     environment = os.environ | {
         # Of this tree, whichever the environment was made for.
         "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ROOTS),
@@ -37,27 +96,38 @@ def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) 
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": "1",
         # Its numba is another one: in one folder each would throw away what the other has compiled.
         "NUMBA_CACHE_DIR": str(PYTHON.parents[1] / "numba"),
     }
     environment.pop("HETIS_VLLM_CONFIG", None)
-    if config is not None:
-        environment["HETIS_VLLM_CONFIG"] = str(config)
-    done = subprocess.run(
-        [str(PYTHON), "-m", "tests.runtime.vllm.engine"],
-        cwd=ROOT,
-        env=environment,
-        input=json.dumps(scenario),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, f"vLLM ended with {done.returncode}: {done.stderr[-4000:]}"
-    results: list[dict[str, Any]] = json.loads(lines[0].removeprefix("RESULT "))["results"]
-    return results
+    return environment if config is None else environment | {"HETIS_VLLM_CONFIG": str(config)}
+
+
+def run_engine(model: Path, acts: Acts, *, config: Path | None, **options: Any) -> list[dict[str, Any]]:
+    """Return what each act returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, results = Path(folder, "log"), Path(folder, "results")
+        scenario = {
+            "model": str(model),
+            "hetis": config is not None,
+            "acts": acts,
+            "options": options,
+            "environment": _environment(config),
+            "log": str(log),
+            "results": str(results),
+        }
+        code = _server().run(scenario)
+        said = ""
+        if code != "0":  # with whatever the engine has started and left behind
+            said = _server().end()
+            _server.cache_clear()
+        output = said + (log.read_text(encoding="utf-8", errors="replace") if log.exists() else "")
+        assert code == "0", f"vLLM ended with {code or 'its server'}: {output[-4000:]}"
+        found: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
+        return found
 
 
 @contextmanager

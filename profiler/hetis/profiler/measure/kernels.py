@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from hetis.profiler.measure.device import Call, Device, Operator, TimeCalls
 from hetis.profiler.measure.grid import KV_BLOCK_BYTES, matrices
@@ -87,6 +86,8 @@ class Kernels:
         if past == 0:
             masked: dict[str, Any] = {"is_causal": True}
         elif self._device.on_cuda:
+            from torch.nn.attention.bias import causal_lower_right  # which imports torch's compiler: a second or two
+
             masked = {"attn_mask": causal_lower_right(tokens, past + tokens)}
         else:
             masked = {"attn_mask": torch.ones(tokens, past + tokens, dtype=torch.bool).tril(past)}
