@@ -29,6 +29,16 @@ def test_a_primary_is_one_vllm_and_each_card_a_worker_with_the_kv_that_the_plan_
     assert (layout.tensor_parallel, layout.layers, layout.seats, layout.chunk_tokens) == (1, (4,), 4, 32)
 
 
+def test_gpus_are_called_what_the_driver_calls_them_where_the_fleet_says_so() -> None:
+    plan = plan_of(stage_of(), pools=(POOL,))
+    nodes = [{"name": "a", "indices": [3]}, {"name": "b", "indices": [1, 2, 5]}]
+    told = replace(plan, inputs={"documents": {"cluster": {"nodes": nodes}}})
+    assert [process.gpus for process in layout_of(told, 0, MODEL).processes] == [(3,), (1,), (2,)]
+    groups = [{"name": "b", "count": 1, "indices": [4, 7]}]
+    told = replace(plan, inputs={"documents": {"cluster": {"nodes": groups}}})
+    assert [process.gpus for process in layout_of(told, 0, MODEL).processes] == [(0,), (0,), (1,)], "that is b-0"
+
+
 def test_a_smaller_machine_needs_less_and_float32_twice_as_much() -> None:
     plan = plan_of(stage_of(), pools=(POOL,))
     found = layout_of(plan, 0, MODEL, dtype="float32", kv_tokens=100)

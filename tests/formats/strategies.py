@@ -78,6 +78,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
         slots = tuple(
             GpuSlots(gpu=gpu, count=draw(st.integers(1, 8)), usd_per_hour=draw(PRICES)) for gpu in sorted(types)
         )
+        num_gpus = sum(one.count for one in slots)
         groups.append(
             NodeGroup(
                 name=name,
@@ -87,6 +88,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
                 zone=draw(st.just("default") | NAMES),
                 nic=draw(st.none() | LINKS),
                 intra_link=draw(st.none() | LINKS),
+                indices=tuple(draw(st.permutations(range(num_gpus)))) if num_gpus < 20 and draw(st.booleans()) else (),
             )
         )
     zones = sorted({group.zone for group in groups})

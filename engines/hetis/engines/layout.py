@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Process:
         name: unique in the replica.
         stage: the stage that it computes or holds KV for; the first one if the engine is one process.
         node: where it runs.
-        gpus: its GPUs on the node, counted from 0, in the order of the ranks.
+        gpus: its GPUs on the node, as the driver counts them, in the order of the ranks.
         kv_bytes: memory for KV on each GPU, as planned.
         sharing: number of the replica's processes that use these GPUs.
     """
@@ -183,7 +183,7 @@ def layout_of(
         raise LayoutError(f"there is no replica {number}, the plan has {len(plan.replicas)}, counted from 0")
     documents = plan.inputs.get("documents")
     planned = documents.get("model") if isinstance(documents, Mapping) else None
-    return layout_of_replica(
+    layout = layout_of_replica(
         plan.replicas[number],
         model,
         planned=planned if isinstance(planned, Mapping) else None,
@@ -192,6 +192,31 @@ def layout_of(
         kv_tokens=kv_tokens,
         partners=tuple(_partners(plan, number)),
     )
+    if not (indices := _driver_indices(documents)):
+        return layout
+    return replace(
+        layout,
+        servers=tuple(_as_the_driver_counts(process, indices) for process in layout.servers),
+        attention_workers=tuple(_as_the_driver_counts(process, indices) for process in layout.attention_workers),
+    )
+
+
+def _driver_indices(documents: Any) -> dict[str, list[int]]:
+    """Return the driver's indices of the GPUs of those nodes of the plan's fleet that have ``indices``."""
+    cluster = documents.get("cluster") if isinstance(documents, Mapping) else None
+    nodes = cluster.get("nodes") if isinstance(cluster, Mapping) else None
+    found = dict[str, list[int]]()
+    for node in nodes if isinstance(nodes, list) else ():
+        if isinstance(node, Mapping) and isinstance(indices := node.get("indices"), list):
+            name, count = node.get("name"), node.get("count")
+            names = (f"{name}-{i}" for i in range(count)) if isinstance(count, int) else (str(name),)
+            found |= dict.fromkeys(names, indices)
+    return found
+
+
+def _as_the_driver_counts(process: Process, indices: Mapping[str, list[int]]) -> Process:
+    known = indices.get(process.node, ())
+    return replace(process, gpus=tuple(known[gpu] if gpu < len(known) else gpu for gpu in process.gpus))
 
 
 def layout_of_replica(

@@ -113,7 +113,8 @@ class NodePart(DocumentPart):
     """A node, or with ``count`` so many equal nodes ``name-0``, ``name-1``, ...
 
     ``nic`` goes before the network's bandwidth and latency, ``link`` is GPU to GPU inside the node (default: NVLink or
-    PCIe of the type), ``usd_per_hour`` the price of the whole node.
+    PCIe of the type), ``usd_per_hour`` the price of the whole node. ``indices`` are what the driver calls the GPUs, in
+    the order of ``gpus``, if not 0, 1, ...; a plan counts from 0, its export has the driver's.
     """
 
     name: Name
@@ -123,6 +124,7 @@ class NodePart(DocumentPart):
     nic: NodeLinkPart | None = None
     link: NodeLinkPart | None = None
     usd_per_hour: Usd | None = None
+    indices: list[Annotated[int, Field(ge=0, lt=cluster_checks.MAX_GPUS_PER_NODE)]] | None = None
 
 
 class GpuTypePart(DocumentPart):
@@ -239,6 +241,7 @@ def _node_group(node: NodePart, network: NetworkPart) -> NodeGroup:
         zone=node.zone,
         nic=node.nic.link(network.latency) if node.nic else None,
         intra_link=node.link.link(0.0) if node.link else None,
+        indices=tuple(node.indices or ()),
     )
 
 
@@ -293,6 +296,8 @@ def _node_data(group: NodeGroup) -> dict[str, Any]:
         | ({} if slots.usd_per_hour is None else {"usd_per_hour": slots.usd_per_hour})
         for slots in group.gpus
     ]
+    if len(group.indices) == sum(slots.count for slots in group.gpus):
+        data["indices"] = list(group.indices)
     if group.nic:
         data["nic"] = _link_data(group.nic)
     if group.intra_link:

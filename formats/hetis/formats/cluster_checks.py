@@ -98,6 +98,9 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
         total += per_node * (_count(node.get("count", 1)) or 0)
         if per_node > MAX_GPUS_PER_NODE and all((_count(g.get("count", 1)) or 0) <= MAX_GPUS_PER_NODE for g in gpus):
             yield ("nodes", i, "gpus"), f"has {per_node} GPUs, a node has at most {MAX_GPUS_PER_NODE}"
+        indices = [one for one in _list(node.get("indices")) if isinstance(one, int)]
+        if "indices" in node and gpus and (len(indices) != per_node or len(set(indices)) < len(indices)):
+            yield ("nodes", i, "indices"), f"has {len(set(indices))} different ones, the node has {per_node} GPUs"
         seen = set[str]()
         for j, slots in enumerate(_list(node.get("gpus"))):
             kind = slots.get("type") if isinstance(slots, dict) else None

@@ -72,6 +72,7 @@ class NodeGroup:
     zone: str = "default"
     nic: Link | None = None  # None: the cluster network's link
     intra_link: Link | None = None  # GPU to GPU inside the node; None: NVLink or PCIe of the GPU type
+    indices: tuple[int, ...] = ()  # the driver's index of each GPU, in the order of ``gpus``; empty: from 0
 
     def node_name(self, index: int) -> str:
         return f"{self.name}-{index}" if self.numbered else self.name

@@ -153,7 +153,7 @@ def test_nodes_of_kubernetes_have_what_their_labels_and_pods_leave() -> None:
     assert "1 node without GPUs" in fleet.left_out
 
 
-def test_gpus_that_a_plan_would_number_otherwise_than_the_driver_are_told(tmp_path: Path) -> None:
+def test_gpus_that_a_plan_numbers_otherwise_than_the_driver_have_their_indices(tmp_path: Path) -> None:
     text = (INPUTS / "sxm.xml").read_text()
     first, *others = re.findall(r"<gpu id=.*?</gpu>", text, re.DOTALL)
     in_use = next(one for one in others if "python3.12" in one)
@@ -161,8 +161,9 @@ def test_gpus_that_a_plan_would_number_otherwise_than_the_driver_are_told(tmp_pa
     inventory = read_inventory([str(tmp_path / "host.xml")], Source.AUTO, with_busy=False)
     fleet = discovered(inventory, name="test", said={})
     assert gpus(fleet) == {"host": {"A100-SXM-80GB": 2}}
-    assert any("host/0 to host/1 of a plan are the driver's 1, 2" in one for one in fleet.assumed)
-    assert not any("of a plan" in one for one in found("sxm.xml").assumed), "those left out come after"
+    assert [group.indices for group in fleet.cluster.node_groups] == [(1, 2)]
+    assert "indices:\n  - 1\n  - 2\n" in file_text(fleet, sources=["host.xml"])
+    assert [group.indices for group in found("sxm.xml").cluster.node_groups] == [()], "those left out come after"
 
 
 def test_gpus_in_use_are_part_of_the_fleet_where_that_is_asked_for() -> None:

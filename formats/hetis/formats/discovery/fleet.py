@@ -69,8 +69,9 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
         if slots:
             intra, note = _inside(node, [catalogue.find_gpu(one.gpu).gpu for one in slots])
             notes += [note] if note else []
-            notes += _other_indices(node)
-            groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra))
+            indices, unclear = _driver_indices(node, sum(one.count for one in slots))
+            notes += unclear
+            groups.append(NodeGroup(name=called, gpus=slots, zone=_name(node.zone), intra_link=intra, indices=indices))
     if problems:
         raise DocumentError(problems.values())
     if not groups:
@@ -89,16 +90,14 @@ def discovered(inventory: Inventory, *, name: str, link: Link | None = None, sai
     return Discovered(cluster=cluster, left_out=tuple(left_out), assumed=assumed)
 
 
-def _other_indices(node: FoundNode) -> list[str]:
-    """Return a sentence if a plan, which counts a node's GPUs from 0, would name other ones than the driver."""
+def _driver_indices(node: FoundNode, num_gpus: int) -> tuple[tuple[int, ...], list[str]]:
+    """Return the driver's indices if they are not 0, 1, ..., and a sentence if ``--gpu`` leaves them unclear."""
     if not node.indices or node.indices == tuple(range(len(node.indices))):
-        return []
+        return (), []
+    if len(node.indices) == num_gpus:
+        return node.indices, []
     free = ", ".join(map(str, node.indices))
-    planned = f"{node.name}/0" + (f" to {node.name}/{len(node.indices) - 1}" if len(node.indices) > 1 else "")
-    return [
-        f"{node.name}: its GPUs are counted without those left out: {planned} of a plan are the driver's {free}; "
-        "correct CUDA_VISIBLE_DEVICES in what is exported, or free the others"
-    ]
+    return (), [f"{node.name}: its free GPUs are the driver's {free}: give those of the file as indices"]
 
 
 def file_text(found: Discovered, *, sources: Sequence[str]) -> str:
