@@ -42,7 +42,7 @@ def solved(problem: PlacementProblem, strategy: str = "hetis") -> Plan | None:
     held = replace(problem, family=STRATEGIES[strategy].restrict(problem.family))
     assert check_plan(plan, held) == ()
     assert problem.family.engine is not None
-    assert beyond(plan.replicas, problem.family.engine, problem.cluster) == ()
+    assert beyond(plan.replicas, problem.family.engine, problem.cluster, problem.model) == ()
     return plan
 
 
@@ -183,6 +183,6 @@ def test_the_checker_counts_the_nodes_of_a_replica() -> None:
     spread = next(replica for replica in plan.replicas if len(replica.devices()) == 2)
     violations = check_plan(replace(plan, replicas=(spread,)), on_nodes(problem, 1))
     assert any("lies on 2 nodes (a-0, a-1), may lie on 1" in violation.message for violation in violations)
-    assert "replicas on over 1 nodes" in beyond([spread], replace(RULES, max_nodes=1), problem.cluster)
+    assert "replicas on over 1 nodes" in beyond([spread], replace(RULES, max_nodes=1), problem.cluster, problem.model)
     with pytest.raises(InvalidProblemError, match="max_nodes is 0"):
         replace(RULES, max_nodes=0)

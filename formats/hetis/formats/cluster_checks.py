@@ -100,7 +100,7 @@ def _check_gpus(nodes: list[tuple[int, dict[str, Any]]]) -> Found:
             yield ("nodes", i, "gpus"), f"has {per_node} GPUs, a node has at most {MAX_GPUS_PER_NODE}"
         indices = [one for one in _list(node.get("indices")) if isinstance(one, int)]
         if "indices" in node and gpus and (len(indices) != per_node or len(set(indices)) < len(indices)):
-            yield ("nodes", i, "indices"), f"has {len(set(indices))} different ones, the node has {per_node} GPUs"
+            yield ("nodes", i, "indices"), f"names {len(set(indices))} different GPUs, the node has {per_node}"
         seen = set[str]()
         for j, slots in enumerate(_list(node.get("gpus"))):
             kind = slots.get("type") if isinstance(slots, dict) else None
