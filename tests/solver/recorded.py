@@ -11,12 +11,15 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from hetis.solver.dispatch.result import Path
+from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
+from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.redispatch.solve import solve_redispatch
 from hetis.solver.redispatch.triggers import triggers
 from tests.solver.dispatch import instances as dispatch
@@ -83,6 +86,10 @@ def redispatched(seed: int) -> Answer:
         least_gain=float(rng.choice([0.0, 0.0, 0.05])),
         high_water=float(rng.choice([0.5, 0.9, 1.0])),
     )
+    if rng.random() < 0.25:
+        problem = replace(problem, snapshot=_with_moves_under_way(problem.snapshot, rng))
+    if rng.random() < 0.2:
+        problem = replace(problem, full=frozenset({int(rng.integers(len(problem.snapshot.devices)))}))
     plan = solve_redispatch(problem)
     return {
         "objective_us": plan.objective_s * 1e6,
@@ -96,6 +103,18 @@ def redispatched(seed: int) -> Answer:
         "refused": len(plan.refused),
         "due": [f"{one.device}: {one}" for one in triggers(problem.snapshot, Dispatcher(problem.snapshot.stage))],
     }
+
+
+def _with_moves_under_way(snapshot: StateSnapshot, rng: np.random.Generator) -> StateSnapshot:
+    state = DispatchState.of(snapshot)
+    for j in rng.permutation(len(snapshot.ids))[:3].tolist():
+        source = int(np.argmax(snapshot.groups[j]))
+        target = int(rng.integers(len(snapshot.devices)))
+        groups = max(snapshot.stage.primary_groups if snapshot.stage.has_primary_at(i) else 1 for i in (source, target))
+        is_ok = snapshot.devices[target].status is DeviceStatus.OK
+        if is_ok and source != target and groups <= snapshot.groups[j, source]:
+            state.prepare_move(snapshot.ids[j], groups=groups, source=source, target=target)
+    return state.snapshot()
 
 
 KINDS: dict[str, tuple[int, Callable[[int], Answer]]] = {
