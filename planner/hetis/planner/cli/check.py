@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 # Proved by the search; a plan file contains the result of the proof only.
-ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up")
+ON_TRUST = ("result.bound", "result.solve_s", "prices.dual", "runners_up", "notes", "inputs")
 
 
 @verb()
 def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
     """Check a plan against the inputs saved in it: devices, layers, memory, links, rates, limits, value.
 
-    The bound is taken on trust, as are the prices: the search proved them, and they are not derived again.
+    The bound is taken on trust, as are the prices: the search proved them, and they are not derived again. So is what
+    stands beside the plan: other setups, losses, simulation, notes.
     """
     from hetis.planner.report.figures import plural
     from hetis.planner.use_cases.json_values import json_value
@@ -45,7 +46,8 @@ def check(terminal: Terminal, plan: PlanArgument) -> ExitCode:
                 f"the plan holds: {plural(replicas, 'replica')} on {plural(gpus, 'GPU')}, their numbers recomputed\n",
                 "green",
             ),
-            "taken on trust: the bound and the prices, which the search proved and no plan file proves again",
+            "taken on trust: the bound and the prices, which the search proved and no plan file proves again, and what "
+            "stands beside the plan: other setups, losses, simulation, notes",
         )
 
     def document() -> dict[str, object]:

@@ -18,7 +18,7 @@ from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
 from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
-from hetis.planner.use_cases.surviving import surviving_plan, with_losses
+from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import misses, verification_of, verified
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Progress, Report
@@ -121,13 +121,17 @@ def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
     """Make the problem: the inputs, the objective with its limits, the strategy's family of plans.
 
     Raises:
-        InvalidProblemError: the inputs contradict each other, or the strategy has not all of these roles.
+        InvalidProblemError: the inputs contradict each other, the strategy has not all of these roles, or there is no
+            demand that could survive a loss.
     """
     goal = objective(
         request.objective, ttft_s=request.ttft_s, tpot_s=request.tpot_s, demand_rps=request.demand_rps
     )  # fmt: skip
     settings = request.settings
-    return loaded.inputs.problem(goal, settings.strategy, settings.roles, settings.engine)
+    problem = loaded.inputs.problem(goal, settings.strategy, settings.roles, settings.engine)
+    if settings.survive:
+        check_survival(problem, settings.survive)
+    return problem
 
 
 def place(

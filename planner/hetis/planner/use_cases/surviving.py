@@ -47,9 +47,25 @@ def surviving_plan(find: Find, problem: PlacementProblem, place: str) -> Plan:
         NoPlanFoundError: no such plan was found.
         InfeasibleError: a demand that such a plan must serve has no plan.
     """
+    check_survival(problem, place)
+    return _without_a_zone(find, problem) if place == "zone" else _without_a_node(find, problem)
+
+
+def check_survival(problem: PlacementProblem, place: str) -> None:
+    """Check that a problem has a demand to keep, and allows the question.
+
+    Raises:
+        InvalidProblemError: it does not.
+    """
     if problem.objective.maximises or problem.objective.demand_rps is None:
         raise InvalidProblemError("what survives is a demand: --survive goes with --objective cost or gpus and --rate")
-    return _without_a_zone(find, problem) if place == "zone" else _without_a_node(find, problem)
+    if place != "zone":
+        return
+    if len(problem.cluster.zones()) < 2:
+        raise InvalidProblemError(f"--survive zone: all GPUs of cluster {problem.cluster.name} are in one zone")
+    for wish in problem.will:
+        if isinstance(wish, Use | Replicas | AtMost):
+            raise InvalidProblemError(f"{wish} counts over the whole fleet: --survive zone plans every zone on its own")
 
 
 def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
@@ -162,11 +178,6 @@ def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:
     best plan for that rate is therefore a bound on all that survive, and if it survives itself, it is the answer.
     """
     demand, zones = _demand(problem), problem.cluster.zones()
-    if len(zones) < 2:
-        raise InvalidProblemError(f"--survive zone: all GPUs of cluster {problem.cluster.name} are in one zone")
-    for wish in problem.will:
-        if isinstance(wish, Use | Replicas | AtMost):
-            raise InvalidProblemError(f"{wish} counts over the whole fleet: --survive zone plans every zone on its own")
     alone = find(problem)
     if _left(alone, problem) >= demand * ENOUGH:
         return _with_cost(alone, alone, "zone", demand, _left(alone, problem), least=alone.result.bound)
