@@ -114,8 +114,8 @@ class EngineRules:
         layers = "" if self.min_layers == 1 else f" of at least {self.min_layers} layers each"
         stages = f"{self.max_stages} stages{layers}{gpus}"
         nodes = "" if self.max_nodes is None else f" and on {self.max_nodes} node{'s' * (self.max_nodes > 1)} each"
-        beside = "as many batches in flight; decode replicas have one stage"
-        return f"what {self.name} runs: at most {stages} in one zone{nodes}, {beside}"
+        beside = "" if self.max_stages == 1 else "; decode replicas have one stage"
+        return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight{beside}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 from collections.abc import Iterator
@@ -49,6 +50,11 @@ def leaders(folder: Path) -> list[int]:
     return sorted(int(file.name) for file in (folder / "state" / "engines" / "sessions").glob("*"))
 
 
+def told_once(notes: list[str]) -> list[str]:
+    """Return the notes, with one of those in a row: an engine that ends slowly is told again by the next agent."""
+    return [note for note, _ in itertools.groupby(notes)]
+
+
 def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Path, processes: Processes) -> None:
     serving = AssignmentState.ASSIGNMENT_STATE_SERVING
 
@@ -71,13 +77,13 @@ def test_engines_end_with_their_agent_and_start_with_the_next(tmp_path: Path, pr
             await planner.until(lambda message: is_in(message, serving), since=since)  # nobody has told it anything
             assert is_gone(first)
             (second,) = leaders(tmp_path)
-            assert lives(tmp_path) == ["started", "told 0", "started"]
+            assert told_once(lives(tmp_path)) == ["started", "told 0", "started"]
 
             agent.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(agent.wait, 60) == 0
             assert is_gone(second)
             assert leaders(tmp_path) == []
-            assert lives(tmp_path) == ["started", "told 0", "started", "told 0"]
+            assert told_once(lives(tmp_path)) == ["started", "told 0", "started", "told 0"]
 
     asyncio.run(story())
     assert "Traceback" not in processes.log()
