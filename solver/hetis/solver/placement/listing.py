@@ -37,6 +37,7 @@ MORE = 8  # factor on AT_ONCE after a round that improved nothing
 ADDED = 1000  # columns that join the relaxation in one round
 MOST_ROUNDS = 100
 MORE_TIME = 1.5  # factor on the time limit of every further attempt
+ALL = 2**40  # replicas of a column: more than any fleet has
 QUICK_S, LEAST_S = 2.0, 0.2  # limit on whole counts of the likeliest columns; the least limit, spent or not
 # Columns of each side with the least reduced costs, of which most plans are made. A few give a good plan soon.
 LIKELY, MANY_LIKELY = 50, 400
@@ -327,7 +328,7 @@ class _Search:
         for num in itertools.cycle((4 * LIKELY, LIKELY, 2 * LIKELY)):
             if self._gap() <= self.gap_target or self.budget.is_spent() or not np.isfinite(self.budget.remaining_s()):
                 return
-            limit_s, back = MORE_TIME * limit_s, 2 * back
+            limit_s, back = MORE_TIME * limit_s, min(2 * back, ALL)
             self._choose(num, min(limit_s, self.budget.remaining_s()), back=back)
 
     def _reduced(self, lp: LpSolution, columns: Columns) -> FloatArray:
