@@ -376,11 +376,22 @@ def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_
             call.cancel()
             with pytest.raises(ServiceError) as caught:
                 await reading
+            if caught.value.reason_name == "ENGINE_UNREACHABLE":
+                raise _UnheardError
             assert caught.value.reason_name == "DEVICE_UNAVAILABLE"
             name = f"{CLUSTER}/nodes/a"
             await until(lambda: _state(fleet, name) == cluster_pb2.NODE_STATE_SUSPECT)
 
-    run(body)
+    for _ in range(2):
+        try:
+            return run(body)
+        except _UnheardError:
+            pass
+    return run(body)
+
+
+class _UnheardError(Exception):
+    """The server has not heard of the cancelled call, as gRPC's does now and then after a thousand other tests."""
 
 
 def _state(fleet: LiveFleet, name: str) -> int:
