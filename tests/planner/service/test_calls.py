@@ -429,9 +429,7 @@ def test_credentials_that_allow_less_end_the_streams_that_began_with_more() -> N
         (part, of(agent, orchestrator, scope=node), False),
     ):
         for _ in range(2):
-            with suppress(
-                TimeoutError
-            ):  # gRPC's client misses the end of a stream now and then, after many other tests
+            with suppress(TimeoutError):  # of which gRPC misses one now and then, after many other tests
                 run(lambda before=before, after=after, ends=ends: test(before, after, ends))  # type: ignore[misc]
                 break
         else:
