@@ -24,7 +24,7 @@ from hetis.runtime.kv.errors import DeviceError
 from hetis.runtime.kv.shape import KvShape, SequenceKey
 from hetis.runtime.measured.calibration import Calibration
 from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
-from hetis.runtime.vllm.batch import StepRequests, VirtualBatch, part_of, slots_of
+from hetis.runtime.vllm.batch import IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.head_map import HeadMap
 from hetis.runtime.vllm.moving import KvStore, Mover
 from hetis.runtime.vllm.steps import (
@@ -111,13 +111,25 @@ class _Remote:
     layers: _LayerTimes = field(default_factory=lambda: _LayerTimes())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Sorting:
+    """How rows are sorted by device.
+
+    Attributes:
+        order: rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker.
+        places: position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void.
+    """
+
+    order: torch.Tensor
+    places: torch.Tensor
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Batch:
     """A step as this rank computes it.
 
     Attributes:
-        order: rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker.
-        places: position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void.
+        sorting: None if all rows are computed here.
         base: metadata of vLLM's backend, by builder.
     """
 
@@ -127,8 +139,7 @@ class _Batch:
     tables: torch.Tensor
     slots: torch.Tensor
     remotes: list[_Remote]
-    order: torch.Tensor
-    places: torch.Tensor
+    sorting: _Sorting | None
     base: dict[int, Any] = field(default_factory=dict)
     layers: _LayerTimes = field(default_factory=_LayerTimes)  # computed here
 
@@ -172,7 +183,7 @@ class Rank:
         self._reports: dict[int, DeviceReport] = {}
         self._calibrations = {} if calibrations is None else calibrations
         self._joined: set[int] = set()
-        self._taken: dict[int, deque[Taken]] = {}
+        self._taken: dict[int, deque[tuple[VirtualBatch, _LayerTimes]]] = {}  # parts that only decoded
         self._reported_s = clock()
 
     # --- between steps
@@ -206,9 +217,8 @@ class Rank:
         batch, self._batch = self._batch, None
         if batch is not None:
             known = batch.requests.rows >= 0
-            rows = batch.requests.rows[known]
-            # Nothing of a request that must restart is worth a copy.
-            self.heads.tokens[rows] = np.where(self.heads.must_restart[rows], 0, batch.requests.lasts[known])
+            self.heads.tokens[batch.requests.rows[known]] = batch.requests.lasts[known]
+            self.heads.tokens[self.heads.must_restart] = 0  # nothing of them is worth a copy
             self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
@@ -230,7 +240,7 @@ class Rank:
             for device, one in self._reports.items():
                 one.blocks = self.blocks(device)
             report.devices, self._reports = self._reports, {}
-            report.taken = {device: list(taken) for device, taken in self._taken.items()}
+            report.taken = {device: [self._time_taken(*one) for one in taken] for device, taken in self._taken.items()}
             report.calibrations = {i: self._calibrations[i] for i in self._joined & self._calibrations.keys()}
             self._taken, self._joined = {}, set()
         return report
@@ -265,11 +275,9 @@ class Rank:
         """Compute the attention of one layer over all head groups, wherever they live, into ``output`` [T, H, d]."""
         batch = self._batch or self._begin(metadata)
         tokens, groups, d = batch.num_tokens, self._head_groups, self._shape.head_dim
-        if tokens < len(output):
+        if tokens < output.size(0):
             output[tokens:].zero_()
-        q = query[:tokens].view(tokens, groups, -1, d)
-        k, v = (x[:tokens].view(tokens, groups, 1, d) for x in (key, value))
-        out = output[:tokens].view(tokens, groups, -1, d)
+            query, key, value, output = query[:tokens], key[:tokens], value[:tokens], output[:tokens]
 
         def attend_here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
             base = batch.base.get(id(metadata.builder))
@@ -283,12 +291,16 @@ class Rank:
                 taken_s = self._clock() - begun_s
                 batch.layers.add(taken_s, taken_s)
 
-        if not batch.local.is_everything:
-            self._attend_everywhere(
-                batch, self._layers[layer.layer_name], torch.cat([q, k, v], dim=2), attend_here, out
-            )
-        elif batch.local.is_in_order:
-            attend_here(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), out.flatten(0, 1))
+        if batch.sorting is None and batch.local.is_in_order:
+            rows = tokens * groups
+            k, v = key.reshape(rows, 1, d), value.reshape(rows, 1, d)
+            attend_here(query.reshape(rows, -1, d), k, v, output.view(rows, -1, d))
+            return
+        q, out = query.view(tokens, groups, -1, d), output.view(tokens, groups, -1, d)
+        k, v = key.view(tokens, groups, 1, d), value.view(tokens, groups, 1, d)
+        if batch.sorting is not None:
+            number, qkv = self._layers[layer.layer_name], torch.cat([q, k, v], dim=2)
+            self._attend_everywhere(batch, batch.sorting, number, qkv, attend_here, out)
         else:
             q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (q, k, v))
             by_group = torch.empty_like(q)
@@ -306,33 +318,24 @@ class Rank:
         starts = common.query_start_loc_cpu[: num + 1].numpy().astype(np.int64)
         requests = StepRequests(
             rows=self.heads.row_of[anchors],
-            counts=np.diff(starts),
+            counts=starts[1:] - starts[:-1],
             lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
         )
         known = requests.rows >= 0
         self.mover.rewind(requests.rows, requests.firsts)
         devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
-        begins = requests.firsts == 0
-        self.heads.must_restart[requests.rows[known & begins]] = False
-        void = known & self.heads.must_restart[requests.rows]
-        devices[void] = -1
-        self._void.update(anchors[void].tolist())
+        if self.heads.must_restart.any():
+            begins = requests.firsts == 0
+            self.heads.must_restart[requests.rows[known & begins]] = False
+            void = known & self.heads.must_restart[requests.rows]
+            devices[void] = -1
+            self._void.update(anchors[void].tolist())
         local = part_of(requests, devices == LOCAL)
         device = metadata.common.query_start_loc.device
         rows = requests.rows[local.requests]
         width = int(-(-local.lasts.max(initial=1) // self._block_tokens))
         tables = self.heads.tables[rows, local.groups, :width]
-        order, remotes = [local.rows], []
-        begin = local.num_tokens
-        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
-            part = part_of(requests, devices == number)
-            end = begin + part.num_tokens
-            kv_bytes = float(part.lasts.sum()) * 2 * self._shape.head_dim * self._shape.item_bytes
-            remotes.append(_Remote(device=number, part=part, begin=begin, end=end, kv_bytes=kv_bytes))
-            order.append(part.rows)
-            begin = end
-        places = np.full(int(starts[-1]) * self._head_groups, begin, np.int64)
-        places[np.concatenate(order)] = np.arange(begin)
+        remotes = [] if local.is_everything else self._remotes(requests, devices, local.num_tokens)
         batch = _Batch(
             requests=requests,
             num_tokens=int(starts[-1]),
@@ -340,13 +343,29 @@ class Rank:
             tables=torch.from_numpy(tables).to(device),
             slots=torch.from_numpy(slots_of(local, tables, self._block_tokens)).to(device),
             remotes=remotes,
-            order=torch.from_numpy(np.concatenate(order)).to(device),
-            places=torch.from_numpy(places).to(device),
+            sorting=None if local.is_everything else self._sorting(int(starts[-1]), local, remotes, device),
         )
         self._batch = batch
         for remote in batch.remotes:
             self._announce(remote, requests)
         return batch
+
+    def _remotes(self, requests: StepRequests, devices: IntArray, begin: int) -> list[_Remote]:
+        """Return the workers' parts of a step; ``devices`` is [R, G]. Their rows begin at ``begin``."""
+        remotes = []
+        for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
+            part = part_of(requests, devices == number)
+            end = begin + part.num_tokens
+            kv_bytes = float(part.lasts.sum()) * token_bytes(self._shape)
+            remotes.append(_Remote(device=number, part=part, begin=begin, end=end, kv_bytes=kv_bytes))
+            begin = end
+        return remotes
+
+    def _sorting(self, tokens: int, local: VirtualBatch, remotes: list[_Remote], device: torch.device) -> _Sorting:
+        order = np.concatenate([local.rows, *(remote.part.rows for remote in remotes)])
+        places = np.full(tokens * self._head_groups, len(order), np.int64)
+        places[order] = np.arange(len(order))
+        return _Sorting(order=torch.from_numpy(order).to(device), places=torch.from_numpy(places).to(device))
 
     def _announce(self, remote: _Remote, requests: StepRequests) -> None:
         part = remote.part
@@ -366,13 +385,14 @@ class Rank:
     def _attend_everywhere(
         self,
         batch: _Batch,
+        sorting: _Sorting,
         layer: int,
         qkv: torch.Tensor,
         attend_here: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
         out: torch.Tensor,
     ) -> None:
         """Compute attention together with workers: qkv [T, G, r + 2, d] into out [T, G, r, d]."""
-        qkv = qkv.flatten(0, 1).index_select(0, batch.order)
+        qkv = qkv.flatten(0, 1).index_select(0, sorting.order)
         # The last row stands for all void rows.
         results = out.new_empty(len(qkv) + 1, *out.shape[2:])
         results[-1] = 0
@@ -384,7 +404,7 @@ class Rank:
         for remote in batch.remotes:
             rows = slice(remote.begin, remote.end)
             self._answer(remote, layer, qkv[rows], results[rows], batch)
-        torch.index_select(results, 0, batch.places, out=out.flatten(0, 1))
+        torch.index_select(results, 0, sorting.places, out=out.flatten(0, 1))
 
     def _ask(self, remote: _Remote, layer: int, qkv: torch.Tensor) -> None:
         remote.pending = None
@@ -442,16 +462,16 @@ class Rank:
         remote.layers.add(most_s if was_late else most_s - (waits_s - remote.sent_s), most_s)
 
     def _remember(self, device: int, part: VirtualBatch, layers: _LayerTimes) -> None:
-        """Record the time of a step on a device for the scheduler, if it only decoded there."""
-        if not layers.count or part.num_tokens != len(part):
-            return
-        self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append(
-            Taken(
-                heads=len(part) * self._shape.queries_per_group,
-                kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
-                least_s=layers.least_s / layers.count,
-                most_s=layers.most_s / layers.count,
-            )
+        """Keep the times of a step on a device for the next report, if it only decoded there."""
+        if layers.count and part.num_tokens == len(part):
+            self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append((part, layers))
+
+    def _time_taken(self, part: VirtualBatch, layers: _LayerTimes) -> Taken:
+        return Taken(
+            heads=len(part) * self._shape.queries_per_group,
+            kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
+            least_s=layers.least_s / layers.count,
+            most_s=layers.most_s / layers.count,
         )
 
     def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
