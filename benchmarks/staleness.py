@@ -63,6 +63,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),
+    "vllm": ("benchmarks/vllm.py", "benchmarks/measuring/vllm_engine.py", *_PLUGIN),
     "service admissions": (
         *("benchmarks/service.py", "planner/hetis/planner/service", "planner/hetis/planner/fleet/dispatching"),
         *_DISPATCH,

@@ -41,8 +41,8 @@ def add_rounds(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--rounds", type=_at_least_one, metavar="N", help=what)
 
 
-def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> list[Row]:
-    """Print the rows of benchmark ``name`` in the requested form, and return them."""
+def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str, document: Path = DOCUMENT) -> list[Row]:
+    """Print the rows of benchmark ``name`` in the requested form, and return them. ``document`` shows its table."""
     shown, coming = [], iter(rows)
     while True:
         with no_native_output():  # a solver's output among the rows would break the JSON
@@ -57,7 +57,7 @@ def show(rows: Iterable[Row], arguments: argparse.Namespace, *, name: str) -> li
     if not arguments.json:
         print(table(shown))
     if arguments.markdown:
-        keep(name, shown, machine(), DOCUMENT)
+        keep(name, shown, machine(), document)
     return shown
 
 
