@@ -1,8 +1,7 @@
-"""Random Llamas and prompts on which the engines must agree."""
+"""Random Llamas on which the engines must agree."""
 
 from __future__ import annotations
 
-import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +49,3 @@ def write_model(folder: Path, size: ModelSize, *, most_tokens: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def random_prompts(size: ModelSize, *, batch: int, tokens: int) -> list[list[int]]:
-    """Return prompts without a common prefix."""
-    source = random.Random(1)
-    return [[source.randrange(size.vocab) for _ in range(tokens)] for _ in range(batch)]

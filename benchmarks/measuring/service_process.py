@@ -88,12 +88,6 @@ class PlannerProcess:
         pages = Path(f"/proc/{self._process.pid}/statm").read_text(encoding="utf-8").split()[1]
         return int(pages) * resource.getpagesize()
 
-    def file_limit(self) -> int:
-        """Return the most files and connections that the process may have."""
-        limits = Path(f"/proc/{self._process.pid}/limits").read_text(encoding="utf-8")
-        found = re.search(r"Max open files\s+(\d+)", limits)
-        return int(found[1]) if found else 0
-
     def messages(self, kind: str) -> float:
         """Return how many agent messages of this kind the planner has taken so far."""
         with urllib.request.urlopen(f"{self._page}metrics", timeout=30) as page:

@@ -115,6 +115,11 @@ def test_a_choice_of_precisions_that_is_none(text: str, error: str) -> None:
         dtypes.chosen_precision(text, dtypes.PRECISIONS)
 
 
+def test_precisions_are_named_in_any_case() -> None:
+    chosen = dtypes.chosen_precision("FP8,L4=BF16", dtypes.PRECISIONS)
+    assert (chosen.everywhere, chosen.on) == ("fp8", {"L4": "bf16"})
+
+
 def test_every_model_of_the_catalogue_can_be_written_and_read(tmp_path: Path) -> None:
     for entry in catalogue.models():
         assert model_of(tmp_path, dump(entry.model)) == entry.model

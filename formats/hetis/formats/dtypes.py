@@ -87,7 +87,7 @@ class Chosen:
 
 
 def chosen_precision(text: str, known: Collection[str]) -> Chosen:
-    """Return the choice in ``fp8`` or ``fp8,V100-SXM2-32GB=bf16``: a precision, and those of GPU types.
+    """Return the choice in ``fp8`` or ``fp8,V100-SXM2-32GB=bf16``: a precision, in any case, and those of GPU types.
 
     Raises:
         ValueError: a precision is unknown, or given twice.
@@ -97,9 +97,10 @@ def chosen_precision(text: str, known: Collection[str]) -> Chosen:
     everywhere: str | None = None
     on: dict[str, str] = {}
     for part in text.split(","):
-        gpu, is_of_type, name = (word.strip() for word in part.rpartition("="))
+        gpu, is_of_type, given = (word.strip() for word in part.rpartition("="))
+        name = given.lower()
         if name not in known:
-            raise ValueError(f"{name[:80]!r} is not one of {', '.join(known)}{did_you_mean(name[:80], known)}")
+            raise ValueError(f"{given[:80]!r} is not one of {', '.join(known)}{did_you_mean(name[:80], known)}")
         if is_of_type and not gpu:
             raise ValueError(f"{part.strip()!r} names no GPU type before =")
         if gpu in on or (not gpu and everywhere is not None):
