@@ -33,7 +33,6 @@ from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.serving_points import (
-    CHUNK_TOKENS,
     MIXES,
     NODE_GPUS,
     NotPosedError,
@@ -164,15 +163,19 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
     Raises:
         NotPosedError: none of its requests fits in memory, or the engine ran far fewer than fit.
     """
-    chunk = CHUNK_TOKENS[point.engine]
-    timing, seats = stage_of(point, chunk)
+    settings = point.settings
+    timing, seats = stage_of(point, settings.chunk_tokens)
     if point.decoding < LEAST_DECODING * min(point.requests, seats):
         raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
     load = Load(
         in_flight=point.requests, total=rounds * point.requests, prompt_tokens=point.prompt_tokens,
         output_tokens=point.output_tokens, shortest=point.shortest,
     )  # fmt: skip
-    engine = Engine(chunk_tokens=chunk, seats=seats, mixes=MIXES[point.engine])
+    engine = Engine(
+        chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
+        poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
+        wait_tokens=settings.wait_tokens,
+    )  # fmt: skip
     ttft_s, tpot_s = closed_loop(load, engine, timing.seconds, point.model.attended_tokens)
     answer_s = ENGINES[point.engine].answer_s
     return Outcome(point=point, ttft_s=ttft_s + answer_s, tpot_s=tpot_s, seats=seats)
@@ -192,7 +195,7 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
         cluster=fleet("node", (1, NODE_GPUS, point.gpu)),
         model=model,
         workload=Workload(name="point", bins=(lengths,)),
-        profiles={point.gpu: profile_of(point.gpu, point.engine, point.stream_interval)},
+        profiles={point.gpu: profile_of(point.gpu, point.engine, point.settings.stream_interval)},
         objective=NO_LIMITS,
     )
     link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)

@@ -57,6 +57,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
+        "benchmarks/measuring/published_settings.py",
         *("profiler/hetis/profiler/engines.py", "profiler/hetis/profiler/experts.py"),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),

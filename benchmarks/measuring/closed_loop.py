@@ -46,12 +46,16 @@ class Engine:
     """An engine's limits on an iteration.
 
     It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
-    not.
+    not. New requests are looked for after every iteration with prompts, and after ``poll_iterations`` others. While
+    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens.
     """
 
     chunk_tokens: int
     seats: int
     mixes: bool
+    poll_iterations: int = 1
+    wait_iterations: int = 0
+    wait_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -65,20 +69,36 @@ class _Request:
 
 def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: Attended) -> tuple[float, float]:
     """Return mean TTFT and mean TPOT over all requests, including the first ones, which arrive together."""
-    waiting = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
+    arrived = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
     coming = iter(_lengths(load)[load.in_flight :])
     finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all of its tokens
     num, context, step, now_s, order = 0, 0, 0, 0.0, 0
-    prefilling: deque[_Request] = deque()
+    waiting, prefilling = deque[_Request](), deque[_Request]()
+    unpolled, waited = 0, 0  # iterations since the last look for new requests, and those that prompts have waited
     ttft_s, tpot_s = 0.0, 0.0
-    while waiting or prefilling or finishing:
-        chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
+    while arrived or waiting or prefilling or finishing:
+        if not num or unpolled >= engine.poll_iterations:
+            waiting.extend(arrived)
+            arrived.clear()
+            unpolled = 0
+        holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
+        if holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens:
+            chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
+        else:
+            holds_back, waited = False, 0
+            chunk, tokens, pairs, read = _chunk(waiting, prefilling, engine, num, attended)
         if not chunk:
             steps = finishing[0][0] - step
+            if arrived:
+                steps = min(steps, engine.poll_iterations - unpolled)
+            if holds_back:
+                steps = min(steps, engine.wait_iterations - waited)
+                waited += steps
             middle = attended(context / num + (steps - 1) / 2)
             now_s += steps * seconds(num, num * middle, 0, 0.0, 0.0, num)
+            unpolled = (unpolled + steps - 1) % engine.poll_iterations + 1
         else:
-            steps = 1
+            steps, unpolled = 1, engine.poll_iterations
             beside = num if engine.mixes else 0
             last = sum(request.filled == request.prompt for request in chunk)
             reading = beside * attended(context / beside) if beside else 0.0
@@ -98,7 +118,7 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             num, context = num - 1, context - request.prompt - max(1, request.output - 1)
             tpot_s += (now_s - request.first_s) / max(1, request.output - 1)
             if (lengths := next(coming, None)) is not None:
-                waiting.append(_Request(now_s, *lengths))
+                arrived.append(_Request(now_s, *lengths))
     return ttft_s / load.total, tpot_s / load.total
 
 

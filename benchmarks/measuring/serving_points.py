@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from benchmarks.measuring.published_settings import Run, Settings, settings_of
 from hetis.formats import catalogue, dtypes
 from hetis.formats.huggingface import model_from_config
 from hetis.formats.positions import parse_text
@@ -27,14 +28,8 @@ from hetis.solver.model import ModelSpec
 
 CONFIGS = Path(__file__).parents[2] / "tests" / "formats" / "huggingface"  # published model configs
 NODE_GPUS = 8  # in every system of the tables; a tensor-parallel group stays within a node
-CHUNK_TOKENS = {
-    "vllm": 8192,
-    "sglang": 8192,
-    "trtllm": 8192,
-}  # max_num_batched_tokens, chunked_prefill_size, max_num_tokens
 # SGLang computes prompts in separate iterations; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
-STREAM_INTERVAL = {"vllm": 1, "trtllm": 10, "sglang": 30}  # from InferenceX's scripts; the default is 1
 DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
@@ -58,7 +53,7 @@ class ServingPoint:
     prompt_tokens: int
     output_tokens: int
     shortest: float  # lengths are uniform between this share of the stated ones and all of it
-    stream_interval: int  # number of a request's tokens that the engine sends together
+    settings: Settings
     ttft_s: float
     tpot_s: float
 
@@ -122,7 +117,7 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
     """
     if row["mode"] != "agg":
         raise NotPosedError("prefill and decode on GPUs of their own: the numbers of workers are not recorded")
-    if row["backend"] not in CHUNK_TOKENS:
+    if row["backend"] not in MIXES:
         raise NotPosedError(f"the settings of engine {row['backend']} are not known")
     tp, requests = _whole(row, "tp_size"), _requests(row)
     if _whole(row, "attention_dp_size", 1) > 1:
@@ -134,16 +129,25 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
     gpu = catalogue_name(row["system"])
     if gpu is None:
         raise NotPosedError(f"the catalogue does not know the GPU {row['system']}")
-    model = _model(row)
+    model, label = _model(row), row["model_path"].rpartition("/")[2]
     if rank_shape(model, tp) is None:
         raise NotPosedError("the model's heads cannot be shared by so many ranks")
+    prompt_tokens, output_tokens = _whole(row, "isl"), _whole(row, "osl")
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
+    settings = Settings()
+    if inferencex:
+        run = Run(
+            engine=row["backend"], model=label, gpu=gpu, precision=row["precision"], tp=tp, requests=requests,
+            prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        )  # fmt: skip
+        settings = settings_of(run)
+    if settings.has_fp8_kv:
+        model = replace(model, kv_bytes=1.0)
     drift = DRIFT if MIXES[row["backend"]] else 1.0
     return ServingPoint(
-        row=row, gpu=gpu, engine=row["backend"], label=row["model_path"].rpartition("/")[2], model=model,
-        mode=row["mode"], tp=tp, requests=requests, prompt_tokens=_whole(row, "isl"),
-        output_tokens=_whole(row, "osl"), shortest=LENGTH_RATIO if inferencex else drift,
-        stream_interval=STREAM_INTERVAL[row["backend"]] if inferencex else 1,
+        row=row, gpu=gpu, engine=row["backend"], label=label, model=model,
+        mode=row["mode"], tp=tp, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        shortest=LENGTH_RATIO if inferencex else drift, settings=settings,
         ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import silicon
 from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
+from benchmarks.measuring.published_settings import Run, Settings, settings_of
 from benchmarks.measuring.serving_points import NotPosedError, ServingPoint, pose, posed, read_rows
 from hetis.formats import catalogue
 from hetis.profiler.engines import ENGINES
@@ -50,8 +51,8 @@ def test_a_row_is_posed_as_it_says() -> None:
     assert pose(row(batch_size="")).requests == 4
     # InferenceX varies lengths, and answers several tokens at once.
     inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
-    assert (inferencex.shortest, inferencex.stream_interval) == (0.8, 10)
-    assert (point.shortest, point.stream_interval) == (0.98, 1)
+    assert (inferencex.shortest, inferencex.settings.stream_interval) == (0.8, 10)
+    assert (point.shortest, point.settings) == (0.98, Settings())
     # SGLang computes prompts separately, so that simultaneous requests stay together.
     assert pose(row(backend="sglang")).shortest == 1.0
 
@@ -124,6 +125,44 @@ def test_virtual_time_by_hand() -> None:
     assert closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=False), seconds, attended) == (4.5, 1.75)
     # One seat: the second waits until the first ends at 5 s.
     assert closed_loop(load, Engine(chunk_tokens=4, seats=1, mixes=True), seconds, attended) == (5.5, 1.0)
+
+
+def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
+    """Three requests of 4 prompt and 4 output tokens, two at once; times as above."""
+
+    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
+        return 3.0 if tokens else 1.0
+
+    def times(**how: int) -> tuple[float, float]:
+        load = Load(in_flight=2, total=3, prompt_tokens=4, output_tokens=4)
+        return closed_loop(load, Engine(chunk_tokens=4, seats=2, mixes=True, **how), seconds, lambda context: context)
+
+    # Tokens at 3, 6, 9, 10 s; 9, 10, 13, 16 s; the third arrives at 10 s: 16, 17, 18, 19 s.
+    assert times() == pytest.approx((18 / 3, 17 / 9))
+    # It is seen at 11 s, with the second's third token: 17, 18, 19, 20 s, while the second ends at 14 s.
+    assert times(poll_iterations=2) == pytest.approx((19 / 3, 15 / 9))
+    # The second waits for an iteration (first: 3, 4, 7, 10 s), and so does the third (second: 10, 11, 14, 17 s).
+    assert times(wait_iterations=1, wait_tokens=100) == pytest.approx((20 / 3, 17 / 9))
+    # The prompt and the request that decodes are enough.
+    assert times(wait_iterations=1, wait_tokens=5) == times()
+
+
+def test_settings_are_those_of_the_published_scripts() -> None:
+    run = Run(
+        engine="sglang", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp8", tp=8, requests=16,
+        prompt_tokens=1024, output_tokens=1024,
+    )  # fmt: skip
+    assert settings_of(run) == Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=30)
+    assert settings_of(replace(run, requests=8)).poll_iterations == 10
+    tensorrt = replace(run, engine="trtllm", requests=64)
+    assert settings_of(tensorrt) == Settings(
+        chunk_tokens=8192, stream_interval=10, wait_iterations=40, wait_tokens=6553
+    )
+    assert settings_of(replace(tensorrt, precision="fp4")).wait_iterations == 0
+    assert settings_of(replace(tensorrt, prompt_tokens=8192)).chunk_tokens == 8320
+    minimax = replace(run, engine="vllm", model="MiniMax-M2.5")
+    assert settings_of(minimax) == Settings(chunk_tokens=2048, has_fp8_kv=True)
+    assert settings_of(replace(minimax, gpu="H100-SXM-80GB")) == Settings()
 
 
 def outcome(tpot: float, ttft: float, **fields: str) -> silicon.Outcome:
