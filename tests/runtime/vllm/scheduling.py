@@ -119,8 +119,10 @@ class CountedBlocks:
         return [group for group in range(GROUPS) if devices[group] == LOCAL or tables[group]]
 
     def _missing(self, request_id: str, needed: int) -> int:
+        """Return the blocks that a request lacks, with the anchor of a new one."""
         tables = self.tables.get(request_id, [0] * GROUPS)
-        return sum(max(needed - tables[group], 0) for group in self._growing(request_id))
+        missing = sum(max(needed - tables[group], 0) for group in self._growing(request_id))
+        return missing + (request_id not in self.tables)
 
 
 @dataclass
