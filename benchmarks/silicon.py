@@ -195,7 +195,9 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
         cluster=fleet("node", (1, NODE_GPUS, point.gpu)),
         model=model,
         workload=Workload(name="point", bins=(lengths,)),
-        profiles={point.gpu: profile_of(point.gpu, point.engine, point.settings.stream_interval)},
+        profiles={
+            point.gpu: profile_of(point.gpu, point.engine, point.settings.stream_interval, point.has_whole_experts)
+        },
         objective=NO_LIMITS,
     )
     link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)
@@ -217,10 +219,13 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
 
 
 @cache
-def profile_of(gpu: str, engine: str, stream_interval: int) -> Profile:
+def profile_of(gpu: str, engine: str, stream_interval: int, whole_experts: bool = False) -> Profile:
     """Return the shipped profile, or the modelled one if there is none, with the engine applied."""
     kind = catalogue.find_gpu(gpu).gpu
-    return for_engine(shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval)
+    return for_engine(
+        shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval,
+        whole_experts=whole_experts,
+    )  # fmt: skip
 
 
 Peer = Mapping[str, tuple[float, float] | str]  # by row id: TTFT and TPOT in seconds, or the reason for no answer

@@ -54,6 +54,7 @@ class ServingPoint:
     output_tokens: int
     shortest: float  # lengths are uniform between this share of the stated ones and all of it
     settings: Settings
+    has_whole_experts: bool  # each rank has some of the experts, and not slices of all
     ttft_s: float
     tpot_s: float
 
@@ -148,6 +149,7 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
         row=row, gpu=gpu, engine=row["backend"], label=label, model=model,
         mode=row["mode"], tp=tp, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         shortest=LENGTH_RATIO if inferencex else drift, settings=settings,
+        has_whole_experts=model.moe is not None and _whole(row, "moe_ep_size", 1) > 1,
         ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
     )  # fmt: skip
 

@@ -44,11 +44,14 @@ ENGINES: Mapping[str, HostTime] = {
 }
 
 
-def for_engine(profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1) -> Profile:
+def for_engine(
+    profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1, whole_experts: bool = False
+) -> Profile:  # fmt: skip
     """Return the profile of ``gpu`` with the host time and the experts' kernels of ``engine`` in place of its own.
 
     Args:
         stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
+        whole_experts: ranks share out experts (expert parallelism), and have no slices of each.
 
     Raises:
         InvalidProblemError: nobody measured the engine, or the interval is below 1.
@@ -60,7 +63,7 @@ def for_engine(profile: Profile, gpu: GpuType, engine: str, *, stream_interval: 
         raise InvalidProblemError(f"no host times are known for engine {engine!r}; known: {', '.join(ENGINES)}")
     provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
-    fits += expert_fits(gpu, profile, engine)
+    fits += expert_fits(gpu, profile, engine, whole=whole_experts)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
     fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))
     return replace(profile, fits=tuple(fits))

@@ -4,7 +4,9 @@
 aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A
 kernel's time is one piece, ``fixed + flop F + byte B``. The rows have skewed routing; B counts the experts that even
 routing would touch, as in the cost model, so the skew is in the coefficients. Small experts reach a third of the
-matrix rate of dense layers. The same tables always give the same bytes.
+matrix rate of dense layers. Experts that are whole on their ranks (expert parallelism) have fits of their own: they
+begin sooner than slices of experts, and the rank with the most tokens keeps the others waiting. The same tables always
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -45,12 +47,13 @@ _NEAREST = "Hopper"  # for architectures without tables
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertKernel:
     """One engine's expert kernel for one format on one architecture. ``flop`` and ``byte`` are relative to the GPU's
-    peaks.
+    peaks. ``whole``: each expert is on one rank; otherwise, each rank has a slice of every expert.
     """
 
     architecture: str
     engine: str
     weights: str
+    whole: bool
     fixed_s: float
     flop: float
     byte: float
@@ -59,17 +62,19 @@ class ExpertKernel:
     origin: str
 
 
-def expert_fits(gpu: GpuType, profile: Profile, engine: str) -> tuple[Fit, ...]:
+def expert_fits(gpu: GpuType, profile: Profile, engine: str, *, whole: bool) -> tuple[Fit, ...]:
     """Return the experts' fits of ``gpu`` under ``engine``, one per format; Hopper's if nobody measured its own.
+
+    ``whole`` experts are shared out among the ranks of a stage; others are sliced.
 
     The fixed time of the profile's dense layers covers four products and the work between them. Next to experts two of
     the four remain, so half of it is subtracted from the experts' own.
     """
-    own = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == gpu.architecture]
-    near = [kernel for kernel in shipped() if kernel.engine == engine and kernel.architecture == _NEAREST]
+    kernels = [kernel for kernel in shipped() if kernel.engine == engine and kernel.whole == whole]
+    own = [kernel for kernel in kernels if kernel.architecture == gpu.architecture]
+    near = [kernel for kernel in kernels if kernel.architecture == _NEAREST]
     known = {kernel.weights for kernel in own}
-    kernels = (*own, *(kernel for kernel in near if kernel.weights not in known))
-    return tuple(_fit(kernel, gpu, profile) for kernel in kernels)
+    return tuple(_fit(kernel, gpu, profile) for kernel in (*own, *(one for one in near if one.weights not in known)))
 
 
 def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
@@ -104,31 +109,38 @@ def derived(tables: Path) -> Iterator[ExpertKernel]:
             rows = _rows(tables / system / "moe" / engine / version / "moe_perf.parquet")
             for dtype, weights in _FORMATS.items():
                 origin = f"aiconfigurator-core 0.12.0 (Apache-2.0), {engine} {version} on {name}, {dtype} experts"
-                if points := _points(rows, dtype):
-                    yield _kernel(points, gpu, engine=engine, weights=weights, origin=origin)
+                for whole in (False, True):
+                    if points := _points(rows, dtype, whole=whole):
+                        yield _kernel(points, gpu, engine=engine, weights=weights, whole=whole, origin=origin)
 
 
 Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks
 
 
-def _points(rows: Sequence[Mapping[str, Any]], dtype: str) -> dict[Point, float]:
-    """Return the seconds of experts that are whole on their ranks, by the fastest kernel, or nothing if points are too
-    few.
+def _points(rows: Sequence[Mapping[str, Any]], dtype: str, *, whole: bool) -> dict[Point, float]:
+    """Return the seconds of experts that are whole or sliced, by the fastest kernel, or nothing if points are too few.
+
+    Ranks share slices (`moe_tp_size`) or whole experts (`moe_ep_size`); rows with both are left out.
     """
+    shared_by, other = ("moe_ep_size", "moe_tp_size") if whole else ("moe_tp_size", "moe_ep_size")
     best: dict[Point, float] = {}
     for row in rows:
-        if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row["moe_ep_size"] != 1:
+        if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row[other] != 1:
+            continue
+        if whole and row[shared_by] == 1:
             continue
         if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2:
             continue
-        names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size")
+        names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", shared_by)
         tokens, hidden, width, chosen, experts, ranks = (float(row[name]) for name in names)
         key = tokens, hidden, width, chosen, experts, ranks
         best[key] = min(best.get(key, float("inf")), row["latency"] * 1e-3)
     return best if len(best) >= _LEAST_POINTS else {}
 
 
-def _kernel(points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights: str, origin: str) -> ExpertKernel:
+def _kernel(
+    points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights: str, whole: bool, origin: str
+) -> ExpertKernel:  # fmt: skip
     ordered = sorted(points.items())
     tokens, hidden, width, chosen, experts, ranks = np.array([key for key, _ in ordered]).T
     seconds = np.array([value for _, value in ordered])
@@ -142,8 +154,8 @@ def _kernel(points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights
     found = fit_pieces(np.stack([np.ones(len(seconds)), flops_s, bytes_s], axis=1), seconds, num_pieces=1)
     fixed_s, flop, byte = found.pieces[0]
     return ExpertKernel(
-        architecture=gpu.architecture, engine=engine, weights=weights, fixed_s=rounded(fixed_s), flop=rounded(flop),
-        byte=rounded(byte), num_points=len(seconds), mape=rounded(found.mape), origin=origin,
+        architecture=gpu.architecture, engine=engine, weights=weights, whole=whole, fixed_s=rounded(fixed_s),
+        flop=rounded(flop), byte=rounded(byte), num_points=len(seconds), mape=rounded(found.mape), origin=origin,
     )  # fmt: skip
 
 
