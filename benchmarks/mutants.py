@@ -3,10 +3,14 @@
     python -m benchmarks.mutants [--sample N] [--seed S] [--only TEXT] [--jobs N]
 
 A mutant is the solver with one mistake: ``<`` for ``<=``, ``+`` for ``-``, a constant off by one, ``min`` for ``max``,
-a deleted statement, a negated condition. A sample is drawn from all mutants of dispatch, re-dispatch, the checker and
-the cost model, file by file in proportion. Each mutant meets the narrow tests of its part, with kernels as plain
-Python. It is killed if a test fails or takes far too long. Survivors are printed as a changed line: either a test is
-missing, or the change makes no difference (a bound that is checked twice, a tie, a tolerance).
+a deleted statement, a negated condition. None is made in what does no arithmetic: arguments of decorators
+(``frozen=True``), annotations, blocks of ``if TYPE_CHECKING``, imports, ``raise`` and ``assert`` statements, and
+formatted texts. Nothing else is excepted, whether a test could notice it or not.
+
+A sample is drawn from all mutants of dispatch, re-dispatch, the checker and the cost model, file by file in proportion.
+Each mutant meets the narrow tests of its part, with kernels as plain Python. It is killed if a test fails or takes far
+too long. Survivors are printed as a changed line: either a test is missing, or the change makes no difference (a bound
+that is checked twice, a tie, a tolerance).
 
 A mutant takes 5 to 60 CPU seconds; those of dispatch and re-dispatch take longest. The same seed draws the same mutants
 of the same code.
@@ -25,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +38,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 SOLVER = "solver/hetis/solver"
 RECORDED = "tests/solver/test_recorded.py::test_answers_are_those_that_were_recorded"
+STEPS = {
+    part: f"tests/solver/test_recorded.py::test_every_step_of_{part}_does_what_was_recorded"
+    for part in ("dispatch", "redispatch")
+}
 # Part: the files that are changed, and the tests that must notice, the quickest to notice first.
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cost": (
         (f"{SOLVER}/cost.py",),
         (
+            "tests/solver/test_cost.py",
             "tests/solver/test_check_roles.py::test_search_and_checker_know_the_same_slack",
             "tests/solver/test_arithmetic.py::test_the_search_tabulates_the_same_seconds",
             "tests/solver/test_arithmetic.py::test_the_search_finds_the_same_room",
@@ -48,7 +57,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "check": (
         (f"{SOLVER}/check",),
         (
-            *("tests/solver/test_check_will.py", "tests/solver/test_check.py", "tests/solver/test_check_roles.py"),
+            *(f"tests/solver/test_check{which}.py" for which in ("_rounding", "_engine", "_will", "", "_roles")),
             "tests/solver/test_arithmetic.py::test_the_checker_times_a_stage_alike",
             "tests/solver/test_arithmetic.py::test_the_checker_counts_memory_alike",
             "tests/solver/test_arithmetic.py::test_all_know_the_same_latencies_whether_prompts_wait_or_not",
@@ -56,21 +65,24 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "dispatch": (
         (f"{SOLVER}/dispatch",),
-        (f"{RECORDED}[dispatch]", "tests/solver/dispatch_state", "tests/solver/dispatch"),
+        (STEPS["dispatch"], f"{RECORDED}[dispatch]", "tests/solver/dispatch_state", "tests/solver/dispatch"),
     ),
     "redispatch": (
         (f"{SOLVER}/redispatch",),
         (
+            STEPS["redispatch"],
             f"{RECORDED}[redispatch]",
             *(
                 f"tests/solver/redispatch/test_{name}.py"
-                for name in ("ordering", "redispatch", "triggers_and_baselines", "watch", "quality")
+                for name in ("limits", "ordering", "redispatch", "triggers_and_baselines", "watch", "quality")
             ),
         ),
     ),
 }
 NOT_CHANGED = ("specification.py", "baselines.py", "warming.py", "compiled.py")  # oracles, rivals, compilation
-INSTANCES = 4  # of a parametrised test
+WITH_KERNELS = ("dispatch", "redispatch")
+INSTANCES = 4  # of a parametrised test of these parts, except those of which each concerns other code
+ALL_INSTANCES = tuple(name.rpartition("::")[2] for name in STEPS.values())
 # Kernels as plain Python take minutes for the first two, and have no signatures, which the third is about.
 LEFT_OUT = (
     "test_rounding_stays_within_half_a_percent_of_the_best_plan_on_average",
@@ -78,7 +90,7 @@ LEFT_OUT = (
     "test_costs_of_any_type_become_what_kernels_are_compiled_for",
 )
 LONGEST_S = 240.0  # CPU seconds of a mutant's tests; beyond that it never ends and counts as killed
-PRELOADED = ("numpy", "scipy.optimize", "scipy.sparse", "pytest", "numba")
+PRELOADED = ("numpy", "scipy.optimize", "scipy.sparse", "pytest", "numba", "highspy")
 
 OPERATORS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -172,15 +184,19 @@ def _mutants_of_file(part: str, file: Path) -> Iterator[Mutant]:
 
 
 def _not_run(tree: ast.AST) -> set[int]:
-    """Return the parts of the tree without arithmetic: types, annotations of fields, raised messages, asserts."""
+    """Return the nodes without arithmetic: decorators, annotations, types, raised errors and formatted texts."""
     found: set[int] = set()
     for node in ast.walk(tree):
         skipped: list[ast.AST] = []
         if isinstance(node, ast.FunctionDef):
             skipped = [*([node.returns] if node.returns else []), *node.decorator_list]
             skipped += [one.annotation for one in ast.walk(node.args) if isinstance(one, ast.arg) and one.annotation]
+        elif isinstance(node, ast.ClassDef):
+            skipped = [*node.decorator_list]
         elif isinstance(node, ast.AnnAssign):
             skipped = [node.annotation]
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            skipped = [*node.body]
         elif isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
             skipped = [node]
         for one in skipped:
@@ -248,12 +264,12 @@ def _passes(part: str, mutant: Mutant | None) -> bool:
             (Path(name) / mutant.path).write_text(mutant.source, encoding="utf-8")
         child = os.fork()
         if child == 0:
-            os._exit(_run_tests(folder, PARTS[part][1]))
+            os._exit(_run_tests(folder, part))
         _, status = os.waitpid(child, 0)
         return status == 0
 
 
-def _run_tests(folder: Path, tests: Sequence[str]) -> int:
+def _run_tests(folder: Path, part: str) -> int:
     import resource
 
     import pytest
@@ -266,7 +282,7 @@ def _run_tests(folder: Path, tests: Sequence[str]) -> int:
     os.chdir(ROOT)
     sys.path.insert(0, str(folder))
     options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-m", "not soak and not gpu"]
-    return int(pytest.main([*options, *tests], plugins=[_FewInstances()]))
+    return int(pytest.main([*options, *PARTS[part][1]], plugins=[_FewInstances()] if part in WITH_KERNELS else []))
 
 
 class _FewInstances:
@@ -279,7 +295,7 @@ class _FewInstances:
         for item in items:
             test = item.path, getattr(item, "originalname", item.name)
             met[test] += 1
-            if met[test] <= INSTANCES and test[1] not in LEFT_OUT:
+            if (met[test] <= INSTANCES or test[1] in ALL_INSTANCES) and test[1] not in LEFT_OUT:
                 kept.append(item)
         items[:] = kept
 

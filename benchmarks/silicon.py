@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
+from benchmarks.measuring.published_settings import ACCEPTANCE
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.serving_points import (
     MIXES,
@@ -174,7 +175,9 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
     engine = Engine(
         chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
         poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
-        wait_tokens=settings.wait_tokens,
+        wait_tokens=settings.wait_tokens, draft_tokens=settings.draft_tokens,
+        tokens_per_iteration=1.0 + accepted(settings.draft_tokens),
+        layers=point.model.num_layers,
     )  # fmt: skip
     ttft_s, tpot_s = closed_loop(load, engine, timing.seconds, point.model.attended_tokens)
     answer_s = ENGINES[point.engine].answer_s
@@ -209,13 +212,28 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
     setting = Setting(
         problem=problem, moments=moments, micro_batch=point.requests, in_flight=1, chunk_tokens=chunk_tokens
     )  # fmt: skip
-    room = rank_room_bytes(setting, shape, is_first=True, is_last=True)
+    timing = StageTiming(problem, shape, is_first=True, is_last=True)
+    room = room_bytes(point, setting, shape, timing)
     per_token = model.num_layers * head_groups_per_rank(model, point.tp) * model.kv_bytes_per_token_group()
     held = model.cached_tokens(lengths.prompt_tokens + lengths.output_tokens / 2)
     whole = model.cached_tokens(float(point.prompt_tokens + point.output_tokens))
     if room < whole * per_token:
         raise NotPosedError("weights and one request do not fit in memory")
-    return StageTiming(problem, shape, is_first=True, is_last=True), max(1, int(room / (held * per_token)))
+    return timing, max(1, int(room / (held * per_token)))
+
+
+def room_bytes(point: ServingPoint, setting: Setting, shape: StageShape, timing: StageTiming) -> float:
+    """Return the bytes of a rank for KV: by the script that started the engine, or all that is left."""
+    settings, memory_bytes = point.settings, catalogue.find_gpu(point.gpu).gpu.memory_bytes
+    if settings.static_share is not None:
+        cost = timing.cost
+        embeddings = cost.embedding_bytes() * (1 if point.model.tie_embeddings else 2)
+        weights = shape.layers * cost.layer_bytes() + cost.prefix_bytes() + embeddings
+        return settings.static_share * memory_bytes - weights
+    room = rank_room_bytes(setting, shape, is_first=True, is_last=True)
+    if settings.free_share is None:
+        return room
+    return settings.free_share * (room + memory_bytes - setting.problem.profiles[shape.gpu].usable_bytes)
 
 
 @cache
@@ -238,8 +256,7 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
         SystemExit: it cannot be started.
     """
     ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # each key loads its tables
-    kv = {point.row["id"]: {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {} for point in points}
-    asked = "\n".join(json.dumps(dict(point.row) | kv[point.row["id"]]) for point in ordered)
+    asked = "\n".join(json.dumps(dict(point.row) | beside_row(point)) for point in ordered)
     try:
         done = subprocess.run([python, str(PEER)], input=asked, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -250,6 +267,18 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
         answer = json.loads(line)
         answers[answer["id"]] = answer.get("error") or (answer["ttft_ms"] / 1e3, answer["tpot_ms"] / 1e3)
     return answers
+
+
+def beside_row(point: ServingPoint) -> dict[str, str | float]:
+    """Return what published settings add to a row: 8-bit KV, and tokens that are drafted and accepted."""
+    drafts = point.settings.draft_tokens
+    kv: dict[str, str | float] = {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {}
+    return kv | ({"nextn": drafts, "nextn_accepted": accepted(drafts)} if drafts else {})
+
+
+def accepted(drafts: int) -> float:
+    """Return how many of a request's drafts are accepted in an iteration, on average."""
+    return sum(ACCEPTANCE**n for n in range(1, drafts + 1))
 
 
 def peer_version(peer: Peer) -> str:

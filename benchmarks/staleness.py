@@ -58,7 +58,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "silicon": (
         *("benchmarks/silicon.py", "benchmarks/measuring/serving_points.py", "benchmarks/measuring/closed_loop.py"),
         "benchmarks/measuring/published_settings.py",
-        *("profiler/hetis/profiler/engines.py", "profiler/hetis/profiler/experts.py"),
+        *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),

@@ -58,7 +58,7 @@ def remember_yaml() -> None:
 
 
 def asked(row: dict[str, str]) -> dict[str, object]:
-    """Return the row as arguments of ``cli_estimate``: requests of one replica, its sizes, the row's formats."""
+    """Return the row as arguments of ``cli_estimate``: requests of one replica, its sizes and formats, its drafts."""
     whole = {name: int(float(row[name])) for name in ("tp_size", "isl", "osl", "batch_size") if row[name]}
     for name in ("attention_dp_size", "moe_tp_size", "moe_ep_size"):
         if row[name] and float(row[name]) >= 1:
@@ -66,7 +66,8 @@ def asked(row: dict[str, str]) -> dict[str, object]:
     formats = {name: row[name] for name in ("gemm_quant_mode", "moe_quant_mode", "kvcache_quant_mode") if row.get(name)}
     if "gpt-oss" in row["model_path"]:  # the table calls its experts' format nvfp4 or fp8
         formats |= {"gemm_quant_mode": "bfloat16", "moe_quant_mode": GPT_OSS_EXPERTS[row["system"].partition("_")[0]]}
-    return {"mode": "agg", "backend_name": row["backend"], "backend_version": None, **whole, **formats}
+    drafts = {"nextn": row["nextn"], "nextn_accepted": row["nextn_accepted"]} if row.get("nextn") else {}
+    return {"mode": "agg", "backend_name": row["backend"], "backend_version": None, **whole, **formats, **drafts}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ requests of 8,000 tokens thus takes a thousand steps, not a hundred thousand.
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +49,9 @@ class Engine:
     It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
     not. New requests are looked for after every iteration with prompts, and after ``poll_iterations`` others. While
     requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens.
+
+    Every decoding request drafts ``draft_tokens`` with one more layer beside the model's ``layers``. The model then
+    computes them with the request's own token; ``tokens_per_iteration`` of all are kept, on average.
     """
 
     chunk_tokens: int
@@ -56,6 +60,27 @@ class Engine:
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
+    draft_tokens: int = 0
+    tokens_per_iteration: float = 1.0
+    layers: int = 1
+
+    def drafting_s(self, seconds: IterationTime, decoding: int, attended: float) -> float:
+        """Return the seconds in which ``decoding`` requests draft, by one layer and one token after another."""
+        if not self.draft_tokens or not decoding:
+            return 0.0
+        return self.draft_tokens * seconds(decoding, attended, 0, 0.0, 0.0, decoding) / self.layers
+
+    def decode_s(self, seconds: IterationTime, decoding: int, attended: float) -> float:
+        """Return the seconds of an iteration of decoding requests alone, which attend to ``attended`` tokens together.
+
+        Drafts of a request read its KV once; their attention FLOPs are left out.
+        """
+        tokens = decoding * (1 + self.draft_tokens)
+        return seconds(tokens, attended, 0, 0.0, 0.0, tokens) + self.drafting_s(seconds, decoding, attended)
+
+    def iterations(self, output_tokens: int) -> int:
+        """Return the iterations in which a request decodes, its first token apart."""
+        return max(1, math.ceil((output_tokens - 1) / self.tokens_per_iteration - 1e-9))
 
 
 @dataclass(slots=True)
@@ -72,7 +97,8 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
     arrived = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
     coming = iter(_lengths(load)[load.in_flight :])
     finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all of its tokens
-    num, context, step, now_s, order = 0, 0, 0, 0.0, 0
+    num, context, step, now_s, order = 0, 0.0, 0, 0.0, 0
+    gain = engine.tokens_per_iteration
     waiting, prefilling = deque[_Request](), deque[_Request]()
     unpolled, waited = 0, 0  # iterations since the last look for new requests, and those that prompts have waited
     ttft_s, tpot_s = 0.0, 0.0
@@ -94,28 +120,30 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             if holds_back:
                 steps = min(steps, engine.wait_iterations - waited)
                 waited += steps
-            middle = attended(context / num + (steps - 1) / 2)
-            now_s += steps * seconds(num, num * middle, 0, 0.0, 0.0, num)
+            middle = attended(context / num + gain * (steps - 1) / 2)
+            now_s += steps * engine.decode_s(seconds, num, num * middle)
             unpolled = (unpolled + steps - 1) % engine.poll_iterations + 1
         else:
             steps, unpolled = 1, engine.poll_iterations
             beside = num if engine.mixes else 0
+            drafted = beside * (1 + engine.draft_tokens)
             last = sum(request.filled == request.prompt for request in chunk)
             reading = beside * attended(context / beside) if beside else 0.0
-            now_s += seconds(beside, reading, tokens, pairs, read, beside + last)
+            now_s += seconds(drafted, reading, tokens, pairs, read, drafted + last)
+            now_s += engine.drafting_s(seconds, beside, reading)
         if not chunk or engine.mixes:
-            step, context = step + steps, context + steps * num
+            step, context = step + steps, context + gain * steps * num
         for request in chunk:
             if request.filled < request.prompt:
                 continue
             request.first_s = now_s
             ttft_s += now_s - request.arrived_s
             order += 1
-            heapq.heappush(finishing, (step + max(1, request.output - 1), order, request))
+            heapq.heappush(finishing, (step + engine.iterations(request.output), order, request))
             num, context = num + 1, context + request.prompt
         while finishing and finishing[0][0] == step:
             request = heapq.heappop(finishing)[2]
-            num, context = num - 1, context - request.prompt - max(1, request.output - 1)
+            num, context = num - 1, context - request.prompt - gain * engine.iterations(request.output)
             tpot_s += (now_s - request.first_s) / max(1, request.output - 1)
             if (lengths := next(coming, None)) is not None:
                 arrived.append(_Request(now_s, *lengths))

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# DeepSeek-R1 on B200 under TensorRT-LLM: this tag ran the scripts with MTP, 1.2.0rc6.post2 those without (InferenceX
+# pull requests 1488 and 1489). Earlier tags ran both, and their rows do not say which.
+DRAFTING_IMAGE = "1.2.0rc6.post3"
+DRAFTS = 3
+# Of DeepSeek-R1's first draft, as vLLM's pull request 12755 measured it; taken for each draft after an accepted one.
+ACCEPTANCE = 0.82
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -21,6 +28,11 @@ class Settings:
         poll_iterations: decoding iterations between two looks for new requests (SGLang's scheduler_recv_interval).
         wait_iterations, wait_tokens: new prompts wait for so many iterations, or until an iteration has so many tokens
             (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
+        draft_tokens: tokens that the model's own prediction layer drafts in an iteration
+            (num_nextn_predict_layers of TensorRT-LLM's MTP).
+        static_share: share of a GPU's memory for weights and KV (SGLang's mem_fraction_static).
+        free_share: share for KV of the memory that weights and activations leave (TensorRT-LLM's
+            free_gpu_memory_fraction).
     """
 
     chunk_tokens: int = 8192
@@ -29,13 +41,20 @@ class Settings:
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
+    draft_tokens: int = 0
+    static_share: float | None = None
+    free_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A run of a script: the load, and what it was started for. ``precision`` is that of the weights, fp8 or fp4."""
+    """A run of a script: the load, and what it was started for.
+
+    ``precision`` is that of the weights, fp8 or fp4; ``image`` the container's tag, empty if it is not recorded.
+    """
 
     engine: str
+    image: str
     model: str
     gpu: str
     precision: str
@@ -68,20 +87,30 @@ def _trtllm(run: Run) -> Settings:
         )
     if "gpt-oss" in run.model:
         return Settings(chunk_tokens=20000, stream_interval=20)
-    chunk_tokens = max(8192, (run.requests + run.prompt_tokens + 64 + 63) // 64 * 64)
+    if run.image == DRAFTING_IMAGE:
+        # Without a lower limit: prompts of 8,192 tokens are computed one by one.
+        most = (DRAFTS + 1) * run.requests + run.prompt_tokens
+        return Settings(chunk_tokens=_blocks(most), stream_interval=10, draft_tokens=DRAFTS, free_share=0.8)
+    chunk_tokens = max(8192, _blocks(run.requests + run.prompt_tokens))
     waits = is_short and run.precision == "fp8" and run.requests >= 64
     return Settings(
         chunk_tokens=chunk_tokens,
         stream_interval=10,
         wait_iterations=40 if waits else 0,
         wait_tokens=int(0.8 * chunk_tokens) if waits else 0,
+        free_share=0.75 if run.precision == "fp8" and run.tp == 4 else 0.8,
     )
+
+
+def _blocks(tokens: int) -> int:
+    """Return the scripts' max_num_tokens: whole blocks of 64, and one more."""
+    return (tokens + 64 + 63) // 64 * 64
 
 
 def _sglang(run: Run) -> Settings:
     often = 10 if run.requests < 16 else 30
     if run.precision == "fp4":
-        return Settings(chunk_tokens=16384, stream_interval=10, poll_iterations=often)
+        return Settings(chunk_tokens=16384, stream_interval=10, poll_iterations=often, static_share=0.85)
     if run.tp == 8:
-        return Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=often)
-    return Settings(chunk_tokens=8192, stream_interval=30, poll_iterations=10)
+        return Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=often, static_share=0.82)
+    return Settings(chunk_tokens=8192, stream_interval=30, poll_iterations=10, static_share=0.95)

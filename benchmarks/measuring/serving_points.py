@@ -138,8 +138,8 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
     settings = Settings()
     if inferencex:
         run = Run(
-            engine=row["backend"], model=label, gpu=gpu, precision=row["precision"], tp=tp, requests=requests,
-            prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+            engine=row["backend"], image=_image(row), model=label, gpu=gpu, precision=row["precision"], tp=tp,
+            requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         )  # fmt: skip
         settings = settings_of(run)
     if settings.has_fp8_kv:
@@ -205,6 +205,11 @@ def _requests(row: Mapping[str, str]) -> int:
     if found is None:
         raise NotPosedError("requests in flight are not recorded")
     return int(found[1])
+
+
+def _image(row: Mapping[str, str]) -> str:
+    found = re.search(r"image=[^;\s]*:([^;\s]+)", row.get("silicon_data_source", ""))
+    return found[1] if found else ""
 
 
 def _whole(row: Mapping[str, str], column: str, default: int | None = None) -> int:

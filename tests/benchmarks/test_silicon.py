@@ -32,6 +32,14 @@ def row(**fields: str) -> dict[str, str]:
     return ROW | fields
 
 
+def mtp_row() -> dict[str, str]:
+    image = "nvcr.io/nvidia/tensorrt-llm/release:1.2.0rc6.post3"
+    return {
+        "silicon_data_source": f"source_file=2026-02-05.csv; silicon_concurrency=4; image={image}; wip=False",
+        "backend": "trtllm", "model_path": "deepseek-ai/DeepSeek-V3", "precision": "fp8", "tp_size": "8",
+    }  # fmt: skip
+
+
 def reason(**fields: str) -> str:
     with pytest.raises(NotPosedError) as caught:
         pose(row(**fields))
@@ -51,6 +59,7 @@ def test_a_row_is_posed_as_it_says() -> None:
     assert pose(row(batch_size="")).requests == 4
     # InferenceX varies lengths, and answers several tokens at once.
     inferencex = pose(row(silicon_data_source="source_file=2026-03-25.csv", backend="trtllm"))
+    assert pose(row(**mtp_row())).settings.draft_tokens == 3
     assert (inferencex.shortest, inferencex.settings.stream_interval) == (0.8, 10)
     assert (point.shortest, point.settings) == (0.98, Settings())
     # SGLang computes prompts separately, so that simultaneous requests stay together.
@@ -147,19 +156,49 @@ def test_new_requests_wait_until_they_are_looked_for_or_many_enough() -> None:
     assert times(wait_iterations=1, wait_tokens=5) == times()
 
 
+def test_drafts_are_computed_with_the_request_s_own_token_and_half_of_all_are_kept() -> None:
+    """A prompt takes 3 s; three tokens per iteration 1 s, and two drafts a quarter of 1 s each."""
+
+    def seconds(decoding: int, attended: float, tokens: int, pairs: float, read: float, rows: int) -> float:
+        assert tokens or (decoding in (1, 3) and rows == decoding)
+        return 3.0 if tokens else 1.0
+
+    engine = Engine(chunk_tokens=4, seats=1, mixes=True, draft_tokens=2, tokens_per_iteration=2.0, layers=4)
+    load = Load(in_flight=1, total=1, prompt_tokens=4, output_tokens=7)
+    assert closed_loop(load, engine, seconds, lambda context: context) == (3.0, 1.5 * 3 / 6)
+
+
+def test_the_room_for_kv_is_what_the_script_gives() -> None:
+    """Half of the memory, or half of what weights leave, has room for fewer requests than all of it."""
+    point = pose(row())
+    seats = [
+        silicon.stage_of(replace(point, settings=settings), 8192)[1]
+        for settings in (Settings(static_share=0.9), Settings(static_share=0.5), Settings(free_share=0.5))
+    ]
+    memory, weights = catalogue.find_gpu(point.gpu).gpu.memory_bytes, 2.0 * point.model.params()
+    share = (0.5 * memory - weights) / (0.9 * memory - weights)
+    assert seats[1] / seats[0] == pytest.approx(share, rel=0.01)
+    assert seats[2] == pytest.approx(
+        silicon.stage_of(replace(point, settings=Settings(free_share=1.0)), 8192)[1] / 2, abs=1
+    )
+
+
 def test_settings_are_those_of_the_published_scripts() -> None:
     run = Run(
-        engine="sglang", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp8", tp=8, requests=16,
+        engine="sglang", image="", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp8", tp=8, requests=16,
         prompt_tokens=1024, output_tokens=1024,
     )  # fmt: skip
-    assert settings_of(run) == Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=30)
+    assert settings_of(run) == Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=30, static_share=0.82)
     assert settings_of(replace(run, requests=8)).poll_iterations == 10
     tensorrt = replace(run, engine="trtllm", requests=64)
     assert settings_of(tensorrt) == Settings(
-        chunk_tokens=8192, stream_interval=10, wait_iterations=40, wait_tokens=6553
+        chunk_tokens=8192, stream_interval=10, wait_iterations=40, wait_tokens=6553, free_share=0.8
     )
     assert settings_of(replace(tensorrt, precision="fp4")).wait_iterations == 0
     assert settings_of(replace(tensorrt, prompt_tokens=8192)).chunk_tokens == 8320
+    assert settings_of(replace(tensorrt, image="1.2.0rc6.post3", requests=4)) == Settings(
+        chunk_tokens=1152, stream_interval=10, draft_tokens=3, free_share=0.8
+    )
     minimax = replace(run, engine="vllm", model="MiniMax-M2.5")
     assert settings_of(minimax) == Settings(chunk_tokens=2048, has_fp8_kv=True)
     assert settings_of(replace(minimax, gpu="H100-SXM-80GB")) == Settings()

@@ -90,7 +90,7 @@ FIGURES = [
     Figure(BENCHMARKS, r"over HexGen ([\d.]+) to ([\d.]+) times", "paper", ratios(", hexgen", "hetis over")),
     Figure(BENCHMARKS, r"serves ([\d.]+) to ([\d.]+) of `hetis`", "paper",
            lambda rows: [1 / over for over in reversed(ratios(", hetis-paper", "hetis over")(rows))]),
-    Figure(BENCHMARKS, r"in all (\d+) rows of other strategies", "paper",
+    Figure(BENCHMARKS, r"no worse than the other strategy in (\d+) of", "paper",
            lambda rows: [sum(r["no worse"] == "yes" for r in rows if not r["name"].endswith(", hetis"))]),
     Figure(BENCHMARKS, r"requests end (\d+)% to (\d+)% too early", "whole_engine",
            lambda rows: [-100 * max(n), -100 * min(n)] if (n := [number(r["e2e bias"]) for r in rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.formats import catalogue
-from hetis.formats.architectures import FAMILIES
+from hetis.formats.architectures import FAMILIES, NOT_MODELLED
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
 
@@ -22,6 +22,8 @@ PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the mod
     "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.66),
     "Qwen/Qwen2-57B-A14B": (57.4, 14.2),
     "TheBloke/Llama-2-70B-AWQ": (68.98, 68.98),
+    "moonshotai/Kimi-K2.5": (1026, 32.9),
+    "zai-org/GLM-4.5": (355, None),
 }
 
 
@@ -48,6 +50,37 @@ def test_a_config_outside_the_catalogue_has_the_published_parameters(path: Path)
 def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:
     seen = {json.loads(path.read_text())["architectures"][0] for path in CONFIGS}
     assert FAMILIES.keys() - seen == {"KimiK2ForCausalLM"}
+
+
+def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Path) -> None:
+    """Kimi K2.5 is Kimi K2 with experts of 4 bits; problems have the path of the text's fields."""
+    kimi, before = load_model(FOLDER / "moonshotai__Kimi-K2.5.json"), catalogue.find_model("Kimi-K2-Instruct").model
+    assert (kimi.weights, kimi.kv_bytes) == ("int4", 2.0)
+    assert (kimi.moe, kimi.mla, kimi.num_layers) == (before.moe, before.mla, before.num_layers)
+    # Routed experts in 4 bits, all else in 16: 594 GB in a checkpoint of groups of 32; ours are of 64.
+    layers = (kimi.num_layers - kimi.prefix_layers) * kimi.layer_params() * kimi.weight_bytes
+    assert layers / 1e9 == pytest.approx(1015 * 0.53125 + 9.4 * 2, rel=0.01)
+    data = json.loads((FOLDER / "moonshotai__Kimi-K2.5.json").read_text())
+    data["text_config"]["hidden_size"] = 0
+    data["text_config"].pop("vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps(data, indent=1))
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path / "config.json")
+    assert "text_config.hidden_size: is 0" in str(caught.value)
+    assert "vocab_size is missing" in str(caught.value)
+    (tmp_path / "config.json").write_text(json.dumps(data | {"text_config": 7}))
+    with pytest.raises(DocumentError, match="text_config: is 7, must be a mapping") as only:
+        load_model(tmp_path / "config.json")
+    assert "missing" not in str(only.value)
+
+
+@pytest.mark.parametrize(("architecture", "what"), NOT_MODELLED.items())
+def test_what_is_not_modelled_is_refused_by_name(tmp_path: Path, architecture: str, what: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    with pytest.raises(DocumentError) as caught:
+        load_model(tmp_path / "config.json")
+    assert f"has {what}" in str(caught.value)
+    assert architecture not in FAMILIES
 
 
 def test_four_bit_weights_are_about_half_a_byte_and_embeddings_stay_16_bit() -> None:

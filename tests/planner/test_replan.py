@@ -79,6 +79,55 @@ def test_a_gpu_of_another_type_is_another_gpu_whatever_its_name(folder: Path) ->
     assert set(moved) <= set(answer["change"]["loads"])  # type: ignore[index]
 
 
+def test_types_that_join_are_taken_as_the_engine_takes_them(folder: Path) -> None:
+    """A10 have the engine's times in the answer. vLLM does not start on V100: they stay idle, and a note says so."""
+    asked = [*PROBLEM[:4], "--engine", "vllm", "--no-verify", "--out", str(folder / "vllm.json"), "-q"]
+    assert run(["place", "-c", str(folder / "fleet.yaml"), *asked]) == ExitCode.OK
+    joined = (
+        "  - {name: a10, gpus: [{type: A10, count: 1}]}\n  - {name: v100, gpus: [{type: V100-SXM2-16GB, count: 1}]}\n"
+    )
+    (folder / "joined.yaml").write_text(FLEET.replace("network:", f"{joined}network:"))
+    found = invoke("replan", "--from", str(folder / "vllm.json"), "-c", str(folder / "joined.yaml"), "-q", "-o", "json")
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)["plan"]
+    devices = [name for replica in plan["replicas"] for stage in replica["stages"] for name in stage["devices"]]
+    assert "v100/0" not in devices
+    assert any(note.startswith("V100-SXM2-16GB left out") for note in plan["notes"])
+    fits = plan["inputs"]["documents"]["profiles"]["A10"]["fits"]
+    assert [fit["provenance"]["origin"][:5] for fit in fits if fit["op"] == "step"] == ["vllm:"]
+
+
+def test_gpus_that_cannot_be_left_out_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """V100 stand before L4 in their node: without them the L4 would have other numbers."""
+    mixed = FLEET.replace(
+        "  - {name: t4,",
+        "  - {name: m, gpus: [{type: V100-SXM2-16GB, count: 1}, {type: L4, count: 1}]}\n  - {name: t4,",
+    )
+    (folder / "mixed.yaml").write_text(mixed)
+    asked = [*PROBLEM[:4], "--engine", "vllm", "--no-verify", "--out", str(folder / "before.json"), "-q"]
+    assert run(["place", "-c", str(folder / "fleet.yaml"), *asked]) == ExitCode.OK
+    assert run(["replan", "--from", str(folder / "before.json"), "-c", str(folder / "mixed.yaml")]) == ExitCode.INVALID
+    assert "the engine needs --forbid type=V100-SXM2-16GB" in capsys.readouterr().err
+
+
+def test_what_was_forbidden_stays_so(folder: Path) -> None:
+    """T4 stay idle though they are there; a count of replicas is not kept to, and a warning says so."""
+    asked = [*PROBLEM, "--forbid", "type=T4", "--pin", "replicas=1..9", "--out", str(folder / "forbidden.json"), "-q"]
+    assert run(["place", "-c", str(folder / "fleet.yaml"), *asked]) == ExitCode.OK
+    found = invoke("replan", "--from", str(folder / "forbidden.json"), "-c", str(folder / "more.yaml"), "-o", "json")
+    assert found.exit_code == 0, found.output
+    stages = [stage for replica in json.loads(found.stdout)["plan"]["replicas"] for stage in replica["stages"]]
+    assert {stage["gpu"] for stage in stages} == {"L4"}
+    assert "re-planning does not keep to --pin replicas=1..9" in found.stderr
+    assert "type=T4" not in found.stderr
+    plan = json.loads(found.stdout)["plan"]
+    assert "re-planning does not keep to --pin replicas=1..9" in plan["notes"]
+    (folder / "only.yaml").write_text(FLEET.replace("  - {name: t4, gpus: [{type: T4, count: 2}]}\n", ""))
+    gone = invoke("replan", "--from", str(folder / "forbidden.json"), "-c", str(folder / "only.yaml"), "-o", "json")
+    notes = json.loads(gone.stdout)["plan"]["notes"]
+    assert "--forbid type=T4 is about what the fleet lacks, and is not kept for later" in notes
+
+
 def test_a_fleet_without_any_gpu_of_the_plan_is_warned_of(folder: Path) -> None:
     (folder / "renamed.yaml").write_text(FLEET.replace("name: l4", "name: other").replace("name: t4", "name: old"))
     asked = ["replan", "--from", str(folder / "running.json"), "-c"]

@@ -25,6 +25,7 @@ from hetis.planner.use_cases.robustness.ranges import MOST_ERROR, predicted
 from hetis.planner.use_cases.robustness.regions import outside_regions
 from hetis.planner.use_cases.robustness.study import Robustness, study
 from hetis.planner.use_cases.sources import MODELLED, default_profile, load_inputs
+from hetis.profiler.engines import for_engine
 from hetis.profiler.ranges import UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
@@ -455,9 +456,8 @@ def test_notes_name_the_origin_of_profiles() -> None:
 
 def test_a_card_that_only_shares_a_name_with_the_catalogue_is_modelled() -> None:
     for gpu in posed("h100-p100").cluster.gpu_types.values():
-        origin, profile = default_profile(replace(gpu, memory_bytes=gpu.memory_bytes // 2))
-        assert origin == MODELLED
-        assert profile == modelled_profile(replace(gpu, memory_bytes=gpu.memory_bytes // 2))
+        smaller = replace(gpu, memory_bytes=gpu.memory_bytes // 2)
+        assert default_profile(smaller) == (MODELLED, for_engine(modelled_profile(smaller), smaller, "vllm"))
 
 
 # --- the verb

@@ -62,6 +62,13 @@ def test_a_plan_keeps_its_wishes_and_prices_them(folder: Path, capsys: pytest.Ca
     assert "they are forbidden" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_size_is_forbidden_where_the_fleet_has_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, plan = place(capsys, "--forbid", "tp=2", "--engine", "vllm", "--no-verify")
+    assert code == ExitCode.OK
+    assert {stage["tp"] for replica in plan["replicas"] for stage in replica["stages"]} == {1}
+    assert set(plan["inputs"]["simple_setups"]) == {"1"}
+
+
 def test_a_plan_file_with_another_will_is_found_out(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place(capsys, "--pin", "replicas=2", "--out", "plan.json")
     plan = json.loads((folder / "plan.json").read_text())

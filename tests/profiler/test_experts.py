@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from hetis.solver.cost import DeviceCost, intra_link, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Op, Profile
 from hetis.solver.workload import LengthBin, moments_of
+from tests.profiler.slow_starts import with_slow_starts
 
 B200 = catalogue.find_gpu("B200-SXM-180GB").gpu
 A100 = catalogue.find_gpu("A100-SXM-80GB").gpu
@@ -98,16 +98,7 @@ def test_what_was_not_measured_is_scaled_from_hopper_and_says_so() -> None:
 
 
 def test_the_fixed_time_of_two_products_is_not_charged_twice() -> None:
-    profile = modelled_profile(B200)
-    slow = replace(
-        profile,
-        fits=tuple(
-            replace(fit, pieces=tuple(replace(piece, fixed_s=1e-3) for piece in fit.pieces))
-            if fit.op is Op.DENSE
-            else fit
-            for fit in profile.fits
-        ),
-    )
+    slow = with_slow_starts(modelled_profile(B200))
     assert all(fit.pieces[0].fixed_s == 0 for fit in experts.expert_fits(B200, slow, "vllm", whole=False))
 
 

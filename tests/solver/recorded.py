@@ -1,15 +1,21 @@
-"""Answers of dispatch and re-dispatch on random stages, kept: ``python -m tests.solver.recorded`` writes them anew.
+"""Answers of dispatch, re-dispatch and their steps on random stages: ``python -m tests.solver.recorded`` writes them.
 
 Properties cannot tell a good heuristic from one that a slip made a little worse, or that looks in another order; the
 answers it gave can. A change of a heuristic that is meant changes the file too, and the diff shows which answers became
 better and which worse. Times are kept, rather than placements, which may differ where two are equally good.
+
+Of the steps, on inputs of their own (`tests.solver.dispatch.steps`, `tests.solver.redispatch.steps`), a few numbers are
+kept that every element of the outputs changes.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,16 +23,17 @@ from typing import Any
 import numpy as np
 
 from hetis.solver.dispatch.result import Path
-from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.redispatch.solve import solve_redispatch
 from hetis.solver.redispatch.triggers import triggers
 from tests.solver.dispatch import instances as dispatch
+from tests.solver.dispatch.steps import STEPS as DISPATCH_STEPS
 from tests.solver.redispatch import instances as redispatch
+from tests.solver.redispatch.steps import STEPS as REDISPATCH_STEPS
 
 Answer = dict[str, Any]
 FILE = pathlib.Path(__file__).with_name("recorded.json")
+STEPS_FILE = FILE.with_name("recorded_steps.json")
 NUM_DISPATCHES, NUM_REDISPATCHES = 240, 150
 PROVED = 1e-4  # gap of a plan that no longer search would have improved
 
@@ -87,7 +94,7 @@ def redispatched(seed: int) -> Answer:
         high_water=float(rng.choice([0.5, 0.9, 1.0])),
     )
     if rng.random() < 0.25:
-        problem = replace(problem, snapshot=_with_moves_under_way(problem.snapshot, rng))
+        problem = replace(problem, snapshot=redispatch.with_moves_under_way(problem.snapshot, rng))
     if rng.random() < 0.2:
         problem = replace(problem, full=frozenset({int(rng.integers(len(problem.snapshot.devices)))}))
     plan = solve_redispatch(problem)
@@ -105,22 +112,13 @@ def redispatched(seed: int) -> Answer:
     }
 
 
-def _with_moves_under_way(snapshot: StateSnapshot, rng: np.random.Generator) -> StateSnapshot:
-    state = DispatchState.of(snapshot)
-    for j in rng.permutation(len(snapshot.ids))[:3].tolist():
-        source = int(np.argmax(snapshot.groups[j]))
-        target = int(rng.integers(len(snapshot.devices)))
-        groups = max(snapshot.stage.primary_groups if snapshot.stage.has_primary_at(i) else 1 for i in (source, target))
-        is_ok = snapshot.devices[target].status is DeviceStatus.OK
-        if is_ok and source != target and groups <= snapshot.groups[j, source]:
-            state.prepare_move(snapshot.ids[j], groups=groups, source=source, target=target)
-    return state.snapshot()
-
-
 KINDS: dict[str, tuple[int, Callable[[int], Answer]]] = {
     "dispatch": (NUM_DISPATCHES, dispatched),
     "redispatch": (NUM_REDISPATCHES, redispatched),
 }
+STEPS = {"dispatch": DISPATCH_STEPS, "redispatch": REDISPATCH_STEPS}
+PLAIN_ONLY = ("perturbed",)  # compiled, its random numbers are others: what overflows is not wrapped as in Python
+DIGITS = 9  # of every number of a step
 
 
 def recorded(kind: str) -> list[Answer]:
@@ -129,12 +127,53 @@ def recorded(kind: str) -> list[Answer]:
     return answers
 
 
+def recorded_step(kind: str, step: str) -> list[list[float]]:
+    """Return the numbers that were kept of a step, by seed."""
+    rows: list[list[float]] = json.loads(STEPS_FILE.read_text(encoding="utf-8"))[kind][step]
+    return rows
+
+
 def main() -> None:
-    lines = []
-    for kind, (number, answer) in KINDS.items():
-        rows = ",\n".join(json.dumps(answer(seed), default=str) for seed in range(number))
-        lines.append(f'"{kind}": [\n{rows}\n]')
-    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    if sys.argv[1:] == ["steps"]:
+        _record_steps()
+        return
+    answers = {kind: [answer(seed) for seed in range(number)] for kind, (number, answer) in KINDS.items()}
+    _write(FILE, {kind: _list(rows) for kind, rows in answers.items()})
+    plain = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    subprocess.run([sys.executable, "-m", "tests.solver.recorded", "steps"], env=plain, check=True)
+
+
+def _record_steps() -> None:
+    """Write the numbers of all steps, with kernels as plain Python, which some of them need (`PLAIN_ONLY`)."""
+    rows = {
+        kind: {step: [answer(seed) for seed in range(number)] for step, (number, answer) in of_kind.items()}
+        for kind, of_kind in STEPS.items()
+    }
+    short = {
+        kind: {step: [[_short(x) for x in row] for row in of_step] for step, of_step in of_kind.items()}
+        for kind, of_kind in rows.items()
+    }
+    _write(
+        STEPS_FILE, {kind: _object({step: _list(of) for step, of in steps.items()}) for kind, steps in short.items()}
+    )
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
+
+
+def _list(rows: list[Any]) -> str:
+    lines = ",\n".join(json.dumps(row, default=str) for row in rows)
+    return f"[\n{lines}\n]"
+
+
+def _object(texts: dict[str, str]) -> str:
+    lines = ",\n".join(f'"{name}": {text}' for name, text in texts.items())
+    return f"{{\n{lines}\n}}"
+
+
+def _write(file: pathlib.Path, texts: dict[str, str]) -> None:
+    file.write_text(f"{_object(texts)}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from numba import config
 
-from tests.solver.recorded import KINDS, is_same, recorded
+from tests.solver.numbers import differing
+from tests.solver.recorded import KINDS, PLAIN_ONLY, STEPS, is_same, recorded, recorded_step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -18,3 +20,23 @@ def test_answers_are_those_that_were_recorded(kind: str) -> None:
         if now.keys() != before.keys() or not all(is_same(name, before[name], value) for name, value in now.items()):
             differing[seed] = (before, now)
     assert not differing, f"{len(differing)} of {number}; if it is meant, run python -m tests.solver.recorded"
+
+
+@pytest.mark.parametrize("step", STEPS["dispatch"])
+def test_every_step_of_dispatch_does_what_was_recorded(step: str) -> None:
+    _compare("dispatch", step)
+
+
+@pytest.mark.parametrize("step", STEPS["redispatch"])
+def test_every_step_of_redispatch_does_what_was_recorded(step: str) -> None:
+    _compare("redispatch", step)
+
+
+def _compare(kind: str, step: str) -> None:
+    if step in PLAIN_ONLY and not config.DISABLE_JIT:
+        pytest.skip("its random numbers differ where kernels are compiled")
+    number, answer = STEPS[kind][step]
+    kept = recorded_step(kind, step)
+    assert len(kept) == number
+    seeds = differing(kept, [answer(seed) for seed in range(number)])
+    assert not seeds, f"seeds {seeds} of {number}; if it is meant, run python -m tests.solver.recorded"

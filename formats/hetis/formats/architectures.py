@@ -19,22 +19,23 @@ MAX_NUMBER = 10**9
 
 @dataclass(slots=True)
 class Config:
-    """Reads fields and collects their problems, so that all are reported."""
+    """Reads fields and collects their problems, so that all are reported. ``at``: the path of ``data`` in the file."""
 
     data: dict[str, Any]
     source: Text
     problems: list[Problem] = field(default_factory=list)
+    at: tuple[str, ...] = ()
 
     def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
         value = self.data.get(name)
         if value is None:
             if default is None:
-                self.problems.append(self.source.problem((), f"{name} is missing"))
+                self.problems.append(self.source.problem(self.at, f"{name} is missing"))
             return least if default is None else default
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_NUMBER:
             message = f"is {shown(value)}, must be a whole number from {least} to {MAX_NUMBER}"
-            self.problems.append(self.source.problem((name,), message))
+            self.refuse(name, message)
             return default or least
         return value
 
@@ -43,19 +44,19 @@ class Config:
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.problems.append(self.source.problem((name,), f"is {shown(value)}, must be true or false"))
+            self.refuse(name, f"is {shown(value)}, must be true or false")
             return default
         return value
 
     def refuse(self, name: str, message: str) -> None:
-        self.problems.append(self.source.problem((name,), message))
+        self.problems.append(self.source.problem((*self.at, name), message))
 
 
 def _spec(config: Config, **fields: Any) -> ModelSpec | None:
     """Return the model with its attention kind, or None if fields were wrong."""
     if fields["q_heads"] % fields["kv_heads"]:
         heads = f"num_attention_heads ({fields['q_heads']}) must be a multiple of the KV heads ({fields['kv_heads']})"
-        config.problems.append(config.source.problem((), heads))
+        config.problems.append(config.source.problem(config.at, heads))
     if config.problems:
         return None
     kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
@@ -202,8 +203,19 @@ def _phi(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **_common(config, name), gated_mlp=False)
 
 
+def _routed(config: Config) -> MoeShape:
+    """Return the experts of DeepSeek and GLM: routed and shared ones, after some dense layers."""
+    return MoeShape(
+        num_experts=config.whole("n_routed_experts"),
+        active_experts=config.whole("num_experts_per_tok"),
+        expert_intermediate=config.whole("moe_intermediate_size"),
+        shared_experts=config.whole("n_shared_experts", 0, least=0),
+        first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
+    )
+
+
 def _deepseek(config: Config, name: str) -> ModelSpec | None:
-    """Read DeepSeek V2 and V3 and Kimi K2: latent attention; dense layers first, then experts in every layer."""
+    """Read DeepSeek V2 and V3, Kimi K2 and K2.5: latent attention; dense layers first, then experts in every layer."""
     mla = MlaShape(
         kv_lora_rank=config.whole("kv_lora_rank"),
         qk_rope_head_dim=config.whole("qk_rope_head_dim"),
@@ -215,15 +227,14 @@ def _deepseek(config: Config, name: str) -> ModelSpec | None:
     if config.data.get("n_routed_experts") is not None:
         if config.whole("moe_layer_freq", 1) != 1:
             config.refuse("moe_layer_freq", "only models with experts in every layer after the first (1) are supported")
-        moe = MoeShape(
-            num_experts=config.whole("n_routed_experts"),
-            active_experts=config.whole("num_experts_per_tok"),
-            expert_intermediate=config.whole("moe_intermediate_size"),
-            shared_experts=config.whole("n_shared_experts", 0, least=0),
-            first_dense_layers=config.whole("first_k_dense_replace", 0, least=0),
-        )
+        moe = _routed(config)
     common = _common(config, name) | {"head_dim": mla.qk_nope_head_dim + mla.qk_rope_head_dim}
     return _spec(config, **common, mla=mla, moe=moe)
+
+
+def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
+    """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
+    return _spec(config, **_common(config, name, head_dim=128), moe=_routed(config))
 
 
 FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
@@ -244,7 +255,41 @@ FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
     "DeepseekV2ForCausalLM": _deepseek,
     "DeepseekV3ForCausalLM": _deepseek,
     "KimiK2ForCausalLM": _deepseek,
+    "KimiK25ForConditionalGeneration": _deepseek,
+    "Glm4MoeForCausalLM": _glm4_moe,
     "GptOssForCausalLM": _gpt_oss,
+}
+
+# Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
+# than a thousandth of the weights.
+NESTED = {"KimiK25ForConditionalGeneration"}
+
+_LINEAR = "layers of linear attention, which keep a state instead of KV"
+_SPARSE = "sparse attention, where an indexer chooses the tokens that are attended to"
+_WINDOWS = "windows in most layers and full attention in the others"
+_TOWER = "a vision tower beside the text model"
+# Architectures that are known, and what keeps the cost model from planning for them.
+NOT_MODELLED: dict[str, str] = {
+    "Qwen3NextForCausalLM": _LINEAR,
+    "Qwen3_5ForConditionalGeneration": _LINEAR,
+    "Qwen3_5MoeForConditionalGeneration": _LINEAR,
+    "KimiLinearForCausalLM": _LINEAR,
+    "KimiK3ForConditionalGeneration": _LINEAR,
+    "MiniMaxText01ForCausalLM": _LINEAR,
+    "MiniMaxM1ForCausalLM": _LINEAR,
+    "NemotronHForCausalLM": "state-space layers (Mamba), which keep a state instead of KV",
+    "DeepseekV32ForCausalLM": _SPARSE,
+    "DeepseekV4ForCausalLM": _SPARSE,
+    "GlmMoeDsaForCausalLM": _SPARSE,
+    "MiniMaxM3ForCausalLM": _SPARSE,
+    "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
+    "Gemma3ForCausalLM": _WINDOWS,
+    "Gemma3ForConditionalGeneration": _WINDOWS,
+    "Gemma4ForConditionalGeneration": _WINDOWS,
+    "MiMoV2FlashForCausalLM": _WINDOWS,
+    "Llama4ForConditionalGeneration": "attention in chunks in most layers and full attention in the others",
+    "Qwen3VLForConditionalGeneration": _TOWER,
+    "Qwen3VLMoeForConditionalGeneration": _TOWER,
 }
 
 # For configs without `architectures`.
@@ -265,5 +310,18 @@ MODEL_TYPES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "kimi_k25": "KimiK25ForConditionalGeneration",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+    "nemotron_h": "NemotronHForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
 }

@@ -60,8 +60,14 @@ def split_dtype(dtype: str) -> tuple[str, str]:
 
 def layer_weight_bytes(dtype: str, model: ModelSpec) -> float:
     """Return the mean bytes per parameter of a repeated layer. ``mxfp4`` quantises only routed experts."""
+    _, weights = split_dtype(dtype)
+    return experts_weight_bytes(dtype, model) if weights == "mxfp4" else BYTES_PER_PARAMETER[weights]
+
+
+def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:
+    """Return the mean bytes per parameter of a repeated layer of which only routed experts are quantised."""
     base, weights = split_dtype(dtype)
-    if weights != "mxfp4" or model.moe is None:
+    if model.moe is None:
         return BYTES_PER_PARAMETER[weights]
     per_expert = (3 if model.gated_mlp else 2) * model.hidden * model.moe.expert_intermediate
     experts, total = per_expert * model.moe.num_experts, model.layer_params()

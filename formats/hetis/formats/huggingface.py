@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from hetis.formats import dtypes
-from hetis.formats.architectures import FAMILIES, MODEL_TYPES, Config
+from hetis.formats.architectures import FAMILIES, MODEL_TYPES, NESTED, NOT_MODELLED, Config
 from hetis.formats.errors import DocumentError, did_you_mean, shown
 from hetis.formats.positions import Text
 from hetis.solver.model import ModelSpec
@@ -26,10 +26,11 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
         name: of the model, if the config has no ``_name_or_path``.
 
     Raises:
-        DocumentError: the architecture is not supported (it lists those that are), or fields are missing or impossible.
+        DocumentError: the architecture is not supported (it lists those that are, or says what is not modelled), or
+            fields are missing or impossible.
     """
     architecture = _architecture(data, source)
-    config = Config(data, source, list(source.problems))
+    config = _config(data, source, architecture)
     published = data.get("_name_or_path")  # often a path on the author's machine
     if isinstance(published, str) and re.fullmatch(r"[\w.-]{1,90}/[\w.-]{1,90}", published):
         name = published
@@ -40,7 +41,28 @@ def model_from_config(data: dict[str, Any], source: Text, *, name: str) -> Model
         raise DocumentError(config.problems)
     base = dtypes.base_bytes(dtype)
     model = dataclasses.replace(model, activation_bytes=base, embedding_bytes=base, weights=quantised or "")
+    if _quantises_experts_alone(config):
+        return dtypes.with_weight_bytes(model, dtypes.experts_weight_bytes(dtype, model))
     return dtypes.with_weight_bytes(model, dtypes.layer_weight_bytes(dtype, model))
+
+
+def _quantises_experts_alone(config: Config) -> bool:
+    """Return whether attention and shared experts are among what compressed-tensors leaves in 16 bits."""
+    quantisation = config.data.get("quantization_config")
+    ignored = quantisation.get("ignore") if isinstance(quantisation, dict) else None
+    names = " ".join(name for name in ignored if isinstance(name, str)) if isinstance(ignored, list) else ""
+    return "self_attn" in names and "shared_experts" in names
+
+
+def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
+    """Return the reader of the language model's fields."""
+    if architecture not in NESTED:
+        return Config(data, source, list(source.problems))
+    text = data.get("text_config")
+    if not isinstance(text, dict):
+        problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
+        raise DocumentError([*source.problems, problem])
+    return Config(text, source, list(source.problems), ("text_config",))
 
 
 def _architecture(data: dict[str, Any], source: Text) -> str:
@@ -51,6 +73,9 @@ def _architecture(data: dict[str, Any], source: Text) -> str:
     if isinstance(name, str) and name in FAMILIES:
         return name
     path = ("architectures",) if "architectures" in data else ("model_type",)
+    if isinstance(name, str) and name in NOT_MODELLED:
+        what = f"architecture {shown(name)} has {NOT_MODELLED[name]}, which is not modelled yet"
+        raise DocumentError([source.problem(path, what)])
     hint = did_you_mean(name, FAMILIES) if isinstance(name, str) else ""
     supported = ", ".join(FAMILIES)
     raise DocumentError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hetis.profiler.experts import expert_fits
+from hetis.profiler.latent import LATENT_HEADS, latent_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
@@ -47,7 +48,7 @@ ENGINES: Mapping[str, HostTime] = {
 def for_engine(
     profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1, whole_experts: bool = False
 ) -> Profile:  # fmt: skip
-    """Return the profile of ``gpu`` with the host time and the experts' kernels of ``engine`` in place of its own.
+    """Return the profile of ``gpu`` with the host time of ``engine``, and its kernels of experts and latent attention.
 
     Args:
         stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
@@ -63,7 +64,9 @@ def for_engine(
         raise InvalidProblemError(f"no host times are known for engine {engine!r}; known: {', '.join(ENGINES)}")
     provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
+    fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
     fits += expert_fits(gpu, profile, engine, whole=whole_experts)
+    fits += latent_fits(gpu, profile, engine)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
     fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))
     return replace(profile, fits=tuple(fits))

@@ -11,13 +11,10 @@ give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +22,30 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
-from hetis.formats.files import write_atomically
+from hetis.profiler.engine_tables import (
+    NEAREST,
+    PUBLISHER,
+    SYSTEMS,
+    kernels_in,
+    make_file,
+    provenance_of,
+    rows_in,
+    started_s,
+)
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
 
 FILE = "experts.json"
-_SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}
 _VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
 # MXFP4 is left out: engines choose among kernels for it, and the tables do not cover those that run gpt-oss.
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
 _ROUTING = "power_law_1.2"  # one of three in the tables: what their publisher assumes for most models
 _MOST_TOKENS = 16384
 _LEAST_POINTS = 60
-_NEAREST = "Hopper"  # for architectures without tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ def expert_fits(gpu: GpuType, profile: Profile, engine: str, *, whole: bool) -> 
     """
     kernels = [kernel for kernel in shipped() if kernel.engine == engine and kernel.whole == whole]
     own = [kernel for kernel in kernels if kernel.architecture == gpu.architecture]
-    near = [kernel for kernel in kernels if kernel.architecture == _NEAREST]
+    near = [kernel for kernel in kernels if kernel.architecture == NEAREST]
     known = {kernel.weights for kernel in own}
     return tuple(_fit(kernel, gpu, profile) for kernel in (*own, *(one for one in near if one.weights not in known)))
 
@@ -82,33 +86,31 @@ def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
     flops = matrix_flops(gpu, weight_bytes)
     layers = {fit.scope.weight_bytes: fit for fit in profile.fits if fit.op is Op.DENSE}
     layer = layers.get(weight_bytes) or layers[None]
-    already_s = min(piece.fixed_s for piece in layer.pieces) / 2.0
+    already_s = started_s(layer)
     piece = Piece(
         fixed_s=rounded(max(0.0, kernel.fixed_s - already_s)),
         flop_s=rounded(kernel.flop / flops),
         byte_s=rounded(kernel.byte / gpu.mem_bytes_per_s),
     )
-    seen = kernel.architecture == gpu.architecture
-    relative = "" if seen else f"; scaled from {kernel.architecture}"
-    provenance = Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}", held_out_mape=kernel.mape)
-    return Fit(op=Op.EXPERTS, pieces=(piece,), provenance=provenance, scope=FitScope(weight_bytes=weight_bytes))
+    return Fit(
+        op=Op.EXPERTS, pieces=(piece,), provenance=provenance_of(kernel, gpu), scope=FitScope(weight_bytes=weight_bytes)
+    )
 
 
 @functools.cache
 def shipped() -> tuple[ExpertKernel, ...]:
     """Return the kernels that come with the package."""
-    text = resources.files("hetis.profiler").joinpath(FILE).read_text(encoding="utf-8")
-    return tuple(ExpertKernel(**fields) for fields in json.loads(text)["kernels"])
+    return kernels_in(FILE, ExpertKernel)
 
 
 def derived(tables: Path) -> Iterator[ExpertKernel]:
     """Yield every kernel for which the tables have enough points."""
-    for system, name in _SYSTEMS.items():
+    for system, name in SYSTEMS.items():
         gpu = catalogue.find_gpu(name).gpu
         for engine, version in _VERSIONS.items():
-            rows = _rows(tables / system / "moe" / engine / version / "moe_perf.parquet")
+            rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
             for dtype, weights in _FORMATS.items():
-                origin = f"aiconfigurator-core 0.12.0 (Apache-2.0), {engine} {version} on {name}, {dtype} experts"
+                origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
                 for whole in (False, True):
                     if points := _points(rows, dtype, whole=whole):
                         yield _kernel(points, gpu, engine=engine, weights=weights, whole=whole, origin=origin)
@@ -159,26 +161,8 @@ def _kernel(
     )  # fmt: skip
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    from pyarrow import parquet
-
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    return rows
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hetis.profiler.experts", description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--tables", type=Path, required=True, help="systems/data of aiconfigurator-core")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / FILE, help="file to write")
-    options = parser.parse_args(arguments)
-    try:
-        kernels = [asdict(kernel) for kernel in derived(options.tables)]
-    except OSError as error:
-        print(f"experts: {error}", file=sys.stderr)
-        return 1
-    text = ",\n".join(json.dumps(kernel) for kernel in kernels)
-    write_atomically(options.out, f'{{"made_by": "python -m hetis.profiler.experts", "kernels": [\n{text}\n]}}\n')
-    return 0
+    return make_file("experts", __doc__ or "", derived, arguments)
 
 
 if __name__ == "__main__":

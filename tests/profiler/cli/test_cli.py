@@ -17,7 +17,7 @@ from tests.command_line import environment
 from tests.profiler.cli.measured_files import GPU, write_files
 from tests.profiler.command_line import COMMAND, hetis_profile, invoke
 
-VERBS = ("run", "import", "fit", "model", "show", "compare", "plot", "check")
+VERBS = ("run", "import", "fit", "model", "calibrate", "show", "compare", "plot", "check")
 DATA = Path(__file__).parents[4] / "shared" / "data" / "profiles"
 
 

@@ -273,6 +273,8 @@ def run(scenario: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")  # alone: vLLM 0.30 warns on stdout while it is imported
+    os.dup2(2, 1)
     from vllm import LLM
 
     assert LLM is not None
@@ -292,7 +294,7 @@ def main() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)  # rather than through all that the interpreter would tidy up
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.redispatch.problem import RedispatchProblem
 
 
@@ -81,6 +82,19 @@ def random_problem(
         budget_bytes=budget_share * num_bytes if np.isfinite(budget_share) else np.inf,
         least_gain=least_gain,
     )
+
+
+def with_moves_under_way(snapshot: StateSnapshot, rng: np.random.Generator) -> StateSnapshot:
+    """The same stage with groups of up to three requests on their way from where they have most."""
+    state = DispatchState.of(snapshot)
+    for j in rng.permutation(len(snapshot.ids))[:3].tolist():
+        source = int(np.argmax(snapshot.groups[j]))
+        target = int(rng.integers(len(snapshot.devices)))
+        groups = max(snapshot.stage.primary_groups if snapshot.stage.has_primary_at(i) else 1 for i in (source, target))
+        is_ok = snapshot.devices[target].status is DeviceStatus.OK
+        if is_ok and source != target and groups <= snapshot.groups[j, source]:
+            state.prepare_move(snapshot.ids[j], groups=groups, source=source, target=target)
+    return state.snapshot()
 
 
 @st.composite

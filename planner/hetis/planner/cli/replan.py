@@ -115,8 +115,9 @@ def replan(
 ) -> ExitCode:
     """Plan again from a running plan: keep what is worth keeping, count what a change costs, and order its steps.
 
-    Objective, limits, strategy and roles are those of the running plan. The cluster is what is there now: nodes that
-    it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves at once.
+    Objective, limits, strategy, engine, roles and constraints are those of the running plan. The cluster is what is
+    there now: nodes that it lacks are gone, others have joined. Ctrl-C once takes the best answer so far; twice leaves
+    at once.
     """
     from hetis.planner.cli.html_pages import refuse_page, save_page_or_tell
     from hetis.planner.cli.plan_files import STDOUT, refuse_unwritable, save_or_tell

@@ -54,7 +54,8 @@ def with_engine_values(
 ) -> Plan:
     """Return the plan with the values of other engines' plans.
 
-    Takes a share of ``time_limit_s``, its own search's limit.
+    Profiles are the same for all: what differs is what the engines can run, and not how fast they are. Takes a share of
+    ``time_limit_s``, the limit of its own search.
     """
     budget = Budget(time_limit_s=SHARE * time_limit_s, clock=time.monotonic, cancelled=cancelled)
 

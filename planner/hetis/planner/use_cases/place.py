@@ -25,6 +25,7 @@ from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.will import WithoutTp
 from hetis.solver.workload import Workload
 
 if TYPE_CHECKING:
@@ -337,12 +338,14 @@ def _with_equal_stages(plan: Plan, problem: PlacementProblem, settings: Settings
     alone = Budget(time_limit_s=EQUAL_STAGES_S, clock=time.monotonic, cancelled=cancelled)
     value = equal_stages_value(problem, budget=alone, seed=settings.seed)
     most = max(slots.count for group in problem.cluster.node_groups for slots in group.gpus)
+    forbidden = {wish.tp for wish in problem.will if isinstance(wish, WithoutTp)}
+    freely = replace(problem, will=tuple(wish for wish in problem.will if not isinstance(wish, WithoutTp)))
     by_size = {
         str(tp): equal_stages_value(
-            replace(problem, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
+            replace(freely, family=replace(problem.family, tp_sizes=(tp,))), budget=alone, seed=settings.seed
         )
         for tp in problem.family.tp_sizes
-        if tp <= most
+        if tp <= most and tp not in forbidden
     }
     return replace(plan, inputs={**plan.inputs, EQUAL_STAGES: value, SIMPLE_SETUPS: by_size})
 

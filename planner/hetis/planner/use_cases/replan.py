@@ -9,17 +9,20 @@ from hetis.formats.documents import load_cluster, load_model, load_profile, load
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
+from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors
 from hetis.planner.use_cases.sources import Inputs, LoadedInputs, attempt, inputs_from_documents, load_plan_and_problem
 from hetis.planner.use_cases.what_if import with_cluster
 from hetis.solver.budget import Budget, Report
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.replanning.check import check_replanning
 from hetis.solver.replanning.problem import ChangeCosts, ReplanningProblem
-from hetis.solver.replanning.solve import Replanning, solve_replanning
+from hetis.solver.replanning.solve import Replanning, keeps, solve_replanning
+from hetis.solver.will import Will, Wish, misfits
 
 NOTE = "re-planned from a running plan; value and bound are those of the fleet, the change is not counted in them"
 
@@ -45,7 +48,8 @@ def load_replanning(
 
     Raises:
         DocumentError: with the problems of all files; or the plan is of another model than ``model``.
-        InvalidProblemError: a GPU type has no profile and none can be modelled.
+        InvalidProblemError: a GPU type has no profile and none can be modelled; or the engine cannot run GPUs that
+            re-planning cannot leave out.
     """
     problems: list[Problem] = []
     found = attempt(lambda: load_plan_and_problem(running), problems)
@@ -67,6 +71,7 @@ def load_replanning(
                 model=inputs.model,
                 workload=traffic if traffic is not None else inputs.workload,
                 profiles={**inputs.profiles, **measured},
+                will=found.problem.will,
             ),
             origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
         ),
@@ -76,14 +81,39 @@ def load_replanning(
     family = found.problem.family
     engine = None if family.engine is None else replace(family.engine, max_nodes=None)
     settings = replace(settings, strategy=found.plan.strategy, roles=family.roles, engine=engine)
+    loaded = for_engine(loaded, engine)
     objective = found.plan.objective
     if rate_rps is not None:
         objective = replace(objective, demand_rps=rate_rps)
-    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
     warnings = [*found.warnings, *_nothing_in_common(found.plan, fleet)]
+    problem = loaded.inputs.problem(objective, settings.strategy, settings.roles, settings.engine)
+    kept, ignored, absent = _wishes(problem)
+    if impossible := [wish for wish in ignored if wish not in found.problem.will]:
+        named = "; ".join(map(str, impossible))
+        raise InvalidProblemError(
+            f"the engine needs {named}, and re-planning cannot leave out GPUs that stand before others in a node: "
+            "make a new plan, or list these GPUs last in their nodes"
+        )
+    dropped = [f"re-planning does not keep to {wish}" for wish in ignored]
+    dropped += [f"{wish} is about what the fleet lacks, and is not kept for later" for wish in absent]
+    inputs = replace(loaded.inputs, will=kept)
+    loaded = replace(loaded, inputs=inputs, notes=(*loaded.notes, *dropped))
+    problem = replace(problem, will=kept)
+    warnings += dropped
     if engine != family.engine:
         warnings.append("replicas may lie on any number of nodes: re-planning does not keep to --max-nodes-per-replica")
     return Posed(running=found.plan, loaded=loaded, problem=problem, settings=settings, warnings=tuple(warnings))
+
+
+def _wishes(problem: PlacementProblem) -> tuple[Will, Will, Will]:
+    """Return the constraints that re-planning keeps, those that it does not, and those about what the fleet lacks."""
+    kept, ignored, absent = list[Wish](), list[Wish](), list[Wish]()
+    for wish in problem.will:
+        if any(misfits((wish,), problem.cluster, problem.family.tp_sizes)):
+            absent.append(wish)
+        else:
+            (kept if keeps(replace(problem, will=(wish,))) else ignored).append(wish)
+    return tuple(kept), tuple(ignored), tuple(absent)
 
 
 def _nothing_in_common(running: Plan, fleet: Cluster) -> Iterator[str]:
@@ -126,7 +156,8 @@ def replan(
         report=report,
     )
     split = any(replica.role is not Role.UNIFIED for replica in found.plan.replicas)
-    notes = (*found.plan.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()), *profile_notes(posed.problem))
+    notes = (*found.plan.notes, *posed.loaded.notes, NOTE, *((KV_IS_FOR_ENGINES,) if split else ()))
+    notes += profile_notes(posed.problem)
     plan = replace(found.plan, inputs=inputs_of_plan(posed.loaded, settings, posed.problem), notes=notes)
     found = replace(found, plan=plan)
     violations = [str(violation) for violation in check_plan(plan, posed.problem)]

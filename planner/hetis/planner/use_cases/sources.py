@@ -21,6 +21,7 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.will import read_will, will_from_texts
+from hetis.profiler.engines import for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.solver.cluster import Cluster, GpuType
@@ -28,7 +29,7 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
-from hetis.solver.profile import Profile
+from hetis.solver.profile import Op, Profile, Source
 from hetis.solver.will import Will
 from hetis.solver.workload import Workload
 
@@ -37,6 +38,7 @@ T = TypeVar("T")
 # The origins of profiles and inputs that come from no file.
 MODELLED = "modelled"
 FITTED = "fitted"  # shipped with hetis, fitted to published measurements
+HOST = "vllm"  # the engine whose times default profiles have
 VALUE = "value"  # an input that was passed by a program
 
 
@@ -207,7 +209,12 @@ def load_inputs(
     if problems or fleet is None or spec is None or traffic is None:
         raise DocumentError(problems)
     by_gpu = {gpu: measured.get(gpu) or default_profile(fleet.gpu_types[gpu]) for gpu in _gpus(fleet)}
+    hostless = [gpu for gpu in by_gpu if gpu in measured and not _has_measured_host(measured[gpu][1])]
+    mixes = bool(hostless) and len(by_gpu) > len(measured)
     return LoadedInputs(
+        notes=(f"profiles of files are taken as they are: that of {', '.join(hostless)} has no engine's host time",)
+        if mixes
+        else (),
         inputs=Inputs(
             cluster=fleet,
             model=spec,
@@ -224,8 +231,16 @@ def load_inputs(
     )
 
 
+def _has_measured_host(profile: Profile) -> bool:
+    """Return whether the host's time of an iteration was measured, and not only assumed to be as short as can be."""
+    return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
+
+
 def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     """Return the origin and the profile of a GPU type without a file: the shipped one, or else a modelled one.
+
+    Both have the times of vLLM, whatever engine a plan is for, so that plans for different engines can be compared:
+    what its host takes of an iteration, and its kernels of experts and latent attention (docs/accuracy.md).
 
     A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
     profile is for another card.
@@ -233,17 +248,23 @@ def default_profile(gpu: GpuType) -> tuple[str, Profile]:
     Raises:
         InvalidProblemError: none is shipped and none can be modelled.
     """
-    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
-        return FITTED, shipped
-    return MODELLED, modelled_profile(gpu)
+    origin, kernels = _kernels_of(gpu)
+    return origin, for_engine(kernels, gpu, HOST)
 
 
 def profile_origin(gpu: GpuType) -> str | None:
     """Return the origin of `default_profile`, or None if there is no profile."""
     try:
-        return default_profile(gpu)[0]
+        return _kernels_of(gpu)[0]
     except InvalidProblemError:
         return None
+
+
+def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
+    """Return the origin and the profile of a GPU type without an engine's times."""
+    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
+        return FITTED, shipped
+    return MODELLED, modelled_profile(gpu)
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:

@@ -16,7 +16,7 @@ from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
-from hetis.solver.profile import Op, Profile
+from hetis.solver.profile import Fit, Op, Profile
 
 
 def load_stage_of_plan(path: str, *, replica: int, stage: int) -> LoadedStage:
@@ -135,9 +135,9 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
     def device(one: SavedDevice) -> SavedDevice:
         assert one.gpu is not None
         profile = profiles[one.gpu]
-        if saved.model is not None and _is_default(profile):
-            return one
         fit = profile.fit(Op.DECODE_ATTENTION, model, one.tp)
+        if saved.model is not None and fit == _default_fit(profile.gpu, model, one.tp):
+            return one
         assert fit is not None, "Profile guarantees a fit for decode attention"
         pieces = attention_pieces(fit, saved.heads, group_flops=flops, tp=one.tp)
         return replace(one, gpu=_known(one.gpu), attention=pieces)
@@ -145,11 +145,11 @@ def _with_given_costs(saved: SavedState, profiles: Mapping[str, Profile], model:
     return replace(saved, devices=tuple(map(device, saved.devices)))
 
 
-def _is_default(profile: Profile) -> bool:
+def _default_fit(gpu: str, model: ModelSpec, tp: int) -> Fit | None:
     try:
-        return default_profile(catalogue.find_gpu(profile.gpu).gpu)[1] == profile
+        return default_profile(catalogue.find_gpu(gpu).gpu)[1].fit(Op.DECODE_ATTENTION, model, tp)
     except (catalogue.UnknownNameError, InvalidProblemError):
-        return False
+        return None
 
 
 def _known(gpu: str) -> str | None:

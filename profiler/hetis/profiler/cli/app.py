@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hetis.formats.command_line.running import run_application, version_printer
+from hetis.profiler.cli.calibrate import CALIBRATE_EXAMPLES, calibrate
 from hetis.profiler.cli.check import check
 from hetis.profiler.cli.compare import compare
 from hetis.profiler.cli.exit_codes import ProfileExitCode
@@ -35,6 +36,7 @@ app.command("run", rich_help_panel="Measurements", epilog=RUN_EXAMPLES)(run_verb
 app.command("import", rich_help_panel="Measurements")(import_tables)
 app.command(rich_help_panel="Profiles", epilog=FIT_EXAMPLES)(fit)
 app.command(rich_help_panel="Profiles")(model)
+app.command(rich_help_panel="Profiles", epilog=CALIBRATE_EXAMPLES)(calibrate)
 app.command(rich_help_panel="Look at them")(show)
 app.command(rich_help_panel="Look at them")(compare)
 app.command(rich_help_panel="Look at them")(plot)

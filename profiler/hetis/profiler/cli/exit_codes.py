@@ -11,6 +11,8 @@ class ProfileExitCode(IntEnum):
     OK = 0
     INTERNAL = 1
     INVALID = 2
+    MISSED = 5
+    UNREACHABLE = 6
     INTERRUPTED = 130
     BROKEN_PIPE = 141
 
@@ -24,6 +26,8 @@ _MEANINGS = {
     ProfileExitCode.OK: "success",
     ProfileExitCode.INTERNAL: "internal error, or the machine failed (a full disk, a lost process, a missing library)",
     ProfileExitCode.INVALID: "invalid input or usage, every problem is listed",
+    ProfileExitCode.MISSED: "missed, calibrate found no correction that helps and nothing is written",
+    ProfileExitCode.UNREACHABLE: "server unreachable, the call may be repeated",
     ProfileExitCode.INTERRUPTED: "interrupted, what was measured is kept",
     ProfileExitCode.BROKEN_PIPE: "broken pipe, the reader of the output went away",
 }

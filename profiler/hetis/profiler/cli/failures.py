@@ -6,6 +6,7 @@ from hetis.formats.catalogue import UnknownNameError
 from hetis.formats.command_line.running import internal_error
 from hetis.formats.command_line.terminal import Terminal
 from hetis.formats.errors import DocumentError
+from hetis.profiler.calibrate.scraping import UnreachableError
 from hetis.profiler.cli.exit_codes import ProfileExitCode
 from hetis.solver.errors import HetisError, InvalidProblemError
 
@@ -34,6 +35,8 @@ def describe(error: Exception) -> tuple[ProfileExitCode, str, list[str]]:
             return ProfileExitCode.INVALID, headline, [str(problem) for problem in error.problems]
         case InvalidProblemError() | UnknownNameError():
             return ProfileExitCode.INVALID, str(error), []
+        case UnreachableError():
+            return ProfileExitCode.UNREACHABLE, str(error), []
         case HetisError():
             return ProfileExitCode.INTERNAL, str(error), []
         case ModuleNotFoundError() if error.name in _EXTRAS:

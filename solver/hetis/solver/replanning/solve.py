@@ -9,6 +9,7 @@ import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.placement.grounding import Grounded, grounded, restored
 from hetis.solver.placement.infeasible import infeasible
 from hetis.solver.placement.outcome import Outcome, sound_bound
 from hetis.solver.placement.solve import objective_scale, plan_of
@@ -84,13 +85,20 @@ def solve_replanning(
     (`running.py`). With the same arguments and no time limit the answer is the same.
 
     Raises:
-        InvalidProblemError: the strategy has no re-planning.
+        InvalidProblemError: the strategy has no re-planning, or a constraint is none that it keeps to (`keeps`).
         InfeasibleError: proved that the fleet has no plan, or none within ``max_moves``.
         NoPlanFoundError: the budget was spent before a plan was found.
     """
     budget = budget if budget is not None else Budget()
     _require_search(strategy)
-    problem = replace(posed.problem, family=STRATEGIES[strategy].restrict(posed.problem.family))
+    whole = replace(posed.problem, family=STRATEGIES[strategy].restrict(posed.problem.family))
+    searched = grounded(whole)
+    if not keeps(whole, searched):
+        raise InvalidProblemError("re-planning does not keep to all constraints of the problem")
+    problem = searched.problem
+    if searched.is_empty:
+        raise infeasible(whole, budget, seed=seed, threads=threads)
+    posed = replace(posed, problem=problem)
     atlas = build_atlas(problem)
     report(Progress(phase="cost tables", elapsed_s=budget.elapsed_s()))
     if not atlas.ranks:
@@ -111,7 +119,18 @@ def solve_replanning(
     if choice is None:
         raise _none(atlas, posed, fresh, net.is_settled, budget, seed, threads)
     bound = bound_of(net, running.candidates, fresh, time_limit_s=_seconds(budget), seed=seed)
-    return _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
+    answer = _answer(posed, atlas, running, net, fresh, choice, bound, strategy, budget)
+    return replace(answer, plan=restored(answer.plan, searched, whole)) if whole.will else answer
+
+
+def keeps(problem: PlacementProblem, searched: Grounded | None = None) -> bool:
+    """Return whether re-planning can keep to the problem's constraints.
+
+    It can where they only remove GPUs or sizes, or forbid duties, and no GPU that stays changes its number by that.
+    """
+    searched = searched or grounded(problem)
+    marks = searched.problem.marks
+    return not searched.names and (marks is None or not marks.has_rows)
 
 
 def _require_search(strategy: str) -> None:

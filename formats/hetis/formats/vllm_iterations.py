@@ -1,0 +1,181 @@
+"""Iterations in the log of a vLLM server.
+
+A server started with ``--enable-logging-iteration-details`` logs a line for every iteration: its requests and tokens,
+and the time that the engine waited for its result (``vllm/v1/metrics/loggers.py`` of 0.32). Older versions logged
+the same words without the engine's number and the use of its KV cache. What is not such a line is skipped.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+
+from hetis.formats.errors import single_problem
+from hetis.formats.files import unreadable
+
+MAX_LINE = 4_000  # characters that are looked at; all that we read comes early in a line
+MAX_ITERATIONS = 200_000  # two hours at 36 ms; later ones are not read
+CPU_BLOCK_TOKENS = 128
+HOW = "vLLM logs its iterations with --enable-logging-iteration-details"
+
+_ITERATION = re.compile(
+    r"(?:Engine (\d{1,6}): )?Iteration\((\d{1,12})\): (\d{1,9}) context requests, (\d{1,9}) context tokens, "
+    r"(\d{1,9}) generation requests, (\d{1,9}) generation tokens, iteration elapsed time: (\d{1,9}(?:\.\d{1,9})?) ms"
+    r"( \(dummy\))?(?:, \w{1,20} KV cache usage: (\d{1,3}\.\d{1,3})%)?(, encoder inputs)?"
+)
+_RANK = re.compile(r"EngineCore_DP(\d{1,6})")  # named by processes of older versions
+_CAPACITY = re.compile(r"(\w{1,20}) KV cache size: ([\d,]{1,20}) tokens")
+_CLOCK = re.compile(r"\b(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\b")
+_COLLECTED = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,6})?")  # docker, Kubernetes and journals add it
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
+_SETTINGS = {
+    "version": re.compile(r"LLM engine \(v([\w.+-]{1,40})\)"),
+    "tp": re.compile(r"tensor_parallel_size=(\d{1,4})\b"),
+    "pp": re.compile(r"pipeline_parallel_size=(\d{1,4})\b"),
+    "block_tokens": re.compile(r"block_size['\"]?[=:] ?(\d{1,5})\b"),
+}
+_LEAP_YEAR = 2024  # lines have a month and a day but no year
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedIteration:
+    """One line. A request is in its context phase until it has its first token, however many chunks that takes.
+
+    Attributes:
+        index: counted by the engine from its start.
+        elapsed_s: for which the engine waited for the result; what it does before and after is not in it.
+        kv_ratio: share of the KV cache in use after the iteration; None: the version does not say.
+        clock_s: of the line, in seconds of some year; None: it has no time.
+        is_dummy: one of an idle data-parallel rank, which only keeps the others company.
+        has_encoder: also encoded images or sound.
+        after_compiling: a kernel was compiled since the line before.
+    """
+
+    engine: int
+    index: int
+    context_requests: int
+    context_tokens: int
+    generation_requests: int
+    generation_tokens: int
+    elapsed_s: float
+    kv_ratio: float | None = None
+    clock_s: float | None = None
+    is_dummy: bool = False
+    has_encoder: bool = False
+    after_compiling: bool = False
+
+
+@dataclass(slots=True)
+class IterationLog:
+    """What a log says. None and empty: it does not; a log that begins later than its server lacks the settings."""
+
+    iterations: list[LoggedIteration] = field(default_factory=list)
+    kv_tokens: int | None = None  # that fit in the KV cache of one engine
+    version: str = ""
+    tp: int | None = None
+    pp: int | None = None
+    block_tokens: int | None = None
+    clock_step_s: float = 1.0  # resolution of the lines' times
+    is_cut: bool = False  # at `MAX_ITERATIONS`
+
+
+def load_iteration_log(path: str) -> IterationLog:
+    """Return what the log in a file says, packed if its name ends in ``.gz``; ``-`` is standard input.
+
+    Raises:
+        DocumentError: it cannot be read, or has no line of an iteration.
+    """
+    label = "stdin" if path == "-" else path
+    try:
+        if path == "-":
+            lines = iter(partial(sys.stdin.buffer.readline, MAX_LINE), b"")
+            return read_iterations(label, (line.decode("utf-8", "replace") for line in lines))
+        with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
+            lines = iter(partial(file.readline, MAX_LINE), b"")
+            return read_iterations(label, (line.decode("utf-8", "replace") for line in lines))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise single_problem(label, f"is not a complete gzip file: {error}") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(label, error) from None
+
+
+def read_iterations(label: str, lines: Iterable[str]) -> IterationLog:
+    """Return what the lines of a log say.
+
+    Raises:
+        DocumentError: none of them is of an iteration.
+    """
+    log, compiling = IterationLog(), False
+    for line in _plain(lines):
+        found = _ITERATION.search(line)
+        if found is None:
+            compiling = compiling or ("JIT compilation" in line and " during inference" in line)
+            _read_setting(log, line)
+            continue
+        if len(log.iterations) == MAX_ITERATIONS:
+            log.is_cut = True
+            break
+        clock_s, step_s = _clock(line)
+        log.clock_step_s = step_s
+        log.iterations.append(_iteration(found, line, clock_s, compiling))
+        compiling = False
+    if not log.iterations:
+        raise single_problem(label, f"has no line of an iteration: {HOW}; or give the URL of the running server")
+    return log
+
+
+def _plain(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        yield _COLOUR.sub("", line[:MAX_LINE])
+
+
+def _iteration(found: re.Match[str], line: str, clock_s: float | None, compiling: bool) -> LoggedIteration:
+    rank = _RANK.search(line[: found.start()])
+    return LoggedIteration(
+        engine=int(found[1] or (rank[1] if rank else 0)),
+        index=int(found[2]),
+        context_requests=int(found[3]),
+        context_tokens=int(found[4]),
+        generation_requests=int(found[5]),
+        generation_tokens=int(found[6]),
+        elapsed_s=float(found[7]) / 1e3,
+        kv_ratio=None if found[9] is None else float(found[9]) / 100,
+        clock_s=clock_s,
+        is_dummy=found[8] is not None,
+        has_encoder=found[10] is not None,
+        after_compiling=compiling,
+    )
+
+
+def _read_setting(log: IterationLog, line: str) -> None:
+    capacity = _CAPACITY.search(line)
+    if capacity is not None and (digits := capacity[2].replace(",", "")):
+        log.kv_tokens = int(digits) or log.kv_tokens
+        if capacity[1] == "CPU":  # whose blocks are larger, and not in the log
+            log.block_tokens = log.block_tokens or CPU_BLOCK_TOKENS
+    for name, form in _SETTINGS.items():
+        found = form.search(line)
+        if found is not None:
+            setattr(log, name, found[1] if name == "version" else int(found[1]))
+
+
+def _clock(line: str) -> tuple[float | None, float]:
+    """Return the time of a line and its resolution: that of a collector, which is finer, or else the server's own."""
+    collected = _COLLECTED.search(line[:200])
+    try:
+        if collected is not None:
+            text = collected[0].replace(",", ".")
+            return datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp(), 1e-3 if "." in text else 1.0
+        own = _CLOCK.search(line[:300])
+        if own is None:
+            return None, 1.0
+        month, day, hour, minute, second = (int(part) for part in own.groups())
+        return datetime(_LEAP_YEAR, month, day, hour, minute, second, tzinfo=UTC).timestamp(), 1.0
+    except ValueError:
+        return None, 1.0

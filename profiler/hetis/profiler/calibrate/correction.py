@@ -1,0 +1,311 @@
+"""The correction of a profile: fitted to one half of what was observed, judged on the other.
+
+An iteration takes ``k K + s + q R`` seconds, where K is what the profile says of its kernels and R the number of its
+sequences. What is fitted of factor k, seconds s of an iteration and q of a sequence is what the observations can tell
+apart; the rest stays as the profile has it. Since neighbours are alike, whole blocks of consecutive observations are
+taken in turn for the fit and for the judgement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.profiler.calibrate.observed import Observed
+from hetis.profiler.calibrate.replica import Replica
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile, Provenance, Source
+
+FloatArray = NDArray[np.float64]
+
+PARAMETERS = ("kernels", "step", "sequence")
+STOOD_STILL = 5.0  # times what such iterations usually take: a compilation, a swapped-out process
+_CANDIDATES = (("kernels",), ("step",), ("kernels", "step"), ("kernels", "step", "sequence"))
+_BLOCKS = 40
+_GROUPS = 10  # of blocks that are left out one after the other, to know how certain a fit is
+_CERTAIN = 0.1  # half-width of the interval of each of several parameters, as a share of an iteration
+_WORTH = 0.97  # of the error must be left at most, for another parameter to be worth it
+_LEAST_WORTH = 0.001  # that the error must fall by
+_FACTORS = (0.05, 20.0)  # beyond which a factor on kernels means another model, GPU or engine
+_REWEIGHTS = 6  # towards the least absolute relative error
+_TWO_SIDED = 1.96  # standard errors of a 95% interval
+_KERNELS = (Op.DENSE, Op.EXPERTS, Op.PREFILL_ATTENTION, Op.DECODE_ATTENTION, Op.ALL_REDUCE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Predicted / measured - 1 over some observations: mean of absolutes, mean, and what nine in ten stay below."""
+
+    mape: float
+    bias: float
+    p90: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """Errors over the observations of a kind (empty: of all) that the fit never saw."""
+
+    kind: str
+    count: int
+    mean_s: float  # measured
+    before: Errors
+    after: Errors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameter:
+    """A parameter of the correction: a factor, or seconds. ``margin`` is half of its 95% interval.
+
+    None: not fitted, since the observations do not tell it apart; ``after`` is then what the profile has.
+    """
+
+    name: str
+    before: float
+    after: float
+    margin: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The result; ``profile`` is None if no correction makes the held-out error smaller."""
+
+    profile: Profile | None
+    parameters: tuple[Parameter, ...]
+    judged: tuple[Judgement, ...]  # the last one is of all
+    num_fitted: int
+    left_out: Mapping[str, int]
+
+
+def calibrate(observed: Observed, replica: Replica) -> Calibration:
+    """Fit a correction of the replica's profile, and judge it.
+
+    Raises:
+        InvalidProblemError: there are too few observations.
+    """
+    left_out = Counter(observed.left_out)
+    table = _without_standstills(_table(observed, replica), left_out)
+    if len(table.seconds) < observed.least:
+        why = "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+        raise InvalidProblemError(
+            f"{len(table.seconds)} {observed.what} are of use, {observed.least} are needed"
+            + (f" (left out: {why})" if why else "")
+        )
+    block = np.arange(len(table.seconds)) * _BLOCKS // max(_BLOCKS, len(table.seconds))
+    fitted, judged = table.rows(block % 2 == 0), table.rows(block % 2 == 1)
+    chosen, values, margins = _chosen(fitted, block[block % 2 == 0] // 2)
+    before, after = judged.predicted({}), judged.predicted(values)
+    judgements = list(_judgements(judged, before, after))
+    improves = bool(chosen) and judgements[-1].after.mape < judgements[-1].before.mape
+    was = {"kernels": 1.0, "step": float(np.median(table.step)), "sequence": _per_sequence(table)}
+    return Calibration(
+        profile=corrected(replica, observed, values, judgements[-1], len(fitted.seconds)) if improves else None,
+        parameters=tuple(
+            Parameter(name=name, before=was[name], after=values.get(name, was[name]), margin=margins.get(name))
+            for name in PARAMETERS
+        ),
+        judged=tuple(judgements),
+        num_fitted=len(fitted.seconds),
+        left_out=left_out,
+    )
+
+
+def corrected(
+    replica: Replica, observed: Observed, values: Mapping[str, float], judged: Judgement, num_fitted: int
+) -> Profile:
+    """Return the profile with these parameters.
+
+    Kernels that took part are faster or slower by the factor for every model and TP degree, so that plans go on
+    comparing like with like. The error on held-out observations becomes that of the fits that predicted them.
+    """
+    origin = (
+        f"corrected by {num_fitted:,} {observed.what} of {observed.origin} with {replica.model.name} at TP {replica.tp}"
+    )
+    kinds = {work.kind for one in observed.observations for _, work in one.parts}
+    decodes, prefills = any(kind != "prefill" for kind in kinds), any(kind != "decode" for kind in kinds)
+    took_part = {Op.DENSE, Op.EXPERTS}
+    took_part |= {Op.DECODE_ATTENTION} if decodes else set()
+    took_part |= {Op.PREFILL_ATTENTION} if prefills else set()
+    took_part |= {Op.ALL_REDUCE} if replica.tp > 1 else set()
+    used = {op: replica.fit(op) for op in took_part}
+
+    def changed(fit: Fit) -> Fit:
+        mine = used.get(fit.op)
+        if mine is None or fit.scope.weight_bytes != mine.scope.weight_bytes:
+            return fit  # kernels of another precision are other kernels
+        known = fit.provenance
+        factor = values.get("kernels", 1.0)
+        if fit is mine:
+            known = replace(known, source=Source.FITTED, held_out_mape=round(judged.after.mape, 4))
+        if fit is mine or factor != 1.0:
+            known = replace(known, origin=f"{known.origin}; {origin}")
+        return replace(fit, pieces=tuple(_scaled(piece, factor) for piece in fit.pieces), provenance=known)
+
+    replaced = {Op.STEP: "step", Op.SAMPLE: "sequence"}
+    fits = [changed(fit) for fit in replica.profile.fits if replaced.get(fit.op) not in values]
+    known = Provenance(source=Source.FITTED, origin=origin, held_out_mape=round(judged.after.mape, 4))
+    if "step" in values:
+        fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=values["step"]),), provenance=known, scope=FitScope()))
+    if "sequence" in values:
+        fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=values["sequence"]),), provenance=known, scope=FitScope()))
+    return replace(replica.profile, fits=tuple(fits))
+
+
+def _scaled(piece: Piece, factor: float) -> Piece:
+    return Piece(
+        **{
+            name: float(f"{getattr(piece, name) * factor:.4g}")
+            for name in ("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire")
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    """Observations as columns, shape [observations]."""
+
+    seconds: FloatArray
+    kernels: FloatArray
+    step: FloatArray
+    sample: FloatArray
+    sequences: FloatArray
+    kind: NDArray[np.str_]
+
+    def rows(self, mine: NDArray[np.bool_]) -> _Table:
+        return _Table(**{name: getattr(self, name)[mine] for name in self.__slots__})
+
+    def features(self, names: Sequence[str]) -> FloatArray:
+        """Return what each parameter is multiplied by, shape [observations, names]."""
+        columns = {"kernels": self.kernels, "step": np.ones(len(self.seconds)), "sequence": self.sequences}
+        return np.stack([columns[name] for name in names], axis=1)
+
+    def own(self, names: Sequence[str]) -> FloatArray:
+        """Return the seconds that the profile has for all but these parameters."""
+        columns = {"kernels": self.kernels, "step": self.step, "sequence": self.sample}
+        return sum((c for name, c in columns.items() if name not in names), np.zeros(len(self.seconds)))
+
+    def predicted(self, values: Mapping[str, float]) -> FloatArray:
+        names = tuple(values)
+        if not names:
+            return self.own(())
+        predicted: FloatArray = self.own(names) + self.features(names) @ np.array([values[name] for name in names])
+        return predicted
+
+
+def _table(observed: Observed, replica: Replica) -> _Table:
+    prices = [replica.price(one) for one in observed.observations]
+    return _Table(
+        seconds=np.array([one.seconds for one in observed.observations]),
+        kernels=np.array([price.kernels_s for price in prices]),
+        step=np.array([price.step_s for price in prices]),
+        sample=np.array([price.sample_s for price in prices]),
+        sequences=np.array([price.sequences for price in prices]),
+        kind=np.array([one.kind.value for one in observed.observations], dtype=np.str_),
+    )
+
+
+def _without_standstills(table: _Table, left_out: Counter[str]) -> _Table:
+    """Return the table without what took several times as long as others of its kind, measured by the profile."""
+    ratio = table.seconds / table.predicted({})
+    keep = np.ones(len(ratio), np.bool_)
+    for kind in np.unique(table.kind):
+        mine = table.kind == kind
+        keep[mine] = ratio[mine] <= STOOD_STILL * np.median(ratio[mine])
+    if not keep.all():
+        left_out[f"took {STOOD_STILL:g} times as long as others like it (compilation, or the host stood still)"] += int(
+            (~keep).sum()
+        )
+    return table.rows(keep)
+
+
+def _chosen(table: _Table, block: NDArray[np.intp]) -> tuple[tuple[str, ...], dict[str, float], dict[str, float]]:
+    """Return the parameters that the table tells apart and that predict best, their values and margins.
+
+    Each candidate is fitted again without every group of blocks: what it predicts for that group judges it, and how far
+    its parameters move says how certain they are (jackknife).
+    """
+    best: tuple[tuple[str, ...], dict[str, float], dict[str, float]] = ((), {}, {})
+    least = float(np.abs(table.predicted({}) / table.seconds - 1).mean())
+    group = block % _GROUPS
+    groups = [g for g in np.unique(group) if (group != g).any()]
+    for names in _CANDIDATES:
+        values = _fit(table, names)
+        without = np.array([_fit(table.rows(group != g), names) for g in groups])
+        spread = np.sqrt((len(groups) - 1) / len(groups) * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+        margins = _TWO_SIDED * spread
+        share = margins * np.abs(table.features(names)).mean(axis=0) / table.seconds.mean()
+        factor = dict(zip(names, values, strict=True)).get("kernels", 1.0)
+        errors = []
+        for g, found in zip(groups, without, strict=True):
+            left = table.rows(group == g)
+            errors.append(np.abs(left.predicted(dict(zip(names, found, strict=True))) / left.seconds - 1))
+        error = float(np.concatenate(errors).mean())
+        # Several parameters that the load does not tell apart move by much together, and predict no worse for it.
+        told_apart = len(names) == 1 or bool((share <= _CERTAIN).all())
+        is_worth_it = error < min(_WORTH * least, least - _LEAST_WORTH)
+        if told_apart and is_worth_it and _FACTORS[0] <= factor <= _FACTORS[1]:
+            least = error
+            rounded = {name: float(f"{value:.4g}") for name, value in zip(names, values, strict=True)}
+            best = names, rounded, {name: float(m) for name, m in zip(names, margins, strict=True)}
+    return best
+
+
+def _fit(table: _Table, names: Sequence[str]) -> FloatArray:
+    """Return the values >= 0 of parameters with the least absolute relative error (iteratively reweighted)."""
+    features = table.features(names) / table.seconds[:, None]
+    target = 1.0 - table.own(names) / table.seconds
+    weights, values = np.ones(len(target)), np.zeros(len(names))
+    for _ in range(_REWEIGHTS):
+        values = _non_negative(features, target, weights)
+        weights = 1.0 / np.maximum(np.abs(features @ values - target), 0.01)
+    return values
+
+
+def _non_negative(features: FloatArray, target: FloatArray, weights: FloatArray) -> FloatArray:
+    """Return the weighted least squares solution >= 0: the best over all sets of parameters that are not zero."""
+    weighted = features * weights[:, None]
+    gram, right = weighted.T @ features, weighted.T @ target
+    scale = np.sqrt(np.diag(gram))  # the columns differ by orders of magnitude
+    gram, right = gram / np.outer(scale, scale), right / scale
+    size = len(right)
+    best, most = np.zeros(size), 0.0
+    for count in range(size, 0, -1):
+        for support in map(list, combinations(range(size), count)):
+            found = np.linalg.lstsq(gram[np.ix_(support, support)], right[support], rcond=None)[0]
+            gain = float(found @ right[support])
+            if found.min() >= 0 and gain > most:
+                most, best = gain, np.zeros(size)
+                best[support] = found
+        if count == size and most > 0:  # feasible without the constraint, so the best with it
+            break
+    return best / scale
+
+
+def _judgements(table: _Table, before: FloatArray, after: FloatArray) -> list[Judgement]:
+    kinds = [str(kind) for kind in np.unique(table.kind)]
+    found = []
+    for kind in [*(kinds if len(kinds) > 1 else []), ""]:
+        mine = table.kind == kind if kind else np.ones(len(table.kind), np.bool_)
+        found.append(
+            Judgement(
+                kind=kind,
+                count=int(mine.sum()),
+                mean_s=float(table.seconds[mine].mean()),
+                before=_errors(before[mine] / table.seconds[mine] - 1),
+                after=_errors(after[mine] / table.seconds[mine] - 1),
+            )
+        )
+    return found
+
+
+def _errors(errors: FloatArray) -> Errors:
+    absolute = np.abs(errors)
+    return Errors(mape=float(absolute.mean()), bias=float(errors.mean()), p90=float(np.quantile(absolute, 0.9)))
+
+
+def _per_sequence(table: _Table) -> float:
+    return float(np.median(table.sample / np.maximum(table.sequences, 1e-9)))

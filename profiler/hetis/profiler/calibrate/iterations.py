@@ -1,0 +1,205 @@
+"""Observations of the iterations in a vLLM log.
+
+A line has what an iteration computed and how long the engine *waited* for the result. Two things are added. Scheduling
+and what is done with the result lie between two waits, so that their mean time follows from the clock of the lines
+over stretches in which the engine never was without work. And the tokens that requests attend to follow from the share
+of the KV cache in use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from hetis.formats.errors import single_problem
+from hetis.formats.vllm_iterations import IterationLog, LoggedIteration
+from hetis.profiler.calibrate.observed import Observation, Observed, Work
+
+FIRST = 10  # iterations of an engine in which it still loads and compiles kernels
+LEAST = 40
+BLOCK_TOKENS = 16  # vLLM's usual block, where the log does not say
+_LEAST_STRETCH_STEPS = 5.0  # of the clock: a shorter stretch says less than its rounding
+_ROUNDING = 0.29  # standard deviation of what is cut off a time, in steps
+_LEAST_GAP_CERTAINTY = 0.05  # of an iteration
+NO_GAP = (
+    "the log's clock cannot tell how long vLLM takes between two iterations, which their elapsed times leave out: "
+    "log some minutes of steady load, or let a collector add times in milliseconds"
+)
+
+
+def observed_in_log(label: str, log: IterationLog, *, context_tokens: float | None = None) -> Observed:
+    """Return the observations in a log.
+
+    Args:
+        label: the file, for messages.
+        log: its lines.
+        context_tokens: that a decoding request attends to on average. None: as the log says.
+
+    Raises:
+        DocumentError: it is of a pipeline, or does not say the context of decoding requests.
+    """
+    if log.pp is not None and log.pp > 1:
+        raise single_problem(label, f"is of an engine with {log.pp} pipeline stages, whose iterations overlap")
+    gap_s = between_iterations_s(log)
+    left_out, found = Counter[str](), list[Observation]()
+    for state, iteration in _with_states(log):
+        reason = _reason(iteration)
+        if reason:
+            left_out[reason] += 1
+            continue
+        if iteration.generation_requests and context_tokens is None and (log.kv_tokens is None or state.held is None):
+            lacks = "KV cache size (a line of the server's start)" if state.held is not None else "KV cache usage"
+            raise single_problem(label, f"has no {lacks}: --context gives the mean tokens of a decoding request")
+        work = _work(iteration, state, log, context_tokens)
+        seconds = iteration.elapsed_s + (gap_s or 0.0)
+        if seconds > 0:
+            found.append(Observation(kind=work.kind, seconds=seconds, parts=((1.0, work),)))
+        else:
+            left_out["took no time"] += 1
+    notes = [NO_GAP] if gap_s is None else []
+    if log.is_cut:
+        notes.append(f"only the first {len(log.iterations):,} iterations were read")
+    return Observed(
+        what="iterations",
+        origin=f"vLLM {log.version}".rstrip(),
+        least=LEAST,
+        observations=tuple(found),
+        left_out=left_out,
+        notes=tuple(notes),
+        tp=log.tp,
+    )
+
+
+def between_iterations_s(log: IterationLog) -> float | None:
+    """Return the mean seconds between the end of one wait and the begin of the next, or None if the clock cannot tell.
+
+    An iteration with a request that has its first token follows at once on the one before, which had it too. In such a
+    stretch the clock, less what the engine has waited so far, rises by the same for every iteration: by the slope of a
+    line through all of them, which whole seconds blur little.
+    """
+    stretches = [one for one in _stretches(log.iterations) if one.waited_s >= _LEAST_STRETCH_STEPS * log.clock_step_s]
+    count = sum(one.count for one in stretches)
+    spread = sum(one.squares - one.numbers**2 / one.count for one in stretches)
+    if not spread:
+        return None
+    waited_s = sum(one.waited_s for one in stretches) / count
+    if _ROUNDING * log.clock_step_s / sqrt(spread) > _LEAST_GAP_CERTAINTY * waited_s:
+        return None
+    return max(0.0, sum(one.products - one.numbers * one.rests_s / one.count for one in stretches) / spread)
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Iterations without a pause between them, and the sums of a line through them, from the first one's number 0."""
+
+    begin_s: float
+    clock_s: float
+    waited_s: float = 0.0  # without the first one
+    count: int = 1
+    numbers: float = 0.0
+    squares: float = 0.0
+    rests_s: float = 0.0  # what the clock has risen by beside the waits
+    products: float = 0.0
+
+    def add(self, clock_s: float, elapsed_s: float) -> None:
+        number, self.count, self.clock_s = self.count, self.count + 1, clock_s
+        self.waited_s += elapsed_s
+        rest_s = clock_s - self.begin_s - self.waited_s
+        self.numbers += number
+        self.squares += number * number
+        self.rests_s += rest_s
+        self.products += number * rest_s
+
+
+def _stretches(iterations: Sequence[LoggedIteration]) -> Iterator[_Stretch]:
+    now: dict[int, tuple[_Stretch, int]] = {}  # by engine, with the index of its last iteration
+    for one in iterations:
+        known = now.pop(one.engine, None)
+        if known is not None and not _goes_on(known, one):
+            yield known[0]
+            known = None
+        if one.clock_s is None or one.is_dummy:
+            continue
+        if known is None:
+            stretch = _Stretch(begin_s=one.clock_s, clock_s=one.clock_s)
+        else:
+            stretch = known[0]
+            stretch.add(one.clock_s, one.elapsed_s)
+        now[one.engine] = stretch, one.index
+    yield from (stretch for stretch, _ in now.values())
+
+
+def _goes_on(known: tuple[_Stretch, int], one: LoggedIteration) -> bool:
+    stretch, index = known
+    return (
+        one.clock_s is not None
+        and one.clock_s >= stretch.clock_s  # a clock that is set back tells nothing
+        and one.index == index + 1
+        and one.generation_requests > 0
+    )
+
+
+@dataclass(slots=True)
+class _State:
+    """An engine before an iteration."""
+
+    budget: int  # tokens of an iteration, which only a prompt that goes on in the next one fills; 0: not known
+    held: float | None = None  # share of the KV cache in use
+    past_tokens: float = 0.0  # of the prompt that goes on
+
+
+def _with_states(log: IterationLog) -> Iterator[tuple[_State, LoggedIteration]]:
+    """Yield every iteration with the state of its engine before it."""
+    sizes = defaultdict[int, Counter[int]](Counter)
+    for one in log.iterations:
+        sizes[one.engine][one.context_tokens + one.generation_tokens] += 1
+    largest = {engine: max(counts) for engine, counts in sizes.items()}
+    states = {e: _State(budget=size if sizes[e][size] > 1 else 0) for e, size in largest.items()}
+    for one in log.iterations:
+        state = states[one.engine]
+        if state.held is None or one.index == 0:
+            state.held, state.past_tokens = one.kv_ratio, 0.0
+        yield state, one
+        state.held = one.kv_ratio
+        if one.context_requests:
+            fills = 0 < state.budget == one.context_tokens + one.generation_tokens
+            past = state.past_tokens if one.context_requests == 1 else 0.0
+            state.past_tokens = past + one.context_tokens / one.context_requests if fills else 0.0
+
+
+def _reason(one: LoggedIteration) -> str:
+    """Return why an iteration is no observation; empty if it is one."""
+    if one.is_dummy:
+        return "idle data-parallel rank"
+    if one.index < FIRST:
+        return f"first {FIRST} of an engine"
+    if one.after_compiling:
+        return "compiled a kernel"
+    if one.has_encoder:
+        return "encoded images or sound"
+    if one.generation_tokens != one.generation_requests:
+        return "several tokens of a sequence (speculative decoding, or preempted and computed again)"
+    if bool(one.context_requests) != bool(one.context_tokens) or not one.context_tokens + one.generation_tokens:
+        return "computed nothing"
+    return ""
+
+
+def _work(one: LoggedIteration, state: _State, log: IterationLog, context_tokens: float | None) -> Work:
+    decoding = float(one.generation_requests)
+    past = state.past_tokens if one.context_requests else 0.0
+    if context_tokens is not None:
+        attended = decoding * context_tokens
+    else:
+        # A request's last block is half empty on average.
+        empty = decoding * ((log.block_tokens or BLOCK_TOKENS) - 1) / 2
+        held = (state.held or 0.0) * (log.kv_tokens or 0)
+        attended = max(decoding, held - state.past_tokens - empty)
+    return Work(
+        decoding=decoding,
+        attended_tokens=attended if decoding else 0.0,
+        prompts=float(one.context_requests),
+        chunk_tokens=float(one.context_tokens),
+        past_tokens=past,
+    )

@@ -1,0 +1,202 @@
+"""``hetis-profile calibrate``: corrects a profile by what a running vLLM says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hetis.formats.command_line.terminal import Terminal
+from hetis.formats.command_line.verb import verb
+from hetis.profiler.cli.exit_codes import ProfileExitCode
+from hetis.profiler.cli.options import ClusterOption
+
+if TYPE_CHECKING:
+    from hetis.profiler.calibrate.observed import Observed
+    from hetis.profiler.calibrate.replica import Replica
+    from hetis.solver.model import ModelSpec
+    from hetis.solver.profile import Profile
+
+CALIBRATE_EXAMPLES = (
+    "Examples: vllm serve meta-llama/Llama-3.1-8B --enable-logging-iteration-details > vllm.log · then: hetis-profile "
+    "calibrate --from-vllm vllm.log --model Llama-3.1-8B --gpu H100-SXM-80GB --out profile.json · of a server in use: "
+    "hetis-profile calibrate --from-vllm http://node1:8000 --for 2min -m Llama-3.1-8B --gpu L40S --out profile.json"
+)
+_USUAL_S = 60.0
+_SHORTEST_S, _LONGEST_S = 10.0, 24 * 3600.0
+_INTERVALS = 24
+_LEAST_INTERVAL_S = 1.0
+
+
+def _seconds(text: str) -> float:
+    from hetis.formats.units import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if not _SHORTEST_S <= seconds <= _LONGEST_S:
+        raise typer.BadParameter(f"is {text}, must be 10s to 24h")
+    return seconds
+
+
+@verb()
+def calibrate(
+    terminal: Terminal,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from-vllm",
+            metavar="LOG|URL",
+            help="Log of a server with --enable-logging-iteration-details (best; .gz, -: stdin), or a server's URL.",
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", metavar="NAME|FILE", help="What it serves: a name, a ModelSpec, a config.json."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="PROFILE", help="Corrected profile to write; .yaml or .yml for YAML, else JSON."),
+    ],
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", metavar="NAME", show_default="the profile's", help="GPU type that it runs on."),
+    ] = "",
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile", metavar="FILE", show_default="the GPU's, as plans use", help="The profile to correct."
+        ),
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=1, show_default="the log's, or 1", help="Tensor-parallel degree of the server."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", metavar="P", show_default="the checkpoint's", help="bf16, fp8, int8, ..."
+        ),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="P", show_default="bf16, or the file's", help="bf16 or fp8."),
+    ] = None,
+    context: Annotated[
+        float | None,
+        typer.Option(
+            "--context",
+            min=1.0,
+            metavar="TOKENS",
+            show_default="by the use of its KV cache",
+            help="Mean context of decoding requests.",
+        ),
+    ] = None,
+    watch_s: Annotated[
+        float | None,
+        typer.Option("--for", parser=_seconds, metavar="TIME", show_default="60s", help="How long to watch a URL."),
+    ] = None,
+    cluster: ClusterOption = None,
+) -> ProfileExitCode:  # fmt: skip
+    """Correct a profile by a running vLLM's own times, and report its error before and after.
+
+    A factor on kernels, seconds per iteration and seconds per sequence are fitted, as far
+    as the load tells them apart, to half of what was seen, and judged on the other half.
+    If that error gets no smaller, nothing is written and the exit code is 5.
+
+    A log with --enable-logging-iteration-details says most. Of a URL, /metrics is read
+    every few seconds, which seldom tells more than one parameter.
+    """
+    from hetis.profiler.calibrate.correction import calibrate as corrected
+    from hetis.profiler.cli.calibrate_report import report_document, report_table
+    from hetis.profiler.cli.files import require_outputs
+    from hetis.profiler.cli.profiles import save_profile
+    from hetis.solver.errors import InvalidProblemError
+
+    require_outputs([out])
+    base = _profile(gpu, profile, cluster)
+    spec = _model(model, weights, kv, base.gpu)
+    if "://" in source:
+        _replica(spec, base, tp or 1, cluster)  # before a minute is spent on it
+        observed = _watched(terminal, source, context, watch_s or _USUAL_S)
+    else:
+        observed = _logged(source, context)
+    if tp is not None and observed.tp is not None and tp != observed.tp:
+        raise InvalidProblemError(f"--tp is {tp}, that of the server in the log is {observed.tp}")
+    replica = _replica(spec, base, tp or observed.tp or 1, cluster)
+    found = corrected(observed, replica)
+    for note in observed.notes:
+        terminal.warn(note)
+    if found.profile is not None:
+        save_profile(out, found.profile)
+    terminal.emit(
+        lambda: report_document(found, observed, replica, out), lambda: report_table(found, observed, replica)
+    )
+    if found.profile is None:
+        terminal.line(f"no correction makes the error on what it never saw smaller: {out} was not written")
+        return ProfileExitCode.MISSED
+    terminal.say(f"written to {out}")
+    return ProfileExitCode.OK
+
+
+def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
+    """Return the profile to correct: that of a file, or the one of the GPU type in plans for vLLM."""
+    from hetis.formats.errors import single_problem
+    from hetis.formats.profile import load_profile
+    from hetis.profiler.cli.profiles import gpu_type
+    from hetis.profiler.engines import for_engine
+    from hetis.profiler.roofline import modelled_profile
+    from hetis.profiler.shipped import shipped_profile
+
+    kind = gpu_type(gpu, cluster) if gpu else None
+    if path is not None:
+        found = load_profile(path)
+        if kind is not None and found.gpu != kind.name:
+            raise single_problem(str(path), f"is the profile of {found.gpu}, --gpu is {kind.name}")
+        return found
+    if kind is None:
+        raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
+    return for_engine(shipped_profile(kind.name) or modelled_profile(kind), kind, "vllm")
+
+
+def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpec:
+    from hetis.formats.dtypes import with_precision
+    from hetis.formats.model import load_model
+    from hetis.solver.errors import InvalidProblemError
+
+    try:
+        return with_precision(load_model(name), weights=weights, kv=kv).on(gpu)
+    except ValueError as error:
+        raise InvalidProblemError(f"precision: {error}") from None
+
+
+def _replica(spec: ModelSpec, profile: Profile, tp: int, cluster: Path | None) -> Replica:
+    """Return the replica that the server is. Only several GPUs have a link, which the GPU's type says."""
+    from hetis.profiler.calibrate.replica import Replica
+    from hetis.profiler.cli.profiles import gpu_type
+    from hetis.solver.cluster import Link
+    from hetis.solver.cost import intra_link
+
+    alone = Link(bytes_per_s=1.0, latency_s=0.0)
+    return Replica(spec, profile, tp=tp, link=intra_link(gpu_type(profile.gpu, cluster), None) if tp > 1 else alone)
+
+
+def _logged(path: str, context: float | None) -> Observed:
+    from hetis.formats.files import file_label
+    from hetis.formats.vllm_iterations import load_iteration_log
+    from hetis.profiler.calibrate.iterations import observed_in_log
+
+    return observed_in_log(file_label(path), load_iteration_log(path), context_tokens=context)
+
+
+def _watched(terminal: Terminal, url: str, context: float | None, watch_s: float) -> Observed:
+    from hetis.profiler.calibrate.intervals import observed_in_scrapes
+    from hetis.profiler.calibrate.scraping import watch
+    from hetis.profiler.cli.fit import waiting
+
+    every_s = max(_LEAST_INTERVAL_S, watch_s / _INTERVALS)
+    with waiting(terminal, f"watching {url} for {watch_s:g} s"):
+        scrapes = watch(url, for_s=watch_s, every_s=every_s)
+    return observed_in_scrapes(url, scrapes, context_tokens=context)

@@ -1,0 +1,82 @@
+"""Kernels of engines: what `experts` and `latent` share in deriving them from published tables and in shipping them.
+
+The tables are those of aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package). A kernel is a frozen
+dataclass with ``architecture`` and ``origin``; the kernels of a kind are rows of a JSON file beside this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from hetis.formats.files import write_atomically
+from hetis.solver.cluster import GpuType
+from hetis.solver.profile import Fit, Provenance, Source
+
+PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
+SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}  # their names, and ours for their GPUs
+NEAREST = "Hopper"  # for architectures without tables
+
+
+class Kernel(Protocol):
+    @property
+    def architecture(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+
+K = TypeVar("K")
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+def kernels_in(file: str, kind: Callable[..., K]) -> tuple[K, ...]:
+    """Return the kernels in a file of the package."""
+    text = resources.files("hetis.profiler").joinpath(file).read_text(encoding="utf-8")
+    return tuple(kind(**fields) for fields in json.loads(text)["kernels"])
+
+
+def started_s(layer: Fit) -> float:
+    """Return the seconds in which a dense layer starts two of its four products; the others stand beside a kernel."""
+    return min(piece.fixed_s for piece in layer.pieces) / 2.0
+
+
+def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:
+    """Return the provenance of a kernel's fit; no error is stated, for plans use it beside other fits."""
+    relative = "" if kernel.architecture == gpu.architecture else f"; scaled from {kernel.architecture}"
+    return Provenance(source=Source.MODELLED, origin=f"{kernel.origin}{relative}")
+
+
+def make_file(
+    name: str, about: str, derived: Callable[[Path], Iterable[Any]], arguments: Sequence[str] | None
+) -> int:  # fmt: skip
+    """Write the file of the kernels ``name`` from tables: the command line of their module. Return its exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m hetis.profiler.{name}", description=about.split(":")[0])
+    parser.add_argument("--tables", type=Path, required=True, help="systems/data of aiconfigurator-core")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / f"{name}.json", help="file to write")
+    options = parser.parse_args(arguments)
+    try:
+        kernels = [asdict(kernel) for kernel in derived(options.tables)]
+    except OSError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    text = ",\n".join(json.dumps(kernel) for kernel in kernels)
+    write_atomically(options.out, f'{{"made_by": "python -m hetis.profiler.{name}", "kernels": [\n{text}\n]}}\n')
+    return 0

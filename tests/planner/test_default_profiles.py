@@ -1,0 +1,60 @@
+"""Default profiles have the times of vLLM, for every engine; profiles of files stay as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hetis.planner.use_cases.place import objective
+from hetis.planner.use_cases.sources import LoadedInputs, engine_rules, load_inputs
+from hetis.profiler.engines import ENGINES
+from hetis.profiler.roofline import modelled_profile
+from hetis.profiler.shipped import profile_text
+from hetis.solver.plan import ObjectiveKind
+from hetis.solver.planning import solve_placement
+from hetis.solver.profile import Op
+
+SMALL = "Qwen/Qwen3-0.6B"  # its iterations are so short that the host's time shows
+
+
+def inputs(*profiles: str) -> LoadedInputs:
+    return load_inputs(cluster="examples/h100-p100.yaml", model=SMALL, workload="512/128", profiles=profiles)
+
+
+@pytest.fixture(scope="module")
+def a_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp("profiles") / "p100.json"
+    path.write_text(profile_text(modelled_profile(inputs().inputs.cluster.gpu_types["P100-PCIe-12GB"])))
+    return str(path)
+
+
+def host_s(loaded: LoadedInputs, gpu: str, tokens: float) -> float:
+    """Return the host's seconds of an iteration with so many tokens."""
+    fits = (loaded.inputs.profiles[gpu].fit(op, loaded.inputs.model, 1) for op in (Op.STEP, Op.SAMPLE))
+    return sum(fit.seconds(tokens=tokens) for fit in fits if fit is not None)
+
+
+def test_default_profiles_have_the_times_of_vllm() -> None:
+    loaded, host = inputs(), ENGINES["vllm"]
+    for gpu in loaded.inputs.profiles:
+        assert host_s(loaded, gpu, 64) == pytest.approx(host.step_s + 64 * host.sequence_s)
+    assert loaded.notes == ()
+
+
+def test_a_profile_of_a_file_is_taken_as_it_is_and_a_note_says_what_it_lacks(a_file: str) -> None:
+    loaded = inputs(a_file)
+    assert host_s(loaded, "P100-PCIe-12GB", 64) < ENGINES["vllm"].step_s < host_s(loaded, "H100-SXM-80GB", 64)
+    (note,) = loaded.notes
+    assert "that of P100-PCIe-12GB has no engine's host time" in note
+
+
+def test_a_plan_promises_less_where_the_host_takes_time(a_file: str) -> None:
+    """The P100 alone: with its default profile, and with one of kernels."""
+    goal = objective(ObjectiveKind.GOODPUT, ttft_s=float("inf"), tpot_s=0.1, demand_rps=None)
+    engine = engine_rules("vllm", "hetis")
+    values = [
+        solve_placement(loaded.inputs.problem(goal, "hetis", engine=engine), strategy="hetis").result.value
+        for loaded in (inputs(), inputs(a_file))
+    ]
+    assert values[0] < 0.99 * values[1]

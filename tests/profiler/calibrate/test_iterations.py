@@ -1,0 +1,134 @@
+"""What a log says of an iteration: its contents, its context, and the time that no line has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from hetis.formats.errors import DocumentError
+from hetis.formats.vllm_iterations import load_iteration_log, read_iterations
+from hetis.profiler.calibrate.iterations import NO_GAP, between_iterations_s, observed_in_log
+from hetis.profiler.calibrate.observed import Observed, Work
+from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, text_of
+
+
+def read(lines: Sequence[str], *, context: float | None = None, pp: int = 1, tp: int = 1) -> Observed:
+    log = read_iterations("x", text_of(lines, pp=pp, tp=tp).splitlines(keepends=True))
+    return observed_in_log("x", log, context_tokens=context)
+
+
+def works(found: Observed) -> list[Work]:
+    return [work for one in found.observations for _, work in one.parts]
+
+
+def test_the_real_servers_log_has_every_kind() -> None:
+    log = load_iteration_log(str(SAMPLE))
+    found = observed_in_log("x", log)
+    assert found.left_out == {"first 10 of an engine": 10}
+    assert len(found.observations) == len(log.iterations) - 10
+    assert {work.kind.value for work in works(found)} == {"decode", "mixed", "prefill"}
+    assert found.origin == "vLLM 0.32.0"
+    assert found.tp == 1
+    assert all(one.attended_tokens >= one.decoding for one in works(found))
+
+
+def test_requests_attend_to_the_kv_that_was_in_use_before() -> None:
+    """10% of the cache, less half a block of 16 for each of 4 requests. An iteration ends with the share it names."""
+    found = read([line(20 + i, 0.01, decoding=4, used=used) for i, used in enumerate((0.1, 0.5, 0.9))])
+    before = [(one.attended_tokens + 4 * 7.5) / KV_TOKENS for one in works(found)]
+    assert before == pytest.approx([0.1, 0.1, 0.5])  # the first one's own, where no line is before it
+
+
+def test_the_context_that_is_given_goes_before_the_logs() -> None:
+    found = read([line(20, 0.01, decoding=4, used=None)], context=500.0)
+    assert works(found)[0].attended_tokens == 2000.0
+    with pytest.raises(DocumentError, match="has no KV cache usage: --context"):
+        read([line(20, 0.01, decoding=4, used=None)])
+    log = read_iterations("x", [line(20, 0.01, decoding=4)])
+    with pytest.raises(DocumentError, match=r"has no KV cache size \(a line of the server's start\): --context"):
+        observed_in_log("x", log)
+
+
+def test_a_prompt_that_fills_iterations_has_its_past() -> None:
+    """Chunks of 2000, 2000 and 1000 tokens in iterations of at most 2002, beside two requests that decode."""
+    lines = [
+        line(20, 0.05, prompts=1, chunk=2000, decoding=2),
+        line(21, 0.05, prompts=1, chunk=2000, decoding=2),
+        line(22, 0.03, prompts=1, chunk=1000, decoding=2),
+        line(23, 0.03, prompts=1, chunk=700, decoding=2),
+    ]
+    found = works(read(lines))
+    assert [work.past_tokens for work in found] == [0, 2000, 4000, 0]
+    held = 0.1 * KV_TOKENS - 2 * 7.5
+    assert [work.attended_tokens for work in found] == pytest.approx([held, held - 2000, held - 4000, held])
+
+
+def test_what_is_no_observation_is_counted_by_reason() -> None:
+    lines = [
+        *(line(i, 0.5, decoding=1) for i in range(10)),
+        line(10, 0.01, decoding=1, dummy=True),
+        line(11, 0.01, decoding=2, tokens=6),
+        line(12, 0.01, decoding=1, more=", encoder inputs: 1, encoder output embeddings: 99"),
+        line(13, 0.01),
+        "(Worker pid=5) WARNING 11-23 16:40:00 [j.py:9] Triton kernel JIT compilation during inference: f.\n",
+        line(14, 0.01, decoding=1),
+        line(15, 0.0, decoding=1),
+        line(16, 0.01, decoding=1),
+    ]
+    found = read(lines)
+    assert found.left_out == {
+        "first 10 of an engine": 10,
+        "idle data-parallel rank": 1,
+        "several tokens of a sequence (speculative decoding, or preempted and computed again)": 1,
+        "encoded images or sound": 1,
+        "computed nothing": 1,
+        "compiled a kernel": 1,
+        "took no time": 1,
+    }
+    assert len(found.observations) == 1
+
+
+def test_a_pipelines_log_is_refused() -> None:
+    with pytest.raises(DocumentError, match="2 pipeline stages, whose iterations overlap"):
+        read([line(20, 0.01, decoding=1)], pp=2)
+
+
+def steady(count: int, *, elapsed_s: float, period_s: float, start: int = 20, at_s: float = 0.0) -> list[str]:
+    return [line(start + i, elapsed_s, decoding=1, at_s=at_s + i * period_s) for i in range(count)]
+
+
+def test_time_between_iterations_is_that_of_the_clock() -> None:
+    """8 ms of waiting every 10 ms, for 40 s by a clock of whole seconds; then a pause, which counts for nothing."""
+    lines = steady(4000, elapsed_s=0.008, period_s=0.010)
+    lines += [line(4020, 0.02, prompts=1, chunk=10, at_s=500.0)]
+    lines += steady(4000, elapsed_s=0.008, period_s=0.010, start=4021, at_s=500.02)
+    found = read(lines)
+    assert found.observations[0].seconds == pytest.approx(0.010, rel=0.01)
+    assert found.notes == ()
+
+
+def test_engines_are_stretches_of_their_own() -> None:
+    both = [
+        text
+        for i in range(4000)
+        for text in (
+            line(20 + i, 0.008, decoding=1, at_s=i * 0.01),
+            line(20 + i, 0.004, decoding=1, at_s=i * 0.01, engine=1),
+        )
+    ]
+    gap_s = between_iterations_s(read_iterations("x", both))
+    assert gap_s == pytest.approx(0.004, rel=0.05)  # 2 ms of the first, 6 ms of the second
+
+
+def test_a_clock_that_is_too_coarse_is_said() -> None:
+    found = read(steady(100, elapsed_s=0.008, period_s=0.010))
+    assert found.notes == (NO_GAP,)
+    assert found.observations[0].seconds == 0.008
+
+
+def test_a_clock_that_is_set_back_tells_nothing() -> None:
+    lines = steady(2000, elapsed_s=0.008, period_s=0.010, at_s=1000.0)
+    lines += steady(2000, elapsed_s=0.008, period_s=0.010, start=2020, at_s=0.0)
+    gap_s = between_iterations_s(read_iterations("x", lines))
+    assert gap_s == pytest.approx(0.002, abs=0.0005)

@@ -1,0 +1,102 @@
+"""A replica is priced as the simulator times it, and refused where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.measuring.instances import NO_LIMITS, fleet
+from hetis.formats.catalogue import find_gpu
+from hetis.formats.model import load_model
+from hetis.profiler.calibrate.observed import Observation, Work
+from hetis.profiler.calibrate.replica import Replica
+from hetis.profiler.engines import for_engine
+from hetis.profiler.shipped import shipped_profile
+from hetis.simulator.timing import StageTiming
+from hetis.solver.check.shape import StageShape
+from hetis.solver.cost import intra_link
+from hetis.solver.errors import InvalidProblemError
+from hetis.solver.problem import PlacementProblem
+from hetis.solver.workload import LengthBin, Workload
+
+GPU = "H100-SXM-80GB"
+LATENT = str(Path(__file__).parents[2] / "formats" / "huggingface" / "deepseek-ai__DeepSeek-V2-Lite.json")
+LINK = intra_link(find_gpu(GPU).gpu, None)
+
+
+def price_s(replica: Replica, work: Work) -> float:
+    return replica.price(Observation(kind=work.kind, seconds=1.0, parts=((1.0, work),))).seconds
+
+
+@given(
+    model=st.sampled_from(["Llama-3.1-8B", "gemma-2-9b", LATENT, "Qwen/Qwen3-30B-A3B"]),
+    tp=st.sampled_from([1, 2, 4]),
+    decoding=st.integers(0, 300),
+    context=st.integers(1, 9000),
+    chunk=st.integers(0, 8192),
+    past=st.integers(0, 8192),
+)
+def test_an_iteration_costs_what_the_simulator_says(
+    model: str, tp: int, decoding: int, context: int, chunk: int, past: int
+) -> None:
+    """The simulator has formulas of its own, which docs/cost-model.md derives."""
+    if not decoding + chunk:
+        return
+    spec, shipped = load_model(model), shipped_profile(GPU)
+    assert shipped is not None
+    profile = for_engine(shipped, find_gpu(GPU).gpu, "vllm")
+    problem = PlacementProblem(
+        cluster=fleet("node", (1, 4, GPU)),
+        model=spec,
+        workload=Workload(name="w", bins=(LengthBin(prompt_tokens=100, output_tokens=100, weight=1),)),
+        profiles={GPU: profile},
+        objective=NO_LIMITS,
+    )
+    layers = spec.num_layers - spec.prefix_layers
+    stage = StageShape(gpu=GPU, tp=tp, copies=1, layers=layers, intra_link=LINK, hop_link=LINK)
+    attended = decoding * spec.attended_tokens(float(context))
+    pairs = chunk * spec.attended_tokens((chunk + 1) / 2 + past)
+    expected = StageTiming(problem, stage, is_first=True, is_last=True).seconds(
+        decoding, attended, chunk, pairs, chunk + past if chunk else 0, decoding + (1 if chunk else 0)
+    )
+    work = Work(
+        decoding=decoding, attended_tokens=decoding * context, prompts=1 if chunk else 0, chunk_tokens=chunk,
+        past_tokens=past if chunk else 0,
+    )  # fmt: skip
+    assert price_s(Replica(spec, profile, tp=tp, link=LINK), work) == pytest.approx(expected, rel=1e-9)
+
+
+def test_several_equal_prompts_attend_to_themselves_alone() -> None:
+    """Two prompts of 1000 tokens make half the (query, key) pairs of one prompt of 2000."""
+    profile = shipped_profile(GPU)
+    assert profile is not None
+    replica = Replica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
+    one, two = (replica._prefill_s(Work(prompts=n, chunk_tokens=2000.0)) for n in (1.0, 2.0))
+    assert two < one
+
+
+def test_the_mean_of_parts_is_weighted() -> None:
+    profile = shipped_profile(GPU)
+    assert profile is not None
+    replica = Replica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
+    light, heavy = Work(decoding=1.0, attended_tokens=1.0), Work(prompts=1.0, chunk_tokens=4000.0)
+    both = Observation(kind=light.kind, seconds=1.0, parts=((0.75, light), (0.25, heavy)))
+    expected = 0.75 * price_s(replica, light) + 0.25 * price_s(replica, heavy)
+    assert replica.price(both).seconds == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "said"),
+    [
+        ("Llama-2-70B", 1, "of weights on each of 1 H100-SXM-80GB, which has room for"),
+        ("Llama-3.1-8B", 3, "--tp is 3, must divide the 32 query heads of meta-llama/Meta-Llama-3.1-8B"),
+    ],
+)
+def test_a_replica_that_cannot_be_is_refused(model: str, tp: int, said: str) -> None:
+    profile = shipped_profile(GPU)
+    assert profile is not None
+    with pytest.raises(InvalidProblemError, match=said):
+        Replica(load_model(model), profile, tp=tp, link=LINK)

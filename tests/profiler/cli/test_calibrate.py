@@ -1,0 +1,215 @@
+"""`hetis-profile calibrate` as its users meet it: a log or a server in, a profile and its error out."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from hetis.formats.profile import load_profile, profile_to_data
+from hetis.profiler.cli.exit_codes import ProfileExitCode
+from hetis.profiler.engines import ENGINES
+from hetis.profiler.shipped import shipped_profile
+from hetis.solver.profile import Op
+from tests.planner.command_line import hetis_plan
+from tests.profiler.calibrate.logs import KV_TOKENS, SAMPLE, line, prom, text_of
+from tests.profiler.calibrate.test_scraping import CACHE, ZERO, counters, server
+from tests.profiler.calibrate.truth import GPU, MODEL, Truth, works
+from tests.profiler.command_line import hetis_profile, invoke
+
+TRUTH = Truth(kernels=1.5, step_s=2e-3, sequence_s=12e-6, noise=0.02)
+BETWEEN_S = 1e-3  # of it, while the engine does not wait
+
+
+def write_log(path: Path, truth: Truth = TRUTH, count: int = 1500) -> Path:
+    """The log of an engine with these times, which never is without work."""
+    rng, at_s, lines = random.Random(3), 0.0, []
+    for index, work in enumerate(works(count, alone=0.0)):
+        seconds = truth.seconds(work, rng)
+        at_s += seconds
+        if lines:  # the use of the cache before an iteration is what the line before says
+            lines[-1] = lines[-1].replace("usage: 0.0%", f"usage: {_used(work.attended_tokens, work.decoding):.1f}%")
+        counts = {"prompts": int(work.prompts), "chunk": int(work.chunk_tokens), "decoding": int(work.decoding)}
+        lines.append(line(20 + index, seconds - BETWEEN_S, **counts, used=0.0, at_s=at_s))
+    path.write_text(text_of(lines))
+    return path
+
+
+def _used(attended_tokens: float, decoding: float) -> float:
+    return (attended_tokens + 7.5 * decoding) / KV_TOKENS * 100
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_log(tmp_path_factory.mktemp("logs") / "vllm.log")
+
+
+def test_a_log_corrects_the_shipped_profile(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "profile.json"
+    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--out", out)
+    assert invoke("calibrate", *arguments, "-o", "json") == ProfileExitCode.OK
+    report = json.loads(capsys.readouterr().out)
+    after = {one["name"]: one["after"] for one in report["parameters"]}
+    assert after["kernels"] == pytest.approx(TRUTH.kernels, rel=0.05)
+    assert after["step"] == pytest.approx(TRUTH.step_s, rel=0.15)
+    assert after["sequence"] == pytest.approx(TRUTH.sequence_s, rel=0.25)
+    whole = report["errors"][-1]
+    assert whole["kind"] == "all"
+    assert whole["after"]["mape"] < 0.05 < 0.15 < whole["before"]["mape"]
+    assert report["fitted"] + report["judged"] == 1500
+    assert (report["tp"], report["engine"], report["out"]) == (1, "vLLM 0.32.0", str(out))
+    corrected, shipped = load_profile(out), shipped_profile(GPU)
+    assert shipped is not None
+    assert corrected.gpu == GPU
+    assert [fit.pieces for fit in corrected.fits if fit.op is Op.TRANSFER] == [
+        fit.pieces for fit in shipped.fits if fit.op is Op.TRANSFER
+    ]
+
+
+def test_a_corrected_profile_is_planned_with(log: Path, tmp_path: Path) -> None:
+    """The plan is slower by what the engine takes, and once corrected a profile needs no correction."""
+    arguments = ("--from-vllm", str(log), "--model", MODEL)
+    done = hetis_profile("calibrate", *arguments, "--gpu", GPU, "--out", "p.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "written to p.yaml" in done.stderr
+    cluster = tmp_path / "c.yaml"
+    cluster.write_text(
+        f"{{apiVersion: hetis/v1, kind: Cluster, name: c, nodes: [{{name: n, gpus: [{{type: {GPU}}}]}}], "
+        "network: {bandwidth: 10GB/s, latency: 10us}}\n"
+    )
+    plan = ("place", "--cluster", "c.yaml", "--model", MODEL, "--workload", "300/50", "--objective", "throughput")
+    rates = []
+    for profile in ((), ("--profile", "p.yaml")):
+        placed = hetis_plan(*plan, *profile, "-o", "json", cwd=tmp_path)
+        assert placed.returncode == 0, placed.stderr
+        rates.append(json.loads(placed.stdout)["result"]["value"])
+    assert rates[1] < rates[0]
+
+    again = hetis_profile("calibrate", *arguments, "--profile", "p.yaml", "--out", "q.json", cwd=tmp_path)
+    assert again.returncode == ProfileExitCode.MISSED, again.stderr
+    assert "no correction makes the error on what it never saw smaller: q.json was not written" in again.stderr
+    assert not (tmp_path / "q.json").exists()
+
+
+def test_without_a_file_the_profile_of_plans_for_vllm_is_corrected(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json", "-o", "json")
+    assert invoke("calibrate", *arguments) == ProfileExitCode.OK
+    before = {one["name"]: one["before"] for one in json.loads(capsys.readouterr().out)["parameters"]}
+    assert (before["step"], before["sequence"]) == (ENGINES["vllm"].step_s, ENGINES["vllm"].sequence_s)
+
+
+def test_the_table_has_80_columns(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments) == ProfileExitCode.OK
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("decode", "mixed", "all", "time of kernels, times", "host, each sequence"):
+        assert word in text
+
+
+def test_the_real_servers_log_is_calibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CPU is no L40S: any correction helps. The model is the one that made the log."""
+    spec = tmp_path / "model.yaml"
+    spec.write_text(
+        "{apiVersion: hetis/v1, kind: ModelSpec, name: tiny, num_layers: 8, hidden: 768, intermediate: 2048, "
+        "q_heads: 12, kv_heads: 4, head_dim: 64, vocab: 4096}\n"
+    )
+    arguments = ("--from-vllm", SAMPLE, "--model", spec, "--gpu", "L40S", "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments, "-o", "json") == ProfileExitCode.OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["left_out"]["first 10 of an engine"] == 10
+    assert report["errors"][-1]["before"]["mape"] > 0.9
+    assert report["errors"][-1]["after"]["mape"] < 0.5
+
+
+def test_a_servers_metrics_correct_what_they_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten requests decode in 20 ms an iteration, interval after interval: that is one parameter."""
+    from hetis.profiler.calibrate import scraping
+
+    monkeypatch.setattr(scraping.watch, "__kwdefaults__", scraping.watch.__kwdefaults__ | {"sleep": lambda _: None})
+    growing = [name for name in ZERO if name not in ("num_requests_running", "kv_cache_usage_perc")]
+    answers = [
+        (200, prom(counters(**{name: counters()[name] * number for name in growing}), cache=CACHE))
+        for number in range(25)
+    ]
+    with server(answers) as url:
+        arguments = ("--from-vllm", url, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
+        assert invoke("calibrate", *arguments, "--for", "24s", "-o", "json") == ProfileExitCode.OK
+    report = json.loads(capsys.readouterr().out)
+    assert (report["observed"], report["fitted"] + report["judged"]) == ("intervals", 24)
+    assert sum(one["margin"] is not None for one in report["parameters"]) == 1
+    assert report["errors"][-1]["after"]["mape"] < 0.001 < report["errors"][-1]["before"]["mape"]
+
+
+def test_the_logs_degree_counts_unless_another_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    path = tmp_path / "two.log"
+    path.write_text(
+        write_log(tmp_path / "one.log", count=100).read_text().replace("parallel_size=1, p", "parallel_size=2, p")
+    )
+    arguments = ("--from-vllm", path, "--model", MODEL, "--gpu", GPU, "--out", tmp_path / "p.json")
+    invoke("calibrate", *arguments, "-o", "json")
+    assert json.loads(capsys.readouterr().out)["tp"] == 2
+    assert invoke("calibrate", *arguments, "--tp", "4") == ProfileExitCode.INVALID
+    assert "--tp is 4, that of the server in the log is 2" in capsys.readouterr().err
+
+
+def test_the_precision_served_is_that_of_the_weights(log: Path, tmp_path: Path) -> None:
+    """A log of 8-bit weights corrects the kernels for them, and leaves those of 16 bits alone."""
+    arguments = ("--from-vllm", log, "--model", MODEL, "--gpu", GPU, "--weights", "FP8", "--out", tmp_path / "p.json")
+    assert invoke("calibrate", *arguments, "-q") == ProfileExitCode.OK
+    shipped = shipped_profile(GPU)
+    assert shipped is not None
+    dense = [
+        [one for one in profile_to_data(profile)["fits"] if one["op"] == "dense" and "scope" not in one]
+        for profile in (shipped, load_profile(tmp_path / "p.json"))
+    ]
+    assert dense[0] == dense[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--from-vllm", "none.log", "--gpu", GPU), 2, "none.log: no such file"),
+        (("--from-vllm", "empty.log", "--gpu", GPU), 2, "--enable-logging-iteration-details"),
+        (("--from-vllm", "few.log", "--gpu", GPU), 2, "2 iterations are of use, 40 are needed (left out: 1 computed"),
+        (("--from-vllm", "few.log"), 2, "give --gpu, the type that the server runs on, or --profile"),
+        (("--from-vllm", "few.log", "--gpu", "H100X"), 2, "unknown GPU"),
+        (("--from-vllm", "few.log", "--gpu", "A40", "--tp", "3"), 2, "--tp is 3, that of the server in the log is 1"),
+        (("--from-vllm", "http://h", "--gpu", "A40", "--tp", "3"), 2, "--tp is 3, must divide the 32 query heads"),
+        (("--from-vllm", "few.log", "--gpu", "A40", "--weights", "fp9"), 2, "precision: 'fp9' is not one of"),
+        (("--from-vllm", "few.log", "--gpu", "A40", "--profile", "l4.json"), 2, "is the profile of L4, --gpu is A40"),
+        (("--from-vllm", "few.log", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "of weights on each of 1 A40"),
+        (("--from-vllm", "ftp://host", "--gpu", "A40"), 2, "is no URL of a server"),
+        (("--from-vllm", "http://127.0.0.1:1", "--gpu", "A40"), 6, "http://127.0.0.1:1/metrics: no answer: "),
+        (("--from-vllm", "http://h", "--gpu", "A40", "--for", "1s"), 2, "is 1s, must be 10s to 24h"),
+        (("--from-vllm", "http://h", "--gpu", "A40", "-m", "Llama-2-70B"), 2, "are --tp and --weights those of the"),
+        (("--from-vllm", "few.log", "--gpu", "A40", "--out", "no/p.json"), 2, "no folder no"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(
+    arguments: tuple[str, ...], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("empty.log").write_text("INFO: nothing\n")
+    Path("few.log").write_text(text_of([line(20, 0.01, decoding=1), line(21, 0.01, decoding=1), line(22, 0.01)]))
+    assert invoke("model", "L4", "--out", "l4.json", "-q") == ProfileExitCode.OK
+    capsys.readouterr()
+    defaults = () if "-m" in arguments else ("-m", MODEL)
+    assert invoke("calibrate", *defaults, "--out", "p.json", *arguments) == code
+    printed = capsys.readouterr()
+    assert said in " ".join(printed.err.split())
+    assert "Traceback" not in printed.err
+    assert not printed.out
+    assert not Path("p.json").exists()
