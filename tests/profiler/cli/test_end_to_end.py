@@ -39,6 +39,9 @@ def has_cuda() -> bool:
 def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
     kept = interrupted_after(5, tmp_path)
     done = hetis_profile(*RUN, "--resume", "--time-limit", "25", "-o", "json", cwd=tmp_path)
+    if "are too short" in done.stderr:  # the machine is busy
+        kept = int(re.findall(r"(\d+) points were measured", done.stderr)[-1])
+        done = hetis_profile(*RUN, "--resume", "--time-limit", "200", "-o", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{kept} points were known from the interrupted run" in done.stderr
     assert not (tmp_path / "raw.json.journal").exists()
@@ -48,7 +51,7 @@ def test_a_quick_run_on_this_machine_becomes_a_plan(tmp_path: Path) -> None:
 
     fitted = fit(tmp_path)
     if "is the unit right?" in fitted.stderr:  # the machine stood still in the middle of an operator's few rows
-        again = hetis_profile(*RUN, "--time-limit", "50", cwd=tmp_path)
+        again = hetis_profile(*RUN, "--time-limit", "200", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         fitted = fit(tmp_path)
     assert fitted.returncode == 0, fitted.stderr

@@ -56,13 +56,13 @@ def test_no_point_is_measured_twice_and_the_most_is_kept() -> None:
 
 def test_every_series_gets_its_least_points_first() -> None:
     (one, first), (two, second) = surface("a"), surface("b", bend=0.5)
-    campaign = Campaign([one, two], StoppingRule(min_points=8))
-    for _ in range(16):
+    campaign = Campaign([one, two], StoppingRule(min_points=12))
+    for _ in range(24):
         choice = campaign.next()
         assert choice is not None
         seconds = (first | second)[choice.point.key]
         campaign.add(Measured(point=choice.point, sample=TimedSample(seconds=seconds, spread=0.01)))
-    assert [len(state.measured) for state in campaign.states] == [8, 8]
+    assert [len(state.measured) for state in campaign.states] == [12, 12]
     assert campaign.is_started()
 
 

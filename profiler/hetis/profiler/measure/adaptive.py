@@ -14,7 +14,7 @@ from hetis.profiler.measure.points import Measured, MeasuredPoint, PointSeries
 FloatArray = NDArray[np.float64]
 
 
-_FEW = 4
+_FEW = 12  # points that a fit needs (hetis.profiler.fit)
 _LINEAR_VARIANCE = 4.0  # of slopes in log-log: sizes enter times with powers between 0 and 2
 _LENGTHS = (1.0, 2.0, 4.0)  # of the smooth part, in factors of e
 _VARIANCES = (0.005, 0.02, 0.08, 0.3)  # of the smooth part: it bends by 7%, 14%, 28% or 55%
@@ -148,7 +148,7 @@ class Campaign:
         self._state_of[found.point.key].add(found)
 
     def is_started(self) -> bool:
-        """Return whether every series has a few points: with fewer there is no measurement of the device."""
+        """Return whether every series has so many points as a fit needs, or all that it can have."""
         return all(len(state.measured) >= _FEW or state.next() is None for state in self.states)
 
     def worst(self) -> float:

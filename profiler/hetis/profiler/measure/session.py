@@ -102,7 +102,7 @@ def measure(request: RunRequest, report: Callable[[RunProgress], None]) -> RunRe
     if not campaign.is_started():
         raise NotEnoughPointsError(
             f"{request.limit_s:.0f} s are too short: {len(campaign.measured)} points were measured before every "
-            "operator had its first ones; allow more with --time-limit and go on with --resume"
+            "operator had enough for a fit; allow more with --time-limit and go on with --resume"
         )
     disturbances = disturbance_notes(
         campaign.measured,
