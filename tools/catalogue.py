@@ -138,24 +138,29 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
         tie_embeddings=row["tie_embeddings"] == "True",
         max_position=whole("max_position"),
         sliding_window=whole("sliding_window") if row["sliding_window"] else None,
-        sliding_window_every=2 if _ALTERNATING_WINDOW.search(row["model"]) else 1,
+        sliding_layers=-(-whole("layers") // 2) if _ALTERNATING_WINDOW.search(row["model"]) else None,
         float16="gemma-2" not in row["model"],
         mla=mla,
         moe=moe,
     )
     model = dataclasses.replace(model, weight_bytes=dtypes.layer_weight_bytes(row["dtype"], model))
     model = dataclasses.replace(model, weights=row["dtype"].partition("+")[2])
-    shape = {key: value for key, value in dataclasses.asdict(model).items() if value not in (None, "")}
-    del shape["forbidden_cuts"]  # the tables have none, and sets have no order
-    del shape["precisions"]
-    if model.float16:
-        del shape["float16"]
     return {
-        "model": shape,
+        "model": _given(model),
         "dtype": row["dtype"],
         "params_b": float(row["params_b"]),
         "active_params_b": float(row["active_params_b"]),
         "source": row["source"],
+    }
+
+
+def _given(shape: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults."""
+    values = ((field, getattr(shape, field.name)) for field in dataclasses.fields(shape))
+    return {
+        field.name: _given(value) if dataclasses.is_dataclass(value) else value
+        for field, value in values
+        if value != field.default
     }
 
 

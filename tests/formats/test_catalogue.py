@@ -78,11 +78,11 @@ def test_quantised_models_have_small_weights() -> None:
 
 
 def test_windows_slide_in_the_layers_they_should() -> None:
-    windows = {e.model.name: (e.model.sliding_window, e.model.sliding_window_every) for e in catalogue.models()}
-    assert windows["google/gemma-2-9b"] == (4096, 2)
-    assert windows["openai/gpt-oss-20b"] == (128, 2)
-    assert windows["mistralai/Mistral-7B-v0.1"] == (4096, 1)
-    assert windows["meta-llama/Llama-2-70b-hf"] == (None, 1)
+    windows = {e.model.name: (e.model.sliding_window, e.model.sliding_layers) for e in catalogue.models()}
+    assert windows["google/gemma-2-9b"] == (4096, 21)
+    assert windows["openai/gpt-oss-20b"] == (128, 12)
+    assert windows["mistralai/Mistral-7B-v0.1"] == (4096, None)
+    assert windows["meta-llama/Llama-2-70b-hf"] == (None, None)
 
 
 @pytest.mark.parametrize("name", catalogue.workload_names())

@@ -24,6 +24,15 @@ PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the mod
     "TheBloke/Llama-2-70B-AWQ": (68.98, 68.98),
     "moonshotai/Kimi-K2.5": (1026, 32.9),
     "zai-org/GLM-4.5": (355, None),
+    "Qwen/Qwen3.5-397B-A17B": (397, 17.3),
+    "Qwen/Qwen3.5-27B": (27.4, 26.9),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (31.1, 3.35),
+    "deepseek-ai/DeepSeek-V3.2": (671, None),
+    "zai-org/GLM-5": (744, None),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (400, 17.2),
+    "google/gemma-3-27b-it": (27.4, 27.0),
+    "google/gemma-3-1b-it": (1.0, 1.0),
+    "mistralai/Mistral-Large-3-675B-Instruct-2512": (675, None),
 }
 
 
@@ -49,7 +58,8 @@ def test_a_config_outside_the_catalogue_has_the_published_parameters(path: Path)
 
 def test_every_supported_architecture_but_renamed_ones_has_a_fixture() -> None:
     seen = {json.loads(path.read_text())["architectures"][0] for path in CONFIGS}
-    assert FAMILIES.keys() - seen == {"KimiK2ForCausalLM"}
+    renamed = {"KimiK2ForCausalLM", "MistralLarge3ForCausalLM", "Qwen3VLForConditionalGeneration"}
+    assert FAMILIES.keys() - seen == renamed | {"Qwen3NextForCausalLM"}
 
 
 def test_a_language_model_inside_of_another_is_read_where_it_stands(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ class Numbers:
             expert = matrices * m.hidden * m.moe.expert_intermediate
             read = E * (1 - (1 - k / E) ** T)
             F, B = 2 * T * k * expert / s.tp, read * expert * m.weight_bytes / s.tp
-            apart = self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T)
-            active, touched = active - k * expert, touched - read * expert
+            apart = self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T) / m.moe.every
+            active, touched = active - k * expert / m.moe.every, touched - read * expert / m.moe.every
         num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
         return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
 
@@ -115,7 +115,10 @@ class Numbers:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
         a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
         B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
-        return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=m.attention_flops(C * a, heads), B=B, T=C, H=C * heads)
+        F = m.attention_flops(C * a, heads)
+        if m.linear:
+            F += C * m.linear.token_flops * m.linear.layers / m.num_layers / s.tp
+        return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=F, B=B, T=C, H=C * heads)
 
     def decode(self, gpu: str, n: int, pairs: int, s: Stage) -> float:
         """Attention of so many (request, group) pairs, of groups as the stage's ranks see them."""
@@ -124,7 +127,13 @@ class Numbers:
         m = self.model
         y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
         flops = m.decode_attention_flops(y, pairs * rr)
-        return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=pairs * y * m.kv_bytes_per_token_group(), H=pairs * rr)
+        B = pairs * y * m.kv_bytes_per_token_group() + 2 * pairs / groups_of_rank(m, s.tp) * self.state(s)
+        return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=B, H=pairs * rr)
+
+    def state(self, s: Stage) -> float:
+        """Bytes of one request's state in the mean layer, on one rank."""
+        linear = self.model.linear
+        return linear.state_bytes * linear.layers / self.model.num_layers / s.tp if linear else 0.0
 
     def message(self, gpu: str, n: int, B: float, link: Link) -> float:
         return self.fit(gpu, Op.TRANSFER, n, B=B, W=B / link.bytes_per_s) if B else 0.0
@@ -165,11 +174,13 @@ class Numbers:
         kvb = m.kv_bytes_per_token_group()
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
-            return self.nc * self.message(s.gpu, s.tp, self.C * m.head_groups * kvb, s.kv_link)
+            B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
+            return self.nc * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
-        kept_s = self.message(s.gpu, s.tp, P * (m.head_groups - given) * kvb, s.hop_link)
+        B = P * (m.head_groups - given) * kvb + self.state(s) * s.tp
+        kept_s = self.message(s.gpu, s.tp, B, s.hop_link)
         return (
             max(kept_s, self.message(s.pool.gpu, 1, P * given * kvb / s.pool.cards, s.pool.link)) if s.pool else kept_s
         )
@@ -238,7 +249,10 @@ class Numbers:
         def f(x: float) -> float:
             return m.attention_flops(m.attended_tokens(x), m.q_heads)
 
-        return (f(a + self.moments.prefill_context_sd) - f(a)) / (2 * m.active_layer_params() + f(a))
+        token = 2 * m.active_layer_params() + f(a)
+        if m.linear:
+            token += m.linear.token_flops * m.linear.layers / m.num_layers
+        return (f(a + self.moments.prefill_context_sd) - f(a)) / token
 
     def interval(self, stages: list[Stage]) -> float:
         """t"""
@@ -265,6 +279,7 @@ class Numbers:
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()
+        B += self.C / self.moments.mean_prompt * self.state(s) * s.tp
         return self.message(s.gpu, s.tp, B, link) + link.latency_s
 
     # --- memory
@@ -275,13 +290,25 @@ class Numbers:
 
     def prompt_tokens(self, copies: int) -> float:
         """Tpre"""
-        return self.held(copies) * self.phi * (self.moments.prefilling_context + self.C)
+        return self.held(copies) * self.phi * (self.held_of(self.moments.prefilling_context) + self.C)
+
+    def held_of(self, context: float) -> float:
+        """Tokens whose KV is kept of such a context, in the mean layer."""
+        m = self.model
+        if m.sliding_window is None:
+            return context
+        sliding = m.num_layers if m.sliding_layers is None else m.sliding_layers
+        if not m.windows_free_kv and sliding < m.num_layers:
+            return context
+        return context - max(0.0, context - m.sliding_window) * sliding / m.num_layers
 
     def kv_tokens(self, copies: int) -> float:
         """Tkv"""
         requests = self.held(copies) * self.b
+        y = self.moments.resident_context
         spread = self.problem.assumptions.kv_headroom_z * math.sqrt(requests) * self.moments.resident_context_sd
-        decoding = requests * self.model.cached_tokens(self.moments.resident_context) + spread
+        spread *= self.held_of(y + 1e-6) / 1e-6 - self.held_of(y) / 1e-6
+        decoding = requests * self.held_of(y) + spread
         return decoding + (self.moments.mean_prompt if self.role is Role.DECODE else self.prompt_tokens(copies))
 
     def fixed_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
@@ -298,6 +325,7 @@ class Numbers:
         total += s.layers * m.layer_params() * m.weight_bytes / n
         if is_first:
             total += table + m.prefix_layers * m.dense_layer_params() * m.weight_bytes / n
+            total += m.vision_params * m.embedding_bytes / n
         if is_last:
             total += 4 * max(self.b, 1) * m.vocab / n + (0.0 if is_first and m.tie_embeddings else table)
         return total
@@ -306,7 +334,13 @@ class Numbers:
         kept, given = self.kept_and_given(s)
         held = kept * self.kv_tokens(s.copies) + given * (self.prompt_tokens(s.copies) if given else 0.0)
         kv = self.layers_of(s, is_first) * held * self.model.kv_bytes_per_token_group()
+        kv += self.state_bytes(s, is_first)
         return self.fixed_bytes(s, is_first=is_first, is_last=is_last) + kv
+
+    def state_bytes(self, s: Stage, is_first: bool) -> float:
+        """States of all requests that a rank holds."""
+        requests = self.held(s.copies) * (self.b + self.phi) + (1 if self.role is Role.DECODE else 0)
+        return self.layers_of(s, is_first) * requests * self.state(s)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
         reserve = self.problem.profiles[pool.gpu].reserve_bytes
@@ -318,6 +352,7 @@ class Numbers:
         kvb, layers = self.model.kv_bytes_per_token_group(), self.layers_of(s, is_first)
         free = self.problem.profiles[s.gpu].usable_bytes - self.fixed_bytes(s, is_first=is_first, is_last=is_last)
         free -= layers * given * self.prompt_tokens(s.copies) * kvb if given else 0.0
+        free -= self.state_bytes(s, is_first)
         room = free / (layers * kept * kvb) if kept else math.inf
         if s.pool is not None:
             profile = self.problem.profiles[s.pool.gpu]

@@ -22,7 +22,7 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link, Network
-from hetis.solver.model import ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as search
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.options import kept_bytes
@@ -41,11 +41,26 @@ MODELS = (
     make_model(q_heads=8, kv_heads=4),
     make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
     replace(make_model(q_heads=8, kv_heads=8), sliding_window=100),
-    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_window_every=2, activation_bytes=4.0),
+    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_layers=3, activation_bytes=4.0),
     make_model(
         q_heads=8,
         kv_heads=4,
         moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
+    ),
+    replace(make_model(q_heads=8, kv_heads=4), sliding_window=60, sliding_layers=5, windows_free_kv=False),
+    replace(
+        make_model(
+            q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, every=2)
+        ),
+        linear=LinearShape(layers=5, params=30_000, state_bytes=9_000.0, token_flops=70_000.0),
+        gated_attention=True,
+        vision_params=50_000,
+    ),
+    replace(
+        make_model(q_heads=8, kv_heads=8),
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
+        indexer=IndexerShape(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
     ),
 )
 WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
@@ -216,6 +231,7 @@ def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
     numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
     profile = one.problem.profiles["A"]
     free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
+    free -= numbers.state_bytes(one.stage, one.is_first)
     if one.stage.pool is not None:
         prompts = one.stage.pool.head_groups * numbers.prompt_tokens(one.stage.copies)
         free -= numbers.layers_of(one.stage, one.is_first) * prompts * one.problem.model.kv_bytes_per_token_group()

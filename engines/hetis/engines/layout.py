@@ -395,6 +395,8 @@ def _handed_over(
         yield f"it decodes in {stages} stages: vLLM's NIXL connector brings prompts into one alone"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
+    if replica.role is Role.PREFILL and model.linear is not None:
+        yield "it prefills in several stages: vLLM's NIXL connector does not with layers that keep states"
 
 
 def _impossible_stage(

@@ -11,7 +11,7 @@ from hetis.solver.check.shape import StageShape
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.profile import Fit, Op, Profile
+from hetis.solver.profile import Fit, Op, Piece, Profile
 
 AttentionPiece = tuple[float, float, float]  # seconds, per request or (request, group) pair, per token they attend to
 ChunkPiece = tuple[float, float, float, float]  # seconds, per token, per (query, key) pair, per token of KV read
@@ -28,8 +28,12 @@ def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: 
     flops = model.decode_attention_flops(1.0, float(queries_per_group))
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
-        for p in fit_of(profile, Op.DECODE_ATTENTION, model, tp).pieces
+        for p in _decode_pieces(profile, model, tp)
     ]
+
+
+def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, ...]:
+    return fit_of(profile, Op.DECODE_ATTENTION, model, tp).pieces
 
 
 class StageTiming:
@@ -52,12 +56,17 @@ class StageTiming:
         self._decode: tuple[AttentionPiece, ...] = ()
         if shape.pool is None:
             pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group)
-            self._decode = tuple((n * c, n * groups * h, n * groups * t) for c, h, t in pieces)
-        heads = model.q_heads / shape.tp
+            # Linear attention reads and writes the state of each request again.
+            states = [p.byte_s * 2.0 * model.state_bytes() / shape.tp for p in _decode_pieces(profile, model, shape.tp)]
+            self._decode = tuple(
+                (n * c, n * (groups * h + state), n * groups * t)
+                for (c, h, t), state in zip(pieces, states, strict=True)
+            )
+        heads, state_flops = model.q_heads / shape.tp, model.state_flops() / shape.tp
         self._chunk: tuple[ChunkPiece, ...] = tuple(
             (
                 n * p.fixed_s,
-                n * (p.token_s + p.head_s * heads),
+                n * (p.token_s + p.head_s * heads + p.flop_s * state_flops),
                 n * p.flop_s * model.attention_flops(1.0, heads),
                 n * p.byte_s * groups * model.kv_bytes_per_token_group(),
             )

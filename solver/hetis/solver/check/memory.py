@@ -13,7 +13,7 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
     """Return the bytes that one primary rank of a stage must hold, including the reserve."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first)
     return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
 
 
@@ -28,7 +28,7 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first)
     room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first))
     if stage.pool is None:
         return room
@@ -39,17 +39,18 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     """Return Tkv, the KV tokens that a copy must have room for, including prefilling requests and headroom."""
-    moments, b = setting.moments, setting.micro_batch
+    model, moments, b = setting.model, setting.moments, setting.micro_batch
     D = micro_batches_of_a_copy(setting, copies)
-    decoding = D * b * setting.model.cached_tokens(moments.resident_context)
+    decoding = D * b * model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
+    headroom *= model.cached_growth(moments.resident_context)
     arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
     return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + arriving
 
 
 def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     """Return Tpre, the KV tokens of the prompts that a copy is prefilling."""
-    held = setting.moments.prefilling_context + setting.chunk_tokens
+    held = setting.model.cached_tokens(setting.moments.prefilling_context) + setting.chunk_tokens
     return micro_batches_of_a_copy(setting, copies) * setting.chunk_share * held
 
 
@@ -58,6 +59,13 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
     given = stage.pool.head_groups if stage.pool else 0
     tokens = prompt_tokens_of_a_copy(setting, stage.copies)
     return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()
+
+
+def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+    """Return a rank's bytes of the states that linear attention keeps for each request."""
+    D = micro_batches_of_a_copy(setting, stage.copies)
+    requests = D * setting.micro_batch + D * setting.chunk_share + (1 if setting.role is Role.DECODE else 0)
+    return _all_layers(setting, stage, is_first) * requests * setting.model.state_bytes() / stage.tp
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
@@ -85,6 +93,7 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     fixed += stage.layers * model.layer_params() * model.weight_bytes / n
     if is_first:
         fixed += model.prefix_layers * model.dense_layer_params() * model.weight_bytes / n
+        fixed += model.vision_params * model.embedding_bytes / n
     tables = int(is_first) + int(is_last)
     if tables == 2 and model.tie_embeddings:
         tables = 1

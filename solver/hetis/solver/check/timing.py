@@ -71,11 +71,12 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     per_group = model.kv_bytes_per_token_group()
     if setting.role is Role.PREFILL:
         assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
-        chunk_bytes = setting.chunk_tokens * model.head_groups * per_group
+        chunk_bytes = setting.chunk_tokens * (model.head_groups * per_group + model.state_bytes() / P)
         return setting.chunk_iterations * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
-        kept_s = _transfer(setting, stage.gpu, n, P * (model.head_groups - given) * per_group, stage.hop_link)
+        kept_bytes = P * (model.head_groups - given) * per_group + model.state_bytes()
+        kept_s = _transfer(setting, stage.gpu, n, kept_bytes, stage.hop_link)
         if stage.pool is None:
             return kept_s
         pool, card_bytes = stage.pool, P * given * per_group / stage.pool.cards
@@ -86,7 +87,8 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
 def landing_seconds(setting: Setting, stage: StageShape, kv_link: Link) -> float:
     """Return the seconds from the end of the last chunk in the last layer until its KV has left over this link."""
     model = setting.model
-    chunk_bytes = setting.chunk_tokens * model.head_groups * model.kv_bytes_per_token_group()
+    per_token = model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes() / setting.moments.mean_prompt
+    chunk_bytes = setting.chunk_tokens * per_token
     return _transfer(setting, stage.gpu, stage.tp, chunk_bytes, kv_link) + kv_link.latency_s
 
 
@@ -128,7 +130,8 @@ def _chunk_spread(setting: Setting) -> float:
     """Return delta, the spread of chunks in FLOPs of a layer as a ratio to their mean."""
     model, moments = setting.model, setting.moments
     a = moments.prefill_pairs / moments.mean_prompt
-    per_token = 2 * model.active_layer_params() + model.attention_flops(model.attended_tokens(a), model.q_heads)
+    per_token = 2 * model.active_layer_params() + model.state_flops()
+    per_token += model.attention_flops(model.attended_tokens(a), model.q_heads)
     more = model.attended_tokens(a + moments.prefill_context_sd) - model.attended_tokens(a)
     return model.attention_flops(more, model.q_heads) / per_token
 
@@ -172,9 +175,9 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
     if model.moe is not None and not is_prefix and setting.has_fit(stage.gpu, Op.EXPERTS, n):
         one = model.expert_params()
         chosen, read = model.moe.active_experts, model.touched_experts(T)
-        active, touched = active - chosen * one, touched - read * one
+        active, touched = active - chosen * one / model.moe.every, touched - read * one / model.moe.every
         F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n
-        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T)
+        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T) / model.moe.every
     num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
     return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
 
@@ -192,7 +195,7 @@ def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
 def _prefill(setting: Setting, stage: StageShape) -> float:
     model, n, C, moments = setting.model, stage.tp, setting.chunk_tokens, setting.moments
     a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
-    flops = model.attention_flops(C * a, model.q_heads / n)
+    flops = model.attention_flops(C * a, model.q_heads / n) + C * model.state_flops() / n
     num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
     heads = C * model.q_heads / n
     return setting.seconds(stage.gpu, Op.PREFILL_ATTENTION, n, flops=flops, num_bytes=num_bytes, tokens=C, heads=heads)
@@ -225,9 +228,15 @@ def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: in
         Op.DECODE_ATTENTION,
         tp,
         heads=heads,
-        num_bytes=pairs * y * model.kv_bytes_per_token_group(),
+        num_bytes=pairs * y * model.kv_bytes_per_token_group() + _state_traffic(setting, stage, pairs),
         flops=model.decode_attention_flops(y, heads),
     )
+
+
+def _state_traffic(setting: Setting, stage: StageShape, pairs: int) -> float:
+    """Return the bytes of states that a rank reads and writes again for the requests of these pairs."""
+    requests = pairs / head_groups_per_rank(setting.model, stage.tp)
+    return 2 * requests * setting.model.state_bytes() / stage.tp
 
 
 def _transfer(setting: Setting, gpu: str, tp: int, num_bytes: float, link: Link) -> float:

@@ -111,10 +111,17 @@ def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> f
 
 @kernel
 def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
-    """Return KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
+    """Return bytes of KV and states of one layer on a rank of a stage copy that gives k head groups to its pool."""
     tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
     kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
-    return kept
+    return kept + state_on_rank(t, x, f, s, copies)
+
+
+@kernel
+def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
+    """Return the bytes of one layer on a rank of a stage copy that requests keep whatever their context."""
+    state: float = t.state_bytes[x, f, copies - 1] / t.rank_tp[s]
+    return state
 
 
 # The functions below run in inner loops and take numbers only: a call with `Tables` counts references to all of them.
@@ -332,11 +339,12 @@ def list_options(
             requests = (in_flight + c - 1) // c * micro_batch
             tokens = t.kv_tokens[x, f, c - 1]
             kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
+            state = t.state_bytes[x, f, c - 1] / n
             for role in range(4):
                 room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
                 prefix = prefix_layers if role in (FIRST, BOTH) else 0
                 for k in range(groups + 1):
-                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes)
+                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
                     on_rank[k, role] = layers_in_room(room, layer_bytes, kept, prefix, num_layers)
             without = count
             for q in range(-1, num_classes):

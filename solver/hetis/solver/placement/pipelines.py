@@ -113,7 +113,8 @@ def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | Non
     if workers is None:
         attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
         chunk_attention_s = attention_s / n_it
-        kept, on_cards = groups * kv_bytes, np.full((len(x), len(s)), np.inf)
+        state = t.state_bytes[x, f, 0][:, None] / t.rank_tp[s]
+        kept, on_cards = groups * kv_bytes + state, np.full((len(x), len(s)), np.inf)
     else:
         entries = t.pool_start[s, workers.device_class] + (given - 1) * len(t.pool_sizes) + workers.size
         attention_s, chunk_attention_s = t.pool_s[x[:, None], entries], t.chunk.pool_s[x[:, None], entries]

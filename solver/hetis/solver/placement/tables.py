@@ -60,12 +60,13 @@ class Tables(NamedTuple):
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
     kv_tokens: FloatArray  # [X, F, copies] Tkv
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
+    state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks, for requests of linear attention
     rank_class: IntArray  # [S]
     rank_tp: IntArray  # [S]
     rank_groups: IntArray  # [S] Gr
     room_bytes: FloatArray  # [S]
     layer_bytes: FloatArray  # [S] weights of a repeated layer
-    first_bytes: FloatArray  # [S] embedding and prefix weights
+    first_bytes: FloatArray  # [S] embedding, vision and prefix weights
     last_bytes: FloatArray  # [S] LM head
     tied_bytes: FloatArray  # [S] counted once if a stage is both and the weights are tied
     act_bytes: FloatArray  # [X, S]

@@ -222,12 +222,13 @@ class _Tabulation:
             t_floor=self._t_floor(zones),
             kv_tokens=self._per_copy(self._kv_tokens),
             prompt_tokens=self._per_copy(self._prompt_tokens),
+            state_bytes=self._per_copy(self._state_bytes),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
             rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
             room_bytes=np.array([d.room_bytes() for d in self.devices]),
             layer_bytes=np.array([d.layer_bytes() for d in self.devices]),
-            first_bytes=np.array([d.embedding_bytes() + d.prefix_bytes() for d in self.devices]),
+            first_bytes=np.array([d.embedding_bytes() + d.vision_bytes() + d.prefix_bytes() for d in self.devices]),
             last_bytes=np.array([d.embedding_bytes() for d in self.devices]),
             tied_bytes=np.array([d.embedding_bytes() if model.tie_embeddings else 0.0 for d in self.devices]),
             act_bytes=stack["act_bytes"],
@@ -408,15 +409,18 @@ class _Tabulation:
         return cost.kv_tokens_per_copy(problem.model, self.moments, problem.assumptions, mix, micro_batches)
 
     def _prompt_tokens(self, mix: Mix, micro_batches: int) -> float:
-        return cost.prompt_tokens_per_copy(self.moments, mix, micro_batches)
+        return cost.prompt_tokens_per_copy(self.problem.model, self.moments, mix, micro_batches)
 
-    def _per_copy(self, tokens_of: Callable[[Mix, int], float]) -> FloatArray:
-        """Return the tokens of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
+    def _state_bytes(self, mix: Mix, micro_batches: int) -> float:
+        return cost.state_bytes_per_copy(self.problem.model, mix, micro_batches)
+
+    def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
+        """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
         family = self.problem.family
         return np.array(
             [
                 [
-                    [tokens_of(mix, math.ceil(in_flight / (copies + 1))) for copies in range(family.max_copies)]
+                    [amount_of(mix, math.ceil(in_flight / (copies + 1))) for copies in range(family.max_copies)]
                     for in_flight in family.in_flight
                 ]
                 for mix in self.mixes

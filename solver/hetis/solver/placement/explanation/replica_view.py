@@ -21,6 +21,7 @@ from hetis.solver.cost import (
     mix_of,
     prompt_tokens_per_copy,
     rank_shape,
+    state_bytes_per_copy,
     tpot_per_interval,
     ttft_round_trips,
 )
@@ -214,7 +215,8 @@ class ReplicaView:
 
     def prompt_tokens(self, copies: int) -> float:
         """Return Tpre, the prompt tokens that a copy keeps of pooled groups."""
-        return prompt_tokens_per_copy(self.moments, self.mix, -(-self.shape.in_flight // copies))
+        micro_batches = -(-self.shape.in_flight // copies)
+        return prompt_tokens_per_copy(self.problem.model, self.moments, self.mix, micro_batches)
 
     def memory(self) -> Iterator[MemoryBar]:
         for i, stage in enumerate(self.shape.stages):
@@ -234,14 +236,15 @@ class ReplicaView:
     def _rank_memory(self, i: int, stage: StageShape) -> MemoryBar:
         cost, is_last = self.stage_cost(stage), i == len(self.shape.stages) - 1
         weights = stage.layers * cost.layer_bytes()
-        weights += cost.prefix_bytes() if i == 0 else 0.0
+        weights += cost.prefix_bytes() + cost.vision_bytes() if i == 0 else 0.0
         tables = int(i == 0) + int(is_last)
         weights += cost.embedding_bytes() * (min(tables, 1) if self.problem.model.tie_embeddings else tables)
         activations = cost.activation_bytes(self.mix.micro_batch + self.mix.chunk_tokens)
         activations += cost.logit_bytes(self.mix.micro_batch) if is_last else 0.0
         given = stage.pool.head_groups if stage.pool is not None else 0
         held = (cost.shape.groups - given) * self.kv_tokens(stage.copies) + given * self.prompt_tokens(stage.copies)
-        kv = self.layers(i) * held * self.problem.model.kv_bytes_per_token_group()
+        states = state_bytes_per_copy(self.problem.model, self.mix, -(-self.shape.in_flight // stage.copies))
+        kv = self.layers(i) * (held * self.problem.model.kv_bytes_per_token_group() + states / stage.tp)
         return self._bar(i, "primary", stage.gpu, stage.tp * stage.copies, weights, kv, activations)
 
     def _worker_memory(self, i: int, stage: StageShape, pool: PoolShape) -> MemoryBar:
