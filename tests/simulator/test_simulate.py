@@ -50,7 +50,7 @@ def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Setti
         gpus=16, model=model, usable_bytes=draw(st.sampled_from([10_500_000, 11_000_000, 60_000_000]))
     )
     layers = draw(st.sampled_from([(6,), (3, 3), (1, 2, 3)]))
-    pool = draw(st.sampled_from([None, (1, 1), (2, 1)]))
+    pool = draw(st.sampled_from([None, (1, 1), (2, 1)])) if model.heads_can_move else None
     replicas = [
         pipeline(
             problem,

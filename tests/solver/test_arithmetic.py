@@ -176,7 +176,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
     tp = draw(st.sampled_from([n for n in (1, 2, 4, 8) if divides(model, n)]))
     links = st.builds(Link, bytes_per_s=st.floats(2e7, 2e9), latency_s=st.floats(1e-6, 1e-4))
     pool = None
-    if role is not Role.PREFILL and tp <= model.head_groups and draw(st.booleans()):
+    if role is not Role.PREFILL and tp <= model.head_groups and model.heads_can_move and draw(st.booleans()):
         groups = draw(st.integers(1, groups_of_rank(model, tp)))
         pool = Pool(gpu="B", cards=draw(st.integers(1, 5)), head_groups=groups, link=draw(links))
     stage = Stage(

@@ -97,13 +97,15 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     assert not mix.sends_afar
     held = numbers.held(s.copies)
     assert cost.kv_tokens_per_copy(model, moments, assumed, mix, held) == near(numbers.kv_tokens(s.copies))
-    assert cost.prompt_tokens_per_copy(moments, mix, held) == near(numbers.prompt_tokens(s.copies))
+    assert cost.prompt_tokens_per_copy(model, moments, mix, held) == near(numbers.prompt_tokens(s.copies))
+    states = cost.state_bytes_per_copy(model, mix, held) / s.tp * numbers.layers_of(s, one.is_first)
+    assert states == near(numbers.state_bytes(s, one.is_first))
     assert cost.tpot_per_interval(moments, mix, one.M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(moments, assumed, mix, one.M) == near(numbers.ttft_round_trips())
     fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(one.b + one.C))
     fixed += s.layers * rank.layer_bytes()
     if one.is_first:
-        fixed += rank.prefix_bytes() + rank.embedding_bytes()
+        fixed += rank.prefix_bytes() + rank.embedding_bytes() + rank.vision_bytes()
     if one.is_last:
         fixed += rank.logit_bytes(one.b) + (0.0 if one.is_first and model.tie_embeddings else rank.embedding_bytes())
     assert fixed == near(numbers.fixed_bytes(s, is_first=one.is_first, is_last=one.is_last))

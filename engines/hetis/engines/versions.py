@@ -62,6 +62,7 @@ _VLLM = Recorded(
         "--kv-cache-dtype": "fp8 where the plan counts on a byte a number",
         "--kv-transfer-config": "the connector: ours for attention workers, NIXL between prefill and decode",
         "--attention-backend": "CUSTOM: ours, with attention workers",
+        "--disable-hybrid-kv-cache-manager": "with attention workers, where some layers slide",
         "--host": "of the front",
         "--port": "of the front",
     },

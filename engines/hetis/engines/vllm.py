@@ -27,7 +27,9 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
-    """Return options that hold vLLM to the plan's capacity, except for those that the user gives."""
+    """Return options that hold vLLM to the plan's capacity, except for those that the user gives; a switch has an empty
+    value.
+    """
     given = {
         "--max-num-seqs": str(layout.seats),
         "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats),
@@ -46,6 +48,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         room["--kv-transfer-config"] = json.dumps(connector)
     if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend
         room["--attention-backend"] = "CUSTOM"
+    if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
+        room["--disable-hybrid-kv-cache-manager"] = ""
     return room
 
 
@@ -77,4 +81,4 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
 
 def words_of(options: Mapping[str, str]) -> list[str]:
     """Return names and values as the words of a command line."""
-    return [word for option in options.items() for word in option]
+    return [word for option in options.items() for word in option if word]

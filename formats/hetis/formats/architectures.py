@@ -186,7 +186,6 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
         moe=moe,
         linear=_gated_delta_rule(config, linear),
         gated_attention=config.flag("attn_output_gate", True),
-        forbidden_cuts=_cuts_within(num_layers, every),
         vision_params=_vision_params(config, projection=0),
     )
 
@@ -208,11 +207,6 @@ def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
         state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
         token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
     )
-
-
-def _cuts_within(num_layers: int, every: int) -> frozenset[int]:
-    """Return the cuts that would leave a stage with more or fewer layers of one kind than its share."""
-    return frozenset(layer for layer in range(1, num_layers) if layer % every)
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec | None:
