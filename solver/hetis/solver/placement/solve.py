@@ -283,6 +283,8 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
     t = atlas.scopes[template.scope].tables
     stage = template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
+    if index == len(template.stages) - 1:
+        layers += t.draft_layers
     room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
     prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])

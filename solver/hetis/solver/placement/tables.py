@@ -48,6 +48,7 @@ class Tables(NamedTuple):
 
     num_layers: int  # repeated layers to place, without the prefix
     prefix_layers: int
+    draft_layers: int  # on the last stage
     kv_group_bytes: float  # kvb
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     micro_batch: IntArray  # [X]
@@ -67,7 +68,7 @@ class Tables(NamedTuple):
     room_bytes: FloatArray  # [S]
     layer_bytes: FloatArray  # [S] weights of a repeated layer
     first_bytes: FloatArray  # [S] embedding, vision and prefix weights
-    last_bytes: FloatArray  # [S] LM head
+    last_bytes: FloatArray  # [S] LM head and drafting layer
     tied_bytes: FloatArray  # [S] counted once if a stage is both and the weights are tied
     act_bytes: FloatArray  # [X, S]
     logit_bytes: FloatArray  # [X, S]
