@@ -98,7 +98,11 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     held = numbers.held(s.copies)
     assert cost.kv_tokens_per_copy(model, moments, assumed, mix, held) == near(numbers.kv_tokens(s.copies))
     assert cost.prompt_tokens_per_copy(model, moments, mix, held) == near(numbers.prompt_tokens(s.copies))
-    states = cost.state_bytes_per_copy(model, mix, held) / s.tp * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
+    states = (
+        cost.state_bytes_per_copy(model, mix, held)
+        / s.tp
+        * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
+    )
     assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
     assert cost.tpot_per_interval(moments, mix, one.M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(moments, assumed, mix, one.M) == near(numbers.ttft_round_trips())

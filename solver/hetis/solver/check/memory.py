@@ -13,7 +13,9 @@ def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: 
     """Return the bytes that one primary rank of a stage must hold, including the reserve."""
     per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first, is_last=is_last)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
     return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
 
 
@@ -28,8 +30,12 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last))
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
+    room = _quotient(
+        profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
+    )
     if stage.pool is None:
         return room
     worker = setting.problem.profiles[stage.pool.gpu]
