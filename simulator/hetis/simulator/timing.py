@@ -37,14 +37,20 @@ def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, 
 
 
 class StageTiming:
-    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool."""
+    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool.
+
+    ``steps``: into which an iteration is divided, see `seconds`.
+    """
 
     __slots__ = (
-        "_chunk", "_decode", "_dense", "_drafting", "_emitted", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_table", "cost", "layers", "shape",
+        "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
+        "_table", "cost", "layers", "shape", "steps",
     )  # fmt: skip
 
-    def __init__(self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool) -> None:
+    def __init__(
+        self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0
+    ) -> None:
+        self.steps = steps
         model, profile = problem.model, problem.profiles[shape.gpu]
         rank = rank_shape(model, shape.tp)
         assert rank is not None, "the plan's structure was checked"
@@ -54,7 +60,7 @@ class StageTiming:
         drafting = model.draft_layers if is_last else 0
         self.layers = shape.layers + (model.prefix_layers if is_first else 0) + drafting
         self._dense = float(shape.layers + drafting), float(model.prefix_layers if is_first else 0)
-        self._step_tokens, self._emitted = model.step_tokens, model.emitted_tokens
+        self._step_tokens = model.step_tokens
         self._drafting: dict[int, float] = {0: 0.0}
         self._table: dict[int, float] = {}
         self._head: dict[int, float] = {0: 0.0}
@@ -84,8 +90,8 @@ class StageTiming:
     ) -> float:
         """Return the seconds of one iteration, including the hop to this stage.
 
-        With drafts, an iteration adds more than one token to a decoding request. In simulated time it is taken in as
-        many parts, of one token each; a part with a chunk takes longer by what the chunk adds to the whole iteration.
+        With drafts, an iteration adds more than one token to a decoding request. It is simulated in as many steps, of
+        one token for each request and as small a part of the chunk, each of which takes its part of the time.
 
         Args:
             decoding: requests that decode, which attend to ``attended`` tokens together.
@@ -93,13 +99,11 @@ class StageTiming:
                 tokens of KV it reads; 0 without one.
             rows: tokens for which logits are needed.
         """
-        if self._emitted == 1.0:
+        steps = self.steps
+        if steps == 1.0:
             return self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows)
-        plain = self._iteration_s(decoding, attended, 0, 0.0, 0.0, decoding) if decoding else 0.0
-        if not chunk_tokens:
-            return plain / self._emitted
-        whole = self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows)
-        return whole - plain * (1.0 - 1.0 / self._emitted)
+        whole = round(steps * chunk_tokens)
+        return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows) / steps
 
     def _iteration_s(
         self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
