@@ -44,7 +44,8 @@ def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
     assert rank.decode_attention_s(0.0, rr) == 0.0
     for num_bytes in (0.0, 1.0, 1e3 * tokens):
         assert rank.transfer_s(num_bytes, link) == near(numbers.message(s.gpu, s.tp, num_bytes, link))
-    step_s, head_s = rank.step_s(float(one.b)), rank.head_s(float(one.b))
+    outputs = float(mix_of(one).decode_tokens)
+    step_s, head_s = rank.step_s(float(one.b)), rank.head_s(outputs) + rank.drafting_s(float(one.b))
     ends = {"is_first": True, "is_last": False}
     assert step_s == near(numbers.ends(s, one.b, 0, **ends))
     assert step_s + rank.hop_s(float(one.b), link) == near(numbers.ends(s, one.b, 0, is_first=False, is_last=False))

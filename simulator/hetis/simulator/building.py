@@ -65,7 +65,7 @@ class Builder:
         self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
-        self._timings: dict[tuple[StageShape, bool, bool], StageTiming] = {}
+        self._timings: dict[tuple[StageShape, bool, bool, float], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
