@@ -129,7 +129,7 @@ class ModelSpecDocument(DocumentPart):
     sliding_layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
     windows_free_kv: bool = True
     gated_attention: bool = False
-    vision_params: WholeOrZero = 0
+    vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
     moe: MoePart | None = None
