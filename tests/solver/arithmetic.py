@@ -316,10 +316,11 @@ class Numbers:
         m = self.model
         if m.sliding_window is None:
             return context
-        sliding = m.num_layers if m.sliding_layers is None else m.sliding_layers
-        if not m.windows_free_kv and sliding < m.num_layers:
+        with_kv = m.num_layers - (m.linear.layers if m.linear else 0)
+        sliding = with_kv if m.sliding_layers is None else m.sliding_layers
+        if not m.windows_free_kv and sliding < with_kv:
             return context
-        return context - max(0.0, context - m.sliding_window) * sliding / m.num_layers
+        return context - max(0.0, context - m.sliding_window) * sliding / with_kv
 
     def kv_tokens(self, copies: int) -> float:
         """Tkv"""
