@@ -205,6 +205,18 @@ def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
 
 
+def test_sglang_does_not_draft_in_a_pipeline() -> None:
+    drafting = replace(MODEL, draft=DraftShape(tokens=1, acceptance=0.5))
+    plan = plan_of(
+        stage_of(num_layers=3, kv_head_groups_kept=8),
+        stage_of(first_layer=3, num_layers=1, kv_head_groups_kept=8, devices=("a/1",)),
+        in_flight=2,
+    )
+    assert layout_of(plan, 0, drafting, engine=Engine.VLLM).draft_tokens == 1
+    with pytest.raises(LayoutError, match="it drafts tokens in 2 stages: SGLang does in one alone"):
+        layout_of(plan, 0, drafting, engine=Engine.SGLANG)
+
+
 def test_states_and_the_kv_of_a_drafting_layer_have_room() -> None:
     """vLLM 0.32 keeps ``1 + num_speculative_blocks`` states for a request (`MambaSpec.max_memory_usage_bytes`)."""
     linear = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))

@@ -406,6 +406,8 @@ def _handed_over(
     stages = len(replica.stages)
     if stages == 1:
         return
+    if engine is Engine.SGLANG and model.draft is not None and replica.role is not Role.PREFILL:
+        yield f"it drafts tokens in {stages} stages: SGLang does in one alone"
     if engine is Engine.SGLANG:
         from_others = {len(one.stages) for one in partners if one.role is Role.PREFILL} - {stages}
         if replica.role is Role.DECODE and from_others:
