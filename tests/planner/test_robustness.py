@@ -33,6 +33,7 @@ from hetis.solver.check import check_plan
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.cluster import Link
 from hetis.solver.errors import NoPlanFoundError
+from hetis.solver.model import DraftShape
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
@@ -392,6 +393,14 @@ def test_a_fit_outside_its_region_is_named_with_both_numbers_once_per_gpu_and_op
         for gpu in ("H100-SXM-80GB", "P100-PCIe-12GB")
     )
     assert outside_regions(plan, in_region(problem, Op.DENSE, FitRegion(tokens=(1, 8))))[0].endswith("measured 1 to 8")
+
+
+def test_drafts_are_among_the_tokens_of_an_iteration() -> None:
+    plan, problem = planned("h100-p100"), posed("h100-p100")
+    drafting = replace(problem, model=replace(problem.model, draft=DraftShape(tokens=3, acceptance=0.5)))
+    tokens = 4 * plan.replicas[0].micro_batch + plan.replicas[0].chunk_tokens
+    (note, *_) = outside_regions(plan, in_region(drafting, Op.DENSE, FitRegion(tokens=(1, 8))))
+    assert f" at {tokens:,} tokens, measured 1 to 8" in note
 
 
 def test_a_chunk_over_a_past_that_was_not_measured_is_named_with_the_past() -> None:

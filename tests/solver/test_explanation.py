@@ -16,6 +16,7 @@ from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.explain import Explanation
+from hetis.solver.model import DraftShape
 from hetis.solver.placement.explanation import explain_plan
 from hetis.solver.placement.explanation.replica_view import replica_views
 from hetis.solver.plan import ClassPrice, KvRoute, Objective, ObjectiveKind, Plan, Role
@@ -23,7 +24,7 @@ from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from tests.solver import test_check_roles
 from tests.solver.claimed_plans import claimed, plan_of, unclaimed
-from tests.solver.instances import problems
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, problems
 from tests.solver.test_check import (
     A_ALONE,
     A_STAGE,
@@ -32,6 +33,7 @@ from tests.solver.test_check import (
     sound,
     the_problem,
 )
+from tests.solver.test_placement_exact import KINDS_OF_LAYERS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -66,6 +68,7 @@ def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
                 + part.kv_wait_s
             )
             layers = stage.layers + (problem.model.prefix_layers if i == 0 else 0)
+            layers += problem.model.draft_layers if i == last else 0
             assert part.kv_wire_s == pytest.approx(layers * wire_seconds(setting, stage))
             slowest_s = max(other.total_s / other.copies for other in times)
             assert part.is_bottleneck == (part.total_s / part.copies == slowest_s)
@@ -140,6 +143,22 @@ def test_strategy_without_attention_workers_says_so() -> None:
     problem = the_problem(max_pool=0)
     plan = plan_of(problem, claimed(unclaimed(A_ALONE), problem))
     assert explain_plan(plan, problem).attention_workers == "None: strategy hetis does not use them."
+
+
+@pytest.mark.parametrize("kind", [*KINDS_OF_LAYERS, "drafted states"])
+def test_layers_of_several_kinds_add_up(kind: str) -> None:
+    drafted = replace(KINDS_OF_LAYERS["states"], draft=DraftShape(tokens=2, acceptance=0.7))
+    model = KINDS_OF_LAYERS.get(kind, drafted)
+    problem = make_problem([make_node("a", "A", nodes=2, gpus=2)], model=model, family=SMALL_FAMILY)
+    assert_adds_up(solve_placement(problem), problem)
+
+
+def test_layers_whose_heads_cannot_move_are_told_apart_from_ranks_that_share_them() -> None:
+    windows = replace(make_model(), sliding_window=64, sliding_layers=3)
+    problem = make_problem([make_node("a", "A", gpus=1)], model=windows, family=SMALL_FAMILY)
+    said = explain_plan(solve_placement(problem), problem).attention_workers
+    assert "No head can be computed apart: layers keep more than the KV of single heads" in said
+    assert "share head groups" not in said
 
 
 def test_plan_without_replicas_is_explained() -> None:

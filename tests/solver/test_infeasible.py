@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
+from hetis.solver.model import LinearShape
 from hetis.solver.placement import search, solve
 from hetis.solver.placement.infeasible import trials, why_infeasible
 from hetis.solver.placement.infeasible.relaxations import PRECISION
@@ -180,6 +181,15 @@ def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
         problem = make_problem([make_node("a", "A")], profiles={"A": profile})
         reason, *_ = reasons(problem)  # others say what would help
         assert words in reason
+
+
+def test_states_are_among_what_requests_keep() -> None:
+    linear = LinearShape(layers=1, params=1, state_bytes=3e6)
+    model = replace(make_model(), linear=linear)
+    weights = int(model.params() * model.weight_bytes)
+    profile = make_profile("A", usable_bytes=1_000_000 + weights + 2_000_000)
+    reason, *_ = reasons(make_problem([make_node("a", "A")], profiles={"A": profile}, model=model))
+    assert "for the KV of 1 request, " in reason
 
 
 def test_layer_that_fits_no_card_is_named() -> None:

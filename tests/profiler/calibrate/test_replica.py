@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hetis.simulator.timing import StageTiming
 from hetis.solver.check.shape import StageShape
 from hetis.solver.cost import intra_link
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import DraftShape
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import LengthBin, Workload
 
@@ -32,7 +34,7 @@ def price_s(replica: Replica, work: Work) -> float:
 
 
 @given(
-    model=st.sampled_from(["Llama-3.1-8B", "gemma-2-9b", LATENT, "Qwen/Qwen3-30B-A3B"]),
+    model=st.sampled_from(["Llama-3.1-8B", "gemma-2-9b", LATENT, "Qwen/Qwen3-30B-A3B", "Qwen/Qwen3.5-27B"]),
     tp=st.sampled_from([1, 2, 4]),
     decoding=st.integers(0, 300),
     context=st.integers(1, 9000),
@@ -76,6 +78,14 @@ def test_several_equal_prompts_attend_to_themselves_alone() -> None:
     replica = Replica(load_model("Llama-3.1-8B"), profile, tp=1, link=LINK)
     one, two = (replica._prefill_s(Work(prompts=n, chunk_tokens=2000.0)) for n in (1.0, 2.0))
     assert two < one
+
+
+def test_a_model_that_drafts_is_refused() -> None:
+    profile = shipped_profile(GPU)
+    assert profile is not None
+    model = replace(load_model("Llama-3.1-8B"), draft=DraftShape(tokens=1, acceptance=0.5))
+    with pytest.raises(InvalidProblemError, match="drafts tokens: calibrate with a server that does not"):
+        Replica(model, profile, tp=1, link=LINK)
 
 
 def test_the_mean_of_parts_is_weighted() -> None:

@@ -46,7 +46,10 @@ def test_decode_candidates_stay_in_memory_and_cover_the_serving_range() -> None:
     assert max(kv) <= EXTENT.kv_limit_bytes
 
 
-@pytest.mark.parametrize(("name", "what"), [("DeepSeek-V3", "latent attention"), ("Mixtral-8x7B", "experts")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("DeepSeek-V3", "latent attention"), ("Mixtral-8x7B", "experts"), ("Qwen3.5-27B", "linear attention")],
+)
 def test_models_without_kernels_are_refused(name: str, what: str) -> None:
     with pytest.raises(InvalidProblemError, match=what):
         series_of(find_model(name).model, EXTENT, paths=(), peer_kernel="", peer_path="")

@@ -45,6 +45,8 @@ class Replica:
                 f"--tp is {tp}, must divide the {model.q_heads} query heads of {model.name} and divide its "
                 f"{model.head_groups} KV heads or be a multiple of them"
             )
+        if model.draft is not None:
+            raise InvalidProblemError(f"{model.name} drafts tokens: calibrate with a server that does not")
         self.model, self.profile, self.tp, self._rank = model, profile, tp, rank
         self._fits = {op: profile.fit(op, model, tp) for op in Op}
         self._repeated = model.num_layers - model.prefix_layers
@@ -53,7 +55,7 @@ class Replica:
         self._by_tokens: dict[float, float] = {}
         self._by_sequences: dict[float, float] = {}
         weights = self._repeated * self._cost.layer_bytes() + self._cost.prefix_bytes()
-        weights += self._cost.embedding_bytes() * (1 if model.tie_embeddings else 2)
+        weights += self._cost.embedding_bytes() * (1 if model.tie_embeddings else 2) + self._cost.vision_bytes()
         if weights >= profile.room_bytes:
             raise InvalidProblemError(
                 f"{model.name} has {weights / 2**30:.3g} GiB of weights on each of {tp} {profile.gpu}, which has "
@@ -103,7 +105,8 @@ class Replica:
         attended = work.decoding * model.attended_tokens(work.attended_tokens / work.decoding)
         return model.num_layers * fit.seconds(
             flops=model.decode_attention_flops(attended, 1.0) * rank.groups * rank.queries_per_group,
-            num_bytes=attended * rank.groups * model.kv_bytes_per_token_group(),
+            num_bytes=attended * rank.groups * model.kv_bytes_per_token_group()
+            + 2.0 * work.decoding * model.state_bytes() / self.tp,
             heads=work.decoding * rank.groups * rank.queries_per_group,
         )
 
@@ -117,7 +120,7 @@ class Replica:
         pairs = work.chunk_tokens * (chunk + 1) / 2 + chunk * work.past_tokens
         pairs = work.chunk_tokens * model.attended_tokens(pairs / work.chunk_tokens)
         return model.num_layers * fit.seconds(
-            flops=model.attention_flops(pairs, heads),
+            flops=model.attention_flops(pairs, heads) + work.chunk_tokens * model.state_flops() / self.tp,
             num_bytes=(work.chunk_tokens + work.past_tokens) * rank.groups * model.kv_bytes_per_token_group(),
             tokens=work.chunk_tokens,
             heads=work.chunk_tokens * heads,

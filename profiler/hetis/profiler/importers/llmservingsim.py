@@ -35,7 +35,7 @@ def _layer(rows: Rows, index: int, gpu: str, into: Collection) -> None:
         return
     seconds, tokens = rows.seconds(index, "latency_ns", unit_s=1e-9), rows.count(index, "tokens")
     params = _params(model, op)
-    if tp is None or params is None or model.moe is not None:
+    if tp is None or params is None or model.moe is not None or model.linear is not None or model.gated_attention:
         if tp is not None:
             into.note(gpu, _BY, "experts, embeddings, LM head and the attention among the layers are left out")
         return

@@ -78,7 +78,7 @@ def series_of(
     """Return every series of ``model``.
 
     Args:
-        model: its layer is measured; there are no kernels here for multi-head latent attention and experts.
+        model: its layer is measured; there are no kernels here for latent, linear and gated attention and experts.
         extent: range of the candidates.
         paths: of copies that the device can make: h2d, d2h, d2d.
         peer_kernel: backend for messages between two processes (gloo, nccl); empty for none.
@@ -87,8 +87,13 @@ def series_of(
     Raises:
         InvalidProblemError: the model has layers that cannot be measured.
     """
-    if model.mla is not None or model.moe is not None:
-        what = "latent attention" if model.mla is not None else "experts"
+    kinds = {
+        "latent attention": model.mla is not None,
+        "experts": model.moe is not None,
+        "linear attention": model.linear is not None,
+        "gated attention": model.gated_attention,
+    }
+    if what := next((kind for kind, has in kinds.items() if has), None):
         raise InvalidProblemError(f"{model.name} has {what}, which `run` cannot measure: choose a dense model")
     tps = [tp for tp in extent.tps if model.q_heads % tp == 0 and model.kv_heads % tp == 0]
     found = [

@@ -25,6 +25,7 @@ def _shortages(atlas: Atlas) -> Iterator[str]:
     room, whose = _usable_by_a_replica(atlas)
     weights = model.params() * model.weight_bytes
     kv = model.num_layers * model.head_groups * model.kv_bytes_per_token_group() * _fewest_kv_tokens(atlas)
+    kv += model.num_layers * _least_state_bytes(atlas)
     batch = min(problem.family.micro_batches)
     requests = f"{batch} request{'' if batch == 1 else 's'}, the smallest batch"
     if weights > room:
@@ -79,6 +80,12 @@ def _fewest_kv_tokens(atlas: Atlas) -> float:
     """Return the fewest tokens of KV that a copy of a decoding replica must have room for under any mix."""
     decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
     return float(atlas.scopes[-1].tables.kv_tokens[decodes].min())
+
+
+def _least_state_bytes(atlas: Atlas) -> float:
+    """Return the same of the bytes of states in a layer."""
+    decodes = [mix.micro_batch > 0 for mix in atlas.mixes]
+    return float(atlas.scopes[-1].tables.state_bytes[decodes].min())
 
 
 def _largest_share(atlas: Atlas) -> tuple[float, int, str, float, float]:

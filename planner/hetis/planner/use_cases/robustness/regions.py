@@ -59,6 +59,7 @@ def outside_regions(plan: Plan, problem: PlacementProblem) -> tuple[str, ...]:
 
 def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProblem) -> Iterator[Use]:
     b, C, model = replica.micro_batch, replica.chunk_tokens, problem.model
+    decoding = b * model.step_tokens  # their tokens, drafts included
     attended = model.attended_tokens(moments.resident_context)
     kvb = model.kv_bytes_per_token_group()
     # The average chunk: as in docs/cost-model.md, it attends to a tokens, to half of itself on average.
@@ -69,7 +70,7 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
         return {"batch": float(b), "context_tokens": attended, "kv_bytes": pairs * attended * kvb}
 
     for position, stage in enumerate(replica.stages):
-        for tokens in sorted({b, b + C} - {0}):
+        for tokens in sorted({decoding, decoding + C} - {0}):
             yield Use(gpu=stage.gpu, op=Op.DENSE, tp=stage.tp, sizes={"tokens": float(tokens)})
             num_bytes = float(tokens * model.hidden * model.activation_bytes)
             if stage.tp > 1:
