@@ -184,12 +184,12 @@ def test_weights_and_kv_that_exceed_the_fleet_are_added_up() -> None:
 
 
 def test_states_are_among_what_requests_keep() -> None:
-    linear = LinearShape(layers=1, params=1, state_bytes=3e6)
+    linear = LinearShape(layers=1, params=1, state_bytes=3e8)
     model = replace(make_model(), linear=linear)
     weights = int(model.params() * model.weight_bytes)
-    profile = make_profile("A", usable_bytes=1_000_000 + weights + 2_000_000)
+    profile = make_profile("A", usable_bytes=1_000_000 + weights + 200_000_000)
     reason, *_ = reasons(make_problem([make_node("a", "A")], profiles={"A": profile}, model=model))
-    assert "for the KV of 1 request, " in reason
+    assert re.match(r"tiny needs .*: .* for weights and 0.3 GiB for the KV of 1 request", reason)
 
 
 def test_layer_that_fits_no_card_is_named() -> None:
