@@ -19,15 +19,8 @@ from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import PLACES, Settings
 from hetis.planner.use_cases.precision import in_precision
-from hetis.planner.use_cases.sources import (
-    Inputs,
-    LoadedInputs,
-    ReplicaLimits,
-    default_profile,
-    engine_rules,
-    family_of,
-    ordered,
-)
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
+from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec

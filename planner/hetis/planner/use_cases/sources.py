@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from hetis.formats import catalogue
 from hetis.formats.documents import (
     Value,
     digest,
@@ -21,10 +20,8 @@ from hetis.formats.documents import (
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
 from hetis.formats.will import read_will, will_from_texts
-from hetis.profiler.engines import for_engine
-from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_profile
-from hetis.solver.cluster import Cluster, GpuType
+from hetis.profiler.defaults import default_profile
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
@@ -36,9 +33,6 @@ from hetis.solver.workload import Workload
 T = TypeVar("T")
 
 # The origins of profiles and inputs that come from no file.
-MODELLED = "modelled"
-FITTED = "fitted"  # shipped with hetis, fitted to published measurements
-HOST = "vllm"  # the engine whose times default profiles have
 VALUE = "value"  # an input that was passed by a program
 
 
@@ -236,37 +230,6 @@ def _has_measured_host(profile: Profile) -> bool:
     return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
 
 
-def default_profile(gpu: GpuType) -> tuple[str, Profile]:
-    """Return the origin and the profile of a GPU type without a file: the shipped one, or else a modelled one.
-
-    Both have the times of vLLM, whatever engine a plan is for, so that plans for different engines can be compared:
-    what its host takes of an iteration, and its kernels of experts and latent attention (docs/accuracy.md).
-
-    A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
-    profile is for another card.
-
-    Raises:
-        InvalidProblemError: none is shipped and none can be modelled.
-    """
-    origin, kernels = _kernels_of(gpu)
-    return origin, for_engine(kernels, gpu, HOST)
-
-
-def profile_origin(gpu: GpuType) -> str | None:
-    """Return the origin of `default_profile`, or None if there is no profile."""
-    try:
-        return _kernels_of(gpu)[0]
-    except InvalidProblemError:
-        return None
-
-
-def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
-    """Return the origin and the profile of a GPU type without an engine's times."""
-    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
-        return FITTED, shipped
-    return MODELLED, modelled_profile(gpu)
-
-
 def load_plan_and_problem(path: str) -> PlanAndProblem:
     """Read a plan and rebuild its problem from the documents saved in it.
 
@@ -371,14 +334,6 @@ def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
     except (TypeError, InvalidProblemError) as error:
         raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
     return engine
-
-
-def _is_of_catalogue(gpu: GpuType) -> bool:
-    try:
-        listed = catalogue.find_gpu(gpu.name).gpu
-    except catalogue.UnknownNameError:
-        return False
-    return replace(listed, usd_per_hour=gpu.usd_per_hour) == gpu
 
 
 def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:

@@ -15,7 +15,8 @@ from typing import Any
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, default_profile
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
+from hetis.profiler.defaults import default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
