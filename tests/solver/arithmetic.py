@@ -64,8 +64,8 @@ class Numbers:
         self.problem, self.model, self.role = problem, problem.model, role
         self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.b, self.M, self.C = b, M, C
-        P, O = self.moments.mean_prompt, self.moments.mean_output
-        self.nc = P / C if role is not Role.DECODE else 0.0
+        Q, O = self.moments.mean_computed, self.moments.mean_output
+        self.nc = Q / C if role is not Role.DECODE else 0.0
         self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b - self.nc)
         self.n_it = self.nc + self.nd
         self.phi = self.nc / self.n_it
@@ -113,7 +113,7 @@ class Numbers:
 
     def prefill(self, s: Stage) -> float:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
-        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
         return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=m.attention_flops(C * a, heads), B=B, T=C, H=C * heads)
 
@@ -165,7 +165,7 @@ class Numbers:
         kvb = m.kv_bytes_per_token_group()
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
-            return self.nc * self.message(s.gpu, s.tp, self.C * m.head_groups * kvb, s.kv_link)
+            return P / self.C * self.message(s.gpu, s.tp, self.C * m.head_groups * kvb, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
@@ -233,7 +233,7 @@ class Numbers:
 
     def delta(self) -> float:
         m = self.model
-        a = self.moments.prefill_pairs / self.moments.mean_prompt
+        a = self.moments.prefill_pairs / self.moments.mean_computed
 
         def f(x: float) -> float:
             return m.attention_flops(m.attended_tokens(x), m.q_heads)
@@ -260,8 +260,8 @@ class Numbers:
             return 0.0
         q = self.problem.assumptions.planned_utilisation * self.phi
         pw = q ** (math.sqrt(2 * (self.M + 1)) - 1)
-        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.prompt_cv2) / 2 * max(0.0, math.log(20 * pw))
-        return math.ceil(self.moments.p95_prompt / self.C) + wait
+        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.computed_cv2) / 2 * max(0.0, math.log(20 * pw))
+        return math.ceil(self.moments.p95_computed / self.C) + wait
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()

@@ -232,7 +232,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
         return  # what is late is the mean over all layers there
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
     found = StageTiming(one.problem, one.shape, **ends)
-    a = moments.prefill_pairs / moments.mean_prompt
+    a = moments.prefill_pairs / moments.mean_computed
     read = model.attended_tokens(a)
     context = model.attended_tokens(moments.resident_context)
     with_chunk = found.seconds(b, b * context, C, C * read, read + C / 2, b + 1)
