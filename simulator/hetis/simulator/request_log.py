@@ -23,8 +23,8 @@ class RequestLog:
 
     __slots__ = (
         "admitted_s", "arrival_s", "filled", "finished_s", "first_token_s", "id", "iterations", "kv_transfers",
-        "migrated_bytes", "migrations", "moved_bytes", "num_preemptions", "output", "preemptions", "prefilled", "prefix",
-        "produced", "prompt", "rejected", "replica", "target", "trace_events",
+        "migrated_bytes", "migrations", "moved_bytes", "num_preemptions", "output", "preemptions", "prefilled",
+        "prefix", "produced", "prompt", "rejected", "replica", "target", "trace_events",
     )  # fmt: skip
 
     def __init__(self) -> None:

@@ -38,8 +38,8 @@ class Request:
             )
         if not 0 <= self.prefix_tokens < self.prompt_tokens:
             raise InvalidProblemError(
-                f"request {self.id} has {self.prefix_tokens} of {self.prompt_tokens} prompt tokens in the prefix cache, "
-                "at least one must be computed"
+                f"request {self.id} has {self.prefix_tokens} of {self.prompt_tokens} prompt tokens in the prefix "
+                "cache, at least one must be computed"
             )
         if not 0 <= self.arrival_s < math.inf:
             raise InvalidProblemError(f"request {self.id} arrives at {self.arrival_s} s, must be finite and >= 0")

@@ -54,9 +54,7 @@ class Workload:
         if not self.bins:
             raise InvalidProblemError(f"workload {self.name} has no requests")
         if not 0 <= self.prefix_hit_rate < 1:
-            raise InvalidProblemError(
-                f"prefix_hit_rate of {self.name} is {self.prefix_hit_rate}, must be >= 0 and < 1"
-            )
+            raise InvalidProblemError(f"prefix_hit_rate of {self.name} is {self.prefix_hit_rate}, must be >= 0 and < 1")
 
     def clipped_to(self, max_position: int) -> Workload:
         """Return the workload as a model with a context of ``max_position`` tokens can serve it.
