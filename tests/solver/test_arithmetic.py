@@ -48,7 +48,13 @@ MODELS = (
         moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
     ),
 )
-WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
+WORKLOADS = (
+    make_workload((120, 40)),
+    make_workload((300, 20), (60, 90)),
+    make_workload((900, 5), (20, 200)),
+    replace(make_workload((300, 20), (60, 90)), prefix_hit_rate=0.4),
+    replace(make_workload((900, 5), (20, 200)), prefix_hit_rate=0.97),
+)
 FAMILY = Family(
     max_copies=3, max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
