@@ -31,6 +31,7 @@ def compare(
     prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: options.ProfilesOption = None,
     objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
     rate: options.RateOption = None,
@@ -79,7 +80,7 @@ def compare(
     loaded = load_inputs(
         cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
     )
-    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv)
+    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp)
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)

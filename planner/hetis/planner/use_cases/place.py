@@ -71,6 +71,7 @@ class PlacementRequest:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
         prefix_hit_rate: of the workload; None: its own.
         weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
+        mtp: drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some.
         ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
         verify: simulate the plan before it is shown.
         other_engines: report the values of plans for other engines.
@@ -87,6 +88,7 @@ class PlacementRequest:
     forbids: Sequence[str] = ()
     weights: str | None = None
     kv: str | None = None
+    mtp: str | None = None
     objective: ObjectiveKind = ObjectiveKind.GOODPUT
     demand_rps: float | None = None
     ttft_s: float | None = None
@@ -119,7 +121,8 @@ def load(request: PlacementRequest) -> LoadedInputs:
         prefix_hit_rate=request.prefix_hit_rate,
     ).with_will(pins=request.pins, forbids=request.forbids)  # fmt: skip
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
-    return for_engine(in_precision(loaded, weights=request.weights, kv=request.kv), request.settings.engine)
+    loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
+    return for_engine(loaded, request.settings.engine)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:
