@@ -64,8 +64,8 @@ class Numbers:
         self.problem, self.model, self.role = problem, problem.model, role
         self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.b, self.M, self.C = b, M, C
-        P, O = self.moments.mean_prompt, self.moments.mean_output
-        self.nc = P / C if role is not Role.DECODE else 0.0
+        Q, O = self.moments.mean_computed, self.moments.mean_output
+        self.nc = Q / C if role is not Role.DECODE else 0.0
         draft = problem.model.draft
         self.q = 1 + draft.tokens if draft else 1  # tokens of a decoding request
         emitted = sum(draft.acceptance**i for i in range(self.q)) if draft else 1.0
@@ -116,7 +116,7 @@ class Numbers:
 
     def prefill(self, s: Stage) -> float:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
-        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
         F = m.attention_flops(C * a, heads)
         if m.linear:
@@ -180,7 +180,7 @@ class Numbers:
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
             B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
-            return self.nc * self.message(s.gpu, s.tp, B, s.kv_link)
+            return P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
@@ -263,7 +263,7 @@ class Numbers:
 
     def delta(self) -> float:
         m = self.model
-        a = self.moments.prefill_pairs / self.moments.mean_prompt
+        a = self.moments.prefill_pairs / self.moments.mean_computed
 
         def f(x: float) -> float:
             return m.attention_flops(m.attended_tokens(x), m.q_heads)
@@ -293,8 +293,8 @@ class Numbers:
             return 0.0
         q = self.problem.assumptions.planned_utilisation * self.phi
         pw = q ** (math.sqrt(2 * (self.M + 1)) - 1)
-        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.prompt_cv2) / 2 * max(0.0, math.log(20 * pw))
-        return math.ceil(self.moments.p95_prompt / self.C) + wait
+        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.computed_cv2) / 2 * max(0.0, math.log(20 * pw))
+        return math.ceil(self.moments.p95_computed / self.C) + wait
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()

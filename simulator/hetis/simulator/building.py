@@ -107,7 +107,7 @@ class Builder:
             )
             ahead = max(1, math.ceil(arriving / one.in_flight))
         else:
-            prompt, iterations = self.moments.mean_prompt, self.moments.mean_output / b
+            prompt, iterations = self.moments.mean_computed, self.moments.mean_output / b
             if self._settings.chunks == "paced":
                 chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
@@ -116,7 +116,7 @@ class Builder:
     def _under_way(self, prefill: int) -> float:
         """Return the number of prompts that a prefill replica works on at once when its chunks are full."""
         one = self.plan.replicas[prefill]
-        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_prompt)
+        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_computed)
 
     def _sent(self, prefill: int) -> float:
         return sum(route.rate for route in self.plan.kv_routes if route.prefill == prefill)

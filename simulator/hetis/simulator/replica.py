@@ -96,8 +96,7 @@ class ReplicaRun:
     def waiting_tokens(self) -> int:
         """Return the prompt tokens of the requests given to it that are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
-        waiting = sum(log.target[request] for request in self.queue)
-        return waiting + sum(log.target[request] - log.filled[request] for request in under_way)
+        return sum(log.target[request] - log.begun(request) for request in (*self.queue, *under_way))
 
     def seats_taken(self) -> int:
         """Return the requests that decode here, and those being sent here."""
@@ -248,16 +247,17 @@ class ReplicaRun:
                 seats -= 1
                 batch.prefilling.append(request)
             request = batch.prefilling[0]
-            filled = log.filled[request]
-            tokens = min(budget, log.target[request] - filled)
-            if not self.kv.fill(batch, filled, tokens):
+            filled, begun = log.filled[request], log.begun(request)
+            tokens = min(budget, log.target[request] - begun)
+            # Blocks of the prefix cache are taken with the first chunk: they count for every request that shares them.
+            if not self.kv.fill(batch, filled, begun - filled + tokens):
                 # Growth of others has used its promised blocks. It waits, but is evicted if nothing else can continue.
                 if not chunk and not batch.decoding:
                     self._evict(now_s, batch, request)
                 break
-            log.filled[request] = filled + tokens
+            log.filled[request] = begun + tokens
             budget -= tokens
-            is_last = filled + tokens == log.target[request]
+            is_last = begun + tokens == log.target[request]
             chunk.append((request, tokens, is_last))
             if is_last:
                 batch.prefilling.popleft()

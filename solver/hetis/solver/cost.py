@@ -71,7 +71,7 @@ def mix_of(
 
     b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
     """
-    with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
+    with_chunk = moments.mean_computed / chunk_tokens if chunk_tokens else 0.0
     decoding = moments.mean_output / (micro_batch * model.emitted_tokens) if micro_batch else 0.0
     return Mix(
         micro_batch, chunk_tokens, with_chunk, max(0.0, decoding - with_chunk), sends_afar, model.step_tokens
@@ -166,7 +166,7 @@ class DeviceCost:
     def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
         """Return seconds of attention for one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
-        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         return _seconds(
             self._fits[Op.PREFILL_ATTENTION],
             flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp)
@@ -384,7 +384,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
     Chunks have equally many tokens, which attend to more tokens the further a prompt has come. This depends on model
     and workload alone, since the proportion of a layer's work is much the same on every GPU.
     """
-    mean = moments.prefill_pairs / moments.mean_prompt
+    mean = moments.prefill_pairs / moments.mean_computed
     attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
     token = 2.0 * model.active_layer_params() + model.state_flops() + model.attention_flops(attended, model.q_heads)
     return model.attention_flops(further - attended, model.q_heads) / token
@@ -432,8 +432,8 @@ def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mi
     utilisation = assumptions.planned_utilisation * mix.chunk_share
     must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
     lanes = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
-    wait = lanes * (1.0 + moments.prompt_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_prompt / mix.chunk_tokens) + wait
+    wait = lanes * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    return math.ceil(moments.p95_computed / mix.chunk_tokens) + wait
 
 
 UNEVENNESS_STEP = 1.25

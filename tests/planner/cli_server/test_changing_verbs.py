@@ -90,6 +90,19 @@ def test_every_violation_of_the_planner_is_told_with_its_line(
     )
 
 
+@pytest.mark.parametrize("workload", ["8000/300", "azure_conv_2023"])
+def test_a_workload_with_prefix_hits_is_sent_as_a_document(
+    workload: str, planner: FakePlanner, hetis_plan: Run
+) -> None:
+    asked = ["apply", *PROBLEM[:-1], workload, "--prefix-hit-rate", "40%"]
+    assert hetis_plan(*asked) == ExitCode.OK
+    spec = last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec
+    assert spec.workload_name == ""
+    assert spec.workload_document.kind == document_pb2.DOCUMENT_KIND_WORKLOAD
+    document = json.loads(spec.workload_document.content)
+    assert (document["name"], document["prefix_hit_rate"]) == (workload, 0.4)
+
+
 def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     code = hetis_plan(
         "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7",

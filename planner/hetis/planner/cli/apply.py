@@ -70,6 +70,7 @@ def apply(
             help="As at place.",
         ),
     ] = None,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
     profile: Annotated[
@@ -132,6 +133,7 @@ def apply(
         cluster=cluster,
         model=model,
         workload=workload,
+        prefix_hit_rate=prefix_hit_rate,
         profiles=tuple(profile or ()),
         objective=objective,
         rate_rps=rate,

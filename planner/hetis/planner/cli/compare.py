@@ -28,6 +28,7 @@ def compare(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
     mtp: options.MtpOption = None,
@@ -76,7 +77,9 @@ def compare(
     if out is not None:
         refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)
     refuse_page(html)
-    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = load_inputs(
+        cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
+    )
     loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp)
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)

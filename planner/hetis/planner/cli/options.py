@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,17 @@ WorkloadOption = Annotated[
         autocompletion=words.workload_names,
         rich_help_panel=_INPUTS,
         help="A name of `catalog workloads`, a Workload file, a trace, or mean lengths such as 8000/300.",
+    ),
+]
+PrefixHitRateOption = Annotated[
+    Any,  # a share or "trace", which typer's types cannot say; the parser returns nothing else
+    typer.Option(
+        "--prefix-hit-rate",
+        parser=quantities.prefix_hit_rate,
+        metavar="SHARE|trace",
+        rich_help_panel=_INPUTS,
+        show_default="the workload's, or 0",
+        help="Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted by a Mooncake trace's hash ids.",
     ),
 ]
 ProfilesOption = Annotated[

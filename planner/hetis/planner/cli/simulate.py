@@ -16,10 +16,12 @@ from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
 
 if TYPE_CHECKING:
+    from hetis.formats.traces import Trace
     from hetis.simulator.metrics import Limits
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
     from hetis.solver.problem import PlacementProblem
+    from hetis.solver.workload import Workload
 
 PICTURES = {".html": "plotly", ".png": "matplotlib"}  # the libraries that draw them
 
@@ -30,6 +32,7 @@ def simulate(
     plan: PlanArgument,
     *,
     trace: options.TraceOption = None,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     rate: options.RateOption = None,
     cv: options.GapCvOption = 1.0,
     recorded: options.RecordedOption = False,
@@ -70,6 +73,7 @@ def simulate(
 
     _refuse_unwritable([path for path in (perfetto, requests_csv, plot) if path is not None], plot)
     refuse_page(html, beside=plot)
+    from hetis.formats.workload import with_prefix_hits
     from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
     from hetis.planner.use_cases.sources import load_plan_and_problem
@@ -85,9 +89,20 @@ def simulate(
         return ExitCode.INVALID
     if not no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
+    lengths: Trace | Workload
+    if trace is None:
+        lengths = with_prefix_hits(simulating.planned_lengths(found.plan, plan), prefix_hit_rate)
+    else:
+        lengths = simulating.load_lengths(trace, prefix_hit_rate)
+        planned = found.problem.workload.prefix_hit_rate
+        if planned and not lengths.prefix_hit_rate and prefix_hit_rate is None:
+            terminal.warn(
+                f"{lengths.name} says nothing of prefix caches, of which the plan expects"
+                f" {planned:.3g} of prompt tokens: every prompt is computed; see --prefix-hit-rate"
+            )
     drawn = not recorded and not saturate
     load = Load(
-        lengths=simulating.planned_lengths(found.plan, plan) if trace is None else simulating.load_lengths(trace),
+        lengths=lengths,
         max_position=found.problem.model.max_position,
         arrivals=Arrivals.RECORDED if recorded else Arrivals.SATURATED if saturate else Arrivals.DRAWN,
         rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and rate is None else rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +55,17 @@ TraceOption = Annotated[
         rich_help_panel=_TRAFFIC,
         show_default="the plan's workload",
         help="Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
+    ),
+]
+PrefixHitRateOption = Annotated[
+    Any,  # as in `options.PrefixHitRateOption`
+    typer.Option(
+        "--prefix-hit-rate",
+        parser=quantities.prefix_hit_rate,
+        metavar="SHARE|trace",
+        rich_help_panel=_TRAFFIC,
+        show_default="that of the requests' source, or 0",
+        help="Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted per request by its hash ids.",
     ),
 ]
 RateOption = Annotated[

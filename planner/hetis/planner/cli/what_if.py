@@ -31,6 +31,7 @@ def what_if(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
     profile: options.ProfilesOption = None,
@@ -80,7 +81,9 @@ def what_if(
 
     _refuse_half_a_question(buy_next=buy_next, changes=bool(add or remove), market=market is not None)
     refuse_page(html)
-    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = load_inputs(
+        cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
+    )
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
@@ -32,6 +33,7 @@ def place(
     model: ModelSpec | Path,
     workload: Workload | Path,
     *,
+    prefix_hit_rate: Quantity | None = None,
     objective: str = "goodput",
     rate: float | None = None,
     ttft: Quantity | None = "default",
@@ -64,6 +66,8 @@ def place(
         cluster: a Cluster file, or the result of `load_cluster`.
         model: a name of the catalogue, a ModelSpec file, a Hugging Face config.json, or a value.
         workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
+        prefix_hit_rate: share of prompt tokens that prefix caches have, such as 0.4, ``"40%"``, or ``"trace"``, counted
+            by the hash ids of a trace; None: the workload's own.
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
         ttft, tpot: limits in seconds or as ``"200ms"``; None means no limit, ``"default"`` is 2 s and 100 ms.
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
@@ -87,7 +91,7 @@ def place(
     """
     loaded = load_inputs(
         cluster=_text_or_value(cluster), model=_text_or_value(model), workload=_text_or_value(workload),
-        profiles=[os.fspath(path) for path in profiles],
+        profiles=[os.fspath(path) for path in profiles], prefix_hit_rate=_hit_rate(prefix_hit_rate),
     ).with_will(pins=pin, forbids=forbid)  # fmt: skip
     kind = member(ObjectiveKind, objective, "objective")
     placing.require_demand(kind, rate, loaded.inputs.workload)
@@ -124,6 +128,12 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _hit_rate(given: Quantity | None) -> PrefixHitRate | None:
+    if given is None or given == "trace":
+        return "trace" if given else None
+    return ratio_of(given)
 
 
 def _lost(name: str) -> str:

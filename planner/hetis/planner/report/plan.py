@@ -116,7 +116,9 @@ def _title(plan: Plan) -> Text:
     model, cluster, workload = names
     gpus = sum(price.available for price in plan.prices)
     fleet = f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster
-    return Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+    title = Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+    hits = documents["workload"].get("prefix_hit_rate", 0.0)
+    return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
 def _facts(plan: Plan) -> Table:

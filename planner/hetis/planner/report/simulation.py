@@ -40,6 +40,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "load": {
             "lengths": load.lengths.name,
+            **({"prefix_hit_rate": load.lengths.prefix_hit_rate} if load.lengths.prefix_hit_rate else {}),
             "arrivals": load.arrivals.value,
             "rate_rps": None if question.sweeps else load.rate_rps,
             "gap_cv": load.gap_cv if load.arrivals is Arrivals.DRAWN else None,
@@ -81,8 +82,10 @@ def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
 def _title(simulated: Simulated, plan: Plan) -> Text:
     documents = plan.inputs.get("documents", {})
     names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
-    lengths = simulated.question.load.lengths.name
-    return Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths, "bold"))
+    lengths = simulated.question.load.lengths
+    title = Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths.name, "bold"))
+    hits = lengths.prefix_hit_rate
+    return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
 def _facts(simulated: Simulated) -> Table:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
@@ -68,6 +69,7 @@ class PlacementRequest:
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
+        prefix_hit_rate: of the workload; None: its own.
         weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
         mtp: drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some.
         ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
@@ -80,6 +82,7 @@ class PlacementRequest:
     cluster: str
     model: str
     workload: str
+    prefix_hit_rate: PrefixHitRate | None = None
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()
     forbids: Sequence[str] = ()
@@ -114,8 +117,9 @@ def load(request: PlacementRequest) -> LoadedInputs:
         InvalidProblemError: an objective that needs a demanded rate has none, or a GPU type has no profile.
     """
     loaded = load_inputs(
-        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
-    ).with_will(pins=request.pins, forbids=request.forbids)
+        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
+        prefix_hit_rate=request.prefix_hit_rate,
+    ).with_will(pins=request.pins, forbids=request.forbids)  # fmt: skip
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
     loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
     return for_engine(loaded, request.settings.engine)

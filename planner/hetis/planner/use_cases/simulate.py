@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.faults import DeviceEvent
-from hetis.formats.traces import ENDINGS, Trace, read_trace
+from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
@@ -90,13 +90,17 @@ class NothingSimulatedError(Exception):
     """The run was cancelled before any of it was done."""
 
 
-def load_lengths(ref: str) -> Trace | Workload:
+def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trace | Workload:
     """Return the requests of a trace file, or the distribution of anything else that `load_workload` knows.
+
+    ``prefix_hit_rate`` replaces the source's own. Hits that are counted in a trace are those of each request.
 
     Raises:
         DocumentError: unknown name, or a file with problems (all of them).
     """
-    return read_trace(ref) if ref.endswith(ENDINGS) else load_workload(ref)
+    if ref.endswith(ENDINGS):
+        return read_trace(ref, prefix_hit_rate=prefix_hit_rate or 0.0)
+    return load_workload(ref, prefix_hit_rate=prefix_hit_rate)
 
 
 def planned_lengths(plan: Plan, name: str) -> Workload:

@@ -19,7 +19,9 @@ from hetis.formats.documents import (
     to_data,
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.traces import PrefixHitRate
 from hetis.formats.will import read_will, will_from_texts
+from hetis.formats.workload import with_prefix_hits
 from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
@@ -184,9 +186,12 @@ class PlanAndProblem:
 
 
 def load_inputs(
-    *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = ()
-) -> LoadedInputs:
+    *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
+    prefix_hit_rate: PrefixHitRate | None = None,
+) -> LoadedInputs:  # fmt: skip
     """Read the inputs of a placement that are not values already; GPU types without a file get `default_profile`.
+
+    ``prefix_hit_rate`` replaces the workload's own.
 
     Raises:
         DocumentError: with the problems of all inputs together.
@@ -195,7 +200,7 @@ def load_inputs(
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
-    traffic = attempt(lambda: load_workload(workload) if isinstance(workload, str) else workload, problems)
+    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
     given = [(path, attempt(partial(load_profile, path), problems)) for path in profiles]
     measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
     if fleet is not None:
@@ -223,6 +228,12 @@ def load_inputs(
             "profiles": {gpu: origin for gpu, (origin, _) in by_gpu.items()},
         },
     )
+
+
+def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
+    if isinstance(given, str):
+        return load_workload(given, prefix_hit_rate=prefix_hit_rate)
+    return with_prefix_hits(given, prefix_hit_rate)
 
 
 def _has_measured_host(profile: Profile) -> bool:

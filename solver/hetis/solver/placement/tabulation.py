@@ -356,7 +356,9 @@ class _Tabulation:
                     if mix.role is Role.PREFILL:
                         kv_link = afar if mix.sends_afar else link
                         chunk_s = d.kv_transfer_s(mix.chunk_tokens, float(d.shape.groups), kv_link)
-                        wires[x], landings[x] = mix.chunk_iterations * chunk_s, d.landing_s(mix.chunk_tokens, kv_link)
+                        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+                        wires[x] = self.moments.mean_prompt / mix.chunk_tokens * chunk_s
+                        landings[x] = d.landing_s(mix.chunk_tokens, kv_link)
                     elif mix.role is Role.DECODE:
                         wires[x] = d.kv_transfer_s(self.moments.mean_prompt, float(d.shape.groups), link)
                 done[id(d), link] = wires, landings
@@ -410,7 +412,7 @@ class _Tabulation:
     def _t_floor(self, zones: tuple[str, ...]) -> float:
         """Return the least interval at which no plan can overdraw a link between zones.
 
-        A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request. As many
+        A replica crosses a link between zones once in each direction, with ``(Q + O) H s`` bytes per request. As many
         replicas as memory allows may do so, each with an equal share.
         """
         if len(zones) == 1:
