@@ -119,7 +119,7 @@ class EngineRules:
         return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight{beside}"
 
 
-MOST_SETTING = 10**9  # of any number in `EngineSettings`
+MOST_SETTING, MOST_CHUNKS = 10**9, 16  # largest number, and most sizes of chunks, in `EngineSettings`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +143,8 @@ class EngineSettings:
         for name, value in (*named, *(("chunk_tokens", size) for size in self.chunk_tokens)):
             if value is not None and not 1 <= value <= MOST_SETTING:
                 raise InvalidProblemError(f"{name} is {value}, must be 1 to {MOST_SETTING}")
+        if len(self.chunk_tokens) > MOST_CHUNKS:
+            raise InvalidProblemError(f"chunk_tokens are {len(self.chunk_tokens)} sizes, must be at most {MOST_CHUNKS}")
         if list(self.chunk_tokens) != sorted(set(self.chunk_tokens)):
             listed = ", ".join(map(str, self.chunk_tokens))
             raise InvalidProblemError(f"chunk_tokens are {listed}, must be ascending, each once")
@@ -165,6 +167,9 @@ class EngineSettings:
         if self.kv_blocks is not None:
             parts.append(f"at most {self.kv_blocks} KV block{'s' * (self.kv_blocks > 1)}")
         return ", ".join(parts)
+
+
+NOTHING_SET = EngineSettings()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +205,7 @@ class Family:
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
     one_type_per_role: bool = False
     engine: EngineRules | None = None
-    engine_settings: EngineSettings = EngineSettings()
+    engine_settings: EngineSettings = NOTHING_SET
 
     def __post_init__(self) -> None:
         if self.engine is not None:

@@ -219,7 +219,9 @@ class _Tabulation:
                 [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
             ),
             t_cap=np.where(
-                (kv_tokens < NO_ROOM).any(axis=2), self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)), 0.0
+                (kv_tokens < NO_ROOM).any(axis=2),
+                self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
+                0.0,
             ),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),

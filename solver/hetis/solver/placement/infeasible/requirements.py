@@ -10,7 +10,7 @@ from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.placement.routes import most_spanning
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import MICRO_BATCHES, EngineSettings, Family, PlacementProblem
+from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 from hetis.solver.will import Wish
 
 WIDEST = "hetis"  # the strategy that contains all searched ones
@@ -155,7 +155,7 @@ def _at_any_settings(family: Family) -> Family:
         family,
         micro_batches=tuple(sorted({*family.micro_batches, *MICRO_BATCHES})),
         chunk_tokens=tuple(sorted({*family.chunk_tokens, *Family().chunk_tokens})),
-        engine_settings=EngineSettings(),
+        engine_settings=NOTHING_SET,
     )
 
 
