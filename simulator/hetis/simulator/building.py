@@ -114,6 +114,9 @@ class Builder:
             if self._settings.chunks == "paced":
                 chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
+        most = self.problem.family.engine_settings.max_num_seqs
+        if most is not None and one.role is not Role.DECODE:  # engines count a request from its first chunk on
+            ahead = max(0, min(ahead, most // one.in_flight - b))
         return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead, growing=growing)
 
     def _under_way(self, prefill: int) -> float:

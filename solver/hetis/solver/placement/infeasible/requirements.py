@@ -57,7 +57,9 @@ class Requirement:
                 return f"{self.subject} {self.value:.4g} s"
             case Subject.WISH:
                 return str(self.wish)
-            case Subject.ROLES | Subject.STRATEGY | Subject.SETTINGS:
+            case Subject.SETTINGS:
+                return f"the setting of engines ({self.text})"
+            case Subject.ROLES | Subject.STRATEGY:
                 return f"{self.subject} {self.text}"
         return str(self.subject)
 
@@ -91,7 +93,7 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
     if family.name != WIDEST:
         yield Requirement(subject=Subject.STRATEGY, text=family.name)
     if family.engine_settings:
-        yield Requirement(subject=Subject.SETTINGS, text=f"({family.engine_settings.describe()})")
+        yield Requirement(subject=Subject.SETTINGS, text=family.engine_settings.describe())
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
     if problem.cluster.num_gpus() > 1:  # even in one node: the cost model charges a hop between any two stages
