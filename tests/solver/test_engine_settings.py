@@ -77,9 +77,8 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
     family = data.draw(st.sampled_from((UNIFIED, ON_AN_ENGINE)))
     problem = data.draw(problems(max_gpus=4, family=family))
     assume(not problem.model.forbidden_cuts)
-    loose = at(problem, max_num_seqs=16 * max(family.in_flight), kv_blocks=10**9)
-    sizes = replace(problem, family=replace(family, micro_batches=loose.family.micro_batches))
-    assert value_of(loose) == pytest.approx(value_of(sizes), rel=REL)
+    loose = at(problem, max_num_seqs=10**6, kv_blocks=10**9)  # nothing has memory for so many
+    assert value_of(loose) == pytest.approx(value_of(problem), rel=REL)
 
 
 def test_the_specification_finds_the_same() -> None:

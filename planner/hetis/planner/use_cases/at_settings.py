@@ -86,7 +86,7 @@ def _at(
         rate=1.0 / t_s,
         ttft_s=derived.ttft_s(t_s),
         tpot_s=t_s * derived.tpot_per_t if derived.tpot_per_t else 0.0,
-        kv_tokens=int(derived.kv_tokens),
+        kv_tokens=int(derivation.of(shape).kv_tokens),
     )
 
 
