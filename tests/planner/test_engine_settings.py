@@ -16,6 +16,7 @@ from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.library.loading import load_plan as plan_from_file
 from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.at_settings import at_settings
+from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan
 from hetis.planner.use_cases.sources import load_plan_and_problem, problem_of_plan
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
@@ -257,3 +258,16 @@ def test_programs_give_the_same_settings() -> None:
     free = plan_from_file("free.json")
     found = free.simulate(requests=200, rate=1.0, max_num_seqs=8, chunk_tokens=128, kv_blocks=900)
     assert set(found.to_dict()["engine_settings"]) == {"max_num_seqs", "chunk_tokens", "kv_blocks", "changes"}
+
+
+def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
+    free = load_plan("free.json").result.value
+    kept = document("place", *INPUTS, *GIVEN, "--engine", "vllm", "--no-verify", "-q", "-o", "json")
+    values = {row["engine"]: row["value"] for row in kept["inputs"]["engine_values"]}
+    assert values.keys() == {"vllm-hetis", "sglang", "any"}
+    assert all(value is None or value < free for value in values.values())
+    found = load_plan_and_problem("kept.json")
+    fixed = FixedPlan(found.plan, found.problem)
+    shapes = [engine.shape for group in fixed.groups for engine in fixed._new_engines(group)]
+    assert shapes
+    assert all(shape.micro_batch * shape.in_flight <= 24 for shape in shapes)

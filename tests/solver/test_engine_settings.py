@@ -19,7 +19,7 @@ from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, StagePlan, S
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
-from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_workload, problems
+from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
 
 REL = 1e-6
@@ -128,6 +128,23 @@ def test_as_many_requests_as_the_engine_runs_are_no_size_of_the_table_but_are_re
     assert {replica.micro_batch * replica.in_flight for replica in plan.replicas} == {17}
     assert at(problem, max_num_seqs=17).family.micro_batches == (*range(1, 9), 10, 12, 14, 16, 17)
     assert at(problem, max_num_seqs=3).family.micro_batches == (1, 2, 3)
+
+
+@pytest.mark.parametrize("family", [UNIFIED, ON_AN_ENGINE, APART], ids=["any engine", "an engine", "roles apart"])
+@pytest.mark.parametrize("most", [2, 3, 5])
+def test_micro_batches_in_flight_count_together(family: Family, most: int) -> None:
+    """The model fits on no single card, so that a replica has stages and several micro-batches in flight."""
+    nodes = [make_node("a", "A", nodes=2), make_node("b", "B", nodes=2)]
+    profiles = {"A": make_profile("A", usable_bytes=8_500_000), "B": make_profile("B", usable_bytes=9_500_000)}
+    free = make_problem(nodes, profiles=profiles, workload=make_workload((40, 120)), family=replace(family, max_pool=0))
+    kept = at(free, max_num_seqs=most)
+    plan, freely = solved(kept), solved(free)
+    assert plan is not None
+    assert freely is not None
+    assert all(max(1, replica.micro_batch) * replica.in_flight <= most for replica in plan.replicas)
+    assert any(max(1, replica.micro_batch) * replica.in_flight > most for replica in freely.replicas)
+    assert plan.result.value == pytest.approx(best_plan_value(kept), rel=REL)
+    assert plan.result.value < freely.result.value
 
 
 # --- the checker
