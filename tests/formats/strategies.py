@@ -16,7 +16,16 @@ from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
-from hetis.solver.model import AttentionKind, GpuPrecision, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import (
+    AttentionKind,
+    DraftShape,
+    GpuPrecision,
+    IndexerShape,
+    LinearShape,
+    MlaShape,
+    ModelSpec,
+    MoeShape,
+)
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -120,6 +129,21 @@ def precisions(draw: st.DrawFn) -> tuple[GpuPrecision, ...]:
     )
 
 
+INDEXERS = st.builds(
+    IndexerShape, top_tokens=SMALL, heads=SMALL, head_dim=SMALL, key_bytes=st.floats(min_value=0.5, max_value=1e4)
+)
+
+
+def linear_layers(layers: int) -> st.SearchStrategy[LinearShape]:
+    return st.builds(
+        LinearShape,
+        layers=st.integers(1, layers),
+        params=SMALL,
+        state_bytes=st.floats(min_value=1, max_value=1e9),
+        token_flops=st.floats(min_value=0, max_value=1e9),
+    )
+
+
 @st.composite
 def models(draw: st.DrawFn) -> ModelSpec:
     kv_heads, group, layers = draw(SMALL), draw(SMALL), draw(st.integers(2, 100))
@@ -138,6 +162,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         expert_intermediate=draw(SMALL),
         shared_experts=draw(st.integers(0, 2)),
         first_dense_layers=draw(st.integers(0, layers - 1)),
+        every=draw(st.integers(1, 4)),
     )
     plain = AttentionKind.MHA if group == 1 else AttentionKind.GQA
     window = draw(st.none() | st.integers(1, 10_000))
@@ -159,7 +184,13 @@ def models(draw: st.DrawFn) -> ModelSpec:
         tie_embeddings=draw(st.booleans()),
         max_position=draw(st.integers(1, 10**6)),
         sliding_window=window,
-        sliding_window_every=draw(st.integers(1, 3)),
+        sliding_layers=draw(st.none() | st.integers(1, layers)) if window is not None else None,
+        windows_free_kv=draw(st.booleans()),
+        gated_attention=draw(st.booleans()),
+        vision_params=draw(st.integers(0, 10**9)),
+        linear=draw(st.none() | linear_layers(layers)),
+        draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
+        indexer=draw(st.none() | INDEXERS) if latent and mla.q_lora_rank is not None else None,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,

@@ -31,16 +31,18 @@ class Told:
 
 
 @given(
-    st.sampled_from([None, (6, 1), (6, 2), (10, 3)]),
+    st.sampled_from([None, (6, 1, True), (6, 2, True), (6, 2, False), (10, 3, True)]),
     st.lists(st.tuples(st.integers(0, 2), st.integers(1, 14), st.integers(1, 12)), min_size=5, max_size=40),
     st.randoms(use_true_random=False),
 )
 def test_sums_are_those_of_the_single_requests(
-    window: tuple[int, int] | None, joins: list[tuple[int, int, int]], random: object
+    window: tuple[int, int, bool] | None, joins: list[tuple[int, int, int]], random: object
 ) -> None:
     model = make_model()
     if window is not None:
-        model = replace(model, sliding_window=window[0], sliding_window_every=window[1])
+        model = replace(
+            model, sliding_window=window[0], sliding_layers=-(-model.num_layers // window[1]), windows_free_kv=window[2]
+        )
     growth = KvGrowth(model, BLOCK)
     batch, told, number = MicroBatch(0, (), growth), Told(growth), 0
     left: dict[int, int] = {}
@@ -55,7 +57,7 @@ def test_sums_are_those_of_the_single_requests(
             number += 1
             batch.join(number, context, remaining)
             told.context[number], left[number] = context, remaining
-        assert batch.phases[batch.step % BLOCK] == told.crossing()
+        assert batch.crossing() == told.crossing()
         batch.grow()
         assert batch.attended == pytest.approx(told.attended())
         for request in list(told.context):

@@ -40,15 +40,17 @@ class Waiting:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Settings]:
     """Pipelines of one to three stages with copies, pools and little memory; requests of any lengths."""
-    window = draw(st.sampled_from([None, None, (24, 1), (24, 2)]))
+    window = draw(st.sampled_from([None, None, (24, 1, True), (24, 2, True), (24, 2, False)]))
     model = make_model(num_layers=6, kv_heads=draw(st.sampled_from([2, 4])))
     if window is not None:
-        model = replace(model, sliding_window=window[0], sliding_window_every=window[1])
+        model = replace(
+            model, sliding_window=window[0], sliding_layers=-(-model.num_layers // window[1]), windows_free_kv=window[2]
+        )
     problem = small_problem(
         gpus=16, model=model, usable_bytes=draw(st.sampled_from([10_500_000, 11_000_000, 60_000_000]))
     )
     layers = draw(st.sampled_from([(6,), (3, 3), (1, 2, 3)]))
-    pool = draw(st.sampled_from([None, (1, 1), (2, 1)]))
+    pool = draw(st.sampled_from([None, (1, 1), (2, 1)])) if model.heads_can_move else None
     replicas = [
         pipeline(
             problem,

@@ -297,7 +297,12 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
             groups = ((own, n),) * c
             yield StageOption(device_class=own, shape=shape, groups=groups)
             for other, p in itertools.product(nodes, range(1, family.max_pool // c + 1)):
-                if other.zone != own.zone or n > model.head_groups or p * c > other.per_node * nodes[other]:
+                if (
+                    not model.heads_can_move
+                    or other.zone != own.zone
+                    or n > model.head_groups
+                    or p * c > other.per_node * nodes[other]
+                ):
                     continue
                 link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
                 for k in range(1, groups_of_rank(model, n) + 1):

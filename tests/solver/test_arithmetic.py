@@ -22,7 +22,7 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link, Network
-from hetis.solver.model import ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as search
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.options import kept_bytes
@@ -41,11 +41,30 @@ MODELS = (
     make_model(q_heads=8, kv_heads=4),
     make_model(q_heads=8, kv_heads=2, tie_embeddings=True),
     replace(make_model(q_heads=8, kv_heads=8), sliding_window=100),
-    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_window_every=2, activation_bytes=4.0),
+    replace(make_model(q_heads=8, kv_heads=4), sliding_window=90, sliding_layers=3, activation_bytes=4.0),
     make_model(
         q_heads=8,
         kv_heads=4,
         moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, shared_experts=1, first_dense_layers=2),
+    ),
+    replace(make_model(q_heads=8, kv_heads=4), sliding_window=60, sliding_layers=5, windows_free_kv=False),
+    replace(
+        make_model(
+            q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, every=2)
+        ),
+        linear=LinearShape(layers=5, params=30_000, state_bytes=9_000.0, token_flops=70_000.0),
+        gated_attention=True,
+        vision_params=50_000,
+    ),
+    replace(
+        make_model(q_heads=8, kv_heads=8),
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
+        indexer=IndexerShape(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
+    ),
+    replace(
+        make_model(q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256)),
+        draft=DraftShape(tokens=2, acceptance=0.5),
     ),
 )
 WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
@@ -161,7 +180,7 @@ def drawn(draw: st.DrawFn) -> Drawn:
     tp = draw(st.sampled_from([n for n in (1, 2, 4, 8) if divides(model, n)]))
     links = st.builds(Link, bytes_per_s=st.floats(2e7, 2e9), latency_s=st.floats(1e-6, 1e-4))
     pool = None
-    if role is not Role.PREFILL and tp <= model.head_groups and draw(st.booleans()):
+    if role is not Role.PREFILL and tp <= model.head_groups and model.heads_can_move and draw(st.booleans()):
         groups = draw(st.integers(1, groups_of_rank(model, tp)))
         pool = Pool(gpu="B", cards=draw(st.integers(1, 5)), head_groups=groups, link=draw(links))
     stage = Stage(
@@ -216,6 +235,7 @@ def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
     numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
     profile = one.problem.profiles["A"]
     free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
+    free -= numbers.state_bytes(one.stage, **ends)
     if one.stage.pool is not None:
         prompts = one.stage.pool.head_groups * numbers.prompt_tokens(one.stage.copies)
         free -= numbers.layers_of(one.stage, one.is_first) * prompts * one.problem.model.kv_bytes_per_token_group()
@@ -231,11 +251,14 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
     if s.pool is not None and one.problem.model.prefix_layers and one.is_first:
         return  # what is late is the mean over all layers there
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
-    found = StageTiming(one.problem, one.shape, **ends)
+    steps = model.emitted_tokens
+    found = StageTiming(one.problem, one.shape, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_prompt
     read = model.attended_tokens(a)
     context = model.attended_tokens(moments.resident_context)
-    with_chunk = found.seconds(b, b * context, C, C * read, read + C / 2, b + 1)
+    if steps != 1.0 and abs(C / steps - round(C / steps)) > 1e-9:
+        steps = found.steps = 1.0  # a whole iteration at once
+    with_chunk = found.seconds(b, b * context, round(C / steps), C / steps * read, read + C / 2, b + 1)
     plain = found.seconds(b, b * context, 0, 0.0, 0.0, b)
     if s.pool is not None:
         workers = PoolTiming(one.problem, found, cards=s.pool.cards)
@@ -247,7 +270,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
         with_chunk += found.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
         plain += found.layers * attention
     expected = numbers.stage_seconds(s, **ends)
-    assert numbers.nc * with_chunk + numbers.nd * plain == near(expected)
+    assert steps * (numbers.nc * with_chunk + numbers.nd * plain) == near(expected)
 
 
 # --- templates of the search
@@ -353,7 +376,7 @@ def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Te
         reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
         assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
         kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
-        layers = numbers.layers_of(stage, i == 0)
+        layers = numbers.layers_of(stage, i == 0) + numbers.drafting(i == last)
         assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
         fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
         assert search.room_layers(atlas, template, i) == max(fits, default=0)
@@ -365,7 +388,7 @@ def test_all_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workl
     for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
         numbers = Numbers(problem, role=Role.UNIFIED, b=b, M=M, C=C)
         setting = Rederivation(problem).setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        mix = cost.mix_of(numbers.moments, micro_batch=b, chunk_tokens=C)
+        mix = cost.mix_of(numbers.model, numbers.moments, micro_batch=b, chunk_tokens=C)
         trips = near(numbers.ttft_round_trips())
         assert timing.ttft_round_trips(setting) == trips
         assert cost.ttft_round_trips(numbers.moments, problem.assumptions, mix, M) == trips

@@ -18,6 +18,7 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.passes import solve_exactly
@@ -107,6 +108,32 @@ def test_five_gpus_too(problem: PlacementProblem) -> None:
 def test_forbidden_cuts_are_obeyed_at_no_loss(cuts: set[int], problem: PlacementProblem) -> None:
     model = make_model(num_layers=6, forbidden_cuts=frozenset(cuts))
     problem = replace(problem, model=model, family=SMALL_FAMILY)
+    assert_proven_optimal(problem, plan_or_none(problem))
+
+
+KINDS_OF_LAYERS = {
+    "states": replace(
+        make_model(moe=MoeShape(num_experts=4, active_experts=1, expert_intermediate=256, every=2)),
+        linear=LinearShape(layers=4, params=200_000, state_bytes=400_000.0, token_flops=100_000.0),
+        vision_params=300_000,
+    ),
+    "windows": replace(make_model(), sliding_window=64, sliding_layers=4),
+    "kept windows": replace(make_model(), sliding_window=64, sliding_layers=4, windows_free_kv=False),
+    "drafts": replace(make_model(), draft=DraftShape(tokens=2, acceptance=0.8)),
+    "indexer": replace(
+        make_model(kv_heads=4),
+        attention=AttentionKind.MLA,
+        mla=MlaShape(kv_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=64),
+        indexer=IndexerShape(top_tokens=64, heads=2, head_dim=16, key_bytes=20.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
+@settings(max_examples=EXAMPLES // 4)
+@given(problem=problems(max_gpus=4, kinds=MAXIMISED, num_zones=1))
+def test_layers_of_several_kinds_are_placed_at_no_loss(kind: str, problem: PlacementProblem) -> None:
+    problem = replace(problem, model=KINDS_OF_LAYERS[kind], family=SMALL_FAMILY)
     assert_proven_optimal(problem, plan_or_none(problem))
 
 

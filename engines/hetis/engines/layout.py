@@ -82,6 +82,8 @@ class Layout:
         chunk_tokens: prompt tokens per iteration; 0 for a decode replica.
         kv_tokens: KV capacity in tokens.
         kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
+        has_windows_in_some: layers with a sliding window and layers without have KV of their own kinds.
+        draft_tokens: tokens that multi-token prediction drafts for a request in an iteration.
         context_tokens: the longest request that fits into the KV capacity. None: the model's context is no longer.
         dtype: of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine.
     """
@@ -98,6 +100,8 @@ class Layout:
     chunk_tokens: int
     kv_tokens: int
     kv_is_fp8: bool = False
+    has_windows_in_some: bool = False
+    draft_tokens: int = 0
     context_tokens: int | None = None
     dtype: str = "auto"
 
@@ -124,16 +128,24 @@ class _Card(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer."""
+    """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer, and the states of all requests,
+    ``state_bytes`` per layer.
+    """
 
     pages: int
     page_bytes: int
+    state_bytes: float
 
     @classmethod
-    def of(cls, kv_tokens: int, model: ModelSpec, dtype: str) -> _Room:
+    def of(cls, kv_tokens: int, replica: ReplicaPlan, model: ModelSpec, dtype: str) -> _Room:
         numbers = model.kv_bytes_per_token_group() / model.kv_bytes
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
-        return cls(pages=-(-kv_tokens // PAGE_TOKENS), page_bytes=round(PAGE_TOKENS * numbers) * each)
+        requests = (replica.micro_batch + 1) * replica.in_flight  # those that decode, and a prompt for each batch
+        return cls(
+            pages=-(-kv_tokens // PAGE_TOKENS),
+            page_bytes=round(PAGE_TOKENS * numbers) * each,
+            state_bytes=requests * model.state_bytes(),
+        )
 
     @property
     def context_tokens(self) -> int:
@@ -142,7 +154,8 @@ class _Room:
 
     def of_ranks(self, stage: StagePlan) -> int:
         """Return the bytes on a rank of the stage."""
-        return stage.kv_head_groups_kept * self.pages * stage.num_layers * self.page_bytes
+        kv_bytes = stage.kv_head_groups_kept * self.pages * stage.num_layers * self.page_bytes
+        return kv_bytes + round(stage.num_layers * self.state_bytes / stage.tp)
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
         """Yield the GPUs of a stage. Each holds an equal part of the heads that a rank does not keep.
@@ -240,7 +253,7 @@ def layout_of_replica(
     """
     kv_tokens = kv_tokens or replica.kv_tokens
     model = model.on(replica.stages[0].gpu)
-    room = _Room.of(kv_tokens, model, dtype)
+    room = _Room.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
     wrong = [
         *_other_model(planned, replica, model),
@@ -272,6 +285,8 @@ def layout_of_replica(
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
+        draft_tokens=model.step_tokens - 1,
+        has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),
     )
@@ -395,6 +410,8 @@ def _handed_over(
         yield f"it decodes in {stages} stages: vLLM's NIXL connector brings prompts into one alone"
     if replica.role is Role.PREFILL and model.sliding_window is not None:
         yield "it prefills in several stages: vLLM's NIXL connector does not with layers that slide"
+    if replica.role is Role.PREFILL and model.linear is not None:
+        yield "it prefills in several stages: vLLM's NIXL connector does not with layers that keep states"
 
 
 def _impossible_stage(

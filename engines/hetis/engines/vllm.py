@@ -27,10 +27,12 @@ def connector_of(layout: Layout) -> dict[str, str] | None:
 
 
 def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
-    """Return options that hold vLLM to the plan's capacity, except for those that the user gives."""
+    """Return options that hold vLLM to the plan's capacity, except for those that the user gives; a switch has an empty
+    value.
+    """
     given = {
         "--max-num-seqs": str(layout.seats),
-        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats),
+        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
     }
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
@@ -42,10 +44,14 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         # vLLM does not start if a request of the model's full context would not fit.
         if layout.context_tokens is not None and not serving.gives("--max-model-len"):
             room["--max-model-len"] = str(layout.context_tokens)
+    if layout.draft_tokens and not serving.gives("--speculative-config"):
+        room["--speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": layout.draft_tokens})
     if connector := connector_of(layout):
         room["--kv-transfer-config"] = json.dumps(connector)
     if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend
         room["--attention-backend"] = "CUSTOM"
+    if layout.workers and layout.has_windows_in_some:  # the plugin moves head groups of all layers together
+        room["--disable-hybrid-kv-cache-manager"] = ""
     return room
 
 
@@ -77,4 +83,4 @@ def vllm_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeti
 
 def words_of(options: Mapping[str, str]) -> list[str]:
     """Return names and values as the words of a command line."""
-    return [word for option in options.items() for word in option]
+    return [word for option in options.items() for word in option if word]

@@ -6,13 +6,13 @@ Every architecture names its fields a little differently and omits what its libr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetis.formats.errors import Problem, shown
 from hetis.formats.positions import Text
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 MAX_NUMBER = 10**9
 
@@ -25,6 +25,22 @@ class Config:
     source: Text
     problems: list[Problem] = field(default_factory=list)
     at: tuple[str, ...] = ()
+    whole_data: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> Config | None:
+        """Return the reader of a mapping beside the language model's fields, or None if the config has none."""
+        data = self.whole_data.get(name)
+        return Config(data, self.source, self.problems, (name,)) if isinstance(data, dict) else None
+
+    def listed(self, name: str, length: int) -> list[Any] | None:
+        """Return a list with an item for every layer, or None if the config omits it."""
+        value = self.data.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != length:
+            self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
+            return None
+        return value
 
     def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
@@ -128,6 +144,12 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen2-MoE, whose one wide shared expert counts as several of the routed width, and Qwen3-MoE, which has
     none.
     """
+    moe = _qwen_experts(config)
+    return _spec(config, **_common(config, name, head_dim=None if moe.shared_experts else 128), moe=moe)
+
+
+def _qwen_experts(config: Config) -> MoeShape:
+    config.data.setdefault("intermediate_size", config.data.get("moe_intermediate_size"))
     width = config.whole("moe_intermediate_size")
     shared = config.whole("shared_expert_intermediate_size", 0, least=0)
     if config.whole("decoder_sparse_step", 1) != 1:
@@ -136,13 +158,55 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
         config.refuse("mlp_only_layers", "only models with experts in every layer are supported")
     if shared % width:
         config.refuse("shared_expert_intermediate_size", f"is {shared}, must be a multiple of {width}")
-    moe = MoeShape(
+    return MoeShape(
         num_experts=config.whole("num_experts"),
         active_experts=config.whole("num_experts_per_tok"),
         expert_intermediate=width,
         shared_experts=shared // width,
     )
-    return _spec(config, **_common(config, name, head_dim=None if shared else 128), moe=moe)
+
+
+def _qwen3_vl(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen3-VL: Qwen3 or Qwen3-MoE with a vision tower."""
+    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    towers = _vision_params(config, projection=0)
+    return _spec(config, **_common(config, name, head_dim=128), moe=moe, vision_params=towers)
+
+
+def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
+    """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
+    moe = _qwen_experts(config) if "num_experts" in config.data else None
+    common = _common(config, name, head_dim=256)
+    num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
+    kinds = config.listed("layer_types", num_layers)
+    linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
+    return _spec(
+        config,
+        **common,
+        moe=moe,
+        linear=_gated_delta_rule(config, linear),
+        gated_attention=config.flag("attn_output_gate", True),
+        vision_params=_vision_params(config, projection=0),
+    )
+
+
+def _gated_delta_rule(config: Config, layers: int) -> LinearShape:
+    """Return the linear layers of Qwen3-Next: projections of q, k, v, gate, two scalars per head, and the output.
+
+    The state is a matrix per value head in 32 bits, and the last inputs of the convolution in 16 (vLLM 0.32,
+    ``gated_delta_net_state_shape``). Prompts are computed in chunks of 64 tokens.
+    """
+    keys = config.whole("linear_num_key_heads", 16) * (key_dim := config.whole("linear_key_head_dim", 128))
+    heads, value_dim = config.whole("linear_num_value_heads", 32), config.whole("linear_value_head_dim", 128)
+    values, kernel, hidden = heads * value_dim, config.whole("linear_conv_kernel_dim", 4), config.whole("hidden_size")
+    channels = 2 * keys + values
+    within_chunk = 2 * 64 * (3 * key_dim + 2 * value_dim)
+    return LinearShape(
+        layers=layers,
+        params=hidden * (channels + values + 2 * heads) + channels * kernel + values * hidden,
+        state_bytes=4.0 * heads * key_dim * value_dim + 2.0 * channels * (kernel - 1),
+        token_flops=float(heads * (6 * key_dim * value_dim + within_chunk)),
+    )
 
 
 def _mixtral(config: Config, name: str) -> ModelSpec | None:
@@ -164,7 +228,8 @@ def _gpt_oss(config: Config, name: str) -> ModelSpec | None:
         active_experts=config.whole("num_experts_per_tok"),
         expert_intermediate=common["intermediate"],
     )
-    return _spec(config, **common, sliding_window=_window(config), sliding_window_every=2, moe=moe)
+    layers = -(-common["num_layers"] // 2)
+    return _spec(config, **common, sliding_window=_window(config), sliding_layers=layers, moe=moe)
 
 
 def _opt(config: Config, name: str) -> ModelSpec | None:
@@ -195,8 +260,54 @@ def _gemma(config: Config, name: str) -> ModelSpec | None:
 def _gemma2(config: Config, name: str) -> ModelSpec | None:
     """Read Gemma 2, where every second layer has a sliding window."""
     common = _common(config, name, tie_embeddings=True, head_dim=256)
-    window = config.whole("sliding_window", 4096)
-    return _spec(config, **common, sliding_window=window, sliding_window_every=2, float16=False)
+    window, layers = config.whole("sliding_window", 4096), -(-common["num_layers"] // 2)
+    return _spec(config, **common, sliding_window=window, sliding_layers=layers, float16=False)
+
+
+def _gemma3(config: Config, name: str) -> ModelSpec | None:
+    """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
+
+    Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
+    """
+    for key, value in (("num_attention_heads", 8), ("num_key_value_heads", 4), ("vocab_size", 262_208)):
+        config.data.setdefault(key, value)
+    config.data.setdefault("max_position_embeddings", 131_072)
+    common = _common(config, name, tie_embeddings=True, head_dim=256)
+    every = config.whole("sliding_window_pattern", 6)
+    kinds = config.listed("layer_types", common["num_layers"])
+    full = common["num_layers"] // every if kinds is None else kinds.count("full_attention")
+    return _spec(
+        config,
+        **common,
+        sliding_window=config.whole("sliding_window", 1024),
+        sliding_layers=common["num_layers"] - full,
+        float16=False,
+        vision_params=_vision_params(config, projection=common["hidden"]),
+    )
+
+
+def _vision_params(config: Config, *, projection: int, gated: bool = False) -> int:
+    """Return the parameters of a vision tower: patches, transformer layers, and what brings them to the text model.
+
+    Args:
+        config: whose ``vision_config`` describes the tower; without one there are none.
+        projection: parameters of a linear projection per unit of the tower's width, if the config says no more.
+        gated: the tower's MLP has three matrices.
+    """
+    vision = config.part("vision_config")
+    if vision is None:
+        return 0
+    hidden = vision.whole("hidden_size")
+    layers = vision.whole("depth" if "depth" in vision.data else "num_hidden_layers")
+    layer = 4 * hidden * hidden + (3 if gated else 2) * hidden * vision.whole("intermediate_size")
+    pixels = vision.whole("in_channels", vision.whole("num_channels", 3)) * vision.whole("patch_size", 14) ** 2
+    patches = pixels * vision.whole("temporal_patch_size", 1) * hidden
+    if "out_hidden_size" in vision.data:  # Qwen: patches are merged, with an MLP of their joint width
+        merged = hidden * vision.whole("spatial_merge_size", 2) ** 2
+        deepstack = vision.data.get("deepstack_visual_indexes")
+        mergers = 1 + (len(deepstack) if isinstance(deepstack, list) else 0)
+        return layers * layer + patches + mergers * merged * (merged + vision.whole("out_hidden_size"))
+    return layers * layer + patches + hidden * projection
 
 
 def _phi(config: Config, name: str) -> ModelSpec | None:
@@ -232,6 +343,55 @@ def _deepseek(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **common, mla=mla, moe=moe)
 
 
+def _deepseek_sparse(config: Config, name: str) -> ModelSpec | None:
+    """Read DeepSeek-V3.2 and GLM 5: DeepSeek-V3 with an indexer, whose keys have 8 bits and a scale of 32."""
+    model = _deepseek(config, name)
+    size = config.whole("index_head_dim")
+    indexer = IndexerShape(
+        top_tokens=config.whole("index_topk"), heads=config.whole("index_n_heads"), head_dim=size, key_bytes=size + 4.0
+    )
+    if config.data.get("q_lora_rank") is None:
+        config.refuse("q_lora_rank", "is missing, but the indexer's queries are made from compressed ones")
+    return None if model is None or config.problems else replace(model, indexer=indexer)
+
+
+def _llama4(config: Config, name: str) -> ModelSpec | None:
+    """Read Llama 4: chunked attention in three of four layers, and experts in all layers or every second one.
+
+    A query attends to the tokens of its own chunk, which are a window at most: so they are counted. vLLM (0.32) keeps
+    the KV of all tokens, because chunks switch its hybrid KV cache manager off.
+    """
+    common = _common(config, name, head_dim=128)
+    every, num_layers = config.whole("interleave_moe_layer_step", 1), common["num_layers"]
+    moe = MoeShape(
+        num_experts=config.whole("num_local_experts", 16),
+        active_experts=config.whole("num_experts_per_tok", 1),
+        expert_intermediate=common["intermediate"],
+        shared_experts=1,
+        every=every,
+    )
+    without_rope = config.listed("no_rope_layers", num_layers)  # 0: no rope, and full attention
+    full = num_layers // 4 if not without_rope else without_rope.count(0)
+    window = None if config.data.get("attention_chunk_size") is None else config.whole("attention_chunk_size")
+    return _spec(
+        config,
+        **common | {"intermediate": config.whole("intermediate_size_mlp", 16_384)},
+        moe=moe,
+        sliding_window=window,
+        sliding_layers=None if window is None else num_layers - full,
+        windows_free_kv=False,
+        vision_params=_vision_params(config, projection=common["hidden"]),
+    )
+
+
+def _mistral3(config: Config, name: str) -> ModelSpec | None:
+    """Read Mistral 3: Mistral's text model, or DeepSeek's for Mistral Large 3, with a Pixtral tower."""
+    text = _deepseek(config, name) if config.data.get("kv_lora_rank") else _mistral(config, name)
+    hidden = config.whole("hidden_size")
+    towers = _vision_params(config, projection=hidden, gated=True)
+    return None if text is None else replace(text, vision_params=towers)
+
+
 def _glm4_moe(config: Config, name: str) -> ModelSpec | None:
     """Read GLM 4.5 and 4.6: grouped queries; dense layers first, then experts in every layer."""
     return _spec(config, **_common(config, name, head_dim=128), moe=_routed(config))
@@ -251,6 +411,8 @@ FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
     "OPTForCausalLM": _opt,
     "GemmaForCausalLM": _gemma,
     "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "Gemma3ForConditionalGeneration": _gemma3,
     "PhiForCausalLM": _phi,
     "DeepseekV2ForCausalLM": _deepseek,
     "DeepseekV3ForCausalLM": _deepseek,
@@ -258,38 +420,37 @@ FAMILIES: dict[str, Callable[[Config, str], ModelSpec | None]] = {
     "KimiK25ForConditionalGeneration": _deepseek,
     "Glm4MoeForCausalLM": _glm4_moe,
     "GptOssForCausalLM": _gpt_oss,
+    "Qwen3VLForConditionalGeneration": _qwen3_vl,
+    "Qwen3VLMoeForConditionalGeneration": _qwen3_vl,
+    "Qwen3NextForCausalLM": _qwen3_next,
+    "Qwen3_5ForConditionalGeneration": _qwen3_next,
+    "Qwen3_5MoeForConditionalGeneration": _qwen3_next,
+    "DeepseekV32ForCausalLM": _deepseek_sparse,
+    "GlmMoeDsaForCausalLM": _deepseek_sparse,
+    "Llama4ForConditionalGeneration": _llama4,
+    "Mistral3ForConditionalGeneration": _mistral3,
+    "MistralLarge3ForCausalLM": _mistral3,
 }
 
 # Architectures whose language model is described in ``text_config``. Kimi K2.5's vision tower is left out: it has less
 # than a thousandth of the weights.
-NESTED = {"KimiK25ForConditionalGeneration"}
+NESTED = {name for name in FAMILIES if name.endswith("ForConditionalGeneration")}
 
 _LINEAR = "layers of linear attention, which keep a state instead of KV"
 _SPARSE = "sparse attention, where an indexer chooses the tokens that are attended to"
-_WINDOWS = "windows in most layers and full attention in the others"
-_TOWER = "a vision tower beside the text model"
+_UNLIKE = "windowed layers whose heads are unlike those of the others"
 # Architectures that are known, and what keeps the cost model from planning for them.
 NOT_MODELLED: dict[str, str] = {
-    "Qwen3NextForCausalLM": _LINEAR,
-    "Qwen3_5ForConditionalGeneration": _LINEAR,
-    "Qwen3_5MoeForConditionalGeneration": _LINEAR,
     "KimiLinearForCausalLM": _LINEAR,
     "KimiK3ForConditionalGeneration": _LINEAR,
     "MiniMaxText01ForCausalLM": _LINEAR,
     "MiniMaxM1ForCausalLM": _LINEAR,
     "NemotronHForCausalLM": "state-space layers (Mamba), which keep a state instead of KV",
-    "DeepseekV32ForCausalLM": _SPARSE,
     "DeepseekV4ForCausalLM": _SPARSE,
-    "GlmMoeDsaForCausalLM": _SPARSE,
     "MiniMaxM3ForCausalLM": _SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": _SPARSE,
-    "Gemma3ForCausalLM": _WINDOWS,
-    "Gemma3ForConditionalGeneration": _WINDOWS,
-    "Gemma4ForConditionalGeneration": _WINDOWS,
-    "MiMoV2FlashForCausalLM": _WINDOWS,
-    "Llama4ForConditionalGeneration": "attention in chunks in most layers and full attention in the others",
-    "Qwen3VLForConditionalGeneration": _TOWER,
-    "Qwen3VLMoeForConditionalGeneration": _TOWER,
+    "Gemma4ForConditionalGeneration": _UNLIKE,
+    "MiMoV2FlashForCausalLM": _UNLIKE,
 }
 
 # For configs without `architectures`.
@@ -323,5 +484,6 @@ MODEL_TYPES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
     "nemotron_h": "NemotronHForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
     "gpt_oss": "GptOssForCausalLM",
 }

@@ -70,7 +70,7 @@ def experts_weight_bytes(dtype: str, model: ModelSpec) -> float:
     if model.moe is None:
         return BYTES_PER_PARAMETER[weights]
     per_expert = (3 if model.gated_mlp else 2) * model.hidden * model.moe.expert_intermediate
-    experts, total = per_expert * model.moe.num_experts, model.layer_params()
+    experts, total = model.expert_share * per_expert * model.moe.num_experts, model.layer_params()
     return (experts * BYTES_PER_PARAMETER[weights] + (total - experts) * base_bytes(base)) / total
 
 

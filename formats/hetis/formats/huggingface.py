@@ -56,13 +56,17 @@ def _quantises_experts_alone(config: Config) -> bool:
 
 def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     """Return the reader of the language model's fields."""
-    if architecture not in NESTED:
-        return Config(data, source, list(source.problems))
     text = data.get("text_config")
+    if architecture not in NESTED or (text is None and "hidden_size" in data):
+        return Config(dict(data), source, list(source.problems), whole_data=data)
     if not isinstance(text, dict):
         problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])
-    return Config(text, source, list(source.problems), ("text_config",))
+    # The whole config says how checkpoints of a vision model are quantised, and what their embeddings share.
+    shared: dict[str, Any] = {
+        name: data[name] for name in ("quantization_config", "tie_word_embeddings") if name in data
+    }
+    return Config(shared | text, source, list(source.problems), ("text_config",), whole_data=data)
 
 
 def _architecture(data: dict[str, Any], source: Text) -> str:

@@ -15,7 +15,7 @@ from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
@@ -38,13 +38,48 @@ class MlaPart(DocumentPart):
 
 
 class MoePart(DocumentPart):
-    """Mixture of experts in every layer but the first ``first_dense_layers``."""
+    """Mixture of experts in every ``every``-th layer after the first ``first_dense_layers``; the others are dense."""
 
     num_experts: Whole
     active_experts: Whole
     expert_intermediate: Whole
     shared_experts: WholeOrZero = 0
     first_dense_layers: WholeOrZero = 0
+    every: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+
+class LinearPart(DocumentPart):
+    """Layers of linear attention or of a state-space model, which keep a state for each request instead of KV.
+
+    ``params``, ``state_bytes`` (of one request, in all heads) and ``token_flops`` (of the recurrence for one token) are
+    those of one such layer.
+    """
+
+    layers: Annotated[int, Field(ge=1, le=10_000)]
+    params: Whole
+    state_bytes: Annotated[float, Field(gt=0, le=1e12)]
+    token_flops: Annotated[float, Field(ge=0, le=1e15)] = 0.0
+
+
+class IndexerPart(DocumentPart):
+    """Sparse attention (DeepSeek-V3.2): an indexer in every layer chooses ``top_tokens`` that a query attends to.
+
+    ``key_bytes`` are those of one token in the indexer's cache.
+    """
+
+    top_tokens: Whole
+    heads: Whole
+    head_dim: Whole
+    key_bytes: Annotated[float, Field(gt=0, le=1e6)]
+
+
+class DraftPart(DocumentPart):
+    """Multi-token prediction: ``tokens`` drafted per iteration, each accepted with probability ``acceptance`` if all
+    before it were.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=16)]
+    acceptance: Annotated[float, Field(ge=0, le=1)]
 
 
 class PrecisionPart(DocumentPart):
@@ -62,6 +97,11 @@ class ModelSpecDocument(DocumentPart):
     ``*_bytes`` fields, in bytes per parameter or element, go before it. The KV cache has 2 unless ``kv_bytes`` says so.
     ``weights`` is what engines call the precision, which decides on what GPUs it runs; unless given, that of ``dtype``.
     GPU types in ``precisions`` hold the model in a precision of their own.
+
+    A ``sliding_window`` is one of all layers, or of ``sliding_layers`` (2 in ``sliding_window_every``, in older files:
+    every second layer). Engines then free the KV that the window has
+    passed, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). ``vision_params`` are
+    held by the first stage, in 16 bits.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -86,11 +126,27 @@ class ModelSpecDocument(DocumentPart):
     max_position: Whole = 4096
     sliding_window: Whole | None = None
     sliding_window_every: Whole = 1
+    sliding_layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
+    windows_free_kv: bool = True
+    gated_attention: bool = False
+    vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
     moe: MoePart | None = None
+    linear: LinearPart | None = None
+    indexer: IndexerPart | None = None
+    draft: DraftPart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
+
+
+_SHAPES: Mapping[str, type[DocumentPart]] = {
+    "mla": MlaPart,
+    "moe": MoePart,
+    "linear": LinearPart,
+    "indexer": IndexerPart,
+    "draft": DraftPart,
+}
 
 
 def load_model(ref: str | os.PathLike[str]) -> ModelSpec:
@@ -136,6 +192,22 @@ def parse_model(data: Any, source: Text) -> ModelSpec:
     return validated(ModelSpecDocument, data, source, to_value=_to_model, check=_check_model)
 
 
+def drafts(text: str) -> DraftShape:
+    """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases.
+
+    Raises:
+        ValueError: the text says something else.
+    """
+    number, _, rate = text.partition(":")
+    try:
+        draft = DraftPart(tokens=int(number), acceptance=float(rate))
+    except ValueError:
+        raise ValueError(
+            f"{text[:80]!r} is not TOKENS:ACCEPTANCE, 1 to 16 tokens and a rate of 0 to 1, such as 1:0.85"
+        ) from None
+    return DraftShape(**dict(draft))
+
+
 def model_to_data(model: ModelSpec) -> dict[str, Any]:
     """Return a model's document as plain data. Reading it again gives an equal model."""
     data: dict[str, Any] = {"apiVersion": API_VERSION, "kind": "ModelSpec", "name": model.name}
@@ -146,14 +218,20 @@ def model_to_data(model: ModelSpec) -> dict[str, Any]:
     data["attention"] = model.attention.value
     data |= {name: getattr(model, name) for name in ("weight_bytes", "kv_bytes", "activation_bytes", "embedding_bytes")}
     data |= {name: getattr(model, name) for name in ("gated_mlp", "tie_embeddings", "max_position")}
-    if model.sliding_window is not None or model.sliding_window_every != 1:
-        data |= {"sliding_window": model.sliding_window, "sliding_window_every": model.sliding_window_every}
-    if not model.float16:
-        data["float16"] = False
-    for name, fields in (("mla", MlaPart.model_fields), ("moe", MoePart.model_fields)):
+    defaults = ModelSpecDocument.model_fields
+    for name in (
+        "sliding_window", "sliding_layers", "windows_free_kv", "gated_attention", "vision_params", "float16",
+    ):  # fmt: skip
+        if (value := getattr(model, name)) != defaults[name].default:
+            data[name] = value
+    for name, part in _SHAPES.items():
         shape = getattr(model, name)
         if shape is not None:
-            data[name] = {field: getattr(shape, field) for field in fields if getattr(shape, field) is not None}
+            data[name] = {
+                field: getattr(shape, field)
+                for field, info in part.model_fields.items()
+                if getattr(shape, field) is not None and (field != "every" or getattr(shape, field) != info.default)
+            }
     if model.weights:
         data["weights"] = model.weights
     if model.forbidden_cuts:
@@ -170,8 +248,12 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     fields = {
         name: getattr(document, name)
         for name in ModelSpecDocument.model_fields
-        if name not in ("api_version", "kind", "dtype", "attention", "mla", "moe", "forbidden_cuts", "precisions")
+        if name
+        not in ("api_version", "kind", "dtype", "attention", "forbidden_cuts", "precisions", "sliding_window_every")
+        and name not in _SHAPES
     }
+    if document.sliding_window is not None and document.sliding_window_every > 1 and document.sliding_layers is None:
+        fields["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
     base = dtypes.base_bytes(document.dtype)
     for name in ("activation_bytes", "embedding_bytes"):
         fields[name] = fields[name] or base
@@ -186,6 +268,9 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
         attention=AttentionKind(kind),
         mla=MlaShape(**dict(document.mla)) if document.mla else None,
         moe=MoeShape(**dict(document.moe)) if document.moe else None,
+        linear=LinearShape(**dict(document.linear)) if document.linear else None,
+        indexer=IndexerShape(**dict(document.indexer)) if document.indexer else None,
+        draft=DraftShape(**dict(document.draft)) if document.draft else None,
         forbidden_cuts=frozenset(document.forbidden_cuts),
     )
     model = dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))
@@ -224,6 +309,15 @@ def _check_model(data: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], s
     dense = whole(moe, "first_dense_layers")
     if layers and dense and dense >= layers:
         found.append((("moe", "first_dense_layers"), f"is {dense}, must be < num_layers ({layers})"))
+    linear = whole(data.get("linear"), "layers")
+    sliding = whole(data, "sliding_layers")
+    for path, number in ((("linear", "layers"), linear), (("sliding_layers",), sliding)):
+        if layers and number and number > layers:
+            found.append((path, f"is {number}, must be <= num_layers ({layers})"))
+    if sliding and data.get("sliding_window") is None:
+        found.append((("sliding_layers",), "is given, but no sliding_window"))
+    if data.get("indexer") is not None and whole(data.get("mla"), "q_lora_rank") is None:
+        found.append((("indexer",), "needs latent attention (mla) with q_lora_rank"))
     cuts = data.get("forbidden_cuts")
     for i, cut in enumerate(cuts if isinstance(cuts, list) else []):
         if layers and isinstance(cut, int) and cut >= layers:

@@ -28,6 +28,7 @@ from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.violation import Rule
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.workload import WorkloadMoments
@@ -69,7 +70,7 @@ class Builder:
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._derivation = Rederivation(problem)
         self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
-        self._timings: dict[tuple[StageShape, bool, bool], StageTiming] = {}
+        self._timings: dict[tuple[StageShape, bool, bool, float], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
@@ -97,7 +98,8 @@ class Builder:
         return replica
 
     def _batching(self, one: ReplicaPlan, number: int, shape: ReplicaShape) -> Batching:
-        b, chunk, growing = one.micro_batch, one.chunk_tokens, None
+        b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))
+        growing: int | None = None
         if b and self.problem.family.engine_settings:  # an engine may have more seats than KV has room for
             growing = batch_with_room(shape, self._derivation)
         if one.role is Role.PREFILL:
@@ -133,10 +135,13 @@ class Builder:
     ) -> list[SimulatedStageCopy]:  # fmt: skip
         stage, stage_shape, problem = one.stages[position], shape.stages[position], self._problem_of(one)
         is_first, is_last = position == 0, position == len(one.stages) - 1
-        key = (stage_shape, is_first, is_last)
+        steps = _steps(one, problem.model)
+        key = (stage_shape, is_first, is_last, steps)
         timing = self._timings.get(key)
         if timing is None:
-            timing = self._timings[key] = StageTiming(problem, stage_shape, is_first=is_first, is_last=is_last)
+            timing = self._timings[key] = StageTiming(
+                problem, stage_shape, is_first=is_first, is_last=is_last, steps=steps
+            )
         setting = Setting(
             problem=problem,
             moments=self.moments,
@@ -218,6 +223,11 @@ class Builder:
             groups=groups,
             block_tokens=self.problem.assumptions.block_tokens,
         )
+
+
+def _steps(one: ReplicaPlan, model: ModelSpec) -> float:
+    """Return the steps of an iteration: the tokens that it adds to a decoding request, where there are any."""
+    return 1.0 if one.role is Role.PREFILL else model.emitted_tokens
 
 
 def batch_with_room(shape: ReplicaShape, derivation: Rederivation) -> int:

@@ -25,7 +25,7 @@ class Holdings:
             if not room.admits(blocks, spare):
                 return False
         for number, (pool, load) in enumerate(batch.pools):
-            if not pool.place(load, request, target):
+            if not pool.place(load, request, self._growth.cached(target)):
                 for other, _ in batch.pools[:number]:
                     other.remove(request)
                 return False

@@ -125,9 +125,10 @@ class KvTransfers:
 
     def _landing_s(self, replica: ReplicaRun, batch: MicroBatch, request: int) -> float:
         """Return the time for the last layer of the last chunk, on the slowest stage."""
-        tokens = min(self._log.target[request], replica.batching.chunk_tokens)
+        target = self._log.target[request]
+        num_bytes = self._layer_bytes(target, min(1.0, replica.batching.chunk_tokens / target))
         return max(
-            float(copy.timing.cost.transfer_s(tokens * self._token_bytes(), copy.timing.shape.hop_link))
+            float(copy.timing.cost.transfer_s(num_bytes, copy.timing.shape.hop_link))
             + copy.timing.shape.hop_link.latency_s
             for copy in batch.copies
         )
@@ -139,14 +140,14 @@ class KvTransfers:
         ends = list[float]()
         for copy in batch.copies:
             timing = copy.timing
-            part_s = float(timing.cost.transfer_s(tokens / chunks * self._token_bytes(), timing.shape.hop_link))
+            part_s = float(timing.cost.transfer_s(self._layer_bytes(tokens, 1.0 / chunks), timing.shape.hop_link))
             leaving = self._links.leaving(copy.devices[0])
             ends.append(transfer(begun_s, timing.layers * chunks * part_s, leaving))
         for copy in expected.batch.copies:
             ends.extend(self._received(begun_s, copy, tokens))
         zones = self._zones[replica.number], self._zones[expected.replica.number]
         if zones[0] != zones[1]:
-            num_bytes = tokens * self._model.num_layers * self._token_bytes()
+            num_bytes = self._model.prompt_kv_bytes(tokens)
             seconds = num_bytes / self._network.zone_link(*zones).bytes_per_s
             ends.append(transfer(begun_s, seconds, self._links.between(*zones)))
         return max(ends)
@@ -158,13 +159,14 @@ class KvTransfers:
         away = 0 if pool is None else pool.head_groups * timing.shape.tp
         kept = model.head_groups - away
         if kept:  # otherwise no KV is sent to the ranks, and their link is not used
-            layer_s = float(timing.cost.transfer_s(kept * group_bytes, timing.shape.hop_link))
+            layer_s = float(timing.cost.transfer_s(kept * group_bytes + model.state_bytes(), timing.shape.hop_link))
             yield transfer(begun_s, timing.layers * layer_s, self._links.coming(copy.devices[0]))
         if pool is not None:
             layer_s = float(timing.cost.transfer_s(away * group_bytes / pool.cards, pool.link))
             for card in copy.cards:
                 yield transfer(begun_s, timing.layers * layer_s, self._links.coming(card))
 
-    def _token_bytes(self) -> float:
-        """Return the KV bytes of a token in one layer."""
-        return self._model.head_groups * self._model.kv_bytes_per_token_group()
+    def _layer_bytes(self, tokens: int, share: float) -> float:
+        """Return the bytes of one layer that a share of a prompt of ``tokens`` brings: KV, and as much of its state."""
+        whole = tokens * self._model.head_groups * self._model.kv_bytes_per_token_group() + self._model.state_bytes()
+        return share * whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes
+from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import StageShape
 from hetis.solver.model import ModelSpec
@@ -12,11 +12,14 @@ from hetis.solver.problem import PlacementProblem
 def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes that a rank has for KV in blocks, after weights, activations and the engine's reserve.
 
-    If a pool has some of the head groups, the rank still keeps those of the current prompts: reserved as planned.
+    If a pool has some of the head groups, the rank still keeps those of the current prompts: reserved as planned, as
+    are the states that linear attention keeps for requests.
     """
     usable = setting.problem.profiles[shape.gpu].usable_bytes
     taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
-    return max(0.0, usable - taken - rank_prompt_bytes(setting, shape, is_first=is_first))
+    taken += rank_prompt_bytes(setting, shape, is_first=is_first)
+    taken += rank_state_bytes(setting, shape, is_first=is_first, is_last=is_last)
+    return max(0.0, usable - taken)
 
 
 def card_room_bytes(problem: PlacementProblem, gpu: str) -> float:

@@ -62,6 +62,7 @@ class MicroBatch:
         attended: tokens to which they attend in the present step.
         growing: how many of them are within the sliding window.
         phases: decoding requests by the step, modulo the tokens of a block, in which they need a new block.
+        late_phases: the same of requests beyond a window that frees KV, modulo their tokens for a block.
         finishing: by step, requests that may finish at its end (they may have been evicted meanwhile).
         leaving_window: by step, requests that reach the sliding window.
         prefilling: the request whose prompt is under way; none or one between iterations.
@@ -78,8 +79,8 @@ class MicroBatch:
 
     __slots__ = (
         "alive", "attended", "chunk", "contents", "copies", "decoding", "finishing", "growing", "growth", "idle",
-        "index", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved", "rooms", "seconds",
-        "sending", "step",
+        "index", "late_phases", "leaving_window", "loads", "phases", "pools", "prefilling", "ready", "reserved",
+        "rooms", "seconds", "sending", "step",
     )  # fmt: skip
 
     def __init__(self, index: int, copies: tuple[SimulatedStageCopy, ...], growth: KvGrowth) -> None:
@@ -89,6 +90,7 @@ class MicroBatch:
         self.decoding: dict[int, int] = {}
         self.attended, self.growing = 0.0, 0
         self.phases = [0] * growth.block_tokens
+        self.late_phases = [0] * max(1, growth.late_block_tokens)
         self.finishing: dict[int, list[int]] = {}
         self.leaving_window: dict[int, list[int]] = {}
         self.prefilling: deque[int] = deque()
@@ -119,8 +121,7 @@ class MicroBatch:
         origin = self.decoding[request] = step - context
         self.finishing.setdefault(step + remaining - 1, []).append(request)
         self.attended += growth.attended(context)
-        if context < growth.cached_limit:
-            self.phases[origin % growth.block_tokens] += 1
+        self._count_blocks(origin, 1, is_within=context < growth.window)
         if context < growth.window:
             self.growing += 1
             if context + remaining > growth.window:
@@ -134,8 +135,7 @@ class MicroBatch:
         self.attended -= growth.attended(context)
         is_within = origin + growth.window > self.step  # as `cross_windows` has counted it
         self.growing -= is_within
-        if is_within or growth.cached_limit > growth.window:
-            self.phases[origin % growth.block_tokens] -= 1
+        self._count_blocks(origin, -1, is_within=is_within)
         for pool, load in self.pools:
             if (home := pool.homes.get(request)) is not None:  # None: a device of it was lost, with its share
                 load.add(-home, growth.attended(context), grows=is_within)
@@ -150,12 +150,24 @@ class MicroBatch:
             self.growing -= 1
             for pool, load in self.pools:
                 load.growing -= pool.homes[request]
-            if growth.cached_limit == growth.window:
-                self.phases[origin % growth.block_tokens] -= 1
+            self._count_blocks(origin, -1, is_within=True)
+            self._count_blocks(origin, 1, is_within=False)
+
+    def _count_blocks(self, origin: int, change: int, *, is_within: bool) -> None:
+        """Count a request among those that need a new block from time to time, or no longer (-1)."""
+        growth = self.growth
+        if is_within or not growth.frees:
+            self.phases[origin % growth.block_tokens] += change
+        elif growth.late_block_tokens:
+            self.late_phases[(origin + growth.window) % growth.late_block_tokens] += change
+
+    def crossing(self) -> int:
+        """Return the decoding requests that need a new block in the present step."""
+        return self.phases[self.step % len(self.phases)] + self.late_phases[self.step % len(self.late_phases)]
 
     def grow(self) -> None:
         """Let every decoding request attend to one more token."""
-        slope = self.growth.slope
-        self.attended += self.growing + slope * (len(self.decoding) - self.growing)
+        growth = self.growth
+        self.attended += growth.first_slope * self.growing + growth.slope * (len(self.decoding) - self.growing)
         for _, load in self.pools:
-            load.grow(slope)
+            load.grow(growth)

@@ -37,6 +37,6 @@ class PoolLoad:
         if grows:
             self.growing += groups
 
-    def grow(self, slope: float) -> None:
-        """Let every request attend to one more token, or to ``slope`` beyond the sliding window."""
-        self.tokens += self.growing + slope * (self.groups - self.growing)
+    def grow(self, growth: KvGrowth) -> None:
+        """Let the context of every request grow by one token."""
+        self.tokens += growth.first_slope * self.growing + growth.slope * (self.groups - self.growing)

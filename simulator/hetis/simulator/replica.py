@@ -307,8 +307,7 @@ class ReplicaRun:
 
     def _grow(self, now_s: float, batch: MicroBatch) -> None:
         """Let every decoding request cache one more token; if blocks run out, the latest requests are evicted."""
-        phase = batch.step % self._block_tokens
-        while (crossing := batch.phases[phase]) and not self.kv.grow(batch, crossing):
+        while (crossing := batch.crossing()) and not self.kv.grow(batch, crossing):
             self._evict(now_s, batch, batch.requests()[-1])
         if batch.pools:
             self._grow_in_pools(now_s, batch)
@@ -316,13 +315,15 @@ class ReplicaRun:
 
     def _grow_in_pools(self, now_s: float, batch: MicroBatch) -> None:
         step, growth, stalled = batch.step, self.growth, list[int]()
-        growing = [request for request, origin in batch.decoding.items() if step - origin < growth.cached_limit]
+        contexts = ((request, step - origin) for request, origin in batch.decoding.items())
+        growing = [request for request, n in contexts if not growth.frees or growth.cached(n + 1) > growth.cached(n)]
         for pool, _ in batch.pools:
             stalled += pool.grow(growing)
         for request in dict.fromkeys(stalled):
             # Copies without a pool have counted the block that it would have crossed into.
-            crosses = (step - batch.decoding[request]) % growth.block_tokens == 0
-            self._evict(now_s, batch, request, extra_blocks=int(crosses))
+            context = step - batch.decoding[request]
+            crossed = growth.blocks(context + 1) - growth.blocks(context)
+            self._evict(now_s, batch, request, extra_blocks=crossed)
 
     def _evict(self, now_s: float, batch: MicroBatch, request: int, *, extra_blocks: int = 0) -> None:
         """Remove a request between two iterations; it is prefilled again, before those that wait."""

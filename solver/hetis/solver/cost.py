@@ -40,6 +40,12 @@ class Mix:
     chunk_iterations: float  # nc
     plain_iterations: float  # nd
     sends_afar: bool = False  # a prefill replica's KV may go to all zones, not only to its own
+    step_tokens: int = 1  # q, tokens of each decoding request, drafts included
+
+    @property
+    def decode_tokens(self) -> int:
+        """Return b q, the tokens of the requests that decode."""
+        return self.micro_batch * self.step_tokens
 
     @property
     def role(self) -> Role:
@@ -59,15 +65,17 @@ class Mix:
 
 
 def mix_of(
-    moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
+    model: ModelSpec, moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
 ) -> Mix:  # fmt: skip
     """Return the mix in which b requests decode together and prompts come in chunks of C.
 
     b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
     """
     with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
-    without = max(0.0, moments.mean_output / micro_batch - with_chunk) if micro_batch else 0.0
-    return Mix(micro_batch, chunk_tokens, with_chunk, without, sends_afar)
+    decoding = moments.mean_output / (micro_batch * model.emitted_tokens) if micro_batch else 0.0
+    return Mix(
+        micro_batch, chunk_tokens, with_chunk, max(0.0, decoding - with_chunk), sends_afar, model.step_tokens
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +85,7 @@ class RankShape:
     tp: int  # n
     groups: int  # Gr: head groups that a rank holds
     queries_per_group: int  # rr: query heads of one group that this rank computes
-    splits_groups: bool  # n <= G: every group is on one rank, so a pool can take it over
+    splits_groups: bool  # every group is on one rank (n <= G), and a pool can take it over
 
 
 def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
@@ -86,7 +94,7 @@ def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
     if model.q_heads % tp or (groups % tp and tp % groups):
         return None
     on_rank = max(1, groups // tp)
-    return RankShape(tp, on_rank, model.q_heads // tp // on_rank, tp <= groups)
+    return RankShape(tp, on_rank, model.q_heads // tp // on_rank, tp <= groups and model.heads_can_move)
 
 
 def intra_link(gpu: GpuType, explicit: Link | None) -> Link:
@@ -134,9 +142,10 @@ class DeviceCost:
         experts_s: Scalars = 0.0
         if experts is not None and m.moe is not None and not prefix_layer:
             routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
-            active, touched = active - routed, touched - read
+            share = m.expert_share
+            active, touched = active - share * routed, touched - share * read
             flops, num_bytes = 2.0 * tokens * routed / n, read * m.weight_bytes / n
-            experts_s = _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
+            experts_s = share * _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
         return experts_s + _seconds(
             self._fits[Op.DENSE],
             flops=2.0 * tokens * active / n,
@@ -160,21 +169,28 @@ class DeviceCost:
         attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
         return _seconds(
             self._fits[Op.PREFILL_ATTENTION],
-            flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp),
+            flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp)
+            + chunk_tokens * m.state_flops() / self.shape.tp,
             num_bytes=(attended + chunk_tokens / 2) * self.shape.groups * m.kv_bytes_per_token_group(),
             tokens=chunk_tokens,
             heads=chunk_tokens * m.q_heads / self.shape.tp,
         )
 
-    def decode_attention_s(self, pairs: Scalars, queries_per_group: int) -> Scalars:
-        """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none."""
+    def decode_attention_s(
+        self, pairs: Scalars, queries_per_group: int, step_tokens: int | None = None
+    ) -> Scalars:  # fmt: skip
+        """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none.
+
+        Each request has ``step_tokens`` queries per head, those of an iteration unless given, which read its KV once.
+        """
         m = self.model
         attended = m.attended_tokens(self.moments.resident_context)
-        heads = pairs * queries_per_group
+        heads = pairs * queries_per_group * (m.step_tokens if step_tokens is None else step_tokens)
+        state = 2.0 * m.state_bytes() / (self.shape.tp * self.shape.groups)  # read and written, by the pairs of a rank
         seconds = _seconds(
             self._fits[Op.DECODE_ATTENTION],
             flops=m.decode_attention_flops(attended, 1.0) * heads,
-            num_bytes=pairs * attended * m.kv_bytes_per_token_group(),
+            num_bytes=pairs * attended * m.kv_bytes_per_token_group() + pairs * state,
             heads=heads,
         )
         return np.where(np.asarray(pairs) > 0, seconds, 0.0)
@@ -194,14 +210,28 @@ class DeviceCost:
     def kv_transfer_s(self, tokens: float, groups: Scalars, link: Link) -> Scalars:
         """Return seconds for KV of ``tokens`` in one layer and ``groups`` of every rank, without the link's latency.
 
-        If n > G several ranks hold the same group, which is sent once.
+        If n > G several ranks hold the same group, which is sent once. Tokens of a prompt bring their part of a state.
         """
         sent = np.minimum(groups * self.shape.tp, self.model.head_groups)
-        return self.transfer_s(tokens * sent * self.model.kv_bytes_per_token_group(), link)
+        state = tokens / self.moments.mean_prompt * self.model.state_bytes()
+        return self.transfer_s(tokens * sent * self.model.kv_bytes_per_token_group() + state, link)
 
     def landing_s(self, chunk_tokens: float, link: Link) -> float:
         """Return seconds for a prompt's last KV, of the last chunk and layer, to reach its decode replica."""
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
+
+    def drafting_s(self, micro_batch: Scalars) -> Scalars:
+        """Return seconds that b requests take in an iteration to draft, apart from one pass of the drafting layer with
+        all tokens of the iteration, which is a layer like any other: the further passes, and an LM head in each.
+        """
+        draft = self.model.draft
+        if draft is None:
+            return 0.0 * micro_batch
+        pairs = micro_batch * self.shape.groups
+        pass_s = self.dense_s(micro_batch) + 2 * self.reduce_s(micro_batch)
+        pass_s += self.decode_attention_s(pairs, self.shape.queries_per_group, step_tokens=1)
+        seconds = (draft.tokens - 1) * pass_s + draft.tokens * self.head_s(micro_batch)
+        return np.where(np.asarray(micro_batch) > 0, seconds, 0.0)
 
     def step_s(self, tokens: Scalars) -> Scalars:
         fit = self._fits.get(Op.STEP)
@@ -231,8 +261,16 @@ class DeviceCost:
         """Return the bytes of the embedding table; the LM head has as many."""
         return self.model.embedding_params * self.model.embedding_bytes / self.shape.tp
 
-    def logit_bytes(self, micro_batch: Scalars) -> Scalars:
-        return 4.0 * np.maximum(micro_batch, 1) * self.model.vocab / self.shape.tp
+    def vision_bytes(self) -> float:
+        """Return the bytes of vision towers, which stay on the first stage."""
+        return self.model.vision_params * self.model.embedding_bytes / self.shape.tp
+
+    def draft_bytes(self) -> float:
+        """Return the weights of the drafting layer, which is on the last stage."""
+        return self.model.draft_params() * self.model.weight_bytes / self.shape.tp
+
+    def logit_bytes(self, decode_tokens: Scalars) -> Scalars:
+        return 4.0 * np.maximum(decode_tokens, 1) * self.model.vocab / self.shape.tp
 
     def activation_bytes(self, tokens: Scalars) -> Scalars:
         m = self.model
@@ -305,20 +343,32 @@ def kv_tokens_per_copy(
 ) -> float:
     """Return Tkv, the KV tokens that a copy holding D ``micro_batches`` must have room for."""
     requests = micro_batches * mix.micro_batch
-    spread = assumptions.kv_headroom_z * math.sqrt(requests) * moments.resident_context_sd
-    decoding = requests * model.cached_tokens(moments.resident_context) + spread
+    context = moments.resident_context
+    context_sd = moments.resident_context_sd * model.cached_growth(context)
+    spread = assumptions.kv_headroom_z * math.sqrt(requests) * context_sd
+    decoding = requests * model.cached_tokens(context) + spread
     if mix.role is Role.DECODE:
         return decoding + moments.mean_prompt  # one prompt whose KV is arriving
-    return decoding + prompt_tokens_per_copy(moments, mix, micro_batches)
+    return decoding + prompt_tokens_per_copy(model, moments, mix, micro_batches)
 
 
-def prompt_tokens_per_copy(moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
+def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
     """Return Tpre, the KV tokens of prompts that are being prefilled.
 
     All their head groups, including a pool's, stay on the stage until the last chunk, because later chunks attend to
     them there.
     """
-    return micro_batches * mix.chunk_share * (moments.prefilling_context + mix.chunk_tokens)
+    held = model.cached_tokens(moments.prefilling_context) + mix.chunk_tokens
+    return micro_batches * mix.chunk_share * held
+
+
+def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> float:
+    """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
+
+    These are the D b requests that decode, those that are being prefilled, and one that arrives at a decode replica.
+    """
+    requests = micro_batches * (mix.micro_batch + mix.chunk_share) + (1 if mix.role is Role.DECODE else 0)
+    return requests * model.state_bytes()
 
 
 class Regime(NamedTuple):
@@ -336,7 +386,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
     """
     mean = moments.prefill_pairs / moments.mean_prompt
     attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
-    token = 2.0 * model.active_layer_params() + model.attention_flops(attended, model.q_heads)
+    token = 2.0 * model.active_layer_params() + model.state_flops() + model.attention_flops(attended, model.q_heads)
     return model.attention_flops(further - attended, model.q_heads) / token
 
 

@@ -27,13 +27,64 @@ class MlaShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeShape:
-    """Mixture of experts in every layer except the first ``first_dense_layers``."""
+    """Mixture of experts in every ``every``-th layer after the first ``first_dense_layers``; the others are dense."""
 
     num_experts: int
     active_experts: int
     expert_intermediate: int
     shared_experts: int = 0
     first_dense_layers: int = 0
+    every: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape:
+    """Layers of linear attention (gated delta rule, state space), which keep a state for each request instead of KV.
+
+    Attributes:
+        layers: the number of such layers, evenly spread over the model.
+        params: parameters of the projections and convolutions of one of them.
+        state_bytes: bytes of one request's state in one of them, in all heads.
+        token_flops: FLOPs of the recurrence for one token in one of them, without the projections.
+    """
+
+    layers: int
+    params: int
+    state_bytes: float
+    token_flops: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexerShape:
+    """Sparse attention (DeepSeek-V3.2): in every layer an indexer chooses the tokens that a query attends to.
+
+    Attributes:
+        top_tokens: the number of chosen tokens.
+        heads, head_dim: of the indexer's queries, which share one key per token.
+        key_bytes: bytes of one token's key in the indexer's cache.
+    """
+
+    top_tokens: int
+    heads: int
+    head_dim: int
+    key_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftShape:
+    """Multi-token prediction (DeepSeek-V3): one more layer drafts tokens that the next iteration verifies.
+
+    Attributes:
+        tokens: the number of tokens drafted for each request in an iteration.
+        acceptance: the probability that a draft is accepted if all before it were.
+    """
+
+    tokens: int
+    acceptance: float
+
+    def emitted(self) -> float:
+        """Return the mean tokens that an iteration adds to a request, ``1 + a + ... + a^k``."""
+        return sum(self.acceptance**i for i in range(self.tokens + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +101,19 @@ class GpuPrecision:
 class ModelSpec:
     """A decoder-only transformer.
 
-    Parameter counts omit norms and biases (well under 1% of the weights of any model in the catalogue).
-    ``forbidden_cuts`` are layer numbers i before which no pipeline stage may start. GPU types in ``precisions`` compute
-    layers in a precision of their own (`on`).
+    Parameter counts omit norms and biases (well under 1% of the weights of any model in the catalogue). Where layers
+    are of several kinds (windows, linear attention, experts in some), the figures of a layer are the mean over all
+    repeated layers. ``forbidden_cuts`` are layer numbers i before which no pipeline stage may start. GPU types in
+    ``precisions`` compute layers in a precision of their own (`on`).
+
+    Attributes:
+        sliding_layers: the layers whose attention reaches back ``sliding_window`` tokens; None: all, if there is a
+            window.
+        windows_free_kv: engines free the KV that windows have passed although other layers keep theirs, as vLLM's
+            hybrid KV cache manager does. Where all layers slide, they always do.
+        gated_attention: the heads' outputs are multiplied by a gate that has a projection of its own (Qwen3.5).
+        vision_params: parameters of vision towers, which the first stage holds in 16 bits.
+        draft: how engines are told to draft tokens; None: not at all.
     """
 
     name: str
@@ -73,10 +134,16 @@ class ModelSpec:
     tie_embeddings: bool = False
     max_position: int = 4096
     sliding_window: int | None = None
-    sliding_window_every: int = 1  # 1: all layers slide; 2: every second one
+    sliding_layers: int | None = None
+    windows_free_kv: bool = True
+    gated_attention: bool = False
+    vision_params: int = 0
     float16: bool = True  # False: engines refuse to compute it in float16, whose range is too small (Gemma 2)
     mla: MlaShape | None = None
     moe: MoeShape | None = None
+    linear: LinearShape | None = None
+    indexer: IndexerShape | None = None
+    draft: DraftShape | None = None
     forbidden_cuts: frozenset[int] = frozenset()
     precisions: tuple[GpuPrecision, ...] = ()
 
@@ -90,6 +157,15 @@ class ModelSpec:
             )
         if (self.attention is AttentionKind.MLA) != (self.mla is not None):
             raise InvalidProblemError(f"{self.name}: attention mla and the mla shape must come together")
+        if self.indexer is not None and (self.mla is None or self.mla.q_lora_rank is None):
+            raise InvalidProblemError(f"{self.name}: an indexer needs latent attention with compressed queries")
+        if self.draft is not None and not (self.draft.tokens >= 1 and 0.0 <= self.draft.acceptance <= 1.0):
+            raise InvalidProblemError(f"{self.name}: {self.draft} needs a token at least and an acceptance of 0 to 1")
+        for name, layers in (("sliding_layers", self.sliding_layers), ("linear.layers", self._linear_layers)):
+            if layers is not None and not 0 <= layers <= self.num_layers:
+                raise InvalidProblemError(
+                    f"{self.name}: {name} is {layers}, must be 0 to num_layers ({self.num_layers})"
+                )
 
     def on(self, gpu: str) -> ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
@@ -112,8 +188,45 @@ class ModelSpec:
         """Return r, the query heads that share one head group."""
         return self.q_heads // self.head_groups
 
-    def attention_params(self) -> int:
-        """Return the parameters of the attention projections of one layer."""
+    @property
+    def _linear_layers(self) -> int:
+        return 0 if self.linear is None else self.linear.layers
+
+    @property
+    def kv_share(self) -> float:
+        """Return the share of layers that keep KV; the others keep a state for each request."""
+        return 1.0 - self._linear_layers / self.num_layers
+
+    @property
+    def sliding_share(self) -> float:
+        """Return the share of layers with a sliding window."""
+        if self.sliding_window is None:
+            return 0.0
+        return 1.0 if self.sliding_layers is None else self.sliding_layers / self.num_layers
+
+    @property
+    def expert_share(self) -> float:
+        """Return the share of repeated layers that have experts; 0 for a model without."""
+        return 0.0 if self.moe is None else 1.0 / self.moe.every
+
+    @property
+    def heads_can_move(self) -> bool:
+        """Return whether attention workers may compute head groups: those of all layers, with the KV of all tokens.
+
+        States and indexers serve all heads together, KV that windows free is not kept alike in all layers, and the
+        plugin verifies no drafts.
+        """
+        frees_some = self.windows_free_kv and 0.0 < self.sliding_share < 1.0
+        return self.linear is None and self.indexer is None and self.draft is None and not frees_some
+
+    def attention_params(self) -> float:
+        """Return the mean parameters of a layer's attention projections."""
+        if self.linear is None:
+            return self._full_attention_params()
+        full, linear = self.num_layers - self.linear.layers, self.linear.layers
+        return (full * self._full_attention_params() + linear * self.linear.params) / self.num_layers
+
+    def _full_attention_params(self) -> int:
         if self.mla is not None:
             mla, qk = self.mla, self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
             query = (
@@ -123,49 +236,66 @@ class ModelSpec:
             )
             latent = self.hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
             expand = mla.kv_lora_rank * self.q_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-            return query + latent + expand + self.q_heads * mla.v_head_dim * self.hidden
-        return self.hidden * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads)
+            return query + latent + expand + self.q_heads * mla.v_head_dim * self.hidden + self._indexer_params()
+        gate = self.q_heads if self.gated_attention else 0
+        return self.hidden * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads + gate)
+
+    def _indexer_params(self) -> int:
+        """Return the parameters of queries, the key and the heads' weights of an indexer."""
+        if self.indexer is None or self.mla is None or self.mla.q_lora_rank is None:
+            return 0
+        heads, size = self.indexer.heads, self.indexer.head_dim
+        return self.mla.q_lora_rank * heads * size + self.hidden * (size + heads)
 
     def _ffn_params(self, intermediate: int) -> int:
         return (3 if self.gated_mlp else 2) * self.hidden * intermediate
 
-    def dense_layer_params(self) -> int:
+    def dense_layer_params(self) -> float:
         """Return the parameters of a layer without experts."""
         return self.attention_params() + self._ffn_params(self.intermediate)
 
-    def layer_params(self) -> int:
-        """Return the parameters of one repeated layer (an expert layer if the model has experts)."""
+    def layer_params(self) -> float:
+        """Return the mean parameters of a repeated layer."""
         if self.moe is None:
             return self.dense_layer_params()
         experts = self.moe.num_experts + self.moe.shared_experts
-        router = self.hidden * self.moe.num_experts
-        return self.attention_params() + router + experts * self._ffn_params(self.moe.expert_intermediate)
+        return self._with_experts(self._router_params() + experts * self.expert_params())
 
-    def active_layer_params(self) -> int:
-        """Return the parameters of one repeated layer that one token touches."""
+    def active_layer_params(self) -> float:
+        """Return the mean parameters of a repeated layer that one token touches."""
         if self.moe is None:
             return self.dense_layer_params()
         experts = self.moe.active_experts + self.moe.shared_experts
-        router = self.hidden * self.moe.num_experts
-        return self.attention_params() + router + experts * self._ffn_params(self.moe.expert_intermediate)
+        return self._with_experts(self._router_params() + experts * self.expert_params())
 
     def touched_layer_params(self, tokens: float) -> float:
-        """Return the parameters of one repeated layer that a batch of ``tokens`` reads, without untouched experts.
+        """Return the mean parameters of a repeated layer that a batch of ``tokens`` reads, without untouched experts.
 
         The expected number of experts touched under even routing is ``E (1 - (1 - k/E)^tokens)``.
         """
         if self.moe is None:
             return float(self.dense_layer_params())
         moe, per_expert = self.moe, self.expert_params()
-        fixed = self.attention_params() + self.hidden * moe.num_experts + moe.shared_experts * per_expert
-        return fixed + self.touched_experts(tokens) * per_expert
+        fixed = self._with_experts(self._router_params() + moe.shared_experts * per_expert)
+        return fixed + self.expert_share * self.touched_experts(tokens) * per_expert
+
+    def _router_params(self) -> int:
+        return 0 if self.moe is None else self.hidden * self.moe.num_experts
+
+    def _with_experts(self, experts: float) -> float:
+        """Return the mean parameters of repeated layers, of which those with experts have ``experts`` in their MLP."""
+        assert self.moe is not None, "dense models are dealt with before"
+        if self.moe.every == 1:
+            return self.attention_params() + experts
+        dense = (self.moe.every - 1) * self._ffn_params(self.intermediate)
+        return self.attention_params() + (experts + dense) / self.moe.every
 
     def expert_params(self) -> int:
         """Return the parameters of one routed expert; 0 for a model without experts."""
         return 0 if self.moe is None else self._ffn_params(self.moe.expert_intermediate)
 
     def touched_experts(self, tokens: float) -> float:
-        """Return the expected routed experts of one layer that ``tokens`` touch under even routing; 0 without any."""
+        """Return the expected routed experts of a layer with experts that ``tokens`` touch under even routing."""
         if self.moe is None:
             return 0.0
         missed: float = (1.0 - self.moe.active_experts / self.moe.num_experts) ** tokens
@@ -177,27 +307,68 @@ class ModelSpec:
         return self.moe.first_dense_layers if self.moe is not None else 0
 
     @property
+    def draft_layers(self) -> int:
+        """Return the layers behind the last one that draft tokens; they are like the repeated ones."""
+        return 0 if self.draft is None else 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of one decoding request in an iteration: its next one and the drafts."""
+        return 1 if self.draft is None else 1 + self.draft.tokens
+
+    @property
+    def emitted_tokens(self) -> float:
+        """Return the mean tokens that an iteration adds to a decoding request."""
+        return 1.0 if self.draft is None else self.draft.emitted()
+
+    def draft_params(self) -> float:
+        """Return the parameters of the drafting layer, with the projection of the state and token it begins from."""
+        return self.draft_layers * (self.layer_params() + 2 * self.hidden * self.hidden)
+
+    @property
     def embedding_params(self) -> int:
         """Return the parameters of the embedding table; the LM head has as many (the same ones if tied)."""
         return self.vocab * self.hidden
 
     def params(self) -> int:
-        """Return the number of all parameters."""
-        repeated = self.num_layers - self.prefix_layers
-        ends = self.embedding_params * (1 if self.tie_embeddings else 2)
-        return repeated * self.layer_params() + self.prefix_layers * self.dense_layer_params() + ends
+        """Return the number of all parameters, vision towers included."""
+        return round(self._all_layers(self.layer_params())) + self._end_params() + self.vision_params
 
     def active_params(self) -> int:
-        """Return the parameters that one token touches, including embedding and LM head as published counts do."""
-        repeated = self.num_layers - self.prefix_layers
-        ends = self.embedding_params * (1 if self.tie_embeddings else 2)
-        return repeated * self.active_layer_params() + self.prefix_layers * self.dense_layer_params() + ends
+        """Return the parameters that one token of text touches, including embedding and LM head as published counts
+        do.
+        """
+        return round(self._all_layers(self.active_layer_params())) + self._end_params()
+
+    def _all_layers(self, repeated: float) -> float:
+        prefix = self.prefix_layers
+        return (self.num_layers - prefix) * repeated + prefix * self.dense_layer_params()
+
+    def _end_params(self) -> int:
+        return self.embedding_params * (1 if self.tie_embeddings else 2)
 
     def kv_bytes_per_token_group(self) -> float:
-        """Return the KV bytes of one token in one layer and one head group."""
+        """Return the mean KV bytes of one token in one layer and one head group, with the key of an indexer."""
         if self.mla is not None:
-            return (self.mla.kv_lora_rank + self.mla.qk_rope_head_dim) * self.kv_bytes
-        return 2 * self.head_dim * self.kv_bytes
+            latent = (self.mla.kv_lora_rank + self.mla.qk_rope_head_dim) * self.kv_bytes
+            return self.kv_share * (latent + self._index_bytes)
+        return self.kv_share * 2 * self.head_dim * self.kv_bytes
+
+    @property
+    def _index_bytes(self) -> float:
+        return 0.0 if self.indexer is None else self.indexer.key_bytes
+
+    def state_bytes(self) -> float:
+        """Return the mean bytes that one request keeps in one layer whatever its context, in all heads."""
+        return 0.0 if self.linear is None else self.linear.layers / self.num_layers * self.linear.state_bytes
+
+    def state_flops(self) -> float:
+        """Return the mean FLOPs of updating and reading the state of a layer for one token."""
+        return 0.0 if self.linear is None else self.linear.layers / self.num_layers * self.linear.token_flops
+
+    def prompt_kv_bytes(self, prompt_tokens: float) -> float:
+        """Return the bytes that a prompt leaves for its decoding: KV and states of all layers and heads."""
+        return prompt_tokens * self.kv_bytes_per_token() + self.num_layers * self.state_bytes()
 
     def kv_bytes_per_token(self) -> float:
         """Return the KV bytes of one token over all layers and head groups."""
@@ -216,31 +387,49 @@ class ModelSpec:
         return (2.0 + 2.0 / r) * self.head_dim * size
 
     def attention_flops(self, pairs: float, heads: float) -> float:
-        """Return FLOPs of prefill attention over (query, key) ``pairs`` for ``heads`` query heads of one layer."""
+        """Return mean FLOPs of prefill attention over (query, key) ``pairs`` for ``heads`` query heads of a layer.
+
+        Chosen tokens are read from the latent space, so sparse attention prefills in the absorbed form.
+        """
+        if self.indexer is not None:
+            return self.decode_attention_flops(pairs, heads)
         if self.mla is not None:
             width = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim + self.mla.v_head_dim
-            return 2.0 * pairs * heads * width
-        return 4.0 * pairs * heads * self.head_dim
+            return 2.0 * self.kv_share * pairs * heads * width
+        return 4.0 * self.kv_share * pairs * heads * self.head_dim
 
     def decode_attention_flops(self, context_tokens: float, heads: float) -> float:
         """Return FLOPs of one token's decode attention over ``context_tokens`` for ``heads`` query heads of a layer."""
         if self.mla is not None:  # absorbed form: scores and values are in the latent space
             latent = 2 * self.mla.kv_lora_rank + self.mla.qk_rope_head_dim
-            return 2.0 * context_tokens * heads * latent
-        return 4.0 * context_tokens * heads * self.head_dim
+            return 2.0 * self.kv_share * context_tokens * heads * latent
+        return 4.0 * self.kv_share * context_tokens * heads * self.head_dim
 
     def attended_tokens(self, context_tokens: float) -> float:
-        """Return the tokens a query attends to, averaged over layers; fewer than the context with a sliding window."""
+        """Return the tokens a query attends to, averaged over the layers with KV; fewer than the context with a window.
+
+        An indexer reads the keys of the whole context to choose ``top_tokens``: it counts by the bytes that it reads.
+        """
+        if self.indexer is not None:
+            scanned = self.kv_share * self._index_bytes / self.kv_bytes_per_token_group()
+            return (1.0 - scanned) * min(context_tokens, float(self.indexer.top_tokens)) + scanned * context_tokens
         if self.sliding_window is None:
             return context_tokens
-        window = min(context_tokens, float(self.sliding_window))
-        return window / self.sliding_window_every + context_tokens * (1.0 - 1.0 / self.sliding_window_every)
+        share = self.sliding_share
+        return min(context_tokens, float(self.sliding_window)) * share + context_tokens * (1.0 - share)
 
     def cached_tokens(self, context_tokens: float) -> float:
-        """Return the tokens whose KV is kept; a window frees memory only if every layer slides."""
-        if self.sliding_window is None or self.sliding_window_every != 1:
+        """Return the tokens whose KV is kept, averaged over the layers with KV."""
+        if self.sliding_window is None or not (self.windows_free_kv or self.sliding_share == 1.0):
             return context_tokens
-        return min(context_tokens, float(self.sliding_window))
+        share = self.sliding_share
+        return min(context_tokens, float(self.sliding_window)) * share + context_tokens * (1.0 - share)
+
+    def cached_growth(self, context_tokens: float) -> float:
+        """Return the tokens by which `cached_tokens` grows with each further token of the context."""
+        if self.sliding_window is None or context_tokens < self.sliding_window:
+            return 1.0
+        return 1.0 - self.sliding_share if self.windows_free_kv or self.sliding_share == 1.0 else 1.0
 
     def allowed_cut(self, layer: int) -> bool:
         """Return whether a pipeline stage may start at ``layer``."""

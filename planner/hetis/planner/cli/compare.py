@@ -30,6 +30,7 @@ def compare(
     workload: options.WorkloadOption,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: options.ProfilesOption = None,
     objective: options.ObjectiveOption = ObjectiveKind.GOODPUT,
     rate: options.RateOption = None,
@@ -79,7 +80,7 @@ def compare(
         refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)
     refuse_page(html)
     loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
-    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv)
+    loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp)
     loaded = loaded.at(families.engine_settings(max_num_seqs, chunk_tokens, kv_blocks))
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)

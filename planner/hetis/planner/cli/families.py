@@ -53,6 +53,17 @@ def kv(text: str) -> str:
     return _precision(text, KV_PRECISIONS)
 
 
+def mtp(text: str) -> str:
+    """Parse drafted tokens and their acceptance."""
+    from hetis.formats.model import drafts
+
+    try:
+        drafts(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
+
 def _precision(text: str, known: Collection[str]) -> str:
     from hetis.formats.dtypes import chosen_precision
 

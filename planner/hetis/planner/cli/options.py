@@ -87,6 +87,18 @@ KvOption = Annotated[
     ),
 ]
 
+MtpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mtp",
+        parser=families.mtp,
+        metavar="K:RATE",
+        rich_help_panel=_INPUTS,
+        show_default="no drafts",
+        help="Multi-token prediction: K drafted tokens per step, each accepted at this rate, such as 1:0.85.",
+    ),
+]
+
 # --- goal
 
 _GOAL = "Goal"

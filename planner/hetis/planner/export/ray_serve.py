@@ -148,7 +148,10 @@ def _type_of(gpu: str) -> str | None:
     return next((kind for kind in _TYPES if kind in words), None)
 
 
-def _value(text: str) -> int | str:
+def _value(text: str) -> int | str | bool:
+    """Return an option's value as an argument of the engine in Python."""
+    if not text:
+        return True  # a switch
     return int(text) if text.isdecimal() else text
 
 

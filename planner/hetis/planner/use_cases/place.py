@@ -69,6 +69,7 @@ class PlacementRequest:
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
         weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
+        mtp: drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some.
         ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
         engine_settings: those that engines are started with, whatever is planned.
         verify: simulate the plan before it is shown.
@@ -85,6 +86,7 @@ class PlacementRequest:
     forbids: Sequence[str] = ()
     weights: str | None = None
     kv: str | None = None
+    mtp: str | None = None
     objective: ObjectiveKind = ObjectiveKind.GOODPUT
     demand_rps: float | None = None
     ttft_s: float | None = None
@@ -118,7 +120,8 @@ def load(request: PlacementRequest) -> LoadedInputs:
     ).with_will(pins=request.pins, forbids=request.forbids)
     loaded = loaded.at(request.engine_settings)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
-    return for_engine(in_precision(loaded, weights=request.weights, kv=request.kv), request.settings.engine)
+    loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
+    return for_engine(loaded, request.settings.engine)
 
 
 def pose(request: PlacementRequest, loaded: LoadedInputs) -> PlacementProblem:

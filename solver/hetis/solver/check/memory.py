@@ -11,9 +11,11 @@ from hetis.solver.plan import Role
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes that one primary rank of a stage must hold, including the reserve."""
-    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
+    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
     return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
 
 
@@ -28,8 +30,12 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first)
-    room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first))
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
+    room = _quotient(
+        profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
+    )
     room = min(room, kv_block_tokens(setting))
     if stage.pool is None:
         return room
@@ -46,17 +52,18 @@ def kv_block_tokens(setting: Setting) -> float:
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     """Return Tkv, the KV tokens that a copy must have room for, including prefilling requests and headroom."""
-    moments, b = setting.moments, setting.micro_batch
+    model, moments, b = setting.model, setting.moments, setting.micro_batch
     D = micro_batches_of_a_copy(setting, copies)
-    decoding = D * b * setting.model.cached_tokens(moments.resident_context)
+    decoding = D * b * model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
+    headroom *= model.cached_growth(moments.resident_context)
     arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
     return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + arriving
 
 
 def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     """Return Tpre, the KV tokens of the prompts that a copy is prefilling."""
-    held = setting.moments.prefilling_context + setting.chunk_tokens
+    held = setting.model.cached_tokens(setting.moments.prefilling_context) + setting.chunk_tokens
     return micro_batches_of_a_copy(setting, copies) * setting.chunk_share * held
 
 
@@ -67,15 +74,22 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
     return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()
 
 
+def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
+    """Return a rank's bytes of the states that linear attention keeps for each request."""
+    D = micro_batches_of_a_copy(setting, stage.copies)
+    requests = D * setting.micro_batch + D * setting.chunk_share + (1 if setting.role is Role.DECODE else 0)
+    return _all_layers(setting, stage, is_first, is_last) * requests * setting.model.state_bytes() / stage.tp
+
+
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
     """Return D, the micro-batches whose KV one copy holds."""
     return -(-setting.in_flight // copies)
 
 
-def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     model = setting.model
     kept = head_groups_per_rank(model, stage.tp) - (stage.pool.head_groups if stage.pool else 0)
-    return _all_layers(setting, stage, is_first) * kept * model.kv_bytes_per_token_group()
+    return _all_layers(setting, stage, is_first, is_last) * kept * model.kv_bytes_per_token_group()
 
 
 def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
@@ -87,16 +101,19 @@ def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolSha
 
 def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes of a rank that are not KV: reserve, activations, weights, and logits on the last stage."""
-    model, n, b = setting.model, stage.tp, setting.micro_batch
+    model, n, b = setting.model, stage.tp, setting.decode_tokens
     fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
     fixed += stage.layers * model.layer_params() * model.weight_bytes / n
     if is_first:
         fixed += model.prefix_layers * model.dense_layer_params() * model.weight_bytes / n
+        fixed += model.vision_params * model.embedding_bytes / n
     tables = int(is_first) + int(is_last)
     if tables == 2 and model.tie_embeddings:
         tables = 1
     fixed += tables * model.embedding_params * model.embedding_bytes / n
-    return fixed + (4 * max(b, 1) * model.vocab / n if is_last else 0.0)
+    if not is_last:
+        return fixed
+    return fixed + 4 * max(b, 1) * model.vocab / n + model.draft_params() * model.weight_bytes / n
 
 
 def _activation_bytes(setting: Setting, tp: int) -> float:
@@ -104,12 +121,14 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
     intermediate = model.intermediate
     if model.moe is not None:
         intermediate = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
-    tokens = setting.micro_batch + setting.chunk_tokens
+    tokens = setting.decode_tokens + setting.chunk_tokens
     return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp)
 
 
-def _all_layers(setting: Setting, stage: StageShape, is_first: bool) -> int:
-    return stage.layers + (setting.model.prefix_layers if is_first else 0)
+def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:
+    """Return the layers whose KV a stage holds; the drafting layer is on the last one, which then has no pool."""
+    drafting = setting.model.draft_layers if is_last else 0
+    return stage.layers + (setting.model.prefix_layers if is_first else 0) + drafting
 
 
 def _quotient(free_bytes: float, bytes_per_token: float) -> float:

@@ -85,7 +85,8 @@ def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> 
     workload = problem.workload.clipped_to(model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     hop_bytes = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
-    kv_bytes = moments.mean_prompt * model.num_layers * model.head_groups * model.kv_bytes_per_token_group()
+    kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
+    kv_bytes *= model.num_layers
     load: defaultdict[tuple[str, str], float] = defaultdict(float)
     for here, there, rate in _hops(plan, fleet):
         load[here, there] += rate * hop_bytes

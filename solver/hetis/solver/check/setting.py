@@ -39,7 +39,13 @@ class Setting:
         """Return nd, the iterations of a request without a chunk."""
         if self.role is Role.PREFILL:
             return 0.0
-        return max(0.0, self.moments.mean_output / self.micro_batch - self.chunk_iterations)
+        decoding = self.moments.mean_output / self.model.emitted_tokens / self.micro_batch
+        return max(0.0, decoding - self.chunk_iterations)
+
+    @property
+    def decode_tokens(self) -> int:
+        """Return b q, the tokens of decoding requests in an iteration, drafts included."""
+        return self.micro_batch * self.model.step_tokens
 
     @property
     def iterations(self) -> float:

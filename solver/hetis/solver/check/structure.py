@@ -223,6 +223,9 @@ def _check_head_groups(
     elif pool is not None and stage.tp > model.head_groups:
         message = f"has attention workers at TP size {stage.tp}, above the {model.head_groups} head groups"
         yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
+    elif pool is not None and not model.heads_can_move:
+        message = f"has attention workers, but layers of {model.name} keep more than the KV of single heads, or less"
+        yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
 
 
 def _listed(values: tuple[object, ...] | list[str]) -> str:

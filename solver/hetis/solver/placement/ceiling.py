@@ -145,7 +145,7 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
     least_pool_wire_s = t.least_pool_wire_s
     receives, n_it, mix, micro_batch = t.receives[x], t.iterations[x], iterations_of(t, x, f), t.micro_batch[x]
     rank_class, rank_tp = t.rank_class, t.rank_tp
-    kv_tokens, prompt_tokens = t.kv_tokens[x, f], t.prompt_tokens[x, f]
+    kv_tokens, prompt_tokens, state_bytes = t.kv_tokens[x, f], t.prompt_tokens[x, f], t.state_bytes[x, f]
     least = 1.0 + limits.slack
     most_copies = min(copies_limit(t.in_flight[f], max_copies), limits.copies)
     while first < num_ranks:
@@ -174,7 +174,8 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                         p, rest_s = 0, fixed_s
                         if q < 0:
                             layer_s, chunk_layer_s = max(base_s + own_s, wire_s), chunk_s + own_s / n_it
-                            most = np.floor(layers_in_room(room, layer_bytes, groups * kv_bytes, 0, num_layers))
+                            kept = groups * kv_bytes + state_bytes[c - 1] / n
+                            most = np.floor(layers_in_room(room, layer_bytes, kept, 0, num_layers))
                         else:
                             p = pool_sizes[i]
                             if p > limit:

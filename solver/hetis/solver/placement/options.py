@@ -102,28 +102,40 @@ def room_of_role(room: float, first: float, last: float, tied: float, role: int)
 @kernel
 def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
     """Return the repeated layers that fit on a rank in a role, unrounded; ``kept_bytes`` is KV bytes of one layer."""
-    prefix_layers = t.prefix_layers if role in (FIRST, BOTH) else 0
+    others = t.prefix_layers if role in (FIRST, BOTH) else 0
+    if role in (LAST, BOTH):
+        others += t.draft_layers
     last = t.last_bytes[s] + t.logit_bytes[x, s]
     room = room_of_role(t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s], last, t.tied_bytes[s], role)
-    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, prefix_layers, t.num_layers)
+    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, others, t.num_layers)
     return layers
 
 
 @kernel
 def kept_bytes(t: Tables, x: int, f: int, s: int, copies: int, k: int) -> float:
-    """Return KV bytes of one layer on a rank of a stage copy that gives k head groups of every rank to its pool."""
+    """Return bytes of KV and states of one layer on a rank of a stage copy that gives k head groups to its pool."""
     tokens, prompts = t.kv_tokens[x, f, copies - 1], t.prompt_tokens[x, f, copies - 1]
     kept: float = kept_of_groups(t.rank_groups[s], k, tokens * t.kv_group_bytes, prompts * t.kv_group_bytes)
-    return kept
+    return kept + state_on_rank(t, x, f, s, copies)
+
+
+@kernel
+def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
+    """Return the bytes of one layer on a rank of a stage copy that requests keep whatever their context."""
+    state: float = t.state_bytes[x, f, copies - 1] / t.rank_tp[s]
+    return state
 
 
 # The functions below run in inner loops and take numbers only: a call with `Tables` counts references to all of them.
 
 
 @kernel
-def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, prefix_layers: int, num_layers: int) -> float:
-    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer."""
-    layers: float = min((room - prefix_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
+def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, other_layers: int, num_layers: int) -> float:
+    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer.
+
+    ``other_layers`` are those whose weights are not in ``room`` already, but whose KV is: of the prefix, and drafting.
+    """
+    layers: float = min((room - other_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
     return max(0.0, layers)
 
 
@@ -332,12 +344,15 @@ def list_options(
             requests = (in_flight + c - 1) // c * micro_batch
             tokens = t.kv_tokens[x, f, c - 1]
             kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
+            state = t.state_bytes[x, f, c - 1] / n
             for role in range(4):
                 room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
-                prefix = prefix_layers if role in (FIRST, BOTH) else 0
+                others = prefix_layers if role in (FIRST, BOTH) else 0
+                if role in (LAST, BOTH):
+                    others += t.draft_layers
                 for k in range(groups + 1):
-                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes)
-                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, prefix, num_layers)
+                    kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
+                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, others, num_layers)
             without = count
             for q in range(-1, num_classes):
                 if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):

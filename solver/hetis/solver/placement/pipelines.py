@@ -113,7 +113,8 @@ def stage_times(atlas: Atlas, shape: Shape, sweep: Sweep, workers: Workers | Non
     if workers is None:
         attention_s = t.own_s[x[:, None], s[None, :], groups[None, :]]
         chunk_attention_s = attention_s / n_it
-        kept, on_cards = groups * kv_bytes, np.full((len(x), len(s)), np.inf)
+        state = t.state_bytes[x, f, 0][:, None] / t.rank_tp[s]
+        kept, on_cards = groups * kv_bytes + state, np.full((len(x), len(s)), np.inf)
     else:
         entries = t.pool_start[s, workers.device_class] + (given - 1) * len(t.pool_sizes) + workers.size
         attention_s, chunk_attention_s = t.pool_s[x[:, None], entries], t.chunk.pool_s[x[:, None], entries]
@@ -170,7 +171,7 @@ def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArr
     at = np.ix_(mixes, s)
     room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
     room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
-    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at])[:, :, None]
+    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at] + t.draft_layers * kept)[:, :, None]
     room[:, :, BOTH] += t.tied_bytes[s]
     return np.minimum(room / (t.layer_bytes[s] + kept)[:, :, None] + ROUNDING, float(t.num_layers))
 

@@ -220,7 +220,7 @@ def routes_of(
         places = tuple(zone for zone in zones for _ in range(num_precisions))
         alone = np.diag(np.full(len(places), np.inf))
         return Routes(places, problem.family.splits_roles, alone, most_spanning)
-    num_bytes = moments.mean_prompt * model.kv_bytes_per_token()
+    num_bytes = model.prompt_kv_bytes(moments.mean_prompt)
     capacity = np.array([[network.zone_link(a, b).bytes_per_s / num_bytes for b in zones] for a in zones])
     np.fill_diagonal(capacity, np.inf)
     return Routes(zones, problem.family.splits_roles, capacity, most_spanning)

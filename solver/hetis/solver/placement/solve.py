@@ -17,6 +17,7 @@ from hetis.solver.placement.first_token import ttft_s
 from hetis.solver.placement.grounding import grounded, restored
 from hetis.solver.placement.infeasible import Market, infeasible
 from hetis.solver.placement.kv_routes import kv_routes
+from hetis.solver.placement.options import state_on_rank
 from hetis.solver.placement.out_of_reach import is_out_of_reach
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.routes import UNIFIED
@@ -282,10 +283,13 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
     t = atlas.scopes[template.scope].tables
     stage = template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
+    if index == len(template.stages) - 1:
+        layers += t.draft_layers
     room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
     prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])
     room -= layers * stage.pool_groups * prompts * t.kv_group_bytes
+    room -= layers * state_on_rank(t, template.mix, template.in_flight_index, stage.rank, stage.copies)
     tokens = room / (layers * kept * t.kv_group_bytes) if kept else np.inf
     if stage.pool_class >= 0:
         held, _ = kv_tokens_held(atlas, template, stage)

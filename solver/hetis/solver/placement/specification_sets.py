@@ -157,7 +157,7 @@ def _stage_types(problem: PlacementProblem, classes: Sequence[DeviceClass]) -> I
         shape = StageShape(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra, hop_link=own.nic)
         yield shape, ((g, n),) * c
         for (i, other), p in itertools.product(enumerate(classes), family.pool_sizes(c)):
-            if other.zone != own.zone or n > model.head_groups or p * c > other.available:
+            if not model.heads_can_move or other.zone != own.zone or n > model.head_groups or p * c > other.available:
                 continue
             link = slowest([own.nic, other.nic, problem.cluster.network.zone_link(own.zone, own.zone)])
             for k in range(1, head_groups_per_rank(model, n) + 1):

@@ -50,7 +50,7 @@ def best_equal_split(
             m = t.in_flight[f]
             if 1 < m < num_stages or (depth_in_flight and m != num_stages):
                 continue
-            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0]
+            kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.rank_tp[s]
             busiest, total, fits = 0.0, 0.0, True
             chunk_s, uneven = 0.0, 1.0
             for kind in range(kinds):

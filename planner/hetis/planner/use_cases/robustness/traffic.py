@@ -44,7 +44,7 @@ class Traffic:
         """Return the requests/s whose KV the links between zones carry besides the hops of unified replicas."""
         model, moments, network = self._problem.model, self._moments, self._problem.cluster.network
         hop_bytes = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
-        kv_bytes = moments.mean_prompt * model.kv_bytes_per_token()
+        kv_bytes = model.prompt_kv_bytes(moments.mean_prompt)
         pairs = [(here, there) for here in senders for there in receivers if here != there]
         return {
             pair: max(0.0, network.zone_link(*pair).bytes_per_s - hops.get(pair, 0.0) * hop_bytes) / kv_bytes

@@ -73,4 +73,4 @@ def _prompt_bytes(problem: PlacementProblem) -> float:
     """Return the KV bytes of a mean prompt."""
     workload = problem.workload.clipped_to(problem.model.max_position)
     prompt = workload.moments(block_tokens=problem.assumptions.block_tokens).mean_prompt
-    return prompt * problem.model.kv_bytes_per_token()
+    return problem.model.prompt_kv_bytes(prompt)
