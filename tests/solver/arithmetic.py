@@ -386,6 +386,9 @@ class Numbers:
         profiles = self.problem.profiles
         if self.rank_bytes(s, is_first=is_first, is_last=is_last) > profiles[s.gpu].usable_bytes:
             return False
+        blocks = self.problem.family.engine_settings.kv_blocks
+        if blocks is not None and self.kv_tokens(s.copies) > blocks * self.problem.assumptions.block_tokens:
+            return False
         pool = s.pool
         return pool is None or self.worker_bytes(s, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes
 

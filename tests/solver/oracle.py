@@ -281,8 +281,10 @@ def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]
     for role in family.roles:
         batches = (0,) if role is Role.PREFILL else family.micro_batches
         chunks = (0,) if role is Role.DECODE else family.chunk_tokens
+        most = family.engine_settings.max_num_seqs
         for b, M, C in itertools.product(batches, family.in_flight, chunks):
-            yield role, b, M, C
+            if most is None or M * max(b, 1) <= most:
+                yield role, b, M, C
 
 
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:

@@ -23,12 +23,15 @@ class Batching:
         chunk_tokens: most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica.
         ahead: prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish
             while a prompt is prefilled, so that as many requests decode as the plan assumes.
+        growing: requests of a micro-batch for each of which a block stays free when another one starts; None: as many
+            as it has seats.
     """
 
     micro_batch: int
     in_flight: int
     chunk_tokens: int
     ahead: int
+    growing: int | None = None
 
 
 class Outside:
@@ -84,7 +87,8 @@ class ReplicaRun:
         self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
         # The next block of every request that decodes on the most crowded copy.
         copies = min(len(copies) for copies in self.stages)
-        self._spare = -(-batching.in_flight // copies) * batching.micro_batch
+        growing = batching.micro_batch if batching.growing is None else batching.growing
+        self._spare = -(-batching.in_flight // copies) * growing
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
 

@@ -23,6 +23,7 @@ from hetis.v1 import document_pb2, plan_pb2
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import ReplicaLimits
+    from hetis.solver.problem import EngineSettings
 
 _KINDS = {
     ObjectiveKind.GOODPUT: plan_pb2.OBJECTIVE_KIND_GOODPUT,
@@ -54,6 +55,7 @@ class Goal:
     survive: str  # node or zone; empty: nothing
     engine: str | None
     limits: ReplicaLimits
+    engine_settings: EngineSettings
     time_limit_s: float
     gap_target: float
     seed: int
@@ -127,6 +129,9 @@ class Goal:
             max_gpus=self.limits.max_gpus or 0,
             min_layers=self.limits.min_layers or 0,
             max_nodes=self.limits.max_nodes or 0,
+            max_num_seqs=self.engine_settings.max_num_seqs or 0,
+            chunk_tokens=self.engine_settings.chunk_tokens,
+            kv_blocks=self.engine_settings.kv_blocks or 0,
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,

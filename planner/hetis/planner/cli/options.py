@@ -10,6 +10,7 @@ import typer
 
 from hetis.planner.cli import families, quantities, words
 from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.problem import MOST_SETTING
 
 # --- of verbs that read a plan
 
@@ -256,6 +257,41 @@ MaxNodesOption = Annotated[
         rich_help_panel=_SEARCH,
         show_default=False,
         help="Nodes that a replica may lie on, attention workers included, of an engine's plans.",
+    ),
+]
+MaxNumSeqsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-seqs",
+        min=1,
+        max=MOST_SETTING,
+        metavar="N",
+        rich_help_panel=_SEARCH,
+        show_default=False,
+        help="Requests that a replica runs at once, as its engine is started: plans keep to it.",
+    ),
+]
+ChunkTokensOption = Annotated[
+    families.Chunks | None,
+    typer.Option(
+        "--chunk-tokens",
+        parser=families.chunks,
+        metavar="N[,N...]",
+        rich_help_panel=_SEARCH,
+        show_default="256,512,2048",
+        help="Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+    ),
+]
+KvBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-blocks",
+        min=1,
+        max=MOST_SETTING,
+        metavar="N",
+        rich_help_panel=_SEARCH,
+        show_default="as memory allows",
+        help="KV blocks of 16 tokens that a replica's engine has at most, such as its --num-gpu-blocks-override.",
     ),
 ]
 SimplestWithinOption = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,9 @@ def simulate(
     no_dispatch: options.NoDispatchOption = False,
     no_redispatch: options.NoRedispatchOption = False,
     theta: options.ThetaOption = "50%",  # type: ignore[assignment]
+    max_num_seqs: options.MaxNumSeqsOption = None,
+    chunk_tokens: options.ChunkTokensOption = None,
+    kv_blocks: options.KvBlocksOption = None,
     fail: options.FailOption = None,
     join: options.JoinOption = None,
     faults: options.FaultsOption = None,
@@ -76,10 +80,12 @@ def simulate(
     from hetis.formats.workload import with_prefix_hits
     from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
+    from hetis.planner.use_cases.at_settings import at_settings
     from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
+    from hetis.solver.problem import EngineSettings
 
     found = load_plan_and_problem(plan)
     for warning in found.warnings:
@@ -108,6 +114,13 @@ def simulate(
         rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and rate is None else rate,
         gap_cv=cv,
     )
+    given = EngineSettings(
+        max_num_seqs=max_num_seqs, chunk_tokens=() if chunk_tokens is None else (chunk_tokens,), kv_blocks=kv_blocks
+    )
+    changes: tuple[str, ...] = ()
+    if given:  # the traffic stays that of the plan as it is
+        started = at_settings(found.plan, found.problem, given)
+        found, changes = replace(found, plan=started.plan, problem=started.problem), started.changes
     num_requests = requests or simulating.default_requests(found.plan, load)
     question = simulating.Question(
         load=load,
@@ -128,6 +141,8 @@ def simulate(
         sweeps=sweep,
         tolerance=tolerance,
         precision=precision if until_stable else None,
+        engine_settings=given,
+        changes=changes,
         keep_run=any(path is not None for path in (perfetto, requests_csv, plot, html)) and not sweep,
     )
     return SimulationRun(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hetis.planner.cli import quantities, words
+from hetis.solver.problem import MOST_SETTING
 
 SIMULATE_EXAMPLES = """\
 Examples:
@@ -203,6 +204,27 @@ ThetaOption = Annotated[
         help="How far a stage may be above its ideal time before head groups move.",
     ),
 ]
+MaxNumSeqsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-seqs", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="the plan's",
+        help="Requests that every replica runs at once.",
+    ),
+]  # fmt: skip
+ChunkTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-tokens", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="the plan's",
+        help="Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+    ),
+]  # fmt: skip
+KvBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-blocks", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="as memory allows",
+        help="KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
+    ),
+]  # fmt: skip
 FailOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -22,6 +22,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.problem import EngineSettings
 from hetis.solver.workload import Workload
 
 Path = str | os.PathLike[str]
@@ -49,6 +50,9 @@ def place(
     max_gpus: int | None = None,
     min_layers: int | None = None,
     max_nodes: int | None = None,
+    max_num_seqs: int | None = None,
+    chunk_tokens: Sequence[int] = (),
+    kv_blocks: int | None = None,
     profiles: Sequence[Path] = (),
     simplest_within: Quantity = 0.0,
     survive: str = "",
@@ -77,6 +81,8 @@ def place(
         only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
             at most ``max_nodes``.
+        max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with, which plans keep to: requests
+            that a replica runs at once, sizes of prefill chunks, and KV blocks of 16 tokens that it has at most.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
@@ -108,6 +114,8 @@ def place(
         simplest_within=ratio_of(simplest_within),
         survive=_lost(survive),
     )
+    chunks = tuple(sorted(set(chunk_tokens)))
+    loaded = loaded.at(EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks))
     loaded = in_precision(loaded, weights=weights, kv=kv)
     loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)

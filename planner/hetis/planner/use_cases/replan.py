@@ -75,6 +75,7 @@ def load_replanning(
                 workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, hits),
                 profiles={**inputs.profiles, **measured},
                 will=found.problem.will,
+                engine_settings=found.problem.family.engine_settings,
             ),
             origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
         ),

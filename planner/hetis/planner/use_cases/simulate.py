@@ -20,7 +20,7 @@ from hetis.simulator.sweep import MAX_ROUNDS, Sweep, sweep
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
@@ -44,6 +44,8 @@ class Question:
         tolerance: of the sweep, relative.
         precision: runs are lengthened until every interval is this narrow, relative; None: they are not.
         keep_run: whether the answer contains the whole first run.
+        engine_settings: those that engines are started with instead of the plan's, see `at_settings`.
+        changes: what they change of the plan, in a few words each.
     """
 
     load: Load
@@ -55,6 +57,8 @@ class Question:
     tolerance: float = 0.02
     precision: float | None = None
     keep_run: bool = False
+    engine_settings: EngineSettings = NOTHING_SET
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:

@@ -27,7 +27,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
 from hetis.solver.will import Will
 from hetis.solver.workload import Workload
@@ -36,17 +36,22 @@ T = TypeVar("T")
 
 # The origins of profiles and inputs that come from no file.
 VALUE = "value"  # an input that was passed by a program
+ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the settings of engines that the plan keeps to, if any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints."""
+    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints.
+
+    ``engine_settings``: those that engines are started with, whatever is planned.
+    """
 
     cluster: Cluster
     model: ModelSpec
     workload: Workload
     profiles: Mapping[str, Profile]
     will: Will = ()
+    engine_settings: EngineSettings = NOTHING_SET
 
     def problem(
         self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
@@ -70,7 +75,7 @@ class Inputs:
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=objective,
-            family=family_of(strategy, roles, engine),
+            family=family_of(strategy, roles, engine, self.engine_settings),
             will=self.will,
         )
 
@@ -91,8 +96,15 @@ class Inputs:
         }
 
 
-def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None) -> Family:
+def family_of(
+    strategy: str,
+    roles: Sequence[Role] = (),
+    engine: EngineRules | None = None,
+    engine_settings: EngineSettings = NOTHING_SET,
+) -> Family:
     """Return the family of a strategy, restricted to some roles if any are named, and to the engine's rules.
+
+    Its replicas keep to the settings that engines are started with.
 
     Raises:
         InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it is a published
@@ -108,7 +120,8 @@ def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | N
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
         raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
-    return run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
+    family = run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
+    return family.at(engine_settings) if engine_settings else family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +187,10 @@ class LoadedInputs:
             DocumentError: with every problem of all of them.
         """
         return replace(self, inputs=replace(self.inputs, will=read_will(pins, forbids, self.inputs.cluster)))
+
+    def at(self, settings: EngineSettings) -> LoadedInputs:
+        """Return the inputs for engines that are started with these settings."""
+        return replace(self, inputs=replace(self.inputs, engine_settings=settings))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +278,8 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
-    inputs = replace(inputs, will=_will_of(plan, inputs.cluster, name))
+    will, settings = _will_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
+    inputs = replace(inputs, will=will, engine_settings=settings)
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
@@ -345,6 +363,41 @@ def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
     except (TypeError, InvalidProblemError) as error:
         raise single_problem(path, f"inputs.engine must be an engine and its limits: {error}") from None
     return engine
+
+
+def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:
+    """Return the settings of engines that a plan keeps to; none for plans that name none.
+
+    Raises:
+        DocumentError: they are not usable; ``path`` is the plan's name in messages.
+    """
+    data = plan.inputs.get(ENGINE_SETTINGS)
+    try:
+        return NOTHING_SET if data is None else engine_settings_from_data(data)
+    except (TypeError, InvalidProblemError) as error:
+        message = f"inputs.{ENGINE_SETTINGS} must be settings that engines are started with: {error}"
+        raise single_problem(path, message) from None
+
+
+def engine_settings_from_data(data: Any) -> EngineSettings:
+    """Return the settings that `engine_settings_data` wrote.
+
+    Raises:
+        TypeError: the data has another form.
+        InvalidProblemError: a number is out of its range.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
+    chunks, numbers = data.get("chunk_tokens", []), {k: v for k, v in data.items() if k != "chunk_tokens"}
+    if not isinstance(chunks, list | tuple) or not all(type(number) is int for number in (*chunks, *numbers.values())):
+        raise TypeError("has a value that is no whole number")
+    return EngineSettings(chunk_tokens=tuple(chunks), **numbers)
+
+
+def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
+    """Return the settings that are given, by name."""
+    found = {name: value for name, value in asdict(settings).items() if value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:

@@ -27,7 +27,7 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
+    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
@@ -36,11 +36,18 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     room = _quotient(
         profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     )
+    room = min(room, kv_block_tokens(setting))
     if stage.pool is None:
         return room
     worker = setting.problem.profiles[stage.pool.gpu]
     per_token = worker_kv_bytes_per_token(setting, stage, stage.pool, is_first=is_first)
     return min(room, _quotient(worker.usable_bytes - worker.reserve_bytes, per_token))
+
+
+def kv_block_tokens(setting: Setting) -> float:
+    """Return the tokens that the KV blocks of a copy's engine hold; infinity if their number is not set."""
+    blocks = setting.problem.family.engine_settings.kv_blocks
+    return math.inf if blocks is None else blocks * setting.problem.assumptions.block_tokens
 
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
