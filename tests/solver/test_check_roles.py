@@ -420,14 +420,15 @@ def test_memory_of_both_roles_is_worked_by_hand() -> None:
     layer = 2 * (256 * 64 * 12 + 3 * 256 * 512)
     weights = 1e6 + 6 * layer + 2 * 512_000
     prefill = derived_of(PREFILL, problem)
-    # Chunks of 64 tokens; logits of one; one prompt in flight, half of it there on average, and a chunk.
+    # Chunks of 64 tokens; logits of one; one prompt in flight, half of it there on average, and a chunk; another one of
+    # 128 tokens that has not landed yet.
     fixed = weights + 64 * 2 * 2048 + 4 * 1000
-    assert prefill.memory[0].num_bytes == pytest.approx(fixed + 3072 * (64 + 64))
+    assert prefill.memory[0].num_bytes == pytest.approx(fixed + 3072 * (64 + 64 + 128))
     assert prefill.kv_tokens == pytest.approx((50e6 - fixed) / 3072)
     decode = derived_of(DECODE, problem)
-    # Four tokens and their logits; four requests with headroom, and a prompt that arrives.
+    # Four tokens and their logits; four requests with headroom, and sqrt(4) prompts that arrive.
     fixed = weights + 4 * 2 * 2048 + 16_000
-    kv_tokens = 4 * 155.5 + 1.645 * 2 * math.sqrt(1600 / 12) + 128
+    kv_tokens = 4 * 155.5 + 1.645 * 2 * math.sqrt(1600 / 12) + 2 * 128
     assert decode.memory[0].num_bytes == pytest.approx(fixed + 3072 * kv_tokens)
     assert decode.kv_tokens == pytest.approx((50e6 - fixed) / 3072)
 
