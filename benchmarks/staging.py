@@ -80,7 +80,8 @@ class Watch:
         """Return the samples of a replica from the warm-up to the last arrival, [3, samples]."""
         times_s, last_s = np.array(self.times_s), run.arrival_s.max()
         inside = (times_s > WARM_UP * last_s) & (times_s < last_s)
-        return np.array(self.samples[number], dtype=float).reshape(-1, 3)[inside].T
+        samples: FloatArray = np.array(self.samples[number], dtype=float).reshape(-1, 3)[inside].T
+        return samples
 
     def tick(self, now_s: float) -> None:
         """Sample all replicas now, and again later unless nothing is left to happen."""
@@ -138,8 +139,10 @@ def summary(found: Sequence[Row]) -> Iterator[Row]:
                 if not values or (figure == "of_one" and role is Role.PREFILL):
                     continue
                 quantiles = np.percentile(np.array(values, dtype=float), QUANTILES)
-                cells = {f"p{q}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
-                yield {"name": f"{role.value}, {label}: {figure}", "replicas": len(values)} | cells
+                row: dict[str, str | int | float | None] = {"name": f"{role.value}, {label}: {figure}"}
+                row["replicas"] = len(values)
+                row |= {f"p{q}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
+                yield row
 
 
 def rows_of_case(case: Case) -> list[Row]:
@@ -161,7 +164,7 @@ def rows_of_case(case: Case) -> list[Row]:
         rate_rps=rate * problem.assumptions.planned_utilisation,
     )
     workload = problem.workload.clipped_to(problem.model.max_position)
-    loads = {
+    loads: dict[str, Requests] = {
         "": requests_of(draw_traffic(load, count, seed=SEED)),
         "_full": Deck(workload, count, SEED),
     }
