@@ -52,6 +52,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "dispatch ties": ("benchmarks/dispatch.py", "benchmarks/measuring/ties.py", *_DISPATCH),
     "redispatch": ("benchmarks/redispatch.py", *_REDISPATCH),
     "simulation": ("benchmarks/simulation.py", *_SIMULATOR),
+    "staging": ("benchmarks/staging.py", *_SEARCH, *_SIMULATOR),
     "simulation speed": ("benchmarks/simulation.py", *_SIMULATOR),
     "goodput": ("benchmarks/goodput.py", "planner/hetis/planner/use_cases/verify.py", *_SEARCH, *_SIMULATOR),
     "whole_engine": ("benchmarks/whole_engine.py", *_SIMULATOR, "tools/whole_engine.py"),

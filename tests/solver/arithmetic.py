@@ -328,7 +328,14 @@ class Numbers:
         spread = self.problem.assumptions.kv_headroom_z * math.sqrt(requests) * self.moments.resident_context_sd
         spread *= self.held_of(y + 1e-6) / 1e-6 - self.held_of(y) / 1e-6
         decoding = requests * self.held_of(y) + spread
-        return decoding + (self.moments.mean_prompt if self.role is Role.DECODE else self.prompt_tokens(copies))
+        staged = self.staged_prompts(copies)
+        return decoding + self.prompt_tokens(copies) + staged * self.held_of(self.moments.mean_prompt)
+
+    def staged_prompts(self, copies: int) -> float:
+        """N"""
+        if self.role is Role.UNIFIED:
+            return 0.0
+        return 1.0 if self.role is Role.PREFILL else math.sqrt(self.held(copies) * self.b)
 
     def fixed_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         """Return the bytes of a rank without KV."""
@@ -361,7 +368,7 @@ class Numbers:
 
     def state_bytes(self, s: Stage, is_first: bool, is_last: bool) -> float:
         """States of all requests that a rank holds."""
-        requests = self.held(s.copies) * (self.b + self.phi) + (1 if self.role is Role.DECODE else 0)
+        requests = self.held(s.copies) * (self.b + self.phi) + self.staged_prompts(s.copies)
         return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.state(s)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:

@@ -347,9 +347,21 @@ def kv_tokens_per_copy(
     context_sd = moments.resident_context_sd * model.cached_growth(context)
     spread = assumptions.kv_headroom_z * math.sqrt(requests) * context_sd
     decoding = requests * model.cached_tokens(context) + spread
-    if mix.role is Role.DECODE:
-        return decoding + moments.mean_prompt  # one prompt whose KV is arriving
-    return decoding + prompt_tokens_per_copy(model, moments, mix, micro_batches)
+    own = decoding + prompt_tokens_per_copy(model, moments, mix, micro_batches)
+    handed_over = handed_over_per_copy(mix, micro_batches)
+    return own + handed_over * model.cached_tokens(moments.mean_prompt) if handed_over else own
+
+
+def handed_over_per_copy(mix: Mix, micro_batches: int) -> float:
+    """Return N, the whole prompts that a copy holds between prefill and decode; 0 for a unified replica.
+
+    On a decode replica they have their blocks and do not decode yet; on a prefill replica they have not landed yet. How
+    many come to a decode replica at once depends on the replicas that send them, which its memory must not: ``sqrt(D
+    b)`` is what simulated plans held (`docs/cost-model.md`, "Prompts between two replicas").
+    """
+    if mix.role is Role.UNIFIED:
+        return 0.0
+    return math.sqrt(micro_batches * mix.micro_batch) if mix.role is Role.DECODE else 1.0
 
 
 def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
@@ -365,9 +377,9 @@ def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix,
 def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> float:
     """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
 
-    These are the D b requests that decode, those that are being prefilled, and one that arrives at a decode replica.
+    These are the D b requests that decode, those that are being prefilled, and the N that are handed over.
     """
-    requests = micro_batches * (mix.micro_batch + mix.chunk_share) + (1 if mix.role is Role.DECODE else 0)
+    requests = micro_batches * (mix.micro_batch + mix.chunk_share) + handed_over_per_copy(mix, micro_batches)
     return requests * model.state_bytes()
 
 

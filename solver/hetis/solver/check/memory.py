@@ -57,8 +57,19 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     decoding = D * b * model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
     headroom *= model.cached_growth(moments.resident_context)
-    arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
-    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + arriving
+    whole_prompts = staged_prompts_of_a_copy(setting, copies) * model.cached_tokens(moments.mean_prompt)
+    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+
+
+def staged_prompts_of_a_copy(setting: Setting, copies: int) -> float:
+    """Return N, the prompts on their way from a prefill to a decode replica that a copy holds as a whole."""
+    match setting.role:
+        case Role.UNIFIED:
+            return 0.0
+        case Role.PREFILL:
+            return 1.0
+        case Role.DECODE:
+            return float((micro_batches_of_a_copy(setting, copies) * setting.micro_batch) ** 0.5)
 
 
 def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
@@ -77,7 +88,7 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
 def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return a rank's bytes of the states that linear attention keeps for each request."""
     D = micro_batches_of_a_copy(setting, stage.copies)
-    requests = D * setting.micro_batch + D * setting.chunk_share + (1 if setting.role is Role.DECODE else 0)
+    requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
     return _all_layers(setting, stage, is_first, is_last) * requests * setting.model.state_bytes() / stage.tp
 
 
