@@ -21,12 +21,12 @@ from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
 from hetis.planner.use_cases.robustness.groups import structure_of
 from hetis.planner.use_cases.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
-from hetis.planner.use_cases.robustness.ranges import MOST_ERROR, predicted
+from hetis.planner.use_cases.robustness.ranges import predicted
 from hetis.planner.use_cases.robustness.regions import outside_regions
 from hetis.planner.use_cases.robustness.study import Robustness, study
 from hetis.planner.use_cases.sources import MODELLED, default_profile, load_inputs
 from hetis.profiler.engines import for_engine
-from hetis.profiler.ranges import UNKNOWN_ERROR
+from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
