@@ -172,9 +172,9 @@ def measured_tables(relative: Mapping[str, Sequence[Points]]) -> Tables:
         sources = tuple(name for name in _GPUS if name in by_gpu)
         operators.append(Operator(name=op, points=by_gpu, sources=sources, fit=_pieces_of, family="device"))
     pcie = {
-        name: joined(chosen)
+        name: joined(reduces)
         for name, found in relative.items()
-        if not gpus[name].nvlink_bytes_per_s and (chosen := _few_gpus(found))
+        if not gpus[name].nvlink_bytes_per_s and (reduces := _few_gpus(found))
     }
     hosts = tuple(name for name in _PCIE_HOSTS if name in pcie)
     operators.append(
@@ -205,7 +205,7 @@ def without(measured: Tables, gpu: GpuType, relative: str) -> Efficiencies:
     Operators that no other GPU of its architecture has are those of ``relative``, or of any other architecture if that
     has none either.
     """
-    ops, links = {}, dict(shipped().links)
+    ops, links = dict[str, OpEfficiency](), dict(shipped().links)
     for name in measured.operators:
         found = measured.relatives(name, gpu.name)
         if not found:
