@@ -53,7 +53,7 @@ def test_measured_architectures_keep_the_bars(architecture: str) -> None:
 def test_a_missing_table_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "efficiency.json"
     assert efficiency.main(["--data", str(tmp_path), "--out", str(out)]) == 1
-    assert str(tmp_path / "aic_a100_sxm_comm.csv.gz") in capsys.readouterr().err
+    assert str(tmp_path / "vidur_collectives.csv.gz") in capsys.readouterr().err
     assert not out.exists()
 
 
