@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,28 @@ import numpy as np
 
 from hetis.formats import catalogue, dtypes
 from hetis.formats.histogram import length_bins
+from hetis.formats.model import load_model
 from hetis.solver.cluster import GpuType
 from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
 
 GIB = 2**30
+_CONFIGS = Path(__file__).parents[1] / "tests" / "formats" / "huggingface"
+# Billions of all and of active parameters, as the model cards say.
+_PUBLISHED_B = {
+    "deepseek-ai/DeepSeek-V3.2": (671, 37),
+    "zai-org/GLM-4.5": (355, 32),
+    "zai-org/GLM-5": (744, 40),
+    "moonshotai/Kimi-K2.5": (1026, 32),
+    "MiniMaxAI/MiniMax-M2.5": (229, 10),
+    "Qwen/Qwen3.5-27B": (27.4, 27.4),
+    "Qwen/Qwen3.5-397B-A17B": (397, 17),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (31.1, 3),
+    "google/gemma-3-1b-it": (1.0, 1.0),
+    "google/gemma-3-27b-it": (27.4, 27.4),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (108, 17),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (400, 17),
+    "mistralai/Mistral-Large-3-675B-Instruct-2512": (675, 41),
+}
 MAX_BINS = 600
 # Boards whose GPUs are all connected by NVLink, Infinity Fabric or RoCE; on PCIe boards a bridge connects only two.
 _SWITCHED = re.compile(r"SXM|^GB\d|^GH\d|^H20$|^MI\d|^Gaudi")
@@ -34,7 +53,7 @@ def build(data: Path) -> dict[str, str]:
     """Return the text of every catalogue file by its name below ``catalogue/data``."""
     files = {
         "gpus.json": _rows("gpus", [_gpu(row) for row in _table(data / "gpus.csv")]),
-        "models.json": _rows("models", [_model(row) for row in _table(data / "models.csv")]),
+        "models.json": _rows("models", [*(_model(row) for row in _table(data / "models.csv")), *_of_configs()]),
     }
     names = []
     for row in _table(data / "traces" / "index.csv"):
@@ -152,6 +171,23 @@ def _model(row: dict[str, str]) -> dict[str, Any]:
         "active_params_b": float(row["active_params_b"]),
         "source": row["source"],
     }
+
+
+def _of_configs() -> Iterator[dict[str, Any]]:
+    """Yield the models that the tables lack, from the ``config.json`` published with them."""
+    for name, (params_b, active_params_b) in _PUBLISHED_B.items():
+        path = _CONFIGS / f"{name.replace('/', '__')}.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model = dataclasses.replace(load_model(path), name=name)
+        if not abs(model.params() / 1e9 - params_b) <= 0.01 * params_b:
+            raise ValueError(f"{path}: {model.params() / 1e9:.1f} billion parameters, published are {params_b}")
+        yield {
+            "model": _given(model),
+            "dtype": "+".join(filter(None, (config.get("torch_dtype", "bfloat16"), model.weights))),
+            "params_b": params_b,
+            "active_params_b": active_params_b,
+            "source": "config.json and model card",
+        }
 
 
 def _given(shape: Any) -> dict[str, Any]:

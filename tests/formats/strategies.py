@@ -16,7 +16,16 @@ from hetis.formats.tenants import FleetTenant, FleetTenants
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Link, Network, NodeGroup
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
-from hetis.solver.model import AttentionKind, GpuPrecision, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import (
+    AttentionKind,
+    DraftShape,
+    GpuPrecision,
+    IndexerShape,
+    LinearShape,
+    MlaShape,
+    ModelSpec,
+    MoeShape,
+)
 from hetis.solver.plan import (
     AttentionWorkerPool,
     ClassPrice,
@@ -180,6 +189,7 @@ def models(draw: st.DrawFn) -> ModelSpec:
         gated_attention=draw(st.booleans()),
         vision_params=draw(st.integers(0, 10**9)),
         linear=draw(st.none() | linear_layers(layers)),
+        draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
         indexer=draw(st.none() | INDEXERS) if latent and mla.q_lora_rank is not None else None,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
@@ -202,6 +212,7 @@ WORKLOADS = st.builds(
     ).map(tuple),
     rate_rps=st.none() | st.floats(min_value=1e-6, max_value=1e6),
     clipped_ratio=st.floats(min_value=0, max_value=1),
+    prefix_hit_rate=st.just(0.0) | st.floats(min_value=0, max_value=1, exclude_max=True),
 )
 
 PIECES = st.builds(Piece, **dict.fromkeys(("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire"), NOT_NEGATIVE))

@@ -17,22 +17,10 @@ FOLDER = Path(__file__).parent / "huggingface"
 CONFIGS = sorted(FOLDER.glob("*.json"))
 KNOWN = {entry.model.name for entry in catalogue.models()}
 PUBLISHED_B: dict[str, tuple[float, float | None]] = {  # billions, from the model cards; also the active ones if exact
-    "MiniMaxAI/MiniMax-M2.5": (229, None),
     "google/gemma-7b": (8.54, 8.54),
     "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.66),
     "Qwen/Qwen2-57B-A14B": (57.4, 14.2),
     "TheBloke/Llama-2-70B-AWQ": (68.98, 68.98),
-    "moonshotai/Kimi-K2.5": (1026, 32.9),
-    "zai-org/GLM-4.5": (355, None),
-    "Qwen/Qwen3.5-397B-A17B": (397, 17.3),
-    "Qwen/Qwen3.5-27B": (27.4, 26.9),
-    "Qwen/Qwen3-VL-30B-A3B-Instruct": (31.1, 3.35),
-    "deepseek-ai/DeepSeek-V3.2": (671, None),
-    "zai-org/GLM-5": (744, None),
-    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (400, 17.2),
-    "google/gemma-3-27b-it": (27.4, 27.0),
-    "google/gemma-3-1b-it": (1.0, 1.0),
-    "mistralai/Mistral-Large-3-675B-Instruct-2512": (675, None),
 }
 
 

@@ -24,7 +24,8 @@ from hetis.planner.use_cases.robustness.perturbing import corners, perturbed, sc
 from hetis.planner.use_cases.robustness.ranges import predicted
 from hetis.planner.use_cases.robustness.regions import outside_regions
 from hetis.planner.use_cases.robustness.study import Robustness, study
-from hetis.planner.use_cases.sources import MODELLED, default_profile, load_inputs
+from hetis.planner.use_cases.sources import load_inputs
+from hetis.profiler.defaults import MODELLED, default_profile
 from hetis.profiler.engines import for_engine
 from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile

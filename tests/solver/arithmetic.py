@@ -64,9 +64,12 @@ class Numbers:
         self.problem, self.model, self.role = problem, problem.model, role
         self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.b, self.M, self.C = b, M, C
-        P, O = self.moments.mean_prompt, self.moments.mean_output
-        self.nc = P / C if role is not Role.DECODE else 0.0
-        self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b - self.nc)
+        Q, O = self.moments.mean_computed, self.moments.mean_output
+        self.nc = Q / C if role is not Role.DECODE else 0.0
+        draft = problem.model.draft
+        self.q = 1 + draft.tokens if draft else 1  # tokens of a decoding request
+        emitted = sum(draft.acceptance**i for i in range(self.q)) if draft else 1.0
+        self.nd = 0.0 if role is Role.PREFILL else max(0.0, O / b / emitted - self.nc)
         self.n_it = self.nc + self.nd
         self.phi = self.nc / self.n_it
         # The oracle asks for the same layer in stages of every length, and layers ask for the same fits.
@@ -113,19 +116,20 @@ class Numbers:
 
     def prefill(self, s: Stage) -> float:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
-        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
         F = m.attention_flops(C * a, heads)
         if m.linear:
             F += C * m.linear.token_flops * m.linear.layers / m.num_layers / s.tp
         return self.fit(s.gpu, Op.PREFILL_ATTENTION, s.tp, F=F, B=B, T=C, H=C * heads)
 
-    def decode(self, gpu: str, n: int, pairs: int, s: Stage) -> float:
+    def decode(self, gpu: str, n: int, pairs: int, s: Stage, queries: int = 0) -> float:
         """Attention of so many (request, group) pairs, of groups as the stage's ranks see them."""
         if pairs == 0:
             return 0.0
         m = self.model
         y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
+        rr *= queries or self.q
         flops = m.decode_attention_flops(y, pairs * rr)
         B = pairs * y * m.kv_bytes_per_token_group() + 2 * pairs / groups_of_rank(m, s.tp) * self.state(s)
         return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=B, H=pairs * rr)
@@ -159,10 +163,11 @@ class Numbers:
         return max(self.message(s.gpu, s.tp, B, pool.link), self.message(pool.gpu, 1, B / pool.cards, pool.link))
 
     def plain(self, s: Stage, is_prefix: bool = False) -> float:
-        return self.dense(s, self.b, is_prefix) + 2 * self.reduce(s, self.b) + self.attention(s)
+        tokens = self.b * self.q
+        return self.dense(s, tokens, is_prefix) + 2 * self.reduce(s, tokens) + self.attention(s)
 
     def chunk(self, s: Stage, is_prefix: bool = False) -> float:
-        both = self.b + self.C
+        both = self.b * self.q + self.C
         rest = 2 * self.reduce(s, both) + self.prefill(s) + self.attention(s)
         late = 0.0
         if s.pool is not None:
@@ -175,7 +180,7 @@ class Numbers:
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
             B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
-            return self.nc * self.message(s.gpu, s.tp, B, s.kv_link)
+            return P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
@@ -196,11 +201,11 @@ class Numbers:
     def stage_seconds(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         """u"""
         with_chunk, without = (
-            self.ends(s, self.b + self.C, 1, is_first, is_last),
-            self.ends(s, self.b, 0, is_first, is_last),
+            self.ends(s, self.b * self.q + self.C, 1, is_first, is_last),
+            self.ends(s, self.b * self.q, 0, is_first, is_last),
         )
         one = replace(s, layers=1)
-        u = s.layers * self.layer(one) + self.nc * with_chunk + self.nd * without
+        u = (s.layers + self.drafting(is_last)) * self.layer(one) + self.nc * with_chunk + self.nd * without
         return u + (self.model.prefix_layers * self.layer(one, is_prefix=True) if is_first else 0.0)
 
     def chunk_seconds(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
@@ -209,8 +214,13 @@ class Numbers:
             return 0.0
         one = replace(s, layers=1)
         wire = self.wire(one) / self.nc
-        total = s.layers * max(self.chunk(one), wire) + self.ends(s, self.b + self.C, 1, is_first, is_last)
+        layers, tokens = s.layers + self.drafting(is_last), self.b * self.q + self.C
+        total = layers * max(self.chunk(one), wire) + self.ends(s, tokens, 1, is_first, is_last)
         return total + (self.model.prefix_layers * max(self.chunk(one, is_prefix=True), wire) if is_first else 0.0)
+
+    def drafting(self, is_last: bool) -> int:
+        """Layers of the stage that draft."""
+        return 1 if self.model.draft and is_last else 0
 
     def ends(self, s: Stage, T: int, rows: int, is_first: bool, is_last: bool) -> float:
         """Hop, step and LM head of one iteration with T tokens, of which b and ``rows`` more need logits."""
@@ -219,11 +229,20 @@ class Numbers:
         if not is_first:
             total += self.message(s.gpu, s.tp, T * m.hidden * m.activation_bytes, s.hop_link) + s.hop_link.latency_s
         if is_last:
-            outputs, table = self.b + rows, m.vocab * m.hidden
-            B = table * m.embedding_bytes / s.tp + outputs * m.hidden * m.activation_bytes
-            total += self.fit(s.gpu, Op.DENSE, s.tp, F=2 * outputs * table / s.tp, B=B, T=outputs)
-            total += self.fit(s.gpu, Op.SAMPLE, s.tp, T=outputs)
+            total += self.head(s, self.b * self.q + rows)
+        if is_last and m.draft and self.b:  # the first pass is a layer like any other
+            pairs, one = self.b * groups_of_rank(m, s.tp), replace(s, layers=1, pool=None)
+            again = self.dense(one, self.b, False) + 2 * self.reduce(one, self.b)
+            again += self.decode(s.gpu, s.tp, pairs, s, queries=1)
+            total += (m.draft.tokens - 1) * again + m.draft.tokens * self.head(s, self.b)
         return total
+
+    def head(self, s: Stage, outputs: int) -> float:
+        m = self.model
+        table = m.vocab * m.hidden
+        B = table * m.embedding_bytes / s.tp + outputs * m.hidden * m.activation_bytes
+        product = self.fit(s.gpu, Op.DENSE, s.tp, F=2 * outputs * table / s.tp, B=B, T=outputs)
+        return product + self.fit(s.gpu, Op.SAMPLE, s.tp, T=outputs)
 
     def slack(self, s: Stage, K: int) -> float:
         """sigma"""
@@ -244,7 +263,7 @@ class Numbers:
 
     def delta(self) -> float:
         m = self.model
-        a = self.moments.prefill_pairs / self.moments.mean_prompt
+        a = self.moments.prefill_pairs / self.moments.mean_computed
 
         def f(x: float) -> float:
             return m.attention_flops(m.attended_tokens(x), m.q_heads)
@@ -274,8 +293,8 @@ class Numbers:
             return 0.0
         q = self.problem.assumptions.planned_utilisation * self.phi
         pw = q ** (math.sqrt(2 * (self.M + 1)) - 1)
-        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.prompt_cv2) / 2 * max(0.0, math.log(20 * pw))
-        return math.ceil(self.moments.p95_prompt / self.C) + wait
+        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.computed_cv2) / 2 * max(0.0, math.log(20 * pw))
+        return math.ceil(self.moments.p95_computed / self.C) + wait
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()
@@ -321,26 +340,29 @@ class Numbers:
         )
         table = m.vocab * m.hidden * m.embedding_bytes / n
         total = float(self.problem.profiles[s.gpu].reserve_bytes)
-        total += (self.b + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n)
+        total += (self.b * self.q + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n)
         total += s.layers * m.layer_params() * m.weight_bytes / n
         if is_first:
             total += table + m.prefix_layers * m.dense_layer_params() * m.weight_bytes / n
             total += m.vision_params * m.embedding_bytes / n
         if is_last:
-            total += 4 * max(self.b, 1) * m.vocab / n + (0.0 if is_first and m.tie_embeddings else table)
+            total += 4 * max(self.b * self.q, 1) * m.vocab / n + (0.0 if is_first and m.tie_embeddings else table)
+            if m.draft:
+                total += (m.layer_params() + 2 * m.hidden**2) * m.weight_bytes / n
         return total
 
     def rank_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         kept, given = self.kept_and_given(s)
         held = kept * self.kv_tokens(s.copies) + given * (self.prompt_tokens(s.copies) if given else 0.0)
-        kv = self.layers_of(s, is_first) * held * self.model.kv_bytes_per_token_group()
-        kv += self.state_bytes(s, is_first)
+        layers = self.layers_of(s, is_first) + self.drafting(is_last)
+        kv = layers * held * self.model.kv_bytes_per_token_group()
+        kv += self.state_bytes(s, is_first, is_last)
         return self.fixed_bytes(s, is_first=is_first, is_last=is_last) + kv
 
-    def state_bytes(self, s: Stage, is_first: bool) -> float:
+    def state_bytes(self, s: Stage, is_first: bool, is_last: bool) -> float:
         """States of all requests that a rank holds."""
         requests = self.held(s.copies) * (self.b + self.phi) + (1 if self.role is Role.DECODE else 0)
-        return self.layers_of(s, is_first) * requests * self.state(s)
+        return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.state(s)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
         reserve = self.problem.profiles[pool.gpu].reserve_bytes
@@ -349,10 +371,10 @@ class Numbers:
     def kv_room(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         """Tokens whose KV fits on all copies of the stage."""
         kept, given = self.kept_and_given(s)
-        kvb, layers = self.model.kv_bytes_per_token_group(), self.layers_of(s, is_first)
+        kvb, layers = self.model.kv_bytes_per_token_group(), self.layers_of(s, is_first) + self.drafting(is_last)
         free = self.problem.profiles[s.gpu].usable_bytes - self.fixed_bytes(s, is_first=is_first, is_last=is_last)
         free -= layers * given * self.prompt_tokens(s.copies) * kvb if given else 0.0
-        free -= self.state_bytes(s, is_first)
+        free -= self.state_bytes(s, is_first, is_last)
         room = free / (layers * kept * kvb) if kept else math.inf
         if s.pool is not None:
             profile = self.problem.profiles[s.pool.gpu]
@@ -363,6 +385,9 @@ class Numbers:
     def fits(self, s: Stage, *, is_first: bool, is_last: bool) -> bool:
         profiles = self.problem.profiles
         if self.rank_bytes(s, is_first=is_first, is_last=is_last) > profiles[s.gpu].usable_bytes:
+            return False
+        blocks = self.problem.family.engine_settings.kv_blocks
+        if blocks is not None and self.kv_tokens(s.copies) > blocks * self.problem.assumptions.block_tokens:
             return False
         pool = s.pool
         return pool is None or self.worker_bytes(s, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes

@@ -22,7 +22,7 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link, Network
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as search
 from hetis.solver.placement.configurations import configurations
 from hetis.solver.placement.options import kept_bytes
@@ -62,8 +62,18 @@ MODELS = (
         mla=MlaShape(kv_lora_rank=24, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, q_lora_rank=32),
         indexer=IndexerShape(top_tokens=64, heads=4, head_dim=8, key_bytes=12.0),
     ),
+    replace(
+        make_model(q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256)),
+        draft=DraftShape(tokens=2, acceptance=0.5),
+    ),
 )
-WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
+WORKLOADS = (
+    make_workload((120, 40)),
+    make_workload((300, 20), (60, 90)),
+    make_workload((900, 5), (20, 200)),
+    replace(make_workload((300, 20), (60, 90)), prefix_hit_rate=0.4),
+    replace(make_workload((900, 5), (20, 200)), prefix_hit_rate=0.97),
+)
 FAMILY = Family(
     max_copies=3, max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
@@ -231,7 +241,7 @@ def test_the_simulator_has_the_room_that_is_left(one: Drawn) -> None:
     numbers, ends = one.numbers, {"is_first": one.is_first, "is_last": one.is_last}
     profile = one.problem.profiles["A"]
     free = profile.usable_bytes - numbers.fixed_bytes(one.stage, **ends)
-    free -= numbers.state_bytes(one.stage, one.is_first)
+    free -= numbers.state_bytes(one.stage, **ends)
     if one.stage.pool is not None:
         prompts = one.stage.pool.head_groups * numbers.prompt_tokens(one.stage.copies)
         free -= numbers.layers_of(one.stage, one.is_first) * prompts * one.problem.model.kv_bytes_per_token_group()
@@ -247,11 +257,14 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
     if s.pool is not None and one.problem.model.prefix_layers and one.is_first:
         return  # what is late is the mean over all layers there
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
-    found = StageTiming(one.problem, one.shape, **ends)
-    a = moments.prefill_pairs / moments.mean_prompt
+    steps = model.emitted_tokens
+    found = StageTiming(one.problem, one.shape, **ends, steps=steps)
+    a = moments.prefill_pairs / moments.mean_computed
     read = model.attended_tokens(a)
     context = model.attended_tokens(moments.resident_context)
-    with_chunk = found.seconds(b, b * context, C, C * read, read + C / 2, b + 1)
+    if steps != 1.0 and abs(C / steps - round(C / steps)) > 1e-9:
+        steps = found.steps = 1.0  # a whole iteration at once
+    with_chunk = found.seconds(b, b * context, round(C / steps), C / steps * read, read + C / 2, b + 1)
     plain = found.seconds(b, b * context, 0, 0.0, 0.0, b)
     if s.pool is not None:
         workers = PoolTiming(one.problem, found, cards=s.pool.cards)
@@ -263,7 +276,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
         with_chunk += found.layers * (attention + workers.late_s(shipped, groups, layer_s + attention))
         plain += found.layers * attention
     expected = numbers.stage_seconds(s, **ends)
-    assert numbers.nc * with_chunk + numbers.nd * plain == near(expected)
+    assert steps * (numbers.nc * with_chunk + numbers.nd * plain) == near(expected)
 
 
 # --- templates of the search
@@ -369,7 +382,7 @@ def test_the_search_finds_the_same_room(found: tuple[PlacementProblem, Atlas, Te
         reserve = numbers.problem.profiles[stage.gpu].reserve_bytes
         assert fixed + reserve == near(numbers.fixed_bytes(stage, **ends))
         kept = kept_bytes(t, template.mix, template.in_flight_index, one.rank, one.copies, one.pool_groups)
-        layers = numbers.layers_of(stage, i == 0)
+        layers = numbers.layers_of(stage, i == 0) + numbers.drafting(i == last)
         assert fixed + reserve + layers * kept == near(numbers.rank_bytes(stage, **ends))
         fits = [layers for layers in range(1, repeated + 1) if numbers.fits(replace(stage, layers=layers), **ends)]
         assert search.room_layers(atlas, template, i) == max(fits, default=0)
@@ -381,7 +394,7 @@ def test_all_know_the_same_latencies_whether_prompts_wait_or_not(workload: Workl
     for b, M, C in itertools.product((1, 8, 64), (1, 2, 8, 32), (16, 256, 2048)):
         numbers = Numbers(problem, role=Role.UNIFIED, b=b, M=M, C=C)
         setting = Rederivation(problem).setting(micro_batch=b, in_flight=M, chunk_tokens=C)
-        mix = cost.mix_of(numbers.moments, micro_batch=b, chunk_tokens=C)
+        mix = cost.mix_of(numbers.model, numbers.moments, micro_batch=b, chunk_tokens=C)
         trips = near(numbers.ttft_round_trips())
         assert timing.ttft_round_trips(setting) == trips
         assert cost.ttft_round_trips(numbers.moments, problem.assumptions, mix, M) == trips

@@ -28,7 +28,7 @@ def card(one: Drawn, gpu: str, tp: int) -> cost.DeviceCost:
 
 
 def mix_of(one: Drawn) -> cost.Mix:
-    return cost.mix_of(one.numbers.moments, micro_batch=one.b, chunk_tokens=one.C)
+    return cost.mix_of(one.problem.model, one.numbers.moments, micro_batch=one.b, chunk_tokens=one.C)
 
 
 @given(drawn(), st.integers(1, 700))
@@ -44,7 +44,8 @@ def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
     assert rank.decode_attention_s(0.0, rr) == 0.0
     for num_bytes in (0.0, 1.0, 1e3 * tokens):
         assert rank.transfer_s(num_bytes, link) == near(numbers.message(s.gpu, s.tp, num_bytes, link))
-    step_s, head_s = rank.step_s(float(one.b)), rank.head_s(float(one.b))
+    outputs = float(mix_of(one).decode_tokens)
+    step_s, head_s = rank.step_s(float(one.b)), rank.head_s(outputs) + rank.drafting_s(float(one.b))
     ends = {"is_first": True, "is_last": False}
     assert step_s == near(numbers.ends(s, one.b, 0, **ends))
     assert step_s + rank.hop_s(float(one.b), link) == near(numbers.ends(s, one.b, 0, is_first=False, is_last=False))
@@ -98,16 +99,21 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     held = numbers.held(s.copies)
     assert cost.kv_tokens_per_copy(model, moments, assumed, mix, held) == near(numbers.kv_tokens(s.copies))
     assert cost.prompt_tokens_per_copy(model, moments, mix, held) == near(numbers.prompt_tokens(s.copies))
-    states = cost.state_bytes_per_copy(model, mix, held) / s.tp * numbers.layers_of(s, one.is_first)
-    assert states == near(numbers.state_bytes(s, one.is_first))
+    states = (
+        cost.state_bytes_per_copy(model, mix, held)
+        / s.tp
+        * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
+    )
+    assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
     assert cost.tpot_per_interval(moments, mix, one.M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(moments, assumed, mix, one.M) == near(numbers.ttft_round_trips())
-    fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(one.b + one.C))
+    fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(mix.decode_tokens + one.C))
     fixed += s.layers * rank.layer_bytes()
     if one.is_first:
         fixed += rank.prefix_bytes() + rank.embedding_bytes() + rank.vision_bytes()
     if one.is_last:
-        fixed += rank.logit_bytes(one.b) + (0.0 if one.is_first and model.tie_embeddings else rank.embedding_bytes())
+        fixed += rank.draft_bytes() + rank.logit_bytes(mix.decode_tokens)
+        fixed += 0.0 if one.is_first and model.tie_embeddings else rank.embedding_bytes()
     assert fixed == near(numbers.fixed_bytes(s, is_first=one.is_first, is_last=one.is_last))
     profile = one.problem.profiles[s.gpu]
     assert rank.room_bytes() == profile.usable_bytes - profile.reserve_bytes

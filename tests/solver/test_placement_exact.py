@@ -18,7 +18,7 @@ from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, MoeShape
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape
 from hetis.solver.placement import search
 from hetis.solver.placement.outcome import Outcome
 from hetis.solver.placement.passes import solve_exactly
@@ -119,6 +119,7 @@ KINDS_OF_LAYERS = {
     ),
     "windows": replace(make_model(), sliding_window=64, sliding_layers=4),
     "kept windows": replace(make_model(), sliding_window=64, sliding_layers=4, windows_free_kv=False),
+    "drafts": replace(make_model(), draft=DraftShape(tokens=2, acceptance=0.8)),
     "indexer": replace(
         make_model(kv_heads=4),
         attention=AttentionKind.MLA,

@@ -83,6 +83,7 @@ class Layout:
         kv_tokens: KV capacity in tokens.
         kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
         has_windows_in_some: layers with a sliding window and layers without have KV of their own kinds.
+        draft_tokens: tokens that multi-token prediction drafts for a request in an iteration.
         context_tokens: the longest request that fits into the KV capacity. None: the model's context is no longer.
         dtype: of model and KV where its GPUs would each choose another; ``auto`` leaves it to the engine.
     """
@@ -100,6 +101,7 @@ class Layout:
     kv_tokens: int
     kv_is_fp8: bool = False
     has_windows_in_some: bool = False
+    draft_tokens: int = 0
     context_tokens: int | None = None
     dtype: str = "auto"
 
@@ -283,6 +285,7 @@ def layout_of_replica(
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
+        draft_tokens=model.step_tokens - 1,
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),

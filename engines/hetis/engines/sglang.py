@@ -36,6 +36,10 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--max-total-tokens"] = str(layout.kv_tokens)
         if layout.context_tokens is not None:
             told["--context-length"] = str(layout.context_tokens)
+    if layout.draft_tokens:
+        told |= {"--speculative-algorithm": "EAGLE", "--speculative-eagle-topk": "1"}
+        told["--speculative-num-steps"] = str(layout.draft_tokens)
+        told["--speculative-num-draft-tokens"] = str(layout.draft_tokens + 1)
     if layout.role is not Role.UNIFIED:
         told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:

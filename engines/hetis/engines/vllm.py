@@ -32,7 +32,7 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
     """
     given = {
         "--max-num-seqs": str(layout.seats),
-        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats),
+        "--max-num-batched-tokens": str(layout.chunk_tokens + layout.seats * (1 + layout.draft_tokens)),
     }
     room = {name: value for name, value in given.items() if not serving.gives(name)}
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
@@ -44,6 +44,8 @@ def room_options(layout: Layout, serving: Serving) -> dict[str, str]:
         # vLLM does not start if a request of the model's full context would not fit.
         if layout.context_tokens is not None and not serving.gives("--max-model-len"):
             room["--max-model-len"] = str(layout.context_tokens)
+    if layout.draft_tokens and not serving.gives("--speculative-config"):
+        room["--speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": layout.draft_tokens})
     if connector := connector_of(layout):
         room["--kv-transfer-config"] = json.dumps(connector)
     if layout.workers and serving.device == "cuda":  # on a CPU the plugin replaces the only backend

@@ -15,7 +15,7 @@ from hetis.formats.errors import DocumentError, Problem, shown, single_problem
 from hetis.formats.fields import API_VERSION, DocumentPart, Title
 from hetis.formats.loading import read_data, validated
 from hetis.formats.positions import Text
-from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 WholeOrZero = Annotated[int, Field(ge=0, le=10**9)]
@@ -73,6 +73,15 @@ class IndexerPart(DocumentPart):
     key_bytes: Annotated[float, Field(gt=0, le=1e6)]
 
 
+class DraftPart(DocumentPart):
+    """Multi-token prediction: ``tokens`` drafted per iteration, each accepted with probability ``acceptance`` if all
+    before it were.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=16)]
+    acceptance: Annotated[float, Field(ge=0, le=1)]
+
+
 class PrecisionPart(DocumentPart):
     """The precision in which one GPU type holds the model; what is not given is as on the other GPUs."""
 
@@ -120,12 +129,13 @@ class ModelSpecDocument(DocumentPart):
     sliding_layers: Annotated[int | None, Field(ge=1, le=10_000)] = None
     windows_free_kv: bool = True
     gated_attention: bool = False
-    vision_params: WholeOrZero = 0
+    vision_params: Annotated[int, Field(ge=0, le=10**12)] = 0
     float16: bool = True
     mla: MlaPart | None = None
     moe: MoePart | None = None
     linear: LinearPart | None = None
     indexer: IndexerPart | None = None
+    draft: DraftPart | None = None
     forbidden_cuts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     precisions: dict[str, PrecisionPart] = Field(default_factory=dict, max_length=100)
 
@@ -135,6 +145,7 @@ _SHAPES: Mapping[str, type[DocumentPart]] = {
     "moe": MoePart,
     "linear": LinearPart,
     "indexer": IndexerPart,
+    "draft": DraftPart,
 }
 
 
@@ -179,6 +190,22 @@ def parse_model(data: Any, source: Text) -> ModelSpec:
         DocumentError: with every problem of the document.
     """
     return validated(ModelSpecDocument, data, source, to_value=_to_model, check=_check_model)
+
+
+def drafts(text: str) -> DraftShape:
+    """Return the drafts of a text: ``1:0.85`` is one token per iteration, accepted in 85% of all cases.
+
+    Raises:
+        ValueError: the text says something else.
+    """
+    number, _, rate = text.partition(":")
+    try:
+        draft = DraftPart(tokens=int(number), acceptance=float(rate))
+    except ValueError:
+        raise ValueError(
+            f"{text[:80]!r} is not TOKENS:ACCEPTANCE, 1 to 16 tokens and a rate of 0 to 1, such as 1:0.85"
+        ) from None
+    return DraftShape(**dict(draft))
 
 
 def model_to_data(model: ModelSpec) -> dict[str, Any]:
@@ -243,6 +270,7 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
         moe=MoeShape(**dict(document.moe)) if document.moe else None,
         linear=LinearShape(**dict(document.linear)) if document.linear else None,
         indexer=IndexerShape(**dict(document.indexer)) if document.indexer else None,
+        draft=DraftShape(**dict(document.draft)) if document.draft else None,
         forbidden_cuts=frozenset(document.forbidden_cuts),
     )
     model = dtypes.with_weight_bytes(model, weight_bytes or dtypes.layer_weight_bytes(document.dtype, model))

@@ -17,7 +17,8 @@ def rank_room_bytes(setting: Setting, shape: StageShape, *, is_first: bool, is_l
     """
     usable = setting.problem.profiles[shape.gpu].usable_bytes
     taken = rank_fixed_bytes(setting, shape, is_first=is_first, is_last=is_last)
-    taken += rank_prompt_bytes(setting, shape, is_first=is_first) + rank_state_bytes(setting, shape, is_first=is_first)
+    taken += rank_prompt_bytes(setting, shape, is_first=is_first)
+    taken += rank_state_bytes(setting, shape, is_first=is_first, is_last=is_last)
     return max(0.0, usable - taken)
 
 

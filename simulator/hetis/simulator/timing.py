@@ -25,7 +25,7 @@ def fit_of(profile: Profile, op: Op, model: ModelSpec, tp: int) -> Fit:
 
 def pair_pieces(profile: Profile, model: ModelSpec, tp: int, queries_per_group: int) -> list[AttentionPiece]:
     """Return one layer's decode attention per (request, head group) pair on one card, and per token attended to."""
-    flops = model.decode_attention_flops(1.0, float(queries_per_group))
+    flops = model.decode_attention_flops(1.0, float(queries_per_group * model.step_tokens))
     return [
         (p.fixed_s, p.head_s * queries_per_group, p.flop_s * flops + p.byte_s * model.kv_bytes_per_token_group())
         for p in _decode_pieces(profile, model, tp)
@@ -37,19 +37,31 @@ def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, 
 
 
 class StageTiming:
-    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool."""
+    """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool.
 
-    __slots__ = ("_chunk", "_decode", "_dense", "_head", "_is_first", "_is_last", "_table", "cost", "layers", "shape")
+    ``steps``: into which an iteration is divided, see `seconds`.
+    """
 
-    def __init__(self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool) -> None:
+    __slots__ = (
+        "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
+        "_table", "cost", "layers", "shape", "steps",
+    )  # fmt: skip
+
+    def __init__(
+        self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0
+    ) -> None:
+        self.steps = steps
         model, profile = problem.model, problem.profiles[shape.gpu]
         rank = rank_shape(model, shape.tp)
         assert rank is not None, "the plan's structure was checked"
         moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.shape, self._is_first, self._is_last = shape, is_first, is_last
         self.cost = DeviceCost(model, profile, moments, rank, shape.intra_link)
-        self.layers = shape.layers + (model.prefix_layers if is_first else 0)
-        self._dense = float(shape.layers), float(model.prefix_layers if is_first else 0)
+        drafting = model.draft_layers if is_last else 0
+        self.layers = shape.layers + (model.prefix_layers if is_first else 0) + drafting
+        self._dense = float(shape.layers + drafting), float(model.prefix_layers if is_first else 0)
+        self._step_tokens = model.step_tokens
+        self._drafting: dict[int, float] = {0: 0.0}
         self._table: dict[int, float] = {}
         self._head: dict[int, float] = {0: 0.0}
         n, groups = self.layers, rank.groups
@@ -59,7 +71,7 @@ class StageTiming:
             # Linear attention reads and writes the state of each request again.
             states = [p.byte_s * 2.0 * model.state_bytes() / shape.tp for p in _decode_pieces(profile, model, shape.tp)]
             self._decode = tuple(
-                (n * c, n * (groups * h + state), n * groups * t)
+                (n * c, n * (model.step_tokens * groups * h + state), n * groups * t)
                 for (c, h, t), state in zip(pieces, states, strict=True)
             )
         heads, state_flops = model.q_heads / shape.tp, model.state_flops() / shape.tp
@@ -78,13 +90,26 @@ class StageTiming:
     ) -> float:
         """Return the seconds of one iteration, including the hop to this stage.
 
+        With drafts, an iteration adds more than one token to a decoding request. It is simulated in as many steps, of
+        one token for each request and as small a part of the chunk, each of which takes its part of the time.
+
         Args:
             decoding: requests that decode, which attend to ``attended`` tokens together.
             chunk_tokens, chunk_pairs, chunk_read: tokens of the prefill chunk, (query, key) pairs of its attention, and
                 tokens of KV it reads; 0 without one.
             rows: tokens for which logits are needed.
         """
-        tokens = decoding + chunk_tokens
+        steps = self.steps
+        if steps == 1.0:
+            return self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows)
+        whole = round(steps * chunk_tokens)
+        return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows) / steps
+
+    def _iteration_s(
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
+    ) -> float:
+        """Return the seconds of a whole iteration."""
+        tokens = decoding * self._step_tokens + chunk_tokens
         total = self._table.get(tokens)
         if total is None:
             total = self._table[tokens] = self._by_tokens(tokens)
@@ -103,8 +128,14 @@ class StageTiming:
                     most = piece
             total += most
         if self._is_last:
-            total += self._head_s(rows)
+            total += self._head_s(rows + decoding * (self._step_tokens - 1)) + self._drafting_s(decoding)
         return total
+
+    def _drafting_s(self, decoding: int) -> float:
+        found = self._drafting.get(decoding)
+        if found is None:
+            found = self._drafting[decoding] = float(self.cost.drafting_s(decoding))
+        return found
 
     def beside_layers_s(self, tokens: int, rows: int) -> float:
         """Return the part of `seconds` outside the layers: the hop, the engine's step, the LM head."""

@@ -40,6 +40,12 @@ class Mix:
     chunk_iterations: float  # nc
     plain_iterations: float  # nd
     sends_afar: bool = False  # a prefill replica's KV may go to all zones, not only to its own
+    step_tokens: int = 1  # q, tokens of each decoding request, drafts included
+
+    @property
+    def decode_tokens(self) -> int:
+        """Return b q, the tokens of the requests that decode."""
+        return self.micro_batch * self.step_tokens
 
     @property
     def role(self) -> Role:
@@ -59,15 +65,17 @@ class Mix:
 
 
 def mix_of(
-    moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
+    model: ModelSpec, moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
 ) -> Mix:  # fmt: skip
     """Return the mix in which b requests decode together and prompts come in chunks of C.
 
     b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
     """
-    with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
-    without = max(0.0, moments.mean_output / micro_batch - with_chunk) if micro_batch else 0.0
-    return Mix(micro_batch, chunk_tokens, with_chunk, without, sends_afar)
+    with_chunk = moments.mean_computed / chunk_tokens if chunk_tokens else 0.0
+    decoding = moments.mean_output / (micro_batch * model.emitted_tokens) if micro_batch else 0.0
+    return Mix(
+        micro_batch, chunk_tokens, with_chunk, max(0.0, decoding - with_chunk), sends_afar, model.step_tokens
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +166,7 @@ class DeviceCost:
     def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
         """Return seconds of attention for one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
-        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         return _seconds(
             self._fits[Op.PREFILL_ATTENTION],
             flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp)
@@ -168,11 +176,16 @@ class DeviceCost:
             heads=chunk_tokens * m.q_heads / self.shape.tp,
         )
 
-    def decode_attention_s(self, pairs: Scalars, queries_per_group: int) -> Scalars:
-        """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none."""
+    def decode_attention_s(
+        self, pairs: Scalars, queries_per_group: int, step_tokens: int | None = None
+    ) -> Scalars:  # fmt: skip
+        """Return seconds of decode attention over (request, head group) ``pairs`` at the mean context; 0 for none.
+
+        Each request has ``step_tokens`` queries per head, those of an iteration unless given, which read its KV once.
+        """
         m = self.model
         attended = m.attended_tokens(self.moments.resident_context)
-        heads = pairs * queries_per_group
+        heads = pairs * queries_per_group * (m.step_tokens if step_tokens is None else step_tokens)
         state = 2.0 * m.state_bytes() / (self.shape.tp * self.shape.groups)  # read and written, by the pairs of a rank
         seconds = _seconds(
             self._fits[Op.DECODE_ATTENTION],
@@ -207,6 +220,19 @@ class DeviceCost:
         """Return seconds for a prompt's last KV, of the last chunk and layer, to reach its decode replica."""
         return float(self.kv_transfer_s(chunk_tokens, float(self.shape.groups), link)) + link.latency_s
 
+    def drafting_s(self, micro_batch: Scalars) -> Scalars:
+        """Return seconds that b requests take in an iteration to draft, apart from one pass of the drafting layer with
+        all tokens of the iteration, which is a layer like any other: the further passes, and an LM head in each.
+        """
+        draft = self.model.draft
+        if draft is None:
+            return 0.0 * micro_batch
+        pairs = micro_batch * self.shape.groups
+        pass_s = self.dense_s(micro_batch) + 2 * self.reduce_s(micro_batch)
+        pass_s += self.decode_attention_s(pairs, self.shape.queries_per_group, step_tokens=1)
+        seconds = (draft.tokens - 1) * pass_s + draft.tokens * self.head_s(micro_batch)
+        return np.where(np.asarray(micro_batch) > 0, seconds, 0.0)
+
     def step_s(self, tokens: Scalars) -> Scalars:
         fit = self._fits.get(Op.STEP)
         return 0.0 * tokens if fit is None else _seconds(fit, tokens=tokens)
@@ -239,8 +265,12 @@ class DeviceCost:
         """Return the bytes of vision towers, which stay on the first stage."""
         return self.model.vision_params * self.model.embedding_bytes / self.shape.tp
 
-    def logit_bytes(self, micro_batch: Scalars) -> Scalars:
-        return 4.0 * np.maximum(micro_batch, 1) * self.model.vocab / self.shape.tp
+    def draft_bytes(self) -> float:
+        """Return the weights of the drafting layer, which is on the last stage."""
+        return self.model.draft_params() * self.model.weight_bytes / self.shape.tp
+
+    def logit_bytes(self, decode_tokens: Scalars) -> Scalars:
+        return 4.0 * np.maximum(decode_tokens, 1) * self.model.vocab / self.shape.tp
 
     def activation_bytes(self, tokens: Scalars) -> Scalars:
         m = self.model
@@ -354,7 +384,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
     Chunks have equally many tokens, which attend to more tokens the further a prompt has come. This depends on model
     and workload alone, since the proportion of a layer's work is much the same on every GPU.
     """
-    mean = moments.prefill_pairs / moments.mean_prompt
+    mean = moments.prefill_pairs / moments.mean_computed
     attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
     token = 2.0 * model.active_layer_params() + model.state_flops() + model.attention_flops(attended, model.q_heads)
     return model.attention_flops(further - attended, model.q_heads) / token
@@ -402,8 +432,8 @@ def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mi
     utilisation = assumptions.planned_utilisation * mix.chunk_share
     must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
     lanes = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
-    wait = lanes * (1.0 + moments.prompt_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_prompt / mix.chunk_tokens) + wait
+    wait = lanes * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    return math.ceil(moments.p95_computed / mix.chunk_tokens) + wait
 
 
 UNEVENNESS_STEP = 1.25

@@ -71,6 +71,23 @@ class IndexerShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftShape:
+    """Multi-token prediction (DeepSeek-V3): one more layer drafts tokens that the next iteration verifies.
+
+    Attributes:
+        tokens: the number of tokens drafted for each request in an iteration.
+        acceptance: the probability that a draft is accepted if all before it were.
+    """
+
+    tokens: int
+    acceptance: float
+
+    def emitted(self) -> float:
+        """Return the mean tokens that an iteration adds to a request, ``1 + a + ... + a^k``."""
+        return sum(self.acceptance**i for i in range(self.tokens + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPrecision:
     """The precision in which one GPU type holds weights and KV; its fields mean what those of `ModelSpec` do."""
 
@@ -96,6 +113,7 @@ class ModelSpec:
             hybrid KV cache manager does. Where all layers slide, they always do.
         gated_attention: the heads' outputs are multiplied by a gate that has a projection of its own (Qwen3.5).
         vision_params: parameters of vision towers, which the first stage holds in 16 bits.
+        draft: how engines are told to draft tokens; None: not at all.
     """
 
     name: str
@@ -125,6 +143,7 @@ class ModelSpec:
     moe: MoeShape | None = None
     linear: LinearShape | None = None
     indexer: IndexerShape | None = None
+    draft: DraftShape | None = None
     forbidden_cuts: frozenset[int] = frozenset()
     precisions: tuple[GpuPrecision, ...] = ()
 
@@ -140,6 +159,8 @@ class ModelSpec:
             raise InvalidProblemError(f"{self.name}: attention mla and the mla shape must come together")
         if self.indexer is not None and (self.mla is None or self.mla.q_lora_rank is None):
             raise InvalidProblemError(f"{self.name}: an indexer needs latent attention with compressed queries")
+        if self.draft is not None and not (self.draft.tokens >= 1 and 0.0 <= self.draft.acceptance <= 1.0):
+            raise InvalidProblemError(f"{self.name}: {self.draft} needs a token at least and an acceptance of 0 to 1")
         for name, layers in (("sliding_layers", self.sliding_layers), ("linear.layers", self._linear_layers)):
             if layers is not None and not 0 <= layers <= self.num_layers:
                 raise InvalidProblemError(
@@ -192,10 +213,11 @@ class ModelSpec:
     def heads_can_move(self) -> bool:
         """Return whether attention workers may compute head groups: those of all layers, with the KV of all tokens.
 
-        States and indexers serve all heads together, and KV that windows free is not kept alike in all layers.
+        States and indexers serve all heads together, KV that windows free is not kept alike in all layers, and the
+        plugin verifies no drafts.
         """
         frees_some = self.windows_free_kv and 0.0 < self.sliding_share < 1.0
-        return self.linear is None and self.indexer is None and not frees_some
+        return self.linear is None and self.indexer is None and self.draft is None and not frees_some
 
     def attention_params(self) -> float:
         """Return the mean parameters of a layer's attention projections."""
@@ -283,6 +305,25 @@ class ModelSpec:
     def prefix_layers(self) -> int:
         """Return the leading layers that differ from the repeated ones; they stay together on the first stage."""
         return self.moe.first_dense_layers if self.moe is not None else 0
+
+    @property
+    def draft_layers(self) -> int:
+        """Return the layers behind the last one that draft tokens; they are like the repeated ones."""
+        return 0 if self.draft is None else 1
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the tokens of one decoding request in an iteration: its next one and the drafts."""
+        return 1 if self.draft is None else 1 + self.draft.tokens
+
+    @property
+    def emitted_tokens(self) -> float:
+        """Return the mean tokens that an iteration adds to a decoding request."""
+        return 1.0 if self.draft is None else self.draft.emitted()
+
+    def draft_params(self) -> float:
+        """Return the parameters of the drafting layer, with the projection of the state and token it begins from."""
+        return self.draft_layers * (self.layer_params() + 2 * self.hidden * self.hidden)
 
     @property
     def embedding_params(self) -> int:

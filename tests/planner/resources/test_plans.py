@@ -120,6 +120,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             ("stock", {"engine": "vllm"}),
             ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2, "max_nodes": 1}),
             ("free", {"engine": "any", "strategy": "uniform"}),
+            ("set", {"engine": "vllm", "max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
             ("each", {"engine": "vllm", "weights": "bf16,RTX-3090=fp8"}),
         ):
@@ -138,14 +139,20 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             if name == "each":
                 assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
                 assert all(len({stage.gpu for stage in replica.stages}) == 1 for replica in plan.replicas)
+            if name == "set":
+                assert plan.inputs["engine_settings"] == {"max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}
+                assert all(max(1, one.micro_batch) * one.in_flight <= 8 for one in plan.replicas)
             if name == "small":
                 assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
         assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
         assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
-            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "fp8": "vllm", "each": "vllm"
+            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "set": "vllm", "fp8": "vllm",
+            "each": "vllm",
         }  # fmt: skip
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
         assert list(changed.changed_inputs) == ["engine"]
+        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/set"))
+        assert list(changed.changed_inputs) == ["engine_settings"]
 
     with_planner(tmp_path, scenario)
 
@@ -279,6 +286,11 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         assert precise.fields["plan.spec.weights"].endswith("did you mean fp8?")
         deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
         assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}
+        strange = await refused(planner.call("CreatePlan", create_request(max_num_seqs=2**31, chunk_tokens=[9, 9])))
+        assert strange.fields == {
+            "plan.spec.max_num_seqs": "max_num_seqs is 2147483648, must be 1 to 1000000000",
+            "plan.spec.chunk_tokens": "chunk_tokens are 9, 9, must be ascending, each once",
+        }
 
         workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
         request = create_request(workload_document=document_pb2.Document(content=workload))

@@ -16,7 +16,7 @@ from typing import Any
 from hetis.formats.catalogue import names
 from hetis.formats.catalogue.names import UnknownNameError
 from hetis.solver.cluster import GpuType
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec, MoeShape
+from hetis.solver.model import AttentionKind, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.workload import LengthBin, Workload
 
 __all__ = [
@@ -144,10 +144,14 @@ def _read(file: str) -> Any:
     return json.loads((resources.files("hetis.formats.catalogue") / "data" / file).read_text(encoding="utf-8"))
 
 
+_SHAPES = {"mla": MlaShape, "moe": MoeShape, "linear": LinearShape, "indexer": IndexerShape}
+
+
 def _model(row: dict[str, Any]) -> ModelSpec:
     row["attention"] = AttentionKind(row["attention"])
-    row["mla"] = MlaShape(**row["mla"]) if "mla" in row else None
-    row["moe"] = MoeShape(**row["moe"]) if "moe" in row else None
+    for name, shape in _SHAPES.items():
+        if name in row:
+            row[name] = shape(**row[name])
     return ModelSpec(**row)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hetis.engines.precision import SUPPORT, remarks, why_not
 from hetis.formats import dtypes
 from hetis.formats.catalogue.names import UnknownNameError, resolve_gpu
+from hetis.formats.model import drafts
 from hetis.planner.use_cases.sources import LoadedInputs
 from hetis.solver.cluster import Cluster, GpuType
 from hetis.solver.errors import InvalidProblemError
@@ -18,12 +19,15 @@ from hetis.solver.will import Duty, Keep, LeaveOut, Selection, Unit, Wish, Witho
 WORKERS = "vllm-hetis"  # the engine with attention workers, which keep KV in 16 bits and compute no layers
 
 
-def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -> LoadedInputs:
-    """Return the inputs with the model's weights or KV in another precision; None: as in its checkpoint.
+def in_precision(
+    loaded: LoadedInputs, *, weights: str | None, kv: str | None, mtp: str | None = None
+) -> LoadedInputs:  # fmt: skip
+    """Return the inputs with the model's weights or KV in another precision, or with drafts; None: as in its file.
 
     Args:
         loaded: the inputs.
         weights, kv: choices such as ``fp8`` or ``fp8,V100=bf16`` (`dtypes.chosen_precision`).
+        mtp: drafted tokens and their acceptance (`hetis.formats.model.drafts`).
 
     Raises:
         InvalidProblemError: a precision or a GPU type is unknown.
@@ -37,6 +41,8 @@ def in_precision(loaded: LoadedInputs, *, weights: str | None, kv: str | None) -
         )
     except (ValueError, UnknownNameError) as error:
         raise InvalidProblemError(f"precision: {error}") from None
+    if mtp is not None:
+        model = replace(model, draft=drafts(mtp))
     return replace(loaded, inputs=replace(inputs, model=model))
 
 
@@ -78,7 +84,7 @@ def for_engine(loaded: LoadedInputs, engine: EngineRules | None) -> LoadedInputs
     has_workers = _has_workers(inputs.model, inputs.cluster, name)
     notes = [f"{gpu} {'only as attention workers' if has_workers else 'left out'}: {refused[gpu]}" for gpu in refused]
     if name == WORKERS and not has_workers:
-        notes.append("no attention workers: they keep KV in 16 bits")
+        notes.append(f"no attention workers: {_why_no_workers(inputs.model)}")
     for model in dict.fromkeys(map(inputs.model.on, gpus)):
         runs = {gpu: kind for gpu, kind in gpus.items() if gpu not in refused and inputs.model.on(gpu) == model}
         notes += remarks(model, runs, name)
@@ -110,8 +116,21 @@ def gpu_types_of(cluster: Cluster) -> dict[str, GpuType]:
 
 
 def _has_workers(model: ModelSpec, cluster: Cluster, engine: str | None) -> bool:
-    """Return whether any GPU type holds KV in a precision that attention workers have."""
-    return engine == WORKERS and any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(cluster))
+    """Return whether heads can move, and any GPU type holds KV in a precision that attention workers have."""
+    has_kv = any(model.on(gpu).kv_bytes == 2 for gpu in gpu_types_of(cluster))
+    return engine == WORKERS and model.heads_can_move and has_kv
+
+
+def _why_no_workers(model: ModelSpec) -> str:
+    if model.linear is not None:
+        return "layers keep states, which no worker can hold a part of"
+    if model.indexer is not None:
+        return "attention is sparse, and all heads share its choice of tokens"
+    if model.draft is not None:
+        return "the plugin verifies no drafts"
+    if not model.heads_can_move:
+        return "vLLM frees the KV that windows have passed, and workers keep it (windows_free_kv of a model file)"
+    return "they keep KV in 16 bits"
 
 
 def _without(gpu: str, *, has_workers: bool) -> Wish:

@@ -11,9 +11,11 @@ from hetis.solver.plan import Role
 
 def rank_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes that one primary rank of a stage must hold, including the reserve."""
-    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first)
+    per_token = rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first)
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
     return fixed + per_token * kv_tokens_of_a_copy(setting, stage.copies)
 
 
@@ -25,16 +27,27 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
+    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
-    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(setting, stage, is_first=is_first)
-    room = _quotient(profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first))
+    fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
+        setting, stage, is_first=is_first, is_last=is_last
+    )
+    room = _quotient(
+        profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
+    )
+    room = min(room, kv_block_tokens(setting))
     if stage.pool is None:
         return room
     worker = setting.problem.profiles[stage.pool.gpu]
     per_token = worker_kv_bytes_per_token(setting, stage, stage.pool, is_first=is_first)
     return min(room, _quotient(worker.usable_bytes - worker.reserve_bytes, per_token))
+
+
+def kv_block_tokens(setting: Setting) -> float:
+    """Return the tokens that the KV blocks of a copy's engine hold; infinity if their number is not set."""
+    blocks = setting.problem.family.engine_settings.kv_blocks
+    return math.inf if blocks is None else blocks * setting.problem.assumptions.block_tokens
 
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
@@ -61,11 +74,11 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
     return _all_layers(setting, stage, is_first) * given * tokens * setting.model.kv_bytes_per_token_group()
 
 
-def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return a rank's bytes of the states that linear attention keeps for each request."""
     D = micro_batches_of_a_copy(setting, stage.copies)
     requests = D * setting.micro_batch + D * setting.chunk_share + (1 if setting.role is Role.DECODE else 0)
-    return _all_layers(setting, stage, is_first) * requests * setting.model.state_bytes() / stage.tp
+    return _all_layers(setting, stage, is_first, is_last) * requests * setting.model.state_bytes() / stage.tp
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
@@ -73,10 +86,10 @@ def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
     return -(-setting.in_flight // copies)
 
 
-def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bool) -> float:
+def rank_kv_bytes_per_token(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     model = setting.model
     kept = head_groups_per_rank(model, stage.tp) - (stage.pool.head_groups if stage.pool else 0)
-    return _all_layers(setting, stage, is_first) * kept * model.kv_bytes_per_token_group()
+    return _all_layers(setting, stage, is_first, is_last) * kept * model.kv_bytes_per_token_group()
 
 
 def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolShape, *, is_first: bool) -> float:
@@ -88,7 +101,7 @@ def worker_kv_bytes_per_token(setting: Setting, stage: StageShape, pool: PoolSha
 
 def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return the bytes of a rank that are not KV: reserve, activations, weights, and logits on the last stage."""
-    model, n, b = setting.model, stage.tp, setting.micro_batch
+    model, n, b = setting.model, stage.tp, setting.decode_tokens
     fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
     fixed += stage.layers * model.layer_params() * model.weight_bytes / n
     if is_first:
@@ -98,7 +111,9 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     if tables == 2 and model.tie_embeddings:
         tables = 1
     fixed += tables * model.embedding_params * model.embedding_bytes / n
-    return fixed + (4 * max(b, 1) * model.vocab / n if is_last else 0.0)
+    if not is_last:
+        return fixed
+    return fixed + 4 * max(b, 1) * model.vocab / n + model.draft_params() * model.weight_bytes / n
 
 
 def _activation_bytes(setting: Setting, tp: int) -> float:
@@ -106,12 +121,14 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
     intermediate = model.intermediate
     if model.moe is not None:
         intermediate = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
-    tokens = setting.micro_batch + setting.chunk_tokens
+    tokens = setting.decode_tokens + setting.chunk_tokens
     return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp)
 
 
-def _all_layers(setting: Setting, stage: StageShape, is_first: bool) -> int:
-    return stage.layers + (setting.model.prefix_layers if is_first else 0)
+def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:
+    """Return the layers whose KV a stage holds; the drafting layer is on the last one, which then has no pool."""
+    drafting = setting.model.draft_layers if is_last else 0
+    return stage.layers + (setting.model.prefix_layers if is_first else 0) + drafting
 
 
 def _quotient(free_bytes: float, bytes_per_token: float) -> float:

@@ -32,14 +32,20 @@ class Setting:
         """Return nc, the iterations of a request that carry a chunk."""
         if self.role is Role.DECODE:
             return 0.0
-        return self.moments.mean_prompt / self.chunk_tokens
+        return self.moments.mean_computed / self.chunk_tokens
 
     @property
     def plain_iterations(self) -> float:
         """Return nd, the iterations of a request without a chunk."""
         if self.role is Role.PREFILL:
             return 0.0
-        return max(0.0, self.moments.mean_output / self.micro_batch - self.chunk_iterations)
+        decoding = self.moments.mean_output / self.model.emitted_tokens / self.micro_batch
+        return max(0.0, decoding - self.chunk_iterations)
+
+    @property
+    def decode_tokens(self) -> int:
+        """Return b q, the tokens of decoding requests in an iteration, drafts included."""
+        return self.micro_batch * self.model.step_tokens
 
     @property
     def iterations(self) -> float:

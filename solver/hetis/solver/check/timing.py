@@ -14,7 +14,7 @@ from hetis.solver.profile import Op
 
 def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return u, the seconds of one request on one copy of a stage."""
-    b, C = setting.micro_batch, setting.chunk_tokens
+    b, C = setting.decode_tokens, setting.chunk_tokens
     u = stage.layers * layer_seconds(setting, stage)
     u += setting.per_request(_step(setting, stage, b + C), _step(setting, stage, b))
     if is_first:
@@ -23,7 +23,20 @@ def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
         u += setting.per_request(_hop(setting, stage, b + C), _hop(setting, stage, b))
     if is_last:
         u += setting.per_request(_lm_head(setting, stage, b + 1), _lm_head(setting, stage, b))
+        u += setting.model.draft_layers * layer_seconds(setting, stage)
+        u += setting.iterations * _drafting(setting, stage)
     return u
+
+
+def _drafting(setting: Setting, stage: StageShape) -> float:
+    """Return the seconds of drafting in an iteration, apart from one pass of the drafting layer with all tokens."""
+    draft, b = setting.model.draft, setting.micro_batch
+    if draft is None or b == 0:
+        return 0.0
+    pairs = b * head_groups_per_rank(setting.model, stage.tp)
+    one = _dense(setting, stage, b, is_prefix=False) + 2 * _all_reduce(setting, stage, b)
+    one += _decode(setting, stage, stage.gpu, stage.tp, pairs=pairs, queries=1)
+    return (draft.tokens - 1) * one + draft.tokens * _lm_head(setting, stage, b)
 
 
 def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
@@ -35,13 +48,13 @@ def layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = Fals
 
 def _plain_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """Return the seconds of a layer in one iteration without a chunk."""
-    b = setting.micro_batch
+    b = setting.decode_tokens
     return _dense(setting, stage, b, is_prefix) + 2 * _all_reduce(setting, stage, b) + _attention(setting, stage)
 
 
 def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool = False) -> float:
     """Return the seconds of a layer in one iteration with a chunk."""
-    b, C = setting.micro_batch, setting.chunk_tokens
+    b, C = setting.decode_tokens, setting.chunk_tokens
     beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage) + _attention(setting, stage)
     seconds = _dense(setting, stage, b + C, is_prefix) + beside_dense_s
     if stage.pool is None:
@@ -55,14 +68,17 @@ def chunk_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_las
     """Return the seconds of one iteration with a chunk on one copy of a stage; 0 on a decode replica."""
     if setting.role is Role.DECODE:
         return 0.0
-    b, C = setting.micro_batch, setting.chunk_tokens
+    b, C = setting.decode_tokens, setting.chunk_tokens
     wire_s = wire_seconds(setting, stage) / setting.chunk_iterations
     seconds = stage.layers * max(_chunk_layer_seconds(setting, stage), wire_s) + _step(setting, stage, b + C)
     if is_first:
         seconds += setting.model.prefix_layers * max(_chunk_layer_seconds(setting, stage, is_prefix=True), wire_s)
     else:
         seconds += _hop(setting, stage, b + C)
-    return seconds + (_lm_head(setting, stage, b + 1) if is_last else 0.0)
+    if is_last:
+        seconds += _lm_head(setting, stage, b + 1) + _drafting(setting, stage)
+        seconds += setting.model.draft_layers * max(_chunk_layer_seconds(setting, stage), wire_s)
+    return seconds
 
 
 def wire_seconds(setting: Setting, stage: StageShape) -> float:
@@ -72,7 +88,8 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     if setting.role is Role.PREFILL:
         assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
         chunk_bytes = setting.chunk_tokens * (model.head_groups * per_group + model.state_bytes() / P)
-        return setting.chunk_iterations * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
+        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+        return P / setting.chunk_tokens * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
         kept_bytes = P * (model.head_groups - given) * per_group + model.state_bytes()
@@ -129,7 +146,7 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
 def _chunk_spread(setting: Setting) -> float:
     """Return delta, the spread of chunks in FLOPs of a layer as a ratio to their mean."""
     model, moments = setting.model, setting.moments
-    a = moments.prefill_pairs / moments.mean_prompt
+    a = moments.prefill_pairs / moments.mean_computed
     per_token = 2 * model.active_layer_params() + model.state_flops()
     per_token += model.attention_flops(model.attended_tokens(a), model.q_heads)
     more = model.attended_tokens(a + moments.prefill_context_sd) - model.attended_tokens(a)
@@ -162,9 +179,9 @@ def ttft_round_trips(setting: Setting) -> float:
         return math.inf
     p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
     tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
-    service = moments.mean_prompt / C
-    wait = service / (M * (1 - q)) * (1 + moments.prompt_cv2) / 2 * tail
-    return math.ceil(moments.p95_prompt / C) + wait
+    service = moments.mean_computed / C
+    wait = service / (M * (1 - q)) * (1 + moments.computed_cv2) / 2 * tail
+    return math.ceil(moments.p95_computed / C) + wait
 
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:
@@ -194,7 +211,7 @@ def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
 
 def _prefill(setting: Setting, stage: StageShape) -> float:
     model, n, C, moments = setting.model, stage.tp, setting.chunk_tokens, setting.moments
-    a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
     flops = model.attention_flops(C * a, model.q_heads / n) + C * model.state_flops() / n
     num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
     heads = C * model.q_heads / n
@@ -216,13 +233,18 @@ def busiest_card_pairs(setting: Setting, stage: StageShape, pool: PoolShape) -> 
     return -(-setting.micro_batch * pool.head_groups * stage.tp // pool.cards)
 
 
-def _decode(setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: int) -> float:
-    """Return the seconds of decode attention of ``pairs`` (request, group) pairs on one card."""
+def _decode(
+    setting: Setting, stage: StageShape, gpu: str, tp: int, *, pairs: int, queries: int | None = None
+) -> float:  # fmt: skip
+    """Return the seconds of decode attention of ``pairs`` (request, group) pairs on one card.
+
+    ``queries`` of a request, those of an iteration unless given, read its KV once.
+    """
     if pairs == 0:
         return 0.0
     model = setting.model
     y = model.attended_tokens(setting.moments.resident_context)
-    heads = pairs * query_heads_per_group(model, stage.tp)
+    heads = pairs * query_heads_per_group(model, stage.tp) * (queries or model.step_tokens)
     return setting.seconds(
         gpu,
         Op.DECODE_ATTENTION,

@@ -102,10 +102,12 @@ def room_of_role(room: float, first: float, last: float, tied: float, role: int)
 @kernel
 def layers_on_rank(t: Tables, x: int, s: int, kept_bytes: float, role: int) -> float:
     """Return the repeated layers that fit on a rank in a role, unrounded; ``kept_bytes`` is KV bytes of one layer."""
-    prefix_layers = t.prefix_layers if role in (FIRST, BOTH) else 0
+    others = t.prefix_layers if role in (FIRST, BOTH) else 0
+    if role in (LAST, BOTH):
+        others += t.draft_layers
     last = t.last_bytes[s] + t.logit_bytes[x, s]
     room = room_of_role(t.room_bytes[s] - t.act_bytes[x, s], t.first_bytes[s], last, t.tied_bytes[s], role)
-    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, prefix_layers, t.num_layers)
+    layers: float = layers_in_room(room, t.layer_bytes[s], kept_bytes, others, t.num_layers)
     return layers
 
 
@@ -128,9 +130,12 @@ def state_on_rank(t: Tables, x: int, f: int, s: int, copies: int) -> float:
 
 
 @kernel
-def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, prefix_layers: int, num_layers: int) -> float:
-    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer."""
-    layers: float = min((room - prefix_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
+def layers_in_room(room: float, layer_bytes: float, kept_bytes: float, other_layers: int, num_layers: int) -> float:
+    """Return the repeated layers that fit in a rank's ``room``, unrounded; ``kept_bytes`` is KV bytes of one layer.
+
+    ``other_layers`` are those whose weights are not in ``room`` already, but whose KV is: of the prefix, and drafting.
+    """
+    layers: float = min((room - other_layers * kept_bytes) / (layer_bytes + kept_bytes) + ROUNDING, float(num_layers))
     return max(0.0, layers)
 
 
@@ -342,10 +347,12 @@ def list_options(
             state = t.state_bytes[x, f, c - 1] / n
             for role in range(4):
                 room = room_of_role(plain_room, first_bytes, last_bytes, tied_bytes, role)
-                prefix = prefix_layers if role in (FIRST, BOTH) else 0
+                others = prefix_layers if role in (FIRST, BOTH) else 0
+                if role in (LAST, BOTH):
+                    others += t.draft_layers
                 for k in range(groups + 1):
                     kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
-                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, prefix, num_layers)
+                    on_rank[k, role] = layers_in_room(room, layer_bytes, kept, others, num_layers)
             without = count
             for q in range(-1, num_classes):
                 if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):

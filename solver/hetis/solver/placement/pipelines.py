@@ -171,7 +171,7 @@ def _layers_that_fit(atlas: Atlas, shape: Shape, mixes: IntArray, kept: FloatArr
     at = np.ix_(mixes, s)
     room = (t.room_bytes[s] - t.act_bytes[at])[:, :, None].repeat(NUM_ROLES, axis=2)
     room[:, :, [FIRST, BOTH]] -= (t.first_bytes[s] + t.prefix_layers * kept)[:, :, None]
-    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at])[:, :, None]
+    room[:, :, [LAST, BOTH]] -= (t.last_bytes[s] + t.logit_bytes[at] + t.draft_layers * kept)[:, :, None]
     room[:, :, BOTH] += t.tied_bytes[s]
     return np.minimum(room / (t.layer_bytes[s] + kept)[:, :, None] + ROUNDING, float(t.num_layers))
 

@@ -283,6 +283,8 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
     t = atlas.scopes[template.scope].tables
     stage = template.stages[index]
     layers = stage.layers + (t.prefix_layers if index == 0 else 0)
+    if index == len(template.stages) - 1:
+        layers += t.draft_layers
     room = t.room_bytes[stage.rank] - fixed_bytes(atlas, template, index) - stage.layers * t.layer_bytes[stage.rank]
     kept = t.rank_groups[stage.rank] - stage.pool_groups
     prompts = float(t.prompt_tokens[template.mix, template.in_flight_index, stage.copies - 1])
@@ -295,7 +297,7 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
         pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
         per_token = layers * pairs / requests * t.kv_group_bytes
         tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
-    return float(stage.copies * tokens)
+    return float(stage.copies * min(tokens, atlas.problem.most_kv_tokens))
 
 
 def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:

@@ -26,6 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
+NO_ROOM = 1e30  # KV tokens of what engine settings exclude; finite, because it is multiplied by 0 head groups
 
 
 class ChunkTables(NamedTuple):
@@ -48,6 +49,7 @@ class Tables(NamedTuple):
 
     num_layers: int  # repeated layers to place, without the prefix
     prefix_layers: int
+    draft_layers: int  # on the last stage
     kv_group_bytes: float  # kvb
     cut_floor: IntArray  # [num_layers + 1] the last allowed cut at or before each position
     micro_batch: IntArray  # [X]
@@ -58,7 +60,7 @@ class Tables(NamedTuple):
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
-    kv_tokens: FloatArray  # [X, F, copies] Tkv
+    kv_tokens: FloatArray  # [X, F, copies] Tkv; NO_ROOM where engine settings exclude it
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
     state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks, for requests of linear attention
     rank_class: IntArray  # [S]
@@ -67,7 +69,7 @@ class Tables(NamedTuple):
     room_bytes: FloatArray  # [S]
     layer_bytes: FloatArray  # [S] weights of a repeated layer
     first_bytes: FloatArray  # [S] embedding, vision and prefix weights
-    last_bytes: FloatArray  # [S] LM head
+    last_bytes: FloatArray  # [S] LM head and drafting layer
     tied_bytes: FloatArray  # [S] counted once if a stage is both and the weights are tied
     act_bytes: FloatArray  # [X, S]
     logit_bytes: FloatArray  # [X, S]

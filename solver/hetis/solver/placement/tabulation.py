@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from hetis.solver.cost import DeviceCost, Mix, PoolCost
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
-from hetis.solver.placement.tables import Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import NO_ROOM, Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import DUTY_OF_ROLE, Duty
@@ -36,7 +36,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     classes = device_classes(problem.cluster, problem.marks)
     zones, precisions = problem.cluster.zones(), _precisions(model, classes)
     # In several precisions, KV is handed over inside a zone.
-    mixes = tuple(_mixes(family, moments, len(zones) if len(precisions) == 1 else 1))
+    mixes = tuple(_mixes(family, model, moments, len(zones) if len(precisions) == 1 else 1))
     ranks = tuple(
         (i, tp)
         for i, c in enumerate(classes)
@@ -64,7 +64,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     )
 
 
-def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
+def _mixes(family: Family, model: ModelSpec, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
     """Yield the mixes of unified replicas (b, C), then those of prefill replicas (C), then of decode replicas (b).
 
     Prefill replicas that may send KV to other zones pay for the slowest link and have mixes of their own.
@@ -72,13 +72,13 @@ def _mixes(family: Family, moments: WorkloadMoments, num_zones: int) -> Iterator
     if Role.UNIFIED in family.roles:
         for b in family.micro_batches:
             for c in family.chunk_tokens:
-                yield cost.mix_of(moments, micro_batch=b, chunk_tokens=c)
+                yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=c)
     if family.splits_roles:
         for sends_afar in (False, True)[: min(num_zones, 2)]:
             for c in family.chunk_tokens:
-                yield cost.mix_of(moments, micro_batch=0, chunk_tokens=c, sends_afar=sends_afar)
+                yield cost.mix_of(model, moments, micro_batch=0, chunk_tokens=c, sends_afar=sends_afar)
         for b in family.micro_batches:
-            yield cost.mix_of(moments, micro_batch=b, chunk_tokens=0)
+            yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=0)
 
 
 def _scopes(
@@ -133,6 +133,7 @@ class _MixNumbers(NamedTuple):
     """Contents and frequencies of mixes, in their order, [X] each; ``tokens`` are per iteration with a chunk."""
 
     micro_batch: FloatArray
+    decode_tokens: FloatArray
     chunk_tokens: FloatArray
     tokens: FloatArray
     chunk_iterations: FloatArray
@@ -146,9 +147,9 @@ class _MixNumbers(NamedTuple):
 
 
 def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
-    rows = [(m.micro_batch, m.chunk_tokens, m.chunk_iterations, m.plain_iterations) for m in mixes]
-    b, c, nc, nd = np.array(rows, dtype=float).reshape(-1, 4).T
-    return _MixNumbers(b, c, b + c, nc, nd, np.array([m.role is Role.UNIFIED for m in mixes], dtype=bool))
+    rows = [(m.micro_batch, m.decode_tokens, m.chunk_tokens, m.chunk_iterations, m.plain_iterations) for m in mixes]
+    b, bq, c, nc, nd = np.array(rows, dtype=float).reshape(-1, 5).T
+    return _MixNumbers(b, bq, c, bq + c, nc, nd, np.array([m.role is Role.UNIFIED for m in mixes], dtype=bool))
 
 
 class _Tabulation:
@@ -198,6 +199,7 @@ class _Tabulation:
             [self._hops(self.devices[s], self.classes[i], zones) for s, (i, _) in enumerate(self.ranks)]
         ).reshape(len(self.ranks), len(self.mixes), 2)  # fmt: skip
         wire_s, landing_s = self._kv_tables(zones)
+        drafting_s, chunk_drafting_s = self._drafting(model, stack, wire_s)
         start = self.pool_start.copy()
         for s, (i, _) in enumerate(self.ranks):
             inside = self.classes[i].zone in zones
@@ -205,9 +207,11 @@ class _Tabulation:
                 inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.mark.barred for q in self.classes
             ]  # fmt: skip
             start[s] = np.where(may, start[s], -1)
+        kv_tokens = self._allowed_kv_tokens()
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
+            draft_layers=model.draft_layers,
             kv_group_bytes=model.kv_bytes_per_token_group(),
             cut_floor=_cut_floor(self.problem),
             micro_batch=np.array([m.micro_batch for m in self.mixes], dtype=np.int64),
@@ -217,10 +221,14 @@ class _Tabulation:
             without_chunk=np.array(
                 [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
             ),
-            t_cap=self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
+            t_cap=np.where(
+                (kv_tokens < NO_ROOM).any(axis=2),
+                self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
+                0.0,
+            ),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
-            kv_tokens=self._per_copy(self._kv_tokens),
+            kv_tokens=kv_tokens,
             prompt_tokens=self._per_copy(self._prompt_tokens),
             state_bytes=self._per_copy(self._state_bytes),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
@@ -229,7 +237,7 @@ class _Tabulation:
             room_bytes=np.array([d.room_bytes() for d in self.devices]),
             layer_bytes=np.array([d.layer_bytes() for d in self.devices]),
             first_bytes=np.array([d.embedding_bytes() + d.vision_bytes() + d.prefix_bytes() for d in self.devices]),
-            last_bytes=np.array([d.embedding_bytes() for d in self.devices]),
+            last_bytes=np.array([d.embedding_bytes() + d.draft_bytes() for d in self.devices]),
             tied_bytes=np.array([d.embedding_bytes() if model.tie_embeddings else 0.0 for d in self.devices]),
             act_bytes=stack["act_bytes"],
             logit_bytes=stack["logit_bytes"],
@@ -237,13 +245,13 @@ class _Tabulation:
             own_s=self.own_s,
             hop_s=hops[:, :, 0].T.copy(),
             step_s=stack["step_s"],
-            last_s=stack["last_s"],
+            last_s=stack["last_s"] + drafting_s,
             prefix_delta_s=stack["prefix_delta_s"],
             chunk=ChunkTables(
                 layer_s=stack["chunk_layer_s"],
                 hop_s=hops[:, :, 1].T.copy(),
                 step_s=stack["chunk_step_s"],
-                last_s=stack["chunk_last_s"],
+                last_s=stack["chunk_last_s"] + chunk_drafting_s,
                 prefix_delta_s=stack["chunk_prefix_delta_s"],
                 pool_s=self.chunk_pool_s,
                 least_pool_s=self.chunk_least_pool_s,
@@ -264,6 +272,17 @@ class _Tabulation:
             least_pool_wire_s=self.least_pool_wire_s,
             keeps_idle_cards=self._keeps_idle_cards(),
         )  # fmt: skip
+
+    def _drafting(
+        self, model: ModelSpec, stack: Mapping[str, FloatArray], wire_s: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return seconds of the drafting layer per request, and in one iteration with a chunk; [X, S]."""
+        if not model.draft_layers:
+            return np.zeros_like(wire_s), np.zeros_like(wire_s)
+        own_s = np.stack([self.own_s[:, s, d.shape.groups] for s, d in enumerate(self.devices)], axis=1)
+        unified, iterations = self._numbers.unified[:, None], self._numbers.iterations[:, None]
+        chunk_s = stack["chunk_layer_s"] + unified * own_s / iterations
+        return model.draft_layers * np.maximum(stack["layer_s"] + own_s, wire_s), model.draft_layers * chunk_s
 
     def _keeps_idle_cards(self) -> bool:
         """Return whether stages may get idle workers, tried in small fleets if the problem wants GPUs in use."""
@@ -291,17 +310,18 @@ class _Tabulation:
         if key in self._rows:
             return self._rows[key]
         m = self._numbers
-        b, both, nc, nd = m.micro_batch, m.tokens, m.chunk_iterations, m.plain_iterations
+        b, both, nc, nd = m.decode_tokens, m.tokens, m.chunk_iterations, m.plain_iterations
+        drafting = d.drafting_s(m.micro_batch)
         chunk_dense, dense, chunk_step, chunk_head = d.dense_s(both), d.dense_s(b), d.step_s(both), d.head_s(b + 1)
         chunk_prefix, prefix = d.dense_s(both, prefix_layer=True), d.dense_s(b, prefix_layer=True)
         with_chunk = chunk_dense + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
         self._rows[key] = {
             "layer_s": nc * with_chunk + nd * (dense + 2 * d.reduce_s(b)),
             "step_s": nc * chunk_step + nd * d.step_s(b),
-            "last_s": nc * chunk_head + nd * d.head_s(b),
+            "last_s": nc * chunk_head + nd * d.head_s(b) + m.iterations * drafting,
             "chunk_layer_s": m.unified * with_chunk,
             "chunk_step_s": m.unified * chunk_step,
-            "chunk_last_s": m.unified * chunk_head,
+            "chunk_last_s": m.unified * (chunk_head + drafting),
             "chunk_prefix_delta_s": m.unified * (chunk_prefix - chunk_dense),
             "prefix_delta_s": nc * chunk_prefix + nd * prefix - nc * chunk_dense - nd * dense,
             "act_bytes": d.activation_bytes(both),
@@ -316,7 +336,7 @@ class _Tabulation:
         if key not in self._hops_over:
             m = self._numbers
             with_chunk = d.hop_s(m.tokens, link)
-            hop_s = m.chunk_iterations * with_chunk + m.plain_iterations * d.hop_s(m.micro_batch, link)
+            hop_s = m.chunk_iterations * with_chunk + m.plain_iterations * d.hop_s(m.decode_tokens, link)
             self._hops_over[key] = np.stack([hop_s, m.unified * with_chunk], axis=1)
         return self._hops_over[key]
 
@@ -341,7 +361,9 @@ class _Tabulation:
                     if mix.role is Role.PREFILL:
                         kv_link = afar if mix.sends_afar else link
                         chunk_s = d.kv_transfer_s(mix.chunk_tokens, float(d.shape.groups), kv_link)
-                        wires[x], landings[x] = mix.chunk_iterations * chunk_s, d.landing_s(mix.chunk_tokens, kv_link)
+                        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+                        wires[x] = self.moments.mean_prompt / mix.chunk_tokens * chunk_s
+                        landings[x] = d.landing_s(mix.chunk_tokens, kv_link)
                     elif mix.role is Role.DECODE:
                         wires[x] = d.kv_transfer_s(self.moments.mean_prompt, float(d.shape.groups), link)
                 done[id(d), link] = wires, landings
@@ -395,7 +417,7 @@ class _Tabulation:
     def _t_floor(self, zones: tuple[str, ...]) -> float:
         """Return the least interval at which no plan can overdraw a link between zones.
 
-        A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request. As many
+        A replica crosses a link between zones once in each direction, with ``(Q + O) H s`` bytes per request. As many
         replicas as memory allows may do so, each with an equal share.
         """
         if len(zones) == 1:
@@ -403,6 +425,21 @@ class _Tabulation:
         return most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments) / slowest_between(
             self.problem.cluster.network, zones
         )  # fmt: skip
+
+    def _allowed_kv_tokens(self) -> FloatArray:
+        """Return the KV tokens of a stage copy, and more than fits anywhere where engine settings exclude it.
+
+        They limit pairs of a mix and M, which searches combine freely; memory is what all of them keep to.
+        """
+        tokens, problem = self._per_copy(self._kv_tokens), self.problem
+        settings = problem.family.engine_settings
+        if not settings:
+            return tokens
+        runs = np.array(
+            [[settings.allows(micro_batch=mix.micro_batch, in_flight=m) for m in problem.family.in_flight]
+             for mix in self.mixes]
+        )  # fmt: skip
+        return np.where(runs[:, :, None] & (tokens <= problem.most_kv_tokens), tokens, NO_ROOM)
 
     def _kv_tokens(self, mix: Mix, micro_batches: int) -> float:
         problem = self.problem

@@ -55,7 +55,7 @@ class ReplicaView:
 
     def with_sizes(self, *, micro_batch: int, chunk_tokens: int) -> ReplicaView:
         """Return the same stages with other micro-batches or chunks."""
-        mix = mix_of(self.moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
+        mix = mix_of(self.problem.model, self.moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
         return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch, chunk_tokens=chunk_tokens))
 
     def cost(self, gpu: str, tp: int, intra: Link) -> DeviceCost:
@@ -74,8 +74,11 @@ class ReplicaView:
         return self.mix.chunk_iterations * with_chunk_s + self.mix.plain_iterations * plain_s
 
     def layers(self, position: int) -> int:
-        """Return the layers of a stage, including prefix layers."""
-        return self.shape.stages[position].layers + self._prefix(position)
+        """Return the layers of a stage, including prefix layers and one that drafts."""
+        return self.shape.stages[position].layers + self._prefix(position) + self._drafting(position)
+
+    def _drafting(self, position: int) -> int:
+        return self.problem.model.draft_layers if position == len(self.shape.stages) - 1 else 0
 
     def _prefix(self, position: int) -> int:
         return self.problem.model.prefix_layers if position == 0 else 0
@@ -93,7 +96,8 @@ class ReplicaView:
 
     def _stage_time(self, i: int) -> StageTime:
         stage, prefix, mix = self.shape.stages[i], self._prefix(i), self.mix
-        cost, b, C = self.stage_cost(stage), mix.micro_batch, mix.chunk_tokens
+        cost, b, C = self.stage_cost(stage), mix.decode_tokens, mix.chunk_tokens
+        repeated = stage.layers + self._drafting(i)
         pool = None if stage.pool is None else self.pool_cost(stage, stage.pool.gpu, stage.pool.link)
         dense_s = self.per_request(cost.dense_s(b + C), cost.dense_s(b))
         prefix_dense_s = 0.0
@@ -107,19 +111,21 @@ class ReplicaView:
         late_s = mix.chunk_iterations * self.late_s(stage)
         beside_dense_s = reduce_s + prefill_s + decode_s + late_s
         wire_s = 0.0 if self.role is Role.UNIFIED else layer_wire_s(cost, pool, stage, mix)
-        wait_s = stage.layers * max(0.0, wire_s - dense_s - beside_dense_s)
+        wait_s = repeated * max(0.0, wire_s - dense_s - beside_dense_s)
         wait_s += prefix * max(0.0, wire_s - prefix_dense_s - beside_dense_s)
         transfer_s = self.layers(i) * late_s
         if i > 0:
             transfer_s += self.per_request(cost.hop_s(b + C, stage.hop_link), cost.hop_s(b, stage.hop_link))
         is_last = i == len(self.shape.stages) - 1
+        head_s = self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0
+        head_s += mix.iterations * cost.drafting_s(mix.micro_batch) if is_last else 0.0
         parts = {
-            "dense_s": stage.layers * dense_s + prefix * prefix_dense_s,
+            "dense_s": repeated * dense_s + prefix * prefix_dense_s,
             "all_reduce_s": self.layers(i) * reduce_s,
             "prefill_attention_s": self.layers(i) * prefill_s,
             "decode_attention_s": self.layers(i) * decode_s,
             "transfer_s": transfer_s,
-            "head_s": self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0,
+            "head_s": head_s,
             "other_s": self.per_request(cost.step_s(b + C), cost.step_s(b)),
             "kv_wait_s": wait_s,
         }
@@ -146,7 +152,7 @@ class ReplicaView:
 
     def late_s(self, stage: StageShape) -> float:
         """Return the seconds that shipping a chunk's KV to the stage's pool adds to one layer and iteration."""
-        cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.micro_batch, self.mix.chunk_tokens
+        cost, pool, b, C = self.stage_cost(stage), stage.pool, self.mix.decode_tokens, self.mix.chunk_tokens
         if pool is None or C == 0:
             return 0.0
         layer_s = cost.dense_s(b + C) + 2 * cost.reduce_s(b + C) + cost.prefill_s(C) + max(self.attention_s(stage))
@@ -239,8 +245,9 @@ class ReplicaView:
         weights += cost.prefix_bytes() + cost.vision_bytes() if i == 0 else 0.0
         tables = int(i == 0) + int(is_last)
         weights += cost.embedding_bytes() * (min(tables, 1) if self.problem.model.tie_embeddings else tables)
-        activations = cost.activation_bytes(self.mix.micro_batch + self.mix.chunk_tokens)
-        activations += cost.logit_bytes(self.mix.micro_batch) if is_last else 0.0
+        activations = cost.activation_bytes(self.mix.decode_tokens + self.mix.chunk_tokens)
+        activations += cost.logit_bytes(self.mix.decode_tokens) if is_last else 0.0
+        weights += cost.draft_bytes() if is_last else 0.0
         given = stage.pool.head_groups if stage.pool is not None else 0
         held = (cost.shape.groups - given) * self.kv_tokens(stage.copies) + given * self.prompt_tokens(stage.copies)
         states = state_bytes_per_copy(self.problem.model, self.mix, -(-self.shape.in_flight // stage.copies))
@@ -302,7 +309,7 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         one = plan.replicas[number]
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
-        mix = mix_of(moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
+        mix = mix_of(problem.model, moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
         own, shape = problem.of_replica(one), replica_shape(one, problem, fleet)
         views.append(ReplicaView(own, moments, fleet, number, count[key], one, shape, mix))
     return tuple(views)
