@@ -62,6 +62,11 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *(f"profiler/hetis/profiler/{name}.py" for name in ("engines", "engine_tables", "experts", "latent")),
         *("simulator/hetis/simulator/timing.py", *_COSTS),
     ),
+    "left_out": (
+        *("benchmarks/left_out.py", "benchmarks/measuring/shipped_points.py"),
+        *("tools/left_out.py", "tools/efficiency.py", "profiler/hetis/profiler/fit"),
+        *("profiler/hetis/profiler/ranges.py", "planner/hetis/planner/use_cases/robustness/ranges.py", *_COSTS),
+    ),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),
