@@ -9,7 +9,7 @@ import pytest
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import PAGE_TOKENS, Layout, layout_of
 from hetis.engines.versions import Engine
-from hetis.solver.model import AttentionKind, MlaShape, ModelSpec
+from hetis.solver.model import AttentionKind, DraftShape, LinearShape, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
 from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
 
@@ -203,6 +203,29 @@ def test_a_context_that_is_longer_than_the_kv_room_is_cut() -> None:
     room = (PAGES - 1) * PAGE_TOKENS  # engines reserve one page
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room + 1)).context_tokens == room
     assert layout_of(ALONE, 0, replace(MODEL, max_position=room)).context_tokens is None
+
+
+def test_sglang_does_not_draft_in_a_pipeline() -> None:
+    drafting = replace(MODEL, draft=DraftShape(tokens=1, acceptance=0.5))
+    plan = plan_of(
+        stage_of(num_layers=3, kv_head_groups_kept=8),
+        stage_of(first_layer=3, num_layers=1, kv_head_groups_kept=8, devices=("a/1",)),
+        in_flight=2,
+    )
+    assert layout_of(plan, 0, drafting, engine=Engine.VLLM).draft_tokens == 1
+    with pytest.raises(LayoutError, match="it drafts tokens in 2 stages: SGLang does in one alone"):
+        layout_of(plan, 0, drafting, engine=Engine.SGLANG)
+
+
+def test_states_and_the_kv_of_a_drafting_layer_have_room() -> None:
+    """vLLM 0.32 keeps ``1 + num_speculative_blocks`` states for a request (`MambaSpec.max_memory_usage_bytes`)."""
+    linear = replace(MODEL, linear=LinearShape(layers=2, params=1, state_bytes=1000.0))
+    plain, with_states = layout_of(ALONE, 0, MODEL).rank_kv_bytes, layout_of(ALONE, 0, linear).rank_kv_bytes
+    assert plain is not None
+    requests = 4 + 1  # one is being prefilled
+    assert with_states == plain / 2 + 2 * requests * 1000
+    drafting = layout_of(ALONE, 0, replace(linear, draft=DraftShape(tokens=2, acceptance=0.5)))
+    assert drafting.rank_kv_bytes == 5 / 4 * (plain / 2 + 2 * requests * 3 * 1000), "a layer more, of the mean"
 
 
 def test_kv_of_a_byte_takes_half_and_latent_kv_is_one_group_on_every_rank() -> None:

@@ -137,7 +137,7 @@ INDEXERS = st.builds(
 def linear_layers(layers: int) -> st.SearchStrategy[LinearShape]:
     return st.builds(
         LinearShape,
-        layers=st.integers(1, layers),
+        layers=st.integers(1, layers - 1),
         params=SMALL,
         state_bytes=st.floats(min_value=1, max_value=1e9),
         token_flops=st.floats(min_value=0, max_value=1e9),
@@ -161,9 +161,11 @@ def models(draw: st.DrawFn) -> ModelSpec:
         active_experts=draw(st.integers(1, 8)),
         expert_intermediate=draw(SMALL),
         shared_experts=draw(st.integers(0, 2)),
-        first_dense_layers=draw(st.integers(0, layers - 1)),
-        every=draw(st.integers(1, 4)),
+        first_dense_layers=(dense := draw(st.integers(0, layers - 1))),
+        every=draw(st.integers(1, min(4, layers - dense))),
     )
+    linear = draw(st.none() | linear_layers(layers))
+    with_kv = layers - (0 if linear is None else linear.layers)
     plain = AttentionKind.MHA if group == 1 else AttentionKind.GQA
     window = draw(st.none() | st.integers(1, 10_000))
     return ModelSpec(
@@ -184,13 +186,13 @@ def models(draw: st.DrawFn) -> ModelSpec:
         tie_embeddings=draw(st.booleans()),
         max_position=draw(st.integers(1, 10**6)),
         sliding_window=window,
-        sliding_layers=draw(st.none() | st.integers(1, layers)) if window is not None else None,
+        sliding_layers=draw(st.none() | st.integers(1, with_kv)) if window is not None else None,
         windows_free_kv=draw(st.booleans()),
         gated_attention=draw(st.booleans()),
         vision_params=draw(st.integers(0, 10**9)),
-        linear=draw(st.none() | linear_layers(layers)),
+        linear=linear,
         draft=draw(st.none() | st.builds(DraftShape, tokens=st.integers(1, 16), acceptance=st.floats(0, 1))),
-        indexer=draw(st.none() | INDEXERS) if latent and mla.q_lora_rank is not None else None,
+        indexer=draw(st.none() | INDEXERS) if latent and mla.q_lora_rank and window is None else None,
         float16=draw(st.booleans()),
         mla=mla if latent else None,
         moe=moe if draw(st.booleans()) else None,

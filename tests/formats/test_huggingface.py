@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hetis.formats import catalogue
 from hetis.formats.architectures import FAMILIES, NOT_MODELLED
+from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
 
@@ -142,3 +145,30 @@ def test_the_model_type_stands_in_for_missing_architectures(tmp_path: Path) -> N
     del config["architectures"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_model(tmp_path).num_layers == 64
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        ("Qwen__Qwen3.5-27B", {"layer_types": ["full_attention"] * 64}),
+        ("google__gemma-3-27b-it", {"sliding_window_pattern": 1}),
+        ("meta-llama__Llama-4-Scout-17B-16E-Instruct", {"no_rope_layers": [0] * 48}),
+    ],
+)
+def test_layers_that_are_all_alike_after_all_can_be_saved(tmp_path: Path, config: str, changes: dict[str, Any]) -> None:
+    data = json.loads((FOLDER / f"{config}.json").read_text())
+    data["text_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    model = load_model(tmp_path)
+    assert (model.sliding_window, model.linear) == (None, None)
+    (tmp_path / "model.yaml").write_text(dump(model))
+    assert load_model(tmp_path / "model.yaml") == model
+
+
+def test_more_dense_layers_than_layers_are_refused(tmp_path: Path) -> None:
+    data = json.loads((FOLDER / "zai-org__GLM-4.5.json").read_text()) | {"first_k_dense_replace": 92}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(
+        DocumentError, match=re.escape("moe.first_dense_layers is 92, must be 0 to num_layers (92) - 1")
+    ):
+        load_model(tmp_path)

@@ -135,3 +135,47 @@ def test_an_ambiguous_name_lists_the_candidates() -> None:
 def test_a_missing_model_file_is_called_missing() -> None:
     with pytest.raises(DocumentError, match=r"^nowhere/model\.yaml: no such file$"):
         load_model("nowhere/model.yaml")
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ("linear: {layers: 4, params: 1, state_bytes: 1}", "linear.layers: is 4, must be < num_layers (4)"),
+        (
+            "linear: {layers: 2, params: 1, state_bytes: 1}\nsliding_window: 9\nsliding_layers: 3",
+            "sliding_layers: is 3, must be <= 2, the layers with KV",
+        ),
+        (
+            "sliding_window: 9\nsliding_layers: 2\nsliding_window_every: 2",
+            "sliding_layers: and sliding_window_every exclude each other",
+        ),
+        (
+            "moe: {num_experts: 4, active_experts: 1, expert_intermediate: 9, first_dense_layers: 1, every: 4}",
+            "moe.every: is 4, must be <= 3, the layers after dense ones",
+        ),
+        (
+            "mla: {kv_lora_rank: 8, qk_rope_head_dim: 8, qk_nope_head_dim: 8, v_head_dim: 8, q_lora_rank: 8}\n"
+            "indexer: {top_tokens: 9, heads: 1, head_dim: 8, key_bytes: 9}\nsliding_window: 9",
+            "indexer: and a sliding_window exclude each other",
+        ),
+    ],
+)
+def test_layers_of_several_kinds_that_cannot_be(tmp_path: Path, lines: str, error: str) -> None:
+    with pytest.raises(DocumentError, match=re.escape(error)):
+        model_of(tmp_path, SHAPE.format(kv_heads=2) + lines + "\n")
+
+
+def test_windows_are_in_a_share_of_the_layers_with_kv(tmp_path: Path) -> None:
+    """Of two layers with KV one slides, beside two that keep states."""
+    lines = "linear: {layers: 2, params: 1, state_bytes: 1}\nsliding_window: 100\nsliding_layers: 1\n"
+    model = model_of(tmp_path, SHAPE.format(kv_heads=2) + lines)
+    assert model.attended_tokens(300.0) == model.cached_tokens(300.0) == (100 + 300) / 2
+
+
+def test_older_files_have_windows_that_free_nothing(tmp_path: Path) -> None:
+    """So did their plans count, which may have attention workers."""
+    older = SHAPE.format(kv_heads=2) + "sliding_window: 100\nsliding_window_every: 2\n"
+    model = model_of(tmp_path, older)
+    assert (model.sliding_layers, model.windows_free_kv, model.heads_can_move) == (2, False, True)
+    assert model_of(tmp_path, older + "windows_free_kv: true\n").windows_free_kv
+    assert model_of(tmp_path, SHAPE.format(kv_heads=2) + "sliding_window: 100\n").windows_free_kv

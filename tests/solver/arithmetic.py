@@ -129,9 +129,10 @@ class Numbers:
             return 0.0
         m = self.model
         y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
-        rr *= queries or self.q
+        q = queries or self.q
+        rr *= q
         flops = m.decode_attention_flops(y, pairs * rr)
-        B = pairs * y * m.kv_bytes_per_token_group() + 2 * pairs / groups_of_rank(m, s.tp) * self.state(s)
+        B = pairs * y * m.kv_bytes_per_token_group() + (1 + q) * pairs / groups_of_rank(m, s.tp) * self.state(s)
         return self.fit(gpu, Op.DECODE_ATTENTION, n, F=flops, B=B, H=pairs * rr)
 
     def state(self, s: Stage) -> float:
@@ -316,17 +317,19 @@ class Numbers:
         m = self.model
         if m.sliding_window is None:
             return context
-        sliding = m.num_layers if m.sliding_layers is None else m.sliding_layers
-        if not m.windows_free_kv and sliding < m.num_layers:
+        with_kv = m.num_layers - (m.linear.layers if m.linear else 0)
+        sliding = with_kv if m.sliding_layers is None else m.sliding_layers
+        if not m.windows_free_kv and sliding < with_kv:
             return context
-        return context - max(0.0, context - m.sliding_window) * sliding / m.num_layers
+        return context - max(0.0, context - m.sliding_window) * sliding / with_kv
 
     def kv_tokens(self, copies: int) -> float:
         """Tkv"""
         requests = self.held(copies) * self.b
         y = self.moments.resident_context
         spread = self.problem.assumptions.kv_headroom_z * math.sqrt(requests) * self.moments.resident_context_sd
-        spread *= self.held_of(y + 1e-6) / 1e-6 - self.held_of(y) / 1e-6
+        window = self.model.sliding_window
+        spread *= 1.0 if window is None or y < window else self.held_of(y + 1) - self.held_of(y)
         decoding = requests * self.held_of(y) + spread
         staged = self.staged_prompts(copies)
         return decoding + self.prompt_tokens(copies) + staged * self.held_of(self.moments.mean_prompt)
@@ -345,6 +348,8 @@ class Numbers:
             if m.moe is None
             else (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
         )
+        if m.moe and m.moe.every > 1:  # some repeated layers are dense
+            inner = max(inner, m.intermediate)
         table = m.vocab * m.hidden * m.embedding_bytes / n
         total = float(self.problem.profiles[s.gpu].reserve_bytes)
         total += (self.b * self.q + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n)
@@ -369,7 +374,7 @@ class Numbers:
     def state_bytes(self, s: Stage, is_first: bool, is_last: bool) -> float:
         """States of all requests that a rank holds."""
         requests = self.held(s.copies) * (self.b + self.phi) + self.staged_prompts(s.copies)
-        return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.state(s)
+        return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.q * self.state(s)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
         reserve = self.problem.profiles[pool.gpu].reserve_bytes

@@ -66,6 +66,15 @@ MODELS = (
         make_model(q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=256)),
         draft=DraftShape(tokens=2, acceptance=0.5),
     ),
+    replace(
+        make_model(
+            q_heads=8, kv_heads=2, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=16, every=2)
+        ),
+        linear=LinearShape(layers=3, params=30_000, state_bytes=90_000.0, token_flops=70_000.0),
+        sliding_window=50,
+        sliding_layers=2,
+        draft=DraftShape(tokens=2, acceptance=0.5),
+    ),
 )
 WORKLOADS = (
     make_workload((120, 40)),

@@ -10,7 +10,7 @@ import pytest
 from hetis.solver.check.engine import check_engine
 from hetis.solver.check.fleet import Fleet
 from hetis.solver.check.violation import Rule
-from hetis.solver.model import GpuPrecision
+from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.engines import run_by
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, Family, PlacementProblem
@@ -114,6 +114,19 @@ def test_an_engine_hands_kv_over_only_from_as_many_stages_as_it_says() -> None:
     decode = replace(PIPELINE, role=Role.DECODE)
     said = [f"has 2 stages and is to decode only: KV is handed over with {most} there"]
     assert messages(decode, problem) == (said if most < 2 else [])
+
+
+def test_sglang_drafts_in_pipelines_only_where_it_prefills() -> None:
+    problem = the_problem()
+    assert problem.family.engine is not None
+    model = replace(problem.model, draft=DraftShape(tokens=1, acceptance=0.5))
+    for name, said in (("sglang", ["has 2 stages and drafts tokens, may have 1 then"]), ("vllm", [])):
+        rules = replace(problem.family.engine, name=name)
+        drafting = replace(problem, model=model, family=replace(problem.family, engine=rules))
+        found = check_engine(PIPELINE, "replica 0", drafting, Fleet.of(drafting.cluster))
+        assert [one.message for one in found] == [f"{message} ({name})" for message in said]
+    sglang = replace(problem.family.engine, name="sglang")
+    assert sglang.stages_of(Role.PREFILL, model) == sglang.stages_of(Role.UNIFIED, problem.model) == sglang.max_stages
 
 
 def test_an_engine_has_one_precision_and_workers_16_bit_kv() -> None:

@@ -129,12 +129,14 @@ class _Card(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Room:
     """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer, and the states of all requests,
-    ``state_bytes`` per layer.
+    ``state_bytes`` per layer. The last of ``num_layers`` layers has ``draft_layers`` behind it.
     """
 
     pages: int
     page_bytes: int
     state_bytes: float
+    num_layers: int
+    draft_layers: int
 
     @classmethod
     def of(cls, kv_tokens: int, replica: ReplicaPlan, model: ModelSpec, dtype: str) -> _Room:
@@ -144,7 +146,9 @@ class _Room:
         return cls(
             pages=-(-kv_tokens // PAGE_TOKENS),
             page_bytes=round(PAGE_TOKENS * numbers) * each,
-            state_bytes=requests * model.state_bytes(),
+            state_bytes=requests * model.step_tokens * model.state_bytes(),
+            num_layers=model.num_layers,
+            draft_layers=model.draft_layers,
         )
 
     @property
@@ -154,8 +158,10 @@ class _Room:
 
     def of_ranks(self, stage: StagePlan) -> int:
         """Return the bytes on a rank of the stage."""
-        kv_bytes = stage.kv_head_groups_kept * self.pages * stage.num_layers * self.page_bytes
-        return kv_bytes + round(stage.num_layers * self.state_bytes / stage.tp)
+        is_last = stage.first_layer + stage.num_layers == self.num_layers
+        layers = stage.num_layers + (self.draft_layers if is_last else 0)
+        kv_bytes = stage.kv_head_groups_kept * self.pages * layers * self.page_bytes
+        return kv_bytes + round(layers * self.state_bytes / stage.tp)
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
         """Yield the GPUs of a stage. Each holds an equal part of the heads that a rank does not keep.
@@ -400,6 +406,8 @@ def _handed_over(
     stages = len(replica.stages)
     if stages == 1:
         return
+    if engine is Engine.SGLANG and model.draft is not None and replica.role is not Role.PREFILL:
+        yield f"it drafts tokens in {stages} stages: SGLang does in one alone"
     if engine is Engine.SGLANG:
         from_others = {len(one.stages) for one in partners if one.role is Role.PREFILL} - {stages}
         if replica.role is Role.DECODE and from_others:

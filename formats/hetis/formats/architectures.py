@@ -75,6 +75,8 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
         config.problems.append(config.source.problem(config.at, heads))
     if config.problems:
         return None
+    if fields.get("sliding_layers") == 0:  # all layers attend to everything
+        fields |= {"sliding_window": None, "sliding_layers": None}
     kind = AttentionKind.MHA if fields["q_heads"] == fields["kv_heads"] else AttentionKind.GQA
     try:
         return ModelSpec(**({"attention": AttentionKind.MLA if fields.get("mla") else kind} | fields))
@@ -184,7 +186,7 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
         config,
         **common,
         moe=moe,
-        linear=_gated_delta_rule(config, linear),
+        linear=_gated_delta_rule(config, linear) if linear else None,
         gated_attention=config.flag("attn_output_gate", True),
         vision_params=_vision_params(config, projection=0),
     )

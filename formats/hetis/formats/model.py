@@ -98,10 +98,10 @@ class ModelSpecDocument(DocumentPart):
     ``weights`` is what engines call the precision, which decides on what GPUs it runs; unless given, that of ``dtype``.
     GPU types in ``precisions`` hold the model in a precision of their own.
 
-    A ``sliding_window`` is one of all layers, or of ``sliding_layers`` (2 in ``sliding_window_every``, in older files:
-    every second layer). Engines then free the KV that the window has
-    passed, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). ``vision_params`` are
-    held by the first stage, in 16 bits.
+    A ``sliding_window`` is one of all layers, or of ``sliding_layers``. Engines then free the KV that the window has
+    passed, unless ``windows_free_kv`` is false (vLLM's ``--disable-hybrid-kv-cache-manager``). Older files have
+    ``sliding_window_every``: 2 is a window in every second layer, and ``windows_free_kv`` false unless given.
+    ``vision_params`` are held by the first stage, in 16 bits.
     """
 
     api_version: Annotated[Literal["hetis/v1"], Field(alias="apiVersion")]
@@ -254,6 +254,8 @@ def _to_model(document: ModelSpecDocument) -> ModelSpec:
     }
     if document.sliding_window is not None and document.sliding_window_every > 1 and document.sliding_layers is None:
         fields["sliding_layers"] = -(-document.num_layers // document.sliding_window_every)
+        if "windows_free_kv" not in document.model_fields_set:
+            fields["windows_free_kv"] = False  # as their plans have counted, which may have attention workers
     base = dtypes.base_bytes(document.dtype)
     for name in ("activation_bytes", "embedding_bytes"):
         fields[name] = fields[name] or base
@@ -309,11 +311,20 @@ def _check_model(data: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], s
     dense = whole(moe, "first_dense_layers")
     if layers and dense and dense >= layers:
         found.append((("moe", "first_dense_layers"), f"is {dense}, must be < num_layers ({layers})"))
+    every = whole(moe, "every")
+    if layers and every and every > layers - (dense or 0) > 0:
+        found.append((("moe", "every"), f"is {every}, must be <= {layers - (dense or 0)}, the layers after dense ones"))
     linear = whole(data.get("linear"), "layers")
+    if layers and linear and linear >= layers:
+        found.append((("linear", "layers"), f"is {linear}, must be < num_layers ({layers})"))
     sliding = whole(data, "sliding_layers")
-    for path, number in ((("linear", "layers"), linear), (("sliding_layers",), sliding)):
-        if layers and number and number > layers:
-            found.append((path, f"is {number}, must be <= num_layers ({layers})"))
+    with_kv = layers - (linear or 0) if layers else 0
+    if sliding and sliding > with_kv > 0:
+        found.append((("sliding_layers",), f"is {sliding}, must be <= {with_kv}, the layers with KV"))
+    if data.get("indexer") is not None and data.get("sliding_window") is not None:
+        found.append((("indexer",), "and a sliding_window exclude each other"))
+    if sliding and (whole(data, "sliding_window_every") or 1) > 1:
+        found.append((("sliding_layers",), "and sliding_window_every exclude each other"))
     if sliding and data.get("sliding_window") is None:
         found.append((("sliding_layers",), "is given, but no sliding_window"))
     if data.get("indexer") is not None and whole(data.get("mla"), "q_lora_rank") is None:

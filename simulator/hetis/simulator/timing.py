@@ -68,8 +68,9 @@ class StageTiming:
         self._decode: tuple[AttentionPiece, ...] = ()
         if shape.pool is None:
             pieces = pair_pieces(profile, model, shape.tp, rank.queries_per_group)
-            # Linear attention reads and writes the state of each request again.
-            states = [p.byte_s * 2.0 * model.state_bytes() / shape.tp for p in _decode_pieces(profile, model, shape.tp)]
+            # Linear attention reads the state of each request, and writes it for every token.
+            traffic = (1.0 + model.step_tokens) * model.state_bytes() / shape.tp
+            states = [p.byte_s * traffic for p in _decode_pieces(profile, model, shape.tp)]
             self._decode = tuple(
                 (n * c, n * (model.step_tokens * groups * h + state), n * groups * t)
                 for (c, h, t), state in zip(pieces, states, strict=True)

@@ -185,8 +185,10 @@ class DeviceCost:
         """
         m = self.model
         attended = m.attended_tokens(self.moments.resident_context)
-        heads = pairs * queries_per_group * (m.step_tokens if step_tokens is None else step_tokens)
-        state = 2.0 * m.state_bytes() / (self.shape.tp * self.shape.groups)  # read and written, by the pairs of a rank
+        queries = m.step_tokens if step_tokens is None else step_tokens
+        heads = pairs * queries_per_group * queries
+        # By the pairs of a rank; read once, and written for every token, of which the last accepted one counts.
+        state = (1.0 + queries) * m.state_bytes() / (self.shape.tp * self.shape.groups)
         seconds = _seconds(
             self._fits[Op.DECODE_ATTENTION],
             flops=m.decode_attention_flops(attended, 1.0) * heads,
@@ -277,6 +279,7 @@ class DeviceCost:
         inner = m.intermediate
         if m.moe is not None:
             inner = (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
+            inner = max(inner, m.intermediate) if m.moe.every > 1 else inner
         return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp)
 
     def room_bytes(self) -> float:
@@ -377,10 +380,11 @@ def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix,
 def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> float:
     """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
 
-    These are the D b requests that decode, those that are being prefilled, and the N that are handed over.
+    These are the D b requests that decode, those that are being prefilled, and the N that are handed over. Each has a
+    state for every token of an iteration, for drafts may be refused.
     """
     requests = micro_batches * (mix.micro_batch + mix.chunk_share) + handed_over_per_copy(mix, micro_batches)
-    return requests * model.state_bytes()
+    return requests * model.step_tokens * model.state_bytes()
 
 
 class Regime(NamedTuple):

@@ -161,11 +161,22 @@ class ModelSpec:
             raise InvalidProblemError(f"{self.name}: an indexer needs latent attention with compressed queries")
         if self.draft is not None and not (self.draft.tokens >= 1 and 0.0 <= self.draft.acceptance <= 1.0):
             raise InvalidProblemError(f"{self.name}: {self.draft} needs a token at least and an acceptance of 0 to 1")
-        for name, layers in (("sliding_layers", self.sliding_layers), ("linear.layers", self._linear_layers)):
-            if layers is not None and not 0 <= layers <= self.num_layers:
-                raise InvalidProblemError(
-                    f"{self.name}: {name} is {layers}, must be 0 to num_layers ({self.num_layers})"
-                )
+        if self.indexer is not None and self.sliding_window is not None:
+            raise InvalidProblemError(f"{self.name}: an indexer and a sliding_window exclude each other")
+        if not 0 <= self._linear_layers < self.num_layers:
+            limit = f"must be 0 to num_layers ({self.num_layers}) - 1"
+            raise InvalidProblemError(f"{self.name}: linear.layers is {self._linear_layers}, {limit}")
+        if self.sliding_layers is not None and not 0 <= self.sliding_layers <= self._layers_with_kv:
+            limit = f"must be 0 to the layers with KV ({self._layers_with_kv})"
+            raise InvalidProblemError(f"{self.name}: sliding_layers is {self.sliding_layers}, {limit}")
+        if self.moe is not None:
+            dense, every = self.moe.first_dense_layers, self.moe.every
+            if not 0 <= dense < self.num_layers:
+                limit = f"must be 0 to num_layers ({self.num_layers}) - 1"
+                raise InvalidProblemError(f"{self.name}: moe.first_dense_layers is {dense}, {limit}")
+            if not 1 <= every <= self.num_layers - dense:
+                limit = f"must be 1 to the {self.num_layers - dense} layers after the dense ones"
+                raise InvalidProblemError(f"{self.name}: moe.every is {every}, {limit}")
 
     def on(self, gpu: str) -> ModelSpec:
         """Return the model as GPUs of one type hold it, in a single precision."""
@@ -193,16 +204,20 @@ class ModelSpec:
         return 0 if self.linear is None else self.linear.layers
 
     @property
+    def _layers_with_kv(self) -> int:
+        return self.num_layers - self._linear_layers
+
+    @property
     def kv_share(self) -> float:
         """Return the share of layers that keep KV; the others keep a state for each request."""
         return 1.0 - self._linear_layers / self.num_layers
 
     @property
     def sliding_share(self) -> float:
-        """Return the share of layers with a sliding window."""
+        """Return the share of the layers with KV that have a sliding window."""
         if self.sliding_window is None:
             return 0.0
-        return 1.0 if self.sliding_layers is None else self.sliding_layers / self.num_layers
+        return 1.0 if self.sliding_layers is None else self.sliding_layers / self._layers_with_kv
 
     @property
     def expert_share(self) -> float:

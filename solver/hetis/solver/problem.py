@@ -105,8 +105,10 @@ class EngineRules:
         KV that is handed over goes to decode replicas of one stage: vLLM's NIXL connector refuses others (0.32,
         ``nixl/base_worker.py``), and SGLang takes them only where prompts come from equally many stages
         (``disaggregation/common/conn.py``). vLLM's does not take KV from several stages either if layers slide or keep
-        states.
+        states. SGLang drafts in a pipeline only where it prefills (0.5.23, ``arg_groups/validation_hook.py``).
         """
+        if role is Role.UNIFIED and model.draft is not None and self.name == "sglang":
+            return 1
         is_mixed = (model.sliding_window is not None or model.linear is not None) and self.name != "sglang"
         return 1 if role is Role.DECODE or (role is Role.PREFILL and is_mixed) else self.max_stages
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hetis.solver.model import DraftShape, LinearShape
 from hetis.solver.plan import Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.replanning.change import Fate, plan_change
@@ -45,6 +46,28 @@ def test_a_gpu_loads_what_it_does_not_have(before: Holding | None, after: Holdin
 def test_tied_tables_are_loaded_once() -> None:
     tied = make_model(num_layers=6, tie_embeddings=True)
     assert shard(0, 6).weight_bytes(tied) == pytest.approx(6 * LAYER + TABLE)
+
+
+def test_a_vision_tower_and_a_drafting_layer_are_loaded_with_the_first_and_the_last_layer() -> None:
+    model = replace(MODEL, vision_params=70_000, draft=DraftShape(tokens=1, acceptance=0.5))
+    tower, drafting = 70_000 * MODEL.embedding_bytes, LAYER + 2 * MODEL.hidden**2 * MODEL.weight_bytes
+    assert shard(0, 6).weight_bytes(model) == pytest.approx(6 * LAYER + 2 * TABLE + tower + drafting)
+    assert shard(0, 6).bytes_to_load(model, shard(0, 4)) == pytest.approx(2 * LAYER + TABLE + drafting)
+    assert shard(0, 6).bytes_to_load(model, shard(2, 6)) == pytest.approx(2 * LAYER + TABLE + tower)
+
+
+def test_dropped_requests_lose_their_states_and_the_kv_that_windows_have_left() -> None:
+    model = replace(
+        MODEL,
+        linear=LinearShape(layers=2, params=1, state_bytes=1000.0),
+        sliding_window=2,
+        sliding_layers=2,
+    )
+    plan = solve_placement(PROBLEM)
+    change = plan_change(plan, replace(plan, replicas=()), model, MOMENTS)
+    kept = sum(in_flight(one) for one in plan.replicas) * model.cached_tokens(MOMENTS.resident_context)
+    states = change.dropped_requests * 2 * 1000
+    assert change.dropped_kv_bytes == pytest.approx(kept * model.kv_bytes_per_token() + states)
 
 
 def test_all_shards_of_a_replica_are_the_model() -> None:

@@ -29,7 +29,10 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet:
     if depth > rules.max_stages:
         yield f"has {depth} stages, may have {rules.max_stages}"
     elif depth > (most := rules.stages_of(replica.role, model)):
-        yield f"has {depth} stages and is to {replica.role} only: KV is handed over with {most} there"
+        if replica.role is Role.UNIFIED:
+            yield f"has {depth} stages and drafts tokens, may have {most} then"
+        else:
+            yield f"has {depth} stages and is to {replica.role} only: KV is handed over with {most} there"
     if len(sizes) > 1:
         yield f"has stages of TP {', '.join(map(str, sorted(sizes)))}, must have one TP size"
     if any(stage.copies > 1 for stage in replica.stages):

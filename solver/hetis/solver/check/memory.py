@@ -89,7 +89,8 @@ def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     """Return a rank's bytes of the states that linear attention keeps for each request."""
     D = micro_batches_of_a_copy(setting, stage.copies)
     requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
-    return _all_layers(setting, stage, is_first, is_last) * requests * setting.model.state_bytes() / stage.tp
+    states = requests * setting.model.step_tokens  # engines keep one for each token that may be refused
+    return _all_layers(setting, stage, is_first, is_last) * states * setting.model.state_bytes() / stage.tp
 
 
 def micro_batches_of_a_copy(setting: Setting, copies: int) -> int:
@@ -132,6 +133,8 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
     intermediate = model.intermediate
     if model.moe is not None:
         intermediate = (model.moe.active_experts + model.moe.shared_experts) * model.moe.expert_intermediate
+        if model.moe.every > 1:  # dense layers are between those with experts
+            intermediate = max(intermediate, model.intermediate)
     tokens = setting.decode_tokens + setting.chunk_tokens
     return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp)
 

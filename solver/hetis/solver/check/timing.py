@@ -244,21 +244,22 @@ def _decode(
         return 0.0
     model = setting.model
     y = model.attended_tokens(setting.moments.resident_context)
-    heads = pairs * query_heads_per_group(model, stage.tp) * (queries or model.step_tokens)
+    queries = queries or model.step_tokens
+    heads = pairs * query_heads_per_group(model, stage.tp) * queries
     return setting.seconds(
         gpu,
         Op.DECODE_ATTENTION,
         tp,
         heads=heads,
-        num_bytes=pairs * y * model.kv_bytes_per_token_group() + _state_traffic(setting, stage, pairs),
+        num_bytes=pairs * y * model.kv_bytes_per_token_group() + _state_traffic(setting, stage, pairs, queries),
         flops=model.decode_attention_flops(y, heads),
     )
 
 
-def _state_traffic(setting: Setting, stage: StageShape, pairs: int) -> float:
-    """Return the bytes of states that a rank reads and writes again for the requests of these pairs."""
+def _state_traffic(setting: Setting, stage: StageShape, pairs: int, queries: int) -> float:
+    """Return the bytes of states that a rank reads for the requests of these pairs and writes after every query."""
     requests = pairs / head_groups_per_rank(setting.model, stage.tp)
-    return 2 * requests * setting.model.state_bytes() / stage.tp
+    return (1 + queries) * requests * setting.model.state_bytes() / stage.tp
 
 
 def _transfer(setting: Setting, gpu: str, tp: int, num_bytes: float, link: Link) -> float:

@@ -121,7 +121,7 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
 def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> SwapNetwork:
     zones = atlas.problem.cluster.zones()
     model, cluster = atlas.problem.model, atlas.problem.cluster
-    kv_bytes = atlas.moments.mean_prompt * model.kv_bytes_per_token()
+    kv_bytes = model.prompt_kv_bytes(atlas.moments.mean_prompt)
     return SwapNetwork(
         graph=graph,
         search=search,

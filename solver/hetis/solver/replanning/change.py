@@ -106,8 +106,12 @@ def plan_change(
         dropped_requests=requests,
         dropped_kv_tokens=sum(tokens.values()),
         dropped_kv_bytes=sum(
-            size * model.on(before.replicas[n].stages[0].gpu).kv_bytes_per_token() for n, size in tokens.items()
-        ),
+            in_flight(before.replicas[n])
+            * model.cached_tokens(size / in_flight(before.replicas[n]))
+            * model.on(before.replicas[n].stages[0].gpu).kv_bytes_per_token()
+            for n, size in tokens.items()
+        )
+        + requests * model.num_layers * model.state_bytes(),
     )
 
 

@@ -27,7 +27,9 @@ class Holding:
         return self.rank < 0
 
     def weight_bytes(self, model: ModelSpec) -> float:
-        """Return the bytes of the shard, with its share of embedding and LM head on the first and the last layers."""
+        """Return the bytes of the shard, with its share of what the first and the last layers have beside them:
+        embedding, vision towers, a layer that drafts, and LM head.
+        """
         return self.bytes_to_load(model, None)
 
     def bytes_to_load(self, model: ModelSpec, before: Holding | None) -> float:
@@ -38,7 +40,14 @@ class Holding:
         kept = before if same_shard else None
         layers = sum(_layer_bytes(model.on(self.gpu), i) for i in self._layers() if kept is None or not kept.has(i))
         tables = self._tables(model) - (kept._tables(model) if kept is not None else frozenset())
-        return (layers + len(tables) * model.embedding_params * model.embedding_bytes) / self.tp
+        ends = len(tables) * model.embedding_params * model.embedding_bytes
+        if self.has(0) and (kept is None or not kept.has(0)):
+            ends += model.vision_params * model.embedding_bytes
+        last = model.num_layers - 1
+        if self.has(last) and (kept is None or not kept.has(last)):
+            own = model.on(self.gpu)
+            ends += own.draft_params() * own.weight_bytes
+        return (layers + ends) / self.tp
 
     def has(self, layer: int) -> bool:
         return self.first_layer <= layer < self.end_layer

@@ -77,6 +77,9 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
         f"None. Decode attention is {share:.1%} of the time of stage {busiest.stage + 1} of replica {view.number} "
         f"({stage_name(stage)}), {in_time(own_s)} per layer and iteration; KV room is {full:.0%} planned ({where})."
     )
+    if not view.problem.model.heads_can_move:
+        yield "No head can be computed apart: layers keep more than the KV of single heads, or less, or verify drafts."
+        return
     if not view.stage_cost(stage).shape.splits_groups:
         yield "Its ranks share head groups, so that none can move."
         return

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hetis.solver.cost import DeviceCost, rank_shape
+from hetis.solver.cost import DeviceCost, rank_shape, state_bytes_per_copy
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import IdleGpus
 from hetis.solver.placement.classes import DeviceClass, device_classes
@@ -105,9 +105,9 @@ def _alone(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterator[
     if held < repeated:
         yield f"the {idle:,} idle hold at most {held} of {repeated} layers, KV left out"
         return
-    # b n_it / O >= 1, so TPOT is at least one plain iteration of one request.
+    # b n_it / O >= 1 / eta, so TPOT is at least one plain iteration of one request by the tokens that it adds.
     fastest = min(costs, key=lambda c: c.dense_s(1) + 2 * c.reduce_s(1))
-    token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1))
+    token_s = repeated * (fastest.dense_s(1) + 2 * fastest.reduce_s(1)) / model.emitted_tokens
     if limit_s is not None and token_s > limit_s:
         took = in_time_above(token_s, limit_s)
         could = ": they could only prefill" if family.splits_roles else ""
@@ -124,8 +124,9 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     there_s = _layer_s(view, view.stage_cost(stage))
     tried = []
     for cost in _costs(view, device_class, idle):
-        room = cost.room_bytes() - cost.activation_bytes(mix.micro_batch + mix.chunk_tokens)
+        room = cost.room_bytes() - cost.activation_bytes(mix.decode_tokens + mix.chunk_tokens)
         kv_bytes = cost.shape.groups * model.kv_bytes_per_token_group() * view.kv_tokens(1)
+        kv_bytes += state_bytes_per_copy(model, mix, view.shape.in_flight) / cost.shape.tp
         layers = min(math.floor(room / (cost.layer_bytes() + kv_bytes)), view.layers(busiest.stage))
         if layers > 0:
             tried.append((_layer_s(view, cost), layers, cost))
