@@ -108,7 +108,8 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
         "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7",
         "--roles", "decode,prefill", "--engine", "vllm", "--max-stages", "4", "--max-gpus", "16",
         "--min-layers-per-stage", "3", "--max-nodes-per-replica", "2",
-        "--weights", "fp8", "--kv", "fp8", "--max-num-seqs", "64", "--chunk-tokens", "512,256", "--kv-blocks", "9000",
+        "--weights", "fp8", "--kv", "fp8", "--mtp", "2:0.7",
+        "--max-num-seqs", "64", "--chunk-tokens", "512,256", "--kv-blocks", "9000",
     )  # fmt: skip
     assert code == ExitCode.OK
     sent = last_request(planner, plan_service_pb2.CreatePlanRequest)
@@ -120,7 +121,7 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert (spec.objective.ttft_unlimited, spec.objective.tpot_limit_s) == (True, 0.05)
     assert (spec.time_limit.seconds, spec.seed, spec.strategy, spec.gap_target) == (90, 7, "hetis", 0.001)
     assert list(spec.roles) == [replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE]
-    assert (spec.weights, spec.kv) == ("fp8", "fp8")
+    assert (spec.weights, spec.kv, spec.mtp) == ("fp8", "fp8", "2:0.7")
     assert (spec.engine, spec.max_stages, spec.max_gpus) == ("vllm", 4, 16)
     assert (spec.min_layers, spec.max_nodes) == (3, 2)
     assert (spec.max_num_seqs, list(spec.chunk_tokens), spec.kv_blocks) == (64, [256, 512], 9000)

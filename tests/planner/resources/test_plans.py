@@ -123,6 +123,7 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             ("set", {"engine": "vllm", "max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
             ("each", {"engine": "vllm", "weights": "bf16,RTX-3090=fp8"}),
+            ("drafts", {"engine": "vllm", "mtp": "1:0.8"}),
         ):
             await planner.create(name, model_name="Llama-2-13B", **spec)  # type: ignore[arg-type]
             solved = await planner.solved(f"plans/{name}")
@@ -139,15 +140,18 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             if name == "each":
                 assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
                 assert all(len({stage.gpu for stage in replica.stages}) == 1 for replica in plan.replicas)
+            if name == "drafts":
+                assert plan.inputs["documents"]["model"]["draft"] == {"tokens": 1, "acceptance": 0.8}
             if name == "set":
                 assert plan.inputs["engine_settings"] == {"max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}
                 assert all(max(1, one.micro_batch) * one.in_flight <= 8 for one in plan.replicas)
             if name == "small":
                 assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
+        assert values["drafts"] > values["stock"]
         assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
         assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
             "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "set": "vllm", "fp8": "vllm",
-            "each": "vllm",
+            "each": "vllm", "drafts": "vllm",
         }  # fmt: skip
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
         assert list(changed.changed_inputs) == ["engine"]
@@ -281,8 +285,9 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         ):
             refusal = await refused(planner.call("CreatePlan", create_request(**asked)))  # type: ignore[arg-type]
             assert refusal.fields == {"plan.spec.engine": says}
-        precise = await refused(planner.call("CreatePlan", create_request(weights="fp9", kv="int4")))
-        assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv"}
+        precise = await refused(planner.call("CreatePlan", create_request(weights="fp9", kv="int4", mtp="2")))
+        assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv", "plan.spec.mtp"}
+        assert precise.fields["plan.spec.mtp"].startswith("'2' is not TOKENS:ACCEPTANCE, 1 to 16 tokens")
         assert precise.fields["plan.spec.weights"].endswith("did you mean fp8?")
         deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
         assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}

@@ -73,6 +73,7 @@ def apply(
     prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,6 +147,7 @@ def apply(
         roles=roles or frozenset(),
         weights=weights,
         kv=kv,
+        mtp=mtp,
         survive="" if survive is None else survive.value,
         engine=engine,
         limits=limits,

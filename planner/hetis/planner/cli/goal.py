@@ -52,6 +52,7 @@ class Goal:
     roles: frozenset[Role]  # empty: all of the strategy
     weights: str | None
     kv: str | None
+    mtp: str | None
     survive: str  # node or zone; empty: nothing
     engine: str | None
     limits: ReplicaLimits
@@ -123,6 +124,7 @@ class Goal:
             roles=[TO_PROTO[role] for role in Role if role in self.roles],
             weights=self.weights or "",
             kv=self.kv or "",
+            mtp=self.mtp or "",
             survive=self.survive,
             engine=self.engine or "",
             max_stages=self.limits.max_stages or 0,

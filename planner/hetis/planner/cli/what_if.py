@@ -34,6 +34,7 @@ def what_if(
     prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: options.ProfilesOption = None,
     add: fleet_options.AddOption = None,
     remove: fleet_options.RemoveOption = None,
@@ -99,7 +100,7 @@ def what_if(
         seed=seed,
         threads=threads,
     )
-    loaded = in_precision(loaded, weights=weights, kv=kv)
+    loaded = in_precision(loaded, weights=weights, kv=kv, mtp=mtp)
     loaded = loaded.at(engine_settings(max_num_seqs, chunk_tokens, kv_blocks))
     fleet = loaded.inputs.cluster
     card = None if nic is None else Link(bytes_per_s=nic, latency_s=fleet.network.default.latency_s)

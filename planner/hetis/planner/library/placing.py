@@ -41,6 +41,7 @@ def place(
     tpot: Quantity | None = "default",
     weights: str | None = None,
     kv: str | None = None,
+    mtp: str | None = None,
     pin: Sequence[str] = (),
     forbid: Sequence[str] = (),
     strategy: str = placing.DEFAULT_STRATEGY,
@@ -77,6 +78,7 @@ def place(
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
             ``nvfp4``; ``"fp8,V100=bf16"`` gives GPU types their own; None: the checkpoint's.
         kv: precision of the KV cache, likewise: ``bf16`` or ``fp8``.
+        mtp: drafted tokens and the rate at which each is accepted, ``"1:0.85"``; None: as the model's file says.
         engine: ``vllm-hetis`` (the default, except for published heuristics), ``vllm``, ``sglang`` or ``any``: plan
         only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
@@ -116,7 +118,7 @@ def place(
     )
     chunks = tuple(sorted(set(chunk_tokens)))
     loaded = loaded.at(EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks))
-    loaded = in_precision(loaded, weights=weights, kv=kv)
+    loaded = in_precision(loaded, weights=weights, kv=kv, mtp=mtp)
     loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     compile_kernels(

@@ -11,6 +11,7 @@ from typing import Any
 from hetis.formats import catalogue
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
+from hetis.formats.model import drafts
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, enums, names
 from hetis.planner.convert.plans import objective_from_proto
@@ -56,6 +57,7 @@ class ReadSpec:
     workload: Workload
     weights: str | None = None  # precision, as `chosen_precision` reads it; None: the model's
     kv: str | None = None
+    mtp: str | None = None  # drafts, as `drafts` reads them; None: the model's
     origins: Mapping[str, str]  # of model and workload
     profiles: Sequence[str]
     objective: Objective
@@ -88,6 +90,11 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
                 chosen_precision(asked, known)
         except ValueError as error:
             checks.require(False, f"{field}.{name}", str(error))
+    try:
+        if spec.mtp:
+            drafts(spec.mtp)
+    except ValueError as error:
+        checks.require(False, f"{field}.mtp", str(error))
     checks.require(
         len(spec.profiles) <= MOST_PROFILES,
         f"{field}.profiles",
@@ -102,6 +109,7 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
         workload=workload,
         weights=spec.weights or None,
         kv=spec.kv or None,
+        mtp=spec.mtp or None,
         origins={
             "model": spec.model_name or spec.model_document.source_name or "document",
             "workload": spec.workload_name or spec.workload_document.source_name or "document",
@@ -178,7 +186,7 @@ def pose(
         },
     )
     posed = PosedProblem(
-        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv),
+        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv, mtp=spec.mtp),
         objective=spec.objective,
         settings=spec.settings,
     )
