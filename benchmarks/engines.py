@@ -19,7 +19,7 @@ from benchmarks.measuring.by_strategy import FAILED, Answer, answer
 from benchmarks.measuring.instances import example, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.precision import wishes_of
-from hetis.planner.use_cases.sources import default_profile
+from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster
 from hetis.solver.placement.engines import ANY_ENGINE, run_by
 from hetis.solver.plan import Objective

@@ -30,6 +30,7 @@ from hetis.profiler.efficiency import (
     RelativePiece,
     borrowed,
     scaled_from,
+    shipped,
     to_json,
 )
 from hetis.profiler.fit import selected_points
@@ -42,8 +43,9 @@ from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
 from tools import tables
+from tools.left_out import Operator, Pieces, Tables, joined
 from tools.modelled_tables import Pair, modelled_tables
-from tools.profiles import measurements_for
+from tools.profiles import SOURCES, measurements_for
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
@@ -94,6 +96,13 @@ _MEMORY = MemoryRule(
     "1.25 GiB go to the CUDA context, captured graphs, collective buffers and workspaces",
 )
 _TRANSFER_WIRE = 1.25
+_SMALL_BYTES = 16384
+_PCIE_HOSTS = ("L40S", "A40")
+_OP_OF = {
+    **{name: op for name, (op, _) in _OPS.items()},
+    **dict.fromkeys(("all_reduce_nvlink", "all_reduce_pcie"), Op.ALL_REDUCE),
+    "transfer": Op.TRANSFER,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +119,10 @@ def calibrate(folder: Path) -> Calibration:
     Raises:
         DocumentError: a table is missing or malformed.
     """
+    every = relative_points(folder)
+    left_out = measured_tables(every)
     gpus = {name: catalogue.find_gpu(name).gpu for name in _GPUS}
-    points = {name: selected_points(measurements_for(name, folder), gpu).points for name, gpu in gpus.items()}
-    relative = {name: list(_relative(found, gpus[name])) for name, found in points.items()}
+    relative = {name: every[name] for name in _GPUS}
     collectives = import_tables("vidur", [folder / "vidur_collectives.csv.gz"])
     measured: dict[str, dict[str, OpEfficiency]] = {gpu.architecture: {} for gpu in gpus.values()}
     pairs: list[Pair] = []
@@ -125,16 +135,92 @@ def calibrate(folder: Path) -> Calibration:
             own = [chosen for name, chosen in by_gpu.items() if gpus[name].architecture == architecture]
             names = tuple(name for name in by_gpu if gpus[name].architecture == architecture)
             if own:
-                measured[architecture][op] = replace(_fit(own, names), transfer_mape=transfer)
+                measured[architecture][op] = replace(
+                    _fit(own, names), transfer_mape=transfer, range_error=left_out.range_error(op)
+                )
     for ops in measured.values():
         ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
     # Missing if never measured: Ada has no NVLink board, Ampere no fp8 units; related architectures may have both.
     measured["Ada"]["all_reduce_nvlink"] = borrowed(measured["Ampere"]["all_reduce_nvlink"])
     measured["Ampere"]["dense_fp8"] = borrowed(measured["Hopper"]["dense_fp8"])
-    pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in ("L40S", "A40")}
-    links = {"all_reduce_pcie": _pcie(pcie), "transfer": _transfer(collectives), "step": _step(folder)}
+    pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in _PCIE_HOSTS}
+    over_pcie = replace(_pcie(pcie), range_error=left_out.range_error("all_reduce_pcie"))
+    links = {"all_reduce_pcie": over_pcie, "transfer": _transfer(collectives), "step": _step(folder)}
     efficiencies = Efficiencies(memory=_MEMORY, links=links, architectures=_architectures(measured))
     return Calibration(efficiencies=efficiencies, pairs=tuple(pairs))
+
+
+def relative_points(folder: Path) -> dict[str, list[Points]]:
+    """Return the points of every measured GPU in the serving range, with work as seconds at its peaks.
+
+    Raises:
+        DocumentError: a table is missing or malformed.
+    """
+    gpus = {name: catalogue.find_gpu(name).gpu for name in SOURCES}
+    return {
+        name: relative_to_peaks(selected_points(measurements_for(name, folder), gpu).points, gpu)
+        for name, gpu in gpus.items()
+    }
+
+
+def measured_tables(relative: Mapping[str, Sequence[Points]]) -> Tables:
+    """Return what `relative_points` found, by operator, to leave GPUs out of."""
+    gpus = {name: catalogue.find_gpu(name).gpu for name in relative}
+    operators = []
+    for op in (*_OPS, "all_reduce_nvlink"):
+        by_gpu = {name: chosen for name, found in relative.items() if (chosen := _chosen(op, found, gpus[name]))}
+        sources = tuple(name for name in _GPUS if name in by_gpu)
+        operators.append(Operator(name=op, points=by_gpu, sources=sources, fit=_pieces_of, family="device"))
+    pcie = {
+        name: joined(reduces)
+        for name, found in relative.items()
+        if not gpus[name].nvlink_bytes_per_s and (reduces := _few_gpus(found))
+    }
+    hosts = tuple(name for name in _PCIE_HOSTS if name in pcie)
+    operators.append(
+        Operator(
+            name="all_reduce_pcie", points=pcie, sources=hosts, fit=_hosts_fit, family="hosts", by_architecture=False
+        )
+    )
+    transfers = {name: points for name, found in relative.items() for points in found if points.op is Op.TRANSFER}
+    operators.append(
+        Operator(
+            name="transfer",
+            points=transfers,
+            sources=tuple(transfers),
+            fit=_small_messages,
+            family=None,
+            by_architecture=False,
+        )
+    )
+    return Tables(
+        operators={op.name: op for op in operators if op.points},
+        architectures={name: gpu.architecture for name, gpu in gpus.items()},
+    )
+
+
+def without(measured: Tables, gpu: GpuType, relative: str) -> Efficiencies:
+    """Return the efficiencies of the architecture of ``gpu`` as they would be had nobody measured it, ranges included.
+
+    Operators that no other GPU of its architecture has are those of ``relative``, or of any other architecture if that
+    has none either.
+    """
+    ops, links = dict[str, OpEfficiency](), dict(shipped().links)
+    for name in measured.operators:
+        found = measured.relatives(name, gpu.name)
+        if not found:
+            continue
+        chosen = next((one for one in (gpu.architecture, relative) if one in found), next(iter(found)))
+        efficiency = OpEfficiency(
+            pieces=_relative_pieces(_OP_OF[name], measured.pieces(name, found[chosen])),
+            origin=f"{', '.join(found[chosen])}, without {gpu.name}",
+            transfer_mape=measured.mean_error(name, without={gpu.name}),
+            range_error=measured.range_error(name, without={gpu.name}),
+        )
+        (links if name in links else ops)[name] = efficiency
+    ops["decode_attention"] = _with_compute_piece(ops["decode_attention"], ops["prefill_attention"])
+    architecture = Architecture(name=gpu.architecture, ops=ops, relative=relative)
+    return replace(shipped(), links=links, architectures={gpu.architecture: architecture})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _relative(found: Sequence[Points], gpu: GpuType) -> list[Points]:
+def relative_to_peaks(found: Sequence[Points], gpu: GpuType) -> list[Points]:
     """Return the points in the serving range, with work as seconds at the peaks of ``gpu``."""
     results = []
     for points in found:
@@ -184,13 +270,13 @@ def _chosen(op: str, found: Sequence[Points], gpu: GpuType) -> Points | None:
     """Return the points of one operator on one GPU; all-reduces over any number of GPUs are joined."""
     if op == "all_reduce_nvlink":
         reduces = [points for points in found if points.op is Op.ALL_REDUCE]
-        return _joined(reduces) if reduces and gpu.nvlink_bytes_per_s else None
+        return joined(reduces) if reduces and gpu.nvlink_bytes_per_s else None
     wanted = _OPS[op]
     return next((points for points in found if (points.op, points.scope) == wanted), None)
 
 
 def _fit(sets: Sequence[Points], names: Sequence[str]) -> OpEfficiency:
-    points = _joined(sets)
+    points = joined(sets)
     found = fit_points(points)
     seen = points.kept(found.fitted)
     return OpEfficiency(
@@ -226,18 +312,11 @@ def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
 
     Over 8 GPUs both hosts cross sockets and reach only a third of it. No one would plan for that, so it is left out.
     """
-    hosts = [_joined([points for points in found if points.scope.tp in (2, 4)]) for found in by_host.values()]
-    fits = []
-    for points in hosts:
-        wire_s = points.features[:, 1]
-        large = wire_s > 1e-3
-        fixed_s = float(np.median(points.seconds[wire_s < 2e-6]))
-        shares = zip(points.seconds[large], wire_s[large], strict=True)
-        fits.append((fixed_s, math.exp(fmean(math.log(seconds / wire) for seconds, wire in shares))))
+    hosts = [joined(_few_gpus(found)) for found in by_host.values()]
+    fits = [_host_fit(points) for points in hosts]
     errors = [mape([fit], points.features, points.seconds) for fit, points in zip(fits[::-1], hosts, strict=True)]
-    fixed_s, wire = (math.sqrt(a * b) for a, b in zip(*fits, strict=True))
     return OpEfficiency(
-        pieces=(RelativePiece(fixed_s=rounded(fixed_s), wire=rounded(wire)),),
+        pieces=_relative_pieces(Op.ALL_REDUCE, _hosts_fit(hosts)),
         origin=f"{_AIC} L40S host (NCCL 2.27.3) and {_VIDUR} A40 host, PCIe, 2 and 4 GPUs",
         measured_on=tuple(by_host),
         num_points=sum(len(points) for points in hosts),
@@ -245,6 +324,35 @@ def _pcie(by_host: Mapping[str, Sequence[Points]]) -> OpEfficiency:
         transfer_mape=rounded(fmean(errors)),
         note="hosts differ by a factor of four (peer-to-peer or through host memory, sockets crossed): measure yours",
     )
+
+
+def _few_gpus(found: Sequence[Points]) -> list[Points]:
+    return [points for points in found if points.op is Op.ALL_REDUCE and points.scope.tp in (2, 4)]
+
+
+def _hosts_fit(hosts: Sequence[Points]) -> Pieces:
+    """Return the geometric mean of the hosts' fits."""
+    fits = [_host_fit(points) for points in hosts]
+    return (tuple(rounded(math.prod(values) ** (1.0 / len(fits))) for values in zip(*fits, strict=True)),)
+
+
+def _host_fit(points: Points) -> tuple[float, float]:
+    """Return the fixed time and the time per nominal second on the wire of one host."""
+    wire_s = points.features[:, 1]
+    large = wire_s > 1e-3
+    fixed_s = float(np.median(points.seconds[wire_s < 2e-6]))
+    shares = zip(points.seconds[large], wire_s[large], strict=True)
+    return fixed_s, math.exp(fmean(math.log(seconds / wire) for seconds, wire in shares))
+
+
+def _pieces_of(sets: Sequence[Points]) -> Pieces:
+    return fit_points(joined(sets)).pieces
+
+
+def _small_messages(sets: Sequence[Points]) -> Pieces:
+    """Return transfers as `_transfer` models them: a fixed time by small messages, an assumed share of the wire."""
+    small = [float(s) for points in sets for s in points.seconds[points.sizes["num_bytes"] <= _SMALL_BYTES]]
+    return ((rounded(median(small)), _TRANSFER_WIRE),)
 
 
 def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
@@ -260,7 +368,7 @@ def _transfer(collectives: Sequence[Measurements]) -> OpEfficiency:
         for path, num_bytes, seconds in zip(
             table.text("path"), table.numbers("num_bytes"), table.seconds.tolist(), strict=True
         )
-        if path == "peer" and num_bytes <= 16384
+        if path == "peer" and num_bytes <= _SMALL_BYTES
     ]
     return OpEfficiency(
         pieces=(RelativePiece(fixed_s=rounded(median(small)), wire=_TRANSFER_WIRE),),
@@ -294,21 +402,6 @@ def _architectures(measured: dict[str, dict[str, OpEfficiency]]) -> dict[str, Ar
 def _relative_pieces(op: Op, pieces: Sequence[Coefficients]) -> tuple[RelativePiece, ...]:
     names = [_RELATIVE[name] for name in FEATURES[op]]
     return tuple(RelativePiece(**dict(zip(names, piece, strict=True))) for piece in pieces)
-
-
-def _joined(sets: Sequence[Points]) -> Points:
-    """Join the points of several GPUs, or of several GPU counts, into one set."""
-    first = sets[0]
-    cells = [cell for points in sets for cell in (points.cells or [frozenset()] * len(points))]
-    return replace(
-        first,
-        features=np.concatenate([points.features for points in sets]),
-        seconds=np.concatenate([points.seconds for points in sets]),
-        shapes=[shape for points in sets for shape in points.shapes],
-        sizes={name: np.concatenate([points.sizes[name] for points in sets]) for name in first.sizes},
-        cells=cells if any(cells) else (),
-        origin=" and ".join(dict.fromkeys(points.origin for points in sets)),
-    )
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _formula_seconds(problem: PlacementProblem, one: ReplicaPlan) -> tuple[list[
     model, moments = problem.model, problem.workload.clipped_to(problem.model.max_position).moments()
     b, chunk = one.micro_batch, one.chunk_tokens
     decoding = b, b * model.attended_tokens(moments.resident_context)
-    attended = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    attended = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
     shape = replica_shape(one, problem, Fleet.of(problem.cluster))
     timings = [
         StageTiming(problem, stage, is_first=n == 0, is_last=n == len(shape.stages) - 1)

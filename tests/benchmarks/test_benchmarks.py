@@ -88,14 +88,16 @@ PROMISED = {
     | {"half_width_rps", "carried", "requests", "preemptions", "migrations", "migrated_gib", "cpu_s", "note"},
     "simulation": {"name", "shape", "planned", "simulated", "ratio", "alternating", "requests", "preemptions"}
     | {"ttft", "ttft_at_plan", "ttft_at_half"},
+    "staging": {"name", "role", "copies", "M", "b", "C", "prompt", "kv_tokens", "counted", "served"},
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
     | {"planned_over_best", "headed"},
+    "left_out": {"name", "count", "nine_in_ten", "mean_error", "covered_by_mean", "range", "covered"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
-LONG = ("placement", "published", "ablations", "simulation", "goodput")
+LONG = ("placement", "published", "ablations", "simulation", "staging", "goodput")
 # Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
-SLOW = ("paper", "robustness", "strategies")
+SLOW = ("paper", "robustness", "strategies", "left_out")
 
 
 LIMIT_S = 300  # far above what any of them needs; it only ends one that hangs

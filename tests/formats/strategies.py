@@ -214,6 +214,7 @@ WORKLOADS = st.builds(
     ).map(tuple),
     rate_rps=st.none() | st.floats(min_value=1e-6, max_value=1e6),
     clipped_ratio=st.floats(min_value=0, max_value=1),
+    prefix_hit_rate=st.just(0.0) | st.floats(min_value=0, max_value=1, exclude_max=True),
 )
 
 PIECES = st.builds(Piece, **dict.fromkeys(("fixed_s", "flop_s", "byte_s", "token_s", "head_s", "wire"), NOT_NEGATIVE))

@@ -99,6 +99,16 @@ def test_a_plan_is_that_of_the_command_line(plan: hetis.Plan, folder: Path) -> N
     assert ours == theirs
 
 
+@pytest.mark.parametrize("rate", [0.5, "50%"])
+def test_prefix_hits_let_a_fleet_serve_more(plan: hetis.Plan, folder: Path, rate: float | str) -> None:
+    found = hetis.place(
+        folder / "cluster.yaml", "Llama-2-7B", "500/100", prefix_hit_rate=rate, tpot="80ms", other_engines=False,
+        verify=False,
+    )  # fmt: skip
+    assert found.problem.workload.prefix_hit_rate == 0.5
+    assert found.result.value > plan.result.value
+
+
 def test_inputs_may_be_values(plan: hetis.Plan, folder: Path) -> None:
     problem = plan.problem
     cluster = hetis.load_cluster(folder / "cluster.yaml")

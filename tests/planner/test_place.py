@@ -17,7 +17,7 @@ from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.errors import UncheckedPlanError
-from hetis.planner.use_cases.place import objective
+from hetis.planner.use_cases.place import PlacementRequest, objective
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from tests.planner import plans
@@ -52,6 +52,30 @@ def test_a_plan_is_printed_and_saved(solver: Solver, tmp_path: Path, capsys: pyt
     assert json.loads(captured.out) == json.loads((tmp_path / "plan.json").read_text())
     assert load_plan(tmp_path / "plan.json") == PLAN
     assert f"saved {tmp_path / 'plan.json'}" in captured.err
+
+
+def test_the_problem_has_the_hit_rate_that_was_given() -> None:
+    request = PlacementRequest(cluster=INPUTS[3], model=INPUTS[5], workload=INPUTS[7], prefix_hit_rate=0.4)
+    loaded = placing.load(request)
+    assert loaded.inputs.workload.prefix_hit_rate == 0.4
+    assert placing.pose(request, loaded).workload.prefix_hit_rate == 0.4
+    assert loaded.inputs.documents()["workload"]["prefix_hit_rate"] == 0.4
+    assert "prefix_hit_rate" not in placing.load(replace(request, prefix_hit_rate=None)).inputs.documents()["workload"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("1", "'1' is out of range, must be at least 0% and below 100%, or trace"),
+        ("100%", "'100%' is out of range, must be at least 0% and below 100%, or trace"),
+        ("-0.1", "'-0.1' "),
+        ("much", "'much' "),
+        ("trace", "workload 1024/256: has no hash_ids"),
+    ],
+)
+def test_hit_rates_that_are_none_are_refused(given: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*INPUTS, "--prefix-hit-rate", given]) == ExitCode.INVALID
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_the_three_forms_hold_the_same(solver: Solver, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,14 @@ def test_a_fleet_that_stays_keeps_its_plan(folder: Path) -> None:
     assert answer["transition"]["steps"] == []  # type: ignore[index]
 
 
+def test_traffic_may_have_other_prefix_hits_than_before(folder: Path) -> None:
+    running = json.loads((folder / "running.json").read_text())
+    answer = replanned(folder, "fleet.yaml", "--prefix-hit-rate", "0.5")
+    plan = answer["plan"]
+    assert plan["inputs"]["documents"]["workload"]["prefix_hit_rate"] == 0.5  # type: ignore[index]
+    assert plan["result"]["value"] > running["result"]["value"]  # type: ignore[index]
+
+
 def test_the_new_plan_is_one_that_every_other_verb_takes(folder: Path) -> None:
     replanned(folder, "less.yaml", "--out", str(folder / "next.json"))
     assert run(["check", str(folder / "next.json"), "-q"]) == ExitCode.OK

@@ -21,12 +21,13 @@ from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
 from hetis.planner.use_cases.robustness.groups import structure_of
 from hetis.planner.use_cases.robustness.notes import PROFILE_ERRORS, predicted_of, profile_notes, with_profile_errors
 from hetis.planner.use_cases.robustness.perturbing import corners, perturbed, scaled, tp_sizes, used_fits
-from hetis.planner.use_cases.robustness.ranges import MOST_ERROR, predicted
+from hetis.planner.use_cases.robustness.ranges import predicted
 from hetis.planner.use_cases.robustness.regions import outside_regions
 from hetis.planner.use_cases.robustness.study import Robustness, study
-from hetis.planner.use_cases.sources import MODELLED, default_profile, load_inputs
+from hetis.planner.use_cases.sources import load_inputs
+from hetis.profiler.defaults import MODELLED, default_profile
 from hetis.profiler.engines import for_engine
-from hetis.profiler.ranges import UNKNOWN_ERROR
+from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
@@ -323,7 +324,10 @@ def with_errors(problem: PlacementProblem, error: float | None) -> PlacementProb
     profiles = {
         gpu: replace(
             profile,
-            fits=tuple(replace(fit, provenance=replace(fit.provenance, held_out_mape=error)) for fit in profile.fits),
+            fits=tuple(
+                replace(fit, provenance=replace(fit.provenance, held_out_mape=error, range_error=None))
+                for fit in profile.fits
+            ),
         )
         for gpu, profile in problem.profiles.items()
     }
@@ -344,6 +348,17 @@ def test_the_range_holds_the_plan_and_grows_with_the_errors(fleet: str) -> None:
         widths.append(found.rate.high - found.rate.low)
     assert widths == sorted(widths)
     assert widths[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_range_of_modelled_gpus_is_the_factor_that_they_state() -> None:
+    plan, problem = planned("paper"), posed("paper")
+    found = predicted(plan, problem)
+    assert found is not None
+    stated = {op: error for errors in found.errors.values() for op, error in errors.items()}
+    worst = max(error for op, error in stated.items() if op != "step")
+    assert stated["dense"] == 0.6
+    assert plan.result.value / (1 + worst) <= found.rate.low < plan.result.value
+    assert plan.result.value < found.rate.high <= plan.result.value * (1 + worst)
 
 
 def test_operators_that_state_no_error_get_the_one_of_what_nobody_measured() -> None:

@@ -63,6 +63,47 @@ def test_a_crowd_that_comes_at_once_is_sampled_as_long_as_it_is_served(plan: Pat
     assert found["runs"][0]["counts"]["finished"] == 50
 
 
+MOONCAKE = """\
+{"timestamp": 0, "input_length": 600, "output_length": 50, "hash_ids": [1, 2]}
+{"timestamp": 100, "input_length": 1000, "output_length": 50, "hash_ids": [1, 3]}
+{"timestamp": 200, "input_length": 600, "output_length": 50, "hash_ids": [1, 2]}
+"""
+
+
+def ttft_s(found: dict[str, Any]) -> float:
+    return float(found["summary"]["ttft_s"]["mean"])
+
+
+def test_prefix_hits_let_the_first_token_come_earlier(plan: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(MOONCAKE)
+    for source in ((), ("--trace", str(trace))):
+        found = [
+            simulated(plan, "--requests", "300", "--rate", "20", *source, "--prefix-hit-rate", rate)
+            for rate in ("0", "40%", "0.9")
+        ]
+        assert [one["load"].get("prefix_hit_rate", 0) for one in found] == [0, 0.4, 0.9]
+        assert ttft_s(found[0]) > ttft_s(found[1]) > ttft_s(found[2])
+        # As before there was the option.
+        assert found[0] == simulated(plan, "--requests", "300", "--rate", "20", *source)
+    counted = simulated(plan, "--requests", "300", "--trace", str(trace), "--prefix-hit-rate", "trace")
+    # One block of the second request, and all of the third but the one token that is always computed.
+    assert counted["load"]["prefix_hit_rate"] == pytest.approx((512 + 599) / 2200)
+
+
+def test_a_trace_without_the_hits_that_were_planned_is_warned_of(plan: Path, tmp_path: Path) -> None:
+    document = json.loads(plan.read_text())
+    document["inputs"]["documents"]["workload"]["prefix_hit_rate"] = 0.4
+    with_hits = tmp_path / "plan.json"
+    with_hits.write_text(json.dumps(document))
+    base = (str(with_hits), "--requests", "100", "--rate", "20", "--threads", "1")
+    warned = invoke("simulate", *base, "--trace", "500/100")
+    assert "500/100 says nothing of prefix caches, of which the plan expects 0.4" in " ".join(warned.stderr.split())
+    assert simulated(with_hits, "--requests", "100")["load"]["prefix_hit_rate"] == 0.4
+    for rate in ("0", "0.4"):
+        assert "prefix" not in invoke("simulate", *base, "--trace", "500/100", "--prefix-hit-rate", rate).stderr
+
+
 def test_a_saturated_fleet_says_what_it_serves(plan: Path) -> None:
     found = simulated(plan, "--saturate", "--requests", "1500")
     assert found["throughput_rps"] > 0

@@ -14,7 +14,8 @@ from hetis.profiler.fit.points import Points
 from hetis.profiler.fit.split import split
 from hetis.solver.profile import FitScope, Op
 from tools import efficiency
-from tools.efficiency import _fit, _joined, _pairs
+from tools.efficiency import _fit, _pairs
+from tools.left_out import joined
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "data"
@@ -52,7 +53,7 @@ def test_measured_architectures_keep_the_bars(architecture: str) -> None:
 def test_a_missing_table_is_named_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "efficiency.json"
     assert efficiency.main(["--data", str(tmp_path), "--out", str(out)]) == 1
-    assert str(tmp_path / "aic_a100_sxm_comm.csv.gz") in capsys.readouterr().err
+    assert str(tmp_path / "vidur_collectives.csv.gz") in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -84,10 +85,10 @@ def test_gpus_of_one_architecture_share_a_fit_that_held_out_points_do_not_touch(
     (piece,) = clean.pieces
     assert (piece.fixed_s, piece.byte) == pytest.approx((1e-5, 2.0), rel=0.02)
     assert (clean.num_points, clean.measured_on) == (100, ("a", "b"))
-    judged = split(_joined(sets)).judged
-    seconds = _joined(sets).seconds.copy()
+    judged = split(joined(sets)).judged
+    seconds = joined(sets).seconds.copy()
     seconds[judged] *= 3.0
-    spoilt = _fit([replace(_joined(sets), seconds=seconds)], ("a", "b"))
+    spoilt = _fit([replace(joined(sets), seconds=seconds)], ("a", "b"))
     assert spoilt.pieces == clean.pieces
     assert spoilt.held_out_mape is not None
     assert spoilt.held_out_mape > 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ class Shuffled:
         dealt = itertools.chain.from_iterable(rng.permutation(len(bins)) for _ in range(-(-count // len(bins))))
         self._left = enumerate(itertools.islice(dealt, count))
         self._lengths = [(int(one.prompt_tokens), int(one.output_tokens)) for one in bins]
+        self._hit_rate = problem.workload.prefix_hit_rate
 
     def next_request(self, now_s: float) -> Request | None:
         found = next(self._left, None)
@@ -34,7 +36,10 @@ class Shuffled:
             return None
         number, chosen = found
         prompt, output = self._lengths[chosen]
-        return Request(id=number, arrival_s=now_s, prompt_tokens=prompt, output_tokens=output)
+        cached = min(round(self._hit_rate * prompt), prompt - 1)
+        return Request(
+            id=number, arrival_s=now_s, prompt_tokens=prompt, output_tokens=output, prefix_tokens=cached
+        )  # fmt: skip
 
 
 def planned_rate(problem: PlacementProblem, one: ReplicaPlan) -> float:
@@ -53,11 +58,12 @@ def planned_rate(problem: PlacementProblem, one: ReplicaPlan) -> float:
 
 @pytest.mark.parametrize("lengths", [((128, 64),), ((300, 40), (60, 90)), ((40, 120), (80, 20), (200, 60))])
 @pytest.mark.parametrize(("layers", "in_flight"), [((6,), 1), ((3, 3), 1), ((3, 3), 4), ((2, 2, 2), 9)])
-@pytest.mark.parametrize("micro_batch", [4, 16])
+@pytest.mark.parametrize(("micro_batch", "hit_rate"), [(4, 0.0), (16, 0.0), (16, 0.5)])
 def test_simulated_rates_are_within_a_tenth_of_planned_ones(
-    lengths: tuple[tuple[float, float], ...], layers: tuple[int, ...], in_flight: int, micro_batch: int
+    lengths: tuple[tuple[float, float], ...], layers: tuple[int, ...], in_flight: int, micro_batch: int, hit_rate: float
 ) -> None:
-    problem = small_problem(workload=make_workload(*lengths), usable_bytes=400_000_000, block_tokens=16)
+    workload = replace(make_workload(*lengths), prefix_hit_rate=hit_rate)
+    problem = small_problem(workload=workload, usable_bytes=400_000_000, block_tokens=16)
     one = pipeline(problem, *layers, micro_batch=micro_batch, in_flight=in_flight, chunk_tokens=64)
     count = 12 * micro_batch * in_flight + 200
     run = simulate(plan_of(one), problem, Shuffled(problem, count), Settings())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -101,6 +103,35 @@ def test_every_request_fits_the_context(context: int, lengths: list[tuple[int, i
         traffic = draw_traffic(Load(lengths=source, max_position=context, rate_rps=1.0), 30, seed=0)
         assert (traffic.prompt_tokens + traffic.output_tokens <= context).all()
         assert min(traffic.prompt_tokens.min(), traffic.output_tokens.min()) >= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 300), st.floats(0, 0.999), st.integers(1, 500))
+def test_hits_are_a_share_of_the_prompt_as_it_is_served(context: int, rate: float, prompt: int) -> None:
+    trace = Trace(
+        name="t",
+        arrival_s=np.arange(2.0),
+        prompt_tokens=np.array([prompt, prompt]),
+        output_tokens=np.array([3, 3]),
+        prefix_share=np.full(2, rate),
+    )
+    bins = (LengthBin(prompt_tokens=prompt, output_tokens=3, weight=1.0),)
+    for source in (trace, Workload(name="w", bins=bins, prefix_hit_rate=rate)):
+        traffic = draw_traffic(Load(lengths=source, max_position=context, rate_rps=1.0), 5, seed=0)
+        assert (traffic.prefix_tokens < traffic.prompt_tokens).all()
+        assert (abs(traffic.prefix_tokens - rate * traffic.prompt_tokens) <= 1).all()
+        assert [request.prefix_tokens for request in requests_of(traffic)] == traffic.prefix_tokens.tolist()
+        saturated = Saturation(traffic)
+        drawn_again = [saturated.next_request(0.0) for _ in range(5)]
+        assert [request.prefix_tokens for request in drawn_again if request] == traffic.prefix_tokens.tolist()
+
+
+def test_hits_that_were_counted_stay_with_their_requests() -> None:
+    shares = np.array([0.0, 0.5, 0.9, 0.1])
+    trace = replace(TRACE, prefix_share=shares)
+    traffic = draw_traffic(Load(lengths=trace, max_position=10_000, rate_rps=1.0), 6, seed=0)
+    assert traffic.prefix_tokens.tolist() == [0, 100, 270, 500, 0, 100]
+    assert draw_traffic(Load(lengths=TRACE, max_position=10_000, rate_rps=1.0), 6, seed=0).prefix_tokens.sum() == 0
 
 
 def test_saturation_gives_every_request_once_when_asked() -> None:

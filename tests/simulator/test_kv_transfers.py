@@ -103,8 +103,10 @@ def test_a_prefill_replica_gets_what_its_routes_take_and_not_what_it_could_do() 
     assert np.bincount(run.replica).tolist() == [0, 20, 20]
 
 
-def test_a_slow_link_between_zones_limits_the_rate() -> None:
-    # Everything else is far faster: requests leave at the link's bytes per second over the KV bytes of a prompt.
+@pytest.mark.parametrize("prefix_tokens", [0, 20])
+def test_a_slow_link_between_zones_limits_the_rate(prefix_tokens: int) -> None:
+    # Everything else is far faster: requests leave at the link's bytes per second over the KV bytes of a prompt, of
+    # which those from the prefix cache are as many as others.
     problem = small_problem()
     groups = tuple(replace(g, zone="there" if g.name == "small" else "here") for g in problem.cluster.node_groups)
     link = Link(bytes_per_s=2e6, latency_s=1e-4)
@@ -118,7 +120,9 @@ def test_a_slow_link_between_zones_limits_the_rate() -> None:
     )
     prefill = replace(plan.replicas[0], kv_zones=("here", "there"))
     plan = replace(plan, replicas=(prefill, replace(decode, stages=stages)))
-    run = simulate(plan, problem, equal_requests(60, prompt=30, output=2))
+    requests = [replace(one, prefix_tokens=prefix_tokens) for one in equal_requests(60, prompt=30, output=2)]
+    run = simulate(plan, problem, requests)
+    assert run.prefilled_tokens == 60 * (30 - prefix_tokens)
     kv_bytes = 30 * problem.model.kv_bytes_per_token()
     finished = np.sort(run.finished_s)
     assert (finished[50] - finished[10]) / 40 == pytest.approx(kv_bytes / link.bytes_per_s, rel=0.02)

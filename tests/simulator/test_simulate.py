@@ -66,10 +66,12 @@ def cases(draw: st.DrawFn) -> tuple[Plan, PlacementProblem, list[Request], Setti
     ]
     gaps = draw(st.lists(st.sampled_from([0.0, 1e-3, 0.05]), min_size=1, max_size=25))
     lengths = st.tuples(st.integers(1, 90), st.integers(1, 60))
+    shares = st.sampled_from([0.0, 0.0, 0.5, 1.0]) if draw(st.booleans()) else st.just(0.0)
     requests = [
-        Request(id=n, arrival_s=at, prompt_tokens=prompt, output_tokens=output)
+        Request(id=n, arrival_s=at, prompt_tokens=prompt, output_tokens=output, prefix_tokens=int(share * (prompt - 1)))
         for n, at in enumerate(itertools.accumulate(gaps))
         for prompt, output in [draw(lengths)]
+        for share in [draw(shares)]
     ]
     chosen = Settings(
         discipline=draw(st.sampled_from(["apart", "greedy"])),
@@ -99,8 +101,9 @@ def test_every_request_is_served_once_in_order_and_all_blocks_come_back(
     assert np.all(run.first_token_s[once] < run.finished_s[once])
     if not run.rejected:
         assert run.generated_tokens == run.output_tokens.sum()
-        assert run.prefilled_tokens >= run.prompt_tokens.sum()
-        assert (run.prefilled_tokens == run.prompt_tokens.sum()) or run.num_preemptions
+        computed = sum(request.prompt_tokens - request.prefix_tokens for request in requests)
+        assert run.prefilled_tokens >= computed
+        assert (run.prefilled_tokens == computed) or run.num_preemptions
     if run.series is not None:
         assert np.all((run.series.kv_used_fraction >= 0) & (run.series.kv_used_fraction <= 1))
         assert np.all(run.series.kv_used_fraction[-1] == 0)
@@ -125,6 +128,42 @@ def test_little_memory_evicts_and_still_serves_everything() -> None:
     assert run.num_preemptions == run.preemptions.sum()
     assert run.generated_tokens == 60 * 80
     assert run.prefilled_tokens > 60 * 20
+
+
+def with_prefix(requests: list[Request], tokens: int) -> list[Request]:
+    return [replace(request, prefix_tokens=tokens) for request in requests]
+
+
+def test_tokens_in_the_prefix_cache_are_not_computed() -> None:
+    problem = small_problem()
+    one = pipeline(problem, 6, micro_batch=4, in_flight=1, chunk_tokens=32)
+    (stage,) = replica_shape(one, problem, Fleet.of(problem.cluster)).stages
+    timing = StageTiming(problem, stage, is_first=True, is_last=True)
+    run = simulate(plan_of(one), problem, with_prefix(equal_requests(1, prompt=70, output=1), 50), AS_PLANNED)
+    assert run.prefilled_tokens == 20
+    # One chunk of the last 20 tokens, which attend to 51, 52, ... 70 of them: 60.5 on average.
+    assert run.first_token_s[0] == timing.seconds(0, 0.0, 20, 20 * 60.5, 60.5 + 10, 1)
+
+
+def test_tokens_in_the_prefix_cache_take_blocks_like_any_others() -> None:
+    problem = small_problem(usable_bytes=11_800_000)
+    plan = plan_of(pipeline(problem, 6, micro_batch=16, in_flight=2))
+    requests = equal_requests(60, prompt=20, output=80)
+    cached = simulate(plan, problem, with_prefix(requests, 19), AS_PLANNED)
+    assert cached.num_preemptions > 0
+    # What was evicted finds its prefix again, and computes the rest.
+    again = cached.prefilled_tokens - 60
+    assert again >= cached.num_preemptions
+    assert again < simulate(plan, problem, requests, AS_PLANNED).prefilled_tokens - 60 * 20
+    too_long = simulate(plan, problem, with_prefix(equal_requests(1, prompt=4000, output=2), 3999), AS_PLANNED)
+    assert too_long.rejected == 1
+
+
+def test_a_request_computes_at_least_one_token_of_its_prompt() -> None:
+    with pytest.raises(InvalidProblemError) as caught:
+        Request(id=3, arrival_s=0.0, prompt_tokens=9, output_tokens=1, prefix_tokens=9)
+    message = "request 3 has 9 of 9 prompt tokens in the prefix cache, at least one must be computed"
+    assert str(caught.value) == message
 
 
 def test_a_request_that_can_never_fit_is_rejected_and_the_others_are_served() -> None:

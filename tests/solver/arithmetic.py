@@ -64,8 +64,8 @@ class Numbers:
         self.problem, self.model, self.role = problem, problem.model, role
         self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.b, self.M, self.C = b, M, C
-        P, O = self.moments.mean_prompt, self.moments.mean_output
-        self.nc = P / C if role is not Role.DECODE else 0.0
+        Q, O = self.moments.mean_computed, self.moments.mean_output
+        self.nc = Q / C if role is not Role.DECODE else 0.0
         draft = problem.model.draft
         self.q = 1 + draft.tokens if draft else 1  # tokens of a decoding request
         emitted = sum(draft.acceptance**i for i in range(self.q)) if draft else 1.0
@@ -116,7 +116,7 @@ class Numbers:
 
     def prefill(self, s: Stage) -> float:
         m, C, heads = self.model, self.C, self.model.q_heads / s.tp
-        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        a = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         B = (a + C / 2) * groups_of_rank(m, s.tp) * m.kv_bytes_per_token_group()
         F = m.attention_flops(C * a, heads)
         if m.linear:
@@ -181,7 +181,7 @@ class Numbers:
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
             B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
-            return self.nc * self.message(s.gpu, s.tp, B, s.kv_link)
+            return P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
@@ -264,7 +264,7 @@ class Numbers:
 
     def delta(self) -> float:
         m = self.model
-        a = self.moments.prefill_pairs / self.moments.mean_prompt
+        a = self.moments.prefill_pairs / self.moments.mean_computed
 
         def f(x: float) -> float:
             return m.attention_flops(m.attended_tokens(x), m.q_heads)
@@ -294,8 +294,8 @@ class Numbers:
             return 0.0
         q = self.problem.assumptions.planned_utilisation * self.phi
         pw = q ** (math.sqrt(2 * (self.M + 1)) - 1)
-        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.prompt_cv2) / 2 * max(0.0, math.log(20 * pw))
-        return math.ceil(self.moments.p95_prompt / self.C) + wait
+        wait = self.nc / (self.M * (1 - q)) * (1 + self.moments.computed_cv2) / 2 * max(0.0, math.log(20 * pw))
+        return math.ceil(self.moments.p95_computed / self.C) + wait
 
     def landing_seconds(self, s: Stage, link: Link) -> float:
         B = self.C * self.model.head_groups * self.model.kv_bytes_per_token_group()
@@ -331,7 +331,14 @@ class Numbers:
         window = self.model.sliding_window
         spread *= 1.0 if window is None or y < window else self.held_of(y + 1) - self.held_of(y)
         decoding = requests * self.held_of(y) + spread
-        return decoding + (self.moments.mean_prompt if self.role is Role.DECODE else self.prompt_tokens(copies))
+        staged = self.staged_prompts(copies)
+        return decoding + self.prompt_tokens(copies) + staged * self.held_of(self.moments.mean_prompt)
+
+    def staged_prompts(self, copies: int) -> float:
+        """N"""
+        if self.role is Role.UNIFIED:
+            return 0.0
+        return 1.0 if self.role is Role.PREFILL else math.sqrt(self.held(copies) * self.b)
 
     def fixed_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         """Return the bytes of a rank without KV."""
@@ -366,7 +373,7 @@ class Numbers:
 
     def state_bytes(self, s: Stage, is_first: bool, is_last: bool) -> float:
         """States of all requests that a rank holds."""
-        requests = self.held(s.copies) * (self.b + self.phi) + (1 if self.role is Role.DECODE else 0)
+        requests = self.held(s.copies) * (self.b + self.phi) + self.staged_prompts(s.copies)
         return (self.layers_of(s, is_first) + self.drafting(is_last)) * requests * self.q * self.state(s)
 
     def worker_bytes(self, s: Stage, pool: Pool, *, is_first: bool) -> float:
@@ -390,6 +397,9 @@ class Numbers:
     def fits(self, s: Stage, *, is_first: bool, is_last: bool) -> bool:
         profiles = self.problem.profiles
         if self.rank_bytes(s, is_first=is_first, is_last=is_last) > profiles[s.gpu].usable_bytes:
+            return False
+        blocks = self.problem.family.engine_settings.kv_blocks
+        if blocks is not None and self.kv_tokens(s.copies) > blocks * self.problem.assumptions.block_tokens:
             return False
         pool = s.pool
         return pool is None or self.worker_bytes(s, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes

@@ -173,7 +173,7 @@ def problems(
         nodes,
         profiles=profiles,
         model=draw(st.sampled_from(_MODELS)),
-        workload=draw(st.sampled_from(_WORKLOADS)),
+        workload=replace(draw(st.sampled_from(_WORKLOADS)), prefix_hit_rate=draw(st.sampled_from((0.0, 0.0, 0.6)))),
         network=Network(default=Link(bytes_per_s=5e8, latency_s=2e-5), zone_default=between),
         objective=Objective(
             kind=kind,

@@ -281,8 +281,10 @@ def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]
     for role in family.roles:
         batches = (0,) if role is Role.PREFILL else family.micro_batches
         chunks = (0,) if role is Role.DECODE else family.chunk_tokens
+        most = family.engine_settings.max_num_seqs
         for b, M, C in itertools.product(batches, family.in_flight, chunks):
-            yield role, b, M, C
+            if most is None or M * max(b, 1) <= most:
+                yield role, b, M, C
 
 
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
@@ -540,7 +542,7 @@ def price_of(need: Need, nodes: Mapping[DeviceClass, int], kind: ObjectiveKind) 
 def assert_zone_links_do_not_bind(problem: PlacementProblem, best: Iterable[BestReplica]) -> None:
     """The best plan fits the zone links even if every hop of a replica in several zones used the slowest of them."""
     network, model, moments = problem.cluster.network, problem.model, problem.workload.moments()
-    bytes_per_request = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+    bytes_per_request = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
     bytes_per_s = sum(replica.rate * replica.hops_in_zones * bytes_per_request for replica in best)
     for a, b in itertools.permutations(problem.cluster.zones(), 2):
         assert bytes_per_s <= network.zone_link(a, b).bytes_per_s, "the oracle does not know binding zone links"

@@ -76,7 +76,13 @@ MODELS = (
         draft=DraftShape(tokens=2, acceptance=0.5),
     ),
 )
-WORKLOADS = (make_workload((120, 40)), make_workload((300, 20), (60, 90)), make_workload((900, 5), (20, 200)))
+WORKLOADS = (
+    make_workload((120, 40)),
+    make_workload((300, 20), (60, 90)),
+    make_workload((900, 5), (20, 200)),
+    replace(make_workload((300, 20), (60, 90)), prefix_hit_rate=0.4),
+    replace(make_workload((900, 5), (20, 200)), prefix_hit_rate=0.97),
+)
 FAMILY = Family(
     max_copies=3, max_pool=6, tp_sizes=(1, 2, 4, 8), micro_batches=(1, 3, 16), in_flight=(1, 2, 5, 8),
     chunk_tokens=(48, 256), roles=(Role.UNIFIED, Role.PREFILL, Role.DECODE),
@@ -262,7 +268,7 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
     steps = model.emitted_tokens
     found = StageTiming(one.problem, one.shape, **ends, steps=steps)
-    a = moments.prefill_pairs / moments.mean_prompt
+    a = moments.prefill_pairs / moments.mean_computed
     read = model.attended_tokens(a)
     context = model.attended_tokens(moments.resident_context)
     if steps != 1.0 and abs(C / steps - round(C / steps)) > 1e-9:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.check.memory import kv_tokens_of_a_copy, prompt_tokens_of_a_copy, staged_prompts_of_a_copy
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import least_slack
 from hetis.solver.cluster import Link, Network
@@ -420,16 +421,59 @@ def test_memory_of_both_roles_is_worked_by_hand() -> None:
     layer = 2 * (256 * 64 * 12 + 3 * 256 * 512)
     weights = 1e6 + 6 * layer + 2 * 512_000
     prefill = derived_of(PREFILL, problem)
-    # Chunks of 64 tokens; logits of one; one prompt in flight, half of it there on average, and a chunk.
+    # Chunks of 64 tokens; logits of one; one prompt in flight, half of it there on average, and a chunk; another one of
+    # 128 tokens that has not landed yet.
     fixed = weights + 64 * 2 * 2048 + 4 * 1000
-    assert prefill.memory[0].num_bytes == pytest.approx(fixed + 3072 * (64 + 64))
+    assert prefill.memory[0].num_bytes == pytest.approx(fixed + 3072 * (64 + 64 + 128))
     assert prefill.kv_tokens == pytest.approx((50e6 - fixed) / 3072)
     decode = derived_of(DECODE, problem)
-    # Four tokens and their logits; four requests with headroom, and a prompt that arrives.
+    # Four tokens and their logits; four requests with headroom, and sqrt(4) prompts that arrive.
     fixed = weights + 4 * 2 * 2048 + 16_000
-    kv_tokens = 4 * 155.5 + 1.645 * 2 * math.sqrt(1600 / 12) + 128
+    kv_tokens = 4 * 155.5 + 1.645 * 2 * math.sqrt(1600 / 12) + 2 * 128
     assert decode.memory[0].num_bytes == pytest.approx(fixed + 3072 * kv_tokens)
     assert decode.kv_tokens == pytest.approx((50e6 - fixed) / 3072)
+
+
+@pytest.mark.parametrize(("in_flight", "seats", "staged"), [(1, 1, 1.0), (1, 4, 2.0), (4, 4, 4.0), (9, 9, 9.0)])
+def test_prompts_that_arrive_are_the_root_of_the_seats(in_flight: int, seats: int, staged: float) -> None:
+    problem = token_problem()
+    setting = setting_of(problem, Role.DECODE, in_flight=in_flight, micro_batch=seats)
+    assert staged_prompts_of_a_copy(setting, 1) == pytest.approx(staged)
+    # On two copies each holds half of the micro-batches, rounded up.
+    halves = math.sqrt(math.ceil(in_flight / 2) * seats)
+    assert staged_prompts_of_a_copy(setting, 2) == pytest.approx(halves)
+
+
+def test_one_prompt_has_not_landed_and_unified_replicas_hand_none_over() -> None:
+    problem = token_problem()
+    for in_flight in (1, 6):
+        prefill = setting_of(problem, Role.PREFILL, in_flight=in_flight, chunk_tokens=64)
+        unified = setting_of(problem, Role.UNIFIED, in_flight=in_flight, micro_batch=4, chunk_tokens=64)
+        assert (staged_prompts_of_a_copy(prefill, 1), staged_prompts_of_a_copy(unified, 1)) == (1.0, 0.0)
+
+
+def test_prompts_that_arrive_keep_no_more_than_windows_leave() -> None:
+    """Half of the layers slide over 32 of the 128 tokens of a prompt, so that 80 are kept in the mean layer."""
+    whole = token_problem()
+    freeing = replace(whole, model=replace(whole.model, sliding_window=32, sliding_layers=3))
+    for problem, kept in ((whole, 128), (freeing, 80)):
+        setting = setting_of(problem, Role.PREFILL, in_flight=1, chunk_tokens=64)
+        assert kv_tokens_of_a_copy(setting, 1) - prompt_tokens_of_a_copy(setting, 1) == pytest.approx(kept)
+
+
+def setting_of(
+    problem: PlacementProblem, role: Role, *, in_flight: int, micro_batch: int = 0, chunk_tokens: int = 0
+) -> Setting:
+    """Return the setting of a replica with this role."""
+    moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
+    return Setting(
+        problem=problem,
+        moments=moments,
+        micro_batch=micro_batch,
+        in_flight=in_flight,
+        chunk_tokens=chunk_tokens,
+        role=role,
+    )
 
 
 # --- cards that several stages share

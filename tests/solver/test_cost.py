@@ -99,6 +99,7 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     held = numbers.held(s.copies)
     assert cost.kv_tokens_per_copy(model, moments, assumed, mix, held) == near(numbers.kv_tokens(s.copies))
     assert cost.prompt_tokens_per_copy(model, moments, mix, held) == near(numbers.prompt_tokens(s.copies))
+    assert cost.handed_over_per_copy(mix, held) == near(numbers.staged_prompts(s.copies))
     states = (
         cost.state_bytes_per_copy(model, mix, held)
         / s.tp

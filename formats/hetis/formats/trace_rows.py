@@ -37,7 +37,7 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
         DocumentError: the file is unreadable, or its columns or syntax are invalid.
     """
     try:
-        with _opened(label) as file:
+        with opened(label) as file:
             if label.endswith(JSON_ENDINGS):
                 yield from array_rows(label, file, count)
                 return
@@ -54,7 +54,8 @@ def rows_of(label: str, count: CountTokens | None = None) -> Iterator[Row]:
         raise unreadable(label, error) from None
 
 
-def _opened(label: str) -> IO[str]:
+def opened(label: str) -> IO[str]:
+    """Open a trace as text, decompressed if its name says so."""
     if label.endswith(".gz"):
         return gzip.open(label, "rt", encoding="utf-8-sig", newline="")
     return open(label, encoding="utf-8-sig", newline="")
@@ -84,14 +85,19 @@ def _json_rows(label: str, lines: Iterator[str]) -> Iterator[Row]:
     form: TraceForm | None = None
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            fields = fields_of(_json_object(label, number, line))
+            fields = fields_of(json_object(label, number, line))
             form = form or form_of(fields)
             if form is None:
                 raise unknown_form(label, number, "field", "fields", list(fields))
             yield from values_of(number, form, fields)
 
 
-def _json_object(label: str, number: int, line: str) -> dict[str, Any]:
+def json_object(label: str, number: int, line: str) -> dict[str, Any]:
+    """Return the object on a line of JSONL.
+
+    Raises:
+        DocumentError: it is not one.
+    """
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as error:

@@ -9,12 +9,14 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from hetis.formats.errors import DocumentError, Problem, single_problem
 from hetis.formats.histogram import length_bins
+from hetis.formats.prefix_hits import hit_tokens, no_hash_ids
 from hetis.formats.trace_arrays import CountTokens
 from hetis.formats.trace_forms import COLUMNS, OURS, TraceForm
 from hetis.formats.trace_rows import CSV_ENDINGS, JSON_ENDINGS, JSONL_ENDINGS, LOG_ENDINGS, rows_of
@@ -24,6 +26,8 @@ MAX_TOKENS = 10_000_000  # per prompt or output
 MAX_ROWS = 20_000_000
 MAX_BINS = 4096
 MAX_PROBLEMS = 20
+PrefixHitRate = float | Literal["trace"]
+"""A share of every prompt that is in the prefix cache, or ``trace``: what `prefix_hits` counts in the trace."""
 ENDINGS = CSV_ENDINGS + JSONL_ENDINGS + LOG_ENDINGS
 
 
@@ -33,7 +37,8 @@ class Trace:
 
     ``arrival_s`` counts from the source's own start, or from the first request if the source has absolute times.
     Lengths are in tokens, as in the file (not clipped). ``form`` is the form it was read from, and ``has_times``
-    whether that contains arrival times; if not, all requests arrive together.
+    whether that contains arrival times; if not, all requests arrive together. ``prefix_share`` is the share of each
+    prompt that is in the prefix cache when the request arrives; None: nothing is.
     """
 
     name: str
@@ -42,6 +47,14 @@ class Trace:
     output_tokens: npt.NDArray[np.int64]
     form: str = "hetis"
     has_times: bool = True
+    prefix_share: npt.NDArray[np.float64] | None = None
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """The share of all prompt tokens that are in the prefix cache."""
+        if self.prefix_share is None:
+            return 0.0
+        return float(self.prefix_share @ self.prompt_tokens) / float(self.prompt_tokens.sum())
 
     @property
     def rate_rps(self) -> float | None:
@@ -50,7 +63,13 @@ class Trace:
         return (len(self.arrival_s) - 1) / span_s if span_s > 0 else None
 
 
-def read_trace(path: str | os.PathLike[str], *, name: str | None = None, count: CountTokens | None = None) -> Trace:
+def read_trace(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    count: CountTokens | None = None,
+    prefix_hit_rate: PrefixHitRate = 0.0,
+) -> Trace:
     """Return the requests of a trace. Rows may be in any order, and further columns or fields are ignored.
 
     Args:
@@ -58,10 +77,11 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None, count: 
             it is compressed.
         name: of the trace; default: the file's name without its suffixes.
         count: counts the tokens of a text, for conversations. None: those are refused.
+        prefix_hit_rate: share of every prompt that is in the prefix cache, below 1; or counted, see `PrefixHitRate`.
 
     Raises:
-        DocumentError: the file is unreadable, lacks the columns, has no requests, or has rows that are not requests
-            (the first 20).
+        DocumentError: the file is unreadable, lacks the columns, has no requests, has rows that are not requests (the
+            first 20), or no hash ids to count hits by.
     """
     label = os.fspath(path)
     problems: list[Problem] = []
@@ -90,13 +110,22 @@ def read_trace(path: str | os.PathLike[str], *, name: str | None = None, count: 
         raise single_problem(label, "has no requests")
     arrival_s = np.array(arrivals)
     order = np.argsort(arrival_s, kind="stable")
+    prompt_tokens = np.array(prompts, dtype=np.int64)
+    shares: npt.NDArray[np.float64] | None = None
+    if prefix_hit_rate == "trace":
+        if not label.endswith(JSONL_ENDINGS):
+            raise no_hash_ids(label)
+        shares = (hit_tokens(label, prompt_tokens, order) / prompt_tokens)[order]
+    elif prefix_hit_rate:
+        shares = np.full(len(prompts), prefix_hit_rate)
     return Trace(
         name=name or _without_endings(Path(label).name),
         arrival_s=arrival_s[order] - (arrival_s.min() if form.is_absolute else 0.0),
-        prompt_tokens=np.array(prompts, dtype=np.int64)[order],
+        prompt_tokens=prompt_tokens[order],
         output_tokens=np.array(outputs, dtype=np.int64)[order],
         form=form.name,
         has_times=form.has_times,
+        prefix_share=shares,
     )
 
 
@@ -120,15 +149,19 @@ def trace_text(trace: Trace, *, as_jsonl: bool = False) -> Iterator[str]:
         yield json.dumps(dict(zip(COLUMNS, row, strict=True))) + "\n" if as_jsonl else "{!r},{},{}\n".format(*row)
 
 
-def load_trace(path: str | os.PathLike[str], *, name: str | None = None) -> Workload:
+def load_trace(
+    path: str | os.PathLike[str], *, name: str | None = None, prefix_hit_rate: PrefixHitRate = 0.0
+) -> Workload:
     """Return the workload of a trace (`read_trace`): its joint length histogram (`length_bins`) and mean arrival rate.
 
     Raises:
         DocumentError: as `read_trace`.
     """
-    trace = read_trace(path, name=name)
+    trace = read_trace(path, name=name, prefix_hit_rate=prefix_hit_rate)
     bins = length_bins(trace.prompt_tokens, trace.output_tokens, max_bins=MAX_BINS)
-    return Workload(name=trace.name, bins=bins, rate_rps=trace.rate_rps)
+    # A share that was given stays what it is: the mean over all tokens may differ in the last digit.
+    rate = trace.prefix_hit_rate if prefix_hit_rate == "trace" else prefix_hit_rate
+    return Workload(name=trace.name, bins=bins, rate_rps=trace.rate_rps, prefix_hit_rate=rate)
 
 
 def _without_endings(name: str) -> str:

@@ -81,6 +81,7 @@ def _fit(
             source=Source.MODELLED,
             origin=f"roofline of {gpu.name}, {before}{efficiency.origin}{after}",
             held_out_mape=efficiency.held_out_mape if was_measured else efficiency.transfer_mape,
+            range_error=None if was_measured else efficiency.range_error,
         ),
         scope=scope or FitScope(),
     )

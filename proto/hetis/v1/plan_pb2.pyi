@@ -359,6 +359,10 @@ class PlanSpec(_message.Message):
     MIN_LAYERS_FIELD_NUMBER: _builtins.int
     MAX_NODES_FIELD_NUMBER: _builtins.int
     SURVIVE_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    CHUNK_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    MTP_FIELD_NUMBER: _builtins.int
     model_name: _builtins.str
     """A name of the catalogue, such as `Llama-2-70B`."""
     workload_name: _builtins.str
@@ -398,6 +402,12 @@ class PlanSpec(_message.Message):
     """What may be lost, any one of it, without less than the demand being served: `node` or `zone`; with COST and GPUS. There
     are several searches then, each of which may take the time limit. Empty: nothing.
     """
+    max_num_seqs: _builtins.int
+    """Requests that a replica runs at once, as its engine is started; at most 1000000000. 0: as many as is best."""
+    kv_blocks: _builtins.int
+    """KV blocks of 16 tokens that the engine of a replica has at most, at most 1000000000. 0: as memory allows."""
+    mtp: _builtins.str
+    """Multi-token prediction: drafted tokens and the rate at which each is accepted, `1:0.85`. Empty: as the model says."""
     @_builtins.property
     def model_document(self) -> _document_pb2.Document:
         """A ModelSpec document."""
@@ -428,6 +438,12 @@ class PlanSpec(_message.Message):
         has. Empty: all that it has.
         """
 
+    @_builtins.property
+    def chunk_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes of prefill chunks that engines are started with, in tokens, ascending, each once, at most 16. Empty: 256, 512 and
+        2048.
+        """
+
     def __init__(
         self,
         *,
@@ -451,10 +467,14 @@ class PlanSpec(_message.Message):
         min_layers: _builtins.int = ...,
         max_nodes: _builtins.int = ...,
         survive: _builtins.str = ...,
+        max_num_seqs: _builtins.int = ...,
+        chunk_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        kv_blocks: _builtins.int = ...,
+        mtp: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "gap_target", b"gap_target", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "objective", b"objective", "time_limit", b"time_limit", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target", "chunk_tokens", b"chunk_tokens", "engine", b"engine", "gap_target", b"gap_target", "kv", b"kv", "kv_blocks", b"kv_blocks", "max_gpus", b"max_gpus", "max_nodes", b"max_nodes", "max_num_seqs", b"max_num_seqs", "max_stages", b"max_stages", "min_layers", b"min_layers", "model", b"model", "model_document", b"model_document", "model_name", b"model_name", "mtp", b"mtp", "num_threads", b"num_threads", "objective", b"objective", "profiles", b"profiles", "roles", b"roles", "seed", b"seed", "strategy", b"strategy", "survive", b"survive", "time_limit", b"time_limit", "weights", b"weights", "workload", b"workload", "workload_document", b"workload_document", "workload_name", b"workload_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gap_target: _TypeAlias = _typing.Literal["gap_target"]  # noqa: Y015
     _WhichOneofArgType__gap_target: _TypeAlias = _typing.Literal["_gap_target", b"_gap_target"]  # noqa: Y015

@@ -59,11 +59,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnTraffic:
-    """Future requests, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context."""
+    """Future requests, all arrays [requests]; ``num_clipped`` of them were shortened to fit the model's context.
+
+    ``prefix_tokens`` of each prompt are in the prefix cache.
+    """
 
     arrival_s: FloatArray
     prompt_tokens: IntArray
     output_tokens: IntArray
+    prefix_tokens: IntArray
     num_clipped: int
 
 
@@ -80,10 +84,12 @@ def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
         start = 0 if seed == 0 else int(of_lengths.integers(rows))
         chosen = (start + np.arange(num_requests)) % rows
         prompts, outputs = (x[chosen] for x in (load.lengths.prompt_tokens, load.lengths.output_tokens))
+        shares = 0.0 if load.lengths.prefix_share is None else load.lengths.prefix_share[chosen]
     else:
         chosen = _drawn_bins(load.lengths, num_requests, of_lengths)
         prompts = np.array([b.prompt_tokens for b in load.lengths.bins])[chosen]
         outputs = np.array([b.output_tokens for b in load.lengths.bins])[chosen]
+        shares = load.lengths.prefix_hit_rate
     kept_outputs = np.minimum(outputs, load.max_position - 1)
     kept_prompts = np.minimum(prompts, load.max_position - kept_outputs)
     # Bins hold means, which need not be whole: rounding up or down at random keeps them. Whole lengths stay the same.
@@ -94,6 +100,7 @@ def draw_traffic(load: Load, num_requests: int, *, seed: int) -> DrawnTraffic:
         arrival_s=_arrival_s(load, chosen, of_gaps),
         prompt_tokens=whole_prompts,
         output_tokens=whole_outputs,
+        prefix_tokens=np.minimum(np.rint(shares * whole_prompts).astype(np.int64), whole_prompts - 1),
         num_clipped=int(((kept_prompts != prompts) | (kept_outputs != outputs)).sum()),
     )
 
@@ -108,18 +115,21 @@ def _forever(_: int) -> bool:
 
 def requests_of(traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> Iterator[Request]:
     """Yield the requests with their arrival times, one by one."""
-    rows = zip(traffic.arrival_s.tolist(), traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
-    for number, (arrival_s, prompt, output) in enumerate(rows):
+    columns = traffic.arrival_s, traffic.prompt_tokens, traffic.output_tokens, traffic.prefix_tokens
+    for number, (arrival_s, prompt, output, prefix) in enumerate(zip(*(x.tolist() for x in columns), strict=True)):
         if not keep_going(number):
             return
-        yield Request(id=number, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output)
+        yield Request(
+            id=number, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, prefix_tokens=prefix
+        )  # fmt: skip
 
 
 class Saturation:
     """The requests of a traffic, each available at any time (`hetis.simulator.values.Source`)."""
 
     def __init__(self, traffic: DrawnTraffic, *, keep_going: KeepGoing = _forever) -> None:
-        self._lengths = zip(traffic.prompt_tokens.tolist(), traffic.output_tokens.tolist(), strict=True)
+        columns = traffic.prompt_tokens, traffic.output_tokens, traffic.prefix_tokens
+        self._lengths = zip(*(x.tolist() for x in columns), strict=True)
         self._keep_going = keep_going
         self._given = 0
 
@@ -129,7 +139,10 @@ class Saturation:
         if lengths is None:
             return None
         self._given += 1
-        return Request(id=self._given - 1, arrival_s=now_s, prompt_tokens=lengths[0], output_tokens=lengths[1])
+        prompt, output, prefix = lengths
+        return Request(
+            id=self._given - 1, arrival_s=now_s, prompt_tokens=prompt, output_tokens=output, prefix_tokens=prefix
+        )  # fmt: skip
 
 
 def _drawn_bins(workload: Workload, count: int, rng: np.random.Generator) -> IntArray:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.request_log import RequestLog
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Settings
+from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape, StageShape
@@ -34,6 +37,7 @@ from hetis.solver.workload import WorkloadMoments
 _OF_THE_SEARCH = frozenset(
     {
         Rule.SETTING,
+        Rule.MAX_NUM_SEQS,
         Rule.IN_FLIGHT,
         Rule.EQUAL_LAYERS,
         Rule.ONE_TYPE,
@@ -64,6 +68,7 @@ class Builder:
         workload = problem.workload.clipped_to(problem.model.max_position)
         self.moments: WorkloadMoments = workload.moments(block_tokens=problem.assumptions.block_tokens)
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
+        self._derivation = Rederivation(problem)
         self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
         self._timings: dict[tuple[StageShape, bool, bool, float], StageTiming] = {}
 
@@ -71,10 +76,7 @@ class Builder:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
 
     def _replica(self, number: int, one: ReplicaPlan) -> ReplicaRun:
-        for violation in check_replica_structure(one, f"replica {number}", self.problem, self.fleet):
-            if violation.rule not in _OF_THE_SEARCH:
-                raise InvalidProblemError(f"plan cannot be simulated: {violation}")
-        _check_batching(one, number)
+        check_simulable(one, number, self.problem, self.fleet)
         shape = replica_shape(one, self.problem, self.fleet)
         pools = {pool.stage: pool for pool in one.attention_workers}
         shares = _shares_of_shared_cards(one)
@@ -86,7 +88,7 @@ class Builder:
         replica = ReplicaRun(
             number,
             rate=self._sent(number) if one.role is Role.PREFILL else one.rate,
-            batching=self._batching(one, number),
+            batching=self._batching(one, number, shape),
             growth=self._growth,
             log=self._log,
             stages=stages,
@@ -95,8 +97,11 @@ class Builder:
         replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
         return replica
 
-    def _batching(self, one: ReplicaPlan, number: int) -> Batching:
+    def _batching(self, one: ReplicaPlan, number: int, shape: ReplicaShape) -> Batching:
         b, chunk = one.micro_batch, math.ceil(one.chunk_tokens / _steps(one, self.problem.model))
+        growing: int | None = None
+        if b and self.problem.family.engine_settings:  # an engine may have more seats than KV has room for
+            growing = batch_with_room(shape, self._derivation)
         if one.role is Role.PREFILL:
             ahead = chunk  # any number of prompts that fit in a chunk
         elif one.role is Role.DECODE:
@@ -107,16 +112,19 @@ class Builder:
             )
             ahead = max(1, math.ceil(arriving / one.in_flight))
         else:
-            prompt, iterations = self.moments.mean_prompt, self.moments.mean_output / b
+            prompt, iterations = self.moments.mean_computed, self.moments.mean_output / b
             if self._settings.chunks == "paced":
                 chunk = min(chunk, max(1, math.ceil(PACE * prompt / iterations)))
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
-        return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead)
+        most = self.problem.family.engine_settings.max_num_seqs
+        if most is not None and one.role is not Role.DECODE:  # engines count a request from its first chunk on
+            ahead = max(0, min(ahead, most // one.in_flight - b))
+        return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead, growing=growing)
 
     def _under_way(self, prefill: int) -> float:
         """Return the number of prompts that a prefill replica works on at once when its chunks are full."""
         one = self.plan.replicas[prefill]
-        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_prompt)
+        return one.in_flight * max(1.0, one.chunk_tokens / self.moments.mean_computed)
 
     def _sent(self, prefill: int) -> float:
         return sum(route.rate for route in self.plan.kv_routes if route.prefill == prefill)
@@ -143,14 +151,16 @@ class Builder:
             role=one.role,
         )
         rank_bytes = rank_room_bytes(setting, stage_shape, is_first=is_first, is_last=is_last)
-        copies = []
+        copies, most_blocks = [], problem.family.engine_settings.kv_blocks
         for copy in range(stage.copies):
             ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
             room, workers = None, None
             names: tuple[str, ...] = ()
             if pool is None:
-                room = KvRoom(self._blocks(timing, rank_bytes, timing.cost.shape.groups))
+                blocks = self._blocks(timing, rank_bytes, timing.cost.shape.groups)
+                room = KvRoom(blocks if most_blocks is None else min(blocks, most_blocks))
             else:
+                room = None if most_blocks is None else KvRoom(most_blocks)
                 num = len(pool.devices) // stage.copies
                 names = pool.devices[copy * num : (copy + 1) * num]
                 seats = one.micro_batch * one.in_flight / stage.copies
@@ -218,6 +228,28 @@ class Builder:
 def _steps(one: ReplicaPlan, model: ModelSpec) -> float:
     """Return the steps of an iteration: the tokens that it adds to a decoding request, where there are any."""
     return 1.0 if one.role is Role.PREFILL else model.emitted_tokens
+
+
+def batch_with_room(shape: ReplicaShape, derivation: Rederivation) -> int:
+    """Return the size of the largest micro-batch for whose KV a replica has room, from 1 to that of the shape."""
+    sizes = range(1, shape.micro_batch + 1)
+
+    def is_too_large(size: int) -> bool:
+        return not derivation.of(replace(shape, micro_batch=size)).fits
+
+    return max(1, bisect_left(sizes, True, key=is_too_large))
+
+
+def check_simulable(one: ReplicaPlan, number: int, problem: PlacementProblem, fleet: Fleet) -> None:
+    """Refuse a replica that cannot be simulated, such as one on GPUs that the cluster lacks.
+
+    Raises:
+        InvalidProblemError: the first reason why it cannot.
+    """
+    for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
+        if violation.rule not in _OF_THE_SEARCH:
+            raise InvalidProblemError(f"plan cannot be simulated: {violation}")
+    _check_batching(one, number)
 
 
 def _check_batching(one: ReplicaPlan, number: int) -> None:

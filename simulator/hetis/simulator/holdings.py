@@ -11,7 +11,7 @@ class Holdings:
     """Takes and frees blocks on all copies that a micro-batch runs on, or on none.
 
     Copies without a pool count blocks of whole requests (`KvRoom`); those with a pool use dispatch (`PoolCopy`), which
-    takes the blocks of a prompt at once.
+    takes the blocks of a prompt at once, and count them too if the engine's number of blocks is set.
     """
 
     def __init__(self, log: RequestLog, growth: KvGrowth) -> None:

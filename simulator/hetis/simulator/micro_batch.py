@@ -21,7 +21,7 @@ class SimulatedStageCopy:
     Attributes:
         track: its name in a trace.
         devices: its ranks; ``cards``: its attention workers.
-        room: KV blocks of a rank; None if a pool counts them.
+        room: KV blocks of whole requests; None if a pool counts them and the engine has as many as there is memory for.
         pool: its attention workers; None: it has none.
         is_up: no device of it has failed.
         free_s: time when its assigned work is done.
@@ -72,7 +72,7 @@ class MicroBatch:
         chunk: (request, tokens, whether that is its last) of the present iteration.
         seconds: time of the present iteration on every stage.
         contents: the present iteration, as the arguments of `StageTiming.seconds`.
-        rooms: KV blocks of the copies without a pool.
+        rooms: KV blocks of the copies that count those of whole requests.
         pools: pools of the others, with this micro-batch's load on their devices; ``loads`` is the same by stage.
         alive: False once a copy of it failed: its remaining scheduled events are void.
     """

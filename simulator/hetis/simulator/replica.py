@@ -23,12 +23,15 @@ class Batching:
         chunk_tokens: most prompt tokens in an iteration, of one prompt or several; 0 for a decode replica.
         ahead: prompts of a micro-batch that may be under way, or done and waiting, beyond its seats. As many as finish
             while a prompt is prefilled, so that as many requests decode as the plan assumes.
+        growing: requests of a micro-batch for each of which a block stays free when another one starts; None: as many
+            as it has seats.
     """
 
     micro_batch: int
     in_flight: int
     chunk_tokens: int
     ahead: int
+    growing: int | None = None
 
 
 class Outside:
@@ -84,7 +87,8 @@ class ReplicaRun:
         self._most_seats = batching.micro_batch + batching.ahead  # of a micro-batch, waiting ones included
         # The next block of every request that decodes on the most crowded copy.
         copies = min(len(copies) for copies in self.stages)
-        self._spare = -(-batching.in_flight // copies) * batching.micro_batch
+        growing = batching.micro_batch if batching.growing is None else batching.growing
+        self._spare = -(-batching.in_flight // copies) * growing
         self.batches = [self.new_batch(index) for index in range(batching.in_flight)]
         self._idle = set(range(batching.in_flight))
 
@@ -96,8 +100,7 @@ class ReplicaRun:
     def waiting_tokens(self) -> int:
         """Return the prompt tokens of the requests given to it that are not prefilled yet."""
         log, under_way = self.log, (request for batch in self.batches for request in batch.prefilling)
-        waiting = sum(log.target[request] for request in self.queue)
-        return waiting + sum(log.target[request] - log.filled[request] for request in under_way)
+        return sum(log.target[request] - log.begun(request) for request in (*self.queue, *under_way))
 
     def seats_taken(self) -> int:
         """Return the requests that decode here, and those being sent here."""
@@ -248,16 +251,17 @@ class ReplicaRun:
                 seats -= 1
                 batch.prefilling.append(request)
             request = batch.prefilling[0]
-            filled = log.filled[request]
-            tokens = min(budget, log.target[request] - filled)
-            if not self.kv.fill(batch, filled, tokens):
+            filled, begun = log.filled[request], log.begun(request)
+            tokens = min(budget, log.target[request] - begun)
+            # Blocks of the prefix cache are taken with the first chunk: they count for every request that shares them.
+            if not self.kv.fill(batch, filled, begun - filled + tokens):
                 # Growth of others has used its promised blocks. It waits, but is evicted if nothing else can continue.
                 if not chunk and not batch.decoding:
                     self._evict(now_s, batch, request)
                 break
-            log.filled[request] = filled + tokens
+            log.filled[request] = begun + tokens
             budget -= tokens
-            is_last = filled + tokens == log.target[request]
+            is_last = begun + tokens == log.target[request]
             chunk.append((request, tokens, is_last))
             if is_last:
                 batch.prefilling.popleft()

@@ -18,12 +18,13 @@ class RequestLog:
         produced: output tokens so far, as of the last time the request started to decode.
         target: tokens to prefill: the prompt, and the tokens produced before it was last evicted.
         filled: tokens of them that are prefilled.
+        prefix: tokens of the prompt in the prefix cache, from which a prefill starts, also after an eviction.
     """
 
     __slots__ = (
         "admitted_s", "arrival_s", "filled", "finished_s", "first_token_s", "id", "iterations", "kv_transfers",
         "migrated_bytes", "migrations", "moved_bytes", "num_preemptions", "output", "preemptions", "prefilled",
-        "produced", "prompt", "rejected", "replica", "target", "trace_events",
+        "prefix", "produced", "prompt", "rejected", "replica", "target", "trace_events",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class RequestLog:
         self.produced: list[int] = []
         self.target: list[int] = []
         self.filled: list[int] = []
+        self.prefix: list[int] = []
         self.iterations = self.num_preemptions = self.migrations = self.kv_transfers = self.rejected = 0
         self.prefilled = 0
         self.migrated_bytes = 0.0
@@ -59,6 +61,7 @@ class RequestLog:
         self.produced.append(0)
         self.target.append(request.prompt_tokens)
         self.filled.append(0)
+        self.prefix.append(request.prefix_tokens)
         return len(self.id) - 1
 
     def reject(self, request: int) -> None:
@@ -72,6 +75,10 @@ class RequestLog:
         self.filled[request] = 0
         self.preemptions[request] += 1
         self.num_preemptions += 1
+
+    def begun(self, request: int) -> int:
+        """Return how many tokens of its target need no more computing: those that are prefilled or were cached."""
+        return self.filled[request] or self.prefix[request]
 
     def run(self, end_s: float, series: Series | None) -> Run:
         """Return all of it as a value."""

@@ -19,18 +19,27 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One request of a trace. Arrivals never fall from one request to the next."""
+    """One request of a trace. Arrivals never fall from one request to the next.
+
+    ``prefix_tokens`` of the prompt are in the prefix cache of whatever replica prefills it, and are not computed.
+    """
 
     id: int
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 1 or self.output_tokens < 1:
             raise InvalidProblemError(
                 f"request {self.id} has {self.prompt_tokens}/{self.output_tokens} tokens, "
                 "prompt and output must be >= 1"
+            )
+        if not 0 <= self.prefix_tokens < self.prompt_tokens:
+            raise InvalidProblemError(
+                f"request {self.id} has {self.prefix_tokens} of {self.prompt_tokens} prompt tokens in the prefix "
+                "cache, at least one must be computed"
             )
         if not 0 <= self.arrival_s < math.inf:
             raise InvalidProblemError(f"request {self.id} arrives at {self.arrival_s} s, must be finite and >= 0")

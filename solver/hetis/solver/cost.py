@@ -71,7 +71,7 @@ def mix_of(
 
     b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
     """
-    with_chunk = moments.mean_prompt / chunk_tokens if chunk_tokens else 0.0
+    with_chunk = moments.mean_computed / chunk_tokens if chunk_tokens else 0.0
     decoding = moments.mean_output / (micro_batch * model.emitted_tokens) if micro_batch else 0.0
     return Mix(
         micro_batch, chunk_tokens, with_chunk, max(0.0, decoding - with_chunk), sends_afar, model.step_tokens
@@ -166,7 +166,7 @@ class DeviceCost:
     def prefill_s(self, chunk_tokens: Scalars) -> Scalars:
         """Return seconds of attention for one prefill chunk of C tokens with the mean past of a prompt."""
         m = self.model
-        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_prompt)
+        attended = m.attended_tokens(self.moments.prefill_pairs / self.moments.mean_computed)
         return _seconds(
             self._fits[Op.PREFILL_ATTENTION],
             flops=m.attention_flops(chunk_tokens * attended, m.q_heads / self.shape.tp)
@@ -350,9 +350,21 @@ def kv_tokens_per_copy(
     context_sd = moments.resident_context_sd * model.cached_growth(context)
     spread = assumptions.kv_headroom_z * math.sqrt(requests) * context_sd
     decoding = requests * model.cached_tokens(context) + spread
-    if mix.role is Role.DECODE:
-        return decoding + moments.mean_prompt  # one prompt whose KV is arriving
-    return decoding + prompt_tokens_per_copy(model, moments, mix, micro_batches)
+    own = decoding + prompt_tokens_per_copy(model, moments, mix, micro_batches)
+    handed_over = handed_over_per_copy(mix, micro_batches)
+    return own + handed_over * model.cached_tokens(moments.mean_prompt) if handed_over else own
+
+
+def handed_over_per_copy(mix: Mix, micro_batches: int) -> float:
+    """Return N, the whole prompts that a copy holds between prefill and decode; 0 for a unified replica.
+
+    On a decode replica they have their blocks and do not decode yet; on a prefill replica they have not landed yet. How
+    many come to a decode replica at once depends on the replicas that send them, which its memory must not: ``sqrt(D
+    b)`` is what simulated plans held (`docs/cost-model.md`, "Prompts between two replicas").
+    """
+    if mix.role is Role.UNIFIED:
+        return 0.0
+    return math.sqrt(micro_batches * mix.micro_batch) if mix.role is Role.DECODE else 1.0
 
 
 def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix, micro_batches: int) -> float:
@@ -368,10 +380,10 @@ def prompt_tokens_per_copy(model: ModelSpec, moments: WorkloadMoments, mix: Mix,
 def state_bytes_per_copy(model: ModelSpec, mix: Mix, micro_batches: int) -> float:
     """Return the bytes per layer of the states of all requests that a copy holds, on all ranks together.
 
-    These are the D b requests that decode, those that are being prefilled, and one that arrives at a decode replica.
-    Each has a state for every token of an iteration, for drafts may be refused.
+    These are the D b requests that decode, those that are being prefilled, and the N that are handed over. Each has a
+    state for every token of an iteration, for drafts may be refused.
     """
-    requests = micro_batches * (mix.micro_batch + mix.chunk_share) + (1 if mix.role is Role.DECODE else 0)
+    requests = micro_batches * (mix.micro_batch + mix.chunk_share) + handed_over_per_copy(mix, micro_batches)
     return requests * model.step_tokens * model.state_bytes()
 
 
@@ -388,7 +400,7 @@ def chunk_spread(model: ModelSpec, moments: WorkloadMoments) -> float:
     Chunks have equally many tokens, which attend to more tokens the further a prompt has come. This depends on model
     and workload alone, since the proportion of a layer's work is much the same on every GPU.
     """
-    mean = moments.prefill_pairs / moments.mean_prompt
+    mean = moments.prefill_pairs / moments.mean_computed
     attended, further = (model.attended_tokens(a) for a in (mean, mean + moments.prefill_context_sd))
     token = 2.0 * model.active_layer_params() + model.state_flops() + model.attention_flops(attended, model.q_heads)
     return model.attention_flops(further - attended, model.q_heads) / token
@@ -436,8 +448,8 @@ def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mi
     utilisation = assumptions.planned_utilisation * mix.chunk_share
     must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
     lanes = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
-    wait = lanes * (1.0 + moments.prompt_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
-    return math.ceil(moments.p95_prompt / mix.chunk_tokens) + wait
+    wait = lanes * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    return math.ceil(moments.p95_computed / mix.chunk_tokens) + wait
 
 
 UNEVENNESS_STEP = 1.25

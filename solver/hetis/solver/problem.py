@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -121,6 +122,59 @@ class EngineRules:
         return f"what {self.name} runs: at most {stages} in one zone{nodes}, as many batches in flight{beside}"
 
 
+MOST_SETTING, MOST_CHUNKS = 10**9, 16  # largest number, and most sizes of chunks, in `EngineSettings`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Settings with which engines are started whatever is planned, so that plans keep to them.
+
+    Attributes:
+        max_num_seqs: requests that a replica runs at once, over all its micro-batches; a prefill replica has one in
+            each. None: no limit besides memory.
+        chunk_tokens: sizes of prefill chunks; empty: those of the family.
+        kv_blocks: KV blocks of `Assumptions.block_tokens` tokens that a stage copy has, if its GPUs have room for as
+            many; a block holds these tokens of one request in all head groups and layers. None: no such limit.
+    """
+
+    max_num_seqs: int | None = None
+    chunk_tokens: tuple[int, ...] = ()
+    kv_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        named = [("max_num_seqs", self.max_num_seqs), ("kv_blocks", self.kv_blocks)]
+        for name, value in (*named, *(("chunk_tokens", size) for size in self.chunk_tokens)):
+            if value is not None and not 1 <= value <= MOST_SETTING:
+                raise InvalidProblemError(f"{name} is {value}, must be 1 to {MOST_SETTING}")
+        if len(self.chunk_tokens) > MOST_CHUNKS:
+            raise InvalidProblemError(f"chunk_tokens are {len(self.chunk_tokens)} sizes, must be at most {MOST_CHUNKS}")
+        if list(self.chunk_tokens) != sorted(set(self.chunk_tokens)):
+            listed = ", ".join(map(str, self.chunk_tokens))
+            raise InvalidProblemError(f"chunk_tokens are {listed}, must be ascending, each once")
+
+    def __bool__(self) -> bool:
+        """Return whether anything is set."""
+        return self != EngineSettings()
+
+    def allows(self, *, micro_batch: int, in_flight: int) -> bool:
+        """Return whether a replica of these micro-batches runs no more requests than it may."""
+        return self.max_num_seqs is None or max(micro_batch, 1) * in_flight <= self.max_num_seqs
+
+    def describe(self) -> str:
+        """Return the settings in a few words."""
+        parts = []
+        if self.max_num_seqs is not None:
+            parts.append(f"at most {self.max_num_seqs} request{'s' * (self.max_num_seqs > 1)} at once")
+        if self.chunk_tokens:
+            parts.append(f"chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
+        if self.kv_blocks is not None:
+            parts.append(f"at most {self.kv_blocks} KV block{'s' * (self.kv_blocks > 1)}")
+        return ", ".join(parts)
+
+
+NOTHING_SET = EngineSettings()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The family of plans that are searched, for exactly which the bound of an answer holds.
@@ -136,6 +190,7 @@ class Family:
         roles: the roles of replicas; prefill and decode only both or neither.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
         engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
+        engine_settings: those that every replica keeps to, see `at`.
 
     A replica with K stage copies has 1 micro-batch in flight (which walks through the stages) or at least K. Under a
     limit on TTFT stages keep to further rules (`docs/cost-model.md`, "Latency").
@@ -153,6 +208,7 @@ class Family:
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
     one_type_per_role: bool = False
     engine: EngineRules | None = None
+    engine_settings: EngineSettings = NOTHING_SET
 
     def __post_init__(self) -> None:
         if self.engine is not None:
@@ -165,6 +221,23 @@ class Family:
         if not self.roles or (Role.PREFILL in self.roles) != (Role.DECODE in self.roles):
             listed = ", ".join(self.roles) or "none"
             raise InvalidProblemError(f"roles are {listed}, must be unified, or prefill and decode, or all three")
+
+    def at(self, settings: EngineSettings) -> Family:
+        """Return the plans of this family whose replicas keep to these settings.
+
+        Micro-batches of the largest size that they leave to M of them are added: N of them in total may be no size of
+        `MICRO_BATCHES`, and the family would lose up to a quarter of what the engine runs.
+        """
+        sizes, most = self.micro_batches, settings.max_num_seqs
+        if most is not None:
+            fullest = {most // m for m in self.in_flight if m <= most}
+            sizes = tuple(sorted({size for size in sizes if size <= most} | fullest))
+        return replace(
+            self,
+            micro_batches=sizes,
+            chunk_tokens=settings.chunk_tokens or self.chunk_tokens,
+            engine_settings=settings,
+        )
 
     @property
     def splits_roles(self) -> bool:
@@ -191,6 +264,8 @@ class Family:
         parts.append(f"prefill chunks of {' or '.join(map(str, self.chunk_tokens))} tokens")
         parts.append("under a TTFT limit, stages that take their share of a round trip with a chunk")
         parts.append(self._describe_roles())
+        if self.engine_settings:
+            parts.append(f"engines started with {self.engine_settings.describe()}")
         return "; ".join(parts)
 
     def _describe_workers(self) -> str:
@@ -230,6 +305,12 @@ class PlacementProblem:
     def describe_family(self) -> str:
         """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
         return "; ".join([self.family.describe(), *map(str, self.will)])
+
+    @property
+    def most_kv_tokens(self) -> float:
+        """The tokens for which a stage copy's engine has KV blocks; infinity unless their number is set."""
+        blocks = self.family.engine_settings.kv_blocks
+        return math.inf if blocks is None else float(blocks * self.assumptions.block_tokens)
 
     def models(self) -> tuple[ModelSpec, ...]:
         """Return the model in each precision of the fleet."""

@@ -57,6 +57,7 @@ class Provenance:
     source: Source
     origin: str  # data set, engine, version, kernel; or the related model that was scaled
     held_out_mape: float | None = None  # mean absolute percentage error on points held out of the fit; 0.1 is 10%
+    range_error: float | None = None  # 0.5: nine in ten true times lie within 1/1.5 and 1.5 times those of the fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

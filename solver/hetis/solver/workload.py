@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,16 +35,26 @@ class LengthBin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Joint distribution of prompt and output lengths; ``clipped_ratio`` of the requests were shortened to fit."""
+    """Joint distribution of prompt and output lengths.
+
+    Attributes:
+        rate_rps: arrival rate of the source, if it has one.
+        clipped_ratio: share of the requests that were shortened to fit.
+        prefix_hit_rate: share h of each prompt's tokens whose KV its replica already has, in a prefix cache. At least
+            one token is computed all the same, because the first output token is made from it.
+    """
 
     name: str
     bins: tuple[LengthBin, ...]
-    rate_rps: float | None = None  # arrival rate of the source, if it has one
+    rate_rps: float | None = None
     clipped_ratio: float = 0.0
+    prefix_hit_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.bins:
             raise InvalidProblemError(f"workload {self.name} has no requests")
+        if not 0 <= self.prefix_hit_rate < 1:
+            raise InvalidProblemError(f"prefix_hit_rate of {self.name} is {self.prefix_hit_rate}, must be >= 0 and < 1")
 
     def clipped_to(self, max_position: int) -> Workload:
         """Return the workload as a model with a context of ``max_position`` tokens can serve it.
@@ -59,11 +69,11 @@ class Workload:
             total += b.weight
             bins.append(LengthBin(prompt_tokens=prompt, output_tokens=output, weight=b.weight))
         ratio = 1.0 - (1.0 - self.clipped_ratio) * (1.0 - cut / total)
-        return Workload(name=self.name, bins=tuple(bins), rate_rps=self.rate_rps, clipped_ratio=ratio)
+        return replace(self, bins=tuple(bins), clipped_ratio=ratio)
 
     def moments(self, *, block_tokens: int = 16) -> WorkloadMoments:
         """Return the averages that the cost model uses; see `WorkloadMoments`."""
-        return moments_of(self.bins, block_tokens=block_tokens)
+        return moments_of(self.bins, block_tokens=block_tokens, prefix_hit_rate=self.prefix_hit_rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,42 +82,51 @@ class WorkloadMoments:
 
     A request decodes for a time in proportion to its output O, while its context grows from P to P + O. So among
     *decoding* requests the mean context is ``E[O (P + O/2)] / E[O]`` and its second moment
-    ``E[O (P^2 + P O + O^2/3)] / E[O]``. A request prefills for a time in proportion to P, holding P/2 on average, so
-    among *prefilling* requests the mean is ``E[P^2] / (2 E[P])``, and the second moment ``E[P^3] / (3 E[P])``.
+    ``E[O (P^2 + P O + O^2/3)] / E[O]``. With hits, ``S = min(h P, P - 1)`` tokens of a prompt are in the prefix cache
+    and ``Q = P - S`` are computed. A request prefills for a time in proportion to Q, while its context grows from S to
+    P. So among *prefilling* requests the mean is ``E[P^2 - S^2] / (2 E[Q])``, and the second moment
+    ``E[P^3 - S^3] / (3 E[Q])``.
     """
 
     mean_prompt: float  # P, tokens
     mean_output: float  # O, tokens
-    prefill_pairs: float  # E[P (P + 1) / 2]: (query, key) pairs of a whole prefill
+    mean_computed: float  # Q, prompt tokens that no prefix cache has
+    prefill_pairs: float  # E[P (P + 1) / 2 - S (S + 1) / 2]: (query, key) pairs of a prompt's computed tokens
     p95_prompt: float  # tokens
+    p95_computed: float  # tokens
     resident_context: float  # tokens in KV of a decoding request, rounded up to blocks on average
     resident_context_sd: float  # its standard deviation
     prefilling_context: float  # tokens in KV of a prefilling request
-    prompt_cv2: float  # squared coefficient of variation of the prompt length
-    prefill_context_sd: float  # standard deviation, over prompt tokens, of the tokens they attend to
+    computed_cv2: float  # squared coefficient of variation of the computed tokens of a prompt
+    prefill_context_sd: float  # standard deviation, over computed prompt tokens, of the tokens they attend to
 
 
-def moments_of(bins: Sequence[LengthBin], *, block_tokens: int) -> WorkloadMoments:
+def moments_of(bins: Sequence[LengthBin], *, block_tokens: int, prefix_hit_rate: float = 0.0) -> WorkloadMoments:
     """Compute `WorkloadMoments`; the half-filled last block costs ``(block_tokens - 1) / 2`` tokens on average."""
     p: FloatArray = np.array([b.prompt_tokens for b in bins])
     o: FloatArray = np.array([b.output_tokens for b in bins])
     w: FloatArray = np.array([b.weight for b in bins])
     w = w / w.sum()
-    mean_p, mean_o = float(w @ p), float(w @ o)
+    cached: FloatArray = np.minimum(prefix_hit_rate * p, p - 1.0)
+    computed = p - cached
+    mean_p, mean_o, mean_q = float(w @ p), float(w @ o), float(w @ computed)
     context = float(w @ (o * (p + o / 2))) / mean_o
     second = float(w @ (o * (p * p + p * o + o * o / 3))) / mean_o
-    squared_p = float(w @ (p * p))
-    prefilling = squared_p / (2 * mean_p)
+    prefilling = float(w @ (p * p - cached * cached)) / (2 * mean_q)
+    prefilling_second = float(w @ (p**3 - cached**3)) / (3 * mean_q)
     order = np.argsort(p, kind="stable")
     rank = int(np.searchsorted(np.cumsum(w[order]), 0.95 - 1e-12))
+    at_p95 = order[min(rank, len(bins) - 1)]  # computed tokens grow with the prompt: the same request has their p95
     return WorkloadMoments(
         mean_prompt=mean_p,
         mean_output=mean_o,
-        prefill_pairs=float(w @ (p * (p + 1))) / 2,
-        p95_prompt=float(p[order][min(rank, len(bins) - 1)]),
+        mean_computed=mean_q,
+        prefill_pairs=float(w @ (p * (p + 1) - cached * (cached + 1))) / 2,
+        p95_prompt=float(p[at_p95]),
+        p95_computed=float(computed[at_p95]),
         resident_context=context + (block_tokens - 1) / 2,
         resident_context_sd=math.sqrt(max(0.0, second - context * context)),
         prefilling_context=prefilling,
-        prompt_cv2=max(0.0, squared_p / mean_p**2 - 1.0),
-        prefill_context_sd=math.sqrt(max(0.0, float(w @ p**3) / (3 * mean_p) - prefilling**2)),
+        computed_cv2=max(0.0, float(w @ (computed * computed)) / mean_q**2 - 1.0),
+        prefill_context_sd=math.sqrt(max(0.0, prefilling_second - prefilling**2)),
     )

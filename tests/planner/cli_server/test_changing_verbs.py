@@ -90,12 +90,26 @@ def test_every_violation_of_the_planner_is_told_with_its_line(
     )
 
 
+@pytest.mark.parametrize("workload", ["8000/300", "azure_conv_2023"])
+def test_a_workload_with_prefix_hits_is_sent_as_a_document(
+    workload: str, planner: FakePlanner, hetis_plan: Run
+) -> None:
+    asked = ["apply", *PROBLEM[:-1], workload, "--prefix-hit-rate", "40%"]
+    assert hetis_plan(*asked) == ExitCode.OK
+    spec = last_request(planner, plan_service_pb2.CreatePlanRequest).plan.spec
+    assert spec.workload_name == ""
+    assert spec.workload_document.kind == document_pb2.DOCUMENT_KIND_WORKLOAD
+    document = json.loads(spec.workload_document.content)
+    assert (document["name"], document["prefix_hit_rate"]) == (workload, 0.4)
+
+
 def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Run, capsys: Captured) -> None:
     code = hetis_plan(
         "apply", *PROBLEM, "--name", "night", "--ttft", "none", "--tpot", "50ms", "--time-limit", "90s", "--seed", "7",
         "--roles", "decode,prefill", "--engine", "vllm", "--max-stages", "4", "--max-gpus", "16",
         "--min-layers-per-stage", "3", "--max-nodes-per-replica", "2",
-        "--weights", "fp8", "--kv", "fp8",
+        "--weights", "fp8", "--kv", "fp8", "--mtp", "2:0.7",
+        "--max-num-seqs", "64", "--chunk-tokens", "512,256", "--kv-blocks", "9000",
     )  # fmt: skip
     assert code == ExitCode.OK
     sent = last_request(planner, plan_service_pb2.CreatePlanRequest)
@@ -107,9 +121,10 @@ def test_a_problem_is_solved_by_the_planner(planner: FakePlanner, hetis_plan: Ru
     assert (spec.objective.ttft_unlimited, spec.objective.tpot_limit_s) == (True, 0.05)
     assert (spec.time_limit.seconds, spec.seed, spec.strategy, spec.gap_target) == (90, 7, "hetis", 0.001)
     assert list(spec.roles) == [replica_pb2.REPLICA_ROLE_PREFILL, replica_pb2.REPLICA_ROLE_DECODE]
-    assert (spec.weights, spec.kv) == ("fp8", "fp8")
+    assert (spec.weights, spec.kv, spec.mtp) == ("fp8", "fp8", "2:0.7")
     assert (spec.engine, spec.max_stages, spec.max_gpus) == ("vllm", 4, 16)
     assert (spec.min_layers, spec.max_nodes) == (3, 2)
+    assert (spec.max_num_seqs, list(spec.chunk_tokens), spec.kv_blocks) == (64, [256, 512], 9000)
     captured = capsys.readouterr()
     assert "pricing: incumbent 1.200, bound 1.700 requests/s, gap 42%" in captured.err
     assert "2 replicas on 12 GPUs, 4 of them attention workers" in captured.out

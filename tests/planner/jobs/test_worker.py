@@ -23,6 +23,7 @@ from hetis.planner.use_cases.sources import load_inputs, problem_of_plan
 from hetis.solver.budget import Progress
 from hetis.solver.check import check_plan
 from hetis.solver.plan import Objective, Plan, Role
+from hetis.solver.problem import EngineSettings
 from hetis.v1 import plan_pb2
 
 PAPER = str(Path(__file__).parents[3] / "examples" / "paper.yaml")
@@ -55,6 +56,11 @@ def test_a_posed_problem_survives_the_way(posed: PosedProblem) -> None:
     split = replace(posed, settings=replace(posed.settings, roles=(Role.PREFILL, Role.DECODE)))
     assert posed_from_json(split.to_json()) == split
     assert posed_from_json(split.to_json()).problem().family.roles == (Role.PREFILL, Role.DECODE)
+    chosen = EngineSettings(max_num_seqs=64, chunk_tokens=(256, 512))
+    kept = replace(posed, loaded=posed.loaded.at(chosen))
+    assert posed_from_json(kept.to_json()) == kept
+    assert posed_from_json(kept.to_json()).problem().family.engine_settings == chosen
+    assert b"engine_settings" not in posed.to_json()
 
 
 def test_a_problem_that_was_posed_before_there_were_roles_can_be_read(posed: PosedProblem) -> None:

@@ -120,8 +120,10 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             ("stock", {"engine": "vllm"}),
             ("small", {"engine": "vllm", "max_gpus": 2, "max_stages": 2, "min_layers": 2, "max_nodes": 1}),
             ("free", {"engine": "any", "strategy": "uniform"}),
+            ("set", {"engine": "vllm", "max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}),
             ("fp8", {"engine": "vllm", "weights": "fp8"}),
             ("each", {"engine": "vllm", "weights": "bf16,RTX-3090=fp8"}),
+            ("drafts", {"engine": "vllm", "mtp": "1:0.8"}),
         ):
             await planner.create(name, model_name="Llama-2-13B", **spec)  # type: ignore[arg-type]
             solved = await planner.solved(f"plans/{name}")
@@ -138,14 +140,23 @@ def test_plans_keep_to_the_engine_that_is_asked_for(tmp_path: Path) -> None:
             if name == "each":
                 assert plan.inputs["documents"]["model"]["precisions"].keys() == {"RTX-3090"}
                 assert all(len({stage.gpu for stage in replica.stages}) == 1 for replica in plan.replicas)
+            if name == "drafts":
+                assert plan.inputs["documents"]["model"]["draft"] == {"tokens": 1, "acceptance": 0.8}
+            if name == "set":
+                assert plan.inputs["engine_settings"] == {"max_num_seqs": 8, "chunk_tokens": [512], "kv_blocks": 900}
+                assert all(max(1, one.micro_batch) * one.in_flight <= 8 for one in plan.replicas)
             if name == "small":
                 assert all(len(replica.devices()) <= 2 for replica in plan.replicas)
+        assert values["drafts"] > values["stock"]
         assert values["small"] <= values["stock"] <= values["default"] * (1 + 1e-6)
         assert {name: engine and engine["name"] for name, engine in kept.items()} == {  # type: ignore[index]
-            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "fp8": "vllm", "each": "vllm"
+            "default": "vllm-hetis", "stock": "vllm", "small": "vllm", "free": None, "set": "vllm", "fp8": "vllm",
+            "each": "vllm", "drafts": "vllm",
         }  # fmt: skip
         changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/small"))
         assert list(changed.changed_inputs) == ["engine"]
+        changed = await planner.call("DiffPlans", pb2.DiffPlansRequest(name="plans/stock", other="plans/set"))
+        assert list(changed.changed_inputs) == ["engine_settings"]
 
     with_planner(tmp_path, scenario)
 
@@ -274,11 +285,17 @@ def test_every_wrong_field_of_a_spec_is_named(tmp_path: Path) -> None:
         ):
             refusal = await refused(planner.call("CreatePlan", create_request(**asked)))  # type: ignore[arg-type]
             assert refusal.fields == {"plan.spec.engine": says}
-        precise = await refused(planner.call("CreatePlan", create_request(weights="fp9", kv="int4")))
-        assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv"}
+        precise = await refused(planner.call("CreatePlan", create_request(weights="fp9", kv="int4", mtp="2")))
+        assert precise.fields.keys() == {"plan.spec.weights", "plan.spec.kv", "plan.spec.mtp"}
+        assert precise.fields["plan.spec.mtp"].startswith("'2' is not TOKENS:ACCEPTANCE, 1 to 16 tokens")
         assert precise.fields["plan.spec.weights"].endswith("did you mean fp8?")
         deep = await refused(planner.call("CreatePlan", create_request(max_stages=17)))
         assert deep.fields == {"plan.spec.max_stages": "is 17, must be 16 at most"}
+        strange = await refused(planner.call("CreatePlan", create_request(max_num_seqs=2**31, chunk_tokens=[9, 9])))
+        assert strange.fields == {
+            "plan.spec.max_num_seqs": "max_num_seqs is 2147483648, must be 1 to 1000000000",
+            "plan.spec.chunk_tokens": "chunk_tokens are 9, 9, must be ascending, each once",
+        }
 
         workload = b"apiVersion: hetis/v1\nkind: Workload\nname: w\ntrace: /etc/passwd\n"
         request = create_request(workload_document=document_pb2.Document(content=workload))

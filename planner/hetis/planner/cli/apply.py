@@ -70,8 +70,10 @@ def apply(
             help="As at place.",
         ),
     ] = None,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -94,6 +96,9 @@ def apply(
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
     max_nodes: options.MaxNodesOption = None,
+    max_num_seqs: options.MaxNumSeqsOption = None,
+    chunk_tokens: options.ChunkTokensOption = None,
+    kv_blocks: options.KvBlocksOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -123,7 +128,7 @@ def apply(
     Ctrl-C while waiting stops nothing: the plan goes on, and how to come back to it is said.
     """
     from hetis.planner.cli.applying import Application, Goal
-    from hetis.planner.cli.families import engine_rules
+    from hetis.planner.cli.families import engine_rules, engine_settings
     from hetis.planner.use_cases.sources import ReplicaLimits
 
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
@@ -132,6 +137,7 @@ def apply(
         cluster=cluster,
         model=model,
         workload=workload,
+        prefix_hit_rate=prefix_hit_rate,
         profiles=tuple(profile or ()),
         objective=objective,
         rate_rps=rate,
@@ -141,9 +147,11 @@ def apply(
         roles=roles or frozenset(),
         weights=weights,
         kv=kv,
+        mtp=mtp,
         survive="" if survive is None else survive.value,
         engine=engine,
         limits=limits,
+        engine_settings=engine_settings(max_num_seqs, chunk_tokens, kv_blocks),
         time_limit_s=time_limit,
         gap_target=gap,
         seed=seed,

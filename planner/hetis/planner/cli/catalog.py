@@ -30,7 +30,7 @@ def catalog(
     from hetis.formats import catalogue
     from hetis.planner.report import catalogue as tables
     from hetis.planner.use_cases.json_values import json_value
-    from hetis.planner.use_cases.sources import profile_origin
+    from hetis.profiler.defaults import profile_origin
     from hetis.solver.placement.strategies import STRATEGIES
     from hetis.solver.problem import Family
 

@@ -28,6 +28,7 @@ def compare(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
     mtp: options.MtpOption = None,
@@ -44,6 +45,9 @@ def compare(
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
     max_nodes: options.MaxNodesOption = None,
+    max_num_seqs: options.MaxNumSeqsOption = None,
+    chunk_tokens: options.ChunkTokensOption = None,
+    kv_blocks: options.KvBlocksOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -76,8 +80,11 @@ def compare(
     if out is not None:
         refuse_unwritable_plans(out, [f"{name}-{e}" for name in names for e in rules] if engine is not None else names)
     refuse_page(html)
-    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = load_inputs(
+        cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
+    )
     loaded = in_precision(loaded.with_will(pins=pin or (), forbids=forbid or ()), weights=weights, kv=kv, mtp=mtp)
+    loaded = loaded.at(families.engine_settings(max_num_seqs, chunk_tokens, kv_blocks))
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     settings = placing.Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)

@@ -12,7 +12,7 @@ from hetis.solver.plan import Role
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import ReplicaLimits
-    from hetis.solver.problem import EngineRules
+    from hetis.solver.problem import EngineRules, EngineSettings
 
 DEFAULT_STRATEGY = "hetis"
 ALL_STRATEGIES = ALL_ENGINES = "all"
@@ -111,6 +111,37 @@ def rules_of_engines(asked: Engines | None, limits: ReplicaLimits) -> dict[str, 
     return {
         name: engine_rules(name, DEFAULT_STRATEGY, limits if name in limited else ReplicaLimits()) for name in names
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Sizes of prefill chunks; a class of its own, because typer takes a tuple for several arguments."""
+
+    sizes: tuple[int, ...]
+
+
+def chunks(text: str) -> Chunks:
+    """Parse sizes of prefill chunks separated by commas."""
+    from hetis.solver.problem import MOST_CHUNKS, MOST_SETTING
+
+    sizes = [size.strip() for size in text.split(",")]
+    if len(sizes) > MOST_CHUNKS:
+        raise typer.BadParameter(f"{len(sizes)} sizes are given, at most {MOST_CHUNKS} are tried")
+    for size in sizes:
+        if not (size.isascii() and size.isdigit() and len(size) < 20 and 1 <= int(size) <= MOST_SETTING):
+            raise typer.BadParameter(f"{size[:40]!r} is not a whole number of tokens, 1 to {MOST_SETTING}")
+    return Chunks(tuple(sorted(set(map(int, sizes)))))
+
+
+def engine_settings(max_num_seqs: int | None, chunk_tokens: Chunks | None, kv_blocks: int | None) -> EngineSettings:
+    """Return the settings that engines are started with, as options give them."""
+    from hetis.solver.problem import EngineSettings
+
+    return EngineSettings(
+        max_num_seqs=max_num_seqs,
+        chunk_tokens=() if chunk_tokens is None else chunk_tokens.sizes,
+        kv_blocks=kv_blocks,
+    )
 
 
 @dataclass(frozen=True, slots=True)

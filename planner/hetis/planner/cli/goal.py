@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from hetis.formats.catalogue import UnknownNameError, find_model, find_workload
 from hetis.formats.documents import dump, load_cluster, load_model, load_profile, load_workload
+from hetis.formats.traces import PrefixHitRate
 from hetis.planner.cli.quantities import NO_LIMIT
 from hetis.planner.cli.resource_names import full_name, id_of
 from hetis.planner.client import Client
@@ -22,6 +23,7 @@ from hetis.v1 import document_pb2, plan_pb2
 
 if TYPE_CHECKING:
     from hetis.planner.use_cases.sources import ReplicaLimits
+    from hetis.solver.problem import EngineSettings
 
 _KINDS = {
     ObjectiveKind.GOODPUT: plan_pb2.OBJECTIVE_KIND_GOODPUT,
@@ -40,6 +42,7 @@ class Goal:
     cluster: str | None
     model: str | None
     workload: str | None
+    prefix_hit_rate: PrefixHitRate | None
     profiles: tuple[str, ...]
     objective: ObjectiveKind
     rate_rps: float | None
@@ -49,9 +52,11 @@ class Goal:
     roles: frozenset[Role]  # empty: all of the strategy
     weights: str | None
     kv: str | None
+    mtp: str | None
     survive: str  # node or zone; empty: nothing
     engine: str | None
     limits: ReplicaLimits
+    engine_settings: EngineSettings
     time_limit_s: float
     gap_target: float
     seed: int
@@ -119,12 +124,16 @@ class Goal:
             roles=[TO_PROTO[role] for role in Role if role in self.roles],
             weights=self.weights or "",
             kv=self.kv or "",
+            mtp=self.mtp or "",
             survive=self.survive,
             engine=self.engine or "",
             max_stages=self.limits.max_stages or 0,
             max_gpus=self.limits.max_gpus or 0,
             min_layers=self.limits.min_layers or 0,
             max_nodes=self.limits.max_nodes or 0,
+            max_num_seqs=self.engine_settings.max_num_seqs or 0,
+            chunk_tokens=self.engine_settings.chunk_tokens,
+            kv_blocks=self.engine_settings.kv_blocks or 0,
             gap_target=self.gap_target,
             time_limit=_duration(self.time_limit_s),
             seed=self.seed,
@@ -145,15 +154,13 @@ class Goal:
 
     def _say_workload(self, spec: plan_pb2.PlanSpec) -> None:
         assert self.workload is not None
-        if _MEAN_LENGTHS.fullmatch(self.workload):
-            spec.workload_name = self.workload
+        name = None if self.prefix_hit_rate is not None else _workload_name(self.workload)
+        if name is not None:
+            spec.workload_name = name
             return
-        try:
-            spec.workload_name = find_workload(self.workload).workload.name
-        except UnknownNameError:
-            value = load_workload(self.workload)
-            spec.workload_document.CopyFrom(_document(self.workload, dump(value, "json")))
-            spec.workload_document.kind = document_pb2.DOCUMENT_KIND_WORKLOAD
+        value = load_workload(self.workload, prefix_hit_rate=self.prefix_hit_rate)
+        spec.workload_document.CopyFrom(_document(self.workload, dump(value, "json")))
+        spec.workload_document.kind = document_pb2.DOCUMENT_KIND_WORKLOAD
 
     def _objective(self) -> plan_pb2.Objective:
         goal = plan_pb2.Objective(kind=_KINDS[self.objective], demand_rps=self.rate_rps or 0.0)
@@ -166,6 +173,16 @@ class Goal:
         elif self.tpot_s is not None:
             goal.tpot_limit_s = self.tpot_s
         return goal
+
+
+def _workload_name(text: str) -> str | None:
+    """Return the name by which the planner knows a workload without its document; None: it needs the document."""
+    if _MEAN_LENGTHS.fullmatch(text):
+        return text
+    try:
+        return find_workload(text).workload.name
+    except UnknownNameError:
+        return None
 
 
 def _is_file(text: str) -> bool:

@@ -17,6 +17,7 @@ def place(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
     mtp: options.MtpOption = None,
@@ -35,6 +36,9 @@ def place(
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
     max_nodes: options.MaxNodesOption = None,
+    max_num_seqs: options.MaxNumSeqsOption = None,
+    chunk_tokens: options.ChunkTokensOption = None,
+    kv_blocks: options.KvBlocksOption = None,
     survive: options.SurviveOption = None,
     simplest_within: options.SimplestWithinOption = "0",  # type: ignore[assignment]
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
@@ -53,7 +57,7 @@ def place(
 
     Ctrl-C once prints and saves the best plan so far; twice leaves at once.
     """
-    from hetis.planner.cli.families import engine_rules
+    from hetis.planner.cli.families import engine_rules, engine_settings
     from hetis.planner.cli.html_pages import refuse_page
     from hetis.planner.cli.placement_run import PlacementRun
     from hetis.planner.cli.plan_files import refuse_unwritable
@@ -68,6 +72,7 @@ def place(
         cluster=cluster,
         model=model,
         workload=workload,
+        prefix_hit_rate=prefix_hit_rate,
         profiles=profile or (),
         weights=weights,
         kv=kv,
@@ -89,6 +94,7 @@ def place(
             simplest_within=simplest_within,
             survive="" if survive is None else survive.value,
         ),
+        engine_settings=engine_settings(max_num_seqs, chunk_tokens, kv_blocks),
         verify=verify,
         other_engines=other_engines,
         price_pins=price_pins,

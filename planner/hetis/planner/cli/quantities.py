@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import typer
 
@@ -59,6 +60,16 @@ def error(text: str) -> float:
     value = ratio(text)
     if not 0 <= value < 1:
         raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%")
+    return value
+
+
+def prefix_hit_rate(text: str) -> float | Literal["trace"]:
+    """Parse a share of prompt tokens below 1: ``0.4`` or ``40%``; or ``trace``."""
+    if text.strip().lower() == "trace":
+        return "trace"
+    value = ratio(text)
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r} is out of range, must be at least 0% and below 100%, or trace")
     return value
 
 

@@ -98,6 +98,7 @@ def replan(
     running: FromOption,
     cluster: options.ClusterOption,
     workload: NewWorkloadOption = None,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     model: ModelCheckOption = None,
     profile: options.ProfilesOption = None,
     rate: options.RateOption = None,
@@ -136,7 +137,7 @@ def replan(
     settings = Settings(time_limit_s=time_limit, gap_target=gap, seed=seed, threads=threads)
     posed = replanning.load_replanning(
         running=running, cluster=cluster, workload=workload, model=model, profiles=profile or (), rate_rps=rate,
-        settings=settings,
+        settings=settings, prefix_hit_rate=prefix_hit_rate,
     )  # fmt: skip
     for warning in posed.warnings:
         terminal.warn(warning)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hetis.planner.cli import quantities, words
+from hetis.solver.problem import MOST_SETTING
 
 SIMULATE_EXAMPLES = """\
 Examples:
@@ -55,6 +56,17 @@ TraceOption = Annotated[
         rich_help_panel=_TRAFFIC,
         show_default="the plan's workload",
         help="Requests: a CSV or JSONL trace, or lengths drawn from what `place --workload` takes.",
+    ),
+]
+PrefixHitRateOption = Annotated[
+    Any,  # as in `options.PrefixHitRateOption`
+    typer.Option(
+        "--prefix-hit-rate",
+        parser=quantities.prefix_hit_rate,
+        metavar="SHARE|trace",
+        rich_help_panel=_TRAFFIC,
+        show_default="that of the requests' source, or 0",
+        help="Prompt tokens that prefix caches have: 0.4, 40%, or trace, counted per request by its hash ids.",
     ),
 ]
 RateOption = Annotated[
@@ -192,6 +204,27 @@ ThetaOption = Annotated[
         help="How far a stage may be above its ideal time before head groups move.",
     ),
 ]
+MaxNumSeqsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-seqs", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="the plan's",
+        help="Requests that every replica runs at once.",
+    ),
+]  # fmt: skip
+ChunkTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk-tokens", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="the plan's",
+        help="Prompt tokens of an iteration: vLLM's --max-num-batched-tokens less --max-num-seqs.",
+    ),
+]  # fmt: skip
+KvBlocksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-blocks", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="as memory allows",
+        help="KV blocks of 16 tokens that every engine has at most, such as its --num-gpu-blocks-override.",
+    ),
+]  # fmt: skip
 FailOption = Annotated[
     list[str] | None,
     typer.Option(

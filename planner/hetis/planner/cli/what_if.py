@@ -31,8 +31,10 @@ def what_if(
     cluster: options.ClusterOption,
     model: options.ModelOption,
     workload: options.WorkloadOption,
+    prefix_hit_rate: options.PrefixHitRateOption = None,
     weights: options.WeightsOption = None,
     kv: options.KvOption = None,
+    mtp: options.MtpOption = None,
     profile: options.ProfilesOption = None,
     add: fleet_options.AddOption = None,
     remove: fleet_options.RemoveOption = None,
@@ -54,6 +56,9 @@ def what_if(
     max_gpus: options.MaxGpusOption = None,
     min_layers: options.MinLayersOption = None,
     max_nodes: options.MaxNodesOption = None,
+    max_num_seqs: options.MaxNumSeqsOption = None,
+    chunk_tokens: options.ChunkTokensOption = None,
+    kv_blocks: options.KvBlocksOption = None,
     time_limit: options.TimeLimitOption = "60s",  # type: ignore[assignment]  # defaults go through the parser, too
     gap: options.GapOption = "0.1%",  # type: ignore[assignment]
     seed: options.SeedOption = 0,
@@ -66,7 +71,7 @@ def what_if(
     With --buy-next every GPU type of the market is added in turn and solved for. Every solve has the whole time limit;
     Ctrl-C once shows what there is, twice leaves at once.
     """
-    from hetis.planner.cli.families import engine_rules
+    from hetis.planner.cli.families import engine_rules, engine_settings
     from hetis.planner.cli.html_pages import refuse_page, save_page
     from hetis.planner.cli.searching import search_interruptibly
     from hetis.planner.report import what_if as report
@@ -80,7 +85,9 @@ def what_if(
 
     _refuse_half_a_question(buy_next=buy_next, changes=bool(add or remove), market=market is not None)
     refuse_page(html)
-    loaded = load_inputs(cluster=cluster, model=model, workload=workload, profiles=profile or ())
+    loaded = load_inputs(
+        cluster=cluster, model=model, workload=workload, profiles=profile or (), prefix_hit_rate=prefix_hit_rate
+    )
     placing.require_demand(objective, rate, loaded.inputs.workload)
     goal = placing.objective(objective, ttft_s=ttft, tpot_s=tpot, demand_rps=rate)
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
@@ -93,7 +100,8 @@ def what_if(
         seed=seed,
         threads=threads,
     )
-    loaded = in_precision(loaded, weights=weights, kv=kv)
+    loaded = in_precision(loaded, weights=weights, kv=kv, mtp=mtp)
+    loaded = loaded.at(engine_settings(max_num_seqs, chunk_tokens, kv_blocks))
     fleet = loaded.inputs.cluster
     card = None if nic is None else Link(bytes_per_s=nic, latency_s=fleet.network.default.latency_s)
     wanted = purchases.read(

@@ -9,7 +9,13 @@ from typing import Any
 from hetis.formats.canonical import canonical_json
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.precision import for_engine
-from hetis.planner.use_cases.sources import LoadedInputs, inputs_from_documents
+from hetis.planner.use_cases.sources import (
+    ENGINE_SETTINGS,
+    LoadedInputs,
+    engine_settings_data,
+    engine_settings_from_data,
+    inputs_from_documents,
+)
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
 
@@ -47,6 +53,8 @@ class PosedProblem:
             "objective": asdict(self.objective),
             "settings": asdict(self.settings),
         }
+        if at := self.loaded.inputs.engine_settings:
+            data[ENGINE_SETTINGS] = engine_settings_data(at)
         return canonical_json(data)
 
 
@@ -63,7 +71,7 @@ def posed_from_json(text: bytes) -> PosedProblem:
         loaded=LoadedInputs(
             inputs=inputs_from_documents(data["documents"], "the posed problem"),
             origins=data["origins"],
-        ),
+        ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
         objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
         settings=Settings(
             **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})

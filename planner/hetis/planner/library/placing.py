@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
@@ -21,6 +22,7 @@ from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ObjectiveKind, Role
+from hetis.solver.problem import EngineSettings
 from hetis.solver.workload import Workload
 
 Path = str | os.PathLike[str]
@@ -32,12 +34,14 @@ def place(
     model: ModelSpec | Path,
     workload: Workload | Path,
     *,
+    prefix_hit_rate: Quantity | None = None,
     objective: str = "goodput",
     rate: float | None = None,
     ttft: Quantity | None = "default",
     tpot: Quantity | None = "default",
     weights: str | None = None,
     kv: str | None = None,
+    mtp: str | None = None,
     pin: Sequence[str] = (),
     forbid: Sequence[str] = (),
     strategy: str = placing.DEFAULT_STRATEGY,
@@ -47,6 +51,9 @@ def place(
     max_gpus: int | None = None,
     min_layers: int | None = None,
     max_nodes: int | None = None,
+    max_num_seqs: int | None = None,
+    chunk_tokens: Sequence[int] = (),
+    kv_blocks: int | None = None,
     profiles: Sequence[Path] = (),
     simplest_within: Quantity = 0.0,
     survive: str = "",
@@ -64,15 +71,20 @@ def place(
         cluster: a Cluster file, or the result of `load_cluster`.
         model: a name of the catalogue, a ModelSpec file, a Hugging Face config.json, or a value.
         workload: a name of the catalogue, a Workload file, a trace, mean lengths such as ``8000/300``, or a value.
+        prefix_hit_rate: share of prompt tokens that prefix caches have, such as 0.4, ``"40%"``, or ``"trace"``, counted
+            by the hash ids of a trace; None: the workload's own.
         objective: ``goodput``, ``throughput``, ``cost`` or ``gpus``; the last two need ``rate`` in requests/s.
         ttft, tpot: limits in seconds or as ``"200ms"``; None means no limit, ``"default"`` is 2 s and 100 ms.
         weights: precision of the weights, ``bf16``, ``fp8``, ``int8``, ``awq-int4``, ``gptq-int4``, ``mxfp4`` or
             ``nvfp4``; ``"fp8,V100=bf16"`` gives GPU types their own; None: the checkpoint's.
         kv: precision of the KV cache, likewise: ``bf16`` or ``fp8``.
+        mtp: drafted tokens and the rate at which each is accepted, ``"1:0.85"``; None: as the model's file says.
         engine: ``vllm-hetis`` (the default, except for published heuristics), ``vllm``, ``sglang`` or ``any``: plan
         only
             what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
             at most ``max_nodes``.
+        max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with, which plans keep to: requests
+            that a replica runs at once, sizes of prefill chunks, and KV blocks of 16 tokens that it has at most.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
@@ -87,7 +99,7 @@ def place(
     """
     loaded = load_inputs(
         cluster=_text_or_value(cluster), model=_text_or_value(model), workload=_text_or_value(workload),
-        profiles=[os.fspath(path) for path in profiles],
+        profiles=[os.fspath(path) for path in profiles], prefix_hit_rate=_hit_rate(prefix_hit_rate),
     ).with_will(pins=pin, forbids=forbid)  # fmt: skip
     kind = member(ObjectiveKind, objective, "objective")
     placing.require_demand(kind, rate, loaded.inputs.workload)
@@ -104,7 +116,9 @@ def place(
         simplest_within=ratio_of(simplest_within),
         survive=_lost(survive),
     )
-    loaded = in_precision(loaded, weights=weights, kv=kv)
+    chunks = tuple(sorted(set(chunk_tokens)))
+    loaded = loaded.at(EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks))
+    loaded = in_precision(loaded, weights=weights, kv=kv, mtp=mtp)
     loaded = for_engine(loaded, settings.engine)
     problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
     compile_kernels(
@@ -124,6 +138,12 @@ def place(
 
 def _text_or_value(given: T | Path) -> T | str:
     return os.fspath(given) if isinstance(given, str | os.PathLike) else given
+
+
+def _hit_rate(given: Quantity | None) -> PrefixHitRate | None:
+    if given is None or given == "trace":
+        return "trace" if given else None
+    return ratio_of(given)
 
 
 def _lost(name: str) -> str:

@@ -22,7 +22,7 @@ from hetis.planner.use_cases.sources import Inputs
 from hetis.solver import plan as solved
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import Explanation
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import EngineSettings, PlacementProblem
 
 if TYPE_CHECKING:
     import pandas
@@ -94,6 +94,9 @@ class Plan:
         seed: int = 0,
         sweep: bool = False,
         tolerance: Quantity = 0.02,
+        max_num_seqs: int | None = None,
+        chunk_tokens: int | None = None,
+        kv_blocks: int | None = None,
     ) -> Simulation:
         """Run the plan under Poisson arrivals of its workload in virtual time, in this process.
 
@@ -102,6 +105,7 @@ class Plan:
             requests: per run; by default 20 times what the plan holds at once, at least 2,000.
             seeds: number of runs, the first with ``seed``.
             sweep: search the highest rate within the limits, to ``tolerance``.
+            max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with instead of the plan's.
 
         Raises:
             InvalidProblemError: the plan has no replicas, or cannot be simulated.
@@ -109,6 +113,10 @@ class Plan:
         return simulation_of(
             self.value, self.problem, rate_rps=rate, num_requests=requests, seeds=tuple(range(seed, seed + seeds)),
             sweeps=sweep, tolerance=ratio_of(tolerance),
+            engine_settings=EngineSettings(
+                max_num_seqs=max_num_seqs, chunk_tokens=() if chunk_tokens is None else (chunk_tokens,),
+                kv_blocks=kv_blocks,
+            ),
         )  # fmt: skip
 
     def export(

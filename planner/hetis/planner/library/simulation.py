@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetis.planner.report.figures import digits, percent, seconds
 from hetis.planner.report.simulation import simulation_document
+from hetis.planner.use_cases.at_settings import at_settings
 from hetis.planner.use_cases.simulate import (
     Question,
     Simulated,
@@ -23,7 +24,7 @@ from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 
 if TYPE_CHECKING:
     import pandas
@@ -97,6 +98,7 @@ def simulation_of(
     seeds: tuple[int, ...],
     sweeps: bool,
     tolerance: float,
+    engine_settings: EngineSettings = NOTHING_SET,
 ) -> Simulation:
     """Run the simulator on the plan's own workload.
 
@@ -111,6 +113,10 @@ def simulation_of(
         arrivals=Arrivals.DRAWN,
         rate_rps=rate_to_simulate(plan, problem) if rate_rps is None else rate_rps,
     )
+    changes: tuple[str, ...] = ()
+    if engine_settings:
+        started = at_settings(plan, problem, engine_settings)
+        plan, problem, changes = started.plan, started.problem, started.changes
     num_requests = num_requests or default_requests(plan, load)
     question = Question(
         load=load,
@@ -120,6 +126,8 @@ def simulation_of(
         limits=Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s),
         sweeps=sweeps,
         tolerance=tolerance,
+        engine_settings=engine_settings,
+        changes=changes,
     )
     found = answer(
         plan, problem, question, processes=1, cancelled=threading.Event(), report=lambda _given, _total: None

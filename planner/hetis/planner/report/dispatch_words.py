@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from hetis.planner.report.figures import digits, percent, plural, seconds
 from hetis.planner.use_cases.dispatch import Dispatched, Redispatched
-from hetis.planner.use_cases.sources import MODELLED
 from hetis.planner.use_cases.stage_sources import LoadedStage
 from hetis.planner.use_cases.stage_times import StageTimes
+from hetis.profiler.defaults import MODELLED
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.result import MoveReason, RedispatchPlan

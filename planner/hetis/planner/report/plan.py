@@ -25,7 +25,7 @@ from hetis.planner.use_cases.grouping import ReplicaGroup, group_replicas, numbe
 from hetis.planner.use_cases.place import SIMPLE_SETUPS
 from hetis.planner.use_cases.robustness.notes import predicted_of
 from hetis.planner.use_cases.robustness.ranges import Predicted
-from hetis.planner.use_cases.sources import inputs_from_documents
+from hetis.planner.use_cases.sources import ENGINE_SETTINGS, engine_settings_of_plan, inputs_from_documents
 from hetis.planner.use_cases.surviving import losses_of
 from hetis.planner.use_cases.verify import Verification, kept_rate, misses, verification_of
 from hetis.solver.plan import ClassPrice, ObjectiveKind, Plan, Role, SolveResult, Status
@@ -116,7 +116,9 @@ def _title(plan: Plan) -> Text:
     model, cluster, workload = names
     gpus = sum(price.available for price in plan.prices)
     fleet = f"{cluster} ({plural(gpus, 'GPU')})" if gpus else cluster
-    return Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+    title = Text.assemble((model, "bold"), " on ", (fleet, "bold"), " for ", (workload, "bold"))
+    hits = documents["workload"].get("prefix_hit_rate", 0.0)
+    return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
 def _facts(plan: Plan) -> Table:
@@ -150,6 +152,8 @@ def _facts(plan: Plan) -> Table:
     engine = plan.inputs.get("engine")
     runs_on = f" for {engine['name']}" if isinstance(engine, Mapping) and "name" in engine else ""
     table.add_row("Solved", f"{result.status} in {seconds(result.solve_s)}, strategy {plan.strategy}{runs_on}")
+    if ENGINE_SETTINGS in plan.inputs:
+        table.add_row("Engines", f"started with {engine_settings_of_plan(plan).describe()}")
     return table
 
 

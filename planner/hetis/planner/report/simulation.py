@@ -15,6 +15,7 @@ from hetis.planner.report.plan import section
 from hetis.planner.use_cases.grouping import grouped_use
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import AGREES, Simulated
+from hetis.planner.use_cases.sources import engine_settings_data
 from hetis.simulator.arrivals import Arrivals
 from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Distribution
@@ -40,6 +41,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         "strategy": plan.strategy,
         "load": {
             "lengths": load.lengths.name,
+            **({"prefix_hit_rate": load.lengths.prefix_hit_rate} if load.lengths.prefix_hit_rate else {}),
             "arrivals": load.arrivals.value,
             "rate_rps": None if question.sweeps else load.rate_rps,
             "gap_cv": load.gap_cv if load.arrivals is Arrivals.DRAWN else None,
@@ -48,6 +50,7 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
             "seeds": list(question.seeds),
         },
         "settings": {key: value for key, value in json_value(question.settings).items() if key != "seed"},
+        **({"engine_settings": _engine_settings(simulated)} if question.engine_settings else {}),
         "limits": json_value(question.limits),
         "complete": simulated.complete,
         "precise": simulated.precise,
@@ -61,6 +64,11 @@ def simulation_document(simulated: Simulated, plan: Plan) -> dict[str, Any]:
         "runs": json_value(simulated.runs),
         "sweep": json_value(simulated.sweep),
     }
+
+
+def _engine_settings(simulated: Simulated) -> dict[str, Any]:
+    question = simulated.question
+    return {**engine_settings_data(question.engine_settings), "changes": list(question.changes)}
 
 
 def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
@@ -81,8 +89,10 @@ def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
 def _title(simulated: Simulated, plan: Plan) -> Text:
     documents = plan.inputs.get("documents", {})
     names = [str(documents.get(kind, {}).get("name", kind)) for kind in ("model", "cluster")]
-    lengths = simulated.question.load.lengths.name
-    return Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths, "bold"))
+    lengths = simulated.question.load.lengths
+    title = Text.assemble((names[0], "bold"), " on ", (names[1], "bold"), " under ", (lengths.name, "bold"))
+    hits = lengths.prefix_hit_rate
+    return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
 def _facts(simulated: Simulated) -> Table:
@@ -109,6 +119,8 @@ def _facts(simulated: Simulated) -> Table:
     parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []
     parts += [plural(len(settings.faults), "fault")] if settings.faults else []
     table.add_row("Settings", ", ".join(parts))
+    if question.engine_settings:
+        table.add_row("Engines", f"started with {question.engine_settings.describe()}: {'; '.join(question.changes)}")
     if not simulated.complete:
         table.add_row("", Text("stopped early: figures are of what was simulated by then", "yellow"))
     if not simulated.precise:
@@ -247,6 +259,8 @@ def _comparison(simulated: Simulated) -> RenderableType:
             judged,
         )
     note = "A plan's TPOT is that of the saturated fleet, its TTFT that at the planned utilisation."
+    if simulated.question.engine_settings:
+        note += " Planned is what the cost model says of these GPUs and layers with engines started so."
     return Group(table, Text(note, style="dim"))
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from hetis.planner.convert.replicas import replica_to_proto
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.use_cases.sources import PlanAndProblem
+from hetis.planner.use_cases.sources import ENGINE_SETTINGS, PlanAndProblem
 from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.v1 import plan_service_pb2 as pb2
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # in the answer
 _Kind = pb2.ReplicaDifferenceKind
-_SETTINGS = ("roles", "engine", "seed", "threads", "gap_target", "time_limit_s")
+_SETTINGS = ("roles", "engine", ENGINE_SETTINGS, "seed", "threads", "gap_target", "time_limit_s")
 _LIMITS = ("role", "micro_batch", "in_flight", "chunk_tokens", "kv_tokens")
 
 

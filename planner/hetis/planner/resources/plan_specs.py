@@ -6,10 +6,12 @@ import asyncio
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
+from hetis.formats.model import drafts
 from hetis.formats.workload import named_workload
 from hetis.planner.convert import documents, enums, names
 from hetis.planner.convert.plans import objective_from_proto
@@ -19,20 +21,13 @@ from hetis.planner.resources.checking import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import PLACES, Settings
 from hetis.planner.use_cases.precision import in_precision
-from hetis.planner.use_cases.sources import (
-    Inputs,
-    LoadedInputs,
-    ReplicaLimits,
-    default_profile,
-    engine_rules,
-    family_of,
-    ordered,
-)
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, ReplicaLimits, engine_rules, family_of, ordered
+from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Cluster, Network, NodeGroup
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
-from hetis.solver.problem import EngineRules
+from hetis.solver.problem import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
 from hetis.solver.workload import Workload
 from hetis.v1 import document_pb2, plan_pb2, replica_pb2
 
@@ -62,10 +57,12 @@ class ReadSpec:
     workload: Workload
     weights: str | None = None  # precision, as `chosen_precision` reads it; None: the model's
     kv: str | None = None
+    mtp: str | None = None  # drafts, as `drafts` reads them; None: the model's
     origins: Mapping[str, str]  # of model and workload
     profiles: Sequence[str]
     objective: Objective
     settings: Settings
+    engine_settings: EngineSettings = NOTHING_SET
 
 
 def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
@@ -86,12 +83,18 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
         spec.objective, f"{field}.objective", lambda path, text: checks.require(False, path, text)
     )
     settings = _settings(checks, spec, field, limits)
+    engine_settings = _engine_settings(checks, spec, field)
     for name, asked, known in (("weights", spec.weights, PRECISIONS), ("kv", spec.kv, KV_PRECISIONS)):
         try:
             if asked:
                 chosen_precision(asked, known)
         except ValueError as error:
             checks.require(False, f"{field}.{name}", str(error))
+    try:
+        if spec.mtp:
+            drafts(spec.mtp)
+    except ValueError as error:
+        checks.require(False, f"{field}.mtp", str(error))
     checks.require(
         len(spec.profiles) <= MOST_PROFILES,
         f"{field}.profiles",
@@ -106,6 +109,7 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
         workload=workload,
         weights=spec.weights or None,
         kv=spec.kv or None,
+        mtp=spec.mtp or None,
         origins={
             "model": spec.model_name or spec.model_document.source_name or "document",
             "workload": spec.workload_name or spec.workload_document.source_name or "document",
@@ -113,6 +117,7 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
         profiles=tuple(spec.profiles),
         objective=objective,
         settings=settings,
+        engine_settings=engine_settings,
     )
 
 
@@ -172,6 +177,7 @@ def pose(
             model=spec.model,
             workload=spec.workload,
             profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
+            engine_settings=spec.engine_settings,
         ),
         origins={
             **spec.origins,
@@ -180,7 +186,7 @@ def pose(
         },
     )
     posed = PosedProblem(
-        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv),
+        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv, mtp=spec.mtp),
         objective=spec.objective,
         settings=spec.settings,
     )
@@ -321,6 +327,22 @@ def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules 
         checks.require(False, f"{field}.engine", str(error))
         return None
     return rules
+
+
+def _engine_settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineSettings:
+    """Return the settings that engines are started with; none after an error, which goes to ``checks``."""
+    given: dict[str, Any] = {
+        "max_num_seqs": spec.max_num_seqs or None,
+        "chunk_tokens": tuple(spec.chunk_tokens[: MOST_CHUNKS + 1]),
+        "kv_blocks": spec.kv_blocks or None,
+    }
+    found = NOTHING_SET
+    for name, value in given.items():
+        try:
+            found = replace(found, **{name: value})
+        except InvalidProblemError as error:
+            checks.require(False, f"{field}.{name}", str(error))
+    return found
 
 
 def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:

@@ -91,7 +91,7 @@ def _values(
         if name == ANY_ENGINE and problem.model.precisions:
             continue  # its family has one precision
         rules = None if name == ANY_ENGINE else replace(own or EngineRules(name=name), name=name)
-        family = family_of(plan.strategy, problem.family.roles, rules)
+        family = family_of(plan.strategy, problem.family.roles, rules, problem.family.engine_settings)
         will: Will = tuple(dict.fromkeys((*of_engine(name), *asked)))
         alike = _but_for_its_name(family, problem.model), will
         if alike not in known:

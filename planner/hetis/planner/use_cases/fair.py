@@ -11,7 +11,8 @@ from hetis.formats import catalogue
 from hetis.formats.documents import load_model, load_workload
 from hetis.formats.errors import DocumentError, Problem
 from hetis.formats.share_problem import ShareInputs
-from hetis.planner.use_cases.sources import attempt, default_profile
+from hetis.planner.use_cases.sources import attempt
+from hetis.profiler.defaults import default_profile
 from hetis.solver.budget import Budget
 from hetis.solver.cluster import Cluster, GpuSlots, Link, Network, NodeGroup
 from hetis.solver.errors import InfeasibleError, InvalidProblemError

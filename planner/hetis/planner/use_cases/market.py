@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hetis.formats import catalogue
-from hetis.planner.use_cases.sources import default_profile
+from hetis.profiler.defaults import default_profile
 from hetis.solver.errors import InvalidProblemError
 
 if TYPE_CHECKING:

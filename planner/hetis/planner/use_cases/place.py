@@ -12,19 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hetis.formats.traces import PrefixHitRate
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES, EQUAL_STAGES_S, with_engine_values
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
-from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
+from hetis.planner.use_cases.sources import ENGINE_SETTINGS, LoadedInputs, engine_settings_data, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
 from hetis.planner.use_cases.verify import misses, verification_of, verified
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
-from hetis.solver.problem import EngineRules, PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
 from hetis.solver.will import WithoutTp
 from hetis.solver.workload import Workload
 
@@ -68,9 +69,11 @@ class PlacementRequest:
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
+        prefix_hit_rate: of the workload; None: its own.
         weights, kv: precision, names of `hetis.formats.dtypes`; None: the checkpoint's.
         mtp: drafted tokens and their acceptance, such as ``1:0.85``; None: no drafts unless the model's file has some.
         ttft_s: None is the default limit, infinity means no limit; ``tpot_s`` likewise.
+        engine_settings: those that engines are started with, whatever is planned.
         verify: simulate the plan before it is shown.
         other_engines: report the values of plans for other engines.
         price_pins: report the cost of every constraint.
@@ -80,6 +83,7 @@ class PlacementRequest:
     cluster: str
     model: str
     workload: str
+    prefix_hit_rate: PrefixHitRate | None = None
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()
     forbids: Sequence[str] = ()
@@ -91,6 +95,7 @@ class PlacementRequest:
     ttft_s: float | None = None
     tpot_s: float | None = None
     settings: Settings = Settings()
+    engine_settings: EngineSettings = NOTHING_SET
     verify: bool = True
     other_engines: bool = True
     price_pins: bool = False
@@ -114,8 +119,10 @@ def load(request: PlacementRequest) -> LoadedInputs:
         InvalidProblemError: an objective that needs a demanded rate has none, or a GPU type has no profile.
     """
     loaded = load_inputs(
-        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles
-    ).with_will(pins=request.pins, forbids=request.forbids)
+        cluster=request.cluster, model=request.model, workload=request.workload, profiles=request.profiles,
+        prefix_hit_rate=request.prefix_hit_rate,
+    ).with_will(pins=request.pins, forbids=request.forbids)  # fmt: skip
+    loaded = loaded.at(request.engine_settings)
     require_demand(request.objective, request.demand_rps, loaded.inputs.workload)
     loaded = in_precision(loaded, weights=request.weights, kv=request.kv, mtp=request.mtp)
     return for_engine(loaded, request.settings.engine)
@@ -321,6 +328,7 @@ def inputs_of_plan(loaded: LoadedInputs, settings: Settings, problem: PlacementP
         "versions": installed_versions(),
         "roles": [role.value for role in problem.family.roles],
         **({"engine": asdict(settings.engine)} if settings.engine is not None else {}),
+        **({ENGINE_SETTINGS: engine_settings_data(kept)} if (kept := problem.family.engine_settings) else {}),
         **({"will": [str(wish) for wish in problem.will]} if problem.will else {}),
         "seed": settings.seed,
         "threads": settings.threads,

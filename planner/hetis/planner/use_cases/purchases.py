@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hetis.formats import catalogue
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
-from hetis.planner.use_cases.sources import attempt, profile_origin
+from hetis.planner.use_cases.sources import attempt
 from hetis.planner.use_cases.what_if import FleetChange
+from hetis.profiler.defaults import profile_origin
 from hetis.solver.advice.fleets import Addition, NodeShape, node_names
 from hetis.solver.cluster import Cluster, GpuType, Link, NodeGroup
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from hetis.formats.documents import load_cluster, load_model, load_profile, load_workload
 from hetis.formats.errors import DocumentError, Problem, single_problem
+from hetis.formats.traces import PrefixHitRate
+from hetis.formats.workload import with_prefix_hits
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import KV_IS_FOR_ENGINES, Settings, inputs_of_plan
 from hetis.planner.use_cases.precision import for_engine
@@ -40,7 +42,7 @@ class Posed:
 
 def load_replanning(
     *, running: str, cluster: str, workload: str | None, model: str | None, profiles: Sequence[str],
-    rate_rps: float | None, settings: Settings,
+    rate_rps: float | None, settings: Settings, prefix_hit_rate: PrefixHitRate | None = None,
 ) -> Posed:  # fmt: skip
     """Read the running plan and the new fleet.
 
@@ -54,7 +56,8 @@ def load_replanning(
     problems: list[Problem] = []
     found = attempt(lambda: load_plan_and_problem(running), problems)
     fleet = attempt(lambda: load_cluster(cluster), problems)
-    traffic = attempt(lambda: load_workload(workload), problems) if workload is not None else None
+    hits = prefix_hit_rate
+    traffic = attempt(lambda: load_workload(workload, prefix_hit_rate=hits), problems) if workload is not None else None
     spec = attempt(lambda: load_model(model), problems) if model is not None else None
     given = [(path, attempt(lambda p=path: load_profile(p), problems)) for path in profiles]  # type: ignore[misc]
     if problems or found is None or fleet is None:
@@ -69,9 +72,10 @@ def load_replanning(
             inputs=Inputs(
                 cluster=inputs.cluster,
                 model=inputs.model,
-                workload=traffic if traffic is not None else inputs.workload,
+                workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, hits),
                 profiles={**inputs.profiles, **measured},
                 will=found.problem.will,
+                engine_settings=found.problem.family.engine_settings,
             ),
             origins=_origins(origins, workload, {profile.gpu: path for path, profile in given if profile is not None}),
         ),

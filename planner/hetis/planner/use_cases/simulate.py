@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.faults import DeviceEvent
-from hetis.formats.traces import ENDINGS, Trace, read_trace
+from hetis.formats.traces import ENDINGS, PrefixHitRate, Trace, read_trace
 from hetis.formats.workload import load_workload
 from hetis.planner.use_cases.sources import inputs_from_documents
 from hetis.simulator.arrivals import Arrivals, Load
@@ -20,7 +20,7 @@ from hetis.simulator.sweep import MAX_ROUNDS, Sweep, sweep
 from hetis.simulator.values import Fault, Run, Settings
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Plan
-from hetis.solver.problem import PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineSettings, PlacementProblem
 from hetis.solver.workload import Workload
 
 MIN_REQUESTS = 2000
@@ -44,6 +44,8 @@ class Question:
         tolerance: of the sweep, relative.
         precision: runs are lengthened until every interval is this narrow, relative; None: they are not.
         keep_run: whether the answer contains the whole first run.
+        engine_settings: those that engines are started with instead of the plan's, see `at_settings`.
+        changes: what they change of the plan, in a few words each.
     """
 
     load: Load
@@ -55,6 +57,8 @@ class Question:
     tolerance: float = 0.02
     precision: float | None = None
     keep_run: bool = False
+    engine_settings: EngineSettings = NOTHING_SET
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_requests < 1 or not self.seeds:
@@ -90,13 +94,17 @@ class NothingSimulatedError(Exception):
     """The run was cancelled before any of it was done."""
 
 
-def load_lengths(ref: str) -> Trace | Workload:
+def load_lengths(ref: str, prefix_hit_rate: PrefixHitRate | None = None) -> Trace | Workload:
     """Return the requests of a trace file, or the distribution of anything else that `load_workload` knows.
+
+    ``prefix_hit_rate`` replaces the source's own. Hits that are counted in a trace are those of each request.
 
     Raises:
         DocumentError: unknown name, or a file with problems (all of them).
     """
-    return read_trace(ref) if ref.endswith(ENDINGS) else load_workload(ref)
+    if ref.endswith(ENDINGS):
+        return read_trace(ref, prefix_hit_rate=prefix_hit_rate or 0.0)
+    return load_workload(ref, prefix_hit_rate=prefix_hit_rate)
 
 
 def planned_lengths(plan: Plan, name: str) -> Workload:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from hetis.formats import catalogue
 from hetis.formats.documents import (
     Value,
     digest,
@@ -20,15 +19,15 @@ from hetis.formats.documents import (
     to_data,
 )
 from hetis.formats.errors import DocumentError, Problem, did_you_mean, single_problem
+from hetis.formats.traces import PrefixHitRate
 from hetis.formats.will import read_will, will_from_texts
-from hetis.profiler.engines import for_engine
-from hetis.profiler.roofline import modelled_profile
-from hetis.profiler.shipped import shipped_profile
-from hetis.solver.cluster import Cluster, GpuType
+from hetis.formats.workload import with_prefix_hits
+from hetis.profiler.defaults import default_profile
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Plan, Role
-from hetis.solver.problem import EngineRules, Family, PlacementProblem
+from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
 from hetis.solver.profile import Op, Profile, Source
 from hetis.solver.will import Will
 from hetis.solver.workload import Workload
@@ -36,21 +35,23 @@ from hetis.solver.workload import Workload
 T = TypeVar("T")
 
 # The origins of profiles and inputs that come from no file.
-MODELLED = "modelled"
-FITTED = "fitted"  # shipped with hetis, fitted to published measurements
-HOST = "vllm"  # the engine whose times default profiles have
 VALUE = "value"  # an input that was passed by a program
+ENGINE_SETTINGS = "engine_settings"  # entry of `Plan.inputs`: the settings of engines that the plan keeps to, if any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints."""
+    """The input values of a placement. The workload is not clipped; ``will`` are the plans' constraints.
+
+    ``engine_settings``: those that engines are started with, whatever is planned.
+    """
 
     cluster: Cluster
     model: ModelSpec
     workload: Workload
     profiles: Mapping[str, Profile]
     will: Will = ()
+    engine_settings: EngineSettings = NOTHING_SET
 
     def problem(
         self, objective: Objective, strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None
@@ -74,7 +75,7 @@ class Inputs:
             workload=self.workload.clipped_to(self.model.max_position),
             profiles=self.profiles,
             objective=objective,
-            family=family_of(strategy, roles, engine),
+            family=family_of(strategy, roles, engine, self.engine_settings),
             will=self.will,
         )
 
@@ -95,8 +96,15 @@ class Inputs:
         }
 
 
-def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | None = None) -> Family:
+def family_of(
+    strategy: str,
+    roles: Sequence[Role] = (),
+    engine: EngineRules | None = None,
+    engine_settings: EngineSettings = NOTHING_SET,
+) -> Family:
     """Return the family of a strategy, restricted to some roles if any are named, and to the engine's rules.
+
+    Its replicas keep to the settings that engines are started with.
 
     Raises:
         InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it is a published
@@ -112,7 +120,8 @@ def family_of(strategy: str, roles: Sequence[Role] = (), engine: EngineRules | N
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
         raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
-    return run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
+    family = run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
+    return family.at(engine_settings) if engine_settings else family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +188,10 @@ class LoadedInputs:
         """
         return replace(self, inputs=replace(self.inputs, will=read_will(pins, forbids, self.inputs.cluster)))
 
+    def at(self, settings: EngineSettings) -> LoadedInputs:
+        """Return the inputs for engines that are started with these settings."""
+        return replace(self, inputs=replace(self.inputs, engine_settings=settings))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanAndProblem:
@@ -190,9 +203,12 @@ class PlanAndProblem:
 
 
 def load_inputs(
-    *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = ()
-) -> LoadedInputs:
+    *, cluster: str | Cluster, model: str | ModelSpec, workload: str | Workload, profiles: Sequence[str] = (),
+    prefix_hit_rate: PrefixHitRate | None = None,
+) -> LoadedInputs:  # fmt: skip
     """Read the inputs of a placement that are not values already; GPU types without a file get `default_profile`.
+
+    ``prefix_hit_rate`` replaces the workload's own.
 
     Raises:
         DocumentError: with the problems of all inputs together.
@@ -201,7 +217,7 @@ def load_inputs(
     problems: list[Problem] = []
     fleet = attempt(lambda: load_cluster(cluster) if isinstance(cluster, str) else cluster, problems)
     spec = attempt(lambda: load_model(model) if isinstance(model, str) else model, problems)
-    traffic = attempt(lambda: load_workload(workload) if isinstance(workload, str) else workload, problems)
+    traffic = attempt(lambda: _traffic(workload, prefix_hit_rate), problems)
     given = [(path, attempt(partial(load_profile, path), problems)) for path in profiles]
     measured = {profile.gpu: (path, profile) for path, profile in given if profile is not None}
     if fleet is not None:
@@ -231,40 +247,15 @@ def load_inputs(
     )
 
 
+def _traffic(given: str | Workload, prefix_hit_rate: PrefixHitRate | None) -> Workload:
+    if isinstance(given, str):
+        return load_workload(given, prefix_hit_rate=prefix_hit_rate)
+    return with_prefix_hits(given, prefix_hit_rate)
+
+
 def _has_measured_host(profile: Profile) -> bool:
     """Return whether the host's time of an iteration was measured, and not only assumed to be as short as can be."""
     return any(fit.op is Op.STEP and fit.provenance.source is not Source.MODELLED for fit in profile.fits)
-
-
-def default_profile(gpu: GpuType) -> tuple[str, Profile]:
-    """Return the origin and the profile of a GPU type without a file: the shipped one, or else a modelled one.
-
-    Both have the times of vLLM, whatever engine a plan is for, so that plans for different engines can be compared:
-    what its host takes of an iteration, and its kernels of experts and latent attention (docs/accuracy.md).
-
-    A type that a cluster declares under a catalogue name but with other peaks or memory is modelled: the shipped
-    profile is for another card.
-
-    Raises:
-        InvalidProblemError: none is shipped and none can be modelled.
-    """
-    origin, kernels = _kernels_of(gpu)
-    return origin, for_engine(kernels, gpu, HOST)
-
-
-def profile_origin(gpu: GpuType) -> str | None:
-    """Return the origin of `default_profile`, or None if there is no profile."""
-    try:
-        return _kernels_of(gpu)[0]
-    except InvalidProblemError:
-        return None
-
-
-def _kernels_of(gpu: GpuType) -> tuple[str, Profile]:
-    """Return the origin and the profile of a GPU type without an engine's times."""
-    if _is_of_catalogue(gpu) and (shipped := shipped_profile(gpu.name)) is not None:
-        return FITTED, shipped
-    return MODELLED, modelled_profile(gpu)
 
 
 def load_plan_and_problem(path: str) -> PlanAndProblem:
@@ -287,7 +278,8 @@ def problem_of_plan(plan: Plan, name: str) -> PlanAndProblem:
     warnings = []
     if plan.inputs.get("digests") != inputs.digests():
         warnings.append("the inputs saved in the plan are not those it was made from: their digests differ")
-    inputs = replace(inputs, will=_will_of(plan, inputs.cluster, name))
+    will, settings = _will_of(plan, inputs.cluster, name), engine_settings_of_plan(plan, name)
+    inputs = replace(inputs, will=will, engine_settings=settings)
     problem = inputs.problem(plan.objective, plan.strategy, _roles_of(plan, name), engine_of_plan(plan, name))
     return PlanAndProblem(plan=plan, problem=problem, warnings=tuple(warnings))
 
@@ -373,12 +365,39 @@ def engine_of_plan(plan: Plan, path: str = "the plan") -> EngineRules | None:
     return engine
 
 
-def _is_of_catalogue(gpu: GpuType) -> bool:
+def engine_settings_of_plan(plan: Plan, path: str = "the plan") -> EngineSettings:
+    """Return the settings of engines that a plan keeps to; none for plans that name none.
+
+    Raises:
+        DocumentError: they are not usable; ``path`` is the plan's name in messages.
+    """
+    data = plan.inputs.get(ENGINE_SETTINGS)
     try:
-        listed = catalogue.find_gpu(gpu.name).gpu
-    except catalogue.UnknownNameError:
-        return False
-    return replace(listed, usd_per_hour=gpu.usd_per_hour) == gpu
+        return NOTHING_SET if data is None else engine_settings_from_data(data)
+    except (TypeError, InvalidProblemError) as error:
+        message = f"inputs.{ENGINE_SETTINGS} must be settings that engines are started with: {error}"
+        raise single_problem(path, message) from None
+
+
+def engine_settings_from_data(data: Any) -> EngineSettings:
+    """Return the settings that `engine_settings_data` wrote.
+
+    Raises:
+        TypeError: the data has another form.
+        InvalidProblemError: a number is out of its range.
+    """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"is a {type(data).__name__}, must have names and numbers")
+    chunks, numbers = data.get("chunk_tokens", []), {k: v for k, v in data.items() if k != "chunk_tokens"}
+    if not isinstance(chunks, list | tuple) or not all(type(number) is int for number in (*chunks, *numbers.values())):
+        raise TypeError("has a value that is no whole number")
+    return EngineSettings(chunk_tokens=tuple(chunks), **numbers)
+
+
+def engine_settings_data(settings: EngineSettings) -> dict[str, Any]:
+    """Return the settings that are given, by name."""
+    found = {name: value for name, value in asdict(settings).items() if value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _unused(given: Mapping[str, tuple[str, Profile]], cluster: Cluster) -> list[Problem]:

@@ -10,8 +10,9 @@ from hetis.formats.errors import single_problem
 from hetis.formats.saved_state import AttentionPiece, SavedDevice, SavedState
 from hetis.formats.stage_heads import InlineHeads, blocks_in
 from hetis.planner.use_cases.grouping import abbreviate
-from hetis.planner.use_cases.sources import PlanAndProblem, default_profile, load_plan_and_problem
+from hetis.planner.use_cases.sources import PlanAndProblem, load_plan_and_problem
 from hetis.planner.use_cases.stage_sources import LoadedStage, attention_pieces, with_costs
+from hetis.profiler.defaults import default_profile
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec

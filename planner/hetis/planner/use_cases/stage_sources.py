@@ -13,7 +13,8 @@ from hetis.formats.documents import load_profile
 from hetis.formats.errors import DocumentError, Problem, did_you_mean
 from hetis.formats.saved_state import AttentionPiece, Pieces, SavedDevice, SavedState
 from hetis.formats.stage_heads import catalogue_model
-from hetis.planner.use_cases.sources import attempt, default_profile
+from hetis.planner.use_cases.sources import attempt
+from hetis.profiler.defaults import default_profile
 from hetis.solver.dispatch.problem import HeadShape
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.errors import InvalidProblemError

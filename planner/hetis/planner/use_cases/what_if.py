@@ -15,7 +15,8 @@ from typing import Any
 from hetis.planner.use_cases.compare import FAILED, NO_PLAN, Compared, planned
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import Settings
-from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem, default_profile
+from hetis.planner.use_cases.sources import Inputs, LoadedInputs, PlanAndProblem
+from hetis.profiler.defaults import default_profile
 from hetis.solver.advice.difference import Change, Difference, Proven, difference
 from hetis.solver.advice.fleets import Addition, NodeShape, usd_per_hour_of, with_added, without
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
@@ -183,7 +184,7 @@ def buy_next_to_plan(
     plan, problem = found.plan, found.problem
     inputs = Inputs(
         cluster=problem.cluster, model=problem.model, workload=problem.workload, profiles=problem.profiles,
-        will=problem.will,
+        will=problem.will, engine_settings=problem.family.engine_settings,
     )  # fmt: skip
     origins = plan.inputs.get("origins")
     loaded = LoadedInputs(inputs=inputs, origins=origins if isinstance(origins, Mapping) else {})

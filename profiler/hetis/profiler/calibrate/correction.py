@@ -140,7 +140,7 @@ def corrected(
         known = fit.provenance
         factor = values.get("kernels", 1.0)
         if fit is mine:
-            known = replace(known, source=Source.FITTED, held_out_mape=round(judged.after.mape, 4))
+            known = replace(known, source=Source.FITTED, held_out_mape=round(judged.after.mape, 4), range_error=None)
         if fit is mine or factor != 1.0:
             known = replace(known, origin=f"{known.origin}; {origin}")
         return replace(fit, pieces=tuple(_scaled(piece, factor) for piece in fit.pieces), provenance=known)

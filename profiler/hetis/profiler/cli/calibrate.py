@@ -146,9 +146,7 @@ def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
     from hetis.formats.errors import single_problem
     from hetis.formats.profile import load_profile
     from hetis.profiler.cli.profiles import gpu_type
-    from hetis.profiler.engines import for_engine
-    from hetis.profiler.roofline import modelled_profile
-    from hetis.profiler.shipped import shipped_profile
+    from hetis.profiler.defaults import default_profile
 
     kind = gpu_type(gpu, cluster) if gpu else None
     if path is not None:
@@ -158,7 +156,7 @@ def _profile(gpu: str, path: Path | None, cluster: Path | None) -> Profile:
         return found
     if kind is None:
         raise typer.BadParameter("give --gpu, the type that the server runs on, or --profile")
-    return for_engine(shipped_profile(kind.name) or modelled_profile(kind), kind, "vllm")
+    return default_profile(kind)[1]
 
 
 def _model(name: str, weights: str | None, kv: str | None, gpu: str) -> ModelSpec:

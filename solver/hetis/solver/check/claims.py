@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.memory import kv_room_of_a_copy, rank_bytes, worker_bytes
+from hetis.solver.check.memory import (
+    kv_block_tokens,
+    kv_room_of_a_copy,
+    kv_tokens_of_a_copy,
+    rank_bytes,
+    worker_bytes,
+)
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds, kv_room, shared_card_bytes
@@ -59,6 +65,8 @@ class Derived:
     memory: tuple[MemoryUse, ...]
     landing_s: float = 0.0  # of a prefill replica's last KV
     slowest_landing_s: float = 0.0
+    kv_held: float = 0.0  # tokens, of the stage copy that holds most
+    kv_block_tokens: float = math.inf  # for which its engine has blocks
 
     @property
     def rate(self) -> float:
@@ -78,7 +86,12 @@ class Derived:
 
     @property
     def fits(self) -> bool:
-        return all(use.fits for use in self.memory)
+        return self.fits_blocks and all(use.fits for use in self.memory)
+
+    @property
+    def fits_blocks(self) -> bool:
+        """Return whether the engine's KV blocks, if their number is set, are enough."""
+        return self.kv_held <= self.kv_block_tokens * (1 + ROUNDING)
 
 
 class Rederivation:
@@ -172,6 +185,8 @@ def derive(setting: Setting, shape: ReplicaShape) -> Derived:
         memory=tuple(memory),
         landing_s=landing_s,
         slowest_landing_s=slowest_landing_s,
+        kv_held=max(kv_tokens_of_a_copy(setting, stage.copies) for stage in shape.stages),
+        kv_block_tokens=kv_block_tokens(setting),
     )
 
 
@@ -206,6 +221,12 @@ def _check_memory(where: str, derived: Derived) -> Iterator[Violation]:
         if not use.fits:
             message = f"a device must hold {use.num_bytes:.0f} bytes, {use.usable_bytes} bytes are usable"
             yield Violation(rule=use.rule, where=f"{where} {use.where}", message=message)
+    if not derived.fits_blocks:
+        message = (
+            f"a stage copy must hold KV of {derived.kv_held:.0f} tokens, its engine's blocks hold "
+            f"{derived.kv_block_tokens:.0f}"
+        )
+        yield Violation(rule=Rule.KV_BLOCKS, where=where, message=message)
 
 
 def _check_finite(replica: ReplicaPlan, where: str) -> Iterator[Violation]:

@@ -27,7 +27,7 @@ def worker_bytes(setting: Setting, stage: StageShape, pool: PoolShape, *, is_fir
 
 
 def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
-    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV."""
+    """Return the tokens whose KV fits on one copy of a stage besides everything that is not KV, within its blocks."""
     profile = setting.problem.profiles[stage.gpu]
     fixed = rank_fixed_bytes(setting, stage, is_first=is_first, is_last=is_last)
     fixed += rank_prompt_bytes(setting, stage, is_first=is_first) + rank_state_bytes(
@@ -36,11 +36,18 @@ def kv_room_of_a_copy(setting: Setting, stage: StageShape, *, is_first: bool, is
     room = _quotient(
         profile.usable_bytes - fixed, rank_kv_bytes_per_token(setting, stage, is_first=is_first, is_last=is_last)
     )
+    room = min(room, kv_block_tokens(setting))
     if stage.pool is None:
         return room
     worker = setting.problem.profiles[stage.pool.gpu]
     per_token = worker_kv_bytes_per_token(setting, stage, stage.pool, is_first=is_first)
     return min(room, _quotient(worker.usable_bytes - worker.reserve_bytes, per_token))
+
+
+def kv_block_tokens(setting: Setting) -> float:
+    """Return the tokens that the KV blocks of a copy's engine hold; infinity if their number is not set."""
+    blocks = setting.problem.family.engine_settings.kv_blocks
+    return math.inf if blocks is None else blocks * setting.problem.assumptions.block_tokens
 
 
 def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
@@ -50,8 +57,19 @@ def kv_tokens_of_a_copy(setting: Setting, copies: int) -> float:
     decoding = D * b * model.cached_tokens(moments.resident_context)
     headroom = setting.problem.assumptions.kv_headroom_z * math.sqrt(D * b) * moments.resident_context_sd
     headroom *= model.cached_growth(moments.resident_context)
-    arriving = moments.mean_prompt if setting.role is Role.DECODE else 0.0
-    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + arriving
+    whole_prompts = staged_prompts_of_a_copy(setting, copies) * model.cached_tokens(moments.mean_prompt)
+    return decoding + headroom + prompt_tokens_of_a_copy(setting, copies) + whole_prompts
+
+
+def staged_prompts_of_a_copy(setting: Setting, copies: int) -> float:
+    """Return N, the prompts on their way from a prefill to a decode replica that a copy holds as a whole."""
+    match setting.role:
+        case Role.UNIFIED:
+            return 0.0
+        case Role.PREFILL:
+            return 1.0
+        case Role.DECODE:
+            return float((micro_batches_of_a_copy(setting, copies) * setting.micro_batch) ** 0.5)
 
 
 def prompt_tokens_of_a_copy(setting: Setting, copies: int) -> float:
@@ -70,7 +88,7 @@ def rank_prompt_bytes(setting: Setting, stage: StageShape, *, is_first: bool) ->
 def rank_state_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
     """Return a rank's bytes of the states that linear attention keeps for each request."""
     D = micro_batches_of_a_copy(setting, stage.copies)
-    requests = D * setting.micro_batch + D * setting.chunk_share + (1 if setting.role is Role.DECODE else 0)
+    requests = D * setting.micro_batch + D * setting.chunk_share + staged_prompts_of_a_copy(setting, stage.copies)
     states = requests * setting.model.step_tokens  # engines keep one for each token that may be refused
     return _all_layers(setting, stage, is_first, is_last) * states * setting.model.state_bytes() / stage.tp
 

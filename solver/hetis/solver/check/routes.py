@@ -79,12 +79,12 @@ def _check_route(
 def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
     """Check the capacity of each direction of every link between zones.
 
-    A unified replica's hop from one zone to another carries ``rate (P + O) H s`` bytes/s, a route ``rate P L G kvb``.
+    A unified replica's hop from one zone to another carries ``rate (Q + O) H s`` bytes/s, a route ``rate P L G kvb``.
     """
     model = problem.model
     workload = problem.workload.clipped_to(model.max_position)
     moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-    hop_bytes = (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+    hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
     kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
     kv_bytes *= model.num_layers
     load: defaultdict[tuple[str, str], float] = defaultdict(float)

@@ -32,7 +32,7 @@ class Setting:
         """Return nc, the iterations of a request that carry a chunk."""
         if self.role is Role.DECODE:
             return 0.0
-        return self.moments.mean_prompt / self.chunk_tokens
+        return self.moments.mean_computed / self.chunk_tokens
 
     @property
     def plain_iterations(self) -> float:

@@ -68,6 +68,13 @@ def _check_setting(replica: ReplicaPlan, where: str, problem: PlacementProblem) 
         if value not in allowed or (value < 1 and allowed is not NONE):
             message = f"{name} is {value}, must be one of {_listed(allowed)}"
             yield Violation(rule=Rule.SETTING, where=where, message=message)
+    at_once, most = max(1, replica.micro_batch) * replica.in_flight, family.engine_settings.max_num_seqs
+    if most is not None and at_once > most:
+        message = (
+            f"runs {at_once} requests at once ({replica.in_flight} micro-batches of {max(1, replica.micro_batch)}), "
+            f"its engine runs at most {most}"
+        )
+        yield Violation(rule=Rule.MAX_NUM_SEQS, where=where, message=message)
     copies = sum(stage.copies for stage in replica.stages)
     if 1 < replica.in_flight < copies:
         message = f"has {replica.in_flight} micro-batches in flight, must have 1 or at least its {copies} stage copies"

@@ -88,7 +88,8 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     if setting.role is Role.PREFILL:
         assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
         chunk_bytes = setting.chunk_tokens * (model.head_groups * per_group + model.state_bytes() / P)
-        return setting.chunk_iterations * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
+        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+        return P / setting.chunk_tokens * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
         kept_bytes = P * (model.head_groups - given) * per_group + model.state_bytes()
@@ -145,7 +146,7 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
 def _chunk_spread(setting: Setting) -> float:
     """Return delta, the spread of chunks in FLOPs of a layer as a ratio to their mean."""
     model, moments = setting.model, setting.moments
-    a = moments.prefill_pairs / moments.mean_prompt
+    a = moments.prefill_pairs / moments.mean_computed
     per_token = 2 * model.active_layer_params() + model.state_flops()
     per_token += model.attention_flops(model.attended_tokens(a), model.q_heads)
     more = model.attended_tokens(a + moments.prefill_context_sd) - model.attended_tokens(a)
@@ -178,9 +179,9 @@ def ttft_round_trips(setting: Setting) -> float:
         return math.inf
     p_wait = q ** (math.sqrt(2 * (M + 1)) - 1)
     tail = max(0.0, math.log(20 * p_wait)) if p_wait > 0 else 0.0
-    service = moments.mean_prompt / C
-    wait = service / (M * (1 - q)) * (1 + moments.prompt_cv2) / 2 * tail
-    return math.ceil(moments.p95_prompt / C) + wait
+    service = moments.mean_computed / C
+    wait = service / (M * (1 - q)) * (1 + moments.computed_cv2) / 2 * tail
+    return math.ceil(moments.p95_computed / C) + wait
 
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:
@@ -210,7 +211,7 @@ def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
 
 def _prefill(setting: Setting, stage: StageShape) -> float:
     model, n, C, moments = setting.model, stage.tp, setting.chunk_tokens, setting.moments
-    a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
     flops = model.attention_flops(C * a, model.q_heads / n) + C * model.state_flops() / n
     num_bytes = (a + C / 2) * head_groups_per_rank(model, n) * model.kv_bytes_per_token_group()
     heads = C * model.q_heads / n

@@ -34,6 +34,8 @@ class Rule(StrEnum):
     SETTING = "micro-batch, micro-batches in flight and chunk are the family's, and 0 where the role has none"
     IN_FLIGHT = "one micro-batch is in flight, or at least one for every stage copy"
     ENGINE = "a replica is what the family's engine runs"
+    MAX_NUM_SEQS = "a replica runs no more requests at once than its engine was started for"
+    KV_BLOCKS = "the KV of a stage copy's requests fits into the blocks that its engine was started with"
     RANK_MEMORY = "weights, KV and activations fit on every primary rank"
     WORKER_MEMORY = "KV fits on every attention worker"
     RATE = "a replica claims the rate that the cost model gives"

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.placement.compiled import kernel
-from hetis.solver.placement.tables import Atlas, Tables
+from hetis.solver.placement.tables import NO_ROOM, Atlas, Tables
 from hetis.solver.plan import Role
 
 
@@ -53,6 +53,8 @@ def configurations(atlas: Atlas) -> list[Configuration]:
             limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
+                if family.engine_settings and not (part.tables.kv_tokens[mix, f] < NO_ROOM).any():
+                    continue
                 if m == 1:
                     for unevenness in _unevenness_limits(atlas, scope, mix, f):
                         found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))

@@ -29,8 +29,8 @@ UNIFIED = 0  # the side of unified replicas
 
 
 def spanning_bytes(model: ModelSpec, moments: WorkloadMoments) -> float:
-    """Return activation bytes of a request that cross a link between zones of one replica: ``(P + O) H s``."""
-    return (moments.mean_prompt + moments.mean_output) * model.hidden * model.activation_bytes
+    """Return activation bytes of a request that cross a link between zones of one replica: ``(Q + O) H s``."""
+    return (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
 
 
 def most_spanning(problem: PlacementProblem) -> int:

@@ -297,7 +297,7 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
         pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
         per_token = layers * pairs / requests * t.kv_group_bytes
         tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
-    return float(stage.copies * tokens)
+    return float(stage.copies * min(tokens, atlas.problem.most_kv_tokens))
 
 
 def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import slowest
-from hetis.solver.check.memory import rank_bytes, worker_bytes
+from hetis.solver.check.memory import kv_block_tokens, kv_tokens_of_a_copy, rank_bytes, worker_bytes
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t, ttft_round_trips
@@ -98,6 +98,8 @@ def _shared(problem: PlacementProblem) -> Iterator[Shared]:
     # Stages that differ by at most one layer have some number of layers or one more.
     layers = [(1, repeated)] if family.uneven_layers else [(few, few + 1) for few in range(1, repeated + 1)]
     for b, M, C in itertools.product(family.micro_batches, family.in_flight, family.chunk_tokens):
+        if not family.engine_settings.allows(micro_batch=b, in_flight=M):
+            continue
         setting = rederivation.setting(micro_batch=b, in_flight=M, chunk_tokens=C)
         chunk_rules = _chunk_rules(setting)
         for (num_copies, most_copies), (per_copy_s, unevenness, t_limit_s), zones, gpu, held in itertools.product(
@@ -221,6 +223,8 @@ def _is_one_type(shape: StageShape, gpu: str | None) -> bool:
 def _fits_memory(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> bool:
     profiles = setting.problem.profiles
     if rank_bytes(setting, stage, is_first=is_first, is_last=is_last) > profiles[stage.gpu].usable_bytes:
+        return False
+    if kv_tokens_of_a_copy(setting, stage.copies) > kv_block_tokens(setting):
         return False
     pool = stage.pool
     return pool is None or worker_bytes(setting, stage, pool, is_first=is_first) <= profiles[pool.gpu].usable_bytes

@@ -26,6 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 PLAIN, FIRST, LAST, BOTH = range(4)
+NO_ROOM = 1e30  # KV tokens of what engine settings exclude; finite, because it is multiplied by 0 head groups
 
 
 class ChunkTables(NamedTuple):
@@ -59,7 +60,7 @@ class Tables(NamedTuple):
     t_cap: FloatArray  # [X, F] the longest interval that meets the latency limits
     trip_cap: FloatArray  # [X, F] the longest round trip with a chunk that meets them; inf except for unified mixes
     t_floor: float  # the shortest interval that keeps to a replica's share of the links between zones
-    kv_tokens: FloatArray  # [X, F, copies] Tkv
+    kv_tokens: FloatArray  # [X, F, copies] Tkv; NO_ROOM where engine settings exclude it
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
     state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks, for requests of linear attention
     rank_class: IntArray  # [S]

@@ -16,7 +16,7 @@ from hetis.solver.cost import DeviceCost, Mix, PoolCost
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
-from hetis.solver.placement.tables import Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
+from hetis.solver.placement.tables import NO_ROOM, Atlas, BoolArray, ChunkTables, FloatArray, Scope, Tables
 from hetis.solver.plan import Role
 from hetis.solver.problem import Family, PlacementProblem
 from hetis.solver.will import DUTY_OF_ROLE, Duty
@@ -207,6 +207,7 @@ class _Tabulation:
                 inside and q.zone == self.classes[i].zone and Duty.WORKER not in q.mark.barred for q in self.classes
             ]  # fmt: skip
             start[s] = np.where(may, start[s], -1)
+        kv_tokens = self._allowed_kv_tokens()
         return Tables(
             num_layers=model.num_layers - model.prefix_layers,
             prefix_layers=model.prefix_layers,
@@ -220,10 +221,14 @@ class _Tabulation:
             without_chunk=np.array(
                 [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
             ),
-            t_cap=self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
+            t_cap=np.where(
+                (kv_tokens < NO_ROOM).any(axis=2),
+                self._t_cap(self._slowest_landing_s(zones, primaries, landing_s)),
+                0.0,
+            ),
             trip_cap=self._trip_cap(),
             t_floor=self._t_floor(zones),
-            kv_tokens=self._per_copy(self._kv_tokens),
+            kv_tokens=kv_tokens,
             prompt_tokens=self._per_copy(self._prompt_tokens),
             state_bytes=self._per_copy(self._state_bytes),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
@@ -356,7 +361,9 @@ class _Tabulation:
                     if mix.role is Role.PREFILL:
                         kv_link = afar if mix.sends_afar else link
                         chunk_s = d.kv_transfer_s(mix.chunk_tokens, float(d.shape.groups), kv_link)
-                        wires[x], landings[x] = mix.chunk_iterations * chunk_s, d.landing_s(mix.chunk_tokens, kv_link)
+                        # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
+                        wires[x] = self.moments.mean_prompt / mix.chunk_tokens * chunk_s
+                        landings[x] = d.landing_s(mix.chunk_tokens, kv_link)
                     elif mix.role is Role.DECODE:
                         wires[x] = d.kv_transfer_s(self.moments.mean_prompt, float(d.shape.groups), link)
                 done[id(d), link] = wires, landings
@@ -410,7 +417,7 @@ class _Tabulation:
     def _t_floor(self, zones: tuple[str, ...]) -> float:
         """Return the least interval at which no plan can overdraw a link between zones.
 
-        A replica crosses a link between zones once in each direction, with ``(P + O) H s`` bytes per request. As many
+        A replica crosses a link between zones once in each direction, with ``(Q + O) H s`` bytes per request. As many
         replicas as memory allows may do so, each with an equal share.
         """
         if len(zones) == 1:
@@ -418,6 +425,21 @@ class _Tabulation:
         return most_spanning(self.problem) * spanning_bytes(self.problem.model, self.moments) / slowest_between(
             self.problem.cluster.network, zones
         )  # fmt: skip
+
+    def _allowed_kv_tokens(self) -> FloatArray:
+        """Return the KV tokens of a stage copy, and more than fits anywhere where engine settings exclude it.
+
+        They limit pairs of a mix and M, which searches combine freely; memory is what all of them keep to.
+        """
+        tokens, problem = self._per_copy(self._kv_tokens), self.problem
+        settings = problem.family.engine_settings
+        if not settings:
+            return tokens
+        runs = np.array(
+            [[settings.allows(micro_batch=mix.micro_batch, in_flight=m) for m in problem.family.in_flight]
+             for mix in self.mixes]
+        )  # fmt: skip
+        return np.where(runs[:, :, None] & (tokens <= problem.most_kv_tokens), tokens, NO_ROOM)
 
     def _kv_tokens(self, mix: Mix, micro_batches: int) -> float:
         problem = self.problem

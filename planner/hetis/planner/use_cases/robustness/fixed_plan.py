@@ -204,14 +204,14 @@ class FixedPlan:
 
     def _new_engines(self, group: Group) -> Iterator[Engine]:
         """Yield every setting of the family that fits in memory, the planned one first."""
-        planned, family = group.shape, self._problem.family
+        planned, family, settings = group.shape, self._problem.family, self._problem.family.engine_settings
         copies = sum(stage.copies for stage in planned.stages)
         sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
         chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
         pairs = [(m, c) for m in family.in_flight for c in chunks if m == 1 or m >= copies]
         for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
             shape = replace(planned, in_flight=m, chunk_tokens=c)
-            fits = self._num_fitting(shape, sizes)
+            fits = self._num_fitting(shape, [b for b in sizes if settings.allows(micro_batch=b, in_flight=m)])
             if (m, c) == (planned.in_flight, planned.chunk_tokens):
                 fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
             if fits:

@@ -63,7 +63,7 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
     attended = model.attended_tokens(moments.resident_context)
     kvb = model.kv_bytes_per_token_group()
     # The average chunk: as in docs/cost-model.md, it attends to a tokens, to half of itself on average.
-    a = model.attended_tokens(moments.prefill_pairs / moments.mean_prompt)
+    a = model.attended_tokens(moments.prefill_pairs / moments.mean_computed)
     past, context = max(0.0, a - C / 2), a + C / 2
 
     def decode(pairs: float) -> dict[str, float]:

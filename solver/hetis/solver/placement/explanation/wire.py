@@ -9,7 +9,8 @@ from hetis.solver.cost import DeviceCost, Mix, PoolCost
 def layer_wire_s(cost: DeviceCost, pool: PoolCost | None, stage: StageShape, mix: Mix) -> float:
     """Return wire: seconds for the KV of one request and layer to leave a prefill stage or reach a decode stage."""
     if stage.kv_link is not None:  # a prefill stage
-        return mix.chunk_iterations * float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
+        chunk_s = float(cost.kv_transfer_s(mix.chunk_tokens, cost.shape.groups, stage.kv_link))
+        return cost.moments.mean_prompt / mix.chunk_tokens * chunk_s
     moved = 0 if stage.pool is None else stage.pool.head_groups
     kept_s = float(cost.kv_transfer_s(cost.moments.mean_prompt, cost.shape.groups - moved, stage.hop_link))
     if stage.pool is None or pool is None:

@@ -229,6 +229,7 @@ def _gone(trials: Trials, member: Requirement, others: Collection[Requirement]) 
         Subject.WISH: "without it",
         Subject.ROLES: "with all roles of the strategy",
         Subject.STRATEGY: "with strategy hetis",
+        Subject.SETTINGS: "with engines started as is best",
         Subject.CUTS: f"if {trials.problem.model.name} could be cut between any two layers",
     }[member.subject]
     option = {Subject.STRATEGY: "--strategy hetis"}.get(member.subject, "")

@@ -10,7 +10,7 @@ from hetis.solver.cluster import Cluster, Link, Network
 from hetis.solver.placement.routes import most_spanning
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Role
-from hetis.solver.problem import Family, PlacementProblem
+from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, Family, PlacementProblem
 from hetis.solver.will import Wish
 
 WIDEST = "hetis"  # the strategy that contains all searched ones
@@ -27,6 +27,7 @@ class Subject(StrEnum):
     WISH = "wish"
     ROLES = "roles"
     STRATEGY = "strategy"
+    SETTINGS = "engine settings"
     CUTS = "forbidden cuts"
     LINKS = "links between nodes"
     MEMORY = "GPU memory"
@@ -56,6 +57,8 @@ class Requirement:
                 return f"{self.subject} {self.value:.4g} s"
             case Subject.WISH:
                 return str(self.wish)
+            case Subject.SETTINGS:
+                return f"the setting of engines ({self.text})"
             case Subject.ROLES | Subject.STRATEGY:
                 return f"{self.subject} {self.text}"
         return str(self.subject)
@@ -89,6 +92,8 @@ def _requirements(problem: PlacementProblem) -> Iterator[Requirement]:
         yield Requirement(subject=Subject.ROLES, text=",".join(family.roles))
     if family.name != WIDEST:
         yield Requirement(subject=Subject.STRATEGY, text=family.name)
+    if family.engine_settings:
+        yield Requirement(subject=Subject.SETTINGS, text=family.engine_settings.describe())
     if problem.model.forbidden_cuts:
         yield Requirement(subject=Subject.CUTS)
     if problem.cluster.num_gpus() > 1:  # even in one node: the cost model charges a hop between any two stages
@@ -130,6 +135,8 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
     asked = Requirement(subject=Subject.ROLES, text=",".join(family.roles))
     roles = family.roles if kept.get(Subject.ROLES) == asked else None
     strategy = kept[Subject.STRATEGY].text if Subject.STRATEGY in kept else WIDEST
+    if family.engine_settings and Subject.SETTINGS not in kept:
+        family = _at_any_settings(family)
     if strategy == family.name:
         widest = tuple(role for role in Role if role in _roles_of(strategy))
         return replace(family, roles=roles or widest)
@@ -138,9 +145,20 @@ def _family(family: Family, kept: Mapping[Subject, Requirement]) -> Family:
         micro_batches=family.micro_batches,
         in_flight=family.in_flight,
         chunk_tokens=family.chunk_tokens,
+        engine_settings=family.engine_settings,
     )
     wide = STRATEGIES[strategy].restrict(sizes)
     return replace(wide, roles=roles or wide.roles)
+
+
+def _at_any_settings(family: Family) -> Family:
+    """Return the family with the plans of any engine settings, those of its own included."""
+    return replace(
+        family,
+        micro_batches=tuple(sorted({*family.micro_batches, *MICRO_BATCHES})),
+        chunk_tokens=tuple(sorted({*family.chunk_tokens, *Family().chunk_tokens})),
+        engine_settings=NOTHING_SET,
+    )
 
 
 def _with_plenty_of_memory(problem: PlacementProblem) -> PlacementProblem:
