@@ -25,6 +25,7 @@ from hetis.engines.starting import program_of
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
+from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
@@ -33,6 +34,10 @@ ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
 STAGED = layout_of(staged(), 0, MODEL)
 SHARING = layout_of(sharing(), 0, MODEL)
 ALONE = layout_of(plan_of(stage_of(kv_head_groups_kept=8)), 0, MODEL)
+SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, sliding_window=64, sliding_layers=2))
+DRAFTING = layout_of(
+    plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
+)  # fmt: skip
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
@@ -188,6 +193,9 @@ for words in json.load(sys.stdin):
         "connector": args.kv_transfer_config and args.kv_transfer_config.kv_connector,
         "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
         "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
+        "hybrid_off": args.disable_hybrid_kv_cache_manager,
+        "drafts": args.speculative_config
+        and [args.speculative_config["method"], args.speculative_config["num_speculative_tokens"]],
     })
 print("FOUND " + json.dumps(found))
 """
@@ -214,7 +222,7 @@ def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 def test_vllms_own_parser_takes_every_command_line() -> None:
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = [], []
-    for layout in (ONE, STAGED, SHARING, ALONE):
+    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)
@@ -227,7 +235,7 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "rank": number,
                     "headless": number > 0,
                     "seats": layout.seats,
-                    "tokens": layout.chunk_tokens + layout.seats,
+                    "tokens": layout.chunk_tokens + layout.seats * (3 if layout is DRAFTING else 1),
                     "backend": "CUSTOM" if layout.workers else None,
                     "connector": "HetisConnector" if layout.workers else None,
                     "executor": "mp" if ranks > 1 else None,
@@ -235,6 +243,8 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "dtype": "float32",
                     "context": layout.context_tokens,
                     "kv_dtype": "auto",
+                    "hybrid_off": True if layout is SLIDING else None,
+                    "drafts": ["mtp", 2] if layout is DRAFTING else None,
                 }
             )
     assert parsed_by_vllm(lines) == expected
