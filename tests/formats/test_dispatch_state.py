@@ -16,6 +16,7 @@ from hetis.formats.documents import dump, from_data, load, to_data
 from hetis.formats.errors import DocumentError
 from hetis.formats.positions import Text
 from hetis.formats.saved_state import AttentionPiece, SavedState, saved_state
+from hetis.formats.stage_heads import heads_of
 from hetis.formats.units import format_seconds_per_byte, parse_seconds_per_byte
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
@@ -99,6 +100,12 @@ def test_the_heads_of_a_catalogue_model_are_those_written_out() -> None:
     assert parsed(model="Llama-2-70B", heads=None).heads == parsed().heads
     assert parsed(model="Llama-2-70B", heads=None, kv_dtype="fp8").heads.kv_bytes_per_token == 256
     assert parsed(kv_dtype="fp8").heads.kv_bytes_per_token == 256
+
+
+@pytest.mark.parametrize("model", ["Qwen3.5-27B", "DeepSeek-V3.2"])
+def test_heads_that_share_more_than_kv_cannot_move(model: str) -> None:
+    with pytest.raises(InvalidProblemError, match=r"cannot move: its layers have (states|a choice of tokens)"):
+        heads_of(model, None, None, 16)
 
 
 def test_cards_that_outnumber_head_groups_hold_every_block_several_times() -> None:

@@ -172,3 +172,11 @@ def test_more_dense_layers_than_layers_are_refused(tmp_path: Path) -> None:
         DocumentError, match=re.escape("moe.first_dense_layers is 92, must be 0 to num_layers (92) - 1")
     ):
         load_model(tmp_path)
+
+
+def test_kinds_of_layers_that_are_not_modelled_are_named(tmp_path: Path) -> None:
+    config = json.loads((FOLDER / "Qwen__Qwen3.5-27B.json").read_text())
+    config["text_config"]["layer_types"][3] = "sliding_attention"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DocumentError, match="has 'sliding_attention', only linear_attention and full_attention are"):
+        load_model(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from hetis.formats import catalogue, dtypes
 from hetis.formats.documents import dump
 from hetis.formats.errors import DocumentError
-from hetis.formats.model import load_model
+from hetis.formats.model import drafts, load_model
 from hetis.solver.model import AttentionKind, ModelSpec
 
 SHAPE = """apiVersion: hetis/v1
@@ -84,6 +85,9 @@ def test_gpu_types_may_have_a_precision_of_their_own(tmp_path: Path) -> None:
     assert dtypes.precision_of(found) == (
         "weights fp8, KV bf16; on A100-SXM-40GB: weights bf16, KV bf16; on L4: weights awq-int4, KV fp8"
     )
+    assert dtypes.precision_of(replace(model, draft=drafts("2:0.8"))) == (
+        "weights bf16, KV bf16; drafts 2, accepted at 80%"
+    )  # fmt: skip
     assert model_of(tmp_path, dump(found)) == found
     assert dtypes.with_precision(found, weights="int8", kv="bf16").precisions == ()  # everywhere goes before
     assert dtypes.with_precision(model, weights="A100-SXM-40GB=bf16").on("L4") == model

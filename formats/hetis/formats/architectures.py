@@ -5,7 +5,7 @@ Every architecture names its fields a little differently and omits what its libr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,15 @@ class Config:
             self.refuse(name, f"is {shown(value)}, must be a list of {length} items, one for each layer")
             return None
         return value
+
+    def kinds_of_layers(self, num_layers: int, known: Collection[str]) -> list[str] | None:
+        """Return ``layer_types``, or None if the config omits it or has a kind that is not known."""
+        kinds = self.listed("layer_types", num_layers)
+        for kind in dict.fromkeys(map(str, kinds or ())):
+            if kind not in known:
+                self.refuse("layer_types", f"has {shown(kind)}, only {' and '.join(known)} are modelled")
+                return None
+        return kinds
 
     def whole(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """Return a whole number, or ``default`` if the config omits it; without a default that is a problem."""
@@ -180,7 +189,7 @@ def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
     moe = _qwen_experts(config) if "num_experts" in config.data else None
     common = _common(config, name, head_dim=256)
     num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
-    kinds = config.listed("layer_types", num_layers)
+    kinds = config.kinds_of_layers(num_layers, ("linear_attention", "full_attention"))
     linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
     return _spec(
         config,
@@ -276,7 +285,7 @@ def _gemma3(config: Config, name: str) -> ModelSpec | None:
     config.data.setdefault("max_position_embeddings", 131_072)
     common = _common(config, name, tie_embeddings=True, head_dim=256)
     every = config.whole("sliding_window_pattern", 6)
-    kinds = config.listed("layer_types", common["num_layers"])
+    kinds = config.kinds_of_layers(common["num_layers"], ("sliding_attention", "full_attention"))
     full = common["num_layers"] // every if kinds is None else kinds.count("full_attention")
     return _spec(
         config,

@@ -180,10 +180,11 @@ def kv_of(model: ModelSpec) -> str:
 
 
 def precision_of(model: ModelSpec) -> str:
-    """Return the precision of weights and KV, for people, with that of GPU types that have their own."""
+    """Return the precision of weights and KV, for people, with that of GPU types that have their own, and drafts."""
     usual = f"weights {weights_of(model)}, KV {kv_of(model)}"
     alike: dict[str, list[str]] = {}
     for one in model.precisions:
         own = model.on(one.gpu)
         alike.setdefault(f"weights {weights_of(own)}, KV {kv_of(own)}", []).append(one.gpu)
-    return "; ".join([usual, *(f"on {', '.join(gpus)}: {text}" for text, gpus in alike.items())])
+    drafts = "" if model.draft is None else f"; drafts {model.draft.tokens}, accepted at {model.draft.acceptance:.0%}"
+    return "; ".join([usual, *(f"on {', '.join(gpus)}: {text}" for text, gpus in alike.items())]) + drafts
