@@ -106,7 +106,7 @@ MtpOption = Annotated[
         metavar="K:RATE",
         rich_help_panel=_INPUTS,
         show_default="no drafts",
-        help="Multi-token prediction: K drafted tokens per step, each accepted at this rate, such as 1:0.85.",
+        help="Multi-token prediction by layers that the model has: K drafts per step, accepted at a rate: 1:0.85.",
     ),
 ]
 
