@@ -37,6 +37,8 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
     ranks = layout.tensor_parallel * len(layout.layers)
     return {
         "model": "/models/tiny",
+        "hybrid_off": None,
+        "drafts": None,
         "tp": layout.tensor_parallel,
         "pp": len(layout.layers),
         "nodes": len(layout.servers),

@@ -84,7 +84,7 @@ def test_a_quick_run_reaches_every_operator(cuda: FakeCuda, monkeypatch: pytest.
     monkeypatch.setattr(session, "extent_of", lambda **_: EXTENT)
     news = []
     request = session.RunRequest(
-        device="cuda:0", gpu="", model=TINY, quick=True, limit_s=20.0, journal=tmp_path / "j", resume=False
+        device="cuda:0", gpu="", model=TINY, quick=True, limit_s=300.0, journal=tmp_path / "j", resume=False
     )
     monkeypatch.setattr(
         session, "sampling_rule", lambda quick: replace(RULE, limit_s=0.02, warm_up_s=0.0, max_batches=3)
