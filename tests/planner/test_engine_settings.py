@@ -11,6 +11,7 @@ import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.formats.errors import DocumentError
+from hetis.planner.cli import options
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.library.loading import load_plan as plan_from_file
@@ -21,7 +22,7 @@ from hetis.planner.use_cases.sources import load_plan_and_problem, problem_of_pl
 from hetis.solver.check import check_plan
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.solver.problem import EngineSettings
+from hetis.solver.problem import MOST_SETTING, EngineSettings
 from tests.planner.command_line import invoke
 
 CLUSTER = """\
@@ -271,3 +272,7 @@ def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
     shapes = [engine.shape for group in fixed.groups for engine in fixed._new_engines(group)]
     assert shapes
     assert all(shape.micro_batch * shape.in_flight <= 24 for shape in shapes)
+
+
+def test_the_command_line_has_the_solvers_limit() -> None:
+    assert options.MOST_SETTING == MOST_SETTING

@@ -6,11 +6,13 @@ import errno
 import re
 import subprocess
 import sys
+from contextvars import copy_context
 from pathlib import Path
 
 import pytest
 
 from hetis.formats.command_line import running
+from hetis.formats.command_line.terminal import in_use
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.solver.errors import (
@@ -31,7 +33,9 @@ def failing_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         raise error
 
     monkeypatch.setattr(running, "_invoke", fail)
-    return run([])
+    alone = copy_context()
+    alone.run(in_use.set, None)  # other tests of this process may have left a form of output
+    return alone.run(run, [])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import typer
 from hetis.planner.cli import families, quantities, words
 from hetis.solver.plan import ObjectiveKind, Role
 
-_MOST_SETTING = 10**9  # of `EngineSettings`, whose module loads numpy: too slow for --help
+MOST_SETTING = 10**9  # of `EngineSettings`, whose module loads numpy: too slow for --help
 
 # --- of verbs that read a plan
 
@@ -265,7 +265,7 @@ MaxNumSeqsOption = Annotated[
     typer.Option(
         "--max-num-seqs",
         min=1,
-        max=_MOST_SETTING,
+        max=MOST_SETTING,
         metavar="N",
         rich_help_panel=_SEARCH,
         show_default=False,
@@ -288,7 +288,7 @@ KvBlocksOption = Annotated[
     typer.Option(
         "--kv-blocks",
         min=1,
-        max=_MOST_SETTING,
+        max=MOST_SETTING,
         metavar="N",
         rich_help_panel=_SEARCH,
         show_default="as memory allows",

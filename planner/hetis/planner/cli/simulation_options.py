@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hetis.planner.cli import quantities, words
-from hetis.solver.problem import MOST_SETTING
+from hetis.planner.cli.options import MOST_SETTING
 
 SIMULATE_EXAMPLES = """\
 Examples:
