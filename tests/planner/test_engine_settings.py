@@ -11,9 +11,9 @@ import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.formats.errors import DocumentError
-from hetis.planner.cli import options
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
+from hetis.planner.cli.options import MOST_SETTING as MOST_GIVEN
 from hetis.planner.library.loading import load_plan as plan_from_file
 from hetis.planner.library.placing import place as place_in_python
 from hetis.planner.use_cases.at_settings import at_settings
@@ -275,4 +275,4 @@ def test_what_stands_beside_a_plan_keeps_to_them_too() -> None:
 
 
 def test_the_command_line_has_the_solvers_limit() -> None:
-    assert options.MOST_SETTING == MOST_SETTING
+    assert MOST_GIVEN == MOST_SETTING
