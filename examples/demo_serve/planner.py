@@ -20,7 +20,7 @@ from hetis.v1 import (
 
 CLUSTER, PLAN = "clusters/demo", "plans/demo"
 HERE = Path(__file__).parent
-HIGH_WATER = 0.35  # share of a device's KV above which heads leave; low, so that there is something to see
+HIGH_WATER = 0.5  # share of a device's KV above which heads leave; low, so that there is something to see
 
 
 class Planner:
