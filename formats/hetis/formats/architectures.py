@@ -5,7 +5,7 @@ Every architecture names its fields a little differently and omits what its libr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,19 +94,31 @@ def _spec(config: Config, **fields: Any) -> ModelSpec | None:
         return None
 
 
-def _common(config: Config, name: str, *, tie_embeddings: bool = False, head_dim: int | None = None) -> dict[str, Any]:
-    """Return the fields that most families write alike. ``tie_embeddings`` is the family's default."""
-    hidden, q_heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+def _common(
+    config: Config,
+    name: str,
+    *,
+    tie_embeddings: bool = False,
+    head_dim: int | None = None,
+    defaults: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Return the fields that most families write alike.
+
+    ``tie_embeddings``, ``head_dim`` and ``defaults``, by the names of fields, are those of the family's library.
+    """
+    known = defaults or {}
+    hidden = config.whole("hidden_size")
+    q_heads = config.whole("num_attention_heads", known.get("num_attention_heads"))
     return {
         "name": name,
         "num_layers": config.whole("num_hidden_layers"),
         "hidden": hidden,
-        "intermediate": config.whole("intermediate_size"),
+        "intermediate": config.whole("intermediate_size", known.get("intermediate_size")),
         "q_heads": q_heads,
-        "kv_heads": config.whole("num_key_value_heads", q_heads),
+        "kv_heads": config.whole("num_key_value_heads", known.get("num_key_value_heads", q_heads)),
         "head_dim": config.whole("head_dim", head_dim or max(1, hidden // q_heads)),
-        "vocab": config.whole("vocab_size"),
-        "max_position": config.whole("max_position_embeddings", 2048),
+        "vocab": config.whole("vocab_size", known.get("vocab_size")),
+        "max_position": config.whole("max_position_embeddings", known.get("max_position_embeddings", 2048)),
         "tie_embeddings": config.flag("tie_word_embeddings", tie_embeddings),
     }
 
@@ -156,11 +168,16 @@ def _qwen_moe(config: Config, name: str) -> ModelSpec | None:
     none.
     """
     moe = _qwen_experts(config)
-    return _spec(config, **_common(config, name, head_dim=None if moe.shared_experts else 128), moe=moe)
+    head_dim = None if moe.shared_experts else 128
+    return _spec(config, **_common(config, name, head_dim=head_dim, defaults=_dense_width(moe)), moe=moe)
+
+
+def _dense_width(moe: MoeShape | None) -> dict[str, int]:
+    """Return the default width of a dense MLP, which no layer has where all have experts."""
+    return {} if moe is None else {"intermediate_size": moe.expert_intermediate}
 
 
 def _qwen_experts(config: Config) -> MoeShape:
-    config.data.setdefault("intermediate_size", config.data.get("moe_intermediate_size"))
     width = config.whole("moe_intermediate_size")
     shared = config.whole("shared_expert_intermediate_size", 0, least=0)
     if config.whole("decoder_sparse_step", 1) != 1:
@@ -181,13 +198,14 @@ def _qwen3_vl(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-VL: Qwen3 or Qwen3-MoE with a vision tower."""
     moe = _qwen_experts(config) if "num_experts" in config.data else None
     towers = _vision_params(config, projection=0)
-    return _spec(config, **_common(config, name, head_dim=128), moe=moe, vision_params=towers)
+    common = _common(config, name, head_dim=128, defaults=_dense_width(moe))
+    return _spec(config, **common, moe=moe, vision_params=towers)
 
 
 def _qwen3_next(config: Config, name: str) -> ModelSpec | None:
     """Read Qwen3-Next and Qwen3.5: gated attention in every fourth layer, gated delta rules in the others."""
     moe = _qwen_experts(config) if "num_experts" in config.data else None
-    common = _common(config, name, head_dim=256)
+    common = _common(config, name, head_dim=256, defaults=_dense_width(moe))
     num_layers, every = common["num_layers"], config.whole("full_attention_interval", 4)
     kinds = config.kinds_of_layers(num_layers, ("linear_attention", "full_attention"))
     linear = num_layers - num_layers // every if kinds is None else kinds.count("linear_attention")
@@ -275,15 +293,20 @@ def _gemma2(config: Config, name: str) -> ModelSpec | None:
     return _spec(config, **common, sliding_window=window, sliding_layers=layers, float16=False)
 
 
+_GEMMA3 = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}
+
+
 def _gemma3(config: Config, name: str) -> ModelSpec | None:
     """Read Gemma 3: five of six layers slide, and a SigLIP tower beside all sizes but the smallest.
 
     Configs of the larger sizes omit what equals the library's defaults (Gemma3TextConfig).
     """
-    for key, value in (("num_attention_heads", 8), ("num_key_value_heads", 4), ("vocab_size", 262_208)):
-        config.data.setdefault(key, value)
-    config.data.setdefault("max_position_embeddings", 131_072)
-    common = _common(config, name, tie_embeddings=True, head_dim=256)
+    common = _common(config, name, tie_embeddings=True, head_dim=256, defaults=_GEMMA3)
     every = config.whole("sliding_window_pattern", 6)
     kinds = config.kinds_of_layers(common["num_layers"], ("sliding_attention", "full_attention"))
     full = common["num_layers"] // every if kinds is None else kinds.count("full_attention")

@@ -58,7 +58,7 @@ def _config(data: dict[str, Any], source: Text, architecture: str) -> Config:
     """Return the reader of the language model's fields."""
     text = data.get("text_config")
     if architecture not in NESTED or (text is None and "hidden_size" in data):
-        return Config(dict(data), source, list(source.problems), whole_data=data)
+        return Config(data, source, list(source.problems), whole_data=data)
     if not isinstance(text, dict):
         problem = source.problem(("text_config",), f"is {shown(text)}, must be a mapping")
         raise DocumentError([*source.problems, problem])

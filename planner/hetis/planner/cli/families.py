@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,18 +57,19 @@ def mtp(text: str) -> str:
     """Parse drafted tokens and their acceptance."""
     from hetis.formats.model import drafts
 
-    try:
-        drafts(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return text
+    return _checked(text, drafts)
 
 
 def _precision(text: str, known: Collection[str]) -> str:
     from hetis.formats.dtypes import chosen_precision
 
+    return _checked(text, lambda text: chosen_precision(text, known))
+
+
+def _checked(text: str, read: Callable[[str], object]) -> str:
+    """Return a text that can be read."""
     try:
-        chosen_precision(text, known)
+        read(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return text

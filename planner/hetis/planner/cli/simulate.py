@@ -17,7 +17,8 @@ from hetis.planner.cli.simulation_options import Router
 from hetis.planner.cli.stage_options import announce_compilation
 
 if TYPE_CHECKING:
-    from hetis.formats.traces import Trace
+    from hetis.formats.traces import PrefixHitRate, Trace
+    from hetis.planner.use_cases.sources import PlanAndProblem
     from hetis.simulator.metrics import Limits
     from hetis.simulator.values import Fault
     from hetis.solver.plan import Objective, Plan
@@ -77,15 +78,13 @@ def simulate(
 
     _refuse_unwritable([path for path in (perfetto, requests_csv, plot) if path is not None], plot)
     refuse_page(html, beside=plot)
-    from hetis.formats.workload import with_prefix_hits
     from hetis.planner.cli.simulation_run import SimulationRun
     from hetis.planner.use_cases import simulate as simulating
-    from hetis.planner.use_cases.at_settings import at_settings
+    from hetis.planner.use_cases.at_settings import at_settings, one_chunk_settings
     from hetis.planner.use_cases.sources import load_plan_and_problem
     from hetis.planner.use_cases.verify import rate_to_simulate
     from hetis.simulator.arrivals import Arrivals, Load
     from hetis.simulator.values import Settings
-    from hetis.solver.problem import EngineSettings
 
     found = load_plan_and_problem(plan)
     for warning in found.warnings:
@@ -95,32 +94,18 @@ def simulate(
         return ExitCode.INVALID
     if not no_dispatch and any(replica.attention_workers for replica in found.plan.replicas):
         announce_compilation(terminal)
-    lengths: Trace | Workload
-    if trace is None:
-        lengths = with_prefix_hits(simulating.planned_lengths(found.plan, plan), prefix_hit_rate)
-    else:
-        lengths = simulating.load_lengths(trace, prefix_hit_rate)
-        planned = found.problem.workload.prefix_hit_rate
-        if planned and not lengths.prefix_hit_rate and prefix_hit_rate is None:
-            terminal.warn(
-                f"{lengths.name} says nothing of prefix caches, of which the plan expects"
-                f" {planned:.3g} of prompt tokens: every prompt is computed; see --prefix-hit-rate"
-            )
     drawn = not recorded and not saturate
     load = Load(
-        lengths=lengths,
+        lengths=_lengths(terminal, found, plan, trace, prefix_hit_rate),
         max_position=found.problem.model.max_position,
         arrivals=Arrivals.RECORDED if recorded else Arrivals.SATURATED if saturate else Arrivals.DRAWN,
         rate_rps=rate_to_simulate(found.plan, found.problem) if drawn and rate is None else rate,
         gap_cv=cv,
     )
-    given = EngineSettings(
-        max_num_seqs=max_num_seqs, chunk_tokens=() if chunk_tokens is None else (chunk_tokens,), kv_blocks=kv_blocks
-    )
-    changes: tuple[str, ...] = ()
-    if given:  # the traffic stays that of the plan as it is
-        started = at_settings(found.plan, found.problem, given)
-        found, changes = replace(found, plan=started.plan, problem=started.problem), started.changes
+    # The traffic stays that of the plan as it is.
+    given = one_chunk_settings(max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks)
+    started = at_settings(found.plan, found.problem, given)
+    found = replace(found, plan=started.plan, problem=started.problem)
     num_requests = requests or simulating.default_requests(found.plan, load)
     question = simulating.Question(
         load=load,
@@ -142,7 +127,7 @@ def simulate(
         tolerance=tolerance,
         precision=precision if until_stable else None,
         engine_settings=given,
-        changes=changes,
+        changes=started.changes,
         keep_run=any(path is not None for path in (perfetto, requests_csv, plot, html)) and not sweep,
     )
     return SimulationRun(
@@ -156,6 +141,24 @@ def simulate(
         plot=plot,
         html=html,
     ).finish()
+
+
+def _lengths(
+    terminal: Terminal, found: PlanAndProblem, path: str, trace: str | None, prefix_hit_rate: PrefixHitRate | None
+) -> Trace | Workload:
+    """Return the requests of a trace, or else those that the plan was made for."""
+    from hetis.formats.workload import with_prefix_hits
+    from hetis.planner.use_cases.simulate import load_lengths, planned_lengths
+
+    if trace is None:
+        return with_prefix_hits(planned_lengths(found.plan, path), prefix_hit_rate)
+    lengths, planned = load_lengths(trace, prefix_hit_rate), found.problem.workload.prefix_hit_rate
+    if planned and not lengths.prefix_hit_rate and prefix_hit_rate is None:
+        terminal.warn(
+            f"{lengths.name} says nothing of prefix caches, of which the plan expects"
+            f" {planned:.3g} of prompt tokens: every prompt is computed; see --prefix-hit-rate"
+        )
+    return lengths
 
 
 def _refuse_contradictions(

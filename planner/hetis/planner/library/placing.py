@@ -141,9 +141,9 @@ def _text_or_value(given: T | Path) -> T | str:
 
 
 def _hit_rate(given: Quantity | None) -> PrefixHitRate | None:
-    if given is None or given == "trace":
-        return "trace" if given else None
-    return ratio_of(given)
+    if given is None:
+        return None
+    return "trace" if given == "trace" else ratio_of(given)
 
 
 def _lost(name: str) -> str:

@@ -17,12 +17,13 @@ from hetis.formats.units import parse_duration, parse_ratio
 from hetis.planner.export.targets import Export
 from hetis.planner.library.simulation import Simulation, simulation_of
 from hetis.planner.report.figures import digits, percent, plural
+from hetis.planner.use_cases.at_settings import one_chunk_settings
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.sources import Inputs
 from hetis.solver import plan as solved
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import Explanation
-from hetis.solver.problem import EngineSettings, PlacementProblem
+from hetis.solver.problem import PlacementProblem
 
 if TYPE_CHECKING:
     import pandas
@@ -113,9 +114,8 @@ class Plan:
         return simulation_of(
             self.value, self.problem, rate_rps=rate, num_requests=requests, seeds=tuple(range(seed, seed + seeds)),
             sweeps=sweep, tolerance=ratio_of(tolerance),
-            engine_settings=EngineSettings(
-                max_num_seqs=max_num_seqs, chunk_tokens=() if chunk_tokens is None else (chunk_tokens,),
-                kv_blocks=kv_blocks,
+            engine_settings=one_chunk_settings(
+                max_num_seqs=max_num_seqs, chunk_tokens=chunk_tokens, kv_blocks=kv_blocks
             ),
         )  # fmt: skip
 

@@ -113,10 +113,8 @@ def simulation_of(
         arrivals=Arrivals.DRAWN,
         rate_rps=rate_to_simulate(plan, problem) if rate_rps is None else rate_rps,
     )
-    changes: tuple[str, ...] = ()
-    if engine_settings:
-        started = at_settings(plan, problem, engine_settings)
-        plan, problem, changes = started.plan, started.problem, started.changes
+    started = at_settings(plan, problem, engine_settings)
+    plan, problem = started.plan, started.problem
     num_requests = num_requests or default_requests(plan, load)
     question = Question(
         load=load,
@@ -127,7 +125,7 @@ def simulation_of(
         sweeps=sweeps,
         tolerance=tolerance,
         engine_settings=engine_settings,
-        changes=changes,
+        changes=started.changes,
     )
     found = answer(
         plan, problem, question, processes=1, cancelled=threading.Event(), report=lambda _given, _total: None

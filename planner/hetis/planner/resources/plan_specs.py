@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,17 +84,17 @@ async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits:
     )
     settings = _settings(checks, spec, field, limits)
     engine_settings = _engine_settings(checks, spec, field)
-    for name, asked, known in (("weights", spec.weights, PRECISIONS), ("kv", spec.kv, KV_PRECISIONS)):
+    texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
+        ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
+        ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
+        ("mtp", spec.mtp, drafts),
+    )
+    for name, asked, read in texts:
         try:
             if asked:
-                chosen_precision(asked, known)
+                read(asked)
         except ValueError as error:
             checks.require(False, f"{field}.{name}", str(error))
-    try:
-        if spec.mtp:
-            drafts(spec.mtp)
-    except ValueError as error:
-        checks.require(False, f"{field}.mtp", str(error))
     checks.require(
         len(spec.profiles) <= MOST_PROFILES,
         f"{field}.profiles",

@@ -27,17 +27,28 @@ class PlanAtSettings:
     changes: tuple[str, ...]
 
 
+def one_chunk_settings(
+    *, max_num_seqs: int | None, chunk_tokens: int | None, kv_blocks: int | None
+) -> EngineSettings:  # fmt: skip
+    """Return the settings that an engine is started with, which has one size of chunks."""
+    chunks = () if chunk_tokens is None else (chunk_tokens,)
+    return EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks)
+
+
 def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings) -> PlanAtSettings:
     """Return the plan with its engines started with these settings, where they are given.
 
     A replica with M micro-batches in flight of which only N may have a request each has N of them in flight. Seats that
     micro-batches cannot share evenly stay empty, as the simulated micro-batches are equally large. Where KV has no room
     for all seats, the rate is that of the most requests for which it has. Routes of KV carry no more than before.
+    Without settings nothing changes.
 
     Raises:
         InvalidProblemError: there are several sizes of chunks, where an engine has one; or the plan cannot be
             simulated.
     """
+    if not settings:
+        return PlanAtSettings(plan=plan, problem=problem, changes=())
     if len(settings.chunk_tokens) > 1:
         raise InvalidProblemError(f"chunk_tokens has {len(settings.chunk_tokens)} sizes, an engine is started with one")
     before = problem.family.engine_settings

@@ -56,8 +56,9 @@ def load_replanning(
     problems: list[Problem] = []
     found = attempt(lambda: load_plan_and_problem(running), problems)
     fleet = attempt(lambda: load_cluster(cluster), problems)
-    hits = prefix_hit_rate
-    traffic = attempt(lambda: load_workload(workload, prefix_hit_rate=hits), problems) if workload is not None else None
+    traffic = None
+    if workload is not None:
+        traffic = attempt(lambda: load_workload(workload, prefix_hit_rate=prefix_hit_rate), problems)
     spec = attempt(lambda: load_model(model), problems) if model is not None else None
     given = [(path, attempt(lambda p=path: load_profile(p), problems)) for path in profiles]  # type: ignore[misc]
     if problems or found is None or fleet is None:
@@ -72,7 +73,7 @@ def load_replanning(
             inputs=Inputs(
                 cluster=inputs.cluster,
                 model=inputs.model,
-                workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, hits),
+                workload=traffic if traffic is not None else with_prefix_hits(inputs.workload, prefix_hit_rate),
                 profiles={**inputs.profiles, **measured},
                 will=found.problem.will,
                 engine_settings=found.problem.family.engine_settings,

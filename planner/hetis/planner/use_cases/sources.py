@@ -120,8 +120,7 @@ def family_of(
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
         raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
-    family = run_by(replace(family, roles=ordered(roles)) if roles else family, engine)
-    return family.at(engine_settings) if engine_settings else family
+    return run_by(replace(family, roles=ordered(roles)) if roles else family, engine).at(engine_settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

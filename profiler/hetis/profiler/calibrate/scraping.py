@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
+from hetis.formats.answers import metrics_body, reason_of
 from hetis.formats.errors import single_problem
 from hetis.solver.errors import HetisError
 
 TIMEOUT_S = 10.0  # for a whole answer
 MAX_BYTES = 16 * 2**20  # a busy server with many adapters and buckets sends some MiB
 _MOST = 1e18  # of any value; what is more has lost its precision, or is no number
-_PIECE_BYTES = 64 * 2**10
 
 # Collectors that refuse colons write `vllm_`. Buckets are most of the lines, and not needed.
 _SAMPLE = re.compile(r"^vllm[:_]([a-zA-Z0-9_]{1,100})(?:\{(.*)\})?[ \t]+([0-9.eE+-]{1,40})(?:[ \t]|$)")
@@ -122,23 +122,13 @@ def fetch_text(url: str) -> str:
         UnreachableError: there is none.
         DocumentError: it is too large.
     """
-    ends_s = time.monotonic() + TIMEOUT_S
-    pieces, size = list[bytes](), 0
-    request = urllib.request.Request(url, headers={"Accept": "text/plain; version=0.0.4"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            while piece := response.read1(_PIECE_BYTES):
-                size += len(piece)
-                if size > MAX_BYTES:
-                    raise single_problem(url, f"answers with more than {MAX_BYTES // 2**20} MiB")
-                pieces.append(piece)
-                if time.monotonic() > ends_s:
-                    raise TimeoutError(f"no whole answer within {TIMEOUT_S:g} s")
+        body = metrics_body(url, timeout_s=TIMEOUT_S, max_bytes=MAX_BYTES, opened=urllib.request.urlopen)
     except urllib.error.HTTPError as error:
         with error:  # it holds the connection
             raise UnreachableError(f"{url}: no answer: {error}"[:400]) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # urllib.error.URLError is an OSError whose reason says more than the error itself.
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise UnreachableError(f"{url}: no answer: {str(reason) or type(reason).__name__}"[:400]) from None
-    return b"".join(pieces).decode("utf-8", errors="replace")
+        raise UnreachableError(f"{url}: no answer: {reason_of(error)}"[:400]) from None
+    if body is None:
+        raise single_problem(url, f"answers with more than {MAX_BYTES // 2**20} MiB")
+    return body.decode("utf-8", errors="replace")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -12,6 +11,7 @@ from enum import StrEnum
 from http.client import HTTPMessage
 from typing import IO
 
+from hetis.formats.answers import metrics_body, reason_of
 from hetis.runtime.agent.pressure.reading import EngineReading
 from hetis.runtime.agent.pressure.samples import UnreadableMetricsError, parse_samples
 from hetis.runtime.agent.pressure.sglang import PREFIX as SGLANG
@@ -20,7 +20,6 @@ from hetis.runtime.agent.pressure.vllm import PREFIX as VLLM
 from hetis.runtime.agent.pressure.vllm import read_vllm
 
 MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
-_PIECE_BYTES = 64 * 2**10
 
 
 class ScrapeState(StrEnum):
@@ -47,9 +46,7 @@ def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
     try:
         body = _fetch(url, timeout_s, max_bytes)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        # urllib.error.URLError is an OSError whose reason says more than the error itself.
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        return Scrape(state=ScrapeState.UNREACHABLE, message=f"{url}: {reason or type(reason).__name__}"[:300])
+        return Scrape(state=ScrapeState.UNREACHABLE, message=f"{url}: {reason_of(error)}"[:300])
     if body is None:
         return Scrape(state=ScrapeState.TOO_LARGE, message=f"{url}: the answer is larger than {max_bytes} bytes")
     return read_text(body.decode("utf-8", errors="replace"), name=url)
@@ -82,24 +79,10 @@ def _known_prefixes(text: str) -> str:
 
 
 def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
-    """Return the body, or None if it is larger than ``max_bytes``. The time limit applies to the whole body, not to
-    each read.
-    """
+    """Return the body, or None if it is larger than ``max_bytes``."""
     if not url.startswith(("http://", "https://")):
         raise ValueError("not an http or https address")
-    ends_s = time.monotonic() + timeout_s
-    request = urllib.request.Request(url, headers={"Accept": "text/plain; version=0.0.4"})
-    pieces: list[bytes] = []
-    size = 0
-    with _OPENER.open(request, timeout=timeout_s) as response:
-        while piece := response.read1(_PIECE_BYTES):
-            size += len(piece)
-            if size > max_bytes:
-                return None
-            pieces.append(piece)
-            if time.monotonic() > ends_s:
-                raise TimeoutError(f"no whole answer within {timeout_s:g} s")
-    return b"".join(pieces)
+    return metrics_body(url, timeout_s=timeout_s, max_bytes=max_bytes, opened=_OPENER.open)
 
 
 class _SameServer(urllib.request.HTTPRedirectHandler):
