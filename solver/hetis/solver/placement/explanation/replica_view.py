@@ -107,9 +107,9 @@ class ReplicaView:
                 cost.dense_s(b + C, prefix_layer=True), cost.dense_s(b, prefix_layer=True)
             )
         reduce_s = 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b))
+        exchange_s = 0.0  # part of the dense work of a layer with experts
         if mix.attention_dp > 1:
             exchange_s = self.per_request(cost.exchange_s(mix.all_tokens), cost.exchange_s(mix.attention_dp * b))
-            dense_s, reduce_s = dense_s - exchange_s, reduce_s + exchange_s
         prefill_s = mix.chunk_iterations * cost.prefill_s(C) if C else 0.0
         decode_s = mix.iterations * max(self.attention_s(stage))
         late_s = mix.chunk_iterations * self.late_s(stage)
@@ -125,8 +125,8 @@ class ReplicaView:
         head_s = self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0
         head_s += mix.iterations * cost.drafting_s(mix.micro_batch) if is_last else 0.0
         parts = {
-            "dense_s": repeated * dense_s + prefix * prefix_dense_s,
-            "all_reduce_s": self.layers(i) * reduce_s,
+            "dense_s": repeated * (dense_s - exchange_s) + prefix * prefix_dense_s,
+            "all_reduce_s": self.layers(i) * reduce_s + repeated * exchange_s,
             "prefill_attention_s": self.layers(i) * prefill_s,
             "decode_attention_s": self.layers(i) * decode_s,
             "transfer_s": transfer_s,
