@@ -353,7 +353,7 @@ def list_options(
                 for k in range(groups + 1):
                     kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
                     on_rank[k, role] = layers_in_room(room, layer_bytes, kept, others, num_layers)
-            without = count
+            without = -1  # the option without a pool, if it is listed
             for q in range(-1, num_classes):
                 if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
                     continue
@@ -420,7 +420,7 @@ def list_options(
                         if not counts and q >= 0:
                             beaten = False
                             for at in (without, fastest, roomiest):
-                                if at == count or (at == without and without == first_of_group):
+                                if at in (-1, count):
                                     continue
                                 if out_layer_s[at] <= layer_s and _no_worse(
                                     out_fixed_s[at], out_min[at], out_max[at], fixed_s, floors, caps
@@ -435,6 +435,8 @@ def list_options(
                             out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
                             out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
+                        if q < 0:
+                            without = count
                         if count == first_of_group or layer_s < out_layer_s[fastest]:
                             fastest = count
                         if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:
