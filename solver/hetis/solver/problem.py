@@ -188,6 +188,7 @@ class Family:
             of `POOL_SIZES`.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
         roles: the roles of replicas; prefill and decode only both or neither.
+        decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
         engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
         engine_settings: those that every replica keeps to, see `at`.
@@ -206,6 +207,7 @@ class Family:
     in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
+    decode_keeps_heads: bool = True
     one_type_per_role: bool = False
     engine: EngineRules | None = None
     engine_settings: EngineSettings = NOTHING_SET
@@ -276,7 +278,8 @@ class Family:
                 f"up to {self.max_pool} attention workers of one class per stage, as many for each of up to "
                 f"{self.engine.max_pooled_stages} stages of a replica that prefills and decodes"
             )
-        return f"up to {self.max_pool} attention workers per stage"
+        all_heads = "" if self.decode_keeps_heads else ", which have all head groups where a replica decodes only"
+        return f"up to {self.max_pool} attention workers per stage{all_heads}"
 
     def _describe_roles(self) -> str:
         if not self.splits_roles:
