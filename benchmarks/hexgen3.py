@@ -5,13 +5,15 @@
 `hexgen3` gives every kind of work its own GPUs: prefill replicas, stages of decode replicas without any KV, and
 attention workers with all of it. Beside it are `hexgen2` (prefill and decode apart), `hexgen` (neither) and `hetis`
 (whatever pays, all of these among it). Fleets have weak cards, few or none, or two types of which one reads memory
-faster than it computes (H20), on links of 100 Gb/s with 20 us, or of 400 Gb/s with 5 us. TTFT is unlimited. Columns are goodput in requests/s; 0 means no plan.
+faster than it computes (H20), on links of 100 Gb/s with 20 us, or of 400 Gb/s with 5 us; others are drawn at random.
+TTFT is unlimited. Columns are goodput in requests/s; 0 means no plan.
 
 In `hexgen3` a stage waits while its workers attend. Attention-FFN disaggregation lets several micro-batches take turns,
 so that neither waits: ``turns_bound`` bounds what any plan of `hexgen3` could serve then, for a layer takes no less
-than the longest of its dense work, its attention and its exchange. ``over_rest`` is the value of `hexgen3` over the
-best of `hexgen` and `hexgen2`, and ``turns_over_hetis`` is ``turns_bound`` over the value of `hetis`: below 1, taking
-turns would not help `hexgen3` past what `hetis` serves without.
+than the longest of its dense work, its attention and its exchange. A request still needs them one after another, which
+the bound leaves out, so that it says more than can be under a tight limit on TPOT. ``over_rest`` is the value of
+`hexgen3` over the best of `hexgen` and `hexgen2`, and ``turns_over_hetis`` is ``turns_bound`` over the value of
+`hetis`: below 1, taking turns would not help `hexgen3` past what `hetis` serves without.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 
 from benchmarks.measuring import rows
 from benchmarks.measuring.by_strategy import FAILED, answer
-from benchmarks.measuring.instances import example, fleet, problem
+from benchmarks.measuring.instances import fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.solver.budget import Budget, silent
 from hetis.solver.cluster import Cluster, Link, Network
@@ -40,6 +42,12 @@ from hetis.solver.problem import PlacementProblem
 BESIDE = ("hexgen", "hexgen2", "hexgen3", "hetis")
 LENGTHS = ("1024/256", "8000/300", "500/2000")
 TPOT_LIMITS_S = (None, 0.1)
+QUICK_NETWORK = Network(default=Link(bytes_per_s=5e10, latency_s=5e-6))
+RANDOM_CASES = 40
+STRONG = ("H200-SXM-141GB", "H100-SXM-80GB", "A100-SXM-80GB", "L40S")
+BETWEEN = ("A100-PCIe-40GB", "L40S")
+WEAK = ("H20", "RTX-A6000", "V100-SXM2-32GB", "RTX-3090", "T4", "P100-PCIe-12GB")
+MODELS = ("Llama-3.1-8B", "Llama-3.1-70B", "Qwen3-32B", "Mixtral-8x7B")
 TIME_LIMIT_S = 8.0
 GAP = 0.001
 
@@ -65,27 +73,49 @@ def cases(*, quick: bool) -> Iterator[Case]:
     for name, cluster, model in list(_fleets())[: 1 if quick else None]:
         for tpot_s in TPOT_LIMITS_S[: 1 if quick else None]:
             for lengths in LENGTHS[: 1 if quick else None]:
-                limit = "no limit" if tpot_s is None else f"TPOT {1e3 * tpot_s:g} ms"
                 objective = Objective(ttft_limit_s=None, tpot_limit_s=tpot_s)
                 posed = problem(cluster, model=model, workload=lengths, objective=objective)
-                yield Case(name=f"{name}, {lengths}, {limit}", problem=posed)
+                yield Case(name=f"{name}, {lengths}, {_limit(tpot_s)}", problem=posed)
+    if not quick:
+        yield from map(_random_case, range(RANDOM_CASES))
+
+
+def _random_case(seed: int) -> Case:
+    """Return two or three kinds of nodes, a model, lengths, a limit and a network."""
+    random = np.random.default_rng(seed)
+    nodes = [(1, int(random.choice((2, 4))), str(random.choice(STRONG)))]
+    nodes.append((int(random.integers(1, 3)), 4, str(random.choice(WEAK))))
+    if random.random() < 0.5:
+        nodes.append((1, int(random.choice((2, 4))), str(random.choice(BETWEEN))))
+    model, lengths = str(random.choice(MODELS)), str(random.choice((*LENGTHS, "16000/1000")))
+    tpot_s = (None, 0.1, 0.05)[int(random.integers(3))]
+    described = " + ".join(f"{count * each} {gpu.split('-')[0]}" for count, each, gpu in nodes)
+    cluster, links = fleet(described, *nodes), ""
+    if random.random() < 0.5:
+        cluster, links = replace(cluster, network=QUICK_NETWORK), ", 400 Gb/s"
+    posed = problem(cluster, model=model, workload=lengths, objective=Objective(ttft_limit_s=None, tpot_limit_s=tpot_s))
+    return Case(name=f"random {seed}: {described}, {model}{links}, {lengths}, {_limit(tpot_s)}", problem=posed)
+
+
+def _limit(tpot_s: float | None) -> str:
+    return "no limit" if tpot_s is None else f"TPOT {1e3 * tpot_s:g} ms"
 
 
 def _fleets() -> Iterator[tuple[str, Cluster, str]]:
-    yield (
-        "4 H100 + 8 P100",
-        fleet("4 H100 + 8 P100", (1, 4, "H100-SXM-80GB"), (2, 4, "P100-PCIe-12GB")),
-        "Llama-3.1-70B",
-    )
-    yield "2 H100 + 8 L4", example("h100-l4"), "Llama-3.1-70B"
-    yield "4 H100 + 4 RTX 3090", fleet("4 H100 + 4 3090", (1, 4, "H100-SXM-80GB"), (1, 4, "RTX-3090")), "Llama-3.1-70B"
-    quick_links = Network(default=Link(bytes_per_s=5e10, latency_s=5e-6))
-    for name, network in (("", None), (", 400 Gb/s", quick_links)):
-        small = fleet("4 L40S + 4 H20", (1, 4, "L40S"), (1, 4, "H20"))
-        large = fleet("8 L40S + 4 H20", (2, 4, "L40S"), (1, 4, "H20"))
-        yield f"4 L40S + 4 H20{name}", replace(small, network=network or small.network), "Llama-3.1-70B"
-        yield f"8 L40S + 4 H20, MoE{name}", replace(large, network=network or large.network), "Mixtral-8x22B"
-    yield "8 H100", fleet("8 H100", (1, 8, "H100-SXM-80GB")), "Llama-3.1-70B"
+    """Yield fleets, and the model of each."""
+    dense, moe = "Llama-3.1-70B", "Mixtral-8x22B"
+    for name, nodes, model in (
+        ("4 H100 + 8 P100", ((1, 4, "H100-SXM-80GB"), (2, 4, "P100-PCIe-12GB")), dense),
+        ("2 H100 + 8 L4", ((1, 2, "H100-SXM-80GB"), (2, 4, "L4")), dense),
+        ("4 H100 + 4 RTX 3090", ((1, 4, "H100-SXM-80GB"), (1, 4, "RTX-3090")), dense),
+        ("8 H100", ((1, 8, "H100-SXM-80GB"),), dense),
+    ):
+        yield name, fleet(name, *nodes), model
+    for num_nodes, model in ((1, dense), (2, moe)):
+        name = f"{4 * num_nodes} L40S + 4 H20, {model}"
+        cluster = fleet(name, (num_nodes, 4, "L40S"), (1, 4, "H20"))
+        yield name, cluster, model
+        yield f"{name}, 400 Gb/s", replace(cluster, network=QUICK_NETWORK), model
 
 
 def compare(case: Case) -> Row:
