@@ -179,7 +179,15 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
         tokens_per_iteration=1.0 + accepted(settings.draft_tokens),
         layers=point.model.num_layers,
     )  # fmt: skip
-    ttft_s, tpot_s = closed_loop(load, engine, timing.seconds, point.model.attended_tokens)
+
+    def seconds(
+        decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
+    ) -> float:
+        """Return the seconds of an iteration in which every copy has the same to do."""
+        others = (point.copies - 1) * (decoding + chunk_tokens)
+        return timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
+
+    ttft_s, tpot_s = closed_loop(load, engine, seconds, point.model.attended_tokens)
     answer_s = ENGINES[point.engine].answer_s
     return Outcome(point=point, ttft_s=ttft_s + answer_s, tpot_s=tpot_s, seats=seats)
 
@@ -205,14 +213,15 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
     )
     link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)
     shape = StageShape(
-        gpu=point.gpu, tp=point.tp, copies=1, layers=model.num_layers - model.prefix_layers, intra_link=link,
+        gpu=point.gpu, tp=point.tp, copies=point.copies, layers=model.num_layers - model.prefix_layers, intra_link=link,
         hop_link=link,
     )  # fmt: skip
     moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
     setting = Setting(
-        problem=problem, moments=moments, micro_batch=point.requests, in_flight=1, chunk_tokens=chunk_tokens
+        problem=problem, moments=moments, micro_batch=point.requests, in_flight=point.copies, chunk_tokens=chunk_tokens,
+        attention_dp=point.copies,
     )  # fmt: skip
-    timing = StageTiming(problem, shape, is_first=True, is_last=True)
+    timing = StageTiming(problem, shape, is_first=True, is_last=True, attention_dp=point.copies)
     room = room_bytes(point, setting, shape, timing)
     per_token = model.num_layers * head_groups_per_rank(model, point.tp) * model.kv_bytes_per_token_group()
     held = model.cached_tokens(lengths.prompt_tokens + lengths.output_tokens / 2)
@@ -255,7 +264,8 @@ def peer_answers(python: str, points: Sequence[ServingPoint]) -> Peer:
     Raises:
         SystemExit: it cannot be started.
     """
-    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))  # each key loads its tables
+    # Each key loads its tables; parallel sizes as they were, and requests of one copy.
+    ordered = sorted(points, key=lambda point: (point.gpu, point.engine, point.label))
     asked = "\n".join(json.dumps(dict(point.row) | beside_row(point)) for point in ordered)
     try:
         done = subprocess.run([python, str(PEER)], input=asked, capture_output=True, text=True, check=True)
@@ -273,6 +283,9 @@ def beside_row(point: ServingPoint) -> dict[str, str | float]:
     """Return what published settings add to a row: 8-bit KV, and tokens that are drafted and accepted."""
     drafts = point.settings.draft_tokens
     kv: dict[str, str | float] = {"kvcache_quant_mode": "fp8"} if point.model.kv_bytes == 1.0 else {}
+    if point.copies > 1:
+        kv |= {"tp_size": str(point.tp), "attention_dp_size": str(point.copies), "batch_size": str(point.requests)}
+        kv |= {"moe_tp_size": "1", "moe_ep_size": str(point.tp * point.copies)}
     return kv | ({"nextn": drafts, "nextn_accepted": accepted(drafts)} if drafts else {})
 
 

@@ -33,6 +33,7 @@ MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
+_NAMED_RANKS, _NAMED_REQUESTS = re.compile(r"_tp(\d+)(?:_0)?_ep(\d+)"), re.compile(r"_c(\d+)_")
 _QUANTISED_ENDING = re.compile(r"-(FP8|NVFP4|FP4|MXFP4)$", re.IGNORECASE)
 _FORMATS = {"fp8": "fp8", "fp8_block": "fp8", "nvfp4": "nvfp4", "fp4": "nvfp4", "mxfp4": "mxfp4", "bf16": "bfloat16"}
 COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silicon_ttft_ms", "silicon_tpot_ms")
@@ -40,7 +41,10 @@ COLUMNS = ("id", "backend", "model_path", "system", "mode", "isl", "osl", "silic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPoint:
-    """A posed row: ``requests`` in flight on one replica of ``tp`` GPUs."""
+    """A posed row: ``requests`` in flight on one replica of ``tp`` GPUs, or on each of its ``copies`` of so many.
+
+    Copies share their experts and iterate together (attention data parallelism).
+    """
 
     row: Mapping[str, str]
     gpu: str
@@ -55,6 +59,7 @@ class ServingPoint:
     shortest: float  # lengths are uniform between this share of the stated ones and all of it
     settings: Settings
     has_whole_experts: bool  # each rank has some of the experts, and not slices of all
+    copies: int = 1
     ttft_s: float
     tpot_s: float
 
@@ -120,25 +125,24 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
         raise NotPosedError("prefill and decode on GPUs of their own: the numbers of workers are not recorded")
     if row["backend"] not in MIXES:
         raise NotPosedError(f"the settings of engine {row['backend']} are not known")
-    tp, requests = _whole(row, "tp_size"), _requests(row)
-    if _whole(row, "attention_dp_size", 1) > 1:
-        raise NotPosedError("attention data parallelism beside shared experts is no stage shape of the model")
+    tp, copies = _ranks(row)
+    requests = _requests(row, copies)
     if _whole(row, "pp_size", 1) > 1:
         raise NotPosedError("pipeline stages: the layers of each are not recorded")
-    if tp > NODE_GPUS:
+    if tp * copies > NODE_GPUS:
         raise NotPosedError(f"tensor parallelism over more than a node of {NODE_GPUS} GPUs")
     gpu = catalogue_name(row["system"])
     if gpu is None:
         raise NotPosedError(f"the catalogue does not know the GPU {row['system']}")
     model, label = _model(row), row["model_path"].rpartition("/")[2]
-    if rank_shape(model, tp) is None:
+    if rank_shape(model, tp, copies) is None:
         raise NotPosedError("the model's heads cannot be shared by so many ranks")
     prompt_tokens, output_tokens = _whole(row, "isl"), _whole(row, "osl")
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
     settings = Settings()
     if inferencex:
         run = Run(
-            engine=row["backend"], image=_image(row), model=label, gpu=gpu, precision=row["precision"], tp=tp,
+            engine=row["backend"], image=_image(row), model=label, gpu=gpu, precision=row["precision"], tp=tp * copies,
             requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         )  # fmt: skip
         settings = settings_of(run)
@@ -150,7 +154,7 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
         mode=row["mode"], tp=tp, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
         shortest=LENGTH_RATIO if inferencex else drift, settings=settings,
         has_whole_experts=model.moe is not None and _whole(row, "moe_ep_size", 1) > 1,
-        ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
+        copies=copies, ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
     )  # fmt: skip
 
 
@@ -197,8 +201,29 @@ def _named_model(name: str) -> ModelSpec:
     return model_from_config(json.loads(text), source, name=short)
 
 
-def _requests(row: Mapping[str, str]) -> int:
-    """Return the requests in flight on the replica; the source's number counts all replicas of a run."""
+def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
+    """Return the tensor-parallel ranks of a copy, and the copies that share their experts.
+
+    Some dumps multiply parallel sizes twice where attention is data-parallel (the same measurement has 8 copies in one
+    of them and 64 in another): the run's own name has the GPUs, and each of them is a copy.
+    """
+    tp = _whole(row, "tp_size")
+    if _whole(row, "attention_dp_size", 1) == 1:
+        return tp, 1
+    named = _NAMED_RANKS.search(row["id"])
+    gpus, experts = (int(named[1]), int(named[2])) if named else (tp, tp)
+    if experts != gpus:
+        raise NotPosedError("attention data parallelism beside experts that all ranks slice is no stage shape")
+    return 1, gpus
+
+
+def _requests(row: Mapping[str, str], copies: int) -> int:
+    """Return the requests in flight on each copy; the source's other number counts all replicas of a run."""
+    if copies > 1:
+        named = _NAMED_REQUESTS.search(row["id"])
+        if named is None:
+            raise NotPosedError("requests in flight are not recorded")
+        return max(1, int(named[1]) // copies)
     if row.get("batch_size"):
         return _whole(row, "batch_size")
     found = re.search(r"silicon_concurrency=(\d+)", row.get("silicon_data_source", ""))

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache
 
+from scipy.integrate import quad
+
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
@@ -51,19 +53,31 @@ def divides(model: ModelSpec, n: int) -> bool:
     return model.q_heads % n == 0 and (G % n == 0 or n % G == 0)
 
 
+@cache
+def greatest_of(d: int) -> float:
+    """The mean of the greatest of d standard normal numbers: of 1 - P(all <= x) over x > 0, less that of x < 0."""
+
+    def all_below(x: float) -> float:
+        return (0.5 * math.erfc(-x / math.sqrt(2))) ** d
+
+    value, error = quad(lambda x: 1 - all_below(x) - all_below(-x), 0, 12, epsabs=1e-13, epsrel=1e-13)
+    assert error < 1e-10
+    return float(value)
+
+
 def groups_of_rank(model: ModelSpec, n: int) -> int:
     """Gr"""
     return max(1, model.head_groups // n)
 
 
 class Numbers:
-    """Everything the document says of a replica with one role, b, M and C."""
+    """Everything the document says of a replica with one role, b, M and C; d copies share their experts."""
 
-    def __init__(self, problem: PlacementProblem, *, role: Role, b: int, M: int, C: int) -> None:
+    def __init__(self, problem: PlacementProblem, *, role: Role, b: int, M: int, C: int, d: int = 1) -> None:
         workload = problem.workload.clipped_to(problem.model.max_position)
         self.problem, self.model, self.role = problem, problem.model, role
         self.moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
-        self.b, self.M, self.C = b, M, C
+        self.b, self.M, self.C, self.d = b, M, C, d
         Q, O = self.moments.mean_computed, self.moments.mean_output
         self.nc = Q / C if role is not Role.DECODE else 0.0
         draft = problem.model.draft
@@ -91,8 +105,10 @@ class Numbers:
             p.fixed_s + p.flop_s * F + p.byte_s * B + p.token_s * T + p.head_s * H + p.wire * W for p in found.pieces
         )
 
-    def dense(self, s: Stage, T: int, is_prefix: bool) -> float:
+    def dense(self, s: Stage, T: int, is_prefix: bool, all_T: float | None = None) -> float:
         m = self.model
+        if self.d > 1 and not is_prefix:
+            return self.shared_dense(s, T, self.d * T if all_T is None else all_T)
         active = m.dense_layer_params() if is_prefix else m.active_layer_params()
         touched = m.dense_layer_params() if is_prefix else m.touched_layer_params(T)
         apart = 0.0
@@ -106,6 +122,30 @@ class Numbers:
             active, touched = active - k * expert / m.moe.every, touched - read * expert / m.moe.every
         num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
         return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
+
+    def shared_dense(self, s: Stage, T: int, all_T: float) -> float:
+        """dense(T) of a layer whose routed experts are on the r = d n ranks of all copies, with T' tokens in all"""
+        m, n, r = self.model, s.tp, s.tp * self.d
+        assert m.moe is not None
+        E, k, j = m.moe.num_experts, m.moe.active_experts, m.moe.every
+        expert = (3 if m.gated_mlp else 2) * m.hidden * m.moe.expert_intermediate
+        F = 2 * all_T * k * expert / r**0.65
+        B = E * (1 - (1 - k / E) ** all_T) * expert * m.weight_bytes / r
+        rest = m.active_layer_params() - k * expert / j
+        own_F, own_B = 2 * T * rest / n, rest * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * T
+        half = all_T / 2 * m.hidden * m.activation_bytes
+        each = self.fit(
+            s.gpu, Op.ALL_REDUCE, r, B=half, W=2 * (r - 1) / r * half / s.intra_link.bytes_per_s, T=all_T / 2
+        )
+        exchange = 2 * (each + s.intra_link.latency_s) / j
+        if self.fit_of(s.gpu, Op.EXPERTS, n) is None:
+            return exchange + self.fit(s.gpu, Op.DENSE, n, F=own_F + F / j, B=own_B + B / j, T=T)
+        routed = self.fit(s.gpu, Op.EXPERTS, n, F=F, B=B, T=all_T) / j
+        return exchange + routed + self.fit(s.gpu, Op.DENSE, n, F=own_F, B=own_B, T=T)
+
+    def all_tokens(self) -> float:
+        """T' where at least one copy has a chunk"""
+        return self.d * (self.b * self.q + self.phi * self.C / (1 - (1 - self.phi) ** self.d))
 
     def reduce(self, s: Stage, T: int) -> float:
         if s.tp == 1:
@@ -129,6 +169,9 @@ class Numbers:
             return 0.0
         m = self.model
         y, rr = m.attended_tokens(self.moments.resident_context), m.q_heads / s.tp / groups_of_rank(m, s.tp)
+        if self.d > 1:
+            cv = self.moments.resident_context_sd / self.moments.resident_context
+            y *= 1 + greatest_of(self.d) * cv / math.sqrt(pairs / groups_of_rank(m, s.tp))
         q = queries or self.q
         rr *= q
         flops = m.decode_attention_flops(y, pairs * rr)
@@ -173,7 +216,8 @@ class Numbers:
         late = 0.0
         if s.pool is not None:
             late = max(0.0, self.ship(s, s.pool) + self.exchange(s, s.pool) - self.dense(s, both, False) - rest)
-        return self.dense(s, both, is_prefix) + rest + late
+        all_T = self.all_tokens() if self.d > 1 else None
+        return self.dense(s, both, is_prefix, all_T) + rest + late
 
     def wire(self, s: Stage) -> float:
         m, P = self.model, self.moments.mean_prompt
@@ -181,12 +225,12 @@ class Numbers:
         if self.role is Role.PREFILL:
             assert s.kv_link is not None
             B = self.C * m.head_groups * kvb + self.C / P * self.state(s) * s.tp
-            return P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
+            return self.d * P / self.C * self.message(s.gpu, s.tp, B, s.kv_link)
         if self.role is Role.UNIFIED:
             return 0.0
         given = s.pool.head_groups * s.tp if s.pool else 0
         B = P * (m.head_groups - given) * kvb + self.state(s) * s.tp
-        kept_s = self.message(s.gpu, s.tp, B, s.hop_link)
+        kept_s = self.d * self.message(s.gpu, s.tp, B, s.hop_link)
         return (
             max(kept_s, self.message(s.pool.gpu, 1, P * given * kvb / s.pool.cards, s.pool.link)) if s.pool else kept_s
         )
@@ -248,8 +292,10 @@ class Numbers:
     def slack(self, s: Stage, K: int) -> float:
         """sigma"""
         a = self.problem.assumptions
-        if self.M == 1:
+        if self.M == 1 or (self.d > 1 and self.role is Role.DECODE):
             return 0.0
+        if self.d > 1 and self.role is Role.PREFILL:
+            return greatest_of(self.d) * self.delta()
         full = self.M >= 2 * K
         if self.role is Role.DECODE or (self.role is Role.PREFILL and full):
             return a.full_slack
@@ -259,6 +305,8 @@ class Numbers:
         R = self.chunk(one) / self.plain(one)
         m = 1 + (R - 1) * self.phi
         E = R - (R - 1) * (1 - self.phi) ** self.M
+        if self.d > 1:
+            return E / m - 1
         least, factor = (a.full_slack, a.full_unevenness) if full else (a.tight_slack, a.tight_unevenness)
         return max(least, factor * (E / m - 1))
 
@@ -352,16 +400,25 @@ class Numbers:
             inner = max(inner, m.intermediate)
         table = m.vocab * m.hidden * m.embedding_bytes / n
         total = float(self.problem.profiles[s.gpu].reserve_bytes)
-        total += (self.b * self.q + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n)
-        total += s.layers * m.layer_params() * m.weight_bytes / n
+        gathered = 2 * self.d * m.hidden if self.d > 1 else 0
+        total += (self.b * self.q + self.C) * m.activation_bytes * (4 * m.hidden + 2 * inner / n + gathered)
+        total += s.layers * self.layer_params() * m.weight_bytes / n
         if is_first:
             total += table + m.prefix_layers * m.dense_layer_params() * m.weight_bytes / n
             total += m.vision_params * m.embedding_bytes / n
         if is_last:
             total += 4 * max(self.b * self.q, 1) * m.vocab / n + (0.0 if is_first and m.tie_embeddings else table)
             if m.draft:
-                total += (m.layer_params() + 2 * m.hidden**2) * m.weight_bytes / n
+                total += (self.layer_params() + 2 * m.hidden**2) * m.weight_bytes / n
         return total
+
+    def layer_params(self) -> float:
+        """Parameters of a layer on the ranks of one copy."""
+        m = self.model
+        if m.moe is None:
+            return m.layer_params()
+        routed = m.moe.num_experts * (3 if m.gated_mlp else 2) * m.hidden * m.moe.expert_intermediate / m.moe.every
+        return m.layer_params() - routed + routed / self.d
 
     def rank_bytes(self, s: Stage, *, is_first: bool, is_last: bool) -> float:
         kept, given = self.kept_and_given(s)
@@ -387,7 +444,7 @@ class Numbers:
         free = self.problem.profiles[s.gpu].usable_bytes - self.fixed_bytes(s, is_first=is_first, is_last=is_last)
         free -= layers * given * self.prompt_tokens(s.copies) * kvb if given else 0.0
         free -= self.state_bytes(s, is_first, is_last)
-        room = free / (layers * kept * kvb) if kept else math.inf
+        room = free / (layers * kept * kvb) if kept else math.copysign(math.inf, free)
         if s.pool is not None:
             profile = self.problem.profiles[s.pool.gpu]
             per_token = self.card_bytes_per_token(s, s.pool, is_first)

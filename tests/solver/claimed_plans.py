@@ -93,7 +93,7 @@ def plan_of(
     family = problem.family
     plan = Plan(
         strategy=family.name,
-        family=family.describe(),
+        family=family.describe(problem.model),
         result=result,
         objective=problem.objective,
         replicas=replicas,

@@ -42,6 +42,7 @@ class StageOption:
     device_class: DeviceClass
     shape: Stage  # layers and hop link to be filled in
     groups: tuple[tuple[DeviceClass, int], ...]  # (class, GPUs that must share a node), pool cards one by one
+    sharing: int = 1  # copies that share their experts
 
 
 Need = tuple[tuple[int, ...], ...]  # per class: sizes of the device groups, descending
@@ -228,16 +229,18 @@ def best_replica_in_precision(
     """The same for replicas of these stages, which have the problem's model in one precision."""
     replicas = dict[Wanted, BestReplica]()
     zones = {device_class.zone for device_class in nodes}
-    for role, b, M, C in iterations(problem):
-        setting = Numbers(problem, role=role, b=b, M=M, C=C)
+    for role, b, M, C, d in iterations(problem):
+        setting = Numbers(problem, role=role, b=b, M=M, C=C, d=d)
         engine = problem.family.engine
-        for span, alike in itertools.product(subsets(zones), alike_for_engine(problem, options, role, M)):
+        of_kind = [option for option in options if option.sharing == d]
+        groups = [of_kind] if d > 1 else alike_for_engine(problem, of_kind, role, M)
+        for span, alike in itertools.product(subsets(zones), groups):
             if len(span) > 1 and (role is not Role.UNIFIED or engine is not None):
                 continue
             for kv_zones in {span, tuple(sorted(zones))} if role is Role.PREFILL else {()}:
                 for need, replica in itertools.chain.from_iterable(
                     ReplicaSearch(problem, setting, nodes, alike, span, kv_zones, most_copies).all_replicas()
-                    for most_copies in fillings(problem, M)
+                    for most_copies in ((d,) if d > 1 else fillings(problem, M))
                 ):
                     gpus = frozenset(c.gpu for c, sizes in zip(nodes, need, strict=True) if sizes)
                     wanted = Wanted(
@@ -284,8 +287,8 @@ def alike_for_engine(
     yield from kinds.values()
 
 
-def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]]:
-    """Every (role, b, M, C) of the family."""
+def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int, int]]:
+    """Every (role, b, M, C, d) of the family; d copies that share their experts have an iteration in flight each."""
     family = problem.family
     for role in family.roles:
         batches = (0,) if role is Role.PREFILL else family.micro_batches
@@ -293,7 +296,8 @@ def iterations(problem: PlacementProblem) -> Iterator[tuple[Role, int, int, int]
         most = family.engine_settings.max_num_seqs
         for b, M, C in itertools.product(batches, family.in_flight, chunks):
             if most is None or M * max(b, 1) <= most:
-                yield role, b, M, C
+                yield role, b, M, C, 1
+                yield from ((role, b, d, C, d) for d in family.attention_dp_of(problem.model) if M == 1)
 
 
 def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -> Iterator[StageOption]:
@@ -305,6 +309,17 @@ def stage_options(problem: PlacementProblem, nodes: Mapping[DeviceClass, int]) -
             shape = Stage(gpu=own.gpu, tp=n, copies=c, layers=1, intra_link=own.intra_link, hop_link=own.nic)
             groups = ((own, n),) * c
             yield StageOption(device_class=own, shape=shape, groups=groups)
+            for d in family.attention_dp_of(model) if c == 1 else ():
+                if (
+                    n * d in family.tp_sizes
+                    and n * d <= own.per_node
+                    and model.moe
+                    and model.moe.num_experts % (n * d) == 0
+                ):
+                    shared = ((own, n * d),)
+                    yield StageOption(
+                        device_class=own, shape=replace(shape, copies=d), groups=shared, sharing=d
+                    )  # fmt: skip
             for other, p in itertools.product(nodes, range(1, family.max_pool // c + 1)):
                 if (
                     not model.heads_can_move
@@ -394,13 +409,15 @@ class ReplicaSearch:
                 continue
             for held in range(self.least_layers(begun), self.layers - begun.layers + 1):
                 done = begun.layers + held
+                if self.setting.d > 1 and held < self.layers:
+                    continue  # one stage
                 stage_s = self.stage_s(number, held, begun.layers == 0, done == self.layers)
                 fewest, most = self.extremes(begun, held)
                 if stage_s is None or most > fewest + 1 or not model.allowed_cut(model.prefix_layers + done):
                     continue
                 longer = Begun(layers=done, need=need, copies=begun.copies + copies, fewest=fewest, most=most)
                 u, chunk_s = stage_s
-                in_turn = self.setting.M == 1 and self.problem.family.engine is None
+                in_turn = self.setting.d == self.setting.M and self.problem.family.engine is None
                 uneven = chunk_s * self.setting.n_it / u if in_turn else chunk_s / copies
                 yield longer, (max(times[0], u / copies), times[1] + u, max(times[2], uneven))
 
@@ -450,11 +467,11 @@ class ReplicaSearch:
         trip_s, M = limit_s / setting.ttft_round_trips(), setting.M
         if self.problem.family.engine is not None:
             return chunk * M <= trip_s * (1 + 1e-9)
-        if M == 1:
+        if setting.d == M:
             level = 1.0
             while level < chunk * (1 - 1e-9):
                 level *= 1.25
-            return t_s * level <= trip_s * setting.n_it * (1 + 1e-9)
+            return t_s * level * M <= trip_s * setting.n_it * (1 + 1e-9)
         return chunk * (M // 2 if 2 * copies <= M else M) <= trip_s * (1 + 1e-9)
 
     def stage_s(self, number: int, layers: int, is_first: bool, is_last: bool) -> tuple[float, float] | None:

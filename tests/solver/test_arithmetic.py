@@ -146,16 +146,18 @@ class Drawn:
     stage: Stage
     is_first: bool
     is_last: bool
+    d: int = 1  # copies that share their experts
 
     @property
     def numbers(self) -> Numbers:
-        return Numbers(self.problem, role=self.role, b=self.b, M=self.M, C=self.C)
+        return Numbers(self.problem, role=self.role, b=self.b, M=self.M, C=self.C, d=self.d)
 
     @property
     def setting(self) -> Setting:
-        return Rederivation(self.problem).setting(
+        setting = Rederivation(self.problem).setting(
             micro_batch=self.b, in_flight=self.M, chunk_tokens=self.C, role=self.role
         )
+        return replace(setting, attention_dp=self.d)
 
     @property
     def shape(self) -> StageShape:
@@ -202,15 +204,18 @@ def drawn(draw: st.DrawFn) -> Drawn:
         gpu="A", tp=tp, copies=draw(st.integers(1, 3)), layers=draw(st.integers(1, 3)), intra_link=draw(links),
         hop_link=draw(links), pool=pool, kv_link=draw(links) if role is Role.PREFILL else None,
     )  # fmt: skip
+    shared = [d for d in (2, 4, 8) if model.moe is not None and d * tp <= 8 and pool is None]
+    d = draw(st.sampled_from([1, *shared]))
     return Drawn(
         problem,
         role,
         b=0 if role is Role.PREFILL else draw(st.sampled_from([1, 3, 16])),
-        M=draw(st.sampled_from([1, 2, 5, 8])),
+        M=draw(st.sampled_from([1, 2, 5, 8])) if d == 1 else d,
         C=0 if role is Role.DECODE else draw(st.sampled_from([48, 256])),
-        stage=stage,
-        is_first=draw(st.booleans()),
-        is_last=draw(st.booleans()),
+        stage=stage if d == 1 else replace(stage, copies=d),
+        is_first=d > 1 or draw(st.booleans()),
+        is_last=d > 1 or draw(st.booleans()),
+        d=d,
     )
 
 
@@ -267,6 +272,8 @@ def test_the_simulator_takes_the_mean_iteration_for_as_long(one: Drawn) -> None:
         return  # what is late is the mean over all layers there
     model, moments, b, C = one.problem.model, numbers.moments, one.b, one.C
     steps = model.emitted_tokens
+    if one.d > 1:
+        return  # the mean over what the copies have at once; see tests/simulator/test_lockstep.py
     found = StageTiming(one.problem, one.shape, **ends, steps=steps)
     a = moments.prefill_pairs / moments.mean_computed
     read = model.attended_tokens(a)
@@ -299,11 +306,16 @@ def templates(draw: st.DrawFn) -> tuple[PlacementProblem, Atlas, Template]:
     configuration = draw(st.sampled_from(configurations(atlas)))
     scope, mix = atlas.scopes[configuration.scope], atlas.mixes[configuration.mix]
     t, model = scope.tables, problem.model
-    ranks = [s for s, (i, _) in enumerate(atlas.ranks) if atlas.classes[i].zone in scope.zones]
+    ranks = [
+        s
+        for s, (i, _) in enumerate(atlas.ranks)
+        if atlas.classes[i].zone in scope.zones and atlas.rank_dp[s] == mix.attention_dp
+    ]
     stages = []
-    for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)])):
+    alone = mix.attention_dp > 1
+    for layers in draw(st.sampled_from([(4 - model.prefix_layers,), (2, 2)][: 1 if alone else 2])):
         s = draw(st.sampled_from(ranks))
-        stage = TemplateStage(s, draw(st.integers(1, 2)), layers)
+        stage = TemplateStage(s, 1 if alone else draw(st.integers(1, 2)), layers)
         pools = [q for q in range(len(atlas.classes)) if t.pool_start[s, q] >= 0]
         if mix.role is not Role.PREFILL and pools and draw(st.booleans()):
             cards, groups = draw(st.sampled_from(atlas.pool_sizes)), draw(st.integers(1, int(t.rank_groups[s])))
@@ -317,12 +329,13 @@ def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[
     """Return the same replica in the document's terms."""
     network, mix = problem.cluster.network, atlas.mixes[template.mix]
     zones = atlas.scopes[template.scope].zones
-    M = problem.family.in_flight[template.in_flight_index]
-    numbers = Numbers(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens)
+    d = mix.attention_dp
+    M = problem.family.in_flight[template.in_flight_index] * d
+    numbers = Numbers(problem, role=mix.role, b=mix.micro_batch, M=M, C=mix.chunk_tokens, d=d)
     between = [network.zone_link(x, y) for x in zones for y in zones]
     stages = []
     for one in template.stages:
-        own, tp = atlas.classes[atlas.ranks[one.rank][0]], atlas.ranks[one.rank][1]
+        own, tp = atlas.classes[atlas.ranks[one.rank][0]], atlas.ranks[one.rank][1] // d
         nics = {group.name: group.nic or network.default for group in problem.cluster.node_groups}
         nic = nics[own.groups[0].name]
         board = problem.cluster.gpu_types[own.gpu]
@@ -336,7 +349,7 @@ def named(problem: PlacementProblem, atlas: Atlas, template: Template) -> tuple[
             pool = Pool(gpu=other.gpu, cards=one.pool_cards, head_groups=one.pool_groups, link=link)
         stages.append(
             Stage(
-                gpu=own.gpu, tp=tp, copies=one.copies, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
+                gpu=own.gpu, tp=tp, copies=one.copies * d, layers=one.layers, intra_link=intra, hop_link=hop, pool=pool,
                 kv_link=slowest([hop, *far]) if mix.role is Role.PREFILL else None,
             )
         )  # fmt: skip
@@ -349,7 +362,9 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, At
     numbers, stages = named(*found)
     last = len(stages) - 1
     seconds = search.times_of(template, search.stage_seconds(atlas, template))
-    expected = [numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) for i, s in enumerate(stages)]
+    expected = [
+        numbers.stage_seconds(s, is_first=i == 0, is_last=i == last) / numbers.d for i, s in enumerate(stages)
+    ]  # of copies that iterate together, the part of each
     assert seconds == [near(value) for value in expected]
     if numbers.role is Role.UNIFIED:
         chunks = search.times_of(template, search.chunk_stage_seconds(atlas, template))
@@ -358,7 +373,7 @@ def test_the_search_tabulates_the_same_seconds(found: tuple[PlacementProblem, At
         ]
     t_floor = atlas.scopes[template.scope].tables.t_floor
     assert search.interval_of(atlas, template) == near(max(numbers.interval(stages), t_floor))
-    mix, M = atlas.mixes[template.mix], numbers.M
+    mix, M = atlas.mixes[template.mix], numbers.M // numbers.d
     assert cost.tpot_per_interval(atlas.moments, mix, M) == near(numbers.tpot_per_t())
     assert cost.ttft_round_trips(atlas.moments, problem.assumptions, mix, M) == near(numbers.ttft_round_trips())
     if mix.role is Role.PREFILL:

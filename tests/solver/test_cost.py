@@ -19,8 +19,8 @@ from tests.solver.instances import make_model
 from tests.solver.test_arithmetic import Drawn, drawn, near
 
 
-def card(one: Drawn, gpu: str, tp: int) -> cost.DeviceCost:
-    shape = cost.rank_shape(one.problem.model, tp)
+def card(one: Drawn, gpu: str, tp: int, attention_dp: int = 1) -> cost.DeviceCost:
+    shape = cost.rank_shape(one.problem.model, tp, attention_dp)
     assert shape is not None
     return cost.DeviceCost(
         one.problem.model, one.problem.profiles[gpu], one.numbers.moments, shape, one.stage.intra_link
@@ -28,13 +28,19 @@ def card(one: Drawn, gpu: str, tp: int) -> cost.DeviceCost:
 
 
 def mix_of(one: Drawn) -> cost.Mix:
-    return cost.mix_of(one.problem.model, one.numbers.moments, micro_batch=one.b, chunk_tokens=one.C)
+    return cost.mix_of(
+        one.problem.model, one.numbers.moments, micro_batch=one.b, chunk_tokens=one.C, attention_dp=one.d
+    )  # fmt: skip
 
 
 @given(drawn(), st.integers(1, 700))
 def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
     numbers, s, link = one.numbers, one.stage, one.stage.hop_link
-    rank = card(one, s.gpu, s.tp)
+    rank = card(one, s.gpu, s.tp, one.d)
+    all_tokens = mix_of(one).all_tokens
+    if one.d > 1:
+        assert all_tokens == near(numbers.all_tokens())
+    assert rank.dense_s(float(tokens), all_tokens=all_tokens) == near(numbers.dense(s, tokens, False, all_tokens))
     assert rank.dense_s(float(tokens)) == near(numbers.dense(s, tokens, False))
     assert rank.dense_s(float(tokens), prefix_layer=True) == near(numbers.dense(s, tokens, True))
     assert rank.reduce_s(float(tokens)) == near(numbers.reduce(s, tokens))
@@ -55,7 +61,8 @@ def test_one_layer_takes_as_long(one: Drawn, tokens: int) -> None:
 
 @given(drawn())
 def test_arrays_cost_what_their_elements_cost(one: Drawn) -> None:
-    rank, link, tokens = card(one, one.stage.gpu, one.stage.tp), one.stage.hop_link, np.array([0.0, 1.0, 17.0, 300.0])
+    rank, link = card(one, one.stage.gpu, one.stage.tp, one.d), one.stage.hop_link
+    tokens = np.array([0.0, 1.0, 17.0, 300.0])
     for cost_of in (
         rank.dense_s, rank.reduce_s, rank.prefill_s, rank.step_s, rank.head_s, rank.logit_bytes, rank.activation_bytes,
         lambda t: rank.transfer_s(t, link), lambda t: rank.hop_s(t, link), lambda t: rank.decode_attention_s(t, 2),
@@ -91,9 +98,11 @@ def test_attention_workers_take_as_long(one: Drawn) -> None:
 @given(drawn())
 def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
     numbers, s, model, moments = one.numbers, one.stage, one.problem.model, one.numbers.moments
-    rank, mix, assumed = card(one, s.gpu, s.tp), mix_of(one), one.problem.assumptions
-    assert (mix.chunk_iterations, mix.plain_iterations) == (near(numbers.nc), near(numbers.nd))
-    assert (mix.iterations, mix.chunk_share) == (near(numbers.n_it), near(numbers.phi))
+    rank, mix, assumed = card(one, s.gpu, s.tp, one.d), mix_of(one), one.problem.assumptions
+    own = mix.of_a_copy()
+    assert (own.chunk_iterations, own.plain_iterations) == (near(numbers.nc), near(numbers.nd))
+    assert (own.iterations, own.chunk_share) == (near(numbers.n_it), near(numbers.phi))
+    assert (mix.iterations, mix.chunk_share) == (near(numbers.n_it / one.d), near(numbers.phi))
     assert mix.role is one.role
     assert not mix.sends_afar
     held = numbers.held(s.copies)
@@ -106,8 +115,8 @@ def test_memory_and_latencies_are_the_same(one: Drawn) -> None:
         * (numbers.layers_of(s, one.is_first) + numbers.drafting(one.is_last))
     )
     assert states == near(numbers.state_bytes(s, one.is_first, one.is_last))
-    assert cost.tpot_per_interval(moments, mix, one.M) == near(numbers.tpot_per_t())
-    assert cost.ttft_round_trips(moments, assumed, mix, one.M) == near(numbers.ttft_round_trips())
+    assert cost.tpot_per_interval(moments, mix, one.M // one.d) == near(numbers.tpot_per_t())
+    assert cost.ttft_round_trips(moments, assumed, mix, one.M // one.d) == near(numbers.ttft_round_trips())
     fixed = one.problem.profiles[s.gpu].reserve_bytes + rank.activation_bytes(float(mix.decode_tokens + one.C))
     fixed += s.layers * rank.layer_bytes()
     if one.is_first:
@@ -127,6 +136,8 @@ def test_slack_is_the_same(one: Drawn, num_copies: int) -> None:
     assert spread == near(numbers.delta())
     of_role = cost.regimes(one.problem.assumptions, one.role, spread)
     regime = cost.regime_of(of_role, in_flight=one.M, num_copies=num_copies)
+    if one.d > 1:
+        regime = cost.regime_together(one.role, spread, one.d)
     uneven = 0.0
     if one.role is Role.UNIFIED:
         R, phi = numbers.chunk(replace(s, layers=1)) / numbers.plain(replace(s, layers=1)), numbers.phi

@@ -12,6 +12,7 @@ from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
@@ -42,16 +43,13 @@ def assert_adds_up(plan: Plan, problem: PlacementProblem) -> Explanation:
     """Every total is what the checker derives, every bar as long as its card."""
     explanation = explain_plan(plan, problem)
     rederivation, fleet = Rederivation(problem), Fleet.of(problem.cluster)
+    workload = problem.workload.clipped_to(problem.model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
     numbers = list(dict.fromkeys(part.replica for part in explanation.stage_times))
     assert len(explanation.bottlenecks) == len(numbers)
     for number in numbers:
         shape = replica_shape(plan.replicas[number], problem, fleet)
-        setting = rederivation.setting(
-            micro_batch=shape.micro_batch,
-            in_flight=shape.in_flight,
-            chunk_tokens=shape.chunk_tokens,
-            role=shape.role,
-        )
+        setting = Setting.of(problem, moments, shape)
         times = [part for part in explanation.stage_times if part.replica == number]
         last = len(shape.stages) - 1
         for i, (part, stage) in enumerate(zip(times, shape.stages, strict=True)):

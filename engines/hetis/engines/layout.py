@@ -72,15 +72,17 @@ class Layout:
 
     Attributes:
         role: its role: unified, prefill or decode.
-        tensor_parallel: ranks of every stage.
+        tensor_parallel: ranks of every stage, in each of the data-parallel copies.
+        data_parallel: copies that share their experts, each of which has its own requests; 1 without expert
+            parallelism.
         layers: number of the model's layers in each stage.
         servers: processes of the engine, the one with the scheduler first.
         attention_workers: processes that hold KV.
         workers: the same, as the scheduler sees them.
         micro_batch: requests that decode in one iteration; 0 for a prefill replica.
-        seats: maximum number of concurrent requests.
-        chunk_tokens: prompt tokens per iteration; 0 for a decode replica.
-        kv_tokens: KV capacity in tokens.
+        seats: maximum number of concurrent requests, of each data-parallel copy.
+        chunk_tokens: prompt tokens per iteration, of each data-parallel copy; 0 for a decode replica.
+        kv_tokens: KV capacity in tokens, of each data-parallel copy.
         kv_is_fp8: KV has one byte per number, otherwise as many as the model's numbers.
         has_windows_in_some: layers with a sliding window and layers without have KV of their own kinds.
         draft_tokens: tokens that multi-token prediction drafts for a request in an iteration.
@@ -104,6 +106,7 @@ class Layout:
     draft_tokens: int = 0
     context_tokens: int | None = None
     dtype: str = "auto"
+    data_parallel: int = 1
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -142,7 +145,8 @@ class _Room:
     def of(cls, kv_tokens: int, replica: ReplicaPlan, model: ModelSpec, dtype: str) -> _Room:
         numbers = model.kv_bytes_per_token_group() / model.kv_bytes
         each = 1 if _is_fp8(model, dtype) else DTYPE_BYTES[dtype]
-        requests = (replica.micro_batch + 1) * replica.in_flight  # those that decode, and a prompt for each batch
+        # Those that decode, and a prompt for each batch.
+        requests = (replica.micro_batch + 1) * replica.in_flight // replica.attention_dp
         return cls(
             pages=-(-kv_tokens // PAGE_TOKENS),
             page_bytes=round(PAGE_TOKENS * numbers) * each,
@@ -257,7 +261,8 @@ def layout_of_replica(
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
     """
-    kv_tokens = kv_tokens or replica.kv_tokens
+    copies = replica.attention_dp
+    kv_tokens = (kv_tokens or replica.kv_tokens) // copies
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]
@@ -287,7 +292,7 @@ def layout_of_replica(
         ),
         micro_batch=replica.micro_batch,
         # A prefill replica has one prompt in each iteration.
-        seats=max(replica.micro_batch, 1) * replica.in_flight,
+        seats=max(replica.micro_batch, 1) * replica.in_flight // copies,
         chunk_tokens=replica.chunk_tokens,
         kv_tokens=kv_tokens,
         kv_is_fp8=_is_fp8(model, dtype),
@@ -295,6 +300,7 @@ def layout_of_replica(
         has_windows_in_some=0.0 < model.sliding_share < 1.0,
         context_tokens=room.context_tokens if room.context_tokens < model.max_position else None,
         dtype=common_dtype({stage.gpu for one in (replica, *partners) for stage in one.stages}),
+        data_parallel=copies,
     )
 
 
@@ -428,14 +434,15 @@ def _impossible_stage(
     pools = [pool for pool in replica.attention_workers if pool.stage == number]
     named = (*stage.devices, *(device for pool in pools for device in pool.devices))
     yield from (f"device {name!r} must be NODE/INDEX, such as gpu2/0" for name in named if not _DEVICE.fullmatch(name))
-    if stage.copies > 1:
+    if stage.copies > 1 and not replica.expert_parallel:
         yield f"it has {stage.copies} copies, {engine.program} has one of each stage"
     if stage.tp != replica.stages[0].tp:
         ranks = f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}"
         yield f"{ranks}, {engine.program} has as many in every stage"
-    nodes = dict.fromkeys(node_of(device) for device in stage.devices[: stage.tp])
+    (first, *_) = replica.groups(stage)
+    nodes = dict.fromkeys(map(node_of, first))
     if len(nodes) > 1:
-        yield f"it is on several nodes, must be on one: {', '.join(stage.devices[: stage.tp])}"
+        yield f"it is on several nodes, must be on one: {', '.join(first)}"
     if model.q_heads % stage.tp or (model.kv_heads % stage.tp and stage.tp % model.kv_heads):
         yield f"{stage.tp} ranks do not divide {model.q_heads} query heads and {model.kv_heads} KV heads"
         return

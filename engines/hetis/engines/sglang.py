@@ -12,22 +12,26 @@ SERVE = ("sglang", "serve")
 
 def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Meeting) -> tuple[str, ...]:
     """Return program and options of one process of SGLang."""
-    stages = len(layout.layers)
+    # With attention data parallelism SGLang divides ranks, requests and chunks by the number of copies.
+    stages, copies = len(layout.layers), layout.data_parallel
     told = {"--model-path": serving.model}
     if serving.served_name:
         told["--served-model-name"] = serving.served_name
-    if layout.tensor_parallel > 1:
-        told["--tp-size"] = str(layout.tensor_parallel)
+    if layout.tensor_parallel * copies > 1:
+        told["--tp-size"] = str(layout.tensor_parallel * copies)
+    if copies > 1:
+        told |= {"--dp-size": str(copies), "--ep-size": str(layout.tensor_parallel * copies)}
+        told["--enable-dp-attention"] = ""
     if stages > 1:
         told["--pp-size"] = str(stages)
     if len(layout.servers) > 1:
         told |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
         told["--dist-init-addr"] = joined(meeting.host, meeting.port)
-    told["--max-running-requests"] = str(layout.seats)
+    told["--max-running-requests"] = str(layout.seats * copies)
     if stages > 1 and layout.micro_batch:
         told["--pp-max-micro-batch-size"] = str(layout.micro_batch)
     if layout.chunk_tokens:
-        told["--chunked-prefill-size"] = str(layout.chunk_tokens)
+        told["--chunked-prefill-size"] = str(layout.chunk_tokens * copies)
     if (dtype := serving.dtype_of(layout.dtype)) != "auto":
         told["--dtype"] = dtype
     if layout.kv_is_fp8:
@@ -44,5 +48,5 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told |= {"--disaggregation-mode": layout.role.value, "--disaggregation-transfer-backend": "nixl"}
     if layout.role is Role.PREFILL:
         told["--disaggregation-bootstrap-port"] = str(meeting.kv_port)
-    words = [word for name, value in told.items() if not serving.gives(name) for word in (name, value)]
+    words = [word for name, value in told.items() if not serving.gives(name) for word in (name, value) if word]
     return (*serving.program, *words, "--enable-metrics", *serving.options)

@@ -62,6 +62,8 @@ def shape_options(layout: Layout, *, executor: str = "mp") -> dict[str, str]:
         shape["--tensor-parallel-size"] = str(layout.tensor_parallel)
     if stages > 1:
         shape["--pipeline-parallel-size"] = str(stages)
+    if layout.data_parallel > 1:
+        shape |= {"--data-parallel-size": str(layout.data_parallel), "--enable-expert-parallel": ""}
     if stages * layout.tensor_parallel > 1:
         shape["--distributed-executor-backend"] = executor
     return shape

@@ -90,7 +90,8 @@ class ReplicaPart(DocumentPart):
     """One replica: saturated rate in requests/s, p95 TTFT and mean TPOT in seconds.
 
     A prefill replica has no micro_batch and no tpot_s (both 0) and sends KV to decode replicas in kv_zones; a decode
-    replica has no chunk_tokens and no ttft_s.
+    replica has no chunk_tokens and no ttft_s. With expert_parallel the copies of the one stage share their routed
+    experts and iterate together, each with micro_batch requests and chunk_tokens of its own.
     """
 
     rate: Annotated[float, Field(ge=0)]
@@ -103,6 +104,7 @@ class ReplicaPart(DocumentPart):
     stages: list[StagePart]
     attention_workers: list[PoolPart] = Field(default_factory=list)
     role: RoleName = "unified"
+    expert_parallel: bool = False
     kv_zones: list[str] = Field(default_factory=list)
 
 

@@ -163,6 +163,7 @@ class ReplicaPlan(_message.Message):
     ATTENTION_WORKERS_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     KV_ZONES_FIELD_NUMBER: _builtins.int
+    EXPERT_PARALLEL_FIELD_NUMBER: _builtins.int
     rate_rps: _builtins.float
     """Saturated rate, in requests per second. Always above 0."""
     ttft_s: _builtins.float
@@ -181,6 +182,10 @@ class ReplicaPlan(_message.Message):
     """KV room of the scarcest layer, in tokens. 0: none, which no valid plan has."""
     role: Global___ReplicaRole.ValueType
     """What it does with a request. UNSPECIFIED: UNIFIED, as senders mean that do not know of roles."""
+    expert_parallel: _builtins.bool
+    """Whether the copies of its one stage share their routed experts and iterate together (attention data parallelism),
+    each with micro_batch requests and chunk_tokens of its own; in_flight is then their number. False: they do not.
+    """
     @_builtins.property
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StagePlan]:
         """Pipeline stages in the order of their layers. Always set."""
@@ -210,10 +215,11 @@ class ReplicaPlan(_message.Message):
         attention_workers: _abc.Iterable[Global___AttentionWorkerPool] | None = ...,
         role: Global___ReplicaRole.ValueType = ...,
         kv_zones: _abc.Iterable[_builtins.str] | None = ...,
+        expert_parallel: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_workers", b"attention_workers", "chunk_tokens", b"chunk_tokens", "expert_parallel", b"expert_parallel", "in_flight", b"in_flight", "kv_tokens", b"kv_tokens", "kv_zones", b"kv_zones", "micro_batch", b"micro_batch", "rate_rps", b"rate_rps", "role", b"role", "stages", b"stages", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,7 +15,7 @@ from hetis.simulator.growth import KvGrowth
 from hetis.simulator.links import FleetLinks
 from hetis.simulator.memory import KvRoom, card_room_bytes, group_blocks, rank_room_bytes
 from hetis.simulator.micro_batch import SimulatedStageCopy
-from hetis.simulator.pipeline import Apart, Greedy
+from hetis.simulator.pipeline import Apart, Greedy, Lockstep
 from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.request_log import RequestLog
@@ -70,7 +70,7 @@ class Builder:
         self._growth = KvGrowth(problem.model, problem.assumptions.block_tokens)
         self._derivation = Rederivation(problem)
         self._problems: dict[str, PlacementProblem] = {}  # in the precision of a GPU type
-        self._timings: dict[tuple[StageShape, bool, bool, float], StageTiming] = {}
+        self._timings: dict[tuple[StageShape, bool, bool, float, int], StageTiming] = {}
 
     def replicas(self) -> list[ReplicaRun]:
         return [self._replica(number, one) for number, one in enumerate(self.plan.replicas)]
@@ -93,7 +93,8 @@ class Builder:
             log=self._log,
             stages=stages,
         )
-        discipline = Greedy if self._settings.discipline == "greedy" else Apart
+        discipline: type[Apart | Greedy | Lockstep] = Greedy if self._settings.discipline == "greedy" else Apart
+        discipline = Lockstep if one.expert_parallel else discipline
         replica.discipline = discipline(self._events, self._log, replica.done, traced=self._settings.trace)
         return replica
 
@@ -118,7 +119,7 @@ class Builder:
             ahead = max(1, math.ceil(max(1.0, prompt / chunk) / max(iterations, prompt / chunk)))
         most = self.problem.family.engine_settings.max_num_seqs
         if most is not None and one.role is not Role.DECODE:  # engines count a request from its first chunk on
-            ahead = max(0, min(ahead, most // one.in_flight - b))
+            ahead = max(0, min(ahead, most * one.attention_dp // one.in_flight - b))
         return Batching(micro_batch=b, in_flight=one.in_flight, chunk_tokens=chunk, ahead=ahead, growing=growing)
 
     def _under_way(self, prefill: int) -> float:
@@ -136,24 +137,19 @@ class Builder:
         stage, stage_shape, problem = one.stages[position], shape.stages[position], self._problem_of(one)
         is_first, is_last = position == 0, position == len(one.stages) - 1
         steps = _steps(one, problem.model)
-        key = (stage_shape, is_first, is_last, steps)
+        key = (stage_shape, is_first, is_last, steps, one.attention_dp)
         timing = self._timings.get(key)
         if timing is None:
             timing = self._timings[key] = StageTiming(
-                problem, stage_shape, is_first=is_first, is_last=is_last, steps=steps
+                problem, stage_shape, is_first=is_first, is_last=is_last, steps=steps, attention_dp=one.attention_dp
             )
-        setting = Setting(
-            problem=problem,
-            moments=self.moments,
-            micro_batch=one.micro_batch,
-            in_flight=one.in_flight,
-            chunk_tokens=one.chunk_tokens,
-            role=one.role,
-        )
+        setting = Setting.of(self.problem, self.moments, shape)
         rank_bytes = rank_room_bytes(setting, stage_shape, is_first=is_first, is_last=is_last)
         copies, most_blocks = [], problem.family.engine_settings.kv_blocks
         for copy in range(stage.copies):
             ranks = stage.devices[copy * stage.tp : (copy + 1) * stage.tp]
+            # Copies that share their experts fail together, and send and receive KV over one link.
+            devices = stage.devices if one.expert_parallel else ranks
             room, workers = None, None
             names: tuple[str, ...] = ()
             if pool is None:
@@ -168,7 +164,7 @@ class Builder:
             track = f"replica {number}, stage {position + 1}, copy {copy + 1}: {ranks[0]}"
             copies.append(
                 SimulatedStageCopy(
-                    track=track, devices=ranks, stage=position, timing=timing, room=room, pool=workers, cards=names
+                    track=track, devices=devices, stage=position, timing=timing, room=room, pool=workers, cards=names
                 )
             )
         return copies

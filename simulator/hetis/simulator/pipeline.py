@@ -1,4 +1,4 @@
-"""The order in which micro-batches use the copies of stages: separately, or all waiting ones at once."""
+"""The order in which micro-batches use the copies of stages: separately, all waiting ones at once, or in step."""
 
 from __future__ import annotations
 
@@ -108,6 +108,45 @@ class Greedy:
             if copy.stage + 1 < len(batch.copies):
                 self._arrive(now_s, batch, copy.stage + 1)
             else:
+                self._done(now_s, batch)
+
+
+class Lockstep:
+    """The discipline of copies that share their experts: those with work iterate together, as long as the longest."""
+
+    def __init__(self, events: Events, log: RequestLog, done: Done, *, traced: bool) -> None:
+        self._events, self._log, self._done, self._traced = events, log, done, traced
+        self._waiting, self._serving = list[MicroBatch](), list[MicroBatch]()
+
+    def start(self, now_s: float, batch: MicroBatch) -> None:
+        self._waiting.append(batch)
+        if not self._serving:
+            self._serving = self._waiting
+            self._events.at(now_s, self._serve)  # others that start at the same time have to be included
+
+    def _serve(self, now_s: float) -> None:
+        self._serving, self._waiting = [batch for batch in self._waiting if batch.alive], []
+        if not self._serving:
+            return
+        timings = [batch.copies[0].timing for batch in self._serving]
+        tokens = [timing.tokens(batch.contents) for timing, batch in zip(timings, self._serving, strict=True)]
+        together = sum(tokens)
+        seconds = max(
+            timing.seconds(*batch.contents, together - own)
+            for timing, batch, own in zip(timings, self._serving, tokens, strict=True)
+        )
+        for batch in self._serving:
+            copy = batch.copies[0]
+            copy.free_s = now_s + seconds
+            copy.busy_s += seconds
+            if self._traced:
+                self._log.trace_events.append(_bar(copy, [batch], now_s, seconds))
+        self._events.at(now_s + seconds, self._leave)
+
+    def _leave(self, now_s: float) -> None:
+        served, self._serving = self._serving, []
+        for batch in served:
+            if batch.alive:
                 self._done(now_s, batch)
 
 

@@ -48,11 +48,12 @@ class StageTiming:
     )  # fmt: skip
 
     def __init__(
-        self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0
-    ) -> None:
+        self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0,
+        attention_dp: int = 1,
+    ) -> None:  # fmt: skip
         self.steps = steps
         model, profile = problem.model, problem.profiles[shape.gpu]
-        rank = rank_shape(model, shape.tp)
+        rank = rank_shape(model, shape.tp, attention_dp)
         assert rank is not None, "the plan's structure was checked"
         moments = problem.workload.moments(block_tokens=problem.assumptions.block_tokens)
         self.shape, self._is_first, self._is_last = shape, is_first, is_last
@@ -62,7 +63,7 @@ class StageTiming:
         self._dense = float(shape.layers + drafting), float(model.prefix_layers if is_first else 0)
         self._step_tokens = model.step_tokens
         self._drafting: dict[int, float] = {0: 0.0}
-        self._table: dict[int, float] = {}
+        self._table: dict[tuple[int, int], float] = {}
         self._head: dict[int, float] = {0: 0.0}
         n, groups = self.layers, rank.groups
         self._decode: tuple[AttentionPiece, ...] = ()
@@ -87,8 +88,9 @@ class StageTiming:
         )
 
     def seconds(
-        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
-    ) -> float:
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
+        others: int = 0,
+    ) -> float:  # fmt: skip
         """Return the seconds of one iteration, including the hop to this stage.
 
         With drafts, an iteration adds more than one token to a decoding request. It is simulated in as many steps, of
@@ -99,21 +101,28 @@ class StageTiming:
             chunk_tokens, chunk_pairs, chunk_read: tokens of the prefill chunk, (query, key) pairs of its attention, and
                 tokens of KV it reads; 0 without one.
             rows: tokens for which logits are needed.
+            others: tokens of the other copies that share experts with this one (see `tokens`).
         """
         steps = self.steps
         if steps == 1.0:
-            return self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows)
+            return self._iteration_s(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
         whole = round(steps * chunk_tokens)
-        return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows) / steps
+        return self._iteration_s(decoding, attended, whole, steps * chunk_pairs, chunk_read, rows, others) / steps
+
+    def tokens(self, contents: tuple[int, float, int, float, float, int]) -> int:
+        """Return the tokens of a whole iteration, given the contents of one of its steps."""
+        decoding, _, chunk_tokens, _, _, _ = contents
+        return decoding * self._step_tokens + round(self.steps * chunk_tokens)
 
     def _iteration_s(
-        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int
-    ) -> float:
+        self, decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int,
+        others: int,
+    ) -> float:  # fmt: skip
         """Return the seconds of a whole iteration."""
         tokens = decoding * self._step_tokens + chunk_tokens
-        total = self._table.get(tokens)
+        total = self._table.get((tokens, others))
         if total is None:
-            total = self._table[tokens] = self._by_tokens(tokens)
+            total = self._table[tokens, others] = self._by_tokens(tokens, tokens + others)
         if decoding and self._decode:
             most = 0.0
             for fixed, per_request, per_token in self._decode:
@@ -149,9 +158,11 @@ class StageTiming:
             head = self._head[rows] = self.cost.head_s(rows)
         return head
 
-    def _by_tokens(self, tokens: int) -> float:
+    def _by_tokens(self, tokens: int, all_tokens: int) -> float:
         cost, (repeated, prefix) = self.cost, self._dense
-        total = repeated * cost.dense_s(tokens) + (repeated + prefix) * 2.0 * cost.reduce_s(tokens)
+        total = repeated * cost.dense_s(tokens, all_tokens=all_tokens) + (repeated + prefix) * 2.0 * cost.reduce_s(
+            tokens
+        )
         if prefix:
             total += prefix * cost.dense_s(tokens, prefix_layer=True)
         if not self._is_first:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ FloatArray = npt.NDArray[np.float64]
 Scalars = Any  # a float or an array of floats; the result has the broadcast shape
 
 P95_TAIL = 20.0  # 1 / (1 - 0.95)
+EXPERT_IMBALANCE = 0.35  # the busiest of r ranks computes r^0.35 times its share of routed experts (`tools/experts.py`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Mix:
     plain_iterations: float  # nd
     sends_afar: bool = False  # a prefill replica's KV may go to all zones, not only to its own
     step_tokens: int = 1  # q, tokens of each decoding request, drafts included
+    attention_dp: int = 1  # d, copies that share their experts and iterate together, each with b and C of its own
 
     @property
     def decode_tokens(self) -> int:
@@ -60,22 +62,41 @@ class Mix:
 
     @property
     def chunk_share(self) -> float:
-        """Return phi, the share of iterations with a chunk."""
+        """Return phi, the share of a copy's iterations with a chunk."""
         return self.chunk_iterations / self.iterations
+
+    @property
+    def all_tokens(self) -> float:
+        """Return the mean tokens of all copies that iterate together, in an iteration in which one has a chunk."""
+        d, phi = self.attention_dp, self.chunk_share
+        chunks = d * phi / (1.0 - (1.0 - phi) ** d) if d > 1 and phi > 0.0 else 1.0
+        return d * self.decode_tokens + chunks * self.chunk_tokens
+
+    def of_a_copy(self) -> Mix:
+        """Return the mix with the iterations of each request on its own copy."""
+        d = self.attention_dp
+        if d == 1:
+            return self
+        return replace(self, chunk_iterations=d * self.chunk_iterations, plain_iterations=d * self.plain_iterations)
 
 
 def mix_of(
-    model: ModelSpec, moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False
+    model: ModelSpec, moments: WorkloadMoments, *, micro_batch: int, chunk_tokens: int, sends_afar: bool = False,
+    attention_dp: int = 1,
 ) -> Mix:  # fmt: skip
     """Return the mix in which b requests decode together and prompts come in chunks of C.
 
-    b = 0 gives a prefill replica's mix, C = 0 a decode replica's.
+    b = 0 gives a prefill replica's mix, C = 0 a decode replica's. If d copies iterate together, an iteration is one of
+    all of them, so that a request has 1/d as many.
     """
-    with_chunk = moments.mean_computed / chunk_tokens if chunk_tokens else 0.0
-    decoding = moments.mean_output / (micro_batch * model.emitted_tokens) if micro_batch else 0.0
-    return Mix(
-        micro_batch, chunk_tokens, with_chunk, max(0.0, decoding - with_chunk), sends_afar, model.step_tokens
-    )  # fmt: skip
+    with_chunk = moments.mean_computed / chunk_tokens / attention_dp if chunk_tokens else 0.0
+    decoding = moments.mean_output / (micro_batch * model.emitted_tokens) / attention_dp if micro_batch else 0.0
+    plain = max(0.0, decoding - with_chunk)
+    return Mix(micro_batch, chunk_tokens, with_chunk, plain, sends_afar, model.step_tokens, attention_dp)
+
+
+# E[max of d standard normal variables]: how far the busiest of d copies is above the mean, in standard deviations.
+BUSIEST = {1: 0.0, 2: 0.5641895835, 4: 1.029375373, 8: 1.423600306, 16: 1.765991393, 32: 2.069668828, 64: 2.343733465}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +107,22 @@ class RankShape:
     groups: int  # Gr: head groups that a rank holds
     queries_per_group: int  # rr: query heads of one group that this rank computes
     splits_groups: bool  # every group is on one rank (n <= G), and a pool can take it over
+    attention_dp: int = 1  # d: copies of the stage that share its routed experts, of which a rank holds 1/(n d)
 
 
-def rank_shape(model: ModelSpec, tp: int) -> RankShape | None:
-    """Return the rank's share of heads, or None if the model cannot be split n ways."""
+def rank_shape(model: ModelSpec, tp: int, attention_dp: int = 1) -> RankShape | None:
+    """Return the rank's share of heads, or None if the model cannot be split n ways.
+
+    With an ``attention_dp`` over 1 the ranks of all d copies share the routed experts; only models with experts can.
+    """
     groups = model.head_groups
     if model.q_heads % tp or (groups % tp and tp % groups):
         return None
-    on_rank = max(1, groups // tp)
-    return RankShape(tp, on_rank, model.q_heads // tp // on_rank, tp <= groups and model.heads_can_move)
+    on_rank, is_alone = max(1, groups // tp), attention_dp == 1
+    if not is_alone and (model.moe is None or model.moe.num_experts % (tp * attention_dp)):
+        return None
+    splits = is_alone and tp <= groups and model.heads_can_move
+    return RankShape(tp, on_rank, model.q_heads // tp // on_rank, splits, attention_dp)
 
 
 def intra_link(gpu: GpuType, explicit: Link | None) -> Link:
@@ -118,7 +146,11 @@ def _seconds(
 
 @dataclass(frozen=True, slots=True)
 class DeviceCost:
-    """Times and memory of one GPU type as one of n TP ranks, or (n = 1) as an attention worker."""
+    """Times and memory of one GPU type as one of n TP ranks, or (n = 1) as an attention worker.
+
+    Tokens are those of one copy. With expert parallelism the d copies of the stage compute routed experts together:
+    ``all_tokens`` are those of all copies, d times as many unless they are given.
+    """
 
     model: ModelSpec
     profile: Profile
@@ -132,9 +164,15 @@ class DeviceCost:
         found = {op: self.profile.fit(op, self.model, self.shape.tp) for op in Op}
         object.__setattr__(self, "_fits", {op: fit for op, fit in found.items() if fit is not None})
 
-    def dense_s(self, tokens: Scalars, *, prefix_layer: bool = False) -> Scalars:
+    def dense_s(
+        self, tokens: Scalars, *, prefix_layer: bool = False, all_tokens: Scalars | None = None
+    ) -> Scalars:  # fmt: skip
         """Return dense(T) of a repeated layer, or of one of the leading layers without experts."""
         m, n = self.model, self.shape.tp
+        if self.shape.attention_dp > 1 and not prefix_layer:
+            return self._parallel_experts_s(
+                tokens, self.shape.attention_dp * tokens if all_tokens is None else all_tokens
+            )
         active = float(m.dense_layer_params() if prefix_layer else m.active_layer_params())
         touched = m.dense_layer_params() if prefix_layer else m.touched_layer_params(tokens)
         activations = 8 * m.hidden * m.activation_bytes * tokens
@@ -152,6 +190,43 @@ class DeviceCost:
             num_bytes=touched * m.weight_bytes / n + activations,
             tokens=tokens,
         )
+
+    def _parallel_experts_s(self, tokens: Scalars, all_tokens: Scalars) -> Scalars:
+        """Return dense(T) with routed experts spread over n d ranks, and the exchange of tokens for them.
+
+        Whatever is not a routed expert is on the n ranks of each copy, as without expert parallelism.
+        """
+        m, n = self.model, self.shape.tp
+        ranks, share = n * self.shape.attention_dp, m.expert_share
+        assert m.moe is not None, "rank_shape lets only models with experts share them"
+        routed = share * m.moe.active_experts * m.expert_params()
+        read = share * m.touched_experts(all_tokens) * m.expert_params()
+        fixed = float(m.active_layer_params()) - routed
+        busiest = 2.0 * all_tokens * routed / ranks * ranks**EXPERT_IMBALANCE
+        own, shared = 2.0 * tokens * fixed / n, {"flops": busiest, "num_bytes": read * m.weight_bytes / ranks}
+        num_bytes = fixed * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * tokens
+        experts, dense = self._fits.get(Op.EXPERTS), self._fits[Op.DENSE]
+        seconds = self.exchange_s(all_tokens)
+        if experts is None:
+            flops, num_bytes = own + shared["flops"], num_bytes + shared["num_bytes"]
+            return seconds + _seconds(dense, flops=flops, num_bytes=num_bytes, tokens=tokens)
+        each = {name: value / share for name, value in shared.items()}  # of a layer that has experts
+        seconds += share * _seconds(experts, tokens=all_tokens, **each)
+        return seconds + _seconds(dense, flops=own, num_bytes=num_bytes, tokens=tokens)
+
+    def exchange_s(self, all_tokens: Scalars) -> Scalars:
+        """Return seconds for all ranks to gather the tokens of all copies, and to sum up what experts made of them.
+
+        An all-gather and a reduce-scatter, each of which is taken for an all-reduce of half the message over the n d
+        ranks (`docs/cost-model.md`, "Expert parallelism").
+        """
+        m, ranks = self.model, self.shape.tp * self.shape.attention_dp
+        fit = self.profile.fit(Op.ALL_REDUCE, m, ranks)
+        assert fit is not None, "Profile guarantees a fit"
+        num_bytes = all_tokens * m.hidden * m.activation_bytes / 2.0
+        wire_s = 2.0 * (ranks - 1) / ranks * num_bytes / self.intra.bytes_per_s
+        each = _seconds(fit, num_bytes=num_bytes, wire_s=wire_s, tokens=all_tokens / 2.0) + self.intra.latency_s
+        return 2.0 * m.expert_share * each
 
     def reduce_s(self, tokens: Scalars) -> Scalars:
         """Return reduce(T), one all-reduce over the TP group; a layer has two."""
@@ -184,7 +259,7 @@ class DeviceCost:
         Each request has ``step_tokens`` queries per head, those of an iteration unless given, which read its KV once.
         """
         m = self.model
-        attended = m.attended_tokens(self.moments.resident_context)
+        attended = m.attended_tokens(self.moments.resident_context) * self._busiest(pairs)
         queries = m.step_tokens if step_tokens is None else step_tokens
         heads = pairs * queries_per_group * queries
         # By the pairs of a rank; read once, and written for every token, of which the last accepted one counts.
@@ -196,6 +271,14 @@ class DeviceCost:
             heads=heads,
         )
         return np.where(np.asarray(pairs) > 0, seconds, 0.0)
+
+    def _busiest(self, pairs: Scalars) -> Scalars:
+        """Return the context on the busiest of d copies that wait for each other, as a ratio to the mean one."""
+        moments, copies = self.moments, self.shape.attention_dp
+        if copies == 1:
+            return 1.0
+        requests = np.maximum(1.0, pairs / self.shape.groups)
+        return 1.0 + BUSIEST[copies] * moments.resident_context_sd / moments.resident_context / np.sqrt(requests)
 
     def transfer_s(self, num_bytes: Scalars, link: Link) -> Scalars:
         """Return seconds of a message over ``link`` without the link's latency; 0 for an empty one."""
@@ -252,7 +335,11 @@ class DeviceCost:
     # Memory of one rank, in bytes.
 
     def layer_bytes(self) -> float:
-        return self.model.layer_params() * self.model.weight_bytes / self.shape.tp
+        m, copies = self.model, self.shape.attention_dp
+        if copies == 1 or m.moe is None:
+            return m.layer_params() * m.weight_bytes / self.shape.tp
+        routed = m.expert_share * m.moe.num_experts * m.expert_params()
+        return (m.layer_params() - routed + routed / copies) * m.weight_bytes / self.shape.tp
 
     def prefix_bytes(self) -> float:
         """Return the weights of the leading layers, which stay on the first stage."""
@@ -269,7 +356,10 @@ class DeviceCost:
 
     def draft_bytes(self) -> float:
         """Return the weights of the drafting layer, which is on the last stage."""
-        return self.model.draft_params() * self.model.weight_bytes / self.shape.tp
+        m = self.model
+        if m.draft is None or self.shape.attention_dp == 1:
+            return m.draft_params() * m.weight_bytes / self.shape.tp
+        return self.layer_bytes() + (m.draft_params() - m.layer_params()) * m.weight_bytes / self.shape.tp
 
     def logit_bytes(self, decode_tokens: Scalars) -> Scalars:
         return 4.0 * np.maximum(decode_tokens, 1) * self.model.vocab / self.shape.tp
@@ -280,7 +370,8 @@ class DeviceCost:
         if m.moe is not None:
             inner = (m.moe.active_experts + m.moe.shared_experts) * m.moe.expert_intermediate
             inner = max(inner, m.intermediate) if m.moe.every > 1 else inner
-        return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp)
+        gathered = 2 * self.shape.attention_dp * m.hidden if self.shape.attention_dp > 1 else 0
+        return tokens * m.activation_bytes * (4 * m.hidden + 2 * inner / self.shape.tp + gathered)
 
     def room_bytes(self) -> float:
         """Return usable memory minus the engine's own."""
@@ -428,14 +519,28 @@ def regime_of(of_role: tuple[Regime, Regime], *, in_flight: int, num_copies: int
     return full if in_flight >= 2 * num_copies else tight
 
 
+def regime_together(role: Role, spread: float, copies: int) -> Regime:
+    """Return the regime of d ``copies`` that iterate together (1: a single micro-batch, which waits for nobody).
+
+    Every iteration lasts as long as the longest of theirs: as one with a chunk where any has one, or on a prefill
+    replica as the longest of d chunks, whose FLOPs have a relative standard deviation ``spread`` (`chunk_spread`).
+    """
+    if copies == 1:
+        return Regime(0.0, 0.0)
+    return Regime(BUSIEST[copies] * spread if role is Role.PREFILL else 0.0, 1.0 if role is Role.UNIFIED else 0.0)
+
+
 def most_copies(in_flight: int, num_copies: int) -> int:
     """Return the stage copies that M micro-batches allow in the regime of a pipelined replica with K of them."""
     return in_flight // 2 if in_flight >= 2 * num_copies else in_flight
 
 
 def tpot_per_interval(moments: WorkloadMoments, mix: Mix, in_flight: int) -> float:
-    """Return mean TPOT divided by t, ``b M / O``; 0 for a prefill replica."""
-    return mix.micro_batch * in_flight / moments.mean_output
+    """Return mean TPOT divided by t, ``b M / O``; 0 for a prefill replica.
+
+    ``in_flight`` counts iterations here and in `ttft_round_trips`, each of which has d micro-batches (`Mix`).
+    """
+    return mix.micro_batch * in_flight * mix.attention_dp / moments.mean_output
 
 
 def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mix, in_flight: int) -> float:
@@ -446,9 +551,10 @@ def ttft_round_trips(moments: WorkloadMoments, assumptions: Assumptions, mix: Mi
     if mix.role is Role.DECODE:
         return 0.0
     utilisation = assumptions.planned_utilisation * mix.chunk_share
-    must_wait = utilisation ** (math.sqrt(2.0 * (in_flight + 1)) - 1.0)
-    lanes = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
-    wait = lanes * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
+    lanes = in_flight * mix.attention_dp
+    must_wait = utilisation ** (math.sqrt(2.0 * (lanes + 1)) - 1.0)
+    service = mix.chunk_iterations / (in_flight * (1.0 - utilisation))
+    wait = service * (1.0 + moments.computed_cv2) / 2.0 * max(0.0, math.log(P95_TAIL * must_wait))
     return math.ceil(moments.p95_computed / mix.chunk_tokens) + wait
 
 

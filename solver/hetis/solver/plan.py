@@ -93,6 +93,10 @@ class ReplicaPlan:
     ``micro_batch`` requests decode in each of ``in_flight`` micro-batches; an iteration carries at most one prefill
     chunk of ``chunk_tokens``. ``kv_tokens`` is the KV room of the scarcest layer in tokens.
 
+    With ``expert_parallel`` the copies of its one stage share their routed experts and iterate together: each has the
+    attention of its own requests (attention data parallelism), ``micro_batch`` of them, and chunks of its own; there
+    are as many micro-batches in flight as copies.
+
     A prefill replica decodes nothing: its ``micro_batch`` and ``tpot_s`` are 0, and it may send KV to decode replicas
     in ``kv_zones``. A decode replica prefills nothing: its ``chunk_tokens`` and ``ttft_s`` are 0.
     """
@@ -107,7 +111,18 @@ class ReplicaPlan:
     stages: tuple[StagePlan, ...]
     attention_workers: tuple[AttentionWorkerPool, ...] = ()
     role: Role = Role.UNIFIED
+    expert_parallel: bool = False
     kv_zones: tuple[str, ...] = ()
+
+    @property
+    def attention_dp(self) -> int:
+        """Return the copies that share their experts and iterate together; 1 without expert parallelism."""
+        return self.stages[0].copies if self.expert_parallel else 1
+
+    def groups(self, stage: StagePlan) -> tuple[tuple[str, ...], ...]:
+        """Return the GPUs of a stage that have to be on one node: of each copy, or of all that share their experts."""
+        size = stage.tp * self.attention_dp
+        return tuple(stage.devices[i : i + size] for i in range(0, len(stage.devices), size))
 
     def devices(self) -> tuple[str, ...]:
         """Return every GPU of the replica, stages first; shared attention workers once."""

@@ -157,7 +157,7 @@ class EngineSettings:
         return self != EngineSettings()
 
     def allows(self, *, micro_batch: int, in_flight: int) -> bool:
-        """Return whether a replica of these micro-batches runs no more requests than it may."""
+        """Return whether an engine runs no more requests than it may; copies that share experts have one each."""
         return self.max_num_seqs is None or max(micro_batch, 1) * in_flight <= self.max_num_seqs
 
     def describe(self) -> str:
@@ -187,6 +187,8 @@ class Family:
         max_pool: attention workers of one class per stage, over all copies; 0: none. Each copy has equally many, one
             of `POOL_SIZES`.
         tp_sizes, micro_batches, in_flight, chunk_tokens: the values tried of each.
+        attention_dp: for models with experts, the numbers of copies that share them: replicas of one stage, whose
+            copies are all on one node (of as many GPUs as a size of ``tp_sizes``) and iterate together.
         roles: the roles of replicas; prefill and decode only both or neither.
         decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
@@ -206,6 +208,7 @@ class Family:
     micro_batches: tuple[int, ...] = MICRO_BATCHES
     in_flight: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
+    attention_dp: tuple[int, ...] = (2, 4, 8)
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
     decode_keeps_heads: bool = True
     one_type_per_role: bool = False
@@ -246,17 +249,23 @@ class Family:
         """Return whether prompts may be prefilled on other replicas than those that decode."""
         return Role.PREFILL in self.roles
 
+    def attention_dp_of(self, model: ModelSpec) -> tuple[int, ...]:
+        """Return the numbers of copies that may share the experts of a model."""
+        return () if model.moe is None else tuple(d for d in self.attention_dp if d <= max(self.tp_sizes))
+
     def pool_sizes(self, copies: int) -> tuple[int, ...]:
         """Return the numbers of attention workers that each of a stage's copies may have."""
         return tuple(p for p in POOL_SIZES if p * copies <= self.max_pool)
 
-    def describe(self) -> str:
-        """Return the family in one sentence."""
+    def describe(self, model: ModelSpec | None = None) -> str:
+        """Return the family in one sentence, with what it has for the experts of a model."""
         parts = ["stages of any GPU types" if self.mixed_types else "one device class and TP size per replica"]
         parts.append("any number of layers per stage" if self.uneven_layers else "equal layers per stage")
         each = " of all stages" if self.engine is not None else ""
         parts.append(f"TP {'/'.join(map(str, self.tp_sizes))}{each} inside a node")
         parts.append(f"up to {self.max_copies} copies per stage" if self.max_copies > 1 else "no stage copies")
+        if model is not None and (degrees := self.attention_dp_of(model)):
+            parts.append(f"or one stage of {'/'.join(map(str, degrees))} copies in a node that share its experts")
         parts.append(self._describe_workers())
         parts.append(f"micro-batches of {self.micro_batches[0]} to {self.micro_batches[-1]} requests")
         if self.engine is not None:
@@ -307,7 +316,7 @@ class PlacementProblem:
 
     def describe_family(self) -> str:
         """Return the plans that are searched, in one sentence: those of the family that keep the constraints."""
-        return "; ".join([self.family.describe(), *map(str, self.will)])
+        return "; ".join([self.family.describe(self.model), *map(str, self.will)])
 
     @property
     def most_kv_tokens(self) -> float:

@@ -56,6 +56,7 @@ def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
         ),
         role=TO_PROTO[replica.role],
         kv_zones=replica.kv_zones,
+        expert_parallel=replica.expert_parallel,
     )
 
 
@@ -92,4 +93,5 @@ def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
         ),
         role=role_of(message),
         kv_zones=tuple(message.kv_zones),
+        expert_parallel=message.expert_parallel,
     )

@@ -102,6 +102,9 @@ def _workload(launchable: Launchable, one: LaunchableReplica, name: str, compone
         whole["annotations"]["hetis/workers"] = further["metadata"]["annotations"]["hetis/devices"]
     else:  # KServe takes a pipeline to span several nodes
         del whole["parallelism"]["pipeline"]
+    if one.layout.data_parallel > 1:
+        copies = one.layout.data_parallel
+        whole["parallelism"] |= {"data": copies, "dataLocal": copies, "expert": True}
     return whole
 
 

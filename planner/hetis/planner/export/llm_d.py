@@ -94,7 +94,11 @@ def values_of(launchable: Launchable, one: LaunchableReplica) -> dict[str, Any]:
             "replicas": 1,
             "nodeSelector": on_node(process.node),
             "podAnnotations": annotations_of(process),
-            "parallelism": {"tensor": one.layout.tensor_parallel * len(one.layout.layers), "workers": 1},
+            # What the chart counts GPUs by.
+            "parallelism": {
+                "tensor": one.layout.tensor_parallel * len(one.layout.layers) * one.layout.data_parallel,
+                "workers": 1,
+            },
             "containers": [container],
             "volumes": pod["volumes"],
             "terminationGracePeriodSeconds": pod["terminationGracePeriodSeconds"],

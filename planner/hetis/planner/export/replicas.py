@@ -276,12 +276,13 @@ def with_single_copies(plan: Plan) -> tuple[Plan, list[str]]:
     """Return the plan with each replica whose stages all have n copies split into n replicas.
 
     Each of them is one copy of everything: its GPUs and attention workers, and an equal part of KV memory, of
-    micro-batches in flight and of the rate. Replicas with unequal copies stay as they are: no engine runs them.
+    micro-batches in flight and of the rate. Replicas with unequal copies stay as they are: no engine runs them; so do
+    those whose copies share experts, which are one engine.
     """
     replicas, parts, changes = list[ReplicaPlan](), list[list[int]](), list[str]()
     for number, replica in enumerate(plan.replicas):
         copies = {stage.copies for stage in replica.stages}
-        count = copies.pop() if len(copies) == 1 else 1
+        count = copies.pop() if len(copies) == 1 and not replica.expert_parallel else 1
         made = [_copy_of(replica, copy, count) for copy in range(count)] if count > 1 else [replica]
         parts.append(list(range(len(replicas), len(replicas) + len(made))))
         replicas += made

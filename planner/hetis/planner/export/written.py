@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hetis.engines.layout import Layout
 from hetis.engines.versions import RECORDED
 from hetis.formats.errors import single_problem
 from hetis.formats.files import write_atomically
@@ -42,7 +43,7 @@ def readme_of(target: str, launchable: Launchable, written: Written) -> str:
         layers = "+".join(map(str, one.layout.layers))
         gpus = "; ".join(_gpus(p.node, p.gpus) for p in one.layout.processes)
         rows.append(
-            f"| {one.name} | {one.plan.role.value} | {layers} | {one.layout.tensor_parallel} | {gpus} "
+            f"| {one.name} | {one.plan.role.value} | {layers} | {_ranks(one.layout)} | {gpus} "
             f"| {written.endpoints[number]} | {shares[number]:.1%} |"
         )
     lost = [*launchable.changes, *launchable.reasons(), *written.not_carried]
@@ -89,6 +90,12 @@ def _precision(launchable: Launchable) -> str:
         return f" The plan counts on weights in {used[0]}: give a checkpoint that is kept so."
     models = dict.fromkeys(one.serving.model for one in launchable.replicas.values())
     return f" The plan counts on weights in {' and '.join(used)}: {', '.join(models)} must be kept so."
+
+
+def _ranks(layout: Layout) -> str:
+    """Return the tensor-parallel ranks, and the copies that share their experts."""
+    copies = layout.data_parallel
+    return str(layout.tensor_parallel) if copies == 1 else f"{layout.tensor_parallel} × {copies} data-parallel"
 
 
 def _gpus(node: str, gpus: tuple[int, ...]) -> str:

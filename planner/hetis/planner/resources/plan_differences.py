@@ -87,7 +87,8 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:
     """Return the placement of weights on GPUs."""
-    return tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
+    stages = tuple((s.gpu, s.tp, s.copies, s.first_layer, s.num_layers, s.devices) for s in replica.stages)
+    return replica.expert_parallel, *stages
 
 
 def _without_predictions(replica: ReplicaPlan) -> ReplicaPlan:

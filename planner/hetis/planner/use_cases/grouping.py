@@ -45,7 +45,7 @@ def _shape(replica: ReplicaPlan) -> tuple[object, ...]:
     # Four digits: replicas of one template on different nodes may differ in the last digits.
     times = tuple(f"{value:.4g}" for value in (replica.rate, replica.ttft_s, replica.tpot_s))
     sizes = (replica.micro_batch, replica.in_flight, replica.chunk_tokens, replica.kv_tokens)
-    return stages, pools, times, sizes, replica.role, replica.kv_zones
+    return stages, pools, times, sizes, replica.role, replica.kv_zones, replica.expert_parallel
 
 
 def device_groups(plan: Plan) -> dict[str, str]:

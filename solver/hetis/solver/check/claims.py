@@ -118,14 +118,7 @@ class Rederivation:
 
     def of(self, shape: ReplicaShape) -> Derived:
         if shape not in self._derived:
-            setting = self.setting(
-                micro_batch=shape.micro_batch,
-                in_flight=shape.in_flight,
-                chunk_tokens=shape.chunk_tokens,
-                role=shape.role,
-                gpu=shape.stages[0].gpu,
-            )
-            self._derived[shape] = derive(setting, shape)
+            self._derived[shape] = derive(Setting.of(self._problem, self._moments, shape), shape)
         return self._derived[shape]
 
 

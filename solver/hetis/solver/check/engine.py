@@ -35,9 +35,9 @@ def _pipeline(replica: ReplicaPlan, rules: EngineRules, model: ModelSpec, fleet:
             yield f"has {depth} stages and is to {replica.role} only: KV is handed over with {most} there"
     if len(sizes) > 1:
         yield f"has stages of TP {', '.join(map(str, sorted(sizes)))}, must have one TP size"
-    if any(stage.copies > 1 for stage in replica.stages):
+    if any(stage.copies > 1 for stage in replica.stages) and not replica.expert_parallel:
         yield "has stages with copies"
-    if replica.in_flight != depth:
+    if replica.in_flight != depth and not replica.expert_parallel:
         yield f"has {replica.in_flight} micro-batches in flight, must have one for each of its {depth} stages"
     names = replica.devices()
     if rules.max_gpus is not None and len(names) > rules.max_gpus:

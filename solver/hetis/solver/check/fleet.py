@@ -124,6 +124,7 @@ def replica_shape(replica: ReplicaPlan, problem: PlacementProblem, fleet: Fleet)
         chunk_tokens=replica.chunk_tokens,
         stages=tuple(stages),
         role=replica.role,
+        attention_dp=replica.attention_dp,
         shared_by=_shared_by(replica),
         slowest_link=fleet.slowest_link() if replica.role is not Role.DECODE else None,
     )

@@ -115,7 +115,7 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     """Return the bytes of a rank that are not KV: reserve, activations, weights, and logits on the last stage."""
     model, n, b = setting.model, stage.tp, setting.decode_tokens
     fixed = setting.problem.profiles[stage.gpu].reserve_bytes + _activation_bytes(setting, n)
-    fixed += stage.layers * model.layer_params() * model.weight_bytes / n
+    fixed += stage.layers * _layer_bytes(setting, n)
     if is_first:
         fixed += model.prefix_layers * model.dense_layer_params() * model.weight_bytes / n
         fixed += model.vision_params * model.embedding_bytes / n
@@ -125,7 +125,19 @@ def rank_fixed_bytes(setting: Setting, stage: StageShape, *, is_first: bool, is_
     fixed += tables * model.embedding_params * model.embedding_bytes / n
     if not is_last:
         return fixed
-    return fixed + 4 * max(b, 1) * model.vocab / n + model.draft_params() * model.weight_bytes / n
+    if model.draft is not None:
+        fixed += _layer_bytes(setting, n) + 2 * model.hidden**2 * model.weight_bytes / n
+    return fixed + 4 * max(b, 1) * model.vocab / n
+
+
+def _layer_bytes(setting: Setting, tp: int) -> float:
+    """Return the weights of a repeated layer on one rank, which has 1/d of its copy's routed experts."""
+    model, d = setting.model, setting.attention_dp
+    params = model.layer_params()
+    if model.moe is not None and d > 1:
+        routed = model.moe.num_experts * model.expert_params() / model.moe.every
+        params += routed / d - routed
+    return params * model.weight_bytes / tp
 
 
 def _activation_bytes(setting: Setting, tp: int) -> float:
@@ -136,7 +148,9 @@ def _activation_bytes(setting: Setting, tp: int) -> float:
         if model.moe.every > 1:  # dense layers are between those with experts
             intermediate = max(intermediate, model.intermediate)
     tokens = setting.decode_tokens + setting.chunk_tokens
-    return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp)
+    d = setting.attention_dp
+    gathered = 2 * d * model.hidden if d > 1 else 0  # tokens of all copies, before and after the experts
+    return tokens * model.activation_bytes * (4 * model.hidden + 2 * intermediate / tp + gathered)
 
 
 def _all_layers(setting: Setting, stage: StageShape, is_first: bool, is_last: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
@@ -22,6 +23,20 @@ class Setting:
     in_flight: int  # M
     chunk_tokens: int  # C
     role: Role = Role.UNIFIED
+    attention_dp: int = 1  # d, the copies that share their experts; b, C and iterations are those of each
+
+    @staticmethod
+    def of(problem: PlacementProblem, moments: WorkloadMoments, shape: ReplicaShape) -> Setting:
+        """Return the setting of a replica, whose GPUs decide the precision."""
+        return Setting(
+            problem=problem.in_precision_of(shape.stages[0].gpu),
+            moments=moments,
+            micro_batch=shape.micro_batch,
+            in_flight=shape.in_flight,
+            chunk_tokens=shape.chunk_tokens,
+            role=shape.role,
+            attention_dp=shape.attention_dp,
+        )
 
     @property
     def model(self) -> ModelSpec:
@@ -56,6 +71,16 @@ class Setting:
     def chunk_share(self) -> float:
         """Return phi, the share of iterations that carry a chunk."""
         return self.chunk_iterations / self.iterations
+
+    @property
+    def all_tokens(self) -> float:
+        """Return the tokens of all copies that share their experts, in an iteration in which at least one has a chunk.
+
+        With a chance of phi each, d phi of them have a chunk on average, all of them in those iterations.
+        """
+        none = (1 - self.chunk_share) ** self.attention_dp
+        chunks = self.attention_dp * self.chunk_share / (1 - none)
+        return self.attention_dp * self.decode_tokens + chunks * self.chunk_tokens
 
     def has_fit(self, gpu: str, op: Op, tp: int) -> bool:
         """Return whether the profile of a GPU type has an optional operator."""

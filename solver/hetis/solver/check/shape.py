@@ -36,6 +36,7 @@ class StageShape:
 class ReplicaShape:
     """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``.
 
+    The copies of its one stage share their experts and iterate together if ``attention_dp`` is over 1, their number.
     ``shared_by`` has an entry for every set of stages that one card serves: their positions.
     """
 
@@ -44,6 +45,7 @@ class ReplicaShape:
     chunk_tokens: int
     stages: tuple[StageShape, ...]
     role: Role = Role.UNIFIED
+    attention_dp: int = 1
     shared_by: tuple[tuple[int, ...], ...] = ()
     slowest_link: Link | None = None  # anywhere in the cluster; None for a decode replica
 

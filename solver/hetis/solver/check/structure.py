@@ -52,8 +52,10 @@ def check_replica_structure(
     violations += _check_layers(replica, where, problem)
     violations += _check_one_type(replica, where, problem)
     for position, stage in enumerate(replica.stages):
-        violations += _check_stage(stage, f"{where} stage {position}", problem, fleet)
+        there, shares = f"{where} stage {position}", replica.expert_parallel
+        violations += _check_stage(stage, there, problem, fleet, shares_experts=shares)
     violations += _check_pools(replica, where, problem, fleet)
+    violations += _check_expert_parallel(replica, where, problem, fleet)
     violations += check_engine(replica, where, problem, fleet)
     return violations
 
@@ -62,16 +64,18 @@ def _check_setting(replica: ReplicaPlan, where: str, problem: PlacementProblem) 
     family = problem.family
     for name, value, allowed in (
         ("micro_batch", replica.micro_batch, NONE if replica.role is Role.PREFILL else family.micro_batches),
-        ("in_flight", replica.in_flight, family.in_flight),
+        ("in_flight", replica.in_flight, (replica.attention_dp,) if replica.expert_parallel else family.in_flight),
         ("chunk_tokens", replica.chunk_tokens, NONE if replica.role is Role.DECODE else family.chunk_tokens),
     ):
         if value not in allowed or (value < 1 and allowed is not NONE):
             message = f"{name} is {value}, must be one of {_listed(allowed)}"
             yield Violation(rule=Rule.SETTING, where=where, message=message)
-    at_once, most = max(1, replica.micro_batch) * replica.in_flight, family.engine_settings.max_num_seqs
+    engines = replica.attention_dp  # copies that share their experts are engines of their own
+    in_flight, most = replica.in_flight // max(1, engines), family.engine_settings.max_num_seqs
+    at_once = max(1, replica.micro_batch) * in_flight
     if most is not None and at_once > most:
         message = (
-            f"runs {at_once} requests at once ({replica.in_flight} micro-batches of {max(1, replica.micro_batch)}), "
+            f"runs {at_once} requests at once ({in_flight} micro-batches of {max(1, replica.micro_batch)}), "
             f"its engine runs at most {most}"
         )
         yield Violation(rule=Rule.MAX_NUM_SEQS, where=where, message=message)
@@ -118,7 +122,41 @@ def _check_one_type(replica: ReplicaPlan, where: str, problem: PlacementProblem)
         yield Violation(rule=Rule.ONE_TYPE, where=where, message=message)
 
 
-def _check_stage(stage: StagePlan, where: str, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
+def _check_expert_parallel(
+    replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet
+) -> Iterator[Violation]:
+    """Check the one stage whose copies share their experts."""
+    if not replica.expert_parallel:
+        return
+    model, family = problem.model, problem.family
+    if len(replica.stages) != 1 or replica.attention_workers:
+        message = (
+            f"shares experts among copies with {len(replica.stages)} stages and {len(replica.attention_workers)} pools "
+            "of attention workers, must have 1 stage and none"
+        )
+        yield Violation(rule=Rule.EXPERTS, where=where, message=message)
+        return
+    stage, allowed = replica.stages[0], family.attention_dp_of(model)
+    ranks = stage.tp * stage.copies
+    if stage.copies not in allowed:
+        most = _listed(allowed) or "none, for it has no experts"
+        message = f"shares experts among {stage.copies} copies, {model.name} may have {most}"
+        yield Violation(rule=Rule.EXPERTS, where=where, message=message)
+    elif ranks not in family.tp_sizes:
+        message = f"shares experts among {ranks} GPUs, must be one of {_listed(family.tp_sizes)}"
+        yield Violation(rule=Rule.EXPERTS, where=where, message=message)
+    elif model.moe is not None and model.moe.num_experts % ranks:
+        message = f"shares {model.moe.num_experts} experts among {ranks} GPUs, which must divide them"
+        yield Violation(rule=Rule.EXPERTS, where=where, message=message)
+    nodes = fleet.nodes_of(name for name in stage.devices if name in fleet.devices)
+    if len(nodes) > 1:
+        message = f"shares experts among {len(nodes)} nodes ({_listed(nodes)}), must lie on 1"
+        yield Violation(rule=Rule.TP_NODE, where=where, message=message)
+
+
+def _check_stage(
+    stage: StagePlan, where: str, problem: PlacementProblem, fleet: Fleet, *, shares_experts: bool = False
+) -> Iterator[Violation]:
     family = problem.family
     if stage.tp not in family.tp_sizes or not divides(problem.model, stage.tp):
         message = (
@@ -126,7 +164,7 @@ def _check_stage(stage: StagePlan, where: str, problem: PlacementProblem, fleet:
             f"query heads and divides or is divided by {problem.model.head_groups} head groups"
         )
         yield Violation(rule=Rule.TP_SIZE, where=where, message=message)
-    if not 1 <= stage.copies <= family.max_copies:
+    if not 1 <= stage.copies <= family.max_copies and not shares_experts:
         message = f"has {stage.copies} copies, must have 1 to {family.max_copies}"
         yield Violation(rule=Rule.COPIES, where=where, message=message)
     if len(stage.devices) != stage.tp * stage.copies:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
+from statistics import NormalDist
 
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link
 from hetis.solver.plan import Role
 from hetis.solver.profile import Op
+
+EXPERT_IMBALANCE = 0.35  # the exponent of docs/cost-model.md, "Expert parallelism"
 
 
 def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:
@@ -56,6 +60,8 @@ def _chunk_layer_seconds(setting: Setting, stage: StageShape, *, is_prefix: bool
     """Return the seconds of a layer in one iteration with a chunk."""
     b, C = setting.decode_tokens, setting.chunk_tokens
     beside_dense_s = 2 * _all_reduce(setting, stage, b + C) + _prefill(setting, stage) + _attention(setting, stage)
+    if setting.attention_dp > 1 and not is_prefix:
+        return _parallel_experts(setting, stage, b + C, setting.all_tokens) + beside_dense_s
     seconds = _dense(setting, stage, b + C, is_prefix) + beside_dense_s
     if stage.pool is None:
         return seconds
@@ -85,17 +91,18 @@ def wire_seconds(setting: Setting, stage: StageShape) -> float:
     """Return wire: seconds for the KV of one request and layer to leave a prefill stage or reach a decode stage."""
     model, n, P = setting.model, stage.tp, setting.moments.mean_prompt
     per_group = model.kv_bytes_per_token_group()
+    d = setting.attention_dp  # their copies send and receive over one link
     if setting.role is Role.PREFILL:
         assert stage.kv_link is not None, "replica_shape gives stages of prefill replicas a link for their KV"
         chunk_bytes = setting.chunk_tokens * (model.head_groups * per_group + model.state_bytes() / P)
         # Also KV that was in the prefix cache: the decode replica gets that of the whole prompt.
-        return P / setting.chunk_tokens * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
+        return d * P / setting.chunk_tokens * _transfer(setting, stage.gpu, n, chunk_bytes, stage.kv_link)
     if setting.role is Role.DECODE:
         given = stage.pool.head_groups * n if stage.pool is not None else 0
         kept_bytes = P * (model.head_groups - given) * per_group + model.state_bytes()
         kept_s = _transfer(setting, stage.gpu, n, kept_bytes, stage.hop_link)
         if stage.pool is None:
-            return kept_s
+            return d * kept_s
         pool, card_bytes = stage.pool, P * given * per_group / stage.pool.cards
         return max(kept_s, _transfer(setting, pool.gpu, 1, card_bytes, pool.link))
     return 0.0
@@ -130,7 +137,13 @@ def worker_seconds(setting: Setting, stage: StageShape, pool: PoolShape) -> floa
 
 
 def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
-    """Return the least slack of any stage at M micro-batches for K stage copies, and the factor of its unevenness."""
+    """Return the least slack of any stage at M micro-batches for K stage copies, and the factor of its unevenness.
+
+    Copies that share their experts all wait for the longest of theirs.
+    """
+    if setting.attention_dp > 1:
+        longest = _longest_of(setting.attention_dp) * _chunk_spread(setting) if setting.role is Role.PREFILL else 0.0
+        return longest, 1.0 if setting.role is Role.UNIFIED else 0.0
     if setting.in_flight == 1:
         return 0.0, 0.0
     assumed, is_full = setting.problem.assumptions, setting.in_flight >= 2 * num_copies
@@ -141,6 +154,17 @@ def least_slack(setting: Setting, num_copies: int) -> tuple[float, float]:
     if setting.role is Role.PREFILL and not is_full:
         return max(assumed.full_slack, assumed.tight_unevenness * _chunk_spread(setting)), 0.0
     return assumed.full_slack, 0.0
+
+
+@cache
+def _longest_of(copies: int) -> float:
+    """Return the expected maximum of so many standard normal variables, integrated by the midpoint rule."""
+    normal, step = NormalDist(), 1e-3
+    return sum(x * copies * normal.cdf(x) ** (copies - 1) * normal.pdf(x) * step for x in _midpoints(-8.0, 8.0, step))
+
+
+def _midpoints(low: float, high: float, step: float) -> Iterator[float]:
+    return (low + (i + 0.5) * step for i in range(round((high - low) / step)))
 
 
 def _chunk_spread(setting: Setting) -> float:
@@ -186,6 +210,8 @@ def ttft_round_trips(setting: Setting) -> float:
 
 def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> float:
     model, n = setting.model, stage.tp
+    if setting.attention_dp > 1 and not is_prefix:
+        return _parallel_experts(setting, stage, T, setting.attention_dp * T)
     active: float = model.dense_layer_params() if is_prefix else model.active_layer_params()
     touched: float = model.dense_layer_params() if is_prefix else model.touched_layer_params(T)
     routed_s = 0.0
@@ -197,6 +223,32 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
         routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T) / model.moe.every
     num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
     return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
+
+
+def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float) -> float:
+    """Return dense(T) on a rank of d copies with ``all_T`` tokens together, whose experts are on all d n ranks."""
+    model, n, r = setting.model, stage.tp, stage.tp * setting.attention_dp
+    assert model.moe is not None, "the structure was checked"
+    one, every = model.expert_params(), model.moe.every
+    chosen, read = model.moe.active_experts * one, model.touched_experts(all_T) * one
+    fixed = model.active_layer_params() - chosen / every
+    F, B = 2 * all_T * chosen / r * r**EXPERT_IMBALANCE, read * model.weight_bytes / r
+    own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
+    exchange_s = 2 / every * _half_reduce(setting, stage, all_T, r)
+    if setting.has_fit(stage.gpu, Op.EXPERTS, n):
+        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=all_T) / every
+        own_s = setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
+        return exchange_s + routed_s + own_s
+    own_F, own_B = own_F + F / every, own_B + B / every
+    return exchange_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
+
+
+def _half_reduce(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
+    """Return the seconds of an all-gather or a reduce-scatter of T tokens: of an all-reduce of half of them."""
+    num_bytes = T / 2 * setting.model.hidden * setting.model.activation_bytes
+    wire_s = 2 * (ranks - 1) / ranks * num_bytes / stage.intra_link.bytes_per_s
+    half_s = setting.seconds(stage.gpu, Op.ALL_REDUCE, ranks, num_bytes=num_bytes, wire_s=wire_s, tokens=T / 2)
+    return half_s + stage.intra_link.latency_s
 
 
 def _all_reduce(setting: Setting, stage: StageShape, T: int) -> float:
@@ -242,8 +294,12 @@ def _decode(
     """
     if pairs == 0:
         return 0.0
-    model = setting.model
-    y = model.attended_tokens(setting.moments.resident_context)
+    model, moments = setting.model, setting.moments
+    y = model.attended_tokens(moments.resident_context)
+    if setting.attention_dp > 1:  # the others wait for the copy whose requests have the most context
+        requests = pairs / head_groups_per_rank(model, stage.tp)
+        spread = moments.resident_context_sd / moments.resident_context / math.sqrt(requests)
+        y *= 1 + _longest_of(setting.attention_dp) * spread
     queries = queries or model.step_tokens
     heads = pairs * query_heads_per_group(model, stage.tp) * queries
     return setting.seconds(

@@ -16,6 +16,7 @@ class Rule(StrEnum):
     TP_NODE = "a TP group lies inside one node"
     TP_SIZE = "a TP size is one of the family's and divides heads and head groups"
     COPIES = "a stage has between one copy and the family's most"
+    EXPERTS = "copies that share experts are those of one stage on one node, in a number of the family's"
     STAGE_ZONE = "a stage lies inside one zone"
     LAYERS = "the stages cover every layer once and in order"
     STAGE_LAYERS = "every stage holds at least one layer, the first one beside the prefix layers"

@@ -194,7 +194,7 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
     def made(number: int, side: int, mixes: IntArray, workers: Workers | None) -> Candidates:
         shape = shapes[number]
         place = None if workers is None else (_place_in_zone(atlas, workers.device_class), workers.size)
-        alike = kinds[shape.scope], shape.depth, _tp(atlas, shape), compositions[number], mixes.tobytes(), place
+        alike = kinds[shape.scope], shape.depth, _ranks(atlas, shape), compositions[number], mixes.tobytes(), place
         if alike not in evaluators:
             evaluators[alike] = Evaluator(atlas, shape, mixes, workers)
         fits = np.all(uses[number] + _taken_by_workers(atlas, shape, workers) <= atlas.resources.limits, axis=1)
@@ -202,17 +202,19 @@ def candidates_of(atlas: Atlas) -> tuple[list[Candidates], Iterator[Candidates]]
             fits &= least_nodes(atlas, shape, workers, places) <= most_nodes
         return Candidates(atlas, shape, side, workers, evaluators[alike], fits, np.zeros(len(fits), dtype=bool))
 
-    mixes_of = {number: _mixes_by_side(atlas, number) for number in kinds}
+    mixes_of = {
+        (number, dp): _mixes_by_side(atlas, number, dp) for number in kinds for dp in sorted({1, *atlas.rank_dp})
+    }
     without = [
         made(number, side, mixes, None)
         for number, shape in enumerate(shapes)
-        for side, mixes in mixes_of[shape.scope].items()
+        for side, mixes in mixes_of[shape.scope, _ranks(atlas, shape)[1]].items()
         if engine is None or shape.depth <= engine.stages_of(atlas.mixes[mixes[0]].role, atlas.problem.model)
     ]
     return without, (
-        made(number, UNIFIED, mixes_of[shape.scope][UNIFIED], workers)
+        made(number, UNIFIED, mixes_of[shape.scope, 1][UNIFIED], workers)
         for number, shape in enumerate(shapes)
-        if UNIFIED in mixes_of[shape.scope]
+        if UNIFIED in mixes_of[shape.scope, 1]
         for workers in workers_of(atlas, shape)
     )
 
@@ -230,14 +232,16 @@ def _taken_by_workers(atlas: Atlas, shape: Shape, workers: Workers | None) -> In
     return np.asarray(cards * atlas.card_use[workers.device_class])
 
 
-def _tp(atlas: Atlas, shape: Shape) -> int:
-    return atlas.ranks[int(shape.ranks[0])][1]
+def _ranks(atlas: Atlas, shape: Shape) -> tuple[int, int]:
+    """Return the GPUs of a shape's ranks, and the copies among them that share their experts."""
+    rank = int(shape.ranks[0])
+    return atlas.ranks[rank][1], atlas.rank_dp[rank]
 
 
-def _mixes_by_side(atlas: Atlas, scope: int) -> dict[int, IntArray]:
+def _mixes_by_side(atlas: Atlas, scope: int, attention_dp: int) -> dict[int, IntArray]:
     by_side: dict[int, list[int]] = {}
     for x, mix in enumerate(atlas.mixes):
-        if atlas.scopes[scope].serves(mix):
+        if atlas.scopes[scope].serves(mix) and mix.attention_dp == attention_dp:
             by_side.setdefault(atlas.side_of(scope, x), []).append(x)
     return {side: np.array(mixes, dtype=np.int64) for side, mixes in by_side.items()}
 

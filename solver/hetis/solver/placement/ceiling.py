@@ -187,6 +187,8 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
                             most = roomiest_split(
                                 room, layer_bytes, groups, n, p * card_bytes, kv_bytes, prompt_bytes, num_layers
                             )  # fmt: skip
+                        if t.rank_dp[s] > 1 and (most < num_layers or not limits.sequential):
+                            most = 0.0
                         if limits.chunk_cap_s < np.inf:
                             most = min(most, np.floor(c * limits.chunk_cap_s / chunk_layer_s + ROUNDING))
                         longer = stretch(mix, layer_s, chunk_layer_s, limits.slack, limits.slack_unevenness) / least

@@ -50,6 +50,7 @@ def configurations(atlas: Atlas) -> list[Configuration]:
             side = atlas.side_of(scope, mix)
             role = atlas.mixes[mix].role
             full, tight = atlas.regimes(role)
+            alone = atlas.regime_together(mix)
             limited = atlas.problem.objective.ttft_limit_s is not None and atlas.mixes[mix].chunk_tokens > 0
             filled = False
             for f, m in sorted(enumerate(family.in_flight), key=lambda pair: pair[1]):
@@ -57,8 +58,8 @@ def configurations(atlas: Atlas) -> list[Configuration]:
                     continue
                 if m == 1:
                     for unevenness in _unevenness_limits(atlas, scope, mix, f):
-                        found.append(Configuration(scope, mix, f, m, 1 << 20, cost.Regime(0.0, 0.0), side, unevenness))
-                elif not filled:
+                        found.append(Configuration(scope, mix, f, m, 1 << 20, alone, side, unevenness))
+                elif not filled and atlas.mixes[mix].attention_dp == 1:
                     filled = m >= 2 * most_copies and not limited
                     # Without rules for chunks and with equal slack, this is part of the other configuration.
                     if filled or full != tight or role is Role.UNIFIED:
@@ -73,7 +74,7 @@ def _least_unevenness(t: Tables, x: int) -> float:
     """Return the least unevenness that any stage of mix x has in an iteration with a chunk."""
     n_it, least = t.iterations[x], np.inf
     for s in range(t.rank_class.shape[0]):
-        if t.available[t.rank_class[s]] < t.rank_tp[s]:
+        if t.available[t.rank_class[s]] < t.rank_tp[s] or t.layer_s[x, s] == np.inf:
             continue
         # Step, hop and ends come on top of layers, and count for most with a single layer.
         fixed_s = t.step_s[x, s]
@@ -117,7 +118,7 @@ def _unevenness_limits(atlas: Atlas, scope: int, x: int, f: int) -> Iterator[flo
     if not np.isfinite(t.trip_cap[x, f]):
         yield np.inf
         return
-    here = t.available[t.rank_class] >= t.rank_tp
+    here = (t.available[t.rank_class] >= t.rank_tp) & np.isfinite(t.layer_s[x])
     if not np.any(here):
         return
     fastest_s = t.num_layers * float(t.layer_s[x, here].min())

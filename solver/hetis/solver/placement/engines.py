@@ -91,7 +91,7 @@ def beyond(replicas: Iterable[ReplicaPlan], rules: EngineRules, cluster: Cluster
 
 def _beyond(replica: ReplicaPlan, rules: EngineRules, zones: Mapping[str, str], model: ModelSpec) -> Iterator[str]:
     depth, pools = len(replica.stages), replica.attention_workers
-    if any(stage.copies > 1 for stage in replica.stages):
+    if any(stage.copies > 1 for stage in replica.stages) and not replica.expert_parallel:
         yield "stage copies"
     if len({stage.tp for stage in replica.stages}) > 1:
         yield "several TP sizes in a replica"

@@ -341,6 +341,8 @@ def list_options(
         for c in range(1, most_copies + 1):
             if c * n > t.available[g]:
                 break
+            if t.rank_dp[s] > 1 and in_flight > 1:
+                break  # copies that share their experts are one replica, of one stage
             requests = (in_flight + c - 1) // c * micro_batch
             tokens = t.kv_tokens[x, f, c - 1]
             kv_bytes, prompt_bytes = tokens * kv_group_bytes, t.prompt_tokens[x, f, c - 1] * kv_group_bytes
@@ -393,6 +395,8 @@ def list_options(
                         for role in range(4):
                             prefix = prefix_layers if role in (FIRST, BOTH) else 0
                             caps[role] = int(max(0.0, min(on_rank[k, role], on_card - prefix)))
+                            if t.rank_dp[s] > 1 and (role != BOTH or caps[role] < num_layers):
+                                caps[role] = 0
                             most_layers = max(most_layers, caps[role])
                         if most_layers == 0:
                             continue

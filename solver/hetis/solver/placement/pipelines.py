@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.cost import Regime
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.compiled import kernel
@@ -41,7 +40,7 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Replicas of one scope, TP size and depth, with the same attention workers at every stage, or none.
+    """Replicas of one scope, kind of rank and depth, with the same attention workers at every stage, or none.
 
     ``ranks`` are the rank types that stages may have; ``counts`` [C, ranks] are the compositions.
     """
@@ -72,15 +71,18 @@ class Sweep:
 
 def sweep_of(atlas: Atlas, depth: int, mixes: IntArray, groups: IntArray) -> Sweep:
     """Return every mix with every given number of head groups."""
-    roles = [atlas.mixes[x].role for x in mixes.tolist()]
-    alone = Regime(0.0, 0.0)  # a single stage never waits; deeper pipelines have as many micro-batches as stages
-    of_role = {role: alone if depth == 1 else atlas.regimes(role)[1] for role in set(roles)}
+    # Deeper pipelines have as many micro-batches as stages; a single stage waits for its own copies at most.
+    kinds = [(atlas.mixes[x].role, atlas.mixes[x].attention_dp) for x in mixes.tolist()]
+    of_kind = {
+        kind: atlas.regime_together(x) if depth == 1 else atlas.regimes(kind[0])[1]
+        for kind, x in zip(kinds, mixes.tolist(), strict=True)
+    }
     each = len(groups)
     return Sweep(
         mixes=np.repeat(mixes, each),
         groups=np.tile(groups, len(mixes)),
-        least_slack=np.repeat([of_role[role].least for role in roles], each),
-        unevenness=np.repeat([of_role[role].unevenness for role in roles], each),
+        least_slack=np.repeat([of_kind[kind].least for kind in kinds], each),
+        unevenness=np.repeat([of_kind[kind].unevenness for kind in kinds], each),
     )
 
 
@@ -336,9 +338,10 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
     engine, least = family.engine, least_layers(atlas)
     assert engine is not None, "other families have replicas that are not listed"
     for number in range(len(atlas.scopes)):
-        for tp in sorted({tp for _, tp in atlas.ranks}):
-            ranks = _ranks_of(atlas, number, tp)
+        for tp, dp in sorted({(tp, dp) for (_, tp), dp in zip(atlas.ranks, atlas.rank_dp, strict=True)}):
+            ranks = _ranks_of(atlas, number, tp, dp)
             deepest = engine.max_stages if engine.max_gpus is None else min(engine.max_stages, engine.max_gpus // tp)
+            deepest = min(deepest, 1) if dp > 1 else deepest
             for depth in range(1, deepest + 1 if ranks else 1):
                 if least[FIRST] + (depth - 1) * least[PLAIN] > atlas.scopes[number].tables.num_layers:
                     break
@@ -355,12 +358,15 @@ def shapes_of(atlas: Atlas) -> list[Shape]:
     return found
 
 
-def _ranks_of(atlas: Atlas, scope: int, tp: int) -> list[int]:
+def _ranks_of(atlas: Atlas, scope: int, tp: int, dp: int) -> list[int]:
     here, available = atlas.scopes[scope], atlas.scopes[scope].tables.available
     return [
         s
         for s, (g, size) in enumerate(atlas.ranks)
-        if size == tp and available[g] >= tp and atlas.classes[g].zone in here.zones and here.computes_on(g)
+        if (size, atlas.rank_dp[s]) == (tp, dp)
+        and available[g] >= tp
+        and atlas.classes[g].zone in here.zones
+        and here.computes_on(g)
     ]
 
 

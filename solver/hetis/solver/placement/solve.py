@@ -203,7 +203,7 @@ def plan_of(
             replicas.append(_with_devices(shapes[template], stages))
     return Plan(
         strategy=strategy,
-        family=problem.family.describe(),
+        family=problem.family.describe(problem.model),
         result=SolveResult(
             status=status,
             objective=kind,
@@ -229,13 +229,13 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
     tables = atlas.scopes[template.scope].tables
     plans, pools, first_layer = [], [], 0
     for index, (stage, bound) in enumerate(zip(template.stages, stages, strict=True)):
-        device_class, tp = atlas.ranks[stage.rank]
+        device_class, size = atlas.ranks[stage.rank]
         layers = stage.layers + (tables.prefix_layers if index == 0 else 0)
         plans.append(
             StagePlan(
                 gpu=atlas.classes[device_class].gpu,
-                tp=tp,
-                copies=stage.copies,
+                tp=size // mix.attention_dp,
+                copies=stage.copies * mix.attention_dp,
                 first_layer=first_layer,
                 num_layers=layers,
                 devices=tuple(bound.devices),
@@ -255,12 +255,13 @@ def replica_plan(atlas: Atlas, template: Template, stages: list[BoundStage]) -> 
         ttft_s=ttft_s(atlas, template) + landing_s(atlas, template),
         tpot_s=template.interval_s * cost.tpot_per_interval(atlas.moments, mix, m),
         micro_batch=mix.micro_batch,
-        in_flight=m,
+        in_flight=m * mix.attention_dp,
         chunk_tokens=mix.chunk_tokens,
         kv_tokens=int(min(_kv_room(atlas, template, i) for i in range(len(template.stages)))),
         stages=tuple(plans),
         attention_workers=tuple(pools),
         role=mix.role,
+        expert_parallel=mix.attention_dp > 1,
         kv_zones=zones if mix.role is Role.PREFILL else (),
     )
 
@@ -297,7 +298,8 @@ def _kv_room(atlas: Atlas, template: Template, index: int) -> float:
         pairs = np.ceil(requests * stage.pool_groups * t.rank_tp[stage.rank] / stage.pool_cards - 1e-9)
         per_token = layers * pairs / requests * t.kv_group_bytes
         tokens = min(tokens, t.worker_room_bytes[stage.pool_class] / per_token)
-    return float(stage.copies * min(tokens, atlas.problem.most_kv_tokens))
+    copies = stage.copies * atlas.rank_dp[stage.rank]
+    return float(copies * min(tokens, atlas.problem.most_kv_tokens))
 
 
 def _prices(atlas: Atlas, outcome: Outcome, scale: float) -> tuple[ClassPrice, ...]:

@@ -37,14 +37,15 @@ def _uniform(family: Family) -> Family:
 
 def _hexgen(family: Family) -> Family:
     return replace(
-        family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0, roles=(Role.UNIFIED,)
-    )
+        family, name="hexgen", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0, roles=(Role.UNIFIED,),
+        attention_dp=(),
+    )  # fmt: skip
 
 
 def _hexgen2(family: Family) -> Family:
     return replace(
         family, name="hexgen2", mixed_types=True, uneven_layers=True, max_copies=1, max_pool=0,
-        roles=(Role.PREFILL, Role.DECODE), one_type_per_role=False,
+        roles=(Role.PREFILL, Role.DECODE), one_type_per_role=False, attention_dp=(),
     )  # fmt: skip
 
 

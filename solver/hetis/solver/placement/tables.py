@@ -1,8 +1,10 @@
 """The cost model tabulated for the search: plain arrays, with one entry per iteration mix, rank type and pool.
 
-A *rank type* s is a device class with a TP size. A *mix* x is a pair (b, C), which is (0, C) for a prefill replica and
-(b, 0) for a decode replica. Roles of a stage are plain, first, last, and both (a stage that is first and last). The
-cost of a stage is then a few look-ups away (`options.py`). `tabulation.py` fills the tables.
+A *rank type* s is a device class with a TP size, or with a number of GPUs whose d copies share their experts (each
+with as many of the GPUs). A *mix* x is a pair (b, C), which is (0, C) for a prefill replica and (b, 0) for a decode
+replica; there are others for every d, which only rank types with this d may have: they are a replica on their own, with
+one iteration of all copies in flight. Roles of a stage are plain, first, last, and both (a stage that is first and
+last). The cost of a stage is then a few look-ups away (`options.py`). `tabulation.py` fills the tables.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.cost import Mix, Regime, chunk_spread, regimes
+from hetis.solver.cost import Mix, Regime, chunk_spread, regime_together, regimes
 from hetis.solver.placement.classes import DeviceClass, IntArray, Resources
 from hetis.solver.placement.routes import Routes
 from hetis.solver.plan import Role
@@ -44,7 +46,8 @@ class ChunkTables(NamedTuple):
 class Tables(NamedTuple):
     """The arrays that compiled kernels read: X mixes, F in-flight values, S rank types, N classes, shapes in brackets.
 
-    Times are seconds per request, per repeated layer if the name says ``layer`` and per stage otherwise.
+    Times are seconds per request, per repeated layer if the name says ``layer`` and per stage otherwise. ``layer_s``
+    and ``act_bytes`` are inf where a rank type may not have a mix.
     """
 
     num_layers: int  # repeated layers to place, without the prefix
@@ -64,7 +67,8 @@ class Tables(NamedTuple):
     prompt_tokens: FloatArray  # [X, F, copies] Tpre: part of Tkv that a rank keeps of pooled groups, too
     state_bytes: FloatArray  # [X, F, copies] of a layer on all ranks, for requests of linear attention
     rank_class: IntArray  # [S]
-    rank_tp: IntArray  # [S]
+    rank_tp: IntArray  # [S] GPUs of a TP group, or of all copies that share their experts
+    rank_dp: IntArray  # [S] d, 1 without expert parallelism
     rank_groups: IntArray  # [S] Gr
     room_bytes: FloatArray  # [S]
     layer_bytes: FloatArray  # [S] weights of a repeated layer
@@ -169,7 +173,8 @@ class Atlas:
     classes: tuple[DeviceClass, ...]
     resources: Resources
     mixes: tuple[Mix, ...]
-    ranks: tuple[tuple[int, int], ...]  # (class, tp)
+    ranks: tuple[tuple[int, int], ...]  # (class, GPUs)
+    rank_dp: tuple[int, ...]  # the copies that share their experts on these GPUs, 1 without expert parallelism
     group_use: IntArray  # [S, rows] resources of one TP group
     card_use: IntArray  # [N, rows] resources of one attention worker
     pool_sizes: tuple[int, ...]
@@ -190,6 +195,18 @@ class Atlas:
     def regimes(self, role: Role) -> tuple[Regime, Regime]:
         """Return the slack of a role's pipelines with at least two micro-batches per stage copy, and at least one."""
         return regimes(self.problem.assumptions, role, chunk_spread(self.problem.model, self.moments))
+
+    def regime_together(self, mix: int) -> Regime:
+        """Return the slack of replicas with one iteration in flight, of one copy or of all that share their experts."""
+        x = self.mixes[mix]
+        return regime_together(x.role, chunk_spread(self.problem.model, self.moments), x.attention_dp)
+
+    def rank_of(self, device_class: int, gpus: int, attention_dp: int) -> int | None:
+        """Return the rank type of these GPUs, if there is one."""
+        for s, (rank, dp) in enumerate(zip(self.ranks, self.rank_dp, strict=True)):
+            if rank == (device_class, gpus) and dp == attention_dp:
+                return s
+        return None
 
     def side_of(self, scope: int, mix: int) -> int:
         """Return the master's side of replicas of a scope and mix."""

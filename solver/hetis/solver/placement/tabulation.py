@@ -12,7 +12,7 @@ import numpy as np
 
 from hetis.solver import cost
 from hetis.solver.cluster import Link
-from hetis.solver.cost import DeviceCost, Mix, PoolCost
+from hetis.solver.cost import DeviceCost, Mix, PoolCost, RankShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.placement.classes import DeviceClass, IntArray, device_classes, resources_of
 from hetis.solver.placement.routes import most_spanning, routes_of, slowest_between, spanning_bytes
@@ -37,16 +37,26 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
     zones, precisions = problem.cluster.zones(), _precisions(model, classes)
     # In several precisions, KV is handed over inside a zone.
     mixes = tuple(_mixes(family, model, moments, len(zones) if len(precisions) == 1 else 1))
-    ranks = tuple(
+    sizes = [
         (i, tp)
         for i, c in enumerate(classes)
         for tp in family.tp_sizes
-        if tp <= c.gpus_per_node and cost.rank_shape(model, tp) is not None and Duty.PRIMARY not in c.mark.barred
-    )
+        if tp <= c.gpus_per_node and Duty.PRIMARY not in c.mark.barred
+    ]
+    # Those of expert parallelism come last: with them, a pair of class and size is there more than once.
+    degrees = (1, *family.attention_dp_of(model))
+    shaped = [
+        (rank, dp)
+        for dp in degrees
+        for rank in sizes
+        if rank[1] % dp == 0 and cost.rank_shape(model, rank[1] // dp, dp) is not None
+    ]
+    shaped.sort(key=lambda one: one[0][0])  # kernels take the ranks of a class in one run
+    ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)
     resources = resources_of(classes, family.tp_sizes)
     biggest = max((c.available for c in classes), default=0)
     pool_sizes = tuple(p for p in family.pool_sizes(1) if p <= biggest)
-    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, pool_sizes, is_relaxation=is_relaxation)
+    tabulation = _Tabulation(problem, moments, classes, mixes, ranks, rank_dp, pool_sizes, is_relaxation=is_relaxation)
     return Atlas(
         problem=problem,
         moments=moments,
@@ -54,6 +64,7 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
         resources=resources,
         mixes=mixes,
         ranks=ranks,
+        rank_dp=rank_dp,
         group_use=np.array([resources.of_group(i, tp) for i, tp in ranks], dtype=np.int64).reshape(
             len(ranks), len(resources.rows)
         ),
@@ -67,18 +78,22 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
 def _mixes(family: Family, model: ModelSpec, moments: WorkloadMoments, num_zones: int) -> Iterator[Mix]:
     """Yield the mixes of unified replicas (b, C), then those of prefill replicas (C), then of decode replicas (b).
 
-    Prefill replicas that may send KV to other zones pay for the slowest link and have mixes of their own.
+    Prefill replicas that may send KV to other zones pay for the slowest link and have mixes of their own. Mixes of
+    expert parallelism come last, in the same order.
     """
-    if Role.UNIFIED in family.roles:
-        for b in family.micro_batches:
-            for c in family.chunk_tokens:
-                yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=c)
-    if family.splits_roles:
-        for sends_afar in (False, True)[: min(num_zones, 2)]:
-            for c in family.chunk_tokens:
-                yield cost.mix_of(model, moments, micro_batch=0, chunk_tokens=c, sends_afar=sends_afar)
-        for b in family.micro_batches:
-            yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=0)
+    for d in (1, *family.attention_dp_of(model)):
+        if Role.UNIFIED in family.roles:
+            for b in family.micro_batches:
+                for c in family.chunk_tokens:
+                    yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=c, attention_dp=d)
+        if family.splits_roles:
+            for afar in (False, True)[: min(num_zones, 2)]:
+                for c in family.chunk_tokens:
+                    yield cost.mix_of(
+                        model, moments, micro_batch=0, chunk_tokens=c, sends_afar=afar, attention_dp=d
+                    )  # fmt: skip
+            for b in family.micro_batches:
+                yield cost.mix_of(model, moments, micro_batch=b, chunk_tokens=0, attention_dp=d)
 
 
 def _scopes(
@@ -130,12 +145,16 @@ def _spans(zones: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 class _MixNumbers(NamedTuple):
-    """Contents and frequencies of mixes, in their order, [X] each; ``tokens`` are per iteration with a chunk."""
+    """Contents and frequencies of mixes, in their order, [X] each; ``tokens`` are per iteration with a chunk.
+
+    ``all_tokens`` are those of all copies of an expert-parallel stage.
+    """
 
     micro_batch: FloatArray
     decode_tokens: FloatArray
     chunk_tokens: FloatArray
     tokens: FloatArray
+    all_tokens: FloatArray
     chunk_iterations: FloatArray
     plain_iterations: FloatArray
     unified: BoolArray
@@ -149,7 +168,9 @@ class _MixNumbers(NamedTuple):
 def _numbers_of(mixes: Sequence[Mix]) -> _MixNumbers:
     rows = [(m.micro_batch, m.decode_tokens, m.chunk_tokens, m.chunk_iterations, m.plain_iterations) for m in mixes]
     b, bq, c, nc, nd = np.array(rows, dtype=float).reshape(-1, 5).T
-    return _MixNumbers(b, bq, c, bq + c, nc, nd, np.array([m.role is Role.UNIFIED for m in mixes], dtype=bool))
+    together = np.array([m.all_tokens for m in mixes], dtype=float)
+    unified = np.array([m.role is Role.UNIFIED for m in mixes], dtype=bool)
+    return _MixNumbers(b, bq, c, bq + c, together, nc, nd, unified)
 
 
 class _Tabulation:
@@ -162,30 +183,35 @@ class _Tabulation:
         classes: tuple[DeviceClass, ...],
         mixes: tuple[Mix, ...],
         ranks: tuple[tuple[int, int], ...],
+        rank_dp: tuple[int, ...],
         pool_sizes: tuple[int, ...],
         *,
         is_relaxation: bool,
     ) -> None:
         self.is_relaxation = is_relaxation
         self.problem, self.moments, self.classes, self.mixes = problem, moments, classes, mixes
-        self.ranks, self.pool_sizes = ranks, pool_sizes
+        self.ranks, self.rank_dp, self.pool_sizes = ranks, rank_dp, pool_sizes
+        self._may_have = np.equal.outer([m.attention_dp for m in mixes], rank_dp).reshape(len(mixes), len(ranks))
         self._numbers = _numbers_of(mixes)
-        self._costs: dict[tuple[str, Link, int, ModelSpec], DeviceCost] = {}
-        self._rows: dict[tuple[str, Link, int], dict[str, FloatArray]] = {}
-        self._hops_over: dict[tuple[str, Link, int, Link], FloatArray] = {}
+        self._poolable = _numbers_of([mix for mix in mixes if mix.attention_dp == 1])
+        self._costs: dict[tuple[str, Link, int, int, ModelSpec], DeviceCost] = {}
+        self._rows: dict[tuple[str, Link, RankShape], dict[str, FloatArray]] = {}
+        self._hops_over: dict[tuple[str, Link, RankShape, Link], FloatArray] = {}
         models = [problem.model.on(c.gpu) for c in classes]
-        self.devices = [self._device(classes[i], tp, models[i]) for i, tp in ranks]
+        self.devices = [
+            self._device(classes[i], size // dp, models[i], dp) for (i, size), dp in zip(ranks, rank_dp, strict=True)
+        ]
         self.workers = [self._device(c, 1, model) for c, model in zip(classes, models, strict=True)]
         self.own_s = self._own_table()
         self.least_pool_start = np.full((len(ranks), len(classes)), -1, dtype=np.int64)
         self.pool_start, self.pool_s, self.chunk_pool_s, self.pool_wire_s = self._pool_table()
         self.least_pool_s, self.chunk_least_pool_s, self.least_pool_wire_s = self._least_of_splits()
 
-    def _device(self, c: DeviceClass, tp: int, model: ModelSpec) -> DeviceCost:
+    def _device(self, c: DeviceClass, tp: int, model: ModelSpec, attention_dp: int = 1) -> DeviceCost:
         """Return the costs of a device; those of an attention worker are with its primary's model."""
-        key = (c.gpu, c.intra, tp, model)
+        key = (c.gpu, c.intra, tp, attention_dp, model)
         if key not in self._costs:
-            shape = cost.rank_shape(model, tp)
+            shape = cost.rank_shape(model, tp, attention_dp)
             assert shape is not None, "rank types are valid shapes"
             self._costs[key] = DeviceCost(model, self.problem.profiles[c.gpu], self.moments, shape, c.intra)
         return self._costs[key]
@@ -219,7 +245,10 @@ class _Tabulation:
             iterations=np.array([m.iterations for m in self.mixes]),
             chunk_iterations=np.array([m.chunk_iterations for m in self.mixes]),
             without_chunk=np.array(
-                [[max(0.0, 1.0 - m.chunk_share) ** in_flight for in_flight in family.in_flight] for m in self.mixes]
+                [
+                    [max(0.0, 1.0 - m.chunk_share) ** (in_flight * m.attention_dp) for in_flight in family.in_flight]
+                    for m in self.mixes
+                ]
             ),
             t_cap=np.where(
                 (kv_tokens < NO_ROOM).any(axis=2),
@@ -233,15 +262,16 @@ class _Tabulation:
             state_bytes=self._per_copy(self._state_bytes),
             rank_class=np.array([i for i, _ in self.ranks], dtype=np.int64),
             rank_tp=np.array([tp for _, tp in self.ranks], dtype=np.int64),
+            rank_dp=np.array(self.rank_dp, dtype=np.int64),
             rank_groups=np.array([d.shape.groups for d in self.devices], dtype=np.int64),
             room_bytes=np.array([d.room_bytes() for d in self.devices]),
             layer_bytes=np.array([d.layer_bytes() for d in self.devices]),
             first_bytes=np.array([d.embedding_bytes() + d.vision_bytes() + d.prefix_bytes() for d in self.devices]),
             last_bytes=np.array([d.embedding_bytes() + d.draft_bytes() for d in self.devices]),
             tied_bytes=np.array([d.embedding_bytes() if model.tie_embeddings else 0.0 for d in self.devices]),
-            act_bytes=stack["act_bytes"],
+            act_bytes=np.where(self._may_have, stack["act_bytes"], np.inf),
             logit_bytes=stack["logit_bytes"],
-            layer_s=stack["layer_s"],
+            layer_s=np.where(self._may_have, stack["layer_s"], np.inf),
             own_s=self.own_s,
             hop_s=hops[:, :, 0].T.copy(),
             step_s=stack["step_s"],
@@ -307,13 +337,14 @@ class _Tabulation:
 
     def _rank_rows(self, d: DeviceCost, c: DeviceClass) -> dict[str, FloatArray]:
         """Return the numbers of a rank type that depend on neither pool nor zone, per mix."""
-        key = (c.gpu, c.intra, d.shape.tp)
+        key = (c.gpu, c.intra, d.shape)
         if key in self._rows:
             return self._rows[key]
         m = self._numbers
         b, both, nc, nd = m.decode_tokens, m.tokens, m.chunk_iterations, m.plain_iterations
         drafting = d.drafting_s(m.micro_batch)
-        chunk_dense, dense, chunk_step, chunk_head = d.dense_s(both), d.dense_s(b), d.step_s(both), d.head_s(b + 1)
+        chunk_dense, dense = d.dense_s(both, all_tokens=m.all_tokens), d.dense_s(b)
+        chunk_step, chunk_head = d.step_s(both), d.head_s(b + 1)
         chunk_prefix, prefix = d.dense_s(both, prefix_layer=True), d.dense_s(b, prefix_layer=True)
         with_chunk = chunk_dense + 2 * d.reduce_s(both) + d.prefill_s(m.chunk_tokens)
         self._rows[key] = {
@@ -333,7 +364,7 @@ class _Tabulation:
     def _hops(self, d: DeviceCost, c: DeviceClass, zones: tuple[str, ...]) -> FloatArray:
         """Return seconds on the link to the next stage, of a request and of one iteration with a chunk; [X, 2]."""
         link = c.link_in(self.problem.cluster, zones)
-        key = (c.gpu, c.intra, d.shape.tp, link)
+        key = (c.gpu, c.intra, d.shape, link)
         if key not in self._hops_over:
             m = self._numbers
             with_chunk = d.hop_s(m.tokens, link)
@@ -450,7 +481,7 @@ class _Tabulation:
         return cost.prompt_tokens_per_copy(self.problem.model, self.moments, mix, micro_batches)
 
     def _state_bytes(self, mix: Mix, micro_batches: int) -> float:
-        return cost.state_bytes_per_copy(self.problem.model, mix, micro_batches)
+        return mix.attention_dp * cost.state_bytes_per_copy(self.problem.model, mix, micro_batches)
 
     def _per_copy(self, amount_of: Callable[[Mix, int], float]) -> FloatArray:
         """Return tokens or bytes of a stage copy, by its mix and the micro-batches that it holds; [X, F, copies]."""
@@ -545,9 +576,10 @@ class _Tabulation:
         groups = pool.primary.shape.groups
         k = np.arange(1.0, groups + 1)[:, None]
         p = np.array(self.pool_sizes, dtype=float)[None, :]
-        chunk_entries = np.zeros((len(self.mixes), groups, len(self.pool_sizes)))
-        m, unified = self._numbers, self._numbers.unified
-        # All mixes at once, because a call costs more than its arithmetic.
+        m = self._poolable
+        num, unified = len(m.unified), m.unified
+        chunk_layer_s, chunk_entries = chunk_layer_s[:num], np.zeros((num, groups, len(self.pool_sizes)))
+        # All mixes at once, because a call costs more than its arithmetic; those of expert parallelism have no pools.
         b, c, n_it, nc = (
             each[:, None, None] for each in (m.micro_batch, m.chunk_tokens, m.iterations, m.chunk_iterations)
         )
@@ -558,7 +590,12 @@ class _Tabulation:
         late = pool.late_s(b[unified], c[unified], k, p, layer_s)
         entries[unified] += nc[unified] * late
         chunk_entries[unified] = remote[unified] + late
-        return entries.reshape(len(self.mixes), -1), chunk_entries.reshape(len(self.mixes), -1)
+        return self._padded(entries), self._padded(chunk_entries)
+
+    def _padded(self, entries: FloatArray) -> FloatArray:
+        """Return entries [.., Gr, sizes] of the mixes that may have pools as those of all mixes, [X, Gr * sizes]."""
+        rest = np.full((len(self.mixes) - len(entries), entries[0].size), np.inf)
+        return np.concatenate([entries.reshape(len(entries), -1), rest])
 
 
 def _cut_floor(problem: PlacementProblem) -> IntArray:

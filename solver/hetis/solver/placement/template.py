@@ -135,6 +135,8 @@ def slacked_seconds(atlas: Atlas, template: Template) -> list[tuple[float, float
     t, m = atlas.scopes[template.scope].tables, atlas.problem.family.in_flight[template.in_flight_index]
     of_role = atlas.regimes(atlas.mixes[template.mix].role)
     regime = cost.regime_of(of_role, in_flight=m, num_copies=template.num_copies)
+    if m == 1:
+        regime = atlas.regime_together(template.mix)
     mix = iterations_of(t, template.mix, template.in_flight_index)
     found = []
     chunks = chunk_stage_seconds(atlas, template)
@@ -285,8 +287,11 @@ def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
     """Return text like ``A100-PCIe-80GB TP2 x1 L40 | P100-PCIe-12GB TP1 x4 L40 (+2 L4 attention workers)``."""
     parts = []
     for stage in stages:
-        device_class, tp = atlas.ranks[stage.rank]
-        text = f"{atlas.classes[device_class].gpu} TP{tp} x{stage.copies} L{stage.layers}"
+        device_class, size = atlas.ranks[stage.rank]
+        dp = atlas.rank_dp[stage.rank]
+        text = f"{atlas.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp} L{stage.layers}"
+        if dp > 1:
+            text += f" EP{size}"
         if stage.pool_class >= 0:
             text += f" (+{stage.pool_cards} {atlas.classes[stage.pool_class].gpu} attention workers)"
         parts.append(text)

@@ -29,7 +29,14 @@ def _equal_layers(num_layers: int, num_stages: int, role: int) -> int:
 
 @kernel
 def best_equal_split(
-    t: Tables, mixes: IntArray, s: int, num_stages: int, full: Regime, tight: Regime, depth_in_flight: bool
+    t: Tables,
+    mixes: IntArray,
+    s: int,
+    num_stages: int,
+    full: Regime,
+    tight: Regime,
+    together: Regime,
+    depth_in_flight: bool,
 ) -> tuple[float, int, int]:
     """Return the shortest interval of ``num_stages`` equal stages of rank type s, with its mix and in-flight index.
 
@@ -51,6 +58,8 @@ def best_equal_split(
         for f in range(t.in_flight.shape[0]):
             m = t.in_flight[f]
             if 1 < m < num_stages or (depth_in_flight and m != num_stages):
+                continue
+            if t.rank_dp[s] > 1 and (m > 1 or num_stages > 1):
                 continue
             kept = groups * t.kv_group_bytes * t.kv_tokens[x, f, 0] + t.state_bytes[x, f, 0] / t.rank_tp[s]
             busiest, total, fits = 0.0, 0.0, True
@@ -84,6 +93,8 @@ def best_equal_split(
                 continue
             if m == 1:
                 interval = total
+                if t.rank_dp[s] > 1:
+                    interval *= stretch(iterations_of(t, x, f), w, chunk_w, together.least, together.unevenness)
             else:
                 regime = full if m >= 2 * num_stages else tight
                 interval = stretch(iterations_of(t, x, f), w, chunk_w, regime.least, regime.unevenness) * max(
@@ -118,13 +129,16 @@ def uniform_templates(atlas: Atlas) -> list[Template]:
 
 def _equal_stages(atlas: Atlas, scope: int, mixes: IntArray) -> Iterator[Template]:
     t, regimes = atlas.scopes[scope].tables, atlas.regimes(atlas.mixes[mixes[0]].role)
+    degrees = np.array([mix.attention_dp for mix in atlas.mixes])[mixes]
     family = atlas.problem.family
     most_stages = min(t.num_layers, max(family.in_flight))
     for s, (device_class, tp) in enumerate(atlas.ranks):
         if not atlas.scopes[scope].computes_on(device_class):
             continue
+        own = mixes[degrees == atlas.rank_dp[s]]
+        together = atlas.regime_together(own[0])
         for num_stages in range(1, min(most_stages, int(t.available[device_class]) // tp) + 1):
-            _, x, f = best_equal_split(t, mixes, s, num_stages, *regimes, family.engine is not None)
+            _, x, f = best_equal_split(t, own, s, num_stages, *regimes, together, family.engine is not None)
             if x < 0:
                 continue
             each, spare = divmod(t.num_layers, num_stages)

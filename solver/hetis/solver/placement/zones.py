@@ -48,19 +48,19 @@ def _kind(c: DeviceClass) -> tuple[object, ...]:
 def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> list[Template]:
     """Return every template in every zone with its GPU classes; prefill replicas also as senders to all zones."""
     found = []
-    mixes_like: dict[tuple[int, int], list[int]] = {}
+    mixes_like: dict[tuple[int, int, int], list[int]] = {}
     for x, mix in enumerate(atlas.mixes):
-        mixes_like.setdefault((mix.micro_batch, mix.chunk_tokens), []).append(x)
+        mixes_like.setdefault((mix.micro_batch, mix.chunk_tokens, mix.attention_dp), []).append(x)
     for scope, part in enumerate(atlas.scopes):
         if len(part.zones) != 1:
             continue
         here = {_kind(c): g for g, c in enumerate(atlas.classes) if c.zone == part.zones[0]}
         class_of = [here.get(_kind(c), -1) for c in merged.classes]
-        rank_of = {rank: s for s, rank in enumerate(atlas.ranks)}
         for template in templates:
-            stages = _stages_on(merged, class_of, rank_of, template)
+            stages = _stages_on(merged, class_of, atlas, template)
             mix = merged.mixes[template.mix]
-            for x in mixes_like[mix.micro_batch, mix.chunk_tokens] if stages and part.serves(mix) else ():
+            alike = mixes_like[mix.micro_batch, mix.chunk_tokens, mix.attention_dp]
+            for x in alike if stages and part.serves(mix) else ():
                 moved = replace(template, scope=scope, mix=x, stages=stages)
                 if mix.role is not Role.UNIFIED:  # KV to or from other zones takes longer
                     moved = replace(moved, interval_s=interval_of(atlas, moved))
@@ -71,15 +71,15 @@ def zone_templates(merged: Atlas, atlas: Atlas, templates: list[Template]) -> li
 
 
 def _stages_on(
-    merged: Atlas, class_of: list[int], rank_of: dict[tuple[int, int], int], template: Template
+    merged: Atlas, class_of: list[int], atlas: Atlas, template: Template
 ) -> tuple[TemplateStage, ...]:  # fmt: skip
     """Return a template's stages on a zone's own classes, or none if the zone lacks a class."""
     stages = []
     for stage in template.stages:
-        device_class, tp = merged.ranks[stage.rank]
-        rank = rank_of.get((class_of[device_class], tp), -1)
+        device_class, size = merged.ranks[stage.rank]
+        rank = atlas.rank_of(class_of[device_class], size, merged.rank_dp[stage.rank])
         pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
-        if rank < 0 or (stage.pool_class >= 0 and pool_class < 0):
+        if rank is None or (stage.pool_class >= 0 and pool_class < 0):
             return ()
         stages.append(TemplateStage(rank, stage.copies, stage.layers, pool_class, stage.pool_cards, stage.pool_groups))
     return tuple(stages)

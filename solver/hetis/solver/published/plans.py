@@ -72,7 +72,7 @@ def plan_of(atlas: Atlas, strategy: str, answer: HeuristicPlan, budget: Budget) 
         notes = (*notes, f"the heuristic maximises the rate: it uses what serves {goodput:.4g} requests/s")
     return Plan(
         strategy=strategy,
-        family=problem.family.describe(),
+        family=problem.family.describe(problem.model),
         result=SolveResult(
             status=Status.INTERRUPTED if budget.cancelled.is_set() else Status.FEASIBLE,
             objective=objective.kind,

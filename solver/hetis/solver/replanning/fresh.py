@@ -204,11 +204,12 @@ def _translated(template: Template, part: Atlas, whole: Atlas) -> Template | Non
     class_of = [_origin(part, g, whole) for g in range(len(part.classes))]
     stages = []
     for stage in template.stages:
-        g, tp = part.ranks[stage.rank]
-        if (class_of[g], tp) not in whole.ranks:
+        g, size = part.ranks[stage.rank]
+        rank = whole.rank_of(class_of[g], size, part.rank_dp[stage.rank])
+        if rank is None:
             return None
         pool_class = class_of[stage.pool_class] if stage.pool_class >= 0 else -1
-        stages.append(replace(stage, rank=whole.ranks.index((class_of[g], tp)), pool_class=pool_class))
+        stages.append(replace(stage, rank=rank, pool_class=pool_class))
     mix, zones = part.mixes[template.mix], part.scopes[template.scope].zones
     mixes = [x for x, other in enumerate(whole.mixes) if other == mix]
     primaries = {whole.ranks[stage.rank][0] for stage in stages}

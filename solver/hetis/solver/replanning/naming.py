@@ -86,9 +86,14 @@ def _parts(
         prefix = atlas.scopes[candidate.template.scope].tables.prefix_layers
         for index, stage in enumerate(candidate.template.stages):
             end = first + stage.layers + (prefix if index == 0 else 0)
-            device_class, tp = atlas.ranks[stage.rank]
+            device_class, size = atlas.ranks[stage.rank]
+            dp = atlas.rank_dp[stage.rank]
+            tp = size // dp
             gpu = atlas.classes[device_class].gpu
-            shards = tuple(Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank) for rank in range(tp))
+            shards = tuple(
+                Holding(gpu=gpu, first_layer=first, end_layer=end, tp=tp, rank=rank, attention_dp=dp)
+                for rank in range(size)
+            )
             card_gpu = atlas.classes[stage.pool_class].gpu if stage.pool_class >= 0 else gpu
             card = (Holding(gpu=card_gpu, first_layer=first, end_layer=end, tp=tp, rank=-1),)
             parts += [

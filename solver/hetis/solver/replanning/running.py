@@ -120,8 +120,7 @@ class Continuations:
         for pool in replica.attention_workers:
             workers[pool.stage] += [self._left((device,), pool.gpu) for device in pool.devices]
         groups = tuple(
-            tuple(self._left(stage.devices[i * stage.tp : (i + 1) * stage.tp], stage.gpu) for i in range(stage.copies))
-            for stage in replica.stages
+            tuple(self._left(group, stage.gpu) for group in replica.groups(stage)) for stage in replica.stages
         )
         return _Layout(replica, groups, tuple(map(tuple, workers)))
 
@@ -133,13 +132,14 @@ class Continuations:
 
     def _template(self, layout: _Layout) -> Template | None:
         """Return the replica in the atlas's terms; None if the family or the fleet has no such replica."""
-        stages, replica = [], layout.replica
-        tables = self.atlas.scopes[0].tables
+        stages, replica = list[TemplateStage](), layout.replica
+        dp, tables = replica.attention_dp, self.atlas.scopes[0].tables
         for index, (stage, groups, workers) in enumerate(
             zip(replica.stages, layout.groups, layout.workers, strict=True)
         ):
             device_class = self._class_of(groups, stage.gpu)
-            if device_class is None or (device_class, stage.tp) not in self.atlas.ranks:
+            rank = None if device_class is None else self.atlas.rank_of(device_class, stage.tp * dp, dp)
+            if rank is None:
                 return None
             pool_class, cards, held = -1, 0, 0
             if workers:
@@ -150,8 +150,7 @@ class Continuations:
                     return None
                 pool_class, held = found, pool.kv_head_groups
             layers = stage.num_layers - (tables.prefix_layers if index == 0 else 0)
-            rank = self.atlas.ranks.index((device_class, stage.tp))
-            stages.append(TemplateStage(rank, stage.copies, layers, pool_class, cards, held))
+            stages.append(TemplateStage(rank, stage.copies // dp, layers, pool_class, cards, held))
         settings = self._settings(replica, stages)
         if settings is None:
             return None
@@ -172,14 +171,15 @@ class Continuations:
         zones = {self.atlas.classes[self.atlas.ranks[stage.rank][0]].zone for stage in stages}
         zones |= {self.atlas.classes[stage.pool_class].zone for stage in stages if stage.pool_class >= 0}
         afar = replica.role is Role.PREFILL and len(replica.kv_zones) > 1
-        key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar)
+        key = (replica.micro_batch, replica.chunk_tokens, replica.role, afar, replica.attention_dp)
         for x, mix in enumerate(self.atlas.mixes):
-            if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar) == key:
+            if (mix.micro_batch, mix.chunk_tokens, mix.role, mix.sends_afar, mix.attention_dp) == key:
                 for scope, part in enumerate(self.atlas.scopes):
                     is_own = all(part.computes_on(self.atlas.ranks[stage.rank][0]) for stage in stages)
                     if set(part.zones) == zones and part.serves(mix) and is_own:
                         in_flight = self.atlas.problem.family.in_flight
-                        found = in_flight.index(replica.in_flight) if replica.in_flight in in_flight else None
+                        wanted = replica.in_flight // replica.attention_dp
+                        found = in_flight.index(wanted) if wanted in in_flight else None
                         return None if found is None else (scope, x, found)
         return None
 
@@ -251,6 +251,8 @@ class Continuations:
         for x, mix in enumerate(atlas.mixes):
             if (mix.role, mix.sends_afar) != (role, afar) or not atlas.scopes[template.scope].serves(mix):
                 continue
+            if any(atlas.rank_dp[stage.rank] != mix.attention_dp for stage in template.stages):
+                continue
             for f in range(len(atlas.problem.family.in_flight)):
                 candidate = replace(template, mix=x, in_flight_index=f)
                 candidate = replace(candidate, interval_s=interval_of(atlas, candidate))
@@ -263,7 +265,7 @@ def is_allowed(atlas: Atlas, template: Template) -> bool:
     """Return whether the family has such a replica: latency limits, memory, and enough micro-batches for its copies."""
     tables = atlas.scopes[template.scope].tables
     m = int(tables.in_flight[template.in_flight_index])
-    if m > 1 and m < template.num_copies:
+    if m > 1 and (m < template.num_copies or atlas.mixes[template.mix].attention_dp > 1):
         return False
     if not is_run_by_engine(atlas, template):
         return False

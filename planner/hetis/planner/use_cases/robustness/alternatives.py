@@ -95,7 +95,7 @@ def smaller_families(plan: Plan, family: Family) -> Iterator[tuple[Family, str]]
         yield replace(family, roles=(Role.UNIFIED,)), plan.strategy
     if any(len(_gpus(replica)) > 1 for replica in plan.replicas):
         yield family, "uniform"  # the only strategy without mixed types
-    for tp in sorted({stage.tp for replica in plan.replicas for stage in replica.stages}):
+    for tp in sorted({stage.tp * replica.attention_dp for replica in plan.replicas for stage in replica.stages}):
         if rest := tuple(size for size in family.tp_sizes if size != tp):
             yield replace(family, tp_sizes=rest), plan.strategy
 

@@ -208,10 +208,13 @@ class FixedPlan:
         copies = sum(stage.copies for stage in planned.stages)
         sizes = [0] if planned.role is Role.PREFILL else sorted({*family.micro_batches, planned.micro_batch})
         chunks = [0] if planned.role is Role.DECODE else family.chunk_tokens
-        pairs = [(m, c) for m in family.in_flight for c in chunks if m == 1 or m >= copies]
+        engines = planned.attention_dp  # copies that share their experts: as many batches are in flight
+        depths = family.in_flight if engines == 1 else (engines,)
+        pairs = [(m, c) for m in depths for c in chunks if m == 1 or m >= copies]
         for m, c in dict.fromkeys([(planned.in_flight, planned.chunk_tokens), *pairs]):
             shape = replace(planned, in_flight=m, chunk_tokens=c)
-            fits = self._num_fitting(shape, [b for b in sizes if settings.allows(micro_batch=b, in_flight=m)])
+            allowed = [b for b in sizes if settings.allows(micro_batch=b, in_flight=m // engines)]
+            fits = self._num_fitting(shape, allowed)
             if (m, c) == (planned.in_flight, planned.chunk_tokens):
                 fits = max(fits, sizes.index(planned.micro_batch) + 1)  # it was checked, up to rounding
             if fits:
@@ -233,15 +236,7 @@ class FixedPlan:
         return bisect_left(sizes, True, key=is_too_large)
 
     def _derive(self, problem: PlacementProblem, shape: ReplicaShape) -> Derived:
-        setting = Setting(
-            problem=problem.in_precision_of(shape.stages[0].gpu),
-            moments=self._moments,
-            micro_batch=shape.micro_batch,
-            in_flight=shape.in_flight,
-            chunk_tokens=shape.chunk_tokens,
-            role=shape.role,
-        )
-        return derive(setting, shape)
+        return derive(Setting.of(problem, self._moments, shape), shape)
 
     def _pace(self, problem: PlacementProblem, group: Group, shape: ReplicaShape) -> _Pace:
         derived = self._derive(problem, shape)

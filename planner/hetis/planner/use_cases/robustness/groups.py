@@ -43,7 +43,8 @@ def describe(replica: ReplicaPlan) -> str:
     stages = []
     for position, stage in enumerate(replica.stages):
         copies = f"{stage.copies} " if stage.copies > 1 else ""
-        text = f"{copies}{stage.gpu} TP{stage.tp} {stage.num_layers} layers"
+        shared = " (shared experts)" if replica.expert_parallel else ""
+        text = f"{copies}{stage.gpu} TP{stage.tp}{shared} {stage.num_layers} layers"
         if (pool := pools.get(position)) is not None:
             text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
         stages.append(text)

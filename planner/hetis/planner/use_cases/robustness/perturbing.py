@@ -28,7 +28,13 @@ class Corner:
 
 def tp_sizes(plan: Plan, problem: PlacementProblem) -> frozenset[int]:
     """Return every TP size that a plan of the problem may price, including 1 for attention workers."""
-    return frozenset({1, *problem.family.tp_sizes, *(stage.tp for r in plan.replicas for stage in r.stages)})
+    return frozenset(
+        {
+            1,
+            *problem.family.tp_sizes,
+            *(s.tp * dp for r in plan.replicas for s in r.stages for dp in (1, r.attention_dp)),
+        }
+    )
 
 
 def used_fits(profiles: Profiles, model: ModelSpec, sizes: Iterable[int]) -> dict[str, Profile]:

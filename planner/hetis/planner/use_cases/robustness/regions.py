@@ -76,6 +76,10 @@ def _uses(replica: ReplicaPlan, moments: WorkloadMoments, problem: PlacementProb
             if stage.tp > 1:
                 sizes = {"num_bytes": num_bytes, "tokens": float(tokens)}
                 yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=stage.tp, sizes=sizes)
+            if replica.expert_parallel:  # tokens of all copies are exchanged, half of the message at a time
+                ranks, all_tokens = stage.tp * stage.copies, stage.copies * tokens
+                sizes = {"num_bytes": stage.copies * num_bytes / 2, "tokens": all_tokens / 2}
+                yield Use(gpu=stage.gpu, op=Op.ALL_REDUCE, tp=ranks, sizes=sizes)
             if position > 0:
                 yield Use(gpu=stage.gpu, op=Op.TRANSFER, tp=stage.tp, sizes={"num_bytes": num_bytes})
         if C:

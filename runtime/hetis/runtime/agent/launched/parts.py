@@ -178,4 +178,5 @@ def replica_of(message: ReplicaMessage) -> ReplicaPlan:
         ),
         role=_ROLES.get(message.role, Role.UNIFIED),
         kv_zones=tuple(message.kv_zones),
+        expert_parallel=message.expert_parallel,
     )

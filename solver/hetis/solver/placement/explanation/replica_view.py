@@ -10,7 +10,7 @@ from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds
 from hetis.solver.check.structure import check_replica_structure
-from hetis.solver.check.timing import chunk_seconds, least_slack, slack
+from hetis.solver.check.timing import chunk_seconds, least_slack, slack, tpot_per_t, ttft_round_trips
 from hetis.solver.cluster import Device, Link
 from hetis.solver.cost import (
     DeviceCost,
@@ -22,11 +22,10 @@ from hetis.solver.cost import (
     prompt_tokens_per_copy,
     rank_shape,
     state_bytes_per_copy,
-    tpot_per_interval,
-    ttft_round_trips,
 )
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.explain import MemoryBar, StageTime
+from hetis.solver.model import ModelSpec
 from hetis.solver.placement.explanation.wire import landing_s, layer_wire_s
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem
@@ -55,16 +54,18 @@ class ReplicaView:
 
     def with_sizes(self, *, micro_batch: int, chunk_tokens: int) -> ReplicaView:
         """Return the same stages with other micro-batches or chunks."""
-        mix = mix_of(self.problem.model, self.moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens)
+        mix = _mix_of_a_copy(
+            self.problem.model, self.moments, micro_batch, chunk_tokens, self.shape.attention_dp
+        )  # fmt: skip
         return replace(self, mix=mix, shape=replace(self.shape, micro_batch=micro_batch, chunk_tokens=chunk_tokens))
 
-    def cost(self, gpu: str, tp: int, intra: Link) -> DeviceCost:
-        shape = rank_shape(self.problem.model, tp)
+    def cost(self, gpu: str, tp: int, intra: Link, attention_dp: int = 1) -> DeviceCost:
+        shape = rank_shape(self.problem.model, tp, attention_dp)
         assert shape is not None, f"the structure check has let TP {tp} pass"
         return DeviceCost(self.problem.model, self.problem.profiles[gpu], self.moments, shape, intra)
 
     def stage_cost(self, stage: StageShape) -> DeviceCost:
-        return self.cost(stage.gpu, stage.tp, stage.intra_link)
+        return self.cost(stage.gpu, stage.tp, stage.intra_link, self.shape.attention_dp)
 
     def pool_cost(self, stage: StageShape, gpu: str, link: Link) -> PoolCost:
         worker = self.cost(gpu, 1, intra_link(self.problem.cluster.gpu_types[gpu], None))
@@ -99,18 +100,22 @@ class ReplicaView:
         cost, b, C = self.stage_cost(stage), mix.decode_tokens, mix.chunk_tokens
         repeated = stage.layers + self._drafting(i)
         pool = None if stage.pool is None else self.pool_cost(stage, stage.pool.gpu, stage.pool.link)
-        dense_s = self.per_request(cost.dense_s(b + C), cost.dense_s(b))
+        dense_s = self.per_request(cost.dense_s(b + C, all_tokens=mix.all_tokens), cost.dense_s(b))
         prefix_dense_s = 0.0
         if prefix:
             prefix_dense_s = self.per_request(
                 cost.dense_s(b + C, prefix_layer=True), cost.dense_s(b, prefix_layer=True)
             )
         reduce_s = 2 * self.per_request(cost.reduce_s(b + C), cost.reduce_s(b))
+        exchange_s = 0.0  # part of the dense work of a layer with experts
+        if mix.attention_dp > 1:
+            exchange_s = self.per_request(cost.exchange_s(mix.all_tokens), cost.exchange_s(mix.attention_dp * b))
         prefill_s = mix.chunk_iterations * cost.prefill_s(C) if C else 0.0
         decode_s = mix.iterations * max(self.attention_s(stage))
         late_s = mix.chunk_iterations * self.late_s(stage)
         beside_dense_s = reduce_s + prefill_s + decode_s + late_s
-        wire_s = 0.0 if self.role is Role.UNIFIED else layer_wire_s(cost, pool, stage, mix)
+        # Copies that share their experts also share the link.
+        wire_s = 0.0 if self.role is Role.UNIFIED else mix.attention_dp * layer_wire_s(cost, pool, stage, mix)
         wait_s = repeated * max(0.0, wire_s - dense_s - beside_dense_s)
         wait_s += prefix * max(0.0, wire_s - prefix_dense_s - beside_dense_s)
         transfer_s = self.layers(i) * late_s
@@ -120,8 +125,8 @@ class ReplicaView:
         head_s = self.per_request(cost.head_s(b + 1), cost.head_s(b)) if is_last else 0.0
         head_s += mix.iterations * cost.drafting_s(mix.micro_batch) if is_last else 0.0
         parts = {
-            "dense_s": repeated * dense_s + prefix * prefix_dense_s,
-            "all_reduce_s": self.layers(i) * reduce_s,
+            "dense_s": repeated * (dense_s - exchange_s) + prefix * prefix_dense_s,
+            "all_reduce_s": self.layers(i) * reduce_s + repeated * exchange_s,
             "prefill_attention_s": self.layers(i) * prefill_s,
             "decode_attention_s": self.layers(i) * decode_s,
             "transfer_s": transfer_s,
@@ -175,14 +180,7 @@ class ReplicaView:
         return [busy_seconds(self._setting(), self.shape, positions) for positions in self.shape.shared_by]
 
     def _setting(self) -> Setting:
-        return Setting(
-            problem=self.problem,
-            moments=self.moments,
-            micro_batch=self.mix.micro_batch,
-            in_flight=self.shape.in_flight,
-            chunk_tokens=self.mix.chunk_tokens,
-            role=self.role,
-        )
+        return Setting.of(self.problem, self.moments, self.shape)
 
     def round_s(self, times: tuple[StageTime, ...]) -> float:
         """Return the seconds between completions if only the round trip limited micro-batches."""
@@ -193,14 +191,14 @@ class ReplicaView:
         return least_slack(self._setting(), sum(stage.copies for stage in self.shape.stages))[0]
 
     def tpot_s(self, interval_s: float) -> float:
-        return interval_s * tpot_per_interval(self.moments, self.mix, self.shape.in_flight)
+        return interval_s * tpot_per_t(self._setting())
 
     def ttft_s(self, interval_s: float) -> float:
         """Return p95 TTFT at this interval between completions."""
-        trips = ttft_round_trips(self.moments, self.problem.assumptions, self.mix, self.shape.in_flight)
+        stages, setting = self.shape.stages, self._setting()
+        trips = ttft_round_trips(setting)
         if not trips:
             return 0.0
-        stages, setting = self.shape.stages, self._setting()
         chunks_s = [
             chunk_seconds(setting, stage, is_first=i == 0, is_last=i == len(stages) - 1)
             for i, stage in enumerate(stages)
@@ -309,10 +307,18 @@ def replica_views(plan: Plan, problem: PlacementProblem) -> tuple[ReplicaView, .
         one = plan.replicas[number]
         for violation in check_replica_structure(one, f"replica {number}", problem, fleet):
             raise InvalidProblemError(f"plan cannot be explained: {violation}")
-        mix = mix_of(problem.model, moments, micro_batch=one.micro_batch, chunk_tokens=one.chunk_tokens)
+        mix = _mix_of_a_copy(problem.model, moments, one.micro_batch, one.chunk_tokens, one.attention_dp)
         own, shape = problem.of_replica(one), replica_shape(one, problem, fleet)
         views.append(ReplicaView(own, moments, fleet, number, count[key], one, shape, mix))
     return tuple(views)
+
+
+def _mix_of_a_copy(
+    model: ModelSpec, moments: WorkloadMoments, micro_batch: int, chunk_tokens: int, attention_dp: int
+) -> Mix:
+    """Return the mix of a replica, with the iterations of a request on its own copy."""
+    mix = mix_of(model, moments, micro_batch=micro_batch, chunk_tokens=chunk_tokens, attention_dp=attention_dp)
+    return mix.of_a_copy()
 
 
 def main_view(views: tuple[ReplicaView, ...]) -> ReplicaView:
