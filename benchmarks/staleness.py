@@ -44,6 +44,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "placement_any": ("benchmarks/placement.py", *_SEARCH),
     "attention_workers": ("benchmarks/attention_workers.py", *_SEARCH),
     "strategies": ("benchmarks/strategies.py", *_SEARCH),
+    "hexgen3": ("benchmarks/hexgen3.py", *_SEARCH),
+    "token_ranges": ("benchmarks/token_ranges.py", f"{_SOLVER}/token_ranges.py", *_COSTS),
     "engines": ("benchmarks/engines.py", "engines/hetis/engines/precision.py", *_SEARCH),
     "published": ("benchmarks/published.py", *_SEARCH, f"{_SOLVER}/published"),
     "pipeline": ("benchmarks/pipeline.py", *_COSTS),

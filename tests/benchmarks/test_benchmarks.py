@@ -36,6 +36,10 @@ PROMISED = {
     "placement": SOLVES | {"to_1_percent_s", "to_half_percent_s"},
     "attention_workers": SOLVES | {"bound_without", "ratio"},
     "strategies": {"name", "status", "best", "gap"} | set(STRATEGIES) | {f"{name}_s" for name in STRATEGIES},
+    "hexgen3": {"name", "status", "hexgen", "hexgen2", "hexgen3", "hetis", "hexgen3_bound", "hetis_bound"}
+    | {"turns_bound", "over_rest", "turns_over_hetis", "seconds"},
+    "token_ranges": {"name", "context", "micro_batch", "share", "alone_us", "heads_us", "tokens_us", "ratio", "faster"}
+    | {"card_heads", "card_tokens", "exchange_us"},
     "engines": {"name", "gpus", "status"}
     | {f"{name}{mark}" for name in ("vllm", "vllm-hetis", "any") for mark in ("", "_gap", "_s")}
     | {"vllm_over_any", "vllm-hetis_over_any"},
@@ -98,7 +102,7 @@ PROMISED = {
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.
 LONG = ("placement", "published", "ablations", "simulation", "staging", "goodput")
 # Their first row takes 10 CPU seconds or more, so that only `make soak` runs them.
-SLOW = ("paper", "robustness", "strategies", "left_out")
+SLOW = ("paper", "robustness", "strategies", "hexgen3", "left_out")
 
 
 LIMIT_S = 300  # far above what any of them needs; it only ends one that hangs

@@ -85,6 +85,7 @@ def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -
         assert set(small.roles) <= set(large.roles)
         assert small.mixed_types <= large.mixed_types
         assert small.uneven_layers <= large.uneven_layers
+        assert small.decode_keeps_heads <= large.decode_keeps_heads
 
 
 def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Solver) -> None:
@@ -288,6 +289,17 @@ def test_engines_are_compared_with_what_each_runs(solver: Solver, monkeypatch: p
         ("hexgen-paper", "vllm"): ("a published heuristic does not know vllm",),
         ("hexgen-paper", "vllm-hetis"): ("a published heuristic does not know vllm-hetis",),
     }
+
+
+def test_hexgen3_is_planned_for_any_engine_and_for_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert engine_rules(None, "hexgen3") is None
+    assert run([*COMMAND, "--engine", "vllm-hetis", "--strategies", "hexgen3", "-o", "json"]) == ExitCode.NO_PLAN
+    (entry,) = json.loads(capsys.readouterr().out)["strategies"]
+    assert entry["reasons"] == ["it needs attention workers of decode replicas, which vllm-hetis has not"]
+    place = ["place", *COMMAND[1:], "--strategy", "hexgen3", "--engine", "vllm-hetis"]
+    assert run(place) == ExitCode.INVALID
+    said = "strategy hexgen3 needs attention workers of decode replicas, which vllm-hetis has not"
+    assert said in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
 def test_compare_of_engines_has_a_row_and_a_file_for_each(

@@ -250,6 +250,15 @@ def best_replica_in_precision(
     return replicas
 
 
+def may_have_pool(problem: PlacementProblem, role: Role, stage: Stage) -> bool:
+    """Return whether a stage of this role may have its attention workers, or have none."""
+    if role is Role.PREFILL:
+        return stage.pool is None
+    if role is Role.UNIFIED or problem.family.decode_keeps_heads:
+        return True
+    return stage.pool is not None and stage.pool.head_groups == groups_of_rank(problem.model, stage.tp)
+
+
 def fillings(problem: PlacementProblem, M: int) -> tuple[float, ...]:
     """The most stage copies, with one slack and with another; an engine has as many stages as micro-batches."""
     if problem.family.engine is not None:
@@ -367,7 +376,7 @@ class ReplicaSearch:
         self.layers = problem.model.num_layers - problem.model.prefix_layers  # repeated ones
         self.options = []
         for option in options:
-            if option.device_class.zone in zones and (setting.role is not Role.PREFILL or option.shape.pool is None):
+            if option.device_class.zone in zones and may_have_pool(problem, setting.role, option.shape):
                 hop_link = slowest([option.device_class.nic, *zone_links])
                 kv_link = slowest([hop_link, *kv_links]) if kv_links else None
                 shape = replace(option.shape, hop_link=hop_link, kv_link=kv_link)

@@ -251,8 +251,9 @@ def test_kv_of_routes_and_activations_of_spanning_replicas_share_a_link() -> Non
         ({"roles": (Role.UNIFIED,)}, {Rule.ROLE}),
         ({"roles": (Role.PREFILL, Role.DECODE)}, {Rule.ROLE}),
         ({"one_type_per_role": True}, {Rule.ROLE_TYPE}),
+        ({"decode_keeps_heads": False}, {Rule.HEAD_GROUPS}),
     ],
-    ids=["no roles", "nothing unified", "one type per role"],
+    ids=["no roles", "nothing unified", "one type per role", "no heads kept"],
 )
 def test_plan_outside_the_family_is_caught(family: dict[str, object], expected: set[Rule]) -> None:
     problem = the_problem(**family)  # type: ignore[arg-type]

@@ -27,7 +27,16 @@ from hetis.solver.placement.template import use_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_model, make_node, make_problem, make_profile, problems
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_model,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
 from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
@@ -77,6 +86,25 @@ def test_optimum_of_brute_force_lies_between_plan_and_bound(strategy: str, probl
     family = STRATEGIES[strategy].restrict(replace(SMALL_FAMILY, name=strategy))
     problem = with_wide_zone_links(replace(problem, family=family))
     assert_claims_hold(problem, generated(problem, strategy), best_plan_value(problem))
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
+def test_workers_of_a_second_class_count_where_a_stage_has_no_room_without(exact: bool) -> None:
+    """Stages on A have no room for KV, so that none is without workers; best is one replica with a B and a C."""
+    slow = {name: make_profile(name, usable_bytes=60_000_000, flops=1e9) for name in "BC"}
+    problem = make_problem(
+        [make_node("a", "A", nodes=2), make_node("b", "B"), make_node("c", "C")],
+        profiles={"A": make_profile("A", usable_bytes=8_000_000), **slow},
+        model=make_model(num_layers=4),
+        workload=make_workload((1500, 100)),
+        family=replace(SMALL_FAMILY, max_copies=1, tp_sizes=(1,), micro_batches=(4,)),
+    )
+    plan = searched_exactly(problem) if exact else generated(problem)
+    assert plan is not None
+    best = best_plan_value(problem)
+    assert plan.result.bound >= best * (1 - REL)
+    if exact:
+        assert plan.result.value == pytest.approx(best)
 
 
 @settings(max_examples=EXAMPLES)

@@ -25,13 +25,21 @@ from hetis.solver.placement.uniform import uniform_templates
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
-from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile, problems
+from tests.solver.instances import (
+    NO_LIMITS,
+    SMALL_FAMILY,
+    make_node,
+    make_problem,
+    make_profile,
+    make_workload,
+    problems,
+)
 from tests.solver.oracle import best_plan_value
 
 KINDS = tuple(ObjectiveKind)
 REL = 1e-6
 EXAMPLES = settings().max_examples
-APART = ("hexgen2", "splitwise")
+APART = ("hexgen2", "splitwise", "hexgen3")
 exactly = pytest.mark.parametrize("exact", [True, False], ids=["exact", "generated"])
 
 
@@ -115,6 +123,32 @@ def test_splitwise_keeps_to_one_type_per_role(exact: bool) -> None:
     assert [len(types[role]) for role in (Role.UNIFIED, Role.PREFILL, Role.DECODE)] == [0, 1, 1]
     assert plan.result.value < value_of(problem, "hexgen2", exact=exact)
     assert "each on one GPU type" in plan.family
+
+
+@exactly
+def test_hexgen3_gives_every_kind_of_work_to_the_cards_that_suit_it(exact: bool) -> None:
+    """A computes, B reads its own weights and has no room for KV, C has room for KV and computes next to nothing."""
+    profiles = {
+        "A": make_profile("A", flops=4e12, bytes_per_s=3e9, with_step=False),
+        "B": make_profile("B", flops=5e11, bytes_per_s=4e10, usable_bytes=12_000_000, with_step=False),
+        "C": make_profile("C", flops=1e10, bytes_per_s=4e10, usable_bytes=60_000_000, with_step=False),
+    }
+    nodes = [make_node(name, name, gpus=2) for name in "ABC"]
+    problem = make_problem(nodes, profiles=profiles, workload=make_workload((900, 100)))
+    plan = solved(problem, "hexgen3", exact=exact)
+    assert plan is not None
+    stages = {(r.role, stage.gpu, stage.kv_head_groups_kept) for r in plan.replicas for stage in r.stages}
+    assert {(role, gpu) for role, gpu, _ in stages} == {(Role.PREFILL, "A"), (Role.DECODE, "B")}
+    assert all(kept == 0 for role, _, kept in stages if role is Role.DECODE)
+    assert {pool.gpu for r in plan.replicas for pool in r.attention_workers} == {"C"}
+    assert "which have all head groups where a replica decodes only" in plan.family
+
+
+def test_hexgen3_has_no_plan_without_cards_for_attention() -> None:
+    """Two GPUs: one prefills, one is left to decode, with nobody to hold its KV."""
+    problem = make_problem([make_node("a", "A", gpus=2)])
+    assert value_of(problem, "hexgen2") > 0.0
+    assert value_of(problem, "hexgen3") == 0.0
 
 
 # --- where roles pay

@@ -143,7 +143,9 @@ def test_plan_names_its_strategy_and_family() -> None:
 
 
 def test_unknown_strategy_is_refused() -> None:
-    names = "hetis, uniform, hexgen, hexgen2, splitwise, splitwise-paper, hexgen-paper, hexgen2-paper, hetis-paper"
+    names = (
+        "hetis, uniform, hexgen, hexgen2, hexgen3, splitwise, splitwise-paper, hexgen-paper, hexgen2-paper, hetis-paper"
+    )
     with pytest.raises(InvalidProblemError, match=rf"^unknown strategy 'helix', must be one of {names}$"):
         solve_placement(make_problem([make_node("a", "A")]), strategy="helix")
 

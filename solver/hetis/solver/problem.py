@@ -190,6 +190,7 @@ class Family:
         attention_dp: for models with experts, the numbers of copies that share them: replicas of one stage, whose
             copies are all on one node (of as many GPUs as a size of ``tp_sizes``) and iterate together.
         roles: the roles of replicas; prefill and decode only both or neither.
+        decode_keeps_heads: stages of decode replicas may keep head groups; otherwise attention workers have them all.
         one_type_per_role: all prefill replicas have one GPU type, and all decode replicas have one.
         engine: the rules of an engine, which determine ``in_flight``; None: any engine that can do all of this.
         engine_settings: those that every replica keeps to, see `at`.
@@ -209,6 +210,7 @@ class Family:
     chunk_tokens: tuple[int, ...] = (256, 512, 2048)
     attention_dp: tuple[int, ...] = (2, 4, 8)
     roles: tuple[Role, ...] = (Role.UNIFIED, Role.PREFILL, Role.DECODE)
+    decode_keeps_heads: bool = True
     one_type_per_role: bool = False
     engine: EngineRules | None = None
     engine_settings: EngineSettings = NOTHING_SET
@@ -285,7 +287,8 @@ class Family:
                 f"up to {self.max_pool} attention workers of one class per stage, as many for each of up to "
                 f"{self.engine.max_pooled_stages} stages of a replica that prefills and decodes"
             )
-        return f"up to {self.max_pool} attention workers per stage"
+        all_heads = "" if self.decode_keeps_heads else ", which have all head groups where a replica decodes only"
+        return f"up to {self.max_pool} attention workers per stage{all_heads}"
 
     def _describe_roles(self) -> str:
         if not self.splits_roles:

@@ -27,6 +27,7 @@ CONTAINERS: Mapping[str, str] = {
     "hexgen2-paper": "hexgen2",
     "splitwise": "hexgen2",
     "hexgen2": "hetis",
+    "hexgen3": "hetis",
 }
 
 ROUNDING = 1e-6  # relative difference from which one plan counts as better than another
@@ -174,8 +175,11 @@ def planned(
 ) -> Compared:  # fmt: skip
     """Return the outcome of one strategy: its plan, or why there is none."""
     name = settings.strategy
-    if settings.engine is not None and STRATEGIES[name].is_published:
-        reason = f"a published heuristic does not know {settings.engine.name}"
+    if settings.engine is not None and not STRATEGIES[name].has_engines:
+        engine = settings.engine.name
+        reason = f"it needs attention workers of decode replicas, which {engine} has not"
+        if STRATEGIES[name].is_published:
+            reason = f"a published heuristic does not know {engine}"
         return Compared(strategy=name, status=NO_PLAN, reasons=(reason,), solve_s=0.0)
     try:
         loaded = for_engine(loaded, settings.engine)

@@ -107,8 +107,8 @@ def family_of(
     Its replicas keep to the settings that engines are started with.
 
     Raises:
-        InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it is a published
-            heuristic, which supports no engine's rules.
+        InvalidProblemError: it lacks one of these roles, or they cannot be without others; or it supports no engine's
+            rules, as published heuristics and `hexgen3`.
     """
     from hetis.solver.placement.engines import run_by
     from hetis.solver.placement.strategies import STRATEGIES
@@ -120,6 +120,10 @@ def family_of(
         raise InvalidProblemError(f"strategy {strategy} has {has} replicas only, {', '.join(extra)} are asked for")
     if engine is not None and STRATEGIES[strategy].is_published:
         raise InvalidProblemError(f"strategy {strategy} is a published heuristic, which does not know {engine.name}")
+    if engine is not None and not family.decode_keeps_heads:
+        raise InvalidProblemError(
+            f"strategy {strategy} needs attention workers of decode replicas, which {engine.name} has not"
+        )
     return run_by(replace(family, roles=ordered(roles)) if roles else family, engine).at(engine_settings)
 
 
@@ -139,7 +143,7 @@ class ReplicaLimits:
 
 
 def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = ReplicaLimits()) -> EngineRules | None:
-    """Return the rules of the requested engine; None means any engine, the default of published heuristics.
+    """Return the rules of the requested engine; None means any engine, the default of strategies that no engine runs.
 
     Args:
         name: of the engine, ``any``, or None for the default.
@@ -152,7 +156,7 @@ def engine_rules(name: str | None, strategy: str, limits: ReplicaLimits = Replic
     from hetis.solver.placement.engines import ANY_ENGINE, DEFAULT_ENGINE, run_by
     from hetis.solver.placement.strategies import STRATEGIES
 
-    chosen = name or (ANY_ENGINE if STRATEGIES[strategy].is_published else DEFAULT_ENGINE)
+    chosen = name or (DEFAULT_ENGINE if STRATEGIES[strategy].has_engines else ANY_ENGINE)
     if chosen == ANY_ENGINE:
         if limits.given:
             raise InvalidProblemError("replicas are limited for an engine: name one, too")

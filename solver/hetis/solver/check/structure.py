@@ -217,7 +217,7 @@ def _check_pools(replica: ReplicaPlan, where: str, problem: PlacementProblem, fl
             served[pool.stage] = pool
             yield from _check_pool(pool, replica.stages[pool.stage], there, problem, fleet)
     for position, stage in enumerate(replica.stages):
-        yield from _check_head_groups(stage, served.get(position), f"{where} stage {position}", problem)
+        yield from _check_head_groups(stage, served.get(position), f"{where} stage {position}", replica.role, problem)
 
 
 def _check_pool(
@@ -245,7 +245,7 @@ def _check_pool_size(pool: AttentionWorkerPool, stage: StagePlan, where: str, ma
 
 
 def _check_head_groups(
-    stage: StagePlan, pool: AttentionWorkerPool | None, where: str, problem: PlacementProblem
+    stage: StagePlan, pool: AttentionWorkerPool | None, where: str, role: Role, problem: PlacementProblem
 ) -> Iterator[Violation]:
     model = problem.model
     if not divides(model, stage.tp):
@@ -254,6 +254,9 @@ def _check_head_groups(
     given = pool.kv_head_groups if pool is not None else 0
     if kept < 0 or kept + given != groups:
         message = f"keeps {kept} and gives away {given} head groups per rank, a rank has {groups}"
+        yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
+    elif kept and role is Role.DECODE and not problem.family.decode_keeps_heads:
+        message = f"keeps {kept} head groups per rank, attention workers have all of them where a replica decodes only"
         yield Violation(rule=Rule.HEAD_GROUPS, where=where, message=message)
     elif pool is not None and not 1 <= given <= groups:
         message = f"gives {given} head groups per rank to attention workers, must give 1 to {groups}"

@@ -157,7 +157,7 @@ def lines_of(t: Tables, x: int, f: int, max_copies: int, max_pool: int, limits: 
         for q in range(-1, num_classes):
             pooled = count
             for s in range(first, last):
-                if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
+                if t.gives_all[x] if q < 0 else not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
                     continue
                 n, groups, layer_bytes = rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
                 base_s, chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]

@@ -327,7 +327,7 @@ def list_options(
     pool_sizes, kv_group_bytes, prefix_layers = t.pool_sizes, t.kv_group_bytes, t.prefix_layers
     pool_s, chunk_pool_s, pool_wire_s, least_pool_s = t.pool_s, t.chunk.pool_s, t.pool_wire_s, t.least_pool_s
     receives, in_flight, micro_batch = t.receives[x], t.in_flight[f], t.micro_batch[x]
-    most_copies = copies_limit(in_flight, max_copies)
+    most_copies, gives_all = copies_limit(in_flight, max_copies), t.gives_all[x]
     for s in range(t.rank_class.shape[0]):
         g, n, groups, layer_bytes = t.rank_class[s], t.rank_tp[s], t.rank_groups[s], t.layer_bytes[s]
         base_s, base_chunk_s, own_s = t.layer_s[x, s], t.chunk.layer_s[x, s], t.own_s[x, s, groups]
@@ -355,9 +355,10 @@ def list_options(
                 for k in range(groups + 1):
                     kept = kept_of_groups(groups, k, kv_bytes, prompt_bytes) + state
                     on_rank[k, role] = layers_in_room(room, layer_bytes, kept, others, num_layers)
-            without = count
+            before_k = groups - 1 if gives_all else 0  # below the fewest head groups that a pool may take
+            without = -1  # the option without a pool, if it is listed
             for q in range(-1, num_classes):
-                if q >= 0 and not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
+                if gives_all if q < 0 else not has_pools(max_pool, micro_batch, t.pool_start[s, q]):
                     continue
                 cards_limit, start, least_start, card_bytes, card = 0, 0, 0, 0.0, 0.0
                 if q >= 0:
@@ -378,7 +379,7 @@ def list_options(
                         if not is_useful(reach, price, c, least_s, least_rest_s, most):
                             continue
                     # From the roomiest split to the fastest: a split that is neither is already dominated.
-                    for k in range(groups if q >= 0 else 0, 0 if q >= 0 else -1, -1):
+                    for k in range(groups if q >= 0 else 0, before_k if q >= 0 else -1, -1):
                         compute_s, wire_s, chunk_layer_s, on_card = base_s, wire_of_rank_s, base_chunk_s, np.inf
                         if q < 0:
                             compute_s += own_s
@@ -424,7 +425,7 @@ def list_options(
                         if not counts and q >= 0:
                             beaten = False
                             for at in (without, fastest, roomiest):
-                                if at == count or (at == without and without == first_of_group):
+                                if at in (-1, count):
                                     continue
                                 if out_layer_s[at] <= layer_s and _no_worse(
                                     out_fixed_s[at], out_min[at], out_max[at], fixed_s, floors, caps
@@ -439,6 +440,8 @@ def list_options(
                             out_layer_s, out_fixed_s = out.layer_s, out.fixed_s
                             out_min, out_max = out.min_layers, out.max_layers
                         _write(out, count, s, c, q, p, k, layer_s, fixed_s, floors, caps)
+                        if q < 0:
+                            without = count
                         if count == first_of_group or layer_s < out_layer_s[fastest]:
                             fastest = count
                         if count == first_of_group or caps[PLAIN] > out_max[roomiest, PLAIN]:

@@ -46,7 +46,7 @@ def contained_parts(family: Family, roles: Collection[Role]) -> list[Part]:
     Unified replicas without stage copies and attention workers are the family of `hexgen`; such prefill and decode
     replicas are that of `hexgen2`. ``roles`` are those of the search.
     """
-    plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles)]
+    plain = [Part(part, 1, 0) for part in PLAIN if set(part) <= set(roles) and _has_plans(family, part, 0)]
     is_plain = family.max_copies == 1 and family.max_pool == 0
     return [part for part in plain if not (is_plain and len(part.roles) == len(roles))]
 
@@ -60,5 +60,11 @@ def parts_inside(family: Family) -> list[tuple[Part, float]]:
     plain = contained_parts(family, roles)
     wider = [Part(roles, 1, family.max_pool), Part(roles, family.max_copies, 0)]
     found = [part for part in dict.fromkeys([*plain, *wider]) if part != whole(family)]
+    found = [part for part in found if _has_plans(family, part.roles, part.max_pool)]
     shares = dict(zip(PLAIN, INSIDE, strict=False))
     return [(part, shares[part.roles] if part in plain else INSIDE[-1]) for part in found]
+
+
+def _has_plans(family: Family, roles: Collection[Role], max_pool: int) -> bool:
+    """Return whether a part may hold plans: decode replicas that keep no head groups need attention workers."""
+    return max_pool > 0 or family.decode_keeps_heads or Role.DECODE not in roles

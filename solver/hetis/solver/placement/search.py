@@ -83,7 +83,8 @@ def search(
     outcome = _generate(generation, part, gap_target, seed, threads)
     if pins is not None:
         outcome = _pinned(generation, outcome, pins, budget, gap_target, seed, threads)
-    if outcome is not None and family.splits_roles and atlas.role_types is None:
+    # Pairs of GPU types are searched without attention workers.
+    if outcome is not None and family.splits_roles and family.decode_keeps_heads and atlas.role_types is None:
         outcome = search_types(atlas, of_types, outcome, budget, threads, report)
     return outcome
 

@@ -23,6 +23,11 @@ class Strategy:
     restrict: Callable[[Family], Family]
     is_published: bool = False  # a heuristic of `hetis.solver.published`, not a search with a proof
 
+    @property
+    def has_engines(self) -> bool:
+        """Whether it plans for named engines: heuristics know none, and none has workers for decode replicas."""
+        return not self.is_published and self.restrict(Family()).decode_keeps_heads
+
 
 def _uniform(family: Family) -> Family:
     return replace(
@@ -46,6 +51,10 @@ def _hexgen2(family: Family) -> Family:
 
 def _splitwise(family: Family) -> Family:
     return replace(_hexgen2(family), name="splitwise", mixed_types=False, one_type_per_role=True)
+
+
+def _hexgen3(family: Family) -> Family:
+    return replace(_hexgen2(family), name="hexgen3", max_pool=family.max_pool, decode_keeps_heads=False)
 
 
 def _splitwise_paper(family: Family) -> Family:
@@ -76,6 +85,7 @@ STRATEGIES: Mapping[str, Strategy] = {
         Strategy("uniform", "what engines do today: one GPU type per replica, equal layers", _uniform),
         Strategy("hexgen", "asymmetric TP x PP with uneven layers, no copies, no attention workers", _hexgen),
         Strategy("hexgen2", "the same for replicas that prefill and replicas that decode, never both", _hexgen2),
+        Strategy("hexgen3", "prefill apart; decode with all attention on workers, all else on stages", _hexgen3),
         Strategy("splitwise", "prefill replicas of one GPU type, decode replicas of one", _splitwise),
         Strategy("splitwise-paper", "Splitwise's own search: prompt, token, mixed pool", _splitwise_paper, True),
         Strategy("hexgen-paper", "HexGen's own heuristic: genetic search over groups", _hexgen_paper, True),

@@ -93,6 +93,7 @@ class Tables(NamedTuple):
     pool_s: FloatArray  # [X, total] attention with a pool, including KV shipping, over k = 1..Gr, then pool sizes
     receives: BoolArray  # [X] whether KV arrives, as in mixes of decode replicas
     pool_wire_s: FloatArray  # [total] `wire_s` with a pool
+    gives_all: BoolArray  # [X] whether stages give all head groups to a pool (`Family.decode_keeps_heads`)
     least_pool_start: IntArray  # [S, N] where the least over k of (s, q) start, by pool size
     least_pool_s: FloatArray  # [X, least total]
     least_pool_wire_s: FloatArray  # [least total]

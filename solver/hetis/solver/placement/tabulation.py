@@ -298,6 +298,7 @@ class _Tabulation:
             pool_s=self.pool_s,
             receives=np.array([m.role is Role.DECODE for m in self.mixes]),
             pool_wire_s=self.pool_wire_s,
+            gives_all=np.array([m.role is Role.DECODE and not family.decode_keeps_heads for m in self.mixes]),
             least_pool_start=self.least_pool_start,
             least_pool_s=self.least_pool_s,
             least_pool_wire_s=self.least_pool_wire_s,

@@ -48,6 +48,8 @@ def best_equal_split(
     # The remainder goes to plain stages first, and may be less than their number.
     many_plain = 0 < t.num_layers % num_stages < num_stages - 2
     for x in mixes:
+        if t.gives_all[x]:
+            continue
         compute_s = t.layer_s[x, s] + t.own_s[x, s, groups]
         w = max(compute_s, t.wire_s[x, s])
         prefix_s = t.prefix_layers * max(compute_s + t.prefix_delta_s[x, s], t.wire_s[x, s])

@@ -134,7 +134,7 @@ def keeps(problem: PlacementProblem, searched: Grounded | None = None) -> bool:
 
 
 def _require_search(strategy: str) -> None:
-    known = [s.name for s in STRATEGIES.values() if not s.is_published and s.name != "splitwise"]
+    known = [s.name for s in STRATEGIES.values() if s.has_engines and s.name != "splitwise"]
     if strategy not in known:
         raise InvalidProblemError(f"strategy {strategy!r} has no re-planning, must be one of {', '.join(known)}")
 
