@@ -86,6 +86,7 @@ def test_containers_are_strategies_that_have_every_plan_of_the_contained_one() -
         assert small.mixed_types <= large.mixed_types
         assert small.uneven_layers <= large.uneven_layers
         assert small.decode_keeps_heads <= large.decode_keeps_heads
+        assert set(small.attention_dp) <= set(large.attention_dp)
 
 
 def test_a_heuristic_gets_the_bound_of_the_strategy_that_contains_it(solver: Solver) -> None:

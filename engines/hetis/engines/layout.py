@@ -133,6 +133,8 @@ class _Card(NamedTuple):
 class _Room:
     """The KV memory: ``pages`` for every head group, of ``page_bytes`` per layer, and the states of all requests,
     ``state_bytes`` per layer. The last of ``num_layers`` layers has ``draft_layers`` behind it.
+
+    Of copies that share experts, each rank needs what `_beside_shared_experts` says for itself.
     """
 
     pages: int
@@ -140,6 +142,7 @@ class _Room:
     state_bytes: float
     num_layers: int
     draft_layers: int
+    taken_bytes: int = 0  # of a rank, by what plans do not count
 
     @classmethod
     def of(cls, kv_tokens: int, replica: ReplicaPlan, model: ModelSpec, dtype: str) -> _Room:
@@ -153,6 +156,7 @@ class _Room:
             state_bytes=requests * model.step_tokens * model.state_bytes(),
             num_layers=model.num_layers,
             draft_layers=model.draft_layers,
+            taken_bytes=_beside_shared_experts(replica, model),
         )
 
     @property
@@ -165,7 +169,7 @@ class _Room:
         is_last = stage.first_layer + stage.num_layers == self.num_layers
         layers = stage.num_layers + (self.draft_layers if is_last else 0)
         kv_bytes = stage.kv_head_groups_kept * self.pages * layers * self.page_bytes
-        return kv_bytes + round(layers * self.state_bytes / stage.tp)
+        return max(0, kv_bytes + round(layers * self.state_bytes / stage.tp) - self.taken_bytes)
 
     def cards(self, replica: ReplicaPlan, number: int) -> Iterator[_Card]:
         """Yield the GPUs of a stage. Each holds an equal part of the heads that a rank does not keep.
@@ -178,6 +182,25 @@ class _Room:
                 pages = -(-pool.kv_head_groups * self.pages // len(pool.devices))
                 kv_bytes = pages * replica.stages[number].num_layers * self.page_bytes
                 yield from (_Card(device, kv_bytes) for device in pool.devices)
+
+
+_MOE_TOKENS = 16_384  # in one go, of vLLM's fused experts
+
+
+def _beside_shared_experts(replica: ReplicaPlan, model: ModelSpec) -> int:
+    """Return the bytes of a rank that a plan does not count where copies share experts, so that KV makes room for them.
+
+    With several ranks in a copy vLLM has the whole of its shared experts on each (``use_sequence_parallel_moe``), and
+    fused experts have a workspace for the tokens of all copies times the experts that each of them goes to.
+    """
+    moe = model.moe
+    if not replica.expert_parallel or moe is None:
+        return 0
+    layers, (stage, *_) = (model.num_layers - model.prefix_layers) / moe.every, replica.stages
+    whole = layers * moe.shared_experts * model.expert_params() * model.weight_bytes
+    tokens = replica.attention_dp * (replica.micro_batch * model.step_tokens + replica.chunk_tokens)
+    wide = moe.active_experts * (model.hidden + moe.expert_intermediate) * model.activation_bytes
+    return round(whole * (1 - 1 / stage.tp) + min(tokens, _MOE_TOKENS) * wide)
 
 
 def layout_of(
@@ -397,12 +420,32 @@ def _impossible(
             "the plugin has the place of vLLM's connector that would carry prompts between replicas"
         )
     yield from _handed_over(replica, partners, model, engine)
+    yield from _unshared(replica, model)
     for number, stage in enumerate(replica.stages):
         yield from (f"stage {number}: {why}" for why in _impossible_stage(replica, number, stage, model, engine))
     if replica.attention_workers and model.mla is not None:
         yield f"{model.name} has latent attention (MLA): it has no head groups that could be elsewhere"
     if replica.attention_workers and dtype == "auto" and model.kv_bytes != DTYPE_BYTES["auto"]:
         yield f"the plan counts on KV of {model.kv_bytes:g} bytes a number, workers keep it in 2 or 4: give --dtype"
+
+
+def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
+    """Yield why copies cannot share their experts."""
+    if not replica.expert_parallel:
+        return
+    if len(replica.stages) != 1 or replica.attention_workers:
+        yield "its copies share experts: it must have one stage, without attention workers"
+        return
+    (stage,) = replica.stages
+    ranks = stage.tp * stage.copies
+    if model.moe is None:
+        yield f"its copies share experts, which {model.name} has none of"
+    elif model.moe.num_experts % ranks:
+        yield f"its {ranks} ranks share {model.moe.num_experts} experts, which they must divide"
+    if stage.copies < 2 or replica.in_flight != stage.copies:
+        yield f"its copies share experts: {stage.copies} copies with {replica.in_flight} micro-batches, one for each of several"
+    if len(stage.devices) != ranks:
+        yield f"it has {len(stage.devices)} GPUs for {stage.copies} copies of {stage.tp} ranks"
 
 
 def _handed_over(
@@ -439,7 +482,7 @@ def _impossible_stage(
     if stage.tp != replica.stages[0].tp:
         ranks = f"it has {stage.tp} ranks and stage 0 has {replica.stages[0].tp}"
         yield f"{ranks}, {engine.program} has as many in every stage"
-    (first, *_) = replica.groups(stage)
+    first = replica.groups(stage)[0] if stage.devices else ()
     nodes = dict.fromkeys(map(node_of, first))
     if len(nodes) > 1:
         yield f"it is on several nodes, must be on one: {', '.join(first)}"

@@ -183,7 +183,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
         raise NotExportableError((f"the plan has weights in {' and '.join(used)}: --model needs {WEIGHTS} in it",))
     changes += _other_checkpoint(used, str((plan.inputs.get("origins") or {}).get("model", "")), settings)
     replicas, left_out = dict[int, LaunchableReplica](), dict[int, tuple[str, ...]]()
-    fronts, meetings, workers = Counter[str](), Counter[str](), 0
+    fronts, meetings, kv_ports, workers = Counter[str](), Counter[str](), Counter[str](), 0
     for number in range(len(plan.replicas)):
         try:
             layout = layout_of(plan, number, model, engine=engine, dtype=settings.dtype)
@@ -216,14 +216,15 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
                 hosts=settings.hosts,
                 worker_port=WORKER_PORT + workers,
                 master_port=MASTER_PORT + _MASTER_STEP * meetings[node],
-                kv_port=KV_PORT + fronts[node],
+                kv_port=KV_PORT + kv_ports[node],
                 config_file=f"{name}-workers.yaml",
                 key_file="worker.key",
             ),
             port=settings.port + fronts[node],
         )
         fronts[node] += 1
-        meetings[node] += len(layout.servers) > 1
+        meetings[node] += len(layout.servers) > 1 or layout.data_parallel > 1
+        kv_ports[node] += layout.data_parallel  # one for each copy
         workers += len(layout.attention_workers)
     found = Launchable(
         plan=plan,

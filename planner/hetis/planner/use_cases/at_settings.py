@@ -38,7 +38,8 @@ def one_chunk_settings(
 def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings) -> PlanAtSettings:
     """Return the plan with its engines started with these settings, where they are given.
 
-    A replica with M micro-batches in flight of which only N may have a request each has N of them in flight. Seats that
+    A replica with M micro-batches in flight of which only N may have a request each has N of them in flight; copies that
+    share experts are engines of their own, each with the most requests. Seats that
     micro-batches cannot share evenly stay empty, as the simulated micro-batches are equally large. Where KV has no room
     for all seats, the rate is that of the most requests for which it has. Routes of KV carry no more than before.
     Without settings nothing changes.
@@ -81,7 +82,9 @@ def _at(
 ) -> ReplicaPlan:
     """Return a replica at the settings; ``claimed`` is the share of its derived rate that the plan promises."""
     most, b, m = settings.max_num_seqs, one.micro_batch, one.in_flight
-    if most is not None:
+    if most is not None and one.expert_parallel:
+        b = most if b else 0
+    elif most is not None:
         m = min(m, most)
         b = most // m if b else 0
     chunk = settings.chunk_tokens[0] if settings.chunk_tokens and one.chunk_tokens else one.chunk_tokens
@@ -111,7 +114,7 @@ def _changes(old: ReplicaPlan, new: ReplicaPlan, settings: EngineSettings) -> li
     """Return what differs between a planned replica and the same at the settings, in a few words each."""
     found, role = [], "" if old.role is Role.UNIFIED else f" of {old.role} replicas"
     if settings.max_num_seqs is not None:
-        seats = [max(1, one.micro_batch) * one.in_flight for one in (old, new)]
+        seats = [max(1, one.micro_batch) * one.in_flight // one.attention_dp for one in (old, new)]
         beside = "" if seats[1] == settings.max_num_seqs or not new.micro_batch else f" of {settings.max_num_seqs}"
         found.append(f"{seats[1]}{beside} requests at once{role} (planned: {seats[0]})")
     if settings.chunk_tokens and old.chunk_tokens:

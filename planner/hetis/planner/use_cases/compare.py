@@ -20,7 +20,7 @@ from hetis.solver.problem import Assumptions, EngineRules, PlacementProblem
 # Every plan of a strategy is also one of its container, whose bound therefore holds for it, too. `hetis-paper` shares
 # attention workers among stages, which no other strategy does.
 CONTAINERS: Mapping[str, str] = {
-    "uniform": "hexgen",
+    "uniform": "hetis",
     "hexgen": "hetis",
     "hexgen-paper": "hexgen",
     "splitwise-paper": "hetis",
