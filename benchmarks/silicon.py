@@ -89,12 +89,16 @@ def main() -> None:
     parser = rows.parser("benchmarks.silicon", __doc__)
     parser.add_argument("--points", type=Path, default=POINTS, metavar="FILE", help=f"the table; {POINTS.name}")
     parser.add_argument("--peer-python", metavar="PYTHON", help="a Python with aiconfigurator, to answer the same rows")
+    parser.add_argument(
+        "--overlap", type=float, default=0.0, metavar="SHARE",
+        help="what a kernel for prefill and decode attention saves of the shorter one (default: 0, as plans count)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.quick and not arguments.points.is_file():
         print(f"{arguments.points}: no such file; --points says where", file=sys.stderr)
         return  # the quick form must run everywhere, but the table is not ours to ship
     table = read_rows(arguments.points)
-    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only)
+    outcomes, skipped = predicted(table, quick=arguments.quick, only=arguments.only, overlap=arguments.overlap)
     peer = None if arguments.peer_python is None else peer_answers(arguments.peer_python, [o.point for o in outcomes])
     shown = [*group_rows(outcomes, peer), *coverage_rows(outcomes, skipped)]
     if arguments.markdown:
@@ -139,7 +143,7 @@ def in_percent(groups: Sequence[Row]) -> list[Row]:
 
 
 def predicted(
-    table: list[dict[str, str]], *, quick: bool = False, only: str = ""
+    table: list[dict[str, str]], *, quick: bool = False, only: str = "", overlap: float = 0.0
 ) -> tuple[list[Outcome], Counter[str]]:
     """Return the predictions, and the number of rows without one by reason."""
     outcomes, skipped = list[Outcome](), Counter[str]()
@@ -152,13 +156,13 @@ def predicted(
         if only not in f"{found.gpu} {found.engine} {found.label}":
             continue
         try:
-            outcomes.append(predict(found, rounds=QUICK_ROUNDS if quick else ROUNDS))
+            outcomes.append(predict(found, rounds=QUICK_ROUNDS if quick else ROUNDS, overlap=overlap))
         except NotPosedError as error:
             skipped[str(error)] += 1
     return outcomes, skipped
 
 
-def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
+def predict(point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0) -> Outcome:
     """Return the mean TTFT and TPOT of a point.
 
     Raises:
@@ -166,6 +170,7 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS) -> Outcome:
     """
     settings = point.settings
     timing, seats = stage_of(point, settings.chunk_tokens)
+    timing.overlap = overlap
     if point.decoding < LEAST_DECODING * min(point.requests, seats):
         raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
     load = Load(

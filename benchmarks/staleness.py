@@ -69,6 +69,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
         *("tools/left_out.py", "tools/efficiency.py", "profiler/hetis/profiler/fit"),
         *("profiler/hetis/profiler/ranges.py", "planner/hetis/planner/use_cases/robustness/ranges.py", *_COSTS),
     ),
+    "expert_parallel": ("benchmarks/expert_parallel.py", "solver/hetis/solver/cost.py"),
     "paper": ("benchmarks/paper.py", *_SEARCH, f"{_SOLVER}/published", *_SIMULATOR),
     "ablations": ("benchmarks/ablations.py", *_SEARCH, *_SIMULATOR, *_REDISPATCH),
     "emulation": ("benchmarks/emulation.py", *_PLUGIN, *_REDISPATCH),

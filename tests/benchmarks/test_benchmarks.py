@@ -96,6 +96,7 @@ PROMISED = {
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
     | {"planned_over_best", "headed"},
     "left_out": {"name", "count", "nine_in_ten", "mean_error", "covered_by_mean", "range", "covered"},
+    "expert_parallel": {"name", "points", "p10", "measured", "p90", "rule"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},
 }
 # Their quick forms take 10 to 50 CPU seconds. `make soak` runs them to the end, other runs only to the first row.

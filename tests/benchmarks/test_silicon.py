@@ -66,9 +66,19 @@ def test_a_row_is_posed_as_it_says() -> None:
     assert pose(row(backend="sglang")).shortest == 1.0
 
 
+def test_copies_that_share_experts_are_counted_by_the_name_of_the_run() -> None:
+    """Dumps multiply their sizes: a run of four GPUs, each a copy, is one of tensor parallelism 4 times 4 elsewhere."""
+    named = {"id": "made_up_agg_8192x1024_c64_tp4_ep4_1322", "attention_dp_size": "4", "moe_ep_size": "16"}
+    point = pose(row(model_path="Qwen/Qwen3-235B-A22B-FP8", tp_size="4", **named))
+    assert (point.tp, point.copies, point.requests, point.has_whole_experts) == (1, 4, 16, True)
+    beside = silicon.beside_row(point)
+    assert (beside["tp_size"], beside["attention_dp_size"], beside["moe_ep_size"]) == ("1", "4", "4")
+
+
 def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert "workers are not recorded" in reason(mode="disagg")
-    assert "attention data parallelism" in reason(attention_dp_size="2")
+    assert "experts that all ranks slice" in reason(attention_dp_size="2", id="made_up_c4_tp2_ep1_3")
+    assert "requests in flight" in reason(attention_dp_size="2", tp_size="2")
     assert "pipeline" in reason(pp_size="2")
     assert "a node of 8" in reason(tp_size="16")
     assert "engine steam" in reason(backend="steam")

@@ -38,6 +38,8 @@ SLIDING = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, replace(MODEL, slidin
 DRAFTING = layout_of(
     plan_of(stage_of(kv_head_groups_kept=8)), 0, replace(MODEL, draft=DraftShape(tokens=2, acceptance=0.5))
 )  # fmt: skip
+FOUR = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
+SHARED = plan_of(FOUR, in_flight=2, micro_batch=4, chunk_tokens=32, kv_tokens=2048, expert_parallel=True)
 SERVING = Serving(model="/models/tiny", options=("--port", "8080"))
 
 
@@ -98,6 +100,24 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
     assert "--kv-transfer-config" not in vllm.shown
     assert "--attention-backend" not in vllm.shown
     assert (vllm.files, vllm.secrets, set(vllm.environment)) == ({}, (), {"CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"})
+
+
+def test_copies_that_share_experts_are_one_engine() -> None:
+    """vLLM's limits are those of each copy, SGLang's those of all."""
+    layout = layout_of(SHARED, 0, MODEL)
+    [vllm] = commands_of(layout, SERVING, Addresses())
+    assert vllm.shown[3:] == (
+        *("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--enable-expert-parallel"),
+        *("--distributed-executor-backend", "mp", "--max-num-seqs", "4", "--max-num-batched-tokens", "36"),
+        *("--port", "8080"),
+    )
+    assert vllm.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert (layout.kv_tokens, layout.seats, layout.data_parallel) == (1024, 4, 2)
+    assert layout_of(SHARED, 0, MODEL, kv_tokens=512).kv_tokens == 512
+    [sglang] = commands_of(layout_of(SHARED, 0, MODEL, engine=Engine.SGLANG), SERVING, Addresses())
+    words = " ".join(sglang.shown)
+    assert "--tp-size 4 --dp-size 2 --ep-size 4 --enable-dp-attention --max-running-requests 8" in words
+    assert "--chunked-prefill-size 64" in words
 
 
 def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
@@ -194,6 +214,7 @@ for words in json.load(sys.stdin):
         "executor": args.distributed_executor_backend, "kv": args.kv_cache_memory_bytes, "dtype": args.dtype,
         "context": args.max_model_len, "kv_dtype": args.kv_cache_dtype,
         "hybrid_off": args.disable_hybrid_kv_cache_manager,
+        "sharing": [args.data_parallel_size, args.enable_expert_parallel],
         "drafts": args.speculative_config
         and [args.speculative_config["method"], args.speculative_config["num_speculative_tokens"]],
     })
@@ -222,7 +243,7 @@ def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 def test_vllms_own_parser_takes_every_command_line() -> None:
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = [], []
-    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING):
+    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, MODEL)):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)
@@ -244,6 +265,7 @@ def test_vllms_own_parser_takes_every_command_line() -> None:
                     "context": layout.context_tokens,
                     "kv_dtype": "auto",
                     "hybrid_off": True if layout is SLIDING else None,
+                    "sharing": [layout.data_parallel, layout.data_parallel > 1],
                     "drafts": ["mtp", 2] if layout is DRAFTING else None,
                 }
             )

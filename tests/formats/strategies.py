@@ -284,6 +284,7 @@ def replicas_of(role: Role) -> st.SearchStrategy[ReplicaPlan]:
         stages=st.lists(STAGES, max_size=2).map(tuple),
         attention_workers=st.lists(POOLS, max_size=2).map(tuple),
         role=st.just(role),
+        expert_parallel=st.booleans(),
         kv_zones=st.lists(TITLES, max_size=2).map(tuple),
     )
 

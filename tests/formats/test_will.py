@@ -19,6 +19,7 @@ from hetis.solver.will import (
     Unit,
     Use,
     Wish,
+    WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
 )
@@ -40,6 +41,7 @@ def of(unit: Unit, name: str) -> Selection:
         ("type=A:as=worker", Keep(gpus=of(Unit.TYPE, "A"), duty=Duty.WORKER, only=False)),
         ("tp=4", WithoutTp(tp=4)),
         ("workers", WithoutWorkers()),
+        ("shared-experts", WithoutSharedExperts()),
     ],
 )
 def test_what_is_forbidden(text: str, wish: Wish) -> None:

@@ -129,7 +129,7 @@ class Numbers:
         assert m.moe is not None
         E, k, j = m.moe.num_experts, m.moe.active_experts, m.moe.every
         expert = (3 if m.gated_mlp else 2) * m.hidden * m.moe.expert_intermediate
-        F = 2 * all_T * k * expert / r**0.65
+        F = 2 * all_T * k * expert / r**0.7
         B = E * (1 - (1 - k / E) ** all_T) * expert * m.weight_bytes / r
         rest = m.active_layer_params() - k * expert / j
         own_F, own_B = 2 * T * rest / n, rest * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * T

@@ -15,6 +15,7 @@ from hetis.solver.budget import Budget
 from hetis.solver.check import Rule, check_plan
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
+from hetis.solver.model import MoeShape
 from hetis.solver.placement import search
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.planning import solve_placement
@@ -33,6 +34,7 @@ from hetis.solver.will import (
     Use,
     Will,
     Wish,
+    WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
 )
@@ -390,3 +392,19 @@ def test_prices_that_nobody_had_time_for_are_bounds() -> None:
 def test_a_model_with_cuts_that_are_forbidden_still_keeps_wishes() -> None:
     model = make_model(forbidden_cuts=frozenset({1, 2, 4}))
     solved(two_types(WithoutTp(tp=2), Replicas(least=2, most=3), model=model))
+
+
+def test_copies_share_experts_unless_that_is_forbidden() -> None:
+    experts = MoeShape(num_experts=8, active_experts=1, expert_intermediate=512)
+    problem = make_problem(
+        [make_node("a", "A", gpus=2)],
+        profiles={"A": make_profile("A", usable_bytes=25_000_000)},
+        model=make_model(kv_heads=1, moe=experts),
+        family=replace(SMALL_FAMILY, roles=(Role.UNIFIED,)),
+    )
+    free, wish = solved(problem), WithoutSharedExperts()
+    without = solved(replace(problem, will=(wish,)))
+    assert [replica.expert_parallel for replica in free.replicas] == [True]
+    assert not any(replica.expert_parallel for replica in without.replicas)
+    assert without.result.value < free.result.value
+    assert broken_by(free, replace(problem, will=(wish,))) == {"--forbid shared-experts"}

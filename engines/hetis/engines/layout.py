@@ -196,7 +196,7 @@ def layout_of(
         model: the model to serve.
         engine: the engine that serves it.
         dtype: of KV, a name in `DTYPE_BYTES`.
-        kv_tokens: KV capacity in tokens in place of the plan's, for a smaller machine.
+        kv_tokens: KV capacity in tokens of each data-parallel copy, in place of the plan's, for a smaller machine.
 
     Raises:
         LayoutError: there is no such replica, the plan is for another model, or the engine cannot run it; with all
@@ -262,7 +262,7 @@ def layout_of_replica(
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
     """
     copies = replica.attention_dp
-    kv_tokens = (kv_tokens or replica.kv_tokens) // copies
+    kv_tokens = kv_tokens or replica.kv_tokens // copies
     model = model.on(replica.stages[0].gpu)
     room = _Room.of(kv_tokens, replica, model, dtype)
     cards = [tuple(room.cards(replica, i)) for i in range(len(replica.stages))]

@@ -33,6 +33,7 @@ from hetis.solver.will import (
     Use,
     Will,
     Wish,
+    WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
     misfits,
@@ -101,12 +102,14 @@ def parse_forbid(text: str) -> tuple[Wish, ...]:
     """
     if text == "workers":
         return (WithoutWorkers(),)
+    if text == "shared-experts":
+        return (WithoutSharedExperts(),)
     key, value, extras = _parts(text, ("as",))
     if key == "tp":
         if extras or not value.isdecimal() or int(value) < 1:
             raise ValueError(f"tp is {value!r}, must be a whole number, alone")
         return (WithoutTp(tp=int(value)),)
-    gpus = _selection(key, value, (*(unit.value for unit in Unit), "tp", "workers"))
+    gpus = _selection(key, value, (*(unit.value for unit in Unit), "tp", "workers", "shared-experts"))
     if "as" in extras:
         return (Keep(gpus=gpus, duty=_duty(extras["as"]), only=False),)
     return (LeaveOut(gpus=gpus),)

@@ -120,7 +120,10 @@ class Lockstep:
 
     def start(self, now_s: float, batch: MicroBatch) -> None:
         self._waiting.append(batch)
-        if not self._serving:
+        self._begin(now_s)
+
+    def _begin(self, now_s: float) -> None:
+        if self._waiting and not self._serving:
             self._serving = self._waiting
             self._events.at(now_s, self._serve)  # others that start at the same time have to be included
 
@@ -148,6 +151,7 @@ class Lockstep:
         for batch in served:
             if batch.alive:
                 self._done(now_s, batch)
+        self._begin(now_s)  # whoever has come meanwhile, should none of these go on
 
 
 def _bar(copy: SimulatedStageCopy, batches: list[MicroBatch], start_s: float, seconds: float) -> TraceEvent:

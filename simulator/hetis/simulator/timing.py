@@ -39,19 +39,22 @@ def _decode_pieces(profile: Profile, model: ModelSpec, tp: int) -> tuple[Piece, 
 class StageTiming:
     """Seconds of an iteration on one copy of a stage, except the decode attention of a stage with a pool.
 
-    ``steps``: into which an iteration is divided, see `seconds`.
+    Attributes:
+        steps: into which an iteration is divided, see `seconds`.
+        overlap: the share of the shorter one of decode and prefill attention that a kernel for both saves. Plans count
+            on none, see `docs/accuracy.md`, "Mixed batches".
     """
 
     __slots__ = (
         "_chunk", "_decode", "_dense", "_drafting", "_head", "_is_first", "_is_last", "_step_tokens",
-        "_table", "cost", "layers", "shape", "steps",
+        "_table", "cost", "layers", "overlap", "shape", "steps",
     )  # fmt: skip
 
     def __init__(
         self, problem: PlacementProblem, shape: StageShape, *, is_first: bool, is_last: bool, steps: float = 1.0,
-        attention_dp: int = 1,
+        attention_dp: int = 1, overlap: float = 0.0,
     ) -> None:  # fmt: skip
-        self.steps = steps
+        self.steps, self.overlap = steps, overlap
         model, profile = problem.model, problem.profiles[shape.gpu]
         rank = rank_shape(model, shape.tp, attention_dp)
         assert rank is not None, "the plan's structure was checked"
@@ -123,6 +126,7 @@ class StageTiming:
         total = self._table.get((tokens, others))
         if total is None:
             total = self._table[tokens, others] = self._by_tokens(tokens, tokens + others)
+        decode_s = 0.0
         if decoding and self._decode:
             most = 0.0
             for fixed, per_request, per_token in self._decode:
@@ -130,13 +134,14 @@ class StageTiming:
                 if piece > most:
                     most = piece
             total += most
+            decode_s = most
         if chunk_tokens:
             most = 0.0
             for fixed, per_token, per_pair, per_read in self._chunk:
                 piece = fixed + per_token * chunk_tokens + per_pair * chunk_pairs + per_read * chunk_read
                 if piece > most:
                     most = piece
-            total += most
+            total += most - self.overlap * min(most, decode_s)
         if self._is_last:
             total += self._head_s(rows + decoding * (self._step_tokens - 1)) + self._drafting_s(decoding)
         return total

@@ -117,12 +117,17 @@ class ReplicaPlan:
     @property
     def attention_dp(self) -> int:
         """Return the copies that share their experts and iterate together; 1 without expert parallelism."""
-        return self.stages[0].copies if self.expert_parallel else 1
+        return self.stages[0].copies if self.expert_parallel and self.stages else 1
 
     def groups(self, stage: StagePlan) -> tuple[tuple[str, ...], ...]:
         """Return the GPUs of a stage that have to be on one node: of each copy, or of all that share their experts."""
         size = stage.tp * self.attention_dp
         return tuple(stage.devices[i : i + size] for i in range(0, len(stage.devices), size))
+
+    def parallel_sizes(self, stage: StagePlan) -> str:
+        """Return ``TP2``, ``TP2 ×3`` of a stage with copies, or ``TP2 ×4 EP8`` if they share their experts."""
+        copies = f" ×{stage.copies}" if stage.copies > 1 else ""
+        return f"TP{stage.tp}{copies}" + (f" EP{stage.tp * stage.copies}" if self.expert_parallel else "")
 
     def devices(self) -> tuple[str, ...]:
         """Return every GPU of the replica, stages first; shared attention workers once."""

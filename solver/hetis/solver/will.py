@@ -116,6 +116,14 @@ class WithoutWorkers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WithoutSharedExperts:
+    """Constraint that no copies share their experts."""
+
+    def __str__(self) -> str:
+        return "--forbid shared-experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replicas:
     """Constraint that the plan has ``least`` to ``most`` replicas over all roles; None: no limit."""
 
@@ -149,7 +157,7 @@ class AtMost:
         return f"--pin {self.of}=..{self.most:.12g}"
 
 
-Wish = LeaveOut | Keep | Use | WithoutTp | WithoutWorkers | Replicas | AtMost
+Wish = LeaveOut | Keep | Use | WithoutTp | WithoutWorkers | WithoutSharedExperts | Replicas | AtMost
 Will = tuple[Wish, ...]
 
 

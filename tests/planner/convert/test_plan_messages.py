@@ -55,6 +55,7 @@ REPLICAS = st.builds(
     stages=st.lists(STAGES, max_size=3).map(tuple),
     attention_workers=st.lists(POOLS, max_size=2).map(tuple),
     role=st.sampled_from(Role),
+    expert_parallel=st.booleans(),
     kv_zones=st.lists(st.text(), max_size=2).map(tuple),
 )
 ROUTES = st.builds(KvRoute, prefill=COUNTS, decode=COUNTS, rate=NUMBERS)

@@ -1,4 +1,4 @@
-"""Ten plans for a model of four layers, each with some feature that the others lack."""
+"""Eleven plans for a model of four layers, each with some feature that the others lack."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ PLANS: Mapping[str, Plan] = {
     "three nodes twice": made_of(
         replica(*THREE, in_flight=3),
         replica(*(replace(s, devices=(s.devices[0].replace("/0", "/1"),)) for s in THREE), in_flight=3),
+    ),
+    "copies that share experts": made_of(
+        replica(on("a/0", "a/1", "a/2", "a/3", copies=4), in_flight=4, expert_parallel=True, kv_tokens=4096)
     ),
     "copies": made_of(
         replica(

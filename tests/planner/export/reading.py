@@ -58,6 +58,9 @@ def read_replica(processes: Iterable[Found]) -> Read:
     assert nnodes == {len(servers)}, "every process knows how many there are"
     first = servers[0]
     tp = int(option(first.words, "--tensor-parallel-size", "--tp-size") or 1)
+    if copies := option(first.words, "--data-parallel-size"):  # SGLang counts them among its ranks
+        assert "--enable-expert-parallel" in first.words
+        tp *= int(copies)
     stages = int(option(first.words, "--pipeline-parallel-size", "--pp-size") or 1)
     partitions = {partition_of(one.environment) for one in servers}
     assert len(partitions) == 1, "every process knows every stage"

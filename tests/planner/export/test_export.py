@@ -55,6 +55,7 @@ def exported(plan: Plan, target: Target, **changes: Any) -> Export:
 LOST: Mapping[tuple[Target, str], tuple[str, tuple[str, ...]]] = {
     **{(Target.SGLANG, name): ("which SGLang has with hetis' plugin alone", ("r0",)) for name in WITH_WORKERS},
     **{(Target.RAY, name): ("processes that Ray Serve does not start", ("r0",)) for name in WITH_WORKERS},
+    (Target.RAY, "copies that share experts"): ("a kind of deployment of its own", ("r0",)),
     **{(Target.DYNAMO, name): ("Dynamo's images lack our plugin", ("r0",)) for name in WITH_WORKERS},
     **{
         (target, "workers of stages"): ("pods cannot share a GPU", ("r0",))

@@ -38,6 +38,7 @@ def meant(one: LaunchableReplica, number: int) -> dict[str, Any]:
     return {
         "model": "/models/tiny",
         "hybrid_off": None,
+        "sharing": [layout.data_parallel, layout.data_parallel > 1],
         "drafts": None,
         "tp": layout.tensor_parallel,
         "pp": len(layout.layers),

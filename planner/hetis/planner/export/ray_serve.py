@@ -110,6 +110,8 @@ def _why_not(launchable: Launchable, one: LaunchableReplica) -> tuple[str, ...]:
     """
     if one.layout.workers:
         return ("attention workers are processes that Ray Serve does not start: use --to hetis-launch",)
+    if one.layout.data_parallel > 1:
+        return ("copies that share experts are a kind of deployment of its own in Ray Serve LLM: use another target",)
     nodes = [node_of(device) for stage in one.plan.stages for device in stage.devices]
     first, *further = dict.fromkeys(nodes)
     if nodes != [node for each in (first, *further) for node in nodes if node == each]:

@@ -115,9 +115,8 @@ def shape_of(replica: ReplicaPlan) -> str:
     stages = []
     for i, stage in enumerate(replica.stages):
         workers = sum(len(pool.devices) for pool in replica.attention_workers if pool.stage == i)
-        copies = f" ×{stage.copies}" if stage.copies > 1 else ""
         pool = f" + {plural(workers, 'worker')}" if workers else ""
-        stages.append(f"{stage.gpu} TP{stage.tp}{copies} L{stage.num_layers}{pool}")
+        stages.append(f"{stage.gpu} {replica.parallel_sizes(stage)} L{stage.num_layers}{pool}")
     role = "" if replica.role is Role.UNIFIED else f"{replica.role}: "
     return role + " | ".join(stages)
 

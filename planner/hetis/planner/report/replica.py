@@ -105,7 +105,8 @@ def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
         return Text(f"{len(replica.stages)} stages, too many to draw", style="dim")
     line, ruler = Text("┃"), "0"
     for number, (stage, width) in enumerate(zip(replica.stages, widths, strict=True), start=1):
-        line.append(_label(number, stage, width - 1).center(width - 1, "━"), style=palette[stage.gpu])
+        label = _label(number, stage, replica.parallel_sizes(stage), width - 1)
+        line.append(label.center(width - 1, "━"), style=palette[stage.gpu])
         line.append("┃")
         tick = str(stage.first_layer + stage.num_layers)
         ruler = ruler.ljust(len(line) - 1)
@@ -114,17 +115,12 @@ def _picture(replica: ReplicaPlan, palette: Palette) -> RenderableType:
     return Group(line, Text(ruler, style="dim"))
 
 
-def _label(number: int, stage: StagePlan, width: int) -> str:
+def _label(number: int, stage: StagePlan, shape: str, width: int) -> str:
     """Return the longest description of a stage that leaves a dash on both sides."""
-    shape = _shape(stage)
     for label in (f" {number} {stage.gpu} {shape} ", f" {number} {stage.gpu} ", f" {number} ", f"{number}"):
         if len(label) <= width - 2 or label == f"{number}":
             return label
     raise AssertionError("unreachable")
-
-
-def _shape(stage: StagePlan) -> str:
-    return f"TP{stage.tp}" + (f" ×{stage.copies}" if stage.copies > 1 else "")
 
 
 def _widths(layers: list[int]) -> list[int] | None:
@@ -154,7 +150,7 @@ def _stages(group: ReplicaGroup, palette: Palette) -> Table:
         table.add_row(
             str(number + 1),
             Text(stage.gpu, style=palette[stage.gpu]),
-            _shape(stage),
+            replica.parallel_sizes(stage),
             f"{stage.first_layer}–{last} ({stage.num_layers})",
             "all" if not pools else f"{stage.kv_head_groups_kept} of {groups}",
             abbreviate(stage.devices),

@@ -13,7 +13,7 @@ from hetis.solver.cluster import Link
 from hetis.solver.plan import Role
 from hetis.solver.profile import Op
 
-EXPERT_IMBALANCE = 0.35  # the exponent of docs/cost-model.md, "Expert parallelism"
+EXPERT_IMBALANCE = 0.3  # the exponent of docs/cost-model.md, "Expert parallelism"
 
 
 def stage_seconds(setting: Setting, stage: StageShape, *, is_first: bool, is_last: bool) -> float:

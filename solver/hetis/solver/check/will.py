@@ -17,6 +17,7 @@ from hetis.solver.will import (
     Selection,
     Sum,
     Use,
+    WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
 )
@@ -58,6 +59,10 @@ def _broken(wish: object, plan: Plan, fleet: Fleet) -> Iterator[str]:
             for number, replica in enumerate(plan.replicas):
                 if replica.attention_workers:
                     yield f"replica {number} has attention workers"
+        case WithoutSharedExperts():
+            for number, replica in enumerate(plan.replicas):
+                if replica.expert_parallel:
+                    yield f"replica {number} has copies that share their experts"
         case AtMost(of=of, most=most):
             total = sum(_adds(of, name, fleet) for name in {name for name, _ in _duties(plan)})
             if total > most * (1 + RELATIVE):

@@ -27,6 +27,7 @@ from hetis.solver.will import (
     Unit,
     Use,
     Will,
+    WithoutSharedExperts,
     WithoutTp,
     WithoutWorkers,
     misfits,
@@ -140,6 +141,7 @@ def _family(family: Family, will: Will) -> Family:
         family,
         tp_sizes=tuple(tp for tp in family.tp_sizes if tp not in out),
         max_pool=0 if without_workers else family.max_pool,
+        attention_dp=() if any(isinstance(wish, WithoutSharedExperts) for wish in will) else family.attention_dp,
     )
 
 

@@ -49,7 +49,8 @@ def build_atlas(problem: PlacementProblem, *, is_relaxation: bool = False) -> At
         (rank, dp)
         for dp in degrees
         for rank in sizes
-        if rank[1] % dp == 0 and cost.rank_shape(model, rank[1] // dp, dp) is not None
+        if rank[1] % dp == 0 and rank[1] // dp in family.tp_sizes
+        if cost.rank_shape(model, rank[1] // dp, dp) is not None
     ]
     shaped.sort(key=lambda one: one[0][0])  # kernels take the ranks of a class in one run
     ranks, rank_dp = tuple(rank for rank, _ in shaped), tuple(dp for _, dp in shaped)

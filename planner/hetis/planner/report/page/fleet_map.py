@@ -89,7 +89,7 @@ def _stage_lines(
 ) -> tuple[str, ...]:
     last = stage.first_layer + stage.num_layers - 1
     role = "" if replica.role is Role.UNIFIED else f"{replica.role}, "
-    shape = f"TP{stage.tp}" + (f" ×{stage.copies}" if stage.copies > 1 else "")
+    shape = replica.parallel_sizes(stage)
     lines = [f"{name} stage {number + 1}", f"{role}layers {stage.first_layer}–{last}", shape]
     if pools:
         every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)

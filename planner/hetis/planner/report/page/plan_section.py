@@ -311,13 +311,12 @@ def _stages(groups: Sequence[ReplicaGroup]) -> Grid:
             pools = [pool for pool in one.attention_workers if pool.stage == number]
             every = stage.kv_head_groups_kept + sum(pool.kv_head_groups for pool in pools)
             last = stage.first_layer + stage.num_layers - 1
-            shape = f"TP{stage.tp}" + (f" × {stage.copies} copies" if stage.copies > 1 else "")
             kept = f"{stage.kv_head_groups_kept} of {every}" if pools else "all"
             rows.append(
                 (
                     f"R{group.numbers[0]}, stage {number + 1}",
                     stage.gpu,
-                    shape,
+                    one.parallel_sizes(stage),
                     f"{stage.first_layer}–{last} ({stage.num_layers})",
                     kept,
                     abbreviate(stage.devices),

@@ -1,0 +1,108 @@
+"""Copies that share their experts: they iterate together, take as long as the longest, and fail together."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hetis.simulator.simulate import simulate
+from hetis.simulator.timing import StageTiming
+from hetis.simulator.values import Fault, Settings
+from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.model import ModelSpec, MoeShape
+from hetis.solver.plan import ReplicaPlan, Role, StagePlan
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import PlacementProblem
+from tests.simulator.small_plans import equal_requests, plan_of
+from tests.solver.arithmetic import Numbers, Stage
+from tests.solver.instances import SMALL_FAMILY, make_model, make_node, make_problem, make_profile, make_workload
+
+EXPERTS = MoeShape(num_experts=8, active_experts=2, expert_intermediate=256, first_dense_layers=1)
+APART = Settings(dispatch=False, redispatch=False)
+
+
+def problem_of(model: ModelSpec | None = None, nodes: int = 1) -> PlacementProblem:
+    return make_problem(
+        [make_node("a", "A", gpus=4, nodes=nodes)],
+        profiles={"A": make_profile("A", usable_bytes=60_000_000)},
+        model=model or make_model(kv_heads=1, moe=EXPERTS),
+        workload=make_workload((60, 40)),
+        family=SMALL_FAMILY,
+    )
+
+
+def sharing(problem: PlacementProblem, copies: int = 4, *, micro_batch: int = 4, chunk_tokens: int = 64) -> ReplicaPlan:
+    stage = StagePlan(
+        gpu="A", tp=1, copies=copies, first_layer=0, num_layers=problem.model.num_layers, kv_head_groups_kept=1,
+        devices=tuple(f"a/{i}" for i in range(copies)),
+    )  # fmt: skip
+    return ReplicaPlan(
+        rate=1.0, ttft_s=0.1, tpot_s=0.01, micro_batch=micro_batch, in_flight=copies, chunk_tokens=chunk_tokens,
+        kv_tokens=1000, stages=(stage,), expert_parallel=True,
+    )  # fmt: skip
+
+
+def test_an_iteration_takes_what_the_document_says() -> None:
+    problem = problem_of()
+    shape = replica_shape(sharing(problem), problem, Fleet.of(problem.cluster)).stages[0]
+    timing = StageTiming(problem, shape, is_first=True, is_last=True, attention_dp=4)
+    stage = Stage(
+        gpu="A", tp=1, copies=4, layers=shape.layers, intra_link=shape.intra_link, hop_link=shape.hop_link
+    )  # fmt: skip
+    # A single copy with a chunk: three times b tokens are elsewhere, or b and C.
+    numbers = Numbers(problem, role=Role.UNIFIED, b=4, M=4, C=64, d=4)
+    one = replace(stage, layers=1)
+    plain = shape.layers * numbers.plain(one) + numbers.plain(one, is_prefix=True) + numbers.ends(one, 4, 0, True, True)
+    y = numbers.moments.resident_context * busiest(numbers)
+    assert timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4, 12) == pytest.approx(plain, rel=1e-9)
+    alone = timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4)
+    assert alone < plain < timing.seconds(4, 4 * y, 0, 0.0, 0.0, 4, 12 + 3 * 64)
+
+
+def busiest(numbers: Numbers) -> float:
+    """Return the context of the busiest of four copies, which iterations of the document are for."""
+    return 1 + 1.0293753730 * numbers.moments.resident_context_sd / numbers.moments.resident_context / 2
+
+
+def test_copies_iterate_together_and_wait_for_the_longest() -> None:
+    problem = problem_of()
+    run = simulate(
+        plan_of(sharing(problem)), problem, equal_requests(40, prompt=60, output=20), replace(APART, trace=True)
+    )
+    assert run.generated_tokens == 40 * 20
+    bars: dict[float, set[float]] = {}
+    for event in run.trace_events:
+        bars.setdefault(event.start_s, set()).add(event.duration_s)
+    assert len(bars) > 20
+    assert all(len(lengths) == 1 for lengths in bars.values())  # whoever begins together ends together
+    ends = sorted((start, start + min(lengths)) for start, lengths in bars.items())
+    assert all(end <= start + 1e-12 for (_, end), (start, _) in itertools.pairwise(ends))  # one at a time
+
+
+def test_a_gpu_that_fails_takes_all_copies_with_it() -> None:
+    problem = problem_of()
+    requests = equal_requests(30, prompt=60, output=20)
+    faults = (Fault(device="a/2", at_s=0.01, joins=False), Fault(device="a/2", at_s=5.0, joins=True))
+    run = simulate(plan_of(sharing(problem)), problem, requests, replace(APART, faults=faults, trace=True))
+    assert run.generated_tokens == 30 * 20
+    assert not [event for event in run.trace_events if 0.02 < event.start_s < 5.0]
+    assert np.nanmax(run.finished_s) > 5.0
+
+
+@pytest.mark.parametrize("roles", [(Role.UNIFIED,), (Role.PREFILL, Role.DECODE)])
+def test_a_plan_serves_what_it_says(roles: tuple[Role, ...]) -> None:
+    problem = problem_of(nodes=2)
+    # Too large for one GPU, six heads that four ranks cannot share, and no pipelines: the copies share experts.
+    model = replace(problem.model, q_heads=6, head_dim=48)
+    family = replace(SMALL_FAMILY, tp_sizes=(1, 4), in_flight=(1,), roles=roles, max_pool=0, max_copies=1)
+    small = {"A": make_profile("A", usable_bytes=14_000_000)}
+    shared = replace(problem, model=model, family=family, profiles=small)
+    plan = solve_placement(shared)
+    assert all(replica.expert_parallel for replica in plan.replicas)
+    requests = equal_requests(1200, prompt=60, output=40)
+    ends = np.sort(simulate(plan, shared, requests, APART).finished_s)
+    first, last = ends[[240, 960]]  # neither filling up nor running out
+    assert 720 / (last - first) == pytest.approx(plan.served_rate(), rel=0.12)
