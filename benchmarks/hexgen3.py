@@ -89,7 +89,10 @@ def _random_case(seed: int) -> Case:
         nodes.append((1, int(random.choice((2, 4))), str(random.choice(BETWEEN))))
     model, lengths = str(random.choice(MODELS)), str(random.choice((*LENGTHS, "16000/1000")))
     tpot_s = (None, 0.1, 0.05)[int(random.integers(3))]
-    described = " + ".join(f"{count * each} {gpu.split('-')[0]}" for count, each, gpu in nodes)
+    described = " + ".join(
+        f"{count * each} {gpu.replace('-SXM2', '').replace('-SXM', '').replace('-PCIe', '')}"
+        for count, each, gpu in nodes
+    )
     cluster, links = fleet(described, *nodes), ""
     if random.random() < 0.5:
         cluster, links = replace(cluster, network=QUICK_NETWORK), ", 400 Gb/s"
