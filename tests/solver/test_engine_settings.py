@@ -38,6 +38,13 @@ some_settings = st.builds(
     kv_blocks=st.none() | st.integers(5, 400),
 )
 
+tight_settings = st.builds(
+    EngineSettings,
+    max_num_seqs=st.sampled_from((None, 3, 5, 7, 8)),  # of micro-batches of 4, one or two in flight
+    chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
+    kv_blocks=st.sampled_from((None, 20, 60, 120)),
+)
+
 
 def at(problem: PlacementProblem, **given: Any) -> PlacementProblem:
     """The problem at an engine's settings."""
@@ -85,11 +92,10 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
 @EVERY
 def test_the_specification_finds_the_same(every: bool) -> None:
     family = replace(UNIFIED, in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
-
     num = 20 if every else 10
 
     @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(problem=problems(max_gpus=2, family=family), chosen=some_settings)
+    @given(problem=problems(max_gpus=2, family=family), chosen=tight_settings)
     def agrees(problem: PlacementProblem, chosen: EngineSettings) -> None:
         posed = replace(problem, family=replace(family, micro_batches=(4,)).at(chosen))
         assume(every or is_soon_solved(posed))
