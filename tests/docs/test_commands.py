@@ -130,14 +130,20 @@ def test_what_needs_no_planner_runs(tmp_path: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     for line, value in (("Goodput", plan["result"]["value"]), ("Bound", plan["result"]["bound"])):
         assert re.findall(rf"^{line} +([\d.]+) requests/s", readme, re.MULTILINE) == [f"{value:.4g}"]
-    ran = set()
+    ran: set[str] = set()
+    done: set[tuple[str, ...]] = set()
     for line in LINES:
         for words in line.programs():
-            if words[0] == "hetis-plan" and len(words) > 1 and words[1] in QUICK and _has_files(words, folder):
+            if tuple(words) in done or words[0] != "hetis-plan" or words[1:2] == [] or words[1] not in QUICK:
+                continue
+            done.add(tuple(words))
+            if _has_files(words, folder):
                 if words[1] == "init":
                     words = [*words, "--force"]
-                done = hetis_plan_here(*words[1:], cwd=folder)
-                assert done.returncode == 0, f"{line}\n{done.stderr}"
+                if "--claims" in words:  # each costs as much as the rest of the command; the soak test makes all
+                    words[words.index("--claims") + 1] = "5"
+                result = hetis_plan_here(*words[1:], cwd=folder)
+                assert result.returncode == 0, f"{line}\n{result.stderr}"
                 ran.add(words[1])
     assert ran >= {"catalog", "check", "dispatch", "explain", "export", "fair", "redispatch", "validate"}
 

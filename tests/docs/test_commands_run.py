@@ -129,7 +129,7 @@ def test_commands_that_search_are_whole(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     assert hetis_plan_here("init", cwd=tmp_path).returncode == 0
     (tmp_path / "plans").mkdir()
-    made = hetis_plan_here(*PAPER.split()[1:], "--out", "running.json", cwd=tmp_path)
+    made = hetis_plan_here(*PAPER.split()[1:], "--strategy", "uniform", "--out", "running.json", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     (tmp_path / "fleet-now.yaml").write_text((ROOT / "examples/paper.yaml").read_text(encoding="utf-8"))
     assert len(SEARCHING) > 15

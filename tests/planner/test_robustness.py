@@ -16,6 +16,7 @@ from hetis.formats.documents import load_cluster, load_model, load_plan, load_wo
 from hetis.planner.cli.app import run
 from hetis.planner.cli.exit_codes import ExitCode
 from hetis.planner.use_cases.place import Settings, make_plan, objective
+from hetis.planner.use_cases.robustness import study as robustness
 from hetis.planner.use_cases.robustness.alternatives import Alternative, regret, smaller_families
 from hetis.planner.use_cases.robustness.fixed_plan import FixedPlan, Reach
 from hetis.planner.use_cases.robustness.groups import structure_of
@@ -501,6 +502,7 @@ def test_place_prints_and_saves_the_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(robustness, "SEARCHES", 2)  # of 12, which take half a minute
     path = tmp_path / "plan.json"
     arguments = ["place", "-c", str(EXAMPLES / "h100-p100.yaml"), "-m", "Llama-2-70B", "-w", "azure_conv_2023"]
     assert run([*arguments, "--profile-error", "20%", "--out", str(path)]) == ExitCode.OK

@@ -21,6 +21,7 @@ from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, EngineRules, Engine
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
+from tests.solver.specified import EVERY, is_soon_solved
 
 REL = 1e-6
 ON_AN_ENGINE = run_by(
@@ -35,6 +36,13 @@ some_settings = st.builds(
     max_num_seqs=st.none() | st.integers(1, 40),
     chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
     kv_blocks=st.none() | st.integers(5, 400),
+)
+
+tight_settings = st.builds(
+    EngineSettings,
+    max_num_seqs=st.sampled_from((None, 3, 5, 7, 8)),  # of micro-batches of 4, one or two in flight
+    chunk_tokens=st.sampled_from([(), (32,), (48, 96)]),
+    kv_blocks=st.sampled_from((None, 20, 60, 120)),
 )
 
 
@@ -81,13 +89,16 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
     assert value_of(loose) == pytest.approx(value_of(problem), rel=REL)
 
 
-def test_the_specification_finds_the_same() -> None:
+@EVERY
+def test_the_specification_finds_the_same(every: bool) -> None:
     family = replace(UNIFIED, in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
+    num = 20 if every else 10
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(problem=problems(max_gpus=2, family=family), chosen=some_settings)
+    @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(problem=problems(max_gpus=2, family=family), chosen=tight_settings)
     def agrees(problem: PlacementProblem, chosen: EngineSettings) -> None:
         posed = replace(problem, family=replace(family, micro_batches=(4,)).at(chosen))
+        assume(every or is_soon_solved(posed))
         slots = posed.cluster.num_gpus()
         found = solve_specification(posed, num_replicas=slots, num_stages=slots)
         assert found.value == pytest.approx(best_plan_value(posed), rel=REL)

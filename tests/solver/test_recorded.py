@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import pytest
 from numba import config
 
 from tests.solver.numbers import differing
-from tests.solver.recorded import KINDS, PLAIN_ONLY, STEPS, is_same, recorded, recorded_step
+from tests.solver.recorded import KINDS, PLAIN_ONLY, SLOW, STEPS, is_same, recorded, recorded_step
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_those_that_were_recorded(kind: str) -> None:
+    _answer_again(kind, set(range(KINDS[kind][0])) - SLOW.get(kind, set()))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", SLOW)
+def test_answers_that_take_seconds_are_those_that_were_recorded(kind: str) -> None:
+    _answer_again(kind, SLOW[kind])
+
+
+def _answer_again(kind: str, seeds: Set[int]) -> None:
     number, answer = KINDS[kind]
     kept = recorded(kind)
     assert len(kept) == number
     differing = {}
-    for seed, before in enumerate(kept):
-        now = answer(seed)
+    for seed in seeds:
+        before, now = kept[seed], answer(seed)
         if now.keys() != before.keys() or not all(is_same(name, before[name], value) for name, value in now.items()):
             differing[seed] = (before, now)
     assert not differing, f"{len(differing)} of {number}; if it is meant, run python -m tests.solver.recorded"

@@ -28,7 +28,7 @@ from hetis.solver.plan import Plan, StagePlan
 from tests.command_line import environment
 from tests.engines.plans import plan_of, stage_of
 from tests.planner.export.plans import made_of
-from tests.runtime.launch.test_command import PROMPTS, REAL, alone, check_openai_client, free_ports, vllm_of
+from tests.runtime.launch.test_command import PROMPTS, REAL, alone, answers, check_openai_client, free_ports, vllm_of
 from tests.runtime.launch.vllm_python import needs_vllm
 
 FORKING = Path(__file__).with_name("forking_vllm.py")
@@ -53,17 +53,10 @@ class Running:
 
     def wait_until_it_serves(self) -> None:
         deadline_s = time.monotonic() + LIMIT_S
-        while not _answers(self.url):
+        while not answers(self.url):
             assert self.process.poll() is None, self.logs()
             assert time.monotonic() < deadline_s, self.logs()
             time.sleep(0.5)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=10).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def planned(model: Path) -> Plan:

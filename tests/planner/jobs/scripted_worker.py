@@ -1,6 +1,6 @@
 """A stand-in for the solver process: the posed problem says what it does, so that tests need no solver.
 
-Run as a script. It ends with its input, as the real one does.
+Run as a script. It ends with its input, as the real one does. It imports little before it is ready: many are started.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import threading
 import time
 from typing import Any
 
-from hetis.planner.convert.plans import digest_of
 from hetis.planner.jobs.frames import JobFrame, read_frame, to_bytes
-from hetis.v1 import plan_pb2
 
 cancelled = threading.Event()
 
@@ -31,6 +29,9 @@ OF_SEED = {1: "wait", 2: "die after saying something", 3: "hang", 4: "say nothin
 
 def interrupted(document: bytes) -> bytes:
     """Return a result in the service's form."""
+    from hetis.planner.convert.plans import digest_of
+    from hetis.v1 import plan_pb2
+
     result = plan_pb2.PlanResult(status=plan_pb2.SOLVE_STATUS_INTERRUPTED, value=1.0)
     result.document.digest = digest_of(document)
     return result.SerializeToString()

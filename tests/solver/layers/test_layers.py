@@ -136,7 +136,11 @@ def test_24_nodes_are_placed_within_a_few_per_cent_of_the_bound(example: LayersP
     assert check_layers_plan(example, plan) == ()
 
 
-def test_most_flow_is_not_most_served(example: LayersProblem, plan: LayersPlan) -> None:
+def test_most_flow_is_not_most_served(
+    example: LayersProblem, plan: LayersPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solve, "MOVES_PER_NODE", 2000)
+    monkeypatch.setattr(solve, "FINAL_MOVES_PER_NODE", 2000)
     flow = solve_max_flow(example)
     assert flow.flow_rps > plan.flow_rps
     assert flow.rate_rps < 0.8 * plan.rate_rps

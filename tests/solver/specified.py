@@ -1,0 +1,19 @@
+"""Which problems the compact MILP solves in about a second; the others, which take up to half a minute, are soaked."""
+
+from __future__ import annotations
+
+import pytest
+
+from hetis.solver.placement.specification_sets import Sets
+from hetis.solver.problem import PlacementProblem
+
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)], ids=["small", "every"])
+FEW_CHOICES = 500  # of all stage slots together
+
+
+def is_soon_solved(problem: PlacementProblem) -> bool:
+    """Return whether the MILP with as many replicas and stages as GPUs has few choices."""
+    slots = problem.cluster.num_gpus()
+    if slots > 2 and problem.model.num_layers > 5:
+        return False  # it hardly ever has, and to list them takes a second
+    return sum(len(slot) for slot in Sets.of(problem, slots).slots) <= FEW_CHOICES
