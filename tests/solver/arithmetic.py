@@ -145,7 +145,8 @@ class Numbers:
 
     def all_tokens(self) -> float:
         """T' where at least one copy has a chunk"""
-        return self.d * (self.b * self.q + self.phi * self.C / (1 - (1 - self.phi) ** self.d))
+        some = 1 - (1 - self.phi) ** self.d if self.phi > 1e-6 else self.d * self.phi
+        return self.d * (self.b * self.q + (self.phi * self.C / some if self.C else 0))
 
     def reduce(self, s: Stage, T: int) -> float:
         if s.tp == 1:

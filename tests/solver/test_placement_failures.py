@@ -98,7 +98,7 @@ def test_impossible_limit_is_named(strategy: str, exact: bool, limits: dict[str,
 @pytest.mark.parametrize("kind", [ObjectiveKind.COST, ObjectiveKind.GPUS])
 def test_demand_beyond_the_fleet_is_named(strategy: str, exact: bool, kind: ObjectiveKind) -> None:
     objective = replace(NO_LIMITS, kind=kind, demand_rps=1e5)
-    problem = make_problem([make_node("a", "A", nodes=2)], objective=objective)
+    problem = make_problem([make_node("a", "A", nodes=3)], objective=objective)
     message = reasons(problem, strategy, exact=exact)
     assert message.startswith("demand 100000 requests/s is above what this fleet serves: ")
 

@@ -67,9 +67,13 @@ class Mix:
 
     @property
     def all_tokens(self) -> float:
-        """Return the mean tokens of all copies that iterate together, in an iteration in which one has a chunk."""
-        d, phi = self.attention_dp, self.chunk_share
-        chunks = d * phi / (1.0 - (1.0 - phi) ** d) if d > 1 and phi > 0.0 else 1.0
+        """Return the mean tokens of all copies that iterate together, in an iteration in which one has a chunk.
+
+        d phi of the copies have a chunk on average, all of them in the 1 - (1 - phi)^d of iterations with one. Their
+        ratio is written as d over a sum of powers, which holds where phi is 0 or next to it.
+        """
+        d, without = self.attention_dp, 1.0 - self.chunk_share
+        chunks = d / sum(without**k for k in range(d))
         return d * self.decode_tokens + chunks * self.chunk_tokens
 
     def of_a_copy(self) -> Mix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import expm1, log1p
 
 from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.model import ModelSpec
@@ -78,8 +79,10 @@ class Setting:
 
         With a chance of phi each, d phi of them have a chunk on average, all of them in those iterations.
         """
-        none = (1 - self.chunk_share) ** self.attention_dp
-        chunks = self.attention_dp * self.chunk_share / (1 - none)
+        if not self.chunk_tokens:
+            return self.attention_dp * self.decode_tokens
+        some = -expm1(self.attention_dp * log1p(-self.chunk_share)) if self.chunk_share < 1 else 1.0
+        chunks = self.attention_dp * self.chunk_share / some
         return self.attention_dp * self.decode_tokens + chunks * self.chunk_tokens
 
     def has_fit(self, gpu: str, op: Op, tp: int) -> bool:
