@@ -211,7 +211,9 @@ def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
     if _whole(row, "attention_dp_size", 1) == 1:
         return tp, 1
     named = _NAMED_RANKS.search(row["id"])
-    gpus, experts = (int(named[1]), int(named[2])) if named else (tp, tp)
+    if named is None:
+        raise NotPosedError("the GPUs of copies with attention of their own are not recorded")
+    gpus, experts = int(named[1]), int(named[2])
     if experts != gpus:
         raise NotPosedError("attention data parallelism beside experts that all ranks slice is no stage shape")
     return 1, gpus

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.formats.plan import plan_to_data
-from hetis.solver.model import AttentionKind, ModelSpec
+from hetis.solver.model import AttentionKind, ModelSpec, MoeShape
 from hetis.solver.plan import (
     AttentionWorkerPool,
     Objective,
@@ -31,6 +31,7 @@ MODEL = ModelSpec(
     vocab=512,
     attention=AttentionKind.GQA,
 )
+WITH_EXPERTS = replace(MODEL, moe=MoeShape(num_experts=8, active_experts=2, expert_intermediate=64, shared_experts=1))
 PAGES = 63  # of each KV head: 1,000 tokens
 LAYER_BYTES = PAGES * 2 * 16 * 8 * 2  # of one KV head in one layer: K and V of 16 tokens of 8 numbers of 2 bytes
 

@@ -27,7 +27,7 @@ from hetis.runtime.vllm.settings import PluginSettings, load_settings
 from hetis.runtime.worker.options import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
-from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 from tests.runtime.launch.vllm_python import ENVIRONMENT, PYTHON, needs_vllm
 
 ONE = layout_of(plan_of(stage_of(), pools=(POOL,)), 0, MODEL)
@@ -104,7 +104,7 @@ def test_a_replica_without_workers_needs_no_plugin() -> None:
 
 def test_copies_that_share_experts_are_one_engine() -> None:
     """vLLM's limits are those of each copy, SGLang's those of all."""
-    layout = layout_of(SHARED, 0, MODEL)
+    layout = layout_of(SHARED, 0, WITH_EXPERTS)
     [vllm] = commands_of(layout, SERVING, Addresses())
     assert vllm.shown[3:] == (
         *("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--enable-expert-parallel"),
@@ -113,11 +113,11 @@ def test_copies_that_share_experts_are_one_engine() -> None:
     )
     assert vllm.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
     assert (layout.kv_tokens, layout.seats, layout.data_parallel) == (1024, 4, 2)
-    assert layout_of(SHARED, 0, MODEL, kv_tokens=512).kv_tokens == 512
-    [sglang] = commands_of(layout_of(SHARED, 0, MODEL, engine=Engine.SGLANG), SERVING, Addresses())
+    assert layout_of(SHARED, 0, WITH_EXPERTS, kv_tokens=512).kv_tokens == 512
+    [sglang] = commands_of(layout_of(SHARED, 0, WITH_EXPERTS, engine=Engine.SGLANG), SERVING, Addresses())
     words = " ".join(sglang.shown)
-    assert "--tp-size 4 --dp-size 2 --ep-size 4 --enable-dp-attention --max-running-requests 8" in words
-    assert "--chunked-prefill-size 64" in words
+    assert "--tp-size 4 --dp-size 2 --ep-size 4 --enable-dp-attention --dist-init-addr 127.0.0.1:29501" in words
+    assert "--max-running-requests 8 --chunked-prefill-size 64" in words
 
 
 def test_stages_on_several_nodes_meet_by_vllms_own_launch() -> None:
@@ -243,7 +243,7 @@ def parsed_by_vllm(lines: list[tuple[str, ...]]) -> list[dict[str, Any]]:
 def test_vllms_own_parser_takes_every_command_line() -> None:
     serving = replace(SERVING, limits_kv=True, dtype="float32")
     lines, expected = [], []
-    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, MODEL)):
+    for layout in (ONE, STAGED, SHARING, ALONE, SLIDING, DRAFTING, layout_of(SHARED, 0, WITH_EXPERTS)):
         for number, command in enumerate(commands_of(layout, serving, Addresses())[: len(layout.servers)]):
             lines.append(command.shown[1:])
             ranks = layout.tensor_parallel * len(layout.layers)

@@ -11,7 +11,7 @@ from hetis.engines.layout import PAGE_TOKENS, Layout, layout_of
 from hetis.engines.versions import Engine
 from hetis.solver.model import AttentionKind, DraftShape, LinearShape, MlaShape, ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, Role
-from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import LAYER_BYTES, MODEL, PAGES, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 
 
 def rows(layout: Layout) -> list[tuple[str, str, int, str, tuple[int, ...], int]]:
@@ -138,6 +138,38 @@ def test_everything_that_vllm_cannot_do_is_said_at_once() -> None:
 def test_a_replica_that_is_not_there_is_told() -> None:
     plan = plan_of(stage_of(kv_head_groups_kept=8))
     assert refused(plan, replica=1) == ("there is no replica 1, the plan has 1, counted from 0",)
+
+
+def test_copies_that_cannot_share_experts_are_refused() -> None:
+    four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
+
+    def why(plan: Plan, model: ModelSpec = WITH_EXPERTS) -> tuple[str, ...]:
+        return refused(plan, model, engine=Engine.VLLM)
+
+    assert why(plan_of(four, in_flight=2, expert_parallel=True), MODEL) == (
+        "its copies share experts, which tiny has none of",
+    )
+    assert why(plan_of(replace(four, devices=("a/0", "a/1")), in_flight=1, expert_parallel=True)) == (
+        "its copies share experts: copies is 2, in_flight 1, must be equal and at least 2",
+        "it has 2 GPUs for 2 copies of 2 ranks",
+    )
+    six = stage_of(tp=1, copies=3, devices=("a/0", "a/1", "a/2"), kv_head_groups_kept=8)
+    assert why(plan_of(six, in_flight=3, expert_parallel=True)) == (
+        "its 3 ranks share 8 experts, which they must divide",
+    )
+    assert why(replace(plan_of(four), replicas=(replace(plan_of(four).replicas[0], stages=()),))) == (
+        "it has no stages",
+    )
+
+
+def test_copies_that_share_experts_leave_kv_room_to_what_plans_do_not_count() -> None:
+    four = stage_of(tp=2, copies=2, devices=("a/0", "a/1", "a/2", "a/3"), kv_head_groups_kept=4)
+    plan = plan_of(four, in_flight=2, expert_parallel=True, kv_tokens=200_000)
+    layout = layout_of(plan, 0, WITH_EXPERTS, engine=Engine.VLLM)
+    shared = 4 * (3 * 128 * 64) * 2 // 2  # half of the shared expert of each layer, of which a rank has the whole
+    workspace = 2 * (4 + 32) * 2 * (128 + 64) * 2  # two experts each for the tokens of both copies
+    of_tokens = -(-layout.kv_tokens // 16) * 4 * LAYER_BYTES // PAGES * 4
+    assert layout.rank_kv_bytes == of_tokens - shared - workspace
 
 
 def test_a_plan_of_another_model_is_refused_with_the_differences() -> None:

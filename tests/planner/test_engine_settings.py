@@ -24,6 +24,8 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
 from hetis.solver.problem import MOST_SETTING, EngineSettings
 from tests.planner.command_line import invoke
+from tests.simulator.small_plans import plan_of
+from tests.simulator.test_lockstep import problem_of, sharing
 
 CLUSTER = """\
 apiVersion: hetis/v1
@@ -222,6 +224,17 @@ def test_the_planned_settings_change_nothing_that_is_planned() -> None:
         assert abs(other.kv_tokens - one.kv_tokens) <= 1
     for route, same in zip(found.plan.kv_routes, loose.plan.kv_routes, strict=True):
         assert same.rate == pytest.approx(route.rate)
+
+
+def test_settings_of_copies_that_share_experts_are_those_of_each() -> None:
+    problem = problem_of()
+    plan = plan_of(sharing(problem, copies=4, micro_batch=4))
+    same = at_settings(plan, problem, EngineSettings(max_num_seqs=4))
+    assert same.changes == ("4 requests at once (planned: 4)",)
+    assert (same.plan.replicas[0].micro_batch, same.plan.replicas[0].in_flight) == (4, 4)
+    half = at_settings(plan, problem, EngineSettings(max_num_seqs=2))
+    assert (half.plan.replicas[0].micro_batch, half.plan.replicas[0].in_flight) == (2, 4)
+    assert half.changes == ("2 requests at once (planned: 4)",)
 
 
 def test_prefill_and_decode_replicas_are_started_with_them_too() -> None:

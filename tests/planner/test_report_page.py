@@ -233,6 +233,7 @@ def test_shapes_and_reasons_are_said_in_words() -> None:
     assert shape_words(shape) == (
         "60 layers on 8 × H100-SXM-80GB in TP8, then 20 layers on one L4 (2 copies) with 3 T4 as attention workers"
     )
+    assert shape_words("H200 TP1 x8 EP8 L58") == "58 layers on one H200 (8 copies that share experts)"
     assert shape_words("decode: L4 TP1 x1 L1") == "decode only: 1 layer on one L4"
     assert reason_words("its GPUs are worth 2 requests/s elsewhere", 1.7) == (
         "15% less than the 2.00 requests/s its GPUs serve in the plan"

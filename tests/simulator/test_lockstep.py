@@ -12,6 +12,7 @@ from hetis.simulator.simulate import simulate
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Fault, Settings
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec, MoeShape
 from hetis.solver.plan import ReplicaPlan, Role, StagePlan
 from hetis.solver.planning import solve_placement
@@ -90,6 +91,15 @@ def test_a_gpu_that_fails_takes_all_copies_with_it() -> None:
     assert run.generated_tokens == 30 * 20
     assert not [event for event in run.trace_events if 0.02 < event.start_s < 5.0]
     assert np.nanmax(run.finished_s) > 5.0
+
+
+def test_a_replica_that_cannot_iterate_together_is_refused() -> None:
+    problem = problem_of()
+    plan = plan_of(replace(sharing(problem), in_flight=2))
+    with pytest.raises(
+        InvalidProblemError, match="replica 0: its copies share experts, it must have one stage with as"
+    ):
+        simulate(plan, problem, equal_requests(2, prompt=60, output=20), APART)
 
 
 @pytest.mark.parametrize("roles", [(Role.UNIFIED,), (Role.PREFILL, Role.DECODE)])

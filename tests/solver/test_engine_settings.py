@@ -11,13 +11,22 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from hetis.solver.check import Rule, check_plan
+from hetis.solver.cost import BUSIEST
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.placement.engines import run_by
 from hetis.solver.placement.specification import solve_specification
 from hetis.solver.placement.strategies import STRATEGIES
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, StagePlan, Status
 from hetis.solver.planning import solve_placement
-from hetis.solver.problem import MICRO_BATCHES, NOTHING_SET, EngineRules, EngineSettings, Family, PlacementProblem
+from hetis.solver.problem import (
+    ATTENTION_DP,
+    MICRO_BATCHES,
+    NOTHING_SET,
+    EngineRules,
+    EngineSettings,
+    Family,
+    PlacementProblem,
+)
 from tests.solver.claimed_plans import claimed, derived_of, plan_of, rules, unclaimed
 from tests.solver.instances import SMALL_FAMILY, make_node, make_problem, make_profile, make_workload, problems
 from tests.solver.oracle import best_plan_value
@@ -229,6 +238,12 @@ def test_impossible_settings_are_refused(given: dict[str, Any], message: str) ->
     with pytest.raises(InvalidProblemError) as refused:
         EngineSettings(**given)
     assert str(refused.value) == message
+
+
+def test_numbers_of_copies_that_the_cost_model_lacks_are_refused() -> None:
+    assert set(BUSIEST) == {1, *ATTENTION_DP}
+    with pytest.raises(InvalidProblemError, match="attention_dp has 3, must be of 2, 4, 8, 16, 32, 64"):
+        replace(SMALL_FAMILY, attention_dp=(2, 3))
 
 
 def test_settings_that_leave_no_plan_are_named_as_the_reason() -> None:

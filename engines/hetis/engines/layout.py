@@ -284,6 +284,8 @@ def layout_of_replica(
     Raises:
         LayoutError: the replica is for another model, or the engine cannot run it; all the reasons.
     """
+    if not replica.stages:
+        raise LayoutError("it has no stages")
     copies = replica.attention_dp
     kv_tokens = kv_tokens or replica.kv_tokens // copies
     model = model.on(replica.stages[0].gpu)
@@ -443,7 +445,8 @@ def _unshared(replica: ReplicaPlan, model: ModelSpec) -> Iterator[str]:
     elif model.moe.num_experts % ranks:
         yield f"its {ranks} ranks share {model.moe.num_experts} experts, which they must divide"
     if stage.copies < 2 or replica.in_flight != stage.copies:
-        yield f"its copies share experts: {stage.copies} copies with {replica.in_flight} micro-batches, one for each of several"
+        counts = f"copies is {stage.copies}, in_flight {replica.in_flight}"
+        yield f"its copies share experts: {counts}, must be equal and at least 2"
     if len(stage.devices) != ranks:
         yield f"it has {len(stage.devices)} GPUs for {stage.copies} copies of {stage.tp} ranks"
 

@@ -24,6 +24,7 @@ class Faults:
 
     def change(self, now_s: float, device: str, joins: bool) -> None:
         """Let a device fail or join; one that the plan does not use changes nothing."""
+        changed = dict[ReplicaRun, None]()  # in order; once each, though all copies that share experts stop together
         for replica, copy, card in self._copies.get(device, ()):
             if card:
                 self._change_card(now_s, replica, copy, card, joins)
@@ -32,7 +33,9 @@ class Faults:
                 down.symmetric_difference_update({device} if (device in down) == joins else set())
                 if copy.is_up == bool(down):
                     copy.is_up = not down
-                    self._rearrange(now_s, replica)
+                    changed[replica] = None
+        for replica in changed:
+            self._rearrange(now_s, replica)
 
     def _change_card(self, now_s: float, replica: ReplicaRun, copy: SimulatedStageCopy, card: int, joins: bool) -> None:
         assert copy.pool is not None

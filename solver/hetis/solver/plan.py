@@ -86,6 +86,12 @@ class AttentionWorkerPool:
     shared: bool = False
 
 
+def parallel_sizes(tp: int, copies: int, *, shares_experts: bool) -> str:
+    """Return ``TP2``, ``TP2 ×3`` for three copies, or ``TP2 ×4 EP8`` for copies that share their experts."""
+    times = f" ×{copies}" if copies > 1 else ""
+    return f"TP{tp}{times}" + (f" EP{tp * copies}" if shares_experts else "")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaPlan:
     """One replica; ``rate`` is its saturated rate in requests/s, ``ttft_s`` is p95, ``tpot_s`` is the mean.
@@ -126,8 +132,7 @@ class ReplicaPlan:
 
     def parallel_sizes(self, stage: StagePlan) -> str:
         """Return ``TP2``, ``TP2 ×3`` of a stage with copies, or ``TP2 ×4 EP8`` if they share their experts."""
-        copies = f" ×{stage.copies}" if stage.copies > 1 else ""
-        return f"TP{stage.tp}{copies}" + (f" EP{stage.tp * stage.copies}" if self.expert_parallel else "")
+        return parallel_sizes(stage.tp, stage.copies, shares_experts=self.expert_parallel)
 
     def devices(self) -> tuple[str, ...]:
         """Return every GPU of the replica, stages first; shared attention workers once."""

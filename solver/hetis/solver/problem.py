@@ -44,6 +44,7 @@ class Assumptions:
     planned_utilisation: float = 0.9
 
 
+ATTENTION_DP = (2, 4, 8, 16, 32, 64)  # numbers of copies that may share experts
 # Every count up to 8, then four per octave: the step from one to the next costs at most a quarter of a batch.
 MICRO_BATCHES = (
     *range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448,
@@ -223,6 +224,8 @@ class Family:
                     f"{self.engine.name} runs stages without copies, with 1 to {self.engine.max_stages} micro-batches "
                     "in flight, one for each stage"
                 )
+        if other := set(self.attention_dp).difference(ATTENTION_DP):
+            raise InvalidProblemError(f"attention_dp has {min(other)}, must be of {', '.join(map(str, ATTENTION_DP))}")
         if not self.roles or (Role.PREFILL in self.roles) != (Role.DECODE in self.roles):
             listed = ", ".join(self.roles) or "none"
             raise InvalidProblemError(f"roles are {listed}, must be unified, or prefill and decode, or all three")

@@ -7,16 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 from hetis.formats.documents import to_data
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role, StagePlan
-from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of, staged
+from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged
 
 WHOLE = stage_of(kv_head_groups_kept=8)
 
 
 def made_of(*replicas: ReplicaPlan, routes: tuple[KvRoute, ...] = ()) -> Plan:
     """Return a plan of these replicas that names its model."""
-    documents = {"documents": {"model": to_data(MODEL)}}
-    return replace(plan_of(WHOLE), replicas=replicas, kv_routes=routes, inputs=documents)
+    plan = replace(plan_of(WHOLE), replicas=replicas, kv_routes=routes)
+    return replace(plan, inputs={"documents": {"model": to_data(model_of(plan))}})
+
+
+def model_of(plan: Plan) -> ModelSpec:
+    """Return the model that a plan serves, with experts if its copies share them."""
+    return WITH_EXPERTS if any(one.expert_parallel for one in plan.replicas) else MODEL
 
 
 def on(*devices: str, tp: int = 1, first: int = 0, layers: int = 4, gpu: str = "L4", copies: int = 1) -> StagePlan:

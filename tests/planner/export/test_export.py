@@ -18,9 +18,8 @@ from hetis.planner.export.names import Target
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
-from tests.engines.plans import MODEL
 from tests.planner.export import reading
-from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, on, replica
+from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, model_of, on, replica
 
 SETTINGS = Settings(
     model="/models/tiny",
@@ -48,7 +47,7 @@ READERS: Mapping[Target, Callable[[Mapping[str, str]], dict[str, reading.Read]]]
 def exported(plan: Plan, target: Target, **changes: Any) -> Export:
     engines = ENGINES.get(target, ())
     engine = engines[0] if len(engines) == 1 else None
-    return export_plan(plan, MODEL, target, replace(SETTINGS, **{"engine": engine, **changes}))
+    return export_plan(plan, model_of(plan), target, replace(SETTINGS, **{"engine": engine, **changes}))
 
 
 # The parts of these plans that targets cannot carry: a part of the reason, and the replicas.
@@ -148,11 +147,12 @@ def test_a_prefill_replica_without_those_that_decode_serves_nothing() -> None:
 
 def test_replicas_of_a_node_have_ports_of_their_own() -> None:
     for name, plan in PLANS.items():
-        found, taken = launchable(plan, MODEL, SETTINGS), list[tuple[str, int]]()
+        found, taken = launchable(plan, model_of(plan), SETTINGS), list[tuple[str, int]]()
         for one in found.replicas.values():
             taken.append((one.front_node, one.port))
-            taken.append((one.front_node, one.addresses.kv_port))
-            if len(one.layout.servers) > 1:
+            copies = one.layout.data_parallel
+            taken += [(one.front_node, one.addresses.kv_port + copy) for copy in range(copies)]
+            if len(one.layout.servers) > 1 or copies > 1:
                 taken.append((one.front_node, one.addresses.master_port))
             for process, command in zip(one.layout.processes, one.commands, strict=True):
                 if listen := reading.option(list(command.shown), "--listen"):
@@ -283,7 +283,12 @@ def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
 
 
 def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
-    assert launchable(PLANS["one GPU"], MODEL, SETTINGS).engine is Engine.VLLM
-    assert launchable(PLANS["attention workers"], MODEL, SETTINGS).engine is Engine.VLLM_HETIS
+    assert launchable(PLANS["one GPU"], model_of(PLANS["one GPU"]), SETTINGS).engine is Engine.VLLM
+    assert (
+        launchable(PLANS["attention workers"], model_of(PLANS["attention workers"]), SETTINGS).engine
+        is Engine.VLLM_HETIS
+    )
     with pytest.raises(NotExportableError, match="which vLLM has with hetis' plugin alone"):
-        launchable(PLANS["attention workers"], MODEL, replace(SETTINGS, engine=Engine.VLLM))
+        launchable(
+            PLANS["attention workers"], model_of(PLANS["attention workers"]), replace(SETTINGS, engine=Engine.VLLM)
+        )

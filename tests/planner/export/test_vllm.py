@@ -8,9 +8,8 @@ from typing import Any
 from hetis.engines.versions import RECORDED, Engine
 from hetis.planner.export.replicas import LaunchableReplica, launchable
 from hetis.solver.plan import Role
-from tests.engines.plans import MODEL
 from tests.engines.test_commands import parsed_by_vllm
-from tests.planner.export.plans import PLANS
+from tests.planner.export.plans import PLANS, model_of
 from tests.planner.export.test_export import SETTINGS
 from tests.runtime.launch.vllm_python import PYTHON, needs_vllm
 
@@ -22,7 +21,7 @@ def test_vllm_understands_every_process_of_every_plan() -> None:
         for plan in PLANS.values():
             if kv_bytes == 1.0 and any(one.attention_workers for one in plan.replicas):
                 continue
-            model = replace(MODEL, kv_bytes=kv_bytes)
+            model = replace(model_of(plan), kv_bytes=kv_bytes)
             plan = replace(plan, inputs={})
             for one in launchable(plan, model, SETTINGS).replicas.values():
                 for number, command in enumerate(one.commands[: len(one.layout.servers)]):

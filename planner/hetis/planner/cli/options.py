@@ -176,7 +176,8 @@ ForbidsOption = Annotated[
         metavar="WISH",
         rich_help_panel=_GOAL,
         show_default=False,
-        help="gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers. Repeatable.",
+        help="gpu=NODE/INDEX, node=, type=, zone= (not used, or not :as=worker, ...); tp=N; workers; "
+        "shared-experts. Repeatable.",
     ),
 ]
 
@@ -269,7 +270,7 @@ MaxNumSeqsOption = Annotated[
         metavar="N",
         rich_help_panel=_SEARCH,
         show_default=False,
-        help="Requests that a replica runs at once, as its engine is started: plans keep to it.",
+        help="Requests that an engine runs at once (a replica, or each of its copies that share experts).",
     ),
 ]
 ChunkTokensOption = Annotated[
@@ -292,7 +293,8 @@ KvBlocksOption = Annotated[
         metavar="N",
         rich_help_panel=_SEARCH,
         show_default="as memory allows",
-        help="KV blocks of 16 tokens that a replica's engine has at most, such as its --num-gpu-blocks-override.",
+        help="KV blocks of 16 tokens that an engine has at most (each of copies that share experts), such as its "
+        "--num-gpu-blocks-override.",
     ),
 ]
 SimplestWithinOption = Annotated[

@@ -208,7 +208,7 @@ MaxNumSeqsOption = Annotated[
     int | None,
     typer.Option(
         "--max-num-seqs", min=1, max=MOST_SETTING, metavar="N", rich_help_panel=_FLEET, show_default="the plan's",
-        help="Requests that every replica runs at once.",
+        help="Requests that every engine runs at once, each of copies that share experts.",
     ),
 ]  # fmt: skip
 ChunkTokensOption = Annotated[

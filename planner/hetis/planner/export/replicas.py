@@ -240,7 +240,8 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
 
 def weights_used(plan: Plan, model: ModelSpec) -> list[str]:
     """Return the precisions of weights that the plan's replicas have."""
-    return list(dict.fromkeys(weights_of(model.on(replica.stages[0].gpu)) for replica in plan.replicas))
+    gpus = dict.fromkeys(replica.stages[0].gpu for replica in plan.replicas if replica.stages)
+    return list(dict.fromkeys(weights_of(model.on(gpu)) for gpu in gpus))
 
 
 def _other_checkpoint(used: Sequence[str], asked: str, settings: Settings) -> Iterator[str]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _FRAME_HEIGHT = 720  # of the page in a notebook, in pixels
 _COLUMNS = (
-    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "first_layer", "num_layers",
-    "kv_head_groups", "num_gpus", "devices",
+    "replica", "role", "rate_rps", "stage", "duty", "gpu", "tp", "copies", "expert_parallel",
+    "first_layer", "num_layers", "kv_head_groups", "num_gpus", "devices",
 )  # fmt: skip
 Quantity = float | str
 Name = TypeVar("Name", bound=StrEnum)
@@ -218,12 +218,12 @@ def _rows(plan: solved.Plan) -> list[tuple[object, ...]]:
         of = (number, replica.role.value, replica.rate)
         for index, stage in enumerate(replica.stages):
             layers = (stage.first_layer, stage.num_layers)
-            shape = (stage.gpu, stage.tp, stage.copies)
+            shape = (stage.gpu, stage.tp, stage.copies, replica.expert_parallel)
             rows.append(
                 (*of, index, "primary", *shape, *layers, stage.kv_head_groups_kept, len(stage.devices), stage.devices)
             )
             rows += [
-                (*of, index, "attention worker", pool.gpu, None, stage.copies, *layers, pool.kv_head_groups,
+                (*of, index, "attention worker", pool.gpu, None, stage.copies, False, *layers, pool.kv_head_groups,
                  len(pool.devices), pool.devices)
                 for pool in replica.attention_workers
                 if pool.stage == index

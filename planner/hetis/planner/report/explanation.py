@@ -18,7 +18,7 @@ from hetis.planner.report.replica import device_table
 from hetis.planner.report.unbroken import Unbroken
 from hetis.planner.use_cases.grouping import ReplicaGroup, abbreviate, group_replicas
 from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
-from hetis.solver.plan import Plan, ReplicaPlan, Role
+from hetis.solver.plan import Plan, ReplicaPlan, Role, parallel_sizes
 
 MAX_SHAPES = 6
 PRICES_MEAN = (
@@ -73,7 +73,7 @@ def _replica(group: ReplicaGroup, explanation: Explanation) -> Iterator[Renderab
         yield section(f"{name}: memory of one GPU", _memory(memory, group.first))
     times = [part for part in explanation.stage_times if part.replica == number]
     if times:
-        yield section(f"{name}: time of one request", _times(times))
+        yield section(f"{name}: time of one request", _times(times, group.first))
 
 
 def _memory(parts: list[MemoryBar], replica: ReplicaPlan) -> RenderableType:
@@ -124,20 +124,20 @@ def memory_shares(part: MemoryBar) -> list[Share]:
     ]
 
 
-def _times(parts: list[StageTime]) -> RenderableType:
+def _times(parts: list[StageTime], replica: ReplicaPlan) -> RenderableType:
     slowest = max(part.total_s / part.copies for part in parts)
     table = Table.grid(padding=(0, 1))
     for wraps in (False, True, False, False, False):
         table.add_column(overflow="fold", no_wrap=not wraps)
     for part in parts:
         per_copy = part.total_s / part.copies
-        copies = f" ×{part.copies}" if part.copies > 1 else ""
+        sizes = parallel_sizes(part.tp, part.copies, shares_experts=replica.expert_parallel)
         scaled = [
             Share(name=s.name, amount=s.amount / part.copies, glyph=s.glyph, style=s.style) for s in time_shares(part)
         ]
         table.add_row(
             f"{part.stage + 1}",
-            Text(f"{part.gpu} TP{part.tp}{copies}", overflow="fold"),
+            Text(f"{part.gpu} {sizes}", overflow="fold"),
             stacked_bar(scaled, whole=slowest, width=BAR_WIDTH),
             Text(seconds(per_copy)),
             Text("bottleneck" if part.is_bottleneck else f"{percent(per_copy / slowest)}", style="dim"),

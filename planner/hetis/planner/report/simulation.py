@@ -73,7 +73,7 @@ def _engine_settings(simulated: Simulated) -> dict[str, Any]:
 
 def _sections(simulated: Simulated, plan: Plan) -> Iterator[RenderableType]:
     yield _title(simulated, plan)
-    yield _facts(simulated)
+    yield _facts(simulated, plan)
     if simulated.sweep is not None:
         yield section("Rates tried", _points(simulated))
     yield section("Planned and simulated", _comparison(simulated))
@@ -95,7 +95,7 @@ def _title(simulated: Simulated, plan: Plan) -> Text:
     return title.append(f" with {percent(hits)} prefix cache hits") if hits else title
 
 
-def _facts(simulated: Simulated) -> Table:
+def _facts(simulated: Simulated, plan: Plan) -> Table:
     question, summary = simulated.question, simulated.summary
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -113,7 +113,10 @@ def _facts(simulated: Simulated) -> Table:
     clipped = f"; {simulated.num_clipped:,} requests clipped to the model's context" if simulated.num_clipped else ""
     table.add_row("Measured", f"{_measured(simulated)}{clipped}")
     settings = question.settings
-    parts = [f"micro-batches {settings.discipline}", f"{settings.router} router"]
+    lockstep = sum(one.expert_parallel for one in plan.replicas)
+    parts = [f"micro-batches {settings.discipline}"] if lockstep < len(plan.replicas) else []
+    parts += ["copies that share experts iterate together"] if lockstep else []
+    parts += [f"{settings.router} router"]
     parts += ["paced prompts"] if settings.chunks == "paced" else []
     parts += [] if settings.dispatch else ["no head-level dispatch"]
     parts += ["no re-dispatch"] if settings.dispatch and not settings.redispatch else []

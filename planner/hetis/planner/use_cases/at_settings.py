@@ -38,11 +38,11 @@ def one_chunk_settings(
 def at_settings(plan: Plan, problem: PlacementProblem, settings: EngineSettings) -> PlanAtSettings:
     """Return the plan with its engines started with these settings, where they are given.
 
-    A replica with M micro-batches in flight of which only N may have a request each has N of them in flight; copies that
-    share experts are engines of their own, each with the most requests. Seats that
-    micro-batches cannot share evenly stay empty, as the simulated micro-batches are equally large. Where KV has no room
-    for all seats, the rate is that of the most requests for which it has. Routes of KV carry no more than before.
-    Without settings nothing changes.
+    A replica with M micro-batches in flight of which only N may have a request each has N of them in flight. Copies
+    that share experts are engines of their own, so that the settings are those of each. Seats that micro-batches cannot
+    share evenly stay empty, as the simulated micro-batches are equally large. Where KV has no room for all seats, the
+    rate is that of the most requests for which it has. Routes of KV carry no more than before. Without settings nothing
+    changes.
 
     Raises:
         InvalidProblemError: there are several sizes of chunks, where an engine has one; or the plan cannot be

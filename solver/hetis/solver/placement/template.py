@@ -289,9 +289,8 @@ def describe(atlas: Atlas, stages: Sequence[TemplateStage]) -> str:
     for stage in stages:
         device_class, size = atlas.ranks[stage.rank]
         dp = atlas.rank_dp[stage.rank]
-        text = f"{atlas.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp} L{stage.layers}"
-        if dp > 1:
-            text += f" EP{size}"
+        shared = f" EP{size}" if dp > 1 else ""
+        text = f"{atlas.classes[device_class].gpu} TP{size // dp} x{stage.copies * dp}{shared} L{stage.layers}"
         if stage.pool_class >= 0:
             text += f" (+{stage.pool_cards} {atlas.classes[stage.pool_class].gpu} attention workers)"
         parts.append(text)

@@ -41,7 +41,7 @@ from hetis.planner.use_cases.sources import Inputs
 from hetis.planner.use_cases.verify import kept_rate, misses, verification_of
 from hetis.solver.explain import Explanation, MemoryBar
 from hetis.solver.placement.explanation import explain_plan
-from hetis.solver.plan import ObjectiveKind, Plan, Role
+from hetis.solver.plan import ObjectiveKind, Plan, Role, parallel_sizes
 from hetis.solver.problem import PlacementProblem
 
 MAX_SHAPES = 12  # of replicas, described in full
@@ -53,7 +53,8 @@ _TIME_COLORS = {
     "dense": 0, "all-reduce": 5, "prefill att.": 1, "decode att.": 2, "transfer": 3, "head": 4, "other": 7, "wait": 6,
 }  # fmt: skip
 _STAGE = re.compile(
-    r"(?P<gpu>\S+) TP(?P<tp>\d+) x(?P<copies>\d+) L(?P<layers>\d+)(?: \(\+(?P<workers>.+) attention workers\))?"
+    r"(?P<gpu>\S+) TP(?P<tp>\d+) x(?P<copies>\d+)(?P<shared> EP\d+)? L(?P<layers>\d+)"
+    r"(?: \(\+(?P<workers>.+) attention workers\))?"
 )
 _WORTH = re.compile(
     r"its GPUs are worth (?P<worth>[\d.]+) requests/s elsewhere(?:, its (?P<role>\w+) work (?P<own>[\d.]+))?"
@@ -112,7 +113,7 @@ def _blocks(
     if explanation.memory:
         yield _memory(explanation)
     if explanation.stage_times:
-        yield _times(explanation)
+        yield _times(explanation, plan)
     terms = tuple(zip(_explained(explanation, plan), explanation.bottlenecks, strict=False))
     workers = (("Attention workers", explanation.attention_workers),) if explanation.attention_workers else ()
     routes = tuple(("Prefill to decode", route) for route in explanation.kv_routes)
@@ -380,7 +381,7 @@ def _part_label(part: MemoryBar) -> str:
     return f"R{part.replica} stage {part.stage + 1}{worker}"
 
 
-def _times(explanation: Explanation) -> Stack:
+def _times(explanation: Explanation, plan: Plan) -> Stack:
     slowest: dict[int, float] = {}
     for part in explanation.stage_times:
         slowest[part.replica] = max(slowest.get(part.replica, 0.0), part.total_s / part.copies)
@@ -390,10 +391,10 @@ def _times(explanation: Explanation) -> Stack:
         names += [name for name in amounts if name not in names]
         each = part.total_s / part.copies
         label = f"R{part.replica} stage {part.stage + 1}"
-        copies = f" × {part.copies}" if part.copies > 1 else ""
+        sizes = parallel_sizes(part.tp, part.copies, shares_experts=plan.replicas[part.replica].expert_parallel)
         rows.append(
             StackRow(
-                label=f"{label}: {part.gpu} TP{part.tp}{copies}",
+                label=f"{label}: {part.gpu} {sizes}",
                 text=f"{seconds(each)}{', the bottleneck' if part.is_bottleneck else ''}",
                 segments=_segments(amounts, slowest[part.replica], _TIME_COLORS),
             )
@@ -469,7 +470,7 @@ def _stage_words(match: re.Match[str]) -> str:
     tp, copies, gpu = int(match["tp"]), int(match["copies"]), match["gpu"]
     cards = f"one {gpu}" if tp == 1 else f"{tp} × {gpu} in TP{tp}"
     text = f"{plural(int(match['layers']), 'layer')} on {cards}"
-    text += f" ({copies} copies)" if copies > 1 else ""
+    text += f" ({copies} copies{' that share experts' if match['shared'] else ''})" if copies > 1 else ""
     return text + (f" with {match['workers']} as attention workers" if match["workers"] else "")
 
 

@@ -38,13 +38,11 @@ def structure_of(plan: Plan) -> Mapping[str, int]:
 
 
 def describe(replica: ReplicaPlan) -> str:
-    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | 2 RTX-3090 TP2 28 layers``, with the role in front."""
+    """Return ``A100-PCIe-80GB TP4 52 layers + 2 L4 | RTX-3090 TP2 ×2 28 layers``, with the role in front."""
     pools = {pool.stage: pool for pool in replica.attention_workers}
     stages = []
     for position, stage in enumerate(replica.stages):
-        copies = f"{stage.copies} " if stage.copies > 1 else ""
-        shared = " (shared experts)" if replica.expert_parallel else ""
-        text = f"{copies}{stage.gpu} TP{stage.tp}{shared} {stage.num_layers} layers"
+        text = f"{stage.gpu} {replica.parallel_sizes(stage)} {stage.num_layers} layers"
         if (pool := pools.get(position)) is not None:
             text += f" + {len(pool.devices)} {pool.gpu} ({pool.kv_head_groups} head groups)"
         stages.append(text)

@@ -75,7 +75,8 @@ def _unused_pools(plan: Plan, view: ReplicaView) -> Iterator[str]:
     full, where = view.kv_fill()
     yield (
         f"None. Decode attention is {share:.1%} of the time of stage {busiest.stage + 1} of replica {view.number} "
-        f"({stage_name(stage)}), {in_time(own_s)} per layer and iteration; KV room is {full:.0%} planned ({where})."
+        f"({stage_name(view.shape, stage)}), {in_time(own_s)} per layer and iteration; "
+        f"KV room is {full:.0%} planned ({where})."
     )
     if not view.problem.model.heads_can_move:
         yield "No head can be computed apart: layers keep more than the KV of single heads, or less, or verify drafts."

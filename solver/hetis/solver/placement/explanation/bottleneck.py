@@ -15,7 +15,7 @@ def what_binds(view: ReplicaView) -> str:
     times = view.times()
     busiest = view.busiest()
     rate = f"busy {in_time(busiest.total_s / busiest.copies)} of every {in_time(view.interval_s(times))}"
-    name = f"stage {busiest.stage + 1} ({stage_name(view.shape.stages[busiest.stage])})"
+    name = f"stage {busiest.stage + 1} ({stage_name(view.shape, view.shape.stages[busiest.stage])})"
     if view.shape.shared_by and max(view.shared_card_s()) > max(busiest.total_s / busiest.copies, view.round_s(times)):
         sentence = f"the attention workers that its stages share are busy all of the time, {name} is {rate}"
     elif len(times) == 1:

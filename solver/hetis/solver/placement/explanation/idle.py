@@ -137,7 +137,7 @@ def _joining(view: ReplicaView, device_class: DeviceClass, idle: int) -> Iterato
     name = f"{device_class.gpu} TP{cost.shape.tp}"
     tpot = view.mix.micro_batch / view.moments.mean_output
     work = f"at b = {mix.micro_batch}, {num_layers(layers)} cost a token {in_time(tpot * layers * layer_s)} on {name}"
-    work += f", {in_time(tpot * layers * there_s)} on {stage_name(stage)}"
+    work += f", {in_time(tpot * layers * there_s)} on {stage_name(view.shape, stage)}"
     if limit_s is None:
         yield work
         return

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from hetis.solver.check.shape import StageShape
+from hetis.solver.check.shape import ReplicaShape, StageShape
+from hetis.solver.plan import parallel_sizes
 
 
-def stage_name(stage: StageShape) -> str:
-    return f"{stage.gpu} TP{stage.tp}{f' x{stage.copies}' if stage.copies > 1 else ''}"
+def stage_name(replica: ReplicaShape, stage: StageShape) -> str:
+    sizes = parallel_sizes(stage.tp, stage.copies, shares_experts=replica.attention_dp > 1)
+    return f"{stage.gpu} {sizes}"
 
 
 def num_layers(count: int) -> str:
