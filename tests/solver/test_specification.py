@@ -18,7 +18,8 @@ from tests.solver.oracle import best_plan_value
 from tests.solver.specified import EVERY, is_soon_solved
 
 UNIFIED = replace(SMALL_FAMILY, roles=(Role.UNIFIED,))
-TINY_FAMILY = replace(UNIFIED, micro_batches=(4,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
+# The specification has no copies that share experts.
+TINY_FAMILY = replace(UNIFIED, micro_batches=(4,), in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2), attention_dp=())
 UNIFORM = replace(TINY_FAMILY, name="uniform", mixed_types=False, uneven_layers=False, max_copies=1, max_pool=0)
 KINDS = tuple(ObjectiveKind)
 
