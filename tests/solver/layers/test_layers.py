@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numba
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from hetis.formats.documents import load_layers_problem
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.layers import solve
+from hetis.solver.layers import naming, solve
 from hetis.solver.layers.annealing import LayerPlacement, weights, worth
 from hetis.solver.layers.bound import rate_bound
 from hetis.solver.layers.check import check_layers_plan
@@ -71,6 +72,35 @@ def test_the_compiled_rate_is_that_of_the_docs(problem: LayersProblem, seed: int
     assert rate <= bound.rate_rps * (1 + 1e-9)
     proof = LayersPlan(nodes=nodes, links=links, judgement=judgement, bound=bound, idle=idle)
     assert check_layers_plan(problem, proof) == ()
+
+
+@settings(max_examples=20)
+@given(problems(max_nodes=6, max_layers=8), st.integers(0, 2**32 - 1))
+def test_requests_are_mixed_at_every_layer_and_fewest_links_are_worth_the_same(
+    problem: LayersProblem, seed: int
+) -> None:
+    tables, dice = tabulate(problem), random.Random(seed)
+    kind = np.repeat(np.arange(len(problem.node_types)), [one.count for one in problem.node_types])
+    held = np.array([problem.most_layers(problem.node_types[t]) for t in kind])
+    first = np.array([dice.randint(0, problem.num_layers - k) for k in held])
+    placement = LayerPlacement(first, held, np.array([dice.uniform(0.2, 5) for _ in kind]))
+    sweep = new_sweep(len(kind), problem.num_layers)
+    if worth(placement, kind, tables, False, np.ones(len(kind)), sweep) == 0:
+        return
+    nodes, links, _ = named(problem, placement, kind, sweep, tables)
+    ends: dict[str | None, int] = {node.name: node.end_layer for node in nodes}
+    carried = {(link.source, link.target): link.share for link in links}
+    assert len(carried) == len(links)
+    for (source, target), share in carried.items():
+        at = ends.get(source, 0)
+        left = sum(flow for (name, _), flow in carried.items() if name == source)
+        entered = sum(flow for (name, to), flow in carried.items() if to == target and ends.get(name, 0) == at)
+        passed = sum(flow for (name, _), flow in carried.items() if ends.get(name, 0) == at)
+        assert share == pytest.approx(left * entered / passed, rel=1e-6)
+    with mock.patch.object(naming, "MOST_MIXED", 0):
+        _, fewest, _ = named(problem, placement, kind, sweep, tables)
+    assert len(fewest) <= len(links)
+    assert judge(problem, nodes, fewest).rate_rps == pytest.approx(judge(problem, nodes, links).rate_rps, rel=1e-6)
 
 
 @settings(max_examples=6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from hetis.solver.layers.problem import LayersProblem
 from hetis.solver.layers.sweep import SweepRoom, share_requests
 from hetis.solver.layers.tables import IntArray, LayerTables
 
+MOST_MIXED = 4096  # links at one layer; with more of them, nodes are joined by the fewest
 _NOTHING = 1e-12  # shares of all requests below this are rounding
 
 Placed = tuple[tuple[PlacedNode, ...], tuple[LinkShare, ...], tuple[str, ...]]
@@ -48,22 +49,47 @@ def named(
 
 
 def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: SweepRoom) -> Iterator[LinkShare]:
-    """Yield the fewest links: requests that leave at a layer are assigned, in order, to the nodes they enter there."""
+    """Yield the links at every layer where requests leave nodes and enter others."""
     visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
     for layer in range(num_layers + 1):
-        leaving = [(i, visits[i]) for i in nodes if nodes[i].end_layer == layer] if layer else [(-1, 1.0)]
+        leaving = [(nodes[i].name, visits[i]) for i in nodes if nodes[i].end_layer == layer]
         if layer == num_layers:
-            yield from (LinkShare(source=nodes[i].name, target=None, share=share) for i, share in leaving)
+            yield from (LinkShare(source=name, target=None, share=share) for name, share in leaving)
             return
-        for i in nodes:
-            for e in range(sweep.entries[i]):
-                left = float(sweep.share[i, e]) if sweep.entry[i, e] == layer else 0.0
-                while left > _NOTHING and leaving:
-                    source, there = leaving[0]
-                    moved = min(left, there)
-                    name = None if source < 0 else nodes[source].name
-                    yield LinkShare(source=name, target=nodes[i].name, share=moved)
-                    left -= moved
-                    leaving[0] = (source, there - moved)
-                    if there - moved <= _NOTHING:
-                        leaving.pop(0)
+        entering = [
+            (nodes[i].name, float(sweep.share[i, e]))
+            for i in nodes
+            for e in range(sweep.entries[i])
+            if sweep.entry[i, e] == layer
+        ]
+        sources: list[tuple[str | None, float]] = [*leaving] if layer else [(None, 1.0)]
+        join = _mixed if len(sources) * len(entering) <= MOST_MIXED else _fewest
+        yield from join(sources, entering)
+
+
+def _mixed(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
+    """Yield a link from every source to every target, in proportion to what enters the targets.
+
+    All sources together use the room of all targets: with fewer links, a target that is full by chance holds up those
+    who may only go there, beside others with room.
+    """
+    total = sum(share for _, share in targets)
+    for source, there in sources:
+        for target, share in targets:
+            if there * share / max(total, _NOTHING) > _NOTHING:
+                yield LinkShare(source=source, target=target, share=there * share / total)
+
+
+def _fewest(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
+    """Yield the fewest links: what leaves the sources is assigned, in order, to the targets."""
+    leaving = list(sources)
+    for target, share in targets:
+        left = share
+        while left > _NOTHING and leaving:
+            source, there = leaving[0]
+            moved = min(left, there)
+            yield LinkShare(source=source, target=target, share=moved)
+            left -= moved
+            leaving[0] = (source, there - moved)
+            if there - moved <= _NOTHING:
+                leaving.pop(0)
