@@ -90,8 +90,8 @@ def cases(number: int, seed: int) -> Iterator[Case]:
 
 def searched(posed: PlacementProblem) -> Plan:
     """Return the plan that is found in the time limit."""
-    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time)
-    return solve_placement(posed, budget=budget, explained=False)
+    budget = Budget(time_limit_s=TIME_LIMIT_S, clock=time.process_time, explains=False)
+    return solve_placement(posed, budget=budget)
 
 
 def judged(case: Case) -> Row:

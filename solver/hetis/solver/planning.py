@@ -32,14 +32,12 @@ def solve_placement(
     report: Report = silent,
     market: Market | None = None,
     simplest_within: float = 0.0,
-    explained: bool = True,
 ) -> Plan:
     """Choose replicas for a fleet so that the objective is best, and prove how good the choice is.
 
     The search ends when the gap is at most ``gap_target``, the time is up or nothing is left that could help. With the
     same arguments and no time limit the plan is the same. If no plan exists, ``market`` gives GPU types that could be
-    added (None: none is looked for), and the reasons are looked for, in what is left of the budget, if they are to be
-    ``explained``. Published heuristics prove little and have no target.
+    added (None: none is looked for). Published heuristics prove little and have no target.
 
     With ``simplest_within``, the plan is the one on the fewest nodes, then with the fewest replica shapes, that is
     found among those of an engine's family that lose no more than this share of the best value. Its notes state the
@@ -63,7 +61,7 @@ def solve_placement(
         return _by_published_heuristic(problem, strategy, budget, seed, in_objective_units(report, problem))
     return solve_family(
         problem, strategy=strategy, budget=budget, gap_target=gap_target, seed=seed, threads=threads, report=report,
-        market=market, simplest_within=simplest_within, explained=explained,
+        market=market, simplest_within=simplest_within,
     )  # fmt: skip
 
 

@@ -248,7 +248,7 @@ def simulated_plan(
     """
 
     def find(posed: PlacementProblem) -> Plan:
-        again = search(posed, settings, budget=budget(), report=report, explained=False)
+        again = search(posed, settings, budget=replace(budget(), explains=False), report=report)
         return describe(again, loaded, problem, settings)
 
     found = verified_plan(
@@ -262,9 +262,8 @@ def simulated_plan(
 
 
 def search(
-    problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report, market: Market | None = None,
-    explained: bool = True,
-) -> Plan:  # fmt: skip
+    problem: PlacementProblem, settings: Settings, *, budget: Budget, report: Report, market: Market | None = None
+) -> Plan:
     """Find the best plan of the strategy's family and bind it to named GPUs, in `hetis.solver.planning`.
 
     Raises:
@@ -283,7 +282,6 @@ def search(
         report=report,
         market=market,
         simplest_within=settings.simplest_within,
-        explained=explained,
     )
 
 

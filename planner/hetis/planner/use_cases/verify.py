@@ -46,7 +46,8 @@ class Verification:
         ttft_p95_s: over all requests of the run, after the warm-up.
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
-        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``; None: none of those tried.
+        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
+            them by more than chance; None: none of those tried.
     """
 
     rate_rps: float
@@ -61,11 +62,17 @@ class Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """A simulation at one rate, and whether the limits were kept."""
+    """A simulation at one rate.
+
+    Attributes:
+        kept: whether the limits were kept, up to chance: a plan may well use its limits up.
+        sure: whether by more than chance, so that other traffic at this rate keeps them, too.
+    """
 
     summary: Summary
     num_requests: int
     kept: bool
+    sure: bool
 
 
 def needs_verifying(plan: Plan) -> bool:
@@ -146,7 +153,8 @@ def simulated_at(
         if not found.complete:
             return None
         if num_requests == most or not _is_close(found.summary, limits):
-            return Outcome(summary=found.summary, num_requests=num_requests, kept=_keeps(found.summary, limits))
+            kept, sure = _keeps(found.summary, limits), _is_sure(found.summary, limits)
+            return Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
         num_requests = most
 
 
@@ -167,14 +175,14 @@ def _verify(
         low, high = low / 2.0, low
         if (found := simulate(low)) is None:
             return None
-        if found.kept:
+        if found.sure:
             kept_rps = low
             break
     for _ in range(HALVINGS if kept_rps == low < high else 0):
         rate_rps = (low + high) / 2.0
         if (found := simulate(rate_rps)) is None:
             return None
-        if found.kept:
+        if found.sure:
             low = kept_rps = rate_rps
         else:
             high = rate_rps
@@ -206,7 +214,6 @@ def _is_close(summary: Summary, limits: Limits) -> bool:
 
 
 def _keeps(summary: Summary, limits: Limits) -> bool:
-    """Return whether the limits are kept, up to chance: a plan may well use its limits up."""
     if summary.within(limits):
         return True
     pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
@@ -215,6 +222,13 @@ def _keeps(summary: Summary, limits: Limits) -> bool:
         for estimate, limit in pairs
     )
     return summary.steady is not False and by_chance
+
+
+def _is_sure(summary: Summary, limits: Limits) -> bool:
+    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
+    return summary.within(limits) and all(
+        limit is None or estimate.value + _half(estimate) <= limit for estimate, limit in pairs
+    )
 
 
 def _low(estimate: Estimate) -> float:

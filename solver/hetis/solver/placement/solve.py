@@ -63,7 +63,6 @@ def solve_family(
     report: Report = silent,
     market: Market | None = None,
     simplest_within: float = 0.0,
-    explained: bool = True,
 ) -> Plan:
     """Solve as `hetis.solver.planning.solve_placement` does, by one of our own strategies within the problem's family.
 
@@ -74,8 +73,6 @@ def solve_family(
     report = in_objective_units(report, problem)
 
     def no_plan() -> InfeasibleError:
-        if not explained:
-            return InfeasibleError(("no plan of the family exists",))
         return infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
 
     if searched.is_empty:
