@@ -123,6 +123,11 @@ def test_the_first_plan_stays_if_it_serves_most_within_the_limits(monkeypatch: p
     assert verification.kept_rps == 9.5
 
 
+def test_a_little_is_given_up_for_a_plan_that_keeps_its_limits_at_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 8.3, 8.0: 8.0}).settled()
+    assert found.result.value == 8.0
+
+
 def test_the_first_plan_stays_if_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fleet(monkeypatch, {}, {FIRST_RPS: 5.0})
     assert fake.settled().result.value == FIRST_RPS

@@ -124,8 +124,8 @@ def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
     ],
 )
 def test_a_longer_run_decides_where_the_limit_is_close(
-    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, short_s: tuple[float, float], long_s: tuple[float, float] | None,
-    asked: int, kept: bool, sure: bool,
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, short_s: tuple[float, float],
+    long_s: tuple[float, float] | None, asked: int, kept: bool, sure: bool,
 ) -> None:  # fmt: skip
     plan, problem = pair
     limits, numbers = Limits(ttft_s=1.0, tpot_s=None), list[int]()

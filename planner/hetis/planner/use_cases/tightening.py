@@ -21,6 +21,7 @@ from hetis.solver.problem import PlacementProblem
 TIGHTENED = "tightened"  # entry of `Plan.inputs`
 SEARCHES = 2  # besides the first
 LEAST_STEP = 0.8  # of a limit: near saturation latencies grow so steeply that their ratio would take it too far
+LITTLE = 0.05  # of a rate: so much is given up for a plan that keeps its limits at its own, without fewer arrivals
 OPTIMAL_GAP = 1e-6
 TTFT, TPOT = "TTFT p95", "TPOT mean"
 
@@ -49,8 +50,9 @@ def verified_plan(
 
     ``find`` then searches again with the missed limit tightened (None: it does not). The first step is planned over
     simulated latency, but at most 20%. The next is as much again if a limit is still missed, and half of the first if
-    none is or if there is no such plan. Returned is the plan that serves most within the limits of the problem. Its
-    bound is that of the problem, as a tighter limit only takes plans away.
+    none is or if there is no such plan. Returned is the plan that serves most within the limits of the problem; one that
+    keeps them at its own rate may serve a little less. Its bound is that of the problem, as a tighter limit only takes
+    plans away.
     """
     first = verified(plan, problem, seed=seed, cancelled=cancelled, report=report)
     limit = None if find is None else _missed(first)
@@ -141,8 +143,8 @@ def _sentence(first: Plan, tried: Tightening) -> str:
 def _worth(plan: Plan) -> tuple[bool, float]:
     """Return what plans are compared by: the rate within the limits, or at a demanded rate the cost."""
     found = verification_of(plan)
+    kept = found is not None and found.kept
     kept_rps = 0.0 if found is None or found.kept_rps is None else found.kept_rps
     if plan.objective.maximises:
-        return True, kept_rps
-    kept = found is not None and found.kept
+        return True, kept_rps * (1.0 + LITTLE if kept else 1.0)
     return kept, -plan.result.value if kept else kept_rps
