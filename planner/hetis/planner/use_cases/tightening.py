@@ -50,9 +50,9 @@ def verified_plan(
 
     ``find`` then searches again with the missed limit tightened (None: it does not). The first step is planned over
     simulated latency, but at most 20%. The next is as much again if a limit is still missed, and half of the first if
-    none is or if there is no such plan. Returned is the plan that serves most within the limits of the problem; one that
-    keeps them at its own rate may serve a little less. Its bound is that of the problem, as a tighter limit only takes
-    plans away.
+    none is or if there is no such plan. Returned is the plan that serves most within the limits of the problem; one
+    that keeps them at its own rate may serve a little less. Its bound is that of the problem, as a tighter limit only
+    takes plans away.
     """
     first = verified(plan, problem, seed=seed, cancelled=cancelled, report=report)
     limit = None if find is None else _missed(first)
