@@ -14,8 +14,10 @@ from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.tightening import TTFT, Tightening, tightening_of, verified_plan
 from hetis.planner.use_cases.verify import VERIFICATION, Verification, verification_of
 from hetis.simulator.running import Report
+from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
+from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 
 ASKED_S = 0.5
@@ -144,3 +146,9 @@ def test_at_a_demanded_rate_the_cheapest_plan_that_keeps_the_limits_is_shown(mon
 def test_what_is_not_readable_is_no_tightening(written: object) -> None:
     plan = plan_of(1.0, ttft_s=0.4, objective=Objective())
     assert tightening_of(replace(plan, inputs={"tightened": written})) is None
+
+
+def test_a_search_again_looks_for_no_reasons() -> None:
+    budget = Budget(explains=False)
+    with pytest.raises(InfeasibleError, match=r"^no plan of the family exists$"):
+        solve_placement(posed(Objective(ttft_limit_s=1e-6)), budget=budget)
