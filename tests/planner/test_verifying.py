@@ -6,16 +6,30 @@ import json
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.planner.report.figures import digits
 from hetis.planner.report.plan import headline
+from hetis.planner.use_cases import verify
 from hetis.planner.use_cases.place import Settings, missed
-from hetis.planner.use_cases.simulate import default_rate
+from hetis.planner.use_cases.simulate import Question, default_rate
 from hetis.planner.use_cases.sources import load_plan_and_problem
-from hetis.planner.use_cases.verify import VERIFICATION, misses, rate_to_simulate, verification_of, verified
+from hetis.planner.use_cases.verify import (
+    LONGER,
+    VERIFICATION,
+    misses,
+    num_requests_of,
+    rate_to_simulate,
+    simulated_at,
+    verification_of,
+    verified,
+)
+from hetis.simulator.confidence import Estimate
+from hetis.simulator.metrics import Limits
+from hetis.simulator.summary import Summary
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
 from tests.planner.command_line import invoke
@@ -42,6 +56,14 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(placed: Path) -> Placed:
     found = load_plan_and_problem(str(placed))
     return found.plan, found.problem
+
+
+@pytest.fixture(scope="module")
+def one_run(pair: Placed) -> Summary:
+    limits = Limits(ttft_s=None, tpot_s=None)
+    found = simulated_at(*pair, 1.0, limits, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None)
+    assert found is not None
+    return found.summary
 
 
 def drawn(plan: Plan) -> str:
@@ -82,11 +104,46 @@ def test_too_high_a_rate_is_missed_and_a_lower_one_kept(pair: Placed) -> None:
     assert not found.kept
     assert found.rate_rps == rate_rps
     assert found.kept_rps is not None
-    assert 0.5 * rate_rps <= found.kept_rps < rate_rps
+    assert 0.25 * rate_rps <= found.kept_rps < rate_rps
     at_kept = replace(plan, objective=replace(plan.objective, demand_rps=found.kept_rps))
     kept = verification_of(again(at_kept, problem))
     assert kept is not None
     assert kept.kept
+
+
+@pytest.mark.parametrize(
+    ("short_s", "long_s", "asked", "kept", "sure"),
+    [
+        ((0.6, 0.05), None, 1, True, True),  # seconds of p95 TTFT and its half width, of a limit of 1 s
+        ((1.3, 0.05), None, 1, False, False),
+        ((0.87, 0.05), (0.88, 0.02), 2, True, True),
+        ((0.87, 0.05), (1.4, 0.1), 2, False, False),  # queues had not filled up in the shorter run
+        ((1.3, 0.5), (0.97, 0.05), 2, True, False),
+        ((0.98, 0.05), (1.01, 0.05), 2, True, False),  # by chance
+        ((0.98, 0.05), (1.05, 0.1), 2, False, False),  # more than chance excuses
+    ],
+)
+def test_a_longer_run_decides_where_the_limit_is_close(
+    pair: Placed, one_run: Summary, monkeypatch: pytest.MonkeyPatch, short_s: tuple[float, float],
+    long_s: tuple[float, float] | None, asked: int, kept: bool, sure: bool,
+) -> None:  # fmt: skip
+    plan, problem = pair
+    limits, numbers = Limits(ttft_s=1.0, tpot_s=None), list[int]()
+
+    def answer(_plan: Plan, _problem: PlacementProblem, question: Question, **_: object) -> SimpleNamespace:
+        numbers.append(question.num_requests)
+        value, half_width = (short_s, long_s or short_s)[len(numbers) - 1]
+        summary = replace(one_run, steady=True, ttft_p95_s=Estimate(value=value, half_width=half_width))
+        return SimpleNamespace(complete=True, summary=summary)
+
+    monkeypatch.setattr(verify, "answer", answer)
+    found = simulated_at(
+        plan, problem, 1.0, limits, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None
+    )
+    assert found is not None
+    assert (found.kept, found.sure) == (kept, sure)
+    assert numbers == [num_requests_of(plan) * times for times in (1, LONGER)][:asked]
+    assert found.num_requests == numbers[-1]
 
 
 def test_a_plan_that_misses_is_headed_and_simulated_by_the_rate_that_it_keeps(pair: Placed) -> None:

@@ -16,12 +16,14 @@ class Budget:
     """The time limit of a caller, and a way to cancel.
 
     ``clock`` returns seconds (``time.monotonic``); without one, no time limit applies and reported times are zero.
-    ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent.
+    ``cancelled`` may be set from a signal handler or another thread; the search then returns its incumbent. If there is
+    no plan, the time left is spent on the reasons, unless the caller needs none: ``explains`` is false.
     """
 
     time_limit_s: float = float("inf")
     clock: Callable[[], float] = _no_clock
     cancelled: threading.Event = field(default_factory=threading.Event)
+    explains: bool = True
     callers: Budget | None = None  # a budget whose end also ends this one
     started_s: float = field(init=False)
 

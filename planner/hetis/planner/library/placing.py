@@ -16,7 +16,6 @@ from hetis.planner.use_cases import place as placing
 from hetis.planner.use_cases.market import catalogue_market
 from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs, ordered
-from hetis.planner.use_cases.verify import verified
 from hetis.solver.budget import Budget, Progress, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
@@ -88,7 +87,7 @@ def place(
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
         survive: ``node`` or ``zone``: serve ``rate`` when any one of them is lost, with objective ``cost`` or ``gpus``.
         pin, forbid: constraints on the plan, such as ``"type=L4:as=worker"``.
-        verify: simulate the plan at its promised rate.
+        verify: simulate the plan at its promised rate; where it misses a limit, plan again for a tighter one.
         other_engines: report the values of plans for other engines, found in a tenth of the time limit.
         progress: called with progress of the search, from this thread.
 
@@ -125,14 +124,19 @@ def place(
         problem.cluster.num_gpus(), (strategy,), for_engine=settings.engine is not None, report=progress
     )  # fmt: skip
     cancelled = threading.Event()
-    budget = Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+
+    def budget() -> Budget:
+        return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
+
     plan = placing.make_plan(
-        loaded, problem, settings, budget=budget, report=progress, market=catalogue_market, beside_equal_stages=True,
+        loaded, problem, settings, budget=budget(), report=progress, market=catalogue_market, beside_equal_stages=True,
         beside_engines=other_engines,
     )  # fmt: skip
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if verify:
-        plan = verified(plan, problem, seed=seed, cancelled=cancelled, report=lambda _given, _total: None)
+        plan = placing.simulated_plan(
+            plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=progress
+        )  # fmt: skip
     return Plan(value=plan, problem=problem)
 
 

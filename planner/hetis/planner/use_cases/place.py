@@ -20,7 +20,8 @@ from hetis.planner.use_cases.precision import for_engine, in_precision
 from hetis.planner.use_cases.robustness.notes import profile_notes, with_profile_errors, with_robustness
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, LoadedInputs, engine_settings_data, load_inputs
 from hetis.planner.use_cases.surviving import check_survival, surviving_plan, with_losses
-from hetis.planner.use_cases.verify import misses, verification_of, verified
+from hetis.planner.use_cases.tightening import tightening_of, verified_plan
+from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Progress, Report
 from hetis.solver.errors import InvalidProblemError
@@ -179,8 +180,7 @@ def place(
     )
     problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
     if request.verify:
-        told = _simulation_report(plan, report)
-        plan = verified(plan, problem, seed=settings.seed, cancelled=cancelled, report=told)
+        plan = simulated_plan(plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=report)
     prices = _constraint_prices(plan, problem, settings, budget(), report) if request.price_pins else ()
     if prices:
         plan = replace(plan, inputs={**plan.inputs, WILL_PRICES: _price_rows(prices)})
@@ -233,6 +233,32 @@ def make_plan(
     check(plan, problem)
     plan = with_losses(plan, problem) if beside_equal_stages else plan
     return with_profile_errors(plan, problem)
+
+
+def simulated_plan(
+    plan: Plan, loaded: LoadedInputs, problem: PlacementProblem, settings: Settings, *, budget: Callable[[], Budget],
+    cancelled: threading.Event, report: Report,
+) -> Plan:  # fmt: skip
+    """Simulate a plan of `make_plan`; where it misses a limit, search again for a tighter one (`verified_plan`).
+
+    A plan that survives a loss is not searched for again.
+
+    Raises:
+        UncheckedPlanError: the other plan fails the independent checker.
+    """
+
+    def find(posed: PlacementProblem) -> Plan:
+        again = search(posed, settings, budget=replace(budget(), explains=False), report=report)
+        return describe(again, loaded, problem, settings)
+
+    found = verified_plan(
+        plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
+        report=_simulation_report(plan, report),
+    )  # fmt: skip
+    if tightening_of(found) is None:
+        return found
+    check(found, problem)
+    return with_profile_errors(with_losses(found, problem), problem)
 
 
 def search(

@@ -14,6 +14,7 @@ from typing import Any
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.simulator.arrivals import Arrivals, Load
+from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Limits
 from hetis.simulator.running import Report
 from hetis.simulator.summary import Summary
@@ -26,8 +27,11 @@ TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST, MOST = 1_000, 40_000  # requests per run
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, as its heads are dispatched
-LEAST_SHARE = 0.5  # of the planned rate: below it, a plan that misses its limits is not tried
-HALVINGS = 4  # of the interval of rates
+CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
+LONGER = 4  # times the requests, where it does
+BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
+DOWN = 3  # halvings of the planned rate that are tried where it is too much
+HALVINGS = 4  # of the interval between the highest of these that is kept and the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,8 @@ class Verification:
         ttft_p95_s: over all requests of the run, after the warm-up.
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
-        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``; None: none of those tried.
+        kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
+            them by more than chance; None: none of those tried.
     """
 
     rate_rps: float
@@ -55,11 +60,31 @@ class Verification:
     kept_rps: float | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """A simulation at one rate.
+
+    Attributes:
+        kept: whether the limits were kept, up to chance: a plan may well use its limits up.
+        sure: whether by more than chance, so that other traffic at this rate keeps them, too.
+    """
+
+    summary: Summary
+    num_requests: int
+    kept: bool
+    sure: bool
+
+
+def needs_verifying(plan: Plan) -> bool:
+    """Return whether a plan promises a latency that could be missed."""
+    return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
+
+
 def verified(plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report) -> Plan:
     """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled."""
-    limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
-    if not plan.replicas or (limits.ttft_s is None and limits.tpot_s is None) or cancelled.is_set():
+    if not needs_verifying(plan) or cancelled.is_set():
         return plan
+    limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
     found = _verify(plan, problem, limits, seed=seed, cancelled=cancelled, report=report)
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
@@ -109,57 +134,106 @@ def num_requests_of(plan: Plan) -> int:
     return min(most, max(fewest, TURNS * seats_of(plan)))
 
 
+def simulated_at(
+    plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Limits, *, seed: int, cancelled: threading.Event,
+    report: Report,
+) -> Outcome | None:  # fmt: skip
+    """Simulate a plan at a rate, for longer if the limits are close; None: it was cancelled."""
+    load = Load(
+        lengths=problem.workload,
+        max_position=problem.model.max_position,
+        arrivals=Arrivals.DRAWN,
+        rate_rps=rate_rps,
+    )
+    num_requests = num_requests_of(plan)
+    most = max(num_requests, min(MOST, LONGER * num_requests))
+    while True:
+        question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
+        found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
+        if not found.complete:
+            return None
+        if num_requests == most or not _is_close(found.summary, limits):
+            kept, sure = _keeps(found.summary, limits), _is_sure(found.summary, limits)
+            return Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
+        num_requests = most
+
+
 def _verify(
     plan: Plan, problem: PlacementProblem, limits: Limits, *, seed: int, cancelled: threading.Event, report: Report
 ) -> Verification | None:
-    planned_rps, num_requests = default_rate(plan, problem), num_requests_of(plan)
+    planned_rps = default_rate(plan, problem)
 
-    def simulate(rate_rps: float) -> Summary | None:
-        load = Load(
-            lengths=problem.workload,
-            max_position=problem.model.max_position,
-            arrivals=Arrivals.DRAWN,
-            rate_rps=rate_rps,
-        )
-        question = Question(
-            load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits
-        )  # fmt: skip
-        found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
-        return found.summary if found.complete else None
+    def simulate(rate_rps: float) -> Outcome | None:
+        return simulated_at(plan, problem, rate_rps, limits, seed=seed, cancelled=cancelled, report=report)
 
     at_plan = simulate(planned_rps)
     if at_plan is None:
         return None
-    kept = _keeps(at_plan, limits)
-    kept_rps = planned_rps if kept else None
-    low, high = LEAST_SHARE * planned_rps, planned_rps
-    for tried in range(0 if kept else HALVINGS + 1):
-        rate_rps = low if tried == 0 else (low + high) / 2.0
-        found = simulate(rate_rps)
-        if found is None:
+    kept_rps = planned_rps if at_plan.kept else None
+    low = high = planned_rps
+    for _ in range(0 if at_plan.kept else DOWN):
+        low, high = low / 2.0, low
+        if (found := simulate(low)) is None:
             return None
-        if _keeps(found, limits):
-            low = kept_rps = rate_rps
-        elif tried == 0:
+        if found.sure:
+            kept_rps = low
             break
+    for _ in range(HALVINGS if kept_rps == low < high else 0):
+        rate_rps = (low + high) / 2.0
+        if (found := simulate(rate_rps)) is None:
+            return None
+        if found.sure:
+            low = kept_rps = rate_rps
         else:
             high = rate_rps
+    summary = at_plan.summary
     return Verification(
         rate_rps=planned_rps,
-        num_requests=num_requests,
-        kept=kept,
-        steady=at_plan.steady,
-        ttft_p95_s=at_plan.ttft_p95_s.value,
-        tpot_mean_s=at_plan.mean_tpot_s.value,
-        attainment=at_plan.attainment,
+        num_requests=at_plan.num_requests,
+        kept=at_plan.kept,
+        steady=summary.steady,
+        ttft_p95_s=summary.ttft_p95_s.value,
+        tpot_mean_s=summary.mean_tpot_s.value,
+        attainment=summary.attainment,
         kept_rps=kept_rps,
     )
 
 
+def _is_close(summary: Summary, limits: Limits) -> bool:
+    """Return whether a longer run may say something else about the limits.
+
+    Queues of a busy plan need time to fill up, so that the p95 TTFT of a run that starts empty is on the low side.
+    """
+    if summary.steady is False:
+        return False
+    pairs = ((summary.ttft_p95_s, limits.ttft_s, CLOSE), (summary.mean_tpot_s, limits.tpot_s, 1.0))
+    return any(
+        limit is not None and _low(estimate) <= limit < (estimate.value + _half(estimate)) / close
+        for estimate, limit, close in pairs
+    )
+
+
 def _keeps(summary: Summary, limits: Limits) -> bool:
-    """Return whether the limits are kept, up to chance: a plan may well use its limits up."""
     if summary.within(limits):
         return True
     pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
-    by_chance = all(limit is None or estimate.value - estimate.half_width <= limit for estimate, limit in pairs)
-    return summary.steady is not False and by_chance  # an unknown interval excuses nothing
+    by_chance = all(
+        limit is None or (_low(estimate) <= limit and estimate.value <= (1.0 + BY_CHANCE) * limit)
+        for estimate, limit in pairs
+    )
+    return summary.steady is not False and by_chance
+
+
+def _is_sure(summary: Summary, limits: Limits) -> bool:
+    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
+    return summary.within(limits) and all(
+        limit is None or estimate.value + _half(estimate) <= limit for estimate, limit in pairs
+    )
+
+
+def _low(estimate: Estimate) -> float:
+    return estimate.value - _half(estimate)
+
+
+def _half(estimate: Estimate) -> float:
+    return estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing

@@ -102,7 +102,10 @@ def infeasible(
     market: Market | None = None,
     report: Report = silent,
 ) -> ExplainedInfeasibleError:
-    """Return `why_infeasible` as the error to raise."""
+    """Return `why_infeasible` as the error to raise, or no reasons if the budget is not for them."""
+    if not budget.explains:
+        reasons = ("no plan of the family exists",)
+        return ExplainedInfeasibleError(reasons, Infeasibility(conflicts=(), relaxations=(), reasons=reasons))
     why = why_infeasible(problem, budget, seed=seed, threads=threads, market=market, report=report)
     return ExplainedInfeasibleError(why.reasons, why)
 

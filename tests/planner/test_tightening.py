@@ -1,0 +1,154 @@
+"""A plan that misses a limit when simulated is planned again for a tighter one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.measuring.instances import fleet, problem
+from hetis.planner.use_cases import tightening
+from hetis.planner.use_cases.json_values import json_value
+from hetis.planner.use_cases.tightening import TTFT, Tightening, tightening_of, verified_plan
+from hetis.planner.use_cases.verify import VERIFICATION, Verification, verification_of
+from hetis.simulator.running import Report
+from hetis.solver.budget import Budget
+from hetis.solver.errors import InfeasibleError
+from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
+from hetis.solver.planning import solve_placement
+from hetis.solver.problem import PlacementProblem
+
+ASKED_S = 0.5
+FIRST_RPS, BOUND_RPS = 10.0, 11.0
+
+
+def posed(objective: Objective | None = None) -> PlacementProblem:
+    goal = Objective(ttft_limit_s=ASKED_S) if objective is None else objective
+    return problem(fleet("one node", (1, 4, "L4")), model="Llama-3.1-8B", workload="500/50", objective=goal)
+
+
+def plan_of(value: float, *, ttft_s: float, objective: Objective) -> Plan:
+    stage = StagePlan(
+        gpu="L4", tp=1, copies=1, first_layer=0, num_layers=32, devices=("a/0",), kv_head_groups_kept=8
+    )  # fmt: skip
+    replica = ReplicaPlan(
+        rate=value / 0.9, ttft_s=ttft_s, tpot_s=0.05, micro_batch=8, in_flight=1, chunk_tokens=512, kv_tokens=10_000,
+        stages=(stage,),
+    )  # fmt: skip
+    result = SolveResult(
+        status=Status.FEASIBLE, objective=objective.kind, value=value, bound=1.1 * value, gap=0.1, unit=objective.unit,
+        solve_s=1.0,
+    )  # fmt: skip
+    return Plan(strategy="hetis", family="all", result=result, objective=objective, replicas=(replica,))
+
+
+class Fleet:
+    """A search and a simulator: plans by the TTFT limit they are searched for, and the rates that they keep."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, values: Mapping[float, float], kept: Mapping[float, float]):
+        self.limits_s, self._values, self._kept = list[float](), values, kept
+        monkeypatch.setattr(tightening, "verified", self.verified)
+
+    def find(self, searched: PlacementProblem) -> Plan:
+        limit_s = searched.objective.ttft_limit_s or 0.0
+        self.limits_s.append(limit_s)
+        for least_s, value in sorted(self._values.items(), reverse=True):
+            if limit_s >= least_s:
+                return plan_of(value, ttft_s=limit_s, objective=searched.objective)
+        raise InfeasibleError(("none",))
+
+    def verified(
+        self, plan: Plan, given: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report
+    ) -> Plan:
+        assert plan.objective == given.objective, "simulated against the limits that were asked for"
+        rate_rps, kept_rps = plan.result.value, self._kept[plan.result.value]
+        found = Verification(
+            rate_rps=rate_rps, num_requests=1_000, kept=kept_rps == rate_rps, steady=True,
+            ttft_p95_s=0.4 if kept_rps == rate_rps else 0.6, tpot_mean_s=0.05, attainment=0.9, kept_rps=kept_rps,
+        )  # fmt: skip
+        return replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
+
+    def settled(self, objective: Objective | None = None) -> Plan:
+        given = posed(objective)
+        first = plan_of(FIRST_RPS, ttft_s=0.48, objective=given.objective)
+        first = replace(first, inputs={"seed": 0})
+        return verified_plan(
+            first, given, self.find, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None
+        )
+
+
+def test_a_plan_that_keeps_its_limits_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fleet(monkeypatch, {}, {FIRST_RPS: FIRST_RPS})
+    found = fake.settled()
+    assert fake.limits_s == []
+    assert tightening_of(found) is None
+    assert found.notes == ()
+
+
+def test_a_missed_limit_is_tightened_by_planned_over_simulated_then_half_as_much(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    share = ASKED_S / 0.6
+    fake = Fleet(monkeypatch, {0.42: 9.0, 0.3: 8.0}, {FIRST_RPS: 5.0, 9.0: 9.0, 8.0: 8.0})
+    found = fake.settled()
+    assert fake.limits_s == pytest.approx([0.48 * share, 0.48 * share**0.5])
+    assert found.result.value == 9.0
+    assert tightening_of(found) == Tightening(name=TTFT, asked_s=ASKED_S, planned_s=fake.limits_s[1])
+
+
+def test_a_limit_that_is_still_missed_is_tightened_as_much_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fleet(monkeypatch, {0.35: 9.0, 0.3: 8.0}, {FIRST_RPS: 5.0, 9.0: 6.0, 8.0: 8.0})
+    assert fake.settled().result.value == 8.0
+    assert fake.limits_s == pytest.approx([0.48 * ASKED_S / 0.6, 0.48 * (ASKED_S / 0.6) ** 2])
+
+
+def test_the_other_plan_answers_the_first_problem_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 5.0, 8.0: 8.0}).settled()
+    assert found.objective.ttft_limit_s == ASKED_S
+    assert (found.result.bound, found.result.gap) == pytest.approx((BOUND_RPS, BOUND_RPS / 8.0 - 1.0))
+    assert found.result.status is Status.FEASIBLE
+    assert found.inputs["seed"] == 0, "the inputs are those of the first"
+    assert found.notes == (
+        "planned for a TTFT p95 of 0.4 s where 0.5 s are asked for: simulated, the best plan for 0.5 s by the model "
+        "(10 requests/s) keeps the limits at 5 requests/s at most; the bound is that for 0.5 s",
+    )
+
+
+def test_the_first_plan_stays_if_it_serves_most_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 9.5, 8.0: 8.0}).settled()
+    assert found.result.value == FIRST_RPS
+    assert tightening_of(found) is None
+    verification = verification_of(found)
+    assert verification is not None
+    assert verification.kept_rps == 9.5
+
+
+def test_a_little_is_given_up_for_a_plan_that_keeps_its_limits_at_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Fleet(monkeypatch, {0.3: 8.0}, {FIRST_RPS: 8.3, 8.0: 8.0}).settled()
+    assert found.result.value == 8.0
+
+
+def test_the_first_plan_stays_if_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fleet(monkeypatch, {}, {FIRST_RPS: 5.0})
+    assert fake.settled().result.value == FIRST_RPS
+    assert len(fake.limits_s) == 2
+
+
+def test_at_a_demanded_rate_the_cheapest_plan_that_keeps_the_limits_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    goal = Objective(kind=ObjectiveKind.GPUS, ttft_limit_s=ASKED_S, demand_rps=1.0)
+    found = Fleet(monkeypatch, {0.42: 12.0, 0.3: 14.0}, {FIRST_RPS: 5.0, 12.0: 12.0, 14.0: 14.0}).settled(goal)
+    assert found.result.value == 12.0
+
+
+@pytest.mark.parametrize("written", [None, 3, {"name": TTFT}])
+def test_what_is_not_readable_is_no_tightening(written: object) -> None:
+    plan = plan_of(1.0, ttft_s=0.4, objective=Objective())
+    assert tightening_of(replace(plan, inputs={"tightened": written})) is None
+
+
+def test_a_search_again_looks_for_no_reasons() -> None:
+    budget = Budget(explains=False)
+    with pytest.raises(InfeasibleError, match=r"^no plan of the family exists$"):
+        solve_placement(posed(Objective(ttft_limit_s=1e-6)), budget=budget)
