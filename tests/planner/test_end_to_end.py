@@ -198,7 +198,7 @@ def test_roles_of_a_plan_are_those_that_were_asked_for(folder: Path, plan: dict[
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--strategy", "hexgen3"), "'hexgen3' is not one of "),
+        (("--strategy", "hexgen9"), "'hexgen9' is not one of "),
         (("--roles", "unified,prefil"), "'prefil' is not one of unified, prefill, decode, did you mean prefill?"),
         (("--roles", "decode"), "'decode' has decode replicas without prefill replicas, which they need"),
         (("--roles", ""), "'' is not one of unified, prefill, decode"),
