@@ -101,7 +101,7 @@ def test_settings_that_nothing_reaches_change_nothing(data: st.DataObject) -> No
 @EVERY
 def test_the_specification_finds_the_same(every: bool) -> None:
     family = replace(UNIFIED, in_flight=(1, 2), max_pool=1, tp_sizes=(1, 2))
-    num = 20 if every else 10
+    num = 20 if every else 6
 
     @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(problem=problems(max_gpus=2, family=family), chosen=tight_settings)

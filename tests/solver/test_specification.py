@@ -33,7 +33,7 @@ def specified_value(problem: PlacementProblem) -> float:
 @EVERY
 @pytest.mark.parametrize("family", [TINY_FAMILY, UNIFORM], ids=["hetis", "uniform"])
 def test_specification_agrees_with_brute_force(family: Family, every: bool) -> None:
-    num = 20 if every else 10
+    num = 20 if every else 6
 
     @settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(problems(max_gpus=3, kinds=KINDS, family=family))
