@@ -205,15 +205,14 @@ def _ranks(row: Mapping[str, str]) -> tuple[int, int]:
     """Return the tensor-parallel ranks of a copy, and the copies that share their experts.
 
     Some dumps multiply parallel sizes twice where attention is data-parallel (the same measurement has 8 copies in one
-    of them and 64 in another): the run's own name has the GPUs, and each of them is a copy.
+    of them and 64 in another): the run's own name has the GPUs, and each of them is a copy. Without such a name
+    ``tp_size`` is taken for the GPUs.
     """
     tp = _whole(row, "tp_size")
     if _whole(row, "attention_dp_size", 1) == 1:
         return tp, 1
     named = _NAMED_RANKS.search(row["id"])
-    if named is None:
-        raise NotPosedError("the GPUs of copies with attention of their own are not recorded")
-    gpus, experts = int(named[1]), int(named[2])
+    gpus, experts = (int(named[1]), int(named[2])) if named else (tp, tp)
     if experts != gpus:
         raise NotPosedError("attention data parallelism beside experts that all ranks slice is no stage shape")
     return 1, gpus

@@ -78,7 +78,7 @@ def test_copies_that_share_experts_are_counted_by_the_name_of_the_run() -> None:
 def test_what_the_model_cannot_express_is_skipped_with_its_reason() -> None:
     assert "workers are not recorded" in reason(mode="disagg")
     assert "experts that all ranks slice" in reason(attention_dp_size="2", id="made_up_c4_tp2_ep1_3")
-    assert "copies with attention of their own" in reason(attention_dp_size="2", tp_size="2")
+    assert "requests in flight" in reason(attention_dp_size="2", tp_size="2")
     assert "pipeline" in reason(pp_size="2")
     assert "a node of 8" in reason(tp_size="16")
     assert "engine steam" in reason(backend="steam")
