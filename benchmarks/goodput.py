@@ -28,6 +28,7 @@ from hetis.planner.use_cases.tightening import tightening_of, verified_plan
 from hetis.planner.use_cases.verify import AS_PLANNED, num_requests_of, simulated_at, verification_of
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits
+from hetis.simulator.running import silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.placement.engines import DEFAULT_ENGINE, run_by
@@ -97,7 +98,7 @@ def searched(posed: PlacementProblem) -> Plan:
 def judged(case: Case) -> Row:
     """Simulate a plan at its rate, plan again if it misses a limit, and search for the highest rate within them."""
     never = threading.Event()
-    plan = verified_plan(case.plan, case.problem, searched, seed=SEED, cancelled=never, report=_silent)
+    plan = verified_plan(case.plan, case.problem, searched, seed=SEED, cancelled=never, report=silent)
     found, tightening, objective = verification_of(plan), tightening_of(plan), plan.objective
     assert found is not None, "the plan has replicas and limits"
     assert objective.ttft_limit_s is not None, "drawn"
@@ -105,7 +106,7 @@ def judged(case: Case) -> Row:
     headed_rps = found.kept_rps or 0.0
     limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
     other = (
-        simulated_at(plan, case.problem, headed_rps, limits, seed=OTHER_SEED, cancelled=never, report=_silent)
+        simulated_at(plan, case.problem, headed_rps, limits, seed=OTHER_SEED, cancelled=never, report=silent)
         if headed_rps
         else None
     )
@@ -142,7 +143,7 @@ def best_rate(case: Case) -> float:
         load=load, num_requests=num_requests_of(case.plan), seeds=(OTHER_SEED,), settings=AS_PLANNED, sweeps=True,
         limits=Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s), tolerance=TOLERANCE,
     )  # fmt: skip
-    found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=_silent)
+    found = answer(case.plan, case.problem, question, processes=1, cancelled=threading.Event(), report=silent)
     assert found.sweep is not None, "rates were swept"
     return found.sweep.goodput_rps
 
@@ -172,10 +173,6 @@ def counted(judgements: Iterator[Row]) -> Iterator[Row]:
 
 def _count(shown: list[Row], name: str) -> str:
     return f"{sum(row[name] == 'yes' for row in shown)} of {len(shown)}"
-
-
-def _silent(_given: int, _total: int) -> None:
-    """Report nothing."""
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pytest
 from benchmarks.measuring.instances import fleet, problem
 from hetis.planner.use_cases import tightening
 from hetis.planner.use_cases.json_values import json_value
-from hetis.planner.use_cases.tightening import TTFT, Tightening, tightening_of, verified_plan
-from hetis.planner.use_cases.verify import VERIFICATION, Verification, verification_of
-from hetis.simulator.running import Report
+from hetis.planner.use_cases.tightening import Tightening, tightening_of, verified_plan
+from hetis.planner.use_cases.verify import TTFT, VERIFICATION, Verification, verification_of
+from hetis.simulator.running import Report, silent
 from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, SolveResult, StagePlan, Status
@@ -74,9 +74,7 @@ class Fleet:
         given = posed(objective)
         first = plan_of(FIRST_RPS, ttft_s=0.48, objective=given.objective)
         first = replace(first, inputs={"seed": 0})
-        return verified_plan(
-            first, given, self.find, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None
-        )
+        return verified_plan(first, given, self.find, seed=0, cancelled=threading.Event(), report=silent)
 
 
 def test_a_plan_that_keeps_its_limits_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:

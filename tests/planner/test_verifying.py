@@ -29,6 +29,7 @@ from hetis.planner.use_cases.verify import (
 )
 from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Limits
+from hetis.simulator.running import silent
 from hetis.simulator.summary import Summary
 from hetis.solver.plan import Plan
 from hetis.solver.problem import PlacementProblem
@@ -61,7 +62,7 @@ def pair(placed: Path) -> Placed:
 @pytest.fixture(scope="module")
 def one_run(pair: Placed) -> Summary:
     limits = Limits(ttft_s=None, tpot_s=None)
-    found = simulated_at(*pair, 1.0, limits, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None)
+    found = simulated_at(*pair, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
     assert found is not None
     return found.summary
 
@@ -72,7 +73,7 @@ def drawn(plan: Plan) -> str:
 
 
 def again(plan: Plan, problem: PlacementProblem) -> Plan:
-    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None)
+    return verified(plan, problem, seed=0, cancelled=threading.Event(), report=silent)
 
 
 def test_the_saved_plan_says_what_a_second_simulation_says(placed: Path, pair: Placed) -> None:
@@ -137,9 +138,7 @@ def test_a_longer_run_decides_where_the_limit_is_close(
         return SimpleNamespace(complete=True, summary=summary)
 
     monkeypatch.setattr(verify, "answer", answer)
-    found = simulated_at(
-        plan, problem, 1.0, limits, seed=0, cancelled=threading.Event(), report=lambda _given, _total: None
-    )
+    found = simulated_at(plan, problem, 1.0, limits, seed=0, cancelled=threading.Event(), report=silent)
     assert found is not None
     assert (found.kept, found.sure) == (kept, sure)
     assert numbers == [num_requests_of(plan) * times for times in (1, LONGER)][:asked]
@@ -164,7 +163,7 @@ def test_without_limits_or_when_nobody_waits_nothing_is_simulated(pair: Placed) 
     assert VERIFICATION not in again(unlimited, problem).inputs
     cancelled = threading.Event()
     cancelled.set()
-    left = verified(bare, problem, seed=0, cancelled=cancelled, report=lambda _given, _total: None)
+    left = verified(bare, problem, seed=0, cancelled=cancelled, report=silent)
     assert left is bare
 
 

@@ -117,6 +117,11 @@ class Layout:
         """The planned KV memory of the rank with most."""
         return max(process.kv_bytes for process in self.servers)
 
+    @property
+    def meets(self) -> bool:
+        """Whether its ranks meet at an address: processes on several nodes, and copies that share their experts."""
+        return len(self.servers) > 1 or self.data_parallel > 1
+
     def caller(self, worker: Process) -> Process:
         """Return the process of vLLM that connects to a worker process."""
         return self.servers[worker.stage] if len(self.servers) > 1 else self.servers[0]

@@ -26,7 +26,7 @@ def sglang_arguments(layout: Layout, serving: Serving, number: int, meeting: Mee
         told["--pp-size"] = str(stages)
     if len(layout.servers) > 1:
         told |= {"--nnodes": str(len(layout.servers)), "--node-rank": str(number)}
-    if len(layout.servers) > 1 or copies > 1:  # copies, too, take ports that follow, beside the HTTP port if not told
+    if layout.meets:  # copies, too, take ports that follow, beside the HTTP port if not told
         told["--dist-init-addr"] = joined(meeting.host, meeting.port)
     told["--max-running-requests"] = str(layout.seats * copies)
     if stages > 1 and layout.micro_batch:

@@ -259,7 +259,7 @@ def _check_batching(one: ReplicaPlan, number: int) -> None:
             raise InvalidProblemError(
                 f"plan cannot be simulated: replica {number}: {name} is {getattr(one, name)}, must be >= {limit}"
             )
-    if one.expert_parallel and (len(one.stages) != 1 or one.in_flight != one.stages[0].copies):
+    if one.expert_parallel and one.in_flight != one.attention_dp:  # of one stage, as the structure has been checked
         raise InvalidProblemError(
             f"plan cannot be simulated: replica {number}: its copies share experts, "
             "it must have one stage with as many copies as micro-batches in flight"

@@ -27,6 +27,10 @@ Report = Callable[[int, int], None]
 """Called with the requests that have arrived so far, over all runs, and the total that will arrive."""
 
 
+def silent(_given: int, _total: int) -> None:
+    """Report nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One run: ``num_requests`` of a load, drawn by ``seed``; with ``keep_run`` the answer also has every request."""

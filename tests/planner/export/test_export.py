@@ -18,6 +18,7 @@ from hetis.planner.export.names import Target
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable, with_single_copies
 from hetis.planner.export.targets import ENGINES, Export, export_plan
 from hetis.solver.plan import Plan
+from tests.engines.plans import MODEL
 from tests.planner.export import reading
 from tests.planner.export.plans import CARDS_SHARED, PLANS, UNEQUAL_COPIES, WITH_WORKERS, made_of, model_of, on, replica
 
@@ -283,12 +284,7 @@ def test_cards_that_serve_several_ranks_are_processes_side_by_side() -> None:
 
 
 def test_the_engine_is_the_one_that_the_plan_needs_unless_told() -> None:
-    assert launchable(PLANS["one GPU"], model_of(PLANS["one GPU"]), SETTINGS).engine is Engine.VLLM
-    assert (
-        launchable(PLANS["attention workers"], model_of(PLANS["attention workers"]), SETTINGS).engine
-        is Engine.VLLM_HETIS
-    )
+    assert launchable(PLANS["one GPU"], MODEL, SETTINGS).engine is Engine.VLLM
+    assert launchable(PLANS["attention workers"], MODEL, SETTINGS).engine is Engine.VLLM_HETIS
     with pytest.raises(NotExportableError, match="which vLLM has with hetis' plugin alone"):
-        launchable(
-            PLANS["attention workers"], model_of(PLANS["attention workers"]), replace(SETTINGS, engine=Engine.VLLM)
-        )
+        launchable(PLANS["attention workers"], MODEL, replace(SETTINGS, engine=Engine.VLLM))

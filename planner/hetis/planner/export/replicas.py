@@ -223,7 +223,7 @@ def launchable(plan: Plan, model: ModelSpec, settings: Settings) -> Launchable:
             port=settings.port + fronts[node],
         )
         fronts[node] += 1
-        meetings[node] += len(layout.servers) > 1 or layout.data_parallel > 1
+        meetings[node] += layout.meets
         kv_ports[node] += layout.data_parallel  # one for each copy
         workers += len(layout.attention_workers)
     found = Launchable(

@@ -75,12 +75,11 @@ class Plan:
         """
         from hetis.planner.report.page.pages import ShownPlan, plans_page
         from hetis.planner.use_cases.latency_curve import latency_curve
+        from hetis.simulator.running import silent
 
         curve = None
         if simulate:
-            curve = latency_curve(
-                self.value, self.problem, cancelled=threading.Event(), report=lambda _given, _total: None
-            )
+            curve = latency_curve(self.value, self.problem, cancelled=threading.Event(), report=silent)
         page = plans_page([ShownPlan(name="The plan", plan=self.value, problem=self.problem, curve=curve)])
         if path is not None:
             write_atomically(Path(path), page)

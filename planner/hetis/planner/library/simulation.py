@@ -20,6 +20,7 @@ from hetis.planner.use_cases.simulate import (
 from hetis.planner.use_cases.verify import rate_to_simulate
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits
+from hetis.simulator.running import silent
 from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
 from hetis.solver.errors import InvalidProblemError
@@ -127,7 +128,5 @@ def simulation_of(
         engine_settings=engine_settings,
         changes=started.changes,
     )
-    found = answer(
-        plan, problem, question, processes=1, cancelled=threading.Event(), report=lambda _given, _total: None
-    )
+    found = answer(plan, problem, question, processes=1, cancelled=threading.Event(), report=silent)
     return Simulation(simulated=found, plan=plan)

@@ -230,9 +230,7 @@ def make_plan(
             plan, problem, seed=settings.seed, time_limit_s=settings.time_limit_s, cancelled=budget.cancelled,
             report=report,
         )  # fmt: skip
-    check(plan, problem)
-    plan = with_losses(plan, problem) if beside_equal_stages else plan
-    return with_profile_errors(plan, problem)
+    return _checked(plan, problem, losses=beside_equal_stages)
 
 
 def simulated_plan(
@@ -255,10 +253,13 @@ def simulated_plan(
         plan, problem, None if settings.survive else find, seed=settings.seed, cancelled=cancelled,
         report=_simulation_report(plan, report),
     )  # fmt: skip
-    if tightening_of(found) is None:
-        return found
-    check(found, problem)
-    return with_profile_errors(with_losses(found, problem), problem)
+    return found if tightening_of(found) is None else _checked(found, problem, losses=True)
+
+
+def _checked(plan: Plan, problem: PlacementProblem, *, losses: bool) -> Plan:
+    """Check a plan, and add the effects of its losses, if asked for, and of its profiles' errors."""
+    check(plan, problem)
+    return with_profile_errors(with_losses(plan, problem) if losses else plan, problem)
 
 
 def search(

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.losses import Loss, worst_node, worst_zone
-from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Status
+from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, SolveResult, Status
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import AtMost, LeaveOut, Replicas, Selection, Unit, Use
 
@@ -86,7 +86,7 @@ def _without_a_node(find: Find, problem: PlacementProblem) -> Plan:
             f"no plan was found that serves {_demand(problem):.4g} requests/s without its worst node, nor proved that "
             "there is none"
         )
-    plan = _bounded_by(plan, alone.result.bound)
+    plan = replace(plan, result=bounded_by(plan.result, alone.result.bound))
     asked, rate = plan.objective.demand_rps or 0.0, _left_without_node(plan, problem)
     return _with_cost(plan, alone, "node", asked, rate, least=alone.result.bound)
 
@@ -161,13 +161,12 @@ def _left_without_node(plan: Plan, problem: PlacementProblem) -> float:
     return 0.0 if lost is None else problem.assumptions.planned_utilisation * lost.rate
 
 
-def _bounded_by(plan: Plan, bound: float) -> Plan:
-    """Return the plan with the bound of all plans that survive instead of that for its own demand."""
+def bounded_by(result: SolveResult, bound: float) -> SolveResult:
+    """Return a result with the bound of a wider question, and the gap and status that follow from it."""
     from hetis.solver.placement.solve import OPTIMAL_GAP
 
-    gap = abs(plan.result.value - bound) / abs(plan.result.value)
-    status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
-    return replace(plan, result=replace(plan.result, bound=bound, gap=gap, status=status))
+    gap = abs(result.value - bound) / abs(result.value)
+    return replace(result, bound=bound, gap=gap, status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE)
 
 
 def _without_a_zone(find: Find, problem: PlacementProblem) -> Plan:
@@ -298,22 +297,15 @@ def _inside(problem: PlacementProblem, zone: str) -> PlacementProblem:
 def _united(parts: Mapping[str, Plan], whole: Plan, problem: PlacementProblem) -> Plan:
     """Return the plans of several zones as one; ``whole``, the plan for the same problem, gives bound and prices."""
     from hetis.solver.placement.grounding import Grounded, restored
-    from hetis.solver.placement.solve import OPTIMAL_GAP
 
     replicas, routes = list[ReplicaPlan](), list[KvRoute]()
     for part in parts.values():
         first = len(replicas)
         replicas += part.replicas
         routes += (replace(one, prefill=one.prefill + first, decode=one.decode + first) for one in part.kv_routes)
-    value, bound = _value(parts), whole.result.bound
-    gap = abs(value - bound) / abs(value)
-    result = replace(
-        whole.result,
-        status=Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE,
-        value=value,
-        gap=gap,
-        solve_s=whole.result.solve_s + sum(part.result.solve_s for part in parts.values()),
-    )
+    solve_s = whole.result.solve_s + sum(part.result.solve_s for part in parts.values())
+    result = replace(whole.result, value=_value(parts), solve_s=solve_s)
+    result = bounded_by(result, whole.result.bound)
     plan = replace(whole, result=result, replicas=tuple(replicas), kv_routes=tuple(routes), runners_up=())
     return restored(plan, Grounded(problem, {}), problem)
 

@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
-from hetis.planner.use_cases.verify import VERIFICATION, verification_of, verified
+from hetis.planner.use_cases.surviving import bounded_by
+from hetis.planner.use_cases.verify import TTFT, VERIFICATION, limited_latencies, verification_of, verified
 from hetis.simulator.running import Report
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Objective, Plan, SolveResult, Status
@@ -22,8 +23,6 @@ TIGHTENED = "tightened"  # entry of `Plan.inputs`
 SEARCHES = 2  # besides the first
 LEAST_STEP = 0.8  # of a limit: near saturation latencies grow so steeply that their ratio would take it too far
 LITTLE = 0.05  # of a rate: so much is given up for a plan that keeps its limits at its own, without fewer arrivals
-OPTIMAL_GAP = 1e-6
-TTFT, TPOT = "TTFT p95", "TPOT mean"
 
 Find = Callable[[PlacementProblem], Plan]  # raises InfeasibleError, NoPlanFoundError
 
@@ -83,11 +82,11 @@ def tightening_of(plan: Plan) -> Tightening | None:
 
 def _missed(plan: Plan) -> Tightening | None:
     """Return the limit that a simulated plan misses most and the first step, from the limit; None: it misses none."""
-    found, objective = verification_of(plan), plan.objective
+    found = verification_of(plan)
     if found is None or found.kept:
         return None
-    pairs = ((TTFT, found.ttft_p95_s, objective.ttft_limit_s), (TPOT, found.tpot_mean_s, objective.tpot_limit_s))
-    over = [(reached_s / limit_s, name, limit_s) for name, reached_s, limit_s in pairs if limit_s is not None]
+    limited = limited_latencies(found, plan.objective)
+    over = [(reached_s / limit_s, name, limit_s) for name, reached_s, limit_s in limited]
     ratio, name, limit_s = max(over)  # a plan without limits is not verified
     if found.steady is False or not math.isfinite(ratio):  # however long requests wait in the end
         ratio, name, limit_s = math.inf, *over[0][1:]
@@ -121,12 +120,9 @@ def _answering(first: Plan, problem: PlacementProblem, again: Plan, tried: Tight
 
 
 def _bounded(result: SolveResult, first: SolveResult, *, maximises: bool) -> SolveResult:
-    bound = max(first.bound, result.value) if maximises else min(first.bound, result.value)
-    gap = abs(bound - result.value) / abs(result.value)
-    status = Status.OPTIMAL if gap <= OPTIMAL_GAP else Status.FEASIBLE
-    if Status.INTERRUPTED in (result.status, first.status):
-        status = Status.INTERRUPTED
-    return replace(result, status=status, bound=bound, gap=gap, solve_s=first.solve_s + result.solve_s)
+    found = bounded_by(result, max(first.bound, result.value) if maximises else min(first.bound, result.value))
+    status = Status.INTERRUPTED if Status.INTERRUPTED in (result.status, first.status) else found.status
+    return replace(found, status=status, solve_s=first.solve_s + result.solve_s)
 
 
 def _sentence(first: Plan, tried: Tightening) -> str:

@@ -7,19 +7,18 @@ how lengths vary. So `place` simulates the plan it has found and reports both fi
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
 from hetis.planner.use_cases.simulate import Question, answer, default_rate, seats_of
 from hetis.simulator.arrivals import Arrivals, Load
-from hetis.simulator.confidence import Estimate
 from hetis.simulator.metrics import Limits
 from hetis.simulator.running import Report
 from hetis.simulator.summary import Summary
 from hetis.simulator.values import Settings
-from hetis.solver.plan import Plan
+from hetis.solver.plan import Objective, Plan
 from hetis.solver.problem import PlacementProblem
 
 VERIFICATION = "verification"  # entry of `Plan.inputs`
@@ -27,6 +26,7 @@ TURNS = 8  # how often a run replaces all the requests that a plan holds at once
 FEWEST, MOST = 1_000, 40_000  # requests per run
 AS_PLANNED = Settings(dispatch=False, redispatch=False)  # heads as planned: nothing to compile, and fast
 FEWEST_WITH_WORKERS, MOST_WITH_WORKERS = 400, 1_200  # each takes a few milliseconds, as its heads are dispatched
+TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
@@ -115,15 +115,21 @@ def rate_to_simulate(plan: Plan, problem: PlacementProblem) -> float:
     return plan.objective.demand_rps or kept_rate(plan) or default_rate(plan, problem)
 
 
+def limited_latencies(verification: Verification, objective: Objective) -> list[tuple[str, float, float]]:
+    """Return name, simulated value and limit in seconds of each latency that has a limit."""
+    found = (
+        (TTFT, verification.ttft_p95_s, objective.ttft_limit_s),
+        (TPOT, verification.tpot_mean_s, objective.tpot_limit_s),
+    )
+    return [(name, value, limit) for name, value, limit in found if limit is not None]
+
+
 def misses(verification: Verification, plan: Plan) -> list[str]:
     """Return the limits that a simulated plan does not keep, one clause each; empty if it keeps all."""
     if verification.kept:
         return []
-    pairs = (
-        ("TTFT p95", verification.ttft_p95_s, plan.objective.ttft_limit_s),
-        ("TPOT mean", verification.tpot_mean_s, plan.objective.tpot_limit_s),
-    )
-    over = [f"{name} {value:.3g} s of {limit:.3g} s" for name, value, limit in pairs if limit and value > limit]
+    limited = limited_latencies(verification, plan.objective)
+    over = [f"{name} {value:.3g} s of {limit:.3g} s" for name, value, limit in limited if value > limit]
     return [*(["requests queue up without end"] if verification.steady is False else []), *over]
 
 
@@ -206,34 +212,38 @@ def _is_close(summary: Summary, limits: Limits) -> bool:
     """
     if summary.steady is False:
         return False
-    pairs = ((summary.ttft_p95_s, limits.ttft_s, CLOSE), (summary.mean_tpot_s, limits.tpot_s, 1.0))
-    return any(
-        limit is not None and _low(estimate) <= limit < (estimate.value + _half(estimate)) / close
-        for estimate, limit, close in pairs
-    )
+    closeness = {TTFT: CLOSE, TPOT: 1.0}
+    return any(one.low <= one.limit < one.high / closeness[one.name] for one in _limited(summary, limits))
 
 
 def _keeps(summary: Summary, limits: Limits) -> bool:
     if summary.within(limits):
         return True
-    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
     by_chance = all(
-        limit is None or (_low(estimate) <= limit and estimate.value <= (1.0 + BY_CHANCE) * limit)
-        for estimate, limit in pairs
+        one.low <= one.limit and one.value <= (1.0 + BY_CHANCE) * one.limit for one in _limited(summary, limits)
     )
     return summary.steady is not False and by_chance
 
 
 def _is_sure(summary: Summary, limits: Limits) -> bool:
-    pairs = ((summary.ttft_p95_s, limits.ttft_s), (summary.mean_tpot_s, limits.tpot_s))
-    return summary.within(limits) and all(
-        limit is None or estimate.value + _half(estimate) <= limit for estimate, limit in pairs
-    )
+    return summary.within(limits) and all(one.high <= one.limit for one in _limited(summary, limits))
 
 
-def _low(estimate: Estimate) -> float:
-    return estimate.value - _half(estimate)
+class _Limited(NamedTuple):
+    """A latency that has a limit, with the ends of its interval, in seconds."""
+
+    name: str
+    low: float
+    value: float
+    high: float
+    limit: float
 
 
-def _half(estimate: Estimate) -> float:
-    return estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
+def _limited(summary: Summary, limits: Limits) -> Iterator[_Limited]:
+    for name, estimate, limit in (
+        (TTFT, summary.ttft_p95_s, limits.ttft_s),
+        (TPOT, summary.mean_tpot_s, limits.tpot_s),
+    ):
+        if limit is not None:
+            half = estimate.half_width if estimate.half_width >= 0 else 0.0  # an unknown interval excuses nothing
+            yield _Limited(name, estimate.value - half, estimate.value, estimate.value + half, limit)

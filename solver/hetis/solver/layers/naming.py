@@ -52,7 +52,9 @@ def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: SweepRoom) -> I
     """Yield the links at every layer where requests leave nodes and enter others."""
     visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
     for layer in range(num_layers + 1):
-        leaving = [(nodes[i].name, visits[i]) for i in nodes if nodes[i].end_layer == layer]
+        leaving: list[tuple[str | None, float]] = [(None, 1.0)]
+        if layer > 0:
+            leaving = [(nodes[i].name, visits[i]) for i in nodes if nodes[i].end_layer == layer]
         if layer == num_layers:
             yield from (LinkShare(source=name, target=None, share=share) for name, share in leaving)
             return
@@ -62,9 +64,8 @@ def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: SweepRoom) -> I
             for e in range(sweep.entries[i])
             if sweep.entry[i, e] == layer
         ]
-        sources: list[tuple[str | None, float]] = [*leaving] if layer else [(None, 1.0)]
-        join = _mixed if len(sources) * len(entering) <= MOST_MIXED else _fewest
-        yield from join(sources, entering)
+        join = _mixed if len(leaving) * len(entering) <= MOST_MIXED else _fewest
+        yield from join(leaving, entering)
 
 
 def _mixed(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
