@@ -6,10 +6,10 @@ A case draws a fleet of two to four GPU types, a model, a trace or mean lengths,
 without a plan is drawn again. The case gets the default plan of `hetis-plan place`, which is then simulated as `place`
 does, with Poisson arrivals at the planned rate; where it misses a limit, ``place`` plans again for a tighter one, whose
 share of the limit is ``tightened``. ``kept`` says whether p95 TTFT and mean TPOT of the plan that is shown stay within
-their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``headed_rps`` is the rate
-in the headline, lower than the planned one if that misses a limit, and ``headed_kept`` whether other traffic at this
-rate, by another seed, keeps the limits. ``best_rps`` is the highest rate that keeps the limits, found by a sweep;
-``planned_over_best`` and ``headed`` are the two rates over it. The last rows summarise.
+their limits, up to chance. ``ttft`` and ``tpot`` are the simulated values over the limits. ``kept_rps`` is the highest
+rate that the plan is said to keep, lower than the planned one if that misses a limit, and ``kept_again`` whether other
+traffic at this rate, by another seed, keeps the limits. ``best_rps`` is the highest rate that keeps the limits, found
+by a sweep; ``planned_over_best`` and ``kept_over_best`` are the two rates over it. The last rows summarise.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def judged(case: Case) -> Row:
     assert found is not None, "the plan has replicas and limits"
     assert objective.ttft_limit_s is not None, "drawn"
     assert objective.tpot_limit_s is not None, "drawn"
-    headed_rps = found.kept_rps or 0.0
+    kept_rps = found.kept_rps or 0.0
     limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
     other = (
-        simulated_at(plan, case.problem, headed_rps, limits, seed=OTHER_SEED, cancelled=never, report=silent)
-        if headed_rps
+        simulated_at(plan, case.problem, kept_rps, limits, seed=OTHER_SEED, cancelled=never, report=silent, longer=True)
+        if kept_rps
         else None
     )
     best_rps = best_rate(replace(case, plan=plan))
@@ -122,11 +122,11 @@ def judged(case: Case) -> Row:
         "kept": "yes" if found.kept else "no",
         "ttft": found.ttft_p95_s / objective.ttft_limit_s,
         "tpot": found.tpot_mean_s / objective.tpot_limit_s,
-        "headed_rps": headed_rps,
-        "headed_kept": "yes" if other is not None and other.kept else "no",
+        "kept_rps": kept_rps,
+        "kept_again": "yes" if other is not None and other.kept else "no",
         "best_rps": best_rps,
         "planned_over_best": plan.result.value / best_rps if best_rps else None,
-        "headed": headed_rps / best_rps if best_rps else None,
+        "kept_over_best": kept_rps / best_rps if best_rps else None,
     }
 
 
@@ -155,13 +155,14 @@ def counted(judgements: Iterator[Row]) -> Iterator[Row]:
         shown.append(row)
         yield row
     of_best = {
-        name: sorted(float(row[name] or 0.0) for row in shown) or [0.0] for name in ("planned_over_best", "headed")
+        name: sorted(float(row[name] or 0.0) for row in shown) or [0.0]
+        for name in ("planned_over_best", "kept_over_best")
     }
     yield {
         **dict.fromkeys(shown[0] if shown else ()),
         "name": "all: how many, and the median",
         "kept": _count(shown, "kept"),
-        "headed_kept": _count(shown, "headed_kept"),
+        "kept_again": _count(shown, "kept_again"),
         **{name: shares[len(shares) // 2] for name, shares in of_best.items()},
     }
     yield {

@@ -94,7 +94,7 @@ PROMISED = {
     | {"ttft", "ttft_at_plan", "ttft_at_half"},
     "staging": {"name", "role", "copies", "M", "b", "C", "prompt", "kv_tokens", "counted", "served"},
     "goodput": {"name", "replicas", "prefill", "decode", "planned_rps", "kept", "ttft", "tpot", "best_rps"}
-    | {"planned_over_best", "headed"},
+    | {"planned_over_best", "kept_over_best"},
     "left_out": {"name", "count", "nine_in_ten", "mean_error", "covered_by_mean", "range", "covered"},
     "expert_parallel": {"name", "points", "p10", "measured", "p90", "rule"},
     "pipeline": {"name", "pipelines", "mean", "p10", "least", "slack", "assumed"},

@@ -314,9 +314,17 @@ def _simulated(found: Verification, plan: Plan) -> Text:
     latencies = f"TTFT p95 {seconds(found.ttft_p95_s)}, TPOT mean {seconds(found.tpot_mean_s)}"
     at = f"at {digits(found.rate_rps, 4)} requests/s"
     if found.kept:
-        return Text.assemble(("limits kept", "green"), f" {at}: {latencies}; {percent(found.attainment)} within both")
+        words = f" {at}: {latencies}; {percent(found.attainment)} within both{kept_beyond(found)}"
+        return Text.assemble(("limits kept", "green"), words)
     least = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps, 4)}"
     return Text.assemble(("MISSED", "bold red"), f" {at}: {', '.join(misses(found, plan))}; {least}")
+
+
+def kept_beyond(found: Verification) -> str:
+    """Return a clause about a rate above the planned one that kept the limits, too; empty if there is none."""
+    if found.kept_rps is None or found.kept_rps <= found.rate_rps:
+        return ""
+    return f"; kept up to {digits(found.kept_rps, 4)}"
 
 
 def _fleet(plan: Plan) -> str:

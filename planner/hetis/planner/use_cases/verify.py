@@ -7,7 +7,7 @@ how lengths vary. So `place` simulates the plan it has found and reports both fi
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -30,8 +30,10 @@ TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
-DOWN = 3  # halvings of the planned rate that are tried where it is too much
-HALVINGS = 4  # of the interval between the highest of these that is kept and the next
+DOWN, NARROW_DOWN = 3, 4  # halvings of a planned rate that misses, and then of the interval below it
+UP, MORE, NARROW_UP = 3, 1.1, 1  # steps of so much above one that is kept, and halvings of the last of them
+CALM = 0.02  # seconds by which the wait may grow per second at such a rate: saturation is near
+ENOUGH = 10_000  # requests of a run at such a rate, if that is at most `LONGER` times the ordinary length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,9 @@ class Verification:
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
         kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
-            them by more than chance; None: none of those tried.
+            them by more than chance; None: none of those tried. A plan for the highest rate leaves a share of
+            saturation unused, so that ``kept_rps`` may be above ``rate_rps``; not tried if the run was too short to
+            tell whether queues grow, nor with attention workers, whose simulation is slow.
     """
 
     rate_rps: float
@@ -135,16 +139,15 @@ def misses(verification: Verification, plan: Plan) -> list[str]:
 
 def num_requests_of(plan: Plan) -> int:
     """Return the requests per run: enough to fill the plan several times over, in seconds."""
-    with_workers = any(replica.attention_workers for replica in plan.replicas)
-    fewest, most = (FEWEST_WITH_WORKERS, MOST_WITH_WORKERS) if with_workers else (FEWEST, MOST)
+    fewest, most = (FEWEST_WITH_WORKERS, MOST_WITH_WORKERS) if _has_workers(plan) else (FEWEST, MOST)
     return min(most, max(fewest, TURNS * seats_of(plan)))
 
 
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Limits, *, seed: int, cancelled: threading.Event,
-    report: Report,
+    report: Report, longer: bool = False,
 ) -> Outcome | None:  # fmt: skip
-    """Simulate a plan at a rate, for longer if the limits are close; None: it was cancelled."""
+    """Simulate a plan at a rate, for ``longer`` also if the limits are close; None: it was cancelled."""
     load = Load(
         lengths=problem.workload,
         max_position=problem.model.max_position,
@@ -153,6 +156,8 @@ def simulated_at(
     )
     num_requests = num_requests_of(plan)
     most = max(num_requests, min(MOST, LONGER * num_requests))
+    if longer:
+        num_requests = max(num_requests, min(ENOUGH, most))
     while True:
         question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
@@ -169,29 +174,29 @@ def _verify(
 ) -> Verification | None:
     planned_rps = default_rate(plan, problem)
 
-    def simulate(rate_rps: float) -> Outcome | None:
-        return simulated_at(plan, problem, rate_rps, limits, seed=seed, cancelled=cancelled, report=report)
+    def simulate(rate_rps: float, *, longer: bool = False) -> Outcome:
+        found = simulated_at(
+            plan, problem, rate_rps, limits, seed=seed, longer=longer, cancelled=cancelled, report=report
+        )
+        if found is None:
+            raise _CancelledError
+        return found
 
-    at_plan = simulate(planned_rps)
-    if at_plan is None:
-        return None
-    kept_rps = planned_rps if at_plan.kept else None
-    low = high = planned_rps
-    for _ in range(0 if at_plan.kept else DOWN):
-        low, high = low / 2.0, low
-        if (found := simulate(low)) is None:
-            return None
-        if found.sure:
-            kept_rps = low
-            break
-    for _ in range(HALVINGS if kept_rps == low < high else 0):
-        rate_rps = (low + high) / 2.0
-        if (found := simulate(rate_rps)) is None:
-            return None
-        if found.sure:
-            low = kept_rps = rate_rps
+    def is_calm(rate_rps: float) -> bool:
+        found = simulate(rate_rps, longer=True)
+        return found.sure and found.summary.steady is True and found.summary.growth.value <= CALM
+
+    kept_rps: float | None
+    try:
+        at_plan = simulate(planned_rps)
+        if not at_plan.kept:
+            kept_rps = _kept_below(planned_rps, lambda rate_rps: simulate(rate_rps).sure)
+        elif plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan):
+            kept_rps = _kept_above(planned_rps, is_calm)
         else:
-            high = rate_rps
+            kept_rps = planned_rps
+    except _CancelledError:
+        return None
     summary = at_plan.summary
     return Verification(
         rate_rps=planned_rps,
@@ -203,6 +208,43 @@ def _verify(
         attainment=summary.attainment,
         kept_rps=kept_rps,
     )
+
+
+def _has_workers(plan: Plan) -> bool:
+    return any(replica.attention_workers for replica in plan.replicas)
+
+
+class _CancelledError(Exception):
+    """A simulation was cancelled."""
+
+
+def _kept_below(missed_rps: float, is_sure: Callable[[float], bool]) -> float | None:
+    """Return the highest rate found below one that misses a limit; None: none of those tried keeps them."""
+    high = missed_rps
+    for _ in range(DOWN):
+        low = high / 2.0
+        if is_sure(low):
+            return _narrowed(low, high, is_sure, NARROW_DOWN)
+        high = low
+    return None
+
+
+def _kept_above(kept_rps: float, is_sure: Callable[[float], bool]) -> float:
+    """Return the highest rate found from one that keeps the limits."""
+    low = kept_rps
+    for _ in range(UP):
+        if not is_sure(MORE * low):
+            return _narrowed(low, MORE * low, is_sure, NARROW_UP)
+        low *= MORE
+    return low
+
+
+def _narrowed(low: float, high: float, is_sure: Callable[[float], bool], halvings: int) -> float:
+    """Return the highest rate found that keeps the limits between one that does and one that does not."""
+    for _ in range(halvings):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if is_sure(middle) else (low, middle)
+    return low
 
 
 def _is_close(summary: Summary, limits: Limits) -> bool:

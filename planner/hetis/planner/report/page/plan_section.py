@@ -30,7 +30,16 @@ from hetis.planner.report.page.blocks import (
     Waterfalls,
 )
 from hetis.planner.report.page.fleet_map import MAX_NAMED, fleet_map, replica_name, shape_letter
-from hetis.planner.report.plan import beside_engines, beside_equal_stages, folded, limits, simple_setups, verdict, worth
+from hetis.planner.report.plan import (
+    beside_engines,
+    beside_equal_stages,
+    folded,
+    kept_beyond,
+    limits,
+    simple_setups,
+    verdict,
+    worth,
+)
 from hetis.planner.report.simulation_pictures import Panel
 from hetis.planner.use_cases.compare import Figures, figures_of
 from hetis.planner.use_cases.engine_values import EQUAL_STAGES
@@ -188,7 +197,8 @@ def _simulated(plan: Plan) -> Iterator[Tile]:
     if found is None:
         return
     if found.kept:
-        note = f"at {digits(found.rate_rps)} requests/s; {percent(found.attainment)} of requests within both"
+        within = f"{percent(found.attainment)} of requests within both"
+        note = f"at {digits(found.rate_rps)} requests/s; {within}{kept_beyond(found)}"
         yield Tile(label="Simulated", value="limits kept", note=note, tone="good")
     else:
         until = "no rate tried keeps them" if found.kept_rps is None else f"kept up to {digits(found.kept_rps)}/s"
