@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -13,10 +12,8 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.jobs.kernels import compile_kernels
 from hetis.planner.library.plan import Plan, Quantity, limit_of, member, ratio_of, seconds_of
 from hetis.planner.use_cases import place as placing
-from hetis.planner.use_cases.market import catalogue_market
-from hetis.planner.use_cases.precision import for_engine, in_precision
-from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, load_inputs, ordered
-from hetis.solver.budget import Budget, Progress, silent
+from hetis.planner.use_cases.sources import ReplicaLimits, engine_rules, ordered
+from hetis.solver.budget import Progress, silent
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
@@ -79,9 +76,8 @@ def place(
         kv: precision of the KV cache, likewise: ``bf16`` or ``fp8``.
         mtp: drafted tokens and the rate at which each is accepted, ``"1:0.85"``; None: as the model's file says.
         engine: ``vllm-hetis`` (the default, except for published heuristics), ``vllm``, ``sglang`` or ``any``: plan
-        only
-            what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or more, on
-            at most ``max_nodes``.
+            only what it runs, replicas of at most ``max_stages`` and ``max_gpus``, each stage of ``min_layers`` or
+            more, on at most ``max_nodes``.
         max_num_seqs, chunk_tokens, kv_blocks: settings that engines are started with, which plans keep to: requests
             that a replica runs at once, sizes of prefill chunks, and KV blocks of 16 tokens that it has at most.
         simplest_within: share of the optimum that may be lost for replicas on fewer nodes, then of fewer shapes.
@@ -96,48 +92,45 @@ def place(
         NoPlanFoundError: none was found within the time limit.
         HetisError: an input is not usable; the message names it.
     """
-    loaded = load_inputs(
-        cluster=_text_or_value(cluster), model=_text_or_value(model), workload=_text_or_value(workload),
-        profiles=[os.fspath(path) for path in profiles], prefix_hit_rate=_hit_rate(prefix_hit_rate),
-    ).with_will(pins=pin, forbids=forbid)  # fmt: skip
-    kind = member(ObjectiveKind, objective, "objective")
-    placing.require_demand(kind, rate, loaded.inputs.workload)
-    goal = placing.objective(kind, ttft_s=limit_of(ttft), tpot_s=limit_of(tpot), demand_rps=rate)
     limits = ReplicaLimits(max_stages=max_stages, max_gpus=max_gpus, min_layers=min_layers, max_nodes=max_nodes)
-    settings = placing.Settings(
-        strategy=_strategy(strategy),
-        roles=ordered(member(Role, role, "role") for role in roles),
-        engine=engine_rules(engine, strategy, limits),
-        time_limit_s=seconds_of(time_limit),
-        gap_target=ratio_of(gap),
-        seed=seed,
-        threads=threads,
-        simplest_within=ratio_of(simplest_within),
-        survive=_lost(survive),
-    )
     chunks = tuple(sorted(set(chunk_tokens)))
-    loaded = loaded.at(EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks))
-    loaded = in_precision(loaded, weights=weights, kv=kv, mtp=mtp)
-    loaded = for_engine(loaded, settings.engine)
-    problem = loaded.inputs.problem(goal, strategy, settings.roles, settings.engine)
+    request = placing.PlacementRequest(
+        cluster=_text_or_value(cluster),
+        model=_text_or_value(model),
+        workload=_text_or_value(workload),
+        prefix_hit_rate=_hit_rate(prefix_hit_rate),
+        profiles=[os.fspath(path) for path in profiles],
+        pins=pin,
+        forbids=forbid,
+        weights=weights,
+        kv=kv,
+        mtp=mtp,
+        objective=member(ObjectiveKind, objective, "objective"),
+        demand_rps=rate,
+        ttft_s=limit_of(ttft),
+        tpot_s=limit_of(tpot),
+        settings=placing.Settings(
+            strategy=_strategy(strategy),
+            roles=ordered(member(Role, role, "role") for role in roles),
+            engine=engine_rules(engine, strategy, limits),
+            time_limit_s=seconds_of(time_limit),
+            gap_target=ratio_of(gap),
+            seed=seed,
+            threads=threads,
+            simplest_within=ratio_of(simplest_within),
+            survive=_lost(survive),
+        ),
+        engine_settings=EngineSettings(max_num_seqs=max_num_seqs, chunk_tokens=chunks, kv_blocks=kv_blocks),
+        verify=verify,
+        other_engines=other_engines,
+    )
+    loaded = placing.load(request)
+    problem = placing.pose(request, loaded)
     compile_kernels(
-        problem.cluster.num_gpus(), (strategy,), for_engine=settings.engine is not None, report=progress
+        problem.cluster.num_gpus(), (strategy,), for_engine=request.settings.engine is not None, report=progress
     )  # fmt: skip
-    cancelled = threading.Event()
-
-    def budget() -> Budget:
-        return Budget(time_limit_s=settings.time_limit_s, clock=time.monotonic, cancelled=cancelled)
-
-    plan = placing.make_plan(
-        loaded, problem, settings, budget=budget(), report=progress, market=catalogue_market, beside_equal_stages=True,
-        beside_engines=other_engines,
-    )  # fmt: skip
-    problem = replace(problem, objective=plan.objective)  # its demand is larger if a loss must be survived
-    if verify:
-        plan = placing.simulated_plan(
-            plan, loaded, problem, settings, budget=budget, cancelled=cancelled, report=progress
-        )  # fmt: skip
-    return Plan(value=plan, problem=problem)
+    plan = placing.place(request, loaded, problem, cancelled=threading.Event(), report=progress).plan
+    return Plan(value=plan, problem=replace(problem, objective=plan.objective))  # of which a loss may be survived
 
 
 def _text_or_value(given: T | Path) -> T | str:

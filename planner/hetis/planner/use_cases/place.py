@@ -24,7 +24,9 @@ from hetis.planner.use_cases.tightening import tightening_of, verified_plan
 from hetis.planner.use_cases.verify import misses, verification_of
 from hetis.planner.use_cases.versions import installed_versions
 from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role
 from hetis.solver.problem import NOTHING_SET, EngineRules, EngineSettings, PlacementProblem
 from hetis.solver.will import WithoutTp
@@ -66,7 +68,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRequest:
-    """The request of ``place``, as files, names and options.
+    """The request of ``place``: files, names or values, and options.
 
     Attributes:
         pins: ``--pin`` options; ``forbids``: ``--forbid`` options.
@@ -81,9 +83,9 @@ class PlacementRequest:
         profile_error: study the plan under profiles that are off by up to this share; None: no study.
     """
 
-    cluster: str
-    model: str
-    workload: str
+    cluster: str | Cluster
+    model: str | ModelSpec
+    workload: str | Workload
     prefix_hit_rate: PrefixHitRate | None = None
     profiles: Sequence[str] = ()
     pins: Sequence[str] = ()

@@ -30,10 +30,11 @@ TTFT, TPOT = "TTFT p95", "TPOT mean"  # as plans show them
 CLOSE = 0.9  # of the TTFT limit: from here on, the tail of a longer run decides
 LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
-DOWN, NARROW_DOWN = 3, 4  # halvings of a planned rate that misses, and then of the interval below it
-UP, MORE, NARROW_UP = 3, 1.1, 1  # steps of so much above one that is kept, and halvings of the last of them
-CALM = 0.02  # seconds by which the wait may grow per second at such a rate: saturation is near
-ENOUGH = 10_000  # requests of a run at such a rate, if that is at most `LONGER` times the ordinary length
+DOWN = 3  # halvings of the planned rate that are tried where it is too much
+HALVINGS = 4  # of the interval between the highest of these that is kept and the next
+MORE = 1.1  # of the planned rate is tried where that is kept: about saturation, of which 90% is planned
+CALM = 0.02  # seconds by which the wait may grow per second at that rate
+ENOUGH = 10_000  # requests of a run at that rate, if that is at most `LONGER` times the ordinary length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +50,9 @@ class Verification:
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
         kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
-            them by more than chance; None: none of those tried. A plan for the highest rate leaves a share of
-            saturation unused, so that ``kept_rps`` may be above ``rate_rps``; not tried if the run was too short to
-            tell whether queues grow, nor with attention workers, whose simulation is slow.
+            them by more than chance; None: none of those tried. It is `MORE` times ``rate_rps`` if that kept them by
+            more than chance. That is tried for plans of the highest rate, unless runs are too short to tell whether
+            queues grow, or slow (with attention workers).
     """
 
     rate_rps: float
@@ -182,19 +183,17 @@ def _verify(
             raise _CancelledError
         return found
 
-    def is_calm(rate_rps: float) -> bool:
-        found = simulate(rate_rps, longer=True)
+    def keeps_more() -> bool:
+        found = simulate(MORE * planned_rps, longer=True)
         return found.sure and found.summary.steady is True and found.summary.growth.value <= CALM
 
-    kept_rps: float | None
+    kept_rps: float | None = planned_rps
     try:
         at_plan = simulate(planned_rps)
         if not at_plan.kept:
             kept_rps = _kept_below(planned_rps, lambda rate_rps: simulate(rate_rps).sure)
-        elif plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan):
-            kept_rps = _kept_above(planned_rps, is_calm)
-        else:
-            kept_rps = planned_rps
+        elif _may_keep_more(plan, at_plan) and keeps_more():
+            kept_rps = MORE * planned_rps
     except _CancelledError:
         return None
     summary = at_plan.summary
@@ -218,30 +217,21 @@ class _CancelledError(Exception):
     """A simulation was cancelled."""
 
 
+def _may_keep_more(plan: Plan, at_plan: Outcome) -> bool:
+    """Return whether simulating a higher rate is of use: for a plan of the highest rate, in seconds, if it can tell."""
+    return plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan)
+
+
 def _kept_below(missed_rps: float, is_sure: Callable[[float], bool]) -> float | None:
     """Return the highest rate found below one that misses a limit; None: none of those tried keeps them."""
-    high = missed_rps
+    low = high = missed_rps
     for _ in range(DOWN):
-        low = high / 2.0
+        low, high = low / 2.0, low
         if is_sure(low):
-            return _narrowed(low, high, is_sure, NARROW_DOWN)
-        high = low
-    return None
-
-
-def _kept_above(kept_rps: float, is_sure: Callable[[float], bool]) -> float:
-    """Return the highest rate found from one that keeps the limits."""
-    low = kept_rps
-    for _ in range(UP):
-        if not is_sure(MORE * low):
-            return _narrowed(low, MORE * low, is_sure, NARROW_UP)
-        low *= MORE
-    return low
-
-
-def _narrowed(low: float, high: float, is_sure: Callable[[float], bool], halvings: int) -> float:
-    """Return the highest rate found that keeps the limits between one that does and one that does not."""
-    for _ in range(halvings):
+            break
+    else:
+        return None
+    for _ in range(HALVINGS):
         middle = (low + high) / 2.0
         low, high = (middle, high) if is_sure(middle) else (low, middle)
     return low
