@@ -25,7 +25,14 @@ from benchmarks.measuring.instances import NODE_SIZES, fleet, problem
 from benchmarks.measuring.rows import Row
 from hetis.planner.use_cases.simulate import Question, answer
 from hetis.planner.use_cases.tightening import tightening_of, verified_plan
-from hetis.planner.use_cases.verify import AS_PLANNED, num_requests_of, simulated_at, verification_of
+from hetis.planner.use_cases.verify import (
+    AS_PLANNED,
+    enough_of,
+    longest_of,
+    num_requests_of,
+    simulated_at,
+    verification_of,
+)
 from hetis.simulator.arrivals import Arrivals, Load
 from hetis.simulator.metrics import Limits
 from hetis.simulator.running import silent
@@ -106,7 +113,16 @@ def judged(case: Case) -> Row:
     kept_rps = found.kept_rps or 0.0
     limits = Limits(ttft_s=objective.ttft_limit_s, tpot_s=objective.tpot_limit_s)
     other = (
-        simulated_at(plan, case.problem, kept_rps, limits, seed=OTHER_SEED, cancelled=never, report=silent, longer=True)
+        simulated_at(
+            plan,
+            case.problem,
+            kept_rps,
+            limits,
+            seed=OTHER_SEED,
+            cancelled=never,
+            report=silent,
+            lengths=(enough_of(plan), longest_of(plan)),
+        )
         if kept_rps
         else None
     )

@@ -127,6 +127,35 @@ def test_a_plan_that_keeps_its_limits_says_up_to_which_rate(pair: Placed) -> Non
 
 
 @pytest.mark.parametrize(
+    ("short_rps", "long_rps", "at_least_rps", "found"),
+    [
+        (70.0, 70.0, 0.0, 68.75),  # 50, then 4 halvings of 50 to 100
+        (70.0, 66.0, 0.0, 66.0),  # the longer run is not within its limits at 68.75
+        (70.0, 30.0, 0.0, None),  # short runs lead too far astray
+        (10.0, 10.0, 0.0, None),
+        (20.0, 20.0, 0.0, 19.53),
+        (70.0, 70.0, 60.0, 70.0),  # from 60 on
+        (70.0, 70.0, 80.0, None),
+        (70.0, 70.0, 100.0, None),
+    ],
+)
+def test_the_highest_rate_below_a_missed_one_is_found_by_short_runs_and_decided_by_long_ones(
+    short_rps: float, long_rps: float, at_least_rps: float, found: float | None
+) -> None:
+    tried = list[float]()
+
+    def seems_sure(rate_rps: float) -> bool:
+        tried.append(rate_rps)
+        return rate_rps <= short_rps
+
+    kept_rps = verify._kept_below(
+        100.0, at_least_rps=at_least_rps, seems_sure=seems_sure, is_sure=lambda rate_rps: rate_rps <= long_rps
+    )
+    assert kept_rps == (None if found is None else pytest.approx(found, rel=1e-3))
+    assert all(at_least_rps <= rate_rps < 100.0 for rate_rps in tried)
+
+
+@pytest.mark.parametrize(
     ("short_s", "long_s", "asked", "kept", "sure"),
     [
         ((0.6, 0.05), None, 1, True, True),  # seconds of p95 TTFT and its half width, of a limit of 1 s

@@ -64,7 +64,10 @@ def verified_plan(
         again = None if cancelled.is_set() else _found(find, replace(problem, objective=tried.of(problem.objective)))
         if again is not None:
             again = _answering(first, problem, again, tried)
-            again = verified(again, problem, seed=seed, cancelled=cancelled, report=report)
+            known_rps = _kept_rps(best) if problem.objective.maximises else 0.0
+            again = verified(
+                again, problem, seed=seed, cancelled=cancelled, report=report, at_least_rps=known_rps
+            )  # fmt: skip
             best = max(best, again, key=_worth)
         still_missed = again is not None and _missed(again) is not None
         share *= step if still_missed else step**-0.5
@@ -140,7 +143,11 @@ def _worth(plan: Plan) -> tuple[bool, float]:
     """Return what plans are compared by: the rate within the limits, or at a demanded rate the cost."""
     found = verification_of(plan)
     kept = found is not None and found.kept
-    kept_rps = 0.0 if found is None or found.kept_rps is None else found.kept_rps
     if plan.objective.maximises:
-        return True, kept_rps * (1.0 + LITTLE if kept else 1.0)
-    return kept, -plan.result.value if kept else kept_rps
+        return True, _kept_rps(plan) * (1.0 + LITTLE if kept else 1.0)
+    return kept, -plan.result.value if kept else _kept_rps(plan)
+
+
+def _kept_rps(plan: Plan) -> float:
+    found = verification_of(plan)
+    return 0.0 if found is None or found.kept_rps is None else found.kept_rps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 from hetis.planner.use_cases.json_values import json_value
@@ -32,6 +33,7 @@ LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 DOWN = 3  # halvings of the planned rate that are tried where it is too much
 HALVINGS = 4  # of the interval between the highest of these that is kept and the next
+LESS = 0.96  # of a rate that short runs took for kept is tried where a longer one does not, `DOWN` times at most
 MORE = 1.1  # of the planned rate is tried where that is kept: about saturation, of which 90% is planned
 CALM = 0.02  # seconds by which the wait may grow per second at that rate
 ENOUGH = 10_000  # requests of a run at that rate, if that is at most `LONGER` times the ordinary length
@@ -85,12 +87,20 @@ def needs_verifying(plan: Plan) -> bool:
     return bool(plan.replicas) and (plan.objective.ttft_limit_s, plan.objective.tpot_limit_s) != (None, None)
 
 
-def verified(plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report) -> Plan:
-    """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled."""
+def verified(
+    plan: Plan, problem: PlacementProblem, *, seed: int, cancelled: threading.Event, report: Report,
+    at_least_rps: float = 0.0,
+) -> Plan:  # fmt: skip
+    """Return the plan with the simulator's results, or unchanged if it promises no latency or was cancelled.
+
+    Where it misses a limit, the highest rate that keeps them is looked for from ``at_least_rps`` on.
+    """
     if not needs_verifying(plan) or cancelled.is_set():
         return plan
     limits = Limits(ttft_s=plan.objective.ttft_limit_s, tpot_s=plan.objective.tpot_limit_s)
-    found = _verify(plan, problem, limits, seed=seed, cancelled=cancelled, report=report)
+    found = _verify(
+        plan, problem, limits, at_least_rps=at_least_rps, seed=seed, cancelled=cancelled, report=report
+    )  # fmt: skip
     return plan if found is None else replace(plan, inputs={**plan.inputs, VERIFICATION: json_value(found)})
 
 
@@ -144,54 +154,74 @@ def num_requests_of(plan: Plan) -> int:
     return min(most, max(fewest, TURNS * seats_of(plan)))
 
 
+def longest_of(plan: Plan) -> int:
+    """Return the requests of a run that decides where limits are close."""
+    num_requests = num_requests_of(plan)
+    return max(num_requests, min(MOST, LONGER * num_requests))
+
+
+def enough_of(plan: Plan) -> int:
+    """Return the requests of a run at a rate that may be too much: queues take long to fill."""
+    return max(num_requests_of(plan), min(ENOUGH, longest_of(plan)))
+
+
 def simulated_at(
     plan: Plan, problem: PlacementProblem, rate_rps: float, limits: Limits, *, seed: int, cancelled: threading.Event,
-    report: Report, longer: bool = False,
+    report: Report, lengths: tuple[int, ...] = (),
 ) -> Outcome | None:  # fmt: skip
-    """Simulate a plan at a rate, for ``longer`` also if the limits are close; None: it was cancelled."""
+    """Simulate a plan at a rate; None: it was cancelled.
+
+    ``lengths`` are requests of the first run and of longer ones, each of which is made if the limits are close; empty:
+    the ordinary ones.
+    """
     load = Load(
         lengths=problem.workload,
         max_position=problem.model.max_position,
         arrivals=Arrivals.DRAWN,
         rate_rps=rate_rps,
     )
-    num_requests = num_requests_of(plan)
-    most = max(num_requests, min(MOST, LONGER * num_requests))
-    if longer:
-        num_requests = max(num_requests, min(ENOUGH, most))
-    while True:
+    outcome = None
+    for num_requests in lengths or (num_requests_of(plan), longest_of(plan)):
         question = Question(load=load, num_requests=num_requests, seeds=(seed,), settings=AS_PLANNED, limits=limits)
         found = answer(plan, problem, question, processes=1, cancelled=cancelled, report=report)
         if not found.complete:
             return None
-        if num_requests == most or not _is_close(found.summary, limits):
-            kept, sure = _keeps(found.summary, limits), _is_sure(found.summary, limits)
-            return Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
-        num_requests = most
+        kept, sure = _keeps(found.summary, limits), _is_sure(found.summary, limits)
+        outcome = Outcome(summary=found.summary, num_requests=num_requests, kept=kept, sure=sure)
+        if not _is_close(found.summary, limits):
+            break
+    return outcome
 
 
 def _verify(
-    plan: Plan, problem: PlacementProblem, limits: Limits, *, seed: int, cancelled: threading.Event, report: Report
-) -> Verification | None:
-    planned_rps = default_rate(plan, problem)
+    plan: Plan, problem: PlacementProblem, limits: Limits, *, at_least_rps: float, seed: int,
+    cancelled: threading.Event, report: Report,
+) -> Verification | None:  # fmt: skip
+    planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
 
-    def simulate(rate_rps: float, *, longer: bool = False) -> Outcome:
+    @cache
+    def simulate(rate_rps: float, *lengths: int) -> Outcome:
         found = simulated_at(
-            plan, problem, rate_rps, limits, seed=seed, longer=longer, cancelled=cancelled, report=report
+            plan, problem, rate_rps, limits, seed=seed, lengths=lengths, cancelled=cancelled, report=report
         )
         if found is None:
             raise _CancelledError
         return found
 
     def keeps_more() -> bool:
-        found = simulate(MORE * planned_rps, longer=True)
+        found = simulate(MORE * planned_rps, long, longer)
         return found.sure and found.summary.steady is True and found.summary.growth.value <= CALM
 
     kept_rps: float | None = planned_rps
     try:
         at_plan = simulate(planned_rps)
         if not at_plan.kept:
-            kept_rps = _kept_below(planned_rps, lambda rate_rps: simulate(rate_rps).sure)
+            kept_rps = _kept_below(
+                planned_rps,
+                at_least_rps=at_least_rps,
+                seems_sure=lambda rate_rps: simulate(rate_rps, num_requests_of(plan)).sure,
+                is_sure=lambda rate_rps: simulate(rate_rps, longer).sure,
+            )
         elif _may_keep_more(plan, at_plan) and keeps_more():
             kept_rps = MORE * planned_rps
     except _CancelledError:
@@ -222,19 +252,27 @@ def _may_keep_more(plan: Plan, at_plan: Outcome) -> bool:
     return plan.objective.demand_rps is None and at_plan.summary.steady is True and not _has_workers(plan)
 
 
-def _kept_below(missed_rps: float, is_sure: Callable[[float], bool]) -> float | None:
-    """Return the highest rate found below one that misses a limit; None: none of those tried keeps them."""
+def _kept_below(
+    missed_rps: float, *, at_least_rps: float, seems_sure: Callable[[float], bool], is_sure: Callable[[float], bool]
+) -> float | None:
+    """Return the highest rate found below one that misses a limit; None: none of those tried keeps them.
+
+    Short runs look for it, a longer one decides. Rates below ``at_least_rps`` are of no interest.
+    """
     low = high = missed_rps
     for _ in range(DOWN):
-        low, high = low / 2.0, low
-        if is_sure(low):
+        low, high = max(low / 2.0, at_least_rps), low
+        if low >= high:
+            return None
+        if seems_sure(low):
             break
     else:
         return None
     for _ in range(HALVINGS):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if is_sure(middle) else (low, middle)
-    return low
+        low, high = (middle, high) if seems_sure(middle) else (low, middle)
+    rates = [low * LESS**step for step in range(1 + DOWN)]
+    return next((rate for rate in rates if rate >= at_least_rps and is_sure(rate)), None)
 
 
 def _is_close(summary: Summary, limits: Limits) -> bool:
