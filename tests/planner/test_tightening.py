@@ -64,9 +64,8 @@ class Fleet:
         at_least_rps: float = 0.0,
     ) -> Plan:  # fmt: skip
         assert plan.objective == given.objective, "simulated against the limits that were asked for"
-        rate_rps, kept_rps = plan.result.value, self._kept[plan.result.value]
-        if kept_rps is not None and kept_rps < min(rate_rps, at_least_rps):
-            kept_rps = None
+        rate_rps = plan.result.value
+        kept_rps = self._kept[rate_rps] if self._kept[rate_rps] >= min(rate_rps, at_least_rps) else None
         found = Verification(
             rate_rps=rate_rps, num_requests=1_000, kept=kept_rps == rate_rps, steady=True,
             ttft_p95_s=0.4 if kept_rps == rate_rps else 0.6, tpot_mean_s=0.05, attainment=0.9, kept_rps=kept_rps,

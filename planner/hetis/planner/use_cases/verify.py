@@ -33,7 +33,7 @@ LONGER = 4  # times the requests, where it does
 BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the interval
 DOWN = 3  # halvings of the planned rate that are tried where it is too much
 HALVINGS = 4  # of the interval between the highest of these that is kept and the next
-LESS = 0.96  # of a rate that short runs took for kept is tried where a longer one does not, `DOWN` times at most
+LESS = 0.96  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
 MORE = 1.1  # of the planned rate is tried where that is kept: about saturation, of which 90% is planned
 CALM = 0.02  # seconds by which the wait may grow per second at that rate
 ENOUGH = 10_000  # requests of a run at that rate, if that is at most `LONGER` times the ordinary length
@@ -156,8 +156,8 @@ def num_requests_of(plan: Plan) -> int:
 
 def longest_of(plan: Plan) -> int:
     """Return the requests of a run that decides where limits are close."""
-    num_requests = num_requests_of(plan)
-    return max(num_requests, min(MOST, LONGER * num_requests))
+    num_requests, most = num_requests_of(plan), MOST_WITH_WORKERS if _has_workers(plan) else MOST
+    return max(num_requests, min(most, LONGER * num_requests))
 
 
 def enough_of(plan: Plan) -> int:
@@ -200,17 +200,21 @@ def _verify(
     planned_rps, long, longer = default_rate(plan, problem), enough_of(plan), longest_of(plan)
 
     @cache
-    def simulate(rate_rps: float, *lengths: int) -> Outcome:
+    def simulate(rate_rps: float, *lengths: int, traffic: int = seed) -> Outcome:
         found = simulated_at(
-            plan, problem, rate_rps, limits, seed=seed, lengths=lengths, cancelled=cancelled, report=report
+            plan, problem, rate_rps, limits, seed=traffic, lengths=lengths, cancelled=cancelled, report=report
         )
         if found is None:
             raise _CancelledError
         return found
 
-    def keeps_more() -> bool:
-        found = simulate(MORE * planned_rps, long, longer)
-        return found.sure and found.summary.steady is True and found.summary.growth.value <= CALM
+    def is_sure(rate_rps: float) -> bool:
+        """Return whether the limits are kept by other traffic, too: who looks for the highest rate finds lucky ones."""
+        return all(simulate(rate_rps, longer, traffic=traffic).sure for traffic in (seed, seed + 1))
+
+    def is_calm(rate_rps: float) -> bool:
+        runs = (simulate(rate_rps, long, longer, traffic=traffic) for traffic in (seed, seed + 1))
+        return all(run.sure and run.summary.steady is True and run.summary.growth.value <= CALM for run in runs)
 
     kept_rps: float | None = planned_rps
     try:
@@ -220,9 +224,9 @@ def _verify(
                 planned_rps,
                 at_least_rps=at_least_rps,
                 seems_sure=lambda rate_rps: simulate(rate_rps, num_requests_of(plan)).sure,
-                is_sure=lambda rate_rps: simulate(rate_rps, longer).sure,
+                is_sure=is_sure,
             )
-        elif _may_keep_more(plan, at_plan) and keeps_more():
+        elif _may_keep_more(plan, at_plan) and is_calm(MORE * planned_rps):
             kept_rps = MORE * planned_rps
     except _CancelledError:
         return None
@@ -257,7 +261,7 @@ def _kept_below(
 ) -> float | None:
     """Return the highest rate found below one that misses a limit; None: none of those tried keeps them.
 
-    Short runs look for it, a longer one decides. Rates below ``at_least_rps`` are of no interest.
+    Short runs look for it, longer ones decide. Rates below ``at_least_rps`` are of no interest.
     """
     low = high = missed_rps
     for _ in range(DOWN):
