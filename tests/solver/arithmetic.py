@@ -117,11 +117,19 @@ class Numbers:
             matrices = 3 if m.gated_mlp else 2
             expert = matrices * m.hidden * m.moe.expert_intermediate
             read = E * (1 - (1 - k / E) ** T)
-            F, B = 2 * T * k * expert / s.tp, read * expert * m.weight_bytes / s.tp
-            apart = self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T) / m.moe.every
+            rows = T * k * (m.hidden + m.moe.expert_intermediate / s.tp) * m.activation_bytes
+            F, B = 2 * T * k * expert / s.tp, read * expert * m.weight_bytes / s.tp + 4 * rows
+            apart = (self.fit(s.gpu, Op.EXPERTS, s.tp, F=F, B=B, T=T) - self.two_products(s)) / m.moe.every
             active, touched = active - k * expert / m.moe.every, touched - read * expert / m.moe.every
         num_bytes = touched * m.weight_bytes / s.tp + 8 * m.hidden * m.activation_bytes * T
         return apart + self.fit(s.gpu, Op.DENSE, s.tp, F=2 * T * active / s.tp, B=num_bytes, T=T)
+
+    def two_products(self, s: Stage) -> float:
+        """what the dense fit starts for an MLP that neither experts nor shared experts have"""
+        assert self.model.moe is not None
+        found = self.fit_of(s.gpu, Op.DENSE, s.tp)
+        assert found is not None
+        return 0 if self.model.moe.shared_experts else 0.5 * min(piece.fixed_s for piece in found.pieces)
 
     def shared_dense(self, s: Stage, T: int, all_T: float) -> float:
         """dense(T) of a layer whose routed experts are on the r = d n ranks of all copies, with T' tokens in all"""
@@ -140,7 +148,8 @@ class Numbers:
         exchange = 2 * (each + s.intra_link.latency_s) / j
         if self.fit_of(s.gpu, Op.EXPERTS, n) is None:
             return exchange + self.fit(s.gpu, Op.DENSE, n, F=own_F + F / j, B=own_B + B / j, T=T)
-        routed = self.fit(s.gpu, Op.EXPERTS, n, F=F, B=B, T=all_T) / j
+        rows = all_T / r**0.7 * k * (m.hidden + m.moe.expert_intermediate) * m.activation_bytes
+        routed = (self.fit(s.gpu, Op.EXPERTS, n, F=F, B=B + 4 * rows, T=all_T) - self.two_products(s)) / j
         return exchange + routed + self.fit(s.gpu, Op.DENSE, n, F=own_F, B=own_B, T=T)
 
     def all_tokens(self) -> float:

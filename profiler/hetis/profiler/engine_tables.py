@@ -17,10 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 from hetis.formats.files import write_atomically
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, Provenance, Source
+from hetis.solver.profile import Provenance, Source
 
 PUBLISHER = "aiconfigurator-core 0.12.0 (Apache-2.0)"
-SYSTEMS = {"h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB"}  # their names, and ours for their GPUs
+SYSTEMS = {  # their names, and ours for their GPUs
+    "h100_sxm": "H100-SXM-80GB", "b200_sxm": "B200-SXM-180GB", "a100_sxm": "A100-SXM-80GB", "l40s": "L40S",
+}  # fmt: skip
 NEAREST = "Hopper"  # for architectures without tables
 
 
@@ -51,11 +53,6 @@ def kernels_in(file: str, kind: Callable[..., K]) -> tuple[K, ...]:
     """Return the kernels in a file of the package."""
     text = resources.files("hetis.profiler").joinpath(file).read_text(encoding="utf-8")
     return tuple(kind(**fields) for fields in json.loads(text)["kernels"])
-
-
-def started_s(layer: Fit) -> float:
-    """Return the seconds in which a dense layer starts two of its four products; the others stand beside a kernel."""
-    return min(piece.fixed_s for piece in layer.pieces) / 2.0
 
 
 def provenance_of(kernel: Kernel, gpu: GpuType) -> Provenance:

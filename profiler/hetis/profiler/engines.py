@@ -14,20 +14,21 @@ from hetis.profiler.experts import expert_fits
 from hetis.profiler.latent import LATENT_HEADS, latent_fits
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import InvalidProblemError
+from hetis.solver.model import ModelSpec
 from hetis.solver.profile import Fit, Op, Piece, Profile, Provenance, Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostTime:
-    """Seconds that the host takes for an iteration, for every sequence in it, and for the first token of a request.
+    """Seconds that the host takes for an iteration, and for every sequence in it.
 
-    ``answer_s`` is the part of a first token outside of iterations: tokenising, queueing, the response's way back. It
-    lengthens no iteration, so it is not part of a profile.
+    ``call_s`` is the time of one call of PyTorch where an engine runs prompts without CUDA graphs, 0 where it compiles
+    them. It lengthens iterations with short prompts only (`eager_layer_s`), so it is not part of a profile.
     """
 
     step_s: float
     sequence_s: float
-    answer_s: float
+    call_s: float
     origin: str
 
 
@@ -39,20 +40,36 @@ _CALIBRATED = (
     "least mean absolute error over the serving points of Qwen3-32B and Llama-3.1-8B on H100 (docs/accuracy.md)"
 )
 ENGINES: Mapping[str, HostTime] = {
-    "vllm": HostTime(step_s=1.43e-3, sequence_s=41.7e-6, answer_s=0.06, origin=_VIDUR),
-    "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, answer_s=0.10, origin=_CALIBRATED),
-    "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, answer_s=0.09, origin=_CALIBRATED),
+    "vllm": HostTime(step_s=1.43e-3, sequence_s=41.7e-6, call_s=0.0, origin=_VIDUR),
+    "sglang": HostTime(step_s=0.8e-3, sequence_s=25e-6, call_s=29e-6, origin=_CALIBRATED),
+    "trtllm": HostTime(step_s=0.6e-3, sequence_s=30e-6, call_s=25e-6, origin=_CALIBRATED),
 }
+# Calls of PyTorch in one layer, about two for each kernel that it starts (an output is allocated, a view is made):
+# attention and its projections, and the MLP or the experts with their routing.
+_GROUPED_CALLS, _LATENT_CALLS, _LINEAR_CALLS = 14, 36, 52
+_MLP_CALLS, _EXPERT_CALLS = 14, 20
+
+
+def eager_layer_s(engine: str, model: ModelSpec) -> float:
+    """Return the least seconds of a layer in an iteration with prompts, in which Python starts every kernel.
+
+    The time of a call is that of an all-reduce started alone, without a CUDA graph, in aiconfigurator-core's tables of
+    B200 (SGLang: 29 us; TensorRT-LLM, which has no such row: the mean of SGLang's and vLLM's).
+    """
+    mixer = _LINEAR_CALLS if model.linear else _LATENT_CALLS if model.mla else _GROUPED_CALLS
+    return ENGINES[engine].call_s * (mixer + (_EXPERT_CALLS if model.moe else _MLP_CALLS))
 
 
 def for_engine(
-    profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1, whole_experts: bool = False
+    profile: Profile, gpu: GpuType, engine: str, *, stream_interval: int = 1, whole_experts: bool = False,
+    default_backend: bool = True,
 ) -> Profile:  # fmt: skip
     """Return the profile of ``gpu`` with the host time of ``engine``, and its kernels of experts and latent attention.
 
     Args:
         stream_interval: tokens of a request that are returned together; a sequence takes its time once for all of them.
         whole_experts: ranks share out experts (expert parallelism), and have no slices of each.
+        default_backend: experts run in the kernels that the engine's recipes choose, see `expert_fits`.
 
     Raises:
         InvalidProblemError: nobody measured the engine, or the interval is below 1.
@@ -65,7 +82,7 @@ def for_engine(
     provenance = Provenance(source=Source.MODELLED, origin=f"{engine}: {host.origin}")
     fits = [fit for fit in profile.fits if fit.op not in (Op.EXPERTS, Op.STEP, Op.SAMPLE)]
     fits = [fit for fit in fits if fit.scope.queries_per_group not in LATENT_HEADS]
-    fits += expert_fits(gpu, profile, engine, whole=whole_experts)
+    fits += expert_fits(gpu, engine, whole=whole_experts, default_backend=default_backend)
     fits += latent_fits(gpu, profile, engine)
     fits.append(Fit(op=Op.STEP, pieces=(Piece(fixed_s=host.step_s),), provenance=provenance))
     fits.append(Fit(op=Op.SAMPLE, pieces=(Piece(token_s=host.sequence_s / stream_interval),), provenance=provenance))

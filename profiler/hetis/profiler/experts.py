@@ -2,11 +2,10 @@
 
 ``python -m hetis.profiler.experts --tables DIR --out FILE`` reads ``SYSTEM/moe/ENGINE/VERSION/moe_perf.parquet`` of
 aiconfigurator-core 0.12.0 (Apache-2.0; ``systems/data`` in its package) and writes the package's ``experts.json``. A
-kernel's time is one piece, ``fixed + flop F + byte B``. The rows have skewed routing; B counts the experts that even
-routing would touch, as in the cost model, so the skew is in the coefficients. Small experts reach a third of the
-matrix rate of dense layers. Experts that are whole on their ranks (expert parallelism) have fits of their own: they
-begin sooner than slices of experts, and the rank with the most tokens keeps the others waiting. The same tables always
-give the same bytes.
+kernel's time is one piece, ``fixed + flop F + byte B``, for each number of ranks, and one for any number. The rows have
+skewed routing; B counts the experts that even routing would touch and the activations that they move, as in the cost
+model, so the skew is in the coefficients. Experts that are whole on their ranks (expert parallelism) have fits of their
+own: the rank with the most tokens keeps the others waiting. The same tables always give the same bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import numpy as np
 
 from hetis.formats import catalogue
 from hetis.formats.dtypes import BYTES_PER_PARAMETER
+from hetis.profiler import efficiency
 from hetis.profiler.engine_tables import (
     NEAREST,
     PUBLISHER,
@@ -30,34 +30,42 @@ from hetis.profiler.engine_tables import (
     make_file,
     provenance_of,
     rows_in,
-    started_s,
 )
 from hetis.profiler.fit.layers import COLD_RATIO
 from hetis.profiler.fit.points import CACHE_BYTES
 from hetis.profiler.fitting import fit_pieces, rounded
 from hetis.profiler.roofline import matrix_flops
 from hetis.solver.cluster import GpuType
-from hetis.solver.profile import Fit, FitScope, Op, Piece, Profile
+from hetis.solver.profile import Fit, FitScope, Op, Piece
 
 FILE = "experts.json"
-_VERSIONS = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
+_NEWEST = {"vllm": "0.24.0", "trtllm": "1.3.0rc20", "sglang": "0.5.14"}
+_VERSIONS = {
+    **dict.fromkeys(("b200_sxm", "h100_sxm", "l40s"), _NEWEST),
+    "a100_sxm": {"vllm": "0.14.0", "trtllm": "1.0.0", "sglang": "0.5.10"},
+}
 # MXFP4 is left out: engines choose among kernels for it, and the tables do not cover those that run gpt-oss.
 _FORMATS = {"bfloat16": "bfloat16", "fp8_block": "fp8", "nvfp4": "nvfp4"}
+_SAME_KERNELS = {"trtllm": "sglang"}
 _ROUTING = "power_law_1.2"  # one of three in the tables: what their publisher assumes for most models
-_MOST_TOKENS = 16384
+_MOST_TOKENS, _MOST_RANKS = 16384, 16
+_RANKS = (1, 2, 4, 8)
+_ACTIVATION_BYTES = 2
 _LEAST_POINTS = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertKernel:
     """One engine's expert kernel for one format on one architecture. ``flop`` and ``byte`` are relative to the GPU's
-    peaks. ``whole``: each expert is on one rank; otherwise, each rank has a slice of every expert.
+    peaks. ``whole``: each expert is on one rank; otherwise, each rank has a slice of every expert. ``ranks`` is their
+    number, None for any.
     """
 
     architecture: str
     engine: str
     weights: str
     whole: bool
+    ranks: int | None
     fixed_s: float
     flop: float
     byte: float
@@ -66,35 +74,41 @@ class ExpertKernel:
     origin: str
 
 
-def expert_fits(gpu: GpuType, profile: Profile, engine: str, *, whole: bool) -> tuple[Fit, ...]:
-    """Return the experts' fits of ``gpu`` under ``engine``, one per format; Hopper's if nobody measured its own.
+def expert_fits(gpu: GpuType, engine: str, *, whole: bool, default_backend: bool = True) -> tuple[Fit, ...]:
+    """Return the experts' fits of ``gpu`` under ``engine``, for every format.
 
-    ``whole`` experts are shared out among the ranks of a stage; others are sliced.
+    Where nobody measured its architecture they are those of its relative, or else Hopper's.
 
-    The fixed time of the profile's dense layers covers four products and the work between them. Next to experts two of
-    the four remain, so half of it is subtracted from the experts' own.
+    ``whole`` experts are shared out among the ranks of a stage; others are sliced. The backend that TensorRT-LLM's
+    recipes choose on Blackwell (``TRTLLM``) is what SGLang calls, too, and its own tables have those that they choose
+    where attention is data-parallel (``CUTLASS``, ``DEEPGEMM``): those are meant without the ``default_backend``.
     """
+    if default_backend and gpu.architecture == "Blackwell":
+        engine = _SAME_KERNELS.get(engine, engine)
     kernels = [kernel for kernel in shipped() if kernel.engine == engine and kernel.whole == whole]
-    own = [kernel for kernel in kernels if kernel.architecture == gpu.architecture]
-    near = [kernel for kernel in kernels if kernel.architecture == NEAREST]
-    known = {kernel.weights for kernel in own}
-    return tuple(_fit(kernel, gpu, profile) for kernel in (*own, *(one for one in near if one.weights not in known)))
+    chosen = dict[str, list[ExpertKernel]]()
+    for architecture in (gpu.architecture, _relative(gpu.architecture), NEAREST):
+        known = set(chosen)
+        for kernel in kernels:
+            if kernel.architecture == architecture and kernel.weights not in known:
+                chosen.setdefault(kernel.weights, []).append(kernel)
+    return tuple(_fit(kernel, gpu) for found in chosen.values() for kernel in found)
 
 
-def _fit(kernel: ExpertKernel, gpu: GpuType, profile: Profile) -> Fit:
+def _relative(architecture: str) -> str | None:
+    known = efficiency.shipped().architectures.get(architecture)
+    return None if known is None else known.relative
+
+
+def _fit(kernel: ExpertKernel, gpu: GpuType) -> Fit:
     weight_bytes = BYTES_PER_PARAMETER[kernel.weights]
-    flops = matrix_flops(gpu, weight_bytes)
-    layers = {fit.scope.weight_bytes: fit for fit in profile.fits if fit.op is Op.DENSE}
-    layer = layers.get(weight_bytes) or layers[None]
-    already_s = started_s(layer)
     piece = Piece(
-        fixed_s=rounded(max(0.0, kernel.fixed_s - already_s)),
-        flop_s=rounded(kernel.flop / flops),
+        fixed_s=kernel.fixed_s,
+        flop_s=rounded(kernel.flop / matrix_flops(gpu, weight_bytes)),
         byte_s=rounded(kernel.byte / gpu.mem_bytes_per_s),
     )
-    return Fit(
-        op=Op.EXPERTS, pieces=(piece,), provenance=provenance_of(kernel, gpu), scope=FitScope(weight_bytes=weight_bytes)
-    )
+    scope = FitScope(weight_bytes=weight_bytes, tp=kernel.ranks)
+    return Fit(op=Op.EXPERTS, pieces=(piece,), provenance=provenance_of(kernel, gpu), scope=scope)
 
 
 @functools.cache
@@ -105,22 +119,28 @@ def shipped() -> tuple[ExpertKernel, ...]:
 
 def derived(tables: Path) -> Iterator[ExpertKernel]:
     """Yield every kernel for which the tables have enough points."""
-    for system, name in SYSTEMS.items():
+    for system, versions in _VERSIONS.items():
+        name = SYSTEMS[system]
         gpu = catalogue.find_gpu(name).gpu
-        for engine, version in _VERSIONS.items():
+        for engine, version in versions.items():
             rows = rows_in(tables / system / "moe" / engine / version / "moe_perf.parquet")
             for dtype, weights in _FORMATS.items():
                 origin = f"{PUBLISHER}, {engine} {version} on {name}, {dtype} experts"
                 for whole in (False, True):
-                    if points := _points(rows, dtype, whole=whole):
-                        yield _kernel(points, gpu, engine=engine, weights=weights, whole=whole, origin=origin)
+                    points = _points(rows, dtype, whole=whole)
+                    for ranks in (None, *_RANKS):
+                        some = {key: value for key, value in points.items() if ranks in (None, key[-1])}
+                        if len(some) >= _LEAST_POINTS:
+                            yield _kernel(
+                                some, gpu, engine=engine, weights=weights, whole=whole, ranks=ranks, origin=origin
+                            )
 
 
 Point = tuple[float, float, float, float, float, float]  # tokens, hidden, width, experts per token, experts, ranks
 
 
 def _points(rows: Sequence[Mapping[str, Any]], dtype: str, *, whole: bool) -> dict[Point, float]:
-    """Return the seconds of experts that are whole or sliced, by the fastest kernel, or nothing if points are too few.
+    """Return the seconds of experts that are whole or sliced, by the fastest kernel.
 
     Ranks share slices (`moe_tp_size`) or whole experts (`moe_ep_size`); rows with both are left out.
     """
@@ -129,35 +149,39 @@ def _points(rows: Sequence[Mapping[str, Any]], dtype: str, *, whole: bool) -> di
     for row in rows:
         if row["moe_dtype"] != dtype or row["distribution"] != _ROUTING or row[other] != 1:
             continue
-        if whole and row[shared_by] == 1:
+        if "min_latency" in row["kernel_source"] or (whole and row[shared_by] == 1):  # of a backend of its own
             continue
-        if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2:
+        if row["num_tokens"] > _MOST_TOKENS or row["topk"] < 2 or row[shared_by] > _MOST_RANKS:
             continue
         names = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", shared_by)
         tokens, hidden, width, chosen, experts, ranks = (float(row[name]) for name in names)
         key = tokens, hidden, width, chosen, experts, ranks
         best[key] = min(best.get(key, float("inf")), row["latency"] * 1e-3)
-    return best if len(best) >= _LEAST_POINTS else {}
+    return best
 
 
 def _kernel(
-    points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights: str, whole: bool, origin: str
+    points: Mapping[Point, float], gpu: GpuType, *, engine: str, weights: str, whole: bool, ranks: int | None,
+    origin: str,
 ) -> ExpertKernel:  # fmt: skip
     ordered = sorted(points.items())
-    tokens, hidden, width, chosen, experts, ranks = np.array([key for key, _ in ordered]).T
+    tokens, hidden, width, chosen, experts, on = np.array([key for key, _ in ordered]).T
     seconds = np.array([value for _, value in ordered])
-    expert = 3.0 * hidden * width / ranks
+    expert = 3.0 * hidden * width / on
     flops_s = 2.0 * tokens * chosen * expert / matrix_flops(gpu, BYTES_PER_PARAMETER[weights])
     read = experts * (1.0 - (1.0 - chosen / experts) ** tokens)  # the expectation in `ModelSpec.touched_experts`
-    bytes_s = read * expert * BYTES_PER_PARAMETER[weights] / gpu.mem_bytes_per_s
+    weight_bytes = read * expert * BYTES_PER_PARAMETER[weights]
+    moved = 4.0 * tokens * chosen * (hidden + width / on) * _ACTIVATION_BYTES  # `ModelSpec.expert_activation_bytes`
+    bytes_s = (weight_bytes + moved) / gpu.mem_bytes_per_s
     # When called repeatedly, experts that fit are read from the cache; serving reads them from memory.
-    cached = bytes_s * gpu.mem_bytes_per_s < CACHE_BYTES[gpu.name]
-    seconds = np.where(cached, np.maximum(seconds, bytes_s / COLD_RATIO), seconds)
+    cold_s = weight_bytes / gpu.mem_bytes_per_s / COLD_RATIO
+    seconds = np.where(weight_bytes < CACHE_BYTES[gpu.name], np.maximum(seconds, cold_s), seconds)
     found = fit_pieces(np.stack([np.ones(len(seconds)), flops_s, bytes_s], axis=1), seconds, num_pieces=1)
     fixed_s, flop, byte = found.pieces[0]
     return ExpertKernel(
-        architecture=gpu.architecture, engine=engine, weights=weights, whole=whole, fixed_s=rounded(fixed_s),
-        flop=rounded(flop), byte=rounded(byte), num_points=len(seconds), mape=rounded(found.mape), origin=origin,
+        architecture=gpu.architecture, engine=engine, weights=weights, whole=whole, ranks=ranks,
+        fixed_s=rounded(fixed_s), flop=rounded(flop), byte=rounded(byte), num_points=len(seconds),
+        mape=rounded(found.mape), origin=origin,
     )  # fmt: skip
 
 

@@ -186,8 +186,11 @@ class DeviceCost:
             routed, read = m.moe.active_experts * m.expert_params(), m.touched_experts(tokens) * m.expert_params()
             share = m.expert_share
             active, touched = active - share * routed, touched - share * read
-            flops, num_bytes = 2.0 * tokens * routed / n, read * m.weight_bytes / n
-            experts_s = share * _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens)
+            flops = 2.0 * tokens * routed / n
+            num_bytes = read * m.weight_bytes / n + m.expert_activation_bytes(tokens, n)
+            experts_s = share * (
+                _seconds(experts, flops=flops, num_bytes=num_bytes, tokens=tokens) - self._unstarted_s()
+            )
         return experts_s + _seconds(
             self._fits[Op.DENSE],
             flops=2.0 * tokens * active / n,
@@ -206,17 +209,25 @@ class DeviceCost:
         routed = share * m.moe.active_experts * m.expert_params()
         read = share * m.touched_experts(all_tokens) * m.expert_params()
         fixed = float(m.active_layer_params()) - routed
-        busiest = 2.0 * all_tokens * routed / ranks * ranks**EXPERT_IMBALANCE
-        own, shared = 2.0 * tokens * fixed / n, {"flops": busiest, "num_bytes": read * m.weight_bytes / ranks}
+        busiest = all_tokens / ranks * ranks**EXPERT_IMBALANCE  # tokens of the rank that has the most
+        own, flops, weights = 2.0 * tokens * fixed / n, 2.0 * busiest * routed, read * m.weight_bytes / ranks
         num_bytes = fixed * m.weight_bytes / n + 8 * m.hidden * m.activation_bytes * tokens
         experts, dense = self._fits.get(Op.EXPERTS), self._fits[Op.DENSE]
         seconds = self.exchange_s(all_tokens)
         if experts is None:
-            flops, num_bytes = own + shared["flops"], num_bytes + shared["num_bytes"]
-            return seconds + _seconds(dense, flops=flops, num_bytes=num_bytes, tokens=tokens)
-        each = {name: value / share for name, value in shared.items()}  # of a layer that has experts
-        seconds += share * _seconds(experts, tokens=all_tokens, **each)
+            return seconds + _seconds(dense, flops=own + flops, num_bytes=num_bytes + weights, tokens=tokens)
+        each = weights / share + m.expert_activation_bytes(busiest)  # of a layer that has experts
+        routed_s = _seconds(experts, flops=flops / share, num_bytes=each, tokens=all_tokens)
+        seconds += share * (routed_s - self._unstarted_s())
         return seconds + _seconds(dense, flops=own, num_bytes=num_bytes, tokens=tokens)
+
+    def _unstarted_s(self) -> float:
+        """Return what the dense fit counts for starting products that a layer with experts apart does not have.
+
+        It starts four products, and the work between them. Two of them are an MLP's; shared experts are one.
+        """
+        assert self.model.moe is not None, "asked for layers with experts"
+        return 0.0 if self.model.moe.shared_experts else self._fits[Op.DENSE].start_s / 2.0
 
     def exchange_s(self, all_tokens: Scalars) -> Scalars:
         """Return seconds for all ranks to gather the tokens of all copies, and to sum up what experts made of them.

@@ -316,6 +316,17 @@ class ModelSpec:
         missed: float = (1.0 - self.moe.active_experts / self.moe.num_experts) ** tokens
         return self.moe.num_experts * (1.0 - missed)
 
+    def expert_activation_bytes(self, tokens: float, slices: int = 1) -> float:
+        """Return the bytes of activations that the routed experts of a layer move for ``tokens`` tokens on one rank.
+
+        Every token's row of the hidden size, and its row between an expert's products, are read and written by each of
+        its experts. ``slices`` ranks share each expert, and with it the rows between its products only.
+        """
+        if self.moe is None:
+            return 0.0
+        row = self.hidden + self.moe.expert_intermediate / slices
+        return 4.0 * tokens * self.moe.active_experts * row * self.activation_bytes
+
     @property
     def prefix_layers(self) -> int:
         """Return the leading layers that differ from the repeated ones; they stay together on the first stage."""

@@ -166,6 +166,11 @@ class Fit:
         if not self.pieces:
             raise InvalidProblemError(f"profile fit of {self.op} has no pieces")
 
+    @property
+    def start_s(self) -> float:
+        """Return the seconds of the least work: what its kernels take to start."""
+        return min(piece.fixed_s for piece in self.pieces)
+
     def seconds(
         self,
         *,

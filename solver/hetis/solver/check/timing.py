@@ -10,6 +10,7 @@ from statistics import NormalDist
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link
+from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.profile import Op
 
@@ -219,8 +220,9 @@ def _dense(setting: Setting, stage: StageShape, T: int, is_prefix: bool) -> floa
         one = model.expert_params()
         chosen, read = model.moe.active_experts, model.touched_experts(T)
         active, touched = active - chosen * one / model.moe.every, touched - read * one / model.moe.every
-        F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n
-        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T) / model.moe.every
+        F, B = 2 * T * chosen * one / n, read * one * model.weight_bytes / n + _moved_bytes(model, T, n)
+        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=T)
+        routed_s = (routed_s - _missing_start(setting, stage)) / model.moe.every
     num_bytes = touched * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
     return routed_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=2 * T * active / n, num_bytes=num_bytes, tokens=T)
 
@@ -232,15 +234,34 @@ def _parallel_experts(setting: Setting, stage: StageShape, T: int, all_T: float)
     one, every = model.expert_params(), model.moe.every
     chosen, read = model.moe.active_experts * one, model.touched_experts(all_T) * one
     fixed = model.active_layer_params() - chosen / every
-    F, B = 2 * all_T * chosen / r * r**EXPERT_IMBALANCE, read * model.weight_bytes / r
+    busiest = all_T / r * r**EXPERT_IMBALANCE
+    F, B = 2 * busiest * chosen, read * model.weight_bytes / r
     own_F, own_B = 2 * T * fixed / n, fixed * model.weight_bytes / n + 8 * model.hidden * model.activation_bytes * T
     exchange_s = 2 / every * _half_reduce(setting, stage, all_T, r)
     if setting.has_fit(stage.gpu, Op.EXPERTS, n):
-        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=B, tokens=all_T) / every
+        moved = B + _moved_bytes(model, busiest, 1)
+        routed_s = setting.seconds(stage.gpu, Op.EXPERTS, n, flops=F, num_bytes=moved, tokens=all_T)
+        routed_s = (routed_s - _missing_start(setting, stage)) / every
         own_s = setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
         return exchange_s + routed_s + own_s
     own_F, own_B = own_F + F / every, own_B + B / every
     return exchange_s + setting.seconds(stage.gpu, Op.DENSE, n, flops=own_F, num_bytes=own_B, tokens=T)
+
+
+def _missing_start(setting: Setting, stage: StageShape) -> float:
+    """Return half of the dense fit's fixed time, for two of its four products, unless shared experts have them."""
+    assert setting.model.moe is not None, "the structure was checked"
+    dense = setting.problem.profiles[stage.gpu].fit(Op.DENSE, setting.model, stage.tp)
+    if dense is None or setting.model.moe.shared_experts:
+        return 0.0
+    return min(piece.fixed_s for piece in dense.pieces) / 2
+
+
+def _moved_bytes(model: ModelSpec, T: float, slices: int) -> float:
+    """Return the bytes of T tokens' rows that each of their experts reads and writes, beside its weights."""
+    assert model.moe is not None, "the structure was checked"
+    elements = model.hidden + model.moe.expert_intermediate / slices
+    return 2 * 2 * T * model.moe.active_experts * elements * model.activation_bytes
 
 
 def _half_reduce(setting: Setting, stage: StageShape, T: float, ranks: int) -> float:
