@@ -4,6 +4,10 @@ Points and fits are those of `hetis.profiler.fit`, with work divided by the peak
 of an architecture share one fit. The number of pieces is chosen within the fitted points; errors are those of held-out
 points. For GPUs without tables, every pair of measured GPUs shows how well the fit of one predicts the other. The same
 tables give the same bytes.
+
+Blackwell's attention and four-bit products come from the tables that aiconfigurator-core publishes in its own package
+(``--engine-tables``: its ``systems/data``); without them, what the package has is kept. Its other operators are
+Hopper's: the products and all-reduces in those tables are slower at small batches than whole engines were.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from hetis.profiler.fit.pieces import fit_points
 from hetis.profiler.fit.points import FEATURES, Points
 from hetis.profiler.fitting import Coefficients, mape, predict, rounded
 from hetis.profiler.importers import import_tables
+from hetis.profiler.roofline import NVFP4_BYTES, matrix_flops
 from hetis.solver.cluster import GpuType
 from hetis.solver.errors import HetisError
 from hetis.solver.profile import FitScope, Op
@@ -49,14 +54,18 @@ from tools.profiles import SOURCES, measurements_for
 
 _AIC = "aiconfigurator-core 0.12.0 (Apache-2.0)"
 _VIDUR = "microsoft/vidur (MIT)"
+_ENGINE = "vllm/0.24.0"
 _GPUS = ("A100-SXM-80GB", "A40", "H100-SXM-80GB", "L40S")
 # The points on which each operator is calibrated, with its name in the file.
 _OPS = {
     "dense": (Op.DENSE, FitScope()),
     "dense_fp8": (Op.DENSE, FitScope(weight_bytes=1.0)),
+    "dense_nvfp4": (Op.DENSE, FitScope(weight_bytes=NVFP4_BYTES)),
     "prefill_attention": (Op.PREFILL_ATTENTION, FitScope(head_dim=128)),
     "decode_attention": (Op.DECODE_ATTENTION, FitScope(head_dim=128)),
 }
+# What the engine tables add to an architecture without tables of ours: their system, GPU, and operators.
+_OF_ENGINES = {"Blackwell": ("b200_sxm", "B200-SXM-180GB", ("dense_nvfp4", "prefill_attention", "decode_attention"))}
 _RELATIVE = {
     "fixed_s": "fixed_s",
     "flop_s": "flop",
@@ -80,7 +89,7 @@ _RELATIVES = {
     ),
     "Volta": ("Ampere", 1.0, "Tensor cores and HBM of the generation before; no table."),
     "Turing": ("Ampere", 1.0, "Tensor cores of the generation before; no table, GDDR6 parts assumed like the A40."),
-    "Blackwell": ("Hopper", 1.0, "The generation before; no table. RTX parts (GDDR7) may be nearer to Ada."),
+    "Blackwell": ("Hopper", 1.0, "The generation before, where B200 has none. RTX parts (GDDR7) may be nearer to Ada."),
     "CDNA": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
     "CDNA2": ("Ampere", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
     "CDNA3": ("Hopper", 1.0, "Contemporary HBM part; no table. ROCm libraries may reach less of the peak."),
@@ -113,8 +122,8 @@ class Calibration:
     pairs: tuple[Pair, ...]
 
 
-def calibrate(folder: Path) -> Calibration:
-    """Return all efficiencies from the tables in ``folder``.
+def calibrate(folder: Path, engine_tables: Path | None = None) -> Calibration:
+    """Return all efficiencies from the tables in ``folder``, and from those of engines or what is shipped of them.
 
     Raises:
         DocumentError: a table is missing or malformed.
@@ -128,6 +137,8 @@ def calibrate(folder: Path) -> Calibration:
     pairs: list[Pair] = []
     for op in (*_OPS, "all_reduce_nvlink"):
         by_gpu = {name: chosen for name, found in relative.items() if (chosen := _chosen(op, found, gpus[name]))}
+        if not by_gpu:
+            continue
         crossed = list(_pairs(op, by_gpu))
         pairs += crossed
         transfer = rounded(fmean(pair.mape for pair in crossed))
@@ -146,8 +157,33 @@ def calibrate(folder: Path) -> Calibration:
     pcie = {name: [p for p in relative[name] if p.op is Op.ALL_REDUCE] for name in _PCIE_HOSTS}
     over_pcie = replace(_pcie(pcie), range_error=left_out.range_error("all_reduce_pcie"))
     links = {"all_reduce_pcie": over_pcie, "transfer": _transfer(collectives), "step": _step(folder)}
-    efficiencies = Efficiencies(memory=_MEMORY, links=links, architectures=_architectures(measured))
+    published = {name: _own_ops(name, measured, engine_tables) for name in _OF_ENGINES}
+    efficiencies = Efficiencies(memory=_MEMORY, links=links, architectures=_architectures(measured, published))
     return Calibration(efficiencies=efficiencies, pairs=tuple(pairs))
+
+
+def _own_ops(
+    architecture: str, measured: Mapping[str, Mapping[str, OpEfficiency]], engine_tables: Path | None
+) -> dict[str, OpEfficiency]:
+    """Return the operators of an architecture that only the tables of engines have.
+
+    Other GPUs of the architecture get the errors that unseen GPUs have for the relative's operator.
+    """
+    system, name, ops = _OF_ENGINES[architecture]
+    if engine_tables is None:
+        return {op: shipped().architectures[architecture].ops[op] for op in ops}
+    gpu, kinds = catalogue.find_gpu(name).gpu, ("gemm/{}/gemm", "attention/{}/context_attention")
+    files = [f"{kind.format(_ENGINE)}_perf.parquet" for kind in (*kinds, "attention/{}/generation_attention")]
+    tables_of = import_tables("aiconfigurator", [engine_tables / system / file for file in files])
+    points = relative_to_peaks(selected_points(tables_of, gpu).points, gpu)
+    found = dict[str, OpEfficiency]()
+    for op in ops:
+        chosen = _chosen(op, points, gpu)
+        assert chosen is not None, f"{system} has {op}"
+        like = measured[_RELATIVES[architecture][0]]["dense_fp8" if op == "dense_nvfp4" else op]
+        found[op] = replace(_fit([chosen], (name,)), transfer_mape=like.transfer_mape, range_error=like.range_error)
+    found["decode_attention"] = _with_compute_piece(found["decode_attention"], found["prefill_attention"])
+    return found
 
 
 def relative_points(folder: Path) -> dict[str, list[Points]]:
@@ -227,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.efficiency", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the measured tables")
     parser.add_argument("--out", type=Path, required=True, help="efficiency.json to write")
+    parser.add_argument("--engine-tables", type=Path, metavar="DIR", help="systems/data of aiconfigurator-core 0.12.0")
     parser.add_argument(
         "--tables",
         nargs="?",
@@ -237,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        calibration = calibrate(options.data)
+        calibration = calibrate(options.data, options.engine_tables)
         write_atomically(options.out, to_json(calibration.efficiencies))
         if options.tables:
             for found in modelled_tables(calibration.efficiencies, calibration.pairs, options.data):
@@ -254,9 +291,7 @@ def relative_to_peaks(found: Sequence[Points], gpu: GpuType) -> list[Points]:
     """Return the points in the serving range, with work as seconds at the peaks of ``gpu``."""
     results = []
     for points in found:
-        fp8 = points.scope.weight_bytes == 1.0 and gpu.fp8_flops
-        flops = gpu.fp8_flops if fp8 else gpu.fp16_flops
-        assert flops is not None
+        flops = matrix_flops(gpu, points.scope.weight_bytes) if points.op is Op.DENSE else gpu.fp16_flops
         peaks = {"flop_s": flops, "byte_s": gpu.mem_bytes_per_s, "token_s": gpu.mem_bytes_per_s}
         peaks |= {"head_s": gpu.mem_bytes_per_s}
         served = points.kept(within(SERVING[points.op], points.sizes, len(points)))
@@ -392,10 +427,14 @@ def _step(folder: Path) -> OpEfficiency:
     )
 
 
-def _architectures(measured: dict[str, dict[str, OpEfficiency]]) -> dict[str, Architecture]:
+def _architectures(
+    measured: Mapping[str, Mapping[str, OpEfficiency]], own: Mapping[str, Mapping[str, OpEfficiency]]
+) -> dict[str, Architecture]:
     architectures = {name: Architecture(name=name, ops=ops) for name, ops in measured.items()}
     for name, (relative, factor, reason) in _RELATIVES.items():
-        architectures[name] = scaled_from(architectures[relative], name, factor=rounded(factor), reason=reason)
+        architectures[name] = scaled_from(
+            architectures[relative], name, factor=rounded(factor), reason=reason, own=own.get(name)
+        )
     return dict(sorted(architectures.items()))
 
 

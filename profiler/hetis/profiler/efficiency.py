@@ -58,7 +58,7 @@ class OpEfficiency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The operators of one GPU architecture, its own or those of a relative (`scaled_from`)."""
+    """The operators of one GPU architecture: its own, or those of a relative where it has none (`scaled_from`)."""
 
     name: str
     ops: Mapping[str, OpEfficiency]
@@ -116,25 +116,29 @@ def from_json(text: str) -> Efficiencies:
     measured = {
         name: Architecture(name=name, ops={op: _op_from_dict(fields) for op, fields in entry["ops"].items()})
         for name, entry in entries.items()
-        if "ops" in entry
+        if "relative" not in entry
     }
     return Efficiencies(
         memory=MemoryRule(**document["memory"]),
         links={name: _op_from_dict(op) for name, op in document["links"].items()},
-        architectures={
-            name: measured[name]
-            if name in measured
-            else scaled_from(
-                measured[entry["relative"]], name, factor=entry.get("compute_factor", 1.0), reason=entry["reason"]
-            )
-            for name, entry in entries.items()
-        },
+        architectures={name: measured.get(name) or _relative(name, entry, measured) for name, entry in entries.items()},
     )
 
 
-def scaled_from(relative: Architecture, name: str, *, factor: float, reason: str) -> Architecture:
-    """Return an unmeasured architecture: the relative's coefficients, with ``factor`` times its share for FLOPs."""
-    ops = {op_name: borrowed(op, factor=factor) for op_name, op in relative.ops.items()}
+def _relative(name: str, entry: Mapping[str, Any], measured: Mapping[str, Architecture]) -> Architecture:
+    own = {op: _op_from_dict(fields) for op, fields in entry.get("ops", {}).items()}
+    relative, factor = measured[entry["relative"]], entry.get("compute_factor", 1.0)
+    return scaled_from(relative, name, factor=factor, reason=entry["reason"], own=own)
+
+
+def scaled_from(
+    relative: Architecture, name: str, *, factor: float, reason: str, own: Mapping[str, OpEfficiency] | None = None
+) -> Architecture:  # fmt: skip
+    """Return an architecture of which only ``own`` operators were measured.
+
+    The others have the relative's coefficients, with ``factor`` times its share for FLOPs.
+    """
+    ops = {op_name: borrowed(op, factor=factor) for op_name, op in relative.ops.items()} | dict(own or {})
     return Architecture(name=name, ops=ops, relative=relative.name, compute_factor=factor, reason=reason)
 
 
@@ -147,7 +151,9 @@ def borrowed(op: OpEfficiency, *, factor: float = 1.0) -> OpEfficiency:
 def _architecture_to_dict(arch: Architecture) -> dict[str, Any]:
     if arch.relative is None:
         return {"ops": {name: _op_to_dict(op) for name, op in arch.ops.items()}}
-    return {"relative": arch.relative, "compute_factor": arch.compute_factor, "reason": arch.reason}
+    own = {name: _op_to_dict(op) for name, op in arch.ops.items() if op.measured_on}
+    entry = {"relative": arch.relative, "compute_factor": arch.compute_factor, "reason": arch.reason}
+    return entry | ({"ops": own} if own else {})
 
 
 def _op_to_dict(op: OpEfficiency) -> dict[str, Any]:

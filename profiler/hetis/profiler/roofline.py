@@ -42,8 +42,9 @@ def modelled_profile(gpu: GpuType, efficiencies: Efficiencies | None = None) -> 
     ]
     if gpu.fp8_flops is not None:  # fp8 weights and activations on the fp8 matrix units
         fits.append(own(Op.DENSE, "dense_fp8", gpu.fp8_flops, FitScope(weight_bytes=1.0)))
-        if matrix_flops(gpu, NVFP4_BYTES) > gpu.fp8_flops:  # at the share of their own peak that fp8 products reach
-            fits.append(own(Op.DENSE, "dense_fp8", matrix_flops(gpu, NVFP4_BYTES), FitScope(weight_bytes=NVFP4_BYTES)))
+        if matrix_flops(gpu, NVFP4_BYTES) > gpu.fp8_flops:
+            name = "dense_nvfp4" if "dense_nvfp4" in arch.ops else "dense_fp8"
+            fits.append(own(Op.DENSE, name, matrix_flops(gpu, NVFP4_BYTES), FitScope(weight_bytes=NVFP4_BYTES)))
     return Profile(
         gpu=gpu.name,
         usable_bytes=int(gpu.memory_bytes * efficiencies.memory.usable_ratio),
