@@ -34,9 +34,9 @@ BY_CHANCE = 0.02  # of a limit: more than this is not excused, however wide the 
 DOWN = 3  # halvings of the planned rate that are tried where it is too much
 HALVINGS = 4  # of the interval between the highest of these that is kept and the next
 LESS = 0.96  # of a rate that short runs took for kept is tried where longer ones do not, `DOWN` times at most
-MORE = 1.1  # of the planned rate is tried where that is kept: about saturation, of which 90% is planned
-CALM = 0.02  # seconds by which the wait may grow per second at that rate
-ENOUGH = 10_000  # requests of a run at that rate, if that is at most `LONGER` times the ordinary length
+MORE = (1.1, 1.05)  # of the planned rate are tried where that is kept; 90% of saturation is planned
+CALM = 0.02  # seconds by which the wait may grow per second at those rates
+ENOUGH = 10_000  # requests of a run at those rates, if that is at most `LONGER` times the ordinary length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +52,9 @@ class Verification:
         tpot_mean_s: likewise.
         attainment: share of the requests within both limits.
         kept_rps: the highest tried rate that kept the limits: ``rate_rps`` if ``kept``, otherwise a lower one that kept
-            them by more than chance; None: none of those tried. It is `MORE` times ``rate_rps`` if that kept them by
-            more than chance. That is tried for plans of the highest rate, unless runs are too short to tell whether
-            queues grow, or slow (with attention workers).
+            them by more than chance; None: none of those tried. It is the first of `MORE` times ``rate_rps`` that kept
+            them by more than chance. They are tried for plans of the highest rate, unless runs are too short to tell
+            whether queues grow, or slow (with attention workers).
     """
 
     rate_rps: float
@@ -226,8 +226,9 @@ def _verify(
                 seems_sure=lambda rate_rps: simulate(rate_rps, num_requests_of(plan)).sure,
                 is_sure=is_sure,
             )
-        elif _may_keep_more(plan, at_plan) and is_calm(MORE * planned_rps):
-            kept_rps = MORE * planned_rps
+        elif _may_keep_more(plan, at_plan):
+            higher = (factor * planned_rps for factor in MORE)
+            kept_rps = next((rate_rps for rate_rps in higher if is_calm(rate_rps)), planned_rps)
     except _CancelledError:
         return None
     summary = at_plan.summary
