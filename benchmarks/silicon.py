@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks.measuring import rows
 from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
 from benchmarks.measuring.instances import NO_LIMITS, fleet
-from benchmarks.measuring.published_settings import ACCEPTANCE
+from benchmarks.measuring.published_settings import ACCEPTANCE, Graphs
 from benchmarks.measuring.rows import Cell, Row
 from benchmarks.measuring.serving_points import (
     MIXES,
@@ -42,7 +42,7 @@ from benchmarks.measuring.serving_points import (
     read_rows,
 )
 from hetis.formats import catalogue
-from hetis.profiler.engines import ENGINES, for_engine
+from hetis.profiler.engines import eager_layer_s, for_engine
 from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.memory import rank_room_bytes
@@ -61,6 +61,7 @@ DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
+ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(1, 41)), 0.06
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -69,7 +70,7 @@ class Outcome:
     """A point and its prediction."""
 
     point: ServingPoint
-    ttft_s: float
+    ttft_s: float  # without the way through the server, until `answered` adds it
     tpot_s: float
     seats: int  # requests whose KV fits
 
@@ -159,17 +160,48 @@ def predicted(
             outcomes.append(predict(found, rounds=QUICK_ROUNDS if quick else ROUNDS, overlap=overlap))
         except NotPosedError as error:
             skipped[str(error)] += 1
-    return outcomes, skipped
+    return answered(outcomes), skipped
+
+
+def answered(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with the time that a first token takes outside of iterations, one for each engine and source.
+
+    Tokenising, the load generator and the response's way back are in no table, and lengthen no iteration. For models
+    with experts their time is that with the least error on the dense ones of the same engine and source (or, without
+    any, of the same engine), and the other way around, so that no point has a part in its own prediction.
+    """
+    groups = defaultdict[tuple[str, str, str], list[Outcome]](list)
+    for outcome in outcomes:
+        groups[outcome.point.engine, outcome.point.source, outcome.point.kind].append(outcome)
+    added = dict[tuple[str, str, str], float]()
+    for engine, source, kind in groups:
+        other = "dense" if kind == "moe" else "moe"
+        of_engine = [o for key, members in groups.items() if (key[0], key[2]) == (engine, other) for o in members]
+        added[engine, source, kind] = answer_s(groups.get((engine, source, other)) or of_engine)
+    return [
+        replace(o, ttft_s=o.ttft_s + added[engine, source, kind])
+        for (engine, source, kind), members in groups.items()
+        for o in members
+    ]
+
+
+def answer_s(outcomes: Sequence[Outcome]) -> float:
+    """Return the addition to their TTFT with the least mean error, or a usual one if there are none."""
+    if not outcomes:
+        return USUAL_ANSWER_S
+    predicted_s, measured_s = np.array([(o.ttft_s, o.point.ttft_s) for o in outcomes]).T
+    return min(ANSWERS_S, key=lambda more: float(np.abs((predicted_s + more) / measured_s - 1.0).mean()))
 
 
 def predict(point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0) -> Outcome:
-    """Return the mean TTFT and TPOT of a point.
+    """Return the mean TTFT, but for the way through the server, and the mean TPOT of a point.
 
     Raises:
         NotPosedError: none of its requests fits in memory, or the engine ran far fewer than fit.
     """
     settings = point.settings
-    timing, seats = stage_of(point, settings.chunk_tokens)
+    timing, room = stage_of(point, settings.chunk_tokens)
+    seats = min(room, settings.seats or room)
     timing.overlap = overlap
     if point.decoding < LEAST_DECODING * min(point.requests, seats):
         raise NotPosedError("most requests waited though their KV fits: the engine's own limit is not recorded")
@@ -181,20 +213,22 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0) 
         chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
         poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
         wait_tokens=settings.wait_tokens, draft_tokens=settings.draft_tokens,
-        tokens_per_iteration=1.0 + accepted(settings.draft_tokens),
-        layers=point.model.num_layers,
+        tokens_per_iteration=1.0 + accepted(point), layers=point.model.num_layers,
     )  # fmt: skip
+
+    eager_s = point.model.num_layers * eager_layer_s(point.engine, point.model)
 
     def seconds(
         decoding: int, attended: float, chunk_tokens: int, chunk_pairs: float, chunk_read: float, rows: int, /
     ) -> float:
         """Return the seconds of an iteration in which every copy has the same to do."""
         others = (point.copies - 1) * (decoding + chunk_tokens)
-        return timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
+        kernels_s = timing.seconds(decoding, attended, chunk_tokens, chunk_pairs, chunk_read, rows, others)
+        is_eager = settings.graphs is Graphs.NONE or (settings.graphs is Graphs.DECODE and chunk_tokens > 0)
+        return max(kernels_s, eager_s) if is_eager else kernels_s
 
     ttft_s, tpot_s = closed_loop(load, engine, seconds, point.model.attended_tokens)
-    answer_s = ENGINES[point.engine].answer_s
-    return Outcome(point=point, ttft_s=ttft_s + answer_s, tpot_s=tpot_s, seats=seats)
+    return Outcome(point=point, ttft_s=ttft_s, tpot_s=tpot_s, seats=seats)
 
 
 def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
@@ -211,9 +245,7 @@ def stage_of(point: ServingPoint, chunk_tokens: int) -> tuple[StageTiming, int]:
         cluster=fleet("node", (1, NODE_GPUS, point.gpu)),
         model=model,
         workload=Workload(name="point", bins=(lengths,)),
-        profiles={
-            point.gpu: profile_of(point.gpu, point.engine, point.settings.stream_interval, point.has_whole_experts)
-        },
+        profiles={point.gpu: profile_of(point)},
         objective=NO_LIMITS,
     )
     link = intra_link(catalogue.find_gpu(point.gpu).gpu, None)
@@ -250,13 +282,21 @@ def room_bytes(point: ServingPoint, setting: Setting, shape: StageShape, timing:
     return settings.free_share * (room + memory_bytes - setting.problem.profiles[shape.gpu].usable_bytes)
 
 
-@cache
-def profile_of(gpu: str, engine: str, stream_interval: int, whole_experts: bool = False) -> Profile:
+def profile_of(point: ServingPoint) -> Profile:
     """Return the shipped profile, or the modelled one if there is none, with the engine applied."""
+    return engine_profile(
+        point.gpu, point.engine, point.settings.stream_interval, point.has_whole_experts, point.copies == 1
+    )
+
+
+@cache
+def engine_profile(
+    gpu: str, engine: str, stream_interval: int, whole_experts: bool, default_backend: bool
+) -> Profile:  # fmt: skip
     kind = catalogue.find_gpu(gpu).gpu
     return for_engine(
         shipped_profile(gpu) or modelled_profile(kind), kind, engine, stream_interval=stream_interval,
-        whole_experts=whole_experts,
+        whole_experts=whole_experts, default_backend=default_backend,
     )  # fmt: skip
 
 
@@ -291,12 +331,13 @@ def beside_row(point: ServingPoint) -> dict[str, str | float]:
     if point.copies > 1:
         kv |= {"tp_size": str(point.tp), "attention_dp_size": str(point.copies), "batch_size": str(point.requests)}
         kv |= {"moe_tp_size": "1", "moe_ep_size": str(point.tp * point.copies)}
-    return kv | ({"nextn": drafts, "nextn_accepted": accepted(drafts)} if drafts else {})
+    return kv | ({"nextn": drafts, "nextn_accepted": accepted(point)} if drafts else {})
 
 
-def accepted(drafts: int) -> float:
+def accepted(point: ServingPoint) -> float:
     """Return how many of a request's drafts are accepted in an iteration, on average."""
-    return sum(ACCEPTANCE**n for n in range(1, drafts + 1))
+    drafts = point.settings.draft_tokens
+    return ACCEPTANCE[point.label][drafts] - 1.0 if drafts else 0.0
 
 
 def peer_version(peer: Peer) -> str:

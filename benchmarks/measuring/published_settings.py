@@ -1,20 +1,38 @@
-"""Settings of engines that rows of InferenceX do not repeat, from its published scripts (SemiAnalysisAI/InferenceX,
-Apache-2.0, ``benchmarks/``, as of the rows' dates: October 2025 to April 2026).
+"""Settings of engines that rows of InferenceX do not repeat, from its published scripts and configurations
+(SemiAnalysisAI/InferenceX, Apache-2.0, ``benchmarks/`` and ``.github/configs``, as of the rows' dates: October 2025 to
+April 2026).
 
-They depend on engine, model, GPU and load as the scripts say, and never on what was measured. Rows of other sources
-have an engine's defaults.
+They depend on engine, model, GPU, image, date and load as the scripts say, and never on what was measured. Rows of
+other sources have an engine's defaults.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
-# DeepSeek-R1 on B200 under TensorRT-LLM: this tag ran the scripts with MTP, 1.2.0rc6.post2 those without (InferenceX
-# pull requests 1488 and 1489). Earlier tags ran both, and their rows do not say which.
-DRAFTING_IMAGE = "1.2.0rc6.post3"
-DRAFTS = 3
-# Of DeepSeek-R1's first draft, as vLLM's pull request 12755 measured it; taken for each draft after an accepted one.
-ACCEPTANCE = 0.82
+# Accepted drafts. A curve has the mean tokens of an iteration with 0, 1, 2, ... drafts per request.
+# Qwen3.5-397B-A17B: InferenceX, golden_al_distribution/qwen3.5_mtp.yaml (SPEED-Bench, thinking).
+# DeepSeek-R1: its first draft as vLLM's pull request 12755 measured it (82%). No curve is published for later drafts;
+# each is accepted after the one before as often as DeepSeek-V4-Pro's, whose first is accepted in 79% of cases
+# (golden_al_distribution/dsv4_mtp.yaml, thinking: 1.79, 2.27, 2.49).
+_FIRST = 0.82
+ACCEPTANCE = {
+    "DeepSeek-R1": (1.0, 1.0 + _FIRST, 1.0 + _FIRST * (1 + 0.48 / 0.79), 1.0 + _FIRST * (1 + 0.70 / 0.79)),
+    "Qwen3.5-397B-A17B": (1.0, 1.93, 2.73, 3.39),
+}
+# TensorRT-LLM's scripts with MTP for DeepSeek-R1 were merged, and first run, on this day (pull request 392). They ran
+# in the image of the scripts without it until 1.2.0rc6.post3.
+_FIRST_MTP_DATE, _SHARED_IMAGE, _MTP_IMAGE = "2026-01-14", "1.1.0rc2.post2", "1.2.0rc6.post3"
+_BALANCE_ITERATIONS = 60  # attention_dp_config.timeout_iters
+
+
+class Graphs(Enum):
+    """Which iterations run in CUDA graphs; Python starts every kernel of the others."""
+
+    NONE = "none"
+    DECODE = "those without prompts"
+    ALL = "all"  # TensorRT-LLM's enable_piecewise_cuda_graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +41,17 @@ class Settings:
 
     Attributes:
         chunk_tokens: max_num_batched_tokens, chunked_prefill_size or max_num_tokens.
-        stream_interval: tokens of a request that are sent together; 1 for vLLM, which sends from another process.
-        has_fp8_kv: the KV cache has 8 bits, whatever the weights; None: as for the engine elsewhere.
+        stream_interval: tokens of a request that are sent together; 1 for vLLM, which sends from another process, and
+            for SGLang with drafts, whose host works between iterations and not beside them.
+        has_fp8_kv: whether the KV cache has 8 bits, whatever the weights; None: as for the engine elsewhere.
+        seats: the most requests that run at once, on a copy (max_num_seqs, max_running_requests, max_batch_size);
+            None: no limit below the requests in flight.
         poll_iterations: decoding iterations between two looks for new requests (SGLang's scheduler_recv_interval).
         wait_iterations, wait_tokens: new prompts wait for so many iterations, or until an iteration has so many tokens
-            (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio).
+            (TensorRT-LLM's batch_wait_timeout_iters and batch_wait_max_tokens_ratio, and its attention_dp_config).
+        graphs: which iterations run in CUDA graphs.
         draft_tokens: tokens that the model's own prediction layer drafts in an iteration
-            (num_nextn_predict_layers of TensorRT-LLM's MTP).
+            (num_nextn_predict_layers of TensorRT-LLM's MTP, speculative_num_steps of SGLang's).
         static_share: share of a GPU's memory for weights and KV (SGLang's mem_fraction_static).
         free_share: share for KV of the memory that weights and activations leave (TensorRT-LLM's
             free_gpu_memory_fraction).
@@ -38,9 +60,11 @@ class Settings:
     chunk_tokens: int = 8192
     stream_interval: int = 1
     has_fp8_kv: bool | None = None
+    seats: int | None = None
     poll_iterations: int = 1
     wait_iterations: int = 0
     wait_tokens: int = 0
+    graphs: Graphs = Graphs.DECODE
     draft_tokens: int = 0
     static_share: float | None = None
     free_share: float | None = None
@@ -50,56 +74,110 @@ class Settings:
 class Run:
     """A run of a script: the load, and what it was started for.
 
-    ``precision`` is that of the weights, fp8 or fp4; ``image`` the container's tag, empty if it is not recorded.
+    ``precision`` is that of the weights (bf16, fp8 or fp4), ``tp`` the GPUs, ``experts`` the ranks that share out whole
+    experts, ``copies`` the ranks with attention of their own and ``requests`` those in flight on one of them. ``image``
+    is the container's tag and ``date`` the day, both empty where they are not recorded.
     """
 
     engine: str
     image: str
+    date: str
     model: str
     gpu: str
     precision: str
     tp: int
+    experts: int
+    copies: int
     requests: int
     prompt_tokens: int
     output_tokens: int
 
 
-def settings_of(run: Run) -> Settings:
-    """Return the settings of a run by InferenceX."""
+def settings_elsewhere(container: str) -> Settings:
+    """Return the settings of a run by others, in a container.
+
+    Nobody says how the runs in Dynamo 0.9.0 were started. Their TPOT is the same under 5 and under 56 requests, and on
+    4 and on 8 GPUs: that of an engine without CUDA graphs.
+    """
+    return Settings(graphs=Graphs.NONE if "tensorrtllm-runtime:0.9.0" in container else Graphs.DECODE)
+
+
+def settings_of(run: Run) -> tuple[Settings, ...]:
+    """Return the settings of a run by InferenceX: those with drafts last where two scripts ran what the row names."""
     return {"vllm": _vllm, "trtllm": _trtllm, "sglang": _sglang}[run.engine](run)
 
 
-def _vllm(run: Run) -> Settings:
-    if "MiniMax" in run.model and run.gpu.startswith("B200"):
-        return Settings(chunk_tokens=2 * run.prompt_tokens, has_fp8_kv=True)
-    return Settings()
+def _vllm(run: Run) -> tuple[Settings, ...]:
+    # The scripts of image v0.17.0 leave both settings to the engine.
+    if "MiniMax" in run.model and run.gpu.startswith("B200") and not run.image.startswith("v0.17"):
+        return (Settings(chunk_tokens=2 * run.prompt_tokens, has_fp8_kv=True),)
+    return (Settings(),)
 
 
-def _trtllm(run: Run) -> Settings:
+def _trtllm(run: Run) -> tuple[Settings, ...]:
     is_short = run.prompt_tokens == run.output_tokens == 1024
+    balance = _balance_iterations(run)
     if "Llama" in run.model:
         waits = is_short and run.tp < 8
-        return Settings(
+        settings = Settings(
             chunk_tokens=16384,
             stream_interval=10,
             wait_iterations=20 if waits else 0,
             wait_tokens=int(0.9 * 16384) if waits else 0,
         )
-    if "gpt-oss" in run.model:
-        return Settings(chunk_tokens=20000, stream_interval=20)
-    if run.image == DRAFTING_IMAGE:
+    elif "gpt-oss" in run.model:
+        settings = Settings(chunk_tokens=20000, stream_interval=20, wait_iterations=balance, wait_tokens=20000)
+    elif run.image == _MTP_IMAGE or (run.image == _SHARED_IMAGE and run.date >= _FIRST_MTP_DATE):
+        drafts = 1 if run.copies > 1 else 3
         # Without a lower limit: prompts of 8,192 tokens are computed one by one.
-        most = (DRAFTS + 1) * run.requests + run.prompt_tokens
-        return Settings(chunk_tokens=_blocks(most), stream_interval=10, draft_tokens=DRAFTS, free_share=0.8)
-    chunk_tokens = max(8192, _blocks(run.requests + run.prompt_tokens))
-    waits = is_short and run.precision == "fp8" and run.requests >= 64
-    return Settings(
-        chunk_tokens=chunk_tokens,
-        stream_interval=10,
-        wait_iterations=40 if waits else 0,
-        wait_tokens=int(0.8 * chunk_tokens) if waits else 0,
-        free_share=0.75 if run.precision == "fp8" and run.tp == 4 else 0.8,
-    )
+        chunk_tokens = _blocks((drafts + 1) * run.requests + run.prompt_tokens)
+        settings = Settings(
+            chunk_tokens=chunk_tokens,
+            stream_interval=10,
+            seats=run.requests,
+            draft_tokens=drafts,
+            wait_iterations=balance,
+            wait_tokens=chunk_tokens,
+            graphs=_graphs(run, drafts=True),
+            free_share=0.7 if run.copies > 1 and run.precision == "fp8" else 0.8,
+        )
+    else:
+        chunk_tokens = max(8192, _blocks(run.requests * run.copies + run.prompt_tokens))
+        waits = is_short and run.precision == "fp8" and run.requests >= 64
+        settings = Settings(
+            chunk_tokens=chunk_tokens,
+            stream_interval=10,
+            wait_iterations=balance or (40 if waits else 0),
+            wait_tokens=chunk_tokens if balance else int(0.8 * chunk_tokens) if waits else 0,
+            graphs=_graphs(run, drafts=False),
+            free_share=0.75 if run.precision == "fp8" and run.tp == 4 else 0.8,
+        )
+    return (settings,)
+
+
+def _balance_iterations(run: Run) -> int:
+    """Return how long the prompts of one copy wait until all others have one, too, on average and at the most.
+
+    A copy has a new prompt when one of its requests ends, each of them once in as many iterations as it has tokens.
+    """
+    others = sum(1.0 / k for k in range(1, run.copies))
+    return min(_BALANCE_ITERATIONS, round(others * run.output_tokens / run.requests))
+
+
+def _graphs(run: Run, drafts: bool) -> Graphs:
+    """Return which iterations of DeepSeek-R1 run in CUDA graphs, by the scripts of images 1.2.0rc6."""
+    requests, shape = run.requests, (run.prompt_tokens, run.output_tokens)
+    if run.copies > 1 or not run.image.startswith("1.2.0rc6"):
+        has_all = False
+    elif drafts and run.precision == "fp4":
+        has_all = {(1024, 1024): 32 <= requests <= 128, (1024, 8192): requests == 64}.get(shape, False)
+    elif drafts:
+        has_all = requests > {(1024, 1024): 4, (1024, 8192): 8}.get(shape, 16)
+    elif run.precision == "fp4":
+        has_all = shape == (1024, 1024) and run.tp == run.experts == 8
+    else:
+        has_all = requests >= (128 if shape == (1024, 8192) else 64)
+    return Graphs.ALL if has_all else Graphs.DECODE
 
 
 def _blocks(tokens: int) -> int:
@@ -107,10 +185,28 @@ def _blocks(tokens: int) -> int:
     return (tokens + 64 + 63) // 64 * 64
 
 
-def _sglang(run: Run) -> Settings:
+def _sglang(run: Run) -> tuple[Settings, ...]:
     often = 10 if run.requests < 16 else 30
+    if "Qwen3.5" in run.model:
+        plain = Settings(
+            chunk_tokens=32768, stream_interval=30, has_fp8_kv=run.precision != "bf16", seats=128,
+            poll_iterations=often, static_share=0.82,
+        )  # fmt: skip
+        # The only configuration of four GPUs that slices experts is the one with drafts.
+        if run.precision == "fp8" and run.tp == 4 and run.experts == 1:
+            return (replace(plain, draft_tokens=3, stream_interval=1, seats=None, static_share=0.8),)
+        return (plain,)
     if run.precision == "fp4":
-        return Settings(chunk_tokens=16384, stream_interval=10, poll_iterations=often, static_share=0.85)
-    if run.tp == 8:
-        return Settings(chunk_tokens=32768, stream_interval=30, poll_iterations=often, static_share=0.82)
-    return Settings(chunk_tokens=8192, stream_interval=30, poll_iterations=10, static_share=0.95)
+        plain = Settings(
+            chunk_tokens=16384, stream_interval=10, seats=256, poll_iterations=often, static_share=0.85
+        )  # fmt: skip
+        return (plain,)
+    if run.tp == 4:
+        plain = Settings(chunk_tokens=8192, stream_interval=30, seats=32, poll_iterations=10, static_share=0.95)
+        return (plain,)
+    plain = Settings(chunk_tokens=32768, stream_interval=30, seats=128, poll_iterations=often, static_share=0.82)
+    drafting = replace(plain, chunk_tokens=16384, stream_interval=1, seats=512, draft_tokens=2)
+    most = 4 if run.prompt_tokens == 8192 else 64  # requests in flight in the configuration without drafts
+    if run.image != "v0.5.9-cu130":  # the first image of both scripts
+        return (plain,)
+    return (plain, drafting) if run.requests <= most else (drafting,)

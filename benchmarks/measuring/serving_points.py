@@ -12,12 +12,14 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from benchmarks.measuring.published_settings import Run, Settings, settings_of
+from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of
 from hetis.formats import catalogue, dtypes
 from hetis.formats.huggingface import model_from_config
 from hetis.formats.positions import parse_text
@@ -31,6 +33,7 @@ NODE_GPUS = 8  # in every system of the tables; a tensor-parallel group stays wi
 # SGLang computes prompts in separate iterations; the others mix them with decoding.
 MIXES = {"vllm": True, "trtllm": True, "sglang": False}
 DRIFT = 0.98  # of equal lengths if prompts and decoding mix: requests that arrive together soon end apart
+ROUNDING = 3e-3  # between dumps of one measurement
 LENGTH_RATIO = 0.8  # InferenceX draws lengths between this share of the stated length and all of it
 _INFERENCEX = re.compile(r"db-dump|source_file=20\d\d-|source_file=qwen3.5")
 _NAMED_RANKS, _NAMED_REQUESTS = re.compile(r"_tp(\d+)(?:_0)?_ep(\d+)"), re.compile(r"_c(\d+)_")
@@ -70,6 +73,11 @@ class ServingPoint:
         return self.requests * decode_s / (self.ttft_s + decode_s)
 
     @property
+    def source(self) -> str:
+        """Return who loaded the engine: InferenceX, or NVIDIA with its own generator through Dynamo."""
+        return "InferenceX" if self.shortest == LENGTH_RATIO else "NVIDIA"
+
+    @property
     def is_calibration(self) -> bool:
         """Return whether an engine's host times were fitted to this point; see `hetis.profiler.engines`."""
         return self.gpu == "H100-SXM-80GB" and self.label in ("Qwen3-32B", "Llama-3.1-8B-Instruct")
@@ -100,23 +108,48 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def posed(rows: list[dict[str, str]]) -> Iterator[ServingPoint | tuple[dict[str, str], str]]:
-    """Yield the point of every row, or the row and why it is not posed; a measurement in two dumps is posed once."""
-    seen = set[tuple[str, ...]]()
+def posed(rows: list[dict[str, str]]) -> list[ServingPoint | tuple[dict[str, str], str]]:
+    """Return the point of every row, or the row and why it is not posed.
+
+    A measurement in several dumps, which round differently, is posed once. Where two scripts ran what a row names, one
+    of them with drafts, the row needs another one beside it: the faster of the two drafted.
+    """
+    found = list[ServingPoint | tuple[dict[str, str], str]]()
+    unsettled = defaultdict[tuple[object, ...], list[tuple[int, tuple[ServingPoint, ...]]]](list)
+    seen = defaultdict[tuple[str, ...], list[tuple[float, float]]](list)
     for row in rows:
-        same = (row["system"], row["backend"], row["silicon_ttft_ms"], row["silicon_tpot_ms"])
-        if same in seen:
-            yield row, "the same measurement as a row before"
-            continue
-        seen.add(same)
         try:
-            yield pose(row)
+            points = pose(row)
         except NotPosedError as error:
-            yield row, str(error)
+            found.append((row, str(error)))
+            continue
+        point = points[0]
+        measured = seen[row["system"], row["backend"], point.label, row["isl"], row["osl"]]
+        if any(_is_same((point.ttft_s, point.tpot_s), other) for other in measured):
+            found.append((row, "the same measurement as a row before"))
+            continue
+        measured.append((point.ttft_s, point.tpot_s))
+        if len(points) > 1:
+            load = point.requests, point.prompt_tokens, point.output_tokens
+            run = point.gpu, point.label, row["precision"], _image(row), point.tp, point.has_whole_experts
+            unsettled[(*run, *load)].append((len(found), points))
+        found.append(point)
+    for alike in unsettled.values():
+        alike.sort(key=lambda item: item[1][0].tpot_s)
+        for (place, points), choice in zip(alike, (-1, *(None,) * (len(alike) - 2), 0), strict=False):
+            if choice is not None and len(alike) > 1:
+                found[place] = points[choice]
+            else:
+                found[place] = dict(points[0].row), "two scripts ran what the row names, one of them with drafts"
+    return found
 
 
-def pose(row: Mapping[str, str]) -> ServingPoint:
-    """Return the point of one row.
+def _is_same(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(abs(a / b - 1.0) < ROUNDING for a, b in zip(one, other, strict=True))
+
+
+def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
+    """Return the point of one row: two where it may have been run without drafts or with them.
 
     Raises:
         NotPosedError: the cost model cannot express it.
@@ -138,24 +171,28 @@ def pose(row: Mapping[str, str]) -> ServingPoint:
     if rank_shape(model, tp, copies) is None:
         raise NotPosedError("the model's heads cannot be shared by so many ranks")
     prompt_tokens, output_tokens = _whole(row, "isl"), _whole(row, "osl")
+    experts = 1 if model.moe is None else _whole(row, "moe_ep_size", 1)
     inferencex = _INFERENCEX.search(row.get("silicon_data_source", "")) is not None
-    settings = Settings()
+    choices: tuple[Settings, ...] = (settings_elsewhere(row.get("silicon_data_source", "")),)
     if inferencex:
         run = Run(
-            engine=row["backend"], image=_image(row), model=label, gpu=gpu, precision=row["precision"], tp=tp * copies,
-            requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+            engine=row["backend"], image=_image(row), date=_date(row), model=label, gpu=gpu, precision=row["precision"],
+            tp=tp * copies, experts=experts, copies=copies, requests=requests, prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
         )  # fmt: skip
-        settings = settings_of(run)
-    if settings.has_fp8_kv:
-        model = replace(model, kv_bytes=1.0)
+        choices = settings_of(run)
     drift = DRIFT if MIXES[row["backend"]] else 1.0
-    return ServingPoint(
-        row=row, gpu=gpu, engine=row["backend"], label=label, model=model,
-        mode=row["mode"], tp=tp, requests=requests, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
-        shortest=LENGTH_RATIO if inferencex else drift, settings=settings,
-        has_whole_experts=model.moe is not None and _whole(row, "moe_ep_size", 1) > 1,
-        copies=copies, ttft_s=_seconds(row, "silicon_ttft_ms"), tpot_s=_seconds(row, "silicon_tpot_ms"),
-    )  # fmt: skip
+    fields: dict[str, Any] = {
+        "row": row, "gpu": gpu, "engine": row["backend"], "label": label, "mode": row["mode"], "tp": tp,
+        "requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
+        "shortest": LENGTH_RATIO if inferencex else drift, "copies": copies,
+        "has_whole_experts": model.moe is not None and experts > 1,
+        "ttft_s": _seconds(row, "silicon_ttft_ms"), "tpot_s": _seconds(row, "silicon_tpot_ms"),
+    }  # fmt: skip
+    return tuple(
+        ServingPoint(model=replace(model, kv_bytes=1.0) if settings.has_fp8_kv else model, settings=settings, **fields)
+        for settings in choices
+    )
 
 
 def _model(row: Mapping[str, str]) -> ModelSpec:
@@ -234,7 +271,14 @@ def _requests(row: Mapping[str, str], copies: int) -> int:
 
 
 def _image(row: Mapping[str, str]) -> str:
-    found = re.search(r"image=[^;\s]*:([^;\s]+)", row.get("silicon_data_source", ""))
+    """Return the tag of the engine's container, or nothing; some dumps name the container without ``image=``."""
+    source = row.get("silicon_data_source", "")
+    found = re.search(r"(?:image=|; )[\w./#-]*(?:sglang|vllm-openai|release):([^;\s]+)", source)
+    return found[1] if found else ""
+
+
+def _date(row: Mapping[str, str]) -> str:
+    found = re.search(r"measured=(\d{4}-\d\d-\d\d)", row.get("silicon_data_source", ""))
     return found[1] if found else ""
 
 
