@@ -61,7 +61,8 @@ DOCUMENT = rows.DOCUMENT.with_name("accuracy.md")
 PEER_ABSENT = "aiconfigurator was not asked: --peer-python names a Python that has it."
 ROUNDS = 10  # requests of a run per request in flight, as in InferenceX
 LEAST_DECODING = 0.5  # share of the seats in memory, below which something not in the row held requests back
-ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(1, 41)), 0.06
+READINGS_S = (0.0, 2e-6, 4e-6, 6e-6, 8e-6, 10e-6, 14e-6)  # by the server, of one token of a prompt
+ANSWERS_S, USUAL_ANSWER_S = tuple(0.005 * k for k in range(41)), 0.06  # to the server and back
 QUICK_ROUNDS, QUICK_STRIDE = 2, 40
 
 
@@ -70,7 +71,7 @@ class Outcome:
     """A point and its prediction."""
 
     point: ServingPoint
-    ttft_s: float  # without the way through the server, until `answered` adds it
+    ttft_s: float  # without the way to the server and back, until `answered` adds it
     tpot_s: float
     seats: int  # requests whose KV fits
 
@@ -147,54 +148,63 @@ def predicted(
     table: list[dict[str, str]], *, quick: bool = False, only: str = "", overlap: float = 0.0
 ) -> tuple[list[Outcome], Counter[str]]:
     """Return the predictions, and the number of rows without one by reason."""
-    outcomes, skipped = list[Outcome](), Counter[str]()
-    for number, found in enumerate(posed(table)):
+    found, skipped = list[Readings](), Counter[str]()
+    for number, point in enumerate(posed(table)):
         if quick and number % QUICK_STRIDE:
             continue
-        if not isinstance(found, ServingPoint):
-            skipped[found[1]] += 1
+        if not isinstance(point, ServingPoint):
+            skipped[point[1]] += 1
             continue
-        if only not in f"{found.gpu} {found.engine} {found.label}":
+        if only not in f"{point.gpu} {point.engine} {point.label}":
             continue
+        how = {"rounds": QUICK_ROUNDS if quick else ROUNDS}
         try:
-            outcomes.append(predict(found, rounds=QUICK_ROUNDS if quick else ROUNDS, overlap=overlap))
+            found.append(tuple(predict(point, reading_s=s, overlap=overlap, **how) for s in READINGS_S))
         except NotPosedError as error:
             skipped[str(error)] += 1
-    return answered(outcomes), skipped
+    return answered(found), skipped
 
 
-def answered(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """Return the outcomes with the time that a first token takes outside of iterations, one for each engine and source.
+Readings = tuple[Outcome, ...]  # of one point, at each of `READINGS_S`
 
-    Tokenising, the load generator and the response's way back are in no table, and lengthen no iteration. For models
-    with experts their time is that with the least error on the dense ones of the same engine and source (or, without
-    any, of the same engine), and the other way around, so that no point has a part in its own prediction.
+
+def answered(found: Sequence[Readings]) -> list[Outcome]:
+    """Return the outcomes with what a first token takes outside of iterations, fitted for each engine and source.
+
+    The server reads one prompt after another, and there is a way to it and back; neither is in any table, and neither
+    loads a GPU. For models with experts both are what has the least error of TTFT on the dense ones of the same engine
+    and source (or, without any, of the same engine), and the other way around: no point has a part in its own
+    prediction.
     """
-    groups = defaultdict[tuple[str, str, str], list[Outcome]](list)
-    for outcome in outcomes:
-        groups[outcome.point.engine, outcome.point.source, outcome.point.kind].append(outcome)
-    added = dict[tuple[str, str, str], float]()
-    for engine, source, kind in groups:
+    groups = defaultdict[tuple[str, str, str], list[Readings]](list)
+    for outcomes in found:
+        point = outcomes[0].point
+        groups[point.engine, point.source, point.kind].append(outcomes)
+    finished = list[Outcome]()
+    for (engine, source, kind), members in groups.items():
         other = "dense" if kind == "moe" else "moe"
-        of_engine = [o for key, members in groups.items() if (key[0], key[2]) == (engine, other) for o in members]
-        added[engine, source, kind] = answer_s(groups.get((engine, source, other)) or of_engine)
-    return [
-        replace(o, ttft_s=o.ttft_s + added[engine, source, kind])
-        for (engine, source, kind), members in groups.items()
-        for o in members
-    ]
+        of_engine = [one for key, group in groups.items() if (key[0], key[2]) == (engine, other) for one in group]
+        place, more_s = outside_iterations(groups.get((engine, source, other)) or of_engine)
+        finished += [replace(one[place], ttft_s=one[place].ttft_s + more_s) for one in members]
+    return finished
 
 
-def answer_s(outcomes: Sequence[Outcome]) -> float:
-    """Return the addition to their TTFT with the least mean error, or a usual one if there are none."""
-    if not outcomes:
-        return USUAL_ANSWER_S
-    predicted_s, measured_s = np.array([(o.ttft_s, o.point.ttft_s) for o in outcomes]).T
-    return min(ANSWERS_S, key=lambda more: float(np.abs((predicted_s + more) / measured_s - 1.0).mean()))
+def outside_iterations(found: Sequence[Readings]) -> tuple[int, float]:
+    """Return the place in `READINGS_S` and the seconds to add with the least mean error of TTFT; usual ones of none."""
+    if not found:
+        return 0, USUAL_ANSWER_S
+    measured_s = np.array([one[0].point.ttft_s for one in found])
+    predicted_s = [np.array([one[place].ttft_s for one in found]) for place in range(len(READINGS_S))]
+    choices = ((place, more_s) for place in range(len(READINGS_S)) for more_s in ANSWERS_S)
+    return min(choices, key=lambda one: float(np.abs((predicted_s[one[0]] + one[1]) / measured_s - 1.0).mean()))
 
 
-def predict(point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0) -> Outcome:
-    """Return the mean TTFT, but for the way through the server, and the mean TPOT of a point.
+def predict(
+    point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0, reading_s: float = 0.0
+) -> Outcome:  # fmt: skip
+    """Return the mean TTFT, but for the way to the server and back, and the mean TPOT of a point.
+
+    The server takes ``reading_s`` for each token of a prompt.
 
     Raises:
         NotPosedError: none of its requests fits in memory, or the engine ran far fewer than fit.
@@ -213,7 +223,7 @@ def predict(point: ServingPoint, *, rounds: int = ROUNDS, overlap: float = 0.0) 
         chunk_tokens=settings.chunk_tokens, seats=seats, mixes=MIXES[point.engine],
         poll_iterations=settings.poll_iterations, wait_iterations=settings.wait_iterations,
         wait_tokens=settings.wait_tokens, draft_tokens=settings.draft_tokens,
-        tokens_per_iteration=1.0 + accepted(point), layers=point.model.num_layers,
+        tokens_per_iteration=1.0 + accepted(point), layers=point.model.num_layers, reading_s=reading_s,
     )  # fmt: skip
 
     eager_s = point.model.num_layers * eager_layer_s(point.engine, point.model)

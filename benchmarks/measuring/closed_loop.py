@@ -8,6 +8,7 @@ requests of 8,000 tokens thus takes a thousand steps, not a hundred thousand.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Engine:
 
     It carries at most ``chunk_tokens`` tokens and ``seats`` requests with KV. Prompts may join decoding requests or
     not. New requests are looked for after every iteration with prompts, and after ``poll_iterations`` others. While
-    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens.
+    requests decode, prompts wait for ``wait_iterations``, or until an iteration has ``wait_tokens`` tokens. Before all
+    that, the server reads one prompt after another, each token in ``reading_s`` seconds.
 
     Every decoding request drafts ``draft_tokens`` with one more layer beside the model's ``layers``. The model then
     computes them with the request's own token; ``tokens_per_iteration`` of all are kept, on average.
@@ -63,6 +65,7 @@ class Engine:
     draft_tokens: int = 0
     tokens_per_iteration: float = 1.0
     layers: int = 1
+    reading_s: float = 0.0
 
     def drafting_s(self, seconds: IterationTime, decoding: int, attended: float) -> float:
         """Return the seconds in which ``decoding`` requests draft, by one layer and one token after another."""
@@ -86,6 +89,7 @@ class Engine:
 @dataclass(slots=True)
 class _Request:
     arrived_s: float
+    read_s: float  # when the server has read its prompt
     prompt: int
     output: int
     filled: int = 0
@@ -94,8 +98,11 @@ class _Request:
 
 def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: Attended) -> tuple[float, float]:
     """Return mean TTFT and mean TPOT over all requests, including the first ones, which arrive together."""
-    arrived = deque(_Request(0.0, prompt, output) for prompt, output in _lengths(load)[: load.in_flight])
-    coming = iter(_lengths(load)[load.in_flight :])
+    arrived, coming = deque[_Request](), iter(_lengths(load))
+    read_s = 0.0
+    for prompt, output in itertools.islice(coming, load.in_flight):
+        read_s += engine.reading_s * prompt
+        arrived.append(_Request(0.0, read_s, prompt, output))
     finishing: list[tuple[int, int, _Request]] = []  # step after which the request has all of its tokens
     num, context, step, now_s, order = 0, 0.0, 0, 0.0, 0
     gain = engine.tokens_per_iteration
@@ -104,9 +111,12 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
     ttft_s, tpot_s = 0.0, 0.0
     while arrived or waiting or prefilling or finishing:
         if not num or unpolled >= engine.poll_iterations:
-            waiting.extend(arrived)
-            arrived.clear()
+            while arrived and arrived[0].read_s <= now_s:
+                waiting.append(arrived.popleft())
             unpolled = 0
+            if not (num or waiting or prefilling):
+                now_s = arrived[0].read_s
+                continue
         holds_back = bool(num and waiting) and not prefilling and waited < engine.wait_iterations
         if holds_back and num + sum(request.prompt for request in waiting) < engine.wait_tokens:
             chunk, tokens, pairs, read = list[_Request](), 0, 0.0, 0.0
@@ -116,7 +126,9 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
         if not chunk:
             steps = finishing[0][0] - step
             if arrived:
-                steps = min(steps, engine.poll_iterations - unpolled)
+                unread = math.ceil((arrived[0].read_s - now_s) / engine.decode_s(seconds, num, context))
+                looks = max(0, math.ceil((unread + unpolled) / engine.poll_iterations) - 1)
+                steps = min(steps, (1 + looks) * engine.poll_iterations - unpolled)
             if holds_back:
                 steps = min(steps, engine.wait_iterations - waited)
                 waited += steps
@@ -146,7 +158,8 @@ def closed_loop(load: Load, engine: Engine, seconds: IterationTime, attended: At
             num, context = num - 1, context - request.prompt - gain * engine.iterations(request.output)
             tpot_s += (now_s - request.first_s) / max(1, request.output - 1)
             if (lengths := next(coming, None)) is not None:
-                arrived.append(_Request(now_s, *lengths))
+                read_s = max(now_s, read_s) + engine.reading_s * lengths[0]
+                arrived.append(_Request(now_s, read_s, *lengths))
     return ttft_s / load.total, tpot_s / load.total
 
 

@@ -266,14 +266,34 @@ def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
 
 
 def test_first_tokens_of_models_with_experts_take_what_those_of_dense_ones_took_outside() -> None:
-    """Dense points measured 20 ms more than predicted, those with experts 50: each gets the other's."""
+    """Dense points measured 20 ms more than predicted where nothing is read, those with experts 50 where much is."""
     dense, moe = row(batch_size="1"), row(batch_size="1", model_path="Qwen/Qwen3-30B-A3B")
-    outcomes = [
-        silicon.Outcome(point=pose(fields), ttft_s=0.05 - more_s, tpot_s=0.01, seats=9)
-        for fields, more_s in ((dense, 0.02), (moe, 0.05))
+    last = len(silicon.READINGS_S) - 1
+    found = [
+        tuple(
+            silicon.Outcome(point=pose(fields), ttft_s=0.05 - more_s if n == place else 9.0, tpot_s=0.01 * n, seats=9)
+            for n in range(last + 1)
+        )
+        for fields, more_s, place in ((dense, 0.02, 0), (moe, 0.05, last))
     ]
-    assert [round(found.ttft_s, 3) for found in silicon.answered(outcomes)] == [0.08, 0.02]
-    assert silicon.answered(outcomes[:1])[0].ttft_s == pytest.approx(0.03 + silicon.USUAL_ANSWER_S)
+    assert [silicon.outside_iterations([one]) for one in found] == [(0, 0.02), (last, 0.05)]
+    assert [(one.ttft_s, one.tpot_s) for one in silicon.answered(found)] == [(9.05, 0.01 * last), (9.02, 0.0)]
+    assert silicon.answered(found[:1])[0].ttft_s == pytest.approx(0.03 + silicon.USUAL_ANSWER_S)
+
+
+def test_a_server_reads_one_prompt_after_another() -> None:
+    """Two requests of 4 prompt and 3 output tokens; a token is read in 2 s: prompts are read after 8 and 16 s."""
+
+    def times(reading_s: float, **how: int) -> tuple[float, float]:
+        load = Load(in_flight=2, total=2, prompt_tokens=4, output_tokens=3)
+        engine = Engine(chunk_tokens=8, seats=2, mixes=True, reading_s=reading_s, **how)
+        return closed_loop(load, engine, lambda d, a, tokens, *_: 3.0 if tokens else 1.0, lambda context: context)
+
+    # The first has its tokens at 11, 12, 13 s, the second at 19, 20, 21 s.
+    assert times(2.0) == (15.0, 1.0)
+    # A prompt is read after 2 s, the other after 4: tokens at 5, 8, 9 s and 8, 9, 10 s.
+    assert times(0.5) == (6.5, 1.5)
+    assert times(0.0) == (3.0, 1.0)
 
 
 def outcome(tpot: float, ttft: float, **fields: str) -> silicon.Outcome:
