@@ -102,6 +102,24 @@ def settings_elsewhere(container: str) -> Settings:
     return Settings(graphs=Graphs.NONE if "tensorrtllm-runtime:0.9.0" in container else Graphs.DECODE)
 
 
+def with_ranks(run: Run) -> Run:
+    """Return the run with the ranks of experts and of attention that its configuration has.
+
+    Rows of DeepSeek-R1 in FP4 of 2025 state neither. SGLang shared out whole experts; TensorRT-LLM did so above some
+    requests in flight, and from others on it ran attention data-parallel.
+    """
+    if run.model != "DeepSeek-R1" or run.precision != "fp4" or not "2025" <= run.date < "2026" or run.experts > 1:
+        return run
+    if run.engine == "sglang":
+        return replace(run, experts=run.tp)
+    shape, is_small = (run.prompt_tokens, run.output_tokens), run.tp == 4
+    whole_above = {(1024, 1024): 32 if is_small else 8, (1024, 8192): 32 if is_small else 16}
+    most = whole_above.get(shape, 0 if is_small else 32)
+    if run.requests > (32 if shape == (8192, 1024) else 255):
+        return replace(run, experts=run.tp, copies=run.tp, requests=run.requests // run.tp)
+    return replace(run, experts=run.tp) if run.requests > most else run
+
+
 def settings_of(run: Run) -> tuple[Settings, ...]:
     """Return the settings of a run by InferenceX: those with drafts last where two scripts ran what the row names."""
     return {"vllm": _vllm, "trtllm": _trtllm, "sglang": _sglang}[run.engine](run)

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of
+from benchmarks.measuring.published_settings import Run, Settings, settings_elsewhere, settings_of, with_ranks
 from hetis.formats import catalogue, dtypes
 from hetis.formats.huggingface import model_from_config
 from hetis.formats.positions import parse_text
@@ -180,7 +180,9 @@ def pose(row: Mapping[str, str]) -> tuple[ServingPoint, ...]:
             tp=tp * copies, experts=experts, copies=copies, requests=requests, prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
         )  # fmt: skip
-        choices = settings_of(run)
+        run = with_ranks(run)
+        choices, experts = settings_of(run), run.experts
+        tp, copies, requests = run.tp // run.copies, run.copies, run.requests
     drift = DRIFT if MIXES[row["backend"]] else 1.0
     fields: dict[str, Any] = {
         "row": row, "gpu": gpu, "engine": row["backend"], "label": label, "mode": row["mode"], "tp": tp,

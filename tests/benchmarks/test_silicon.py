@@ -15,7 +15,7 @@ import pytest
 from benchmarks import silicon
 from benchmarks.measuring import serving_points
 from benchmarks.measuring.closed_loop import Engine, Load, closed_loop
-from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of
+from benchmarks.measuring.published_settings import Graphs, Run, Settings, settings_elsewhere, settings_of, with_ranks
 from benchmarks.measuring.serving_points import NotPosedError, ServingPoint, posed, read_rows
 from hetis.formats import catalogue
 from hetis.profiler.engines import eager_layer_s
@@ -255,6 +255,24 @@ def test_settings_are_those_of_the_published_scripts() -> None:
     assert settings(engine="vllm", model="MiniMax-M2.5", image="v0.17.0-cu130") == Settings()
     assert settings(engine="vllm", model="MiniMax-M2.5", gpu="H100-SXM-80GB") == Settings()
     assert settings_elsewhere("image=nvcr.io/nvidia/ai-dynamo/tensorrtllm-runtime:0.9.0").graphs is Graphs.NONE
+
+
+def test_ranks_that_rows_of_2025_leave_out_are_those_of_the_configuration() -> None:
+    """16 requests on 4 GPUs have slices of all experts, 64 have whole ones, and 256 attention of their own."""
+    run = Run(
+        engine="trtllm", image="", date="2025-11-02", model="DeepSeek-R1", gpu="B200-SXM-180GB", precision="fp4", tp=4,
+        experts=1, copies=1, requests=16, prompt_tokens=1024, output_tokens=1024,
+    )  # fmt: skip
+
+    def ranks(**fields: Any) -> tuple[int, int, int]:
+        found = with_ranks(replace(run, **fields))
+        return found.experts, found.copies, found.requests
+
+    assert [ranks(requests=n) for n in (16, 64, 256)] == [(1, 1, 16), (4, 1, 64), (4, 4, 64)]
+    assert [ranks(requests=n, prompt_tokens=8192) for n in (4, 64)] == [(4, 1, 4), (4, 4, 16)]
+    assert [ranks(tp=8, requests=n, output_tokens=8192) for n in (16, 32)] == [(1, 1, 16), (8, 1, 32)]
+    assert ranks(engine="sglang") == (4, 1, 16)
+    assert ranks(date="2026-02-03", requests=256) == ranks(precision="fp8", requests=256) == (1, 1, 256)
 
 
 def test_an_engine_without_graphs_takes_what_its_host_takes() -> None:
