@@ -364,6 +364,28 @@ def test_a_planner_that_goes_says_goodbye_and_nodes_keep_what_they_hold() -> Non
     run(body)
 
 
+def test_a_planner_that_goes_waits_for_agents_that_are_slow_to_take_the_goodbye() -> None:
+    async def body() -> None:
+        async with planner() as (fleet, _, _, _):
+
+            async def requests() -> AsyncIterator[pb.ConnectNodeRequest]:
+                yield ModelAgent("a", Engines()).hello()
+                await asyncio.Event().wait()
+
+            stream = fleet.connect(identity.ANYBODY, requests())
+            assert (await anext(stream)).WhichOneof("message") == "welcome"
+            stopping = asyncio.create_task(fleet.stop("an upgrade"))
+            await asyncio.sleep(0.05)
+            assert not stopping.done()
+            while (await anext(stream)).WhichOneof("message") != "goodbye":
+                assert not stopping.done()
+            with pytest.raises(ServiceError, match="connect again"):
+                await anext(stream)
+            await stopping
+
+    run(body)
+
+
 def test_a_broken_stream_makes_a_node_suspect_and_head_maps_that_were_asked_for_fail_at_once() -> None:
     async def body() -> None:
         async with planner() as (fleet, stub, _, _):

@@ -94,14 +94,20 @@ class FakeAgents(agent_service_pb2_grpc.AgentServiceServicer):
 
     def __init__(self) -> None:
         self.goodbye = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.gone.set()
 
     async def ConnectNode(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:
-        async for request in request_iterator:
-            caller().require_node(request.hello.node)
-            yield agent_service_pb2.ConnectNodeResponse(epoch=1, welcome=agent_service_pb2.Welcome())
-            await self.goodbye.wait()
-            yield agent_service_pb2.ConnectNodeResponse(epoch=1, goodbye=agent_service_pb2.Goodbye())
-            return
+        self.gone.clear()
+        try:
+            async for request in request_iterator:
+                caller().require_node(request.hello.node)
+                yield agent_service_pb2.ConnectNodeResponse(epoch=1, welcome=agent_service_pb2.Welcome())
+                await self.goodbye.wait()
+                yield agent_service_pb2.ConnectNodeResponse(epoch=1, goodbye=agent_service_pb2.Goodbye())
+                return
+        finally:
+            self.gone.set()
 
 
 class FakeDispatch(dispatch_service_pb2_grpc.DispatchServiceServicer):
@@ -197,6 +203,7 @@ class FakePlanner:
     async def say_goodbye(self) -> None:
         self.agents.goodbye.set()
         self.plans.hub.close()
+        await self.agents.gone.wait()  # as the fleet does: what a drain ends is not said any more
 
     async def close(self) -> None:
         self.closed = True

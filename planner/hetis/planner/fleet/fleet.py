@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
@@ -29,6 +30,7 @@ from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # for the first message of a stream
+_GOODBYE_S = 2.0  # for agents to take what they were sent last
 _MOST_REQUEST_BYTES = 2**20  # see docs/api.md
 _STOOD_STILL = 4.0  # ticks; a longer gap between two means that the planner itself was suspended
 
@@ -82,7 +84,7 @@ class LiveFleet:
         self._ticks = asyncio.create_task(self._tick_for_ever(), name="the fleet's time")
 
     async def stop(self, reason: str) -> None:
-        """Say goodbye to all agents and end their streams. Replicas continue to serve."""
+        """Say goodbye to all agents, and end their streams once they have taken it. Replicas continue to serve."""
         self._ending = ServiceError(Reason.ERROR_REASON_DRAINING, f"this planner goes: {reason}; connect again")
         for cluster in self._clusters.values():
             cluster.say_goodbye(reason)
@@ -95,9 +97,14 @@ class LiveFleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for stream in list(self._streams.values()):
+        streams = list(self._streams.values())
+        for stream in streams:
             stream.end(self._ending)
         self._fail_readings(None, self._ending)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                for stream in streams:
+                    await stream.closed.wait()
 
     # Agents.
 
@@ -127,6 +134,7 @@ class LiveFleet:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
             self._close(cluster, node, name, stream)
+            stream.closed.set()
 
     # Queries.
 

@@ -15,10 +15,15 @@ MOST_BYTES = 64 * 2**20
 
 
 class Stream:
-    """Messages for one agent, in order. Belongs to one event loop."""
+    """Messages for one agent, in order. Belongs to one event loop.
+
+    Attributes:
+        closed: set by whoever writes the messages, when all are written or the agent is gone.
+    """
 
     def __init__(self, session: str) -> None:
         self.session = session
+        self.closed = asyncio.Event()
         self._queue: deque[Response] = deque()
         self._num_bytes = 0
         self._has_news = asyncio.Event()

@@ -149,14 +149,16 @@ class Calls(grpc.aio.ServerInterceptor):
 
             self._num_unary += 1
             self._unary_done.clear()
-            try:
-                return await self._watched(method, context, body, is_stream=False)
-            finally:
-                self._num_unary -= 1
-                if self._num_unary == 0:
-                    self._unary_done.set()
+            context.add_done_callback(self._unary_ended)
+            return await self._watched(method, context, body, is_stream=False)
 
         return answer
+
+    def _unary_ended(self, _context: Context) -> None:
+        """Count a call as ended when its answer was sent: one that is merely on its way would be cut off."""
+        self._num_unary -= 1
+        if self._num_unary == 0:
+            self._unary_done.set()
 
     def _unary_stream(self, method: str, behaviour: Any, decode: Decode) -> Any:
         async def answer(raw: bytes, context: Context) -> None:

@@ -114,8 +114,9 @@ class PlannerServer:
     async def drain(self, timeout_s: float, say_goodbye: Callable[[], Awaitable[None]]) -> bool:
         """Shut down in order; return whether every call could finish.
 
-        Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` lets agents and watches end. Remaining
-        streams are ended, and unary calls finish. Whatever is left after ``timeout_s`` is cut off.
+        Health says NOT_SERVING and new calls fail with DRAINING; ``say_goodbye`` ends watches, and returns when agents
+        have taken its goodbye. Remaining streams are ended, and unary calls finish. Whatever is left after
+        ``timeout_s`` is cut off.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
