@@ -411,7 +411,7 @@ def _planner_metrics() -> Iterator[Described]:
     from hetis.planner.service.metrics import ServiceMetrics
     from hetis.planner.service.store_metrics import StoreCollector
     from hetis.planner.store import Store
-    from hetis.planner.store.health import StoreHealth
+    from hetis.planner.store.store import StoreHealth
 
     yield from _of_registry(ServiceMetrics("").registry)
     store = cast(

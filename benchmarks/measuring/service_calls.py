@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.measuring.service_agents import CONTEXT_TOKENS, balanced_owners, request_of
 from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.dispatching import declaring
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.dispatching.states import DispatchStates

@@ -22,8 +22,8 @@ from hetis.planner.service.fleet_metrics import FleetCollector
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.setting_sources import load_config, variables
 from hetis.planner.service.store_metrics import StoreCollector
-from hetis.planner.store.health import StoreHealth
-from hetis.planner.store.lease import Lease
+from hetis.planner.store.leadership import Lease
+from hetis.planner.store.store import StoreHealth
 from hetis.runtime.agent.main import app as agent_app
 from hetis.runtime.agent.metrics import AgentMetrics
 

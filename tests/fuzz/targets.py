@@ -27,7 +27,7 @@ from hetis.formats.trace_arrays import characters_counter
 from hetis.formats.traces import read_trace
 from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.declaring import declared
 from hetis.planner.service.certificates import ends_of_certificates

@@ -16,7 +16,7 @@ import grpc
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import FleetSettings, duration
-from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.service import identity, statuses
 from hetis.planner.service.servicers.agent import AgentServicer
 from hetis.planner.store import Store

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.convert import documents
-from hetis.planner.convert.names import CLUSTER, NODE, cluster_of, is_id, last_part, node_name
-from hetis.planner.convert.times import timestamp
+from hetis.planner.convert.names import CLUSTER, NODE, cluster_of, is_id, last_part, node_name, timestamp
 from hetis.v1 import document_pb2
 
 FLEET = """\

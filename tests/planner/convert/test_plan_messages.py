@@ -14,12 +14,12 @@ from hetis.planner.convert.plans import (
     digest_of,
     objective_from_proto,
     progress_to_proto,
+    replica_from_proto,
+    replica_to_proto,
     result_to_proto,
     without_contents,
 )
-from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
-from hetis.planner.convert.roles import routes_from_proto, routes_to_proto
-from hetis.planner.jobs.outcomes import progress_from_frame, progress_to_frame
+from hetis.planner.jobs.messages import progress_from_frame, progress_to_frame
 from hetis.planner.jobs.searching import document_bytes
 from hetis.solver.budget import Progress
 from hetis.solver.plan import AttentionWorkerPool, KvRoute, Objective, ObjectiveKind, ReplicaPlan, Role, StagePlan
@@ -74,7 +74,14 @@ def test_a_replica_of_a_sender_that_knows_no_roles_is_unified() -> None:
 
 @given(st.lists(ROUTES, max_size=4).map(tuple))
 def test_routes_are_the_same_after_the_way_there_and_back(routes: tuple[KvRoute, ...]) -> None:
-    assert routes_from_proto(routes_to_proto(routes)) == routes
+    plan = replace(MADE, kv_routes=routes)
+    message = plan_pb2.Plan(result=result_to_proto(plan, b"{}"))
+    complete(message, plan, b"{}")
+    assert routes_of(message.result) == routes
+
+
+def routes_of(result: plan_pb2.PlanResult) -> tuple[KvRoute, ...]:
+    return tuple(KvRoute(prefill=one.prefill, decode=one.decode, rate=one.rate_rps) for one in result.kv_routes)
 
 
 def test_cards_that_several_stages_share_count_once() -> None:
@@ -123,7 +130,7 @@ def test_routes_are_all_there_or_said_to_be_missing() -> None:
         plan = replace(MADE, kv_routes=(route,) * count)
         message = plan_pb2.Plan(result=result_to_proto(plan, b"{}"))
         complete(message, plan, b"{}")
-        assert routes_from_proto(message.result.kv_routes) == (plan.kv_routes if fits else ())
+        assert routes_of(message.result) == (plan.kv_routes if fits else ())
         assert message.result.replicas_truncated == (not fits)
         assert message.ByteSize() <= 4 << 20
 

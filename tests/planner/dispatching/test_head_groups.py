@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.convert.head_groups import card_of, leaving, owners_of
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import card_of, leaving, owners_of, stage_from_proto
 from hetis.solver.dispatch.problem import Stage
 from tests.planner.dispatching.stages import stage_model
 

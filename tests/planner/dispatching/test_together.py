@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching import admission
 from hetis.planner.fleet.dispatching import replica as module

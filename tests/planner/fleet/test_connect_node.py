@@ -14,7 +14,7 @@ import pytest
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.service import identity
 from hetis.planner.service.servicers.agent import AgentServicer
 from hetis.planner.store import Store, Transaction

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.contents import PlanContents
 from hetis.planner.use_cases.sources import load_plan_and_problem
 from hetis.planner.use_cases.stage_of_plan import load_stage_of_plan

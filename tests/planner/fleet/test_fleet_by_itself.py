@@ -14,7 +14,7 @@ import pytest
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.link import Request, Response
-from hetis.planner.resources.hubs import Hubs
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.service import identity
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2 as pb

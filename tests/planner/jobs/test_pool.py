@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.jobs.outcomes import CalledOff, Crashed, FoundPlan, Infeasible, Outcome
-from hetis.planner.jobs.pool import PoolSettings, SolverPool
-from hetis.planner.jobs.process import SolverProcess
-from hetis.planner.jobs.search import Begun, News, Search
+from hetis.planner.jobs.messages import CalledOff, Crashed, FoundPlan, Infeasible, Outcome
+from hetis.planner.jobs.pool import Begun, News, PoolSettings, Search, SolverPool, SolverProcess
 from hetis.solver.budget import Progress
 
 WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))

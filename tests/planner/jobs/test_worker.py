@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import from_data
-from hetis.planner.jobs.frames import JobFrame
-from hetis.planner.jobs.outcomes import FoundPlan, Infeasible
-from hetis.planner.jobs.pool import PoolSettings, SolverPool
-from hetis.planner.jobs.posed import PosedProblem, posed_from_json
-from hetis.planner.jobs.process import SolverProcess
-from hetis.planner.jobs.search import Begun, News
+from hetis.planner.jobs.messages import FoundPlan, Infeasible, JobFrame, PosedProblem, posed_from_json
+from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.sources import load_inputs, problem_of_plan

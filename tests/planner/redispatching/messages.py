@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hetis.planner.convert.head_groups import owners_of
-from hetis.planner.convert.head_maps import status_to_proto
+from hetis.planner.convert.stages import owners_of, status_to_proto
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.v1 import head_map_pb2, report_pb2, stage_pb2

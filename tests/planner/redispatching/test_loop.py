@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from hetis.planner.convert.head_maps import snapshot_from_proto
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet as RealFleet

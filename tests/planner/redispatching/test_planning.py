@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from hetis.planner.convert.head_maps import snapshot_from_proto
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import snapshot_from_proto, stage_from_proto
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
 from hetis.solver.redispatch.problem import RedispatchProblem

@@ -13,17 +13,14 @@ from typing import Any, TypeVar
 
 import grpc
 
-from hetis.planner.jobs.pool import PoolSettings, SolverPool
-from hetis.planner.jobs.process import SolverProcess
+from hetis.planner.jobs.pool import PoolSettings, SolverPool, SolverProcess
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.declared import DeclaredFleets
-from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.plan_activation import PlanActivation
-from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
-from hetis.planner.resources.plan_searches import PlanSearches
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
+from hetis.planner.resources.shared import DeclaredFleets, Hubs
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics

@@ -16,13 +16,10 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.declared import DeclaredFleets
-from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.node_views import CONNECTED, NodeReader
-from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.running import RunningResources
-from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.resources.shared import DeclaredFleets, Hubs
+from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics

@@ -17,8 +17,8 @@ from hetis.planner.service.reloading import keep_fresh
 from hetis.planner.service.running import show_failure
 from hetis.planner.service.succession import LeadershipTerm, Succession
 from hetis.planner.store import Store
-from hetis.planner.store.health import StoreHealth
-from hetis.planner.store.lease import Lease
+from hetis.planner.store.leadership import Lease
+from hetis.planner.store.store import StoreHealth
 from tests.planner.service.serving import run, served
 
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.store import Store, Transaction, migrating, opening, schema
+from hetis.planner.store import Store, Transaction, opening, records
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLog
 
 TEXT = st.text(max_size=10)
@@ -69,16 +69,16 @@ def test_what_was_written_is_whole_and_comes_back_in_its_order(connection: sa.Co
     assert log.first_wrong() is None
 
 
-@pytest.mark.parametrize("column", [column.name for column in schema.audit.columns if column.name != "number"])
+@pytest.mark.parametrize("column", [column.name for column in records.audit.columns if column.name != "number"])
 def test_a_changed_line_is_found(connection: sa.Connection, column: str) -> None:
-    kind = schema.audit.c[column].type.python_type
+    kind = records.audit.c[column].type.python_type
     value = {str: "x", int: 77, float: 77.5}[kind]
-    connection.execute(sa.update(schema.audit).where(schema.audit.c.number == 3).values({column: value}))
+    connection.execute(sa.update(records.audit).where(records.audit.c.number == 3).values({column: value}))
     assert AuditLog(connection).first_wrong() == 3
 
 
 def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -> None:
-    table = schema.audit
+    table = records.audit
     connection.execute(sa.delete(table).where(table.c.number == 2))
     assert AuditLog(connection).first_wrong() == 2
     connection.execute(sa.update(table).where(table.c.number == 3).values(number=2))
@@ -89,7 +89,7 @@ def test_a_line_that_is_taken_out_or_moved_is_found(connection: sa.Connection) -
 def test_any_changes_make_a_whole_chain(changes: list[AuditedChange]) -> None:
     engine = opening.make_engine(opening.parse_url("sqlite://"), lease_s=10.0)
     with engine.begin() as connection:
-        migrating.migrate(connection)
+        opening.migrate(connection)
         log = AuditLog(connection)
         for change in changes:
             log.append(change, time_s=0.1)

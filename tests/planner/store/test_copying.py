@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from hetis.planner.store import Store, StoreError, Transaction, etag_of, opening, schema
+from hetis.planner.store import Store, StoreError, Transaction, etag_of, opening, records
 from hetis.planner.store.audit import AuditedChange
 from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
-from hetis.planner.store.migrating import revisions
+from hetis.planner.store.opening import revisions
 from hetis.planner.watching import Hub
 from tests.planner.store import samples
 
@@ -53,7 +53,7 @@ def rows(url: str, tables: tuple[str, ...]) -> dict[str, list[tuple[Any, ...]]]:
     engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
     with engine.connect() as connection:
         found = {
-            name: sorted(tuple(row) for row in connection.execute(sa.select(schema.metadata.tables[name])))
+            name: sorted(tuple(row) for row in connection.execute(sa.select(records.metadata.tables[name])))
             for name in tables
         }
     engine.dispose()
@@ -65,7 +65,7 @@ def test_a_filled_store_goes_up_down_and_up(url: str) -> None:
     migrate_to(url, versions[0])
     engine = opening.make_engine(opening.parse_url(url), lease_s=10.0)
     with engine.begin() as connection:  # as the planner of that version wrote it
-        connection.execute(sa.insert(schema.plan_documents).values(name="plans/old", content=b"[]"))
+        connection.execute(sa.insert(records.plan_documents).values(name="plans/old", content=b"[]"))
     engine.dispose()
     epoch, _ = with_store(url, fill)
     filled = rows(url, OLDEST)
@@ -82,7 +82,7 @@ def test_a_filled_store_goes_up_down_and_up(url: str) -> None:
 def test_a_backup_brings_everything_back_with_an_epoch_and_etags_beyond_all_before(url: str, tmp_path: Path) -> None:
     backup, elsewhere = tmp_path / "backup.db", f"sqlite:///{tmp_path}/elsewhere.db"
     epoch, _ = with_store(url, fill)
-    filled = rows(url, tuple(schema.metadata.tables))
+    filled = rows(url, tuple(records.metadata.tables))
     assert back_up(url, backup) == sum(map(len, filled.values()))
     assert backup.stat().st_mode & 0o777 == 0o600
     assert [file.name for file in tmp_path.glob("*backup*")] == ["backup.db"]
@@ -202,7 +202,7 @@ def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str,
         await store.close()
 
     asyncio.run(scenario())
-    before = rows(url, tuple(schema.metadata.tables))
+    before = rows(url, tuple(records.metadata.tables))
     with pytest.raises(StoreError, match="--replace puts the backup there"):
         restore(url, backup, replace=False)
     with pytest.raises(StoreError, match="is there already; a backup replaces nothing"):
@@ -212,7 +212,7 @@ def test_a_store_in_use_or_filled_is_not_replaced_and_a_backup_neither(url: str,
         restore(url, tmp_path / "text", replace=True)
     with pytest.raises(StoreError, match="there is no version v9999 of the store"):
         migrate_to(url, "v9999")
-    assert rows(url, tuple(schema.metadata.tables)) == before
+    assert rows(url, tuple(records.metadata.tables)) == before
 
 
 def test_a_backup_of_an_older_version_is_brought_up_on_the_way(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.store import Store, StoreError, Transaction
-from hetis.planner.store.lease import Lease
+from hetis.planner.store.leadership import Lease
 from tests.faults.proxy import Proxy
 from tests.planner.store import samples
 

@@ -14,10 +14,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, schema
+from hetis.planner.store import Reader, Store, StoreError, Transaction, etag_of, opening, records
 from hetis.planner.store.records import Record
-from hetis.planner.store.tables import KEPT_REDISPATCHES
-from hetis.planner.store.transactions import KEPT_S
+from hetis.planner.store.tables import KEPT_REDISPATCHES, KEPT_S
 from tests.planner.store import samples
 
 
@@ -279,7 +278,7 @@ def test_a_lease_is_renewed_until_another_planner_leads(postgres_url: str) -> No
         assert 0 < caught.value.retry_after_s <= 0.5
         engine = sa.create_engine(opening.parse_url(postgres_url))
         with engine.begin() as connection:  # as if another had taken over
-            connection.execute(sa.update(schema.leadership).values(epoch=7, holder="other"))
+            connection.execute(sa.update(records.leadership).values(epoch=7, holder="other"))
         engine.dispose()
         await asyncio.wait_for(store.until_replaced(), 5)
         await store.close()
@@ -337,7 +336,7 @@ def test_the_migrations_lead_to_the_tables_that_the_code_means(url: str) -> None
     engine = sa.create_engine(opening.parse_url(url))
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        differences = compare_metadata(context, schema.metadata)
+        differences = compare_metadata(context, records.metadata)
     engine.dispose()
     assert differences == []
 

@@ -17,7 +17,7 @@ from hetis.formats.traces import PrefixHitRate
 from hetis.planner.cli.quantities import NO_LIMIT
 from hetis.planner.cli.resource_names import full_name, id_of
 from hetis.planner.client import Client
-from hetis.planner.convert.roles import TO_PROTO
+from hetis.planner.convert.plans import TO_PROTO
 from hetis.solver.plan import ObjectiveKind, Plan, Role
 from hetis.v1 import document_pb2, plan_pb2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hetis.planner.convert import documents
-from hetis.planner.convert.times import optional_timestamp, timestamp
+from hetis.planner.convert.names import optional_timestamp, timestamp
 from hetis.planner.store import ClusterRecord, NodeRecord, RedispatchRecord, ReplicaRecord, etag_of
 from hetis.solver.cluster import Cluster
 from hetis.v1 import cluster_pb2, document_pb2, redispatch_pb2, replica_pb2, report_pb2, view_pb2

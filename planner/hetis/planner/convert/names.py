@@ -1,9 +1,12 @@
-"""Names of resources: built from ids, and split."""
+"""Names of resources and of enum values, and timestamps."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+from google.protobuf.timestamp_pb2 import Timestamp
 
 ID = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 ID_RULE = "1 to 63 of a-z 0-9 -, beginning and ending with a letter or digit"
@@ -58,3 +61,21 @@ def last_part(name: str) -> str:
 def node_name(cluster: str, node: str) -> str:
     """Return the resource name of a node id in ``clusters/{cluster}``."""
     return f"{cluster}/nodes/{node}"
+
+
+def name_of(enum: object, value: int) -> str:
+    """Return a value's name in a generated enum, or its number if this version has no name: open enums may hold any."""
+    assert isinstance(enum, EnumTypeWrapper)
+    found = enum.DESCRIPTOR.values_by_number.get(value)
+    return str(value) if found is None else str(found.name)
+
+
+def timestamp(time_s: float) -> Timestamp:
+    """Return the timestamp of a Unix time, to the microsecond."""
+    whole = int(time_s // 1)
+    return Timestamp(seconds=whole, nanos=min(round((time_s - whole) * 1e6), 999_999) * 1000)
+
+
+def optional_timestamp(time_s: float | None) -> Timestamp | None:
+    """Return the timestamp, or None if there is no time, so that the field is left unset."""
+    return None if time_s is None else timestamp(time_s)

@@ -1,44 +1,110 @@
-"""Plans as messages: objective, progress and result of a search, the two views of the resource, the explanation."""
+"""Plans, their replicas, routes and roles as messages, and back; the two views of the resource, and the explanation."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, TypeVar
 
-from hetis.planner.convert.replicas import replicas_to_proto
-from hetis.planner.convert.roles import routes_to_proto
+from google.protobuf.message import Message
+
 from hetis.planner.use_cases import place as placing
 from hetis.solver.budget import Progress
-from hetis.solver.explain import Explanation, IdleGpus, MemoryBar, StageTime
-from hetis.solver.plan import ClassPrice, Objective, ObjectiveKind, Plan, RunnerUp, Status
-from hetis.v1 import document_pb2, plan_pb2, plan_service_pb2
+from hetis.solver.explain import Explanation, MemoryBar
+from hetis.solver.plan import (
+    AttentionWorkerPool,
+    Objective,
+    ObjectiveKind,
+    Plan,
+    ReplicaPlan,
+    Role,
+    StagePlan,
+)
+from hetis.v1 import document_pb2, plan_pb2, plan_service_pb2, replica_pb2
+
+TO_PROTO = {role: replica_pb2.ReplicaRole.Value(f"REPLICA_ROLE_{role.name}") for role in Role}
+FROM_PROTO = {value: role for role, value in TO_PROTO.items()}
+
+
+def role_of(shape: replica_pb2.ReplicaPlan) -> Role:
+    """Return the role of a replica; unified if it was written before roles existed."""
+    return FROM_PROTO.get(shape.role, Role.UNIFIED)
+
+
+_RENAMED = {"gpu": "gpu_type", "rate": "rate_rps"}  # what the contract calls fields of the solver's values
+M = TypeVar("M", bound=Message)
+V = TypeVar("V")
+
+
+def _message(kind: type[M], value: Any, **others: Any) -> M:
+    """Return a message with the fields that ``value``, a dataclass, has as well, and with ``others``."""
+    given = {_RENAMED.get(field.name, field.name): getattr(value, field.name) for field in fields(value)} | others
+    return kind(**{name: given[name] for name in kind.DESCRIPTOR.fields_by_name if name in given})
+
+
+def _value(kind: type[V], message: Message, **others: Any) -> V:
+    """Return the value of a message that has all fields of ``kind``, a dataclass, but for ``others``."""
+    names = [field.name for field in fields(kind) if field.name not in others]  # type: ignore[arg-type]
+    given = {name: getattr(message, _RENAMED.get(name, name)) for name in names}
+    return kind(
+        **{name: one if isinstance(one, int | float | str) else tuple(one) for name, one in given.items()}, **others
+    )
+
+
+def _messages(kind: type[M], values: Iterable[Any]) -> list[M]:
+    return [_message(kind, value) for value in values]
+
+
+MOST_IN_A_MESSAGE = 1000  # replicas in a PlanResult, see plan.proto
+
+
+def replicas_to_proto(replicas: Iterable[ReplicaPlan], *, most_bytes: int) -> list[replica_pb2.ReplicaPlan]:
+    """Return the first replicas: as many as a message may have, and as fit into ``most_bytes``."""
+    messages: list[replica_pb2.ReplicaPlan] = []
+    for replica in replicas:
+        message = replica_to_proto(replica)
+        most_bytes -= message.ByteSize()
+        if len(messages) == MOST_IN_A_MESSAGE or most_bytes < 0:
+            break
+        messages.append(message)
+    return messages
+
+
+def replica_to_proto(replica: ReplicaPlan) -> replica_pb2.ReplicaPlan:
+    return _message(
+        replica_pb2.ReplicaPlan,
+        replica,
+        stages=_messages(replica_pb2.StagePlan, replica.stages),
+        attention_workers=_messages(replica_pb2.AttentionWorkerPool, replica.attention_workers),
+        role=TO_PROTO[replica.role],
+    )
+
+
+def replica_from_proto(message: replica_pb2.ReplicaPlan) -> ReplicaPlan:
+    return _value(
+        ReplicaPlan,
+        message,
+        stages=tuple(_value(StagePlan, stage) for stage in message.stages),
+        attention_workers=tuple(_value(AttentionWorkerPool, pool) for pool in message.attention_workers),
+        role=role_of(message),
+    )
+
 
 MOST_DOCUMENT_BYTES = 3 << 20  # for a document inside a message
 # What a message of 4 MiB has room for besides the names and states of the surrounding answer.
 MOST_PLAN_BYTES = (4 << 20) - (128 << 10)
 
-_STATUSES = {
-    Status.OPTIMAL: plan_pb2.SOLVE_STATUS_OPTIMAL,
-    Status.FEASIBLE: plan_pb2.SOLVE_STATUS_FEASIBLE,
-    Status.INTERRUPTED: plan_pb2.SOLVE_STATUS_INTERRUPTED,
-}
 Wrong = Callable[[str, str], object]  # called with the path of a wrong field, and what is wrong with it
-_KINDS = {
-    plan_pb2.OBJECTIVE_KIND_UNSPECIFIED: ObjectiveKind.GOODPUT,
-    plan_pb2.OBJECTIVE_KIND_GOODPUT: ObjectiveKind.GOODPUT,
-    plan_pb2.OBJECTIVE_KIND_THROUGHPUT: ObjectiveKind.THROUGHPUT,
-    plan_pb2.OBJECTIVE_KIND_COST: ObjectiveKind.COST,
-    plan_pb2.OBJECTIVE_KIND_GPUS: ObjectiveKind.GPUS,
-}
-_PRIMARY = "primary"
+_OBJECTIVES = {plan_pb2.ObjectiveKind.Value(f"OBJECTIVE_KIND_{kind.name}"): kind for kind in ObjectiveKind}
 
 
 def result_to_proto(plan: Plan, document: bytes) -> plan_pb2.PlanResult:
     """Return the result in the view BASIC. ``document`` is the plan in canonical JSON; the plan has replicas."""
     result = plan.result
     message = plan_pb2.PlanResult(
-        status=_STATUSES[result.status],
+        status=plan_pb2.SolveStatus.Value(f"SOLVE_STATUS_{result.status.name}"),
         value=result.value,
         unit=result.unit,
         solve_s=result.solve_s,
@@ -63,11 +129,11 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
     The document is the first to be left out, if it is large or there is no room: it can be read separately.
     """
     result = message.result
-    result.prices.extend(map(price_to_proto, plan.prices))
+    result.prices.extend(_messages(plan_pb2.ClassPrice, plan.prices))
     replicas = replicas_to_proto(plan.replicas, most_bytes=MOST_PLAN_BYTES - message.ByteSize())
     result.replicas.extend(replicas)
     result.replicas_truncated = len(replicas) < len(plan.replicas)
-    routes = plan_pb2.PlanResult(kv_routes=routes_to_proto(plan.kv_routes))
+    routes = plan_pb2.PlanResult(kv_routes=_messages(replica_pb2.KvRoute, plan.kv_routes))
     if routes.ByteSize() <= MOST_PLAN_BYTES - message.ByteSize():
         result.MergeFrom(routes)
     else:
@@ -92,26 +158,7 @@ def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
 
 
 def progress_to_proto(progress: Progress, unit: str) -> plan_pb2.SolveProgress:
-    return plan_pb2.SolveProgress(
-        phase=progress.phase,
-        elapsed_s=progress.elapsed_s,
-        incumbent=progress.incumbent,
-        bound=progress.bound,
-        gap=progress.gap,
-        unit=unit,
-    )
-
-
-def price_to_proto(price: ClassPrice) -> plan_pb2.ClassPrice:
-    return plan_pb2.ClassPrice(
-        gpu_type=price.gpu,
-        zone=price.zone,
-        gpus_per_node=price.gpus_per_node,
-        available=price.available,
-        used=price.used,
-        as_attention_workers=price.as_attention_workers,
-        dual=price.dual,
-    )
+    return _message(plan_pb2.SolveProgress, progress, unit=unit)
 
 
 def digest_of(document: bytes) -> str:
@@ -121,7 +168,7 @@ def digest_of(document: bytes) -> str:
 
 def objective_from_proto(message: plan_pb2.Objective, field: str, wrong: Wrong) -> Objective:
     """Return the objective; ``wrong`` is called for every wrong field, whose path begins with ``field``."""
-    kind = _KINDS.get(message.kind, ObjectiveKind.GOODPUT)
+    kind = _OBJECTIVES.get(message.kind, ObjectiveKind.GOODPUT)
     demand_rps = message.demand_rps or None
     if demand_rps is not None and not (demand_rps > 0 and math.isfinite(demand_rps)):
         wrong(f"{field}.demand_rps", f"is {demand_rps:g}, must be above 0 and finite")
@@ -154,58 +201,18 @@ def _limit_s(message: plan_pb2.Objective, name: str, field: str, wrong: Wrong) -
 def explanation_to_proto(plan: Plan, explanation: Explanation) -> plan_service_pb2.ExplainPlanResponse:
     return plan_service_pb2.ExplainPlanResponse(
         memory=map(_memory, explanation.memory),
-        stage_times=map(_stage_time, explanation.stage_times),
+        stage_times=_messages(plan_service_pb2.StageTime, explanation.stage_times),
         bottlenecks=explanation.bottlenecks,
-        idle=map(_idle, explanation.idle),
+        idle=_messages(plan_service_pb2.IdleGpus, explanation.idle),
         attention_workers=explanation.attention_workers,
-        prices=map(price_to_proto, plan.prices),
-        runners_up=map(_runner_up, plan.runners_up),
+        prices=_messages(plan_pb2.ClassPrice, plan.prices),
+        runners_up=_messages(plan_service_pb2.RunnerUp, plan.runners_up),
         notes=plan.notes,
         kv_routes=explanation.kv_routes,
     )
 
 
 def _memory(bar: MemoryBar) -> plan_service_pb2.MemoryBar:
-    return plan_service_pb2.MemoryBar(
-        replica=bar.replica,
-        stage=bar.stage,
-        is_attention_worker=bar.role != _PRIMARY,
-        gpu_type=bar.gpu,
-        num_devices=bar.num_devices,
-        nominal_bytes=bar.nominal_bytes,
-        unusable_bytes=bar.unusable_bytes,
-        reserve_bytes=bar.reserve_bytes,
-        weight_bytes=bar.weight_bytes,
-        kv_bytes=bar.kv_bytes,
-        activation_bytes=bar.activation_bytes,
-        free_bytes=max(0, bar.free_bytes),  # parts are rounded: a full card may exceed its size by some bytes
-    )
-
-
-def _stage_time(part: StageTime) -> plan_service_pb2.StageTime:
-    return plan_service_pb2.StageTime(
-        replica=part.replica,
-        stage=part.stage,
-        gpu_type=part.gpu,
-        tp=part.tp,
-        copies=part.copies,
-        dense_s=part.dense_s,
-        all_reduce_s=part.all_reduce_s,
-        prefill_attention_s=part.prefill_attention_s,
-        decode_attention_s=part.decode_attention_s,
-        transfer_s=part.transfer_s,
-        head_s=part.head_s,
-        other_s=part.other_s,
-        total_s=part.total_s,
-        is_bottleneck=part.is_bottleneck,
-        kv_wait_s=part.kv_wait_s,
-        kv_wire_s=part.kv_wire_s,
-    )
-
-
-def _idle(idle: IdleGpus) -> plan_service_pb2.IdleGpus:
-    return plan_service_pb2.IdleGpus(gpu_type=idle.gpu, zone=idle.zone, count=idle.count, reason=idle.reason)
-
-
-def _runner_up(runner: RunnerUp) -> plan_service_pb2.RunnerUp:
-    return plan_service_pb2.RunnerUp(shape=runner.shape, rate_rps=runner.rate, reason=runner.reason)
+    free_bytes = max(0, bar.free_bytes)  # parts are rounded: a full card may exceed its size by some bytes
+    is_attention_worker = bar.role != "primary"
+    return _message(plan_service_pb2.MemoryBar, bar, is_attention_worker=is_attention_worker, free_bytes=free_bytes)

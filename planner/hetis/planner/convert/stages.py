@@ -1,15 +1,102 @@
-"""The stages of a plan's replica as messages for the dispatcher of its primary."""
+"""The copies of a replica's stages as the API and the solver see them: costs, head maps, and moves of head groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+
+import numpy as np
 
 from hetis.planner.use_cases.sources import PlanAndProblem
 from hetis.planner.use_cases.stage_of_plan import state_of_stage
 from hetis.planner.use_cases.stage_sources import LoadedStage, with_costs
-from hetis.solver.dispatch.problem import HeadShape
+from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Primary, Stage
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
+from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.v1 import stage_pb2
+from hetis.solver.redispatch.result import Move, MoveReason
+from hetis.solver.redispatch.triggers import Trigger, TriggerKind
+from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
+
+HIGH_WATER = 0.9  # StageDevice.high_water if it is 0
+_HEADS = [field.name for field in fields(HeadShape)]  # the message's, too
+_AS_PROFILED: Mapping[str, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageTerms:
+    """The data about one copy of one stage that dispatch and re-dispatch need; ``stage`` is part of a problem.
+
+    Attributes:
+        stage: devices and the costs of attention on them.
+        num_layers: a head group occupies, and moves in, all of them.
+        link_byte_s: seconds per byte of KV moved into or out of each device, shape [D].
+        high_water: share of each device's KV blocks above which head groups should leave.
+        gpus: of each device, as ``node/index``.
+        index: position of each device by name.
+    """
+
+    stage: Stage
+    num_layers: int
+    link_byte_s: FloatArray
+    high_water: tuple[float, ...]
+    gpus: tuple[tuple[str, ...], ...]
+    index: Mapping[str, int]
+
+    def statuses(
+        self, conditions: Mapping[str, report_pb2.DeviceStatus.ValueType]
+    ) -> tuple[report_pb2.DeviceStatus.ValueType, ...]:
+        """Return the worst known status of any GPU of each device; ``conditions`` are by GPU, missing ones are OK."""
+        ok = report_pb2.DEVICE_STATUS_OK
+        return tuple(max((conditions.get(gpu, ok) for gpu in gpus), default=ok) for gpus in self.gpus)
+
+
+def stage_from_proto(message: stage_pb2.StageModel, *, slowness: Mapping[str, float] = _AS_PROFILED) -> StageTerms:
+    """Return the stage for the solver.
+
+    Args:
+        slowness: ratio of measured to predicted times by device name; 1 if missing. All terms are scaled, including the
+            exchange, which is part of the measured times.
+
+    Raises:
+        InvalidProblemError: the stage contradicts itself.
+    """
+    if not message.devices:
+        raise InvalidProblemError("a stage needs at least one device")
+    if missing := [device.name for device in message.devices if not device.pieces]:
+        raise InvalidProblemError(f"{missing[0]}: a device needs at least one piece")
+    primaries = [i for i, device in enumerate(message.devices) if device.is_primary]
+    if len(primaries) > 1:
+        raise InvalidProblemError(f"{len(primaries)} devices are the primary, must be one at most")
+    factor = np.array([slowness.get(device.name, 1.0) for device in message.devices])
+    most = max(len(device.pieces) for device in message.devices)
+    rows = [[*device.pieces, *[device.pieces[-1]] * (most - len(device.pieces))] for device in message.devices]
+    names = tuple(device.name for device in message.devices)
+    return StageTerms(
+        stage=Stage(
+            heads=HeadShape(**{name: getattr(message.heads, name) for name in _HEADS}),
+            devices=names,
+            head_s=np.array([[piece.head_s for piece in row] for row in rows]) * factor[:, None],
+            kv_byte_s=np.array([[piece.kv_byte_s for piece in row] for row in rows]) * factor[:, None],
+            call_s=np.array([[piece.call_s for piece in row] for row in rows]) * factor[:, None],
+            transfer_byte_s=np.array([device.transfer_byte_s for device in message.devices]) * factor,
+            transfer_s=np.array([device.transfer_s for device in message.devices]) * factor,
+            primary=None
+            if not primaries
+            else Primary(
+                device=primaries[0],
+                tp=len(message.devices[primaries[0]].gpus) or 1,
+                nic_byte_s=message.nic_byte_s,
+                nic_s=message.nic_s,
+            ),
+        ),
+        num_layers=message.num_layers,
+        link_byte_s=np.array([device.link_byte_s for device in message.devices]),
+        high_water=tuple(device.high_water or HIGH_WATER for device in message.devices),
+        gpus=tuple(tuple(device.gpus) for device in message.devices),
+        index={name: i for i, name in enumerate(names)},
+    )
 
 
 def stages_of_replica(found: PlanAndProblem, replica: int) -> list[stage_pb2.StageModel]:
@@ -44,7 +131,8 @@ def _stage(
     """Return one copy's model with ``gpus`` for its devices, in the order of the loaded stage, the first copy."""
     costs, saved = loaded.snapshot.stage, loaded.saved
     moving_s = saved.move_byte_s()
-    message = stage_pb2.StageModel(stage=position, copy=copy, num_layers=saved.num_layers, heads=_heads(costs.heads))
+    heads = stage_pb2.HeadShape(**asdict(costs.heads))
+    message = stage_pb2.StageModel(stage=position, copy=copy, num_layers=saved.num_layers, heads=heads)
     if costs.primary is not None:
         message.nic_byte_s, message.nic_s = costs.primary.nic_byte_s, costs.primary.nic_s
     for i, own in enumerate(gpus):
@@ -69,11 +157,220 @@ def _stage(
     return message
 
 
-def _heads(heads: HeadShape) -> stage_pb2.HeadShape:
-    return stage_pb2.HeadShape(
-        head_groups=heads.head_groups,
-        queries_per_group=heads.queries_per_group,
-        kv_bytes_per_token=heads.kv_bytes_per_token,
-        exchange_bytes_per_head=heads.exchange_bytes_per_head,
-        block_tokens=heads.block_tokens,
+def owners_of(stage: Stage, groups: IntArray) -> list[int]:
+    """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices."""
+    counts = groups.tolist()
+    num = stage.heads.head_groups
+    primary = None if stage.primary is None else stage.primary.device
+    owners = [-1] * num
+    if primary is not None:
+        for group in _evenly(range(num), counts[primary], card_of(stage), {}):
+            owners[group] = primary
+    rest = iter([i for i, count in enumerate(counts) if i != primary for _ in range(count)])
+    return [owner if owner >= 0 else next(rest) for owner in owners]
+
+
+def leaving(stage: Stage, owners: Sequence[int], after: Sequence[int], source: int, target: int, num: int) -> list[int]:
+    """Return ``num`` head groups that move from ``source`` to ``target``, in increasing order.
+
+    Earlier moves lead from ``owners`` to ``after``; what they move is not moved again. Groups that leave or reach the
+    primary keep its cards as even as the source's groups allow. If the source has fewer than ``num``, all are returned.
+    """
+    held = [group for group, owner in enumerate(owners) if owner == source == after[group]]
+    cards, there = card_of(stage), dict[int, int]()
+    if stage.primary is not None and stage.primary.device in (source, target):
+        primary, sign = stage.primary.device, -1 if source == stage.primary.device else 1
+        for group, owner in enumerate(after):
+            there[cards[group]] = there.get(cards[group], 0) + sign * (owner == primary)
+    return sorted(_evenly(held, num, cards, there))
+
+
+def card_of(stage: Stage) -> list[int]:
+    """Return, for every head group, the primary's card that computes it; the first one if there are several."""
+    num = stage.heads.head_groups
+    share = num // stage.primary_groups
+    return [group // share for group in range(num)]
+
+
+def _evenly(groups: Iterable[int], num: int, cards: Sequence[int], there: Mapping[int, int]) -> list[int]:
+    """Return up to ``num`` groups, each from the card with the fewest so far, counting those already ``there``."""
+    by_card: dict[int, list[int]] = {}
+    for group in groups:
+        by_card.setdefault(cards[group], []).append(group)
+    counts, found = {card: there.get(card, 0) for card in by_card}, list[int]()
+    while len(found) < num and by_card:
+        card = min(by_card, key=lambda one: (counts[one], one))
+        found.append(by_card[card].pop(0))
+        counts[card] += 1
+        if not by_card[card]:
+            del by_card[card]
+    return found
+
+
+_TO_STATUS = {status: report_pb2.DeviceStatus.Value(f"DEVICE_STATUS_{status.name}") for status in DeviceStatus}
+_FROM_STATUS = {number: status for status, number in _TO_STATUS.items()}
+_NOTHING: Mapping[str, report_pb2.DeviceStatus.ValueType] = MappingProxyType({})
+
+
+def status_from_proto(status: report_pb2.DeviceStatus.ValueType) -> DeviceStatus:
+    """Return the status; unknown and unspecified ones count as OK."""
+    return _FROM_STATUS.get(status, DeviceStatus.OK)
+
+
+def status_to_proto(status: DeviceStatus) -> report_pb2.DeviceStatus.ValueType:
+    return _TO_STATUS[status]
+
+
+def snapshot_from_proto(
+    message: head_map_pb2.HeadMap,
+    terms: StageTerms,
+    *,
+    conditions: Mapping[str, report_pb2.DeviceStatus.ValueType] = _NOTHING,
+    high_water: float | None = None,
+    changed: Collection[str] = (),
+) -> StateSnapshot:
+    """Return a head map's content for the solver.
+
+    Requests with head groups on a lost device are left out, since they will be prefilled again; blocks that they still
+    hold elsewhere are deducted from those devices. Devices of the stage that the map does not name have no blocks.
+
+    Args:
+        terms: the stage.
+        conditions: the planner's status of devices, by GPU; the worse of it and the map's counts.
+        high_water: of all devices; None: those of the stage.
+        changed: devices that re-dispatch should look at, whatever they hold.
+
+    Raises:
+        InvalidProblemError: the map contradicts itself or the stage.
+    """
+    names = terms.stage.devices
+    totals, place = [0] * len(names), list[int]()
+    statuses = [status_from_proto(status) for status in terms.statuses(conditions)]
+    for device in message.devices:
+        i = terms.index.get(device.name)
+        if i is None:
+            raise InvalidProblemError(f"{device.name} is no device of the stage, which has {', '.join(names)}")
+        place.append(i)
+        totals[i] = device.total_blocks
+        statuses[i] = _worse(statuses[i], status_from_proto(device.status))
+    lost = [i for i, status in enumerate(statuses) if status is DeviceStatus.LOST]
+    groups = _groups(message, terms, place)
+    gone = groups[:, lost].sum(axis=1) > 0
+    block_tokens = terms.stage.heads.block_tokens
+    for j in np.flatnonzero(gone):
+        blocks = -(-message.requests[j].context_tokens // block_tokens)
+        totals = [max(0, total - blocks * int(n)) for total, n in zip(totals, groups[j], strict=True)]
+    kept = [request for request, is_gone in zip(message.requests, gone, strict=True) if not is_gone]
+    return StateSnapshot(
+        stage=terms.stage,
+        devices=tuple(
+            DeviceSnapshot(
+                name=name,
+                total_blocks=total,
+                status=status,
+                high_water=high_water or own,
+                changed=name in changed,
+            )
+            for name, total, status, own in zip(names, totals, statuses, terms.high_water, strict=True)
+        ),
+        ids=tuple(request.id for request in kept),
+        context_tokens=np.array([request.context_tokens for request in kept], np.int64),
+        remaining_tokens=np.array([request.remaining_tokens for request in kept], np.int64),
+        groups=groups[~gone],
+        moves=_moves(message, terms, {request.id for request in kept}),
     )
+
+
+def _worse(one: DeviceStatus, other: DeviceStatus) -> DeviceStatus:
+    return max(one, other, key=(DeviceStatus.OK, DeviceStatus.DRAINING, DeviceStatus.LOST).index)
+
+
+def _groups(message: head_map_pb2.HeadMap, terms: StageTerms, place: list[int]) -> IntArray:
+    """Return the number of head groups of each request on each device, shape [N, D]."""
+    num, head_groups = terms.stage.num_devices, terms.stage.heads.head_groups
+    groups = np.zeros((len(message.requests), num), np.int64)
+    for j, request in enumerate(message.requests):
+        owners = request.owners
+        if len(owners) != head_groups or max(owners) >= len(place):
+            raise InvalidProblemError(
+                f"request {request.id} has owners {list(owners)}, must be {head_groups} positions in a list of "
+                f"{len(place)} devices"
+            )
+        for owner in owners:
+            groups[j, place[owner]] += 1
+    return groups
+
+
+def _moves(message: head_map_pb2.HeadMap, terms: StageTerms, kept: set[str]) -> tuple[PreparedMove, ...]:
+    under_way = [one.move for one in message.moves if one.move.request in kept]
+    for move in under_way:
+        for name in (move.source, move.target):
+            if name not in terms.index:
+                raise InvalidProblemError(f"{name}, to or from which {move.request} moves, is no device of the stage")
+    return tuple(
+        PreparedMove(
+            number=number,
+            request=move.request,
+            groups=len(move.head_groups),
+            source=terms.index[move.source],
+            target=terms.index[move.target],
+        )
+        for number, move in enumerate(under_way)
+    )
+
+
+_REASONS = {reason: head_map_pb2.MoveReason.Value(f"MOVE_REASON_{reason.name}") for reason in MoveReason}
+_TRIGGERS = {kind: redispatch_pb2.TriggerKind.Value(f"TRIGGER_KIND_{kind.name}") for kind in TriggerKind}
+
+
+def moves_to_proto(moves: Sequence[Move], head_map: head_map_pb2.HeadMap, terms: StageTerms) -> list[head_map_pb2.Move]:
+    """Return the moves with individual head groups, which belong to the source in the head map; no group moves twice.
+
+    Nothing of the requests that move may be moving already.
+    """
+    place = [terms.index[device.name] for device in head_map.devices]
+    wanted = {move.request for move in moves}
+    running = {request.id: request for request in head_map.requests if request.id in wanted}
+    now = {name: [place[owner] for owner in request.owners] for name, request in running.items()}
+    after = {name: list(owners) for name, owners in now.items()}
+    messages = []
+    for number, move in enumerate(moves):
+        request = running[move.request]
+        head_groups = leaving(
+            terms.stage, now[move.request], after[move.request], move.source, move.target, move.groups
+        )
+        for group in head_groups:
+            after[move.request][group] = move.target
+        messages.append(
+            head_map_pb2.Move(
+                number=number,
+                request=move.request,
+                incarnation=request.incarnation,
+                head_groups=head_groups,
+                source=terms.stage.devices[move.source],
+                target=terms.stage.devices[move.target],
+                kv_bytes=move.num_bytes,
+                reason=_REASONS[move.reason],
+                together=move.together,
+                copy_s=move.seconds,
+                payback_steps=move.payback_steps,
+            )
+        )
+    return messages
+
+
+def triggers_to_proto(fired: Iterable[Trigger]) -> list[redispatch_pb2.RedispatchTrigger]:
+    return [
+        redispatch_pb2.RedispatchTrigger(
+            kind=_TRIGGERS[trigger.kind], device=trigger.device or "", value=trigger.value, limit=trigger.limit
+        )
+        for trigger in fired
+    ]
+
+
+def trigger_from_proto(message: redispatch_pb2.RedispatchTrigger) -> Trigger | None:
+    """Return the same trigger, or None for a kind that a newer planner sends."""
+    kind = next((ours for ours, theirs in _TRIGGERS.items() if theirs == message.kind), None)
+    if kind is None:
+        return None
+    return Trigger(kind=kind, device=message.device or None, value=message.value, limit=message.limit)

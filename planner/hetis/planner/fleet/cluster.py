@@ -10,8 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from hetis.planner.convert.enums import name_of
-from hetis.planner.convert.names import last_part, node_name
+from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet import link_events as events
 from hetis.planner.fleet.activation import NodeState, ReplicaOnNode

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.convert.names import last_part
-from hetis.planner.convert.roles import role_of
+from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock

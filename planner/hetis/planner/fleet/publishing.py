@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hetis.planner.convert.clusters import BASIC, basic_redispatch, cluster_message
+from hetis.planner.convert.names import optional_timestamp, timestamp
 from hetis.planner.convert.plans import without_contents
-from hetis.planner.convert.times import optional_timestamp, timestamp
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.fleet.views import LiveNode, LiveReplica, Publishing

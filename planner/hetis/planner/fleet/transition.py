@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetis.planner.convert.roles import TO_PROTO, role_of
+from hetis.planner.convert.plans import TO_PROTO, role_of
 from hetis.solver.cluster import node_of
 from hetis.v1 import plan_service_pb2, replica_pb2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from hetis.planner.convert.times import timestamp
+from hetis.planner.convert.names import timestamp
 from hetis.planner.fleet.activation import Standing
 from hetis.planner.fleet.changes import FINAL, Saving
 from hetis.planner.store import (

@@ -3,16 +3,331 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
+import sys
 import time
+from asyncio.subprocess import PIPE, Process
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.jobs.outcomes import CalledOff, Outcome
-from hetis.planner.jobs.process import SolverProcess
-from hetis.planner.jobs.search import Search
-from hetis.planner.jobs.slot import Slot, StartProcess
+from hetis.planner.jobs.messages import (
+    CalledOff,
+    Crashed,
+    JobFrame,
+    Outcome,
+    answer_from_frame,
+    progress_from_frame,
+    receive_frame,
+    to_bytes,
+)
+from hetis.solver.budget import Progress
+
+# -P: nothing is imported from the service's working directory.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "hetis.planner.jobs.worker")
+_LAST_LINES = 20  # of a process's standard error that are kept for the message about its end
+
+
+class SolverProcess:
+    """A running process, which ends when `stop` is called, when it crashes, or with the service."""
+
+    def __init__(self, process: Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._process = process
+        self._stdin, self._stdout = process.stdin, process.stdout
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._stderr_read = asyncio.create_task(self._read_stderr(process.stderr))
+        self.num_searches = 0
+
+    @classmethod
+    async def start(cls, command: Sequence[str] = WORKER_COMMAND) -> SolverProcess:
+        """Start a process, which sends ``ready`` when it has loaded the solver.
+
+        It gets a session of its own, so that Ctrl-C in the service's terminal does not reach it. It is a new program,
+        not a fork of this process, which has threads.
+        """
+        return cls(
+            await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.returncode is None
+
+    def send(self, frame: JobFrame) -> None:
+        """Send a frame. A process that has ended does not get it, and `receive` reports the end."""
+        if not self._stdin.is_closing():
+            self._stdin.write(to_bytes(frame))
+
+    async def receive(self) -> JobFrame | None:
+        """Return the next frame, or None if the process has ended."""
+        return await receive_frame(self._stdout)
+
+    def kill(self) -> None:
+        # Not Process.kill(), which polls the process first and takes its exit code away from asyncio.
+        if self.is_alive:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
+    async def ended(self) -> int:
+        """Wait until the process ends and return its exit code, negative for a signal."""
+        exit_code = await self._process.wait()
+        await self._stderr_read
+        return exit_code
+
+    async def stop(self) -> int:
+        """End the process, whatever it is doing, and return its exit code."""
+        self._stdin.close()
+        self.kill()
+        return await self.ended()
+
+    def last_words(self) -> str:
+        """Return the last line of standard error, which in a traceback is the error itself; may be empty."""
+        return self._last_lines[-1] if self._last_lines else ""
+
+    def last_lines(self) -> str:
+        return "\n".join(self._last_lines)
+
+    async def _read_stderr(self, stderr: asyncio.StreamReader) -> None:
+        while piece := await stderr.read(1 << 16):
+            self._last_lines.extend(line for line in piece.decode(errors="replace").splitlines() if line.strip())
+
+
+class Begun(Enum):
+    """Sent when a process begins the search."""
+
+    BEGUN = "begun"
+
+
+News = Begun | Progress | Outcome
+
+
+class SearchPool(Protocol):
+    """The methods of the pool that a search calls."""
+
+    def enqueue(self, search: Search) -> None: ...
+    def give_back(self, search: Search) -> None: ...
+    def call_off(self, search: Search) -> None: ...
+
+
+class Search:
+    """A search with its place in the pool and its outcome. `SolverPool.reserve` makes them."""
+
+    def __init__(self, pool: SearchPool, caller: str) -> None:
+        self._pool = pool
+        self.caller = caller
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self.posed_json = b""
+        self.time_limit_s = 0.0
+        self.is_called_off = False
+
+    def begin(self, posed_json: bytes, *, time_limit_s: float) -> None:
+        """Put the search into the queue."""
+        self.posed_json, self.time_limit_s = posed_json, time_limit_s
+        self._pool.enqueue(self)
+
+    def abandon(self) -> None:
+        """Give the reserved place back; the search will not begin."""
+        self._pool.give_back(self)
+
+    def cancel(self) -> None:
+        """Cancel the search, which answers with its best plan so far, if any. No effect once it has ended."""
+        if not self.is_called_off:
+            self.is_called_off = True
+            self._pool.call_off(self)
+
+    async def news(self) -> AsyncIterator[News]:
+        """Yield everything that happens to the search, for one reader; the last item is its outcome."""
+        while True:
+            news = await self._news.get()
+            yield news
+            if not isinstance(news, Begun | Progress):
+                return
+
+    def tell(self, news: News) -> None:
+        """Append news; called by the pool."""
+        self._news.put_nowait(news)
+
+
+_log = logging.getLogger(__name__)
+
+StartProcess = Callable[[], Awaitable[SolverProcess]]
+
+
+class Slot:
+    """Keeps one process and replaces it when it has ended.
+
+    Args:
+        start_process: returns a process that has not yet sent ``ready``.
+        searches_per_process: how many searches a process does before it is replaced.
+        preparation_s: how long a process may load and compile before a search's time limit starts to run.
+        grace_s: how long a search may take to answer after its time limit or after it was cancelled.
+    """
+
+    def __init__(
+        self, start_process: StartProcess, *, searches_per_process: int, preparation_s: float, grace_s: float
+    ) -> None:
+        self._start_process = start_process
+        self._searches_per_process = searches_per_process
+        self._preparation_s = preparation_s
+        self._grace_s = grace_s
+        self._process: SolverProcess | None = None
+        self._is_ready = False
+        self._search: Search | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._why_killed = ""
+        self._is_searching = False
+
+    @property
+    def pid(self) -> int | None:
+        """The id of the process, or None if there is none."""
+        return None if self._process is None else self._process.pid
+
+    async def warm_up(self) -> None:
+        """Start a process before there is work. If that fails, the next search reports why."""
+        if self._process is not None and self._process.num_searches >= self._searches_per_process:
+            await self.stop()
+        self._wait_for_preparation()
+        if (crashed := await self._prepare()) is not None:
+            _log.error("no solver process could be started: %s", crashed.message)
+        self._set_timer(None, "")
+
+    async def finish(self, search: Search) -> Outcome:
+        """Work on a search until it ends, and return its outcome."""
+        try:
+            outcome, was_heard = await self._attempt(search)
+            if not was_heard:  # an idle process may have died, for lack of memory say; not the search's fault
+                outcome, _ = await self._attempt(search)
+            return outcome
+        finally:
+            self._search = None
+            self._set_timer(None, "")
+
+    def call_off(self) -> None:
+        """Tell the process that the present search is cancelled; it is killed if it does not answer.
+
+        It may finish what it is compiling: otherwise the next search would have to compile it again.
+        """
+        if self._process is not None and self._is_ready:
+            self._process.send(JobFrame(kind="cancel", fields={}))
+        if self._is_searching:
+            self._expect_end()
+
+    def _expect_end(self) -> None:
+        self._set_timer(self._grace_s, f"gave no answer {self._grace_s:g} s after it was called off")
+
+    async def stop(self) -> None:
+        """End the process."""
+        self._set_timer(None, "")
+        self._is_ready = False
+        if self._process is not None:
+            await self._process.stop()
+            self._process = None
+
+    async def _attempt(self, search: Search) -> tuple[Outcome, bool]:
+        """Return the outcome, and whether the process had received the search before."""
+        self._wait_for_preparation()
+        if (crashed := await self._prepare()) is not None:
+            return CalledOff() if search.is_called_off else crashed, True
+        if search.is_called_off:
+            return CalledOff(), True
+        process = self._process
+        assert process is not None, "it was prepared"
+        process.num_searches += 1
+        process.send(JobFrame(kind="solve", fields={}, payload=search.posed_json))
+        if self._search is not search:
+            self._search = search
+            search.tell(Begun.BEGUN)
+        was_heard = False
+        while (frame := await process.receive()) is not None:
+            was_heard = True
+            if frame.kind == "searching":
+                self._is_searching = True
+                limit_s = search.time_limit_s + self._grace_s - frame.fields.get("spent_s", 0.0)
+                if search.is_called_off:
+                    self._expect_end()
+                else:
+                    self._set_timer(limit_s, f"gave no answer {self._grace_s:g} s after its time limit")
+            elif frame.kind == "compiling":
+                self._wait_for_preparation()
+            elif frame.kind == "progress":
+                search.tell(progress_from_frame(frame))
+            elif (answer := answer_from_frame(frame)) is not None:
+                return answer, True
+        crashed = await self._bury(process)
+        if search.is_called_off:
+            return CalledOff(), True
+        return crashed, was_heard or bool(self._why_killed)
+
+    async def _prepare(self) -> Crashed | None:
+        """Ensure that a process is ready; return a crash if that fails."""
+        if self._process is not None and not self._process.is_alive:
+            await self.stop()
+        if self._process is None:
+            try:
+                self._process = await self._start_process()
+            except OSError as error:
+                return Crashed(exit_code=0, message=f"no solver process could be started: {error}")
+        if not self._is_ready:
+            frame = await self._process.receive()
+            if frame is None or frame.kind != "ready":
+                return await self._bury(self._process)
+            self._is_ready = True
+        return None
+
+    async def _bury(self, process: SolverProcess) -> Crashed:
+        """Return how a process ended whose output has ended."""
+        self._is_ready = False
+        exit_code = await process.stop()
+        self._process = None
+        if process.last_lines():
+            _log.warning("solver process %d ended with %d:\n%s", process.pid, exit_code, process.last_lines())
+        return _crashed(exit_code, self._why_killed or process.last_words())
+
+    def _wait_for_preparation(self) -> None:
+        self._is_searching = False
+        self._set_timer(self._preparation_s, f"was not ready to search after {self._preparation_s:g} s")
+
+    def _set_timer(self, seconds: float | None, why: str) -> None:
+        """Kill the process in ``seconds``; None cancels the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._why_killed = None, ""
+        if seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._kill, why)
+
+    def _kill(self, why: str) -> None:
+        if self._process is not None:
+            self._why_killed = why
+            self._process.kill()
+
+
+def _crashed(exit_code: int, why: str) -> Crashed:
+    if exit_code >= 0:
+        ending = f"the solver process ended with exit code {exit_code}"
+    else:
+        ending = f"the solver process was ended by {_signal_name(-exit_code)}"
+    return Crashed(exit_code=exit_code, message=f"{ending}: {why}" if why else ending)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
 
 LEAST_RETRY_S = 1.0
 

@@ -11,19 +11,20 @@ from typing import Protocol
 from hetis.formats.canonical import canonical_json
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
-from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.kernels import load_kernels
-from hetis.planner.jobs.outcomes import (
+from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
     Infeasible,
     Invalid,
+    JobFrame,
     NothingFound,
+    PosedProblem,
     ProgressReporter,
     Unsound,
     answer_to_frame,
+    posed_from_json,
 )
-from hetis.planner.jobs.posed import PosedProblem, posed_from_json
 from hetis.planner.use_cases.errors import UncheckedPlanError
 from hetis.planner.use_cases.place import make_plan
 from hetis.solver.budget import Budget, Report

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from hetis.planner.convert.times import timestamp
-from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.paging import read_page_request
+from hetis.planner.convert.names import timestamp
+from hetis.planner.resources.requests import Checks, read_page_request
 from hetis.planner.store import AuditFilter, AuditLine, Store
 from hetis.v1 import audit_service_pb2 as service_pb2
 

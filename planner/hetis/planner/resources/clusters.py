@@ -12,13 +12,8 @@ from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
 from hetis.planner.convert.documents import MAX_NODES
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
-from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.declared import DeclaredFleets
-from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.live import FleetNow
-from hetis.planner.resources.paging import read_page_request
-from hetis.planner.resources.publishing import publish_cluster, publish_nodes
-from hetis.planner.resources.requests import CallAnswer, once, to_the_end
+from hetis.planner.resources.requests import CallAnswer, Checks, once, read_page_request, to_the_end
+from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster

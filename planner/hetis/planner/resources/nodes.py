@@ -1,4 +1,4 @@
-"""Nodes and the inventory: the implementation of the calls about them."""
+"""Nodes and the inventory: the calls about them, what a watcher sees, and how agents differ from the document."""
 
 from __future__ import annotations
 
@@ -6,24 +6,330 @@ import dataclasses
 import itertools
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from hetis.planner.convert import names
-from hetis.planner.convert.clusters import BASIC, FULL
-from hetis.planner.convert.inventories import FoundNode, inventory_message
-from hetis.planner.convert.names import cluster_of, last_part
+from hetis.formats import catalogue
+from hetis.formats.cluster import cluster_to_data
+from hetis.planner.convert import documents, names
+from hetis.planner.convert.clusters import BASIC, FULL, node_message
+from hetis.planner.convert.names import cluster_of, last_part, node_name
 from hetis.planner.failures import etag_mismatch, not_found
-from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.live import FleetNow, NodeNow
-from hetis.planner.resources.node_views import CONNECTED, NodeReader, NodeViews
-from hetis.planner.resources.paging import read_page_request
-from hetis.planner.resources.publishing import publish_nodes
-from hetis.planner.resources.requests import CallAnswer, once, to_the_end
-from hetis.planner.store import NodeRecord, Store, Transaction, etag_of
+from hetis.planner.resources.requests import CallAnswer, Checks, once, read_page_request, to_the_end
+from hetis.planner.resources.shared import Declared, DeclaredFleets, FleetNow, Hubs, NodeNow, publish_nodes
+from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.v1 import cluster_pb2
+from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
+from hetis.v1 import cluster_pb2, document_pb2, inventory_pb2, view_pb2
 from hetis.v1 import cluster_service_pb2 as service_pb2
+
+State = cluster_pb2.NodeState
+_MOST_BY_NAME = 500  # above it, all records of a cluster are read instead of the named ones
+
+CONNECTED = frozenset({State.NODE_STATE_READY, State.NODE_STATE_UNDECLARED})
+"""States of nodes whose agents are connected."""
+_HERE = CONNECTED | {State.NODE_STATE_SUSPECT}  # an undeclared node is forgotten when its lease ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeViews:
+    """The nodes of one cluster at one moment.
+
+    Attributes:
+        cluster: its record.
+        declared: the content of its document.
+        records: by node id; of all nodes, or of the requested ones.
+        replicas: names of replicas by node id.
+        live: by node id; of all nodes, or of the requested ones.
+    """
+
+    cluster: ClusterRecord
+    declared: Declared
+    records: Mapping[str, NodeRecord]
+    replicas: Mapping[str, Sequence[str]]
+    live: Mapping[str, NodeNow]
+
+    def exists(self, node: str) -> bool:
+        """Return whether the node is declared or connected."""
+        live = self.live.get(node)
+        return node in self.declared or (live is not None and live.state in _HERE)
+
+    def state(self, node: str) -> State.ValueType:
+        """Return the state of a node that exists."""
+        live = self.live.get(node)
+        if node not in self.declared:
+            return State.NODE_STATE_UNDECLARED
+        if live is not None:
+            # Declared by now, but the fleet may not have noticed yet.
+            undeclared = live.state == State.NODE_STATE_UNDECLARED
+            return State.NODE_STATE_READY if undeclared else live.state
+        record = self.records.get(node)
+        was_connected = record is not None and record.body.HasField("connect_time")
+        return State.NODE_STATE_LOST if was_connected else State.NODE_STATE_EXPECTED
+
+    def node(self, node: str, view: view_pb2.View.ValueType) -> cluster_pb2.Node:
+        """Return the message of a node that exists."""
+        live = self.live.get(node)
+        return node_message(
+            node_name(self.cluster.name, node),
+            view=view,
+            state=self.state(node),
+            record=self.records.get(node),
+            devices=live.devices if live else (),
+            replicas=self.replicas.get(node, ()),
+            connect_time_s=live.connect_time_s if live else None,
+            heard_time_s=live.heard_time_s if live else None,
+        )
+
+    def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
+        """Return the ids of all existing nodes in order; given ``states``, at least those of nodes in one of them."""
+        undeclared = [node for node in self.live if node not in self.declared and self.exists(node)]
+        if states and State.NODE_STATE_EXPECTED not in states:  # nearly all nodes of a large fleet may be EXPECTED
+            heard_of = (node for node in {*self.live, *self.records} if node in self.declared)
+            return sorted([*heard_of, *undeclared])
+        if not undeclared:
+            return self.declared.nodes
+        return sorted([*self.declared.nodes, *undeclared])  # nearly sorted already, which is fast
+
+
+class NodeReader:
+    """Reads `NodeViews`."""
+
+    def __init__(self, store: Store, fleet: FleetNow, fleets: DeclaredFleets) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._fleets = fleets
+        self._places = ReplicaPlaces()
+
+    async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
+        """Read the nodes of ``clusters/{cluster}``, with the state of these node ids or, if None, of all.
+
+        Reading all is noticeably slow for a large fleet.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such cluster.
+        """
+        record, kept, replicas = await self._store.read(lambda tx: _read(tx, cluster, nodes, self._places))
+        return NodeViews(
+            cluster=record,
+            declared=await self._fleets.of(record),
+            records=kept,
+            replicas=replicas,
+            live=self._live(cluster, nodes),
+        )
+
+    def _live(self, cluster: str, nodes: Collection[str] | None) -> dict[str, NodeNow]:
+        if nodes is None:
+            return {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
+        found = {node: self._fleet.node_view(node_name(cluster, node)) for node in nodes}
+        return {node: live for node, live in found.items() if live is not None}
+
+
+def _read(
+    tx: Reader, cluster: str, nodes: Collection[str] | None, places: ReplicaPlaces
+) -> tuple[ClusterRecord, dict[str, NodeRecord], Mapping[str, Sequence[str]]]:
+    record = tx.clusters.require(cluster)
+    if nodes is None or len(nodes) > _MOST_BY_NAME:
+        kept = tx.nodes.all(cluster=cluster)
+    else:
+        kept = tx.nodes.all(name=[node_name(cluster, node) for node in nodes])
+    return record, {last_part(node.name): node for node in kept}, places.read(tx, cluster)
+
+
+_AT_ONCE = 500  # names per query
+
+
+class ReplicaPlaces:
+    """Names of replicas by node id, for each requested cluster. Only for use in the store's thread."""
+
+    def __init__(self) -> None:
+        self._by_cluster: dict[str, _Places] = {}
+
+    def read(self, tx: Reader, cluster: str) -> Mapping[str, Sequence[str]]:
+        """Return the places as of this transaction; not to be modified."""
+        present = tx.replicas.versions(cluster=cluster)
+        if not present:
+            self._by_cluster.pop(cluster, None)
+            return {}
+        places = self._by_cluster.setdefault(cluster, _Places())
+        places.update(tx, present)
+        return places.by_node
+
+
+class _Places:
+    def __init__(self) -> None:
+        self.by_node: Mapping[str, Sequence[str]] = {}
+        self._versions: dict[str, int] = {}
+        self._nodes: dict[str, tuple[str, ...]] = {}
+
+    def update(self, tx: Reader, present: dict[str, int]) -> None:
+        if present == self._versions:
+            return
+        changed = [name for name, version in present.items() if self._versions.get(name) != version]
+        nodes = {name: found for name, found in self._nodes.items() if name in present}
+        for start in range(0, len(changed), _AT_ONCE):
+            for replica in tx.replicas.all(name=changed[start : start + _AT_ONCE]):
+                nodes[replica.name] = tuple(last_part(node) for node in replica.body.nodes)
+        if nodes != self._nodes:
+            by_node = dict[str, list[str]]()  # a new mapping, since readers may still hold the old one
+            for name in sorted(nodes):
+                for node in nodes[name]:
+                    by_node.setdefault(node, []).append(name)
+            self.by_node, self._nodes = by_node, nodes
+        self._versions = present
+
+
+MAX_DIFFERENCES = 10_000  # more would not fit into one message
+# Drivers reserve some memory, and cards are sold in rounded sizes: an L4 of 24 GiB shows 22.5, a T4 of 16 GiB 14.8.
+_LEAST_MEMORY_RATIO = 0.9
+
+Kind = cluster_pb2.InventoryDifferenceKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundNode:
+    """A node whose agent is connected. ``unhealthy``: why the devices with these indices cannot be used."""
+
+    inventory: inventory_pb2.NodeInventory
+    unhealthy: Mapping[int, str]
+
+
+def inventory_message(
+    cluster: str, declared: Cluster, found: Mapping[str, FoundNode], *, cluster_etag: str
+) -> cluster_pb2.Inventory:
+    """Return the found inventory and its differences from the declared one, at most 10,000.
+
+    Args:
+        cluster: ``clusters/{cluster}``.
+        declared: the content of its document.
+        found: connected nodes by id.
+        cluster_etag: of the cluster that has the document.
+    """
+    return cluster_pb2.Inventory(
+        name=f"{cluster}/inventory",
+        found=_found_document(declared, found),
+        differences=itertools.islice(differences(declared, found), MAX_DIFFERENCES),
+        cluster_etag=cluster_etag,
+    )
+
+
+def differences(declared: Cluster, found: Mapping[str, FoundNode]) -> Iterator[cluster_pb2.InventoryDifference]:
+    """Yield every difference in the order of the document; nodes that it does not name come last."""
+    known = set[str]()
+    for group, node in _nodes(declared):
+        if node not in found:
+            yield _difference(
+                Kind.INVENTORY_DIFFERENCE_KIND_NODE_MISSING, node, "is declared, but no agent of it is connected"
+            )
+            continue
+        known.add(node)
+        yield from _device_differences(node, _gpus_of(group), found[node], declared.gpu_types)
+    for node in sorted(found.keys() - known):
+        num_gpus = len(found[node].inventory.devices)
+        message = f"is connected with {num_gpus} GPUs, but not declared"
+        yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_NODE_UNDECLARED, node, message)
+
+
+def _device_differences(
+    node: str, declared: Sequence[str], found: FoundNode, gpu_types: Mapping[str, GpuType]
+) -> Iterator[cluster_pb2.InventoryDifference]:
+    devices = {device.index: device for device in found.inventory.devices}
+    for index in sorted(range(len(declared)) | devices.keys() if devices else range(len(declared))):
+        device, gpu = devices.get(index), declared[index] if index < len(declared) else None
+        if device is None:
+            message = f"is declared as {gpu}, but was not found"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_MISSING, node, message, index)
+        elif gpu is None:
+            message = f"was found as {_title(device)}, but is not declared"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_UNDECLARED, node, message, index)
+        elif device.gpu_type != gpu:
+            message = f"is declared as {gpu}, but was found as {_title(device)}"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_TYPE, node, message, index)
+        elif 0 < device.memory_bytes < _LEAST_MEMORY_RATIO * gpu_types[gpu].memory_bytes:
+            message = f"has {device.memory_bytes} bytes of memory, a {gpu} has {gpu_types[gpu].memory_bytes}"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_MEMORY, node, message, index)
+        if device is not None and (why := found.unhealthy.get(index)):
+            message = f"cannot be used: {why}"
+            yield _difference(Kind.INVENTORY_DIFFERENCE_KIND_DEVICE_UNHEALTHY, node, message, index)
+
+
+def _difference(
+    kind: Kind.ValueType, node: str, message: str, index: int | None = None
+) -> cluster_pb2.InventoryDifference:
+    device = "" if index is None else f"{node}/{index}"
+    return cluster_pb2.InventoryDifference(kind=kind, node=node, device=device, message=f"{device or node} {message}")
+
+
+def _title(device: inventory_pb2.GpuDevice) -> str:
+    return device.gpu_type or device.product_name or "an unknown device"
+
+
+def _nodes(cluster: Cluster) -> Iterator[tuple[NodeGroup, str]]:
+    for group in cluster.node_groups:
+        for index in range(group.count):
+            yield group, group.node_name(index)
+
+
+def _gpus_of(group: NodeGroup) -> list[str]:
+    """Return the GPU types of a node by device index."""
+    return [slots.gpu for slots in group.gpus for _ in range(slots.count)]
+
+
+def _found_document(declared: Cluster, found: Mapping[str, FoundNode]) -> document_pb2.Document:
+    types = {entry.gpu.name: entry.gpu for entry in catalogue.gpus()} | dict(declared.gpu_types)
+    groups = list(_found_groups(declared, found, types))
+    names = {group.node_name(index) for group in groups for index in range(group.count)}
+    value = Cluster(
+        name=declared.name,
+        node_groups=tuple(groups),
+        gpu_types={slots.gpu: types[slots.gpu] for group in groups for slots in group.gpus},
+        network=_network_of(declared.network, names, {group.zone for group in groups}),
+    )
+    return documents.document_from_data(cluster_to_data(value, embed_gpu_types=True), "Cluster")
+
+
+def _found_groups(
+    declared: Cluster, found: Mapping[str, FoundNode], types: Mapping[str, GpuType]
+) -> Iterator[NodeGroup]:
+    """Yield the found node groups: those found as declared stay groups, other nodes form one group each."""
+    known = set[str]()
+    for group in declared.node_groups:
+        nodes = [group.node_name(index) for index in range(group.count)]
+        known.update(nodes)
+        gpus = _gpus_of(group)
+        if all(node in found and _types_of(found[node]) == gpus for node in nodes):
+            yield group
+        else:
+            for node in nodes:
+                if node in found and (slots := _slots(_types_of(found[node]), types, group.gpus)):
+                    yield NodeGroup(name=node, gpus=slots, zone=group.zone, nic=group.nic, intra_link=group.intra_link)
+    for node in sorted(found.keys() - known):
+        if slots := _slots(_types_of(found[node]), types, ()):
+            yield NodeGroup(name=node, gpus=slots)
+
+
+def _types_of(node: FoundNode) -> list[str]:
+    return [device.gpu_type for device in sorted(node.inventory.devices, key=lambda device: device.index)]
+
+
+def _slots(found: Iterable[str], types: Mapping[str, GpuType], declared: Sequence[GpuSlots]) -> tuple[GpuSlots, ...]:
+    """Return GPUs by type, at the document's prices; devices of unknown type are left out, as no plan can use them."""
+    prices = {slots.gpu: slots.usd_per_hour for slots in declared}
+    counts = dict[str, int]()
+    for gpu in found:
+        if gpu in types:
+            counts[gpu] = counts.get(gpu, 0) + 1
+    return tuple(GpuSlots(gpu=gpu, count=count, usd_per_hour=prices.get(gpu)) for gpu, count in counts.items())
+
+
+def _network_of(network: Network, nodes: set[str], zones: set[str]) -> Network:
+    """Return the network without links of nodes and zones that were not found."""
+    return Network(
+        default=network.default,
+        zone_default=network.zone_default,
+        between_zones={pair: link for pair, link in network.between_zones.items() if zones.issuperset(pair)},
+        between_nodes={pair: link for pair, link in network.between_nodes.items() if nodes.issuperset(pair)},
+    )
 
 
 class Nodes:

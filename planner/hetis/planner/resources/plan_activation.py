@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from hetis.formats.documents import digest
 from hetis.planner.convert import names
-from hetis.planner.convert.replicas import replica_from_proto, replica_to_proto
+from hetis.planner.convert.names import timestamp
+from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch
-from hetis.planner.fleet.transition import Matching
-from hetis.planner.resources.checking import Checks
-from hetis.planner.resources.declared import DeclaredFleets
-from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.live import FleetNow
-from hetis.planner.resources.plan_changes import (
-    ChangedPlans,
-    Target,
-    coming,
-    earlier_after,
-    new_replica,
-    past,
-    transition_to,
+from hetis.planner.fleet.transition import Matching, match_replicas, nodes_of, plan_transition
+from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.plan_documents import (
+    IN_FORCE,
+    SEARCHING,
+    PlanDocuments,
+    basic_view,
+    plan_state,
+    require_gpus,
 )
-from hetis.planner.resources.plan_differences import load_bytes_of
-from hetis.planner.resources.plan_documents import PlanDocuments, plan_state
-from hetis.planner.resources.plan_imports import require_gpus
-from hetis.planner.resources.plan_views import IN_FORCE, basic_view
-from hetis.planner.resources.publishing import publish_cluster
-from hetis.planner.resources.requests import once, to_the_end
+from hetis.planner.resources.plans import Plans, load_bytes_of
+from hetis.planner.resources.requests import Checks, once, to_the_end
+from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
-from hetis.v1 import plan_pb2
+from hetis.v1 import plan_pb2, replica_pb2, view_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 
 R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
@@ -270,3 +264,157 @@ def _fitting(response: R) -> R:
         del step.devices[:]
         too_many_bytes += step.ByteSize()
     return response
+
+
+_GONE = frozenset({replica_pb2.REPLICA_STATE_STOPPED, replica_pb2.REPLICA_STATE_FAILED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A plan to be activated, with everything slow computed before the transaction.
+
+    Attributes:
+        record: of the plan as read before; the transaction reads it again.
+        shapes: of its replicas.
+        model_digest: of its model.
+        cluster_digest: of the cluster's document that was found to have its GPUs.
+        load_bytes: returns the bytes of weights that the GPUs of a replica load.
+    """
+
+    record: PlanRecord
+    shapes: tuple[replica_pb2.ReplicaPlan, ...]
+    model_digest: str
+    cluster_digest: str
+    load_bytes: Callable[[replica_pb2.ReplicaPlan], int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangedPlans:
+    """The changes of a transaction.
+
+    Attributes:
+        cluster: its new record; None if the plan was active already, so that nothing was done.
+        plans: the changed ones, the newly active one first.
+        steps: from what ran to the plan.
+    """
+
+    cluster: ClusterRecord | None
+    plans: tuple[PlanRecord, ...]
+    steps: tuple[pb2.TransitionStep, ...]
+
+
+def transition_to(
+    records: Sequence[ReplicaRecord], cluster: ClusterRecord, target: Target
+) -> tuple[list[pb2.TransitionStep], Matching]:
+    models = {record.name: record.body.model_digest for record in records}
+    running = {record.name: record.body.shape for record in records if record.state not in _GONE}
+
+    def runs_same_model(name: str) -> bool:
+        return models[name] == target.model_digest
+
+    name = target.record.name
+    matching = match_replicas(
+        running, target.shapes, cluster=cluster.name, plan=name, runs_same_model=runs_same_model, taken=models.keys()
+    )
+    steps = plan_transition(
+        running,
+        target.shapes,
+        cluster=cluster.name,
+        plan=name,
+        load_bytes=target.load_bytes,
+        runs_same_model=runs_same_model,
+        taken=models.keys(),
+    )
+    return steps, matching
+
+
+def new_replica(
+    name: str, plan: PlanRecord, index: int, shape: replica_pb2.ReplicaPlan, model_digest: str, now_s: float
+) -> ReplicaRecord:
+    nodes = nodes_of(shape)
+    body = replica_pb2.Replica(
+        name=name,
+        plan=plan.name,
+        plan_index=index,
+        shape=shape,
+        state=replica_pb2.REPLICA_STATE_STARTING,
+        authority=replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,  # until its primary's agent reports what its engine can do
+        primary_node=nodes[0],
+        nodes=nodes,
+        model_digest=model_digest,
+        role=TO_PROTO[role_of(shape)],
+        create_time=timestamp(now_s),
+    )
+    return ReplicaRecord(name=name, cluster=plan.cluster, plan=plan.name, body=body, state=body.state)
+
+
+def coming(plan: PlanRecord, matching: Matching, now_s: float) -> PlanRecord:
+    plan.body.activate_time.CopyFrom(timestamp(now_s))
+    plan.body.activation_progress.CopyFrom(
+        plan_pb2.ActivationProgress(
+            num_serving=len(matching.kept),
+            num_starting=len(matching.names) - len(matching.kept),
+            num_draining=len(matching.leaving),
+        )
+    )
+    return replace(plan, activation=plan_pb2.ACTIVATION_STATE_ACTIVATING)
+
+
+def past(plan: PlanRecord) -> PlanRecord:
+    plan.body.activation_progress.CopyFrom(plan_pb2.ActivationProgress())
+    return replace(plan, activation=plan_pb2.ACTIVATION_STATE_INACTIVE)
+
+
+def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord | None) -> str:
+    """Return the target of a later rollback: the last plan that came up, never the one being activated."""
+    was_up = before is not None and before.activation != plan_pb2.ACTIVATION_STATE_FAILED
+    earlier = before.name if before is not None and was_up else cluster.earlier_plan
+    return "" if earlier == plan.name else earlier
+
+
+_MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
+
+
+class StoredPlacements:
+    """Reads the replicas from a plan's document once per state of the plan."""
+
+    def __init__(self, store: Store, plans: Plans, creation: PlanCreation, activation: PlanActivation) -> None:
+        self._store, self._plans, self._creation, self._activation = store, plans, creation, activation
+        self._kept: dict[str, plan_pb2.Plan] = {}
+
+    async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
+        record = await self._store.read(lambda reader: reader.clusters.get(cluster))
+        return None if record is None or not record.active_plan else await self.plan(record.active_plan)
+
+    async def plan(self, name: str) -> plan_pb2.Plan | None:
+        record: PlanRecord | None = await self._store.read(lambda reader: reader.plans.get(name))
+        if record is None:
+            self._kept.pop(name, None)
+            return None
+        if record.state in SEARCHING:
+            return basic_view(record)
+        kept = self._kept.get(name)
+        if kept is None or kept.etag != etag_of(record):
+            request = pb2.GetPlanRequest(name=name, view=view_pb2.VIEW_FULL)
+            kept = self._kept[name] = (await self._plans.get(request)).plan
+            while len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return kept
+
+    async def propose(self, cluster: str, spec: plan_pb2.PlanSpec, reason: str) -> str:
+        return await self._creation.propose(cluster, spec, reason)
+
+    async def withdraw(self, plan: str) -> None:
+        """Cancel a running search, which keeps what it found; delete a plan that nobody activated."""
+        try:
+            record = await self._store.read(lambda reader: reader.plans.get(plan))
+            if record is not None and record.state in SEARCHING:
+                await self._plans.cancel(pb2.CancelPlanRequest(name=plan))
+            elif record is not None:
+                await self._plans.delete(pb2.DeletePlanRequest(name=plan))
+        except ServiceError as error:
+            if error.reason not in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_RESOURCE_IN_USE):
+                raise
+
+    async def activate(self, plan: str) -> None:
+        await self._activation.activate(pb2.ActivatePlanRequest(name=plan))

@@ -1,20 +1,60 @@
-"""Plans parsed from their documents; the last few are cached, since they are often requested several times in a row."""
+"""Views of plans, and their documents: parsed, kept for a while, and checked where they were made elsewhere."""
 
 from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
+from hetis.formats.errors import DocumentError, Problem
+from hetis.planner.convert import documents
+from hetis.planner.convert.names import timestamp
+from hetis.planner.convert.plans import without_contents
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.resources.plan_views import SEARCHING
-from hetis.planner.store import PlanRecord, Reader, Store
+from hetis.planner.jobs.searching import document_bytes
+from hetis.planner.store import PlanRecord, Reader, Store, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
-from hetis.solver.plan import Plan
+from hetis.solver.check import check_plan
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Plan, ReplicaPlan
 from hetis.solver.problem import PlacementProblem
-from hetis.v1 import plan_pb2
+from hetis.v1 import document_pb2, failure_pb2, plan_pb2
+
+SEARCHING = frozenset({plan_pb2.PLAN_STATE_QUEUED, plan_pb2.PLAN_STATE_SOLVING})
+IN_FORCE = frozenset({plan_pb2.ACTIVATION_STATE_ACTIVATING, plan_pb2.ACTIVATION_STATE_ACTIVE})
+
+
+def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
+    """Return all but replicas and prices, which only the plan's document has.
+
+    ``progress`` is newer than the record's.
+    """
+    plan = plan_pb2.Plan()
+    plan.CopyFrom(record.body)
+    plan.name, plan.cluster = record.name, record.cluster
+    plan.state, plan.activation = record.state, record.activation
+    plan.etag = etag_of(record)
+    plan.create_time.CopyFrom(timestamp(record.create_time_s))
+    if progress is not None:
+        plan.progress.CopyFrom(progress)
+    return plan
+
+
+def basic_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None) -> plan_pb2.Plan:
+    return without_contents(full_view(record, progress))
+
+
+def is_settled(plan: plan_pb2.Plan) -> bool:
+    """Return whether the plan can no longer change without a call: no search, nothing that comes up or drains."""
+    if plan.state in SEARCHING or plan.activation == plan_pb2.ACTIVATION_STATE_ACTIVATING:
+        return False
+    if plan.activation == plan_pb2.ACTIVATION_STATE_INACTIVE:
+        return True
+    return not plan.activation_progress.num_draining and not plan.activation_progress.num_starting
+
 
 _MOST_KEPT_BYTES = 64 << 20  # of documents
 
@@ -101,3 +141,83 @@ def _parsed(document: bytes, name: str) -> PlanAndProblem:
     plan = from_data(json.loads(document), name=name)
     assert isinstance(plan, Plan)
     return problem_of_plan(plan, name)
+
+
+MOST_VIOLATIONS = 20  # of the checker, in a message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportedPlan:
+    """A plan that passed the checker, and its canonical JSON."""
+
+    plan: Plan
+    document: bytes
+
+
+def read_plan(document: document_pb2.Document) -> Plan:
+    """Return the plan in a document.
+
+    Raises:
+        DocumentError: with every problem of the document.
+    """
+    plan = documents.read_document(document, "Plan")
+    assert isinstance(plan, Plan)
+    if not plan.replicas:
+        name = document.source_name or "document"
+        raise DocumentError([Problem(file=name, path="replicas", message="is empty: there is nothing to put in force")])
+    return plan
+
+
+def checked(plan: Plan, name: str) -> ImportedPlan:
+    """Return the plan if it solves the problem that it contains. Slow for large plans: not for an event loop.
+
+    Raises:
+        DocumentError: it does not contain a problem.
+        InvalidProblemError: the problem contradicts itself.
+        ServiceError: PLAN_CHECK_FAILED.
+    """
+    violations = check_plan(plan, problem_of_plan(plan, name).problem)
+    if violations:
+        shown = [str(violation) for violation in violations[:MOST_VIOLATIONS]]
+        if len(violations) > MOST_VIOLATIONS:
+            shown.append(f"and {len(violations) - MOST_VIOLATIONS} more")
+        raise ServiceError(
+            Reason.ERROR_REASON_PLAN_CHECK_FAILED,
+            f"the plan breaks its own problem in {len(violations)} ways: {'; '.join(shown)}",
+            metadata={"violations": len(violations)},
+        )
+    return ImportedPlan(plan=plan, document=document_bytes(plan))
+
+
+def require_gpus(name: str, cluster: Cluster, replicas: Iterable[ReplicaPlan]) -> None:
+    """Check that the cluster called ``name`` has the replicas' GPUs. Slow for large fleets: not for an event loop.
+
+    Raises:
+        ServiceError: INVENTORY_MISMATCH, with every missing GPU.
+    """
+    there = {device.name: device.gpu for device in cluster.devices()}
+    missing = [
+        failure_pb2.FieldViolation(field=device, description=_what_is_wrong(device, gpu, there.get(device)))
+        for replica in replicas
+        for device, gpu in _uses(replica)
+        if there.get(device) != gpu
+    ]
+    if missing:
+        first = missing[0]
+        raise ServiceError(
+            Reason.ERROR_REASON_INVENTORY_MISMATCH,
+            f"{name} lacks {len(missing)} GPUs that the plan uses; first: {first.description}",
+            metadata={"cluster": name, "missing_gpus": len(missing)},
+            violations=missing,
+        )
+
+
+def _uses(replica: ReplicaPlan) -> Iterable[tuple[str, str]]:
+    for stage in replica.stages:
+        yield from ((device, stage.gpu) for device in stage.devices)
+    for pool in replica.attention_workers:
+        yield from ((device, pool.gpu) for device in pool.devices)
+
+
+def _what_is_wrong(device: str, planned: str, found: str | None) -> str:
+    return f"{device} is not there" if found is None else f"{device} is {found}, the plan needs {planned}"

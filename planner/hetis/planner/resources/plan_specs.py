@@ -13,11 +13,10 @@ from hetis.formats.dtypes import KV_PRECISIONS, PRECISIONS, chosen_precision
 from hetis.formats.errors import DocumentError, did_you_mean
 from hetis.formats.model import drafts
 from hetis.formats.workload import named_workload
-from hetis.planner.convert import documents, enums, names
-from hetis.planner.convert.plans import objective_from_proto
-from hetis.planner.convert.roles import FROM_PROTO
-from hetis.planner.jobs.posed import PosedProblem
-from hetis.planner.resources.checking import Checks
+from hetis.planner.convert import documents, names
+from hetis.planner.convert.plans import FROM_PROTO, objective_from_proto
+from hetis.planner.jobs.messages import PosedProblem
+from hetis.planner.resources.requests import Checks
 from hetis.planner.store import ClusterRecord, ProfileRecord, etag_of
 from hetis.planner.use_cases.place import PLACES, Settings
 from hetis.planner.use_cases.precision import in_precision
@@ -286,10 +285,10 @@ def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: Searc
 
 def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
     """Return the valid roles; errors go to ``checks``."""
-    names = ", ".join(role.name for role in Role)
+    known = ", ".join(role.name for role in Role)
     for position, value in enumerate(spec.roles[: len(Role) + 1]):
-        named = enums.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
-        checks.require(value in FROM_PROTO, f"{field}.roles[{position}]", f"is {named}, must be one of {names}")
+        named = names.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
+        checks.require(value in FROM_PROTO, f"{field}.roles[{position}]", f"is {named}, must be one of {known}")
     num_different = len(set(spec.roles))
     checks.require(
         num_different == len(spec.roles),

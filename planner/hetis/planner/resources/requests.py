@@ -1,18 +1,212 @@
-"""Changes that are made exactly once and completely, however often callers repeat a request or stop waiting for it."""
+"""Requests: checks that find all wrong fields, pages of lists, and changes made exactly once and completely."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hashlib
-from collections.abc import Callable, Coroutine, Iterator
+import json
+import math
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from hetis.formats.errors import DocumentError
 from hetis.planner.callers import present_caller
+from hetis.planner.convert.names import ID_RULE, NameForm, is_id
+from hetis.planner.failures import Reason, ServiceError, invalid_document, invalid_fields
 from hetis.planner.store import AuditedChange, Transaction, audit
-from hetis.v1 import document_pb2
+from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.v1 import document_pb2, failure_pb2
+
+V = TypeVar("V")
+_SHOWN = 80  # characters of a wrong value in a message
+
+
+class Checks:
+    """Collects the errors of one request, then raises them together."""
+
+    def __init__(self) -> None:
+        self._violations: list[failure_pb2.FieldViolation] = []
+        self._documents: list[ServiceError] = []
+
+    def require(self, is_right: bool, field: str, description: str) -> bool:
+        """Record ``description`` as an error of ``field`` unless ``is_right``; return ``is_right``."""
+        if not is_right:
+            self._violations.append(failure_pb2.FieldViolation(field=field, description=description))
+        return is_right
+
+    def new_id(self, field: str, value: str) -> None:
+        """Check an id that a caller chooses."""
+        self.require(is_id(value), field, f"is {_shown(value)}, must be {ID_RULE}")
+
+    def name(self, field: str, value: str, form: NameForm) -> None:
+        """Check a required resource name."""
+        self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
+
+    def optional_name(self, field: str, value: str, form: NameForm) -> None:
+        """Check a resource name that may be empty."""
+        if value:
+            self.name(field, value, form)
+
+    def request_id(self, value: str) -> None:
+        """Check a UUID that may be empty."""
+        if value:
+            self.require(_is_uuid(value), "request_id", f"is {_shown(value)}, must be a UUID")
+
+    def page_size(self, value: int) -> None:
+        self.require(value >= 0, "page_size", f"is {value}, must not be below 0")
+
+    async def document(
+        self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
+    ) -> V | None:
+        """Return the result of ``read``, called in a thread, or None if the document is wrong."""
+        try:
+            return await run_in_thread_gc_paused(read, document)
+        except DocumentError as error:
+            self._documents.append(invalid_document(error, field))
+            return None
+
+    def raise_if_wrong(self) -> None:
+        """Raise the recorded errors, if any.
+
+        Raises:
+            ServiceError: INVALID_DOCUMENT if one document is the only error, else INVALID_FIELD.
+        """
+        if len(self._documents) == 1 and not self._violations:
+            raise self._documents[0]
+        found = [*self._violations, *(each for error in self._documents for each in error.violations)]
+        if found:
+            raise invalid_fields(found)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text.lower()
+    except ValueError:
+        return False
+
+
+def _shown(value: str) -> str:
+    if not value:
+        return "empty"
+    return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}...")
+
+
+DEFAULT_SIZE = 50
+MAX_SIZE = 500
+R = TypeVar("R")
+Place = str | tuple[float, str]
+"""The position of a resource in its list: its name, or its time and name in lists ordered newest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageRequest:
+    """A request for a page.
+
+    Attributes:
+        size: most resources on it.
+        after: position of the last resource of the previous page; None for the first page.
+        list_digest: of the list and its filter, to which the next token is bound.
+    """
+
+    size: int
+    after: Place | None
+    list_digest: str
+
+    @property
+    def num_read(self) -> int:
+        """The number of resources to read: one more than the page holds, to see whether there is another page."""
+        return self.size + 1
+
+    @property
+    def after_number(self) -> int:
+        """`after` in a list by number, from 1.
+
+        Raises:
+            ServiceError: INVALID_PAGE_TOKEN.
+        """
+        if self.after is None:
+            return 0
+        if isinstance(self.after, str) and self.after.isascii() and self.after.isdigit() and len(self.after) <= 18:
+            return int(self.after)
+        raise _invalid(str(self.after))
+
+    def cut(self, found: Sequence[R], place_of: Callable[[R], Place]) -> tuple[list[R], str]:
+        """Return the page, and the token of the next one, empty if there is none.
+
+        Args:
+            found: the first `num_read` resources after `after`, or as many as there are.
+            place_of: returns a resource's position in the list.
+        """
+        page = list(found[: self.size])
+        if len(found) <= self.size:
+            return page, ""
+        return page, _write_token(self.list_digest, place_of(page[-1]))
+
+
+def read_page_request(request: Message, *, newest_first: bool = False) -> PageRequest:
+    """Read a List request's ``page_token`` and its validated ``page_size``; its other fields are filters.
+
+    Args:
+        request: of a List method.
+        newest_first: whether the list is by age, not by name.
+
+    Raises:
+        ServiceError: INVALID_PAGE_TOKEN.
+    """
+    page_size: int = request.page_size  # type: ignore[attr-defined]
+    token: str = request.page_token  # type: ignore[attr-defined]
+    digest = _list_digest(request)
+    after = _read_token(token, digest, newest_first=newest_first) if token else None
+    return PageRequest(size=min(page_size or DEFAULT_SIZE, MAX_SIZE), after=after, list_digest=digest)
+
+
+def _list_digest(request: Message) -> str:
+    filters = type(request)()
+    filters.CopyFrom(request)
+    filters.ClearField("page_size")
+    filters.ClearField("page_token")
+    text = request.DESCRIPTOR.full_name.encode() + b"\0" + filters.SerializeToString(deterministic=True)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _write_token(digest: str, place: Place) -> str:
+    time_s, name = (None, place) if isinstance(place, str) else place
+    return base64.urlsafe_b64encode(json.dumps([digest, time_s, name]).encode()).decode()
+
+
+def _read_token(token: str, digest: str, *, newest_first: bool) -> Place:
+    try:
+        parts = json.loads(base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError, RecursionError):
+        raise _invalid(token) from None
+    match parts:
+        case [str(given), None, str(name)] if given == digest and not newest_first and _is_text(name):
+            return name
+        case [str(given), float(time_s), str(name)] if given == digest and newest_first and _is_text(name):
+            if math.isfinite(time_s):
+                return time_s, name
+            raise _invalid(token)
+        case _:
+            raise _invalid(token)
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a database accepts the name: tokens can be forged."""
+    return bool(name) and "\0" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
+def _invalid(token: str) -> ServiceError:
+    return ServiceError(
+        Reason.ERROR_REASON_INVALID_PAGE_TOKEN,
+        f"page_token {token[:80]!r} is not from this list with this filter; begin again without it",
+    )
+
 
 A = TypeVar("A", bound=Message)
 T = TypeVar("T")

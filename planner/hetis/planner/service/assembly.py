@@ -19,20 +19,15 @@ from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.declared import DeclaredFleets
-from hetis.planner.resources.hubs import Hubs
-from hetis.planner.resources.node_views import NodeReader
-from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.placements import StoredPlacements
-from hetis.planner.resources.plan_activation import PlanActivation
-from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.nodes import NodeReader, Nodes
+from hetis.planner.resources.plan_activation import PlanActivation, StoredPlacements
+from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
-from hetis.planner.resources.plan_searches import PlanSearches
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.running import RunningResources
-from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.resources.shared import DeclaredFleets, Hubs
+from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.fleet_metrics import FleetCollector
 from hetis.planner.service.kv_history import KvHistories

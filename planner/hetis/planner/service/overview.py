@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.resources.live import NodeNow
+from hetis.planner.resources.shared import NodeNow
 from hetis.planner.service.kv_history import KvHistory
 from hetis.v1 import redispatch_pb2
 

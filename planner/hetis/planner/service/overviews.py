@@ -16,9 +16,9 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.redispatching.policy import redispatch_policy
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
-from hetis.planner.resources.hubs import Hubs
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.running import RunningResources
+from hetis.planner.resources.shared import Hubs
+from hetis.planner.resources.watches import RunningResources
 from hetis.planner.service.kv_history import KvHistories
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.store import Reader, Store

@@ -109,7 +109,7 @@ def report(error: Exception) -> ServiceExitCode:
     from hetis.planner.failures import ServiceError
     from hetis.planner.service.server import AddressError
     from hetis.planner.service.traces import MissingExtraError
-    from hetis.planner.store.errors import StoreError
+    from hetis.planner.store.opening import StoreError
 
     match error:
         case DocumentError():

@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from hetis.planner.convert.enums import name_of
-from hetis.planner.convert.names import last_part
-from hetis.planner.convert.redispatches import trigger_from_proto
-from hetis.planner.convert.replicas import replica_from_proto
+from hetis.planner.convert.names import last_part, name_of
+from hetis.planner.convert.plans import replica_from_proto
+from hetis.planner.convert.stages import trigger_from_proto
 from hetis.planner.fleet.views import LiveReplica
 from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.blocks import (
@@ -40,7 +39,7 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.page.fleet_map import IDLE, Duty, replica_duties
 from hetis.planner.report.page.render import render_page
-from hetis.planner.resources.live import NodeNow
+from hetis.planner.resources.shared import NodeNow
 from hetis.planner.service.kv_history import NUM_SAMPLES, SAMPLE_S, KvRecord, natural_order
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.solver.cluster import node_of

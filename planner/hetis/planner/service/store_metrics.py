@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from hetis.planner.store import Store
-from hetis.planner.store.health import BUCKETS_S
+from hetis.planner.store.store import BUCKETS_S
 
 
 class StoreCollector(Collector):

@@ -1,8 +1,8 @@
 """The store of the planning service: records in SQLite or PostgreSQL, changed by one durable transaction at a time."""
 
 from hetis.planner.store.audit import AuditedChange, AuditFilter, AuditLine
-from hetis.planner.store.errors import StoreError
-from hetis.planner.store.lease import Lease
+from hetis.planner.store.leadership import Lease
+from hetis.planner.store.opening import StoreError
 from hetis.planner.store.records import (
     ClusterRecord,
     NodeRecord,
@@ -13,7 +13,7 @@ from hetis.planner.store.records import (
     etag_of,
 )
 from hetis.planner.store.store import Store
-from hetis.planner.store.transactions import Reader, Transaction
+from hetis.planner.store.tables import Reader, Transaction
 
 __all__ = [
     "AuditFilter",

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-import hetis.planner.store.schema as schema
+import hetis.planner.store.records as records
 
 OK = "OK"
 REPEATED = "REPEATED"
@@ -83,7 +83,7 @@ class AuditFilter:
     until_s: float | None = None
 
     def conditions(self) -> list[sa.ColumnElement[bool]]:
-        column = schema.audit.c
+        column = records.audit.c
         equal = ((column.caller, self.caller), (column.method, self.method), (column.outcome, self.outcome))
         found: list[sa.ColumnElement[bool]] = [have == wanted for have, wanted in equal if wanted is not None]
         if self.resource is not None:
@@ -103,7 +103,7 @@ class AuditLog:
 
     def page(self, after: int, limit: int, which: AuditFilter | None = None) -> list[AuditLine]:
         """Return up to ``limit`` lines with a number above ``after``, in order."""
-        table = schema.audit
+        table = records.audit
         conditions = [table.c.number > after, *(which or AuditFilter()).conditions()]
         query = sa.select(table).where(*conditions).order_by(table.c.number).limit(limit)
         return [_line(row) for row in self._connection.execute(query)]
@@ -118,7 +118,7 @@ class AuditLog:
             after = found[-1].number if found else after
 
     def last(self) -> AuditLine | None:
-        table = schema.audit
+        table = records.audit
         row = self._connection.execute(sa.select(table).order_by(table.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else _line(row)
 
@@ -126,10 +126,10 @@ class AuditLog:
         """Append a line. Needs a write transaction, of which there is only one at any moment."""
         last = self.last()
         number, before = (last.number + 1, last.hash) if last is not None else (1, "")
-        epoch = self._connection.execute(sa.select(schema.leadership.c.epoch)).scalar_one()
+        epoch = self._connection.execute(sa.select(records.leadership.c.epoch)).scalar_one()
         unsigned = AuditLine(number=number, time_s=time_s, epoch=epoch, change=change, hash="")
         self._connection.execute(
-            sa.insert(schema.audit).values(
+            sa.insert(records.audit).values(
                 number=number,
                 time_s=time_s,
                 epoch=epoch,

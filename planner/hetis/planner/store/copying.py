@@ -21,13 +21,12 @@ import sqlalchemy as sa
 from alembic.runtime.migration import MigrationContext
 
 import hetis.planner.store.leadership as leadership
-import hetis.planner.store.migrating as migrating
 import hetis.planner.store.opening as opening
-import hetis.planner.store.schema as schema
+import hetis.planner.store.records as records
 from hetis.planner.store.audit import AuditedChange, AuditLog
-from hetis.planner.store.errors import StoreError
-from hetis.planner.store.file_lock import FileLock
-from hetis.planner.store.transactions import Reader
+from hetis.planner.store.leadership import FileLock
+from hetis.planner.store.opening import StoreError
+from hetis.planner.store.tables import Reader
 
 T = TypeVar("T")
 _ROWS = 500  # rows per insert
@@ -56,13 +55,13 @@ def back_up(url: str, file: Path) -> int:
     made = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with _reading(source) as connection:
-            if migrating.needs_migration(connection, label):
+            if opening.needs_migration(connection, label):
                 raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
             with _errors_of(str(file)):
                 opening.keep_private(made)
                 target = opening.make_engine(opening.parse_url(f"sqlite:///{made}"), lease_s=_LEASE_S)
                 with target.begin() as written:
-                    migrating.migrate(written)
+                    opening.migrate(written)
                     num = _copy(connection, written)
                 target.dispose()
                 _sync(made)
@@ -91,7 +90,7 @@ def read_store(url: str, work: Callable[[Reader], T]) -> T:
         raise StoreError(f"{label}: no such store")
     try:
         with _reading(engine) as connection:
-            if migrating.needs_migration(connection, label):
+            if opening.needs_migration(connection, label):
                 raise StoreError(f"store {label} is older than this hetis-planner, or empty: migrate it first")
             return work(Reader(connection))
     finally:
@@ -125,17 +124,17 @@ def restore(url: str, file: Path, *, replace: bool, clock: Callable[[], float] =
                 is_empty = not sa.inspect(connection).get_table_names()
                 if is_empty:
                     raise StoreError(f"{file} is empty, and no backup")
-                if migrating.needs_migration(connection, str(file)):
-                    migrating.migrate(connection)
+                if opening.needs_migration(connection, str(file)):
+                    opening.migrate(connection)
             with _reading(source) as connection, unused(url) as (written, label):
-                if migrating.needs_migration(written, label):
-                    migrating.migrate(written)
+                if opening.needs_migration(written, label):
+                    opening.migrate(written)
                 if not replace and (kind := _first_filled(written)):
                     raise StoreError(
                         f"store {label} holds {kind}: nothing was changed; --replace puts the backup there"
                     )
                 epoch_before, version_before = _epoch(written), _highest_version(written)
-                for table in reversed(schema.metadata.sorted_tables):
+                for table in reversed(records.metadata.sorted_tables):
                     written.execute(sa.delete(table))
                 num = _copy(connection, written)
                 now_s = clock()
@@ -156,9 +155,9 @@ def migrate_to(url: str, revision: str) -> str:
         StoreError: there is no such version, or the store cannot be used or is in use.
     """
     with unused(url) as (connection, label):
-        migrating.needs_migration(connection, label)  # refuses unknown versions
+        opening.needs_migration(connection, label)  # refuses unknown versions
         before = MigrationContext.configure(connection).get_current_revision() or "nothing"
-        migrating.migrate(connection, to=revision)
+        opening.migrate(connection, to=revision)
         return before
 
 
@@ -183,7 +182,7 @@ def unused(url: str) -> Iterator[tuple[sa.Connection, str]]:
                 opening.use_write_ahead_log(engine)
         with _errors_of(label), engine.begin() as connection:
             if lock is None:
-                migrating.lock_out_others(connection)
+                opening.lock_out_others(connection)
                 _require_no_lease(connection, label)
             yield connection, label
     finally:
@@ -218,7 +217,7 @@ def _errors_of(label: str) -> Iterator[None]:
 
 
 def _require_no_lease(connection: sa.Connection, label: str) -> None:
-    if sa.inspect(connection).has_table(schema.leadership.name):
+    if sa.inspect(connection).has_table(records.leadership.name):
         holder, left_s = leadership.look(connection)
         if left_s > 0:
             raise StoreError(f"store {label} is in use by the planner {holder.name}: stop it first")
@@ -226,8 +225,8 @@ def _require_no_lease(connection: sa.Connection, label: str) -> None:
 
 def _first_filled(connection: sa.Connection) -> str:
     """Return the name of a table that holds records, or an empty string if none does."""
-    for table in schema.metadata.sorted_tables:
-        if table is not schema.leadership and connection.execute(sa.select(table).limit(1)).first() is not None:
+    for table in records.metadata.sorted_tables:
+        if table is not records.leadership and connection.execute(sa.select(table).limit(1)).first() is not None:
             return table.name.replace("_", " ")
     return ""
 
@@ -235,7 +234,7 @@ def _first_filled(connection: sa.Connection) -> str:
 def _copy(source: sa.Connection, target: sa.Connection) -> int:
     """Copy all rows unchanged and return their number."""
     num = 0
-    for table in schema.metadata.sorted_tables:
+    for table in records.metadata.sorted_tables:
         target.execute(sa.delete(table))  # the row that the first migration inserts
         rows = source.execution_options(stream_results=True).execute(sa.select(table))
         for part in rows.mappings().partitions(_ROWS):
@@ -245,7 +244,7 @@ def _copy(source: sa.Connection, target: sa.Connection) -> int:
 
 
 def _epoch(connection: sa.Connection) -> int:
-    return int(connection.execute(sa.select(schema.leadership.c.epoch)).scalar_one())
+    return int(connection.execute(sa.select(records.leadership.c.epoch)).scalar_one())
 
 
 def _highest_version(connection: sa.Connection) -> int:
@@ -258,8 +257,8 @@ def _highest_version(connection: sa.Connection) -> int:
 
 def _raise(connection: sa.Connection, *, epoch: int, version: int) -> None:
     """Make ``epoch`` the last epoch, and ``version`` the last version that any record had before it was restored."""
-    connection.execute(sa.update(schema.leadership).values(epoch=epoch, holder="", lease_end_s=0.0))
-    gone = schema.gone_versions
+    connection.execute(sa.update(records.leadership).values(epoch=epoch, holder="", lease_end_s=0.0))
+    gone = records.gone_versions
     connection.execute(sa.delete(gone))
     for table in _versioned_tables():
         if table is not gone:
@@ -268,7 +267,7 @@ def _raise(connection: sa.Connection, *, epoch: int, version: int) -> None:
 
 
 def _versioned_tables() -> list[sa.Table]:
-    return [table for table in schema.metadata.sorted_tables if "version" in table.c]
+    return [table for table in records.metadata.sorted_tables if "version" in table.c]
 
 
 def _operator() -> str:

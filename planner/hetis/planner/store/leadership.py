@@ -7,14 +7,124 @@ nothing, whatever it believes and whatever its clock says.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sa
 
-import hetis.planner.store.schema as schema
+import hetis.planner.store.records as records
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store.opening import StoreError
 
-_ROW = schema.leadership.c.id == 1
+
+class FileLock:
+    """A lock on ``FILE.lock`` next to a store. It is a separate file so that backups may read the store meanwhile."""
+
+    def __init__(self, store: Path) -> None:
+        self._path = store.with_name(f"{store.name}.lock")
+        self.store = store
+        self._descriptor: int | None = None
+
+    @property
+    def is_held(self) -> bool:
+        return self._descriptor is not None
+
+    def take(self) -> bool:
+        """Take the lock and return True, or return False if another process holds it.
+
+        Taking it twice has no further effect.
+
+        Raises:
+            StoreError: the lock file cannot be made.
+        """
+        if self.is_held:
+            return True
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(f"store {self.store} cannot be locked: {self._path}: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Release the lock. The file stays: removing it would let two planners lock two files of one name."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+DECIDING_SHARE = 2 / 3  # of the lease: this long after the last renewal, nothing new is decided
+
+
+def machine_s() -> float:
+    """Return monotonic seconds, which include the time that the machine sleeps where the system counts it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+class Lease:
+    """A term and how long it may be used.
+
+    The server counts a lease from the moment it grants it, the holder from before it asked. However long messages take,
+    the holder stops first. The clocks need not agree on the time, only on how fast it passes.
+
+    Args:
+        lease_s: how long a renewal is good for; 0 means for ever, as when a file lock holds the term.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, lease_s: float, clock: Callable[[], float] = machine_s) -> None:
+        self.lease_s = lease_s
+        self.clock = clock
+        self._asked_s: float | None = None
+
+    def grant(self, asked_s: float) -> None:
+        """Record that the server granted the renewal that was asked for at ``asked_s``."""
+        self._asked_s = asked_s
+
+    def end(self) -> None:
+        """End the term, whatever time is left of it."""
+        self._asked_s = None
+
+    @property
+    def age_s(self) -> float:
+        """Return the seconds since the last granted renewal was asked for; 0 without a lease."""
+        return self.clock() - self._asked_s if self._asked_s is not None and self.lease_s else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Return how long the term may still be used; infinity means as long as the process lives."""
+        if self._asked_s is None:
+            return 0.0
+        return self.lease_s - self.age_s if self.lease_s else float("inf")
+
+    @property
+    def is_overdue(self) -> bool:
+        """Return whether the lease has expired although nobody has ended the term."""
+        return self._asked_s is not None and self.left_s <= 0
+
+    @property
+    def is_held(self) -> bool:
+        return self.left_s > 0
+
+    @property
+    def may_decide(self) -> bool:
+        """Return whether new work may begin, which is False in the last third of the lease.
+
+        Work begun so late might not be finished within the term.
+        """
+        return self.left_s > self.lease_s * (1 - DECIDING_SHARE)
+
+
+_ROW = records.leadership.c.id == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +151,8 @@ class Holder:
 
 def look(connection: sa.Connection) -> tuple[Holder, float]:
     """Return the last leader and the seconds left of its lease, negative if it has expired. Takes no lock."""
-    left_s = (schema.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    row = connection.execute(sa.select(schema.leadership.c.holder, left_s).where(_ROW)).one()
+    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
+    row = connection.execute(sa.select(records.leadership.c.holder, left_s).where(_ROW)).one()
     return Holder.from_text(row.holder), float(row.left_s)
 
 
@@ -58,34 +168,34 @@ def take(connection: sa.Connection, holder: str, *, store: str, lease_s: float) 
     Raises:
         ServiceError: NOT_LEADER, with the leader and when to try again.
     """
-    left_s = (schema.leadership.c.lease_end_s - _now(connection)).label("left_s")
-    row = connection.execute(sa.select(schema.leadership, left_s).where(_ROW).with_for_update()).one()
+    left_s = (records.leadership.c.lease_end_s - _now(connection)).label("left_s")
+    row = connection.execute(sa.select(records.leadership, left_s).where(_ROW).with_for_update()).one()
     if row.left_s > 0:
         raise not_leader(row.holder, store=store, retry_after_s=float(row.left_s))
     epoch: int = row.epoch + 1
     lease_end_s = _now(connection) + lease_s if lease_s else 0.0
     values = {"epoch": epoch, "holder": holder, "lease_end_s": lease_end_s}
-    connection.execute(sa.update(schema.leadership).where(_ROW).values(values))
+    connection.execute(sa.update(records.leadership).where(_ROW).values(values))
     return epoch
 
 
 def renew(connection: sa.Connection, epoch: int, *, lease_s: float) -> None:
     """Prolong the lease in one statement. Raises NOT_LEADER if another planner has taken over."""
-    ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
+    ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
     lease_end_s = _now(connection) + lease_s
-    if not connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
+    if not connection.execute(sa.update(records.leadership).where(ours).values(lease_end_s=lease_end_s)).rowcount:
         raise not_leader(holder_of(connection))
 
 
 def release(connection: sa.Connection, epoch: int) -> None:
     """Let another planner take over at once; does nothing if one already has."""
-    ours = sa.and_(_ROW, schema.leadership.c.epoch == epoch)
-    connection.execute(sa.update(schema.leadership).where(ours).values(lease_end_s=0.0))
+    ours = sa.and_(_ROW, records.leadership.c.epoch == epoch)
+    connection.execute(sa.update(records.leadership).where(ours).values(lease_end_s=0.0))
 
 
 def check(connection: sa.Connection, epoch: int) -> None:
     """Hold the term until the transaction ends. Raises NOT_LEADER if the term is over."""
-    columns = schema.leadership.c.epoch, schema.leadership.c.holder
+    columns = records.leadership.c.epoch, records.leadership.c.holder
     # KEY SHARE: a takeover (FOR UPDATE) waits for it, a concurrent renewal of the lease (NO KEY UPDATE) does not.
     row = connection.execute(sa.select(*columns).where(_ROW).with_for_update(read=True, key_share=True)).one()
     if row.epoch != epoch:
@@ -94,7 +204,7 @@ def check(connection: sa.Connection, epoch: int) -> None:
 
 def holder_of(connection: sa.Connection) -> str:
     """Return the last leader."""
-    return str(connection.execute(sa.select(schema.leadership.c.holder).where(_ROW)).scalar_one())
+    return str(connection.execute(sa.select(records.leadership.c.holder).where(_ROW)).scalar_one())
 
 
 def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = None) -> ServiceError:

@@ -8,6 +8,7 @@ import contextvars
 import logging
 import sqlite3
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -15,15 +16,68 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 import hetis.planner.store.leadership as leadership
-import hetis.planner.store.migrating as migrating
 import hetis.planner.store.opening as opening
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.store.errors import StoreError
-from hetis.planner.store.file_lock import FileLock
-from hetis.planner.store.health import StoreHealth
-from hetis.planner.store.leadership import Holder
-from hetis.planner.store.lease import Lease, machine_s
-from hetis.planner.store.transactions import Reader, Transaction
+from hetis.planner.store.leadership import FileLock, Holder, Lease, machine_s
+from hetis.planner.store.opening import StoreError
+from hetis.planner.store.tables import Reader, Transaction
+
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class StoreHealth:
+    """Counters of transactions, written by the store's thread and read by any other.
+
+    Attributes:
+        errors: transactions that failed.
+        seconds: duration of all transactions together.
+        buckets: transactions by duration, at most that of the bucket in `BUCKETS_S`; the last counts the longer ones.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._answered_s = clock()
+        self._began_s: float | None = None
+        self._has_failed = self._is_failing = False
+        self.errors = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+
+    @property
+    def answered_s_ago(self) -> float:
+        """Return the seconds since the last successful transaction."""
+        return self._clock() - self._answered_s
+
+    @property
+    def running_s(self) -> float:
+        """Return how long the present transaction has been running, 0 if there is none."""
+        began_s = self._began_s
+        return 0.0 if began_s is None else self._clock() - began_s
+
+    @property
+    def failing_s(self) -> float:
+        """Return for how long no transaction has succeeded, 0 if the last one that ended did."""
+        return self.answered_s_ago if self._is_failing else 0.0
+
+    def began(self) -> None:
+        self._began_s, self._has_failed = self._clock(), False
+
+    def failed(self) -> None:
+        """Mark the present transaction as failed."""
+        self._has_failed = True
+
+    def ended(self) -> None:
+        now_s = self._clock()
+        took_s = now_s - (self._began_s if self._began_s is not None else now_s)
+        self._began_s = None
+        self.seconds += took_s
+        self.buckets[bisect_left(BUCKETS_S, took_s)] += 1
+        self._is_failing = self._has_failed
+        if self._has_failed:
+            self.errors += 1
+        else:
+            self._answered_s = now_s
+
 
 T = TypeVar("T")
 LEASE_S = 5.0  # for a planner on a server
@@ -403,7 +457,7 @@ class Store:
             with self._readers.begin() as connection:
                 if self._lock is not None:
                     opening.check_file(connection, self._label)
-                old = migrating.needs_migration(connection, self._label)
+                old = opening.needs_migration(connection, self._label)
             if self._lock is not None:
                 opening.use_write_ahead_log(self._engine)
             if old:
@@ -419,9 +473,9 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 if connection.dialect.name == "postgresql":
-                    migrating.lock_out_others(connection)
-                if migrating.needs_migration(connection, self._label):  # no other planner was faster
-                    migrating.migrate(connection)
+                    opening.lock_out_others(connection)
+                if opening.needs_migration(connection, self._label):  # no other planner was faster
+                    opening.migrate(connection)
         finally:
             if self._lock is not None:
                 self._lock.release()

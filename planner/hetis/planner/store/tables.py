@@ -1,4 +1,4 @@
-"""Tables of records: reads, writes, pages. An update fails if the record's version has changed in between."""
+"""The tables as seen by one transaction: reads, writes, pages. An update fails if the record's version has changed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from google.protobuf.message import Message
 
 import hetis.planner.store.records as records
-import hetis.planner.store.schema as schema
 from hetis.planner import failures
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.store.audit import AuditLog
 from hetis.planner.store.records import Record
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
 
@@ -138,14 +138,14 @@ class RecordTable(TableView[R]):
         version = self._connection.execute(newest).scalar_one_or_none()
         if version is None:
             return 0
-        gone = schema.gone_versions
+        gone = records.gone_versions
         if version > self._gone_version():
             self._connection.execute(sa.delete(gone).where(gone.c.table_name == self._table.name))
             self._connection.execute(sa.insert(gone).values(table_name=self._table.name, version=version))
         return self._connection.execute(sa.delete(self._table).where(*conditions)).rowcount
 
     def _gone_version(self) -> int:
-        gone = schema.gone_versions
+        gone = records.gone_versions
         query = sa.select(gone.c.version).where(gone.c.table_name == self._table.name)
         return self._connection.execute(query).scalar_one_or_none() or 0
 
@@ -185,7 +185,7 @@ class PlanDocumentView:
 
     def get(self, name: str) -> bytes | None:
         """Return the document of the plan of that name, or None."""
-        table = schema.plan_documents
+        table = records.plan_documents
         return self._connection.execute(sa.select(table.c.content).where(table.c.name == name)).scalar_one_or_none()
 
 
@@ -195,11 +195,11 @@ class PlanDocumentTable(PlanDocumentView):
     def put(self, name: str, content: bytes) -> None:
         """Insert or replace the document."""
         self.delete(name)
-        self._connection.execute(sa.insert(schema.plan_documents).values(name=name, content=content))
+        self._connection.execute(sa.insert(records.plan_documents).values(name=name, content=content))
 
     def delete(self, name: str) -> None:
         """Delete the document; does nothing if there is none."""
-        table = schema.plan_documents
+        table = records.plan_documents
         self._connection.execute(sa.delete(table).where(table.c.name == name))
 
 
@@ -218,3 +218,108 @@ _BODIES: dict[type[Any], type[Message]] = {
     records.ReplicaRecord: replica_pb2.Replica,
     records.RedispatchRecord: redispatch_pb2.Redispatch,
 }
+
+
+KEPT_S = 24 * 3600.0  # see docs/api.md
+
+
+class RequestTable:
+    """Answers to requests of the last 24 hours, written in the transaction that carried out the request."""
+
+    def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
+        self._connection = connection
+        self._now_s = now_s
+
+    def replay(self, method: str, request_id: str, fingerprint: str) -> bytes | None:
+        """Return the answer that the same request got, or None if it was not done before or gave no id.
+
+        Args:
+            method: such as ``/hetis.v1.ClusterService/CreateCluster``.
+            request_id: empty if the caller gave none.
+            fingerprint: equal for equal requests.
+
+        Raises:
+            ServiceError: REQUEST_ID_REUSED.
+        """
+        if not request_id:
+            return None
+        table = records.requests
+        query = sa.select(table.c.method, table.c.fingerprint, table.c.response).where(
+            table.c.request_id == request_id, table.c.end_time_s > self._now_s
+        )
+        row = self._connection.execute(query).one_or_none()
+        if row is None:
+            return None
+        if (row.method, row.fingerprint) != (method, fingerprint):
+            raise ServiceError(
+                Reason.ERROR_REASON_REQUEST_ID_REUSED,
+                f"request_id {request_id} was used for another request; take a new one",
+                metadata={"request_id": request_id},
+            )
+        return bytes(row.response)
+
+    def remember(self, method: str, request_id: str, fingerprint: str, response: bytes) -> None:
+        """Store the answer to a request that has just been done, and forget old ones."""
+        if not request_id:
+            return
+        table = records.requests
+        self._connection.execute(sa.delete(table).where(table.c.end_time_s <= self._now_s))
+        self._connection.execute(
+            sa.insert(table).values(
+                request_id=request_id,
+                method=method,
+                fingerprint=fingerprint,
+                response=response,
+                end_time_s=self._now_s + KEPT_S,
+            )
+        )
+
+
+class Reader:
+    """A consistent view of all tables. It belongs to one thread and is unusable once its work is done."""
+
+    clusters: TableView[records.ClusterRecord]
+    nodes: TableView[records.NodeRecord]
+    profiles: TableView[records.ProfileRecord]
+    plans: TableView[records.PlanRecord]
+    plan_documents: PlanDocumentView
+    replicas: TableView[records.ReplicaRecord]
+    redispatches: TableView[records.RedispatchRecord]
+    audit: AuditLog
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self.audit = AuditLog(connection)
+        self.clusters = TableView(connection, records.clusters, records.ClusterRecord)
+        self.nodes = TableView(connection, records.nodes, records.NodeRecord)
+        self.profiles = TableView(connection, records.profiles, records.ProfileRecord)
+        self.plans = TableView(connection, records.plans, records.PlanRecord, newest_first=True)
+        self.plan_documents = PlanDocumentView(connection)
+        self.replicas = TableView(connection, records.replicas, records.ReplicaRecord)
+        self.redispatches = TableView(connection, records.redispatches, records.RedispatchRecord, newest_first=True)
+
+
+class Transaction(Reader):
+    """A view whose changes are made all together or not at all."""
+
+    clusters: RecordTable[records.ClusterRecord]
+    nodes: RecordTable[records.NodeRecord]
+    profiles: RecordTable[records.ProfileRecord]
+    plans: RecordTable[records.PlanRecord]
+    plan_documents: PlanDocumentTable
+    replicas: RecordTable[records.ReplicaRecord]
+    redispatches: RedispatchTable
+    requests: RequestTable
+
+    def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
+        self.audit = AuditLog(connection)
+        self.clusters = RecordTable(connection, records.clusters, records.ClusterRecord)
+        self.nodes = RecordTable(connection, records.nodes, records.NodeRecord)
+        self.profiles = RecordTable(connection, records.profiles, records.ProfileRecord)
+        self.plans = RecordTable(connection, records.plans, records.PlanRecord, newest_first=True)
+        self.plan_documents = PlanDocumentTable(connection)
+        self.replicas = RecordTable(connection, records.replicas, records.ReplicaRecord)
+        self.redispatches = RedispatchTable(
+            connection, records.redispatches, records.RedispatchRecord, newest_first=True
+        )
+        self.requests = RequestTable(connection, now_s=now_s)
+        self.now_s = now_s

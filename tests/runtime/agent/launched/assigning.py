@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.planner.convert.documents import document_of
-from hetis.planner.convert.replicas import replica_to_proto
+from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.fleet.transition import devices_of, nodes_of
 from hetis.runtime.agent.launched.settings import EngineSettings
 from hetis.solver.model import ModelSpec

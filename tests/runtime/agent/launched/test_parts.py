@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hetis.engines.commands import Command
 from hetis.engines.versions import Engine
 from hetis.formats.dtypes import with_precision
-from hetis.planner.convert.replicas import replica_to_proto
+from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable
 from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
 from hetis.runtime.executor.refusals import RefusedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hetis.planner.convert.head_groups import owners_of
+from hetis.planner.convert.stages import owners_of
 from hetis.planner.fleet.dispatching.admission import Home, Quality, Refusal
 from hetis.planner.fleet.dispatching.replica import RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import StageCopy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.convert.stages import StageTerms
 from hetis.planner.failures import invalid_fields
 from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy

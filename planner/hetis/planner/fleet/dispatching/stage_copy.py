@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.planner.convert.head_groups import owners_of
-from hetis.planner.convert.head_maps import snapshot_from_proto, status_from_proto, status_to_proto
-from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.convert.stages import StageTerms, owners_of, snapshot_from_proto, status_from_proto, status_to_proto
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.result import DispatchPlan
 from hetis.solver.dispatch.snapshot import DeviceStatus

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
 from hetis.planner.fleet.dispatching.batches import (

@@ -17,9 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from hetis.planner.convert.names import cluster_of
-from hetis.planner.convert.redispatches import triggers_to_proto
-from hetis.planner.convert.times import timestamp
+from hetis.planner.convert.names import cluster_of, timestamp
+from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
-from hetis.planner.convert.head_maps import snapshot_from_proto
-from hetis.planner.convert.redispatches import moves_to_proto
-from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.convert.stages import StageTerms, moves_to_proto, snapshot_from_proto
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.planner.convert.stages_in import StageTerms
+from hetis.planner.convert.stages import StageTerms
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.tables import costs_of
 from hetis.v1 import report_pb2

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from hetis.planner.convert.stages_in import stage_from_proto
+from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
 from hetis.planner.fleet.redispatching.sums import StageSums, SumTest, sums_of

@@ -11,8 +11,7 @@ import grpc
 
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.running import RunningResources
-from hetis.planner.resources.watches import ClusterWatches
+from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1 import cluster_service_pb2_grpc
 

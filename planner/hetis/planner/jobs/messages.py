@@ -1,0 +1,254 @@
+"""Messages between the service and a solver process: posed problems, progress, outcomes, and the frames around them.
+
+A frame is a JSON header and bytes, each preceded by its length. Pickle is not used: whatever another process sends is
+read as plain data, whatever happened to that process.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from asyncio import IncompleteReadError, StreamReader
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from hetis.formats.canonical import canonical_json
+from hetis.planner.use_cases.place import Settings
+from hetis.planner.use_cases.precision import for_engine
+from hetis.planner.use_cases.sources import (
+    ENGINE_SETTINGS,
+    LoadedInputs,
+    engine_settings_data,
+    engine_settings_from_data,
+    inputs_from_documents,
+)
+from hetis.solver.budget import Progress
+from hetis.solver.plan import Objective, ObjectiveKind, Role
+from hetis.solver.problem import EngineRules, PlacementProblem
+
+_LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFrame:
+    """A message: ``kind`` names it, ``fields`` are plain data, ``payload`` is a document or empty."""
+
+    kind: str
+    fields: dict[str, Any]
+    payload: bytes = b""
+
+
+def to_bytes(frame: JobFrame) -> bytes:
+    header = json.dumps({"kind": frame.kind, **frame.fields}, allow_nan=False).encode()
+    return _LENGTHS.pack(len(header), len(frame.payload)) + header + frame.payload
+
+
+def read_frame(pipe: BinaryIO) -> JobFrame | None:
+    """Return the next frame, or None if the other side is gone."""
+    lengths = pipe.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
+        return None
+    header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
+    body = pipe.read(header_bytes + payload_bytes)
+    return _from_body(body, header_bytes) if len(body) == header_bytes + payload_bytes else None
+
+
+async def receive_frame(stream: StreamReader) -> JobFrame | None:
+    """Read a frame as `read_frame` does, without blocking the loop."""
+    try:
+        header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
+        body = await stream.readexactly(header_bytes + payload_bytes)
+    except (IncompleteReadError, ConnectionError):
+        return None
+    return _from_body(body, header_bytes)
+
+
+def _from_body(body: bytes, header_bytes: int) -> JobFrame:
+    fields = json.loads(body[:header_bytes])
+    return JobFrame(kind=fields.pop("kind"), fields=fields, payload=body[header_bytes:])
+
+
+PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPlan:
+    """A plan that passed the independent checker, possibly after an interruption, as its status says.
+
+    Attributes:
+        document: the plan in canonical JSON; it was read back and compared.
+        result: the plan in the view BASIC, a serialised ``hetis.v1.PlanResult``, so that the service need not read the
+            document, which would block it for some twenty seconds for a plan of a million GPUs.
+    """
+
+    document: bytes
+    result: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Infeasible:
+    """A proof that the family holds no plan. One sentence per cause, the most telling first."""
+
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NothingFound:
+    """Time ran out, or the caller cancelled, before a plan was found."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """The solver's plan violates its own problem: a bug. One sentence per violation."""
+
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Invalid:
+    """The inputs contradict each other in a way that only the search noticed."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The process ended or had to be killed. ``exit_code`` is negative for a signal, as in POSIX."""
+
+    exit_code: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class CalledOff:
+    """Nobody searched: the search was cancelled in the queue, or its process did not react and had to be killed."""
+
+
+Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
+Outcome = Answer | Crashed | CalledOff
+
+
+def answer_to_frame(answer: Answer) -> JobFrame:
+    match answer:
+        case FoundPlan(document, result):
+            return JobFrame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
+        case Infeasible(reasons):
+            return JobFrame(kind="infeasible", fields={"reasons": list(reasons)})
+        case NothingFound(message):
+            return JobFrame(kind="nothing_found", fields={"message": message})
+        case Unsound(violations):
+            return JobFrame(kind="unsound", fields={"violations": list(violations)})
+        case Invalid(message):
+            return JobFrame(kind="invalid", fields={"message": message})
+
+
+def answer_from_frame(frame: JobFrame) -> Answer | None:
+    """Return the answer in the frame, or None if the frame is no answer."""
+    match frame.kind:
+        case "found":
+            return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))
+        case "infeasible":
+            return Infeasible(tuple(frame.fields["reasons"]))
+        case "nothing_found":
+            return NothingFound(frame.fields["message"])
+        case "unsound":
+            return Unsound(tuple(frame.fields["violations"]))
+        case "invalid":
+            return Invalid(frame.fields["message"])
+        case _:
+            return None
+
+
+class ProgressReporter:
+    """Sends every new phase, and at most one report per `PROGRESS_INTERVAL_S` within a phase."""
+
+    def __init__(self, send: Callable[[JobFrame], None]) -> None:
+        self._send = send
+        self._phase = ""
+        self._last_s = -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == self._phase and progress.elapsed_s < self._last_s + PROGRESS_INTERVAL_S:
+            return
+        self._phase, self._last_s = progress.phase, progress.elapsed_s
+        self._send(progress_to_frame(progress))
+
+
+def progress_to_frame(progress: Progress) -> JobFrame:
+    """Return a frame with the finite numbers; others are unknown and left out."""
+    numbers = {"incumbent": progress.incumbent, "bound": progress.bound, "gap": progress.gap}
+    known = {name: float(value) for name, value in numbers.items() if value is not None and math.isfinite(value)}
+    return JobFrame(kind="progress", fields={"phase": progress.phase, "elapsed_s": progress.elapsed_s, **known})
+
+
+def progress_from_frame(frame: JobFrame) -> Progress:
+    return Progress(**frame.fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PosedProblem:
+    """A problem to solve and how long the search may take."""
+
+    loaded: LoadedInputs
+    objective: Objective
+    settings: Settings
+
+    def inputs_for_engine(self) -> LoadedInputs:
+        """Return the inputs restricted to the GPUs on which the engine runs the model in its precision.
+
+        Raises:
+            InvalidProblemError: there are no such GPUs.
+        """
+        return for_engine(self.loaded, self.settings.engine)
+
+    def problem(self) -> PlacementProblem:
+        """Return the placement problem.
+
+        Raises:
+            InvalidProblemError: the inputs contradict each other.
+        """
+        settings, inputs = self.settings, self.inputs_for_engine().inputs
+        return inputs.problem(self.objective, settings.strategy, settings.roles, settings.engine)
+
+    def to_json(self) -> bytes:
+        """Return the problem as JSON for `posed_from_json`; equal problems give equal bytes."""
+        data = {
+            "documents": self.loaded.inputs.documents(),
+            "origins": dict(self.loaded.origins),
+            "objective": asdict(self.objective),
+            "settings": asdict(self.settings),
+        }
+        if at := self.loaded.inputs.engine_settings:
+            data[ENGINE_SETTINGS] = engine_settings_data(at)
+        return canonical_json(data)
+
+
+def posed_from_json(text: bytes) -> PosedProblem:
+    """Return the problem that `PosedProblem.to_json` wrote.
+
+    Raises:
+        DocumentError: it contains a document in a form that this version does not know.
+    """
+    data: dict[str, Any] = json.loads(text)
+    objective: dict[str, Any] = data["objective"]
+    settings: dict[str, Any] = data["settings"]
+    return PosedProblem(
+        loaded=LoadedInputs(
+            inputs=inputs_from_documents(data["documents"], "the posed problem"),
+            origins=data["origins"],
+        ).at(engine_settings_from_data(data.get(ENGINE_SETTINGS, {}))),
+        objective=Objective(**(objective | {"kind": ObjectiveKind(objective["kind"])})),
+        settings=Settings(
+            **(settings | {"roles": tuple(map(Role, settings.get("roles", ()))), "engine": _engine(settings)})
+        ),
+    )
+
+
+def _engine(settings: dict[str, Any]) -> EngineRules | None:
+    engine = settings.get("engine")
+    return None if engine is None else EngineRules(**engine)

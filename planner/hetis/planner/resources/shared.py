@@ -1,0 +1,218 @@
+"""What all resources share: the live fleet, the hubs of watchers, and the documents of clusters, parsed once."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Protocol
+
+from google.protobuf.message import Message
+
+from hetis.planner.convert import documents
+from hetis.planner.convert.clusters import BASIC, cluster_message
+from hetis.planner.convert.names import node_name
+from hetis.planner.store import ClusterRecord
+from hetis.planner.store.tables import KEPT_REDISPATCHES
+from hetis.planner.threads import run_in_thread_gc_paused
+from hetis.planner.watching import Hub
+from hetis.solver.cluster import Cluster
+from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, replica_pb2, report_pb2
+
+
+class NodeNow(Protocol):
+    """A node whose agent is connected, or was in this term."""
+
+    @property
+    def state(self) -> cluster_pb2.NodeState.ValueType: ...
+
+    @property
+    def devices(self) -> Sequence[report_pb2.DeviceReport]:
+        """The last report of every device."""
+
+    @property
+    def inventory(self) -> inventory_pb2.NodeInventory | None: ...
+
+    @property
+    def connect_time_s(self) -> float | None: ...
+
+    @property
+    def heard_time_s(self) -> float | None: ...
+
+
+class ReplicaNow(Protocol):
+    """A replica that nodes of this term know."""
+
+    @property
+    def state(self) -> replica_pb2.ReplicaState.ValueType: ...
+
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def report(self) -> report_pb2.ReplicaReport | None:
+        """The last report of its primary, or None."""
+
+    @property
+    def report_time_s(self) -> float | None: ...
+
+    @property
+    def redispatch(self) -> str:
+        """The name of the re-dispatch under way, or an empty string."""
+
+
+class FleetNow(Protocol):
+    """The live state of the fleet; all names are resource names."""
+
+    def node_view(self, name: str) -> NodeNow | None: ...
+
+    def nodes_of(self, cluster: str) -> Mapping[str, NodeNow]: ...
+
+    def num_connected(self, cluster: str) -> int:
+        """Return the number of nodes whose agents are connected; takes no time, however large the cluster is."""
+
+    def replica_view(self, name: str) -> ReplicaNow | None: ...
+
+    def disconnect(self, name: str) -> None:
+        """End the stream of a node's agent.
+
+        Raises:
+            ServiceError: NOT_FOUND if none is connected.
+        """
+
+    async def cluster_changed(self, cluster: str) -> None:
+        """Note that the cluster's records were changed in the store."""
+
+
+class ClusterHub(Hub[tuple[str, str], Message]):
+    """The hub of one cluster.
+
+    Keys are ("cluster", name), ("node", name), ("replica", name), ("redispatch", name); values in the view BASIC. Only
+    the last 1,000 re-dispatches are kept, as in the store, since re-dispatches are never removed.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(epoch)
+        self._redispatches: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def publish(self, key: tuple[str, str], value: Message | None, *, now_s: float) -> int:
+        if key[0] == "redispatch" and value is not None:
+            self._redispatches[key] = None
+            if len(self._redispatches) > KEPT_REDISPATCHES:
+                oldest, _ = self._redispatches.popitem(last=False)
+                super().publish(oldest, None, now_s=now_s)
+        return super().publish(key, value, now_s=now_s)
+
+
+class Hubs:
+    """The hubs of one leadership term.
+
+    Attributes:
+        epoch: the term.
+        plans: by plan name; values in the view BASIC.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.plans: Hub[str, plan_pb2.Plan] = Hub(epoch)
+        self._clusters: dict[str, ClusterHub] = {}
+        self._rounds: dict[str, int] = {}
+
+    def cluster(self, name: str) -> ClusterHub:
+        """Return the hub of ``clusters/{cluster}``.
+
+        Call it each time: a cluster that is deleted and made again has a new one.
+        """
+        if name not in self._clusters:
+            self._clusters[name] = ClusterHub(self.epoch)
+        return self._clusters[name]
+
+    def round_of(self, name: str) -> int:
+        """Return how often `renew_cluster` was called: sequence numbers are only valid within one round."""
+        return self._rounds.get(name, 0)
+
+    def renew_cluster(self, name: str) -> None:
+        """Restart all watches of a cluster, when too much has changed to be worth single events."""
+        self._rounds[name] = self.round_of(name) + 1
+        self.remove_cluster(name)
+
+    def remove_cluster(self, name: str) -> None:
+        """End the watches of a deleted cluster."""
+        if hub := self._clusters.pop(name, None):
+            hub.close()
+
+    def close(self) -> None:
+        """End all watches."""
+        self.plans.close()
+        for hub in self._clusters.values():
+            hub.close()
+
+
+_MOST_ONE_BY_ONE = 1000  # nodes; above it, watchers get the whole present state again
+
+
+def publish_cluster(hubs: Hubs, fleet: FleetNow, record: ClusterRecord, *, now_s: float) -> None:
+    """Publish that the document, policy or plans of a cluster have changed."""
+    message = cluster_message(record, view=BASIC, num_connected=fleet.num_connected(record.name))
+    hubs.cluster(record.name).publish(("cluster", record.name), message, now_s=now_s)
+
+
+def publish_nodes(hubs: Hubs, cluster: str, nodes: Collection[str], *, now_s: float) -> None:
+    """Publish that these nodes were changed, added or removed; watches look up their state."""
+    if len(nodes) > _MOST_ONE_BY_ONE:
+        hubs.renew_cluster(cluster)
+        return
+    for node in nodes:
+        name = node_name(cluster, node)
+        hubs.cluster(cluster).publish(("node", name), cluster_pb2.Node(name=name), now_s=now_s)
+
+
+_KEPT_NODES = 100 * documents.MAX_NODES  # in all parsed clusters together; about 80 bytes each
+
+
+class Declared:
+    """A cluster's document, and the ids of its nodes in order. Slow to make for a large fleet."""
+
+    def __init__(self, value: Cluster) -> None:
+        self.value = value
+        self.nodes: Sequence[str] = sorted(_nodes(value))
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """Return the ids as a set."""
+        return frozenset(self.nodes)
+
+    def __contains__(self, node: str) -> bool:
+        place = bisect_left(self.nodes, node)
+        return place < len(self.nodes) and self.nodes[place] == node
+
+
+class DeclaredFleets:
+    """The clusters used most recently, by digest; a new document has a new digest, so entries never become stale."""
+
+    def __init__(self) -> None:
+        self._by_digest: OrderedDict[str, Declared] = OrderedDict()
+
+    async def of(self, record: ClusterRecord) -> Declared:
+        """Return the declared cluster, parsing its document in a thread if necessary."""
+        digest = record.body.document.digest
+        if digest not in self._by_digest:
+            self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)
+            self._forget_some()
+        self._by_digest.move_to_end(digest)
+        return self._by_digest[digest]
+
+    def _forget_some(self) -> None:
+        num_nodes = sum(len(declared.nodes) for declared in self._by_digest.values())
+        while num_nodes > _KEPT_NODES and len(self._by_digest) > 1:
+            num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
+
+
+def _read(record: ClusterRecord) -> Declared:
+    return Declared(documents.read_cluster(record.body.document))
+
+
+def _nodes(cluster: Cluster) -> Iterator[str]:
+    for group in cluster.node_groups:
+        yield from (group.node_name(index) for index in range(group.count))
