@@ -406,10 +406,8 @@ def _described(family: Any, labels: Sequence[str]) -> Described:
 
 
 def _planner_metrics() -> Iterator[Described]:
-    from hetis.planner.fleet.counters import FleetCounters
-    from hetis.planner.service.fleet_metrics import FleetCollector
-    from hetis.planner.service.metrics import ServiceMetrics
-    from hetis.planner.service.store_metrics import StoreCollector
+    from hetis.planner.fleet.settings import FleetCounters
+    from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
     from hetis.planner.store import Store
     from hetis.planner.store.store import StoreHealth
 

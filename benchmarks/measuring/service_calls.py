@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.measuring.service_agents import CONTEXT_TOKENS, balanced_owners, request_of
 from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError
 from hetis.planner.convert.stages import stage_from_proto
-from hetis.planner.fleet.dispatching import declaring
+from hetis.planner.fleet.dispatching.messages import declared as state_declared
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.runtime.agent.simulated.stage import StageRun
@@ -258,7 +258,7 @@ async def in_process_seconds(model: stage_pb2.StageModel, *, batch: int, count: 
         names = [one.id for one in request.requests]
         states.finish(pb.FinishRequestsRequest(parent=replica.name, state_id=state_id, requests=names))
     terms = stage_from_proto(model)
-    copy = declaring.declared(declared, {(model.stage, model.copy): terms}, state_id).copy_of(model.stage, model.copy)
+    copy = state_declared(declared, {(model.stage, model.copy): terms}, state_id).copy_of(model.stage, model.copy)
     newcomers = [
         Newcomer(id=one.id, incarnation=0, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens)
         for one in admission(replica.name, state_id, numbers, batch).requests

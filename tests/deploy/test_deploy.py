@@ -15,13 +15,11 @@ import pytest
 import typer
 import yaml
 
-from hetis.planner.fleet.counters import FleetCounters
+from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.command import app as planner_app
 from hetis.planner.service.exit_codes import ServiceExitCode as PlannerExit
-from hetis.planner.service.fleet_metrics import FleetCollector
-from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.setting_sources import load_config, variables
-from hetis.planner.service.store_metrics import StoreCollector
+from hetis.planner.service.metrics import FleetCollector, ServiceMetrics, StoreCollector
+from hetis.planner.service.settings import load_config, variables
 from hetis.planner.store.leadership import Lease
 from hetis.planner.store.store import StoreHealth
 from hetis.runtime.agent.main import app as agent_app

@@ -17,8 +17,7 @@ import h11
 import uvicorn
 
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.page_connections import PageLimits, limited_protocol
-from hetis.planner.service.status_page import page_config, status_app
+from hetis.planner.service.status_page import PageLimits, limited_protocol, page_config, status_app
 from hetis.runtime.agent.metrics import LOOPBACK, AgentMetrics
 from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
 from tests.planner.service.fakes import FakePlanner

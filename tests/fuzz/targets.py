@@ -29,10 +29,10 @@ from hetis.planner.convert.documents import read_document
 from hetis.planner.convert.plans import objective_from_proto
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.dispatching.declaring import declared
+from hetis.planner.fleet.dispatching.messages import declared
 from hetis.planner.service.certificates import ends_of_certificates
-from hetis.planner.service.setting_sources import load_config
-from hetis.planner.service.tokens import Tokens
+from hetis.planner.service.credentials import Tokens
+from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings

@@ -17,11 +17,10 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import FleetSettings, duration
 from hetis.planner.resources.shared import Hubs
-from hetis.planner.service import identity, statuses
-from hetis.planner.service.servicers.agent import AgentServicer
+from hetis.planner.service import access, statuses
 from hetis.planner.store import Store
 from hetis.v1 import change_pb2, head_map_pb2, redispatch_pb2
-from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
+from hetis.v1.agent_service_pb2_grpc import AgentServiceServicer, add_AgentServiceServicer_to_server
 from tests.planner.fleet.samples import CLUSTER, REPLICA
 from tests.protocol.planner_host import SampleStages
 
@@ -36,13 +35,15 @@ class _Clock:
         return time.time()
 
 
-class _Servicer(AgentServicer):
+class _Servicer(AgentServiceServicer):
     """The servicer as behind the interceptor: a caller is set, and errors become statuses."""
 
+    def __init__(self, fleet: LiveFleet) -> None:
+        self._fleet = fleet
+
     async def ConnectNode(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
-        identity.set_caller(identity.ANYBODY)
         try:
-            async for response in super().ConnectNode(request_iterator, context):
+            async for response in self._fleet.connect(access.ANYBODY, request_iterator):
                 yield response
         except ServiceError as error:
             await statuses.abort(context, statuses.to_status(error))

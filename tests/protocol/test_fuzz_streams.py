@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from hetis.planner.client import Client
 from hetis.planner.failures import ServiceError
-from hetis.planner.service import identity
+from hetis.planner.service import access
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.executor.refusals import RefusedError
 from hetis.v1 import agent_service_pb2 as pb
@@ -118,7 +118,7 @@ def test_the_fleet_takes_or_refuses_whatever_an_agent_says(world: World, errors:
             while (request := await requests.get()) is not None:
                 yield request
 
-        responses = fleet.connect(identity.ANYBODY, stream())
+        responses = fleet.connect(access.ANYBODY, stream())
         try:
             async for response in responses:
                 nonce = response.delta.nonce

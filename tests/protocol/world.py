@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.head_map_pieces import HeadMaps
+from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.settings import duration
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState

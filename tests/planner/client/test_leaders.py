@@ -12,7 +12,7 @@ from google.rpc import code_pb2
 
 from hetis.formats.endpoints import Endpoint, LeaderSearch, resolve_endpoints, split_endpoints
 from hetis.planner.client import AsyncClient, CallError, Client, Connection
-from hetis.planner.client.leaders import Attempts, search_for
+from hetis.planner.client.channels import Attempts, search_for
 from hetis.v1 import cluster_pb2, cluster_service_pb2, plan_pb2, plan_service_pb2
 from tests.planner.client.fake_planner import FakePlanner, refuse, serving
 from tests.planner.client.test_client import unused_port

@@ -13,14 +13,13 @@ import pytest
 from hetis.planner.client import AsyncClient, AsyncDispatchStream, CallError, Client
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.service.access import CallerRole, Identity, set_caller
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
-from hetis.planner.service.identity import CallerRole, Identity, set_caller
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
-from hetis.planner.service.servicers.dispatch import DispatchServicer
-from hetis.planner.service.telemetry import Telemetry
-from hetis.planner.service.traces import NoTraces
+from hetis.planner.service.servicers import dispatch_methods, servicing
+from hetis.planner.service.telemetry import NoTraces, Telemetry
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import dispatch_service_pb2_grpc
 from tests.planner.dispatching.stages import REPLICA, STATE, Replica, Replicas, empty_map, stage_model
@@ -29,18 +28,19 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
+def dispatching(states: DispatchStates, replicas: Replicas, **named: Any) -> Servicing:
+    return servicing("DispatchService", dispatch_methods(states, replicas, **named))
+
+
 @asynccontextmanager
 async def served() -> AsyncIterator[str]:
     """A planner with one replica; its address."""
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     states = DispatchStates(replicas)
     await states.warm_up()
-    servicing = Servicing(
-        service="hetis.v1.DispatchService",
-        servicer=DispatchServicer(states, replicas),
-        add=dispatch_service_pb2_grpc.add_DispatchServiceServicer_to_server,
+    server = PlannerServer(
+        [dispatching(states, replicas)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces()))
     )
-    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:
@@ -99,7 +99,7 @@ def called_by(identity: Identity, method: Callable[[Request, Any], Awaitable[Ans
 @pytest.mark.parametrize("name", [STATE, "clusters/c/replicas/none/dispatchState", "nonsense"])
 def test_an_agent_of_another_node_learns_nothing(name: str) -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
-    servicer = DispatchServicer(DispatchStates(replicas), replicas)
+    servicer = dispatching(DispatchStates(replicas), replicas).servicer
     with pytest.raises(ServiceError) as caught:
         called_by(agent_of("elsewhere"), servicer.GetDispatchState, pb2.GetDispatchStateRequest(name=name))
     assert caught.value.reason == Reason.ERROR_REASON_WRONG_NODE
@@ -107,7 +107,7 @@ def test_an_agent_of_another_node_learns_nothing(name: str) -> None:
 
 def test_the_agent_of_the_primary_and_those_with_a_role_may_read() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
-    servicer = DispatchServicer(DispatchStates(replicas), replicas)
+    servicer = dispatching(DispatchStates(replicas), replicas).servicer
     for identity in (agent_of("n"), Identity(name="viewer", roles=CallerRole.VIEWER.includes)):
         answer = called_by(identity, servicer.GetDispatchState, pb2.GetDispatchStateRequest(name=STATE))
         assert answer.dispatch_state.generation == 1
@@ -115,7 +115,7 @@ def test_the_agent_of_the_primary_and_those_with_a_role_may_read() -> None:
 
 def test_a_viewer_changes_nothing() -> None:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
-    servicer = DispatchServicer(DispatchStates(replicas), replicas)
+    servicer = dispatching(DispatchStates(replicas), replicas).servicer
     viewer = Identity(name="viewer", roles=CallerRole.VIEWER.includes)
     with pytest.raises(ServiceError):
         called_by(viewer, servicer.FinishRequests, pb2.FinishRequestsRequest(parent=REPLICA, requests=["a"]))
@@ -248,7 +248,7 @@ def test_a_stream_for_code_without_an_event_loop() -> None:
     asyncio.run(session())
 
 
-def answers_to(servicer: DispatchServicer, identity: Identity) -> pb2.DispatchRequestsResponse:
+def answers_to(service: Servicing, identity: Identity) -> pb2.DispatchRequestsResponse:
     """Return the answer to one message of a stream."""
 
     async def call() -> pb2.DispatchRequestsResponse:
@@ -257,7 +257,7 @@ def answers_to(servicer: DispatchServicer, identity: Identity) -> pb2.DispatchRe
 
         set_caller(identity)
         context: Any = None
-        return await anext(aiter(servicer.DispatchRequests(requests(), context)))
+        return await anext(aiter(service.servicer.DispatchRequests(requests(), context)))
 
     return asyncio.run(call())
 
@@ -268,7 +268,7 @@ def test_every_message_of_a_stream_is_of_the_primarys_agent_and_of_a_planner_tha
 
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     states = DispatchStates(replicas)
-    answer = answers_to(DispatchServicer(states, replicas), agent_of("elsewhere"))
+    answer = answers_to(dispatching(states, replicas), agent_of("elsewhere"))
     assert (answer.sequence, answer.failure.reason) == (7, Reason.ERROR_REASON_WRONG_NODE)
-    answer = answers_to(DispatchServicer(states, replicas, require_lease=undecided), agent_of("n"))
+    answer = answers_to(dispatching(states, replicas, require_lease=undecided), agent_of("n"))
     assert answer.failure.reason == Reason.ERROR_REASON_STORE_UNAVAILABLE

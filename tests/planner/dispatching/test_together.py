@@ -9,9 +9,8 @@ import pytest
 
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.dispatching import admission
 from hetis.planner.fleet.dispatching import replica as module
-from hetis.planner.fleet.dispatching.declaring import declared
+from hetis.planner.fleet.dispatching.messages import declared
 from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.v1 import dispatch_service_pb2 as pb2
@@ -31,7 +30,7 @@ def newcomer(name: str, context: int = 10) -> Newcomer:
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the number of requests in each plan."""
-    found, plan = list[int](), admission.admit
+    found, plan = list[int](), module.admit
 
     def counted(stages: object, loads: object, newcomers: Sequence[Newcomer]) -> object:
         found.append(len(newcomers))

@@ -7,9 +7,8 @@ from functools import partial
 
 from hetis.planner.fleet import deciding
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.link import Response
-from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import apply, read_cluster, read_ends
 from tests.planner.fleet.memory_store import MemoryStore
 from tests.planner.fleet.samples import CLUSTER, SETTINGS, contents

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.change_parts import gpus_of_copy, parts_of
-from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State
+from hetis.planner.fleet.changes import ChangeCoordinator, Phase, State, gpus_of_copy, parts_of
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import change, shape
 from tests.planner.fleet.world import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.planner.fleet.kv_in_use import kv_in_use
+from hetis.planner.fleet.views import kv_in_use
 from hetis.v1 import report_pb2
 from tests.planner.fleet.driven import DrivenPlanner
 from tests.planner.fleet.samples import REPLICA, SETTINGS, store_with_plan

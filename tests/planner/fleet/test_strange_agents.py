@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import pytest
 
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet import streams
+from hetis.planner.fleet import fleet as fleets
+from hetis.planner.fleet.changes import MOST_OF_NODE
 from hetis.planner.fleet.deltas import ROOM
-from hetis.planner.fleet.head_map_pieces import HeadMapPieces
-from hetis.planner.fleet.late_changes import MOST_OF_NODE
-from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS
-from hetis.planner.fleet.streams import Stream
+from hetis.planner.fleet.fleet import Stream
+from hetis.planner.fleet.link import _MOST_FOREIGN, _MOST_REMOVALS, HeadMapPieces
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, failure_pb2, replica_pb2, report_pb2
 from tests.planner.fleet.samples import CLUSTER, REPLICA, change
@@ -140,13 +139,13 @@ def test_replicas_of_nobody_are_all_removed_in_the_end(world: World) -> None:
 
 def test_an_agent_that_takes_nothing_is_not_kept_in_memory_for_ever() -> None:
     stream = Stream("s")
-    assert stream.send([pb.ConnectNodeResponse()] * streams.MOST_MESSAGES)
+    assert stream.send([pb.ConnectNodeResponse()] * fleets.MOST_MESSAGES)
     assert not stream.send([pb.ConnectNodeResponse()])
     assert not stream._queue
     heavy = Stream("s")
     text = "x" * 2**20
     heavy_message = pb.ConnectNodeResponse(goodbye=pb.Goodbye(reason=text))
-    assert not heavy.send([heavy_message] * (streams.MOST_BYTES // len(text) + 1))
+    assert not heavy.send([heavy_message] * (fleets.MOST_BYTES // len(text) + 1))
 
 
 def test_a_reason_that_only_a_newer_agent_knows_is_an_answer_like_any_other(world: World) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.planner.convert.stages import StageTerms, stage_from_proto
-from hetis.planner.fleet.redispatching.sums import NEAR, StageSums, SumTest, sums_of
+from hetis.planner.fleet.redispatching.watched import NEAR, StageSums, SumTest, sums_of
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.ideal import ideal_dispatch

@@ -24,10 +24,9 @@ from hetis.planner.resources.shared import DeclaredFleets, Hubs
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.server import PlannerServer, Servicing
-from hetis.planner.service.servicers.plan import PlanServicer
-from hetis.planner.service.telemetry import Telemetry
-from hetis.planner.service.traces import NoTraces
+from hetis.planner.service.server import PlannerServer
+from hetis.planner.service.servicers import plan_methods, servicing
+from hetis.planner.service.telemetry import NoTraces, Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2_grpc
 from hetis.v1 import plan_service_pb2 as pb2
@@ -101,13 +100,11 @@ async def planner_in(
     documents = PlanDocuments(store)
     creation = PlanCreation(store, hubs, fleet, fleets, pool, searches, limits=SearchLimits())
     clusters = Clusters(store, hubs, fleet, fleets)
-    servicer = PlanServicer(
-        creation, Plans(store, hubs, searches, documents), PlanActivation(store, hubs, fleet, fleets, documents)
+    plans = Plans(store, hubs, searches, documents)
+    methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))
+    server = PlannerServer(
+        [servicing("PlanService", methods)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces()))
     )
-    servicing = Servicing(
-        service="hetis.v1.PlanService", servicer=servicer, add=plan_service_pb2_grpc.add_PlanServiceServicer_to_server
-    )
-    server = PlannerServer([servicing], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()

@@ -23,11 +23,9 @@ from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.server import PlannerServer, Servicing
-from hetis.planner.service.servicers.cluster import ClusterServicer
-from hetis.planner.service.servicers.profile import ProfileServicer
-from hetis.planner.service.telemetry import Telemetry
-from hetis.planner.service.traces import NoTraces
+from hetis.planner.service.server import PlannerServer
+from hetis.planner.service.servicers import cluster_methods, profile_methods, servicing
+from hetis.planner.service.telemetry import NoTraces, Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import (
     cluster_pb2,
@@ -120,18 +118,15 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     hubs, fleet, fleets, now_s = Hubs(await store.lead("test")), FakeFleet(), DeclaredFleets(), [1000.0]
     clock = lambda: now_s[0]  # noqa: E731
     reader = NodeReader(store, fleet, fleets)
-    cluster_servicer = ClusterServicer(
+    methods = cluster_methods(
         Clusters(store, hubs, fleet, fleets, clock=clock),
         Nodes(store, hubs, fleet, reader, clock=clock),
         RunningResources(store, fleet),
         ClusterWatches(store, hubs, fleet, reader, clock=clock),
     )
-    add_clusters = cluster_service_pb2_grpc.add_ClusterServiceServicer_to_server
-    add_profiles = profile_service_pb2_grpc.add_ProfileServiceServicer_to_server
-    profiles = ProfileServicer(Profiles(store, clock=clock))
     servicings = [
-        Servicing(service="hetis.v1.ClusterService", servicer=cluster_servicer, add=add_clusters),
-        Servicing(service="hetis.v1.ProfileService", servicer=profiles, add=add_profiles),
+        servicing("ClusterService", methods),
+        servicing("ProfileService", profile_methods(Profiles(store, clock=clock))),
     ]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")

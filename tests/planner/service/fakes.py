@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from hetis.formats.errors import single_problem
 from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_fields, not_found
-from hetis.planner.service.identity import caller
+from hetis.planner.service.access import caller
 from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
 from hetis.planner.service.server import Servicing
 from hetis.planner.service.settings import PlannerConfig

@@ -94,13 +94,13 @@ def finished(arguments: Sequence[str], *, folder: Path, **environment: str) -> t
 
 
 if __name__ == "__main__":
-    from hetis.planner.service import command, starting
+    from hetis.planner.service import actions, command
     from tests.planner.service import fakes
 
     opened = fakes.open_held if os.environ.get("FAKE_STORE") == "held" else fakes.open_fake
 
     def serve(path: str | None, flags: Sequence[Any], *, ready_json: bool) -> None:
-        starting.serve_with(opened, path, flags, ready_json=ready_json)
+        actions.serve_with(opened, path, flags, ready_json=ready_json)
 
-    setattr(starting, "serve", serve)  # noqa: B010  # the command looks it up there
+    setattr(actions, "serve", serve)  # noqa: B010  # the command looks it up there
     sys.exit(command.run(sys.argv[1:]))

@@ -14,13 +14,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
+from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
+from hetis.planner.service.limits import WriteRates
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.telemetry import Telemetry
-from hetis.planner.service.tokens import Tokens
-from hetis.planner.service.traces import NoTraces, Traces
-from hetis.planner.service.write_rates import WriteRates
+from hetis.planner.service.telemetry import NoTraces, Telemetry, Traces
 from tests.planner.service.fakes import FakePlanner
 
 T = TypeVar("T")

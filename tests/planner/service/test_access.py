@@ -14,9 +14,8 @@ import pytest
 from hetis.formats.errors import DocumentError
 from hetis.planner.failures import ServiceError
 from hetis.planner.service import command
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.identity import CallerRole
-from hetis.planner.service.tokens import Tokens, create_token, digest
+from hetis.planner.service.access import NEEDED, CallerRole
+from hetis.planner.service.credentials import Tokens, create_token, digest
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

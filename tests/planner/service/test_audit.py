@@ -13,10 +13,10 @@ from pathlib import Path
 import grpc
 
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.service.access import CallerRole
 from hetis.planner.service.audit_refusals import EVERY_S, AuditRefusals
+from hetis.planner.service.credentials import create_token
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.identity import CallerRole
-from hetis.planner.service.tokens import create_token
 from hetis.planner.store import AuditedChange, Store
 from hetis.v1 import cluster_pb2
 from hetis.v1 import cluster_service_pb2 as pb

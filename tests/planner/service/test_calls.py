@@ -15,12 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.credentials import Credentials
-from hetis.planner.service.identity import CallerRole, Identity
-from hetis.planner.service.logs import JsonLines, TextLines
-from hetis.planner.service.stream_limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
-from hetis.planner.service.tokens import Grant, Tokens, digest
+from hetis.planner.service.access import NEEDED, CallerRole, Identity
+from hetis.planner.service.credentials import Credentials, Grant, Tokens, digest
+from hetis.planner.service.limits import MOST_OF_A_CALLER, MOST_OF_A_HOST
+from hetis.planner.service.telemetry import JsonLines, TextLines
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import dispatch_service_pb2 as dispatch
 from hetis.v1 import plan_service_pb2 as plans

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, ExitStack
 import grpc
 import pytest
 
-from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
+from hetis.planner.service.limits import ConnectionLimits, ConnectionWatch, ports_of
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.serving import channel_to, run, served

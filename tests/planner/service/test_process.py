@@ -17,8 +17,7 @@ import pytest
 
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.running import Planner, run_planner
-from hetis.planner.service.setting_sources import Given, load_config
-from hetis.planner.service.settings import PlannerConfig
+from hetis.planner.service.settings import Given, PlannerConfig, load_config
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, write

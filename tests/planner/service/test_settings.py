@@ -10,9 +10,15 @@ import pytest
 from hetis.formats.documents import dump_data
 from hetis.formats.endpoints import is_loopback
 from hetis.formats.errors import DocumentError
-from hetis.planner.service.addresses import split_address
-from hetis.planner.service.setting_sources import Given, load_config, mistaken_variables, variables
-from hetis.planner.service.settings import PlannerConfig, without_password
+from hetis.planner.service.settings import (
+    Given,
+    PlannerConfig,
+    load_config,
+    mistaken_variables,
+    split_address,
+    variables,
+    without_password,
+)
 
 HEAD = "apiVersion: hetis/v1\nkind: PlannerConfig\n"
 EXAMPLE = Path(__file__).parents[3] / "examples" / "service" / "planner.yaml"

@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
-from hetis.planner.service.kv_history import NUM_SAMPLES, KvHistory
+from hetis.planner.service.limits import raise_descriptor_limit, reserved_for_page
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.overview import ClusterNow, Overview
-from hetis.planner.service.page_connections import PageLimits
+from hetis.planner.service.overview import NUM_SAMPLES, ClusterNow, KvHistory, Overview
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.status_html import status_html
-from hetis.planner.service.status_page import StatusPage, status_app
+from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
 from tests.planner.resources.served import LiveNode

@@ -13,9 +13,8 @@ from cryptography import x509
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.service.certificates import Certificates, ends_of_certificates
-from hetis.planner.service.credentials import Credentials
+from hetis.planner.service.credentials import Credentials, Tokens
 from hetis.planner.service.settings import TlsPart
-from hetis.planner.service.tokens import Tokens
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

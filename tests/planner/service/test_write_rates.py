@@ -9,10 +9,9 @@ import grpc
 import pytest
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.service.access import NEEDED
-from hetis.planner.service.identity import CallerRole
-from hetis.planner.service.tokens import create_token
-from hetis.planner.service.write_rates import WRITES, WriteRates
+from hetis.planner.service.access import NEEDED, CallerRole
+from hetis.planner.service.credentials import create_token
+from hetis.planner.service.limits import WRITES, WriteRates
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.cluster_service_pb2_grpc import ClusterServiceStub
 from tests.planner.service.serving import by_tokens, details_of, failure_of, run, served

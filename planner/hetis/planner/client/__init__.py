@@ -12,13 +12,10 @@ every call is typed by the API. The channel below them gives every unary call a 
 
 from __future__ import annotations
 
-from hetis.planner.client.async_client import AsyncClient
-from hetis.planner.client.connection import Connection
+from hetis.planner.client.clients import AsyncClient, Client
+from hetis.planner.client.connection import Connection, document_of_file
 from hetis.planner.client.dispatching import AsyncDispatchStream, DispatchStream
-from hetis.planner.client.documents import document_of_file
-from hetis.planner.client.errors import CallError
-from hetis.planner.client.sync_client import Client
-from hetis.planner.client.watches import Patience
+from hetis.planner.client.errors import CallError, Patience
 
 __all__ = [
     "AsyncClient",

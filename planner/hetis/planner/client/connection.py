@@ -1,14 +1,21 @@
-"""Connections to a planner: address, credentials, and the options of every channel."""
+"""Connections to a planner: address, credentials, the options of every channel, and what is sent."""
 
 from __future__ import annotations
 
 import json
+import os
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from hetis.formats.endpoints import is_loopback, split_endpoints
+from hetis.formats.files import file_label, read_text
+from hetis.v1 import document_pb2
 
 DEFAULT_DEADLINE_S = 30.0  # the planner allows 60
 DISPATCH_DEADLINE_S = 5.0  # the planner allows 10; an engine that waits longer decides on its own
@@ -136,3 +143,32 @@ _SERVING = b"\x08\x01"  # HealthCheckResponse{status: SERVING}
 
 def says_serving(response: bytes) -> bool:
     return response == _SERVING
+
+
+M = TypeVar("M")
+
+
+def prepared_request(request: M, new_id: Callable[[], uuid.UUID] = uuid.uuid4) -> M:
+    """Return a copy of the request with a ``request_id`` if it has an empty field for it, else the request."""
+    if not isinstance(request, Message) or "request_id" not in request.DESCRIPTOR.fields_by_name:
+        return request
+    if getattr(request, "request_id"):  # noqa: B009  # which message it is, is not known here
+        return request
+    named = type(request)()
+    named.CopyFrom(request)
+    setattr(named, "request_id", str(new_id()))  # noqa: B010
+    return named
+
+
+_MAX_NAME = 255
+
+
+def document_of_file(path: str | os.PathLike[str], kind: document_pb2.DocumentKind.ValueType) -> document_pb2.Document:
+    """Return the document in a file; ``-`` is standard input.
+
+    Raises:
+        DocumentError: the file cannot be read.
+    """
+    return document_pb2.Document(
+        kind=kind, content=read_text(path).encode("utf-8"), source_name=file_label(path)[-_MAX_NAME:]
+    )

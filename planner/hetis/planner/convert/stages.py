@@ -158,7 +158,11 @@ def _stage(
 
 
 def owners_of(stage: Stage, groups: IntArray) -> list[int]:
-    """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices."""
+    """Return the owner of every head group of a request that has ``groups`` [D] of them on the devices.
+
+    The solver only decides the number. A tensor-parallel primary of n cards computes G / n head groups on each card: it
+    takes equally many from each, so that its cards stay balanced. All other devices take any.
+    """
     counts = groups.tolist()
     num = stage.heads.head_groups
     primary = None if stage.primary is None else stage.primary.device

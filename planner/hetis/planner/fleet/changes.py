@@ -12,19 +12,65 @@ which forgets a change once it knows the outcome, is told last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.fleet.change_parts import Parts
+from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import Directive
 from hetis.planner.fleet.settings import seconds_of
-from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, report_pb2
+from hetis.solver.cluster import node_of
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
+
+Part = change_pb2.ChangePart
+Parts = Mapping[str, tuple[Part.ValueType, ...]]
+
+
+def parts_of(
+    change: change_pb2.Change,
+    shape: replica_pb2.ReplicaPlan,
+    *,
+    primary_node: str,
+    moves_heads: Callable[[str], bool] = lambda node: True,
+) -> Parts:
+    """Return the parts by node id, the authority's first.
+
+    A node that does not move heads has no part itself: its attention workers belong to the primary's engine, which
+    reserves, copies and frees there, so the primary's node has the part.
+
+    Raises:
+        ServiceError: INVALID_FIELD if a move names a device that is not in the stage's copy.
+    """
+    gpus = gpus_of_copy(shape, change.stage, change.copy)
+    found: dict[str, set[Part.ValueType]] = {primary_node: {Part.CHANGE_PART_AUTHORITY}}
+    for move in change.moves:
+        for device, part in ((move.source, Part.CHANGE_PART_SOURCE), (move.target, Part.CHANGE_PART_TARGET)):
+            if device not in gpus:
+                raise invalid_field(f"change.moves[{move.number}]", f"{device} is no device of the stage's copy")
+            for node in map(node_of, gpus[device]):
+                found.setdefault(node if moves_heads(node) else primary_node, set()).add(part)
+    return {node: tuple(sorted(parts)) for node, parts in found.items()}
+
+
+def gpus_of_copy(shape: replica_pb2.ReplicaPlan, stage: int, copy: int) -> dict[str, list[str]]:
+    """Return the GPUs of every device of one copy of a stage, the primary first.
+
+    A device is named after its first GPU.
+    """
+    if stage >= len(shape.stages) or copy >= shape.stages[stage].copies:
+        raise invalid_field("change.stage", f"the replica has no stage {stage} with copy {copy}")
+    one = shape.stages[stage]
+    primary = list(one.devices[copy * one.tp : (copy + 1) * one.tp])
+    gpus = {primary[0]: primary}
+    for pool in shape.attention_workers:
+        if pool.stage == stage:
+            each = len(pool.devices) // one.copies
+            gpus |= {device: [device] for device in pool.devices[copy * each : (copy + 1) * each]}
+    return gpus
+
 
 State = redispatch_pb2.RedispatchState
 Phase = change_pb2.ChangePhase
 Outcome = change_pb2.ChangeOutcome
-Part = change_pb2.ChangePart
 
 FINAL = frozenset({State.REDISPATCH_STATE_ADVISED, State.REDISPATCH_STATE_DONE, State.REDISPATCH_STATE_ABORTED})
 _RANK = {
@@ -407,3 +453,67 @@ def _is_another_run(before: report_pb2.ReplicaReport, now: report_pb2.ReplicaRep
     if before.engine_id and now.engine_id:
         return before.engine_id != now.engine_id
     return now.num_steps < before.num_steps
+
+
+_MOST = 10_000
+MOST_OF_NODE = 100  # per node; a node has one change per replica under way, and few replicas
+
+
+class LateChanges:
+    """Reports of changes that nobody drives, until the store was asked for their outcome."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, dict[str, change_pb2.ChangeStatus]] = {}
+        self._num_of_node: dict[str, int] = {}
+
+    def add(self, node: str, status: change_pb2.ChangeStatus) -> None:
+        """Add a report. Beyond the limits it is dropped, as the node will send it again."""
+        known = self._waiting.get(status.change_id, {})
+        if node not in known:
+            num = self._num_of_node.get(node, 0)
+            if num >= MOST_OF_NODE or len(self._waiting) >= _MOST:
+                return
+            self._num_of_node[node] = num + 1
+        self._waiting.setdefault(status.change_id, {})[node] = status
+
+    @property
+    def unknown(self) -> list[str]:
+        """Ids of the changes to look up in the store."""
+        return list(self._waiting)
+
+    def take(self, change_id: str) -> Iterable[tuple[str, change_pb2.ChangeStatus]]:
+        """Remove a change; return the nodes that mentioned it, with their reports."""
+        taken = self._waiting.pop(change_id, {})
+        for node in taken:
+            self._num_of_node[node] -= 1
+            if not self._num_of_node[node]:
+                del self._num_of_node[node]
+        return tuple(taken.items())
+
+    def directive(
+        self,
+        status: change_pb2.ChangeStatus,
+        *,
+        outcome: Outcome.ValueType | None,
+        moves: Iterable[change_pb2.MoveResult],
+    ) -> Directive:
+        """Return the directive for the node. ``outcome`` is that of the change, None if there is no record of it.
+
+        A change that was never recorded was never permitted to flip, so only the node's own report can end it.
+        """
+        if outcome is None and status.phase == Phase.CHANGE_PHASE_FLIPPED:
+            outcome, moves = Outcome.CHANGE_OUTCOME_FLIPPED, status.moves
+        elif outcome is None and status.phase == Phase.CHANGE_PHASE_ABORTED:
+            outcome = Outcome.CHANGE_OUTCOME_ABORTED
+        step: agent_service_pb2.ChangeResolved | agent_service_pb2.AbortChange
+        if outcome is not None:
+            step = agent_service_pb2.ChangeResolved(change_id=status.change_id, outcome=outcome, moves=moves)
+        else:
+            failure = ServiceError(
+                Reason.ERROR_REASON_CHANGE_UNKNOWN,
+                f"the planner has no record of change {status.change_id}",
+                metadata={"change_id": status.change_id},
+            )
+            step = agent_service_pb2.AbortChange(change_id=status.change_id, failure=failure.to_proto())
+        # An abort of an unknown change leads to no generation, but a delta has to name one.
+        return Directive(change_id=status.change_id, generation=status.generation + 1, step=step)

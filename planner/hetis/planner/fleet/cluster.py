@@ -12,15 +12,24 @@ from functools import partial
 
 from hetis.planner.convert.names import last_part, name_of, node_name
 from hetis.planner.failures import Reason, ServiceError, not_found
-from hetis.planner.fleet import link_events as events
 from hetis.planner.fleet.activation import NodeState, ReplicaOnNode
 from hetis.planner.fleet.cluster_changes import ClusterChanges
-from hetis.planner.fleet.counters import FleetCounters, count
 from hetis.planner.fleet.deltas import ROOM, WantedAssignment, WantedRemoval
 from hetis.planner.fleet.leases import Leases
-from hetis.planner.fleet.link import NodeLink, Opened, Response
+from hetis.planner.fleet.link import (
+    Answered,
+    Behind,
+    Fenced,
+    HeadMapsRead,
+    InventoryReceived,
+    NodeLink,
+    Opened,
+    Progressed,
+    Reported,
+    Response,
+)
 from hetis.planner.fleet.replica import Contents, Replica
-from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings, count
 from hetis.planner.fleet.writes import KeptCluster, NodeWrite
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
 from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
@@ -188,7 +197,7 @@ class ClusterFleet:
 
     def handle(
         self, node: str, session: str, request: agent_service_pb2.ConnectNodeRequest, *, now_s: float, time_s: float
-    ) -> list[events.HeadMapsRead | events.Fenced]:
+    ) -> list[HeadMapsRead | Fenced]:
         """Handle a message of a stream; return events that concern others than this cluster.
 
         Raises:
@@ -204,21 +213,21 @@ class ClusterFleet:
         count(self.counters.messages, request.WhichOneof("message") or "unknown")
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
-        returned: list[events.HeadMapsRead | events.Fenced] = []
+        returned: list[HeadMapsRead | Fenced] = []
         found = link.receive(request, now_s=now_s)
         if not found and request.WhichOneof("message") == "report":
             self.counters.reports_dropped += 1
         for event in found:
             match event:
-                case events.Reported():
+                case Reported():
                     self._note_report(node, event, time_s)
-                case events.InventoryReceived():
+                case InventoryReceived():
                     self._write_node(node, event)
-                case events.Answered():
+                case Answered():
                     self._note_answer(node, event, now_s)
-                case events.Behind():
+                case Behind():
                     self._must_reassign(event.replica)
-                case events.Progressed():
+                case Progressed():
                     self.changes.hear(node, event.status)
                 case _:
                     returned.append(event)
@@ -393,7 +402,7 @@ class ClusterFleet:
         if replica.is_stopping:
             self.remove(replica)
 
-    def _note_report(self, node: str, event: events.Reported, time_s: float) -> None:
+    def _note_report(self, node: str, event: Reported, time_s: float) -> None:
         self.shown.add(("node", node_name(self.name, node)))
         for report in event.replicas:
             replica = self.replicas.get(report.replica)
@@ -409,7 +418,7 @@ class ClusterFleet:
                     self.dirty.add(report.replica)
         self.dirty.update(event.changed)
 
-    def _note_answer(self, node: str, event: events.Answered, now_s: float) -> None:
+    def _note_answer(self, node: str, event: Answered, now_s: float) -> None:
         answer = event.answer
         self.dirty.add(answer.replica)
         if answer.failure is not None:
@@ -467,7 +476,7 @@ class ClusterFleet:
             ):
                 self.assign(replica, is_new=False)  # nodes that do not hold it yet should get it complete
 
-    def _write_node(self, node: str, found: events.InventoryReceived | None) -> None:
+    def _write_node(self, node: str, found: InventoryReceived | None) -> None:
         link = self.links[node]
         before = self.node_writes.get(node)
         self.node_writes[node] = NodeWrite(

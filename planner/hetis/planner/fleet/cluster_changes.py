@@ -10,15 +10,12 @@ from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.fleet.activation import NodeState
-from hetis.planner.fleet.change_parts import parts_of
-from hetis.planner.fleet.changes import FINAL, ChangeCoordinator, Outcome, State
-from hetis.planner.fleet.counters import FleetCounters, count
+from hetis.planner.fleet.changes import FINAL, MOST_OF_NODE, ChangeCoordinator, LateChanges, Outcome, State, parts_of
 from hetis.planner.fleet.deltas import DeltaAnswer
-from hetis.planner.fleet.late_changes import MOST_OF_NODE, LateChanges
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink
 from hetis.planner.fleet.replica import Replica
-from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings, count
 from hetis.v1 import change_pb2, failure_pb2, redispatch_pb2, report_pb2
 
 _ENDED_KEPT = 1000

@@ -59,7 +59,7 @@ def applied(cluster: ClusterFleet, writes: Writes, kept: Kept) -> None:
     for record in kept.nodes.values():
         cluster.note_drained(record)
     for write in writes.replicas:
-        _apply_replica(cluster, write, kept)
+        _take_replica(cluster, write, kept)
     for redispatch in writes.redispatches:
         change = cluster.changes.under_way.get(last_part(redispatch.name))
         cluster.shown.add(("redispatch", redispatch.name))
@@ -233,7 +233,7 @@ def _authority(cluster: ClusterFleet, replica: Replica) -> Authority.ValueType:
     return Authority.HEAD_MAP_AUTHORITY_ENGINE if knows else Authority.HEAD_MAP_AUTHORITY_PLANNER
 
 
-def _apply_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> None:
+def _take_replica(cluster: ClusterFleet, write: ReplicaWrite, kept: Kept) -> None:
     replica = cluster.replicas.get(write.name)
     if replica is None:
         return

@@ -8,25 +8,80 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
-from hetis.planner.fleet import publishing
+from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
-from hetis.planner.fleet.contents import ContentsSource, PlanContents
-from hetis.planner.fleet.counters import FleetCounters
-from hetis.planner.fleet.head_map_pieces import HeadMaps
-from hetis.planner.fleet.kv_in_use import kv_in_use
-from hetis.planner.fleet.link import check_hello
-from hetis.planner.fleet.link_events import Fenced, HeadMapsRead
-from hetis.planner.fleet.reconciler import Reconciler
-from hetis.planner.fleet.settings import FleetSettings
-from hetis.planner.fleet.streams import Stream
-from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing
+from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
+from hetis.planner.fleet.reconciler import ContentsSource, PlanContents, Reconciler
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
+from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
 from hetis.planner.store import Store
 from hetis.v1 import agent_service_pb2, cluster_pb2, plan_pb2, redispatch_pb2
+
+Response = agent_service_pb2.ConnectNodeResponse
+MOST_MESSAGES = 1000  # not yet taken by the agent
+MOST_BYTES = 64 * 2**20
+
+
+class Stream:
+    """Messages for one agent, in order. Belongs to one event loop.
+
+    Attributes:
+        closed: set by whoever writes the messages, when all are written or the agent is gone.
+    """
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+        self.closed = asyncio.Event()
+        self._queue: deque[Response] = deque()
+        self._num_bytes = 0
+        self._has_news = asyncio.Event()
+        self._has_ended = False
+        self._error: ServiceError | None = None
+
+    def send(self, messages: Iterable[Response]) -> bool:
+        """Queue messages; return False if the agent is too slow, in which case the stream ends without them."""
+        if self._has_ended:
+            return True
+        for message in messages:
+            self._queue.append(message)
+            self._num_bytes += message.ByteSize()
+        if len(self._queue) > MOST_MESSAGES or self._num_bytes > MOST_BYTES:
+            self._queue.clear()
+            self.end(ServiceError(Reason.ERROR_REASON_PROTOCOL_VIOLATION, "the agent does not take what it is sent"))
+            return False
+        self._has_news.set()
+        return True
+
+    def end(self, error: ServiceError | None = None) -> None:
+        """End the stream after the queued messages, with OK if there is no error."""
+        if not self._has_ended:
+            self._has_ended, self._error = True, error
+            self._has_news.set()
+
+    async def messages(self) -> AsyncIterator[Response]:
+        """Yield messages until the stream ends.
+
+        Raises:
+            ServiceError: the error with which the stream was ended.
+        """
+        while True:
+            while self._queue:
+                message = self._queue.popleft()
+                self._num_bytes -= message.ByteSize()
+                yield message
+            if self._has_ended:
+                break
+            self._has_news.clear()
+            await self._has_news.wait()
+        if self._error is not None:
+            raise self._error
+
 
 _log = logging.getLogger("hetis.planner.fleet")
 _HELLO_S = 10.0  # for the first message of a stream
@@ -35,7 +90,6 @@ _MOST_REQUEST_BYTES = 2**20  # see docs/api.md
 _STOOD_STILL = 4.0  # ticks; a longer gap between two means that the planner itself was suspended
 
 Request = agent_service_pb2.ConnectNodeRequest
-Response = agent_service_pb2.ConnectNodeResponse
 
 
 class LiveFleet:
@@ -164,7 +218,7 @@ class LiveFleet:
     def replica_view(self, name: str) -> LiveReplica | None:
         cluster = self._clusters.get(cluster_of(name))
         replica = None if cluster is None else cluster.replicas.get(name)
-        return None if cluster is None or replica is None else publishing.live_replica(cluster, replica)
+        return None if cluster is None or replica is None else views.live_replica(cluster, replica)
 
     def replicas_of(self, cluster: str) -> list[LiveReplica]:
         """Return the replicas of a cluster that were not stopped, by name."""
@@ -172,7 +226,7 @@ class LiveFleet:
         if found is None:
             return []
         replicas = sorted(found.replicas.values(), key=lambda replica: replica.name)
-        return [publishing.live_replica(found, replica) for replica in replicas if not replica.is_stopping]
+        return [views.live_replica(found, replica) for replica in replicas if not replica.is_stopping]
 
     @property
     def cluster_names(self) -> list[str]:
@@ -395,7 +449,7 @@ class LiveFleet:
             stream.end(error)
 
     def _live_node(self, cluster: ClusterFleet, node: str) -> LiveNode:
-        return publishing.live_node(
+        return views.live_node(
             cluster,
             node,
             node_name(cluster.name, node),
@@ -427,7 +481,7 @@ class LiveFleet:
             cluster.pass_time(now_s)
             self._after(cluster)
             if publishes:
-                publishing.publish(cluster, self._hubs, now_s=self._clock.time())
+                views.publish(cluster, self._hubs, now_s=self._clock.time())
         if publishes:
             self._published_s = now_s
 

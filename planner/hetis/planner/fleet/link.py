@@ -9,20 +9,150 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, invalid_field
-from hetis.planner.fleet.deltas import MOST_GENERATION, ReplicaSlot, WantedRemoval
-from hetis.planner.fleet.head_map_pieces import HeadMapPieces
-from hetis.planner.fleet.link_events import (
-    Answered,
-    Behind,
-    Fenced,
-    HeadMapsRead,
-    InventoryReceived,
-    LinkEvent,
-    Progressed,
-    Reported,
-)
+from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
 from hetis.planner.fleet.settings import FleetSettings, duration
-from hetis.v1 import agent_service_pb2, change_pb2, inventory_pb2, report_pb2
+from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMaps:
+    """The owners of all head groups of a replica: one map per copy of each stage.
+
+    Attributes:
+        generation: of the replica's state at its authority.
+        step: decode step at which all maps were read.
+    """
+
+    replica: str
+    generation: int
+    step: int
+    maps: tuple[head_map_pb2.HeadMap, ...]
+
+
+class HeadMapPieces:
+    """The pieces of one request so far, which may arrive in any order and repeatedly."""
+
+    def __init__(self, replica: str, *, most_bytes: int) -> None:
+        self._replica = replica
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
+        self._pieces: dict[int, agent_service_pb2.HeadMapPiece] = {}
+        self._last: int | None = None
+
+    def add(self, piece: agent_service_pb2.HeadMapPiece) -> HeadMaps | None:
+        """Add a piece; return the maps once all pieces are there, else None.
+
+        Raises:
+            ServiceError: the agent has no map, or its pieces do not fit together.
+        """
+        if piece.HasField("failure"):
+            raise _failed(piece.failure)
+        if piece.replica != self._replica:
+            raise self._nonsense(f"piece {piece.index} is of {piece.replica}")
+        if piece.index in self._pieces:
+            return None
+        self._num_bytes += piece.ByteSize()
+        if self._num_bytes > self._most_bytes:
+            raise ServiceError(
+                Reason.ERROR_REASON_MESSAGE_TOO_LARGE,
+                f"the head maps of {self._replica} are larger than {self._most_bytes} bytes",
+                metadata={"max_bytes": self._most_bytes},
+            )
+        self._pieces[piece.index] = piece
+        if piece.is_last:
+            self._last = piece.index
+        if self._last is None or len(self._pieces) <= self._last:
+            return None
+        return self._joined()
+
+    def _joined(self) -> HeadMaps:
+        pieces = [piece for _, piece in sorted(self._pieces.items())]
+        first = pieces[0]
+        maps: dict[tuple[int, int], head_map_pb2.HeadMap] = {}
+        for piece in pieces:
+            if (piece.generation, piece.step) != (first.generation, first.step):
+                raise self._nonsense(f"pieces are of steps {first.step} and {piece.step}")
+            for one in piece.head_maps:
+                known = maps.get((one.stage, one.copy))
+                if known is None:
+                    maps[one.stage, one.copy] = one
+                    continue
+                if list(known.devices) != list(one.devices):
+                    raise self._nonsense(f"stage {one.stage}, copy {one.copy} has two lists of devices")
+                known.requests.extend(one.requests)
+        return HeadMaps(replica=self._replica, generation=first.generation, step=first.step, maps=tuple(maps.values()))
+
+    def _nonsense(self, what: str) -> ServiceError:
+        return ServiceError(Reason.ERROR_REASON_INTERNAL, f"the head maps of {self._replica} make no sense: {what}")
+
+
+def _failed(failure: failure_pb2.Failure) -> ServiceError:
+    """Return the agent's failure as an error; a reason that only newer versions know has no status code here."""
+    if failure.reason in Reason.values() and failure.reason:
+        return ServiceError(failure.reason, failure.message, metadata=failure.metadata)
+    message = f"the agent cannot tell, for reason {failure.reason}: {failure.message}"
+    return ServiceError(Reason.ERROR_REASON_ENGINE_CANNOT, message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """A newer report came.
+
+    Attributes:
+        replicas: reports of the replicas in it.
+        changed: replicas of which more than numbers changed.
+    """
+
+    replicas: tuple[report_pb2.ReplicaReport, ...]
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InventoryReceived:
+    """The node's inventory came."""
+
+    inventory: inventory_pb2.NodeInventory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A delta was acknowledged or refused."""
+
+    answer: DeltaAnswer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """The node holds a later generation than it was to be given: a new one must be chosen, above ``held``."""
+
+    replica: str
+    held: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """The node reported the phase of a change."""
+
+    status: change_pb2.ChangeStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadMapsRead:
+    """The answer to a request for head maps."""
+
+    request_id: str
+    result: HeadMaps | ServiceError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fenced:
+    """The node has obeyed a newer planner: this one has lost its authority."""
+
+    newest_epoch: int
+
+
+LinkEvent = Reported | InventoryReceived | Answered | Behind | Progressed | HeadMapsRead | Fenced
+
 
 PROTOCOL_VERSION = 1
 _MOST_FOREIGN = 1000  # replicas of other nodes, or unknown ones, that a node may report

@@ -19,7 +19,7 @@ from typing import Protocol
 from hetis.planner.convert.names import last_part
 from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.redispatching.policy import ProposalPolicy, proposal_policy
+from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
 from hetis.planner.fleet.views import Clock
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError

@@ -1,4 +1,4 @@
-"""A replica of a running cluster: its record, its plan's contents, and the assignments that follow."""
+"""A replica of a running cluster: its record, its GPUs, its plan's contents, and the assignments that follow."""
 
 from __future__ import annotations
 
@@ -7,10 +7,26 @@ from dataclasses import dataclass
 
 from hetis.planner.fleet.activation import Goal, Standing, State
 from hetis.planner.fleet.deltas import WantedAssignment
-from hetis.planner.fleet.transition import dense_devices_of, devices_of, nodes_of
 from hetis.planner.store import ReplicaRecord
 from hetis.solver.cluster import node_of
 from hetis.v1 import document_pb2, replica_pb2, report_pb2, stage_pb2
+
+
+def dense_devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
+    """Return the GPUs that the replica cannot serve without, as `node/index`, the primary's first."""
+    return [device for stage in shape.stages for device in stage.devices]
+
+
+def devices_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
+    """Return all its GPUs, as `node/index`: those of its stages, then its attention workers."""
+    workers = dict.fromkeys(device for pool in shape.attention_workers for device in pool.devices)  # shared ones once
+    return [*dense_devices_of(shape), *workers]
+
+
+def nodes_of(shape: replica_pb2.ReplicaPlan) -> list[str]:
+    """Return the ids of the nodes that it has GPUs on, the primary's first."""
+    return list(dict.fromkeys(map(node_of, devices_of(shape))))
+
 
 Authority = replica_pb2.HeadMapAuthority
 

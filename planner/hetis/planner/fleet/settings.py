@@ -1,12 +1,14 @@
-"""Settings of the fleet: reporting intervals, tolerated silence, limits of messages."""
+"""Settings of the fleet, the automatic reactions that a cluster's policy allows, and counters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
 
-from hetis.v1 import agent_service_pb2
+from hetis.solver.redispatch.triggers import THETA
+from hetis.v1 import agent_service_pb2, cluster_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +72,98 @@ def duration(seconds: float) -> duration_pb2.Duration:
 
 def seconds_of(duration: duration_pb2.Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedispatchPolicy:
+    """The re-dispatch part of a `ClusterPolicy`.
+
+    Attributes:
+        mode: OFF, ADVISORY or AUTOMATIC.
+        deviation_ratio: share that the slowest device may be above the ideal.
+        high_water: share of a device's KV blocks above which head groups leave; None: the stage's own.
+        interval_s: least time between two re-dispatches of a replica.
+        prepare_timeout_s: how long the preparation of one may take.
+        kv_bytes: most KV that one may move.
+    """
+
+    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_AUTOMATIC
+    deviation_ratio: float = THETA
+    high_water: float | None = None
+    interval_s: float = 5.0
+    prepare_timeout_s: float = 30.0
+    kv_bytes: float = math.inf
+
+    @property
+    def is_off(self) -> bool:
+        return self.mode == cluster_pb2.REACTION_MODE_OFF
+
+    @property
+    def is_advisory(self) -> bool:
+        return self.mode == cluster_pb2.REACTION_MODE_ADVISORY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposalPolicy:
+    """The proposal part of a `ClusterPolicy`: ``mode``, and how long capacity must have changed."""
+
+    mode: cluster_pb2.ReactionMode.ValueType = cluster_pb2.REACTION_MODE_ADVISORY
+    patience_s: float = 300.0
+
+
+def redispatch_policy(message: cluster_pb2.ClusterPolicy) -> RedispatchPolicy:
+    default = RedispatchPolicy()
+    return RedispatchPolicy(
+        mode=message.redispatch or default.mode,
+        deviation_ratio=message.deviation_ratio if message.HasField("deviation_ratio") else default.deviation_ratio,
+        high_water=message.high_water or None,
+        interval_s=seconds_of(message.redispatch_interval)
+        if message.HasField("redispatch_interval")
+        else default.interval_s,
+        prepare_timeout_s=seconds_of(message.prepare_timeout)
+        if message.HasField("prepare_timeout")
+        else default.prepare_timeout_s,
+        kv_bytes=float(message.redispatch_kv_bytes) or math.inf,
+    )
+
+
+def proposal_policy(message: cluster_pb2.ClusterPolicy) -> ProposalPolicy:
+    default = ProposalPolicy()
+    return ProposalPolicy(
+        mode=message.placement or default.mode,
+        patience_s=seconds_of(message.placement_patience)
+        if message.HasField("placement_patience")
+        else default.patience_s,
+    )
+
+
+@dataclass(slots=True, kw_only=True)
+class FleetCounters:
+    """Counters, which only grow.
+
+    Attributes:
+        messages: from agents, by the field that was set.
+        reports_dropped: reports that a newer one had overtaken.
+        deltas: sent, by the field that was set.
+        nacks: by reason.
+        streams: opened; `takeovers` of them ended another stream of their node.
+        refusals: streams of another run of an agent while one was connected.
+        redispatches: ended ones, by state.
+        replicas_ignored: replicas of other nodes or of nobody, which a node mentioned after too many of the kind.
+        contradictions: reports of an authority that contradict its first: a bug, here or there.
+    """
+
+    messages: dict[str, int] = field(default_factory=dict)
+    reports_dropped: int = 0
+    deltas: dict[str, int] = field(default_factory=dict)
+    nacks: dict[str, int] = field(default_factory=dict)
+    streams: int = 0
+    takeovers: int = 0
+    refusals: int = 0
+    redispatches: dict[str, int] = field(default_factory=dict)
+    replicas_ignored: int = 0
+    contradictions: int = 0
+
+
+def count(table: dict[str, int], key: str) -> None:
+    table[key] = table.get(key, 0) + 1

@@ -1,16 +1,23 @@
-"""Views of the fleet: snapshots, not handles."""
+"""Snapshots of the fleet for callers and watchers, and their publication; frequent changes at a limited rate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from hetis.planner.convert.clusters import BASIC, basic_redispatch, cluster_message
+from hetis.planner.convert.names import optional_timestamp, timestamp
+from hetis.planner.convert.plans import without_contents
+from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.replica import Replica
+from hetis.planner.store import PlanRecord, etag_of
 from hetis.planner.watching import Hub
 from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,
     document_pb2,
+    head_map_pb2,
     inventory_pb2,
     plan_pb2,
     redispatch_pb2,
@@ -18,6 +25,64 @@ from hetis.v1 import (
     report_pb2,
     stage_pb2,
 )
+
+
+class RunningReplica(Protocol):
+    """A replica as it is now; implemented by `hetis.planner.fleet.views.LiveReplica`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> replica_pb2.ReplicaState.ValueType: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def authority(self) -> replica_pb2.HeadMapAuthority.ValueType: ...
+    @property
+    def primary_node(self) -> str:
+        """Node id."""
+        ...
+
+    @property
+    def stages(self) -> Sequence[stage_pb2.StageModel]: ...
+    @property
+    def conditions(self) -> Mapping[str, report_pb2.DeviceStatus.ValueType]:
+        """Conditions by GPU as ``node/index``; GPUs not listed are OK."""
+        ...
+
+    @property
+    def redispatch(self) -> str:
+        """The re-dispatch under way, or an empty string."""
+        ...
+
+
+class ReadHeadMaps(Protocol):
+    """All head maps of a replica at one step, as read by its authority."""
+
+    @property
+    def generation(self) -> int: ...
+    @property
+    def maps(self) -> Sequence[head_map_pb2.HeadMap]: ...
+
+
+class RunningReplicas(Protocol):
+    """Source of running replicas."""
+
+    def replica_view(self, name: str) -> RunningReplica | None: ...
+
+
+class Redispatching(RunningReplicas, Protocol):
+    """The methods of the fleet that the re-dispatch loop uses."""
+
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
+        """Return what the planner may do in the cluster; an empty policy has the defaults."""
+        ...
+
+    async def read_head_maps(self, replica: str, timeout_s: float) -> ReadHeadMaps: ...
+
+    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Store it, and drive it through two phases unless it is ADVISED."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,3 +194,142 @@ class Clock(Protocol):
 
     def time(self) -> float:
         """Return Unix seconds."""
+
+
+def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:
+    """Publish everything that has changed since the last time. ``now_s``: Unix time."""
+    shown, cluster.shown = cluster.shown, set()
+    if not shown:
+        return
+    hub = hubs.cluster(cluster.name)
+    for kind, name in shown:
+        if kind == "node":
+            # Only the name of the node: watchers look up its state when they are ready for it.
+            hub.publish((kind, name), cluster_pb2.Node(name=name), now_s=now_s)
+        elif kind == "replica":
+            replica = cluster.replicas.get(name)
+            hub.publish((kind, name), None if replica is None else replica_view(cluster, replica), now_s=now_s)
+        elif kind == "plan" and cluster.plan is not None and cluster.plan.name == name:
+            hubs.plans.publish(name, plan_view(cluster, cluster.plan), now_s=now_s)
+        elif kind == "cluster" and cluster.record is not None:
+            message = cluster_message(cluster.record, view=BASIC, num_connected=cluster.leases.num_connected)
+            hub.publish((kind, name), message, now_s=now_s)
+    under_way = {change.body.name: change.body for change in cluster.changes.under_way.values()}
+    for kind, name in shown:
+        if kind == "redispatch" and name in under_way:
+            hub.publish((kind, name), basic_redispatch(under_way[name]), now_s=now_s)
+
+
+def publish_end(
+    cluster: ClusterFleet, hubs: Publishing, body: redispatch_pb2.Redispatch, *, ended_s: float, now_s: float
+) -> None:
+    """Publish a re-dispatch in its final state; ``ended_s`` is the time in the store."""
+    message = basic_redispatch(body)
+    if not message.HasField("end_time"):
+        message.end_time.CopyFrom(timestamp(ended_s))
+    hubs.cluster(cluster.name).publish(("redispatch", body.name), message, now_s=now_s)
+
+
+def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
+    """Return the active plan in the view BASIC, with its current progress."""
+    plan = without_contents(record.body)
+    plan.name, plan.cluster = record.name, record.cluster
+    plan.state, plan.activation = record.state, record.activation
+    plan.etag = etag_of(record)
+    plan.create_time.CopyFrom(timestamp(record.create_time_s))
+    plan.activation_progress.CopyFrom(cluster.progress)
+    return plan
+
+
+def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica:
+    """Return a replica in the view BASIC."""
+    message = replica_pb2.Replica()
+    message.CopyFrom(replica.basic_body)
+    message.plan = replica.record.plan
+    message.state, message.generation = replica.state, generation_of(cluster, replica)
+    if (change := cluster.changes.of(replica)) is not None:
+        message.redispatch = change.body.name
+    if replica.report is not None:
+        message.report.CopyFrom(replica.report)
+    if (time := optional_timestamp(replica.report_time_s)) is not None:
+        message.report_time.CopyFrom(time)
+    return message
+
+
+def generation_of(cluster: ClusterFleet, replica: Replica) -> int:
+    """Return a replica's generation as last reported by its primary, or else that of its last assignment."""
+    link = cluster.links.get(replica.primary_node)
+    slot = None if link is None else link.slots.get(replica.name)
+    return slot.held if slot is not None and slot.held else replica.assigned_generation
+
+
+def live_replica(cluster: ClusterFleet, replica: Replica) -> LiveReplica:
+    change = cluster.changes.of(replica)
+    contents = replica.contents
+    return LiveReplica(
+        name=replica.name,
+        cluster=cluster.name,
+        plan=replica.record.plan,
+        plan_index=replica.record.body.plan_index,
+        state=replica.state,
+        generation=generation_of(cluster, replica),
+        authority=replica.record.body.authority,
+        primary_node=replica.primary_node,
+        shape=replica.record.body.shape,
+        model=None if contents is None else contents.model,
+        stages=() if contents is None else contents.stages,
+        conditions=dict(replica.standing.conditions),
+        report=replica.report,
+        report_time_s=replica.report_time_s,
+        redispatch="" if change is None else change.body.name,
+    )
+
+
+def live_node(cluster: ClusterFleet, node: str, name: str, *, unix_s: float, now_s: float) -> LiveNode:
+    """Return a node's view. ``unix_s`` and ``now_s`` are the same moment by both clocks."""
+    link = cluster.links.get(node)
+    heard_s = cluster.leases.heard_s(node)
+    connect_time_s = cluster.connect_time_s.get(node)
+    return LiveNode(
+        name=name,
+        state=cluster.leases.state(node),
+        is_draining=cluster.is_draining(node),
+        devices=() if link is None else link.devices,
+        inventory=None if link is None else link.inventory,
+        agent_version="" if link is None else link.agent_version,
+        capabilities=frozenset() if link is None else link.capabilities,
+        connect_time_s=connect_time_s,
+        heard_time_s=None if heard_s is None or connect_time_s is None else unix_s - (now_s - heard_s),
+    )
+
+
+def kv_in_use(cluster: ClusterFleet) -> Iterator[tuple[str, float]]:
+    """Yield devices with the share of their KV blocks in use, except those of lost nodes.
+
+    The node's own report of its device counts, over all replicas on it. An engine that only knows the loads of its own
+    stages reports them with the replica; then the fullest stage of a device stands for it.
+    """
+    seen = set[str]()
+    for node, link in list(cluster.links.items()):
+        if not _is_there(cluster, node):
+            continue
+        for device in link.devices:
+            if device.total_blocks:
+                name = f"{node}/{device.index}"
+                seen.add(name)
+                yield name, device.used_blocks / device.total_blocks
+    for replica in list(cluster.replicas.values()):
+        if replica.report is None or replica.is_stopping:
+            continue
+        fullest = dict[str, float]()
+        for stage in replica.report.stages:
+            for load in stage.devices:
+                if load.total_blocks and load.device not in seen and _is_there(cluster, load.device.partition("/")[0]):
+                    share = load.used_blocks / load.total_blocks
+                    fullest[load.device] = max(fullest.get(load.device, 0.0), share)
+        yield from fullest.items()
+
+
+def _is_there(cluster: ClusterFleet, node: str) -> bool:
+    state = cluster.leases.state(node)
+    return state in (cluster_pb2.NODE_STATE_READY, cluster_pb2.NODE_STATE_SUSPECT)

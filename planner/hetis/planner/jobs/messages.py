@@ -129,6 +129,7 @@ class CalledOff:
     """Nobody searched: the search was cancelled in the queue, or its process did not react and had to be killed."""
 
 
+# All are answers; only `Crashed` says something about the process that searched.
 Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
 Outcome = Answer | Crashed | CalledOff
 

@@ -10,12 +10,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from hetis.planner.failures import ServiceError
-from hetis.planner.fleet.counters import FleetCounters
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
-from hetis.planner.fleet.settings import FleetSettings
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
@@ -29,27 +28,20 @@ from hetis.planner.resources.profiles import Profiles
 from hetis.planner.resources.shared import DeclaredFleets, Hubs
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
-from hetis.planner.service.fleet_metrics import FleetCollector
-from hetis.planner.service.kv_history import KvHistories
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overviews import Overviews
-from hetis.planner.service.server import Servicing
-from hetis.planner.service.servicers.agent import AgentServicer
-from hetis.planner.service.servicers.audit import AuditServicer
-from hetis.planner.service.servicers.cluster import ClusterServicer
-from hetis.planner.service.servicers.dispatch import DispatchServicer
-from hetis.planner.service.servicers.plan import PlanServicer
-from hetis.planner.service.servicers.profile import ProfileServicer
+from hetis.planner.service.metrics import FleetCollector, StoreCollector
+from hetis.planner.service.overview import KvHistories, Overviews
+from hetis.planner.service.servicers import (
+    agent_methods,
+    cluster_methods,
+    dispatch_methods,
+    plan_methods,
+    profile_methods,
+    servicing,
+)
 from hetis.planner.service.settings import PlannerConfig, default_store
-from hetis.planner.service.store_metrics import StoreCollector
 from hetis.planner.service.succession import Succession
 from hetis.planner.store import AuditedChange, Store, Transaction
-from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
-from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
-from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
-from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
-from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
-from hetis.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
 
 _SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
 
@@ -122,37 +114,14 @@ class Term:
             if not store.lease.may_decide:
                 raise store.undecided()
 
+        watches = ClusterWatches(store, hubs, fleet, reader)
         self.servicings = (
-            Servicing(
-                service="hetis.v1.ClusterService",
-                servicer=ClusterServicer(clusters, nodes, running, ClusterWatches(store, hubs, fleet, reader)),
-                add=add_ClusterServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.ProfileService",
-                servicer=ProfileServicer(Profiles(store)),
-                add=add_ProfileServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.PlanService",
-                servicer=PlanServicer(creation, plans, activation),
-                add=add_PlanServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.DispatchService",
-                servicer=DispatchServicer(states, fleet, require_lease=require_lease),
-                add=add_DispatchServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.AuditService",
-                servicer=AuditServicer(AuditedChanges(store)),
-                add=add_AuditServiceServicer_to_server,
-            ),
-            Servicing(
-                service="hetis.v1.AgentService",
-                servicer=AgentServicer(fleet),
-                add=add_AgentServiceServicer_to_server,
-            ),
+            servicing("ClusterService", cluster_methods(clusters, nodes, running, watches)),
+            servicing("ProfileService", profile_methods(Profiles(store))),
+            servicing("PlanService", plan_methods(creation, plans, activation)),
+            servicing("DispatchService", dispatch_methods(states, fleet, require_lease=require_lease)),
+            servicing("AuditService", {"ListAuditedChanges": AuditedChanges(store).list}),
+            servicing("AgentService", agent_methods(fleet)),
         )
         self._kv = kv = KvHistories(lambda: fleet.cluster_names, fleet.kv_in_use)
         self.overviews = Overviews(

@@ -13,13 +13,11 @@ from google.protobuf.message import DecodeError, Message
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service import statuses
-from hetis.planner.service.access import is_open, require_role
+from hetis.planner.service.access import ANYBODY, Identity, caller, is_open, require_role, set_caller
 from hetis.planner.service.audit_refusals import NOT_KEPT
 from hetis.planner.service.credentials import Authenticator
-from hetis.planner.service.identity import ANYBODY, Identity, caller, set_caller
-from hetis.planner.service.stream_limits import StreamLimits
+from hetis.planner.service.limits import WRITES, StreamLimits, WriteRates
 from hetis.planner.service.telemetry import CallRecord, Telemetry, name_of
-from hetis.planner.service.write_rates import WRITES, WriteRates
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner.calls")

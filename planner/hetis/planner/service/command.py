@@ -32,7 +32,7 @@ _EXIT_CODES = "Exit codes: " + " · ".join(f"{code.value} {code.meaning.partitio
 
 
 class RoleOption(StrEnum):
-    """The values of `hetis.planner.service.identity.CallerRole`; a test compares them.
+    """The values of `hetis.planner.service.access.CallerRole`; a test compares them.
 
     Importing that module would make --help slow.
     """
@@ -143,8 +143,8 @@ def hetis_planner(
     """Handle the options that `_HELP` describes."""
     if context.invoked_subcommand is not None:
         return
-    from hetis.planner.service.setting_sources import Given
-    from hetis.planner.service.starting import check_config, print_effective, serve
+    from hetis.planner.service.actions import check_config, print_effective, serve
+    from hetis.planner.service.settings import Given
 
     flags = [Given(name=name, text=text, by=f"--set {name}") for name, text in map(_split, settings or ())]
     for name, option, value in (
@@ -179,7 +179,7 @@ def create(
     valid: Annotated[str, typer.Option("--valid", metavar="DAYS", help="How long, in days.")] = "365",
 ) -> None:
     """Make a token, print it once on stdout, and append its SHA-256 to the token file."""
-    from hetis.planner.service.starting import make_token
+    from hetis.planner.service.actions import make_token
 
     make_token(file, role=role.value, name=name, node=node, cluster=cluster, valid_days=valid)
 
@@ -200,7 +200,7 @@ def backup(
     store: StoreOption = None,
 ) -> None:
     """Write the store as it is at this moment into a file. Planners go on meanwhile."""
-    from hetis.planner.service.maintenance import make_backup
+    from hetis.planner.service.actions import make_backup
 
     make_backup(_store_url(config, store), file)
 
@@ -213,7 +213,7 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Let what is in the store go.")] = False,
 ) -> None:
     """Make the store what a backup says, and raise its epoch. No planner may lead meanwhile."""
-    from hetis.planner.service.maintenance import restore_backup
+    from hetis.planner.service.actions import restore_backup
 
     restore_backup(_store_url(config, store), file, replace=replace)
 
@@ -227,7 +227,7 @@ def migrate(
     store: StoreOption = None,
 ) -> None:
     """Bring the store's tables to the form of a version, up or down. Make a backup before."""
-    from hetis.planner.service.maintenance import migrate_store
+    from hetis.planner.service.actions import migrate_store
 
     migrate_store(_store_url(config, store), to)
 
@@ -250,7 +250,7 @@ def audit(
     store: StoreOption = None,
 ) -> None:
     """Who changed what, when, and what became of it; the oldest first."""
-    from hetis.planner.service.maintenance import check_audit, print_audit
+    from hetis.planner.service.actions import check_audit, print_audit
 
     url = _store_url(config, store)
     if check:
@@ -268,8 +268,8 @@ def audit(
 
 
 def _store_url(config: str | None, store: str | None) -> str:
-    from hetis.planner.service.maintenance import store_url
-    from hetis.planner.service.setting_sources import Given
+    from hetis.planner.service.actions import store_url
+    from hetis.planner.service.settings import Given
 
     return store_url(config, [Given(name="store", text=store, by="--store")] if store else [])
 
@@ -293,7 +293,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("HETIS_DEBUG") == "1":
             raise
-        from hetis.planner.service.starting import report
+        from hetis.planner.service.actions import report
 
         return report(error)
     return ServiceExitCode.OK

@@ -6,10 +6,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cache
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
 
+from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.overview import Overview
+from hetis.planner.store import Store
+from hetis.planner.store.store import BUCKETS_S
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.25  # between two checks of the event loop
@@ -164,3 +170,59 @@ class ServiceMetrics:
             due_s = clock() + LOOK_S
             await sleep(LOOK_S)
             self._worst_lag_s = max(self._worst_lag_s, clock() - due_s)
+
+
+class FleetCollector(Collector):
+    """Reads the counters at each scrape."""
+
+    def __init__(self, counters: FleetCounters) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterable[Metric]:
+        counters = self._counters
+        yield _table("agent_messages", "Messages of agents.", "kind", counters.messages)
+        yield _table("deltas_sent", "Deltas sent to agents.", "kind", counters.deltas)
+        yield _table("deltas_refused", "Deltas that agents refused.", "reason", counters.nacks)
+        yield _table("redispatches_ended", "Re-dispatches that ended.", "state", counters.redispatches)
+        yield _number("reports_dropped", "Reports that a newer one had overtaken.", counters.reports_dropped)
+        yield _number("agent_streams", "Streams of agents that began.", counters.streams)
+        yield _number("agent_takeovers", "Streams that ended another of their node.", counters.takeovers)
+        yield _number("agent_refusals", "Streams refused because another agent had the node.", counters.refusals)
+        yield _number("contradictions", "Second words of an authority that differ: a bug.", counters.contradictions)
+
+
+def _table(name: str, text: str, label: str, counts: Mapping[str, int]) -> CounterMetricFamily:
+    family = CounterMetricFamily(f"hetis_planner_{name}", text, labels=[label])
+    for key, count in counts.items():
+        family.add_metric([key], count)
+    return family
+
+
+def _number(name: str, text: str, count: int) -> CounterMetricFamily:
+    return CounterMetricFamily(f"hetis_planner_{name}", text, value=count)
+
+
+class StoreCollector(Collector):
+    """Reads the store's own counts at each scrape."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def collect(self) -> Iterable[Metric]:
+        health, lease = self._store.health, self._store.lease
+        counts = list(accumulate(health.buckets))
+        names = [*map(str, BUCKETS_S), "+Inf"]
+        yield HistogramMetricFamily(
+            "hetis_planner_store_seconds",
+            "Time of transactions in the store.",
+            buckets=list(zip(names, counts, strict=True)),
+            sum_value=health.seconds,
+        )
+        yield CounterMetricFamily(
+            "hetis_planner_store_errors", "Transactions that the store could not do.", value=health.errors
+        )
+        yield GaugeMetricFamily(
+            "hetis_planner_store_answered_seconds", "Seconds since the store last answered.", health.answered_s_ago
+        )
+        yield GaugeMetricFamily("hetis_planner_lease_age_seconds", "Seconds since the last renewal.", lease.age_s)
+        yield GaugeMetricFamily("hetis_planner_leads", "1 while this planner leads.", float(lease.is_held))

@@ -1,15 +1,176 @@
-"""The planner at a glance: the data of the status page and the gauges."""
+"""The planner at a glance, gathered from store, fleet and solver pool for the status page and the gauges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.settings import redispatch_policy
 from hetis.planner.fleet.views import LiveReplica
-from hetis.planner.resources.shared import NodeNow
-from hetis.planner.service.kv_history import KvHistory
-from hetis.v1 import redispatch_pb2
+from hetis.planner.jobs.pool import SolverPool
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.shared import Hubs, NodeNow
+from hetis.planner.resources.watches import RunningResources
+from hetis.planner.store import Reader, Store
+from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
+from hetis.v1 import cluster_service_pb2 as pb
+
+SAMPLE_S = 5.0
+NUM_SAMPLES = 180  # a quarter of an hour
+MAX_DEVICES = 20_000  # per cluster: 7 MB; later ones are not kept
+_AT_ONCE = 500  # devices read before the loop may do other work
+
+_log = logging.getLogger("hetis.planner.kv_history")
+
+Shares = npt.NDArray[np.float32]
+KvInUse = Iterable[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRecord:
+    """The history of one device.
+
+    Attributes:
+        device: as ``node/index``.
+        times_s: Unix seconds of the samples, ascending.
+        shares: of its KV blocks in use, one per sample; NaN if it reported nothing.
+    """
+
+    device: str
+    times_s: Sequence[float]
+    shares: Shares
+
+    @property
+    def now(self) -> float:
+        """The last share; NaN if the device no longer reports."""
+        return float(self.shares[-1]) if len(self.shares) else math.nan
+
+    @property
+    def peak(self) -> float:
+        known = self.shares[~np.isnan(self.shares)]
+        return float(known.max()) if len(known) else math.nan
+
+
+class KvHistory:
+    """The last samples of one cluster: a row per sample, a column per device."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, int] = {}
+        self._times_s: list[float] = []
+        self._rows = np.full((NUM_SAMPLES, 0), np.nan, dtype=np.float16)
+
+    def add(self, time_s: float, in_use: KvInUse) -> None:
+        """Add a sample; the oldest is dropped if there are too many."""
+        found = dict(in_use)
+        for device in found:
+            if device not in self._columns and len(self._columns) < MAX_DEVICES:
+                self._columns[device] = len(self._columns)
+        missing = len(self._columns) - self._rows.shape[1]
+        if missing > 0:
+            more = np.full((NUM_SAMPLES, max(missing, self._rows.shape[1])), np.nan, dtype=np.float16)
+            self._rows = np.concatenate([self._rows, more], axis=1)
+        self._rows = np.roll(self._rows, -1, axis=0)
+        self._rows[-1] = np.nan
+        for device, share in found.items():
+            if device in self._columns:
+                self._rows[-1, self._columns[device]] = share
+        self._times_s = [*self._times_s, time_s][-NUM_SAMPLES:]
+
+    def records(self, most: int) -> list[KvRecord]:
+        """Return the ``most`` devices that are fullest now, or else were in the history, sorted by name."""
+        num = len(self._times_s)
+        if not num or not self._columns:
+            return []
+        rows = self._rows[-num:, : len(self._columns)].astype(np.float32)
+        known = ~np.isnan(rows)
+        peaks = np.where(known, rows, -1.0).max(axis=0)
+        now = np.where(known[-1], rows[-1], -1.0)
+        fullest = sorted(self._columns, key=lambda device: (now[self._columns[device]], peaks[self._columns[device]]))
+        chosen = [device for device in fullest[-most:] if peaks[self._columns[device]] >= 0]
+        begin = int(known.any(axis=1).argmax())  # nothing was reported before
+        return [
+            KvRecord(device=device, times_s=self._times_s[begin:], shares=rows[begin:, self._columns[device]])
+            for device in sorted(chosen, key=natural_order)
+        ]
+
+    def now(self) -> dict[str, float]:
+        """Return the shares in the last sample by device."""
+        if not self._times_s:
+            return {}
+        last = self._rows[-1]
+        return {device: float(last[i]) for device, i in self._columns.items() if not np.isnan(last[i])}
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices that reported anything in the history."""
+        if not self._times_s or not self._columns:
+            return 0
+        return int((~np.isnan(self._rows[-len(self._times_s) :])).any(axis=0).sum())
+
+
+class KvHistories:
+    """Samples every cluster while `run` runs.
+
+    Args:
+        clusters: returns the names of all clusters.
+        in_use: yields a cluster's devices with their shares in use.
+    """
+
+    def __init__(
+        self,
+        clusters: Callable[[], Sequence[str]],
+        in_use: Callable[[str], Iterator[tuple[str, float]]],
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._clusters, self._in_use = clusters, in_use
+        self._clock, self._sleep = clock, sleep
+        self._of: dict[str, KvHistory] = {}
+
+    def of(self, cluster: str) -> KvHistory:
+        return self._of.get(cluster, KvHistory())
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.sample()
+            except Exception:  # a picture for people: its failure must not affect anything else
+                _log.exception("the KV in use could not be read")
+            await self._sleep(SAMPLE_S)
+
+    async def sample(self) -> None:
+        """Read every device of every cluster once, in batches of a few hundred."""
+        names = set(self._clusters())
+        self._of = {name: history for name, history in self._of.items() if name in names}
+        for name in sorted(names):
+            found = list[tuple[str, float]]()
+            for item in self._in_use(name):
+                found.append(item)
+                if len(found) % _AT_ONCE == 0:
+                    await self._sleep(0)
+            self._of.setdefault(name, KvHistory()).add(self._clock(), found)
+
+
+def natural_order(device: str) -> list[tuple[bool, int, str]]:
+    """Return a sort key by which ``p100-2/0`` comes before ``p100-10/0``."""
+    parts = re.split(r"(\d+)", device)
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,3 +255,161 @@ class OverviewSource(Protocol):
             ServiceError: STORE_UNAVAILABLE.
         """
         ...
+
+
+FRESH_S = 2.0  # how long a count is valid, however many scrape
+WAIT_S = 0.5  # for a new count, before the last one is shown
+DETAILS_S = 5.0  # for all details of one cluster
+_PAGE = 500
+
+
+class Overviews:
+    """Answers the status page by the same calls that the API makes.
+
+    Args:
+        leader_since_s: Unix seconds.
+        most_searches: solver processes.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: LiveFleet,
+        hubs: Hubs,
+        kv: KvHistories,
+        pool: SolverPool,
+        clusters: Clusters,
+        nodes: Nodes,
+        running: RunningResources,
+        *,
+        epoch: int,
+        leader_since_s: float,
+        most_searches: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._fleet = fleet
+        self._hubs = hubs
+        self._kv = kv
+        self._pool = pool
+        self._clusters = clusters
+        self._nodes = nodes
+        self._running = running
+        self._epoch = epoch
+        self._leader_since_s = leader_since_s
+        self._most_searches = most_searches
+        self._clock = clock
+        self._kept: _Kept = ((), {})
+        self._kept_s = clock()
+        self._counting: asyncio.Future[_Kept] | None = None
+        self._counted_at_s: float | None = None  # or tried to
+
+    async def overview(self) -> Overview:
+        await self._count()
+        clusters, plans = self._kept
+        return Overview(
+            epoch=self._epoch,
+            leader_since_s=self._leader_since_s,
+            clusters=tuple(
+                ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
+                for name, plan, num_declared in clusters
+            ),
+            num_plans=plans,
+            counted_s_ago=self._clock() - self._kept_s,
+            queued=self._pool.num_waiting,
+            searching=self._pool.num_running,
+            solver_processes=self._most_searches,
+            searches_of=self._pool.searches_of(),
+        )
+
+    def clusters_now(self) -> Sequence[ClusterNow]:
+        return [self._cluster_now(name) for name in sorted(self._fleet.cluster_names)]
+
+    def _cluster_now(self, name: str) -> ClusterNow:
+        moved = [event.value for event in self._hubs.cluster(name).newest()]
+        return ClusterNow(
+            name=name,
+            nodes=self._fleet.nodes_of(name),
+            replicas=self._fleet.replicas_of(name),
+            redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
+            kv=self._kv.of(name),
+            high_water=redispatch_policy(self._fleet.policy_of(name)).high_water,
+            now_s=time.time(),
+        )
+
+    async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
+        """Return the first 500 of each kind; ``has_more`` names the kinds of which there are more."""
+        try:
+            async with asyncio.timeout(DETAILS_S):
+                return await self._details(name)
+        except TimeoutError:
+            raise ServiceError(
+                Reason.ERROR_REASON_STORE_UNAVAILABLE, f"the store did not answer within {DETAILS_S:g} s"
+            ) from None
+
+    async def _details(self, name: str) -> Mapping[str, Any] | None:
+        try:
+            cluster = await self._clusters.get(pb.GetClusterRequest(name=name, view=view_pb2.VIEW_BASIC))
+            nodes = await self._nodes.list(pb.ListNodesRequest(parent=name, page_size=_PAGE))
+            replicas = await self._running.list_replicas(pb.ListReplicasRequest(parent=name, page_size=_PAGE))
+            moved = await self._running.list_redispatches(pb.ListRedispatchesRequest(parent=name, page_size=_PAGE))
+        except ServiceError as error:
+            if error.reason in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_INVALID_FIELD):
+                return None
+            raise
+        tokens = {
+            "nodes": nodes.next_page_token,
+            "replicas": replicas.next_page_token,
+            "redispatches": moved.next_page_token,
+        }
+        return {
+            "cluster": _json(cluster.cluster),
+            "nodes": [_json(node) for node in nodes.nodes],
+            "replicas": [_json(replica) for replica in replicas.replicas],
+            "redispatches": [_json(redispatch) for redispatch in moved.redispatches],
+            "has_more": [kind for kind, token in tokens.items() if token],
+        }
+
+    async def _count(self) -> None:
+        """Refresh an outdated count. A store that does not answer is not waited for, and gets only one query."""
+        if self._counting is None and self._counted_at_s is not None and self._clock() < self._counted_at_s + FRESH_S:
+            return
+        if self._counting is None:
+            self._counting = asyncio.ensure_future(self._store.read(_read))
+        done, _ = await asyncio.wait({self._counting}, timeout=WAIT_S)
+        if not done:
+            return
+        counting, self._counting = self._counting, None
+        if counting is None:  # another waiter has taken it
+            return
+        if counting.exception() is None:
+            self._kept, self._kept_s = counting.result(), self._clock()
+        self._counted_at_s = self._clock()
+
+    def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
+        states = Counter(node.state for node in self._fleet.nodes_of(cluster).values())
+        undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
+        never_seen = num_declared - (sum(states.values()) - undeclared)
+        states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)
+        return {
+            cluster_pb2.NodeState.Name(state).removeprefix("NODE_STATE_"): count
+            for state, count in sorted(states.items())
+            if count
+        }
+
+
+_Kept = tuple[tuple[tuple[str, str, int], ...], Mapping[str, int]]  # clusters: name, active plan, nodes; plans by state
+
+
+def _read(tx: Reader) -> _Kept:
+    clusters = tuple((record.name, record.active_plan, record.body.num_nodes) for record in tx.clusters.all())
+    plans = Counter(record.state for record in tx.plans.all())
+    return clusters, {
+        plan_pb2.PlanState.Name(state).removeprefix("PLAN_STATE_"): count for state, count in sorted(plans.items())
+    }
+
+
+def _json(message: Message) -> dict[str, Any]:
+    found: dict[str, Any] = MessageToDict(message, preserving_proto_field_name=True)
+    return found

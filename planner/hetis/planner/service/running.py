@@ -18,25 +18,25 @@ from prometheus_client.registry import Collector
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.failures import Reason, ServiceError
-from hetis.planner.service.addresses import is_socket_path
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import Certificates
-from hetis.planner.service.connections import ConnectionLimits, ConnectionWatch, ports_of
-from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials
-from hetis.planner.service.descriptors import raise_descriptor_limit, reserved_for_page
+from hetis.planner.service.certificates import Certificates, Refreshable, Reloaded, keep_fresh
+from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.limits import (
+    ConnectionLimits,
+    ConnectionWatch,
+    WriteRates,
+    ports_of,
+    raise_descriptor_limit,
+    reserved_for_page,
+)
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.overview import OverviewSource
-from hetis.planner.service.page_connections import PageLimits
-from hetis.planner.service.reloading import Refreshable, Reloaded, keep_fresh
 from hetis.planner.service.server import PlannerServer, Servicing
-from hetis.planner.service.settings import OFF, PlannerConfig, without_password
-from hetis.planner.service.status_page import StatusPage, status_app
-from hetis.planner.service.telemetry import Telemetry
-from hetis.planner.service.tokens import Tokens
-from hetis.planner.service.traces import Traces, open_traces
-from hetis.planner.service.write_rates import WriteRates
+from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, without_password
+from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
+from hetis.planner.service.telemetry import Telemetry, Traces, open_traces
 from hetis.planner.store import AuditedChange
 
 _log = logging.getLogger("hetis.planner")

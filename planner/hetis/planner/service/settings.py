@@ -1,18 +1,56 @@
-"""The settings of `hetis-planner`: the PlannerConfig document, its defaults, and checks across fields."""
+"""The settings of `hetis-planner`: the PlannerConfig document, checks across fields, and what is said over it."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+import pathlib
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
-from hetis.formats import units
+from hetis.formats import endpoints, units
 from hetis.formats.endpoints import is_loopback
-from hetis.formats.fields import DocumentPart, Duration
-from hetis.planner.service.addresses import is_socket_path, reachable_from_elsewhere, split_address
+from hetis.formats.errors import DocumentError, Problem, did_you_mean
+from hetis.formats.fields import API_VERSION, DocumentPart, Duration
+from hetis.formats.loading import read_data, validated
+from hetis.formats.positions import Path, Text, parse_text
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return the host to listen on, without the brackets of IPv6, and the port; 0 asks for a free one.
+
+    Raises:
+        ValueError: not ``host:port`` with a port up to 65535.
+    """
+    try:
+        host, port = endpoints.split_address(address, least_port=0)
+    except ValueError:
+        message = f"{address!r} is not an address: write host:port with a port up to 65535, 0 for a free one"
+        raise ValueError(message) from None
+    if ":" in host and not address.startswith(f"[{host}]:"):
+        raise ValueError(f"{address!r} is not an address: put brackets around IPv6, like [::1]:8470")
+    return host, port
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def reachable_from_elsewhere(address: str) -> str:
+    """Return the address, with this machine's name as the host if it listens on all interfaces."""
+    host, port = split_address(address)
+    return join_address(socket.getfqdn(), port) if host in ("0.0.0.0", "::") else address
+
+
+def is_socket_path(address: str) -> bool:
+    """Return whether the address is a Unix socket, ``unix:/run/hetis/planner.sock``."""
+    return address.startswith("unix:")
+
 
 OFF = "off"
 
@@ -57,7 +95,7 @@ def _listed(value: object) -> object:
 
 def default_store() -> str:
     """Return the URL of an SQLite file in ``$XDG_STATE_HOME/hetis``, by default ``~/.local/state/hetis``."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    state = os.environ.get("XDG_STATE_HOME") or str(pathlib.Path.home() / ".local" / "state")
     return f"sqlite:///{state}/hetis/planner.db"
 
 
@@ -245,3 +283,153 @@ def without_password(url: str) -> str:
         return shown
     pairs = [pair.partition("=") for pair in query.split("&")]
     return f"{head}?" + "&".join(f"{k}=***" if "pass" in k.lower() else f"{k}{e}{v}" for k, e, v in pairs)
+
+
+PREFIX = "HETIS_"
+Leaf = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """A setting from outside the file: its dotted name, its text, and its source (``--store``)."""
+
+    name: str
+    text: str
+    by: str
+
+
+def load_config(
+    path: str | os.PathLike[str] | None,
+    *,
+    environment: Mapping[str, str],
+    flags: Iterable[Given] = (),
+    look_further: Callable[[PlannerConfig], Iterable[Problem]] = lambda _config: (),
+) -> PlannerConfig:
+    """Return the configuration of a file (None: no file), with the ``HETIS_*`` variables over it, and flags over both.
+
+    Args:
+        path: of the file.
+        environment: of the process.
+        flags: of the command line.
+        look_further: returns further problems, such as a missing file, of a configuration whose values are all valid.
+
+    Raises:
+        DocumentError: with every problem of all sources.
+    """
+    if path is None:
+        data: Any = {"apiVersion": API_VERSION, "kind": "PlannerConfig"}
+        layers = _Layers(file="configuration", text=None)
+    else:
+        data, text = read_data(path)
+        layers = _Layers(file=text.file, text=text.text, _root=text._root, problems=list(text.problems))
+    for given in (*_from_environment(environment, layers), *flags):
+        _put(data, given, layers)
+    mistakes, layers.problems[:] = list(layers.problems), []  # unknown names: the values may still be valid
+    try:
+        config = validated(PlannerConfig, data, layers, to_value=lambda document: document)
+    except DocumentError as error:
+        raise DocumentError(_in_order([*mistakes, *error.problems])) from None
+    contradictions = [layers.problem(place, message) for place, message in config.contradictions()]
+    if problems := [*mistakes, *contradictions, *look_further(config)]:
+        raise DocumentError(_in_order(problems))
+    return config
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Return problems in the order of `validated`: those without a line first."""
+    return sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
+
+
+def variables() -> dict[str, str]:
+    """Return every environment variable that is read, with its setting."""
+    return {PREFIX + "__".join(leaf).upper(): ".".join(leaf) for leaf in _leaves(PlannerConfig)}
+
+
+def mistaken_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return ``HETIS_*`` variables that set nothing but resemble one that does, each with its nearest name."""
+    known = variables()
+    hints = []
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in known and name not in _OTHERS:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            hints += [f"{name} is not a setting, did you mean {meant}?" for meant in close]
+    return hints
+
+
+_OTHERS = {"HETIS_DEBUG", "HETIS_CONFIG", "HETIS_SERVER", "HETIS_TOKEN"}  # of this and of other commands of hetis
+
+
+@dataclass(slots=True)
+class _Layers(Text):
+    """The text of the file, and the settings that came from elsewhere."""
+
+    given: dict[Leaf, str] = field(default_factory=dict)
+
+    def problem(self, path: Path, message: str) -> Problem:
+        for length in range(len(path), 0, -1):
+            by = self.given.get(tuple(str(part) for part in path[:length]))
+            if by is not None:
+                return Problem(file=by, message=message)
+        return Text.problem(self, path, message)
+
+
+def _from_environment(environment: Mapping[str, str], layers: _Layers) -> Iterator[Given]:
+    known = variables()
+    sections = {name.partition("__")[0] + "__" for name in known if "__" in name}
+    for name in sorted(environment):
+        if name in known:
+            if environment[name]:  # empty is unset, as in compose files
+                yield Given(name=known[name], text=environment[name], by=name)
+        elif any(name.startswith(section) for section in sections):
+            layers.problems.append(Problem(file=name, message=f"is not a setting{did_you_mean(name, known)}"))
+
+
+def _put(data: Any, given: Given, layers: _Layers) -> None:
+    leaves = _leaves(PlannerConfig)
+    leaf = tuple(given.name.split("."))
+    if leaf not in leaves:
+        hint = did_you_mean(given.name, (".".join(known) for known in leaves))
+        layers.problems.append(Problem(file=given.by, message=f"{given.name} is not a setting{hint}"))
+        return
+    holder = data
+    for part in leaf[:-1]:
+        if not isinstance(holder, dict):
+            return  # the file is wrong there, and validation reports it
+        if holder.get(part) is None:
+            holder[part] = {}
+        holder = holder[part]
+    if isinstance(holder, dict):
+        holder[leaf[-1]] = _value(given, leaves[leaf])
+        layers.given[leaf] = given.by
+
+
+def _value(given: Given, annotation: Any) -> Any:
+    """Return a variable's text as its field needs it: text stays text, lists are split at commas, the rest is YAML."""
+    if get_origin(annotation) is list:
+        return [part.strip() for part in given.text.split(",")]
+    if annotation is str or get_origin(annotation) is Literal:
+        return given.text
+    return parse_text(given.text, given.by)[0]
+
+
+def _leaves(document: type[BaseModel], above: Leaf = ()) -> dict[Leaf, Any]:
+    """Return path and bare type of every setting."""
+    found: dict[Leaf, Any] = {}
+    for name, info in document.model_fields.items():
+        if name in ("api_version", "kind"):
+            continue
+        bare = _bare(info.annotation)
+        if isinstance(bare, type) and issubclass(bare, BaseModel):
+            found |= _leaves(bare, (*above, name))
+        else:
+            found[*above, name] = bare
+    return found
+
+
+def _bare(annotation: Any) -> Any:
+    """Return ``X`` of ``Annotated[X, ...]`` and of ``X | None``."""
+    if hasattr(annotation, "__metadata__"):
+        return _bare(annotation.__origin__)
+    if isinstance(annotation, UnionType) or get_origin(annotation) is Union:
+        return _bare(next(argument for argument in get_args(annotation) if argument is not type(None)))
+    return annotation

@@ -40,8 +40,15 @@ from hetis.planner.report.page.blocks import (
 from hetis.planner.report.page.fleet_map import IDLE, Duty, replica_duties
 from hetis.planner.report.page.render import render_page
 from hetis.planner.resources.shared import NodeNow
-from hetis.planner.service.kv_history import NUM_SAMPLES, SAMPLE_S, KvRecord, natural_order
-from hetis.planner.service.overview import ClusterNow, ClusterOverview, Overview
+from hetis.planner.service.overview import (
+    NUM_SAMPLES,
+    SAMPLE_S,
+    ClusterNow,
+    ClusterOverview,
+    KvRecord,
+    Overview,
+    natural_order,
+)
 from hetis.solver.cluster import node_of
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 

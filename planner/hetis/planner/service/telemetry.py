@@ -1,19 +1,244 @@
-"""Telemetry of every call: a log line, a metric, a span."""
+"""Telemetry: log lines, traces, and the record of every call."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.traces import Span, Traces
 from hetis.planner.store import AuditedChange
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+REPEAT_S = 30.0
+_CALLS = "hetis.planner.calls"
+_ABOUT = ("cluster", "node", "replica", "plan", "reason", "incident")
+_MOST_HELD = 10_000
+
+
+def set_up_logs(*, level: str, form: str) -> None:
+    """Send everything that the process logs to stderr in the given form (``json`` or ``text``)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    handler.addFilter(CountRepeats())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("hetis").setLevel(level.upper())
+    logging.getLogger("grpc").setLevel(logging.ERROR)  # it logs every call that ends with a status
+
+
+class CountRepeats(logging.Filter):
+    """Passes a warning once in `REPEAT_S`, with ``repeated``, the number of times it was suppressed since.
+
+    Warnings about different subjects (``cluster``, ``reason``) are different; a count or a time makes no difference.
+    Lines about calls always pass: each is about another call.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._held: dict[tuple[object, ...], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.name == _CALLS:
+            return True
+        error = record.exc_info[0] if record.exc_info else None
+        about = tuple(str(getattr(record, name, "")) for name in _ABOUT)
+        key = (record.name, record.levelno, str(record.msg), about, error)
+        now_s = self._clock()
+        until_s, num_held = self._held.get(key, (now_s, 0))
+        if now_s < until_s:
+            self._held[key] = until_s, num_held + 1
+            return False
+        if len(self._held) >= _MOST_HELD:
+            self._held = {key: held for key, held in self._held.items() if held[0] > now_s}
+        self._held[key] = now_s + REPEAT_S, 0
+        if num_held:
+            record.repeated = num_held
+        return True
+
+
+class JsonLines(logging.Formatter):
+    """``{"time": ..., "level": ..., "logger": ..., "message": ...}`` and the fields of the event."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        event |= _fields(record)
+        if record.exc_info:
+            event["traceback"] = self.formatException(record.exc_info)
+        return _UNSEEN.sub(_escaped, json.dumps(event, ensure_ascii=False, default=str))
+
+
+class TextLines(logging.Formatter):
+    """Text for people: time, level, message, ``key=value``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
+        fields = "".join(f" {key}={_one_word(value)}" for key, value in _fields(record).items())
+        # On one line, whatever a caller put into a name.
+        text = f"{moment} {record.levelname.lower():7} {_one_line(record.getMessage())}{fields}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def _fields(record: logging.LogRecord) -> Mapping[str, Any]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD and value not in (None, "")}
+
+
+def _one_word(value: object) -> str:
+    text = f"{value:.6f}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
+
+
+# Characters that JSON keeps but terminals obey or hide: C1 controls, text directions, line breaks, zero width.
+_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def _one_line(text: str) -> str:
+    text = text.replace("\r", " ").replace("\n", " | ")
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
+class Span(Protocol):
+    """The span of one call."""
+
+    @property
+    def trace_id(self) -> str:
+        """The trace id for logs, empty if the call is not traced."""
+        ...
+
+    def end(self, code: str, *, is_error: bool) -> None: ...
+
+
+class Traces(Protocol):
+    """Factory of spans."""
+
+    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
+        """Start the span of a call, which is the current one of this task until it ends."""
+        ...
+
+    def close(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class _NoSpan:
+    trace_id = ""
+
+    def end(self, code: str, *, is_error: bool) -> None:
+        pass
+
+
+class NoTraces:
+    """Traces nothing."""
+
+    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
+        return _NO_SPAN
+
+    def close(self) -> None:
+        pass
+
+
+_NO_SPAN = _NoSpan()
+
+
+class MissingExtraError(Exception):
+    """Traces are configured, but OpenTelemetry is not installed."""
+
+
+class OtelTraces:
+    """Spans of OpenTelemetry, as children of the caller's ``traceparent``."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider
+        self._tracer = provider.get_tracer("hetis.planner")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
+        from opentelemetry import trace
+
+        service, _, name = method.removeprefix("/").partition("/")
+        span = self._tracer.start_span(
+            f"{service}/{name}",
+            context=self._propagator.extract(metadata),
+            kind=trace.SpanKind.SERVER,
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        )
+        return _OtelSpan(span)
+
+    def close(self) -> None:
+        self._provider.shutdown()
+
+
+class _OtelSpan:
+    def __init__(self, span: Any) -> None:
+        from opentelemetry import context, trace
+
+        self._span = span
+        self._detach = context.detach
+        self._token = context.attach(trace.set_span_in_context(span))
+        self.trace_id = format(span.get_span_context().trace_id, "032x")
+
+    def end(self, code: str, *, is_error: bool) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("rpc.grpc.status_code", code)
+        if is_error:
+            self._span.set_status(Status(StatusCode.ERROR, code))
+        self._span.end()
+        self._detach(self._token)
+
+
+def open_traces(endpoint: str | None, version: str) -> Traces:
+    """Return traces that are sent to an OTLP endpoint, or to nowhere if None.
+
+    Raises:
+        MissingExtraError: OpenTelemetry is not installed.
+    """
+    if endpoint is None:
+        return NoTraces()
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"traces need {error.name}: pip install 'hetis[planner,otel]'") from None
+    provider = TracerProvider(
+        resource=Resource.create({"service.name": "hetis-planner", "service.version": version}), shutdown_on_exit=False
+    )
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=5)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return OtelTraces(provider)
+
 
 _log = logging.getLogger("hetis.planner.calls")
 _NAMING = ("name", "cluster", "replica", "plan", "profile", "parent", "cluster_id", "plan_id", "profile_id")

@@ -24,7 +24,10 @@ from hetis.solver.errors import HetisError
 
 
 class StoreError(HetisError):
-    """The store cannot be used: damaged, not writable, newer than this planner, or used by another planner."""
+    """The store cannot be used: damaged, not writable, newer than this planner, or used by another planner.
+
+    Raised when a planner starts, with nothing changed. Later trouble is a ServiceError.
+    """
 
 
 _log = logging.getLogger("hetis.planner.store")

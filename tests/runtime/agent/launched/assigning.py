@@ -10,7 +10,7 @@ from typing import Any
 
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.plans import replica_to_proto
-from hetis.planner.fleet.transition import devices_of, nodes_of
+from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.runtime.agent.launched.settings import EngineSettings
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan

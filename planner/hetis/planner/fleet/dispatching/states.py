@@ -18,18 +18,20 @@ from itertools import islice
 
 from hetis.planner.convert.stages import stage_from_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
-from hetis.planner.fleet.dispatching.answers import placement_to_proto, quality_to_proto, refusal_to_proto
-from hetis.planner.fleet.dispatching.batches import (
+from hetis.planner.fleet.dispatching.messages import (
     check_batch,
     check_step,
+    declared,
     growth_violations,
     names_violations,
     newcomer_violations,
+    placement_to_proto,
+    quality_to_proto,
+    refusal_to_proto,
 )
-from hetis.planner.fleet.dispatching.declaring import declared
 from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
-from hetis.planner.fleet.running import RunningReplica, RunningReplicas
+from hetis.planner.fleet.views import RunningReplica, RunningReplicas
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
 from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2

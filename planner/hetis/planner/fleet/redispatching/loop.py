@@ -22,11 +22,9 @@ from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
-from hetis.planner.fleet.redispatching.policy import RedispatchPolicy, redispatch_policy
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
-from hetis.planner.fleet.running import ReadHeadMaps, Redispatching, RunningReplica
-from hetis.planner.fleet.settings import duration
-from hetis.planner.fleet.views import Clock
+from hetis.planner.fleet.settings import RedispatchPolicy, duration, redispatch_policy
+from hetis.planner.fleet.views import Clock, ReadHeadMaps, Redispatching, RunningReplica
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
 from hetis.solver.redispatch.warming import compile_redispatch

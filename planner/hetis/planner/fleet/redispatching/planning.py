@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from hetis.planner.convert.stages import StageTerms, moves_to_proto, snapshot_from_proto
-from hetis.planner.fleet.redispatching.policy import RedispatchPolicy
+from hetis.planner.fleet.settings import RedispatchPolicy
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState

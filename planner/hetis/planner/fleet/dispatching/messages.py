@@ -1,15 +1,16 @@
-"""The running requests that an engine declares, validated as a whole: every wrong field is reported at once."""
+"""Messages of dispatch: validation, where every wrong field is reported at once, declared states, and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 
-from hetis.planner.convert.stages import StageTerms
-from hetis.planner.failures import invalid_fields
-from hetis.planner.fleet.dispatching.replica import ReplicaDispatch, RunningRequest
+from hetis.planner.convert.stages import StageTerms, owners_of
+from hetis.planner.failures import invalid_field, invalid_fields
+from hetis.planner.fleet.dispatching.replica import Home, Quality, Refusal, ReplicaDispatch, RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import MOST_BLOCKS
+from hetis.solver.dispatch.result import Path, Resource
 from hetis.solver.errors import InvalidProblemError
 from hetis.v1 import dispatch_service_pb2, failure_pb2, head_map_pb2, report_pb2
 
@@ -194,3 +195,118 @@ def token_violations(path: str, tokens: int, *, least: int = 0) -> Iterator[fail
 
 def _violation(field: str, description: str) -> failure_pb2.FieldViolation:
     return failure_pb2.FieldViolation(field=field, description=description)
+
+
+MOST_REQUESTS = 1024  # per call
+
+
+def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> None:
+    """Check the size and the fields of a batch.
+
+    Raises:
+        ServiceError: INVALID_FIELD.
+    """
+    if not 1 <= num <= MOST_REQUESTS:
+        raise invalid_field("requests", f"are {num}, must be 1 to {MOST_REQUESTS}")
+    if found := list(islice(violations, MOST_VIOLATIONS)):
+        raise invalid_fields(found)
+
+
+def check_step(request: dispatch_service_pb2.DispatchRequestsRequest) -> None:
+    """Check all parts of a message of `DispatchRequests`.
+
+    Raises:
+        ServiceError: INVALID_FIELD.
+    """
+    parts: dict[str, Sequence[object]] = {
+        "finished": request.finished,
+        "grown": request.grown,
+        "new_requests": request.new_requests,
+    }
+    if too_many := [field for field, found in parts.items() if len(found) > MOST_REQUESTS]:
+        raise invalid_field(too_many[0], f"are {len(parts[too_many[0]])}, must be at most {MOST_REQUESTS}")
+    violations = chain(
+        names_violations("finished", request.finished),
+        growth_violations("grown", request.grown),
+        newcomer_violations("new_requests", request.new_requests),
+    )
+    if found := list(islice(violations, MOST_VIOLATIONS)):
+        raise invalid_fields(found)
+
+
+def names_violations(path: str, names: Iterable[str]) -> Iterator[failure_pb2.FieldViolation]:
+    seen = set[str]()
+    for n, one in enumerate(names):
+        yield from name_violations(f"{path}[{n}]", one, seen)
+
+
+def newcomer_violations(
+    path: str, requests: Iterable[dispatch_service_pb2.NewRequest]
+) -> Iterator[failure_pb2.FieldViolation]:
+    seen = set[str]()
+    for n, one in enumerate(requests):
+        yield from name_violations(f"{path}[{n}].id", one.id, seen)
+        yield from token_violations(f"{path}[{n}].context_tokens", one.context_tokens, least=1)
+        yield from token_violations(f"{path}[{n}].growth_tokens", one.growth_tokens)
+
+
+def growth_violations(
+    path: str, requests: Iterable[dispatch_service_pb2.Growth]
+) -> Iterator[failure_pb2.FieldViolation]:
+    seen = set[str]()
+    for n, one in enumerate(requests):
+        yield from name_violations(f"{path}[{n}].id", one.id, seen)
+        yield from token_violations(f"{path}[{n}].context_tokens", one.context_tokens, least=1)
+        yield from token_violations(f"{path}[{n}].remaining_tokens", one.remaining_tokens)
+
+
+_PATHS = {
+    Path.CHAIN: dispatch_service_pb2.DISPATCH_PATH_CHAIN,
+    Path.MIXED: dispatch_service_pb2.DISPATCH_PATH_MIXED,
+    Path.LP: dispatch_service_pb2.DISPATCH_PATH_LP,
+    Path.MILP: dispatch_service_pb2.DISPATCH_PATH_MILP,
+}
+_RESOURCES = {
+    Resource.KV_BLOCKS: dispatch_service_pb2.MISSING_RESOURCE_KV_BLOCKS,
+    Resource.WHOLE_GROUPS: dispatch_service_pb2.MISSING_RESOURCE_WHOLE_GROUPS,
+}
+
+
+def placement_to_proto(
+    request: str, running: RunningRequest | None, homes: Sequence[Home] | None
+) -> dispatch_service_pb2.Placement:
+    """Return where a request is, or where it would go."""
+    if running is not None:
+        owners = [(copy, copy.owners[request]) for copy in running.copies]
+    else:
+        owners = [(home.copy, owners_of(home.copy.terms.stage, home.groups)) for home in homes or ()]
+    return dispatch_service_pb2.Placement(
+        request=request, stages=[_stage_placement(copy, positions) for copy, positions in owners]
+    )
+
+
+def refusal_to_proto(request: str, refusal: Refusal) -> dispatch_service_pb2.Unplaced:
+    return dispatch_service_pb2.Unplaced(
+        request=request, stage=refusal.stage, resource=_RESOURCES[refusal.resource], missing=refusal.missing
+    )
+
+
+def quality_to_proto(quality: Quality) -> dispatch_service_pb2.StageQuality:
+    return dispatch_service_pb2.StageQuality(
+        stage=quality.stage,
+        copy=quality.copy,
+        makespan_s=quality.makespan_s,
+        bound_s=quality.bound_s,
+        path=_PATHS[quality.path],
+    )
+
+
+def _stage_placement(copy: StageCopy, owners: Sequence[int]) -> dispatch_service_pb2.StagePlacement:
+    used = sorted(set(owners))
+    position = {device: n for n, device in enumerate(used)}
+    return dispatch_service_pb2.StagePlacement(
+        stage=copy.stage,
+        copy=copy.copy,
+        devices=[copy.terms.stage.devices[device] for device in used],
+        owners=[position[owner] for owner in owners],
+    )

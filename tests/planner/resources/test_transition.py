@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.planner.fleet.transition import devices_of, match_replicas, plan_transition
+from hetis.planner.fleet.replica import devices_of
+from hetis.planner.resources.plan_activation import match_replicas, plan_transition
 from hetis.v1 import plan_service_pb2, replica_pb2
 from tests.planner.fleet.samples import CLUSTER, shape
 

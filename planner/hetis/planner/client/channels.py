@@ -1,0 +1,343 @@
+"""Channels to the leading planner, with and without an event loop, and the search for it among several planners."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from hetis.formats.endpoints import Endpoint, LeaderSearch, is_loopback
+from hetis.planner.client.connection import (
+    CHANNEL_OPTIONS,
+    DISPATCH_SERVICE,
+    SEVERAL_OPTIONS,
+    Connection,
+    default_deadline_s,
+    prepared_request,
+)
+from hetis.planner.client.errors import CallError, call_error
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 1.0
+ATTEMPT_S = 10.0  # one planner's time for a call that others may answer
+NOT_LEADER = "NOT_LEADER"
+_REFUSED_AT_ONCE = (NOT_LEADER, "DRAINING")
+_NO_ANSWER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def search_for(connection: Connection) -> LeaderSearch:
+    """Return the search for a connection's leader.
+
+    Tokens are sent unencrypted only to this machine, whoever names the leader.
+    """
+    return LeaderSearch(
+        connection.addresses,
+        lambda address: not connection.is_plain or (connection.is_local and is_loopback(address)),
+    )
+
+
+def leader_of(error: CallError) -> str:
+    """Return the leader's address as named by a planner that does not lead, or an empty string."""
+    return error.metadata.get("leader_address", "") if error.reason == NOT_LEADER else ""
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempts:
+    """The attempts of one call until its deadline.
+
+    Args:
+        leaders: the planners.
+        method: in gRPC's form.
+        end_s: the deadline.
+        clock: monotonic seconds.
+        jitter: returns a number from 0 to 1.
+        may_change: whether the call may change something.
+    """
+
+    leaders: LeaderSearch
+    method: str
+    end_s: float
+    clock: Callable[[], float]
+    jitter: Callable[[], float] = random.random
+    may_change: bool = False
+    tried: set[Endpoint] = field(default_factory=set)
+    _num_waits: int = 0
+    _is_in_doubt: bool = False  # an attempt may have been carried out without an answer
+
+    @property
+    def timeout_s(self) -> float:
+        """The timeout of the next attempt."""
+        left_s = max(self.end_s - self.clock(), 0.0)
+        is_dispatch = self.method.startswith(f"/{DISPATCH_SERVICE}/")
+        return min(left_s, ATTEMPT_S) if self.leaders.are_several and not is_dispatch else left_s
+
+    def next_wait_s(self, endpoint: Endpoint, error: CallError) -> float:
+        """Return how long to wait before the next attempt.
+
+        Raises:
+            CallError: the error itself, if neither another planner nor waiting can help. Its ``changed`` is ``unknown``
+                if an earlier attempt may have been carried out, whatever the planner says of the last one.
+        """
+        wait_s = self._wait_s(endpoint, error)
+        if wait_s is None:
+            raise self._of_all_attempts(error)
+        self._is_in_doubt |= self.may_change and not _changed_nothing(error)
+        return wait_s
+
+    def _wait_s(self, endpoint: Endpoint, error: CallError) -> float | None:
+        """Return how long to wait before the next attempt, or None if there is no point in one."""
+        several = self.leaders.are_several
+        is_elsewhere = error.reason == NOT_LEADER
+        is_silence = error.code is grpc.StatusCode.DEADLINE_EXCEEDED and error.reason == ""
+        if error.code is not grpc.StatusCode.UNAVAILABLE and not (several and is_silence):
+            return None
+        goes_on = self.leaders.failed(endpoint, leader_of(error), self.tried)
+        if not is_elsewhere and (not several or self.method.startswith(f"/{DISPATCH_SERVICE}/")):
+            return None  # gRPC retries a single planner; engines decide on their own
+        if goes_on:
+            wait_s = 0.0
+        elif not several:
+            return None
+        else:
+            self.tried.clear()
+            longest_s = min(FIRST_WAIT_S * 2.0**self._num_waits, LONGEST_WAIT_S)
+            self._num_waits += 1
+            wait_s = longest_s * (0.5 + 0.5 * self.jitter())
+        return None if self.clock() + wait_s >= self.end_s else wait_s
+
+    def _of_all_attempts(self, error: CallError) -> CallError:
+        # A leader's refusal is true of all attempts: it would have repeated its answer to one that was carried out.
+        if not self._is_in_doubt or error.code not in _NO_ANSWER:
+            return error
+        return CallError(
+            f"{error}; an earlier attempt of this call may have been carried out",
+            code=error.code,
+            reason=error.reason,
+            metadata={**error.metadata, "changed": "unknown"},
+            violations=error.violations,
+            retry_after_s=error.retry_after_s,
+        )
+
+
+def attempts_of(leaders: LeaderSearch, method: str, request: Any, timeout_s: float | None) -> Attempts:
+    """Return the attempts of a call that begins now; a timeout of None is the method's default deadline."""
+    return Attempts(
+        leaders=leaders,
+        method=method,
+        end_s=time.monotonic() + (default_deadline_s(method) if timeout_s is None else timeout_s),
+        clock=time.monotonic,
+        may_change=bool(getattr(request, "request_id", "")),
+    )
+
+
+def _changed_nothing(error: CallError) -> bool:
+    """Return whether a failed attempt surely changed nothing."""
+    changed = error.metadata.get("changed")
+    return changed == "no" or (changed is None and error.reason in _REFUSED_AT_ONCE)
+
+
+class _AnyStream:
+    """A response stream from the leader; a planner that at once says NOT_LEADER is replaced by its leader."""
+
+    def __init__(self, leaders: LeaderSearch, open_stream: Callable[[Endpoint], Any]) -> None:
+        self._leaders = leaders
+        self._open_stream = open_stream
+        self._tried = set[Endpoint]()
+        self._has_come = False
+        self._endpoint = leaders.present
+        self._call = open_stream(self._endpoint)
+
+    def _reopen(self, error: grpc.RpcError) -> None:
+        """Open the stream at the leader that an error names; raise the error if that cannot help."""
+        failed = call_error(error)
+        if failed.code is not grpc.StatusCode.UNAVAILABLE:
+            raise error
+        goes_on = self._leaders.failed(self._endpoint, leader_of(failed), self._tried)
+        if self._has_come or failed.reason != NOT_LEADER or not goes_on:
+            raise error
+        self._endpoint = self._leaders.present
+        self._call = self._open_stream(self._endpoint)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+
+class _Stream(_AnyStream):
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                self._reopen(error)
+            else:
+                self._has_come = True
+                return response
+
+
+class _AsyncStream(_AnyStream):
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while True:
+            try:
+                async for response in self._call:
+                    self._has_come = True
+                    yield response
+                return
+            except grpc.RpcError as error:
+                self._reopen(error)
+
+
+class _AnyLeaderChannel:
+    """What a channel to the leader does with and without an event loop. It is used by generated stubs.
+
+    A unary call reaches the leader even if that changes during the call: a planner that does not lead names the leader,
+    and if one does not answer, the next is tried. The request and its ``request_id`` stay the same.
+    """
+
+    stream: type[_AnyStream]
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.leaders = search_for(connection)
+        self.to(self.leaders.present)  # unreadable files are detected now
+
+    def to(self, endpoint: Endpoint) -> Any:
+        """Return the gRPC channel to one planner."""
+        raise NotImplementedError
+
+    def metadata(self, given: Any) -> Any:
+        """Return a call's own metadata, with the credentials unless it has some."""
+        own = list(given or ())
+        return own if any(key == "authorization" for key, _ in own) else own + self._connection.metadata()
+
+    def stream_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """Return the callable for a bidirectional stream to the last known leader, which may fail with NOT_LEADER."""
+
+        def call(requests: Any = None, *, metadata: Any = None, **settings: Any) -> Any:
+            one = self.to(self.leaders.present).stream_stream(method, *arguments, **named)
+            return one(requests, metadata=self.metadata(metadata), **settings)
+
+        return call
+
+    def unary_stream(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """Return the callable for a response stream. The caller reopens a broken one, which then goes to the leader."""
+
+        def call(request: Any, *, metadata: Any = None, **settings: Any) -> _AnyStream:
+            def open_stream(endpoint: Endpoint) -> Any:
+                one = self.to(endpoint).unary_stream(method, *arguments, **named)
+                return one(request, metadata=self.metadata(metadata), **settings)
+
+            return self.stream(self.leaders, open_stream)
+
+        return call
+
+
+class LeaderChannel(_AnyLeaderChannel):
+    """A channel to the leader, for code without an event loop."""
+
+    stream = _Stream
+
+    def __init__(self, connection: Connection, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._channels: dict[Endpoint, grpc.Channel] = {}
+        self._is_closed = False
+        super().__init__(connection)
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            for channel in self._channels.values():
+                channel.close()
+
+    def to(self, endpoint: Endpoint) -> grpc.Channel:
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the client is closed")
+            if endpoint not in self._channels:
+                self._channels[endpoint] = _opened(grpc, self._connection, endpoint)
+            return self._channels[endpoint]
+
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """Return the callable for a unary method."""
+
+        def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
+            request = prepared_request(request)
+            attempts = attempts_of(self.leaders, method, request, timeout)
+            while True:
+                endpoint = self.leaders.present
+                one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)
+                try:
+                    return one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
+                except grpc.RpcError as error:
+                    failed = call_error(error)
+                wait_s = attempts.next_wait_s(endpoint, failed)
+                self.leaders.refresh()
+                if wait_s:
+                    self._sleep(wait_s)
+
+        return call
+
+
+class AsyncLeaderChannel(_AnyLeaderChannel):
+    """A channel to the leader, for asyncio."""
+
+    stream = _AsyncStream
+
+    def __init__(self, connection: Connection, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        self._sleep = sleep
+        self._channels: dict[Endpoint, aio.Channel] = {}
+        super().__init__(connection)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    def to(self, endpoint: Endpoint) -> aio.Channel:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = _opened(aio, self._connection, endpoint)
+        return self._channels[endpoint]
+
+    def metadata(self, given: Any) -> aio.Metadata:
+        return aio.Metadata(*super().metadata(given))
+
+    def unary_unary(self, method: str, *arguments: Any, **named: Any) -> Callable[..., Any]:
+        """Return the callable for a unary method."""
+
+        async def call(request: Any, timeout: float | None = None, *, metadata: Any = None, **settings: Any) -> Any:
+            request = prepared_request(request)
+            attempts = attempts_of(self.leaders, method, request, timeout)
+            while True:
+                endpoint = self.leaders.present
+                one: Any = self.to(endpoint).unary_unary(method, *arguments, **named)
+                try:
+                    return await one(request, timeout=attempts.timeout_s, metadata=self.metadata(metadata), **settings)
+                except grpc.RpcError as error:
+                    failed = call_error(error)
+                wait_s = attempts.next_wait_s(endpoint, failed)
+                if self.leaders.is_stale:
+                    await asyncio.to_thread(self.leaders.refresh)
+                if wait_s:
+                    await self._sleep(wait_s)
+
+        return call
+
+
+def _opened(library: Any, connection: Connection, endpoint: Endpoint) -> Any:
+    """Return a channel of gRPC's ``library``, which retries unless the client can do so with another planner."""
+    options = list(CHANNEL_OPTIONS if len(connection.addresses) == 1 and not endpoint.name else SEVERAL_OPTIONS)
+    if endpoint.name:
+        options.append(("grpc.default_authority", endpoint.name))
+        if not connection.is_plain:
+            options.append(("grpc.ssl_target_name_override", endpoint.name))
+    if connection.is_plain:
+        return library.insecure_channel(endpoint.address, options)
+    return library.secure_channel(endpoint.address, connection.channel_credentials(), options)

@@ -1,0 +1,281 @@
+"""Limits that keep one caller from taking what others need: streams, changes per second, connections, descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from hetis.planner.failures import Reason, ServiceError, quota_exceeded
+from hetis.planner.service.access import NEEDED, STANDBY_READS, CallerRole, is_open
+from hetis.planner.service.settings import is_socket_path, split_address
+
+MOST_OF_A_CALLER = 100
+"""Watches and downloads of one caller, by its credentials."""
+MOST_OF_A_HOST = 100
+"""Streams of one host to services open to anybody: health and reflection."""
+MOST_OF_ALL_HOSTS = 1_000
+MOST_OF_ENGINES = 1_000
+"""Dispatch streams of one caller: engines use their agents' credentials, which nodes may share."""
+_DISPATCH = "/hetis.v1.DispatchService/DispatchRequests"
+_CONNECT = "/hetis.v1.AgentService/ConnectNode"  # one per node, whose agents may share credentials
+
+
+class StreamLimits:
+    """Counts open streams."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def opened(self, method: str, *, caller: str, peer: str) -> Iterator[None]:
+        """Count a stream as open within the context. ``peer`` is in gRPC's form, with its port.
+
+        Raises:
+            ServiceError: TOO_MANY_STREAMS.
+        """
+        limits = _limits(method, caller, peer)
+        for key, most in limits.items():
+            if self._open[key] >= most:
+                raise ServiceError(
+                    Reason.ERROR_REASON_TOO_MANY_STREAMS,
+                    f"{key} has {most} streams open already, and may have no more: end one first",
+                    metadata={"max_streams": most},
+                )
+        self._open.update(limits.keys())
+        try:
+            yield
+        finally:
+            for key in limits:
+                self._open[key] -= 1
+                if not self._open[key]:
+                    del self._open[key]
+
+
+def _limits(method: str, caller: str, peer: str) -> dict[str, int]:
+    if is_open(method):
+        return {f"host {peer.rpartition(':')[0]}": MOST_OF_A_HOST, "everybody together": MOST_OF_ALL_HOSTS}
+    if method == _DISPATCH:
+        return {f"caller {caller}, for dispatch,": MOST_OF_ENGINES}
+    return {} if method == _CONNECT else {f"caller {caller}": MOST_OF_A_CALLER}
+
+
+WRITES = frozenset(
+    method
+    for method, roles in NEEDED.items()
+    if CallerRole.VIEWER not in roles
+    and method not in STANDBY_READS
+    and method.split(".")[-1].partition("/")[0] not in ("DispatchService", "AgentService")
+)
+"""The methods that are limited. Dispatch does not touch the disk, and a node has only one agent stream."""
+_MOST_REMEMBERED = 10_000
+
+
+@dataclass(slots=True)
+class _Bucket:
+    tokens: float
+    filled_s: float
+
+
+class WriteRates:
+    """A token bucket per caller, from which each call takes one token.
+
+    Args:
+        per_s: tokens added per second.
+        burst: capacity of a bucket.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, *, per_s: float = 100.0, burst: int = 500, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s, self._burst, self._clock = per_s, burst, clock
+        self._buckets: dict[str, _Bucket] = {}
+
+    def take(self, method: str, caller: str) -> None:
+        """Take a token from the caller's bucket if the method is a write.
+
+        Raises:
+            ServiceError: QUOTA_EXCEEDED, with the time when the caller may continue.
+        """
+        if method not in WRITES:
+            return
+        now_s = self._clock()
+        bucket = self._buckets.get(caller)
+        if bucket is None:
+            self._forget_full(now_s)
+            bucket = self._buckets[caller] = _Bucket(float(self._burst), now_s)
+        bucket.tokens = min(self._burst, bucket.tokens + self._per_s * (now_s - bucket.filled_s))
+        bucket.filled_s = now_s
+        if bucket.tokens < 1:
+            raise quota_exceeded(
+                caller,
+                "writes_per_second",
+                f"{caller} has changed things more than {self._per_s:g} times a second",
+                limit=self._per_s,
+                retry_after_s=(1 - bucket.tokens) / self._per_s,
+            )
+        bucket.tokens -= 1
+
+    def _forget_full(self, now_s: float) -> None:
+        """Drop full buckets when there are many; callers are names of credentials, but these can be numerous."""
+        if len(self._buckets) >= _MOST_REMEMBERED:
+            full_s = self._burst / self._per_s
+            self._buckets = {name: kept for name, kept in self._buckets.items() if now_s - kept.filled_s < full_s}
+
+
+LOOK_S = 1.0
+_FOLDER = "/proc/self/fd"
+_KEPT_FOR_OTHERS = 0.25  # of all descriptors: files, the store, the status page, solver processes
+_SHARE_OF_A_HOST = 0.25  # of all connections
+_UNLIMITED = 1_000_000
+_log = logging.getLogger("hetis.planner.connections")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """The most open connections, in total and per host."""
+
+    of_all: int
+    of_a_host: int
+
+    @classmethod
+    def of_descriptors(cls, limit: int, *, of_a_host: int | None = None) -> ConnectionLimits:
+        """Return the limits for a number of descriptors: 3/4 of them for connections, 1/4 of those per host."""
+        num = _UNLIMITED if limit == resource.RLIM_INFINITY else limit
+        of_all = max(8, int(num * (1 - _KEPT_FOR_OTHERS)))
+        return cls(of_all=of_all, of_a_host=min(of_all, of_a_host or max(2, int(of_all * _SHARE_OF_A_HOST))))
+
+
+class ConnectionWatch:
+    """Keeps each host to its share of the connections to the gRPC ports.
+
+    gRPC limits their total, but for Python it neither counts connections per host nor exposes them. They are
+    descriptors of this process, though: a thread inspects them periodically and shuts down those in excess of a host's
+    limit, the newest first. gRPC then closes them as when a peer goes away. Without `/proc` (on systems other than
+    Linux) only the total limit applies.
+
+    Attributes:
+        closed: excess connections closed since the start.
+    """
+
+    def __init__(self, limits: ConnectionLimits, ports: frozenset[int]) -> None:
+        """``ports``: the ports that gRPC listens on."""
+        self.closed = 0
+        self._limits, self._ports = limits, ports
+        self._known: dict[int, _Connection | None] = {}  # by inode; None: another kind of socket
+
+    async def run(self) -> None:
+        """Check periodically until cancelled."""
+        while os.path.isdir(_FOLDER):
+            try:
+                await asyncio.to_thread(self.look)
+            except OSError as error:
+                _log.warning("connections could not be counted: %s", error)
+            await asyncio.sleep(LOOK_S)
+
+    def look(self) -> int:
+        """Count all connections, and close those in excess of a host's limit, newest first.
+
+        Returns:
+            The number of connections; 0 also if there are too few descriptors for any host to exceed its limit.
+        """
+        names = os.listdir(_FOLDER)
+        if len(names) <= self._limits.of_a_host:
+            return 0  # with 10,000 connections the rest takes some 30 ms
+        known = dict[int, _Connection | None]()
+        for name in names:
+            with suppress(OSError):  # closed meanwhile
+                inode = _inode_of(os.readlink(f"{_FOLDER}/{name}"))
+                if inode is not None:
+                    known[inode] = self._known[inode] if inode in self._known else _connection(int(name), self._ports)
+        num_of, closed = Counter[str](), Counter[str]()
+        for inode in sorted(known, key=lambda inode: inode not in self._known):
+            one = known[inode]
+            if one is None:
+                continue
+            num_of[one.host] += 1
+            if num_of[one.host] > self._limits.of_a_host and _shut_down(one, inode):
+                closed[one.host] += 1
+        self._known = known
+        self.closed += closed.total()
+        for host, num in closed.items():
+            _log.warning(
+                "too many connections of one host, the newest were closed",
+                extra={"host": host, "closed": num, "limit": self._limits.of_a_host},
+            )
+        return num_of.total()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Connection:
+    descriptor: int
+    host: str
+
+
+def ports_of(addresses: Iterable[str]) -> frozenset[int]:
+    """Return the TCP ports in use; Unix sockets have none, and are protected by file modes."""
+    return frozenset(split_address(address)[1] for address in addresses if not is_socket_path(address))
+
+
+def _inode_of(link: str) -> int | None:
+    """Return the inode of a descriptor if it is a socket, else None."""
+    return int(link[len("socket:[") : -1]) if link.startswith("socket:[") else None
+
+
+def _connection(descriptor: int, ports: frozenset[int]) -> _Connection | None:
+    """Return an accepted connection to one of the ports, or None if the descriptor is something else."""
+    with suppress(OSError), _opened(descriptor) as found:
+        if found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] in ports:
+            return _Connection(descriptor=descriptor, host=str(found.getpeername()[0]))  # fails for listening sockets
+    return None
+
+
+def _shut_down(one: _Connection, inode: int) -> bool:
+    """Shut down a connection if the descriptor still refers to it; return whether it did."""
+    with suppress(OSError), _opened(one.descriptor) as found:
+        if os.fstat(found.fileno()).st_ino == inode:
+            found.shutdown(socket.SHUT_RDWR)
+            return True
+    return False
+
+
+def _opened(descriptor: int) -> socket.socket:
+    """Return a socket on a duplicate descriptor, so that closing either one leaves the other open."""
+    own = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+
+
+_ENOUGH = 16_384  # 10,000 agents, watchers, solver processes, the status page
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the limit as far as this process may, and return it; logs a warning if it is low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError) as error:  # some systems report no limit, but do not accept that value
+            _log.warning("the limit of open files stays at %d: %s", soft, error)
+    if soft != resource.RLIM_INFINITY and soft < _ENOUGH:
+        _log.warning(
+            "at most %d files and connections can be open; %d are enough for 10,000 agents (LimitNOFILE, ulimit -n)",
+            soft,
+            _ENOUGH,
+        )
+    return soft
+
+
+def reserved_for_page(limit: int) -> int:
+    """Return how many descriptors the status page may take: an eighth; the rest is for gRPC and the store."""
+    return 256 if limit == resource.RLIM_INFINITY else max(8, min(256, limit // 8))

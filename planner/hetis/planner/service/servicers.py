@@ -1,0 +1,173 @@
+"""The methods of every service, each a function of a request, or of a stream of requests, alone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from inspect import isasyncgenfunction, isawaitable
+from types import SimpleNamespace
+from typing import Any
+
+from hetis.planner.failures import ServiceError
+from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.fleet import LiveFleet
+from hetis.planner.fleet.views import RunningReplicas
+from hetis.planner.resources.clusters import Clusters
+from hetis.planner.resources.nodes import Nodes
+from hetis.planner.resources.plan_activation import PlanActivation
+from hetis.planner.resources.plan_creation import PlanCreation
+from hetis.planner.resources.plans import Plans
+from hetis.planner.resources.profiles import Profiles
+from hetis.planner.resources.watches import ClusterWatches, RunningResources
+from hetis.planner.service.access import CallerRole, caller
+from hetis.planner.service.server import Servicing
+from hetis.v1 import agent_service_pb2 as agent
+from hetis.v1 import dispatch_service_pb2 as dispatch
+from hetis.v1.agent_service_pb2_grpc import add_AgentServiceServicer_to_server
+from hetis.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
+from hetis.v1.cluster_service_pb2_grpc import add_ClusterServiceServicer_to_server
+from hetis.v1.dispatch_service_pb2_grpc import add_DispatchServiceServicer_to_server
+from hetis.v1.plan_service_pb2_grpc import add_PlanServiceServicer_to_server
+from hetis.v1.profile_service_pb2_grpc import add_ProfileServiceServicer_to_server
+
+Methods = Mapping[str, Callable[[Any], Any]]
+_ADD: Mapping[str, Callable[[Any, Any], None]] = {
+    "ClusterService": add_ClusterServiceServicer_to_server,
+    "ProfileService": add_ProfileServiceServicer_to_server,
+    "PlanService": add_PlanServiceServicer_to_server,
+    "DispatchService": add_DispatchServiceServicer_to_server,
+    "AuditService": add_AuditServiceServicer_to_server,
+    "AgentService": add_AgentServiceServicer_to_server,
+}
+
+
+def servicing(service: str, methods: Methods) -> Servicing:
+    """Return a service of the API with what answers each of its methods; registering it fails if one is missing."""
+    servicer = SimpleNamespace(**{name: _without_context(method) for name, method in methods.items()})
+    return Servicing(service=f"hetis.v1.{service}", servicer=servicer, add=_ADD[service])
+
+
+def _without_context(method: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    async def answer(request: Any, _context: Any) -> Any:
+        return await method(request)
+
+    async def answers(request: Any, _context: Any) -> AsyncIterator[Any]:
+        async with aclosing(method(request)) as responses:
+            async for response in responses:
+                yield response
+
+    return answers if isasyncgenfunction(method) else answer
+
+
+def cluster_methods(clusters: Clusters, nodes: Nodes, running: RunningResources, watches: ClusterWatches) -> Methods:
+    return {
+        "CreateCluster": clusters.create,
+        "GetCluster": clusters.get,
+        "ListClusters": clusters.list,
+        "UpdateCluster": clusters.update,
+        "DeleteCluster": clusters.delete,
+        "WatchCluster": watches.watch,
+        "GetInventory": nodes.inventory,
+        "GetNode": nodes.get,
+        "ListNodes": nodes.list,
+        "DrainNode": nodes.drain,
+        "UndrainNode": nodes.undrain,
+        "DisconnectNode": nodes.disconnect,
+        "GetReplica": running.get_replica,
+        "ListReplicas": running.list_replicas,
+        "GetRedispatch": running.get_redispatch,
+        "ListRedispatches": running.list_redispatches,
+    }
+
+
+def profile_methods(profiles: Profiles) -> Methods:
+    return {
+        "CreateProfile": profiles.create,
+        "GetProfile": profiles.get,
+        "ListProfiles": profiles.list,
+        "UpdateProfile": profiles.update,
+        "DeleteProfile": profiles.delete,
+    }
+
+
+def plan_methods(creation: PlanCreation, plans: Plans, activation: PlanActivation) -> Methods:
+    return {
+        "CreatePlan": creation.create,
+        "GetPlan": plans.get,
+        "ListPlans": plans.list,
+        "DeletePlan": plans.delete,
+        "WatchPlan": plans.watch,
+        "CancelPlan": plans.cancel,
+        "ExplainPlan": plans.explain,
+        "DiffPlans": plans.diff,
+        "ReadPlanDocument": plans.read_document,
+        "ActivatePlan": activation.activate,
+        "RollbackPlan": activation.rollback,
+    }
+
+
+def agent_methods(fleet: LiveFleet) -> Methods:
+    """Return the stream of an agent for the node in its credentials; the fleet does the rest."""
+
+    async def connect(
+        requests: AsyncIterator[agent.ConnectNodeRequest],
+    ) -> AsyncIterator[agent.ConnectNodeResponse]:
+        async with aclosing(fleet.connect(caller(), requests)) as responses:
+            async for response in responses:
+                yield response
+
+    return {"ConnectNode": connect}
+
+
+def dispatch_methods(
+    states: DispatchStates, replicas: RunningReplicas, *, require_lease: Callable[[], None] = lambda: None
+) -> Methods:
+    """Return the methods that an agent may call for replicas whose primary is on its node.
+
+    ``require_lease`` raises STORE_UNAVAILABLE if nothing may be decided; the interceptor checks unary calls.
+    """
+
+    def require_primary(replica: str, role: CallerRole) -> None:
+        """Check that an agent without ``role`` belongs to the node of the replica's primary.
+
+        Raises:
+            ServiceError: WRONG_NODE. Only callers that may know the cluster learn that a replica does not exist.
+        """
+        if role not in caller().roles:
+            view = replicas.replica_view(replica)
+            cluster, _, _ = replica.partition("/replicas/")
+            caller().require_node(f"{cluster}/nodes/{view.primary_node if view else ''}")
+
+    def checked(
+        method: Callable[[Any], Any],
+        name_of: Callable[[Any], str] = lambda request: request.parent,
+        role: CallerRole = CallerRole.ORCHESTRATOR,
+    ) -> Callable[[Any], Awaitable[Any]]:
+        async def answer(request: Any) -> Any:
+            require_primary(name_of(request).removesuffix("/dispatchState"), role)
+            found = method(request)
+            return await found if isawaitable(found) else found
+
+        return answer
+
+    step = checked(states.step)
+
+    async def steps(
+        requests: AsyncIterator[dispatch.DispatchRequestsRequest],
+    ) -> AsyncIterator[dispatch.DispatchRequestsResponse]:
+        async for request in requests:
+            try:
+                require_lease()
+                response = await step(request)
+            except ServiceError as error:
+                response = dispatch.DispatchRequestsResponse(sequence=request.sequence, failure=error.to_proto())
+            yield response
+
+    return {
+        "DispatchRequests": steps,
+        "AdmitRequests": checked(states.admit),
+        "FinishRequests": checked(states.finish),
+        "GrowRequests": checked(states.grow),
+        "GetDispatchState": checked(states.get, lambda request: request.name, CallerRole.VIEWER),
+        "UpdateDispatchState": checked(states.update, lambda request: request.dispatch_state.name),
+    }
