@@ -10,7 +10,8 @@ from benchmarks import service
 from benchmarks.measuring.rows import Row
 from benchmarks.measuring.service_bench import KEYS, Extent
 from benchmarks.measuring.service_fleet import NODES_PER_CELL, cell_fleet
-from hetis.planner.convert.documents import read_cluster, read_document
+from hetis.planner.convert.documents import read_document
+from hetis.solver.cluster import Cluster
 from hetis.solver.plan import Plan
 
 TINY = Extent(agents=20, idle_s=0.3, report_s=0.4, rates=(50,), beside_rate=20, changes=3, calls=24)
@@ -57,9 +58,9 @@ def test_calls_are_shown_beside_an_empty_one(found: Sequence[Row]) -> None:
 
 def test_a_fleet_of_cells_is_what_its_plan_is_for() -> None:
     fleet = cell_fleet(3 * NODES_PER_CELL + 2)
-    plan = read_document(fleet.plan, "Plan")
+    plan = read_document(fleet.plan, Plan)
     assert isinstance(plan, Plan)
     assert len(plan.replicas) == len(fleet.cells) == 3
     assert fleet.num_nodes == 29
-    nodes = {device.name.partition("/")[0] for device in read_cluster(fleet.cluster).devices()}
+    nodes = {device.name.partition("/")[0] for device in read_document(fleet.cluster, Cluster).devices()}
     assert nodes == {node for cell in fleet.cells for node in cell} | set(fleet.spare)

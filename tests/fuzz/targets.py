@@ -36,7 +36,10 @@ from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables
 from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError
+from hetis.solver.plan import Plan
+from hetis.solver.workload import Workload
 from hetis.v1 import dispatch_service_pb2, document_pb2, plan_pb2, stage_pb2
 from tests.fuzz.http_bytes import ask_agent, ask_page, read_engine
 from tests.planner.dispatching.stages import stage_model
@@ -88,7 +91,7 @@ def _text(data: bytes) -> None:
         parse_text(data.decode("utf-8", errors="replace"), "document")
 
 
-def _document(kind: str, data: bytes) -> None:
+def _document(kind: type[Any], data: bytes) -> None:
     """Read a document as a request carries it."""
     with suppress(DocumentError, InvalidProblemError, ServiceError):
         read_document(document_pb2.Document(content=data), kind)
@@ -172,9 +175,9 @@ TARGETS: Mapping[str, Target] = {
     },
     **{f"import_{form}": Target(read=partial(_from_file, partial(_table, form), form, ".csv")) for form in FORMATS},
     "text": Target(read=_text, seeds=("tests/bad_input/cluster_*",)),
-    "request_cluster": Target(read=partial(_document, "Cluster"), seeds=("tests/bad_input/cluster_*",)),
-    "request_plan": Target(read=partial(_document, "Plan"), seeds=("tests/bad_input/plan_*",)),
-    "request_workload": Target(read=partial(_document, "Workload"), seeds=("tests/bad_input/workload_*.yaml",)),
+    "request_cluster": Target(read=partial(_document, Cluster), seeds=("tests/bad_input/cluster_*",)),
+    "request_plan": Target(read=partial(_document, Plan), seeds=("tests/bad_input/plan_*",)),
+    "request_workload": Target(read=partial(_document, Workload), seeds=("tests/bad_input/workload_*.yaml",)),
     "prometheus": Target(read=_metrics),
     "http_page": Target(read=ask_page),
     "http_agent": Target(read=ask_agent),

@@ -11,11 +11,15 @@ import time
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.convert.documents import read_document
+from hetis.solver.cluster import Cluster
+from hetis.solver.plan import Plan
+from hetis.solver.profile import Profile
 from hetis.v1 import document_pb2
 
 MOST_MB = 300
@@ -66,9 +70,9 @@ def _plans() -> dict[str, str]:
     }
 
 
-def _documents() -> Iterator[tuple[str, str, str]]:
+def _documents() -> Iterator[tuple[type[Any], str, str]]:
     """Yield kind, name and text."""
-    for kind, texts in (("Cluster", _texts()), ("Profile", _profiles()), ("Plan", _plans())):
+    for kind, texts in ((Cluster, _texts()), (Profile, _profiles()), (Plan, _plans())):
         for name, text in texts.items():
             yield kind, name, text
 
@@ -79,7 +83,7 @@ def _high_water_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def _read(kind: str, text: str) -> dict[str, float]:
+def _read(kind: type[Any], text: str) -> dict[str, float]:
     content = text.encode()
     Path("/proc/self/clear_refs").write_text("5")
     before_mb, began_s = _high_water_mb(), time.process_time()

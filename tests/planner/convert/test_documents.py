@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hetis.formats.errors import DocumentError
 from hetis.planner.convert import documents
 from hetis.planner.convert.names import CLUSTER, NODE, cluster_of, is_id, last_part, node_name, timestamp
+from hetis.solver.cluster import Cluster
 from hetis.v1 import document_pb2
 
 FLEET = """\
@@ -25,10 +26,10 @@ network: {{bandwidth: 100Gbps, latency: 20us}}
 @given(name=st.sampled_from(["a", "fleet of two", "Größe"]), source=st.sampled_from(["", "fleet.yaml"]))
 def test_canonical_json_reads_as_itself(name: str, source: str) -> None:
     given_text = document_pb2.Document(content=FLEET.format(name=name).encode(), source_name=source)
-    canonical = documents.document_of(documents.read_document(given_text, "Cluster"), source_name=source)
+    canonical = documents.document_of(documents.read_document(given_text, Cluster), source_name=source)
     assert canonical.kind == document_pb2.DOCUMENT_KIND_CLUSTER
     assert canonical.digest == f"sha256:{hashlib.sha256(canonical.content).hexdigest()}"
-    again = documents.document_of(documents.read_document(canonical, "Cluster"), source_name=source)
+    again = documents.document_of(documents.read_document(canonical, Cluster), source_name=source)
     assert again == canonical
 
 
@@ -44,7 +45,7 @@ def test_what_grows_too_large_as_json_is_refused(monkeypatch: pytest.MonkeyPatch
         + types
     )
     assert len(text) < documents.MAX_BYTES / 3
-    value = documents.read_document(document_pb2.Document(content=text.encode()), "Cluster")
+    value = documents.read_document(document_pb2.Document(content=text.encode()), Cluster)
     with pytest.raises(DocumentError, match=r"document: has \d+ bytes as canonical JSON, at most 5000 are allowed"):
         documents.document_of(value)
 
@@ -52,7 +53,7 @@ def test_what_grows_too_large_as_json_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("source", ["x" * 256, "a\nb"])
 def test_names_of_sources_are_short_and_printable(source: str) -> None:
     with pytest.raises(DocumentError, match="source_name"):
-        documents.read_document(document_pb2.Document(content=b"{}", source_name=source), "Cluster")
+        documents.read_document(document_pb2.Document(content=b"{}", source_name=source), Cluster)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.plan_activation import PlanActivation
 from hetis.planner.resources.plan_creation import PlanCreation, PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
-from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.shared import DeclaredFleets, Hubs
 from hetis.planner.service.calls import Calls
@@ -98,7 +97,7 @@ async def planner_in(
     pool = SolverPool(settings, start_process=start_process)
     searches = PlanSearches(store, hubs, pool)
     documents = PlanDocuments(store)
-    creation = PlanCreation(store, hubs, fleet, fleets, pool, searches, limits=SearchLimits())
+    creation = PlanCreation(store, hubs, fleet, fleets, pool, searches)
     clusters = Clusters(store, hubs, fleet, fleets)
     plans = Plans(store, hubs, searches, documents)
     methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status  # type: ignore[import-untyped]
 
+from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import CONNECTED, NodeReader, Nodes
 from hetis.planner.resources.profiles import Profiles
@@ -31,10 +32,8 @@ from hetis.v1 import (
     cluster_pb2,
     cluster_service_pb2_grpc,
     document_pb2,
-    inventory_pb2,
     profile_service_pb2_grpc,
     replica_pb2,
-    report_pb2,
 )
 
 T = TypeVar("T")
@@ -55,22 +54,39 @@ def document(text: str = CLUSTER, name: str = "fleet.yaml") -> document_pb2.Docu
     return document_pb2.Document(content=text.encode(), source_name=name)
 
 
-@dataclass(kw_only=True)
-class LiveNode:
-    state: STATE.ValueType = STATE.NODE_STATE_READY
-    devices: list[report_pb2.DeviceReport] = field(default_factory=list)
-    inventory: inventory_pb2.NodeInventory | None = None
-    connect_time_s: float | None = 5.0
-    heard_time_s: float | None = 6.0
+def live_node(state: STATE.ValueType = STATE.NODE_STATE_READY, **given: Any) -> LiveNode:
+    """Return a node as the fleet sees it; ``given`` fields are not as usual."""
+    usual: dict[str, Any] = {
+        "name": "",
+        "is_draining": False,
+        "devices": (),
+        "inventory": None,
+        "agent_version": "",
+        "capabilities": frozenset(),
+        "connect_time_s": 5.0,
+        "heard_time_s": 6.0,
+    }
+    return LiveNode(state=state, **(usual | given))
 
 
-@dataclass(kw_only=True)
-class LiveReplica:
-    state: replica_pb2.ReplicaState.ValueType
-    generation: int
-    report: report_pb2.ReplicaReport | None = None
-    report_time_s: float | None = None
-    redispatch: str = ""
+def live_replica(state: replica_pb2.ReplicaState.ValueType, generation: int, **given: Any) -> LiveReplica:
+    """Return a replica as the fleet sees it; ``given`` fields are not as usual."""
+    usual: dict[str, Any] = {
+        "name": "",
+        "cluster": "",
+        "plan": "",
+        "plan_index": 0,
+        "primary_node": "",
+        "model": None,
+        "stages": (),
+        "authority": replica_pb2.HEAD_MAP_AUTHORITY_ENGINE,
+        "shape": replica_pb2.ReplicaPlan(),
+        "conditions": {},
+        "report": None,
+        "report_time_s": None,
+        "redispatch": "",
+    }
+    return LiveReplica(state=state, generation=generation, **(usual | given))
 
 
 class FakeFleet:
@@ -119,14 +135,14 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     clock = lambda: now_s[0]  # noqa: E731
     reader = NodeReader(store, fleet, fleets)
     methods = cluster_methods(
-        Clusters(store, hubs, fleet, fleets, clock=clock),
-        Nodes(store, hubs, fleet, reader, clock=clock),
+        Clusters(store, hubs, fleet, fleets, clock),
+        Nodes(store, hubs, fleet, reader, clock),
         RunningResources(store, fleet),
-        ClusterWatches(store, hubs, fleet, reader, clock=clock),
+        ClusterWatches(store, hubs, fleet, reader, clock),
     )
     servicings = [
         servicing("ClusterService", methods),
-        servicing("ProfileService", profile_methods(Profiles(store, clock=clock))),
+        servicing("ProfileService", profile_methods(Profiles(store, clock))),
     ]
     server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
     address = server.listen("127.0.0.1:0")

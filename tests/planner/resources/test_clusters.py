@@ -17,7 +17,7 @@ from hetis.planner.store import PlanRecord, ReplicaRecord, Transaction
 from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
-from tests.planner.resources.served import CLUSTER, LiveReplica, Served, document, refused, with_planner
+from tests.planner.resources.served import CLUSTER, Served, document, live_replica, refused, with_planner
 from tests.planner.store import samples
 
 
@@ -292,7 +292,7 @@ def test_replicas_and_redispatches_are_read_and_listed(tmp_path: Path) -> None:
                 tx.redispatches.insert(dataclasses.replace(move, replica=(first, second)[move.name[-1] == "1"].name))
 
         await planner.store.write(fill)
-        planner.fleet.replicas[first.name] = LiveReplica(
+        planner.fleet.replicas[first.name] = live_replica(
             state=replica_pb2.REPLICA_STATE_SERVING, generation=7, report_time_s=9.0, redispatch=moves[0].name
         )
         replica = (await planner.clusters.GetReplica(pb.GetReplicaRequest(name=first.name))).replica

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from hetis.planner.store import NodeRecord
 from hetis.v1 import cluster_pb2, inventory_pb2, report_pb2
 from hetis.v1 import cluster_service_pb2 as pb
 from hetis.v1.view_pb2 import VIEW_BASIC
-from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, refused, with_planner
+from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, live_node, refused, with_planner
 from tests.planner.store import samples
 
 PARENT = "clusters/night"
@@ -34,8 +35,8 @@ async def make(planner: Served, text: str = CLUSTER) -> None:
     await planner.clusters.CreateCluster(pb.CreateClusterRequest(cluster_id="night", cluster=cluster))
 
 
-def see(planner: Served, node: str, state: STATE.ValueType, **fields: object) -> LiveNode:
-    live = planner.fleet.nodes[f"{PARENT}/nodes/{node}"] = LiveNode(state=state, **fields)  # type: ignore[arg-type]
+def see(planner: Served, node: str, state: STATE.ValueType, **fields: Any) -> LiveNode:
+    live = planner.fleet.nodes[f"{PARENT}/nodes/{node}"] = live_node(state=state, **fields)
     return live
 
 

@@ -25,7 +25,7 @@ from hetis.solver.plan import Plan
 from hetis.v1 import cluster_pb2, document_pb2, plan_pb2, profile_pb2
 from hetis.v1 import plan_service_pb2 as pb2
 from tests.planner.resources.planned import PAPER, Planner, create_request, make_cluster, with_planner
-from tests.planner.resources.served import LiveNode, refused
+from tests.planner.resources.served import live_node, refused
 
 READY, INFEASIBLE = plan_pb2.PLAN_STATE_READY, plan_pb2.PLAN_STATE_INFEASIBLE
 
@@ -177,7 +177,7 @@ def test_what_cannot_be_is_infeasible_with_reasons_and_nothing_to_explain(tmp_pa
 
 def test_nodes_that_drain_or_are_lost_are_left_out(tmp_path: Path) -> None:
     async def scenario(planner: Planner) -> None:
-        planner.fleet.nodes["clusters/paper/nodes/p100"] = LiveNode(state=cluster_pb2.NODE_STATE_LOST)
+        planner.fleet.nodes["clusters/paper/nodes/p100"] = live_node(state=cluster_pb2.NODE_STATE_LOST)
         await planner.create("less")
         plan = await planner.solved("plans/less")
         assert plan.state == READY

@@ -22,14 +22,8 @@ def _one(device: str, rate: float = 1.0) -> replica_pb2.ReplicaPlan:
 def _steps(
     running: dict[str, replica_pb2.ReplicaPlan], plan: list[replica_pb2.ReplicaPlan], **options: object
 ) -> list[tuple[int, int, str]]:
-    steps = plan_transition(
-        running,
-        plan,
-        cluster=CLUSTER,
-        plan="plans/next",
-        load_bytes=lambda one: 7 * len(devices_of(one)),
-        **options,  # type: ignore[arg-type]
-    )
+    matching = match_replicas(running, plan, cluster=CLUSTER, plan="plans/next", **options)  # type: ignore[arg-type]
+    steps = plan_transition(running, plan, matching, lambda one: 7 * len(devices_of(one)))
     assert all(step.load_bytes == (7 * len(step.devices) if step.kind == START else 0) for step in steps)
     return [(step.wave, step.kind, step.replica.rpartition("/")[2]) for step in steps]
 

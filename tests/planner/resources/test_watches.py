@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import cluster_service_pb2 as pb
-from tests.planner.resources.served import CLUSTER, STATE, LiveNode, Served, document, refused, with_planner
+from tests.planner.resources.served import CLUSTER, STATE, Served, document, live_node, refused, with_planner
 from tests.planner.store import samples
 
 NAME = "clusters/night"
@@ -103,7 +103,7 @@ def test_nodes_come_and_go_with_the_document_and_their_agents(tmp_path: Path) ->
         watcher = Watcher(planner)
         await watcher.catch_up()
         spare = f"{NAME}/nodes/l4-2"
-        planner.fleet.nodes[spare] = LiveNode(state=STATE.NODE_STATE_READY)
+        planner.fleet.nodes[spare] = live_node(state=STATE.NODE_STATE_READY)
         await change(planner, CLUSTER.replace("count: 3", "count: 1"))
         for _ in range(3):
             await watcher.next()
@@ -269,7 +269,7 @@ def test_a_change_of_a_node_is_looked_up_once_however_many_watch(tmp_path: Path)
         for watcher in watchers:
             await watcher.catch_up()
         for state in (STATE.NODE_STATE_READY, STATE.NODE_STATE_SUSPECT):
-            planner.fleet.nodes[name] = LiveNode(state=state)
+            planner.fleet.nodes[name] = live_node(state=state)
             planner.fleet.looked_up.clear()
             planner.hubs.cluster(NAME).publish(("node", name), cluster_pb2.Node(name=name), now_s=5.0)
             assert [(await watcher.next()).node.state for watcher in watchers] == [state] * 5

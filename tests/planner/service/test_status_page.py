@@ -24,7 +24,7 @@ from hetis.planner.service.status_html import status_html
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, report_pb2
 from tests.planner.html_pages import ReadPage
-from tests.planner.resources.served import LiveNode
+from tests.planner.resources.served import live_node
 from tests.planner.service.fakes import FakePlanner
 from tests.planner.service.serving import run
 
@@ -171,7 +171,7 @@ def test_a_large_fleet_has_a_page_of_bounded_size() -> None:
     kv = KvHistory()
     for step in range(NUM_SAMPLES + 5):
         kv.add(1_000.0 + 5 * step, ((f"n{i}/0", (i % 100) / 100) for i in range(2_000)))
-    nodes = {f"clusters/c/nodes/n{i}": LiveNode(heard_time_s=1.0) for i in range(2_000)}
+    nodes = {f"clusters/c/nodes/n{i}": live_node(heard_time_s=1.0) for i in range(2_000)}
     html = status_html(OVERVIEW, [replace(running_cluster(), kv=kv, nodes=nodes)], version="1", is_ready=True)
     assert len(html) < 400_000
     text = ReadPage(html).text
@@ -215,7 +215,7 @@ def running_cluster(name: str = "clusters/c") -> ClusterNow:
     return ClusterNow(
         name=name,
         nodes={
-            f"{name}/nodes/{node}": LiveNode(state=lost if node == "x" else ready, heard_time_s=1.0) for node in "awx"
+            f"{name}/nodes/{node}": live_node(state=lost if node == "x" else ready, heard_time_s=1.0) for node in "awx"
         },
         replicas=[replica], redispatches=[moved], kv=kv, high_water=0.8, now_s=1_005.0,
     )  # fmt: skip

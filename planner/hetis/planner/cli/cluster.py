@@ -155,7 +155,8 @@ def discover(
 def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
     """Return what a planner's agents report, read node by node: lists are without inventories."""
     from hetis.planner.convert.agent_nodes import agents_inventory
-    from hetis.planner.convert.documents import read_cluster
+    from hetis.planner.convert.documents import read_document
+    from hetis.solver.cluster import Cluster
     from hetis.v1 import cluster_pb2, cluster_service_pb2
 
     declared = client.clusters.GetCluster(cluster_service_pb2.GetClusterRequest(name=parent)).cluster.document
@@ -165,7 +166,7 @@ def _of_agents(client: Client, parent: str, with_busy: bool) -> Inventory:
         else client.clusters.GetNode(cluster_service_pb2.GetNodeRequest(name=node.name)).node
         for node in client.list_nodes(parent)
     ]
-    return agents_inventory(parent, nodes, read_cluster(declared), with_busy=with_busy)
+    return agents_inventory(parent, nodes, read_document(declared, Cluster), with_busy=with_busy)
 
 
 def _write(terminal: Terminal, found: Discovered, sources: Sequence[str], out: str) -> ExitCode:

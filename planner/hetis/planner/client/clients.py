@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from copy import deepcopy
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -129,8 +130,7 @@ class Client:
         self, filters: audit_service_pb2.ListAuditedChangesRequest
     ) -> Iterator[audit_service_pb2.AuditedChange]:
         """Yield the matching lines of the audit log, oldest first."""
-        request = audit_service_pb2.ListAuditedChangesRequest()
-        request.CopyFrom(filters)
+        request = deepcopy(filters)
         return _pages(self.audit.ListAuditedChanges, request)
 
     # --- watches, which continue after a lost connection
@@ -296,8 +296,7 @@ class AsyncClient:
         self, filters: audit_service_pb2.ListAuditedChangesRequest
     ) -> AsyncIterator[audit_service_pb2.AuditedChange]:
         """Yield the matching lines of the audit log, oldest first."""
-        request = audit_service_pb2.ListAuditedChangesRequest()
-        request.CopyFrom(filters)
+        request = deepcopy(filters)
         return _async_pages(self.audit.ListAuditedChanges, request)
 
     # --- watches, which continue after a lost connection

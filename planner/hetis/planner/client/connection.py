@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -154,8 +155,7 @@ def prepared_request(request: M, new_id: Callable[[], uuid.UUID] = uuid.uuid4) -
         return request
     if getattr(request, "request_id"):  # noqa: B009  # which message it is, is not known here
         return request
-    named = type(request)()
-    named.CopyFrom(request)
+    named = deepcopy(request)
     setattr(named, "request_id", str(new_id()))  # noqa: B010
     return named
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from hetis.formats import documents
 from hetis.formats.canonical import canonical_json, content_digest
@@ -16,7 +16,10 @@ from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
 from hetis.planner.threads import stop_if_unwanted
 from hetis.solver.cluster import Cluster
+from hetis.solver.model import ModelSpec
+from hetis.solver.plan import Plan
 from hetis.solver.profile import Profile
+from hetis.solver.workload import Workload
 from hetis.v1 import document_pb2
 
 MAX_BYTES = 3 * 2**20
@@ -27,25 +30,24 @@ and its GPUs, has 60,000.
 MAX_NODES = 10_000  # per cluster: extrapolated from 3,000 measured agents in one process (docs/benchmarks.md)
 _MOST_IN_ANSWER = 3_670_016  # bytes of content and text: messages have 4 MiB
 MAX_SOURCE_NAME = 255
-Kind = document_pb2.DocumentKind
-
-KINDS: Mapping[str, Kind.ValueType] = {
+V = TypeVar("V", Cluster, ModelSpec, Workload, Profile, Plan)
+_PARSERS: Mapping[type[Any], Callable[[Any, Text], Any]] = {
+    Cluster: parse_cluster,
+    ModelSpec: parse_model,
+    Workload: parse_workload,
+    Profile: parse_profile,
+    Plan: parse_plan,
+}
+_NUMBERS: Mapping[str, document_pb2.DocumentKind.ValueType] = {
     "Cluster": document_pb2.DOCUMENT_KIND_CLUSTER,
     "ModelSpec": document_pb2.DOCUMENT_KIND_MODEL_SPEC,
     "Workload": document_pb2.DOCUMENT_KIND_WORKLOAD,
     "Profile": document_pb2.DOCUMENT_KIND_PROFILE,
     "Plan": document_pb2.DOCUMENT_KIND_PLAN,
 }
-_PARSERS: Mapping[str, Callable[[Any, Text], documents.Value]] = {
-    "Cluster": parse_cluster,
-    "ModelSpec": parse_model,
-    "Workload": parse_workload,
-    "Profile": parse_profile,
-    "Plan": parse_plan,
-}
 
 
-def read_document(document: document_pb2.Document, kind: str) -> documents.Value:
+def read_document(document: document_pb2.Document, kind: type[V]) -> V:
     """Return the value of a request's document, which must be of ``kind``. Slow for large ones: not for an event loop.
 
     Raises:
@@ -57,33 +59,27 @@ def read_document(document: document_pb2.Document, kind: str) -> documents.Value
         raise single_problem(label, f"source_name has {len(document.source_name)} characters, at most 255 are allowed")
     if not label.isprintable():
         raise single_problem("document", "source_name holds characters that cannot be printed")
-    if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, KINDS[kind]):
-        given = next((name for name, number in KINDS.items() if number == document.kind), str(document.kind))
-        raise single_problem(label, f"kind is {given}, expected {kind}")
+    if document.kind not in (document_pb2.DOCUMENT_KIND_UNSPECIFIED, _NUMBERS[kind.__name__]):
+        given = next((name for name, number in _NUMBERS.items() if number == document.kind), str(document.kind))
+        raise single_problem(label, f"kind is {given}, expected {kind.__name__}")
     bounds = Bounds(max_values=MAX_VALUES, max_yaml_values=MAX_YAML_VALUES, look_up=stop_if_unwanted)
     data, source = parse_text(_text_of(document.content, label), label, bounds)
-    nodes = data.get("nodes") if kind == "Cluster" and isinstance(data, dict) else None
+    nodes = data.get("nodes") if kind is Cluster and isinstance(data, dict) else None
     if isinstance(nodes, list) and len(nodes) > MAX_NODES:
         message = f"has {len(nodes)} entries, a cluster of the service has at most {MAX_NODES} nodes"
         raise DocumentError([source.problem(("nodes",), message)])
-    if kind == "Workload" and isinstance(data, dict) and data.get("trace") is not None:
+    if kind is Workload and isinstance(data, dict) and data.get("trace") is not None:
         # It would name a file of this machine, which no caller may read.
         raise DocumentError([source.problem(("trace",), "a trace cannot be sent: send its histogram")])
-    return _PARSERS[kind](data, source)
-
-
-def read_cluster(document: document_pb2.Document) -> Cluster:
-    """Return a cluster's value, as `read_document`."""
-    value = read_document(document, "Cluster")
-    assert isinstance(value, Cluster)
+    value = _PARSERS[kind](data, source)
+    assert isinstance(value, kind)
     return value
 
 
-def read_profile(document: document_pb2.Document) -> Profile:
-    """Return a profile's value, as `read_document`."""
-    value = read_document(document, "Profile")
-    assert isinstance(value, Profile)
-    return value
+def canonical_document(source: document_pb2.Document, kind: type[V]) -> tuple[document_pb2.Document, V]:
+    """Return the canonical document of a request's document, and its value. Raises as `read_document`."""
+    value = read_document(source, kind)
+    return document_of(value, source_name=source.source_name, text=source.content), value
 
 
 def document_of(value: documents.Value, *, source_name: str = "", text: bytes = b"") -> document_pb2.Document:
@@ -111,7 +107,7 @@ def document_from_data(data: Mapping[str, Any], kind: str, *, source_name: str =
     """Return the document of plain data that is known to be valid."""
     content = canonical_json(data)
     return document_pb2.Document(
-        kind=KINDS[kind],
+        kind=_NUMBERS[kind],
         content=content,
         source_name=source_name,
         digest=content_digest(content),
@@ -130,16 +126,3 @@ def _text_of(content: bytes, label: str) -> str:
     if "\0" in text:
         raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
     return text
-
-
-__all__ = [
-    "KINDS",
-    "MAX_BYTES",
-    "MAX_NODES",
-    "DocumentError",
-    "document_from_data",
-    "document_of",
-    "read_cluster",
-    "read_document",
-    "read_profile",
-]

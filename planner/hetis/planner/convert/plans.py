@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -144,8 +145,7 @@ def complete(message: plan_pb2.Plan, plan: Plan, document: bytes) -> None:
 
 def without_contents(message: plan_pb2.Plan) -> plan_pb2.Plan:
     """Return the view BASIC of a caller's plan: documents without their contents."""
-    basic = plan_pb2.Plan()
-    basic.CopyFrom(message)
+    basic = deepcopy(message)
     match basic.WhichOneof("source"):
         case "imported":
             basic.imported.ClearField("content")

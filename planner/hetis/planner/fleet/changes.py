@@ -13,6 +13,7 @@ which forgets a change once it knows the outcome, is told last.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.planner.failures import Reason, ServiceError, invalid_field
@@ -207,8 +208,7 @@ class ChangeCoordinator:
 
     def to_save(self) -> Saving:
         """Return what the store should have now."""
-        body = redispatch_pb2.Redispatch()
-        body.CopyFrom(self.body)
+        body = deepcopy(self.body)
         return Saving(revision=self._revision, body=body, outcome=self._outcome)
 
     def saved(self, saving: Saving) -> None:

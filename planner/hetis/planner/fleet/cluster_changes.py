@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -119,8 +120,7 @@ class ClusterChanges:
 
     def resume(self, kept: redispatch_pb2.Redispatch, *, now_s: float) -> None:
         """Resume a re-dispatch that an earlier planner left."""
-        body = redispatch_pb2.Redispatch()
-        body.CopyFrom(kept)
+        body = deepcopy(kept)
         change = ChangeCoordinator.resumed(body, now_s=now_s, again_s=self._cluster.settings.answer_s)
         self.under_way[change.change_id] = change
         replica = self._cluster.replicas.get(body.replica)

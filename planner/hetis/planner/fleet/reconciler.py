@@ -12,8 +12,7 @@ from typing import Protocol
 
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
-from hetis.planner.convert import documents
-from hetis.planner.convert.documents import document_of
+from hetis.planner.convert.documents import document_of, read_document
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
@@ -23,6 +22,7 @@ from hetis.planner.fleet.views import Clock, FleetObserver, Publishing
 from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
 from hetis.planner.store import ClusterRecord, Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
+from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 
@@ -217,5 +217,5 @@ class Reconciler:
 
 
 def _node_ids(record: ClusterRecord) -> tuple[str, ...]:
-    cluster = documents.read_cluster(record.body.document)
+    cluster = read_document(record.body.document, Cluster)
     return tuple(group.node_name(index) for group in cluster.node_groups for index in range(group.count))

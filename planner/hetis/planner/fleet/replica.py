@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetis.planner.convert.clusters import basic_replica
 from hetis.planner.fleet.activation import Goal, Standing, State
 from hetis.planner.fleet.deltas import WantedAssignment
 from hetis.planner.store import ReplicaRecord
@@ -82,7 +83,7 @@ class Replica:
     def __init__(self, record: ReplicaRecord) -> None:
         shape = record.body.shape
         self.record = record
-        self.basic_body = _without_shape(record.body)
+        self.basic_body = basic_replica(record.body)
         self.standing = standing_of(record)
         self.contents: Contents | None = None
         self.nodes = tuple(nodes_of(shape))
@@ -131,7 +132,7 @@ class Replica:
 
     def renew(self, record: ReplicaRecord, standing: Standing | None = None) -> None:
         """Take a newer record from the store, and its ``standing`` if the fleet decided it."""
-        self.record, self.basic_body = record, _without_shape(record.body)
+        self.record, self.basic_body = record, basic_replica(record.body)
         self.standing = standing or Standing(
             state=record.state,
             goal=self.standing.goal,
@@ -179,10 +180,3 @@ def standing_of(record: ReplicaRecord) -> Standing:
 
 def conditions_of(standing: Standing) -> Sequence[replica_pb2.DeviceCondition]:
     return [replica_pb2.DeviceCondition(device=device, status=status) for device, status in standing.conditions]
-
-
-def _without_shape(body: replica_pb2.Replica) -> replica_pb2.Replica:
-    basic = replica_pb2.Replica()
-    basic.CopyFrom(body)
-    basic.ClearField("shape")
-    return basic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -243,8 +244,7 @@ def plan_view(cluster: ClusterFleet, record: PlanRecord) -> plan_pb2.Plan:
 
 def replica_view(cluster: ClusterFleet, replica: Replica) -> replica_pb2.Replica:
     """Return a replica in the view BASIC."""
-    message = replica_pb2.Replica()
-    message.CopyFrom(replica.basic_body)
+    message = deepcopy(replica.basic_body)
     message.plan = replica.record.plan
     message.state, message.generation = replica.state, generation_of(cluster, replica)
     if (change := cluster.changes.of(replica)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 from hetis.planner.convert.names import timestamp
@@ -141,8 +142,7 @@ def _apply_replica(tx: Transaction, write: ReplicaWrite, kept: Kept) -> None:
     if write.is_gone:
         tx.replicas.delete(write.name)
         return
-    body = replica_pb2.Replica()
-    body.CopyFrom(record.body)
+    body = deepcopy(record.body)
     body.state, body.generation = write.standing.state, write.generation
     body.assigned_generation, body.authority = write.assigned_generation, write.authority
     del body.conditions[:]
@@ -195,8 +195,7 @@ def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> 
     of_cluster, record = tx.clusters.get(cluster), tx.plans.get(write.name)
     if of_cluster is None or of_cluster.active_plan != write.name or record is None:
         return  # another plan was activated meanwhile
-    body = plan_pb2.Plan()
-    body.CopyFrom(record.body)
+    body = deepcopy(record.body)
     body.activation = write.activation
     body.activation_progress.CopyFrom(write.progress)
     kept.plan = tx.plans.update(replace(record, body=body, activation=write.activation))

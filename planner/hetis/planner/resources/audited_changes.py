@@ -20,7 +20,7 @@ class AuditedChanges:
 
     async def list(self, request: service_pb2.ListAuditedChangesRequest) -> service_pb2.ListAuditedChangesResponse:
         checks = Checks()
-        checks.page_size(request.page_size)
+        checks.request(request)
         for field in _TEXTS:
             checks.require(getattr(request, field).isprintable(), field, "holds characters that cannot be printed")
         checks.raise_if_wrong()

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.planner.convert import names
-from hetis.planner.convert.clusters import BASIC, FULL, cluster_body, cluster_document, cluster_message
-from hetis.planner.convert.documents import MAX_NODES
-from hetis.planner.failures import Reason, ServiceError, etag_mismatch
-from hetis.planner.resources.requests import CallAnswer, Checks, once, read_page_request, to_the_end
+from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
+from hetis.planner.convert.documents import MAX_NODES, canonical_document
+from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
 from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster, publish_nodes
-from hetis.planner.store import ClusterRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster
 from hetis.v1 import cluster_pb2, document_pb2, view_pb2
-from hetis.v1 import cluster_service_pb2 as service_pb2
+from hetis.v1 import cluster_service_pb2 as pb
 
 Parsed = tuple[document_pb2.Document, Cluster]
 ClusterDeleted = Callable[[str, Sequence[str]], None]
 """Called in the loop with ``clusters/{cluster}`` and the names of its plans; must return at once."""
 
 
+@dataclass(slots=True, eq=False)
 class Clusters:
     """The resource ``clusters/{cluster}``.
 
@@ -32,26 +35,17 @@ class Clusters:
         deleted: callbacks for deleted clusters.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        fleet: FleetNow,
-        fleets: DeclaredFleets,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._fleets = fleets
-        self._clock = clock
-        self.deleted: list[ClusterDeleted] = []
+    _store: Store
+    _hubs: Hubs
+    _fleet: FleetNow
+    _fleets: DeclaredFleets
+    _clock: Callable[[], float] = time.time
+    deleted: list[ClusterDeleted] = field(default_factory=list)
 
-    async def create(self, request: service_pb2.CreateClusterRequest) -> service_pb2.CreateClusterResponse:
+    async def create(self, request: pb.CreateClusterRequest) -> pb.CreateClusterResponse:
         checks = Checks()
         checks.new_id("cluster_id", request.cluster_id)
-        checks.request_id(request.request_id)
+        checks.request(request)
         check_policy(checks, request.cluster.policy, "cluster.policy")
         parsed = await self._read_document(checks, request.cluster)
         checks.raise_if_wrong()
@@ -59,51 +53,40 @@ class Clusters:
         policy = request.cluster.policy if request.cluster.HasField("policy") else None
         now_s = self._clock()
         name = f"clusters/{request.cluster_id}"
-        body = cluster_body(name, *parsed, policy)
+        body = _body(name, *parsed, policy)
         record = ClusterRecord(name=name, body=body, create_time_s=now_s, update_time_s=now_s)
         if request.validate_only:
-            await self._store.read(lambda tx: _must_be_free(tx, name))
-            cluster = self._message(record, FULL)
-            for field in ("etag", "create_time", "update_time"):
-                cluster.ClearField(field)
-            return service_pb2.CreateClusterResponse(cluster=cluster)
+            await self._store.read(lambda tx: require_free(tx.clusters, name))
+            cluster = without(self._message(record, FULL), "etag", "create_time", "update_time")
+            return pb.CreateClusterResponse(cluster=cluster)
 
-        def insert(tx: Transaction) -> service_pb2.CreateClusterResponse:
+        def insert(tx: Transaction) -> pb.CreateClusterResponse:
             nonlocal record
             record = tx.clusters.insert(record)
-            return service_pb2.CreateClusterResponse(cluster=self._message(record, FULL))
+            return pb.CreateClusterResponse(cluster=self._message(record, FULL))
 
-        async def change() -> CallAnswer[service_pb2.CreateClusterResponse]:
-            answer = await self._store.write(
-                lambda tx: once(tx, request, service_pb2.CreateClusterResponse, lambda: insert(tx))
-            )
-            if answer.is_new:
-                await self._tell(record, before=None)
-            return answer
+        return await change_once(
+            self._store, request, pb.CreateClusterResponse, insert, lambda: self._tell(record, before=None)
+        )
 
-        return (await to_the_end(change())).response
-
-    async def get(self, request: service_pb2.GetClusterRequest) -> service_pb2.GetClusterResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.CLUSTER)
-        checks.raise_if_wrong()
+    async def get(self, request: pb.GetClusterRequest) -> pb.GetClusterResponse:
+        check(request, name=names.CLUSTER)
         record = await self._store.read(lambda tx: tx.clusters.require(request.name))
-        return service_pb2.GetClusterResponse(cluster=self._message(record, request.view or FULL))
+        return pb.GetClusterResponse(cluster=self._message(record, request.view or FULL))
 
-    async def list(self, request: service_pb2.ListClustersRequest) -> service_pb2.ListClustersResponse:
-        checks = Checks()
-        checks.page_size(request.page_size)
-        checks.raise_if_wrong()
+    async def list(self, request: pb.ListClustersRequest) -> pb.ListClustersResponse:
+        check(request)
         page = read_page_request(request)
         found = await self._store.read(lambda tx: tx.clusters.page(page.after, page.num_read))
         records, token = page.cut(found, lambda record: record.name)
         clusters = [self._message(record, BASIC) for record in records]
-        return service_pb2.ListClustersResponse(clusters=clusters, next_page_token=token)
+        return pb.ListClustersResponse(clusters=clusters, next_page_token=token)
 
-    async def update(self, request: service_pb2.UpdateClusterRequest) -> service_pb2.UpdateClusterResponse:
+    async def update(self, request: pb.UpdateClusterRequest) -> pb.UpdateClusterResponse:
         checks = Checks()
-        checks.name("cluster.name", request.cluster.name, names.CLUSTER)
-        checks.request_id(request.request_id)
+        name = request.cluster.name
+        checks.name("cluster.name", name, names.CLUSTER)
+        checks.request(request)
         paths = _paths(checks, request)
         if any(path.startswith("policy") for path in paths):
             check_policy(checks, request.cluster.policy, "cluster.policy")
@@ -112,45 +95,37 @@ class Clusters:
         now_s = self._clock()
 
         def changed(record: ClusterRecord) -> ClusterRecord:
-            if request.cluster.etag and request.cluster.etag != etag_of(record):
-                raise etag_mismatch(record.name, given=request.cluster.etag, present=etag_of(record))
+            require_etag(record, request.cluster.etag)
             return _with_changes(record, request.cluster, paths, parsed, now_s=now_s)
 
         if request.validate_only:
-            record = await self._store.read(lambda tx: changed(tx.clusters.require(request.cluster.name)))
-            return service_pb2.UpdateClusterResponse(cluster=self._message(record, FULL))
+            record = await self._store.read(lambda tx: changed(tx.clusters.require(name)))
+            return pb.UpdateClusterResponse(cluster=self._message(record, FULL))
         before: ClusterRecord | None = None
         after: ClusterRecord | None = None
 
-        def update(tx: Transaction) -> service_pb2.UpdateClusterResponse:
+        def update(tx: Transaction) -> pb.UpdateClusterResponse:
             nonlocal before, after
-            before = tx.clusters.require(request.cluster.name)
+            before = tx.clusters.require(name)
             after = changed(before)
             if after is not before:
                 after = tx.clusters.update(after)
-            return service_pb2.UpdateClusterResponse(cluster=self._message(after, FULL))
+            return pb.UpdateClusterResponse(cluster=self._message(after, FULL))
 
-        async def change() -> CallAnswer[service_pb2.UpdateClusterResponse]:
-            answer = await self._store.write(
-                lambda tx: once(tx, request, service_pb2.UpdateClusterResponse, lambda: update(tx))
-            )
-            if answer.is_new and after is not None and after is not before:
+        async def tell() -> None:
+            if after is not None and after is not before:
                 await self._tell(after, before=before)
-            return answer
 
-        return (await to_the_end(change())).response
+        return await change_once(self._store, request, pb.UpdateClusterResponse, update, tell)
 
-    async def delete(self, request: service_pb2.DeleteClusterRequest) -> service_pb2.DeleteClusterResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.CLUSTER)
-        checks.request_id(request.request_id)
-        checks.raise_if_wrong()
+    async def delete(self, request: pb.DeleteClusterRequest) -> pb.DeleteClusterResponse:
+        check(request, name=names.CLUSTER)
         if request.validate_only:
             await self._store.read(lambda tx: _must_be_deletable(tx, request.name, request.etag))
-            return service_pb2.DeleteClusterResponse()
+            return pb.DeleteClusterResponse()
         plans: list[str] = []
 
-        def delete(tx: Transaction) -> service_pb2.DeleteClusterResponse:
+        def delete(tx: Transaction) -> pb.DeleteClusterResponse:
             _must_be_deletable(tx, request.name, request.etag)
             plans.extend(plan.name for plan in tx.plans.all(cluster=request.name))
             for plan in plans:
@@ -158,17 +133,11 @@ class Clusters:
             for table in (tx.plans, tx.redispatches, tx.replicas, tx.nodes):
                 table.delete_all(cluster=request.name)
             tx.clusters.delete(request.name)
-            return service_pb2.DeleteClusterResponse()
+            return pb.DeleteClusterResponse()
 
-        async def change() -> CallAnswer[service_pb2.DeleteClusterResponse]:
-            answer = await self._store.write(
-                lambda tx: once(tx, request, service_pb2.DeleteClusterResponse, lambda: delete(tx))
-            )
-            if answer.is_new:
-                await self._tell_deleted(request.name, plans)
-            return answer
-
-        return (await to_the_end(change())).response
+        return await change_once(
+            self._store, request, pb.DeleteClusterResponse, delete, lambda: self._tell_deleted(request.name, plans)
+        )
 
     def _message(self, record: ClusterRecord, view: view_pb2.View.ValueType) -> cluster_pb2.Cluster:
         return cluster_message(record, view=view, num_connected=self._fleet.num_connected(record.name))
@@ -176,7 +145,7 @@ class Clusters:
     async def _read_document(self, checks: Checks, cluster: cluster_pb2.Cluster) -> Parsed | None:
         if not checks.require(cluster.HasField("document"), "cluster.document", "is required"):
             return None
-        parsed = await checks.document("cluster.document", cluster.document, cluster_document)
+        parsed = await checks.document("cluster.document", cluster.document, partial(canonical_document, kind=Cluster))
         if parsed is not None:
             num_nodes = sum(group.count for group in parsed[1].node_groups)
             message = f"has {num_nodes} nodes, a cluster of the service has at most {MAX_NODES}"
@@ -204,7 +173,7 @@ class Clusters:
 _POLICY = cluster_pb2.ClusterPolicy.DESCRIPTOR.fields_by_name
 
 
-def _paths(checks: Checks, request: service_pb2.UpdateClusterRequest) -> frozenset[str]:
+def _paths(checks: Checks, request: pb.UpdateClusterRequest) -> frozenset[str]:
     """Return the paths to change: the mask, or the fields that are set."""
     cluster, given = request.cluster, list(request.update_mask.paths)
     if not given:
@@ -227,19 +196,17 @@ def _with_changes(
     now_s: float,
 ) -> ClusterRecord:
     """Return the changed record, or the same object if nothing changes."""
-    policy = cluster_pb2.ClusterPolicy()
-    policy.CopyFrom(wanted.policy if "policy" in paths else record.body.policy)
+    policy = deepcopy(wanted.policy if "policy" in paths else record.body.policy)
     for name in (path.partition(".")[2] for path in paths if path.startswith("policy.")):
         policy.ClearField(name)  # type: ignore[arg-type]
-        part = cluster_pb2.ClusterPolicy()
-        part.CopyFrom(wanted.policy)
+        part = deepcopy(wanted.policy)
         for other in _POLICY:
             if other != name:
                 part.ClearField(other)
         policy.MergeFrom(part)
     body = cluster_pb2.Cluster()
     if parsed is not None:
-        body = cluster_body(record.name, *parsed, None)
+        body = _body(record.name, *parsed, None)
     else:
         body.CopyFrom(record.body)
     body.ClearField("policy")
@@ -249,18 +216,12 @@ def _with_changes(
     is_same = (document.digest, document.text) == (present.digest, present.text)
     if is_same and body.policy == record.body.policy:
         return record
-    return dataclasses.replace(record, body=body, update_time_s=now_s)
-
-
-def _must_be_free(tx: Reader, name: str) -> None:
-    if tx.clusters.get(name) is not None:
-        raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, f"{name} exists already", metadata={"name": name})
+    return replace(record, body=body, update_time_s=now_s)
 
 
 def _must_be_deletable(tx: Reader, name: str, etag: str) -> None:
     record = tx.clusters.require(name)
-    if etag and etag != etag_of(record):
-        raise etag_mismatch(name, given=etag, present=etag_of(record))
+    require_etag(record, etag)
     if record.active_plan:
         raise _in_use(name, record.active_plan, "is in force")
     if replicas := tx.replicas.page(None, 1, cluster=name):
@@ -297,3 +258,16 @@ def _check_duration(checks: Checks, duration: Duration, field: str, least_s: flo
     if checks.require(valid, field, f"is no valid duration: {duration.seconds} s and {duration.nanos} ns"):
         seconds = duration.seconds + duration.nanos / 1e9
         checks.require(least_s <= seconds <= most_s, field, f"is {seconds:g} s, must be {words}")
+
+
+def _body(
+    name: str, document: document_pb2.Document, value: Cluster, policy: cluster_pb2.ClusterPolicy | None
+) -> cluster_pb2.Cluster:
+    """Return the stored body of a cluster. ``document`` is canonical, and ``value`` is its content."""
+    return cluster_pb2.Cluster(
+        name=name,
+        document=document,
+        policy=policy,
+        num_nodes=sum(group.count for group in value.node_groups),
+        num_gpus=value.num_gpus(),
+    )

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from hetis.formats import catalogue
 from hetis.formats.cluster import cluster_to_data
 from hetis.planner.convert import documents, names
-from hetis.planner.convert.clusters import BASIC, FULL, node_message
-from hetis.planner.convert.names import cluster_of, last_part, node_name
-from hetis.planner.failures import etag_mismatch, not_found
-from hetis.planner.resources.requests import CallAnswer, Checks, once, read_page_request, to_the_end
-from hetis.planner.resources.shared import Declared, DeclaredFleets, FleetNow, Hubs, NodeNow, publish_nodes
+from hetis.planner.convert.clusters import BASIC, FULL
+from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
+from hetis.planner.failures import not_found
+from hetis.planner.fleet.views import LiveNode
+from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag
+from hetis.planner.resources.shared import Declared, DeclaredFleets, FleetNow, Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup
 from hetis.v1 import cluster_pb2, document_pb2, inventory_pb2, view_pb2
-from hetis.v1 import cluster_service_pb2 as service_pb2
+from hetis.v1 import cluster_service_pb2 as pb
 
+R = TypeVar("R", pb.DrainNodeResponse, pb.UndrainNodeResponse)
 State = cluster_pb2.NodeState
 _MOST_BY_NAME = 500  # above it, all records of a cluster are read instead of the named ones
 
@@ -47,7 +50,7 @@ class NodeViews:
     declared: Declared
     records: Mapping[str, NodeRecord]
     replicas: Mapping[str, Sequence[str]]
-    live: Mapping[str, NodeNow]
+    live: Mapping[str, LiveNode]
 
     def exists(self, node: str) -> bool:
         """Return whether the node is declared or connected."""
@@ -68,18 +71,24 @@ class NodeViews:
         return State.NODE_STATE_LOST if was_connected else State.NODE_STATE_EXPECTED
 
     def node(self, node: str, view: view_pb2.View.ValueType) -> cluster_pb2.Node:
-        """Return the message of a node that exists."""
-        live = self.live.get(node)
-        return node_message(
-            node_name(self.cluster.name, node),
-            view=view,
-            state=self.state(node),
-            record=self.records.get(node),
-            devices=live.devices if live else (),
-            replicas=self.replicas.get(node, ()),
-            connect_time_s=live.connect_time_s if live else None,
-            heard_time_s=live.heard_time_s if live else None,
-        )
+        """Return the message of a node that exists; what its agent has not said in this term is as in its record."""
+        live, record = self.live.get(node), self.records.get(node)
+        message = deepcopy(record.body) if record is not None else cluster_pb2.Node()
+        message.draining = record is not None and record.draining
+        message.name = node_name(self.cluster.name, node)
+        message.state = self.state(node)
+        message.etag = etag_of(record)
+        del message.devices[:], message.replicas[:]
+        message.replicas.extend(self.replicas.get(node, ()))
+        if live is not None:
+            message.devices.extend(live.devices)
+            if live.connect_time_s is not None:
+                message.connect_time.CopyFrom(timestamp(live.connect_time_s))
+            if live.heard_time_s is not None:
+                message.heard_time.CopyFrom(timestamp(live.heard_time_s))
+        if view == BASIC:
+            message.ClearField("inventory")
+        return message
 
     def ids(self, states: Collection[State.ValueType] = ()) -> Sequence[str]:
         """Return the ids of all existing nodes in order; given ``states``, at least those of nodes in one of them."""
@@ -92,14 +101,14 @@ class NodeViews:
         return sorted([*self.declared.nodes, *undeclared])  # nearly sorted already, which is fast
 
 
+@dataclass(slots=True, eq=False)
 class NodeReader:
     """Reads `NodeViews`."""
 
-    def __init__(self, store: Store, fleet: FleetNow, fleets: DeclaredFleets) -> None:
-        self._store = store
-        self._fleet = fleet
-        self._fleets = fleets
-        self._places = ReplicaPlaces()
+    _store: Store
+    _fleet: FleetNow
+    _fleets: DeclaredFleets
+    _places: ReplicaPlaces = field(default_factory=lambda: ReplicaPlaces())
 
     async def read(self, cluster: str, nodes: Collection[str] | None = None) -> NodeViews:
         """Read the nodes of ``clusters/{cluster}``, with the state of these node ids or, if None, of all.
@@ -118,7 +127,7 @@ class NodeReader:
             live=self._live(cluster, nodes),
         )
 
-    def _live(self, cluster: str, nodes: Collection[str] | None) -> dict[str, NodeNow]:
+    def _live(self, cluster: str, nodes: Collection[str] | None) -> dict[str, LiveNode]:
         if nodes is None:
             return {last_part(name): node for name, node in self._fleet.nodes_of(cluster).items()}
         found = {node: self._fleet.node_view(node_name(cluster, node)) for node in nodes}
@@ -332,36 +341,23 @@ def _network_of(network: Network, nodes: set[str], zones: set[str]) -> Network:
     )
 
 
+@dataclass(slots=True, eq=False)
 class Nodes:
     """The resources ``clusters/{cluster}/nodes/{node}`` and ``clusters/{cluster}/inventory``."""
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        fleet: FleetNow,
-        reader: NodeReader,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._reader = reader
-        self._clock = clock
+    _store: Store
+    _hubs: Hubs
+    _fleet: FleetNow
+    _reader: NodeReader
+    _clock: Callable[[], float] = time.time
 
-    async def get(self, request: service_pb2.GetNodeRequest) -> service_pb2.GetNodeResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.NODE)
-        checks.raise_if_wrong()
+    async def get(self, request: pb.GetNodeRequest) -> pb.GetNodeResponse:
+        check(request, name=names.NODE)
         views = await self._read(request.name)
-        return service_pb2.GetNodeResponse(node=views.node(last_part(request.name), request.view or FULL))
+        return pb.GetNodeResponse(node=views.node(last_part(request.name), request.view or FULL))
 
-    async def list(self, request: service_pb2.ListNodesRequest) -> service_pb2.ListNodesResponse:
-        checks = Checks()
-        checks.name("parent", request.parent, names.CLUSTER)
-        checks.page_size(request.page_size)
-        checks.raise_if_wrong()
+    async def list(self, request: pb.ListNodesRequest) -> pb.ListNodesResponse:
+        check(request, parent=names.CLUSTER)
         page = read_page_request(request)
         views = await self._reader.read(request.parent)
         ids = views.ids(request.states)
@@ -369,78 +365,67 @@ class Nodes:
         wanted = set(request.states)
         matching = (node for node in itertools.islice(ids, start, None) if not wanted or views.state(node) in wanted)
         found, token = page.cut(list(itertools.islice(matching, page.num_read)), lambda node: node)
-        nodes = [views.node(node, BASIC) for node in found]
-        return service_pb2.ListNodesResponse(nodes=nodes, next_page_token=token)
+        return pb.ListNodesResponse(nodes=[views.node(node, BASIC) for node in found], next_page_token=token)
 
-    async def inventory(self, request: service_pb2.GetInventoryRequest) -> service_pb2.GetInventoryResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.INVENTORY)
-        checks.raise_if_wrong()
+    async def inventory(self, request: pb.GetInventoryRequest) -> pb.GetInventoryResponse:
+        check(request, name=names.INVENTORY)
         views = await self._reader.read(cluster_of(request.name))
         found = {
-            node: found
+            node: FoundNode(
+                inventory=live.inventory,
+                unhealthy={device.index: device.unhealthy for device in live.devices if device.unhealthy},
+            )
             for node, live in views.live.items()
-            if live.state in CONNECTED and (found := _found(live)) is not None
+            if live.state in CONNECTED and live.inventory is not None
         }
         etag = etag_of(views.cluster)
         inventory = await run_in_thread_gc_paused(
             inventory_message, views.cluster.name, views.declared.value, found, cluster_etag=etag
         )
-        return service_pb2.GetInventoryResponse(inventory=inventory)
+        return pb.GetInventoryResponse(inventory=inventory)
 
-    async def drain(self, request: service_pb2.DrainNodeRequest) -> service_pb2.DrainNodeResponse:
-        node = await self._set_draining(request, service_pb2.DrainNodeResponse, draining=True)
-        return service_pb2.DrainNodeResponse(node=node)
+    async def drain(self, request: pb.DrainNodeRequest) -> pb.DrainNodeResponse:
+        return await self._set_draining(request, pb.DrainNodeResponse, draining=True)
 
-    async def undrain(self, request: service_pb2.UndrainNodeRequest) -> service_pb2.UndrainNodeResponse:
-        node = await self._set_draining(request, service_pb2.UndrainNodeResponse, draining=False)
-        return service_pb2.UndrainNodeResponse(node=node)
+    async def undrain(self, request: pb.UndrainNodeRequest) -> pb.UndrainNodeResponse:
+        return await self._set_draining(request, pb.UndrainNodeResponse, draining=False)
 
-    async def disconnect(self, request: service_pb2.DisconnectNodeRequest) -> service_pb2.DisconnectNodeResponse:
+    async def disconnect(self, request: pb.DisconnectNodeRequest) -> pb.DisconnectNodeResponse:
         """End the stream of whoever is connected as the node; nothing about it is stored."""
-        checks = Checks()
-        checks.name("name", request.name, names.NODE)
-        checks.raise_if_wrong()
+        check(request, name=names.NODE)
         await self._read(request.name)
         self._fleet.disconnect(request.name)
-        found = await self.get(service_pb2.GetNodeRequest(name=request.name))
-        return service_pb2.DisconnectNodeResponse(node=found.node)
+        return pb.DisconnectNodeResponse(node=(await self.get(pb.GetNodeRequest(name=request.name))).node)
 
     async def _set_draining(
-        self,
-        request: service_pb2.DrainNodeRequest | service_pb2.UndrainNodeRequest,
-        response: type[service_pb2.DrainNodeResponse] | type[service_pb2.UndrainNodeResponse],
-        *,
-        draining: bool,
-    ) -> cluster_pb2.Node:
-        checks = Checks()
-        checks.name("name", request.name, names.NODE)
-        checks.request_id(request.request_id)
-        checks.raise_if_wrong()
+        self, request: pb.DrainNodeRequest | pb.UndrainNodeRequest, response: type[R], *, draining: bool
+    ) -> R:
+        check(request, name=names.NODE)
         views = await self._read(request.name)
         node = last_part(request.name)
         is_changed = False
 
-        def change(tx: Transaction) -> service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse:
+        def change(tx: Transaction) -> R:
             nonlocal is_changed
             tx.clusters.require(views.cluster.name)
             record = tx.nodes.get(request.name)
-            if request.etag and request.etag != etag_of(record):
-                raise etag_mismatch(request.name, given=request.etag, present=etag_of(record))
+            require_etag(record, request.etag, request.name)
             is_changed = draining != (record is not None and record.draining)
-            if is_changed:
-                record = _keep(tx, request.name, record, draining=draining)
-            now = dataclasses.replace(views, records={node: record} if record else {})
+            if is_changed and record is not None:
+                record = tx.nodes.update(replace(record, draining=draining))
+            elif is_changed:
+                body = cluster_pb2.Node(name=request.name)
+                cluster = views.cluster.name
+                record = tx.nodes.insert(NodeRecord(name=request.name, cluster=cluster, body=body, draining=draining))
+            now = replace(views, records={node: record} if record else {})
             return response(node=now.node(node, FULL))
 
-        async def do() -> CallAnswer[service_pb2.DrainNodeResponse | service_pb2.UndrainNodeResponse]:
-            answer = await self._store.write(lambda tx: once(tx, request, response, lambda: change(tx)))
-            if answer.is_new and is_changed:
+        async def tell() -> None:
+            if is_changed:
                 publish_nodes(self._hubs, views.cluster.name, [node], now_s=self._clock())
                 await self._fleet.cluster_changed(views.cluster.name)
-            return answer
 
-        return (await to_the_end(do())).response.node
+        return await change_once(self._store, request, response, change, tell)
 
     async def _read(self, name: str) -> NodeViews:
         """Read the cluster with the node of that name, which must exist."""
@@ -448,17 +433,3 @@ class Nodes:
         if not views.exists(last_part(name)):
             raise not_found(name)
         return views
-
-
-def _keep(tx: Transaction, name: str, record: NodeRecord | None, *, draining: bool) -> NodeRecord:
-    if record is not None:
-        return tx.nodes.update(dataclasses.replace(record, draining=draining))
-    body = cluster_pb2.Node(name=name)
-    return tx.nodes.insert(NodeRecord(name=name, cluster=cluster_of(name), body=body, draining=draining))
-
-
-def _found(node: NodeNow) -> FoundNode | None:
-    if node.inventory is None:
-        return None
-    unhealthy = {device.index: device.unhealthy for device in node.devices if device.unhealthy}
-    return FoundNode(inventory=node.inventory, unhealthy=unhealthy)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from hetis.formats.documents import digest
 from hetis.planner.convert import names
+from hetis.planner.convert.clusters import without
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
-from hetis.planner.failures import Reason, ServiceError, etag_mismatch
+from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.replica import devices_of, nodes_of
 from hetis.planner.resources.plan_creation import PlanCreation
 from hetis.planner.resources.plan_documents import (
@@ -23,7 +24,7 @@ from hetis.planner.resources.plan_documents import (
     require_gpus,
 )
 from hetis.planner.resources.plans import Plans, load_bytes_of
-from hetis.planner.resources.requests import Checks, once, to_the_end
+from hetis.planner.resources.requests import change_once, check, require_etag
 from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -35,35 +36,26 @@ R = TypeVar("R", pb2.ActivatePlanResponse, pb2.RollbackPlanResponse)
 _MOST_BYTES = (4 << 20) - (16 << 10)  # in an answer
 
 
+@dataclass(slots=True, eq=False)
 class PlanActivation:
     """Decides which plan is active; the fleet carries it out."""
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        fleet: FleetNow,
-        fleets: DeclaredFleets,
-        documents: PlanDocuments,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._fleets = fleets
-        self._documents = documents
-        self._clock = clock
+    _store: Store
+    _hubs: Hubs
+    _fleet: FleetNow
+    _fleets: DeclaredFleets
+    _documents: PlanDocuments
+    _clock: Callable[[], float] = time.time
 
     async def activate(self, request: pb2.ActivatePlanRequest) -> pb2.ActivatePlanResponse:
-        _check(request)
+        check(request, name=names.PLAN)
         target = await self._target(request.name)
 
         def decide(reader: Reader) -> PlanRecord:
             plan = reader.plans.require(request.name)
-            _require_etag(plan, request.etag)
+            require_etag(plan, request.etag)
             cluster = reader.clusters.require(plan.cluster)
-            _require_etag(cluster, request.cluster_etag)
+            require_etag(cluster, request.cluster_etag)
             if plan.activation not in IN_FORCE:
                 _require_idle(reader, cluster)
             return plan
@@ -78,11 +70,11 @@ class PlanActivation:
         )
 
     async def rollback(self, request: pb2.RollbackPlanRequest) -> pb2.RollbackPlanResponse:
-        _check(request)
+        check(request, name=names.PLAN)
 
         def earlier(reader: Reader) -> PlanRecord:
             plan = reader.plans.require(request.name)
-            _require_etag(plan, request.etag)
+            require_etag(plan, request.etag)
             cluster = reader.clusters.require(plan.cluster)
             if cluster.active_plan != plan.name:
                 raise plan_state(plan, "is not in force")
@@ -114,11 +106,10 @@ class PlanActivation:
     async def _answered_before(self, request: pb2.RollbackPlanRequest, error: ServiceError) -> pb2.RollbackPlanResponse:
         """Answer a repeated request, which finds another plan active."""
 
-        def refuse() -> pb2.RollbackPlanResponse:
+        def refuse(_tx: Transaction) -> pb2.RollbackPlanResponse:
             raise error
 
-        answer = await self._store.write(lambda tx: once(tx, request, pb2.RollbackPlanResponse, refuse))
-        return answer.response
+        return await change_once(self._store, request, pb2.RollbackPlanResponse, refuse)
 
     async def _target(self, name: str) -> Target:
         """Return the plan with everything slow computed.
@@ -158,17 +149,15 @@ class PlanActivation:
             done = put_in_force(tx)
             return respond(done)
 
-        async def change() -> R:
-            answer = await self._store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
-            if answer.is_new and done is not None and done.cluster is not None:
+        async def tell() -> None:
+            if done is not None and done.cluster is not None:
                 now_s = self._clock()
                 for plan in done.plans:
                     self._hubs.plans.publish(plan.name, basic_view(plan), now_s=now_s)
                 publish_cluster(self._hubs, self._fleet, done.cluster, now_s=now_s)
                 await self._fleet.cluster_changed(done.cluster.name)
-            return answer.response
 
-        return await to_the_end(change())
+        return await change_once(self._store, request, response, work, tell)
 
     def _planned(self, reader: Reader, plan: PlanRecord, target: Target) -> ChangedPlans:
         """Return what `_put_in_force` would do."""
@@ -242,18 +231,6 @@ def _require_idle(reader: Reader, cluster: ClusterRecord) -> None:
         )
 
 
-def _require_etag(record: PlanRecord | ClusterRecord, etag: str) -> None:
-    if etag and etag != etag_of(record):
-        raise etag_mismatch(record.name, given=etag, present=etag_of(record))
-
-
-def _check(request: pb2.ActivatePlanRequest | pb2.RollbackPlanRequest) -> None:
-    checks = Checks()
-    checks.name("name", request.name, names.PLAN)
-    checks.request_id(request.request_id)
-    checks.raise_if_wrong()
-
-
 def _fitting(response: R) -> R:
     """Leave out the devices of the last steps if the message would be too large."""
     too_many_bytes = response.ByteSize() - _MOST_BYTES
@@ -324,21 +301,14 @@ def match_replicas(
 def plan_transition(
     running: Mapping[str, replica_pb2.ReplicaPlan],
     plan_replicas: Sequence[replica_pb2.ReplicaPlan],
-    *,
-    cluster: str,
-    plan: str,
+    matching: Matching,
     load_bytes: Callable[[replica_pb2.ReplicaPlan], int],
-    runs_same_model: Callable[[str], bool] = lambda _name: True,
-    taken: Collection[str] = (),
 ) -> list[Step]:
-    """Return the steps from what runs to a plan; the arguments are those of `match_replicas`.
+    """Return the steps from what runs to a plan, whose replicas `match_replicas` has matched.
 
     Wave 1 starts replicas that need no GPU of a departing replica, wave 2 drains the departing ones, wave 3 starts the
     rest. Kept replicas are in wave 1. ``load_bytes`` returns the bytes that the GPUs of a replica load.
     """
-    matching = match_replicas(
-        running, plan_replicas, cluster=cluster, plan=plan, runs_same_model=runs_same_model, taken=taken
-    )
     leaving = [
         Step(wave=DRAIN, kind=Kind.TRANSITION_KIND_DRAIN, replica=name, devices=devices_of(running[name]))
         for name in matching.leaving
@@ -358,10 +328,7 @@ def plan_transition(
 
 
 def _engine_identity(shape: replica_pb2.ReplicaPlan) -> bytes:
-    same = replica_pb2.ReplicaPlan()
-    same.CopyFrom(shape)
-    for field in _PREDICTIONS:
-        same.ClearField(field)  # type: ignore[arg-type]  # the stubs list the names as a literal
+    same = without(shape, *_PREDICTIONS)
     same.role = TO_PROTO[role_of(shape)]  # replicas that were started before roles existed are unified
     return same.SerializeToString(deterministic=True)
 
@@ -415,24 +382,15 @@ def transition_to(
 ) -> tuple[list[pb2.TransitionStep], Matching]:
     models = {record.name: record.body.model_digest for record in records}
     running = {record.name: record.body.shape for record in records if record.state not in _GONE}
-
-    def runs_same_model(name: str) -> bool:
-        return models[name] == target.model_digest
-
-    name = target.record.name
     matching = match_replicas(
-        running, target.shapes, cluster=cluster.name, plan=name, runs_same_model=runs_same_model, taken=models.keys()
-    )
-    steps = plan_transition(
         running,
         target.shapes,
         cluster=cluster.name,
-        plan=name,
-        load_bytes=target.load_bytes,
-        runs_same_model=runs_same_model,
+        plan=target.record.name,
+        runs_same_model=lambda name: models[name] == target.model_digest,
         taken=models.keys(),
     )
-    return steps, matching
+    return plan_transition(running, target.shapes, matching, target.load_bytes), matching
 
 
 def new_replica(
@@ -482,12 +440,15 @@ def earlier_after(cluster: ClusterRecord, plan: PlanRecord, before: PlanRecord |
 _MOST_KEPT = 64  # plans whose replicas are cached; two per cluster are requested over and over
 
 
+@dataclass(slots=True, eq=False)
 class StoredPlacements:
     """Reads the replicas from a plan's document once per state of the plan."""
 
-    def __init__(self, store: Store, plans: Plans, creation: PlanCreation, activation: PlanActivation) -> None:
-        self._store, self._plans, self._creation, self._activation = store, plans, creation, activation
-        self._kept: dict[str, plan_pb2.Plan] = {}
+    _store: Store
+    _plans: Plans
+    _creation: PlanCreation
+    _activation: PlanActivation
+    _kept: dict[str, plan_pb2.Plan] = field(default_factory=dict)
 
     async def plan_in_force(self, cluster: str) -> plan_pb2.Plan | None:
         record = await self._store.read(lambda reader: reader.clusters.get(cluster))

@@ -7,11 +7,12 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import PLANNER, present_caller
 from hetis.planner.convert import names
+from hetis.planner.convert.clusters import without
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
@@ -38,7 +39,7 @@ from hetis.planner.resources.plan_specs import (
     pose,
     read_spec,
 )
-from hetis.planner.resources.requests import CallAnswer, Checks, once, to_the_end
+from hetis.planner.resources.requests import Checks, change_once, require_free, to_the_end
 from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
@@ -60,17 +61,17 @@ def problem_name(plan: str) -> str:
     return f"{plan}/problem"
 
 
+@dataclass(slots=True, eq=False)
 class PlanSearches:
     """The searches of one planner. `begin` and `resume` start them, `stop` leaves them to the next planner."""
 
-    def __init__(self, store: Store, hubs: Hubs, pool: SolverPool, *, clock: Callable[[], float] = time.time) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._pool = pool
-        self._clock = clock
-        self._searches: dict[str, Search] = {}
-        self._progress: dict[str, plan_pb2.SolveProgress] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+    _store: Store
+    _hubs: Hubs
+    _pool: SolverPool
+    _clock: Callable[[], float] = time.time
+    _searches: dict[str, Search] = field(default_factory=dict)
+    _progress: dict[str, plan_pb2.SolveProgress] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def progress_of(self, plan: str) -> plan_pb2.SolveProgress | None:
         """Return the latest progress of a running search, or None."""
@@ -238,35 +239,24 @@ class SearchableProblem:
     json: bytes
 
 
+@dataclass(slots=True, eq=False)
 class PlanCreation:
     """Makes plans, for callers and for the planner itself (`propose`)."""
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        fleet: FleetNow,
-        fleets: DeclaredFleets,
-        pool: SolverPool,
-        searches: PlanSearches,
-        *,
-        limits: SearchLimits,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._fleets = fleets
-        self._pool = pool
-        self._searches = searches
-        self._limits = limits
-        self._clock = clock
+    _store: Store
+    _hubs: Hubs
+    _fleet: FleetNow
+    _fleets: DeclaredFleets
+    _pool: SolverPool
+    _searches: PlanSearches
+    _limits: SearchLimits = field(default_factory=SearchLimits)
+    _clock: Callable[[], float] = time.time
 
     async def create(self, request: pb2.CreatePlanRequest) -> pb2.CreatePlanResponse:
         checks = Checks()
         if request.plan_id:
             checks.new_id("plan_id", request.plan_id)
-        checks.request_id(request.request_id)
+        checks.request(request)
         checks.name("plan.cluster", request.plan.cluster, names.CLUSTER)
         check_labels(checks, request.plan.labels, "plan.labels")
         spec: ReadSpec | None = None
@@ -340,21 +330,18 @@ class PlanCreation:
     ) -> pb2.CreatePlanResponse:
         record = self._record(request, answer, proposal_reason)
 
-        def require_free(reader: Reader) -> None:
+        def check(reader: Reader) -> None:
             reader.clusters.require(record.cluster)
-            if reader.plans.get(record.name) is not None:
-                raise ServiceError(
-                    Reason.ERROR_REASON_ALREADY_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
-                )
+            require_free(reader.plans, record.name)
 
         if request.validate_only:
-            await self._store.read(require_free)
+            await self._store.read(check)
             return pb2.CreatePlanResponse(plan=_without_state(record))
         place = self._place(answer)
 
         def insert(tx: Transaction) -> pb2.CreatePlanResponse:
             nonlocal record
-            require_free(tx)
+            check(tx)
             if isinstance(place, ServiceError):
                 raise place
             record = tx.plans.insert(record)
@@ -364,21 +351,23 @@ class PlanCreation:
                 tx.plan_documents.put(problem_name(record.name), answer.json)
             return pb2.CreatePlanResponse(plan=basic_view(record))
 
-        async def change() -> CallAnswer[pb2.CreatePlanResponse]:
-            is_begun = False
+        is_begun = False
+
+        async def begin() -> None:
+            nonlocal is_begun
+            self._hubs.plans.publish(record.name, basic_view(record), now_s=self._clock())
+            if isinstance(answer, SearchableProblem) and isinstance(place, Search):
+                self._searches.begin(record.name, place, answer.problem, answer.json)
+                is_begun = True
+
+        async def change() -> pb2.CreatePlanResponse:
             try:
-                made = await self._store.write(lambda tx: once(tx, request, pb2.CreatePlanResponse, lambda: insert(tx)))
-                if made.is_new:
-                    self._hubs.plans.publish(record.name, basic_view(record), now_s=self._clock())
-                    if isinstance(answer, SearchableProblem) and isinstance(place, Search):
-                        self._searches.begin(record.name, place, answer.problem, answer.json)
-                        is_begun = True
-                return made
+                return await change_once(self._store, request, pb2.CreatePlanResponse, insert, begin)
             finally:
                 if isinstance(place, Search) and not is_begun:
                     place.abandon()
 
-        return (await to_the_end(change())).response
+        return await to_the_end(change())
 
     def _place(self, answer: SearchableProblem | ImportedPlan) -> Search | ServiceError | None:
         """Reserve a place in the queue, or return why there is none.
@@ -423,7 +412,4 @@ class PlanCreation:
 
 def _without_state(record: PlanRecord) -> plan_pb2.Plan:
     """Return the plan that would be made, without the fields that are only decided when it is made."""
-    plan = basic_view(record)
-    for field in ("state", "activation", "etag", "create_time"):
-        plan.ClearField(field)
-    return plan
+    return without(basic_view(record), "state", "activation", "etag", "create_time")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.formats.documents import from_data
@@ -32,8 +33,7 @@ def full_view(record: PlanRecord, progress: plan_pb2.SolveProgress | None = None
 
     ``progress`` is newer than the record's.
     """
-    plan = plan_pb2.Plan()
-    plan.CopyFrom(record.body)
+    plan = deepcopy(record.body)
     plan.name, plan.cluster = record.name, record.cluster
     plan.state, plan.activation = record.state, record.activation
     plan.etag = etag_of(record)
@@ -160,8 +160,7 @@ def read_plan(document: document_pb2.Document) -> Plan:
     Raises:
         DocumentError: with every problem of the document.
     """
-    plan = documents.read_document(document, "Plan")
-    assert isinstance(plan, Plan)
+    plan = documents.read_document(document, Plan)
     if not plan.replicas:
         name = document.source_name or "document"
         raise DocumentError([Problem(file=name, path="replicas", message="is empty: there is nothing to put in force")])

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from hetis.formats import catalogue
@@ -27,8 +28,9 @@ from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, Role
 from hetis.solver.problem import MOST_CHUNKS, NOTHING_SET, EngineRules, EngineSettings
+from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
-from hetis.v1 import document_pb2, plan_pb2, replica_pb2
+from hetis.v1 import plan_pb2, replica_pb2
 
 DEFAULT_STRATEGY = "hetis"
 LEAST_TIME_S = 0.01
@@ -162,7 +164,7 @@ def pose(
     if not cluster.node_groups:
         raise InvalidProblemError(f"all {len(left_out)} nodes of {record.name} drain or are lost")
     by_gpu = {
-        gpu: (profiles[gpu].name, documents.read_profile(profiles[gpu].body.document))
+        gpu: (profiles[gpu].name, documents.read_document(profiles[gpu].body.document, Profile))
         if gpu in profiles
         else default_profile(cluster.gpu_types[gpu])
         for gpu in gpu_types_of(cluster)
@@ -201,7 +203,9 @@ async def _model(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> ModelSp
             except catalogue.UnknownNameError as error:
                 checks.require(False, f"{field}.model_name", str(error))
         case "model_document":
-            return await checks.document(f"{field}.model_document", spec.model_document, _read_model)
+            return await checks.document(
+                f"{field}.model_document", spec.model_document, partial(documents.read_document, kind=ModelSpec)
+            )
         case None:
             checks.require(False, f"{field}.model_name", "is missing: name a model, or send model_document")
     return None
@@ -215,22 +219,12 @@ async def _workload(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> Work
             except DocumentError as error:
                 checks.require(False, f"{field}.workload_name", error.problems[0].message)
         case "workload_document":
-            return await checks.document(f"{field}.workload_document", spec.workload_document, _read_workload)
+            return await checks.document(
+                f"{field}.workload_document", spec.workload_document, partial(documents.read_document, kind=Workload)
+            )
         case None:
             checks.require(False, f"{field}.workload_name", "is missing: name a workload, or send workload_document")
     return None
-
-
-def _read_model(document: document_pb2.Document) -> ModelSpec:
-    value = documents.read_document(document, "ModelSpec")
-    assert isinstance(value, ModelSpec)
-    return value
-
-
-def _read_workload(document: document_pb2.Document) -> Workload:
-    value = documents.read_document(document, "Workload")
-    assert isinstance(value, Workload)
-    return value
 
 
 def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> Settings:

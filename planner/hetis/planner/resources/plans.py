@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hetis.planner.convert import names
+from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import complete, explanation_to_proto, replica_to_proto
-from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_field, not_found
+from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.resources.plan_creation import PlanSearches, problem_name
 from hetis.planner.resources.plan_documents import (
     IN_FORCE,
@@ -21,9 +22,9 @@ from hetis.planner.resources.plan_documents import (
     plan_state,
     require_answer,
 )
-from hetis.planner.resources.requests import Checks, once, read_page_request, to_the_end
+from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag, to_the_end
 from hetis.planner.resources.shared import Hubs
-from hetis.planner.store import PlanRecord, Reader, Store, Transaction, etag_of
+from hetis.planner.store import PlanRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.use_cases.sources import ENGINE_SETTINGS, PlanAndProblem
 from hetis.solver.plan import Plan, ReplicaPlan
@@ -33,26 +34,18 @@ from hetis.v1 import plan_service_pb2 as pb2
 PIECE_BYTES = 1 << 20
 
 
+@dataclass(slots=True, eq=False)
 class Plans:
     """The resource ``plans/{plan}``."""
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        searches: PlanSearches,
-        documents: PlanDocuments,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._searches = searches
-        self._documents = documents
-        self._clock = clock
+    _store: Store
+    _hubs: Hubs
+    _searches: PlanSearches
+    _documents: PlanDocuments
+    _clock: Callable[[], float] = time.time
 
     async def get(self, request: pb2.GetPlanRequest) -> pb2.GetPlanResponse:
-        _require_name(request.name)
+        check(request, name=names.PLAN)
         record = await self._store.read(lambda reader: reader.plans.require(request.name))
         if request.view == view_pb2.VIEW_BASIC:
             return pb2.GetPlanResponse(plan=self._basic(record))
@@ -63,10 +56,7 @@ class Plans:
         return pb2.GetPlanResponse(plan=plan)
 
     async def list(self, request: pb2.ListPlansRequest) -> pb2.ListPlansResponse:
-        checks = Checks()
-        checks.page_size(request.page_size)
-        checks.optional_name("cluster", request.cluster, names.CLUSTER)
-        checks.raise_if_wrong()
+        check(request, optional=("cluster",), cluster=names.CLUSTER)
         page = read_page_request(request, newest_first=True)
         filters: dict[str, str | frozenset[int]] = {}
         if request.cluster:
@@ -78,10 +68,7 @@ class Plans:
         return pb2.ListPlansResponse(plans=map(self._basic, records), next_page_token=token)
 
     async def delete(self, request: pb2.DeletePlanRequest) -> pb2.DeletePlanResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.PLAN)
-        checks.request_id(request.request_id)
-        checks.raise_if_wrong()
+        check(request, name=names.PLAN)
         if request.validate_only:
             await self._store.read(lambda reader: _require_deletable(reader, request))
             return pb2.DeletePlanResponse()
@@ -95,13 +82,10 @@ class Plans:
                 tx.clusters.update(replace(cluster, earlier_plan=""))
             return pb2.DeletePlanResponse()
 
-        async def change() -> pb2.DeletePlanResponse:
-            answer = await self._store.write(lambda tx: once(tx, request, pb2.DeletePlanResponse, lambda: delete(tx)))
-            if answer.is_new:
-                self._hubs.plans.publish(request.name, None, now_s=self._clock())
-            return answer.response
+        async def tell() -> None:
+            self._hubs.plans.publish(request.name, None, now_s=self._clock())
 
-        return await to_the_end(change())
+        return await change_once(self._store, request, pb2.DeletePlanResponse, delete, tell)
 
     async def watch(self, request: pb2.WatchPlanRequest) -> AsyncIterator[pb2.WatchPlanResponse]:
         """Yield the plan's states until it can no longer change without a call.
@@ -109,7 +93,7 @@ class Plans:
         Raises:
             ServiceError: NOT_FOUND, also if it is deleted meanwhile; DRAINING if the planner shuts down.
         """
-        _require_name(request.name)
+        check(request, name=names.PLAN)
         hub = self._hubs.plans
         record = await self._store.read(lambda reader: reader.plans.require(request.name))
         after = 0 if hub.is_too_old(request.after_sequence) else request.after_sequence
@@ -125,35 +109,33 @@ class Plans:
             if event.value is None:
                 raise not_found(request.name)
             if event.sequence > after:
-                yield _watch_response(event.sequence, event.value, event.time_s)
+                time = timestamp(event.time_s)
+                yield pb2.WatchPlanResponse(sequence=event.sequence, plan=event.value, event_time=time)
             if is_settled(event.value):
                 return
         raise ServiceError(Reason.ERROR_REASON_DRAINING, "this planner is shutting down: retry")
 
     async def cancel(self, request: pb2.CancelPlanRequest) -> pb2.CancelPlanResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.PLAN)
-        checks.request_id(request.request_id)
-        checks.raise_if_wrong()
+        check(request, name=names.PLAN)
 
         def cancel(tx: Transaction) -> pb2.CancelPlanResponse:
             record = tx.plans.require(request.name)
-            _require_etag(record, request.etag)
+            require_etag(record, request.etag)
             if record.state in SEARCHING:
                 tx.plan_documents.delete(problem_name(record.name))
             return pb2.CancelPlanResponse(plan=self._basic(record))
 
         async def change() -> pb2.CancelPlanResponse:
-            answer = await self._store.write(lambda tx: once(tx, request, pb2.CancelPlanResponse, lambda: cancel(tx)))
+            response = await change_once(self._store, request, pb2.CancelPlanResponse, cancel)
             self._searches.cancel(request.name)
-            return answer.response
+            return response
 
         return await to_the_end(change())
 
     async def explain(self, request: pb2.ExplainPlanRequest) -> pb2.ExplainPlanResponse:
         from hetis.solver.placement.explanation import explain_plan
 
-        _require_name(request.name)
+        check(request, name=names.PLAN)
         answered = await self._documents.answered(request.name)
 
         def explained() -> pb2.ExplainPlanResponse:
@@ -162,17 +144,14 @@ class Plans:
         return await run_in_thread_gc_paused(explained)
 
     async def diff(self, request: pb2.DiffPlansRequest) -> pb2.DiffPlansResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.PLAN)
-        checks.name("other", request.other, names.PLAN)
-        checks.raise_if_wrong()
+        check(request, name=names.PLAN, other=names.PLAN)
         one = await self._documents.answered(request.name)
         other = await self._documents.answered(request.other)
         return await run_in_thread_gc_paused(compare, one.found, other.found)
 
     async def read_document(self, request: pb2.ReadPlanDocumentRequest) -> AsyncIterator[pb2.ReadPlanDocumentResponse]:
         """Yield the document from the offset on in pieces; one empty piece if the offset is its end."""
-        _require_name(request.name)
+        check(request, name=names.PLAN)
 
         def read(reader: Reader) -> tuple[PlanRecord, bytes | None]:
             return reader.plans.require(request.name), reader.plan_documents.get(request.name)
@@ -194,20 +173,9 @@ class Plans:
         return basic_view(record, self._searches.progress_of(record.name) if record.state in SEARCHING else None)
 
 
-def _require_name(name: str) -> None:
-    checks = Checks()
-    checks.name("name", name, names.PLAN)
-    checks.raise_if_wrong()
-
-
-def _require_etag(record: PlanRecord, etag: str) -> None:
-    if etag and etag != etag_of(record):
-        raise etag_mismatch(record.name, given=etag, present=etag_of(record))
-
-
 def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRecord:
     record = reader.plans.require(request.name)
-    _require_etag(record, request.etag)
+    require_etag(record, request.etag)
     if record.state in SEARCHING:
         raise plan_state(record, "is still searched: cancel it first")
     cluster = reader.clusters.get(record.cluster)
@@ -218,12 +186,6 @@ def _require_deletable(reader: Reader, request: pb2.DeletePlanRequest) -> PlanRe
             metadata={"name": record.name, "user": record.cluster},
         )
     return record
-
-
-def _watch_response(sequence: int, plan: plan_pb2.Plan, time_s: float) -> pb2.WatchPlanResponse:
-    response = pb2.WatchPlanResponse(sequence=sequence, plan=plan)
-    response.event_time.FromNanoseconds(round(time_s * 1e9))
-    return response
 
 
 MOST_BYTES = (4 << 20) - (16 << 10)  # in the answer
@@ -271,32 +233,23 @@ def _differences(one: PlanAndProblem, other: PlanAndProblem) -> Iterator[pb2.Rep
     by_devices = {_dense(replica): index for index, replica in enumerate(second)} if is_same_model else {}
     matched = set[int]()
     for index, replica in enumerate(first):
-        other_index = by_devices.get(_dense(replica))
-        if other_index is None:
-            yield pb2.ReplicaDifference(
-                kind=_Kind.REPLICA_DIFFERENCE_KIND_REMOVED, index=index, replica=replica_to_proto(replica)
-            )
-            continue
-        matched.add(other_index)
-        now = second[other_index]
         difference = pb2.ReplicaDifference(
-            kind=_Kind.REPLICA_DIFFERENCE_KIND_KEPT,
-            index=index,
-            other_index=other_index,
-            replica=replica_to_proto(replica),
+            kind=_Kind.REPLICA_DIFFERENCE_KIND_REMOVED, index=index, replica=replica_to_proto(replica)
         )
-        if _without_predictions(replica) != _without_predictions(now):
-            difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
-            difference.other_replica.CopyFrom(replica_to_proto(now))
-            difference.changes.extend(_changes(replica, now))
+        other_index = by_devices.get(_dense(replica))
+        if other_index is not None:
+            matched.add(other_index)
+            now = second[other_index]
+            difference.kind, difference.other_index = _Kind.REPLICA_DIFFERENCE_KIND_KEPT, other_index
+            if _without_predictions(replica) != _without_predictions(now):
+                difference.kind = _Kind.REPLICA_DIFFERENCE_KIND_CHANGED
+                difference.other_replica.CopyFrom(replica_to_proto(now))
+                difference.changes.extend(_changes(replica, now))
         yield difference
     for index, replica in enumerate(second):
         if index not in matched:
-            yield pb2.ReplicaDifference(
-                kind=_Kind.REPLICA_DIFFERENCE_KIND_ADDED,
-                other_index=index,
-                other_replica=replica_to_proto(replica),
-            )
+            added, message = _Kind.REPLICA_DIFFERENCE_KIND_ADDED, replica_to_proto(replica)
+            yield pb2.ReplicaDifference(kind=added, other_index=index, other_replica=message)
 
 
 def _dense(replica: ReplicaPlan) -> tuple[object, ...]:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import uuid
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -17,9 +18,12 @@ from google.protobuf.message import Message
 
 from hetis.formats.errors import DocumentError
 from hetis.planner.callers import present_caller
+from hetis.planner.convert.clusters import without
 from hetis.planner.convert.names import ID_RULE, NameForm, is_id
-from hetis.planner.failures import Reason, ServiceError, invalid_document, invalid_fields
-from hetis.planner.store import AuditedChange, Transaction, audit
+from hetis.planner.failures import Reason, ServiceError, etag_mismatch, invalid_document, invalid_fields
+from hetis.planner.store import AuditedChange, Store, Transaction, audit, etag_of
+from hetis.planner.store.records import Record
+from hetis.planner.store.tables import TableView
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import document_pb2, failure_pb2
 
@@ -40,6 +44,21 @@ class Checks:
             self._violations.append(failure_pb2.FieldViolation(field=field, description=description))
         return is_right
 
+    def request(self, request: Any, *, optional: Collection[str] = (), **forms: NameForm) -> None:
+        """Check the fields that hold resource names, and ``request_id`` and ``page_size`` if the request has them.
+
+        ``optional`` names may be empty.
+        """
+        for field, form in forms.items():
+            if getattr(request, field) or field not in optional:
+                self.name(field, getattr(request, field), form)
+        fields = request.DESCRIPTOR.fields_by_name
+        if "request_id" in fields and request.request_id:
+            is_uuid = _is_uuid(request.request_id)
+            self.require(is_uuid, "request_id", f"is {_shown(request.request_id)}, must be a UUID")
+        if "page_size" in fields:
+            self.require(request.page_size >= 0, "page_size", f"is {request.page_size}, must not be below 0")
+
     def new_id(self, field: str, value: str) -> None:
         """Check an id that a caller chooses."""
         self.require(is_id(value), field, f"is {_shown(value)}, must be {ID_RULE}")
@@ -47,19 +66,6 @@ class Checks:
     def name(self, field: str, value: str, form: NameForm) -> None:
         """Check a required resource name."""
         self.require(form.matches(value), field, f"is {_shown(value)}, must be {form.text}")
-
-    def optional_name(self, field: str, value: str, form: NameForm) -> None:
-        """Check a resource name that may be empty."""
-        if value:
-            self.name(field, value, form)
-
-    def request_id(self, value: str) -> None:
-        """Check a UUID that may be empty."""
-        if value:
-            self.require(_is_uuid(value), "request_id", f"is {_shown(value)}, must be a UUID")
-
-    def page_size(self, value: int) -> None:
-        self.require(value >= 0, "page_size", f"is {value}, must not be below 0")
 
     async def document(
         self, field: str, document: document_pb2.Document, read: Callable[[document_pb2.Document], V]
@@ -82,6 +88,37 @@ class Checks:
         found = [*self._violations, *(each for error in self._documents for each in error.violations)]
         if found:
             raise invalid_fields(found)
+
+
+def check(request: Message, *, optional: Collection[str] = (), **forms: NameForm) -> None:
+    """Check a request as `Checks.request` does, and raise what is wrong.
+
+    Raises:
+        ServiceError: INVALID_FIELD.
+    """
+    checks = Checks()
+    checks.request(request, optional=optional, **forms)
+    checks.raise_if_wrong()
+
+
+def require_free(table: TableView[Any], name: str) -> None:
+    """Check that there is no such resource.
+
+    Raises:
+        ServiceError: ALREADY_EXISTS.
+    """
+    if table.get(name) is not None:
+        raise ServiceError(Reason.ERROR_REASON_ALREADY_EXISTS, f"{name} exists already", metadata={"name": name})
+
+
+def require_etag(record: Record | None, etag: str, name: str = "") -> None:
+    """Check that a record is as the caller read it; an empty etag is right. ``name``: where there may be no record.
+
+    Raises:
+        ServiceError: ETAG_MISMATCH.
+    """
+    if etag and etag != etag_of(record):
+        raise etag_mismatch(name or (record.name if record else ""), given=etag, present=etag_of(record))
 
 
 def _is_uuid(text: str) -> bool:
@@ -167,10 +204,7 @@ def read_page_request(request: Message, *, newest_first: bool = False) -> PageRe
 
 
 def _list_digest(request: Message) -> str:
-    filters = type(request)()
-    filters.CopyFrom(request)
-    filters.ClearField("page_size")
-    filters.ClearField("page_token")
+    filters = without(request, "page_size", "page_token")
     text = request.DESCRIPTOR.full_name.encode() + b"\0" + filters.SerializeToString(deterministic=True)
     return hashlib.sha256(text).hexdigest()[:16]
 
@@ -280,10 +314,28 @@ def named_in(message: Message, *fields: str) -> str:
 
 def fingerprint(request: Message) -> str:
     """Return a digest that is equal for equal requests, regardless of their ids."""
-    asked = type(request)()
-    asked.CopyFrom(request)
-    asked.ClearField("request_id")
-    return hashlib.sha256(asked.SerializeToString(deterministic=True)).hexdigest()
+    return hashlib.sha256(without(request, "request_id").SerializeToString(deterministic=True)).hexdigest()
+
+
+async def change_once(
+    store: Store,
+    request: Message,
+    response: type[A],
+    work: Callable[[Transaction], A],
+    tell: Callable[[], Awaitable[object]] | None = None,
+) -> A:
+    """Do ``work`` in one transaction as `once` does, and then ``tell`` of the change unless it was made before.
+
+    Both are completed even if the caller is cancelled.
+    """
+
+    async def change() -> A:
+        answer = await store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
+        if answer.is_new and tell is not None:
+            await tell()
+        return answer.response
+
+    return await to_the_end(change())
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
@@ -299,8 +351,7 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 
 def without_documents(answer: A) -> A:
     """Return a copy whose large documents are marked as left out."""
-    kept = type(answer)()
-    kept.CopyFrom(answer)
+    kept = deepcopy(answer)
     for document in _documents(kept):
         if len(document.content) > MOST_KEPT_BYTES:
             document.content = _LEFT_OUT

@@ -13,66 +13,26 @@ from google.protobuf.message import Message
 from hetis.planner.convert import documents
 from hetis.planner.convert.clusters import BASIC, cluster_message
 from hetis.planner.convert.names import node_name
+from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.store import ClusterRecord
 from hetis.planner.store.tables import KEPT_REDISPATCHES
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.planner.watching import Hub
 from hetis.solver.cluster import Cluster
-from hetis.v1 import cluster_pb2, inventory_pb2, plan_pb2, replica_pb2, report_pb2
-
-
-class NodeNow(Protocol):
-    """A node whose agent is connected, or was in this term."""
-
-    @property
-    def state(self) -> cluster_pb2.NodeState.ValueType: ...
-
-    @property
-    def devices(self) -> Sequence[report_pb2.DeviceReport]:
-        """The last report of every device."""
-
-    @property
-    def inventory(self) -> inventory_pb2.NodeInventory | None: ...
-
-    @property
-    def connect_time_s(self) -> float | None: ...
-
-    @property
-    def heard_time_s(self) -> float | None: ...
-
-
-class ReplicaNow(Protocol):
-    """A replica that nodes of this term know."""
-
-    @property
-    def state(self) -> replica_pb2.ReplicaState.ValueType: ...
-
-    @property
-    def generation(self) -> int: ...
-
-    @property
-    def report(self) -> report_pb2.ReplicaReport | None:
-        """The last report of its primary, or None."""
-
-    @property
-    def report_time_s(self) -> float | None: ...
-
-    @property
-    def redispatch(self) -> str:
-        """The name of the re-dispatch under way, or an empty string."""
+from hetis.v1 import cluster_pb2, plan_pb2
 
 
 class FleetNow(Protocol):
     """The live state of the fleet; all names are resource names."""
 
-    def node_view(self, name: str) -> NodeNow | None: ...
+    def node_view(self, name: str) -> LiveNode | None: ...
 
-    def nodes_of(self, cluster: str) -> Mapping[str, NodeNow]: ...
+    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]: ...
 
     def num_connected(self, cluster: str) -> int:
         """Return the number of nodes whose agents are connected; takes no time, however large the cluster is."""
 
-    def replica_view(self, name: str) -> ReplicaNow | None: ...
+    def replica_view(self, name: str) -> LiveReplica | None: ...
 
     def disconnect(self, name: str) -> None:
         """End the stream of a node's agent.
@@ -210,7 +170,7 @@ class DeclaredFleets:
 
 
 def _read(record: ClusterRecord) -> Declared:
-    return Declared(documents.read_cluster(record.body.document))
+    return Declared(documents.read_document(record.body.document, Cluster))
 
 
 def _nodes(cluster: Cluster) -> Iterator[str]:

@@ -11,7 +11,8 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from google.protobuf.message import Message
@@ -24,53 +25,46 @@ from hetis.planner.convert.clusters import (
     basic_replica,
     cluster_message,
     redispatch_message,
-    replica_message,
 )
 from hetis.planner.convert.names import last_part, timestamp
 from hetis.planner.failures import Reason, ServiceError, not_found
 from hetis.planner.resources.nodes import NodeReader
-from hetis.planner.resources.requests import Checks, read_page_request
+from hetis.planner.resources.requests import check, read_page_request
 from hetis.planner.resources.shared import ClusterHub, FleetNow, Hubs
 from hetis.planner.store import ClusterRecord, Reader, RedispatchRecord, ReplicaRecord, Store
 from hetis.planner.watching import Event
 from hetis.v1 import cluster_pb2, redispatch_pb2, replica_pb2, view_pb2
-from hetis.v1 import cluster_service_pb2 as service_pb2
+from hetis.v1 import cluster_service_pb2 as pb
 
 
 def replica_now(fleet: FleetNow, record: ReplicaRecord, view: view_pb2.View.ValueType) -> replica_pb2.Replica:
     """Return a replica in its live state, or in its stored one if the fleet does not know it."""
-    live = fleet.replica_view(record.name)
-    return replica_message(
-        record,
-        view=view,
-        state=live.state if live else record.state,
-        generation=live.generation if live else record.generation,
-        report=live.report if live else None,
-        report_time_s=live.report_time_s if live else None,
-        redispatch=live.redispatch if live else "",
-    )
+    message, live = deepcopy(record.body), fleet.replica_view(record.name)
+    message.name, message.plan = record.name, record.plan
+    message.state, message.generation = record.state, record.generation
+    if live is not None:
+        message.state, message.generation, message.redispatch = live.state, live.generation, live.redispatch
+        if live.report is not None:
+            message.report.CopyFrom(live.report)
+        if live.report_time_s is not None:
+            message.report_time.CopyFrom(timestamp(live.report_time_s))
+    return basic_replica(message) if view == BASIC else message
 
 
+@dataclass(slots=True, eq=False)
 class RunningResources:
     """The resources ``clusters/{cluster}/replicas/{replica}`` and ``clusters/{cluster}/redispatches/{redispatch}``."""
 
-    def __init__(self, store: Store, fleet: FleetNow) -> None:
-        self._store = store
-        self._fleet = fleet
+    _store: Store
+    _fleet: FleetNow
 
-    async def get_replica(self, request: service_pb2.GetReplicaRequest) -> service_pb2.GetReplicaResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.REPLICA)
-        checks.raise_if_wrong()
+    async def get_replica(self, request: pb.GetReplicaRequest) -> pb.GetReplicaResponse:
+        check(request, name=names.REPLICA)
         record = await self._store.read(lambda tx: tx.replicas.require(request.name))
-        return service_pb2.GetReplicaResponse(replica=replica_now(self._fleet, record, request.view or FULL))
+        return pb.GetReplicaResponse(replica=replica_now(self._fleet, record, request.view or FULL))
 
-    async def list_replicas(self, request: service_pb2.ListReplicasRequest) -> service_pb2.ListReplicasResponse:
-        checks = Checks()
-        checks.name("parent", request.parent, names.CLUSTER)
-        checks.optional_name("plan", request.plan, names.PLAN)
-        checks.page_size(request.page_size)
-        checks.raise_if_wrong()
+    async def list_replicas(self, request: pb.ListReplicasRequest) -> pb.ListReplicasResponse:
+        check(request, optional=("plan",), parent=names.CLUSTER, plan=names.PLAN)
         page = read_page_request(request)
 
         def read(tx: Reader) -> list[ReplicaRecord]:
@@ -80,23 +74,15 @@ class RunningResources:
 
         records, token = page.cut(await self._store.read(read), lambda record: record.name)
         replicas = [replica_now(self._fleet, record, BASIC) for record in records]
-        return service_pb2.ListReplicasResponse(replicas=replicas, next_page_token=token)
+        return pb.ListReplicasResponse(replicas=replicas, next_page_token=token)
 
-    async def get_redispatch(self, request: service_pb2.GetRedispatchRequest) -> service_pb2.GetRedispatchResponse:
-        checks = Checks()
-        checks.name("name", request.name, names.REDISPATCH)
-        checks.raise_if_wrong()
+    async def get_redispatch(self, request: pb.GetRedispatchRequest) -> pb.GetRedispatchResponse:
+        check(request, name=names.REDISPATCH)
         record = await self._store.read(lambda tx: tx.redispatches.require(request.name))
-        return service_pb2.GetRedispatchResponse(redispatch=redispatch_message(record, view=request.view or FULL))
+        return pb.GetRedispatchResponse(redispatch=redispatch_message(record, view=request.view or FULL))
 
-    async def list_redispatches(
-        self, request: service_pb2.ListRedispatchesRequest
-    ) -> service_pb2.ListRedispatchesResponse:
-        checks = Checks()
-        checks.name("parent", request.parent, names.CLUSTER)
-        checks.optional_name("replica", request.replica, names.REPLICA)
-        checks.page_size(request.page_size)
-        checks.raise_if_wrong()
+    async def list_redispatches(self, request: pb.ListRedispatchesRequest) -> pb.ListRedispatchesResponse:
+        check(request, optional=("replica",), parent=names.CLUSTER, replica=names.REPLICA)
         page = read_page_request(request, newest_first=True)
 
         def read(tx: Reader) -> list[RedispatchRecord]:
@@ -106,10 +92,10 @@ class RunningResources:
 
         records, token = page.cut(await self._store.read(read), lambda record: (record.create_time_s, record.name))
         redispatches = [redispatch_message(record, view=BASIC) for record in records]
-        return service_pb2.ListRedispatchesResponse(redispatches=redispatches, next_page_token=token)
+        return pb.ListRedispatchesResponse(redispatches=redispatches, next_page_token=token)
 
 
-Response = service_pb2.WatchClusterResponse
+Response = pb.WatchClusterResponse
 _KEPT = 10_000  # nodes per cluster, about a kilobyte each; others are looked up again
 
 
@@ -143,30 +129,23 @@ class ResumeToken:
             return None
 
 
+@dataclass(slots=True, eq=False)
 class ClusterWatches:
     """All watches of clusters."""
 
-    def __init__(
-        self,
-        store: Store,
-        hubs: Hubs,
-        fleet: FleetNow,
-        reader: NodeReader,
-        *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._hubs = hubs
-        self._fleet = fleet
-        self._reader = reader
-        self._shown = ShownNodes(reader)
-        self._clock = clock
+    _store: Store
+    _hubs: Hubs
+    _fleet: FleetNow
+    _reader: NodeReader
+    _clock: Callable[[], float] = time.time
+    _shown: ShownNodes = field(init=False)
 
-    async def watch(self, request: service_pb2.WatchClusterRequest) -> AsyncIterator[Response]:
+    def __post_init__(self) -> None:
+        self._shown = ShownNodes(self._reader)
+
+    async def watch(self, request: pb.WatchClusterRequest) -> AsyncIterator[Response]:
         """Yield changes until the cluster is deleted (NOT_FOUND) or the planner shuts down (DRAINING)."""
-        checks = Checks()
-        checks.name("name", request.name, names.CLUSTER)
-        checks.raise_if_wrong()
+        check(request, name=names.CLUSTER)
         record = await self._read(request.name)  # first, so that no hub is made for a cluster that does not exist
         token = ResumeToken.from_text(request.resume_token)
         is_new = not request.resume_token
@@ -256,8 +235,7 @@ class ClusterWatches:
             return Response(removed_node=name) if node is None else Response(node=node)
         match event.value:
             case cluster_pb2.Cluster() as cluster:
-                now = cluster_pb2.Cluster()
-                now.CopyFrom(cluster)
+                now = deepcopy(cluster)
                 now.num_connected_nodes = self._fleet.num_connected(name)
                 return Response(cluster=now)
             case replica_pb2.Replica() as replica:

@@ -104,7 +104,7 @@ class Term:
         clusters.deleted.append(searches.cluster_deleted)
         documents = PlanDocuments(store)
         limits = SearchLimits(threads=_threads(config), time_s=config.solver.max_search)
-        creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits=limits)
+        creation = PlanCreation(store, hubs, fleet, declared, self._pool, searches, limits)
         plans = Plans(store, hubs, searches, documents)
         activation = PlanActivation(store, hubs, fleet, declared, documents)
         self._proposals = PlacementProposals(fleet, StoredPlacements(store, plans, creation, activation), clock=clock)

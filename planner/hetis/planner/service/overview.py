@@ -20,11 +20,11 @@ from google.protobuf.message import Message
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.settings import redispatch_policy
-from hetis.planner.fleet.views import LiveReplica
+from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.jobs.pool import SolverPool
 from hetis.planner.resources.clusters import Clusters
 from hetis.planner.resources.nodes import Nodes
-from hetis.planner.resources.shared import Hubs, NodeNow
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.resources.watches import RunningResources
 from hetis.planner.store import Reader, Store
 from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, view_pb2
@@ -229,7 +229,7 @@ class ClusterNow:
     """
 
     name: str
-    nodes: Mapping[str, NodeNow]
+    nodes: Mapping[str, LiveNode]
     replicas: Sequence[LiveReplica]
     redispatches: Sequence[redispatch_pb2.Redispatch]
     kv: KvHistory

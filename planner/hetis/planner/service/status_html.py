@@ -15,7 +15,7 @@ import numpy as np
 from hetis.planner.convert.names import last_part, name_of
 from hetis.planner.convert.plans import replica_from_proto
 from hetis.planner.convert.stages import trigger_from_proto
-from hetis.planner.fleet.views import LiveReplica
+from hetis.planner.fleet.views import LiveNode, LiveReplica
 from hetis.planner.report.figures import digits, gigabytes, plural, seconds
 from hetis.planner.report.page.blocks import (
     COLORS,
@@ -39,7 +39,6 @@ from hetis.planner.report.page.blocks import (
 )
 from hetis.planner.report.page.fleet_map import IDLE, Duty, replica_duties
 from hetis.planner.report.page.render import render_page
-from hetis.planner.resources.shared import NodeNow
 from hetis.planner.service.overview import (
     NUM_SAMPLES,
     SAMPLE_S,
@@ -226,7 +225,7 @@ def _map(cluster: ClusterNow, colors: Mapping[str, int]) -> FleetMap:
     return FleetMap(title="The fleet now", zones=(zone,), legend=tuple(legend), note=note)
 
 
-def _card(name: str, node: NodeNow, duties: Mapping[str, Duty], full: Mapping[str, float]) -> NodeCard:
+def _card(name: str, node: LiveNode, duties: Mapping[str, Duty], full: Mapping[str, float]) -> NodeCard:
     found = [] if node.inventory is None else list(node.inventory.devices)
     planned = {int(device.rpartition("/")[2]) for device in duties if node_of(device) == name}
     known = planned | {device.index for device in found} | {device.index for device in node.devices}
