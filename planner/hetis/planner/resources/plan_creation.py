@@ -31,6 +31,7 @@ from hetis.planner.jobs.messages import (
 from hetis.planner.jobs.pool import Begun, Search, SolverPool
 from hetis.planner.resources.plan_documents import SEARCHING, ImportedPlan, basic_view, checked, read_plan, require_gpus
 from hetis.planner.resources.plan_specs import (
+    SPEC,
     ReadSpec,
     SearchLimits,
     check_labels,
@@ -228,7 +229,7 @@ def _failure(outcome: Outcome, posed: PosedProblem | None) -> failure_pb2.Failur
     return error.to_proto()
 
 
-_SPEC, _IMPORTED = "plan.spec", "plan.imported"
+_IMPORTED = "plan.imported"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,11 +264,11 @@ class PlanCreation:
         given: Plan | None = None
         match request.plan.WhichOneof("source"):
             case "spec":
-                spec = await read_spec(checks, request.plan.spec, _SPEC, self._limits)
+                spec = await read_spec(checks, request.plan.spec, self._limits)
             case "imported":
                 given = await checks.document(_IMPORTED, request.plan.imported, read_plan)
             case None:
-                checks.require(False, _SPEC, "is missing: send a spec to be solved, or a plan as imported")
+                checks.require(False, SPEC, "is missing: send a spec to be solved, or a plan as imported")
         checks.raise_if_wrong()
         answer: SearchableProblem | ImportedPlan
         if spec is not None:
@@ -284,7 +285,7 @@ class PlanCreation:
             ServiceError: as `create`.
         """
         checks = Checks()
-        read = await read_spec(checks, spec, _SPEC, self._limits)
+        read = await read_spec(checks, spec, self._limits)
         checks.raise_if_wrong()
         assert read is not None
         request = pb2.CreatePlanRequest(plan=plan_pb2.Plan(cluster=cluster, spec=spec))
@@ -295,7 +296,7 @@ class PlanCreation:
         def read(reader: Reader) -> tuple[ClusterRecord, list[str], list[ProfileRecord]]:
             record = reader.clusters.require(cluster)
             draining = [names.last_part(node.name) for node in reader.nodes.all(cluster=cluster, draining=True)]
-            return record, draining, [reader.profiles.require(name) for name in spec.profiles]
+            return record, draining, [reader.profiles.require(name) for name in spec.spec.profiles]
 
         record, draining, named = await self._store.read(read)
         declared = await self._fleets.of(record)
@@ -307,7 +308,7 @@ class PlanCreation:
         left_out = frozenset(node for node in {*draining, *lost} if node in declared)
         gpus = gpu_types_of(declared.value)
         stored = await self._store.read(lambda reader: reader.profiles.all(gpu_type=frozenset(gpus)))
-        profiles = choose_profiles(spec, named, stored, gpus, _SPEC)
+        profiles = choose_profiles(named, stored, gpus)
 
         def posed() -> SearchableProblem:
             problem = pose(spec, record, declared.value, left_out, profiles)

@@ -32,6 +32,7 @@ from hetis.solver.profile import Profile
 from hetis.solver.workload import Workload
 from hetis.v1 import plan_pb2, replica_pb2
 
+SPEC = "plan.spec"
 DEFAULT_STRATEGY = "hetis"
 LEAST_TIME_S = 0.01
 LONGEST_TIME_S = 24 * 3600.0
@@ -54,16 +55,20 @@ class SearchLimits:
 class ReadSpec:
     """A spec whose fields are valid; profiles and cluster are still names."""
 
+    spec: plan_pb2.PlanSpec
     model: ModelSpec
     workload: Workload
-    weights: str | None = None  # precision, as `chosen_precision` reads it; None: the model's
-    kv: str | None = None
-    mtp: str | None = None  # drafts, as `drafts` reads them; None: the model's
-    origins: Mapping[str, str]  # of model and workload
-    profiles: Sequence[str]
     objective: Objective
     settings: Settings
-    engine_settings: EngineSettings = NOTHING_SET
+    engine_settings: EngineSettings
+
+    def origins(self) -> dict[str, str]:
+        """Return where model and workload are from."""
+        spec = self.spec
+        return {
+            "model": spec.model_name or spec.model_document.source_name or "document",
+            "workload": spec.workload_name or spec.workload_document.source_name or "document",
+        }
 
 
 def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
@@ -76,54 +81,8 @@ def check_labels(checks: Checks, labels: Mapping[str, str], field: str) -> None:
         )
 
 
-async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> ReadSpec | None:
-    """Return the spec, or None if ``checks`` has found an error."""
-    model = await _model(checks, spec, field)
-    workload = await _workload(checks, spec, field)
-    objective = objective_from_proto(
-        spec.objective, f"{field}.objective", lambda path, text: checks.require(False, path, text)
-    )
-    settings = _settings(checks, spec, field, limits)
-    engine_settings = _engine_settings(checks, spec, field)
-    texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
-        ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
-        ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
-        ("mtp", spec.mtp, drafts),
-    )
-    for name, asked, read in texts:
-        try:
-            if asked:
-                read(asked)
-        except ValueError as error:
-            checks.require(False, f"{field}.{name}", str(error))
-    checks.require(
-        len(spec.profiles) <= MOST_PROFILES,
-        f"{field}.profiles",
-        f"has {len(spec.profiles)} entries, at most {MOST_PROFILES} are allowed",
-    )
-    for position, profile in enumerate(spec.profiles[:MOST_PROFILES]):
-        checks.name(f"{field}.profiles[{position}]", profile, names.PROFILE)
-    if model is None or workload is None:
-        return None
-    return ReadSpec(
-        model=model,
-        workload=workload,
-        weights=spec.weights or None,
-        kv=spec.kv or None,
-        mtp=spec.mtp or None,
-        origins={
-            "model": spec.model_name or spec.model_document.source_name or "document",
-            "workload": spec.workload_name or spec.workload_document.source_name or "document",
-        },
-        profiles=tuple(spec.profiles),
-        objective=objective,
-        settings=settings,
-        engine_settings=engine_settings,
-    )
-
-
 def choose_profiles(
-    spec: ReadSpec, named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str], field: str
+    named: Sequence[ProfileRecord], stored: Sequence[ProfileRecord], gpus: Sequence[str]
 ) -> dict[str, ProfileRecord]:
     """Return the profile of every GPU type that has one: the named one, else the newest of those stored.
 
@@ -132,16 +91,14 @@ def choose_profiles(
     """
     checks, chosen = Checks(), dict[str, ProfileRecord]()
     for position, record in enumerate(named):
-        path = f"{field}.profiles[{position}]"
+        path = f"{SPEC}.profiles[{position}]"
         checks.require(record.gpu_type not in chosen, path, f"is a second profile of {record.gpu_type}, one is allowed")
         hint = did_you_mean(record.gpu_type, gpus)
         checks.require(record.gpu_type in gpus, path, f"is of {record.gpu_type}, which the cluster has not{hint}")
         chosen[record.gpu_type] = record
     checks.raise_if_wrong()
-    for record in sorted(stored, key=lambda one: one.update_time_s):
-        if record.gpu_type not in {one.gpu_type for one in named}:
-            chosen[record.gpu_type] = record
-    return chosen
+    newest = {record.gpu_type: record for record in sorted(stored, key=lambda one: one.update_time_s)}
+    return newest | chosen
 
 
 def gpu_types_of(cluster: Cluster) -> list[str]:
@@ -149,7 +106,7 @@ def gpu_types_of(cluster: Cluster) -> list[str]:
 
 
 def pose(
-    spec: ReadSpec,
+    read: ReadSpec,
     record: ClusterRecord,
     declared: Cluster,
     left_out: frozenset[str],
@@ -175,167 +132,201 @@ def pose(
     loaded = LoadedInputs(
         inputs=Inputs(
             cluster=cluster,
-            model=spec.model,
-            workload=spec.workload,
+            model=read.model,
+            workload=read.workload,
             profiles={gpu: profile for gpu, (_, profile) in by_gpu.items()},
-            engine_settings=spec.engine_settings,
+            engine_settings=read.engine_settings,
         ),
         origins={
-            **spec.origins,
+            **read.origins(),
             "cluster": origin,
             "profiles": {gpu: where for gpu, (where, _) in by_gpu.items()},
         },
     )
+    spec = read.spec
     posed = PosedProblem(
-        loaded=in_precision(loaded, weights=spec.weights, kv=spec.kv, mtp=spec.mtp),
-        objective=spec.objective,
-        settings=spec.settings,
+        loaded=in_precision(loaded, weights=spec.weights or None, kv=spec.kv or None, mtp=spec.mtp or None),
+        objective=read.objective,
+        settings=read.settings,
     )
     posed.problem()
     return posed
 
 
-async def _model(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> ModelSpec | None:
-    match spec.WhichOneof("model"):
-        case "model_name":
-            try:
-                return catalogue.find_model(spec.model_name).model
-            except catalogue.UnknownNameError as error:
-                checks.require(False, f"{field}.model_name", str(error))
-        case "model_document":
-            return await checks.document(
-                f"{field}.model_document", spec.model_document, partial(documents.read_document, kind=ModelSpec)
-            )
-        case None:
-            checks.require(False, f"{field}.model_name", "is missing: name a model, or send model_document")
-    return None
+async def read_spec(checks: Checks, spec: plan_pb2.PlanSpec, limits: SearchLimits) -> ReadSpec | None:
+    """Return the spec, or None if ``checks`` has found an error."""
+    return await _SpecReader(checks, spec, limits).read()
 
 
-async def _workload(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> Workload | None:
-    match spec.WhichOneof("workload"):
-        case "workload_name":
-            try:
-                return await asyncio.to_thread(named_workload, spec.workload_name)
-            except DocumentError as error:
-                checks.require(False, f"{field}.workload_name", error.problems[0].message)
-        case "workload_document":
-            return await checks.document(
-                f"{field}.workload_document", spec.workload_document, partial(documents.read_document, kind=Workload)
-            )
-        case None:
-            checks.require(False, f"{field}.workload_name", "is missing: name a workload, or send workload_document")
-    return None
+@dataclass(frozen=True, slots=True)
+class _SpecReader:
+    """Reads one spec; what is wrong goes to ``checks``."""
 
+    checks: Checks
+    spec: plan_pb2.PlanSpec
+    limits: SearchLimits
 
-def _settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str, limits: SearchLimits) -> Settings:
-    from hetis.solver.placement.strategies import STRATEGIES
+    def require(self, is_right: bool, field: str, description: str) -> bool:
+        return self.checks.require(is_right, f"{SPEC}.{field}", description)
 
-    defaults = Settings()
-    strategy = spec.strategy or DEFAULT_STRATEGY
-    checks.require(
-        strategy in STRATEGIES,
-        f"{field}.strategy",
-        f"is {strategy[:80]!r}, must be one of {', '.join(STRATEGIES)}{did_you_mean(strategy, STRATEGIES)}",
-    )
-    roles = _roles(checks, spec, field)
-    if strategy in STRATEGIES and roles:
-        try:
-            family_of(strategy, roles)
-        except InvalidProblemError as error:
-            checks.require(False, f"{field}.roles", str(error))
-    engine = _engine(checks, spec, field) if strategy in STRATEGIES else None
-    checks.require(
-        spec.survive in ("", *PLACES),
-        f"{field}.survive",
-        f"is {spec.survive[:80]!r}, must be one of {', '.join(PLACES)}{did_you_mean(spec.survive[:80], PLACES)}",
-    )
-    needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
-    checks.require(
-        not spec.survive or spec.objective.kind in needs,
-        f"{field}.survive",
-        "is set, and the objective has no demand that could be kept: it must be COST or GPUS",
-    )
-    gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
-    checks.require(0 <= gap <= 1, f"{field}.gap_target", f"is {gap:g}, must be from 0 to 1")
-    time_limit_s = min(defaults.time_limit_s, limits.time_s)
-    if spec.HasField("time_limit"):
-        time_limit_s = spec.time_limit.seconds + spec.time_limit.nanos / 1e9
-        checks.require(
-            LEAST_TIME_S <= time_limit_s <= limits.time_s,
-            f"{field}.time_limit",
-            f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s",
+    def choice(self, field: str, value: str, known: Collection[str]) -> bool:
+        hint = did_you_mean(value[:80], known)
+        return self.require(value in known, field, f"is {value[:80]!r}, must be one of {', '.join(known)}{hint}")
+
+    async def read(self) -> ReadSpec | None:
+        checks, spec = self.checks, self.spec
+        model, workload = await self._model(), await self._workload()
+        objective = objective_from_proto(
+            spec.objective, f"{SPEC}.objective", lambda path, text: checks.require(False, path, text)
         )
-    return Settings(
-        strategy=strategy,
-        roles=roles,
-        engine=engine,
-        time_limit_s=time_limit_s,
-        gap_target=gap,
-        seed=spec.seed % _SEEDS,
-        threads=min(spec.num_threads or limits.threads, limits.threads),
-        survive=spec.survive,
-    )
+        settings, engine_settings = self._settings(), self._engine_settings()
+        texts: tuple[tuple[str, str, Callable[[str], object]], ...] = (
+            ("weights", spec.weights, lambda text: chosen_precision(text, PRECISIONS)),
+            ("kv", spec.kv, lambda text: chosen_precision(text, KV_PRECISIONS)),
+            ("mtp", spec.mtp, drafts),
+        )
+        for name, asked, parse in texts:
+            try:
+                if asked:
+                    parse(asked)
+            except ValueError as error:
+                self.require(False, name, str(error))
+        num = len(spec.profiles)
+        self.require(num <= MOST_PROFILES, "profiles", f"has {num} entries, at most {MOST_PROFILES} are allowed")
+        for position, profile in enumerate(spec.profiles[:MOST_PROFILES]):
+            checks.name(f"{SPEC}.profiles[{position}]", profile, names.PROFILE)
+        if model is None or workload is None:
+            return None
+        return ReadSpec(
+            spec=spec,
+            model=model,
+            workload=workload,
+            objective=objective,
+            settings=settings,
+            engine_settings=engine_settings,
+        )
 
-
-def _roles(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> tuple[Role, ...]:
-    """Return the valid roles; errors go to ``checks``."""
-    known = ", ".join(role.name for role in Role)
-    for position, value in enumerate(spec.roles[: len(Role) + 1]):
-        named = names.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
-        checks.require(value in FROM_PROTO, f"{field}.roles[{position}]", f"is {named}, must be one of {known}")
-    num_different = len(set(spec.roles))
-    checks.require(
-        num_different == len(spec.roles),
-        f"{field}.roles",
-        f"has {len(spec.roles)} entries of {num_different} roles, each may be there once",
-    )
-    return ordered(FROM_PROTO[value] for value in spec.roles if value in FROM_PROTO)
-
-
-def _engine(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineRules | None:
-    """Return the rules that plans keep to, or None if there are none or ``checks`` has found an error."""
-    from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
-
-    strategy, known = spec.strategy or DEFAULT_STRATEGY, [*ENGINES, ANY_ENGINE]
-    if spec.engine and spec.engine not in known:
-        hint = did_you_mean(spec.engine, known)
-        checks.require(
-            False, f"{field}.engine", f"is {spec.engine[:80]!r}, must be one of {', '.join(known)}{hint}"
-        )  # fmt: skip
+    async def _model(self) -> ModelSpec | None:
+        spec = self.spec
+        match spec.WhichOneof("model"):
+            case "model_name":
+                try:
+                    return catalogue.find_model(spec.model_name).model
+                except catalogue.UnknownNameError as error:
+                    self.require(False, "model_name", str(error))
+            case "model_document":
+                read = partial(documents.read_document, kind=ModelSpec)
+                return await self.checks.document(f"{SPEC}.model_document", spec.model_document, read)
+            case None:
+                self.require(False, "model_name", "is missing: name a model, or send model_document")
         return None
-    if not checks.require(
-        spec.max_stages <= MOST_STAGES, f"{field}.max_stages", f"is {spec.max_stages}, must be {MOST_STAGES} at most"
-    ):
-        return None
-    limits = ReplicaLimits(
-        max_stages=spec.max_stages or None,
-        max_gpus=spec.max_gpus or None,
-        min_layers=spec.min_layers or None,
-        max_nodes=spec.max_nodes or None,
-    )
-    try:
-        rules = engine_rules(spec.engine or None, strategy, limits)
-        family_of(strategy, engine=rules)
-    except InvalidProblemError as error:
-        checks.require(False, f"{field}.engine", str(error))
-        return None
-    return rules
 
+    async def _workload(self) -> Workload | None:
+        spec = self.spec
+        match spec.WhichOneof("workload"):
+            case "workload_name":
+                try:
+                    return await asyncio.to_thread(named_workload, spec.workload_name)
+                except DocumentError as error:
+                    self.require(False, "workload_name", error.problems[0].message)
+            case "workload_document":
+                read = partial(documents.read_document, kind=Workload)
+                return await self.checks.document(f"{SPEC}.workload_document", spec.workload_document, read)
+            case None:
+                self.require(False, "workload_name", "is missing: name a workload, or send workload_document")
+        return None
 
-def _engine_settings(checks: Checks, spec: plan_pb2.PlanSpec, field: str) -> EngineSettings:
-    """Return the settings that engines are started with; none after an error, which goes to ``checks``."""
-    given: dict[str, Any] = {
-        "max_num_seqs": spec.max_num_seqs or None,
-        "chunk_tokens": tuple(spec.chunk_tokens[: MOST_CHUNKS + 1]),
-        "kv_blocks": spec.kv_blocks or None,
-    }
-    found = NOTHING_SET
-    for name, value in given.items():
+    def _settings(self) -> Settings:
+        from hetis.solver.placement.strategies import STRATEGIES
+
+        spec, limits, defaults = self.spec, self.limits, Settings()
+        strategy = spec.strategy or DEFAULT_STRATEGY
+        is_known = self.choice("strategy", strategy, STRATEGIES)
+        roles = self._roles()
+        if is_known and roles:
+            try:
+                family_of(strategy, roles)
+            except InvalidProblemError as error:
+                self.require(False, "roles", str(error))
+        engine = self._engine() if is_known else None
+        if spec.survive:
+            self.choice("survive", spec.survive, PLACES)
+        needs = plan_pb2.OBJECTIVE_KIND_COST, plan_pb2.OBJECTIVE_KIND_GPUS
+        self.require(
+            not spec.survive or spec.objective.kind in needs,
+            "survive",
+            "is set, and the objective has no demand that could be kept: it must be COST or GPUS",
+        )
+        gap = spec.gap_target if spec.HasField("gap_target") else defaults.gap_target
+        self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
+        time_limit_s = min(defaults.time_limit_s, limits.time_s)
+        if spec.HasField("time_limit"):
+            time_limit_s = spec.time_limit.seconds + spec.time_limit.nanos / 1e9
+            self.require(
+                LEAST_TIME_S <= time_limit_s <= limits.time_s,
+                "time_limit",
+                f"is {time_limit_s:g} s, must be {LEAST_TIME_S:g} s to {limits.time_s:g} s",
+            )
+        return Settings(
+            strategy=strategy,
+            roles=roles,
+            engine=engine,
+            time_limit_s=time_limit_s,
+            gap_target=gap,
+            seed=spec.seed % _SEEDS,
+            threads=min(spec.num_threads or limits.threads, limits.threads),
+            survive=spec.survive,
+        )
+
+    def _roles(self) -> tuple[Role, ...]:
+        """Return the valid roles."""
+        given, known = self.spec.roles, ", ".join(role.name for role in Role)
+        for position, value in enumerate(given[: len(Role) + 1]):
+            named = names.name_of(replica_pb2.ReplicaRole, value).removeprefix("REPLICA_ROLE_")
+            self.require(value in FROM_PROTO, f"roles[{position}]", f"is {named}, must be one of {known}")
+        num_different = len(set(given))
+        message = f"has {len(given)} entries of {num_different} roles, each may be there once"
+        self.require(num_different == len(given), "roles", message)
+        return ordered(FROM_PROTO[value] for value in given if value in FROM_PROTO)
+
+    def _engine(self) -> EngineRules | None:
+        """Return the rules that plans keep to; None if there are none, or after an error."""
+        from hetis.solver.placement.engines import ANY_ENGINE, ENGINES
+
+        spec, strategy = self.spec, self.spec.strategy or DEFAULT_STRATEGY
+        if spec.engine and not self.choice("engine", spec.engine, [*ENGINES, ANY_ENGINE]):
+            return None
+        message = f"is {spec.max_stages}, must be {MOST_STAGES} at most"
+        if not self.require(spec.max_stages <= MOST_STAGES, "max_stages", message):
+            return None
+        limits = ReplicaLimits(
+            max_stages=spec.max_stages or None,
+            max_gpus=spec.max_gpus or None,
+            min_layers=spec.min_layers or None,
+            max_nodes=spec.max_nodes or None,
+        )
         try:
-            found = replace(found, **{name: value})
+            rules = engine_rules(spec.engine or None, strategy, limits)
+            family_of(strategy, engine=rules)
         except InvalidProblemError as error:
-            checks.require(False, f"{field}.{name}", str(error))
-    return found
+            self.require(False, "engine", str(error))
+            return None
+        return rules
+
+    def _engine_settings(self) -> EngineSettings:
+        """Return the settings that engines are started with, without wrong ones."""
+        given: dict[str, Any] = {
+            "max_num_seqs": self.spec.max_num_seqs or None,
+            "chunk_tokens": tuple(self.spec.chunk_tokens[: MOST_CHUNKS + 1]),
+            "kv_blocks": self.spec.kv_blocks or None,
+        }
+        found = NOTHING_SET
+        for name, value in given.items():
+            try:
+                found = replace(found, **{name: value})
+            except InvalidProblemError as error:
+                self.require(False, name, str(error))
+        return found
 
 
 def without_nodes(cluster: Cluster, nodes: Collection[str]) -> Cluster:
