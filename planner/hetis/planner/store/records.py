@@ -122,121 +122,83 @@ NAME = Text().with_variant(Text(collation="C"), "postgresql")
 metadata = MetaData()
 
 
-def _name() -> Column[str]:
-    return Column("name", NAME, primary_key=True)
-
-
-def _version() -> Column[int]:
-    return Column("version", BigInteger, nullable=False)
-
-
-def _required(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
+def _column(name: str, kind: TypeEngine[Any] | type[TypeEngine[Any]]) -> Column[Any]:
     return Column(name, kind, nullable=False)
+
+
+def _table(name: str, *indices: Index, **columns: TypeEngine[Any] | type[TypeEngine[Any]]) -> Table:
+    """Return a table of records, all of which have a name, a body and a version."""
+    own = {**columns, "body": LargeBinary, "version": BigInteger}
+    return Table(name, metadata, Column("name", NAME, primary_key=True), *map(_column, own, own.values()), *indices)
 
 
 leadership = Table(
     "leadership",
     metadata,
     Column("id", Integer, primary_key=True),  # there is only one row
-    _required("epoch", BigInteger),
-    _required("holder", Text),
-    _required("lease_end_s", Double),  # Unix time of the database server; 0 if nobody holds it
+    _column("epoch", BigInteger),
+    _column("holder", Text),
+    _column("lease_end_s", Double),  # Unix time of the database server; 0 if nobody holds it
 )
-clusters = Table(
-    "clusters",
-    metadata,
-    _name(),
-    _required("active_plan", Text),
-    _required("earlier_plan", Text),
-    _required("body", LargeBinary),
-    _version(),
-    _required("create_time_s", Double),
-    _required("update_time_s", Double),
-)
-nodes = Table(
-    "nodes",
-    metadata,
-    _name(),
-    _required("cluster", NAME),
-    _required("draining", Boolean),
-    _required("body", LargeBinary),
-    _version(),
-    Index("nodes_of_cluster", "cluster", "name"),
-)
-profiles = Table(
+clusters = _table("clusters", active_plan=Text, earlier_plan=Text, create_time_s=Double, update_time_s=Double)
+nodes = _table("nodes", Index("nodes_of_cluster", "cluster", "name"), cluster=NAME, draining=Boolean)
+profiles = _table(
     "profiles",
-    metadata,
-    _name(),
-    _required("gpu_type", Text),
-    _required("body", LargeBinary),
-    _version(),
-    _required("create_time_s", Double),
-    _required("update_time_s", Double),
     Index("profiles_of_type", "gpu_type", "name"),
+    gpu_type=Text,
+    create_time_s=Double,
+    update_time_s=Double,
 )
-plans = Table(
+plans = _table(
     "plans",
-    metadata,
-    _name(),
-    _required("cluster", NAME),
-    _required("state", Integer),
-    _required("activation", Integer),
-    _required("body", LargeBinary),
-    _version(),
-    _required("create_time_s", Double),
     Index("plans_by_age", "create_time_s", "name"),
     Index("plans_of_cluster", "cluster", "create_time_s", "name"),
+    cluster=NAME,
+    state=Integer,
+    activation=Integer,
+    create_time_s=Double,
 )
-plan_documents = Table("plan_documents", metadata, _name(), _required("content", LargeBinary))
-replicas = Table(
+plan_documents = Table(
+    "plan_documents", metadata, Column("name", NAME, primary_key=True), _column("content", LargeBinary)
+)
+replicas = _table(
     "replicas",
-    metadata,
-    _name(),
-    _required("cluster", NAME),
-    _required("plan", Text),
-    _required("state", Integer),
-    _required("generation", BigInteger),
-    _required("body", LargeBinary),
-    _version(),
     Index("replicas_of_cluster", "cluster", "name"),
+    cluster=NAME,
+    plan=Text,
+    state=Integer,
+    generation=BigInteger,
 )
-redispatches = Table(
+redispatches = _table(
     "redispatches",
-    metadata,
-    _name(),
-    _required("cluster", NAME),
-    _required("replica", NAME),
-    _required("state", Integer),
-    _required("body", LargeBinary),
-    _version(),
-    _required("create_time_s", Double),
     Index("redispatches_of_cluster", "cluster", "create_time_s", "name"),
+    cluster=NAME,
+    replica=NAME,
+    state=Integer,
+    create_time_s=Double,
 )
 requests = Table(
     "requests",
     metadata,
     Column("request_id", Text, primary_key=True),
-    _required("method", Text),
-    _required("fingerprint", Text),
-    _required("response", LargeBinary),
-    _required("end_time_s", Double),
+    _column("method", Text),
+    _column("fingerprint", Text),
+    _column("response", LargeBinary),
+    _column("end_time_s", Double),
     Index("requests_by_end", "end_time_s"),
 )
 # Per table, the highest version of any deleted record. A record that reuses a name starts above it, so that no etag is
 # used twice.
 gone_versions = Table(
-    "gone_versions",
-    metadata,
-    Column("table_name", Text, primary_key=True),
-    _version(),
+    "gone_versions", metadata, Column("table_name", Text, primary_key=True), _column("version", BigInteger)
 )
 audit = Table(
     "audit",
     metadata,
     Column("number", BigInteger, primary_key=True, autoincrement=False),
-    _required("time_s", Double),
-    _required("epoch", BigInteger),
-    *(_required(name, Text) for name in ("caller", "role", "method", "resource", "request_id", "plan", "outcome")),
-    _required("times", BigInteger),
-    _required("hash", Text),
+    _column("time_s", Double),
+    _column("epoch", BigInteger),
+    *(_column(name, Text) for name in ("caller", "role", "method", "resource", "request_id", "plan", "outcome")),
+    _column("times", BigInteger),
+    _column("hash", Text),
 )

@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -181,7 +181,7 @@ class Store:
         Raises:
             ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
         """
-        await self._end_renewal()
+        await _end(self._renewal)
         text = Holder(name=holder.replace(" ", "_"), addresses=tuple(addresses)).to_text()
         try:
             asked_s, epoch = await self._limited(self._lead, text)
@@ -285,11 +285,9 @@ class Store:
 
     async def close(self) -> None:
         """Let another planner take over, and close the store. Further calls do nothing."""
-        if self._guard is not None:
-            self._guard.cancel()
-            await asyncio.gather(self._guard, return_exceptions=True)
-            self._guard = None
-        await self._end_renewal()
+        await _end(self._guard)
+        await _end(self._renewal)
+        self._guard = self._renewal = None
         epoch, self._epoch = self._epoch, None
         try:
             with contextlib.suppress(ServiceError):
@@ -345,18 +343,10 @@ class Store:
         self.lease.end()
         self._ended.set()
 
-    async def _end_renewal(self) -> None:
-        if self._renewal is not None:
-            self._renewal.cancel()
-            await asyncio.gather(self._renewal, return_exceptions=True)
-            self._renewal = None
-
     def _note_leader(self, error: ServiceError) -> None:
         if error.reason == Reason.ERROR_REASON_NOT_LEADER and "leader" in error.metadata:
             addresses = error.metadata.get("leader_address", "")
-            self.leader = Holder(
-                name=error.metadata["leader"], addresses=tuple(addresses.split(",")) if addresses else ()
-            )
+            self.leader = Holder.from_text(f"{error.metadata['leader']} {addresses}")
 
     async def _renew_for_ever(self, epoch: int) -> None:
         """Renew until the term ends. Every exit ends the term, except a cancellation by its owner."""
@@ -486,11 +476,8 @@ class Store:
         return 0.0 if self._lock is not None else left_s
 
     def _look_by(self, engine: sa.Engine) -> float:
-        try:
-            with engine.begin() as connection:
-                holder, left_s = leadership.look(connection)
-        except sa.exc.DBAPIError as error:
-            raise self._trouble(error) from None
+        with self._begun(engine) as connection:
+            holder, left_s = leadership.look(connection)
         if self._epoch is None and left_s > 0:
             self.leader = holder
         return left_s
@@ -500,41 +487,37 @@ class Store:
         if self._lock is not None and not self._lock.take():
             with self._readers.begin() as connection:
                 raise leadership.not_leader(leadership.holder_of(connection), store=self._label)
-        try:
-            with self._lease_engine.begin() as connection:
-                asked_s = self._machine_s()  # after connecting, which is no part of the lease
-                return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
-        except sa.exc.DBAPIError as error:
-            raise self._trouble(error) from None
+        with self._begun(self._lease_engine) as connection:
+            asked_s = self._machine_s()  # after connecting, which is no part of the lease
+            return asked_s, leadership.take(connection, holder, store=self._label, lease_s=self._lease_s)
 
     def _renew(self, epoch: int) -> None:
-        try:
-            with self._lease_statements.begin() as connection:
-                leadership.renew(connection, epoch, lease_s=self._lease_s)
-        except sa.exc.DBAPIError as error:
-            raise self._trouble(error) from None
+        with self._begun(self._lease_statements) as connection:
+            leadership.renew(connection, epoch, lease_s=self._lease_s)
 
     def _read(self, work: Callable[[Reader], T]) -> T:
-        try:
-            with self._readers.begin() as connection:
-                return work(Reader(connection))
-        except sa.exc.DBAPIError as error:
-            raise self._trouble(error) from None
+        with self._begun(self._readers) as connection:
+            return work(Reader(connection))
 
     def _write(self, work: Callable[[Transaction], T]) -> T:
         self._require_decision()  # it may have waited long for its turn
         epoch = self._epoch
         if epoch is None:  # ended since the check
             raise self.not_leader()
-        try:
-            with self._engine.begin() as connection:
-                leadership.check(connection, epoch)
-                return work(Transaction(connection, now_s=self._clock()))
-        except sa.exc.DBAPIError as error:
-            raise self._trouble(error) from None
+        with self._begun(self._engine) as connection:
+            leadership.check(connection, epoch)
+            return work(Transaction(connection, now_s=self._clock()))
 
-    def _trouble(self, error: sa.exc.DBAPIError) -> Exception:
-        return error if opening.is_a_bug(error) else opening.unavailable(error, self._label)
+    @contextlib.contextmanager
+    def _begun(self, engine: sa.Engine) -> Iterator[sa.Connection]:
+        """Begin a transaction, whose trouble with the store becomes STORE_UNAVAILABLE."""
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except sa.exc.DBAPIError as error:
+            if opening.is_a_bug(error):
+                raise
+            raise opening.unavailable(error, self._label) from None
 
     def _timed(self, work: Callable[..., T], *arguments: object) -> T:
         self.health.began()
@@ -566,3 +549,9 @@ def _forget(task: asyncio.Future[Any]) -> None:
     """Retrieve the exception of a task that nobody waits for, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -13,7 +13,16 @@ import hetis.planner.store.records as records
 from hetis.planner import failures
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.store.audit import AuditLog
-from hetis.planner.store.records import Record
+from hetis.planner.store.records import (
+    ClusterRecord,
+    NodeRecord,
+    PlanRecord,
+    ProfileRecord,
+    Record,
+    RedispatchRecord,
+    ReplicaRecord,
+    etag_of,
+)
 from hetis.v1 import cluster_pb2, plan_pb2, profile_pb2, redispatch_pb2, replica_pb2
 
 R = TypeVar("R", bound=Record)
@@ -120,8 +129,8 @@ class RecordTable(TableView[R]):
         same = sa.and_(self._table.c.name == record.name, self._table.c.version == record.version)
         done = self._connection.execute(sa.update(self._table).where(same).values(self._to_row(newer)))
         if not done.rowcount:
-            present = records.etag_of(self.require(record.name))
-            raise failures.etag_mismatch(record.name, given=records.etag_of(record), present=present)
+            present = etag_of(self.require(record.name))
+            raise failures.etag_mismatch(record.name, given=etag_of(record), present=present)
         return newer
 
     def delete(self, name: str) -> None:
@@ -155,10 +164,10 @@ class RecordTable(TableView[R]):
         return row
 
 
-class RedispatchTable(RecordTable[records.RedispatchRecord]):
+class RedispatchTable(RecordTable[RedispatchRecord]):
     """Re-dispatches. Adding one deletes those of its cluster beyond the last 1,000."""
 
-    def insert(self, record: records.RedispatchRecord) -> records.RedispatchRecord:
+    def insert(self, record: RedispatchRecord) -> RedispatchRecord:
         first = super().insert(record)
         oldest_kept = (
             sa.select(self._table.c.create_time_s)
@@ -211,12 +220,12 @@ def _conditions(table: sa.Table, filters: dict[str, Filter]) -> Sequence[sa.Colu
 
 
 _BODIES: dict[type[Any], type[Message]] = {
-    records.ClusterRecord: cluster_pb2.Cluster,
-    records.NodeRecord: cluster_pb2.Node,
-    records.ProfileRecord: profile_pb2.Profile,
-    records.PlanRecord: plan_pb2.Plan,
-    records.ReplicaRecord: replica_pb2.Replica,
-    records.RedispatchRecord: redispatch_pb2.Redispatch,
+    ClusterRecord: cluster_pb2.Cluster,
+    NodeRecord: cluster_pb2.Node,
+    ProfileRecord: profile_pb2.Profile,
+    PlanRecord: plan_pb2.Plan,
+    ReplicaRecord: replica_pb2.Replica,
+    RedispatchRecord: redispatch_pb2.Redispatch,
 }
 
 
@@ -278,48 +287,38 @@ class RequestTable:
 class Reader:
     """A consistent view of all tables. It belongs to one thread and is unusable once its work is done."""
 
-    clusters: TableView[records.ClusterRecord]
-    nodes: TableView[records.NodeRecord]
-    profiles: TableView[records.ProfileRecord]
-    plans: TableView[records.PlanRecord]
-    plan_documents: PlanDocumentView
-    replicas: TableView[records.ReplicaRecord]
-    redispatches: TableView[records.RedispatchRecord]
-    audit: AuditLog
-
     def __init__(self, connection: sa.Connection) -> None:
         self.audit = AuditLog(connection)
-        self.clusters = TableView(connection, records.clusters, records.ClusterRecord)
-        self.nodes = TableView(connection, records.nodes, records.NodeRecord)
-        self.profiles = TableView(connection, records.profiles, records.ProfileRecord)
-        self.plans = TableView(connection, records.plans, records.PlanRecord, newest_first=True)
+        self.clusters: TableView[ClusterRecord] = TableView(connection, records.clusters, ClusterRecord)
+        self.nodes: TableView[NodeRecord] = TableView(connection, records.nodes, NodeRecord)
+        self.profiles: TableView[ProfileRecord] = TableView(connection, records.profiles, ProfileRecord)
+        self.plans: TableView[PlanRecord] = TableView(connection, records.plans, PlanRecord, newest_first=True)
         self.plan_documents = PlanDocumentView(connection)
-        self.replicas = TableView(connection, records.replicas, records.ReplicaRecord)
-        self.redispatches = TableView(connection, records.redispatches, records.RedispatchRecord, newest_first=True)
+        self.replicas: TableView[ReplicaRecord] = TableView(connection, records.replicas, ReplicaRecord)
+        self.redispatches: TableView[RedispatchRecord] = TableView(
+            connection, records.redispatches, RedispatchRecord, newest_first=True
+        )
 
 
 class Transaction(Reader):
     """A view whose changes are made all together or not at all."""
 
-    clusters: RecordTable[records.ClusterRecord]
-    nodes: RecordTable[records.NodeRecord]
-    profiles: RecordTable[records.ProfileRecord]
-    plans: RecordTable[records.PlanRecord]
+    clusters: RecordTable[ClusterRecord]
+    nodes: RecordTable[NodeRecord]
+    profiles: RecordTable[ProfileRecord]
+    plans: RecordTable[PlanRecord]
     plan_documents: PlanDocumentTable
-    replicas: RecordTable[records.ReplicaRecord]
+    replicas: RecordTable[ReplicaRecord]
     redispatches: RedispatchTable
-    requests: RequestTable
 
     def __init__(self, connection: sa.Connection, *, now_s: float) -> None:
         self.audit = AuditLog(connection)
-        self.clusters = RecordTable(connection, records.clusters, records.ClusterRecord)
-        self.nodes = RecordTable(connection, records.nodes, records.NodeRecord)
-        self.profiles = RecordTable(connection, records.profiles, records.ProfileRecord)
-        self.plans = RecordTable(connection, records.plans, records.PlanRecord, newest_first=True)
+        self.clusters = RecordTable(connection, records.clusters, ClusterRecord)
+        self.nodes = RecordTable(connection, records.nodes, NodeRecord)
+        self.profiles = RecordTable(connection, records.profiles, ProfileRecord)
+        self.plans = RecordTable(connection, records.plans, PlanRecord, newest_first=True)
         self.plan_documents = PlanDocumentTable(connection)
-        self.replicas = RecordTable(connection, records.replicas, records.ReplicaRecord)
-        self.redispatches = RedispatchTable(
-            connection, records.redispatches, records.RedispatchRecord, newest_first=True
-        )
+        self.replicas = RecordTable(connection, records.replicas, ReplicaRecord)
+        self.redispatches = RedispatchTable(connection, records.redispatches, RedispatchRecord, newest_first=True)
         self.requests = RequestTable(connection, now_s=now_s)
         self.now_s = now_s
