@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from hetis.planner.service.actions import TICKS, OverdueTerm
 from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.succession import TICKS, OverdueTerm
 from hetis.planner.store import Lease
 from tests.planner.service.process import Process
 

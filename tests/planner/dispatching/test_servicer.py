@@ -19,7 +19,7 @@ from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer, Servicing
 from hetis.planner.service.servicers import dispatch_methods, servicing
-from hetis.planner.service.telemetry import NoTraces, Telemetry
+from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import dispatch_service_pb2 as pb2
 from hetis.v1 import dispatch_service_pb2_grpc
 from tests.planner.dispatching.stages import REPLICA, STATE, Replica, Replicas, empty_map, stage_model
@@ -38,9 +38,7 @@ async def served() -> AsyncIterator[str]:
     replicas = Replicas({REPLICA: Replica([stage_model(2)])})
     states = DispatchStates(replicas)
     await states.warm_up()
-    server = PlannerServer(
-        [dispatching(states, replicas)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces()))
-    )
+    server = PlannerServer([dispatching(states, replicas)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:

@@ -13,7 +13,7 @@ import threading
 import time
 from typing import Any
 
-from hetis.planner.jobs.messages import JobFrame, read_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame, read_frame, to_bytes
 
 cancelled = threading.Event()
 

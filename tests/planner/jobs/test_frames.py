@@ -7,19 +7,16 @@ import os
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetis.planner.jobs.frames import JobFrame, read_frame, receive_frame, to_bytes
 from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
     Infeasible,
     Invalid,
-    JobFrame,
     NothingFound,
     Unsound,
     answer_from_frame,
     answer_to_frame,
-    read_frame,
-    receive_frame,
-    to_bytes,
 )
 
 FIELDS = st.dictionaries(st.text().filter(lambda name: name != "kind"), st.integers() | st.text() | st.booleans())

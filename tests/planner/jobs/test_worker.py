@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hetis.formats.documents import from_data
-from hetis.planner.jobs.messages import FoundPlan, Infeasible, JobFrame, PosedProblem, posed_from_json
+from hetis.planner.jobs.frames import JobFrame
+from hetis.planner.jobs.messages import FoundPlan, Infeasible, PosedProblem, posed_from_json
 from hetis.planner.jobs.pool import Begun, News, PoolSettings, SolverPool, SolverProcess
 from hetis.planner.jobs.searching import solve
 from hetis.planner.use_cases.place import Settings

@@ -25,7 +25,7 @@ from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import plan_methods, servicing
-from hetis.planner.service.telemetry import NoTraces, Telemetry
+from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import cluster_pb2, cluster_service_pb2, document_pb2, plan_pb2, plan_service_pb2_grpc
 from hetis.v1 import plan_service_pb2 as pb2
@@ -101,9 +101,7 @@ async def planner_in(
     clusters = Clusters(store, hubs, fleet, fleets)
     plans = Plans(store, hubs, searches, documents)
     methods = plan_methods(creation, plans, PlanActivation(store, hubs, fleet, fleets, documents))
-    server = PlannerServer(
-        [servicing("PlanService", methods)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces()))
-    )
+    server = PlannerServer([servicing("PlanService", methods)], Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     pool.start()
     await searches.resume()

@@ -26,7 +26,7 @@ from hetis.planner.service.credentials import NoCredentials
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.servicers import cluster_methods, profile_methods, servicing
-from hetis.planner.service.telemetry import NoTraces, Telemetry
+from hetis.planner.service.telemetry import Telemetry
 from hetis.planner.store import Store
 from hetis.v1 import (
     cluster_pb2,
@@ -144,7 +144,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
         servicing("ClusterService", methods),
         servicing("ProfileService", profile_methods(Profiles(store, clock))),
     ]
-    server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
+    server = PlannerServer(servicings, Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
     address = server.listen("127.0.0.1:0")
     await server.start()
     try:

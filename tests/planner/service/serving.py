@@ -18,7 +18,7 @@ from hetis.planner.service.credentials import Authenticator, Credentials, NoCred
 from hetis.planner.service.limits import WriteRates
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
-from hetis.planner.service.telemetry import NoTraces, Telemetry, Traces
+from hetis.planner.service.telemetry import Telemetry, Traces
 from tests.planner.service.fakes import FakePlanner
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ async def served(
 ) -> AsyncIterator[Served]:
     planner = FakePlanner()
     metrics = ServiceMetrics("0")
-    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces or NoTraces()), writes=writes)
+    calls = Calls(authenticator or NoCredentials(), Telemetry(metrics, traces), writes=writes)
     server = PlannerServer(planner.servicings, calls, credentials=server_credentials, max_connections=max_connections)
     address = server.listen("127.0.0.1:0")
     await server.start()

@@ -16,8 +16,9 @@ import grpc
 import pytest
 
 from hetis.planner.service.exit_codes import ServiceExitCode
-from hetis.planner.service.running import Planner, run_planner
+from hetis.planner.service.running import run_planner
 from hetis.planner.service.settings import Given, PlannerConfig, load_config
+from hetis.planner.service.succession import Succession
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.planner.service.certificates import Authority, write
@@ -318,7 +319,7 @@ def test_a_signal_ends_a_planner_whose_store_does_not_open(tmp_path: Path) -> No
     opening = asyncio.Event()
     ended = list[str]()
 
-    async def open_for_ever(_: PlannerConfig) -> Planner:
+    async def open_for_ever(_: PlannerConfig) -> Succession:
         opening.set()
         try:
             await asyncio.Event().wait()

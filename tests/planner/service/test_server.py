@@ -16,7 +16,7 @@ from hetis.planner.service.calls import Calls
 from hetis.planner.service.credentials import Credentials, NoCredentials, Tokens
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import AddressError, PlannerServer
-from hetis.planner.service.telemetry import NoTraces, Telemetry
+from hetis.planner.service.telemetry import Telemetry
 from hetis.v1 import agent_service_pb2 as agents
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub
@@ -92,7 +92,7 @@ def test_tools_can_read_the_contract_from_the_server(version: str) -> None:
 @pytest.mark.parametrize("address", ["[::1]:0", "localhost:0", "127.0.0.1:0"])
 def test_the_port_that_was_chosen_is_told(address: str) -> None:
     async def test() -> None:
-        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
+        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
         bound = server.listen(address)
         assert bound.startswith(address.removesuffix("0"))
         assert int(bound.rsplit(":", 1)[1]) > 0
@@ -106,7 +106,7 @@ def test_the_port_that_was_chosen_is_told(address: str) -> None:
 
 def test_a_unix_socket_serves(tmp_path: Any) -> None:
     async def test() -> None:
-        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
+        server = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
         assert server.listen(f"unix:{tmp_path}/p.sock") == f"unix:{tmp_path}/p.sock"
         await server.start()
         async with channel_to(f"unix:{tmp_path}/p.sock") as channel:
@@ -119,7 +119,7 @@ def test_a_unix_socket_serves(tmp_path: Any) -> None:
 def test_a_port_in_use_is_an_error() -> None:
     async def test() -> None:
         async with served() as planner:
-            other = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"), NoTraces())))
+            other = PlannerServer((), Calls(NoCredentials(), Telemetry(ServiceMetrics("0"))))
             with pytest.raises(AddressError, match=f"cannot listen on {planner.address}: address already in use"):
                 other.listen(planner.address)
             with pytest.raises(AddressError, match=r"192\.0\.2\.1:1: cannot assign requested address"):

@@ -1,21 +1,16 @@
-"""Messages between the service and a solver process: posed problems, progress, outcomes, and the frames around them.
-
-A frame is a JSON header and bytes, each preceded by its length. Pickle is not used: whatever another process sends is
-read as plain data, whatever happened to that process.
-"""
+"""Messages between the service and a solver process: posed problems, progress, and outcomes of searches."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-import struct
-from asyncio import IncompleteReadError, StreamReader
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from hetis.formats.canonical import canonical_json
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.use_cases.place import Settings
 from hetis.planner.use_cases.precision import for_engine
 from hetis.planner.use_cases.sources import (
@@ -28,48 +23,6 @@ from hetis.planner.use_cases.sources import (
 from hetis.solver.budget import Progress
 from hetis.solver.plan import Objective, ObjectiveKind, Role
 from hetis.solver.problem import EngineRules, PlacementProblem
-
-_LENGTHS = struct.Struct(">II")  # of header and payload, in bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobFrame:
-    """A message: ``kind`` names it, ``fields`` are plain data, ``payload`` is a document or empty."""
-
-    kind: str
-    fields: dict[str, Any]
-    payload: bytes = b""
-
-
-def to_bytes(frame: JobFrame) -> bytes:
-    header = json.dumps({"kind": frame.kind, **frame.fields}, allow_nan=False).encode()
-    return _LENGTHS.pack(len(header), len(frame.payload)) + header + frame.payload
-
-
-def read_frame(pipe: BinaryIO) -> JobFrame | None:
-    """Return the next frame, or None if the other side is gone."""
-    lengths = pipe.read(_LENGTHS.size)
-    if len(lengths) < _LENGTHS.size:
-        return None
-    header_bytes, payload_bytes = _LENGTHS.unpack(lengths)
-    body = pipe.read(header_bytes + payload_bytes)
-    return _from_body(body, header_bytes) if len(body) == header_bytes + payload_bytes else None
-
-
-async def receive_frame(stream: StreamReader) -> JobFrame | None:
-    """Read a frame as `read_frame` does, without blocking the loop."""
-    try:
-        header_bytes, payload_bytes = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
-        body = await stream.readexactly(header_bytes + payload_bytes)
-    except (IncompleteReadError, ConnectionError):
-        return None
-    return _from_body(body, header_bytes)
-
-
-def _from_body(body: bytes, header_bytes: int) -> JobFrame:
-    fields = json.loads(body[:header_bytes])
-    return JobFrame(kind=fields.pop("kind"), fields=fields, payload=body[header_bytes:])
-
 
 PROGRESS_INTERVAL_S = 0.2  # between two reports of one phase
 
@@ -134,35 +87,28 @@ Answer = FoundPlan | Infeasible | NothingFound | Unsound | Invalid
 Outcome = Answer | Crashed | CalledOff
 
 
+_KINDS: Mapping[str, Callable[..., Answer]] = {
+    "infeasible": Infeasible,
+    "nothing_found": NothingFound,
+    "unsound": Unsound,
+    "invalid": Invalid,
+}
+
+
 def answer_to_frame(answer: Answer) -> JobFrame:
-    match answer:
-        case FoundPlan(document, result):
-            return JobFrame(kind="found", fields={"result": base64.b64encode(result).decode()}, payload=document)
-        case Infeasible(reasons):
-            return JobFrame(kind="infeasible", fields={"reasons": list(reasons)})
-        case NothingFound(message):
-            return JobFrame(kind="nothing_found", fields={"message": message})
-        case Unsound(violations):
-            return JobFrame(kind="unsound", fields={"violations": list(violations)})
-        case Invalid(message):
-            return JobFrame(kind="invalid", fields={"message": message})
+    if isinstance(answer, FoundPlan):
+        fields = {"result": base64.b64encode(answer.result).decode()}
+        return JobFrame(kind="found", fields=fields, payload=answer.document)
+    return JobFrame(kind=next(kind for kind, one in _KINDS.items() if one is type(answer)), fields=asdict(answer))
 
 
 def answer_from_frame(frame: JobFrame) -> Answer | None:
     """Return the answer in the frame, or None if the frame is no answer."""
-    match frame.kind:
-        case "found":
-            return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))
-        case "infeasible":
-            return Infeasible(tuple(frame.fields["reasons"]))
-        case "nothing_found":
-            return NothingFound(frame.fields["message"])
-        case "unsound":
-            return Unsound(tuple(frame.fields["violations"]))
-        case "invalid":
-            return Invalid(frame.fields["message"])
-        case _:
-            return None
+    if frame.kind == "found":
+        return FoundPlan(frame.payload, base64.b64decode(frame.fields["result"]))
+    if frame.kind not in _KINDS:
+        return None
+    return _KINDS[frame.kind](*(tuple(v) if isinstance(v, list) else v for v in frame.fields.values()))
 
 
 class ProgressReporter:

@@ -14,19 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
 
 from hetis.planner.failures import Reason, ServiceError, quota_exceeded
-from hetis.planner.jobs.messages import (
-    CalledOff,
-    Crashed,
-    JobFrame,
-    Outcome,
-    answer_from_frame,
-    progress_from_frame,
-    receive_frame,
-    to_bytes,
-)
+from hetis.planner.jobs.frames import JobFrame, receive_frame, to_bytes
+from hetis.planner.jobs.messages import CalledOff, Crashed, Outcome, answer_from_frame, progress_from_frame
 from hetis.solver.budget import Progress
 
 # -P: nothing is imported from the service's working directory.
@@ -114,18 +105,10 @@ class Begun(Enum):
 News = Begun | Progress | Outcome
 
 
-class SearchPool(Protocol):
-    """The methods of the pool that a search calls."""
-
-    def enqueue(self, search: Search) -> None: ...
-    def give_back(self, search: Search) -> None: ...
-    def call_off(self, search: Search) -> None: ...
-
-
 class Search:
     """A search with its place in the pool and its outcome. `SolverPool.reserve` makes them."""
 
-    def __init__(self, pool: SearchPool, caller: str) -> None:
+    def __init__(self, pool: SolverPool, caller: str) -> None:
         self._pool = pool
         self.caller = caller
         self._news: asyncio.Queue[News] = asyncio.Queue()

@@ -11,13 +11,13 @@ from typing import Protocol
 from hetis.formats.canonical import canonical_json
 from hetis.formats.documents import Value, from_data, to_data
 from hetis.planner.convert.plans import result_to_proto
+from hetis.planner.jobs.frames import JobFrame
 from hetis.planner.jobs.kernels import load_kernels
 from hetis.planner.jobs.messages import (
     Answer,
     FoundPlan,
     Infeasible,
     Invalid,
-    JobFrame,
     NothingFound,
     PosedProblem,
     ProgressReporter,

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from hetis.planner.jobs.messages import JobFrame, read_frame, to_bytes
+from hetis.planner.jobs.frames import JobFrame, read_frame, to_bytes
 
 _CRASHED = 70  # EX_SOFTWARE
 

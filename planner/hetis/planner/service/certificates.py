@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
@@ -21,14 +21,6 @@ from hetis.planner.service.settings import TlsPart
 T = TypeVar("T")
 _log = logging.getLogger("hetis.planner.reloading")
 Signature = tuple[tuple[int, int, int] | None, ...]
-
-
-class Refreshable(Protocol):
-    """Something that may be outdated."""
-
-    def refresh(self) -> bool:
-        """Refresh the value if it is outdated; return whether it was."""
-        ...
 
 
 class Reloaded(Generic[T]):
@@ -72,7 +64,7 @@ class Reloaded(Generic[T]):
 
 
 async def keep_fresh(
-    sources: Iterable[Refreshable], interval_s: float, *, then: Callable[[], None] = lambda: None
+    sources: Iterable[Reloaded[Any]], interval_s: float, *, then: Callable[[], None] = lambda: None
 ) -> None:
     """Refresh sources periodically until cancelled; call ``then`` after each round, in the loop."""
     kept = tuple(sources)

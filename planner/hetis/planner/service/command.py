@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -61,7 +62,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_WHAT = "What to use"
+_setting = partial(typer.Option, rich_help_panel="What to use", show_default=False)
+_filter = partial(typer.Option, show_default=False)
 
 
 @app.callback(invoke_without_command=True, help=_HELP, epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}")
@@ -78,56 +80,23 @@ def hetis_planner(
             show_default=False,
         ),
     ] = None,
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--listen", metavar="HOST:PORT", rich_help_panel=_WHAT, show_default=False, help="Address; repeatable."
-        ),
-    ] = None,
+    listen: Annotated[list[str] | None, _setting("--listen", metavar="HOST:PORT", help="Address; repeatable.")] = None,
     status_page: Annotated[
-        str | None,
-        typer.Option(
-            "--status-page", metavar="HOST:PORT|off", rich_help_panel=_WHAT, show_default=False, help="JSON over HTTP."
-        ),
+        str | None, _setting("--status-page", metavar="HOST:PORT|off", help="JSON over HTTP.")
     ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            "--store",
-            metavar="URL",
-            rich_help_panel=_WHAT,
-            show_default=False,
-            help="sqlite:///... or postgresql://...",
-        ),
-    ] = None,
-    log_level: Annotated[
-        str | None,
-        typer.Option(
-            "--log-level", rich_help_panel=_WHAT, show_default=False, metavar="LEVEL", help="debug ... error."
-        ),
-    ] = None,
-    log_format: Annotated[
-        str | None,
-        typer.Option("--log-format", rich_help_panel=_WHAT, show_default=False, metavar="FORM", help="json or text."),
-    ] = None,
+    store: Annotated[str | None, _setting("--store", metavar="URL", help="sqlite:///... or postgresql://...")] = None,
+    log_level: Annotated[str | None, _setting("--log-level", metavar="LEVEL", help="debug ... error.")] = None,
+    log_format: Annotated[str | None, _setting("--log-format", metavar="FORM", help="json or text.")] = None,
     standby: Annotated[
         bool | None,
-        typer.Option(
+        _setting(
             "--standby/--no-standby",
-            rich_help_panel=_WHAT,
-            show_default=False,
             help="Wait and serve reads where another planner leads, or end; unless said, on PostgreSQL it waits.",
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            rich_help_panel=_WHAT,
-            show_default=False,
-            help="Any setting, such as solver.queue=64; repeatable.",
-        ),
+        _setting("--set", metavar="NAME=VALUE", help="Any setting, such as solver.queue=64; repeatable."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Validate configuration, certificates, tokens; exit.")] = False,
     print_config: Annotated[
@@ -200,7 +169,7 @@ def backup(
     store: StoreOption = None,
 ) -> None:
     """Write the store as it is at this moment into a file. Planners go on meanwhile."""
-    from hetis.planner.service.actions import make_backup
+    from hetis.planner.service.maintenance import make_backup
 
     make_backup(_store_url(config, store), file)
 
@@ -213,7 +182,7 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Let what is in the store go.")] = False,
 ) -> None:
     """Make the store what a backup says, and raise its epoch. No planner may lead meanwhile."""
-    from hetis.planner.service.actions import restore_backup
+    from hetis.planner.service.maintenance import restore_backup
 
     restore_backup(_store_url(config, store), file, replace=replace)
 
@@ -227,48 +196,36 @@ def migrate(
     store: StoreOption = None,
 ) -> None:
     """Bring the store's tables to the form of a version, up or down. Make a backup before."""
-    from hetis.planner.service.actions import migrate_store
+    from hetis.planner.service.maintenance import migrate_store
 
     migrate_store(_store_url(config, store), to)
 
 
 @app.command("audit")
 def audit(
-    caller: Annotated[str | None, typer.Option("--caller", help="Of this name.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option("--method", help="Such as CreatePlan.", show_default=False)] = None,
-    resource: Annotated[
-        str | None, typer.Option("--resource", help="About it, or the plan chosen.", show_default=False)
-    ] = None,
-    outcome: Annotated[
-        str | None, typer.Option("--outcome", help="OK, REPEATED, or a reason such as ROLE.", show_default=False)
-    ] = None,
-    since: Annotated[str | None, typer.Option("--since", metavar="TIME", show_default=False)] = None,
-    until: Annotated[str | None, typer.Option("--until", metavar="TIME", show_default=False)] = None,
+    caller: Annotated[str | None, _filter("--caller", help="Of this name.")] = None,
+    method: Annotated[str | None, _filter("--method", help="Such as CreatePlan.")] = None,
+    resource: Annotated[str | None, _filter("--resource", help="About it, or the plan chosen.")] = None,
+    outcome: Annotated[str | None, _filter("--outcome", help="OK, REPEATED, or a reason such as ROLE.")] = None,
+    since: Annotated[str | None, _filter("--since", metavar="TIME")] = None,
+    until: Annotated[str | None, _filter("--until", metavar="TIME")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="An object per line.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Look for lines that were changed or taken out.")] = False,
     config: ConfigOption = None,
     store: StoreOption = None,
 ) -> None:
     """Who changed what, when, and what became of it; the oldest first."""
-    from hetis.planner.service.actions import check_audit, print_audit
+    from hetis.planner.service.maintenance import check_audit, print_audit
 
     url = _store_url(config, store)
     if check:
         raise typer.Exit(check_audit(url))
-    print_audit(
-        url,
-        caller=caller,
-        method=method,
-        resource=resource,
-        outcome=outcome,
-        since=since,
-        until=until,
-        as_json=as_json,
-    )
+    filters = {"caller": caller, "method": method, "resource": resource, "outcome": outcome}
+    print_audit(url, filters, since=since, until=until, as_json=as_json)
 
 
 def _store_url(config: str | None, store: str | None) -> str:
-    from hetis.planner.service.actions import store_url
+    from hetis.planner.service.maintenance import store_url
     from hetis.planner.service.settings import Given
 
     return store_url(config, [Given(name="store", text=store, by="--store")] if store else [])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -198,23 +198,6 @@ Metadata = Sequence[tuple[str, str | bytes]]
 _PERSON = re.compile(r"(viewer|orchestrator|admin)/([A-Za-z0-9][A-Za-z0-9._-]{0,199})")
 
 
-class Authenticator(Protocol):
-    """Identifies callers."""
-
-    @property
-    def reads_certificates(self) -> bool:
-        """Return whether the connection may identify the caller, and not only the call's metadata."""
-        ...
-
-    def identify(self, metadata: Metadata, connection: AuthContext) -> Identity:
-        """Return the caller's identity.
-
-        Raises:
-            ServiceError: CREDENTIALS.
-        """
-        ...
-
-
 class NoCredentials:
     """Allows everybody everything: for loopback only."""
 
@@ -260,6 +243,9 @@ class Credentials:
         if given:
             raise refused("this planner takes no bearer tokens")
         raise refused("the call has no credentials: send the metadata `authorization: Bearer TOKEN`")
+
+
+Authenticator = Credentials | NoCredentials
 
 
 def identity_of_certificate(connection: AuthContext, trust_domain: str, *, now_s: float) -> Identity:

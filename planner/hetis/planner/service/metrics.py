@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
@@ -27,8 +27,8 @@ class ServiceMetrics:
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
-        build = Gauge("hetis_planner_info", "Version of the planner.", ["version"], registry=self.registry)
-        build.labels(version).set(1)
+        gauge, counter = partial(Gauge, registry=self.registry), partial(Counter, registry=self.registry)
+        gauge("hetis_planner_info", "Version of the planner.", ["version"]).labels(version).set(1)
         self._calls = Histogram(
             "hetis_planner_rpc_seconds",
             "Time of unary calls.",
@@ -36,64 +36,42 @@ class ServiceMetrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._streams = Counter(
-            "hetis_planner_streams_ended", "Streams that ended.", ["method", "code"], registry=self.registry
-        )
-        self._quotas = Counter(
+        self._streams = counter("hetis_planner_streams_ended", "Streams that ended.", ["method", "code"])
+        self._quotas = counter(
             "hetis_planner_quota_exceeded",
             "Calls refused because their caller had used up a quota.",
             ["caller", "quota"],
-            registry=self.registry,
         )
-        self._searches = Gauge(
-            "hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"], registry=self.registry
+        self._searches = gauge("hetis_planner_caller_searches", "Searches by caller.", ["caller", "state"])
+        self._running = gauge("hetis_planner_rpcs_running", "Calls and streams under way.", ["method"])
+        self._epoch = gauge("hetis_planner_epoch", "Leadership term.")
+        self._leader_since = gauge("hetis_planner_leader_since_seconds", "Unix time when the term began.")
+        self._nodes = gauge("hetis_planner_nodes", "Nodes by state.", ["cluster", "state"])
+        self._plans = gauge("hetis_planner_plans", "Plans by state.", ["state"])
+        self._queued = gauge("hetis_planner_searches_queued", "Searches without a process.")
+        self._searching = gauge("hetis_planner_searches_running", "Searches with a process.")
+        self._processes = gauge("hetis_planner_solver_processes", "Most searches at once.")
+        self._lag = gauge(
+            "hetis_planner_loop_lag_seconds", "How late the event loop was at worst, since the last scrape."
         )
-        self._running = Gauge(
-            "hetis_planner_rpcs_running", "Calls and streams under way.", ["method"], registry=self.registry
+        self._token_expiry = gauge(
+            "hetis_planner_token_expiry_seconds", "Unix time when the next token expires; 0: none does."
         )
-        self._epoch = Gauge("hetis_planner_epoch", "Leadership term.", registry=self.registry)
-        self._leader_since = Gauge(
-            "hetis_planner_leader_since_seconds", "Unix time when the term began.", registry=self.registry
-        )
-        self._nodes = Gauge("hetis_planner_nodes", "Nodes by state.", ["cluster", "state"], registry=self.registry)
-        self._plans = Gauge("hetis_planner_plans", "Plans by state.", ["state"], registry=self.registry)
-        self._queued = Gauge("hetis_planner_searches_queued", "Searches without a process.", registry=self.registry)
-        self._searching = Gauge("hetis_planner_searches_running", "Searches with a process.", registry=self.registry)
-        self._lag = Gauge(
-            "hetis_planner_loop_lag_seconds",
-            "How late the event loop was at worst, since the last scrape.",
-            registry=self.registry,
-        )
-        self._token_expiry = Gauge(
-            "hetis_planner_token_expiry_seconds",
-            "Unix time when the next token expires; 0: none does.",
-            registry=self.registry,
-        )
-        self._tokens_expired = Gauge(
-            "hetis_planner_tokens_expired", "Tokens in the file that have expired.", registry=self.registry
-        )
-        self._certificate_expiry = Gauge(
+        self._tokens_expired = gauge("hetis_planner_tokens_expired", "Tokens in the file that have expired.")
+        self._certificate_expiry = gauge(
             "hetis_planner_certificate_expiry_seconds",
             "Unix time when the first certificate of a file expires.",
             ["file"],
-            registry=self.registry,
         )
-        self._connections_closed = Counter(
-            "hetis_planner_connections_closed",
-            "Connections closed because their host had too many.",
-            registry=self.registry,
+        self._connections_closed = counter(
+            "hetis_planner_connections_closed", "Connections closed because their host had too many."
         )
-        self._failed_loops = Gauge(
-            "hetis_planner_failed_loops",
-            "Parts that have failed for good and need a restart.",
-            registry=self.registry,
-        )
+        self._failed_loops = gauge("hetis_planner_failed_loops", "Parts that have failed for good and need a restart.")
         self._num_failed_loops: Callable[[], int] = lambda: 0
         self._closed_connections: Callable[[], int] = lambda: 0
         self._told_closed = 0
         ProcessCollector(registry=self.registry)  # memory, descriptors, CPU
         self._worst_lag_s = 0.0
-        self._processes = Gauge("hetis_planner_solver_processes", "Most searches at once.", registry=self.registry)
 
         # Finding the child of a set of labels takes as long as the solve of an admission; there are few of them.
         self._running_of = cache(self._running.labels)
@@ -118,14 +96,13 @@ class ServiceMetrics:
         """Set the gauges of the planner's state, without those of deleted resources."""
         self._epoch.set(overview.epoch)
         self._leader_since.set(overview.leader_since_s)
-        self._nodes.clear()
+        for gauge in (self._nodes, self._plans, self._searches):
+            gauge.clear()
         for cluster in overview.clusters:
             for state, count in cluster.num_nodes.items():
                 self._nodes.labels(cluster.name, state).set(count)
-        self._plans.clear()
         for state, count in overview.num_plans.items():
             self._plans.labels(state).set(count)
-        self._searches.clear()
         for caller, counts in overview.searches_of.items():
             for state, count in counts.items():
                 self._searches.labels(caller, state).set(count)

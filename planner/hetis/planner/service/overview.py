@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -237,104 +237,72 @@ class ClusterNow:
     now_s: float
 
 
-class OverviewSource(Protocol):
-    """Source of the overview."""
-
-    def clusters_now(self) -> Sequence[ClusterNow]:
-        """Return the clusters that this planner leads, by name; none for a standby."""
-        ...
-
-    async def overview(self) -> Overview:
-        """Return the overview at once; if the store does not answer, with older counts."""
-        ...
-
-    async def cluster_details(self, name: str) -> Mapping[str, Any] | None:
-        """Return a cluster with nodes, replicas and re-dispatches as JSON values, or None if it does not exist.
-
-        Raises:
-            ServiceError: STORE_UNAVAILABLE.
-        """
-        ...
-
-
 FRESH_S = 2.0  # how long a count is valid, however many scrape
 WAIT_S = 0.5  # for a new count, before the last one is shown
 DETAILS_S = 5.0  # for all details of one cluster
 _PAGE = 500
 
 
+@dataclass(slots=True, eq=False)
 class Overviews:
     """Answers the status page by the same calls that the API makes.
 
-    Args:
-        leader_since_s: Unix seconds.
+    Attributes:
+        epoch, leader_since_s: of the term; Unix seconds.
         most_searches: solver processes.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        fleet: LiveFleet,
-        hubs: Hubs,
-        kv: KvHistories,
-        pool: SolverPool,
-        clusters: Clusters,
-        nodes: Nodes,
-        running: RunningResources,
-        *,
-        epoch: int,
-        leader_since_s: float,
-        most_searches: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store = store
-        self._fleet = fleet
-        self._hubs = hubs
-        self._kv = kv
-        self._pool = pool
-        self._clusters = clusters
-        self._nodes = nodes
-        self._running = running
-        self._epoch = epoch
-        self._leader_since_s = leader_since_s
-        self._most_searches = most_searches
-        self._clock = clock
-        self._kept: _Kept = ((), {})
-        self._kept_s = clock()
-        self._counting: asyncio.Future[_Kept] | None = None
-        self._counted_at_s: float | None = None  # or tried to
+    store: Store
+    fleet: LiveFleet
+    hubs: Hubs
+    kv: KvHistories
+    pool: SolverPool
+    clusters: Clusters
+    nodes: Nodes
+    running: RunningResources
+    epoch: int
+    leader_since_s: float
+    most_searches: int
+    clock: Callable[[], float] = time.monotonic
+    _kept: _Kept = ((), {})
+    _kept_s: float = field(init=False)
+    _counting: asyncio.Future[_Kept] | None = None
+    _counted_at_s: float | None = None  # or tried to
+
+    def __post_init__(self) -> None:
+        self._kept_s = self.clock()
 
     async def overview(self) -> Overview:
         await self._count()
         clusters, plans = self._kept
         return Overview(
-            epoch=self._epoch,
-            leader_since_s=self._leader_since_s,
+            epoch=self.epoch,
+            leader_since_s=self.leader_since_s,
             clusters=tuple(
                 ClusterOverview(name=name, active_plan=plan, num_nodes=self._num_nodes(name, num_declared))
                 for name, plan, num_declared in clusters
             ),
             num_plans=plans,
-            counted_s_ago=self._clock() - self._kept_s,
-            queued=self._pool.num_waiting,
-            searching=self._pool.num_running,
-            solver_processes=self._most_searches,
-            searches_of=self._pool.searches_of(),
+            counted_s_ago=self.clock() - self._kept_s,
+            queued=self.pool.num_waiting,
+            searching=self.pool.num_running,
+            solver_processes=self.most_searches,
+            searches_of=self.pool.searches_of(),
         )
 
     def clusters_now(self) -> Sequence[ClusterNow]:
-        return [self._cluster_now(name) for name in sorted(self._fleet.cluster_names)]
+        return [self._cluster_now(name) for name in sorted(self.fleet.cluster_names)]
 
     def _cluster_now(self, name: str) -> ClusterNow:
-        moved = [event.value for event in self._hubs.cluster(name).newest()]
+        moved = [event.value for event in self.hubs.cluster(name).newest()]
         return ClusterNow(
             name=name,
-            nodes=self._fleet.nodes_of(name),
-            replicas=self._fleet.replicas_of(name),
+            nodes=self.fleet.nodes_of(name),
+            replicas=self.fleet.replicas_of(name),
             redispatches=[message for message in moved if isinstance(message, redispatch_pb2.Redispatch)],
-            kv=self._kv.of(name),
-            high_water=redispatch_policy(self._fleet.policy_of(name)).high_water,
+            kv=self.kv.of(name),
+            high_water=redispatch_policy(self.fleet.policy_of(name)).high_water,
             now_s=time.time(),
         )
 
@@ -350,10 +318,10 @@ class Overviews:
 
     async def _details(self, name: str) -> Mapping[str, Any] | None:
         try:
-            cluster = await self._clusters.get(pb.GetClusterRequest(name=name, view=view_pb2.VIEW_BASIC))
-            nodes = await self._nodes.list(pb.ListNodesRequest(parent=name, page_size=_PAGE))
-            replicas = await self._running.list_replicas(pb.ListReplicasRequest(parent=name, page_size=_PAGE))
-            moved = await self._running.list_redispatches(pb.ListRedispatchesRequest(parent=name, page_size=_PAGE))
+            cluster = await self.clusters.get(pb.GetClusterRequest(name=name, view=view_pb2.VIEW_BASIC))
+            nodes = await self.nodes.list(pb.ListNodesRequest(parent=name, page_size=_PAGE))
+            replicas = await self.running.list_replicas(pb.ListReplicasRequest(parent=name, page_size=_PAGE))
+            moved = await self.running.list_redispatches(pb.ListRedispatchesRequest(parent=name, page_size=_PAGE))
         except ServiceError as error:
             if error.reason in (Reason.ERROR_REASON_NOT_FOUND, Reason.ERROR_REASON_INVALID_FIELD):
                 return None
@@ -373,10 +341,10 @@ class Overviews:
 
     async def _count(self) -> None:
         """Refresh an outdated count. A store that does not answer is not waited for, and gets only one query."""
-        if self._counting is None and self._counted_at_s is not None and self._clock() < self._counted_at_s + FRESH_S:
+        if self._counting is None and self._counted_at_s is not None and self.clock() < self._counted_at_s + FRESH_S:
             return
         if self._counting is None:
-            self._counting = asyncio.ensure_future(self._store.read(_read))
+            self._counting = asyncio.ensure_future(self.store.read(_read))
         done, _ = await asyncio.wait({self._counting}, timeout=WAIT_S)
         if not done:
             return
@@ -384,11 +352,11 @@ class Overviews:
         if counting is None:  # another waiter has taken it
             return
         if counting.exception() is None:
-            self._kept, self._kept_s = counting.result(), self._clock()
-        self._counted_at_s = self._clock()
+            self._kept, self._kept_s = counting.result(), self.clock()
+        self._counted_at_s = self.clock()
 
     def _num_nodes(self, cluster: str, num_declared: int) -> Mapping[str, int]:
-        states = Counter(node.state for node in self._fleet.nodes_of(cluster).values())
+        states = Counter(node.state for node in self.fleet.nodes_of(cluster).values())
         undeclared = states[cluster_pb2.NODE_STATE_UNDECLARED]
         never_seen = num_declared - (sum(states.values()) - undeclared)
         states[cluster_pb2.NODE_STATE_EXPECTED] += max(0, never_seen)

@@ -12,14 +12,12 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Protocol
-
-from prometheus_client.registry import Collector
+from typing import Any
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.service.calls import Calls
-from hetis.planner.service.certificates import Certificates, Refreshable, Reloaded, keep_fresh
+from hetis.planner.service.certificates import Certificates, Reloaded, keep_fresh
 from hetis.planner.service.credentials import Authenticator, Credentials, NoCredentials, Tokens
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.limits import (
@@ -32,71 +30,16 @@ from hetis.planner.service.limits import (
 )
 from hetis.planner.service.loops import Loops
 from hetis.planner.service.metrics import ServiceMetrics
-from hetis.planner.service.overview import OverviewSource
-from hetis.planner.service.server import PlannerServer, Servicing
+from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, without_password
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
-from hetis.planner.service.telemetry import Telemetry, Traces, open_traces
-from hetis.planner.store import AuditedChange
+from hetis.planner.service.succession import Succession
+from hetis.planner.service.telemetry import Telemetry, open_traces
 
 _log = logging.getLogger("hetis.planner")
 
 
-class Planner(OverviewSource, Protocol):
-    """Everything behind the servicers: store, fleet, solver processes."""
-
-    @property
-    def servicings(self) -> Sequence[Servicing]: ...
-
-    @property
-    def collectors(self) -> Sequence[Collector]:
-        """The planner's own metrics."""
-        ...
-
-    @property
-    def failures(self) -> Sequence[str]:
-        """The parts that have failed for good, for people; empty if none has."""
-        ...
-
-    async def until_failed(self) -> None:
-        """Wait until something has failed for good: the planner still answers, but should be restarted."""
-        ...
-
-    @property
-    def is_ready(self) -> bool:
-        """Return whether the planner can do its work now."""
-        ...
-
-    def require_leader(self, method: str) -> None:
-        """Check that this planner may answer a method now.
-
-        Raises:
-            ServiceError: NOT_LEADER or STORE_UNAVAILABLE.
-        """
-        ...
-
-    def on_loss(self, end_streams: Callable[[ServiceError], Awaitable[None]]) -> None:
-        """Set the callback that ends all streams when this planner no longer leads."""
-        ...
-
-    def note_refusal(self, change: AuditedChange) -> None:
-        """Put a refused change into the audit log."""
-        ...
-
-    async def until_replaced(self) -> None:
-        """Wait until this planner can change nothing any more, and never will."""
-        ...
-
-    async def say_goodbye(self) -> None:
-        """Tell the agents that the planner stops, and end watches."""
-        ...
-
-    async def close(self) -> None:
-        """Stop solver processes and close the store."""
-        ...
-
-
-OpenPlanner = Callable[[PlannerConfig], Awaitable[Planner]]
+OpenPlanner = Callable[[PlannerConfig], Awaitable[Succession]]
 
 
 class Access:
@@ -123,13 +66,9 @@ class Access:
             raise DocumentError(problems)
 
     @property
-    def refreshed(self) -> list[Refreshable]:
-        files: list[Refreshable] = []
-        if self.certificates is not None:
-            files.append(self.certificates.files)
-        if self.tokens is not None:
-            files.append(self.tokens)
-        return files
+    def refreshed(self) -> list[Reloaded[Any]]:
+        files = None if self.certificates is None else self.certificates.files
+        return [found for found in (files, self.tokens) if found is not None]
 
     def authenticator(self, clock: Callable[[], float]) -> Authenticator:
         if not self._config.asks_for_credentials:
@@ -169,7 +108,8 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
     metrics = ServiceMetrics(version)
     async with AsyncExitStack() as stack:
         stack.callback(signals.close)
-        stack.push_async_callback(_close_traces, traces)
+        if traces is not None:
+            stack.push_async_callback(asyncio.to_thread, traces.close)
         calls = Calls(access.authenticator(time.time), Telemetry(metrics, traces), writes=write_rates(config))
         credentials = access.certificates.credentials() if access.certificates is not None else None
         server = PlannerServer((), calls, credentials=credentials, max_connections=limits.of_all)
@@ -236,7 +176,7 @@ async def run_planner(config: PlannerConfig, open_planner: OpenPlanner, *, versi
         raise ServiceError(Reason.ERROR_REASON_NOT_LEADER, "another planner has taken over the store")
 
 
-async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner | None:
+async def _opened(signals: StopSignals, opening: Awaitable[Succession]) -> Succession | None:
     """Wait until the planner is open; return None if a signal came first, even if the store hangs."""
     opened = asyncio.ensure_future(opening)
     asked = asyncio.create_task(signals.wait())
@@ -254,7 +194,7 @@ async def _opened(signals: StopSignals, opening: Awaitable[Planner]) -> Planner 
         asked.cancel()
 
 
-async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
+async def _until_the_end(signals: StopSignals, planner: Succession) -> bool:
     """Wait for a signal, or for another planner to take over; return whether the latter happened."""
     replaced = asyncio.create_task(planner.until_replaced())
     asked = asyncio.create_task(signals.wait())
@@ -266,7 +206,7 @@ async def _until_the_end(signals: StopSignals, planner: Planner) -> bool:
         asked.cancel()
 
 
-async def show_failure(planner: Planner, loops: Loops, server: PlannerServer) -> None:
+async def show_failure(planner: Succession, loops: Loops, server: PlannerServer) -> None:
     """Wait for a failure, then report in health that no service serves; ``/healthz`` checks independently."""
     either = [asyncio.ensure_future(found) for found in (planner.until_failed(), loops.failed.wait())]
     try:
@@ -302,10 +242,6 @@ def _leave_to_collector_what_is_new() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
     sys.setswitchinterval(0.001)  # seconds that the loop waits for a thread that reads a document; the default is 5 ms
-
-
-async def _close_traces(traces: Traces) -> None:
-    await asyncio.to_thread(traces.close)
 
 
 _CODES = {signal.SIGINT: ServiceExitCode.INTERRUPTED, signal.SIGTERM: ServiceExitCode.TERMINATED}

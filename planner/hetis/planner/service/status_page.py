@@ -26,10 +26,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.render import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
-from hetis.planner.service.overview import Overview, OverviewSource
+from hetis.planner.service.overview import Overview
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import join_address, split_address
 from hetis.planner.service.status_html import status_html
+from hetis.planner.service.succession import Succession
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +136,7 @@ _PAGE_HEADERS = {
 
 
 def status_app(
-    source: OverviewSource,
+    source: Succession,
     metrics: ServiceMetrics,
     *,
     version: str,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import Descriptor
@@ -125,54 +125,11 @@ def _one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
-class Span(Protocol):
-    """The span of one call."""
-
-    @property
-    def trace_id(self) -> str:
-        """The trace id for logs, empty if the call is not traced."""
-        ...
-
-    def end(self, code: str, *, is_error: bool) -> None: ...
-
-
-class Traces(Protocol):
-    """Factory of spans."""
-
-    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
-        """Start the span of a call, which is the current one of this task until it ends."""
-        ...
-
-    def close(self) -> None:
-        """Send what is left."""
-        ...
-
-
-class _NoSpan:
-    trace_id = ""
-
-    def end(self, code: str, *, is_error: bool) -> None:
-        pass
-
-
-class NoTraces:
-    """Traces nothing."""
-
-    def begin(self, method: str, metadata: Mapping[str, str]) -> Span:
-        return _NO_SPAN
-
-    def close(self) -> None:
-        pass
-
-
-_NO_SPAN = _NoSpan()
-
-
 class MissingExtraError(Exception):
     """Traces are configured, but OpenTelemetry is not installed."""
 
 
-class OtelTraces:
+class Traces:
     """Spans of OpenTelemetry, as children of the caller's ``traceparent``."""
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -192,13 +149,15 @@ class OtelTraces:
             kind=trace.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         )
-        return _OtelSpan(span)
+        return Span(span)
 
     def close(self) -> None:
         self._provider.shutdown()
 
 
-class _OtelSpan:
+class Span:
+    """The span of one call."""
+
     def __init__(self, span: Any) -> None:
         from opentelemetry import context, trace
 
@@ -217,14 +176,14 @@ class _OtelSpan:
         self._detach(self._token)
 
 
-def open_traces(endpoint: str | None, version: str) -> Traces:
-    """Return traces that are sent to an OTLP endpoint, or to nowhere if None.
+def open_traces(endpoint: str | None, version: str) -> Traces | None:
+    """Return traces that are sent to an OTLP endpoint; none without one.
 
     Raises:
         MissingExtraError: OpenTelemetry is not installed.
     """
     if endpoint is None:
-        return NoTraces()
+        return None
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -237,7 +196,7 @@ def open_traces(endpoint: str | None, version: str) -> Traces:
     )
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=5)
     provider.add_span_processor(BatchSpanProcessor(exporter))
-    return OtelTraces(provider)
+    return Traces(provider)
 
 
 _log = logging.getLogger("hetis.planner.calls")
@@ -249,7 +208,7 @@ _OUR_FAULT = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 class CallRecord:
     """One call, from begin to end."""
 
-    def __init__(self, method: str, peer: str, span: Span, *, is_stream: bool) -> None:
+    def __init__(self, method: str, peer: str, span: Span | None, *, is_stream: bool) -> None:
         self.method = method
         self.caller = ""
         self.request_name = ""
@@ -262,7 +221,7 @@ class CallRecord:
 
     @property
     def trace_id(self) -> str:
-        return self._span.trace_id
+        return "" if self._span is None else self._span.trace_id
 
     def refused_change(self) -> AuditedChange:
         """Return the call as a refused change for the audit log."""
@@ -280,7 +239,8 @@ class CallRecord:
         metrics.call_ended(self.method, code.name, seconds, is_stream=self._is_stream)
         if self.quota:
             metrics.quota_exceeded(self.caller, self.quota)
-        self._span.end(code.name, is_error=code in _OUR_FAULT)
+        if self._span is not None:
+            self._span.end(code.name, is_error=code in _OUR_FAULT)
         level = logging.INFO
         if code in _OUR_FAULT:
             level = logging.ERROR
@@ -306,7 +266,7 @@ class CallRecord:
 class Telemetry:
     """Starts call records."""
 
-    def __init__(self, metrics: ServiceMetrics, traces: Traces) -> None:
+    def __init__(self, metrics: ServiceMetrics, traces: Traces | None = None) -> None:
         self.metrics = metrics
         self._traces = traces
 
@@ -317,7 +277,8 @@ class Telemetry:
         carrier: Mapping[str, str] = {
             key: value for key, value in metadata if key in ("traceparent", "tracestate") and isinstance(value, str)
         }
-        return CallRecord(method, peer, self._traces.begin(method, carrier), is_stream=is_stream)
+        span = None if self._traces is None else self._traces.begin(method, carrier)
+        return CallRecord(method, peer, span, is_stream=is_stream)
 
 
 @cache

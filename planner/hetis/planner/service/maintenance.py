@@ -1,0 +1,100 @@
+"""An operator's commands on a store besides serving: backup, restore, migration, and reading the audit log."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetis.formats.errors import single_problem
+from hetis.planner.service.exit_codes import ServiceExitCode
+from hetis.planner.service.settings import Given, load_config
+from hetis.planner.store import Reader
+from hetis.planner.store.audit import AuditFilter, AuditLine
+from hetis.planner.store.copying import back_up, migrate_to, read_store, restore
+from hetis.planner.store.opening import revisions
+
+if TYPE_CHECKING:
+    pass
+
+
+def store_url(path: str | None, flags: Sequence[Given]) -> str:
+    """Return the store's URL in the configuration that a planner would be started with."""
+    return load_config(path, environment=os.environ, flags=flags).store
+
+
+def make_backup(url: str, file: str) -> None:
+    num = back_up(url, Path(file))
+    print(f"{file}: {num} rows, {Path(file).stat().st_size} bytes")
+
+
+def restore_backup(url: str, file: str, *, replace: bool) -> None:
+    num, epoch = restore(url, Path(file), replace=replace)
+    print(f"restored {num} rows of {file}; the next planner leads with epoch {epoch + 1}")
+
+
+def migrate_store(url: str, to: str | None) -> None:
+    wanted = to or revisions()[-1]
+    before = migrate_to(url, wanted)
+    print(f"{wanted}, as before" if before == wanted else f"{before} -> {wanted}")
+
+
+def print_audit(
+    url: str, filters: Mapping[str, str | None], *, since: str | None, until: str | None, as_json: bool
+) -> None:
+    """Print the lines that match all filters, oldest first."""
+    which = AuditFilter(**filters, since_s=_moment("--since", since), until_s=_moment("--until", until))
+
+    def show(reader: Reader) -> None:
+        for line in reader.audit.lines(which):
+            print(_as_json(line) if as_json else _as_text(line))
+
+    read_store(url, show)
+
+
+def check_audit(url: str) -> ServiceExitCode:
+    """Report whether any line was altered, and print the last hash, which reveals a truncated log if kept elsewhere."""
+
+    def check(reader: Reader) -> ServiceExitCode:
+        if (wrong := reader.audit.first_wrong()) is not None:
+            print(f"error: line {wrong} of the audit log is not what was written, or is missing", file=sys.stderr)
+            return ServiceExitCode.STORE
+        last = reader.audit.last()
+        print("no lines" if last is None else f"{last.number} lines, unbroken; the last hash is {last.hash}")
+        return ServiceExitCode.OK
+
+    return read_store(url, check)
+
+
+def _moment(option: str, text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise single_problem(option, f"{text!r} is not a moment: write it like 2027-01-31T00:00:00Z") from None
+    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _as_json(line: AuditLine) -> str:
+    values = {"number": line.number, "time": _time(line), "epoch": line.epoch, **asdict(line.change)}
+    return json.dumps(values | {"hash": line.hash}, ensure_ascii=False)
+
+
+def _as_text(line: AuditLine) -> str:
+    change = line.change
+    parts = [str(line.number), _time(line), change.outcome, f"{change.caller} ({change.role})", change.method]
+    parts += [change.resource] if change.resource else []
+    parts += [f"plan {change.plan}"] if change.plan and change.plan != change.resource else []
+    parts += [f"request {change.request_id}"] if change.request_id else []
+    parts += [f"{change.times} times"] if change.times > 1 else []
+    return "  ".join("".join(c if c.isprintable() else "?" for c in part) for part in parts)
+
+
+def _time(line: AuditLine) -> str:
+    return datetime.fromtimestamp(line.time_s, UTC).isoformat(timespec="milliseconds")
