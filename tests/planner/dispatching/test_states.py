@@ -281,7 +281,7 @@ def test_a_large_declaration_is_read_beside_the_loop() -> None:
     one.requests.extend(running(f"r{n}", [n % 2] * 4, context=1 + n, remaining=n) for n in range(150))
     service = Service(Replica([stage_model(2)]), [one])
     assert service.state().head_maps[0] == one
-    assert service.states.head_maps(REPLICA).maps == [one]  # type: ignore[union-attr]
+    assert service.states.head_maps(REPLICA).maps == (one,)  # type: ignore[union-attr]
 
 
 def test_a_declared_request_is_a_running_one() -> None:

@@ -17,7 +17,7 @@ from hetis.planner.failures import Reason, ServiceError, invalid_field, not_foun
 from hetis.planner.fleet import views
 from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.link import Fenced, HeadMaps, HeadMapsRead, check_hello
-from hetis.planner.fleet.reconciler import ContentsSource, PlanContents, Reconciler
+from hetis.planner.fleet.reconciler import PlanContents, Reconciler
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.views import CallerIdentity, Clock, FleetObserver, LiveNode, LiveReplica, Publishing, kv_in_use
 from hetis.planner.store import Store
@@ -108,7 +108,7 @@ class LiveFleet:
         epoch: int,
         settings: FleetSettings,
         clock: Clock,
-        contents: ContentsSource | None = None,
+        contents: PlanContents | None = None,
         counters: FleetCounters | None = None,
     ) -> None:
         self.observers: list[FleetObserver] = []

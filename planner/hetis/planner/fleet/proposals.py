@@ -20,11 +20,11 @@ from hetis.planner.convert.names import last_part
 from hetis.planner.convert.plans import role_of
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.settings import ProposalPolicy, proposal_policy
-from hetis.planner.fleet.views import Clock
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveNode
 from hetis.solver.cluster import node_of
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.v1 import cluster_pb2, plan_pb2, redispatch_pb2, replica_pb2, report_pb2
+from hetis.v1 import cluster_pb2, plan_pb2, replica_pb2
 
 POLL_S = 2.0  # how often a running search is polled
 GATHERED_S = 0.5  # batches changes of capacity: each look covers all nodes, and after a restart all connect
@@ -35,19 +35,10 @@ _GONE = (cluster_pb2.NODE_STATE_LOST, cluster_pb2.NODE_STATE_UNDECLARED)
 _log = logging.getLogger("hetis.planner.proposals")
 
 
-class NodeCapacity(Protocol):
-    """The part of `hetis.planner.fleet.views.LiveNode` that proposals need."""
-
-    @property
-    def state(self) -> cluster_pb2.NodeState.ValueType: ...
-    @property
-    def is_draining(self) -> bool: ...
-
-
 class Capacity(Protocol):
     """The methods of the fleet that proposals use."""
 
-    def nodes_of(self, cluster: str) -> Mapping[str, NodeCapacity]: ...
+    def nodes_of(self, cluster: str) -> Mapping[str, LiveNode]: ...
     def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy: ...
 
 
@@ -100,8 +91,8 @@ class _Cluster:
     is_settled: bool = False
 
 
-class PlacementProposals:
-    """A `FleetObserver` with at most one open proposal per cluster.
+class PlacementProposals(FleetObserver):
+    """At most one open proposal per cluster.
 
     Start `run` once; `step` does what is due now.
     """
@@ -122,15 +113,6 @@ class PlacementProposals:
         else:
             known.changed_s = now_s
         self._wake.set()
-
-    def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
-        """Do nothing: reports do not affect capacity."""
-
-    def replica_changed(self, replica: str) -> None:
-        """Do nothing: replicas do not affect capacity."""
-
-    def redispatch_ended(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Do nothing: re-dispatches do not affect capacity."""
 
     # --- due work
 

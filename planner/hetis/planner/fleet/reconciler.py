@@ -8,7 +8,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
@@ -28,13 +27,6 @@ from hetis.solver.plan import Plan
 
 _log = logging.getLogger("hetis.planner.fleet")
 _KEPT = 2  # parsed plans: the active one and the one before
-
-
-class ContentsSource(Protocol):
-    """Source of the contents of plans' replicas."""
-
-    async def of(self, plan: str, indices: Sequence[int]) -> list[Contents | None]:
-        """Return the contents of these replicas of a plan; None for those whose plan is gone or unreadable."""
 
 
 class PlanContents:
@@ -101,7 +93,7 @@ class Reconciler:
         *,
         store: Store,
         hubs: Publishing,
-        contents: ContentsSource,
+        contents: PlanContents,
         clock: Clock,
         observers: Sequence[FleetObserver],
         send: Callable[[ClusterFleet], None],

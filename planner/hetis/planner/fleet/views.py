@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from hetis.planner.convert.clusters import BASIC, basic_redispatch, cluster_mess
 from hetis.planner.convert.names import optional_timestamp, timestamp
 from hetis.planner.convert.plans import without_contents
 from hetis.planner.fleet.cluster import ClusterFleet
+from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.replica import Replica
 from hetis.planner.store import PlanRecord, etag_of
 from hetis.planner.watching import Hub
@@ -18,7 +20,6 @@ from hetis.v1 import (
     agent_service_pb2,
     cluster_pb2,
     document_pb2,
-    head_map_pb2,
     inventory_pb2,
     plan_pb2,
     redispatch_pb2,
@@ -26,64 +27,6 @@ from hetis.v1 import (
     report_pb2,
     stage_pb2,
 )
-
-
-class RunningReplica(Protocol):
-    """A replica as it is now; implemented by `hetis.planner.fleet.views.LiveReplica`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def state(self) -> replica_pb2.ReplicaState.ValueType: ...
-    @property
-    def generation(self) -> int: ...
-    @property
-    def authority(self) -> replica_pb2.HeadMapAuthority.ValueType: ...
-    @property
-    def primary_node(self) -> str:
-        """Node id."""
-        ...
-
-    @property
-    def stages(self) -> Sequence[stage_pb2.StageModel]: ...
-    @property
-    def conditions(self) -> Mapping[str, report_pb2.DeviceStatus.ValueType]:
-        """Conditions by GPU as ``node/index``; GPUs not listed are OK."""
-        ...
-
-    @property
-    def redispatch(self) -> str:
-        """The re-dispatch under way, or an empty string."""
-        ...
-
-
-class ReadHeadMaps(Protocol):
-    """All head maps of a replica at one step, as read by its authority."""
-
-    @property
-    def generation(self) -> int: ...
-    @property
-    def maps(self) -> Sequence[head_map_pb2.HeadMap]: ...
-
-
-class RunningReplicas(Protocol):
-    """Source of running replicas."""
-
-    def replica_view(self, name: str) -> RunningReplica | None: ...
-
-
-class Redispatching(RunningReplicas, Protocol):
-    """The methods of the fleet that the re-dispatch loop uses."""
-
-    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
-        """Return what the planner may do in the cluster; an empty policy has the defaults."""
-        ...
-
-    async def read_head_maps(self, replica: str, timeout_s: float) -> ReadHeadMaps: ...
-
-    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
-        """Store it, and drive it through two phases unless it is ADVISED."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +93,26 @@ class LiveReplica:
     redispatch: str
 
 
+class RunningReplicas(Protocol):
+    """Source of running replicas."""
+
+    def replica_view(self, name: str) -> LiveReplica | None: ...
+
+
+class Redispatching(RunningReplicas, Protocol):
+    """The methods of the fleet that the re-dispatch loop uses."""
+
+    def policy_of(self, cluster: str) -> cluster_pb2.ClusterPolicy:
+        """Return what the planner may do in the cluster; an empty policy has the defaults."""
+        ...
+
+    async def read_head_maps(self, replica: str, timeout_s: float) -> HeadMaps: ...
+
+    async def redispatch(self, redispatch: redispatch_pb2.Redispatch) -> None:
+        """Store it, and drive it through two phases unless it is ADVISED."""
+        ...
+
+
 class Publishing(Protocol):
     """The hubs of this leadership term, through which watchers get changes."""
 
@@ -171,8 +134,8 @@ class CallerIdentity(Protocol):
         """
 
 
-class FleetObserver(Protocol):
-    """An observer that is called in the fleet's loop and must return at once."""
+class FleetObserver:
+    """An observer that is called in the fleet's loop, must return at once, and by default does nothing."""
 
     def replica_reported(self, replica: str, report: report_pb2.ReplicaReport) -> None:
         """Note a report from one of the replica's nodes, the primary's or another."""
@@ -187,14 +150,16 @@ class FleetObserver(Protocol):
         """Note that a node was lost, is back, drains, or joined."""
 
 
-class Clock(Protocol):
-    """A source of time."""
+class Clock:
+    """The machine's clocks."""
 
     def monotonic(self) -> float:
         """Return monotonic seconds."""
+        return time.monotonic()
 
     def time(self) -> float:
         """Return Unix seconds."""
+        return time.time()
 
 
 def publish(cluster: ClusterFleet, hubs: Publishing, *, now_s: float) -> None:

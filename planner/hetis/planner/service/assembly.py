@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from hetis.planner.fleet.fleet import LiveFleet
 from hetis.planner.fleet.proposals import PlacementProposals
 from hetis.planner.fleet.redispatching.loop import RedispatchLoop
 from hetis.planner.fleet.settings import FleetCounters, FleetSettings
+from hetis.planner.fleet.views import Clock
 from hetis.planner.jobs.pool import PoolSettings, SolverPool
 from hetis.planner.resources.audited_changes import AuditedChanges
 from hetis.planner.resources.clusters import Clusters
@@ -46,16 +46,6 @@ from hetis.planner.store import AuditedChange, Store, Transaction
 _SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
 
 
-class SystemClock:
-    """The machine's clocks."""
-
-    def monotonic(self) -> float:
-        return time.monotonic()
-
-    def time(self) -> float:
-        return time.time()
-
-
 class Term:
     """Everything behind the gRPC server for one leadership term. Before `begin` it answers from the store alone.
 
@@ -75,7 +65,7 @@ class Term:
         loops: Loops,
         refusals: AuditRefusals,
     ) -> None:
-        clock = SystemClock()
+        clock = Clock()
         self.epoch = epoch
         self.since_s = clock.time()
         self._store = store

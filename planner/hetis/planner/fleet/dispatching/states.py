@@ -13,7 +13,6 @@ import base64
 import sys
 import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import islice
 
 from hetis.planner.convert.stages import stage_from_proto
@@ -31,22 +30,15 @@ from hetis.planner.fleet.dispatching.messages import (
 )
 from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
-from hetis.planner.fleet.views import RunningReplica, RunningReplicas
+from hetis.planner.fleet.link import HeadMaps
+from hetis.planner.fleet.views import LiveReplica, RunningReplicas
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
-from hetis.v1 import change_pb2, dispatch_service_pb2, head_map_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import change_pb2, dispatch_service_pb2, redispatch_pb2, replica_pb2
 
 MOST_DECLARED_IN_LOOP = 100  # running requests on all stages: a few milliseconds
 PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
 _STATE = "/dispatchState"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownHeadMaps:
-    """All head maps of a replica, in the form in which the fleet reads them from engines."""
-
-    generation: int
-    maps: list[head_map_pb2.HeadMap]
 
 
 class DispatchStates:
@@ -182,10 +174,13 @@ class DispatchStates:
 
     # --- calls by the planner itself
 
-    def head_maps(self, replica: str) -> KnownHeadMaps | None:
+    def head_maps(self, replica: str) -> HeadMaps | None:
         """Return the head maps of a replica, or None if no state was declared."""
         state = self._states.get(replica)
-        return None if state is None else KnownHeadMaps(generation=state.generation, maps=state.head_maps())
+        if state is None:
+            return None
+        maps = tuple(state.head_maps())
+        return HeadMaps(replica=replica, generation=state.generation, step=0, maps=maps)
 
     def replica_changed(self, name: str) -> None:
         """Note that devices drain, were lost or came back, or that the replica is gone or its engine decides now."""
@@ -217,7 +212,7 @@ class DispatchStates:
 
     # --- internals
 
-    def _replica(self, name: str) -> RunningReplica:
+    def _replica(self, name: str) -> LiveReplica:
         replica = self._replicas.replica_view(name)
         if replica is None:
             raise not_found(name)
@@ -229,7 +224,7 @@ class DispatchStates:
             )
         return replica
 
-    def _replica_of_state(self, name: str, field: str) -> RunningReplica:
+    def _replica_of_state(self, name: str, field: str) -> LiveReplica:
         if not name.endswith(_STATE):
             raise invalid_field(field, f"{name!r} is not clusters/{{cluster}}/replicas/{{replica}}{_STATE}")
         return self._replica(name.removesuffix(_STATE))
@@ -261,7 +256,7 @@ def left_out_of(redispatch: redispatch_pb2.Redispatch) -> set[int]:
     }
 
 
-def _require_generation(state: dispatch_service_pb2.DispatchState, replica: RunningReplica) -> None:
+def _require_generation(state: dispatch_service_pb2.DispatchState, replica: LiveReplica) -> None:
     if state.generation != replica.generation:
         raise ServiceError(
             Reason.ERROR_REASON_GENERATION_MISMATCH,

@@ -21,10 +21,11 @@ from hetis.planner.convert.names import cluster_of, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
+from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
 from hetis.planner.fleet.settings import RedispatchPolicy, duration, redispatch_policy
-from hetis.planner.fleet.views import Clock, ReadHeadMaps, Redispatching, RunningReplica
+from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica, Redispatching
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
 from hetis.solver.redispatch.warming import compile_redispatch
@@ -40,8 +41,8 @@ _log = logging.getLogger("hetis.planner.redispatching")
 Solve = Callable[[StagePlanner, StageLook], Awaitable[FoundMoves | None]]
 
 
-class RedispatchLoop:
-    """A `FleetObserver`. Start `run` once; it repeats `step`, which does what is due now."""
+class RedispatchLoop(FleetObserver):
+    """Start `run` once; it repeats `step`, which does what is due now."""
 
     def __init__(
         self,
@@ -97,9 +98,6 @@ class RedispatchLoop:
                 self._put_off(watched, redispatch_policy(self._fleet.policy_of(cluster_of(view.name))))
         watched.is_wanted = True
         self._wake.set()
-
-    def capacity_changed(self, cluster: str) -> None:
-        """Do nothing: replicas on the changed nodes are reported separately."""
 
     # --- due work
 
@@ -202,7 +200,7 @@ class RedispatchLoop:
                 if is_change:
                     return
 
-    async def _send(self, view: RunningReplica, watched: WatchedReplica, redispatch: redispatch_pb2.Redispatch) -> None:
+    async def _send(self, view: LiveReplica, watched: WatchedReplica, redispatch: redispatch_pb2.Redispatch) -> None:
         if redispatch.state == redispatch_pb2.REDISPATCH_STATE_ADVISED:
             await self._fleet.redispatch(redispatch)
             return
@@ -224,7 +222,7 @@ class RedispatchLoop:
 
     # --- internals
 
-    async def _head_maps(self, view: RunningReplica) -> ReadHeadMaps | None:
+    async def _head_maps(self, view: LiveReplica) -> HeadMaps | None:
         if view.authority == replica_pb2.HEAD_MAP_AUTHORITY_PLANNER:
             return self._dispatch.head_maps(view.name)
         try:
@@ -263,7 +261,7 @@ class RedispatchLoop:
         watched.not_before_s = self._clock.monotonic() + wait_s
 
     def _redispatch_of(
-        self, view: RunningReplica, place: Place, base_generation: int, found: FoundMoves, policy: RedispatchPolicy
+        self, view: LiveReplica, place: Place, base_generation: int, found: FoundMoves, policy: RedispatchPolicy
     ) -> redispatch_pb2.Redispatch:
         change_id = self._make_id()
         created = timestamp(self._clock.time())

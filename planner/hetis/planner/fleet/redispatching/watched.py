@@ -13,7 +13,7 @@ import numpy as np
 from hetis.planner.convert.stages import StageTerms, stage_from_proto
 from hetis.planner.fleet.redispatching.planning import StagePlanner
 from hetis.planner.fleet.settings import RedispatchPolicy
-from hetis.planner.fleet.views import RunningReplica
+from hetis.planner.fleet.views import LiveReplica
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.tables import costs_of
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
@@ -277,7 +277,7 @@ class WatchedReplica:
         """Return whether the replica still has the stages that are watched."""
         return models is self._models or list(models) == list(self._models)
 
-    def set_conditions(self, view: RunningReplica) -> None:
+    def set_conditions(self, view: LiveReplica) -> None:
         """Take the planner's status of GPUs; a device that went or came is worth a look."""
         if view.conditions == self._conditions:
             return
