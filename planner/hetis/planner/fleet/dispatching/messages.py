@@ -7,12 +7,12 @@ from itertools import chain, islice
 
 from hetis.planner.convert.stages import StageTerms, owners_of
 from hetis.planner.failures import invalid_field, invalid_fields
-from hetis.planner.fleet.dispatching.replica import Home, Quality, Refusal, ReplicaDispatch, RunningRequest
+from hetis.planner.fleet.dispatching.replica import Home, ReplicaDispatch, RunningRequest
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import MOST_BLOCKS
-from hetis.solver.dispatch.result import Path, Resource
 from hetis.solver.errors import InvalidProblemError
-from hetis.v1 import dispatch_service_pb2, failure_pb2, head_map_pb2, report_pb2
+from hetis.v1 import dispatch_service_pb2 as pb2
+from hetis.v1 import failure_pb2, head_map_pb2, report_pb2
 
 MOST_TOKENS = 2**24  # per context, and per expected output
 MOST_NAME_BYTES = 128  # of a request's name
@@ -26,9 +26,7 @@ _STATUSES = (
 Place = tuple[int, int]  # stage and copy
 
 
-def declared(
-    state: dispatch_service_pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str
-) -> ReplicaDispatch:
+def declared(state: pb2.DispatchState, terms: dict[Place, StageTerms], state_id: str) -> ReplicaDispatch:
     """Return the state that the engine declares.
 
     Args:
@@ -75,9 +73,7 @@ def declared(
     return replica
 
 
-def _violations(
-    state: dispatch_service_pb2.DispatchState, terms: dict[Place, StageTerms]
-) -> Iterator[failure_pb2.FieldViolation]:
+def _violations(state: pb2.DispatchState, terms: dict[Place, StageTerms]) -> Iterator[failure_pb2.FieldViolation]:
     path = "dispatch_state.head_maps"
     seen = dict[Place, int]()
     for m, head_map in enumerate(state.head_maps):
@@ -212,7 +208,7 @@ def check_batch(num: int, violations: Iterator[failure_pb2.FieldViolation]) -> N
         raise invalid_fields(found)
 
 
-def check_step(request: dispatch_service_pb2.DispatchRequestsRequest) -> None:
+def check_step(request: pb2.DispatchRequestsRequest) -> None:
     """Check all parts of a message of `DispatchRequests`.
 
     Raises:
@@ -240,9 +236,7 @@ def names_violations(path: str, names: Iterable[str]) -> Iterator[failure_pb2.Fi
         yield from name_violations(f"{path}[{n}]", one, seen)
 
 
-def newcomer_violations(
-    path: str, requests: Iterable[dispatch_service_pb2.NewRequest]
-) -> Iterator[failure_pb2.FieldViolation]:
+def newcomer_violations(path: str, requests: Iterable[pb2.NewRequest]) -> Iterator[failure_pb2.FieldViolation]:
     seen = set[str]()
     for n, one in enumerate(requests):
         yield from name_violations(f"{path}[{n}].id", one.id, seen)
@@ -250,9 +244,7 @@ def newcomer_violations(
         yield from token_violations(f"{path}[{n}].growth_tokens", one.growth_tokens)
 
 
-def growth_violations(
-    path: str, requests: Iterable[dispatch_service_pb2.Growth]
-) -> Iterator[failure_pb2.FieldViolation]:
+def growth_violations(path: str, requests: Iterable[pb2.Growth]) -> Iterator[failure_pb2.FieldViolation]:
     seen = set[str]()
     for n, one in enumerate(requests):
         yield from name_violations(f"{path}[{n}].id", one.id, seen)
@@ -260,51 +252,19 @@ def growth_violations(
         yield from token_violations(f"{path}[{n}].remaining_tokens", one.remaining_tokens)
 
 
-_PATHS = {
-    Path.CHAIN: dispatch_service_pb2.DISPATCH_PATH_CHAIN,
-    Path.MIXED: dispatch_service_pb2.DISPATCH_PATH_MIXED,
-    Path.LP: dispatch_service_pb2.DISPATCH_PATH_LP,
-    Path.MILP: dispatch_service_pb2.DISPATCH_PATH_MILP,
-}
-_RESOURCES = {
-    Resource.KV_BLOCKS: dispatch_service_pb2.MISSING_RESOURCE_KV_BLOCKS,
-    Resource.WHOLE_GROUPS: dispatch_service_pb2.MISSING_RESOURCE_WHOLE_GROUPS,
-}
-
-
-def placement_to_proto(
-    request: str, running: RunningRequest | None, homes: Sequence[Home] | None
-) -> dispatch_service_pb2.Placement:
+def placement_to_proto(request: str, running: RunningRequest | None, homes: Sequence[Home] | None) -> pb2.Placement:
     """Return where a request is, or where it would go."""
     if running is not None:
         owners = [(copy, copy.owners[request]) for copy in running.copies]
     else:
         owners = [(home.copy, owners_of(home.copy.terms.stage, home.groups)) for home in homes or ()]
-    return dispatch_service_pb2.Placement(
-        request=request, stages=[_stage_placement(copy, positions) for copy, positions in owners]
-    )
+    return pb2.Placement(request=request, stages=[_stage_placement(copy, positions) for copy, positions in owners])
 
 
-def refusal_to_proto(request: str, refusal: Refusal) -> dispatch_service_pb2.Unplaced:
-    return dispatch_service_pb2.Unplaced(
-        request=request, stage=refusal.stage, resource=_RESOURCES[refusal.resource], missing=refusal.missing
-    )
-
-
-def quality_to_proto(quality: Quality) -> dispatch_service_pb2.StageQuality:
-    return dispatch_service_pb2.StageQuality(
-        stage=quality.stage,
-        copy=quality.copy,
-        makespan_s=quality.makespan_s,
-        bound_s=quality.bound_s,
-        path=_PATHS[quality.path],
-    )
-
-
-def _stage_placement(copy: StageCopy, owners: Sequence[int]) -> dispatch_service_pb2.StagePlacement:
+def _stage_placement(copy: StageCopy, owners: Sequence[int]) -> pb2.StagePlacement:
     used = sorted(set(owners))
     position = {device: n for n, device in enumerate(used)}
-    return dispatch_service_pb2.StagePlacement(
+    return pb2.StagePlacement(
         stage=copy.stage,
         copy=copy.copy,
         devices=[copy.terms.stage.devices[device] for device in used],

@@ -13,30 +13,15 @@ from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray
 from hetis.solver.dispatch.result import Path, Resource, Unplaced
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
+from hetis.v1 import dispatch_service_pb2 as pb2
 
 # After this many rounds all refusals are final. That may refuse too many if stages run short of memory in turns: those
 # requests wait for the next call.
 MOST_ROUNDS = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """A request that has to wait, as judged by one stage."""
-
-    stage: int
-    resource: Resource
-    missing: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """The quality of the placement on one copy of a stage, running requests included."""
-
-    stage: int
-    copy: int
-    makespan_s: float
-    bound_s: float
-    path: Path
+_RESOURCES = {one: pb2.MissingResource.Value(f"MISSING_RESOURCE_{one.name}") for one in Resource}
+_PATHS = {one: pb2.DispatchPath.Value(f"DISPATCH_PATH_{one.name}") for one in Path}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,8 +43,8 @@ class BatchAdmission:
     """
 
     homes: dict[int, tuple[Home, ...]]
-    refused: dict[int, Refusal]
-    qualities: tuple[Quality, ...]
+    refused: dict[int, pb2.Unplaced]
+    qualities: tuple[pb2.StageQuality, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +53,7 @@ class _AdmissionAnswer:
 
     homes: dict[int, Home]
     refused: dict[int, Unplaced]
-    qualities: tuple[Quality, ...]
+    qualities: tuple[pb2.StageQuality, ...]
 
 
 def admit(
@@ -81,7 +66,7 @@ def admit(
     refuses. Refusals are therefore made final from the front, up to the point where each stage has judged without
     requests that are refused elsewhere; the others are tried again.
     """
-    standing, refused = list(range(len(newcomers))), dict[int, Refusal]()
+    standing, refused = list(range(len(newcomers))), dict[int, pb2.Unplaced]()
     answers: list[_AdmissionAnswer | None] = [None] * len(stages)
     for round_number in range(len(newcomers) + 1):
         done = list[_AdmissionAnswer]()
@@ -102,16 +87,16 @@ def admit(
     )
 
 
-def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> dict[int, Refusal]:
+def _final_refusals(answers: Sequence[_AdmissionAnswer], *, is_last: bool) -> dict[int, pb2.Unplaced]:
     """Return the requests refused by a stage that has judged without any request refused before."""
-    final = dict[int, Refusal]()
+    final = dict[int, pb2.Unplaced]()
     for j in sorted({j for answer in answers for j in answer.refused}):
         by = [s for s, answer in enumerate(answers) if j in answer.refused]
         knowing = [s for s in by if is_last or final.keys() <= answers[s].refused.keys()]
         if not knowing:
             break
         unplaced = answers[knowing[0]].refused[j]
-        final[j] = Refusal(stage=knowing[0], resource=unplaced.resource, missing=unplaced.missing)
+        final[j] = pb2.Unplaced(stage=knowing[0], resource=_RESOURCES[unplaced.resource], missing=unplaced.missing)
     return final
 
 
@@ -133,7 +118,7 @@ def _on_stage(
         return best
 
     stale = {give(j) for j in standing}
-    homes, refused, qualities = dict[int, Home](), dict[int, Unplaced](), dict[int, Quality]()
+    homes, refused, qualities = dict[int, Home](), dict[int, Unplaced](), dict[int, pb2.StageQuality]()
     while stale:
         c = min(stale)
         stale.discard(c)
@@ -141,8 +126,12 @@ def _on_stage(
         plan = copies[c].plan(loads[c], [newcomers[j] for j in on[c]])
         out = {on[c][one.request]: one for one in plan.unplaced}
         homes |= {j: Home(copy=copies[c], groups=plan.groups[k]) for k, j in enumerate(on[c]) if j not in out}
-        qualities[c] = Quality(
-            stage=copies[c].stage, copy=copies[c].copy, makespan_s=plan.makespan_s, bound_s=plan.bound_s, path=plan.path
+        qualities[c] = pb2.StageQuality(
+            stage=copies[c].stage,
+            copy=copies[c].copy,
+            makespan_s=plan.makespan_s,
+            bound_s=plan.bound_s,
+            path=_PATHS[plan.path],
         )
         on[c] = [j for j in on[c] if j not in out]
         for j, unplaced in out.items():
@@ -186,8 +175,8 @@ class AdmittedRequests:
     """
 
     homes: dict[str, tuple[Home, ...]]
-    refused: dict[str, Refusal]
-    qualities: tuple[Quality, ...]
+    refused: dict[str, pb2.Unplaced]
+    qualities: tuple[pb2.StageQuality, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -449,11 +438,11 @@ def _part_of(admission: BatchAdmission, newcomers: Sequence[Newcomer], positions
     """Return the part of an admission that concerns some of its requests."""
     homes = {newcomers[j].id: admission.homes[j] for j in positions if j in admission.homes}
     used = {(home.copy.stage, home.copy.copy) for found in homes.values() for home in found}
-    return AdmittedRequests(
-        homes=homes,
-        refused={newcomers[j].id: admission.refused[j] for j in positions if j in admission.refused},
-        qualities=tuple(quality for quality in admission.qualities if (quality.stage, quality.copy) in used),
-    )
+    refused = {newcomers[j].id: admission.refused[j] for j in positions if j in admission.refused}
+    for name, unplaced in refused.items():
+        unplaced.request = name
+    qualities = tuple(quality for quality in admission.qualities if (quality.stage, quality.copy) in used)
+    return AdmittedRequests(homes=homes, refused=refused, qualities=qualities)
 
 
 def _is_running(given: Newcomer, admitted: Newcomer) -> ServiceError:

@@ -25,8 +25,6 @@ from hetis.planner.fleet.dispatching.messages import (
     names_violations,
     newcomer_violations,
     placement_to_proto,
-    quality_to_proto,
-    refusal_to_proto,
 )
 from hetis.planner.fleet.dispatching.replica import AdmittedRequests, ReplicaDispatch, RequestGrowth
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer
@@ -34,7 +32,8 @@ from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.views import LiveReplica, RunningReplicas
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.dispatch.warming import compile_dispatch
-from hetis.v1 import change_pb2, dispatch_service_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
+from hetis.v1 import dispatch_service_pb2 as pb2
 
 MOST_DECLARED_IN_LOOP = 100  # running requests on all stages: a few milliseconds
 PAGE_SIZE, MOST_PAGE_SIZE = 1000, 10_000
@@ -63,30 +62,26 @@ class DispatchStates:
 
     # --- calls
 
-    async def admit(
-        self, request: dispatch_service_pb2.AdmitRequestsRequest
-    ) -> dispatch_service_pb2.AdmitRequestsResponse:
+    async def admit(self, request: pb2.AdmitRequestsRequest) -> pb2.AdmitRequestsResponse:
         """Answer `AdmitRequests`. The answer's `StageQuality` does not cover requests that run already."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), newcomer_violations("requests", request.requests))
         admitted = await self._admitted(request.parent, state, request.requests, keep=not request.validate_only)
-        return dispatch_service_pb2.AdmitRequestsResponse(
+        return pb2.AdmitRequestsResponse(
             placements=_placements(state, request.requests, admitted),
-            unplaced=[refusal_to_proto(name, refusal) for name, refusal in admitted.refused.items()],
-            stages=[quality_to_proto(quality) for quality in admitted.qualities],
+            unplaced=admitted.refused.values(),
+            stages=admitted.qualities,
         )
 
-    async def step(
-        self, request: dispatch_service_pb2.DispatchRequestsRequest
-    ) -> dispatch_service_pb2.DispatchRequestsResponse:
+    async def step(self, request: pb2.DispatchRequestsRequest) -> pb2.DispatchRequestsResponse:
         """Answer a message of `DispatchRequests`. All of it is checked before anything is done."""
         if self._warming is None or not self._warming.done():
             await self.warm_up()
         state = self._state(request.parent, request.state_id)
         check_step(request)
-        answer = dispatch_service_pb2.DispatchRequestsResponse(sequence=request.sequence)
+        answer = pb2.DispatchRequestsResponse(sequence=request.sequence)
         if request.new_requests:
             state.not_running(_newcomers(request.new_requests), finished=frozenset(request.finished))
         if request.finished:
@@ -96,15 +91,15 @@ class DispatchStates:
         if request.new_requests:
             admitted = await self._admitted(request.parent, state, request.new_requests)
             answer.placements.extend(_placements(state, request.new_requests, admitted))
-            answer.unplaced.extend(refusal_to_proto(name, refusal) for name, refusal in admitted.refused.items())
-            answer.stages.extend(quality_to_proto(quality) for quality in admitted.qualities)
+            answer.unplaced.extend(admitted.refused.values())
+            answer.stages.extend(admitted.qualities)
         return answer
 
     async def _admitted(
         self,
         name: str,
         state: ReplicaDispatch,
-        requests: Iterable[dispatch_service_pb2.NewRequest],
+        requests: Iterable[pb2.NewRequest],
         *,
         keep: bool = True,
     ) -> AdmittedRequests:
@@ -113,24 +108,20 @@ class DispatchStates:
             raise self._lost(name, state.state_id)  # the engine declared another state meanwhile
         return admitted
 
-    def finish(
-        self, request: dispatch_service_pb2.FinishRequestsRequest
-    ) -> dispatch_service_pb2.FinishRequestsResponse:
+    def finish(self, request: pb2.FinishRequestsRequest) -> pb2.FinishRequestsResponse:
         """Answer `FinishRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), names_violations("requests", request.requests))
         state.finish(request.requests)
-        return dispatch_service_pb2.FinishRequestsResponse()
+        return pb2.FinishRequestsResponse()
 
-    def grow(self, request: dispatch_service_pb2.GrowRequestsRequest) -> dispatch_service_pb2.GrowRequestsResponse:
+    def grow(self, request: pb2.GrowRequestsRequest) -> pb2.GrowRequestsResponse:
         """Answer `GrowRequests`."""
         state = self._state(request.parent, request.state_id)
         check_batch(len(request.requests), growth_violations("requests", request.requests))
-        return dispatch_service_pb2.GrowRequestsResponse(stalled=state.grow(_growths(request.requests)))
+        return pb2.GrowRequestsResponse(stalled=state.grow(_growths(request.requests)))
 
-    def get(
-        self, request: dispatch_service_pb2.GetDispatchStateRequest
-    ) -> dispatch_service_pb2.GetDispatchStateResponse:
+    def get(self, request: pb2.GetDispatchStateRequest) -> pb2.GetDispatchStateResponse:
         """Answer `GetDispatchState`; a replica without a declared state has no `state_id` and no head maps."""
         replica = self._replica_of_state(request.name, "name")
         if request.page_size < 0:
@@ -138,20 +129,18 @@ class DispatchStates:
         size = min(request.page_size or PAGE_SIZE, MOST_PAGE_SIZE)
         state = self._states.get(replica.name)
         first = _position(request.page_token, state)
-        answer = dispatch_service_pb2.DispatchState(name=request.name, generation=replica.generation)
+        answer = pb2.DispatchState(name=request.name, generation=replica.generation)
         if state is None:
-            return dispatch_service_pb2.GetDispatchStateResponse(dispatch_state=answer)
+            return pb2.GetDispatchStateResponse(dispatch_state=answer)
         answer.state_id, answer.generation = state.state_id, state.generation
         names = list(islice(state.running, first, first + size))
         answer.head_maps.extend(state.head_maps(names))
         is_last = first + size >= len(state.running)
-        return dispatch_service_pb2.GetDispatchStateResponse(
+        return pb2.GetDispatchStateResponse(
             dispatch_state=answer, next_page_token="" if is_last else _token(state, first + size)
         )
 
-    async def update(
-        self, request: dispatch_service_pb2.UpdateDispatchStateRequest
-    ) -> dispatch_service_pb2.UpdateDispatchStateResponse:
+    async def update(self, request: pb2.UpdateDispatchStateRequest) -> pb2.UpdateDispatchStateResponse:
         """Answer `UpdateDispatchState`."""
         if wrong := [path for path in request.update_mask.paths if path not in ("head_maps", "*")]:
             raise invalid_field("update_mask", f"{wrong[0]} cannot be changed, only head_maps can")
@@ -170,7 +159,7 @@ class DispatchStates:
             _require_generation(state, replica)
         made.set_conditions(replica.conditions)
         self._states[replica.name] = made
-        return dispatch_service_pb2.UpdateDispatchStateResponse(state_id=made.state_id)
+        return pb2.UpdateDispatchStateResponse(state_id=made.state_id)
 
     # --- calls by the planner itself
 
@@ -256,7 +245,7 @@ def left_out_of(redispatch: redispatch_pb2.Redispatch) -> set[int]:
     }
 
 
-def _require_generation(state: dispatch_service_pb2.DispatchState, replica: LiveReplica) -> None:
+def _require_generation(state: pb2.DispatchState, replica: LiveReplica) -> None:
     if state.generation != replica.generation:
         raise ServiceError(
             Reason.ERROR_REASON_GENERATION_MISMATCH,
@@ -265,7 +254,7 @@ def _require_generation(state: dispatch_service_pb2.DispatchState, replica: Live
         )
 
 
-def _newcomers(requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newcomer]:
+def _newcomers(requests: Iterable[pb2.NewRequest]) -> list[Newcomer]:
     return [
         Newcomer(
             id=one.id, incarnation=one.incarnation, context_tokens=one.context_tokens, growth_tokens=one.growth_tokens
@@ -274,7 +263,7 @@ def _newcomers(requests: Iterable[dispatch_service_pb2.NewRequest]) -> list[Newc
     ]
 
 
-def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGrowth]:
+def _growths(requests: Iterable[pb2.Growth]) -> list[RequestGrowth]:
     return [
         RequestGrowth(
             id=one.id,
@@ -286,8 +275,8 @@ def _growths(requests: Iterable[dispatch_service_pb2.Growth]) -> list[RequestGro
 
 
 def _placements(
-    state: ReplicaDispatch, requests: Iterable[dispatch_service_pb2.NewRequest], admitted: AdmittedRequests
-) -> list[dispatch_service_pb2.Placement]:
+    state: ReplicaDispatch, requests: Iterable[pb2.NewRequest], admitted: AdmittedRequests
+) -> list[pb2.Placement]:
     """Return the placements of the requests admitted now, and of those that were running before."""
     return [
         placement_to_proto(one.id, state.running.get(one.id), admitted.homes.get(one.id))
