@@ -52,9 +52,7 @@ class Attempts:
     """The attempts of one call until its deadline.
 
     Args:
-        leaders: the planners.
         method: in gRPC's form.
-        end_s: the deadline.
         clock: monotonic seconds.
         jitter: returns a number from 0 to 1.
         may_change: whether the call may change something.

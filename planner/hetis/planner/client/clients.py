@@ -169,7 +169,6 @@ class Client:
         """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
-            plan: its name.
             news: called with every state of it on the way, including the last.
             patience: how long to wait for a planner that does not answer.
         """
@@ -337,7 +336,6 @@ class AsyncClient:
         """Wait until the plan can no longer change without a call, active or not, and return it in the view BASIC.
 
         Args:
-            plan: its name.
             news: called with every state of it on the way, including the last.
             patience: how long to wait for a planner that does not answer.
         """

@@ -33,7 +33,6 @@ class CallError(HetisError):
     """A call failed. Act on ``reason``, never on the message.
 
     Attributes:
-        code: the status code.
         reason: an ErrorReason without its prefix, such as ``ETAG_MISMATCH``; empty if gRPC itself raised it.
         metadata: the keys that ``failure.proto`` lists for the reason.
         violations: every wrong field of the request, and every missing GPU.

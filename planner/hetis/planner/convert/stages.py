@@ -239,7 +239,6 @@ def snapshot_from_proto(
     hold elsewhere are deducted from those devices. Devices of the stage that the map does not name have no blocks.
 
     Args:
-        terms: the stage.
         conditions: the planner's status of devices, by GPU; the worse of it and the map's counts.
         high_water: of all devices; None: those of the stage.
         changed: devices that re-dispatch should look at, whatever they hold.

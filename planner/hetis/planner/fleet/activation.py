@@ -46,10 +46,8 @@ class ReplicaOnNode:
     """A node's report about its part of a replica.
 
     Attributes:
-        presence: state of the node.
         is_draining: whether the node is to be emptied.
         held: generation that it holds.
-        state: state of its assignment.
         failure: why it failed or refused; None if it did not.
         is_idle: whether nothing runs or waits on it; None if unknown, or if it is not the primary's node.
     """
@@ -74,7 +72,6 @@ class Standing:
     """A replica's state in its life cycle.
 
     Attributes:
-        state: its state.
         goal: of its last assignment; None if none was made.
         conditions: status of devices by name, in its last assignment.
         failure: why it is degraded or failed.

@@ -48,8 +48,6 @@ class Directive:
     """The last message that a node should have received about a change; it supersedes the earlier ones.
 
     Attributes:
-        change_id: the change.
-        step: the message.
         generation: that the change leads to.
     """
 
@@ -98,7 +96,6 @@ class ReplicaSlot:
     ``most_held`` returns the highest generation that the node can have reached.
 
     Attributes:
-        replica: its name.
         held: generation that the node holds, as last reported; 0: nothing.
         state: the node's progress with its assignment, as last reported.
         failure: what the node reported as wrong, or why it refused the assignment for good; None: nothing.

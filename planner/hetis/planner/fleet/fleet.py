@@ -97,7 +97,6 @@ class LiveFleet:
 
     Attributes:
         observers: notified of events, in the loop.
-        counters: counts since the start.
     """
 
     def __init__(

@@ -236,7 +236,6 @@ class NodeLink:
         inventory: what its agent found; None: not known.
         agent_version: empty: no agent was connected.
         engine_address: where its engine listens for others; empty: it does not.
-        capabilities: of its agent.
         num_ignored: reports about replicas that are not its own, after `_MOST_FOREIGN` others.
     """
 

@@ -35,12 +35,10 @@ class LiveNode:
 
     Attributes:
         name: `clusters/{cluster}/nodes/{node}`.
-        state: its presence.
         is_draining: whether it is to be emptied.
         devices: last report of each GPU.
         inventory: what its agent found; None: not known.
         agent_version: empty if no agent was connected since the planner started.
-        capabilities: of its agent.
     """
 
     name: str
@@ -62,11 +60,8 @@ class LiveReplica:
         name: `clusters/{cluster}/replicas/{replica}`.
         cluster: `clusters/{cluster}`.
         plan: the plan that it belongs to.
-        plan_index: its index there.
-        state: its state.
         generation: of its state at its primary, or of its last assignment if the primary has not reported yet.
         authority: who decides its head map.
-        primary_node: id of the node.
         shape: its shape in the plan.
         model: a ModelSpec document; None: not looked up yet.
         stages: for its dispatcher; empty: not looked up yet, or a prefill replica.

@@ -39,7 +39,6 @@ class NodeViews:
     """The nodes of one cluster at one moment.
 
     Attributes:
-        cluster: its record.
         declared: the content of its document.
         records: by node id; of all nodes, or of the requested ones.
         replicas: names of replicas by node id.

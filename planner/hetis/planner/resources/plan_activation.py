@@ -349,8 +349,6 @@ class Target:
 
     Attributes:
         record: of the plan as read before; the transaction reads it again.
-        shapes: of its replicas.
-        model_digest: of its model.
         cluster_digest: of the cluster's document that was found to have its GPUs.
         load_bytes: returns the bytes of weights that the GPUs of a replica load.
     """

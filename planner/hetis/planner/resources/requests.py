@@ -190,7 +190,6 @@ def read_page_request(request: Message, *, newest_first: bool = False) -> PageRe
     """Read a List request's ``page_token`` and its validated ``page_size``; its other fields are filters.
 
     Args:
-        request: of a List method.
         newest_first: whether the list is by age, not by name.
 
     Raises:

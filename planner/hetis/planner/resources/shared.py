@@ -69,7 +69,6 @@ class Hubs:
     """The hubs of one leadership term.
 
     Attributes:
-        epoch: the term.
         plans: by plan name; values in the view BASIC.
     """
 

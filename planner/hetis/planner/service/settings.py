@@ -308,9 +308,6 @@ def load_config(
     """Return the configuration of a file (None: no file), with the ``HETIS_*`` variables over it, and flags over both.
 
     Args:
-        path: of the file.
-        environment: of the process.
-        flags: of the command line.
         look_further: returns further problems, such as a missing file, of a configuration whose values are all valid.
 
     Raises:

@@ -213,7 +213,6 @@ def not_leader(leader: str, *, store: str = "", retry_after_s: float | None = No
     Args:
         leader: the text of the one row, empty if not known.
         store: the store's name in messages.
-        retry_after_s: when to try again.
     """
     holder = Holder.from_text(leader)
     what = f"another planner leads with the store {store}" if store else "another planner leads"

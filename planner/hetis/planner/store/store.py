@@ -176,7 +176,6 @@ class Store:
 
         Args:
             holder: this planner's name, for people.
-            addresses: where callers reach it.
 
         Raises:
             ServiceError: NOT_LEADER if another planner holds the file's lock or the server's lease; STORE_UNAVAILABLE.
