@@ -269,7 +269,7 @@ class LiveFleet:
         """Return the one reconciler of a cluster, made on first use."""
         if cluster not in self._reconcilers:
             self._reconcilers[cluster] = Reconciler(
-                ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
+                cluster=ClusterFleet(cluster, epoch=self._epoch, settings=self._settings, counters=self.counters),
                 store=self._store,
                 hubs=self._hubs,
                 contents=self._contents,

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from hetis.formats.documents import from_data
@@ -78,6 +79,7 @@ _MOST_PAUSE_S = 1.0
 _ROUNDS = 100  # consecutive rounds before others have their turn
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class Reconciler:
     """Brings the store and the nodes of one cluster to the wanted state whenever something changed.
 
@@ -87,34 +89,25 @@ class Reconciler:
         task: the running or scheduled reconciliation, or None.
     """
 
-    def __init__(
-        self,
-        cluster: ClusterFleet,
-        *,
-        store: Store,
-        hubs: Publishing,
-        contents: PlanContents,
-        clock: Clock,
-        observers: Sequence[FleetObserver],
-        send: Callable[[ClusterFleet], None],
-        lose_leadership: Callable[[ServiceError], None],
-    ) -> None:
-        self.cluster = cluster
-        self.lock = asyncio.Lock()
-        self.task: asyncio.Task[None] | None = None
-        self._store, self._hubs, self._contents, self._clock = store, hubs, contents, clock
-        self._observers = observers
-        self._send = send
-        self._lose_leadership = lose_leadership
-        self._took_s = 0.0
-        self._declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
+    cluster: ClusterFleet
+    store: Store
+    hubs: Publishing
+    contents: PlanContents
+    clock: Clock
+    observers: Sequence[FleetObserver]
+    send: Callable[[ClusterFleet], None]
+    lose_leadership: Callable[[ServiceError], None]
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    task: asyncio.Task[None] | None = None
+    _took_s: float = 0.0
+    _declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
 
     async def read(self) -> bool:
         """Read the cluster from the store; the caller holds the lock. Return False if the cluster is gone."""
-        kept = await self._store.read(partial(read_cluster, name=self.cluster.name))
+        kept = await self.store.read(partial(read_cluster, name=self.cluster.name))
         if kept.cluster is None:
             return False
-        self.cluster.take(kept, await self._nodes_declared(kept.cluster), now_s=self._clock.monotonic())
+        self.cluster.take(kept, await self._nodes_declared(kept.cluster), now_s=self.clock.monotonic())
         return True
 
     @property
@@ -137,7 +130,7 @@ class Reconciler:
                     return
                 await self._prepare()
                 await self._ask_for_ends()
-                writes = deciding.decide(self.cluster, now_s=self._clock.monotonic())
+                writes = deciding.decide(self.cluster, now_s=self.clock.monotonic())
                 if writes:
                     await self._keep(writes)
 
@@ -145,34 +138,34 @@ class Reconciler:
         extra = {"cluster": self.cluster.name}
         try:
             await asyncio.sleep(min(_MOST_PAUSE_S, _PAUSE * self._took_s))
-            began_s = self._clock.monotonic()
+            began_s = self.clock.monotonic()
             await self.reconcile()
-            self._took_s = self._clock.monotonic() - began_s
+            self._took_s = self.clock.monotonic() - began_s
         except ServiceError as error:
             _log.warning("nothing could be kept", extra={**extra, "reason": error.reason_name})
             self._took_s = _MOST_PAUSE_S  # as after a long round: the store is asked once a second
             if error.reason == Reason.ERROR_REASON_NOT_LEADER:
-                self._lose_leadership(error)
+                self.lose_leadership(error)
         except Exception:
             _log.exception("reconciling a cluster failed", extra=extra)
         finally:
             self.task = None
 
     async def _keep(self, writes: Writes) -> None:
-        cluster, kept_s = self.cluster, self._clock.time()
+        cluster, kept_s = self.cluster, self.clock.time()
         try:
-            kept = await self._store.write(partial(apply, writes=writes, now_s=kept_s))
+            kept = await self.store.write(partial(apply, writes=writes, now_s=kept_s))
         except BaseException:  # whatever ended it: no decision may be lost
             deciding.not_applied(cluster, writes)
             raise
         deciding.applied(cluster, writes, kept)
-        self._send(cluster)
+        self.send(cluster)
         ended, cluster.changes.ended = cluster.changes.ended, []
-        now_s = self._clock.time()
-        views.publish(cluster, self._hubs, now_s=now_s)
+        now_s = self.clock.time()
+        views.publish(cluster, self.hubs, now_s=now_s)
         for body in ended:
-            views.publish_end(cluster, self._hubs, body, ended_s=kept_s, now_s=now_s)
-        for observer in self._observers:
+            views.publish_end(cluster, self.hubs, body, ended_s=kept_s, now_s=now_s)
+        for observer in self.observers:
             for write in writes.replicas:
                 observer.replica_changed(write.name)
             for body in ended:
@@ -186,7 +179,7 @@ class Reconciler:
             record = cluster.replicas[name].record
             by_plan.setdefault(record.plan, []).append((name, record.body.plan_index))
         for plan, replicas in by_plan.items():
-            found = await self._contents.of(plan, [index for _, index in replicas])
+            found = await self.contents.of(plan, [index for _, index in replicas])
             for (name, _), contents in zip(replicas, found, strict=True):
                 cluster.prepare(name, contents)
 
@@ -195,10 +188,10 @@ class Reconciler:
         names = {f"{cluster.name}/redispatches/{one}": one for one in cluster.changes.late.unknown[:_ENDS_AT_ONCE]}
         if not names:
             return
-        found = await self._store.read(partial(read_ends, names=list(names)))
+        found = await self.store.read(partial(read_ends, names=list(names)))
         for name, change_id in names.items():
             cluster.changes.found_late(change_id, found.get(name))
-        self._send(cluster)
+        self.send(cluster)
 
     async def _nodes_declared(self, record: ClusterRecord) -> tuple[str, ...]:
         digest, nodes = self._declared

@@ -149,23 +149,35 @@ _log = logging.getLogger(__name__)
 StartProcess = Callable[[], Awaitable[SolverProcess]]
 
 
-class Slot:
-    """Keeps one process and replaces it when it has ended.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """The share of the machine that searches may use.
 
-    Args:
-        start_process: returns a process that has not yet sent ``ready``.
-        searches_per_process: how many searches a process does before it is replaced.
-        preparation_s: how long a process may load and compile before a search's time limit starts to run.
+    Attributes:
+        num_processes: concurrent searches.
+        queue_size: searches that wait, in addition to those that run.
+        running_per_caller: concurrent searches of one caller, so that others need not wait for all of them; None: any.
+        queued_per_caller: waiting searches of one caller; None: any.
+        searches_per_process: how many searches a process does before it is replaced, so that no leak grows for ever.
         grace_s: how long a search may take to answer after its time limit or after it was cancelled.
+        preparation_s: how long a process may load and compile before a search's time limit starts to run.
     """
 
-    def __init__(
-        self, start_process: StartProcess, *, searches_per_process: int, preparation_s: float, grace_s: float
-    ) -> None:
-        self._start_process = start_process
-        self._searches_per_process = searches_per_process
-        self._preparation_s = preparation_s
-        self._grace_s = grace_s
+    num_processes: int = 1
+    queue_size: int = 16
+    running_per_caller: int | None = None
+    queued_per_caller: int | None = None
+    searches_per_process: int = 50
+    grace_s: float = 60.0
+    preparation_s: float = 600.0
+
+
+class Slot:
+    """One slot of the pool: a process that is kept warm and replaced when it has ended, and the search it works on."""
+
+    def __init__(self, start_process: StartProcess, settings: PoolSettings) -> None:
+        """``start_process`` returns a process that has not yet sent ``ready``."""
+        self._start_process, self._settings = start_process, settings
         self._process: SolverProcess | None = None
         self._is_ready = False
         self._search: Search | None = None
@@ -180,7 +192,7 @@ class Slot:
 
     async def warm_up(self) -> None:
         """Start a process before there is work. If that fails, the next search reports why."""
-        if self._process is not None and self._process.num_searches >= self._searches_per_process:
+        if self._process is not None and self._process.num_searches >= self._settings.searches_per_process:
             await self.stop()
         self._wait_for_preparation()
         if (crashed := await self._prepare()) is not None:
@@ -209,7 +221,7 @@ class Slot:
             self._expect_end()
 
     def _expect_end(self) -> None:
-        self._set_timer(self._grace_s, f"gave no answer {self._grace_s:g} s after it was called off")
+        self._set_timer(self._settings.grace_s, f"gave no answer {self._settings.grace_s:g} s after it was called off")
 
     async def stop(self) -> None:
         """End the process."""
@@ -238,11 +250,11 @@ class Slot:
             was_heard = True
             if frame.kind == "searching":
                 self._is_searching = True
-                limit_s = search.time_limit_s + self._grace_s - frame.fields.get("spent_s", 0.0)
+                limit_s = search.time_limit_s + self._settings.grace_s - frame.fields.get("spent_s", 0.0)
                 if search.is_called_off:
                     self._expect_end()
                 else:
-                    self._set_timer(limit_s, f"gave no answer {self._grace_s:g} s after its time limit")
+                    self._set_timer(limit_s, f"gave no answer {self._settings.grace_s:g} s after its time limit")
             elif frame.kind == "compiling":
                 self._wait_for_preparation()
             elif frame.kind == "progress":
@@ -281,7 +293,9 @@ class Slot:
 
     def _wait_for_preparation(self) -> None:
         self._is_searching = False
-        self._set_timer(self._preparation_s, f"was not ready to search after {self._preparation_s:g} s")
+        self._set_timer(
+            self._settings.preparation_s, f"was not ready to search after {self._settings.preparation_s:g} s"
+        )
 
     def _set_timer(self, seconds: float | None, why: str) -> None:
         """Kill the process in ``seconds``; None cancels the timer."""
@@ -315,29 +329,6 @@ def _signal_name(number: int) -> str:
 LEAST_RETRY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSettings:
-    """The share of the machine that searches may use.
-
-    Attributes:
-        num_processes: concurrent searches.
-        queue_size: searches that wait, in addition to those that run.
-        running_per_caller: concurrent searches of one caller, so that others need not wait for all of them; None: any.
-        queued_per_caller: waiting searches of one caller; None: any.
-        searches_per_process: how many searches a process does before it is replaced, so that no leak grows for ever.
-        grace_s: how long a search may take to answer after its time limit or after it was cancelled.
-        preparation_s: how long a process may load and compile before a search's time limit starts to run.
-    """
-
-    num_processes: int = 1
-    queue_size: int = 16
-    running_per_caller: int | None = None
-    queued_per_caller: int | None = None
-    searches_per_process: int = 50
-    grace_s: float = 60.0
-    preparation_s: float = 600.0
-
-
 class SolverPool:
     """Slots that keep one process each and work through the common queue. Belongs to one event loop."""
 
@@ -355,15 +346,7 @@ class SolverPool:
         self._arrived = asyncio.Event()
         self._running: dict[Search, tuple[Slot, float]] = {}  # its slot, and when it began
         self._tasks: list[asyncio.Task[None]] = []
-        self._slots = [
-            Slot(
-                start_process,
-                searches_per_process=settings.searches_per_process,
-                preparation_s=settings.preparation_s,
-                grace_s=settings.grace_s,
-            )
-            for _ in range(settings.num_processes)
-        ]
+        self._slots = [Slot(start_process, settings) for _ in range(settings.num_processes)]
 
     # --- for the owner
 
