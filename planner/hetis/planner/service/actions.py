@@ -31,8 +31,8 @@ def serve(path: str | None, flags: Sequence[Given], *, ready_json: bool) -> None
     """Serve until a signal asks to stop."""
 
     async def open_planner(config: PlannerConfig) -> Succession:
-        from hetis.planner.service.assembly import open_planner as open_all  # late: a wrong setting is told at once
         from hetis.planner.service.succession import end_overdue_terms
+        from hetis.planner.service.succession import open_planner as open_all  # late: a wrong setting is told at once
 
         planner = await open_all(config)
         end_overdue_terms(planner.lease)

@@ -1,12 +1,9 @@
-"""The planner's object graph: the store, and for each term hubs, solver pool, fleet, resources, servicers."""
+"""The object graph of one leadership term: hubs, solver pool, fleet, resources, and the methods of all services."""
 
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
@@ -29,8 +26,8 @@ from hetis.planner.resources.shared import DeclaredFleets, Hubs
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.metrics import FleetCollector, StoreCollector
-from hetis.planner.service.overview import KvHistories, Overviews
+from hetis.planner.service.overview import KvHistories
+from hetis.planner.service.overviews import Overviews
 from hetis.planner.service.servicers import (
     agent_methods,
     cluster_methods,
@@ -39,9 +36,8 @@ from hetis.planner.service.servicers import (
     profile_methods,
     servicing,
 )
-from hetis.planner.service.settings import PlannerConfig, default_store
-from hetis.planner.service.succession import Succession
-from hetis.planner.store import AuditedChange, Store, Transaction
+from hetis.planner.service.settings import PlannerConfig
+from hetis.planner.store import Store
 
 _SUSPECT_HEARTBEATS = 1.6  # the settings make the lease at least two
 
@@ -169,44 +165,6 @@ class Term:
     async def close(self) -> None:
         """Stop everything that `begin` started."""
         await self._parts.aclose()
-
-
-async def open_planner(config: PlannerConfig) -> Succession:
-    """Open the store and lead, or stand by if another planner leads and the configuration allows it.
-
-    Raises:
-        StoreError: the store cannot be used.
-        ServiceError: NOT_LEADER if another planner leads and this one is not to wait for it.
-    """
-    if config.store == default_store():
-        Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    counters, loops = FleetCounters(), Loops()
-    store = await Store.open(config.store, lease_s=config.leadership.lease)
-
-    async def append(changes: Sequence[AuditedChange]) -> None:
-        def work(tx: Transaction) -> None:
-            for change in changes:
-                tx.audit.append(change, time_s=tx.now_s)
-
-        await store.write(work)
-
-    refusals = AuditRefusals(append)
-    succession = Succession(
-        store,
-        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops, refusals=refusals),
-        holder=f"{socket.gethostname()}:{os.getpid()}",
-        addresses=config.leadership.advertise,
-        stands_by=config.stands_by,
-        loops=loops,
-        refusals=refusals,
-        collectors=(FleetCollector(counters), StoreCollector(store)),
-    )
-    try:
-        await succession.start()
-    except BaseException:
-        await succession.close()
-        raise
-    return succession
 
 
 def pool_settings(config: PlannerConfig) -> PoolSettings:

@@ -7,15 +7,18 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import cache, partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from hetis.planner.fleet.settings import FleetCounters
-from hetis.planner.service.overview import Overview
 from hetis.planner.store import Store
 from hetis.planner.store.store import BUCKETS_S
+
+if TYPE_CHECKING:
+    from hetis.planner.fleet.settings import FleetCounters
+    from hetis.planner.service.overview import Overview
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.25  # between two checks of the event loop

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetis.formats.errors import DocumentError, Problem
 from hetis.planner.failures import Reason, ServiceError
@@ -33,13 +33,15 @@ from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.server import PlannerServer
 from hetis.planner.service.settings import OFF, PlannerConfig, is_socket_path, without_password
 from hetis.planner.service.status_page import PageLimits, StatusPage, status_app
-from hetis.planner.service.succession import Succession
 from hetis.planner.service.telemetry import Telemetry, open_traces
+
+if TYPE_CHECKING:
+    from hetis.planner.service.succession import Succession
 
 _log = logging.getLogger("hetis.planner")
 
 
-OpenPlanner = Callable[[PlannerConfig], Awaitable[Succession]]
+OpenPlanner = Callable[[PlannerConfig], "Awaitable[Succession]"]
 
 
 class Access:

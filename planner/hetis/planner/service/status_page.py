@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -26,11 +26,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from hetis.planner.failures import ServiceError
 from hetis.planner.report.page.render import live_script_policy
 from hetis.planner.service.metrics import CONTENT_TYPE, ServiceMetrics
-from hetis.planner.service.overview import Overview
 from hetis.planner.service.server import AddressError
 from hetis.planner.service.settings import join_address, split_address
-from hetis.planner.service.status_html import status_html
-from hetis.planner.service.succession import Succession
+
+if TYPE_CHECKING:
+    from hetis.planner.service.overview import Overview
+    from hetis.planner.service.succession import Succession
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +153,8 @@ def status_app(
     """
 
     async def drawn(only: str = "") -> Response:
+        from hetis.planner.service.status_html import status_html  # late, so that a wrong setting is told at once
+
         found = source.clusters_now()
         if only and only not in {one.name for one in found}:
             return PlainTextResponse(f"{only} is not led here\n", status_code=404)

@@ -6,47 +6,32 @@ import asyncio
 import faulthandler
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from prometheus_client.registry import Collector
 
 from hetis.planner.failures import Reason, ServiceError
+from hetis.planner.fleet.settings import FleetCounters
 from hetis.planner.service.access import needs_leader
+from hetis.planner.service.assembly import Term
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.exit_codes import ServiceExitCode
 from hetis.planner.service.loops import Loops
-from hetis.planner.service.overview import ClusterNow, Overview, Overviews
-from hetis.planner.service.server import Servicing
-from hetis.planner.store import AuditedChange, Lease, Store
+from hetis.planner.service.metrics import FleetCollector, StoreCollector
+from hetis.planner.service.overview import ClusterNow, Overview
+from hetis.planner.service.settings import PlannerConfig, default_store
+from hetis.planner.store import AuditedChange, Lease, Store, Transaction
 
 ANSWERED_S = 10.0  # a store that has not answered for longer counts as unavailable
 _AGAIN_S = 1.0  # after a term that could not begin
 _STEP_DOWN_S = 10.0  # for the streams of a term to end, and again for the rest of it
 _log = logging.getLogger("hetis.planner.succession")
-
-
-class LeadershipTerm(Protocol):
-    """The serving parts of one term; without `begin`, of a planner that does not lead."""
-
-    @property
-    def servicings(self) -> Sequence[Servicing]: ...
-
-    @property
-    def overviews(self) -> Overviews: ...
-
-    async def stand_by(self) -> None: ...
-
-    async def begin(self) -> None: ...
-
-    def lose(self, error: ServiceError) -> None: ...
-
-    async def say_goodbye(self) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 class Succession:
@@ -66,7 +51,7 @@ class Succession:
     def __init__(
         self,
         store: Store,
-        make_term: Callable[[int], LeadershipTerm],
+        make_term: Callable[[int], Term],
         *,
         holder: str,
         addresses: Sequence[str],
@@ -84,7 +69,7 @@ class Succession:
         self._refusals = refusals
         self._step_down_s = step_down_s
         self._standby = make_term(0)
-        self._leading: LeadershipTerm | None = None
+        self._leading: Term | None = None
         self._lasting: asyncio.Task[None] | None = None
         self._warming: asyncio.Task[None] | None = None
         self._end_streams: Callable[[ServiceError], Awaitable[None]] | None = None
@@ -95,7 +80,7 @@ class Succession:
         )
 
     @property
-    def present(self) -> LeadershipTerm:
+    def present(self) -> Term:
         """The term that answers now."""
         return self._leading or self._standby
 
@@ -260,6 +245,44 @@ class _Present:
             return found
 
         return answer
+
+
+async def open_planner(config: PlannerConfig) -> Succession:
+    """Open the store and lead, or stand by if another planner leads and the configuration allows it.
+
+    Raises:
+        StoreError: the store cannot be used.
+        ServiceError: NOT_LEADER if another planner leads and this one is not to wait for it.
+    """
+    if config.store == default_store():
+        Path(config.store.removeprefix("sqlite:///")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    counters, loops = FleetCounters(), Loops()
+    store = await Store.open(config.store, lease_s=config.leadership.lease)
+
+    async def append(changes: Sequence[AuditedChange]) -> None:
+        def work(tx: Transaction) -> None:
+            for change in changes:
+                tx.audit.append(change, time_s=tx.now_s)
+
+        await store.write(work)
+
+    refusals = AuditRefusals(append)
+    succession = Succession(
+        store,
+        lambda epoch: Term(config, store, epoch=epoch, counters=counters, loops=loops, refusals=refusals),
+        holder=f"{socket.gethostname()}:{os.getpid()}",
+        addresses=config.leadership.advertise,
+        stands_by=config.stands_by,
+        loops=loops,
+        refusals=refusals,
+        collectors=(FleetCollector(counters), StoreCollector(store)),
+    )
+    try:
+        await succession.start()
+    except BaseException:
+        await succession.close()
+        raise
+    return succession
 
 
 TICK_S = 0.5
