@@ -26,9 +26,11 @@ class NameForm:
     text: str
 
     def matches(self, name: str) -> bool:
-        return re.fullmatch(_PATTERNS[self.text], name) is not None
+        pattern = re.sub(r"\{(\w+)\}", lambda found: _PARTS.get(found[1], ID), self.text)
+        return re.fullmatch(pattern, name) is not None
 
 
+_PARTS = {"node": _NODE_ID, "replica": _MADE_ID, "redispatch": _MADE_ID}
 CLUSTER = NameForm("clusters/{cluster}")
 NODE = NameForm("clusters/{cluster}/nodes/{node}")
 INVENTORY = NameForm("clusters/{cluster}/inventory")
@@ -36,16 +38,6 @@ REPLICA = NameForm("clusters/{cluster}/replicas/{replica}")
 REDISPATCH = NameForm("clusters/{cluster}/redispatches/{redispatch}")
 PROFILE = NameForm("profiles/{profile}")
 PLAN = NameForm("plans/{plan}")
-
-_PATTERNS = {
-    CLUSTER.text: f"clusters/{ID}",
-    NODE.text: f"clusters/{ID}/nodes/{_NODE_ID}",
-    INVENTORY.text: f"clusters/{ID}/inventory",
-    REPLICA.text: f"clusters/{ID}/replicas/{_MADE_ID}",
-    REDISPATCH.text: f"clusters/{ID}/redispatches/{_MADE_ID}",
-    PROFILE.text: f"profiles/{ID}",
-    PLAN.text: f"plans/{ID}",
-}
 
 
 def cluster_of(name: str) -> str:

@@ -29,7 +29,7 @@ from hetis.planner.fleet.link import (
     Response,
 )
 from hetis.planner.fleet.replica import Contents, Replica
-from hetis.planner.fleet.settings import FleetCounters, FleetSettings, count
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.planner.fleet.writes import KeptCluster, NodeWrite
 from hetis.planner.store import ClusterRecord, NodeRecord, PlanRecord
 from hetis.v1 import agent_service_pb2, plan_pb2, report_pb2
@@ -210,7 +210,7 @@ class ClusterFleet:
                 f"another stream of node {node} began",
                 metadata={"node": link.node},
             )
-        count(self.counters.messages, request.WhichOneof("message") or "unknown")
+        self.counters.messages[request.WhichOneof("message") or "unknown"] += 1
         if self.leases.hear(node, now_s=now_s):
             self.note_presence([node])
         returned: list[HeadMapsRead | Fenced] = []
@@ -271,7 +271,7 @@ class ClusterFleet:
                 found[node] = messages
                 for message in messages:
                     if message.WhichOneof("message") == "delta":
-                        count(self.counters.deltas, message.delta.WhichOneof("change") or "")
+                        self.counters.deltas[message.delta.WhichOneof("change") or ""] += 1
             if link.has_more:
                 self._waiting.add(node)
         return found
@@ -422,7 +422,7 @@ class ClusterFleet:
         answer = event.answer
         self.dirty.add(answer.replica)
         if answer.failure is not None:
-            count(self.counters.nacks, name_of(Reason, answer.failure.reason))
+            self.counters.nacks[name_of(Reason, answer.failure.reason)] += 1
         if not answer.change_id:
             if answer.kind == "removal" and answer.replica not in self.replicas:
                 link = self.links[node]

@@ -16,7 +16,7 @@ from hetis.planner.fleet.deltas import DeltaAnswer
 from hetis.planner.fleet.leases import Leases
 from hetis.planner.fleet.link import NodeLink
 from hetis.planner.fleet.replica import Replica
-from hetis.planner.fleet.settings import FleetCounters, FleetSettings, count
+from hetis.planner.fleet.settings import FleetCounters, FleetSettings
 from hetis.v1 import change_pb2, failure_pb2, redispatch_pb2, report_pb2
 
 _ENDED_KEPT = 1000
@@ -150,7 +150,7 @@ class ClusterChanges:
         cluster.counters.contradictions += change.num_contradictions
         if change.num_contradictions:
             _log.warning("nodes contradict each other, or themselves", extra={"redispatch": change.body.name})
-        count(cluster.counters.redispatches, State.Name(change.state))
+        cluster.counters.redispatches[State.Name(change.state)] += 1
         self._remember_end(change.body)
         self.ended.append(change.body)
         replica = cluster.replicas.get(change.body.replica)

@@ -169,12 +169,10 @@ class Opened:
 
     Attributes:
         session: its identity; input from another session is void.
-        restarted: whether the agent is another process than last time.
         changes: changes it has in some phase. The agent has forgotten any other.
     """
 
     session: str
-    restarted: bool
     changes: tuple[change_pb2.ChangeStatus, ...]
 
 
@@ -342,7 +340,6 @@ class NodeLink:
             ServiceError: as `check_hello`; the earlier stream continues.
         """
         hello = check_hello(request, epoch=self._epoch)
-        restarted = hello.boot_id != self._boot_id
         self._session, self._boot_id = self._new_id(), hello.boot_id
         self.agent_version, self.engine_address = hello.agent_version, hello.engine_address
         self.capabilities = frozenset(hello.capabilities)
@@ -366,7 +363,7 @@ class NodeLink:
             send_inventory=not known,
         )
         self._outbox = [Response(epoch=self._epoch, welcome=welcome)]
-        return Opened(session=self._session, restarted=restarted, changes=tuple(hello.changes))
+        return Opened(session=self._session, changes=tuple(hello.changes))
 
     def close(self, session: str) -> bool:
         """Close a stream; return False if it was void already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
@@ -153,17 +154,13 @@ class FleetCounters:
         contradictions: reports of an authority that contradict its first: a bug, here or there.
     """
 
-    messages: dict[str, int] = field(default_factory=dict)
+    messages: Counter[str] = field(default_factory=Counter)
     reports_dropped: int = 0
-    deltas: dict[str, int] = field(default_factory=dict)
-    nacks: dict[str, int] = field(default_factory=dict)
+    deltas: Counter[str] = field(default_factory=Counter)
+    nacks: Counter[str] = field(default_factory=Counter)
     streams: int = 0
     takeovers: int = 0
     refusals: int = 0
-    redispatches: dict[str, int] = field(default_factory=dict)
+    redispatches: Counter[str] = field(default_factory=Counter)
     replicas_ignored: int = 0
     contradictions: int = 0
-
-
-def count(table: dict[str, int], key: str) -> None:
-    table[key] = table.get(key, 0) + 1

@@ -115,7 +115,6 @@ class Kept:
     replicas: dict[str, ReplicaRecord] = field(default_factory=dict)
     nodes: dict[str, NodeRecord] = field(default_factory=dict)
     plan: PlanRecord | None = None
-    redispatches: dict[str, RedispatchRecord] = field(default_factory=dict)
 
 
 def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
@@ -129,7 +128,7 @@ def apply(tx: Transaction, writes: Writes, *, now_s: float) -> Kept:
     for node in writes.nodes:
         _apply_node(tx, writes.cluster, node, kept)
     for redispatch in writes.redispatches:
-        _apply_redispatch(tx, writes.cluster, redispatch, kept, now_s)
+        _apply_redispatch(tx, writes.cluster, redispatch, now_s)
     if writes.plan is not None:
         _apply_plan(tx, writes.cluster, writes.plan, kept)
     return kept
@@ -172,7 +171,7 @@ def _apply_node(tx: Transaction, cluster: str, write: NodeWrite, kept: Kept) -> 
         kept.nodes[write.name] = tx.nodes.update(replace(record, body=body))
 
 
-def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, kept: Kept, now_s: float) -> None:
+def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, now_s: float) -> None:
     body = write.saving.body
     if body.state in FINAL and not body.HasField("end_time"):
         body.end_time.CopyFrom(timestamp(now_s))
@@ -186,9 +185,9 @@ def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, kep
             state=body.state,
             create_time_s=body.create_time.seconds + body.create_time.nanos / 1e9,
         )
-        kept.redispatches[write.name] = tx.redispatches.insert(made)
+        tx.redispatches.insert(made)
     else:
-        kept.redispatches[write.name] = tx.redispatches.update(replace(record, body=body, state=body.state))
+        tx.redispatches.update(replace(record, body=body, state=body.state))
 
 
 def _apply_plan(tx: Transaction, cluster: str, write: PlanWrite, kept: Kept) -> None:

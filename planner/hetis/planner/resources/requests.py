@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -249,16 +249,10 @@ _LEFT_OUT = b"\0"  # cannot be a document
 _under_way = set[asyncio.Task[Any]]()  # the loop itself only has weak references to tasks
 
 
-@dataclass(frozen=True, slots=True)
-class CallAnswer(Generic[A]):
-    """The answer of a changing call. If not ``is_new``, the change and the answer were made before."""
-
-    response: A
-    is_new: bool
-
-
-def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> CallAnswer[A]:
+def once(tx: Transaction, request: Message, response: type[A], work: Callable[[], A]) -> tuple[A, bool]:
     """Do ``work`` unless the same request was done with its ``request_id`` in the last 24 hours.
+
+    Return the answer, and whether it is new: otherwise it was made before.
 
     Args:
         tx: the transaction in which ``work`` makes its changes.
@@ -275,12 +269,12 @@ def once(tx: Transaction, request: Message, response: type[A], work: Callable[[]
     if earlier is not None:
         answered = response.FromString(earlier)
         _write_down(tx, request, answered, audit.REPEATED)
-        return CallAnswer(with_documents(answered, tx), is_new=False)
+        return with_documents(answered, tx), False
     answer = work()
     _write_down(tx, request, answer, audit.OK)
     if request_id:
         tx.requests.remember(method, request_id, print_, without_documents(answer).SerializeToString())
-    return CallAnswer(answer, is_new=True)
+    return answer, True
 
 
 def _write_down(tx: Transaction, request: Message, answer: Message, outcome: str) -> None:
@@ -329,10 +323,10 @@ async def change_once(
     """
 
     async def change() -> A:
-        answer = await store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
-        if answer.is_new and tell is not None:
+        answer, is_new = await store.write(lambda tx: once(tx, request, response, lambda: work(tx)))
+        if is_new and tell is not None:
             await tell()
-        return answer.response
+        return answer
 
     return await to_the_end(change())
 
