@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.resources.plan_activation import PlanActivation, StoredPlacements
 from hetis.planner.resources.plan_creation import PlanSearches
 from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plans import Plans
-from hetis.planner.resources.shared import DeclaredFleets
 from hetis.v1 import plan_pb2
 from tests.planner.resources.planned import Planner, planner_in
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hetis.formats import documents
@@ -14,7 +16,8 @@ from hetis.formats.plan import parse_plan
 from hetis.formats.positions import Bounds, Text, parse_text
 from hetis.formats.profile import parse_profile
 from hetis.formats.workload import parse_workload
-from hetis.planner.threads import stop_if_unwanted
+from hetis.planner.store import ClusterRecord
+from hetis.planner.threads import run_in_thread_gc_paused, stop_if_unwanted
 from hetis.solver.cluster import Cluster
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Plan
@@ -126,3 +129,44 @@ def _text_of(content: bytes, label: str) -> str:
     if "\0" in text:
         raise single_problem(label, f"is not text: it holds a zero byte at offset {text.index(chr(0))}")
     return text
+
+
+_KEPT_NODES = 100 * MAX_NODES  # in all parsed clusters together; about 80 bytes each
+
+
+class Declared:
+    """A cluster's document, and the ids of its nodes in order. Slow to make for a large fleet."""
+
+    def __init__(self, value: Cluster) -> None:
+        self.value = value
+        groups = value.node_groups
+        self.nodes: Sequence[str] = sorted(group.node_name(index) for group in groups for index in range(group.count))
+
+    def __contains__(self, node: str) -> bool:
+        place = bisect_left(self.nodes, node)
+        return place < len(self.nodes) and self.nodes[place] == node
+
+
+class DeclaredFleets:
+    """The clusters used most recently, by digest; a new document has a new digest, so entries never become stale."""
+
+    def __init__(self) -> None:
+        self._by_digest: OrderedDict[str, Declared] = OrderedDict()
+
+    async def of(self, record: ClusterRecord) -> Declared:
+        """Return the declared cluster, parsing its document in a thread if necessary."""
+        digest = record.body.document.digest
+        if digest not in self._by_digest:
+            self._by_digest[digest] = await run_in_thread_gc_paused(_read, record)
+            self._forget_some()
+        self._by_digest.move_to_end(digest)
+        return self._by_digest[digest]
+
+    def _forget_some(self) -> None:
+        num_nodes = sum(len(declared.nodes) for declared in self._by_digest.values())
+        while num_nodes > _KEPT_NODES and len(self._by_digest) > 1:
+            num_nodes -= len(self._by_digest.popitem(last=False)[1].nodes)
+
+
+def _read(record: ClusterRecord) -> Declared:
+    return Declared(read_document(record.body.document, Cluster))

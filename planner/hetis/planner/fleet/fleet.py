@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import NODE, cluster_of, last_part, node_name
 from hetis.planner.failures import Reason, ServiceError, invalid_field, not_found
 from hetis.planner.fleet import views
@@ -108,6 +109,7 @@ class LiveFleet:
         settings: FleetSettings,
         clock: Clock,
         contents: PlanContents | None = None,
+        declared: DeclaredFleets | None = None,
         counters: FleetCounters | None = None,
     ) -> None:
         self.observers: list[FleetObserver] = []
@@ -118,6 +120,7 @@ class LiveFleet:
         self._settings = settings
         self._clock = clock
         self._contents = contents or PlanContents(store)
+        self._declared = declared or DeclaredFleets()
         self._clusters: dict[str, ClusterFleet] = {}
         self._reconcilers: dict[str, Reconciler] = {}  # also of clusters that are being read for the first time
         self._streams: dict[str, Stream] = {}  # by node name
@@ -273,6 +276,7 @@ class LiveFleet:
                 store=self._store,
                 hubs=self._hubs,
                 contents=self._contents,
+                declared=self._declared,
                 clock=self._clock,
                 observers=self.observers,
                 send=self._send,

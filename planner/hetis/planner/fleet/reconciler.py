@@ -12,7 +12,7 @@ from functools import partial
 
 from hetis.formats.documents import from_data
 from hetis.formats.errors import DocumentError
-from hetis.planner.convert.documents import document_of, read_document
+from hetis.planner.convert.documents import DeclaredFleets, document_of
 from hetis.planner.convert.stages import stages_of_replica
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet import deciding, views
@@ -20,9 +20,8 @@ from hetis.planner.fleet.cluster import ClusterFleet
 from hetis.planner.fleet.replica import Contents
 from hetis.planner.fleet.views import Clock, FleetObserver, Publishing
 from hetis.planner.fleet.writes import Writes, apply, read_cluster, read_ends
-from hetis.planner.store import ClusterRecord, Store
+from hetis.planner.store import Store
 from hetis.planner.use_cases.sources import PlanAndProblem, problem_of_plan
-from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan
 
@@ -93,6 +92,7 @@ class Reconciler:
     store: Store
     hubs: Publishing
     contents: PlanContents
+    declared: DeclaredFleets
     clock: Clock
     observers: Sequence[FleetObserver]
     send: Callable[[ClusterFleet], None]
@@ -100,14 +100,13 @@ class Reconciler:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[None] | None = None
     _took_s: float = 0.0
-    _declared: tuple[str, tuple[str, ...]] = ("", ())  # digest and nodes of the cluster's document
 
     async def read(self) -> bool:
         """Read the cluster from the store; the caller holds the lock. Return False if the cluster is gone."""
         kept = await self.store.read(partial(read_cluster, name=self.cluster.name))
         if kept.cluster is None:
             return False
-        self.cluster.take(kept, await self._nodes_declared(kept.cluster), now_s=self.clock.monotonic())
+        self.cluster.take(kept, (await self.declared.of(kept.cluster)).nodes, now_s=self.clock.monotonic())
         return True
 
     @property
@@ -192,15 +191,3 @@ class Reconciler:
         for name, change_id in names.items():
             cluster.changes.found_late(change_id, found.get(name))
         self.send(cluster)
-
-    async def _nodes_declared(self, record: ClusterRecord) -> tuple[str, ...]:
-        digest, nodes = self._declared
-        if digest != record.body.document.digest or not nodes:
-            nodes = await asyncio.to_thread(_node_ids, record)
-            self._declared = (record.body.document.digest, nodes)
-        return nodes
-
-
-def _node_ids(record: ClusterRecord) -> tuple[str, ...]:
-    cluster = read_document(record.body.document, Cluster)
-    return tuple(group.node_name(index) for group in cluster.node_groups for index in range(group.count))

@@ -12,10 +12,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
-from hetis.planner.convert.documents import MAX_NODES, canonical_document
+from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical_document
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
-from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster, publish_nodes
+from hetis.planner.resources.shared import FleetNow, Hubs, publish_cluster, publish_nodes
 from hetis.planner.store import ClusterRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster

@@ -14,11 +14,12 @@ from hetis.formats import catalogue
 from hetis.formats.cluster import cluster_to_data
 from hetis.planner.convert import documents, names
 from hetis.planner.convert.clusters import BASIC, FULL
+from hetis.planner.convert.documents import Declared, DeclaredFleets
 from hetis.planner.convert.names import cluster_of, last_part, node_name, timestamp
 from hetis.planner.failures import not_found
 from hetis.planner.fleet.views import LiveNode
 from hetis.planner.resources.requests import change_once, check, read_page_request, require_etag
-from hetis.planner.resources.shared import Declared, DeclaredFleets, FleetNow, Hubs, publish_nodes
+from hetis.planner.resources.shared import FleetNow, Hubs, publish_nodes
 from hetis.planner.store import ClusterRecord, NodeRecord, Reader, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.cluster import Cluster, GpuSlots, GpuType, Network, NodeGroup

@@ -10,6 +10,7 @@ from typing import TypeVar
 from hetis.formats.documents import digest
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import without
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import TO_PROTO, replica_from_proto, replica_to_proto, role_of
 from hetis.planner.failures import Reason, ServiceError
@@ -25,7 +26,7 @@ from hetis.planner.resources.plan_documents import (
 )
 from hetis.planner.resources.plans import Plans, load_bytes_of
 from hetis.planner.resources.requests import change_once, check, require_etag
-from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs, publish_cluster
+from hetis.planner.resources.shared import FleetNow, Hubs, publish_cluster
 from hetis.planner.store import ClusterRecord, PlanRecord, Reader, ReplicaRecord, Store, Transaction, etag_of
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.v1 import plan_pb2, replica_pb2, view_pb2

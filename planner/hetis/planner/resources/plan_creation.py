@@ -13,6 +13,7 @@ from hetis.formats.errors import DocumentError
 from hetis.planner.callers import PLANNER, present_caller
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import without
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.convert.names import timestamp
 from hetis.planner.convert.plans import digest_of, progress_to_proto, result_to_proto
 from hetis.planner.failures import Reason, ServiceError, invalid_document
@@ -41,7 +42,7 @@ from hetis.planner.resources.plan_specs import (
     read_spec,
 )
 from hetis.planner.resources.requests import Checks, change_once, require_free, to_the_end
-from hetis.planner.resources.shared import DeclaredFleets, FleetNow, Hubs
+from hetis.planner.resources.shared import FleetNow, Hubs
 from hetis.planner.store import ClusterRecord, PlanRecord, ProfileRecord, Reader, Store, Transaction
 from hetis.planner.threads import run_in_thread_gc_paused
 from hetis.solver.budget import Progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AsyncExitStack
 
+from hetis.planner.convert.documents import DeclaredFleets
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.fleet import LiveFleet
@@ -22,7 +23,7 @@ from hetis.planner.resources.plan_documents import PlanDocuments
 from hetis.planner.resources.plan_specs import SearchLimits
 from hetis.planner.resources.plans import Plans
 from hetis.planner.resources.profiles import Profiles
-from hetis.planner.resources.shared import DeclaredFleets, Hubs
+from hetis.planner.resources.shared import Hubs
 from hetis.planner.resources.watches import ClusterWatches, RunningResources
 from hetis.planner.service.audit_refusals import AuditRefusals
 from hetis.planner.service.loops import Loops
@@ -74,14 +75,20 @@ class Term:
             lease_s=config.agents.lease,
             suspect_s=_SUSPECT_HEARTBEATS * config.agents.heartbeat,
         )
+        declared = DeclaredFleets()
         self._fleet = fleet = LiveFleet(
-            store, hubs, epoch=epoch, settings=fleet_settings, clock=clock, counters=counters
+            store,
+            hubs,
+            epoch=epoch,
+            settings=fleet_settings,
+            clock=clock,
+            counters=counters,
+            declared=declared,
         )
         self._states = states = DispatchStates(fleet)
         self._loop = RedispatchLoop(fleet, states, clock=clock)
         fleet.observers.append(self._loop)
 
-        declared = DeclaredFleets()
         reader = NodeReader(store, fleet, declared)
         clusters = Clusters(store, hubs, fleet, declared)
         nodes = Nodes(store, hubs, fleet, reader)
