@@ -13,9 +13,10 @@ from typing import Any
 
 import grpc
 
+from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.fleet import LiveFleet
-from hetis.planner.fleet.settings import FleetSettings, duration
+from hetis.planner.fleet.settings import FleetSettings
 from hetis.planner.resources.shared import Hubs
 from hetis.planner.service import access, statuses
 from hetis.planner.store import Store

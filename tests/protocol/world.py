@@ -15,9 +15,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from hetis.planner.convert.names import duration
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.link import HeadMaps
-from hetis.planner.fleet.settings import duration
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.simulated.control import Control

@@ -1,10 +1,11 @@
-"""Names of resources and of enum values, and timestamps."""
+"""Names of resources and of enum values, times and durations."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -71,3 +72,14 @@ def timestamp(time_s: float) -> Timestamp:
 def optional_timestamp(time_s: float | None) -> Timestamp | None:
     """Return the timestamp, or None if there is no time, so that the field is left unset."""
     return None if time_s is None else timestamp(time_s)
+
+
+def duration(seconds: float) -> Duration:
+    """Return seconds as a message, exact to the nanosecond."""
+    nanos = round(seconds * 1e9)
+    return Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
+
+
+def seconds_of(duration: Duration | Timestamp) -> float:
+    """Return a duration in seconds, or a time in Unix seconds."""
+    return duration.seconds + duration.nanos / 1e9

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
+from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import Directive
-from hetis.planner.fleet.settings import seconds_of
 from hetis.solver.cluster import node_of
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, redispatch_pb2, replica_pb2, report_pb2
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from hetis.planner.convert.names import duration
 from hetis.planner.failures import Reason, ServiceError, invalid_field
 from hetis.planner.fleet.deltas import MOST_GENERATION, DeltaAnswer, ReplicaSlot, WantedRemoval
-from hetis.planner.fleet.settings import FleetSettings, duration
+from hetis.planner.fleet.settings import FleetSettings
 from hetis.v1 import agent_service_pb2, change_pb2, failure_pb2, head_map_pb2, inventory_pb2, report_pb2
 
 

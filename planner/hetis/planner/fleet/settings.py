@@ -6,8 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from google.protobuf import duration_pb2
-
+from hetis.planner.convert.names import duration, seconds_of
 from hetis.solver.redispatch.triggers import THETA
 from hetis.v1 import agent_service_pb2, cluster_pb2
 
@@ -65,16 +64,6 @@ class FleetSettings:
         )
 
 
-def duration(seconds: float) -> duration_pb2.Duration:
-    """Return seconds as a message, exact to the nanosecond."""
-    nanos = round(seconds * 1e9)
-    return duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
-
-
-def seconds_of(duration: duration_pb2.Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedispatchPolicy:
     """The re-dispatch part of a `ClusterPolicy`.
@@ -118,24 +107,20 @@ def redispatch_policy(message: cluster_pb2.ClusterPolicy) -> RedispatchPolicy:
         mode=message.redispatch or default.mode,
         deviation_ratio=message.deviation_ratio if message.HasField("deviation_ratio") else default.deviation_ratio,
         high_water=message.high_water or None,
-        interval_s=seconds_of(message.redispatch_interval)
-        if message.HasField("redispatch_interval")
-        else default.interval_s,
-        prepare_timeout_s=seconds_of(message.prepare_timeout)
-        if message.HasField("prepare_timeout")
-        else default.prepare_timeout_s,
+        interval_s=_seconds(message, "redispatch_interval", default.interval_s),
+        prepare_timeout_s=_seconds(message, "prepare_timeout", default.prepare_timeout_s),
         kv_bytes=float(message.redispatch_kv_bytes) or math.inf,
     )
 
 
 def proposal_policy(message: cluster_pb2.ClusterPolicy) -> ProposalPolicy:
     default = ProposalPolicy()
-    return ProposalPolicy(
-        mode=message.placement or default.mode,
-        patience_s=seconds_of(message.placement_patience)
-        if message.HasField("placement_patience")
-        else default.patience_s,
-    )
+    patience_s = _seconds(message, "placement_patience", default.patience_s)
+    return ProposalPolicy(mode=message.placement or default.mode, patience_s=patience_s)
+
+
+def _seconds(message: cluster_pb2.ClusterPolicy, field: str, default_s: float) -> float:
+    return seconds_of(getattr(message, field)) if message.HasField(field) else default_s  # type: ignore[arg-type]
 
 
 @dataclass(slots=True, kw_only=True)

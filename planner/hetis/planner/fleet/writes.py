@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
-from hetis.planner.convert.names import timestamp
+from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.fleet.activation import Standing
 from hetis.planner.fleet.changes import FINAL, Saving
 from hetis.planner.store import (
@@ -183,7 +183,7 @@ def _apply_redispatch(tx: Transaction, cluster: str, write: RedispatchWrite, now
             replica=write.replica,
             body=body,
             state=body.state,
-            create_time_s=body.create_time.seconds + body.create_time.nanos / 1e9,
+            create_time_s=seconds_of(body.create_time),
         )
         tx.redispatches.insert(made)
     else:

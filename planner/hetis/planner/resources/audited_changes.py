@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
-from hetis.planner.convert.names import timestamp
+from hetis.planner.convert.names import seconds_of, timestamp
 from hetis.planner.resources.requests import Checks, read_page_request
 from hetis.planner.store import AuditFilter, AuditLine, Store
 from hetis.v1 import audit_service_pb2 as service_pb2
@@ -26,8 +24,8 @@ class AuditedChanges:
         checks.raise_if_wrong()
         which = AuditFilter(
             **{field: getattr(request, field) or None for field in _TEXTS},
-            since_s=_seconds(request.since_time) if request.HasField("since_time") else None,
-            until_s=_seconds(request.until_time) if request.HasField("until_time") else None,
+            since_s=seconds_of(request.since_time) if request.HasField("since_time") else None,
+            until_s=seconds_of(request.until_time) if request.HasField("until_time") else None,
         )
         page = read_page_request(request)
         after = page.after_number
@@ -36,10 +34,6 @@ class AuditedChanges:
         return service_pb2.ListAuditedChangesResponse(
             audited_changes=[_message(line) for line in lines], next_page_token=token
         )
-
-
-def _seconds(moment: Timestamp) -> float:
-    return moment.seconds + moment.nanos / 1e9
 
 
 def _message(line: AuditLine) -> service_pb2.AuditedChange:

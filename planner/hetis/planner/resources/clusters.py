@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from hetis.planner.convert import names
 from hetis.planner.convert.clusters import BASIC, FULL, cluster_message, without
 from hetis.planner.convert.documents import MAX_NODES, DeclaredFleets, canonical_document
+from hetis.planner.convert.names import seconds_of
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.resources.requests import Checks, change_once, check, read_page_request, require_etag, require_free
 from hetis.planner.resources.shared import FleetNow, Hubs, publish_cluster, publish_nodes
@@ -256,7 +257,7 @@ def _check_duration(checks: Checks, duration: Duration, field: str, least_s: flo
     signs_agree = duration.seconds * duration.nanos >= 0
     valid = abs(duration.seconds) <= _LONGEST_S and abs(duration.nanos) < 10**9 and signs_agree
     if checks.require(valid, field, f"is no valid duration: {duration.seconds} s and {duration.nanos} ns"):
-        seconds = duration.seconds + duration.nanos / 1e9
+        seconds = seconds_of(duration)
         checks.require(least_s <= seconds <= most_s, field, f"is {seconds:g} s, must be {words}")
 
 

@@ -261,7 +261,7 @@ class _SpecReader:
         self.require(0 <= gap <= 1, "gap_target", f"is {gap:g}, must be from 0 to 1")
         time_limit_s = min(defaults.time_limit_s, limits.time_s)
         if spec.HasField("time_limit"):
-            time_limit_s = spec.time_limit.seconds + spec.time_limit.nanos / 1e9
+            time_limit_s = names.seconds_of(spec.time_limit)
             self.require(
                 LEAST_TIME_S <= time_limit_s <= limits.time_s,
                 "time_limit",

@@ -1,4 +1,4 @@
-"""What all resources share: the live fleet, the hubs of watchers, and the documents of clusters, parsed once."""
+"""What all resources share: the live fleet, and the hubs of watchers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that may change under a running process, and the one that does the most: the certificates."""
+"""Files that are read again when they change, above all the planner's certificates."""
 
 from __future__ import annotations
 

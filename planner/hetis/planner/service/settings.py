@@ -1,4 +1,4 @@
-"""The settings of `hetis-planner`: the PlannerConfig document, checks across fields, and what is said over it."""
+"""The settings of `hetis-planner`: the PlannerConfig document, and the variables and flags that override it."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
-from hetis.planner.convert.names import cluster_of, timestamp
+from hetis.planner.convert.names import cluster_of, duration, timestamp
 from hetis.planner.convert.stages import triggers_to_proto
 from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.dispatching.states import DispatchStates
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.redispatching.planning import FoundMoves, StageLook, StagePlanner
 from hetis.planner.fleet.redispatching.watched import Place, WatchedReplica
-from hetis.planner.fleet.settings import RedispatchPolicy, duration, redispatch_policy
+from hetis.planner.fleet.settings import RedispatchPolicy, redispatch_policy
 from hetis.planner.fleet.views import Clock, FleetObserver, LiveReplica, Redispatching
 from hetis.planner.threads import run_in_daemon_thread
 from hetis.solver.errors import HetisError
