@@ -36,7 +36,7 @@ _SEARCH = (*_COSTS, f"{_SOLVER}/placement", f"!{_SOLVER}/placement/explanation",
 _SIMULATOR = (*_COSTS, "simulator/hetis/simulator")
 _DISPATCH = (f"{_SOLVER}/dispatch",)
 _REDISPATCH = (*_DISPATCH, f"{_SOLVER}/redispatch")
-_PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "kv", "transport", "vllm", "worker"))
+_PLUGIN = tuple(f"runtime/hetis/runtime/{room}" for room in ("attention", "transport", "vllm", "worker"))
 
 # The sources of each table: files and whole folders, without those marked "!".
 SOURCES: dict[str, tuple[str, ...]] = {

@@ -77,7 +77,7 @@ def profile_page() -> str:
 
 
 def worker_page() -> str:
-    from hetis.runtime.worker.options import VARIABLES, make_parser
+    from hetis.runtime.worker.main import VARIABLES, make_parser
 
     parser = make_parser()
     rows = [

@@ -17,14 +17,12 @@ from pathlib import Path
 
 import torch
 
-from hetis.runtime.attention.device import DeviceStep
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.measured.timed import token_bytes
-from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind
+from hetis.runtime.attention.device import DeviceStep, LocalDevice
+from hetis.runtime.attention.kv import KvShape
+from hetis.runtime.measured.calibration import token_bytes
+from hetis.runtime.transport.frames import HEADER_BYTES, Frame, FrameKind, read_step
 from hetis.runtime.transport.keys import key_of
-from hetis.runtime.transport.messages import read_step
-from hetis.runtime.transport.tcp import listen
+from hetis.runtime.transport.pipes import listen
 from hetis.runtime.worker.core import MakeDevice, WorkerCore
 from hetis.runtime.worker.loop import WorkerLoop
 

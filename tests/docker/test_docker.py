@@ -22,7 +22,7 @@ from hetis.runtime.agent.main import app as agent_app
 from hetis.runtime.transport.keys import VARIABLE as HETIS_WORKER_KEY
 from hetis.runtime.vllm.plugin import VERSIONS
 from hetis.runtime.vllm.settings import VARIABLE as HETIS_VLLM_CONFIG
-from hetis.runtime.worker.options import VARIABLES as WORKER_OPTIONS
+from hetis.runtime.worker.main import VARIABLES as WORKER_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))

@@ -55,7 +55,7 @@ def parse(words: list[str]) -> None:
     """Parse a command line as its program would. Raises if the program would refuse it."""
     program, *arguments = words
     if program == "hetis-worker":
-        from hetis.runtime.worker.options import make_parser
+        from hetis.runtime.worker.main import make_parser
 
         make_parser().parse_args(arguments)
         return

@@ -24,7 +24,7 @@ from hetis.engines.serving import Serving
 from hetis.engines.starting import program_of
 from hetis.engines.versions import Engine
 from hetis.runtime.vllm.settings import PluginSettings, load_settings
-from hetis.runtime.worker.options import WorkerOptions, read_options
+from hetis.runtime.worker.main import WorkerOptions, read_options
 from hetis.solver.model import DraftShape
 from hetis.solver.plan import Role
 from tests.engines.plans import MODEL, POOL, WITH_EXPERTS, plan_of, sharing, stage_of, staged

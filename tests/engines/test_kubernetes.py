@@ -16,7 +16,7 @@ from hetis.engines.layout import Layout, layout_of
 from hetis.engines.serving import Serving
 from hetis.runtime.transport.keys import VARIABLE as KEY_VARIABLE
 from hetis.runtime.vllm.settings import load_settings
-from hetis.runtime.worker.options import read_options
+from hetis.runtime.worker.main import read_options
 from tests.command_line import command_of, run_command
 from tests.engines.plans import MODEL, POOL, plan_of, sharing, stage_of
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.executor.refusals import RefusedError, failure_of, unreachable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason

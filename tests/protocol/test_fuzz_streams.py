@@ -23,7 +23,7 @@ from hetis.planner.client import Client
 from hetis.planner.failures import ServiceError
 from hetis.planner.service import access
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import cluster_pb2, cluster_service_pb2
 from hetis.v1 import executor_service_pb2 as executor

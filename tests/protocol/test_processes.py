@@ -19,7 +19,7 @@ import pytest
 
 from hetis.planner.store import Store
 from hetis.runtime.agent.executor import SocketExecutor
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1 import redispatch_pb2
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest, WatchReportsResponse

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from grpc_status import rpc_status
 
-from hetis.runtime.executor.refusals import status_of
+from hetis.runtime.moves.refusals import status_of
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceServicer, add_AgentServiceServicer_to_server
 from hetis.v1.failure_pb2 import Failure

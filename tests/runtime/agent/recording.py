@@ -9,7 +9,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from hetis.runtime.agent.actions import EngineRequest
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,

@@ -13,7 +13,7 @@ from hetis.runtime.agent.executor import SocketExecutor, check_socket
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
 from hetis.runtime.agent.simulated.server import SimulatedServer
-from hetis.runtime.executor.refusals import RefusedError, reason_name, stale_epoch
+from hetis.runtime.moves.refusals import RefusedError, reason_name, stale_epoch
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     ApplyAssignmentRequest,

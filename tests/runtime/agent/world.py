@@ -9,7 +9,7 @@ from hetis.runtime.agent.actions import EngineRequest, EngineResponse
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.executor.refusals import RefusedError, unreachable
+from hetis.runtime.moves.refusals import RefusedError, unreachable
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import Change, ChangePart, ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (

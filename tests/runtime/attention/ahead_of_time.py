@@ -13,8 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hetis.runtime.attention import paged_triton
+from hetis.runtime.attention.kv import KvShape
 from hetis.runtime.attention.paged_triton import Sizes, sizes_of
-from hetis.runtime.kv.shape import KvShape
 
 # Shared memory that a block may have, by compute capability: CUDA's programming guide, table of technical limits.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227}

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention import paged_compiled
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend, choose_backend
-from hetis.runtime.attention.device import DeviceStep
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.errors import DeviceError
-from hetis.runtime.kv.pool import PagePool
-from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.attention.device import DeviceStep, LocalDevice
+from hetis.runtime.attention.kv import DeviceError, KvShape, PagePool, SequenceKey
 from hetis.runtime.transport.frames import bytes_of
 
 BACKENDS = [TorchBackend, CompiledBackend]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hetis.runtime.attention.local import LocalDevice
+from hetis.runtime.attention.device import LocalDevice
 from tests.runtime.attention.test_ranges import LAYERS, MIXED, Case, defined, run
 from tests.runtime.fake_gpus import FakeGpus
 

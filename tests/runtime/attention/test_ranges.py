@@ -14,12 +14,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention import backends, paged_torch
+from hetis.runtime.attention import backends
 from hetis.runtime.attention.backends import Backend, CompiledBackend, TorchBackend
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.pool import PagePool
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, LocalDevice
+from hetis.runtime.attention.kv import KvShape, PagePool
 from tests.runtime.worker.inproc import InprocWorker
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 0.03, "float16": 0.004}
@@ -195,8 +193,8 @@ def test_short_and_long_chunks_of_a_step_meet_in_one_output(monkeypatch: pytest.
 def test_long_chunks_are_computed_in_pieces_and_wide_buckets_apart(
     soft_cap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paged_torch, "PIECE_TOKENS", 7)
-    monkeypatch.setattr(paged_torch, "MOST_SCORES", 700)
+    monkeypatch.setattr(backends, "PIECE_TOKENS", 7)
+    monkeypatch.setattr(backends, "MOST_SCORES", 700)
     case = Case(**MIXED, window=19, soft_cap=soft_cap)
     check(local(case, TorchBackend), case)
 

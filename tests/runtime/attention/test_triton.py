@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hetis.runtime.attention.backends import choose_backend
-from hetis.runtime.kv.pool import PagePool
+from hetis.runtime.attention.kv import PagePool
 from tests.runtime.attention.test_ranges import Case, check, local
 
 ROOT = Path(__file__).parents[3]

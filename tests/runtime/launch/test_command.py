@@ -248,7 +248,7 @@ def test_what_was_started_here_ends_when_we_are_killed(tmp_path: Path) -> None:
     lines = [
         "import os, signal, sys",
         "from types import SimpleNamespace",
-        "from hetis.runtime.launch.local import start",
+        "from hetis.runtime.launch.processes import start",
         "told = SimpleNamespace(shown=('sleep', '600'), environment={}, process=SimpleNamespace(name='s', kind=''))",
         f"open({str(note)!r}, 'w').write(str(start(told).pid))",
         "os.kill(os.getpid(), signal.SIGKILL)",

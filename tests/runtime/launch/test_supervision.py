@@ -8,7 +8,7 @@ import pytest
 
 from hetis.engines.commands import STOPS_S, Command
 from hetis.engines.layout import Process, ProcessKind
-from hetis.runtime.launch.supervising import (
+from hetis.runtime.launch.processes import (
     FIRST_WAIT_S,
     LONGEST_WAIT_S,
     MOST_FAILURES,

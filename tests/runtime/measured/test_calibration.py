@@ -10,9 +10,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.measured.calibration import Calibration, calibrate, with_exchange
-from hetis.runtime.measured.coefficients import Coefficients, device_seconds, scaled, with_coefficients
-from hetis.runtime.measured.fitting import TimedCall, fit_calls, nonnegative_fit
+from hetis.runtime.measured.calibration import (
+    Calibration,
+    Coefficients,
+    TimedCall,
+    calibrate,
+    device_seconds,
+    fit_calls,
+    nonnegative_fit,
+    scaled,
+    with_coefficients,
+    with_exchange,
+)
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from tests.runtime.measured.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
 

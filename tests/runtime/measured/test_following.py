@@ -11,13 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention.device import DeviceStep, Ready
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.measured.calibration import calibrate
-from hetis.runtime.measured.coefficients import with_coefficients
+from hetis.runtime.attention.device import DeviceStep, LocalDevice, Ready
+from hetis.runtime.attention.kv import KvShape
+from hetis.runtime.measured.calibration import Taken, TimedDevice, calibrate, with_coefficients
 from hetis.runtime.measured.following import Following, Rules
-from hetis.runtime.measured.timed import Taken, TimedDevice
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from tests.runtime.measured.paced import SHAPE as PACED_SHAPE
 from tests.runtime.measured.paced import FakeClock, Pace, PacedDevice, paced_devices

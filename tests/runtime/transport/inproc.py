@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hetis.runtime.transport.errors import ChannelClosedError
+from hetis.runtime.transport.frames import ChannelClosedError
 
 
 class InprocPipe:

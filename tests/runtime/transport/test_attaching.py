@@ -11,13 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hetis.runtime.transport import connecting, shm
-from hetis.runtime.transport.channel import Channel, PipeChannel
-from hetis.runtime.transport.connecting import ChannelKind, WorkerEndpoint, accept, connect
-from hetis.runtime.transport.errors import ChannelError, FrameError
-from hetis.runtime.transport.frames import Frame, FrameKind
-from hetis.runtime.transport.shm import SharedFile, is_supported
-from hetis.runtime.transport.tcp import TcpPipe
+from hetis.runtime.transport import channel, pipes
+from hetis.runtime.transport.channel import Channel, ChannelKind, PipeChannel, WorkerEndpoint, accept, connect
+from hetis.runtime.transport.frames import ChannelError, Frame, FrameError, FrameKind
+from hetis.runtime.transport.pipes import SharedFile, TcpPipe, is_supported
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="no shared memory here")
 PING = Frame(kind=FrameKind.PING, epoch=1, session=1)
@@ -27,7 +24,7 @@ Accepted = Future[tuple[Channel, Frame]]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder in place of /dev/shm."""
-    monkeypatch.setattr(shm, "FOLDER", tmp_path)
+    monkeypatch.setattr(pipes, "FOLDER", tmp_path)
     return tmp_path
 
 
@@ -77,7 +74,7 @@ def test_where_the_worker_cannot_open_the_memory_the_socket_does(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(connecting.SharedFile, "open", refuse)
+    monkeypatch.setattr(channel.SharedFile, "open", refuse)
     with ends(worker) as (one, other):
         assert one.name.startswith("tcp:")
         assert other.name.startswith("tcp:")

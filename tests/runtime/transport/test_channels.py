@@ -19,21 +19,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.transport import shm
-from hetis.runtime.transport.channel import Channel, PipeChannel
-from hetis.runtime.transport.connecting import ChannelKind, WorkerEndpoint, connect
-from hetis.runtime.transport.errors import ChannelClosedError, ChannelError, ChannelStalledError, FrameError
+from hetis.runtime.transport import pipes
+from hetis.runtime.transport.channel import Channel, ChannelKind, PipeChannel, WorkerEndpoint, connect
 from hetis.runtime.transport.frames import (
     HEADER_BYTES,
     MOST_BODY_BYTES,
+    ChannelClosedError,
+    ChannelError,
+    ChannelStalledError,
     Frame,
+    FrameError,
     FrameKind,
     bytes_of,
     header_of,
     read_header,
 )
-from hetis.runtime.transport.shm import SharedFile, ShmPipe, is_supported
-from hetis.runtime.transport.tcp import AHEAD_BYTES, TcpPipe
+from hetis.runtime.transport.pipes import AHEAD_BYTES, SharedFile, ShmPipe, TcpPipe, is_supported
 from tests.runtime.transport.inproc import InprocPipe
 
 Ends = tuple[PipeChannel, PipeChannel]
@@ -161,10 +162,10 @@ def test_a_wait_ends_when_its_time_is_up_and_the_next_has_its_own(make_ends: Cal
 
 @pytest.mark.skipif(not is_supported(), reason="no shared memory here")
 def test_who_sleeps_is_woken_and_sleeps_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, call = list[int](), shm._syscall
-    monkeypatch.setattr(shm, "LOOK_S", 0.0)
-    monkeypatch.setattr(shm, "_NAP", ctypes.byref(shm._Timespec(3, 0)))
-    monkeypatch.setattr(shm, "_syscall", lambda *of: calls.append(of[2]) or call(*of))  # type: ignore[func-returns-value]
+    calls, call = list[int](), pipes._syscall
+    monkeypatch.setattr(pipes, "LOOK_S", 0.0)
+    monkeypatch.setattr(pipes, "_NAP", ctypes.byref(pipes._Timespec(3, 0)))
+    monkeypatch.setattr(pipes, "_syscall", lambda *of: calls.append(of[2]) or call(*of))  # type: ignore[func-returns-value]
     one, other = shm_ends(30.0)
     with closing(one), closing(other), ThreadPoolExecutor() as threads:
         begun_s = time.monotonic()
@@ -190,7 +191,7 @@ def test_what_is_said_beside_the_memory_ends_the_channel() -> None:
 
 
 def test_where_futexes_are_refused_there_is_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shm, "_syscall", lambda *_: -1)
+    monkeypatch.setattr(pipes, "_syscall", lambda *_: -1)
     assert not is_supported()
 
 
@@ -327,7 +328,7 @@ def test_where_shared_memory_has_no_room_the_socket_does(
     def refuse(handle: int, offset: int, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shm, "FOLDER", tmp_path)
+    monkeypatch.setattr(pipes, "FOLDER", tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         endpoint = WorkerEndpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)

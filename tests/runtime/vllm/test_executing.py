@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.runtime.vllm.boundary import MOST_WORKS, Boundary
 from hetis.runtime.vllm.settings import SettingsError
 from hetis.v1.change_pb2 import ChangeOutcome

@@ -16,9 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.errors import DeviceLostError
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.attention.device import LocalDevice
+from hetis.runtime.attention.kv import DeviceLostError, KvShape
 from hetis.runtime.vllm.batch import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan

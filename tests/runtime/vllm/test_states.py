@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePhase
 from hetis.v1.replica_pb2 import DeviceCondition
 from hetis.v1.report_pb2 import DeviceStatus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.runtime.executor.refusals import RefusedError, reason_name
+from hetis.runtime.moves.refusals import RefusedError, reason_name
 from hetis.runtime.vllm.steps import MoveStep
 from hetis.v1.change_pb2 import ChangeOutcome, ChangePhase
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.attention.device import LocalDevice
+from hetis.runtime.attention.kv import KvShape
 from hetis.runtime.transport.channel import PipeChannel
-from hetis.runtime.transport.errors import ChannelError
-from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of, header_of
+from hetis.runtime.transport.frames import ChannelError, Frame, FrameKind, bytes_of, header_of
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.transport.inproc import InprocPipe

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
 
-from hetis.runtime.kv.shape import KvShape
-from hetis.runtime.transport.connecting import ChannelKind
+from hetis.runtime.attention.kv import KvShape
+from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
-from hetis.runtime.worker.joining import join_at
-from hetis.runtime.worker.remote import RemoteDevice
+from hetis.runtime.worker.remote import RemoteDevice, join_at
 
 SECRET = "what only engine and worker know"
 

@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.errors import DeviceLostError, UnknownSequenceError
-from hetis.runtime.kv.shape import KvShape, SequenceKey
-from hetis.runtime.transport.frames import Frame, FrameKind, bytes_of
-from hetis.runtime.transport.messages import ErrorCode, Hello, read_error
+from hetis.runtime.attention.device import LocalDevice
+from hetis.runtime.attention.kv import DeviceLostError, KvShape, SequenceKey, UnknownSequenceError
+from hetis.runtime.transport.frames import ErrorCode, Frame, FrameKind, Hello, bytes_of, read_error
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.worker.inproc import KEY, Fault, InprocWorker

@@ -13,10 +13,10 @@ from time import sleep
 import pytest
 import torch
 
-from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
-from hetis.runtime.transport.connecting import ChannelKind
+from hetis.runtime.attention.kv import DeviceLostError, OutOfPagesError, StaleEpochError, UnreachedDeviceError
+from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.transport.keys import key_of
-from hetis.runtime.worker.joining import join_at
+from hetis.runtime.worker.remote import join_at
 from tests.runtime.attention.test_ranges import MIXED, Case, check
 from tests.runtime.worker.listening import ListeningWorker, listening_worker
 

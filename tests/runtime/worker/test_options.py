@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.transport.keys import InvalidKeyError, key_of, read_key
-from hetis.runtime.worker.options import VARIABLES, WorkerOptionError, WorkerOptions, read_options
+from hetis.runtime.worker.main import VARIABLES, WorkerOptionError, WorkerOptions, read_options
 from tests.command_line import command_of, run_command
 
 SECRET = "nobody knows this sentence"

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hetis.runtime.transport.connecting import accept
-from hetis.runtime.transport.errors import ChannelClosedError
-from hetis.runtime.worker.pending import MOST, PendingConnections
+from hetis.runtime.transport.channel import accept
+from hetis.runtime.transport.frames import ChannelClosedError
+from hetis.runtime.worker.loop import MOST, PendingConnections
 
 
 class Clock:

@@ -10,13 +10,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention.device import DeviceStep
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.errors import DeviceLostError, OutOfPagesError, StaleEpochError, UnknownSequenceError
-from hetis.runtime.kv.shape import SequenceKey
-from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import DTYPES, HEADER, HEADER_BYTES, MAGIC, VERSION, Frame, FrameKind, read_header
-from hetis.runtime.transport.messages import Hello
+from hetis.runtime.attention.device import DeviceStep, LocalDevice
+from hetis.runtime.attention.kv import (
+    DeviceLostError,
+    OutOfPagesError,
+    SequenceKey,
+    StaleEpochError,
+    UnknownSequenceError,
+)
+from hetis.runtime.transport.frames import (
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    Frame,
+    FrameError,
+    FrameKind,
+    Hello,
+    read_header,
+)
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
 from tests.runtime.attention.test_ranges import LAYERS, Case, check, step

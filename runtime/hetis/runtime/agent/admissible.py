@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, ReplicaState
-from hetis.runtime.executor.refusals import failure_of, generation_mismatch
+from hetis.runtime.moves.refusals import failure_of, generation_mismatch
 from hetis.v1.agent_service_pb2 import AgentCapability, Delta
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation

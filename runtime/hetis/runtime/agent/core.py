@@ -17,7 +17,7 @@ from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.agent.replica import ReplicaAgent
 from hetis.runtime.agent.replica_state import NODE_PART, DamagedStateError, Fence, ReplicaState, epoch_from_bytes
 from hetis.runtime.agent.reporting import NodeReporter, with_kv
-from hetis.runtime.executor.refusals import failure_of, stale_epoch
+from hetis.runtime.moves.refusals import failure_of, stale_epoch
 from hetis.v1.agent_service_pb2 import (
     AgentCapability,
     ConnectNodeRequest,

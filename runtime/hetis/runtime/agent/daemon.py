@@ -25,7 +25,7 @@ from hetis.runtime.agent.disk import StateDirectory, StateError
 from hetis.runtime.agent.executor import Executor
 from hetis.runtime.agent.metrics import AgentMetrics
 from hetis.runtime.agent.stream import PlannerStream
-from hetis.runtime.executor.refusals import RefusedError, failure_of, reason_name, unreachable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, reason_name, unreachable
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import (

@@ -11,7 +11,7 @@ from typing import Protocol
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.executor.refusals import RefusedError, failure_of_call, unreachable
+from hetis.runtime.moves.refusals import RefusedError, failure_of_call, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from hetis.runtime.agent.actions import EngineResponse
 from hetis.runtime.agent.outbox import Outbox
 from hetis.runtime.agent.replica import CALL_S
-from hetis.runtime.executor.pieces import pieces_of
-from hetis.runtime.executor.refusals import failure_of
+from hetis.runtime.moves.engine import pieces_of
+from hetis.runtime.moves.refusals import failure_of
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, HeadMapPiece, StateRequest
 from hetis.v1.executor_service_pb2 import ReadHeadMapsRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure

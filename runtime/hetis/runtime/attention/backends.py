@@ -1,16 +1,157 @@
-"""The backends of paged attention, and the choice of one for a device."""
+"""The backends of paged attention, and the choice of one for a device; plain torch is here, the others beside it.
+
+Plain torch gathers each sequence's pages into a rectangle as wide as the longest sequence of its bucket. Bucket limits
+are powers of two of pages, so padding less than doubles what is gathered. A chunk's queries are computed in pieces:
+keys and values are stored first, so each piece is a sequence of its own, and masks stay small.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
-from hetis.runtime.attention.paged_torch import Bucket, attend_paged, each_position, plan_buckets
-from hetis.runtime.kv.pool import IntArray, PagePool
+from hetis.runtime.attention.kv import IntArray, PagePool
+
+PIECE_TOKENS = 128  # queries per piece
+MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
+
+
+class View(NamedTuple):
+    """The reads of a bucket's pieces under one window: page numbers [n, pages], and the slots seen [n, c, slots]."""
+
+    table: torch.Tensor
+    seen: torch.Tensor
+
+
+class Bucket(NamedTuple):
+    """Pieces computed together, n with at most c queries each, in the same way for all layers; on the pool's device.
+
+    Attributes:
+        members: their rows of the step, int64 [n, c]; a piece with fewer queries repeats its last.
+        views: by window.
+    """
+
+    members: torch.Tensor
+    views: Mapping[int, View]
+
+
+class _Pieces(NamedTuple):
+    """Queries of one sequence each: ``rows`` of the pool's table, first positions, first rows, counts; each [n]."""
+
+    rows: IntArray
+    positions: IntArray
+    starts: IntArray
+    counts: IntArray
+
+    def of(self, which: IntArray) -> _Pieces:
+        return _Pieces(*(column[which] for column in self))
+
+
+def plan_buckets(
+    pool: PagePool, rows: IntArray, positions: IntArray, starts: IntArray, counts: IntArray
+) -> list[Bucket]:
+    """Plan buckets for sequences whose rows of the step begin at ``starts``.
+
+    Args:
+        rows: of the pool's table, shape [N].
+        positions: first position that each sequence writes, shape [N].
+        starts: its first row of the step, shape [N].
+        counts: how many positions each sequence writes, shape [N].
+    """
+    pieces = _cut(_Pieces(rows, positions, starts, counts))
+    pages = (pieces.positions + pieces.counts - 1) // pool.shape.page_tokens + 1
+    # Pieces of very different width, and pieces with one query or many, are computed separately.
+    kinds = 64 * np.ceil(np.log2(pages)).astype(np.int64) + np.ceil(np.log2(pieces.counts)).astype(np.int64)
+    found = []
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        slots = int(pages[members].max()) * pool.shape.page_tokens
+        most = max(1, MOST_SCORES // (slots * int(pieces.counts[members].max())))
+        found += [_bucket(pool, pieces.of(members[i : i + most])) for i in range(0, len(members), most)]
+    return found
+
+
+def each_position(rows: IntArray, positions: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
+    """Return, for every written position, the entry of ``rows`` of its sequence and the position itself; each [T]."""
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(rows, counts), np.repeat(positions, counts) + within
+
+
+def attend_paged(pool: PagePool, layer: int, q: torch.Tensor, buckets: Sequence[Bucket], out: torch.Tensor) -> None:
+    """Write the outputs of the buckets' members to out [T, r, d], for queries of the same shape."""
+    shape = pool.shape
+    for members, views in buckets:
+        table, seen = views[shape.windows[layer]]
+        k = pool.k[layer][table].flatten(1, 2)[:, None]  # [n, 1, slots, d]
+        v = pool.v[layer][table].flatten(1, 2)[:, None]
+        queries = q[members]  # [n, c, r, d]
+        if members.shape[1] == 1:
+            # All query heads see the same slots: treat them as queries of one head, which reads K and V once.
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap)
+        else:
+            k, v = (x.expand(-1, shape.queries_per_group, -1, -1) for x in (k, v))
+            queries = queries.transpose(1, 2)
+            outputs = _attend(queries, k, v, seen[:, None], shape.scale, shape.soft_cap).transpose(1, 2)
+        out[members] = outputs
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, soft_cap: float
+) -> torch.Tensor:
+    """Return attention of q [n, heads, c, d] over k and v [n, heads, slots, d]."""
+    if not soft_cap:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = soft_cap * torch.tanh(q.to(wide) @ k.to(wide).mT * (scale / soft_cap))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (weights @ v.to(wide)).to(q.dtype)
+
+
+def _cut(whole: _Pieces) -> _Pieces:
+    """Cut chunks into pieces."""
+    if int(whole.counts.max(initial=0)) <= PIECE_TOKENS:
+        return whole
+    cuts = -(-whole.counts // PIECE_TOKENS)
+    number, within = each_position(np.arange(len(cuts)), np.zeros_like(cuts), cuts)
+    pieces, begins = whole.of(number), PIECE_TOKENS * within
+    return _Pieces(
+        pieces.rows,
+        pieces.positions + begins,
+        pieces.starts + begins,
+        np.minimum(pieces.counts - begins, PIECE_TOKENS),
+    )
+
+
+def _bucket(pool: PagePool, pieces: _Pieces) -> Bucket:
+    shape, device = pool.shape, pool.k.device
+    within = np.minimum(np.arange(pieces.counts.max()), pieces.counts[:, None] - 1)  # [n, c]
+    return Bucket(
+        members=torch.from_numpy(pieces.starts[:, None] + within).to(device),
+        views={w: _view(pool, pieces, pieces.positions[:, None] + within, w) for w in set(shape.windows)},
+    )
+
+
+def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
+    """Return what queries at positions ``at`` [n, c] see under a window, from the first page that any of them sees."""
+    size, device = pool.shape.page_tokens, pool.k.device
+    first = np.maximum(at[:, 0] + 1 - window, 0) // size if window else np.zeros(len(at), np.int64)
+    last = at[:, -1] // size
+    pages = first[:, None] + np.arange((last - first).max() + 1)
+    # Pages beyond a piece's last are masked; they repeat its own last page, so that no NaN of another sequence gets in.
+    table = pool.table[pieces.rows[:, None], np.minimum(pages, last[:, None])].astype(np.int64)
+    begins, places = (torch.from_numpy(x).to(device) for x in ((first * size)[:, None, None], at[..., None]))
+    slots = begins + torch.arange(pages.shape[1] * size, device=device)
+    seen = slots <= places
+    if window:
+        seen &= slots > places - window
+    return View(torch.from_numpy(table).to(device), seen)
+
 
 Array = npt.NDArray[Any]
 LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on

@@ -6,12 +6,17 @@ gives the same bits alone or among others, on this device or on another of its k
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hetis.runtime.attention.compiled import kernel
+from hetis.solver.compiled import kernel_of
+
+# Sums may be reordered, so that they vectorise. Infinities and NaN are kept, so that a broken model shows.
+kernel = kernel_of(Path(__file__).parent, fastmath={"reassoc", "contract", "arcp", "nsz"})
+
 
 Floats = npt.NDArray[np.floating[Any]]
 Words = npt.NDArray[np.uint16]

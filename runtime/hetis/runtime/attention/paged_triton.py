@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hetis.runtime.kv.pool import IntArray, PagePool
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.attention.kv import IntArray, KvShape, PagePool
 
 LEAST_CAPABILITY_TENSOR_CORES = (8, 0)  # for Triton's use of them: below, it multiplies in float32, and not bfloat16
 SPLIT = 512  # positions per program of `attend` if there are splits: a multiple of the block size

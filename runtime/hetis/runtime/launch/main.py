@@ -189,7 +189,7 @@ def processes(
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.engines.commands import commands_of
-    from hetis.runtime.launch.local import names_of_this_machine, prepare, run_here
+    from hetis.runtime.launch.processes import names_of_this_machine, prepare, run_here
 
     layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
     addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)

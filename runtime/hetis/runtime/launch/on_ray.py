@@ -23,9 +23,8 @@ from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process
 from hetis.engines.serving import Serving
-from hetis.runtime.launch.local import Started, Told, prepare, start, write_file
+from hetis.runtime.launch.processes import FAILED, Started, Told, prepare, start, supervise, write_file
 from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
-from hetis.runtime.launch.supervising import FAILED, supervise
 
 LOCAL = "local"
 _ID_LABEL = "ray.io/node-id"  # set by Ray on every node

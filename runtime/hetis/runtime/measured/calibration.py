@@ -1,20 +1,282 @@
-"""Measures the cost of attention on each device of an idle stage, for a few numbers of heads and context lengths."""
+"""Measures the cost of attention on each device of an idle stage, for a few numbers of heads and context lengths.
+
+A device in another process computes while the engine does something else, and its answer may have been there for long
+when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `Taken` is
+therefore an interval. Coefficients are fitted to measured calls by least squares, under which more work never takes
+less time.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending, Ready
-from hetis.runtime.kv.shape import SequenceKey
-from hetis.runtime.measured.coefficients import Coefficients
-from hetis.runtime.measured.fitting import TimedCall, fit_calls
-from hetis.runtime.measured.timed import Clock, Taken, TimedDevice, token_bytes
+from hetis.runtime.attention.device import AttentionDevice, DeviceStep, IntArray, Pending, Ready
+from hetis.runtime.attention.kv import KvShape, SequenceKey
+from hetis.solver.dispatch.problem import Stage
+
+Clock = Callable[[], float]
+OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
+    for this many query heads and the KV bytes that they read.
+    """
+
+    heads: int
+    kv_bytes: float
+    least_s: float
+    most_s: float
+
+    @property
+    def is_known(self) -> bool:
+        return self.least_s == self.most_s
+
+
+class TimedDevice:
+    """A device whose steps are timed. Unfinished steps are not reported."""
+
+    def __init__(
+        self,
+        device: AttentionDevice,
+        *,
+        heard: Callable[[Taken], None],
+        clock: Clock,
+        read_s: float = 0.0,
+        is_waited_for: bool = False,
+    ) -> None:
+        """Initialise with ``read_s``, the seconds to read an answer that is already there.
+
+        Calls to a CUDA device of this process return before it is done: unless each of them ``is_waited_for``, its time
+        is unknown.
+        """
+        self.name, self.shape, self.num_pages = device.name, device.shape, device.num_pages
+        self._device, self._heard, self._clock, self._read_s = device, heard, clock, read_s
+        self._is_waited_for = is_waited_for
+        self._step: DeviceStep | None = None
+        self._layers, self._least_s, self._most_s = 0, 0.0, 0.0
+
+    # --- a step
+
+    def begin(self, step: DeviceStep) -> None:
+        begun_s = self._clock()
+        self._device.begin(step)
+        self._step, self._layers = step, 0
+        self._least_s = self._most_s = self._clock() - begun_s
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> Pending:
+        begun_s = self._clock()
+        pending = self._device.attend(layer, qkv)
+        if self._is_waited_for and isinstance(pending, Ready) and pending.output.is_cuda:
+            torch.cuda.synchronize(pending.output.device)
+        sent_s = self._clock()
+        self._layers += 1
+        if isinstance(pending, Ready):
+            known = self._is_waited_for or not pending.output.is_cuda
+            self._add(sent_s - begun_s if known else 0.0, sent_s - begun_s if known else float("inf"))
+            return pending
+        return _Awaited(self, pending, begun_s, sent_s)
+
+    def finish(self, number: int) -> None:
+        self._device.finish(number)
+        step, self._step = self._step, None
+        if step is not None and self._layers:
+            self._heard(
+                Taken(
+                    heads=len(step) * self.shape.queries_per_group,
+                    kv_bytes=float((step.positions + 1).sum()) * token_bytes(self.shape),
+                    least_s=self._least_s / self._layers,
+                    most_s=self._most_s / self._layers,
+                )
+            )
+
+    def abort(self, number: int) -> None:
+        self._step = None
+        self._device.abort(number)
+
+    # --- everything else is the device's
+
+    def drop(self, keys: Sequence[SequenceKey]) -> None:
+        self._device.drop(keys)
+
+    def export(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._device.export(request, incarnation, heads, first, last)
+
+    def adopt(
+        self, request: int, incarnation: int, heads: Sequence[int], first: int, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self._device.adopt(request, incarnation, heads, first, k, v)
+
+    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
+        return self._device.digest(request, incarnation, heads, last)
+
+    # --- inside
+
+    def _waited(self, begun_s: float, sent_s: float, asked_s: float) -> None:
+        got_s = self._clock()
+        most_s = got_s - begun_s
+        was_late = got_s - asked_s > OVER_READING * self._read_s
+        self._add(most_s if was_late else most_s - (asked_s - sent_s), most_s)
+
+    def _add(self, least_s: float, most_s: float) -> None:
+        self._least_s += least_s
+        self._most_s += most_s
+
+
+class _Awaited(NamedTuple):
+    """Outputs of one layer that are computed elsewhere."""
+
+    device: TimedDevice
+    pending: Pending
+    begun_s: float
+    sent_s: float
+
+    def wait(self) -> torch.Tensor:
+        asked_s = self.device._clock()
+        output = self.pending.wait()
+        self.device._waited(self.begun_s, self.sent_s, asked_s)
+        return output
+
+
+def token_bytes(shape: KvShape) -> int:
+    """Return the bytes of K and V of one position of a virtual sequence in one layer."""
+    return 2 * shape.head_dim * shape.item_bytes
+
+
+FloatArray = npt.NDArray[np.float64]
+Piece = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficients:
+    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`.
+
+    Attributes:
+        pieces: seconds per query head, per KV byte read and per call; the largest piece counts.
+        transfer_byte_s: seconds per byte exchanged with the primary.
+        transfer_s: seconds per exchange.
+    """
+
+    pieces: tuple[Piece, ...]
+    transfer_byte_s: float = 0.0
+    transfer_s: float = 0.0
+
+
+def with_coefficients(stage: Stage, known: Mapping[str, Coefficients]) -> Stage:
+    """Return ``stage`` with the costs of the ``known`` devices, by name. All others keep theirs."""
+    pieces = [
+        known[name].pieces if name in known else tuple(map(tuple, _rows(stage, i)))
+        for i, name in enumerate(stage.devices)
+    ]
+    most = max(map(len, pieces))
+    # A device with fewer pieces repeats one.
+    costs = np.array([[*own, *[own[0]] * (most - len(own))] for own in pieces])
+    transfer = [
+        (known[name].transfer_byte_s, known[name].transfer_s)
+        if name in known
+        else (stage.transfer_byte_s[i], stage.transfer_s[i])
+        for i, name in enumerate(stage.devices)
+    ]
+    return replace(
+        stage,
+        head_s=costs[:, :, 0],
+        kv_byte_s=costs[:, :, 1],
+        call_s=costs[:, :, 2],
+        transfer_byte_s=np.array([each[0] for each in transfer]),
+        transfer_s=np.array([each[1] for each in transfer]),
+    )
+
+
+def scaled(stage: Stage, scales: FloatArray) -> Stage:
+    """Return the stage with every device slower by its factor in ``scales``, shape [D], in attention and exchange
+    alike.
+    """
+    return replace(
+        stage,
+        head_s=stage.head_s * scales[:, None],
+        kv_byte_s=stage.kv_byte_s * scales[:, None],
+        call_s=stage.call_s * scales[:, None],
+        transfer_byte_s=stage.transfer_byte_s * scales,
+        transfer_s=stage.transfer_s * scales,
+    )
+
+
+def device_seconds(stage: Stage, heads: FloatArray, kv_bytes: FloatArray) -> FloatArray:
+    """Return the seconds per layer of every device for its query heads and the KV bytes they read, all of shape [D].
+
+    A device without heads takes 0. The primary exchanges nothing with itself; if it has several GPUs, its heads and
+    bytes are those of one GPU.
+    """
+    pieces = stage.head_s * heads[:, None] + stage.kv_byte_s * kv_bytes[:, None] + stage.call_s
+    away = np.ones(len(heads))
+    if stage.primary is not None:
+        away[stage.primary.device] = 0.0
+    exchange = stage.transfer_byte_s * stage.heads.exchange_bytes_per_head * heads + stage.transfer_s
+    seconds: FloatArray = np.where(heads > 0, pieces.max(axis=1) + away * exchange, 0.0)
+    return seconds
+
+
+def _rows(stage: Stage, device: int) -> list[tuple[float, float, float]]:
+    columns = (stage.head_s[device], stage.kv_byte_s[device], stage.call_s[device])
+    return [(float(a), float(b), float(c)) for a, b, c in zip(*columns, strict=True)]
+
+
+_LEAST_S = 1e-9  # a clock's tick: shorter times count as this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedCall:
+    """One layer's attention as measured: query heads, KV bytes that they read, seconds."""
+
+    heads: float
+    kv_bytes: float
+    seconds: float
+
+
+def fit_calls(calls: Sequence[TimedCall]) -> Piece:
+    """Fit ``a heads + b kv_bytes + c`` with a, b, c >= 0 (Hetis, SC'25). All are 0 if nothing was measured.
+
+    Errors are relative to the measurement, so short calls count as much as long ones.
+    """
+    if not calls:
+        return 0.0, 0.0, 0.0
+    matrix = np.array([[call.heads, call.kv_bytes, 1.0] for call in calls])
+    seconds = np.maximum([call.seconds for call in calls], _LEAST_S)
+    scale = matrix.max(axis=0)
+    a, b, c = nonnegative_fit(matrix / scale / seconds[:, None], np.ones(len(calls))) / scale
+    return float(a), float(b), float(c)
+
+
+def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
+    """Return the least squares coefficients >= 0, by trying every subset of the columns, of which there are three.
+
+    Args:
+        matrix: shape [samples, columns].
+        values: shape [samples].
+    """
+    columns = matrix.shape[1]
+    best, least = np.zeros(columns), float(values @ values)
+    for size in range(1, columns + 1):
+        for chosen in map(list, combinations(range(columns), size)):
+            found = np.linalg.lstsq(matrix[:, chosen], values, rcond=None)[0]
+            error = float(np.square(matrix[:, chosen] @ found - values).sum())
+            if (found >= 0).all() and error < least:
+                best, least = np.zeros(columns), error
+                best[chosen] = found
+    return best
+
 
 _OWN = 2**62  # id of the artificial request used to measure
 LONGEST_CONTEXT = 512  # positions read: enough to see the cost of reading KV, and quickly filled

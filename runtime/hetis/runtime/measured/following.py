@@ -21,8 +21,7 @@ from statistics import median
 import numpy as np
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.measured.coefficients import device_seconds, scaled
-from hetis.runtime.measured.timed import Clock, Taken, TimedDevice
+from hetis.runtime.measured.calibration import Clock, Taken, TimedDevice, device_seconds, scaled
 from hetis.solver.dispatch.problem import Stage
 
 _log = logging.getLogger(__name__)

@@ -1,13 +1,39 @@
-"""Channels: whole frames, in order, between two ends. Most are built on a pipe, which carries bytes."""
+"""Channels: whole frames, in order, between an engine and a worker. They are built on a pipe, which carries bytes.
+
+A worker listens on TCP, with a key that its engine knows. The engine connects and, if both are on one host, may ask
+for shared memory in place of the socket.
+"""
 
 from __future__ import annotations
 
+import logging
+import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
-from hetis.runtime.transport.errors import ChannelClosedError, ChannelStalledError
-from hetis.runtime.transport.frames import HEADER_BYTES, MOST_BODY_BYTES, Frame, bytes_of, header_of, read_header
+import torch
+
+from hetis.runtime.transport.frames import (
+    HEADER_BYTES,
+    MOST_BODY_BYTES,
+    ChannelClosedError,
+    ChannelError,
+    ChannelStalledError,
+    ErrorCode,
+    Frame,
+    FrameError,
+    FrameKind,
+    bytes_of,
+    error_answer,
+    header_of,
+    read_error,
+    read_header,
+)
+from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 
 
 class Channel(Protocol):
@@ -90,3 +116,125 @@ class PipeChannel:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ChannelClosedError(f"{self.name}: this end is closed")
+
+
+_log = logging.getLogger(__name__)
+
+
+class ChannelKind(StrEnum):
+    """The carrier of the frames. ``auto``: shared memory on one host, TCP between hosts."""
+
+    AUTO = "auto"
+    SHM = "shm"
+    TCP = "tcp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEndpoint:
+    """The address of a worker, and the key that it expects."""
+
+    host: str
+    port: int
+    key: bytes
+
+
+def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
+    """Return the engine's end of a channel to a worker.
+
+    Raises:
+        ChannelError: the worker is not reached, or the kind is not available between these two.
+        OSError: this machine has no room for the shared memory, or this process has no free file descriptors.
+    """
+    pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
+    channel = PipeChannel(pipe, stall_s=stall_s)
+    try:
+        return _agreed(channel, pipe, kind, stall_s=stall_s)
+    except OSError:
+        channel.close()
+        raise
+
+
+def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
+    """Return the channel agreed on, which is the socket's or replaces it."""
+    if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
+        return channel
+    if not pipe.is_local or not is_supported():
+        pipe.close()
+        raise ChannelError(f"{pipe.name}: shared memory needs one host, /dev/shm and x86-64")
+    try:
+        shared = SharedFile.create()
+    except OSError as error:
+        if kind is ChannelKind.SHM:
+            raise
+        _log.warning("%s: no shared memory: %s", pipe.name, error.strerror)
+        return channel  # the socket works as well, only slower
+    try:
+        path = torch.frombuffer(bytearray(str(shared.path).encode()), dtype=torch.uint8)
+        channel.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(path,))])
+        answer = channel.receive(stall_s)
+        if answer is None:
+            raise FrameError(f"{pipe.name}: the worker said nothing of the shared memory")
+        refused = None if answer.kind is FrameKind.WELCOME else read_error(answer)[2]
+    except BaseException:
+        shared.unlink()
+        channel.close()
+        raise
+    if refused is not None:
+        shared.unlink()
+        why = f"{pipe.name}: the worker does not take the shared memory: {refused}"
+        if kind is ChannelKind.SHM:
+            channel.close()
+            raise ChannelError(why)
+        _log.warning("%s", why)
+        return channel
+    shared.unlink()  # both ends have it open
+    return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
+
+
+def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
+    """Return the worker's end, and the engine's first frame that does not concern the channel itself.
+
+    Raises:
+        ChannelError: the other end sent nothing valid in time; the connection is closed.
+    """
+    try:
+        host, port = connection.getpeername()[:2]
+        pipe = TcpPipe(connection, f"tcp:{host}:{port}")
+    except OSError as error:
+        connection.close()
+        raise ChannelClosedError("a connection was reset before it said anything") from error
+    channel: Channel = PipeChannel(pipe, stall_s=stall_s)
+    try:
+        frame = _first(channel, stall_s)
+        if frame.kind is FrameKind.ATTACH:
+            channel = _attached(channel, pipe, frame, stall_s=stall_s)
+            frame = _first(channel, stall_s)
+    except ChannelError:
+        channel.close()
+        raise
+    return channel, frame
+
+
+def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) -> Channel:
+    """Return the channel over the memory that an engine offers, or over the socket if that cannot be opened."""
+    if not pipe.is_local:
+        raise FrameError(f"{pipe.name}: shared memory was offered from another host")
+    try:
+        shared = SharedFile.open(Path(bytes(frame.raw).decode(errors="replace")))
+    except FrameError as error:
+        channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
+        return channel
+    attached = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+    try:
+        channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
+    except ChannelError:
+        attached.close()
+        raise
+    return attached
+
+
+def _first(channel: Channel, timeout_s: float) -> Frame:
+    frame = channel.receive(timeout_s)
+    if frame is None:
+        raise ChannelClosedError(f"{channel.name}: nothing was said for {timeout_s:g} s")
+    return frame

@@ -19,19 +19,49 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | DIGESTS | H | i64 [H, layers] |
 | PONG | | numbers of a `WorkerStats` i64 |
 | ERROR | code | needed i64, free i64, text |
+
+HetisError
++-- ChannelError   the channel is no longer usable
+    +-- ChannelClosedError    the other end closed it, or died
+    +-- ChannelStalledError   nothing arrived, or nothing could be sent, for too long
+    +-- FrameError            what arrived is not a valid frame, or not one expected here
 """
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hetis.runtime.transport.errors import FrameError
+from hetis.runtime.attention.device import DeviceStep, IntArray
+from hetis.runtime.attention.kv import KvShape, SequenceKey
+from hetis.runtime.transport.keys import KEY_BYTES
+from hetis.solver.errors import HetisError
+
+
+class ChannelError(HetisError):
+    """The channel failed. The other end may be well, but can no longer be reached through it."""
+
+
+class ChannelClosedError(ChannelError):
+    """The other end closed the channel, or died."""
+
+
+class ChannelStalledError(ChannelError):
+    """The other end did not send, or accept, what it should have within the time limit."""
+
+
+class FrameError(ChannelError):
+    """Bytes that are not a frame, or an unexpected frame: the rest of the stream cannot be trusted."""
+
 
 MAGIC = 0x53495448  # "HTIS"
 VERSION = 3
@@ -171,3 +201,265 @@ def bytes_of(numbers: Numbers) -> memoryview:
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}
+
+
+Array = npt.NDArray[Any]
+MOST_LAYERS = 4096
+MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
+
+
+class ErrorCode(IntEnum):
+    """The code in the first count of an ERROR frame."""
+
+    FAILED = 1  # anything else: the process cannot be relied on
+    OUT_OF_PAGES = 2
+    UNKNOWN_SEQUENCE = 3
+    STALE_EPOCH = 4
+    REFUSED = 5  # wrong key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """An engine's first message: the shape of its virtual sequences, and the key that the worker was given."""
+
+    shape: KvShape
+    key: bytes
+
+    def frame(self, *, epoch: int, session: int) -> Frame:
+        shape = self.shape
+        factors = torch.tensor([shape.scale, shape.soft_cap], dtype=torch.float64)
+        key = torch.frombuffer(bytearray(self.key), dtype=torch.uint8)
+        return Frame(
+            kind=FrameKind.HELLO,
+            epoch=epoch,
+            session=session,
+            layer=shape.layers,
+            counts=(shape.head_dim, shape.queries_per_group, shape.page_tokens),
+            dtype=shape.dtype,
+            parts=(torch.tensor(shape.windows, dtype=torch.int64), factors, key),
+        )
+
+    @classmethod
+    def read(cls, frame: Frame) -> Hello:
+        _expect(frame, FrameKind.HELLO, 8 * frame.layer + 16 + KEY_BYTES)
+        head_dim, queries, page_tokens = frame.counts
+        limits = MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS
+        fits = all(0 < size <= most for size, most in zip(frame.counts, limits, strict=True))
+        if not (0 < frame.layer <= MOST_LAYERS and fits and frame.dtype in DTYPES[1:]):
+            raise FrameError(f"HELLO of {frame.layer} layers, {frame.counts} and dtype {frame.dtype!r}")
+        raw = bytes(frame.raw)
+        windows = np.frombuffer(raw, "<i8", frame.layer)
+        scale, soft_cap = struct.unpack_from("<dd", raw, 8 * frame.layer)
+        if int(windows.min()) < 0 or not (math.isfinite(scale) and 0 <= soft_cap < math.inf):
+            raise FrameError(f"HELLO of windows {windows.tolist()}, scale {scale} and soft cap {soft_cap}")
+        shape = KvShape(
+            layers=frame.layer,
+            head_dim=head_dim,
+            queries_per_group=queries,
+            page_tokens=page_tokens,
+            dtype=frame.dtype,
+            scale=scale,
+            windows=tuple(windows.tolist()),
+            soft_cap=soft_cap,
+        )
+        return cls(shape=shape, key=raw[-KEY_BYTES:])
+
+
+class KvRange(NamedTuple):
+    """Positions ``first`` to ``last - 1`` of some heads of one request."""
+
+    request: int
+    incarnation: int
+    first: int
+    last: int
+    heads: tuple[int, ...]
+
+    def numbers(self) -> torch.Tensor:
+        return torch.tensor([*self[:4], *self.heads], dtype=torch.int64)
+
+
+class WorkerStats(NamedTuple):
+    """A worker's free room and the work of its attention, counted from the start of its process.
+
+    Differences of two such values give the coefficients of dispatch: over many calls, ``busy_ns`` is linear in the
+    heads, the KV bytes and the calls.
+
+    Attributes:
+        free_pages: free pages of the worker.
+        sequences: virtual sequences that it holds.
+        calls: layers that it has computed, each for all sequences of a step.
+        rows: positions whose queries it has computed, over all calls; each has r query heads.
+        read_positions: positions whose K and V it has read, over all calls, once per sequence and call.
+        busy_ns: time within the calls, including transfers to and from its device, excluding frames.
+    """
+
+    free_pages: int
+    sequences: int
+    calls: int
+    rows: int
+    read_positions: int
+    busy_ns: int
+
+
+def pack_step(step: DeviceStep) -> tuple[torch.Tensor, ...]:
+    """Return the body of BEGIN."""
+    columns = [step.requests, step.incarnations, step.heads, step.positions]
+    if step.counts is not None and step.num_rows > len(step):
+        columns.append(step.counts)
+    return tuple(torch.from_numpy(x) for x in columns)
+
+
+def read_step(frame: Frame) -> DeviceStep:
+    count, num_rows, _ = frame.counts
+    has_counts = num_rows != count
+    columns = 5 if has_counts else 4
+    rows = _integers(frame, FrameKind.BEGIN, columns * count).reshape(columns, count)
+    if count and int(rows.min()) < 0:
+        raise FrameError("BEGIN has negative numbers")
+    if has_counts and not (count and 0 < rows[4].min() <= rows[4].max() <= num_rows == rows[4].sum()):
+        raise FrameError(f"BEGIN of {num_rows} positions, which its {count} sequences do not have")
+    return DeviceStep(
+        epoch=frame.epoch,
+        number=frame.step,
+        requests=rows[0],
+        incarnations=rows[1],
+        heads=rows[2],
+        positions=rows[3],
+        counts=rows[4] if has_counts else None,
+    )
+
+
+def read_queries(frame: Frame, shape: KvShape, count: int) -> Array:
+    """Return the queries, key and value of each position of ATTEND, [T, r + 2, d]; ``count`` is the T from BEGIN.
+
+    They are a numpy array (bfloat16 as its words) as received: for a small computation, making a tensor would cost as
+    much.
+    """
+    if frame.counts[0] != count or frame.layer >= shape.layers:
+        raise FrameError(f"ATTEND of {frame.counts[0]} positions in layer {frame.layer}: {count} were begun")
+    return _as_came(frame, FrameKind.ATTEND, shape, (count, shape.queries_per_group + 2, shape.head_dim))
+
+
+def read_outputs(frame: Frame, shape: KvShape, count: int) -> torch.Tensor:
+    """Return the outputs [T, r, d] of OUT."""
+    return _tensor(frame, FrameKind.OUT, shape, (count, shape.queries_per_group, shape.head_dim))
+
+
+def pack_keys(keys: Sequence[SequenceKey]) -> torch.Tensor:
+    """Return the body of DROP."""
+    return torch.tensor([list(key) for key in keys], dtype=torch.int64)
+
+
+def read_keys(frame: Frame) -> list[SequenceKey]:
+    rows = _integers(frame, FrameKind.DROP, 3 * frame.counts[0]).reshape(-1, 3)
+    return [SequenceKey(*row) for row in rows.tolist()]
+
+
+def read_part(frame: Frame) -> KvRange:
+    """Return the range that EXPORT or DIGEST asks for."""
+    return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
+
+
+def read_adopted(frame: Frame, shape: KvShape) -> tuple[KvRange, torch.Tensor, torch.Tensor]:
+    """Return the range of ADOPT with its K and V, each [H, layers, positions, d]."""
+    heads, positions, _ = frame.counts
+    begin = 8 * (4 + heads)
+    sizes = heads * shape.layers * positions * shape.head_dim
+    _expect(frame, FrameKind.ADOPT, begin + 2 * sizes * shape.item_bytes, dtype=shape.dtype)
+    part = _part(frame.raw[:begin].view("<i8"), frame)
+    if part.last - part.first != positions:
+        raise FrameError(f"ADOPT of positions {part.first} to {part.last} with {positions} of them")
+    k, v = frame.body[begin:].view(shape.torch_dtype).view(2, heads, shape.layers, positions, shape.head_dim)
+    return part, k, v
+
+
+def read_kv(frame: Frame, shape: KvShape, part: KvRange) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of KV, each [H, layers, positions, d]."""
+    size = (2, len(part.heads), shape.layers, part.last - part.first, shape.head_dim)
+    k, v = _tensor(frame, FrameKind.KV, shape, size)
+    return k, v
+
+
+def read_digests(frame: Frame, shape: KvShape, part: KvRange) -> IntArray:
+    return _integers(frame, FrameKind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
+
+
+def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
+    """Return the body of PONG."""
+    return (torch.tensor(stats, dtype=torch.int64),)
+
+
+def read_stats(frame: Frame) -> WorkerStats:
+    """Return the statistics in PONG."""
+    return WorkerStats(*_integers(frame, FrameKind.PONG, len(WorkerStats._fields)).tolist())
+
+
+def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:
+    """Return an ERROR in answer to a frame."""
+    words = torch.frombuffer(bytearray(text.encode()[:4096] or b" "), dtype=torch.uint8)
+    numbers = torch.tensor([needed, free], dtype=torch.int64)
+    return frame.answered(FrameKind.ERROR, counts=(code, 0, 0), parts=(numbers, words))
+
+
+def stale_answer(frame: Frame, name: str, *, current: int) -> Frame:
+    """Return an ERROR in answer to a frame from a connection other than the one of epoch ``current`` that ``name``
+    obeys.
+    """
+    text = f"{name} obeys epoch {current} over another connection"
+    return error_answer(frame, ErrorCode.STALE_EPOCH, text, needed=frame.epoch, free=current)
+
+
+def read_error(frame: Frame) -> tuple[int, int, str]:
+    raw = bytes(frame.raw)
+    if frame.kind is not FrameKind.ERROR or len(raw) < 16:
+        raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, an error was expected")
+    needed, free = struct.unpack_from("<qq", raw)
+    return needed, free, raw[16:].decode(errors="replace")
+
+
+def pack_welcome(num_pages: int, name: str) -> tuple[torch.Tensor, ...]:
+    """Return the body of WELCOME."""
+    words = torch.frombuffer(bytearray(name.encode() or b" "), dtype=torch.uint8)
+    return torch.tensor([num_pages], dtype=torch.int64), words
+
+
+def read_welcome(frame: Frame) -> tuple[int, str]:
+    raw = bytes(frame.raw)
+    if frame.kind is not FrameKind.WELCOME or len(raw) < 8:
+        raise FrameError(f"{frame.kind.name} of {len(raw)} bytes, a welcome was expected")
+    return struct.unpack_from("<q", raw)[0], raw[8:].decode(errors="replace")
+
+
+# --- inside
+
+
+def _part(numbers: IntArray, frame: Frame) -> KvRange:
+    request, incarnation, first, last, *heads = numbers.tolist()
+    if not 0 <= first <= last or min([request, incarnation, *heads]) < 0 or len(set(heads)) < len(heads):
+        raise FrameError(f"{frame.kind.name} of positions {first} to {last} of heads {heads}")
+    return KvRange(request, incarnation, first, last, tuple(heads))
+
+
+def _integers(frame: Frame, kind: FrameKind, count: int) -> IntArray:
+    _expect(frame, kind, 8 * count)
+    numbers: IntArray = frame.raw.view("<i8")
+    return numbers
+
+
+def _as_came(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> Array:
+    """Return the body as an array, with bfloat16 as its words."""
+    _expect(frame, kind, prod(size) * shape.item_bytes, dtype=shape.dtype)
+    return frame.raw.view(shape.numpy_dtype).reshape(size)
+
+
+def _tensor(frame: Frame, kind: FrameKind, shape: KvShape, size: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(_as_came(frame, kind, shape, size)).view(shape.torch_dtype)
+
+
+def _expect(frame: Frame, kind: FrameKind, num_bytes: int, *, dtype: str | None = None) -> None:
+    if frame.kind is not kind:
+        raise FrameError(f"{frame.kind.name} came, {kind.name} was expected")
+    if frame.body_bytes != num_bytes:
+        raise FrameError(f"{kind.name} has a body of {frame.body_bytes} bytes, {num_bytes} were expected")
+    if dtype is not None and frame.dtype != dtype:
+        raise FrameError(f"{kind.name} is of {frame.dtype or 'no dtype'}, {dtype} was expected")

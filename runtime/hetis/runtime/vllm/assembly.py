@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.kv.errors import DeviceError
-from hetis.runtime.kv.shape import KvShape
+from hetis.runtime.attention.kv import DeviceError, KvShape
 from hetis.runtime.measured.calibration import Calibration, calibrate
-from hetis.runtime.transport.connecting import ChannelKind
+from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.rank import Rank
@@ -49,7 +48,7 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
 
     def join(worker: int) -> AttentionDevice:
         from hetis.runtime.transport.keys import read_key
-        from hetis.runtime.worker.joining import join_at
+        from hetis.runtime.worker.remote import join_at
 
         one = settings.workers[worker - 1]
         key = read_key(one.key_file, {})

@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from hetis.runtime.measured.calibration import Calibration
-from hetis.runtime.measured.coefficients import Coefficients
-from hetis.runtime.measured.fitting import TimedCall, fit_calls
+from hetis.runtime.measured.calibration import Calibration, Coefficients, TimedCall, fit_calls
 from hetis.runtime.vllm.batch import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.store import BlockStore
 

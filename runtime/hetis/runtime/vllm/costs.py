@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.runtime.measured.calibration import Calibration
-from hetis.runtime.measured.coefficients import Coefficients, FloatArray, Piece, with_coefficients
+from hetis.runtime.measured.calibration import Calibration, Coefficients, FloatArray, Piece, Taken, with_coefficients
 from hetis.runtime.measured.following import Following
-from hetis.runtime.measured.timed import Taken
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
 HERE = "here"  # name of the ranks as a device

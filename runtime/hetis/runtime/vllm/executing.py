@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from hetis.runtime.executor.binding import bind_socket
-from hetis.runtime.executor.engine import SteeredEngine
-from hetis.runtime.executor.servicer import ExecutorServicer
+from hetis.runtime.moves.engine import SteeredEngine
+from hetis.runtime.moves.servicer import ExecutorServicer, bind_socket
 from hetis.runtime.vllm.boundary import Boundary
 from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_server

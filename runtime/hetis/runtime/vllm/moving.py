@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.kv.errors import DeviceError, DeviceLostError
-from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.attention.kv import DeviceError, DeviceLostError, KvShape, SequenceKey
 from hetis.runtime.vllm.batch import IntArray
 from hetis.runtime.vllm.head_map import HeadMap
 from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
-from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
+from hetis.runtime.moves.changes import EngineChange, gone, no_room, not_owner, unavailable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, generation_mismatch, refusal
 from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus

@@ -20,10 +20,8 @@ import numpy as np
 import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
-from hetis.runtime.kv.errors import DeviceError
-from hetis.runtime.kv.shape import KvShape, SequenceKey
-from hetis.runtime.measured.calibration import Calibration
-from hetis.runtime.measured.timed import OVER_READING, Taken, token_bytes
+from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
+from hetis.runtime.measured.calibration import OVER_READING, Calibration, Taken, token_bytes
 from hetis.runtime.vllm.batch import IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.head_map import HeadMap
 from hetis.runtime.vllm.moving import KvStore, Mover

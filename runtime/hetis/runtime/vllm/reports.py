@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hetis.runtime.measured.coefficients import device_seconds
+from hetis.runtime.measured.calibration import device_seconds
 from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.scheduler import SchedulerSide
 from hetis.solver.dispatch.snapshot import DeviceStatus as OwnStatus

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from hetis.runtime.executor.changes import EngineChanges
-from hetis.runtime.executor.engine import SteeredEngine, TakenReplica
-from hetis.runtime.executor.refusals import failure_of, refusal
-from hetis.runtime.measured.coefficients import Coefficients
+from hetis.runtime.measured.calibration import Coefficients
+from hetis.runtime.moves.changes import EngineChanges
+from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
+from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.runtime.vllm.binding import Binding
 from hetis.runtime.vllm.costs import HERE
 from hetis.runtime.vllm.planned_moves import PlannedMoves

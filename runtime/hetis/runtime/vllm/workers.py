@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.kv.errors import DeviceError
+from hetis.runtime.attention.kv import DeviceError
 
 _log = logging.getLogger(__name__)
 AGAIN_S = 1.0  # between two attempts to join a worker

@@ -18,14 +18,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from hetis.runtime.attention.device import DeviceStep
-from hetis.runtime.attention.local import LocalDevice
-from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
-from hetis.runtime.kv.shape import KvShape, SequenceKey
-from hetis.runtime.transport.errors import FrameError
-from hetis.runtime.transport.frames import Frame, FrameKind
-from hetis.runtime.transport.messages import (
+from hetis.runtime.attention.device import DeviceStep, LocalDevice
+from hetis.runtime.attention.kv import KvShape, OutOfPagesError, SequenceKey, UnknownSequenceError
+from hetis.runtime.transport.frames import (
     ErrorCode,
+    Frame,
+    FrameError,
+    FrameKind,
     Hello,
     WorkerStats,
     error_answer,

@@ -15,7 +15,7 @@ import pytest
 
 from hetis.runtime.agent.launched.executor import LaunchExecutor
 from hetis.runtime.agent.launched.processes import OLD_LOGS, end_leftovers
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
@@ -186,8 +186,8 @@ def test_an_engine_that_falls_silent_is_killed_and_started_again(tmp_path: Path)
 def test_an_engine_that_does_not_come_is_given_up_with_the_end_of_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hetis.runtime.launch.supervising.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.runtime.launch.supervising.LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
 
     async def story() -> None:
         async with node_in(tmp_path) as node:
@@ -223,8 +223,8 @@ def test_an_engine_that_is_never_ready_is_killed_in_time(tmp_path: Path, caplog:
 def test_a_program_that_is_not_there_is_a_failure_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hetis.runtime.launch.supervising.FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr("hetis.runtime.launch.supervising.LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("hetis.runtime.launch.processes.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("hetis.runtime.launch.processes.LONGEST_WAIT_S", 0.02)
 
     async def story() -> None:
         async with node_in(tmp_path, program="no-such-vllm serve") as node:

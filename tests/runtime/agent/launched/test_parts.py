@@ -18,7 +18,7 @@ from hetis.formats.dtypes import with_precision
 from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.export.replicas import NotExportableError, Settings, launchable
 from hetis.runtime.agent.launched.parts import NodePart, part_of, replica_of
-from hetis.runtime.executor.refusals import RefusedError
+from hetis.runtime.moves.refusals import RefusedError
 from hetis.solver.plan import Plan
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import EnginePeer

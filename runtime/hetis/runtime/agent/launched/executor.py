@@ -24,7 +24,7 @@ from hetis.runtime.agent.launched.parts import NodePart, part_of
 from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
 from hetis.runtime.agent.launched.settings import EngineSettings
 from hetis.runtime.agent.pressure import device_reports, replica_report
-from hetis.runtime.executor.refusals import (
+from hetis.runtime.moves.refusals import (
     RefusedError,
     generation_mismatch,
     refusal,

@@ -19,7 +19,7 @@ from hetis.formats.endpoints import host_of
 from hetis.formats.errors import DocumentError
 from hetis.formats.model import load_model
 from hetis.runtime.agent.launched.settings import MASTER_STEP, EngineSettings
-from hetis.runtime.executor.refusals import refusal
+from hetis.runtime.moves.refusals import refusal
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.v1.failure_pb2 import ErrorReason

@@ -1,6 +1,6 @@
 """The processes of a replica on this node: a thread starts them, keeps their logs and restarts them.
 
-What is started when is `hetis.runtime.launch.supervising`'s to decide, as for ``hetis-launch``. Every process leads a
+What is started when is `hetis.runtime.launch.processes`'s to decide, as for ``hetis-launch``. Every process leads a
 session of its own, which is noted in a file: the next agent finds and ends what one that was killed has left behind.
 """
 
@@ -20,8 +20,7 @@ from hetis.engines.errors import OptionError
 from hetis.engines.layout import ProcessKind
 from hetis.runtime.agent.disk import machine_boot_id
 from hetis.runtime.agent.launched.parts import NodePart
-from hetis.runtime.launch.local import Started, Told, prepare, start
-from hetis.runtime.launch.supervising import FAILED, Running, supervise
+from hetis.runtime.launch.processes import FAILED, Running, Started, Told, prepare, start, supervise
 
 OLD_LOGS = 3  # of earlier starts, beside the present one
 _TAIL_LINES, _TAIL_BYTES = 15, 1500  # of a log, in the message of a failure

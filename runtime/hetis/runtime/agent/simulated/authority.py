@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from hetis.runtime.agent.simulated.replica import PrimaryRun
 from hetis.runtime.agent.simulated.stage import StageRun
-from hetis.runtime.executor.change import EngineChange, gone, no_room, not_owner, unavailable
-from hetis.runtime.executor.refusals import RefusedError, failure_of, generation_mismatch, refusal
+from hetis.runtime.moves.changes import EngineChange, gone, no_room, not_owner, unavailable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, generation_mismatch, refusal
 from hetis.v1.change_pb2 import Change, ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move

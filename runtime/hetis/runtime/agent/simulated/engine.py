@@ -10,10 +10,9 @@ from hetis.runtime.agent.simulated.admission import AdmissionRule, ProportionalA
 from hetis.runtime.agent.simulated.authority import HeadMapAuthority
 from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.replica import PrimaryRun
-from hetis.runtime.executor.change import EngineChange
-from hetis.runtime.executor.changes import EngineChanges
-from hetis.runtime.executor.engine import SteeredEngine, TakenReplica
-from hetis.runtime.executor.refusals import failure_of, refusal
+from hetis.runtime.moves.changes import EngineChange, EngineChanges
+from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
+from hetis.runtime.moves.refusals import failure_of, refusal
 from hetis.v1.executor_service_pb2 import (
     ApplyAssignmentRequest,
     ApplyAssignmentResponse,

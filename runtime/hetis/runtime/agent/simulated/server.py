@@ -15,9 +15,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.simulated.control import ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
-from hetis.runtime.executor.binding import bind, bind_socket
-from hetis.runtime.executor.engine import SteeredEngine
-from hetis.runtime.executor.servicer import ExecutorServicer
+from hetis.runtime.moves.engine import SteeredEngine
+from hetis.runtime.moves.servicer import ExecutorServicer, bind, bind_socket
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangeStatus

@@ -4,17 +4,56 @@ from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hetis.runtime.executor.change import EngineChange, unknown
-from hetis.runtime.executor.changes import EngineChanges
-from hetis.runtime.executor.refusals import RefusedError, generation_mismatch, stale_epoch
+from hetis.runtime.moves.changes import EngineChange, EngineChanges, unknown
+from hetis.runtime.moves.refusals import RefusedError, generation_mismatch, stale_epoch
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangeStatus
+from hetis.v1.head_map_pb2 import HeadMap
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
+
+MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
+
+
+def pieces_of(head_maps: Iterable[HeadMap], *, most_bytes: int = MOST_BYTES) -> Iterator[list[HeadMap]]:
+    """Yield lists of head maps of at most ``most_bytes`` bytes. A larger map is split by its requests.
+
+    Yields at least one list, possibly empty. Each part of a map repeats its devices; the moves are in the first part.
+    """
+    piece: list[HeadMap] = []
+    size = 0
+    for head_map in head_maps:
+        for part in _parts_of(head_map, most_bytes):
+            part_size = part.ByteSize() + 8
+            if piece and size + part_size > most_bytes:
+                yield piece
+                piece, size = [], 0
+            piece.append(part)
+            size += part_size
+    yield piece
+
+
+def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
+    if head_map.ByteSize() + 8 <= most_bytes:
+        yield head_map
+        return
+    part = HeadMap(stage=head_map.stage, copy=head_map.copy, devices=head_map.devices)
+    base = part.ByteSize()
+    size, is_empty = base, True
+    for field in ("moves", "requests"):
+        for entry in getattr(head_map, field):
+            entry_size = entry.ByteSize() + 8
+            if not is_empty and size + entry_size > most_bytes:
+                yield part
+                part = HeadMap(stage=head_map.stage, copy=head_map.copy, devices=head_map.devices)
+                size = base
+            getattr(part, field).append(entry)
+            size, is_empty = size + entry_size, False
+    yield part
 
 
 class NoCopies:

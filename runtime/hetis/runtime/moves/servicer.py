@@ -1,25 +1,60 @@
-"""`ExecutorService` over any engine: message to call, call to message, refusal to status."""
-
-# ruff: noqa: N802  the methods have the contract's names
+"""`ExecutorService` over any engine, from message to call and from refusal to status, and the socket for the agent."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from grpc_status import rpc_status
 
-from hetis.runtime.executor.change import EngineChange
-from hetis.runtime.executor.engine import SteeredEngine
-from hetis.runtime.executor.pieces import pieces_of
-from hetis.runtime.executor.refusals import RefusedError, failure_of, status_of
+from hetis.runtime.moves.changes import EngineChange
+from hetis.runtime.moves.engine import SteeredEngine, pieces_of
+from hetis.runtime.moves.refusals import RefusedError, failure_of, status_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason
+
+
+def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
+    """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    if socket.is_socket():
+        socket.unlink(missing_ok=True)
+    elif socket.exists():
+        raise OSError(f"cannot listen on unix:{socket}: it is there, and no socket")
+    before = os.umask(0o177)
+    try:
+        bind(server, f"unix:{socket}")
+    finally:
+        os.umask(before)
+
+
+def bind(server: grpc.aio.Server, address: str) -> int:
+    """Listen on an address without TLS, and return the port.
+
+    Raises:
+        OSError: the address is taken, or not ours.
+    """
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from None
+    if port == 0:
+        raise OSError(f"cannot listen on {address}")
+    return port
+
+
+# ruff: noqa: N802  the methods have the contract's names
+
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -1,20 +1,129 @@
-"""The pages of one device and the virtual sequences that hold them.
+"""KV memory of one device: the shape of virtual sequences, the pages that they hold, errors, and free memory.
 
 A page belongs to one (request, KV head) and spans all layers of the stage, so one table per virtual sequence serves
 all layers: K and V are ``[layers, pages, page_tokens, head_dim]``.
+
+HetisError
++-- DeviceError
+    +-- DeviceLostError         it no longer answers; what it held is gone
+        +-- UnreachedDeviceError   it could not even be asked
+    +-- OutOfPagesError         it has too few free pages
+    +-- UnknownSequenceError    it does not hold what it was asked for
+    +-- StaleEpochError         another engine has taken over
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
-from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.solver.errors import HetisError
+
+
+class DeviceError(HetisError):
+    """A device could not do what it was asked to do. ``device`` is its name."""
+
+    def __init__(self, device: str, message: str) -> None:
+        super().__init__(f"{device}: {message}")
+        self.device = device
+
+
+class DeviceLostError(DeviceError):
+    """The device no longer answers: requests with heads there have to be prefilled again."""
+
+
+class UnreachedDeviceError(DeviceLostError):
+    """There is no connection to the device. It may not know of the attempt, so only this side can try again."""
+
+
+class OutOfPagesError(DeviceError):
+    """The device needs ``needed`` pages and has ``free``."""
+
+    def __init__(self, device: str, *, needed: int, free: int) -> None:
+        super().__init__(device, f"{needed} KV pages are needed, {free} are free")
+        self.needed, self.free = needed, free
+
+
+class UnknownSequenceError(DeviceError):
+    """The device does not hold the sequence, or not up to there: a bug of the caller."""
+
+
+class StaleEpochError(DeviceError):
+    """The device follows an engine of a later epoch."""
+
+    def __init__(self, device: str, *, epoch: int, current: int) -> None:
+        super().__init__(device, f"epoch {epoch} has ended, {current} is current")
+        self.epoch, self.current = epoch, current
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvShape:
+    """The common shape of one stage's virtual sequences. A device is made for one shape.
+
+    Attributes:
+        layers: of the stage.
+        head_dim: d, numbers per head.
+        queries_per_group: r, query heads that share a KV head.
+        page_tokens: token slots of a page, which belongs to one virtual sequence and spans all layers.
+        dtype: of K, V, queries and outputs: float32, float64, bfloat16 or float16.
+        scale: factor of the scores before the softmax.
+        windows: for each layer, the number of positions that attention reaches back, including the own one; 0: all.
+        soft_cap: cap of the scaled scores, ``cap * tanh(score / cap)``, as in Gemma 2; 0: none.
+    """
+
+    layers: int
+    head_dim: int
+    queries_per_group: int
+    page_tokens: int
+    dtype: str
+    scale: float
+    windows: tuple[int, ...]
+    soft_cap: float = 0.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The numpy type; for bfloat16, which numpy lacks, the type of its words."""
+        return _NUMPY_DTYPES[self.dtype]
+
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of one number."""
+        return _NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """The bytes of K and V of one page, all layers."""
+        return 2 * self.layers * self.page_tokens * self.head_dim * self.item_bytes
+
+    def pages(self, tokens: int) -> int:
+        """Return the number of pages that a virtual sequence with this many positions takes."""
+        return -(-tokens // self.page_tokens)
+
+
+class SequenceKey(NamedTuple):
+    """The key of a virtual sequence. ``incarnation`` counts how often its request lost its KV: older ones are void."""
+
+    request: int
+    incarnation: int
+    head: int
+
+
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
+}
+
 
 IntArray = npt.NDArray[np.int64]
 
@@ -164,3 +273,54 @@ class PagePool:
         while len(there.pages) > self.table.shape[1]:
             self.table = np.concatenate([self.table, np.zeros_like(self.table)], axis=1)
         self.table[there.row, begin : len(there.pages)] = there.pages[begin:]
+
+
+_MEMINFO = Path("/proc/meminfo")
+_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def free_memory_bytes(device: str = "cpu") -> int:
+    """Return the bytes that a torch device can still provide.
+
+    For a CPU these can be allocated without swapping, on the machine or within the container's limit. For a GPU they
+    include memory that torch has reserved but does not use now.
+    """
+    if device != "cpu":
+        return _free_of_gpu(device)
+    free = _available()
+    for limit, used in _LIMITS:
+        try:
+            most, now = limit.read_text().strip(), int(used.read_text())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit():
+            free = min(free, max(int(most) - now, 0))
+    return free
+
+
+def _free_of_gpu(device: str) -> int:
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def _available() -> int:
+    try:
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def cuda_count() -> int:
+    """Return the number of GPUs that torch finds among those in CUDA_VISIBLE_DEVICES."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -7,9 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.runtime.kv.errors import OutOfPagesError, UnknownSequenceError
-from hetis.runtime.kv.pool import PagePool
-from hetis.runtime.kv.shape import KvShape, SequenceKey
+from hetis.runtime.attention.kv import KvShape, OutOfPagesError, PagePool, SequenceKey, UnknownSequenceError
 
 
 def shape(**fields: object) -> KvShape:
