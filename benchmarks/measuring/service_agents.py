@@ -17,8 +17,7 @@ from typing import Any
 
 import grpc
 
-from hetis.runtime.agent.simulated.admission import SolverAdmission
-from hetis.runtime.agent.simulated.stage import SimulatedRequest, StageRun
+from hetis.runtime.agent.simulated.stage import SimulatedRequest, SolverAdmission, StageRun
 from hetis.v1 import agent_service_pb2 as pb
 from hetis.v1 import change_pb2, inventory_pb2, replica_pb2, report_pb2
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

@@ -19,7 +19,7 @@ import uvicorn
 from hetis.planner.service.metrics import ServiceMetrics
 from hetis.planner.service.status_page import PageLimits, limited_protocol, page_config, status_app
 from hetis.runtime.agent.metrics import LOOPBACK, AgentMetrics
-from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
+from hetis.runtime.agent.pressure import Scrape, ScrapeState, scrape
 from tests.planner.service.fakes import FakePlanner
 
 _HOSTS = ("planner.example",)

@@ -34,7 +34,7 @@ from hetis.planner.service.certificates import ends_of_certificates
 from hetis.planner.service.credentials import Tokens
 from hetis.planner.service.settings import load_config
 from hetis.profiler.importers import FORMATS, import_tables
-from hetis.runtime.agent.pressure.scraping import ScrapeState, read_text
+from hetis.runtime.agent.pressure import ScrapeState, read_text
 from hetis.runtime.vllm.settings import SettingsError, load_settings
 from hetis.solver.cluster import Cluster
 from hetis.solver.errors import HetisError, InvalidProblemError

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hetis.runtime.agent.connecting import ReconnectBackoff
-from hetis.runtime.agent.core import AgentCore, AgentIdentity, new_boot_id
-from hetis.runtime.agent.daemon import AgentDaemon
-from hetis.runtime.agent.devices.simulated import SimulatedDevices
+from hetis.runtime.agent.core import AgentCore, AgentIdentity
+from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
+from hetis.runtime.agent.devices.node import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
-from hetis.runtime.agent.sources import executor_reports
+from hetis.runtime.agent.options import ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import AgentCapability
 from tests.planner.fleet.samples import CLUSTER
@@ -79,7 +79,7 @@ class AgentHost:
             AgentIdentity(
                 node=f"{CLUSTER}/nodes/{self.node}",
                 agent_version="1.0",
-                boot_id=new_boot_id(),
+                boot_id=str(uuid.uuid4()),
                 capabilities=STEERED,
                 engine_address=self.engine_address,
                 clock="this boot",
@@ -94,7 +94,7 @@ class AgentHost:
             self.core,
             self.state,
             executor,
-            executor_reports(executor),
+            lambda: executor.watch_reports(LEAST_REPORT_S),
             devices,
             AgentMetrics(version="1.0"),
             clock=self._now,

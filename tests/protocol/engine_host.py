@@ -7,8 +7,9 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
-from hetis.runtime.agent.simulated.control import Control
+from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.agent.simulated.replica import Control
 from hetis.runtime.moves.refusals import RefusedError, failure_of, unreachable
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
@@ -77,18 +78,35 @@ class EngineHost:
 
     # The interface of the agent's executor.
 
-    async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse:
-        return await self._do("apply", lambda: self.engine.apply_assignment(request, self._now()))
+    async def call(
+        self, request: EngineRequest, progressed: Callable[[messages.CopyMovesResponse], None]
+    ) -> EngineResponse:
+        engine, now = self.engine, self._now
+        match request:
+            case messages.ApplyAssignmentRequest():
+                return await self._do("apply", lambda: engine.apply_assignment(request, now()))
+            case messages.ReserveMovesRequest():
+                return await self._do("reserve", lambda: engine.reserve_moves(request, now()))
+            case messages.CopyMovesRequest():
+                return await self._copy_moves(request, progressed)
+            case messages.FlipMovesRequest():
+                return await self._flip_moves(request)
+            case messages.ReleaseMovesRequest():
+                return await self._do("release", lambda: engine.release_moves(request, now()))
+            case messages.AbortMovesRequest():
+                said = self._ask_authority(request.change_id)
+                return await self._do("abort", lambda: engine.abort_moves(request, now(), authority=said))
+            case messages.ReadHeadMapsRequest():
+                return [await self._do("head maps", lambda: engine.head_maps(request.replica))]
 
-    async def reserve_moves(self, request: messages.ReserveMovesRequest) -> messages.ReserveMovesResponse:
-        return await self._do("reserve", lambda: self.engine.reserve_moves(request, self._now()))
-
-    async def copy_moves(self, request: messages.CopyMovesRequest) -> AsyncIterator[messages.CopyMovesResponse]:
+    async def _copy_moves(
+        self, request: messages.CopyMovesRequest, progressed: Callable[[messages.CopyMovesResponse], None]
+    ) -> messages.CopyMovesResponse:
         run = self._run_number
         change = await self._do("copy", lambda: self.engine.copy_moves(request, self._now()))
         while change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             self._same_run(run)
-            yield self.engine.copy_answer(change)
+            progressed(self.engine.copy_answer(change))
             await self._stepped.wait()
         self._same_run(run)
         if change.phase != ChangePhase.CHANGE_PHASE_READY:
@@ -100,22 +118,17 @@ class EngineHost:
                     phase=ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_"),
                 )
             )
-        yield self.engine.copy_answer(change)
+        answer = self.engine.copy_answer(change)
+        progressed(answer)
+        return answer
 
-    async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse:
+    async def _flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse:
         run = self._run_number
         await self._do("flip", lambda: self.engine.flip_moves(request, self._now()))
         while (answer := self.engine.flip_answer(request.change_id)) is None:
             await self._stepped.wait()
             self._same_run(run)
         return await self._answer(answer, run)
-
-    async def release_moves(self, request: messages.ReleaseMovesRequest) -> messages.ReleaseMovesResponse:
-        return await self._do("release", lambda: self.engine.release_moves(request, self._now()))
-
-    async def abort_moves(self, request: messages.AbortMovesRequest) -> messages.AbortMovesResponse:
-        said = self._ask_authority(request.change_id)
-        return await self._do("abort", lambda: self.engine.abort_moves(request, self._now(), authority=said))
 
     async def watch_reports(self, min_interval_s: float) -> AsyncIterator[messages.WatchReportsResponse]:
         run, sent = self._run_number, None
@@ -129,11 +142,6 @@ class EngineHost:
                 await asyncio.sleep(min_interval_s)
             else:
                 await self._stepped.wait()
-
-    async def read_head_maps(
-        self, request: messages.ReadHeadMapsRequest
-    ) -> AsyncIterator[messages.ReadHeadMapsResponse]:
-        yield await self._do("head maps", lambda: self.engine.head_maps(request.replica))
 
     async def close(self) -> None:
         pass

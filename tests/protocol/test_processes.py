@@ -166,8 +166,7 @@ class Fleet:
         async def read() -> HeadMap | None:
             executor = SocketExecutor(Path(self.socket(PRIMARY)))
             try:
-                async for answer in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA)):
-                    return answer.head_maps[0]
+                return (await executor.call(ReadHeadMapsRequest(replica=REPLICA)))[0].head_maps[0]
             except RefusedError:
                 pass
             finally:

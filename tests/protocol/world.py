@@ -20,7 +20,7 @@ from hetis.planner.failures import ServiceError
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.store import Transaction
 from hetis.runtime.agent.replica_state import ReplicaState
-from hetis.runtime.agent.simulated.control import Control
+from hetis.runtime.agent.simulated.replica import Control
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest
 from hetis.v1.change_pb2 import ChangePhase

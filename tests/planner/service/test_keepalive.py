@@ -12,7 +12,7 @@ from grpc._cython import cygrpc
 
 from hetis.planner.client.connection import CHANNEL_OPTIONS, SEVERAL_OPTIONS
 from hetis.planner.service import server
-from hetis.runtime.agent.connecting import OPTIONS as OPTIONS_OF_AGENTS
+from hetis.runtime.agent.options import OPTIONS as OPTIONS_OF_AGENTS
 from hetis.v1 import plan_service_pb2 as plans
 from hetis.v1.plan_service_pb2_grpc import PlanServiceStub
 from tests.faults.proxy import Proxy

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.agent.actions import (
+from hetis.runtime.agent.core import AgentCore, AgentIdentity
+from hetis.runtime.agent.outbox import (
     Action,
     Cancel,
     EndStream,
@@ -18,7 +19,6 @@ from hetis.runtime.agent.actions import (
     Persist,
     Send,
 )
-from hetis.runtime.agent.core import AgentCore, AgentIdentity
 from hetis.v1.agent_service_pb2 import (
     AbortChange,
     AgentCapability,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from hetis.runtime.agent.actions import EngineRequest
+from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.moves.refusals import RefusedError
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
@@ -48,38 +48,38 @@ class RecordingExecutor:
         self.reports: asyncio.Queue[WatchReportsResponse] = asyncio.Queue()
         self._answer = answer
 
-    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
-        removed = request.HasField("removed_replica")
-        state = AssignmentState.ASSIGNMENT_STATE_STOPPED if removed else AssignmentState.ASSIGNMENT_STATE_LOADED
-        return self._do(request, ApplyAssignmentResponse(state=state))
-
-    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
-        return self._do(request, ReserveMovesResponse())
-
-    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
-        yield self._do(request, CopyMovesResponse(copied_bytes=1, total_bytes=1))
-
-    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
-        return self._do(request, FlipMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_FLIPPED, step=1))
-
-    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
-        return self._do(request, ReleaseMovesResponse())
-
-    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
-        return self._do(request, AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED))
+    async def call(
+        self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
+    ) -> EngineResponse:
+        self.asked.append(request)
+        match request:
+            case ApplyAssignmentRequest():
+                removed = request.HasField("removed_replica")
+                state = AssignmentState.ASSIGNMENT_STATE_STOPPED if removed else AssignmentState.ASSIGNMENT_STATE_LOADED
+                return self._answered(request, ApplyAssignmentResponse(state=state))
+            case ReserveMovesRequest():
+                return self._answered(request, ReserveMovesResponse())
+            case CopyMovesRequest():
+                answer = self._answered(request, CopyMovesResponse(copied_bytes=1, total_bytes=1))
+                progressed(answer)
+                return answer
+            case FlipMovesRequest():
+                return self._answered(request, FlipMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_FLIPPED, step=1))
+            case ReleaseMovesRequest():
+                return self._answered(request, ReleaseMovesResponse())
+            case AbortMovesRequest():
+                return self._answered(request, AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED))
+            case ReadHeadMapsRequest():
+                return [self._answered(request, ReadHeadMapsResponse())]
 
     async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
         while True:
             yield await self.reports.get()
 
-    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
-        yield self._do(request, ReadHeadMapsResponse())
-
     async def close(self) -> None:
         """Do nothing, as nothing is open."""
 
-    def _do(self, request: EngineRequest, usual: ResponseT) -> ResponseT:
-        self.asked.append(request)
+    def _answered(self, request: EngineRequest, usual: ResponseT) -> ResponseT:
         answer = self._answer(request)
         if isinstance(answer, Failure):
             raise RefusedError(answer)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from hetis.runtime.agent.actions import Persist, Send
+from hetis.runtime.agent.outbox import Persist, Send
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Goodbye, StateRequest
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.executor_service_pb2 import (

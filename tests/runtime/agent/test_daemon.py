@@ -6,13 +6,12 @@ import asyncio
 import random
 from pathlib import Path
 
-from hetis.runtime.agent.connecting import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.core import AgentCore, AgentIdentity
-from hetis.runtime.agent.daemon import AgentDaemon
-from hetis.runtime.agent.devices.simulated import SimulatedDevices
+from hetis.runtime.agent.daemon import LEAST_REPORT_S, AgentDaemon
+from hetis.runtime.agent.devices.node import SimulatedDevices
 from hetis.runtime.agent.disk import StateDirectory
 from hetis.runtime.agent.metrics import AgentMetrics
-from hetis.runtime.agent.sources import executor_reports
+from hetis.runtime.agent.options import PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.report_pb2 import DeviceReport
@@ -30,7 +29,9 @@ def test_gauges_of_kv_are_what_the_engine_says(tmp_path: Path) -> None:
         kv = DeviceReport(index=1, total_blocks=1000, used_blocks=40)
         executor.reports.put_nowait(WatchReportsResponse(engine_id="e", devices=[kv]))
         async with PlannerDouble() as planner:
-            daemon = AgentDaemon(core, state, executor, executor_reports(executor), devices, metrics)
+            daemon = AgentDaemon(
+                core, state, executor, lambda: executor.watch_reports(LEAST_REPORT_S), devices, metrics
+            )
             address = PlannerAddress(server=planner.address, is_plain=True)
             running = asyncio.create_task(
                 daemon.run(PlannerStream(address, daemon, ReconnectBackoff(random.Random(0))))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor, check_socket
-from hetis.runtime.agent.simulated.control import Control
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.agent.simulated.replica import Control
 from hetis.runtime.agent.simulated.server import SimulatedServer
 from hetis.runtime.moves.refusals import RefusedError, reason_name, stale_epoch
 from hetis.v1.executor_service_pb2 import (
@@ -33,18 +33,17 @@ def test_refusals_cross_the_socket_with_reason_and_metadata(tmp_path: Path) -> N
         server = SimulatedServer(SimulatedEngine("p", 1), tmp_path / "e.sock")
         await server.start()
         executor = SocketExecutor(tmp_path / "e.sock")
-        await executor.apply_assignment(ApplyAssignmentRequest(epoch=5, generation=1, assignment=assignment()))
+        await executor.call(ApplyAssignmentRequest(epoch=5, generation=1, assignment=assignment()))
         with pytest.raises(RefusedError) as refused:
-            await executor.apply_assignment(ApplyAssignmentRequest(epoch=4, generation=2, assignment=assignment()))
+            await executor.call(ApplyAssignmentRequest(epoch=4, generation=2, assignment=assignment()))
         assert refused.value.failure.metadata == stale_epoch(4, 5).metadata
         assert reason_name(refused.value.failure) == "STALE_EPOCH"
         with pytest.raises(RefusedError) as refused:
-            async for _ in executor.read_head_maps(ReadHeadMapsRequest(replica="x")):
-                pass
+            await executor.call(ReadHeadMapsRequest(replica="x"))
         assert reason_name(refused.value.failure) == "NOT_FOUND"
         await server.close()
         with pytest.raises(RefusedError) as refused:
-            await executor.release_moves(ReleaseMovesRequest(epoch=5, change_id="x"))
+            await executor.call(ReleaseMovesRequest(epoch=5, change_id="x"))
         assert reason_name(refused.value.failure) == "ENGINE_UNREACHABLE"
         await executor.close()
 
@@ -64,18 +63,17 @@ def test_an_engine_learns_the_outcome_from_the_engine_of_the_primary(tmp_path: P
         executors = {"p": SocketExecutor(tmp_path / "p.sock"), "w": SocketExecutor(tmp_path / "w.sock")}
         for node, executor in executors.items():
             what = assignment(node, peers=peers)
-            await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what))
+            await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=what))
         moved = change(timeout_s=30)
         request = ReserveMovesRequest(epoch=1, change=moved, parts=[TARGET])
-        await executors["w"].reserve_moves(request)
-        async for _ in executors["w"].copy_moves(CopyMovesRequest(epoch=1, change_id=moved.change_id)):
-            pass
+        await executors["w"].call(request)
+        await executors["w"].call(CopyMovesRequest(epoch=1, change_id=moved.change_id))
         expired = AbortMovesRequest(epoch=1, change_id=moved.change_id)
         expired.failure.reason = 104  # PREPARE_EXPIRED: the authority may yet hear of it
         with pytest.raises(RefusedError, match="may yet hear of it"):
-            await executors["w"].abort_moves(expired)
-        await executors["p"].abort_moves(expired)
-        assert (await executors["w"].abort_moves(expired)).outcome == ABORTED
+            await executors["w"].call(expired)
+        await executors["p"].call(expired)
+        assert (await executors["w"].call(expired)).outcome == ABORTED
         async with asyncio.timeout(5):  # and loads of its device come the same way
             while not worker.engine.report(worker.now_s()).devices[0].used_blocks:
                 await asyncio.sleep(0.05)
@@ -119,9 +117,9 @@ def test_the_recording_executor_remembers_what_it_was_asked() -> None:
         flip = FlipMovesRequest(epoch=1, change_id=REPLICA)
         refused = AbortMovesRequest(epoch=1, change_id="no")
         executor = RecordingExecutor(lambda request: stale_epoch(1, 2) if request == refused else None)
-        assert (await executor.flip_moves(flip)).outcome == FLIPPED
+        assert (await executor.call(flip)).outcome == FLIPPED
         with pytest.raises(RefusedError):
-            await executor.abort_moves(refused)
+            await executor.call(refused)
         assert executor.asked == [flip, refused]
 
     asyncio.run(story())

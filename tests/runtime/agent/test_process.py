@@ -90,7 +90,7 @@ def serving(message: ConnectNodeRequest) -> bool:
 
 async def moves_of(executor: SocketExecutor) -> tuple[int, Move]:
     """Generation, and a move that the head map allows."""
-    async for answer in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA)):
+    for answer in await executor.call(ReadHeadMapsRequest(replica=REPLICA)):
         for request in answer.head_maps[0].requests:
             names = [device.name for device in answer.head_maps[0].devices]
             source = names[request.owners[0]]
@@ -110,7 +110,7 @@ async def moves_of(executor: SocketExecutor) -> tuple[int, Move]:
 
 
 async def owner(executor: SocketExecutor, what: Change) -> str:
-    async for answer in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA)):
+    for answer in await executor.call(ReadHeadMapsRequest(replica=REPLICA)):
         head_map = answer.head_maps[0]
         (request,) = [request for request in head_map.requests if request.id == what.moves[0].request]
         return head_map.devices[request.owners[0]].name
@@ -289,7 +289,7 @@ for name in {blocked}:
 import pkgutil, importlib, hetis.runtime.agent as agent
 for module in pkgutil.walk_packages(agent.__path__, "hetis.runtime.agent."):
     importlib.import_module(module.name)
-from hetis.runtime.agent.simulated.admission import ProportionalAdmission, best_admission
+from hetis.runtime.agent.simulated.stage import ProportionalAdmission, best_admission
 assert isinstance(best_admission(), ProportionalAdmission)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=60)

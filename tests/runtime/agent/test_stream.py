@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, MOST_WAIT_S, PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.options import MOST_WAIT_FOR_LEADER_S, MOST_WAIT_S, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.stream import PlannerStream
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse, Hello, StateRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure

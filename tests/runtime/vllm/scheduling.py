@@ -11,11 +11,11 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.vllm.costs import head_shape
+from hetis.runtime.vllm.executing import surround
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steering import SteeredVllm
 from hetis.runtime.vllm.steps import LOCAL, DeviceReport, Event, MoveStep, RankReport, StepPlan
-from hetis.runtime.vllm.surroundings import surround
 from hetis.v1.change_pb2 import Change, ChangePart
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,

@@ -12,7 +12,7 @@ import pytest
 
 from hetis.runtime.agent.executor import SocketExecutor
 from hetis.runtime.moves.refusals import RefusedError
-from hetis.runtime.vllm.boundary import MOST_WORKS, Boundary
+from hetis.runtime.vllm.scheduler import MOST_WORKS, Boundary
 from hetis.runtime.vllm.settings import SettingsError
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
@@ -123,29 +123,25 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path) -> None:
     async def act() -> None:
         executor = SocketExecutor(tmp_path / "engine.sock")
-        answer = await executor.apply_assignment(
-            ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment())
-        )
+        answer = await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
         assert answer.state == AssignmentState.ASSIGNMENT_STATE_SERVING
         world.generation = 1
         number = world.add("a")
         change = world.change(world.move(number, [0, 2], NAMES[1]))
         with Stepping(world):
-            await executor.reserve_moves(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
-            told = [one async for one in executor.copy_moves(CopyMovesRequest(epoch=1, change_id=change.change_id))]
-            assert told[-1].copied_bytes == told[-1].total_bytes > 0
-            flipped = await executor.flip_moves(
-                FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30))
-            )
+            await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+            told = await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
+            assert told.copied_bytes == told.total_bytes > 0
+            flipped = await executor.call(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
             assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_FLIPPED
-            pieces = [one async for one in executor.read_head_maps(ReadHeadMapsRequest(replica=REPLICA))]
+            pieces = await executor.call(ReadHeadMapsRequest(replica=REPLICA))
             assert list(pieces[0].head_maps[0].requests[0].owners) == [1, 0, 1, 0]
             reports = executor.watch_reports(0.01)
             steps = [(await anext(reports)).replicas[0].num_steps for _ in range(3)]
             assert steps == sorted(set(steps)), "each report is of a later step"
-            await executor.apply_assignment(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
+            await executor.call(ApplyAssignmentRequest(epoch=2, removed_replica="other"))
             with pytest.raises(RefusedError, match="epoch 1 is over: 2 was obeyed already"):
-                await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
+                await executor.call(ApplyAssignmentRequest(epoch=1, removed_replica="other"))
         await executor.close()
 
     asyncio.run(act())
@@ -154,17 +150,16 @@ def test_an_agent_steers_the_engine_over_its_socket(world: World, tmp_path: Path
 def test_an_engine_without_requests_answers_and_gives_up_what_is_void(world: World, tmp_path: Path) -> None:
     async def act() -> None:
         executor = SocketExecutor(tmp_path / "engine.sock")
-        await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+        await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
         world.generation = 1
         number = world.add("a")
         change = world.change(world.move(number, [0], NAMES[1]))
         with Stepping(world):
-            await executor.reserve_moves(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
-            async for _ in executor.copy_moves(CopyMovesRequest(epoch=1, change_id=change.change_id)):
-                pass
+            await executor.call(ReserveMovesRequest(epoch=1, change=change, parts=EVERYTHING))
+            await executor.call(CopyMovesRequest(epoch=1, change_id=change.change_id))
         world.finish("a")
         world.step()
-        flipped = await executor.flip_moves(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
+        flipped = await executor.call(FlipMovesRequest(epoch=1, change_id=change.change_id, timeout=seconds(30)))
         assert flipped.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
         await executor.close()
 
@@ -176,13 +171,11 @@ def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: P
         executor, seen = SocketExecutor(tmp_path / "engine.sock"), []
         for _ in range(2):
             world = World(socket=tmp_path / "engine.sock")
-            await executor.apply_assignment(
-                ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment())
-            )
+            await executor.call(ApplyAssignmentRequest(epoch=3, generation=7, assignment=world.assignment()))
             reports = executor.watch_reports(0.01)
             seen.append((await anext(reports)).engine_id)
             with pytest.raises(RefusedError, match="epoch 2 is over"):
-                await executor.apply_assignment(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
+                await executor.call(ApplyAssignmentRequest(epoch=2, generation=8, removed_replica=REPLICA))
             world.side.close()
             with pytest.raises(RefusedError):
                 async for _ in reports:
@@ -196,7 +189,7 @@ def test_an_engine_that_starts_again_says_so_to_an_agent_that_stayed(tmp_path: P
 def test_steps_go_on_while_an_agent_asks_and_does_not_listen(world: World, tmp_path: Path) -> None:
     async def act() -> None:
         executor = SocketExecutor(tmp_path / "engine.sock")
-        await executor.apply_assignment(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
+        await executor.call(ApplyAssignmentRequest(epoch=1, generation=1, assignment=world.assignment()))
         reports = executor.watch_reports(0.01)
         await anext(reports)  # and never again
         world.add("a")

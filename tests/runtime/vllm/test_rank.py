@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import DeviceLostError, KvShape
-from hetis.runtime.vllm.batch import VirtualBatch
+from hetis.runtime.vllm.head_map import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers

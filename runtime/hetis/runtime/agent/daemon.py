@@ -1,57 +1,113 @@
-"""The running agent: connects core, disk, engine, devices and stream, and carries out the core's actions."""
+"""The running agent: built from its options, it connects core, disk, engine, devices and stream, and carries out the
+core's actions.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import random
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hetis.runtime.agent.actions import (
-    Action,
-    Cancel,
-    EndStream,
-    EngineCall,
-    EngineRequest,
-    EngineResponse,
-    Persist,
-    Send,
-)
-from hetis.runtime.agent.core import AgentCore
-from hetis.runtime.agent.devices import Devices
-from hetis.runtime.agent.disk import StateDirectory, StateError
-from hetis.runtime.agent.executor import Executor
+from hetis.runtime.agent.core import AgentCore, AgentIdentity
+from hetis.runtime.agent.devices import Devices, discover, open_devices
+from hetis.runtime.agent.disk import StateDirectory, StateError, machine_boot_id
+from hetis.runtime.agent.executor import Executor, SocketExecutor
 from hetis.runtime.agent.metrics import AgentMetrics
+from hetis.runtime.agent.options import EngineChoice, EngineKind, PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.outbox import Action, Cancel, EndStream, EngineCall, EngineResponse, Persist, Send
+from hetis.runtime.agent.pressure import EngineNews, device_reports, replica_report, unreachable_report, watch_engine
+from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.stream import PlannerStream
-from hetis.runtime.moves.refusals import RefusedError, failure_of, reason_name, unreachable
-from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
+from hetis.runtime.moves.refusals import RefusedError, failure_of, reason_name, refusal, unreachable
+from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import ChangePhase
-from hetis.v1.executor_service_pb2 import (
-    AbortMovesRequest,
-    ApplyAssignmentRequest,
-    CopyMovesRequest,
-    CopyMovesResponse,
-    FlipMovesRequest,
-    ReadHeadMapsRequest,
-    ReleaseMovesRequest,
-    ReserveMovesRequest,
-    WatchReportsResponse,
-)
+from hetis.v1.executor_service_pb2 import WatchReportsResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 
+if TYPE_CHECKING:
+    from hetis.runtime.agent.simulated.server import SimulatedServer
+
+LEAST_REPORT_S = 0.2  # between two reports from an engine with `ExecutorService`
+SCRAPE_S = 2.0
 SAMPLE_S = 1.0  # between two samples of the devices
 INVENTORY_S = 60.0
 FIRST_REPORT_S = 3.0  # wait at most this long for the engine's first report before connecting to the planner
 LEAST_TICK_S, MOST_TICK_S = 0.005, 1.0
+_STEERED = frozenset(
+    {
+        AgentCapability.AGENT_CAPABILITY_ASSIGN,
+        AgentCapability.AGENT_CAPABILITY_MOVE,
+        AgentCapability.AGENT_CAPABILITY_HEAD_MAP,
+    }
+)
 _log = logging.getLogger(__name__)
+# A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone.
+Reports = Callable[[], AsyncIterator[WatchReportsResponse]]
 
 
-class EngineReports(Protocol):
-    """A source of the engine's reports: its socket or its metrics. Raises RefusedError when the engine is gone."""
+def scraped_reports(
+    url: str,
+    held: Callable[[], Sequence[ReplicaState]],
+    num_devices: int,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    told: Callable[[EngineNews, float], None] = lambda news, age_s: None,
+) -> Reports:
+    """Return reports made from an engine's metrics.
 
-    def __call__(self) -> AsyncIterator[WatchReportsResponse]: ...
+    Args:
+        held: returns the replicas that are assigned to the node.
+        num_devices: number of the node's devices; the engine is assumed to run on all of them.
+        told: called after every scrape, for metrics.
+    """
+
+    async def reports() -> AsyncIterator[WatchReportsResponse]:
+        async for news in watch_engine(url, interval_s=SCRAPE_S, clock=clock):
+            told(news, news.age_s(clock()))
+            yield report_of(news, held(), num_devices, engine_id=url)
+
+    return reports
+
+
+def report_of(
+    news: EngineNews, held: Sequence[ReplicaState], num_devices: int, *, engine_id: str
+) -> WatchReportsResponse:
+    """Return one report. A model belongs to the replica whose model document names it, or to the only replica."""
+    report = WatchReportsResponse(
+        engine_id=engine_id, devices=device_reports(news.readings.values(), range(num_devices))
+    )
+    assigned = [entry for entry in held if entry.assignment is not None]
+    for entry in assigned:
+        model = _model_of(entry, news, alone=len(assigned) == 1)
+        if news.message or model is None:
+            why = news.message or "the engine serves no model of that name"
+            report.replicas.append(unreachable_report(entry.replica, why))
+        else:
+            report.replicas.append(
+                replica_report(
+                    entry.replica,
+                    news.readings[model],
+                    earlier=news.earlier.get(model),
+                    pressure=news.pressure.get(model),
+                )
+            )
+    return report
+
+
+def _model_of(entry: ReplicaState, news: EngineNews, *, alone: bool) -> str | None:
+    assert entry.assignment is not None
+    text = entry.assignment.model.content.decode(errors="replace")
+    named = [model for model in news.readings if f'"{model}"' in text or f" {model}\n" in text]
+    if named:
+        return named[0]
+    return next(iter(news.readings)) if alone and len(news.readings) == 1 else None
 
 
 class AgentDaemon:
@@ -62,7 +118,7 @@ class AgentDaemon:
         core: AgentCore,
         state: StateDirectory,
         executor: Executor | None,
-        reports: EngineReports,
+        reports: Reports,
         devices: Devices,
         metrics: AgentMetrics,
         *,
@@ -158,8 +214,12 @@ class AgentDaemon:
     async def _call(self, call: EngineCall) -> None:
         answer: EngineResponse | Failure
         try:
+            if self._executor is None:
+                raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "this engine is not steered")
             async with asyncio.timeout(call.timeout_s):
-                answer = await self._ask(call.number, call.request)
+                answer = await self._executor.call(
+                    call.request, lambda copied: self._do(self._core.progressed(call.number, copied, self._clock()))
+                )
         except RefusedError as error:
             answer = error.failure
         except TimeoutError:
@@ -169,29 +229,6 @@ class AgentDaemon:
             answer = failure_of(ErrorReason.ERROR_REASON_INTERNAL, f"{type(error).__name__}: {error}")
         if self._calls.pop(call.number, None) is not None:
             self._do(self._core.answered(call.number, answer, self._clock()))
-
-    async def _ask(self, number: int, request: EngineRequest) -> EngineResponse:
-        executor = self._executor
-        if executor is None:
-            raise RefusedError(failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "this engine is not steered"))
-        match request:
-            case ApplyAssignmentRequest():
-                return await executor.apply_assignment(request)
-            case ReserveMovesRequest():
-                return await executor.reserve_moves(request)
-            case CopyMovesRequest():
-                last = CopyMovesResponse()
-                async for last in executor.copy_moves(request):
-                    self._do(self._core.progressed(number, last, self._clock()))
-                return last
-            case FlipMovesRequest():
-                return await executor.flip_moves(request)
-            case ReleaseMovesRequest():
-                return await executor.release_moves(request)
-            case AbortMovesRequest():
-                return await executor.abort_moves(request)
-            case ReadHeadMapsRequest():
-                return [response async for response in executor.read_head_maps(request)]
 
     # --- loops
 
@@ -243,3 +280,138 @@ class AgentDaemon:
             actions = self._core.tick(self._clock())
             if actions:
                 self._do(actions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Everything an agent is made of. ``devices`` is a source for `hetis.runtime.agent.devices.open_devices`."""
+
+    node: str
+    address: PlannerAddress
+    choice: EngineChoice
+    engine_address: str
+    state_dir: Path
+    devices: str
+    control: Path | None
+    seed: int
+    peer_address: str
+    metrics: tuple[str, int] | None
+    agent_version: str
+
+
+async def run_agent(parts: Parts) -> None:
+    """Run an agent until it is cancelled.
+
+    Raises:
+        DevicesUnavailableError, StateError, OSError: the agent cannot start or cannot continue.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        state = StateDirectory(parts.state_dir)
+        stack.callback(state.close)
+        simulated = parts.devices.startswith("simulated:")  # several such nodes share a host
+        devices = open_devices(parts.devices, host_name=parts.node.rpartition("/")[2] if simulated else "")
+        stack.callback(devices.close)
+        inventory = devices.inventory()
+        metrics = AgentMetrics(version=parts.agent_version)
+        if parts.metrics is not None:
+            host, port = parts.metrics
+            _log.info("metrics on http://%s:%d/metrics", host, metrics.serve(port, host=host))
+            stack.callback(metrics.close)
+        executor, engine_address = await _engine(parts, len(inventory.devices), stack)
+        capabilities = _STEERED if executor is not None else frozenset()
+        if parts.choice.kind is EngineKind.LAUNCH:
+            capabilities = frozenset({AgentCapability.AGENT_CAPABILITY_ASSIGN})
+        core = AgentCore(
+            AgentIdentity(
+                node=parts.node,
+                agent_version=parts.agent_version,
+                boot_id=str(uuid.uuid4()),
+                capabilities=capabilities,
+                engine_address=engine_address,
+                # The monotonic clock survives a restart of the agent but not a reboot.
+                clock=machine_boot_id() or f"unknown-{time.time_ns()}",
+            ),
+            state.read(),
+            inventory,
+            seed=random.Random(),
+        )
+        for part, why in core.damaged.items():
+            state.set_aside(part, why)
+        daemon = AgentDaemon(core, state, executor, _reports(parts, core, executor, metrics), devices, metrics)
+        _log.info("agent of %s: %d devices, planner %s", parts.node, len(inventory.devices), parts.address.server)
+        await daemon.run(PlannerStream(parts.address, daemon, ReconnectBackoff(random.Random())))
+
+
+async def run_engine(node: str, devices: str, socket: Path, control: Path | None, seed: int, peer_address: str) -> None:
+    """Run a simulated engine until it is cancelled."""
+    server = _simulated(node, len(discover(devices).devices), socket, control, seed, peer_address)
+    try:
+        await server.start()
+        _log.info("simulated engine of %s on %s, other engines on %s", node, socket, server.address)
+        await server.wait()
+    finally:
+        await server.close()
+
+
+def _simulated(
+    node: str, num_devices: int, socket: Path, control: Path | None, seed: int, peer_address: str
+) -> SimulatedServer:
+    from hetis.runtime.agent.simulated.engine import SimulatedEngine
+    from hetis.runtime.agent.simulated.replica import ControlFile
+    from hetis.runtime.agent.simulated.server import SimulatedServer
+    from hetis.runtime.agent.simulated.stage import best_admission
+
+    admission = best_admission()
+    _log.info("simulated engine: admission by %s", type(admission).__name__)
+    engine = SimulatedEngine(node.rpartition("/")[2], num_devices, seed=seed, admission=admission)
+    return SimulatedServer(
+        engine, socket, peer_address=peer_address, control=ControlFile(control) if control is not None else None
+    )
+
+
+async def _engine(parts: Parts, num_devices: int, stack: contextlib.AsyncExitStack) -> tuple[Executor | None, str]:
+    """Return the engine that the agent steers (None if it steers none) and the address where it listens for others."""
+    executor: Executor
+    address = ""
+    match parts.choice.kind:
+        case EngineKind.SOCKET:
+            executor = SocketExecutor(Path(parts.choice.where))
+        case EngineKind.SIMULATED:
+            socket = parts.state_dir / "engine.sock"
+            server = _simulated(parts.node, num_devices, socket, parts.control, parts.seed, parts.peer_address)
+            await server.start()
+            stack.push_async_callback(server.close)
+            executor, address = SocketExecutor(socket), server.address
+        case EngineKind.LAUNCH:
+            from hetis.engines.serving import joined
+            from hetis.runtime.agent.launched.executor import LaunchExecutor
+
+            settings, node = parts.choice.settings, parts.node.rpartition("/")[2]
+            assert settings is not None
+            folder = Path(settings.folder) if settings.folder else parts.state_dir / "engines"
+            executor = LaunchExecutor(settings, node=node, folder=folder.resolve())
+            own = settings.addresses.get(node, "")
+            address = joined(own, settings.port) if own else ""
+        case _:
+            return None, parts.engine_address
+    stack.push_async_callback(executor.close)
+    return executor, parts.engine_address or address
+
+
+def _reports(parts: Parts, core: AgentCore, executor: Executor | None, metrics: AgentMetrics) -> Reports:
+    if executor is not None:
+        return lambda: executor.watch_reports(LEAST_REPORT_S)
+    if parts.choice.kind is EngineKind.NONE:
+        return _no_reports
+    return scraped_reports(
+        parts.choice.where,
+        core.held,
+        len(core.inventory.devices),
+        told=lambda news, age_s: metrics.engine_scraped(news.state.value, age_s),
+    )
+
+
+async def _no_reports() -> AsyncIterator[WatchReportsResponse]:
+    """Yield one empty report without an engine, so that the agent does not wait for one."""
+    yield WatchReportsResponse()
+    await asyncio.Event().wait()

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
+from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
 from hetis.runtime.moves.refusals import RefusedError, failure_of_call, unreachable
-from hetis.v1 import executor_service_pb2 as messages
+from hetis.v1.executor_service_pb2 import (
+    CopyMovesRequest,
+    CopyMovesResponse,
+    ReadHeadMapsRequest,
+    WatchReportsRequest,
+    WatchReportsResponse,
+)
 from hetis.v1.executor_service_pb2_grpc import ExecutorServiceStub
 
 MOST_MESSAGE_BYTES = 4 << 20
@@ -25,21 +32,12 @@ class Executor(Protocol):
     unknown.
     """
 
-    async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse: ...
+    async def call(
+        self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
+    ) -> EngineResponse:
+        """Call the method that the request's type is of. ``progressed`` hears every answer to CopyMoves."""
 
-    async def reserve_moves(self, request: messages.ReserveMovesRequest) -> messages.ReserveMovesResponse: ...
-
-    def copy_moves(self, request: messages.CopyMovesRequest) -> AsyncIterator[messages.CopyMovesResponse]: ...
-
-    async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse: ...
-
-    async def release_moves(self, request: messages.ReleaseMovesRequest) -> messages.ReleaseMovesResponse: ...
-
-    async def abort_moves(self, request: messages.AbortMovesRequest) -> messages.AbortMovesResponse: ...
-
-    def watch_reports(self, min_interval_s: float) -> AsyncIterator[messages.WatchReportsResponse]: ...
-
-    def read_head_maps(self, request: messages.ReadHeadMapsRequest) -> AsyncIterator[messages.ReadHeadMapsResponse]: ...
+    def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]: ...
 
     async def close(self) -> None: ...
 
@@ -58,65 +56,30 @@ class SocketExecutor:
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=options)
         self._stub = ExecutorServiceStub(self._channel)
 
-    async def apply_assignment(self, request: messages.ApplyAssignmentRequest) -> messages.ApplyAssignmentResponse:
+    async def call(
+        self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
+    ) -> EngineResponse:
         check_socket(self._socket)
+        method: Any = getattr(self._stub, type(request).__name__.removesuffix("Request"))
         try:
-            return await self._stub.ApplyAssignment(request)
+            if isinstance(request, ReadHeadMapsRequest):
+                return [response async for response in method(request)]
+            if not isinstance(request, CopyMovesRequest):
+                answer: EngineResponse = await method(request)
+                return answer
+            copied = CopyMovesResponse()
+            async for copied in method(request):
+                progressed(copied)
+            return copied
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error
 
-    async def reserve_moves(self, request: messages.ReserveMovesRequest) -> messages.ReserveMovesResponse:
-        check_socket(self._socket)
-        try:
-            return await self._stub.ReserveMoves(request)
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def copy_moves(self, request: messages.CopyMovesRequest) -> AsyncIterator[messages.CopyMovesResponse]:
-        check_socket(self._socket)
-        try:
-            async for response in self._stub.CopyMoves(request):
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def flip_moves(self, request: messages.FlipMovesRequest) -> messages.FlipMovesResponse:
-        check_socket(self._socket)
-        try:
-            return await self._stub.FlipMoves(request)
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def release_moves(self, request: messages.ReleaseMovesRequest) -> messages.ReleaseMovesResponse:
-        check_socket(self._socket)
-        try:
-            return await self._stub.ReleaseMoves(request)
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def abort_moves(self, request: messages.AbortMovesRequest) -> messages.AbortMovesResponse:
-        check_socket(self._socket)
-        try:
-            return await self._stub.AbortMoves(request)
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[messages.WatchReportsResponse]:
+    async def watch_reports(self, min_interval_s: float) -> AsyncIterator[WatchReportsResponse]:
         check_socket(self._socket)
         interval = Duration()
         interval.FromNanoseconds(int(min_interval_s * 1e9))
         try:
-            async for response in self._stub.WatchReports(messages.WatchReportsRequest(min_interval=interval)):
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise RefusedError(failure_of_call(error)) from error
-
-    async def read_head_maps(
-        self, request: messages.ReadHeadMapsRequest
-    ) -> AsyncIterator[messages.ReadHeadMapsResponse]:
-        check_socket(self._socket)
-        try:
-            async for response in self._stub.ReadHeadMaps(request):
+            async for response in self._stub.WatchReports(WatchReportsRequest(min_interval=interval)):
                 yield response
         except grpc.aio.AioRpcError as error:
             raise RefusedError(failure_of_call(error)) from error

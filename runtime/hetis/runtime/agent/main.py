@@ -6,21 +6,22 @@ import asyncio
 import json
 import logging
 import os
-import random
 import signal
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from hetis.runtime.agent.connecting import AgentOptionError, PlannerAddress, ReconnectBackoff
 from hetis.runtime.agent.options import (
+    AgentOptionError,
     Checking,
     EngineChoice,
+    PlannerAddress,
     checked_address,
     checked_devices,
     checked_node,
@@ -57,139 +58,97 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Devices = Annotated[
-    str,
-    typer.Option(
-        envvar="HETIS_AGENT_DEVICES",
-        help="Where devices come from: auto, nvml, none or simulated:TYPE:COUNT,...",
-    ),
-]
+
+def _option(name: str, meaning: str) -> Any:
+    """Return an option that the variable HETIS_AGENT_``name`` gives, too."""
+    return typer.Option(envvar=f"HETIS_AGENT_{name}", help=meaning)
+
+
+Node = Annotated[str, _option("NODE", "This node: clusters/CLUSTER/nodes/NODE. Required.")]
+Devices = Annotated[str, _option("DEVICES", "Where devices come from: auto, nvml, none or simulated:TYPE:COUNT,...")]
 SimulatedDevices = Annotated[
     str,
-    typer.Option(
-        envvar="HETIS_AGENT_SIMULATED_DEVICES",
-        help="TYPE:COUNT,... is short for --devices simulated:TYPE:COUNT,...: only said to be there.",
+    _option(
+        "SIMULATED_DEVICES", "TYPE:COUNT,... is short for --devices simulated:TYPE:COUNT,...: only said to be there."
     ),
 ]
 Control = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="HETIS_AGENT_CONTROL", help="YAML or JSON that steers a simulated engine; read when it changes."
-    ),
+    Path | None, _option("CONTROL", "YAML or JSON that steers a simulated engine; read when it changes.")
 ]
-Seed = Annotated[int, typer.Option(envvar="HETIS_AGENT_SEED", help="Of the load of a simulated engine.")]
-Peer = Annotated[
-    str,
-    typer.Option(
-        envvar="HETIS_AGENT_PEER_ADDRESS", help="Where a simulated engine lets other engines read; port 0: any."
-    ),
-]
+Seed = Annotated[int, _option("SEED", "Of the load of a simulated engine.")]
+Peer = Annotated[str, _option("PEER_ADDRESS", "Where a simulated engine lets other engines read; port 0: any.")]
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
     server: Annotated[
-        str,
-        typer.Option(
-            envvar="HETIS_AGENT_SERVER",
-            help="The planner, host:port; several with commas: the one that leads is found.",
-        ),
+        str, _option("SERVER", "The planner, host:port; several with commas: the one that leads is found.")
     ] = "127.0.0.1:8470",
-    node: Annotated[
-        str, typer.Option(envvar="HETIS_AGENT_NODE", help="This node: clusters/CLUSTER/nodes/NODE. Required.")
-    ] = "",
+    node: Node = "",
     engine: Annotated[
         str,
-        typer.Option(
-            envvar="HETIS_AGENT_ENGINE",
-            help="unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none.",
+        _option(
+            "ENGINE", "unix:///PATH, vllm:http://HOST:PORT, sglang:http://HOST:PORT, launch:FILE, simulated or none."
         ),
     ] = "none",
-    engine_address: Annotated[
-        str, typer.Option(envvar="HETIS_AGENT_ENGINE_ADDRESS", help="Where the engine listens for other engines.")
-    ] = "",
+    engine_address: Annotated[str, _option("ENGINE_ADDRESS", "Where the engine listens for other engines.")] = "",
     state_dir: Annotated[
-        Path | None,
-        typer.Option(envvar="HETIS_AGENT_STATE_DIR", help="What must not be forgotten. Default: under XDG_STATE_HOME."),
+        Path | None, _option("STATE_DIR", "What must not be forgotten. Default: under XDG_STATE_HOME.")
     ] = None,
-    tls_ca: Annotated[
-        Path | None, typer.Option(envvar="HETIS_AGENT_TLS_CA", help="Signs the planner's certificate.")
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(envvar="HETIS_AGENT_TLS_CERT", help="This node's certificate.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(envvar="HETIS_AGENT_TLS_KEY", help="Its key.")] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(envvar="HETIS_AGENT_TOKEN_FILE", help="Holds a bearer token; or set HETIS_AGENT_TOKEN."),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option(envvar="HETIS_AGENT_INSECURE", help="No TLS, to a planner on another machine.")
-    ] = False,
-    metrics: Annotated[
-        str, typer.Option(envvar="HETIS_AGENT_METRICS", help="Serve the agent's own metrics on HOST:PORT.")
-    ] = "",
+    tls_ca: Annotated[Path | None, _option("TLS_CA", "Signs the planner's certificate.")] = None,
+    tls_cert: Annotated[Path | None, _option("TLS_CERT", "This node's certificate.")] = None,
+    tls_key: Annotated[Path | None, _option("TLS_KEY", "Its key.")] = None,
+    token_file: Annotated[Path | None, _option("TOKEN_FILE", "Holds a bearer token; or set HETIS_AGENT_TOKEN.")] = None,
+    insecure: Annotated[bool, _option("INSECURE", "No TLS, to a planner on another machine.")] = False,
+    metrics: Annotated[str, _option("METRICS", "Serve the agent's own metrics on HOST:PORT.")] = "",
     devices: Devices = "auto",
     simulated_devices: SimulatedDevices = "",
     control: Control = None,
     seed: Seed = 0,
     peer_address: Peer = "127.0.0.1:0",
-    log_level: Annotated[
-        str, typer.Option(envvar="HETIS_AGENT_LOG_LEVEL", help="debug, info, warning or error.")
-    ] = "info",
+    log_level: Annotated[str, _option("LOG_LEVEL", "debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the agent of this node until SIGTERM."""
     if context.invoked_subcommand is not None:
         return
     uses_tls = tls_ca is not None or tls_cert is not None
     source = f"simulated:{simulated_devices}" if simulated_devices else devices
-    checking = Checking()
-    checking.get(lambda: _set_up_logs(log_level))
-    checking.get(lambda: checked_node(node))
-    address = checking.get(
-        lambda: PlannerAddress(
-            server=server,
-            ca=tls_ca,
-            cert=tls_cert,
-            key=tls_key,
-            token_file=token_file,
-            is_plain=insecure or (loopback_server(server) and not uses_tls),
+    with checking() as check:
+        check(lambda: _set_up_logs(log_level))
+        check(lambda: checked_node(node))
+        address = check(
+            lambda: PlannerAddress(
+                server=server,
+                ca=tls_ca,
+                cert=tls_cert,
+                key=tls_key,
+                token_file=token_file,
+                is_plain=insecure or (loopback_server(server) and not uses_tls),
+            )
         )
-    )
-    choice = checking.get(lambda: EngineChoice.parse(engine))
-    checking.get(lambda: checked_devices(source, engine=choice))
-    listen = checking.get(lambda: checked_address("--metrics", metrics)) if metrics else None
-    checking.get(lambda: checked_address("--peer-address", peer_address))
-    try:
-        checking.finish()
-    except AgentOptionError as error:
-        _fail_options(error)
+        choice = check(lambda: EngineChoice.parse(engine))
+        check(lambda: checked_devices(source, engine=choice))
+        listen = check(lambda: checked_address("--metrics", metrics)) if metrics else None
+        check(lambda: checked_address("--peer-address", peer_address))
     assert address is not None
     assert choice is not None
-    state = state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), node)
+    from hetis.runtime.agent.daemon import Parts, run_agent
 
-    async def work() -> None:
-        from hetis.runtime.agent.assembly import Parts, run_agent
-
-        await run_agent(
-            Parts(
-                node=node,
-                address=address,
-                choice=choice,
-                engine_address=engine_address,
-                state_dir=state,
-                devices=source,
-                control=control,
-                seed=seed,
-                peer_address=peer_address,
-                metrics=listen,
-                agent_version=version("hetis"),
-            ),
-            ReconnectBackoff(random.Random()),
-        )
-
-    _run_until_told(work())
+    parts = Parts(
+        node=node,
+        address=address,
+        choice=choice,
+        engine_address=engine_address,
+        state_dir=state_dir or default_state_dir(os.environ.get("XDG_STATE_HOME"), node),
+        devices=source,
+        control=control,
+        seed=seed,
+        peer_address=peer_address,
+        metrics=listen,
+        agent_version=version("hetis"),
+    )
+    _run_until_told(run_agent(parts))
 
 
 @app.command()
@@ -209,7 +168,7 @@ def devices(devices: Devices = "auto", simulated_devices: SimulatedDevices = "")
 @app.command()
 def simulate(
     socket: Annotated[Path, typer.Option(help="Unix socket for the agent.")],
-    node: Annotated[str, typer.Option(envvar="HETIS_AGENT_NODE", help="clusters/CLUSTER/nodes/NODE.")],
+    node: Annotated[str, _option("NODE", "clusters/CLUSTER/nodes/NODE.")],
     simulated_devices: SimulatedDevices,
     control: Control = None,
     seed: Seed = 0,
@@ -217,27 +176,30 @@ def simulate(
 ) -> None:
     """Run a simulated engine alone, for an agent that is started with --engine unix://SOCKET."""
     source = f"simulated:{simulated_devices}"
-    checking = Checking()
-    checking.get(lambda: _set_up_logs("info"))
-    checking.get(lambda: checked_node(node))
-    checking.get(lambda: checked_devices(source, engine=None))
-    checking.get(lambda: checked_address("--peer-address", peer_address))
-    try:
-        checking.finish()
-    except AgentOptionError as error:
-        _fail_options(error)
+    with checking() as check:
+        check(lambda: _set_up_logs("info"))
+        check(lambda: checked_node(node))
+        check(lambda: checked_devices(source, engine=None))
+        check(lambda: checked_address("--peer-address", peer_address))
+    from hetis.runtime.agent.daemon import run_engine
 
-    async def work() -> None:
-        from hetis.runtime.agent.assembly import run_engine
-
-        await run_engine(node, source, socket, control, seed, peer_address)
-
-    _run_until_told(work())
+    _run_until_told(run_engine(node, source, socket, control, seed, peer_address))
 
 
 def main() -> None:
     """Run the command ``hetis-agent``."""
     app()
+
+
+@contextmanager
+def checking() -> Iterator[Checking]:
+    """Check all options within the context, then print one line for each problem and exit if there is any."""
+    check = Checking()
+    yield check
+    for message in check.wrong[:-1]:
+        print(f"hetis-agent: {message}", file=sys.stderr)
+    if check.wrong:
+        _fail(check.wrong[-1], EXIT_INVALID)
 
 
 def _run_until_told(work: Coroutine[Any, Any, None]) -> None:
@@ -289,10 +251,3 @@ def _set_up_logs(level: str) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     print(f"hetis-agent: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def _fail_options(error: AgentOptionError) -> NoReturn:
-    """Print one line for each problem and exit."""
-    for message in error.messages[:-1]:
-        print(f"hetis-agent: {message}", file=sys.stderr)
-    _fail(error.messages[-1], EXIT_INVALID)

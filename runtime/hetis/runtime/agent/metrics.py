@@ -13,6 +13,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 from hetis.v1 import agent_service_pb2, inventory_pb2, report_pb2
 
 LOOPBACK = "127.0.0.1"
+_OF_DEVICES = {
+    "kv_blocks": "KV blocks there are, in the engine's unit.",
+    "kv_blocks_used": "Of them, not evictable.",
+    "memory_used_bytes": "Memory in use by all processes.",
+    "busy_ratio": "Share of time in which a kernel ran.",
+    "clock_hertz": "Clock of the multiprocessors.",
+    "throttled": "Whether something but idleness slows it, 1 or 0.",
+    "healthy": "Whether it can be used, 1 or 0.",
+}
 
 
 class AgentMetrics:
@@ -33,14 +42,9 @@ class AgentMetrics:
         self._changes = self._counter("changes", "Changes that ended here, by outcome.", "outcome")
         self._scrapes = self._counter("engine_scrapes", "Reads of the engine's metrics, by how they ended.", "state")
         self._age = self._gauge("engine_age_seconds", "How old the engine's last numbers are.")
-        device = ("index", "gpu_type")
-        self._blocks = self._gauge("device_kv_blocks", "KV blocks there are, in the engine's unit.", *device)
-        self._used = self._gauge("device_kv_blocks_used", "Of them, not evictable.", *device)
-        self._memory = self._gauge("device_memory_used_bytes", "Memory in use by all processes.", *device)
-        self._busy = self._gauge("device_busy_ratio", "Share of time in which a kernel ran.", *device)
-        self._clock = self._gauge("device_clock_hertz", "Clock of the multiprocessors.", *device)
-        self._throttled = self._gauge("device_throttled", "Whether something but idleness slows it, 1 or 0.", *device)
-        self._healthy = self._gauge("device_healthy", "Whether it can be used, 1 or 0.", *device)
+        self._devices = {
+            name: self._gauge(f"device_{name}", meaning, "index", "gpu_type") for name, meaning in _OF_DEVICES.items()
+        }
 
     def serve(self, port: int, *, host: str = LOOPBACK) -> int:
         """Serve ``/metrics`` from a separate thread and return the port, which the system chooses if it is 0.
@@ -97,24 +101,24 @@ class AgentMetrics:
 
     def inventory_found(self, inventory: inventory_pb2.NodeInventory) -> None:
         """Set the devices that samples belong to, and forget those that are gone."""
-        for gauge in self._of_devices():
+        for gauge in self._devices.values():
             gauge.clear()
         self._types = {device.index: device.gpu_type for device in inventory.devices}
 
     def devices_sampled(self, reports: Iterable[report_pb2.DeviceReport]) -> None:
         for report in reports:
-            labels = (str(report.index), self._types.get(report.index, ""))
             slowed = set(report.throttle_reasons) - {report_pb2.THROTTLE_REASON_IDLE}
-            self._blocks.labels(*labels).set(report.total_blocks)
-            self._used.labels(*labels).set(report.used_blocks)
-            self._memory.labels(*labels).set(report.memory_used_bytes)
-            self._busy.labels(*labels).set(report.busy_ratio)
-            self._clock.labels(*labels).set(report.clock_hz)
-            self._throttled.labels(*labels).set(bool(slowed))
-            self._healthy.labels(*labels).set(not report.unhealthy)
-
-    def _of_devices(self) -> tuple[Gauge, ...]:
-        return (self._blocks, self._used, self._memory, self._busy, self._clock, self._throttled, self._healthy)
+            values = {
+                "kv_blocks": report.total_blocks,
+                "kv_blocks_used": report.used_blocks,
+                "memory_used_bytes": report.memory_used_bytes,
+                "busy_ratio": report.busy_ratio,
+                "clock_hertz": report.clock_hz,
+                "throttled": bool(slowed),
+                "healthy": not report.unhealthy,
+            }
+            for name, value in values.items():
+                self._devices[name].labels(str(report.index), self._types.get(report.index, "")).set(value)
 
     def _gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
         return Gauge(f"hetis_agent_{name}", meaning, labels, registry=self.registry)

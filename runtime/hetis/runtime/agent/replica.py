@@ -11,10 +11,8 @@ from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.agent.actions import EngineRequest, EngineResponse
-from hetis.runtime.agent.admissible import refusal_of, wrong_fields
-from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState
+from hetis.runtime.agent.outbox import EngineRequest, EngineResponse, Outbox
+from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState, refusal_of, wrong_fields
 from hetis.runtime.moves.refusals import failure_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack

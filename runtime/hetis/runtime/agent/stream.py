@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import grpc
 
 from hetis.formats.endpoints import Endpoint
-from hetis.runtime.agent.actions import EndStream
-from hetis.runtime.agent.connecting import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.options import MOST_WAIT_FOR_LEADER_S, PlannerAddress, ReconnectBackoff
+from hetis.runtime.agent.outbox import EndStream
 from hetis.runtime.moves.refusals import failure_of_call, reason_name
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.agent_service_pb2_grpc import AgentServiceStub

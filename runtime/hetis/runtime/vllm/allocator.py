@@ -11,15 +11,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from hetis.runtime.vllm.steps import LOCAL, Admitted, GroupMove
-from hetis.solver.dispatch.problem import DeviceLoad, HeadShape, IntArray, Requests, Stage
+from hetis.solver.dispatch.problem import DeviceLoad, FloatArray, HeadShape, IntArray, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
+from hetis.solver.redispatch.problem import RedispatchProblem
+from hetis.solver.redispatch.solve import Redispatcher
+from hetis.solver.redispatch.triggers import triggers
+from hetis.solver.redispatch.watch import Watch
+
+if TYPE_CHECKING:
+    from hetis.runtime.vllm.settings import EngineRedispatchSettings
+
 
 _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool counts the real ones
 _MOST_RECENT = 256  # decision times that are kept until they are taken
@@ -512,3 +520,54 @@ def _named(counts: Sequence[int]) -> tuple[int, ...]:
                 devices.append(device)
                 left[device] -= 1
     return tuple(devices)
+
+
+BeginMove = Callable[[str, Sequence[int], int], int | None]
+
+
+class Redispatch:
+    """Examines one engine's requests at a fixed interval of steps.
+
+    Attributes:
+        num_looks: number of times that the solver was called.
+    """
+
+    def __init__(
+        self,
+        allocator: HeadAllocator,
+        begin_move: BeginMove,
+        settings: EngineRedispatchSettings,
+        *,
+        num_layers: int,
+        link_byte_s: Callable[[], FloatArray],
+    ) -> None:
+        """Initialise with the model's ``num_layers`` and the seconds per byte of KV leaving each device, shape [D]."""
+        self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
+        self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
+        self._watch = Watch()
+        self.num_looks = 0
+
+    def advance(self) -> None:
+        """Count a step, and look if it is time."""
+        self._steps += 1
+        due = self._steps % self._settings.every_steps == 0
+        if self._settings.enabled and due and self._allocator.running and not self._allocator.moves:
+            self.look()
+
+    def look(self) -> None:
+        """Begin the moves of the first wave if triggers fire and any moves pay. Later waves come with later looks."""
+        allocator = self._allocator
+        snapshot = allocator.snapshot()
+        dispatcher = Dispatcher(snapshot.stage)
+        fired = triggers(snapshot, dispatcher, theta=self._settings.theta)
+        if not self._watch.due(snapshot, fired):
+            return
+        self.num_looks += 1
+        problem = RedispatchProblem(snapshot=snapshot, num_layers=self._num_layers, link_byte_s=self._link_byte_s())
+        moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
+        self._watch.looked(snapshot, fired, moved=bool(moves))
+        allocator.state.mark_seen()
+        for move in moves:
+            owners = allocator.devices(move.request)
+            groups = [group for group, device in enumerate(owners) if device == move.source][: move.groups]
+            self._begin_move(move.request, groups, move.target)

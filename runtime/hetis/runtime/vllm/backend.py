@@ -15,9 +15,9 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from hetis.runtime.vllm.batch import VirtualBatch
-from hetis.runtime.vllm.current import current_rank
-from hetis.runtime.vllm.specs import HeadGroupSpec
+from hetis.runtime.vllm.blocks import HeadGroupSpec
+from hetis.runtime.vllm.head_map import VirtualBatch
+from hetis.runtime.vllm.rank import current_rank
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

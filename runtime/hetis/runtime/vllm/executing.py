@@ -1,6 +1,6 @@
 """`ExecutorService` inside vLLM's engine process: the node's agent reaches the scheduler over a Unix socket.
 
-gRPC runs in its own thread. The scheduler never waits for it; see `hetis.runtime.vllm.boundary`.
+gRPC runs in its own thread. The scheduler never waits for it; see `hetis.runtime.vllm.scheduler`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import grpc
 
 from hetis.runtime.moves.engine import SteeredEngine
 from hetis.runtime.moves.servicer import ExecutorServicer, bind_socket
-from hetis.runtime.vllm.boundary import Boundary
+from hetis.runtime.vllm.counts import SchedulerCounts
+from hetis.runtime.vllm.scheduler import Boundary, SchedulerSide
+from hetis.runtime.vllm.settings import SettingsError
+from hetis.runtime.vllm.steering import SteeredVllm
 from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.executor_service_pb2_grpc import add_ExecutorServiceServicer_to_server
 
@@ -115,3 +118,22 @@ class _Host:
 
     async def ask_authority(self, change_id: str) -> Iterable[ChangeStatus] | None:
         return None  # this engine is always the authority
+
+
+def surround(side: SchedulerSide) -> SteeredVllm | None:
+    """Attach both to a side that is connected to its block manager. Returns what an agent steers, or None.
+
+    Raises:
+        SettingsError: the executor's socket cannot be created.
+    """
+    path = side.settings.executor
+    if path is None:
+        side.attach(SchedulerCounts(side))
+        return None
+    steered = SteeredVllm(side)
+    try:
+        executor = ExecutorThread(path, steered, side.boundary)
+    except OSError as error:
+        raise SettingsError(f"hetis: executor: {error}") from None
+    side.attach(SchedulerCounts(side), steered, executor)
+    return steered

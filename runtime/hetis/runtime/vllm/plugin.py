@@ -26,9 +26,8 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    from hetis.runtime.vllm.blocks import HeadGroupManager
+    from hetis.runtime.vllm.blocks import HeadGroupManager, HeadGroupSpec
     from hetis.runtime.vllm.settings import read_settings
-    from hetis.runtime.vllm.specs import HeadGroupSpec
 
     settings = read_settings()
     assert settings is not None, "the variable is set"

@@ -22,21 +22,26 @@ import torch
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.measured.calibration import OVER_READING, Calibration, Taken, token_bytes
-from hetis.runtime.vllm.batch import IntArray, StepRequests, VirtualBatch, part_of, slots_of
-from hetis.runtime.vllm.head_map import HeadMap
+from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import KvStore, Mover
-from hetis.runtime.vllm.steps import (
-    LOCAL,
-    Admitted,
-    DeviceReport,
-    Gone,
-    Grown,
-    MoveStep,
-    RankReport,
-    Rehomed,
-    StepPlan,
-)
+from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
+
+_rank: Rank | None = None
+
+
+def current_rank() -> Rank:
+    """Return the rank that the connector has made. Raises RuntimeError if vLLM was started without it."""
+    if _rank is None:
+        raise RuntimeError("hetis needs its connector: start vLLM with --kv-transfer-config as docs/vllm.md says")
+    return _rank
+
+
+def set_current_rank(rank: Rank | None) -> None:
+    """Set the rank. Called by the connector."""
+    global _rank
+    _rank = rank
+
 
 REPORT_S = 1.0  # between two reports of counters
 MOST_TAKEN = 15  # steps of each device in a report: as many as the median that costs follow is taken over

@@ -1,19 +1,20 @@
 """The plugin in vLLM's scheduler: places requests, moves their head groups, and informs the ranks with every step.
 
 Nothing here imports vLLM: the connector passes on vLLM's requests, and the block manager is behind `Blocks`. An
-agent's requests come through `hetis.runtime.vllm.steering`, between two steps; see `hetis.runtime.vllm.boundary`.
+agent's requests come through `hetis.runtime.vllm.steering`, between two steps; see `Boundary`.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from hetis.runtime.vllm.boundary import Boundary
 from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL, Event, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
@@ -22,6 +23,81 @@ if TYPE_CHECKING:
     from hetis.runtime.vllm.allocator import HeadAllocator
     from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
+
+
+MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done
+
+T = TypeVar("T")
+
+
+class Boundary:
+    """Hands the scheduler's state from thread to thread.
+
+    Attributes:
+        lock: held by the thread at work on the state. vLLM's thread holds it between two steps, others for one short
+            piece of work, and only while nothing runs.
+        num_steps: boundaries that vLLM's thread has reached.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.lock = threading.Lock()
+        self.num_steps = 0
+        self._clock = clock
+        self._is_busy = False
+        self._works: deque[Callable[[], None]] = deque()
+        self._waiting: set[Callable[[], None]] = set()
+
+    # --- vLLM's thread
+
+    def enter(self) -> None:
+        """Reserve the state for vLLM's thread until `leave`, because something is about to run."""
+        if not self._is_busy:
+            with self.lock:
+                self._is_busy = True
+
+    def leave(self, *, is_idle: bool) -> None:
+        """Do other threads' work at a boundary, with `lock` held; all of it if nothing will run (``is_idle``)."""
+        self.num_steps += 1
+        begun_s, done = self._clock(), 0
+        while self._works and (is_idle or not done or (done < MOST_WORKS and self._clock() - begun_s < MOST_S)):
+            self._works.popleft()()
+            done += 1
+        self._is_busy = not is_idle
+        waiting, self._waiting = self._waiting, set()
+        for wake in waiting:
+            wake()
+
+    # --- other threads
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Run ``work`` and return a future with its result or exception."""
+        future: Future[T] = Future()
+
+        def do() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self.lock:
+            if self._is_busy:
+                self._works.append(do)
+            else:
+                do()
+        return future
+
+    def on_step(self, wake: Callable[[], None]) -> None:
+        """Call ``wake`` once, on vLLM's thread, at the next boundary."""
+        with self.lock:
+            self._waiting.add(wake)
+
+    def off_step(self, wake: Callable[[], None]) -> None:
+        """Undo `on_step`. The call may have happened already."""
+        with self.lock:
+            self._waiting.discard(wake)
+
 
 _log = logging.getLogger(__name__)
 _RECENT = 64  # times over which means are taken
@@ -154,9 +230,8 @@ class SchedulerSide:
     def bind(self, manager: Blocks, shape: EngineShape) -> None:
         """Connect to the block manager."""
         # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
-        from hetis.runtime.vllm.allocator import HeadAllocator
+        from hetis.runtime.vllm.allocator import HeadAllocator, Redispatch
         from hetis.runtime.vllm.costs import EngineCosts
-        from hetis.runtime.vllm.redispatch import Redispatch
         from hetis.solver.dispatch.warming import compile_dispatch
 
         settings = self.settings

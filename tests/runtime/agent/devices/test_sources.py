@@ -8,8 +8,8 @@ import pytest
 
 from hetis.formats.catalogue import gpus
 from hetis.runtime.agent.devices import DevicesUnavailableError, discover, open_devices
+from hetis.runtime.agent.devices.node import COOL_C, MAX_CLOCK_HZ
 from hetis.runtime.agent.devices.nvml import gpu_entry
-from hetis.runtime.agent.devices.simulated import HOT_C, MAX_CLOCK_HZ, Condition, SimulatedDevices
 from hetis.v1 import inventory_pb2, report_pb2
 
 MIB = 2**20
@@ -72,20 +72,10 @@ def test_simulated_devices_are_of_the_types_that_are_said() -> None:
     assert inventory == discover("simulated:A100-SXM-80GB:2,L4:2", host_name="sim-3")
 
 
-def test_a_simulated_device_is_as_it_is_told_to_be() -> None:
-    ill = {1: Condition(clock_ratio=0.5, busy_ratio=0.9, memory_used_bytes=5, unhealthy="XID 79")}
-    devices = SimulatedDevices.parse("L4:2", condition=lambda index: ill.get(index, Condition()))
-    first, second = devices.sample()
-    assert (first.clock_hz, list(first.throttle_reasons), first.unhealthy) == (MAX_CLOCK_HZ, [], "")
-    assert second == report_pb2.DeviceReport(
-        index=1,
-        memory_used_bytes=5,
-        busy_ratio=0.9,
-        clock_hz=MAX_CLOCK_HZ / 2,
-        throttle_reasons=[report_pb2.THROTTLE_REASON_THERMAL],
-        temperature_c=HOT_C,
-        unhealthy="XID 79",
-    )
+def test_simulated_devices_are_idle_and_well() -> None:
+    first, second = open_devices("simulated:L4:2").sample()
+    assert first == report_pb2.DeviceReport(index=0, clock_hz=MAX_CLOCK_HZ, temperature_c=COOL_C)
+    assert second.index == 1
 
 
 @pytest.mark.parametrize(

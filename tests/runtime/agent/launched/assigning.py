@@ -11,7 +11,7 @@ from typing import Any
 from hetis.planner.convert.documents import document_of
 from hetis.planner.convert.plans import replica_to_proto
 from hetis.planner.fleet.replica import devices_of, nodes_of
-from hetis.runtime.agent.launched.settings import EngineSettings
+from hetis.runtime.agent.launched.parts import EngineSettings
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import ReplicaPlan
 from hetis.v1.executor_service_pb2 import ApplyAssignmentRequest

@@ -65,7 +65,7 @@ class Node:
         return await self.until(lambda _: True)
 
     async def apply(self, request: ApplyAssignmentRequest) -> str:
-        answer = await self.executor.apply_assignment(request)
+        answer = await self.executor.call(request)
         return AssignmentState.Name(answer.state).removeprefix("ASSIGNMENT_STATE_")
 
     async def until(self, holds: Callable[[WatchReportsResponse], bool]) -> WatchReportsResponse:
@@ -348,14 +348,14 @@ def test_heads_do_not_move_in_an_engine_that_the_agent_started(tmp_path: Path) -
     async def story() -> None:
         async with node_in(tmp_path) as node:
             calls = (
-                node.executor.reserve_moves(ReserveMovesRequest()),
-                node.executor.flip_moves(FlipMovesRequest()),
-                anext(aiter(node.executor.read_head_maps(ReadHeadMapsRequest()))),
+                node.executor.call(ReserveMovesRequest()),
+                node.executor.call(FlipMovesRequest()),
+                node.executor.call(ReadHeadMapsRequest()),
             )
             for call in calls:
                 with pytest.raises(RefusedError, match="vllm was started by the agent, which moves no heads in it"):
                     await call
-            aborted = await node.executor.abort_moves(AbortMovesRequest(change_id="c"))
+            aborted = await node.executor.call(AbortMovesRequest(change_id="c"))
             assert aborted.outcome == ChangeOutcome.CHANGE_OUTCOME_ABORTED
 
     run(story())

@@ -8,9 +8,8 @@ import pytest
 
 from hetis.engines.versions import Engine
 from hetis.formats.errors import DocumentError
-from hetis.runtime.agent.connecting import AgentOptionError
-from hetis.runtime.agent.launched.settings import EngineSettings, load_settings
-from hetis.runtime.agent.options import EngineChoice, EngineKind
+from hetis.runtime.agent.launched.parts import EngineSettings, load_settings
+from hetis.runtime.agent.options import AgentOptionError, EngineChoice, EngineKind
 
 GOOD = """\
 apiVersion: hetis/v1

@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.runtime.agent.pressure import EngineReading, ScrapeState, judge, replica_report
-from hetis.runtime.agent.pressure.judging import PressureLimits
-from hetis.runtime.agent.pressure.reading import ScrapedEngine, Total
-from hetis.runtime.agent.pressure.reports import device_reports, unreachable_report
-from hetis.runtime.agent.pressure.scraping import Scrape, read_text
+from hetis.runtime.agent.pressure import (
+    EngineReading,
+    Scrape,
+    ScrapeState,
+    device_reports,
+    judge,
+    read_text,
+    replica_report,
+    unreachable_report,
+)
+from hetis.runtime.agent.pressure.readings import Total
 from hetis.v1 import failure_pb2, report_pb2
 from tests.runtime.agent.pressure.expositions import SGLANG, VLLM, VLLM_OLD
 
@@ -24,13 +30,12 @@ def read(text: str) -> tuple[EngineReading, ...]:
 
 
 def reading(**values: object) -> EngineReading:
-    return EngineReading(kind=ScrapedEngine.VLLM, model="m", **values)  # type: ignore[arg-type]
+    return EngineReading(model="m", **values)  # type: ignore[arg-type]
 
 
 def test_vllm_is_read_by_its_names() -> None:
     assert read(VLLM) == (
         EngineReading(
-            kind=ScrapedEngine.VLLM,
             model="meta-llama/Llama-3.1-8B-Instruct",
             num_running=41,
             num_waiting=7,
@@ -62,7 +67,6 @@ def test_the_newer_name_wins_where_both_are_served() -> None:
 def test_sglang_is_read_without_what_it_can_evict() -> None:
     assert read(SGLANG) == (
         EngineReading(
-            kind=ScrapedEngine.SGLANG,
             model="qwen",
             num_running=12,
             num_waiting=4,
@@ -193,7 +197,7 @@ def test_a_mean_is_of_the_time_between_two_readings() -> None:
 def test_pressure_is_what_only_a_shortage_gives(
     now: EngineReading, before: EngineReading | None, reasons: list[str]
 ) -> None:
-    pressure = judge(now, before, 10.0, PressureLimits(use_ratio=0.9, preemptions_per_s=0.05))
+    pressure = judge(now, before, 10.0)
     assert len(pressure.reasons) == len(reasons)
     assert all(found.startswith(said) for found, said in zip(pressure.reasons, reasons, strict=True))
 

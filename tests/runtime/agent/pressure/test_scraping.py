@@ -11,8 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from hetis.runtime.agent.pressure import EngineNews, ScrapeState, scrape, watch_engine
-from hetis.runtime.agent.pressure.scraping import Scrape, read_text
+from hetis.runtime.agent.pressure import EngineNews, Scrape, ScrapeState, read_text, scrape, watch_engine
 from tests.runtime.agent.pressure.expositions import SGLANG, VLLM_OLD
 
 Answer = Callable[[BaseHTTPRequestHandler], None]

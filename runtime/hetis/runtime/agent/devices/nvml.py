@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from hetis.formats.catalogue import GpuEntry, UnknownNameError, find_gpu
 from hetis.runtime.agent.devices.node import MAX_DEVICES, DevicesUnavailableError, node_inventory
-from hetis.runtime.agent.devices.nvml_health import GpuHealth
 from hetis.v1 import inventory_pb2, report_pb2
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 _log = logging.getLogger(__name__)
 
+# Events that an application causes or from which a GPU recovers on its own: engine exceptions and kernel faults (13,
+# 31, 43, 45, 68, 109), recorded remappings (63), a high rate of corrected errors (92), and contained memory errors
+# (94), after which only the affected process has to restart.
+HARMLESS_XIDS = frozenset({13, 31, 43, 45, 63, 68, 92, 94, 109})
+_MAX_EVENTS = 256  # per call: an event storm must not delay a sample
 _PCIE_1_LANE_BYTES_PER_S = 0.25e9  # nominal, one direction; every generation doubles it
 _MHZ = 1e6
 LOST = "the driver has lost the GPU: reset it or reboot the node"
@@ -61,21 +60,20 @@ class _Found:
 class NvmlDevices:
     """The GPUs of this node. A GPU in MIG mode is represented by its slices, each a device of its own.
 
-    The devices are enumerated once: after GPUs were added or sliced anew, the agent has to be restarted.
+    The devices are enumerated once: after GPUs were added or sliced anew, the agent has to be restarted. Critical
+    events since then are kept.
     """
 
-    def __init__(
-        self, library: ModuleType, found: list[_Found], *, gpu_types: Mapping[str, str], host_name: str
-    ) -> None:
+    def __init__(self, library: ModuleType, found: list[_Found], *, host_name: str) -> None:
         self._nvml = library
         self._found = found
-        self._gpu_types = gpu_types
         self._host_name = host_name
         self._devices: dict[int, inventory_pb2.GpuDevice] = {}  # as they were when last readable
-        self._health = GpuHealth(library, [device.whole for device in found])
+        self._xids: dict[str, int] = {}  # by PCI address; the first harmful one
+        self._events = self._register_events()
 
     @classmethod
-    def open(cls, *, gpu_types: Mapping[str, str], host_name: str = "") -> NvmlDevices:
+    def open(cls, *, host_name: str = "") -> NvmlDevices:
         """Start the library and enumerate the devices.
 
         Raises:
@@ -89,23 +87,25 @@ class NvmlDevices:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
             raise DevicesUnavailableError(f"NVML cannot be used: {error}") from None
-        return cls(pynvml, _find(pynvml), gpu_types=gpu_types, host_name=host_name)
+        return cls(pynvml, _find(pynvml), host_name=host_name)
 
     def inventory(self) -> inventory_pb2.NodeInventory:
         return node_inventory(
             inventory_pb2.DEVICE_SOURCE_NVML,
             [self._device(index, found) for index, found in enumerate(self._found)],
             host_name=self._host_name,
-            driver_version=self._known(self._nvml.nvmlSystemGetDriverVersion, ""),
+            driver_version=self._ask("nvmlSystemGetDriverVersion", otherwise=""),
         )
 
     def sample(self) -> list[report_pb2.DeviceReport]:
-        self._health.read_events()
+        self._read_events()
         return [self._report(index, found) for index, found in enumerate(self._found)]
 
     def close(self) -> None:
-        self._health.close()
-        self._known(self._nvml.nvmlShutdown, None)
+        if self._events is not None:
+            self._ask("nvmlEventSetFree", self._events, otherwise=None)
+            self._events = None
+        self._ask("nvmlShutdown", otherwise=None)
 
     # --- inventory
 
@@ -116,30 +116,31 @@ class NvmlDevices:
         return self._devices[index]
 
     def _described(self, index: int, found: _Found) -> inventory_pb2.GpuDevice:
-        nvml = self._nvml
-        product_name = self._known(lambda: nvml.nvmlDeviceGetName(found.handle), "")
-        memory_bytes = self._known(lambda: int(nvml.nvmlDeviceGetMemoryInfo(found.handle).total), 0)
+        nvml, ask = self._nvml, self._ask
+        product_name = ask("nvmlDeviceGetName", found.handle, otherwise="")
+        memory = ask("nvmlDeviceGetMemoryInfo", found.handle, otherwise=None)
+        memory_bytes = int(memory.total) if memory is not None else 0
         entry = None if found.is_slice else gpu_entry(product_name, memory_bytes)
-        major, minor = self._known(lambda: nvml.nvmlDeviceGetCudaComputeCapability(found.whole), (0, 0))
+        major, minor = ask("nvmlDeviceGetCudaComputeCapability", found.whole, otherwise=(0, 0))
         return inventory_pb2.GpuDevice(
             index=index,
-            gpu_type=self._gpu_types.get(product_name) or (entry.gpu.name if entry else ""),
+            gpu_type=entry.gpu.name if entry else "",
             product_name=product_name,
-            uuid=self._known(lambda: nvml.nvmlDeviceGetUUID(found.handle), ""),
+            uuid=ask("nvmlDeviceGetUUID", found.handle, otherwise=""),
             # Drivers subtract what ECC and firmware take; the cluster's document counts the nominal size.
             memory_bytes=entry.gpu.memory_bytes if entry else memory_bytes,
             compute_capability=major * 10 + minor,
-            pci_bus_id=self._known(lambda: nvml.nvmlDeviceGetPciInfo(found.whole).busId, ""),
+            pci_bus_id=self._address(found.whole),
             pcie_bytes_per_s=self._pcie_bytes_per_s(found),
             linked_devices=[] if found.is_slice else self._linked(index),
-            max_clock_hz=_MHZ * self._known(lambda: nvml.nvmlDeviceGetMaxClockInfo(found.whole, nvml.NVML_CLOCK_SM), 0),
-            power_limit_w=self._known(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(found.whole), 0) / 1e3,
+            max_clock_hz=_MHZ * ask("nvmlDeviceGetMaxClockInfo", found.whole, nvml.NVML_CLOCK_SM, otherwise=0),
+            power_limit_w=ask("nvmlDeviceGetEnforcedPowerLimit", found.whole, otherwise=0) / 1e3,
             mig_slice=found.is_slice,
         )
 
     def _pcie_bytes_per_s(self, found: _Found) -> float:
-        generation = self._known(lambda: self._nvml.nvmlDeviceGetMaxPcieLinkGeneration(found.whole), 0)
-        lanes = self._known(lambda: self._nvml.nvmlDeviceGetMaxPcieLinkWidth(found.whole), 0)
+        generation = int(self._ask("nvmlDeviceGetMaxPcieLinkGeneration", found.whole, otherwise=0))
+        lanes = int(self._ask("nvmlDeviceGetMaxPcieLinkWidth", found.whole, otherwise=0))
         return _PCIE_1_LANE_BYTES_PER_S * 2 ** (generation - 1) * lanes if generation else 0.0
 
     def _linked(self, index: int) -> list[int]:
@@ -147,63 +148,88 @@ class NvmlDevices:
         nvml, handle = self._nvml, self._found[index].handle
 
         def reaches(other: Any) -> bool:
-            status = nvml.nvmlDeviceGetP2PStatus(handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+            status = self._ask("nvmlDeviceGetP2PStatus", handle, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK, otherwise=None)
             return bool(status == nvml.NVML_P2P_STATUS_OK)
 
-        return [
-            other
-            for other, found in enumerate(self._found)
-            if other != index and not found.is_slice and self._known(partial(reaches, found.handle), False)
-        ]
+        devices = [(other, found) for other, found in enumerate(self._found) if other != index and not found.is_slice]
+        return [other for other, found in devices if reaches(found.handle)]
 
     # --- sample
 
     def _report(self, index: int, found: _Found) -> report_pb2.DeviceReport:
-        nvml = self._nvml
+        nvml, ask = self._nvml, self._ask
         report = report_pb2.DeviceReport(index=index)
         try:
-            # Read first and without `_known`: if the GPU is lost, nothing else is worth asking.
+            # Read first and without `_ask`: if the GPU is lost, nothing else is worth asking.
             report.memory_used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(found.handle).used)
         except nvml.NVMLError as error:
             if _is_lost(nvml, error):
                 report.unhealthy = LOST
                 return report
-        busy_percent = self._known(lambda: nvml.nvmlDeviceGetUtilizationRates(found.handle).gpu, 0)
-        report.busy_ratio = min(max(busy_percent / 100, 0.0), 1.0)
-        report.clock_hz = _MHZ * self._known(lambda: nvml.nvmlDeviceGetClockInfo(found.whole, nvml.NVML_CLOCK_SM), 0)
+        busy = ask("nvmlDeviceGetUtilizationRates", found.handle, otherwise=None)
+        report.busy_ratio = min(max(busy.gpu / 100, 0.0), 1.0) if busy is not None else 0.0
+        report.clock_hz = _MHZ * ask("nvmlDeviceGetClockInfo", found.whole, nvml.NVML_CLOCK_SM, otherwise=0)
         report.throttle_reasons.extend(self._throttle_reasons(found))
-        temperature_c = self._temperature_c(found)
-        if temperature_c is not None:
-            report.temperature_c = temperature_c
-        report.power_w = self._known(lambda: nvml.nvmlDeviceGetPowerUsage(found.whole), 0) / 1e3
-        report.unhealthy = self._health.of(index)
+        for name in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):  # the second is for drivers before 570
+            if (value := ask(name, found.whole, nvml.NVML_TEMPERATURE_GPU, otherwise=None)) is not None:
+                report.temperature_c = float(value)
+                break
+        report.power_w = ask("nvmlDeviceGetPowerUsage", found.whole, otherwise=0) / 1e3
+        report.unhealthy = self._why_unhealthy(found.whole)
         return report
 
     def _throttle_reasons(self, found: _Found) -> list[_Reason.ValueType]:
         nvml = self._nvml
-
-        mask = self._known(lambda: int(nvml.nvmlDeviceGetCurrentClocksEventReasons(found.whole)), None)
+        mask = self._ask("nvmlDeviceGetCurrentClocksEventReasons", found.whole, otherwise=None)
         if mask is None:  # the function's name before driver 535
-            mask = self._known(lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(found.whole)), 0)
-        return sorted(
-            {
-                reason
-                for name, reason in _THROTTLE_REASONS.items()
-                if mask
-                & getattr(nvml, f"nvmlClocksEventReason{name}", getattr(nvml, f"nvmlClocksThrottleReason{name}", 0))
-            }
-        )
+            mask = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", found.whole, otherwise=0)
+        bits = {
+            name: getattr(nvml, f"nvmlClocksEventReason{name}", getattr(nvml, f"nvmlClocksThrottleReason{name}", 0))
+            for name in _THROTTLE_REASONS
+        }
+        return sorted({_THROTTLE_REASONS[name] for name, bit in bits.items() if int(mask) & bit})
 
-    def _temperature_c(self, found: _Found) -> float | None:
-        for name in ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"):  # the second is for drivers before 570
-            read = partial(self._temperature_by, name, found.whole)
-            value: float | None = self._known(read, None)
-            if value is not None:
-                return value
-        return None
+    # --- health: critical events (XID), failed row remappings, uncorrected memory errors
 
-    def _temperature_by(self, name: str, handle: Any) -> float | None:
-        return float(getattr(self._nvml, name)(handle, self._nvml.NVML_TEMPERATURE_GPU))
+    def _why_unhealthy(self, handle: Any) -> str:
+        """Return why a GPU cannot be used, or an empty string if no reason is known."""
+        xid = self._xids.get(self._address(handle))
+        if xid is not None:
+            return f"critical event XID {xid}: reset the GPU, then restart the agent"
+        # Corrected, uncorrected, pending (which waits for the next reset and is harmless until then) and failed rows.
+        remapped = self._ask("nvmlDeviceGetRemappedRows", handle, otherwise=None)
+        if remapped is not None:  # otherwise the GPU does not remap rows
+            return "a faulty row of its memory could not be remapped: replace the GPU" if remapped[3] else ""
+        kinds = self._nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self._nvml.NVML_VOLATILE_ECC
+        errors = int(self._ask("nvmlDeviceGetTotalEccErrors", handle, *kinds, otherwise=0))
+        return f"{errors} uncorrected memory errors since the driver was loaded: reset the GPU" if errors else ""
+
+    def _register_events(self) -> Any | None:
+        events = self._ask("nvmlEventSetCreate", otherwise=None)
+        if events is not None:
+            kind = self._nvml.nvmlEventTypeXidCriticalError
+            for handle in {self._address(found.whole): found.whole for found in self._found}.values():
+                self._ask("nvmlDeviceRegisterEvents", handle, kind, events, otherwise=None)
+        return events
+
+    def _read_events(self) -> None:
+        """Take in the events since the last call, without waiting."""
+        nvml = self._nvml
+        for _ in range(_MAX_EVENTS if self._events is not None else 0):
+            try:
+                event = nvml.nvmlEventSetWait_v2(self._events, 0)
+            except nvml.NVMLError as error:  # usually: no event is waiting
+                if getattr(error, "value", None) != nvml.NVML_ERROR_TIMEOUT:
+                    _log.debug("NVML events: %s", error)
+                return
+            if event.eventType == nvml.nvmlEventTypeXidCriticalError and event.eventData not in HARMLESS_XIDS:
+                self._xids.setdefault(self._address(event.device), int(event.eventData))
+
+    # --- the library
+
+    def _address(self, handle: Any) -> str:
+        found = self._ask("nvmlDeviceGetPciInfo", handle, otherwise=None)
+        return "" if found is None else str(found.busId)
 
     def _is_lost(self, found: _Found) -> bool:
         try:
@@ -212,10 +238,10 @@ class NvmlDevices:
             return _is_lost(self._nvml, error)
         return False
 
-    def _known(self, read: Callable[[], T], otherwise: U) -> T | U:
-        """Return the result of a call, or ``otherwise`` if the call is unsupported or not permitted."""
+    def _ask(self, name: str, *arguments: Any, otherwise: Any) -> Any:
+        """Return what a function of the library says, or ``otherwise`` if it is unsupported or not permitted."""
         try:
-            return read()
+            return getattr(self._nvml, name)(*arguments)
         except (self._nvml.NVMLError, AttributeError, TypeError, ValueError) as error:
             _log.debug("NVML does not say: %s", error)
             return otherwise

@@ -10,48 +10,87 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
+import http.client
+import json
 import logging
 import os
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from hetis.engines.commands import SERVER_STOPS_S
-from hetis.runtime.agent.launched.front import Front, nothing_known, num_at_work
-from hetis.runtime.agent.launched.parts import NodePart, part_of
+from hetis.runtime.agent.launched.parts import EngineSettings, NodePart, part_of
 from hetis.runtime.agent.launched.processes import NodeProcesses, end_leftovers
-from hetis.runtime.agent.launched.settings import EngineSettings
-from hetis.runtime.agent.pressure import device_reports, replica_report
-from hetis.runtime.moves.refusals import (
-    RefusedError,
-    generation_mismatch,
-    refusal,
-    stale_epoch,
-    unreachable,
-)
+from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
+from hetis.runtime.agent.pressure import EngineNews, ScrapeState, device_reports, replica_report, scrape
+from hetis.runtime.moves.refusals import RefusedError, generation_mismatch, refusal, stale_epoch, unreachable
 from hetis.v1.change_pb2 import ChangeOutcome
 from hetis.v1.executor_service_pb2 import (
     AbortMovesRequest,
     AbortMovesResponse,
     ApplyAssignmentRequest,
     ApplyAssignmentResponse,
-    CopyMovesRequest,
     CopyMovesResponse,
-    FlipMovesRequest,
-    FlipMovesResponse,
-    ReadHeadMapsRequest,
-    ReadHeadMapsResponse,
-    ReleaseMovesRequest,
-    ReleaseMovesResponse,
-    ReserveMovesRequest,
-    ReserveMovesResponse,
     WatchReportsResponse,
 )
 from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal
 from hetis.v1.report_pb2 import AssignmentState, ReplicaReport
+
+ASK_S = 5.0  # for an answer
+_MOST_BYTES = 1 << 20
+_KEY_NEEDED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: an engine is on this node
+
+
+class Front:
+    """Questions to the front at an address. All of them block, for ``ASK_S`` or little more."""
+
+    def __init__(self, endpoint: str, *, api_key: str = "") -> None:
+        self._url = f"http://{endpoint}"
+        self._api_key = api_key
+
+    def is_well(self) -> bool:
+        """Return whether it answers and reports a working engine."""
+        return self._get("/health")[0] == http.HTTPStatus.OK
+
+    def serves_a_model(self) -> bool:
+        """Return whether it lists a model, or requires an unknown API key for the list."""
+        status, body = self._get("/v1/models")
+        try:
+            return status in _KEY_NEEDED or bool(status == http.HTTPStatus.OK and json.loads(body)["data"])
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def news(self, before: EngineNews, now_s: float) -> EngineNews:
+        """Return what its metrics say now, given the earlier news."""
+        return before.after(scrape(f"{self._url}/metrics", timeout_s=ASK_S), now_s)
+
+    def _get(self, path: str) -> tuple[int, bytes]:
+        """Return status and body; the status is 0 if nobody answers."""
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        try:
+            with _OPENER.open(urllib.request.Request(self._url + path, headers=headers), timeout=ASK_S) as answer:
+                return answer.status, answer.read(_MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code, b""
+        except (OSError, ValueError, http.client.HTTPException):  # urllib's other errors are OSErrors
+            return 0, b""
+
+
+def num_at_work(news: EngineNews) -> int | None:
+    """Return how many requests run or wait, or None if the last scrape failed or the engine does not say."""
+    if news.state is not ScrapeState.READ:
+        return None
+    counts = [count for one in news.readings.values() for count in (one.num_running, one.num_waiting)]
+    return None if not counts or None in counts else sum(count or 0 for count in counts)
+
 
 LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # between two questions to an engine
 _KILL_S = 5.0  # for processes that are killed to be gone
@@ -85,12 +124,23 @@ class LaunchExecutor:
 
     # --- what the agent asks
 
-    async def apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
-        """Apply an assignment, or withdraw a replica; see ``executor_service.proto``.
+    async def call(
+        self, request: EngineRequest, progressed: Callable[[CopyMovesResponse], None] = lambda response: None
+    ) -> EngineResponse:
+        """Apply an assignment, or withdraw a replica; see ``executor_service.proto``. No heads move in these engines.
 
         Raises:
             RefusedError: STALE_EPOCH, GENERATION_MISMATCH, or ENGINE_CANNOT with all the reasons. Nothing changed.
         """
+        match request:
+            case ApplyAssignmentRequest():
+                return self._apply_assignment(request)
+            case AbortMovesRequest():  # nothing of a change is ever held here, so it is aborted already
+                return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
+        message = f"{self._settings.engine} was started by the agent, which moves no heads in it"
+        raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
+
+    def _apply_assignment(self, request: ApplyAssignmentRequest) -> ApplyAssignmentResponse:
         if request.epoch < self._newest_epoch:
             raise RefusedError(stale_epoch(request.epoch, self._newest_epoch))
         self._newest_epoch = request.epoch
@@ -126,27 +176,6 @@ class LaunchExecutor:
             await asyncio.sleep(min_interval_s)
             await self._changed.wait()
 
-    async def reserve_moves(self, request: ReserveMovesRequest) -> ReserveMovesResponse:
-        raise self._cannot_move()
-
-    async def copy_moves(self, request: CopyMovesRequest) -> AsyncIterator[CopyMovesResponse]:
-        raise self._cannot_move()
-        yield  # an iterator, as the protocol has it
-
-    async def flip_moves(self, request: FlipMovesRequest) -> FlipMovesResponse:
-        raise self._cannot_move()
-
-    async def release_moves(self, request: ReleaseMovesRequest) -> ReleaseMovesResponse:
-        raise self._cannot_move()
-
-    async def abort_moves(self, request: AbortMovesRequest) -> AbortMovesResponse:
-        """Confirm: nothing of a change is ever held here, so it is aborted already."""
-        return AbortMovesResponse(outcome=ChangeOutcome.CHANGE_OUTCOME_ABORTED)
-
-    async def read_head_maps(self, request: ReadHeadMapsRequest) -> AsyncIterator[ReadHeadMapsResponse]:
-        raise self._cannot_move()
-        yield  # an iterator, as the protocol has it
-
     async def close(self) -> None:
         """Let running requests end, then stop every engine. If cancelled, kill all of them."""
         self._is_closing = True
@@ -161,10 +190,6 @@ class LaunchExecutor:
                 one.join(_KILL_S)
 
     # --- inside
-
-    def _cannot_move(self) -> RefusedError:
-        message = f"{self._settings.engine} was started by the agent, which moves no heads in it"
-        return refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, message, engine=self._settings.engine)
 
     def _end_leftovers(self) -> None:
         end_leftovers(self._folder / "sessions", patience_s=SERVER_STOPS_S + self._settings.drain_timeout)
@@ -236,7 +261,7 @@ class LaunchedReplica:
         changed: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
-        self.name, self.part, self.generation, self.news = name, part, 0, nothing_known()
+        self.name, self.part, self.generation, self.news = name, part, 0, EngineNews()
         self._settings, self._node, self._clock, self._changed = settings, node, clock, changed
         loop, self._heard = asyncio.get_running_loop(), asyncio.Event()
         self._processes = NodeProcesses(
@@ -348,7 +373,7 @@ class LaunchedReplica:
             if not await asyncio.to_thread(front.serves_a_model):
                 return
             _log.info("%s serves at %s", self.name, self.part.endpoint)
-            self._ready_life, self._has_served, self.news = life, True, nothing_known()
+            self._ready_life, self._has_served, self.news = life, True, EngineNews()
         self._processes.answered(life)
         self.news = await asyncio.to_thread(front.news, self.news, self._clock())
 

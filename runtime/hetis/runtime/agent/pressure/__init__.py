@@ -1,23 +1,279 @@
-"""Memory pressure of engines that hetis does not steer: vLLM's and SGLang's ``/metrics``, read, judged and reported."""
+"""Memory pressure of engines that hetis does not steer: vLLM's and SGLang's ``/metrics``, read, judged and reported.
+
+Plain use misleads, because an engine with a prefix cache is always full. Use is therefore judged without evictable
+blocks, together with two signs that only a real shortage gives: waiting requests and preemptions.
+"""
 
 from __future__ import annotations
 
-from hetis.runtime.agent.pressure.judging import Pressure, PressureLimits, judge
-from hetis.runtime.agent.pressure.reading import EngineReading
-from hetis.runtime.agent.pressure.reports import device_reports, replica_report
-from hetis.runtime.agent.pressure.scraping import Scrape, ScrapeState, scrape
-from hetis.runtime.agent.pressure.watching import EngineNews, watch_engine
+import asyncio
+import http.client
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from http.client import HTTPMessage
+from typing import IO
 
-__all__ = [
-    "EngineNews",
-    "EngineReading",
-    "Pressure",
-    "PressureLimits",
-    "Scrape",
-    "ScrapeState",
-    "device_reports",
-    "judge",
-    "replica_report",
-    "scrape",
-    "watch_engine",
-]
+from hetis.formats.answers import metrics_body, reason_of
+from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, UnreadableMetricsError, read_metrics
+from hetis.v1 import failure_pb2, report_pb2
+
+# An engine is under pressure above these.
+MOST_USE_RATIO = 0.9  # share of KV held by requests
+MOST_PREEMPTIONS_PER_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pressure:
+    """A judgement. There is pressure if ``reasons``, which are sentences, is not empty.
+
+    Attributes:
+        use_ratio: share of KV held by requests. None: unknown.
+        waiting_for_kv: requests that wait for blocks, as the engine reports. If it does not report them, all waiting
+            requests count while use is above its limit.
+        preemptions_per_s: since the previous reading; 0 at the first.
+        reasons: every sign of a shortage, with the value and its limit.
+    """
+
+    use_ratio: float | None
+    waiting_for_kv: int
+    preemptions_per_s: float
+    reasons: tuple[str, ...]
+
+
+def judge(reading: EngineReading, earlier: EngineReading | None, elapsed_s: float) -> Pressure:
+    """Judge a reading on its own and against the one ``elapsed_s`` seconds earlier, if there is one."""
+    use = reading.kv_use_ratio
+    full = use is not None and use > MOST_USE_RATIO
+    waiting = reading.num_waiting_for_kv
+    if waiting is None:
+        waiting = (reading.num_waiting or 0) if full else 0
+    rate = _preempted_since(reading, earlier) / elapsed_s if earlier is not None and elapsed_s > 0 else 0.0
+    reasons = []
+    if full and use is not None:
+        reasons.append(f"requests hold {use:.0%} of the KV blocks, above {MOST_USE_RATIO:.0%}")
+    if waiting:
+        reasons.append(f"{waiting} requests wait for KV blocks")
+    if rate > MOST_PREEMPTIONS_PER_S:
+        reasons.append(f"{rate:.2f} requests/s are preempted, above {MOST_PREEMPTIONS_PER_S:.2f}")
+    return Pressure(use_ratio=use, waiting_for_kv=waiting, preemptions_per_s=rate, reasons=tuple(reasons))
+
+
+def _preempted_since(reading: EngineReading, earlier: EngineReading | None) -> int:
+    if reading.num_preempted is None:
+        return reading.num_preempted_now or 0
+    before = (earlier.num_preempted or 0) if earlier is not None else 0
+    # A smaller number means that the engine restarted and counts from 0 again.
+    return reading.num_preempted - before if reading.num_preempted >= before else reading.num_preempted
+
+
+_MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
+
+
+def replica_report(
+    replica: str, reading: EngineReading, *, earlier: EngineReading | None = None, pressure: Pressure | None = None
+) -> report_pb2.ReplicaReport:
+    """Return the report of a replica whose engine hetis does not steer. Means cover the time since ``earlier``."""
+    waiting_for_kv = pressure.waiting_for_kv if pressure is not None else reading.num_waiting_for_kv
+    return report_pb2.ReplicaReport(
+        replica=replica,
+        assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED,
+        is_primary=True,
+        num_running=_count(reading.num_running, _MOST),
+        num_waiting=_count(reading.num_waiting, _MOST),
+        num_waiting_for_kv=_count(waiting_for_kv, _MOST),
+        num_preempted=_count(reading.num_preempted),
+        num_steps=_count(reading.num_steps),
+        num_finished=_count(reading.num_finished),
+        ttft_s=reading.ttft_s.mean_since(earlier.ttft_s if earlier else None) if reading.ttft_s else 0.0,
+        tpot_s=reading.tpot_s.mean_since(earlier.tpot_s if earlier else None) if reading.tpot_s else 0.0,
+    )
+
+
+def unreachable_report(replica: str, message: str) -> report_pb2.ReplicaReport:
+    """Return the report of a replica whose engine does not answer, or whose answer is not metrics."""
+    failure = failure_pb2.Failure(reason=failure_pb2.ERROR_REASON_ENGINE_UNREACHABLE, message=message)
+    return report_pb2.ReplicaReport(
+        replica=replica, assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED, is_primary=True, failure=failure
+    )
+
+
+def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) -> list[report_pb2.DeviceReport]:
+    """Return the KV of every device that the engines run on. Each device counts the blocks of all engines together.
+
+    Only the KV fields are set; `Devices.sample` knows the rest.
+
+    Args:
+        readings: one for every model that is served on these devices.
+        devices: indices on the node.
+    """
+    totals = used = evictable = 0
+    for reading in readings:
+        totals += _count(reading.total_blocks)
+        used += _count(reading.used_blocks)
+        evictable += _count(reading.evictable_blocks)
+    return [
+        report_pb2.DeviceReport(index=index, total_blocks=totals, used_blocks=used, evictable_blocks=evictable)
+        for index in devices
+    ]
+
+
+def _count(value: int | None, most: int = 2**64 - 1) -> int:
+    return min(max(value or 0, 0), most)
+
+
+MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
+
+
+class ScrapeState(StrEnum):
+    """The outcome of a scrape."""
+
+    READ = "read"
+    UNREACHABLE = "unreachable"  # no answer in time, or an error status
+    TOO_LARGE = "too large"
+    UNREADABLE = "unreadable"  # the answer is not Prometheus text
+    NO_ENGINE = "no engine"  # metrics of neither engine: wrong port, or SGLang without --enable-metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrape:
+    """The result of one scrape: readings in the order of their models, or the reason why there are none."""
+
+    state: ScrapeState
+    readings: tuple[EngineReading, ...] = ()
+    message: str = ""
+
+
+def scrape(url: str, *, timeout_s: float, max_bytes: int = MAX_BYTES) -> Scrape:
+    """Fetch and read metrics. Blocks for at most four times ``timeout_s``, unless the engine drips its header."""
+    try:
+        body = _fetch(url, timeout_s, max_bytes)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return Scrape(state=ScrapeState.UNREACHABLE, message=f"{url}: {reason_of(error)}"[:300])
+    if body is None:
+        return Scrape(state=ScrapeState.TOO_LARGE, message=f"{url}: the answer is larger than {max_bytes} bytes")
+    return read_text(body.decode("utf-8", errors="replace"), name=url)
+
+
+def read_text(text: str, *, name: str) -> Scrape:
+    """Read the text that an engine sent. ``name`` is its source, for messages."""
+    try:
+        readings = read_metrics(_known_prefixes(text))
+    except UnreadableMetricsError as error:
+        return Scrape(state=ScrapeState.UNREADABLE, message=f"{name}: {error}")
+    if not readings:
+        return Scrape(state=ScrapeState.NO_ENGINE, message=f"{name}: no metric begins with {VLLM} or {SGLANG}")
+    return Scrape(state=ScrapeState.READ, readings=tuple(readings))
+
+
+def _known_prefixes(text: str) -> str:
+    """Restore the prefixes' colons: SGLang and collectors that refuse colons write ``sglang_`` and ``vllm_``."""
+    lines = []
+    for line in text.splitlines():
+        for known in (VLLM, SGLANG):
+            other = known.replace(":", "_")
+            if line.startswith(other):
+                line = known + line.removeprefix(other)
+            elif line.startswith((f"# TYPE {other}", f"# HELP {other}")):
+                line = line.replace(other, known, 1)
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _fetch(url: str, timeout_s: float, max_bytes: int) -> bytes | None:
+    """Return the body, or None if it is larger than ``max_bytes``."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("not an http or https address")
+    return metrics_body(url, timeout_s=timeout_s, max_bytes=max_bytes, opened=_OPENER.open)
+
+
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Follow a redirect to another path (vLLM's is ``/metrics/``), once, and never to another server."""
+
+    max_redirections = 1
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        if newurl.partition("://")[0] != req.type or urllib.parse.urlsplit(newurl).netloc != req.host:
+            raise urllib.error.URLError(f"it sends us to another server, {newurl[:100]!r}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+# No proxy, because the engine is on this node.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServer())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNews:
+    """The latest knowledge about an engine; nothing at first.
+
+    Attributes:
+        state: outcome of the last scrape. The readings are those of the last scrape that succeeded.
+        readings: by model, in the order of their names. Empty: no scrape has succeeded yet.
+        earlier: readings of the scrape before those, by model.
+        pressure: judgement of every reading, by model.
+        taken_s: when the readings were taken, in seconds of the given clock. 0: never.
+        message: why the last scrape failed. Empty: it did not.
+    """
+
+    state: ScrapeState = ScrapeState.UNREACHABLE
+    readings: Mapping[str, EngineReading] = field(default_factory=dict)
+    earlier: Mapping[str, EngineReading] = field(default_factory=dict)
+    pressure: Mapping[str, Pressure] = field(default_factory=dict)
+    taken_s: float = 0.0
+    message: str = ""
+
+    def age_s(self, now_s: float) -> float:
+        """Return the age of the readings in seconds, or 0 if there are none."""
+        return max(now_s - self.taken_s, 0.0) if self.readings else 0.0
+
+    def after(self, taken: Scrape, now_s: float) -> EngineNews:
+        """Return the news after one more scrape. A failed scrape keeps the readings, which grow older."""
+        if taken.state is not ScrapeState.READ:
+            return replace(self, state=taken.state, message=taken.message)
+        readings = {reading.model: reading for reading in taken.readings}
+        elapsed_s = now_s - self.taken_s
+        return EngineNews(
+            state=ScrapeState.READ,
+            readings=readings,
+            earlier={model: reading for model, reading in self.readings.items() if model in readings},
+            pressure={model: judge(one, self.readings.get(model), elapsed_s) for model, one in readings.items()},
+            taken_s=now_s,
+        )
+
+
+async def watch_engine(
+    url: str,
+    *,
+    interval_s: float,
+    timeout_s: float = 2.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    take: Callable[[], Awaitable[Scrape]] | None = None,
+) -> AsyncIterator[EngineNews]:
+    """Yield news after every scrape, including failed ones, until the caller stops.
+
+    A scrape that takes longer than the interval delays the next one, so a slow engine is never scraped twice at once.
+
+    Args:
+        url: of the metrics, such as ``http://127.0.0.1:8000/metrics``.
+        interval_s: from the start of one scrape to the start of the next.
+        timeout_s: for one scrape.
+        clock, sleep: replaced in tests.
+        take: replaces the GET in tests.
+    """
+
+    async def get() -> Scrape:
+        return await asyncio.to_thread(scrape, url, timeout_s=timeout_s)
+
+    news = EngineNews()
+    while True:
+        begun_s = clock()
+        news = news.after(await (take or get)(), begun_s)
+        yield news
+        await sleep(max(interval_s - (clock() - begun_s), 0.0))

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from hetis.runtime.agent.simulated.control import ControlFile
 from hetis.runtime.agent.simulated.engine import SimulatedEngine
+from hetis.runtime.agent.simulated.replica import ControlFile
 from hetis.runtime.moves.engine import SteeredEngine
 from hetis.runtime.moves.servicer import ExecutorServicer, bind, bind_socket
 from hetis.v1 import executor_service_pb2 as messages
