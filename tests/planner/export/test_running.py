@@ -120,7 +120,7 @@ def test_an_agent_sees_kv_in_use_while_it_answers(running: Running) -> None:
     assert (before.used_blocks, before.num_running) == (0, 0)
     assert (during.used_blocks or 0) > 0
     assert during.num_running == 1
-    assert set(busy.pressure) == {"tiny"}
+    assert set(busy.readings) == {"tiny"}
 
 
 async def _before_and_while(url: str) -> tuple[EngineNews, EngineNews]:

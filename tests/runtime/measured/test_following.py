@@ -7,17 +7,13 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.attention.device import DeviceStep, LocalDevice, Ready
-from hetis.runtime.attention.kv import KvShape
-from hetis.runtime.measured.calibration import Taken, TimedDevice, calibrate, with_coefficients
-from hetis.runtime.measured.following import Following, Rules
+from hetis.runtime.measured.calibration import calibrate, token_bytes, with_coefficients
+from hetis.runtime.measured.following import Following, Rules, Taken
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
-from tests.runtime.measured.paced import SHAPE as PACED_SHAPE
-from tests.runtime.measured.paced import FakeClock, Pace, PacedDevice, paced_devices
+from tests.runtime.measured.paced import SHAPE, FakeClock, Pace, paced_devices
 
 COSTS = Stage(
     heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=10.0, exchange_bytes_per_head=4.0),
@@ -121,17 +117,6 @@ def test_large_changes_are_logged_once_and_small_ones_are_not(caplog: pytest.Log
     assert caplog.messages == ["device b takes 4 times what was measured at the start"]
 
 
-def test_predicted_and_measured_times_add_up_where_they_are_known() -> None:
-    watched = Watched()
-    watched.steps(15, taken(4.0))
-    watched.steps(5, taken(4.0))
-    watched.steps(5, taken(9.0, least=0.0))
-    a, b = watched.following.costs()
-    assert (a.name, a.scale, a.measured_s, a.predicted_s) == ("a", 1.0, 0.0, 0.0)
-    assert b.measured_s == pytest.approx(20 * 4 * LAYER_S)
-    assert b.predicted_s == pytest.approx((15 + 5 * 4) * LAYER_S)
-
-
 # --- in the loop
 
 
@@ -140,8 +125,7 @@ class World:
 
     def __init__(self) -> None:
         clock = self.clock = FakeClock()
-        self.devices = paced_devices((Pace(call_s=1e-6), Pace(), Pace()), clock, pages=1000)(PACED_SHAPE)
-        found = calibrate(self.devices, groups=4, exchange_bytes_per_head=96.0, clock=clock, pause=clock.pause)
+        self.paces = Pace(call_s=1e-6), Pace(), Pace()
         start = Stage(
             heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=64.0, exchange_bytes_per_head=96.0),
             devices=("d0", "d1", "d2"),
@@ -152,43 +136,27 @@ class World:
             transfer_s=np.zeros(3),
             primary=Primary(device=0),
         )
-        self.costs = with_coefficients(start, {name: one.coefficients for name, one in found.items()})
-        self.following = Following(
-            self.costs, self.apply, read_s=[found[name].read_s for name in start.devices], clock=clock
-        )
+        found = {}
+        for device in paced_devices(self.paces, clock, pages=1000)(SHAPE):
+            one = calibrate(device, groups=4, exchange_bytes_per_head=96.0, clock=clock, pause=clock.pause)
+            assert one is not None
+            found[device.name] = one.coefficients
+        self.costs = with_coefficients(start, found)
+        self.following = Following(self.costs, self.apply)
         self.position = 0
 
     def apply(self, costs: Stage) -> None:
         self.costs = costs
 
-    def pace(self, number: int) -> Pace:
-        device = self.devices[number]
-        assert isinstance(device, PacedDevice)
-        return device.pace
-
     def step(self, times: int = 1) -> None:
         """The next position of a request with two heads on each device, which all compute at the same time."""
-        nothing = np.zeros(2, np.int64)
-        rows = torch.zeros(2, PACED_SHAPE.queries_per_group + 2, PACED_SHAPE.head_dim)
         for _ in range(times):
-            through = [self.following.through(number, device) for number, device in enumerate(self.devices)]
-            for device in through:
-                device.begin(
-                    DeviceStep(
-                        epoch=1,
-                        number=self.position,
-                        requests=nothing,
-                        incarnations=nothing,
-                        heads=np.arange(2),
-                        positions=nothing + self.position,
-                    )
-                )
-            for layer in range(PACED_SHAPE.layers):
-                for pending in [device.attend(layer, rows) for device in reversed(through)]:
-                    pending.wait()
-            for device in through:
-                device.finish(self.position)
             self.position += 1
+            heads, kv_bytes = 2 * SHAPE.queries_per_group, 2.0 * self.position * token_bytes(SHAPE)
+            for number, pace in enumerate(self.paces):
+                seconds = pace.seconds(heads, kv_bytes)
+                taken = Taken(heads=heads, kv_bytes=kv_bytes, least_s=seconds, most_s=seconds)
+                self.following.hear(number, taken)
             self.following.advance()
 
 
@@ -202,68 +170,10 @@ def test_a_device_that_turns_four_times_slower_costs_four_times_as_much_until_it
     world = World()
     before = world.costs
     world.step(2)
-    world.pace(1).slow = 4.0
+    world.paces[1].slow = 4.0
     world.step(20)
     assert world.following.scales == pytest.approx((1, 4, 1), rel=0.02)
     assert world.costs.kv_byte_s[:, 0] == pytest.approx(before.kv_byte_s[:, 0] * [1, 4, 1], rel=0.02)
-    world.pace(1).slow = 1.0
+    world.paces[1].slow = 1.0
     world.step(16)
     assert world.following.scales == pytest.approx((1, 1, 1), rel=0.02)
-
-
-# --- one device
-
-
-@pytest.mark.parametrize(
-    ("meanwhile_s", "least_s", "is_known"), [(0.0, 1.0, True), (0.7, 1.0, True), (3.0, 0.0, False)]
-)
-def test_what_happens_meanwhile_counts_only_as_far_as_the_answer_was_waited_for(
-    meanwhile_s: float, least_s: float, is_known: bool
-) -> None:
-    clock, heard = FakeClock(), list[Taken]()
-    plain = paced_devices((Pace(), Pace(call_s=1.0)), clock)(PACED_SHAPE)[1]
-    device = TimedDevice(plain, heard=heard.append, clock=clock)
-    one = np.zeros(1, np.int64)
-    step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
-    shape = device.shape
-    qkv = torch.zeros(1, shape.queries_per_group + 2, shape.head_dim)
-    for ends in (device.abort, device.finish):
-        device.begin(step)
-        for layer in range(shape.layers):
-            pending = device.attend(layer, qkv)
-            clock.pause(meanwhile_s)
-            pending.wait()
-        ends(1)
-    [taken] = heard  # of the step that was finished
-    assert taken.is_known is is_known
-    assert taken.least_s == pytest.approx(least_s, rel=1e-3, abs=1e-6)
-    assert taken.most_s == pytest.approx(max(1.0, meanwhile_s), rel=1e-3)
-    assert (taken.heads, taken.kv_bytes) == (shape.queries_per_group, 2 * shape.head_dim * 4)
-
-
-SHAPE = KvShape(layers=1, head_dim=8, queries_per_group=2, page_tokens=16, dtype="float32", scale=1.0, windows=(0,))
-
-
-class _OnCard:
-    """An output that a card has not computed yet."""
-
-    is_cuda, device = True, "cuda:0"
-
-
-def test_a_card_of_this_process_is_only_known_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls return at once; that the card is done takes a second."""
-    clock, heard = FakeClock(), list[Taken]()
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.pause(1.0))
-    monkeypatch.setattr(LocalDevice, "attend", lambda *_: Ready(_OnCard()))  # type: ignore[arg-type]
-    one, nothing = np.zeros(1, np.int64), torch.zeros(1)
-    step = DeviceStep(epoch=1, number=1, requests=one, incarnations=one, heads=one, positions=one)
-    plain = LocalDevice("card", SHAPE, 10)
-    for is_waited_for in (False, True):
-        timed = TimedDevice(plain, heard=heard.append, clock=clock, is_waited_for=is_waited_for)
-        timed.begin(step)
-        timed.attend(0, nothing)
-        timed.finish(1)
-    unknown, known = heard
-    assert (unknown.least_s, unknown.most_s) == (0.0, float("inf"))
-    assert known.is_known
-    assert known.most_s == pytest.approx(1.0)

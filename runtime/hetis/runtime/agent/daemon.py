@@ -90,14 +90,8 @@ def report_of(
             why = news.message or "the engine serves no model of that name"
             report.replicas.append(unreachable_report(entry.replica, why))
         else:
-            report.replicas.append(
-                replica_report(
-                    entry.replica,
-                    news.readings[model],
-                    earlier=news.earlier.get(model),
-                    pressure=news.pressure.get(model),
-                )
-            )
+            earlier = news.earlier.get(model)
+            report.replicas.append(replica_report(entry.replica, news.readings[model], earlier=earlier))
     return report
 
 

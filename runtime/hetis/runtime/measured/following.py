@@ -4,15 +4,18 @@ The measured time of a device is compared with the prediction of its calibration
 *scale*: the median of the latest quotients, within bounds, changed only if the difference is worth it, so that
 dispatch stays calm under noise. A device without heads is not measured: its scale decays step by step, so that it gets
 another chance.
+
+A device in another process computes while the engine does something else, and its answer may have been there for long
+when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `Taken` is
+therefore an interval.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -20,11 +23,23 @@ from statistics import median
 
 import numpy as np
 
-from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.measured.calibration import Clock, Taken, TimedDevice, device_seconds, scaled
+from hetis.runtime.measured.calibration import device_seconds, scaled
 from hetis.solver.dispatch.problem import Stage
 
+OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
+    for this many query heads and the KV bytes that they read.
+    """
+
+    heads: int
+    kv_bytes: float
+    least_s: float
+    most_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,70 +61,20 @@ class Rules:
     tell_change: float = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredDevice:
-    """One device's scale in use and, summed over the layers whose time is known, their measured time and the time
-    predicted with the scale then in use.
-    """
-
-    name: str
-    scale: float
-    measured_s: float
-    predicted_s: float
-
-
 class Following:
-    """Follows the devices of a stage: `hear` their layers' times, or let `through` time them; then `advance`."""
+    """Follows the devices of a stage: `hear` their layers' times, then `advance` once a step."""
 
-    def __init__(
-        self,
-        calibrated: Stage,
-        apply: Callable[[Stage], None],
-        *,
-        read_s: Sequence[float] = (),
-        rules: Rules | None = None,
-        clock: Clock = time.perf_counter,
-    ) -> None:
-        """Initialise. ``apply`` receives the costs to use from now on; ``read_s`` holds the seconds to read an answer
-        that is already there, for each device.
-        """
-        self.calibrated, self.rules = calibrated, rules or Rules()
-        self._apply, self._clock = apply, clock
+    def __init__(self, calibrated: Stage, apply: Callable[[Stage], None], *, rules: Rules | None = None) -> None:
+        """Initialise. ``apply`` receives the costs to use from now on."""
+        self.calibrated = calibrated
+        self._apply = apply
         self._heard: SimpleQueue[tuple[int, Taken]] = SimpleQueue()
-        self._devices = [
-            _Followed(name, self.rules, read_s[i] if read_s else 0.0) for i, name in enumerate(calibrated.devices)
-        ]
+        self._devices = [_Followed(name, rules or Rules()) for name in calibrated.devices]
 
     @property
     def scales(self) -> tuple[float, ...]:
         """The scales in use, by device."""
         return tuple(device.scale for device in self._devices)
-
-    @property
-    def read_s(self) -> tuple[float, ...]:
-        """The seconds to read an answer that is already there, by device."""
-        return tuple(device.read_s for device in self._devices)
-
-    def costs(self) -> tuple[MeasuredDevice, ...]:
-        """Return the costs of every device. Other threads may call this."""
-        return tuple(
-            MeasuredDevice(
-                name=device.name,
-                scale=device.scale,
-                measured_s=device.measured_s,
-                predicted_s=device.predicted_s,
-            )
-            for device in self._devices
-        )
-
-    def through(self, number: int, device: AttentionDevice) -> AttentionDevice:
-        """Return the device wrapped so that its next step is timed."""
-        return TimedDevice(
-            device,
-            heard=lambda taken: self.hear(number, taken),
-            clock=self._clock,
-            read_s=self._devices[number].read_s,
-        )
 
     def hear(self, number: int, taken: Taken) -> None:
         """Note a layer's time on a device, to count from the next `advance` on. Other threads may call this."""
@@ -120,40 +85,31 @@ class Following:
         with suppress(Empty):
             while True:
                 number, taken = self._heard.get_nowait()
-                self._devices[number].hear(taken, self._calibrated_s(number, taken))
+                loads = np.zeros((2, len(self._devices)))
+                loads[:, number] = taken.heads, taken.kv_bytes
+                self._devices[number].hear(taken, float(device_seconds(self.calibrated, *loads)[number]))
         changed = [device for device in self._devices if device.settle()]
         if changed:
             self._apply(scaled(self.calibrated, np.array(self.scales)))
         for device in changed:
             device.tell()
 
-    def _calibrated_s(self, number: int, taken: Taken) -> float:
-        loads = np.zeros((2, len(self._devices)))
-        loads[:, number] = taken.heads, taken.kv_bytes
-        return float(device_seconds(self.calibrated, loads[0], loads[1])[number])
-
 
 class _Followed:
     """One device."""
 
-    def __init__(self, name: str, rules: Rules, read_s: float) -> None:
-        self.name, self.read_s = name, read_s
-        self.scale = 1.0
-        self.measured_s = self.predicted_s = 0.0
+    def __init__(self, name: str, rules: Rules) -> None:
+        self.name, self.scale = name, 1.0
         self._rules = rules
         self._recent: deque[float] = deque(maxlen=rules.window)
         self._silent_steps = 0
         self._told = 1.0
 
     def hear(self, taken: Taken, calibrated_s: float) -> None:
-        if calibrated_s <= 0:
-            return
-        self._silent_steps = 0
-        if taken.is_known:
-            self.measured_s += taken.most_s
-            self.predicted_s += self.scale * calibrated_s
-        # A time known only within an interval says nothing against a scale inside it.
-        self._recent.append(min(max(self.scale, taken.least_s / calibrated_s), taken.most_s / calibrated_s))
+        if calibrated_s > 0:
+            self._silent_steps = 0
+            # A time known only within an interval says nothing against a scale inside it.
+            self._recent.append(min(max(self.scale, taken.least_s / calibrated_s), taken.most_s / calibrated_s))
 
     def settle(self) -> bool:
         """Use what was heard, once a step, and return whether the scale has changed."""

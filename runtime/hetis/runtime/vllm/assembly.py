@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, KvShape
-from hetis.runtime.measured.calibration import Calibration, Coefficients, TimedCall, calibrate, fit_calls
+from hetis.runtime.measured.calibration import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
 from hetis.runtime.vllm.costs import head_shape
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import HeadShape
 
 
-_CONTEXTS = (16, 128, 512)
 _ROUNDS, _LAYERS = 3, 4  # calls per point: rounds over layers
 
 
@@ -59,7 +58,7 @@ def calibrate_here(
     builder = layers[0].impl.builder_cls(spec, names, vllm_config, device)
     calls = []
     for sequences in (1, spec.head_groups, 4 * spec.head_groups):
-        for context in _CONTEXTS:
+        for context in CONTEXTS:
             width = -(-context // spec.block_size)
             if sequences * width < num_blocks:
                 calls.append(_measured(layers[:_LAYERS], builder, sequences, context, width, spec.block_size, clock))
@@ -179,11 +178,11 @@ def make_rank(vllm_config: VllmConfig, cache: KVCacheConfig, settings: PluginSet
         )
         if settings.calibrate:
             try:
-                found = calibrate([device], groups=spec.head_groups, exchange_bytes_per_head=exchange, primaries=0)
+                measured = calibrate(device, groups=spec.head_groups, exchange_bytes_per_head=exchange)
             except DeviceError:
                 device.close()
                 raise
-            if (measured := found.get(device.name)) is not None:
+            if measured is not None:
                 calibrations[worker] = measured
         return device
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis.runtime.measured.calibration import Calibration, Coefficients, FloatArray, Piece, Taken, with_coefficients
-from hetis.runtime.measured.following import Following
+from hetis.runtime.measured.calibration import Calibration, Coefficients, FloatArray, Piece, with_coefficients
+from hetis.runtime.measured.following import Following, Taken
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
 HERE = "here"  # name of the ranks as a device
@@ -57,7 +57,7 @@ class EngineCosts:
         calibrated = with_coefficients(self._first, known)
         self._use(calibrated)
         # Scales of the other devices were learnt against the same coefficients, and are soon learnt again.
-        self._following = Following(calibrated, self._use, read_s=[0.0] * len(names))
+        self._following = Following(calibrated, self._use)
 
     def planned(self, known: Mapping[str, Coefficients]) -> None:
         """Take a plan's coefficients, by device. They only count if nothing was measured at all."""

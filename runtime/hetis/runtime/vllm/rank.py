@@ -21,7 +21,8 @@ import torch
 
 from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
-from hetis.runtime.measured.calibration import OVER_READING, Calibration, Taken, token_bytes
+from hetis.runtime.measured.calibration import Calibration, token_bytes
+from hetis.runtime.measured.following import OVER_READING, Taken
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import KvStore, Mover
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan

@@ -13,7 +13,6 @@ from hetis.runtime.agent.pressure import (
     Scrape,
     ScrapeState,
     device_reports,
-    judge,
     read_text,
     replica_report,
     unreachable_report,
@@ -74,7 +73,6 @@ def test_sglang_is_read_without_what_it_can_evict() -> None:
             used_blocks=60_000,  # 100,000 less 5,000 available less 35,000 evictable; not the 95,000 it calls used
             evictable_blocks=35_000,
             kv_use_ratio=0.6,
-            num_preempted_now=2,
             num_finished=507,
             ttft_s=Total(sum=101.4, count=507.0),
             tpot_s=Total(sum=30.0, count=1000.0),
@@ -162,7 +160,7 @@ def test_no_text_makes_reading_fail(text: str) -> None:
 @given(st.integers(0, len(VLLM)), st.integers(0, len(VLLM)), st.text(max_size=3))
 def test_no_damage_to_an_answer_makes_reading_or_reporting_fail(start: int, stop: int, between: str) -> None:
     for found in read_text(VLLM[:start] + between + VLLM[stop:], name="engine").readings:
-        replica_report("clusters/c/replicas/r", found, pressure=judge(found, None, 1.0))
+        replica_report("clusters/c/replicas/r", found)
         device_reports([found], [0])
 
 
@@ -174,32 +172,20 @@ def test_a_mean_is_of_the_time_between_two_readings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "before", "reasons"),
+    ("now", "waiting"),
     [
-        (reading(kv_use_ratio=0.9), None, []),  # not above the limit
-        (reading(kv_use_ratio=0.91), None, ["requests hold 91% of the KV blocks, above 90%"]),
-        (reading(kv_use_ratio=0.3, num_waiting=9), None, []),  # they wait for something else
-        (reading(kv_use_ratio=0.3, num_waiting=9, num_waiting_for_kv=2), None, ["2 requests wait for KV blocks"]),
-        (
-            reading(kv_use_ratio=0.95, num_waiting=9),
-            None,
-            ["requests hold 95% of the KV blocks, above 90%", "9 requests wait for KV blocks"],
-        ),
-        (reading(kv_use_ratio=0.95, num_waiting=9, num_waiting_for_kv=0), None, ["requests hold 95%"]),
-        (reading(num_preempted=12), reading(num_preempted=2), ["1.00 requests/s are preempted, above 0.05"]),
-        (reading(num_preempted=12), reading(num_preempted=12), []),
-        (reading(num_preempted=12), None, []),  # since when is not known
-        (reading(num_preempted=5), reading(num_preempted=900), ["0.50 requests/s"]),  # it restarted
-        (reading(num_preempted_now=3), reading(), ["0.30 requests/s"]),
-        (reading(), None, []),
+        (reading(kv_use_ratio=0.9, num_waiting=9), 0),  # not above the limit
+        (reading(kv_use_ratio=0.3, num_waiting=9), 0),  # they wait for something else
+        (reading(kv_use_ratio=0.3, num_waiting=9, num_waiting_for_kv=2), 2),
+        (reading(kv_use_ratio=0.95, num_waiting=9), 9),
+        (reading(kv_use_ratio=0.95, num_waiting=9, num_waiting_for_kv=0), 0),
+        (reading(num_waiting=9), 0),
+        (reading(), 0),
     ],
 )
-def test_pressure_is_what_only_a_shortage_gives(
-    now: EngineReading, before: EngineReading | None, reasons: list[str]
-) -> None:
-    pressure = judge(now, before, 10.0)
-    assert len(pressure.reasons) == len(reasons)
-    assert all(found.startswith(said) for found, said in zip(pressure.reasons, reasons, strict=True))
+def test_requests_wait_for_kv_where_the_engine_says_so_or_is_full(now: EngineReading, waiting: int) -> None:
+    assert now.waiting_for_kv == waiting
+    assert replica_report("clusters/c/replicas/r", now).num_waiting_for_kv == waiting
 
 
 def test_devices_that_engines_share_hold_the_blocks_of_all() -> None:

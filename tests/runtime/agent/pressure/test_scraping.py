@@ -167,6 +167,5 @@ def test_news_come_at_the_interval_and_keep_the_last_readings_with_their_age() -
     assert (first.state, first.taken_s, first.age_s(100.5)) == (ScrapeState.READ, 100.0, 0.5)
     assert (second.state, second.message, second.age_s(104.0)) == (ScrapeState.UNREACHABLE, "refused", 4.0)
     assert second.readings == first.readings
-    assert not first.pressure["qwen"].reasons
-    assert third.pressure["qwen"].waiting_for_kv == 4
+    assert (first.readings["qwen"].waiting_for_kv, third.readings["qwen"].waiting_for_kv) == (0, 4)
     assert third.earlier == first.readings

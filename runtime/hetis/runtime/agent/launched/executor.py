@@ -319,8 +319,7 @@ class LaunchedReplica:
         """Return the report for the planner."""
         report = ReplicaReport(replica=self.name)
         for model, reading in self.news.readings.items():  # an engine that we start serves one model
-            earlier, pressure = self.news.earlier.get(model), self.news.pressure.get(model)
-            report = replica_report(self.name, reading, earlier=earlier, pressure=pressure)
+            report = replica_report(self.name, reading, earlier=self.news.earlier.get(model))
         report.assignment_state, report.generation = self.state(now_s), self.generation
         report.is_primary, report.endpoint = self._is_primary, self.part.endpoint
         has_failed = report.assignment_state == AssignmentState.ASSIGNMENT_STATE_FAILED

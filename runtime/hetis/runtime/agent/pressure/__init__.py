@@ -1,8 +1,4 @@
-"""Memory pressure of engines that hetis does not steer: vLLM's and SGLang's ``/metrics``, read, judged and reported.
-
-Plain use misleads, because an engine with a prefix cache is always full. Use is therefore judged without evictable
-blocks, together with two signs that only a real shortage gives: waiting requests and preemptions.
-"""
+"""Memory pressure of engines that hetis does not steer: vLLM's and SGLang's ``/metrics``, read and reported."""
 
 from __future__ import annotations
 
@@ -22,70 +18,20 @@ from hetis.formats.answers import metrics_body, reason_of
 from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, UnreadableMetricsError, read_metrics
 from hetis.v1 import failure_pb2, report_pb2
 
-# An engine is under pressure above these.
-MOST_USE_RATIO = 0.9  # share of KV held by requests
-MOST_PREEMPTIONS_PER_S = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pressure:
-    """A judgement. There is pressure if ``reasons``, which are sentences, is not empty.
-
-    Attributes:
-        use_ratio: share of KV held by requests. None: unknown.
-        waiting_for_kv: requests that wait for blocks, as the engine reports. If it does not report them, all waiting
-            requests count while use is above its limit.
-        preemptions_per_s: since the previous reading; 0 at the first.
-        reasons: every sign of a shortage, with the value and its limit.
-    """
-
-    use_ratio: float | None
-    waiting_for_kv: int
-    preemptions_per_s: float
-    reasons: tuple[str, ...]
-
-
-def judge(reading: EngineReading, earlier: EngineReading | None, elapsed_s: float) -> Pressure:
-    """Judge a reading on its own and against the one ``elapsed_s`` seconds earlier, if there is one."""
-    use = reading.kv_use_ratio
-    full = use is not None and use > MOST_USE_RATIO
-    waiting = reading.num_waiting_for_kv
-    if waiting is None:
-        waiting = (reading.num_waiting or 0) if full else 0
-    rate = _preempted_since(reading, earlier) / elapsed_s if earlier is not None and elapsed_s > 0 else 0.0
-    reasons = []
-    if full and use is not None:
-        reasons.append(f"requests hold {use:.0%} of the KV blocks, above {MOST_USE_RATIO:.0%}")
-    if waiting:
-        reasons.append(f"{waiting} requests wait for KV blocks")
-    if rate > MOST_PREEMPTIONS_PER_S:
-        reasons.append(f"{rate:.2f} requests/s are preempted, above {MOST_PREEMPTIONS_PER_S:.2f}")
-    return Pressure(use_ratio=use, waiting_for_kv=waiting, preemptions_per_s=rate, reasons=tuple(reasons))
-
-
-def _preempted_since(reading: EngineReading, earlier: EngineReading | None) -> int:
-    if reading.num_preempted is None:
-        return reading.num_preempted_now or 0
-    before = (earlier.num_preempted or 0) if earlier is not None else 0
-    # A smaller number means that the engine restarted and counts from 0 again.
-    return reading.num_preempted - before if reading.num_preempted >= before else reading.num_preempted
-
-
 _MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
 
 
 def replica_report(
-    replica: str, reading: EngineReading, *, earlier: EngineReading | None = None, pressure: Pressure | None = None
+    replica: str, reading: EngineReading, *, earlier: EngineReading | None = None
 ) -> report_pb2.ReplicaReport:
     """Return the report of a replica whose engine hetis does not steer. Means cover the time since ``earlier``."""
-    waiting_for_kv = pressure.waiting_for_kv if pressure is not None else reading.num_waiting_for_kv
     return report_pb2.ReplicaReport(
         replica=replica,
         assignment_state=report_pb2.ASSIGNMENT_STATE_UNMANAGED,
         is_primary=True,
         num_running=_count(reading.num_running, _MOST),
         num_waiting=_count(reading.num_waiting, _MOST),
-        num_waiting_for_kv=_count(waiting_for_kv, _MOST),
+        num_waiting_for_kv=_count(reading.waiting_for_kv, _MOST),
         num_preempted=_count(reading.num_preempted),
         num_steps=_count(reading.num_steps),
         num_finished=_count(reading.num_finished),
@@ -216,7 +162,6 @@ class EngineNews:
         state: outcome of the last scrape. The readings are those of the last scrape that succeeded.
         readings: by model, in the order of their names. Empty: no scrape has succeeded yet.
         earlier: readings of the scrape before those, by model.
-        pressure: judgement of every reading, by model.
         taken_s: when the readings were taken, in seconds of the given clock. 0: never.
         message: why the last scrape failed. Empty: it did not.
     """
@@ -224,7 +169,6 @@ class EngineNews:
     state: ScrapeState = ScrapeState.UNREACHABLE
     readings: Mapping[str, EngineReading] = field(default_factory=dict)
     earlier: Mapping[str, EngineReading] = field(default_factory=dict)
-    pressure: Mapping[str, Pressure] = field(default_factory=dict)
     taken_s: float = 0.0
     message: str = ""
 
@@ -237,12 +181,10 @@ class EngineNews:
         if taken.state is not ScrapeState.READ:
             return replace(self, state=taken.state, message=taken.message)
         readings = {reading.model: reading for reading in taken.readings}
-        elapsed_s = now_s - self.taken_s
         return EngineNews(
             state=ScrapeState.READ,
             readings=readings,
             earlier={model: reading for model, reading in self.readings.items() if model in readings},
-            pressure={model: judge(one, self.readings.get(model), elapsed_s) for model, one in readings.items()},
             taken_s=now_s,
         )
 

@@ -20,6 +20,7 @@ from hetis.solver.errors import HetisError
 
 VLLM, SGLANG = "vllm:", "sglang:"  # prefixes of their metrics
 _CAPACITY = "capacity"
+FULL_RATIO = 0.9  # share of KV held by requests above which those that wait do so for KV
 _SAME_REQUESTS = frozenset({"tp_rank", "pp_rank", "moe_ep_rank", "pid"})  # SGLang's ranks that report the same requests
 
 
@@ -57,7 +58,6 @@ class EngineReading:
         evictable_blocks: blocks that hold only cached prefixes.
         kv_use_ratio: share of KV held by requests, from 0 to 1; may be reported even if block counts are not.
         num_preempted, num_finished, num_steps: since the engine started.
-        num_preempted_now: preempted in the last round, from engines that have no counter.
         ttft_s, tpot_s: seconds to the first token and per output token, since the engine started.
     """
 
@@ -70,11 +70,19 @@ class EngineReading:
     evictable_blocks: int | None = None
     kv_use_ratio: float | None = None
     num_preempted: int | None = None
-    num_preempted_now: int | None = None
     num_finished: int | None = None
     num_steps: int | None = None
     ttft_s: Total | None = None
     tpot_s: Total | None = None
+
+    @property
+    def waiting_for_kv(self) -> int:
+        """The requests that wait for blocks. If the engine does not say, all waiting requests count while requests hold
+        almost all KV: an engine with a prefix cache is always full, so evictable blocks do not count as held.
+        """
+        if self.num_waiting_for_kv is not None:
+            return self.num_waiting_for_kv
+        return (self.num_waiting or 0) if (self.kv_use_ratio or 0.0) > FULL_RATIO else 0
 
 
 def read_metrics(text: str) -> list[EngineReading]:
@@ -150,7 +158,6 @@ def _read_sglang(model: str, samples: _Samples) -> EngineReading:
         evictable_blocks=evictable,
         kv_use_ratio=ratio,
         num_preempted=samples.count("sglang:num_retracted_requests_total"),
-        num_preempted_now=samples.count("sglang:num_retracted_reqs"),
         num_finished=samples.count("sglang:num_requests_total"),
         ttft_s=samples.total("sglang:time_to_first_token_seconds"),
         tpot_s=samples.total("sglang:inter_token_latency_seconds", "sglang:time_per_output_token_seconds"),
