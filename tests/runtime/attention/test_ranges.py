@@ -223,24 +223,6 @@ def test_a_device_that_was_warmed_holds_nothing_and_attends_as_defined(
         check(device, case)
 
 
-def test_a_worker_counts_what_its_attention_read() -> None:
-    case = Case(tokens=(10, 3), cuts=((6, 9), (2,)), window=4)
-    device = InprocWorker("w0", 4).join(case.shape())
-    device.begin(step([0, 1], [0, 0], [6, 2]))
-    numbers = case.numbers()
-    for layer in range(LAYERS):
-        device.attend(layer, torch.cat((numbers[0][layer, :6], numbers[1][layer, :2]))).wait()
-    device.finish(0)
-    stats = device.stats()
-    assert stats[:5] == (4 - 2 - 1, 2, 2, 2 * 8, 2 * 8)
-    assert stats.busy_ns > 0
-    device.begin(step([0, 1], [6, 2], [1, 1]))
-    for layer in range(LAYERS):
-        device.attend(layer, torch.stack((numbers[0][layer, 6], numbers[1][layer, 2]))).wait()
-    device.finish(0)
-    assert device.stats().read_positions - stats.read_positions == (7 + 3) + (4 + 3)  # the second layer has a window
-
-
 def step(requests: list[int], positions: list[int], counts: list[int]) -> DeviceStep:
     zero = np.zeros(len(requests), np.int64)
     return DeviceStep(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetis.runtime.transport import channel, pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, PipeChannel, WorkerEndpoint, accept, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, WorkerEndpoint, accept, connect
 from hetis.runtime.transport.frames import ChannelError, Frame, FrameError, FrameKind
 from hetis.runtime.transport.pipes import SharedFile, TcpPipe, is_supported
 
@@ -89,11 +89,11 @@ def test_where_the_worker_cannot_open_the_memory_the_socket_does(
 
 
 def test_an_engine_that_is_stopped_meanwhile_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: PipeChannel, timeout_s: float) -> Frame | None:
+    def stop(self: Channel, timeout_s: float) -> Frame | None:
         assert len(list(folder.iterdir())) == 1
         raise SystemExit(0)
 
-    monkeypatch.setattr(PipeChannel, "receive", stop)
+    monkeypatch.setattr(Channel, "receive", stop)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(SystemExit):
         connect(WorkerEndpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"k" * 16))
     assert list(folder.iterdir()) == []
@@ -104,7 +104,7 @@ def test_a_path_that_is_none_of_ours_is_refused(
     worker: Callable[[], tuple[WorkerEndpoint, Accepted]], path: bytes
 ) -> None:
     endpoint, accepted = worker()
-    with closing(PipeChannel(TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=10))) as stranger:
+    with closing(Channel(TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=10))) as stranger:
         words = torch.frombuffer(bytearray(path), dtype=torch.uint8)
         stranger.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(words,))])
         answer = stranger.receive(10)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.transport import pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, PipeChannel, WorkerEndpoint, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, WorkerEndpoint, connect
 from hetis.runtime.transport.frames import (
     HEADER_BYTES,
     MOST_BODY_BYTES,
@@ -34,10 +34,10 @@ from hetis.runtime.transport.frames import (
     header_of,
     read_header,
 )
-from hetis.runtime.transport.pipes import AHEAD_BYTES, SharedFile, ShmPipe, TcpPipe, is_supported
+from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 from tests.runtime.transport.inproc import InprocPipe
 
-Ends = tuple[PipeChannel, PipeChannel]
+Ends = tuple[Channel, Channel]
 
 
 def frame(size: int, *, serial: int = 0, kind: FrameKind = FrameKind.ATTEND) -> Frame:
@@ -53,12 +53,12 @@ def tcp_pipes() -> tuple[TcpPipe, TcpPipe]:
 
 def inproc_ends(stall_s: float) -> Ends:
     one, other = InprocPipe.pair()
-    return PipeChannel(one, stall_s=stall_s), PipeChannel(other, stall_s=stall_s)
+    return Channel(one, stall_s=stall_s), Channel(other, stall_s=stall_s)
 
 
 def tcp_ends(stall_s: float) -> Ends:
     one, other = tcp_pipes()
-    return PipeChannel(one, stall_s=stall_s), PipeChannel(other, stall_s=stall_s)
+    return Channel(one, stall_s=stall_s), Channel(other, stall_s=stall_s)
 
 
 def shm_ends(stall_s: float, ring_bytes: int = 1 << 16) -> Ends:
@@ -68,7 +68,7 @@ def shm_ends(stall_s: float, ring_bytes: int = 1 << 16) -> Ends:
     made.unlink()
     assert not made.path.exists()
     pipes = ShmPipe(made, one, first=True), ShmPipe(found, other, first=False)
-    return PipeChannel(pipes[0], stall_s=stall_s), PipeChannel(pipes[1], stall_s=stall_s)
+    return Channel(pipes[0], stall_s=stall_s), Channel(pipes[1], stall_s=stall_s)
 
 
 KINDS: dict[str, Callable[[float], Ends]] = {"inproc": inproc_ends, "tcp": tcp_ends}
@@ -78,7 +78,7 @@ if is_supported():
 
 @pytest.fixture(params=KINDS)
 def make_ends(request: pytest.FixtureRequest) -> Iterator[Callable[..., Ends]]:
-    made: list[PipeChannel] = []
+    made: list[Channel] = []
 
     def make(stall_s: float = 5.0) -> Ends:
         ends = KINDS[request.param](stall_s)
@@ -124,24 +124,6 @@ def test_frames_larger_than_any_buffer_pass_while_the_other_end_reads(kind: str)
     sender.join()
     one.close()
     other.close()
-
-
-def test_two_ends_that_write_at_once_do_not_wait_for_each_other_where_one_reads_ahead() -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        pipe = TcpPipe.connect("127.0.0.1", listener.getsockname()[1], timeout_s=5, reads_ahead=True)
-        other = PipeChannel(TcpPipe(listener.accept()[0], "other"), stall_s=20)
-    one = PipeChannel(pipe, stall_s=20)
-    frames = [frame(size, serial=i) for i, size in enumerate([9_000_000, 3, 9_000_000])]
-
-    def send_and_hear(end: PipeChannel) -> list[Frame | None]:
-        end.send(frames)
-        return [end.receive(20) for _ in frames]
-
-    with closing(one), closing(other), ThreadPoolExecutor() as threads:
-        heard = list(threads.map(send_and_hear, (one, other)))
-        for came in heard:
-            assert all(a is not None and same(a, b) for a, b in zip(came, frames, strict=True))
-        assert one.receive(0.01) is None
 
 
 def test_a_wait_ends_when_its_time_is_up_and_the_next_has_its_own(make_ends: Callable[..., Ends]) -> None:
@@ -193,22 +175,6 @@ def test_what_is_said_beside_the_memory_ends_the_channel() -> None:
 def test_where_futexes_are_refused_there_is_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipes, "_syscall", lambda *_: -1)
     assert not is_supported()
-
-
-def test_what_was_read_ahead_once_is_not_kept() -> None:
-    one, other = tcp_pipes()
-    with closing(one), closing(other):
-        one._reads_ahead = True
-        other.write([memoryview(bytes(500_000))], 5.0)
-        for _ in range(10):
-            one._read_ahead()
-        assert len(one._ahead) > AHEAD_BYTES
-        left = 500_000
-        while left:
-            left -= one.read_into(memoryview(bytearray(min(left, 1000))), 5.0)
-        other.write([memoryview(b"x")], 5.0)
-        assert one.read_into(memoryview(bytearray(1)), 5.0) == 1
-        assert len(one._ahead) == AHEAD_BYTES
 
 
 def test_numbers_of_any_form_have_their_bytes() -> None:

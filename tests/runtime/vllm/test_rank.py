@@ -6,6 +6,8 @@ The test is the scheduler: it admits, grows, moves, ends and restarts requests a
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from hetis.runtime.vllm.head_map import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
+from tests.runtime.measured.paced import FakeClock
 
 GROUPS, QUERIES, DIM, LAYERS, BLOCK = 3, 2, 8, 2, 4
 SHAPE = KvShape(
@@ -112,7 +115,7 @@ class Running:
 class World:
     """A rank with two workers, and the scheduler's part of it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self.rng = random.Random(seed)
         torch.manual_seed(seed)
         self.blocks = Blocks(400)
@@ -127,6 +130,7 @@ class World:
             self.workers,
             self.blocks,
             copy_bytes_per_step=1500,
+            clock=clock,
         )
         self.running: list[Running] = []
         self.free = list(range(399, 0, -1))
@@ -374,3 +378,39 @@ def test_attention_made_up_for_a_lost_worker_is_that_of_a_whole_sequence(layer: 
     q, k, v = torch.randn(11, QUERIES, DIM), torch.randn(11, DIM), torch.randn(11, DIM)
     expected = reference(q.double(), k.double(), v.double(), layer)
     torch.testing.assert_close(attend_directly(q, k, v, SHAPE, layer).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("meanwhile_s", "least_s"), [(0.0, 1.0), (0.7, 1.0), (3.0, 0.0)])
+def test_what_a_worker_takes_is_known_only_as_far_as_its_answer_was_waited_for(
+    meanwhile_s: float, least_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a second, and the rank something else meanwhile."""
+    clock = FakeClock()
+    world = World(0, clock)
+    attend, attend_here = world.devices[1].attend, world.blocks.attend_here
+
+    class Away:
+        def __init__(self, output: torch.Tensor) -> None:
+            self.output, self.there_s = output, clock.now_s + 1.0
+
+        def wait(self) -> torch.Tensor:
+            clock.now_s = max(clock.now_s, self.there_s)
+            return self.output
+
+    def attend_meanwhile(*arguments: Any) -> None:
+        clock.pause(meanwhile_s)
+        attend_here(*arguments)
+
+    monkeypatch.setattr(world.devices[1], "attend", lambda layer, qkv: Away(attend(layer, qkv).output))
+    monkeypatch.setattr(world.blocks, "attend_here", attend_meanwhile)
+    monkeypatch.setattr(world, "hear", lambda: None)
+    one = Running(world.free.pop(), 1, [LOCAL, 1, 1])
+    world.running.append(one)
+    world.events.append(Admitted(one.anchor, one.number, tuple(one.devices)))
+    for _ in range(4):
+        world.step()
+    report = world.rank.take_report()
+    assert report.taken[1], "some steps only decode"
+    for taken in report.taken[1]:
+        assert (taken.least_s, taken.most_s) == pytest.approx((least_s, max(1.0, meanwhile_s)))
+        assert taken.heads == 2 * QUERIES

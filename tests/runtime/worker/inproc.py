@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import KvShape
-from hetis.runtime.transport.channel import PipeChannel
+from hetis.runtime.transport.channel import Channel
 from hetis.runtime.transport.frames import ChannelError, Frame, FrameKind, bytes_of, header_of
 from hetis.runtime.worker.core import WorkerCore
 from hetis.runtime.worker.remote import RemoteDevice
@@ -40,7 +40,7 @@ class InprocWorker:
     is_running: bool = True
     core: WorkerCore = field(init=False)
     _pipe: InprocPipe | None = None
-    _channel: PipeChannel | None = None
+    _channel: Channel | None = None
 
     def __post_init__(self) -> None:
         self.start()
@@ -54,12 +54,12 @@ class InprocWorker:
         ours, theirs = InprocPipe.pair(self.name)
         if self._channel is not None:
             self._channel.close()
-        self._pipe, self._channel = theirs, PipeChannel(theirs)
+        self._pipe, self._channel = theirs, Channel(theirs)
         channel = self._channel
         ours.idle = lambda: self.run(channel, theirs)
-        return RemoteDevice(self.name, shape, PipeChannel(ours), epoch=epoch, key=KEY)
+        return RemoteDevice(self.name, shape, Channel(ours), epoch=epoch, key=KEY)
 
-    def run(self, channel: PipeChannel, pipe: InprocPipe) -> None:
+    def run(self, channel: Channel, pipe: InprocPipe) -> None:
         """Handles everything that has come."""
         while self.is_running and not pipe.is_closed:
             try:
@@ -81,7 +81,7 @@ class InprocWorker:
         self.is_running = True
         self.run(self._channel, self._pipe)
 
-    def _handle(self, frame: Frame, channel: PipeChannel) -> None:
+    def _handle(self, frame: Frame, channel: Channel) -> None:
         if frame.kind is FrameKind.BYE:
             self._leave(channel)
             return
@@ -89,7 +89,7 @@ class InprocWorker:
         if answer is not None:
             channel.send([answer])
 
-    def _fail(self, fault: Fault, frame: Frame, channel: PipeChannel, pipe: InprocPipe) -> None:
+    def _fail(self, fault: Fault, frame: Frame, channel: Channel, pipe: InprocPipe) -> None:
         self.has_failed = True
         match fault:
             case Fault.KILL | Fault.KILL_AFTER:
@@ -110,6 +110,6 @@ class InprocWorker:
                 raw = header_of(answer) + b"".join(bytes(bytes_of(part)) for part in answer.parts)
                 pipe.write([memoryview(raw[: len(raw) // 2])], 0)
 
-    def _leave(self, channel: PipeChannel) -> None:
+    def _leave(self, channel: Channel) -> None:
         channel.close()
         self.core.leave()

@@ -253,7 +253,7 @@ def test_a_device_that_was_lost_does_nothing_more() -> None:
     worker = InprocWorker("w0", PAGES, fault=Fault.KILL, fault_at=1)
     device: RemoteDevice = worker.join(CASE.shape())
     with pytest.raises(DeviceLostError):
-        device.stats()
+        device.ping()
     no_step: DeviceStep = step([0], [0], [2])
     with pytest.raises(DeviceLostError, match="w0: it was lost"):
         device.begin(no_step)

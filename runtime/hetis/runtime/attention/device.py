@@ -147,15 +147,6 @@ class AttentionDevice(Protocol):
             UnknownSequenceError: there would be a gap before ``first``.
         """
 
-    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
-        """Return a number for each head and layer, shape [heads, layers], of K and V at positions 0 to ``last - 1``.
-
-        Two devices with equal digests hold the same, bit for bit.
-
-        Raises:
-            UnknownSequenceError: a head is not held here, or not up to there.
-        """
-
 
 WARM_TOKENS = 600  # more than one split of the Triton kernel
 
@@ -235,32 +226,9 @@ class LocalDevice:
         for key, own_k, own_v in zip(keys, k, v, strict=True):
             self.pool.write(key, first, own_k, own_v)
 
-    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
-        pieces = [self.pool.read(SequenceKey(request, incarnation, head), 0, last) for head in heads]
-        return np.stack([digest(k, v) for k, v in pieces])
-
     def _attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         return self.backend.attend(layer, qkv.to(self.pool.k.device))
 
     def _check_begun(self) -> None:
         if self._step is None:
             raise DeviceError(self.name, "no step was begun")
-
-
-# Any large odd numbers will do: a place's weight is its number times PLACE, and VALUES separates V from K.
-PLACE, VALUES = 0x1E3779B97F4A7C15, 0x5DEECE66D
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def digest(k: torch.Tensor, v: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Return one number per layer for K and V, each [layers, positions, d], from their bits and order alone."""
-    sums: npt.NDArray[np.int64] = (_sums(k) + VALUES * _sums(v)).cpu().numpy()
-    return sums
-
-
-def _sums(x: torch.Tensor) -> torch.Tensor:
-    """Return weighted sums of the bits as integers modulo 2^64, shape [layers], in any order of addition."""
-    bits = x.contiguous().view(_INTEGERS[x.element_size()]).flatten(1).to(torch.int64)
-    places = torch.arange(1, bits.shape[1] + 1, device=x.device) * PLACE | 1
-    return (bits * places).sum(dim=1)

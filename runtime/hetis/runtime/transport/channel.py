@@ -36,25 +36,6 @@ from hetis.runtime.transport.frames import (
 from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 
 
-class Channel(Protocol):
-    """One end of a connection. Not thread-safe. After a ChannelError only `close` may be called.
-
-    Attributes:
-        name: for people: the kind and the other end.
-    """
-
-    name: str
-
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Send all frames, together if the channel can. Raises ChannelError."""
-
-    def receive(self, timeout_s: float) -> Frame | None:
-        """Return the next frame, or None if none began to arrive within the time. Raises ChannelError."""
-
-    def close(self) -> None:
-        """Close the connection; the other end notices. May be called again."""
-
-
 class Pipe(Protocol):
     """Ordered bytes in both directions."""
 
@@ -69,8 +50,14 @@ class Pipe(Protocol):
     def close(self) -> None: ...
 
 
-class PipeChannel:
-    """Frames over a pipe. A frame that has begun must complete within ``stall_s``; the body's length is limited."""
+class Channel:
+    """One end of a connection: frames over a pipe. A frame that has begun must complete within ``stall_s``.
+
+    Not thread-safe. After a ChannelError only `close` may be called.
+
+    Attributes:
+        name: for people: the kind and the other end.
+    """
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
         self.name = pipe.name
@@ -81,6 +68,7 @@ class PipeChannel:
         self._is_closed = False
 
     def send(self, frames: Sequence[Frame]) -> None:
+        """Send all frames together. Raises ChannelError."""
         self._check_open()
         buffers = []
         for frame in frames:
@@ -89,6 +77,7 @@ class PipeChannel:
         self._pipe.write(buffers, self._stall_s)
 
     def receive(self, timeout_s: float) -> Frame | None:
+        """Return the next frame, or None if none began to arrive within the time. Raises ChannelError."""
         self._check_open()
         came = self._pipe.read_into(self._into_header, timeout_s)
         if not came:
@@ -102,6 +91,7 @@ class PipeChannel:
         return frame
 
     def close(self) -> None:
+        """Close the connection; the other end notices. May be called again."""
         if not self._is_closed:
             self._is_closed = True
             self._pipe.close()
@@ -146,7 +136,7 @@ def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, s
         OSError: this machine has no room for the shared memory, or this process has no free file descriptors.
     """
     pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
-    channel = PipeChannel(pipe, stall_s=stall_s)
+    channel = Channel(pipe, stall_s=stall_s)
     try:
         return _agreed(channel, pipe, kind, stall_s=stall_s)
     except OSError:
@@ -154,7 +144,7 @@ def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, s
         raise
 
 
-def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
+def _agreed(channel: Channel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: float) -> Channel:
     """Return the channel agreed on, which is the socket's or replaces it."""
     if kind is ChannelKind.TCP or (kind is ChannelKind.AUTO and not (pipe.is_local and is_supported())):
         return channel
@@ -188,7 +178,7 @@ def _agreed(channel: PipeChannel, pipe: TcpPipe, kind: ChannelKind, *, stall_s: 
         _log.warning("%s", why)
         return channel
     shared.unlink()  # both ends have it open
-    return PipeChannel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
+    return Channel(ShmPipe(shared, pipe, first=True), stall_s=stall_s)
 
 
 def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel, Frame]:
@@ -203,7 +193,7 @@ def accept(connection: socket.socket, *, stall_s: float = 10.0) -> tuple[Channel
     except OSError as error:
         connection.close()
         raise ChannelClosedError("a connection was reset before it said anything") from error
-    channel: Channel = PipeChannel(pipe, stall_s=stall_s)
+    channel = Channel(pipe, stall_s=stall_s)
     try:
         frame = _first(channel, stall_s)
         if frame.kind is FrameKind.ATTACH:
@@ -224,7 +214,7 @@ def _attached(channel: Channel, pipe: TcpPipe, frame: Frame, *, stall_s: float) 
     except FrameError as error:
         channel.send([error_answer(frame, ErrorCode.REFUSED, str(error))])
         return channel
-    attached = PipeChannel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
+    attached = Channel(ShmPipe(shared, pipe, first=False), stall_s=stall_s)
     try:
         channel.send([Frame(kind=FrameKind.WELCOME, epoch=0, session=0)])
     except ChannelError:

@@ -10,14 +10,13 @@ that what an old engine or an old connection sent is seen to be old, and a ``ser
 | ATTEND | T | queries, key and value of each position: [T, r + 2, d] |
 | FINISH, ABORT, PING, BYE | | |
 | DROP | N | (request, incarnation, head): i64 [N, 3] |
-| EXPORT, DIGEST | H | request, incarnation, first, last, heads: i64 [4 + H] |
+| EXPORT | H | request, incarnation, first, last, heads: i64 [4 + H] |
 | ADOPT | H, positions | the numbers of EXPORT; K, V [H, layers, positions, d] |
 | ATTACH | | path of the shared memory |
 | WELCOME | | pages i64, name |
 | OUT | T | [T, r, d] |
 | KV | H, positions | K, V [H, layers, positions, d] |
-| DIGESTS | H | i64 [H, layers] |
-| PONG | | numbers of a `WorkerStats` i64 |
+| PONG | | free pages, sequences: i64 |
 | ERROR | code | needed i64, free i64, text |
 
 HetisError
@@ -84,14 +83,12 @@ class FrameKind(IntEnum):
     DROP = 6
     EXPORT = 7
     ADOPT = 8
-    DIGEST = 9
     PING = 10
     BYE = 11
     ATTACH = 12
     WELCOME = 32
     OUT = 33
     KV = 34
-    DIGESTS = 35
     PONG = 36
     ERROR = 37
 
@@ -278,29 +275,6 @@ class KvRange(NamedTuple):
         return torch.tensor([*self[:4], *self.heads], dtype=torch.int64)
 
 
-class WorkerStats(NamedTuple):
-    """A worker's free room and the work of its attention, counted from the start of its process.
-
-    Differences of two such values give the coefficients of dispatch: over many calls, ``busy_ns`` is linear in the
-    heads, the KV bytes and the calls.
-
-    Attributes:
-        free_pages: free pages of the worker.
-        sequences: virtual sequences that it holds.
-        calls: layers that it has computed, each for all sequences of a step.
-        rows: positions whose queries it has computed, over all calls; each has r query heads.
-        read_positions: positions whose K and V it has read, over all calls, once per sequence and call.
-        busy_ns: time within the calls, including transfers to and from its device, excluding frames.
-    """
-
-    free_pages: int
-    sequences: int
-    calls: int
-    rows: int
-    read_positions: int
-    busy_ns: int
-
-
 def pack_step(step: DeviceStep) -> tuple[torch.Tensor, ...]:
     """Return the body of BEGIN."""
     columns = [step.requests, step.incarnations, step.heads, step.positions]
@@ -356,7 +330,7 @@ def read_keys(frame: Frame) -> list[SequenceKey]:
 
 
 def read_part(frame: Frame) -> KvRange:
-    """Return the range that EXPORT or DIGEST asks for."""
+    """Return the range that EXPORT asks for."""
     return _part(_integers(frame, frame.kind, 4 + frame.counts[0]), frame)
 
 
@@ -380,18 +354,10 @@ def read_kv(frame: Frame, shape: KvShape, part: KvRange) -> tuple[torch.Tensor, 
     return k, v
 
 
-def read_digests(frame: Frame, shape: KvShape, part: KvRange) -> IntArray:
-    return _integers(frame, FrameKind.DIGESTS, len(part.heads) * shape.layers).reshape(len(part.heads), shape.layers)
-
-
-def pack_stats(stats: WorkerStats) -> tuple[torch.Tensor, ...]:
-    """Return the body of PONG."""
-    return (torch.tensor(stats, dtype=torch.int64),)
-
-
-def read_stats(frame: Frame) -> WorkerStats:
-    """Return the statistics in PONG."""
-    return WorkerStats(*_integers(frame, FrameKind.PONG, len(WorkerStats._fields)).tolist())
+def read_pong(frame: Frame) -> tuple[int, int]:
+    """Return a worker's free pages and the number of its virtual sequences, from PONG."""
+    free_pages, sequences = _integers(frame, FrameKind.PONG, 2).tolist()
+    return free_pages, sequences
 
 
 def error_answer(frame: Frame, code: ErrorCode, text: str, *, needed: int = 0, free: int = 0) -> Frame:

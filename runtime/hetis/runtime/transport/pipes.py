@@ -38,7 +38,7 @@ from pathlib import Path
 from hetis.runtime.transport.frames import ChannelClosedError, ChannelStalledError, FrameError
 
 BUFFER_BYTES = 2 << 20
-AHEAD_BYTES = 1 << 16  # bytes read ahead; more only from an end that writes at the same time
+AHEAD_BYTES = 1 << 16  # bytes read ahead
 MOST_BUFFERS = 256  # per call; the kernel accepts 1,024
 FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds, so shorter ones use poll
 LONGEST_S = 1e9
@@ -47,12 +47,8 @@ LONGEST_S = 1e9
 class TcpPipe:
     """One end of a TCP connection."""
 
-    def __init__(self, connection: socket.socket, name: str, *, reads_ahead: bool = False) -> None:
-        """Initialise. With ``reads_ahead`` it reads while it waits to write, so two writing ends do not block each
-        other.
-        """
+    def __init__(self, connection: socket.socket, name: str) -> None:
         self.name = name
-        self._reads_ahead = reads_ahead
         self._ahead = memoryview(bytearray(AHEAD_BYTES))
         self._begin = self._end = 0  # bounds of the unread bytes in it
         self._socket = connection
@@ -63,17 +59,17 @@ class TcpPipe:
             connection.setsockopt(socket.SOL_SOCKET, which, BUFFER_BYTES)
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(connection, select.POLLIN)
-        self._writable.register(connection, select.POLLOUT | (select.POLLIN if reads_ahead else 0))
+        self._writable.register(connection, select.POLLOUT)
 
     @classmethod
-    def connect(cls, host: str, port: int, *, timeout_s: float, reads_ahead: bool = False) -> TcpPipe:
+    def connect(cls, host: str, port: int, *, timeout_s: float) -> TcpPipe:
         """Connect. Raises ChannelError if nobody listens there."""
         where = f"tcp:{host}:{port}"
         try:
             connection = socket.create_connection((host, port), timeout=timeout_s)
         except OSError as error:
             raise ChannelClosedError(f"{where}: {error}") from error
-        return cls(connection, where, reads_ahead=reads_ahead)
+        return cls(connection, where)
 
     @property
     def socket(self) -> socket.socket:
@@ -97,8 +93,6 @@ class TcpPipe:
             except BlockingIOError:
                 deadline_s = deadline_s or time.monotonic() + timeout_s
                 self._wait(deadline_s - time.monotonic())
-                if self._reads_ahead:
-                    self._read_ahead()
                 continue
             except OSError as error:
                 raise ChannelClosedError(f"{self.name}: {error}") from error
@@ -111,8 +105,6 @@ class TcpPipe:
         if self._begin == self._end:
             if len(buffer) >= AHEAD_BYTES:
                 return self._read(buffer, timeout_s)
-            if len(self._ahead) > AHEAD_BYTES:  # it had to grow once
-                self._ahead = memoryview(bytearray(AHEAD_BYTES))
             self._begin, self._end = 0, self._read(self._ahead, timeout_s)
         num = min(len(buffer), self._end - self._begin)
         buffer[:num] = self._ahead[self._begin : self._begin + num]
@@ -148,15 +140,6 @@ class TcpPipe:
         seconds, micros = divmod(round(min(timeout_s, LONGEST_S) * 1e6), 1_000_000)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, micros))
         self._wait_s = timeout_s
-
-    def _read_ahead(self) -> None:
-        """Read what is there, behind bytes read earlier that nobody has taken yet."""
-        if len(self._ahead) - self._end < AHEAD_BYTES:
-            left = self._ahead[self._begin : self._end]
-            self._begin, self._end = 0, len(left)
-            self._ahead = memoryview(bytearray(2 * (len(left) + AHEAD_BYTES)))
-            self._ahead[: len(left)] = left
-        self._end += self._read(self._ahead[self._end :], 0.0)
 
     def _wait(self, left_s: float) -> None:
         if left_s <= 0 or not self._writable.poll(left_s * 1000):

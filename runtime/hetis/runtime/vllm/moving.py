@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,18 +87,6 @@ def _inverse(value: torch.Tensor | int, chosen: torch.Tensor, size: int, head_di
     return places.view(size, head_dim)
 
 
-class KvStore(Protocol):
-    """KV in the blocks of a rank, read and written as plain tensors."""
-
-    def read(self, blocks: IntArray, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of K and V at positions ``first`` to ``last - 1`` of one head group, each [layers, positions,
-        d].
-        """
-
-    def write(self, blocks: IntArray, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write K and V, each [layers, positions, d], to the positions from ``first`` on."""
-
-
 @dataclass(slots=True)
 class _OpenMove:
     """A move in flight; ``copied`` positions are at the target."""
@@ -112,7 +100,7 @@ class Mover:
     """The moves of one rank."""
 
     def __init__(
-        self, heads: HeadMap, workers: Workers, shape: KvShape, store: KvStore, *, bytes_per_step: int
+        self, heads: HeadMap, workers: Workers, shape: KvShape, store: BlockStore, *, bytes_per_step: int
     ) -> None:
         """Initialise. At most ``bytes_per_step`` of KV are copied between two steps, but at least one position of every
         group.

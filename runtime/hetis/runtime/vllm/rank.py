@@ -24,7 +24,7 @@ from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.measured.calibration import Calibration, token_bytes
 from hetis.runtime.measured.following import OVER_READING, Taken
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
-from hetis.runtime.vllm.moving import KvStore, Mover
+from hetis.runtime.vllm.moving import BlockStore, Mover
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
 
@@ -165,7 +165,7 @@ class Rank:
         num_blocks: int,
         block_tokens: int,
         workers: Workers,
-        store: KvStore,
+        store: BlockStore,
         *,
         copy_bytes_per_step: int,
         calibrations: dict[int, Calibration] | None = None,

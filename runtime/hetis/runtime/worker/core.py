@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import hmac
 import logging
-import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
-from hetis.runtime.attention.device import DeviceStep, LocalDevice
+from hetis.runtime.attention.device import LocalDevice
 from hetis.runtime.attention.kv import KvShape, OutOfPagesError, SequenceKey, UnknownSequenceError
 from hetis.runtime.transport.frames import (
     ErrorCode,
@@ -26,9 +24,7 @@ from hetis.runtime.transport.frames import (
     FrameError,
     FrameKind,
     Hello,
-    WorkerStats,
     error_answer,
-    pack_stats,
     pack_welcome,
     read_adopted,
     read_keys,
@@ -57,7 +53,6 @@ class WorkerCore:
         self._make_device, self._key = make_device, key
         self._session = 0
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun
-        self._meter = _Meter()
         self._incarnations: dict[int, int] = {}
         self._failed: Exception | None = None  # by a frame without an answer
 
@@ -124,7 +119,6 @@ class WorkerCore:
                 step = read_step(frame)
                 device.begin(step)
                 self._step = step.number, step.num_rows
-                self._meter.begin(step, device.shape.windows)
             case FrameKind.FINISH | FrameKind.ABORT:
                 self._step = None
                 if frame.kind is FrameKind.ABORT:
@@ -140,14 +134,9 @@ class WorkerCore:
                 k, v = device.export(part.request, part.incarnation, part.heads, part.first, part.last)
                 counts = len(part.heads), part.last - part.first, 0
                 return frame.answered(FrameKind.KV, counts=counts, dtype=device.shape.dtype, parts=(k, v))
-            case FrameKind.DIGEST:
-                self._raise_failed()
-                part = read_part(frame)
-                sums = device.digest(part.request, part.incarnation, part.heads, part.last)
-                return frame.answered(FrameKind.DIGESTS, counts=(len(sums), 0, 0), parts=(torch.from_numpy(sums),))
             case FrameKind.PING:
-                stats = self._meter.stats(free_pages=device.pool.free_pages, sequences=len(device.pool))
-                return frame.answered(FrameKind.PONG, parts=pack_stats(stats))
+                numbers = torch.tensor([device.pool.free_pages, len(device.pool)], dtype=torch.int64)
+                return frame.answered(FrameKind.PONG, parts=(numbers,))
             case _:
                 raise FrameError(f"{frame.kind.name} is not for a worker")
         return None
@@ -156,10 +145,7 @@ class WorkerCore:
         self._raise_failed()
         if self._step is None or self._step[0] != frame.step:
             raise UnknownSequenceError(self.name, f"step {frame.step} was not begun")
-        qkv = read_queries(frame, device.shape, self._step[1])
-        begun_ns = time.perf_counter_ns()
-        out = device.attend_received(frame.layer, qkv)
-        self._meter.add(frame.layer, rows=len(out), busy_ns=time.perf_counter_ns() - begun_ns)
+        out = device.attend_received(frame.layer, read_queries(frame, device.shape, self._step[1]))
         return frame.answered(FrameKind.OUT, counts=(len(out), 0, 0), dtype=device.shape.dtype, parts=(out,))
 
     def _adopt(self, frame: Frame, device: LocalDevice) -> None:
@@ -196,29 +182,4 @@ class WorkerCore:
         return stale_answer(frame, self.name, current=self.epoch)
 
 
-class _Meter:
-    """Counts the work of attention."""
-
-    def __init__(self) -> None:
-        self._calls = self._rows = self._read = self._busy_ns = 0
-        self._reads: list[int] = []  # positions that each layer of this step reads
-
-    def begin(self, step: DeviceStep, windows: tuple[int, ...]) -> None:
-        ends = step.positions + (1 if step.counts is None else step.counts)
-        reads = {}
-        for window in set(windows):
-            first = np.maximum(step.positions + 1 - window, 0) if window else 0
-            reads[window] = int((ends - first).sum())
-        self._reads = [reads[window] for window in windows]
-
-    def add(self, layer: int, *, rows: int, busy_ns: int) -> None:
-        self._calls += 1
-        self._rows += rows
-        self._read += self._reads[layer]
-        self._busy_ns += busy_ns
-
-    def stats(self, *, free_pages: int, sequences: int) -> WorkerStats:
-        return WorkerStats(free_pages, sequences, self._calls, self._rows, self._read, self._busy_ns)
-
-
-_ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.DIGEST, FrameKind.PING})
+_ANSWERED = frozenset({FrameKind.HELLO, FrameKind.ATTEND, FrameKind.EXPORT, FrameKind.PING})

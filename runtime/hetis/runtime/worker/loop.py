@@ -10,10 +10,10 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from hetis.runtime.transport.channel import Channel, accept
 from hetis.runtime.transport.frames import ChannelError, ErrorCode, Frame, FrameKind
+from hetis.runtime.worker.core import WorkerCore
 
 MOST = 16  # at a time; the oldest makes room
 AGAIN_S = 0.01  # after a connection that could not be accepted
@@ -87,23 +87,10 @@ IDLE_S = 1.0  # between two checks while there is none
 GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 
 
-class Core(Protocol):
-    """The core that a loop runs: an attention worker's."""
-
-    name: str
-    epoch: int
-
-    def handle(self, frame: Frame) -> Frame | None:
-        """Do what one frame asks, and return the answer if its kind has one. Raises FrameError."""
-
-    def leave(self) -> None:
-        """Handle the end of the connection."""
-
-
 class WorkerLoop:
     """Runs a core over the connections that arrive at ``listener``. Each begins with a HELLO."""
 
-    def __init__(self, core: Core, listener: socket.socket, *, stall_s: float = 10.0) -> None:
+    def __init__(self, core: WorkerCore, listener: socket.socket, *, stall_s: float = 10.0) -> None:
         self.core = core
         self._pending = PendingConnections(listener, silent_s=stall_s)
         self._stall_s = stall_s

@@ -9,8 +9,8 @@
     pending = device.attend(layer, qkv)                   # [T, r + 2, d], rows in the step's order; returns at once
     out = pending.wait()                                  # [T, r, d]; wait for one layer before requesting the next
     device.finish(n)                                      # or abort(n): the same positions may begin again
-    device.drop([SequenceKey(request, incarnation, head)])    # frees pages; `adopt`, `export`, `digest` move KV
-    device.stats()                                        # between steps: free pages, sequences, attention's work
+    device.drop([SequenceKey(request, incarnation, head)])    # frees pages; `adopt` and `export` move KV
+    device.ping()                                         # between steps: free pages, sequences
     device.close()
 
 A worker serves one connection, that with the newest epoch. An engine that connects with the same or a higher epoch
@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from hetis.runtime.attention.device import DeviceStep, IntArray
+from hetis.runtime.attention.device import DeviceStep
 from hetis.runtime.attention.kv import (
     DeviceLostError,
     KvShape,
@@ -50,14 +50,12 @@ from hetis.runtime.transport.frames import (
     Hello,
     KvRange,
     Numbers,
-    WorkerStats,
     pack_keys,
     pack_step,
-    read_digests,
     read_error,
     read_kv,
     read_outputs,
-    read_stats,
+    read_pong,
     read_welcome,
 )
 
@@ -151,22 +149,15 @@ class RemoteDevice:
             self._session.frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts)
         )
 
-    def digest(self, request: int, incarnation: int, heads: Sequence[int], last: int) -> IntArray:
-        part = KvRange(request, incarnation, 0, last, tuple(heads))
-        asked = self._session.frame(FrameKind.DIGEST, counts=(len(heads), 0, 0), parts=(part.numbers(),))
-        answer = self._answer(self._ask(asked))
-        return self._read(answer, lambda frame: read_digests(frame, self.shape, part))
-
     # --- life
 
     def ping(self) -> tuple[int, int]:
-        """Return the worker's free pages and the number of its virtual sequences. Raises DeviceLostError."""
-        stats = self.stats()
-        return stats.free_pages, stats.sequences
+        """Return, between two steps, the worker's free pages and the number of its virtual sequences.
 
-    def stats(self) -> WorkerStats:
-        """Return, between two steps, the worker's free room and the work of its attention. Raises DeviceLostError."""
-        return self._read(self._answer(self._ask(self._session.frame(FrameKind.PING))), read_stats)
+        Raises:
+            DeviceLostError: it does not answer.
+        """
+        return self._read(self._answer(self._ask(self._session.frame(FrameKind.PING))), read_pong)
 
     def close(self) -> None:
         """Say goodbye. The worker forgets what it holds and waits for the next engine."""
