@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetis.formats.endpoints import split_address
 from hetis.formats.units import parse_bytes
@@ -50,42 +50,24 @@ class WorkerOptionError(HetisError):
         self.messages = messages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSetting:
-    """One setting. It is required if ``default`` is None."""
-
-    option: str
-    variable: str
-    metavar: str
-    meaning: str
-    default: str | None = None
-
-    @property
-    def help(self) -> str:
-        return (
-            f"{self.meaning} [{self.variable}; {self.default}]" if self.default else f"{self.meaning} [{self.variable}]"
-        )
-
-
-def _setting(option: str, metavar: str, meaning: str, default: str | None = None) -> WorkerSetting:
-    variable = "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper()
-    return WorkerSetting(option=option, variable=variable, metavar=metavar, meaning=meaning, default=default)
-
-
-_SETTINGS = (
-    _setting("--name", "NAME", "what its engine calls it"),
-    _setting("--listen", "HOST:PORT", "port 0: any free one", "127.0.0.1:0"),
-    _setting("--threads", "N", "of the CPU", "1"),
-    _setting("--timeout", "SECONDS", "for a frame that has begun", "10"),
-    _setting("--log-level", "LEVEL", ", ".join(LEVELS), "info"),
-    _setting("--kv-memory", "SIZE", "for KV, such as 512MiB"),
-    _setting("--device", "DEVICE", "cpu, cuda or cuda:N", "cpu"),
-    _setting(
-        "--key-file", "FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}", ""
+# Every option with its metavar, meaning and default. None: it is required.
+_OPTIONS: Mapping[str, tuple[str, str, str | None]] = {
+    "--name": ("NAME", "what its engine calls it", None),
+    "--listen": ("HOST:PORT", "port 0: any free one", "127.0.0.1:0"),
+    "--threads": ("N", "of the CPU", "1"),
+    "--timeout": ("SECONDS", "for a frame that has begun", "10"),
+    "--log-level": ("LEVEL", ", ".join(LEVELS), "info"),
+    "--kv-memory": ("SIZE", "for KV, such as 512MiB", None),
+    "--device": ("DEVICE", "cpu, cuda or cuda:N", "cpu"),
+    "--key-file": (
+        *("FILE", f"the key that engines must know, mode 0600; or the key itself in {keys.VARIABLE}"),
+        "",
     ),
-    _setting("--port-file", "FILE", "to write HOST:PORT to, once engines may come", ""),
-)
-VARIABLES: Mapping[str, str] = {setting.option: setting.variable for setting in _SETTINGS}
+    "--port-file": ("FILE", "to write HOST:PORT to, once engines may come", ""),
+}
+VARIABLES: Mapping[str, str] = {
+    option: "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper() for option in _OPTIONS
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +99,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for setting in _SETTINGS:
-        parser.add_argument(setting.option, dest=setting.option, metavar=setting.metavar, help=setting.help)
+    for option, (metavar, meaning, default) in _OPTIONS.items():
+        also = f"{VARIABLES[option]}; {default}" if default else VARIABLES[option]
+        parser.add_argument(option, dest=option, metavar=metavar, help=f"{meaning} [{also}]")
     return parser
 
 
@@ -129,126 +112,90 @@ def read_options(arguments: Sequence[str] | None, environment: Mapping[str, str]
         WorkerOptionError: with everything that is missing or wrong.
         SystemExit: an unknown option, or ``--help``.
     """
-    parser = make_parser()
-    read = _Reading(_SETTINGS, vars(parser.parse_args(arguments)), environment)
-    options = WorkerOptions(
-        name=read.name("--name"),
-        listen=read.address("--listen", least_port=0),
-        kv_bytes=read.size("--kv-memory"),
-        device=read.device("--device"),
-        threads=read.threads("--threads"),
-        timeout_s=read.seconds("--timeout"),
-        log_level=read.level("--log-level"),
-        key=read.key("--key-file", environment),
-        port_file=read.path("--port-file"),
-    )
-    read.finish()
-    return options
+    given = vars(make_parser().parse_args(arguments))
+    wrong: list[str] = []
 
-
-class _Reading:
-    """The settings of one start. Problems are collected, and something harmless is returned in place of a bad value.
-
-    Attributes:
-        wrong: all problems.
-    """
-
-    def __init__(
-        self, settings: Sequence[WorkerSetting], given: Mapping[str, str | None], environment: Mapping[str, str]
-    ) -> None:
-        """Initialise with the value of each option, None if it was not given."""
-        self.wrong: list[str] = []
-        self._texts: dict[str, tuple[str, str]] = {}  # option -> (source, text)
-        for setting in settings:
-            said, named = given[setting.option], environment.get(setting.variable)
-            if said is not None:
-                self._texts[setting.option] = setting.option, said
-            elif named:
-                self._texts[setting.option] = setting.variable, named
-            elif setting.default is not None:
-                self._texts[setting.option] = setting.option, setting.default
-            else:
-                self.wrong.append(f"{setting.option} is missing, and so is {setting.variable}")
-
-    def finish(self) -> None:
-        """Raise WorkerOptionError with everything that was missing or wrong."""
-        if self.wrong:
-            raise WorkerOptionError(*self.wrong)
-
-    def text(self, option: str) -> str:
-        return self._of(option)[1]
-
-    def path(self, option: str) -> Path | None:
-        text = self.text(option)
-        return Path(text) if text else None
-
-    def key(self, option: str, environment: Mapping[str, str]) -> bytes:
+    def read(option: str, parse: Callable[[str], Any]) -> Any:
+        """Return the parsed setting; None if it is wrong. ``parse`` raises ValueError with what follows its source."""
+        variable, default = VARIABLES[option], _OPTIONS[option][-1]
+        source, text = option, given[option]
+        if text is None and environment.get(variable):
+            source, text = variable, environment[variable]
+        text = default if text is None else text
+        if text is None:
+            wrong.append(f"{option} is missing, and so is {variable}")
+            return None
         try:
-            key = keys.read_key(self.path(option), environment)
-        except keys.InvalidKeyError as error:
-            self.wrong.append(str(error))
-            return b""
-        if key is None:
-            self.wrong.append(f"{option} is missing, and so is {keys.VARIABLE}")
-        return key or b""
-
-    def name(self, option: str) -> str:
-        return self._matching(option, _NAME, "must be 1 to 128 letters, digits and ._:/-")
-
-    def device(self, option: str) -> str:
-        return self._matching(option, _DEVICE, "must be cpu, cuda or cuda:N")
-
-    def level(self, option: str) -> str:
-        return self._matching(option, _LEVEL, f"must be {', '.join(LEVELS)}").upper()
-
-    def address(self, option: str, *, least_port: int) -> tuple[str, int]:
-        source, text = self._of(option)
-        try:
-            return split_address(text, least_port=least_port)
-        except ValueError:
-            self._note(source, f" is {text!r}, must be HOST:PORT with a port >= {least_port} and <= 65535")
-            return "127.0.0.1", 1
-
-    def size(self, option: str) -> int:
-        source, text = self._of(option)
-        try:
-            size = parse_bytes(text)
+            return parse(text)
         except ValueError as error:
-            self._note(source, f": {error}")
-            return 1
-        if size < 1:
-            self._note(source, f" is {text}, must be > 0")
-        return size
+            wrong.append(f"{source}{error}")
+            return None
 
-    def threads(self, option: str) -> int:
-        source, text = self._of(option)
-        if not text.isdecimal() or not 1 <= int(text) <= 1024:
-            self._note(source, f" is {text!r}, must be a whole number >= 1 and <= 1024")
-            return 1
-        return int(text)
+    values = {
+        "name": read("--name", _matching(_NAME, "must be 1 to 128 letters, digits and ._:/-")),
+        "listen": read("--listen", _address),
+        "kv_bytes": read("--kv-memory", _size),
+        "device": read("--device", _matching(_DEVICE, "must be cpu, cuda or cuda:N")),
+        "threads": read("--threads", _threads),
+        "timeout_s": read("--timeout", _seconds),
+        "log_level": (read("--log-level", _matching(_LEVEL, f"must be {', '.join(LEVELS)}")) or "").upper(),
+        "port_file": read("--port-file", _path),
+    }
+    try:
+        values["key"] = keys.read_key(read("--key-file", _path), environment)
+        if values["key"] is None:
+            wrong.append(f"--key-file is missing, and so is {keys.VARIABLE}")
+    except keys.InvalidKeyError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise WorkerOptionError(*wrong)
+    return WorkerOptions(**values)
 
-    def seconds(self, option: str) -> float:
-        source, text = self._of(option)
-        try:
-            value = float(text)
-        except ValueError:
-            value = 0.0
-        if not 0.1 <= value <= 10**6:  # this also catches NaN
-            self._note(source, f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
-        return value
 
-    def _matching(self, option: str, pattern: re.Pattern[str], wanted: str) -> str:
-        source, text = self._of(option)
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _matching(pattern: re.Pattern[str], wanted: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
         if not pattern.fullmatch(text):
-            self._note(source, f" is {text!r}, {wanted}")
+            raise ValueError(f" is {text!r}, {wanted}")
         return text
 
-    def _of(self, option: str) -> tuple[str, str]:
-        return self._texts.get(option, ("", ""))
+    return parse
 
-    def _note(self, source: str, what: str) -> None:
-        if source:  # missing values were noted at the start
-            self.wrong.append(source + what)
+
+def _address(text: str) -> tuple[str, int]:
+    try:
+        return split_address(text, least_port=0)
+    except ValueError:
+        raise ValueError(f" is {text!r}, must be HOST:PORT with a port >= 0 and <= 65535") from None
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f": {error}") from None
+    if size < 1:
+        raise ValueError(f" is {text}, must be > 0")
+    return size
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise ValueError(f" is {text!r}, must be a whole number >= 1 and <= 1024")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 10**6:  # this also catches NaN
+        raise ValueError(f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
+    return value
 
 
 EXIT_FAILED, EXIT_INVALID = 1, 2
