@@ -95,6 +95,11 @@ class SteeredEngine(ABC, Generic[TakenT]):
         # Changes that the engine was told to abort before it heard of them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=NoCopies(), devices=frozenset())
 
+    @property
+    def is_assigned(self) -> bool:
+        """Return whether the planner has assigned a replica, and so decides on moves."""
+        return bool(self._held)
+
     # --- what kind of engine it is
 
     @abstractmethod

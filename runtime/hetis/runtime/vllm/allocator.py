@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -33,29 +33,6 @@ _ENDLESS = 2**39  # blocks of the rank itself in the solver's state: vLLM's pool
 _MOST_RECENT = 256  # decision times that are kept until they are taken
 
 Policy = Literal["solver", "local", "remote"]
-
-
-class DispatchRule(Protocol):
-    """Places the head groups of new requests, as `hetis.solver.dispatch.solve.Dispatcher` does."""
-
-    @property
-    def stage(self) -> Stage:
-        """The devices and their costs."""
-
-    def dispatch(self, load: DeviceLoad, requests: Requests) -> DispatchAnswer:
-        """Return where the groups of one request go."""
-
-
-class DispatchAnswer(Protocol):
-    """The answer of a rule."""
-
-    @property
-    def groups(self) -> IntArray:
-        """Head groups of each request on each device, shape [requests, devices]."""
-
-    @property
-    def unplaced(self) -> Sequence[object]:
-        """The requests that were not placed, or nothing if all were."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,7 +87,6 @@ class HeadAllocator:
     Attributes:
         state: the solver's state of all running requests.
         stats: the decisions.
-        rule: decides if the policy is ``solver``; made anew whenever costs change.
     """
 
     def __init__(
@@ -131,8 +107,7 @@ class HeadAllocator:
         self.stats = AllocatorStats()
         self._free_here, self._policy, self._output_tokens, self._clock = free_here, policy, output_tokens, clock
         self._placed: dict[str, _Placed] = {}
-        self.rule: Callable[[Stage], DispatchRule] = Dispatcher
-        self._made: tuple[Callable[[Stage], DispatchRule], DispatchRule] | None = None  # rule and its dispatcher
+        self._dispatcher: Dispatcher | None = None  # made anew whenever costs change
         self._next_number = 1
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
@@ -454,15 +429,14 @@ class HeadAllocator:
         return load
 
     def _solved(self, tokens: int, growth: int) -> tuple[int, ...] | None:
-        state = self.state
-        if self._made is None or self._made[0] is not self.rule or self._made[1].stage is not state.stage:
-            self._made = self.rule, self.rule(state.stage)
+        if self._dispatcher is None or self._dispatcher.stage is not self.state.stage:
+            self._dispatcher = Dispatcher(self.state.stage)
         wanted = Requests(
             ids=("new",),
             context_tokens=np.array([tokens], np.int64),
             growth_tokens=np.array([growth], np.int64),
         )
-        plan = self._made[1].dispatch(self._load(), wanted)
+        plan = self._dispatcher.dispatch(self._load(), wanted)
         return None if plan.unplaced else _named(plan.groups[0].tolist())
 
     def _most_remote(self, tokens: int) -> tuple[int, ...]:
@@ -522,20 +496,17 @@ def _named(counts: Sequence[int]) -> tuple[int, ...]:
     return tuple(devices)
 
 
-BeginMove = Callable[[str, Sequence[int], int], int | None]
-
-
 class Redispatch:
-    """Examines one engine's requests at a fixed interval of steps.
+    """Examines one engine's requests at a fixed interval of steps, and makes the moves that pay.
 
-    Attributes:
-        num_looks: number of times that the solver was called.
+    A look costs milliseconds of the scheduler's process, so it is only taken if triggers fire: the slowest device is
+    far above the ideal, or a device is above its high-water mark, draining, or has come back.
     """
 
     def __init__(
         self,
         allocator: HeadAllocator,
-        begin_move: BeginMove,
+        begin_move: Callable[[str, Sequence[int], int], int | None],
         settings: EngineRedispatchSettings,
         *,
         num_layers: int,
@@ -545,24 +516,19 @@ class Redispatch:
         self._allocator, self._begin_move, self._settings = allocator, begin_move, settings
         self._num_layers, self._link_byte_s, self._steps = num_layers, link_byte_s, 0
         self._watch = Watch()
-        self.num_looks = 0
 
     def advance(self) -> None:
-        """Count a step, and look if it is time."""
+        """Count a step. If it is time, begin the moves of the first wave; later waves come with later looks."""
         self._steps += 1
-        due = self._steps % self._settings.every_steps == 0
-        if self._settings.enabled and due and self._allocator.running and not self._allocator.moves:
-            self.look()
-
-    def look(self) -> None:
-        """Begin the moves of the first wave if triggers fire and any moves pay. Later waves come with later looks."""
         allocator = self._allocator
+        due = self._settings.enabled and self._steps % self._settings.every_steps == 0
+        if not due or not allocator.running or allocator.moves:
+            return
         snapshot = allocator.snapshot()
         dispatcher = Dispatcher(snapshot.stage)
         fired = triggers(snapshot, dispatcher, theta=self._settings.theta)
         if not self._watch.due(snapshot, fired):
             return
-        self.num_looks += 1
         problem = RedispatchProblem(snapshot=snapshot, num_layers=self._num_layers, link_byte_s=self._link_byte_s())
         moves = [move for move in Redispatcher(dispatcher).solve(problem).moves if move.wave == 0]
         self._watch.looked(snapshot, fired, moved=bool(moves))

@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
     from vllm.v1.request import Request
+
+    from hetis.runtime.vllm.allocator import HeadAllocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +72,6 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
         return copy.deepcopy(specs[0])
 
 
-class Homes(Protocol):
-    """Knows where head groups live: the scheduler's side of the connector."""
-
-    def devices(self, request_id: str) -> Sequence[int]:
-        """Return the device of each head group of a placed request."""
-
-    def has_room(self, request_id: str, tokens: int) -> bool:
-        """Return whether the request's groups elsewhere could grow to this many tokens."""
-
-    def grow(self, request_id: str, tokens: int) -> None:
-        """Note that the groups have grown to this many tokens."""
-
-    def admitted(self, request_id: str, anchor: int) -> Event:
-        """Note that the request begins with this anchor, and return the event for the ranks."""
-
-    def released(self, request_id: str) -> None:
-        """Note that the request has ended or was preempted."""
-
-
 class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     """Block tables of every head group of every request.
 
@@ -98,7 +81,7 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
         events: events not yet sent to the ranks.
     """
 
-    homes: Homes
+    homes: HeadAllocator
     relieve: Callable[[int], None] | None = None
 
     def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:

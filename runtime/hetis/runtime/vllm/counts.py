@@ -63,7 +63,7 @@ class SchedulerCounts:
         self._told: Samples = {}
         self._taken_s = float("-inf")
 
-    def take(self, *, is_last: bool) -> dict[str, Any] | None:
+    def take(self, is_last: bool) -> dict[str, Any] | None:
         """Return the counts since the last take and the present gauges, or None if it is too early. Pass ``is_last`` if
         nothing runs any more, so that no further take follows soon.
         """

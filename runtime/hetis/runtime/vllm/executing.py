@@ -128,12 +128,12 @@ def surround(side: SchedulerSide) -> SteeredVllm | None:
     """
     path = side.settings.executor
     if path is None:
-        side.attach(SchedulerCounts(side))
+        side.attach(SchedulerCounts(side).take)
         return None
     steered = SteeredVllm(side)
     try:
         executor = ExecutorThread(path, steered, side.boundary)
     except OSError as error:
         raise SettingsError(f"hetis: executor: {error}") from None
-    side.attach(SchedulerCounts(side), steered, executor)
+    side.attach(SchedulerCounts(side).take, steered, executor.close)
     return steered

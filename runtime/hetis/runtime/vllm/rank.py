@@ -108,7 +108,6 @@ class _Remote:
     part: VirtualBatch
     begin: int
     end: int
-    kv_bytes: float  # read by its attention in one layer
     pending: Pending | None = None
     asked_s: float = 0.0
     sent_s: float = 0.0
@@ -360,8 +359,7 @@ class Rank:
         for number in sorted(set(devices.ravel().tolist()) - {-1, LOCAL}):
             part = part_of(requests, devices == number)
             end = begin + part.num_tokens
-            kv_bytes = float(part.lasts.sum()) * token_bytes(self._shape)
-            remotes.append(_Remote(device=number, part=part, begin=begin, end=end, kv_bytes=kv_bytes))
+            remotes.append(_Remote(device=number, part=part, begin=begin, end=end))
             begin = end
         return remotes
 
@@ -479,12 +477,10 @@ class Rank:
         )
 
     def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
-        report, part = self._reports[remote.device], remote.part
+        report = self._reports[remote.device]
         report.exchanges += 1
         report.exchange_s += self._clock() - remote.asked_s
         report.bytes_received += answer.nbytes
-        report.heads += part.num_tokens * self._shape.queries_per_group
-        report.kv_bytes += remote.kv_bytes
 
     def _remove(self, event: Gone) -> None:
         row = self.heads.row(event.anchor)

@@ -1,6 +1,6 @@
 """The plugin in vLLM's scheduler: places requests, moves their head groups, and informs the ranks with every step.
 
-Nothing here imports vLLM: the connector passes on vLLM's requests, and the block manager is behind `Blocks`. An
+Nothing here imports vLLM: the connector passes on vLLM's requests, and the block manager comes from there, too. An
 agent's requests come through `hetis.runtime.vllm.steering`, between two steps; see `Boundary`.
 """
 
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from hetis.runtime.vllm.settings import PluginSettings
-from hetis.runtime.vllm.steps import LOCAL, Event, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
+from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
     from hetis.runtime.measured.calibration import Calibration
+    from hetis.runtime.moves.engine import SteeredEngine
     from hetis.runtime.vllm.allocator import HeadAllocator
+    from hetis.runtime.vllm.blocks import HeadGroupManager
     from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
-
 
 MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done
 
@@ -122,50 +123,6 @@ class VllmRequest(Protocol):
     def num_output_tokens(self) -> int: ...
 
 
-class VllmBlockPool(Protocol):
-    """vLLM's pool of blocks."""
-
-    def get_num_free_blocks(self) -> int: ...
-
-
-class Blocks(Protocol):
-    """The used part of `hetis.runtime.vllm.blocks.HeadGroupManager`."""
-
-    homes: Any
-    relieve: Callable[[int], None] | None
-    events: list[Event]
-
-    @property
-    def block_pool(self) -> VllmBlockPool: ...
-    def anchor(self, request_id: str) -> int: ...
-    def blocks_of(self, request_id: str) -> int: ...
-    def held(self, request_id: str, group: int) -> int: ...
-    def extend(self, request_id: str, group: int, blocks: int) -> None: ...
-    def free_group(self, request_id: str, group: int) -> None: ...
-    def left(self, request_id: str, groups: Sequence[int]) -> None: ...
-    def lost(self, request_id: str) -> None: ...
-
-
-class Counting(Protocol):
-    """The used part of `hetis.runtime.vllm.counts.SchedulerCounts`."""
-
-    def take(self, *, is_last: bool) -> dict[str, Any] | None: ...
-
-
-class Steering(Protocol):
-    """The used part of `hetis.runtime.vllm.steering.SteeredVllm`."""
-
-    @property
-    def is_assigned(self) -> bool: ...
-    def step(self, now_s: float) -> None: ...
-
-
-class Closing(Protocol):
-    """The used part of `hetis.runtime.vllm.executing.ExecutorThread`."""
-
-    def close(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
     """The properties of the engine that matter for placement.
@@ -215,19 +172,19 @@ class SchedulerSide:
         self.allocator: HeadAllocator
         self.costs: EngineCosts
         self._plans = 0
-        self._manager: Blocks
+        self._manager: HeadGroupManager
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._moved_by: dict[int, MovedBy] = {}
         self._blocks: dict[tuple[int, int], list[int]] = {}  # of each worker, by rank
-        self._counts: Counting
-        self._steered: Steering | None = None
-        self._executor: Closing | None = None
+        self._take_counts: Callable[[bool], dict[str, Any] | None]
+        self._steered: SteeredEngine[Any] | None = None
+        self._close: Callable[[], None] = lambda: None
         self._requests = _Requests()
         self._placed: dict[str, VllmRequest] = {}
 
     # --- life
 
-    def bind(self, manager: Blocks, shape: EngineShape) -> None:
+    def bind(self, manager: HeadGroupManager, shape: EngineShape) -> None:
         """Connect to the block manager."""
         # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
         from hetis.runtime.vllm.allocator import HeadAllocator, Redispatch
@@ -247,7 +204,7 @@ class SchedulerSide:
         self.costs.follow(self.allocator.change_costs)
         manager.homes = self.allocator
         manager.relieve = self.relieve
-        self._redispatch: Redispatch | None = Redispatch(
+        self._redispatch = Redispatch(
             self.allocator,
             self.begin_move,
             settings.redispatch,
@@ -258,9 +215,14 @@ class SchedulerSide:
             _log.info("loading the dispatcher, which is compiled once per machine: a minute or two")
             compile_dispatch()
 
-    def attach(self, counts: Counting, steered: Steering | None = None, executor: Closing | None = None) -> None:
-        """Connect the counts and, if there is an agent, its way in."""
-        self._counts, self._steered, self._executor = counts, steered, executor
+    def attach(
+        self,
+        take_counts: Callable[[bool], dict[str, Any] | None],
+        steered: SteeredEngine[Any] | None = None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Connect the counts and, if there is an agent, what it steers; ``close`` ends its way in."""
+        self._take_counts, self._steered, self._close = take_counts, steered, close
 
     def greet(
         self,
@@ -277,8 +239,7 @@ class SchedulerSide:
 
     def close(self) -> None:
         """Close the agent's way in, because vLLM ends."""
-        if self._executor is not None:
-            self._executor.close()
+        self._close()
 
     # --- requests
 
@@ -313,7 +274,7 @@ class SchedulerSide:
             if self._steered is not None:
                 self._steered.step(time.monotonic())
             self.boundary.leave(is_idle=self.is_idle)
-            if self._redispatch is not None and not self.is_steered:
+            if not self.is_steered:
                 self._redispatch.advance()
             self.costs.advance()
             self._requests.look(time.time())
@@ -337,7 +298,7 @@ class SchedulerSide:
     def take_stats(self) -> dict[str, Any] | None:
         """Return the counts since the last take, after a step, or None if it is too early."""
         with self.boundary.lock:
-            return self._counts.take(is_last=self.is_idle)
+            return self._take_counts(self.is_idle)
 
     # --- moves
 

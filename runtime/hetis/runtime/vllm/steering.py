@@ -362,11 +362,6 @@ class SteeredVllm(SteeredEngine[_Taken]):
         super().__init__(engine_id)
         self._side = side
 
-    @property
-    def is_assigned(self) -> bool:
-        """Return whether the planner has assigned a replica, and so decides on moves."""
-        return bool(self._held)
-
     # --- assignments
 
     def _take(self, assignment: Assignment, generation: int, held: _Taken | None, now_s: float) -> _Taken:

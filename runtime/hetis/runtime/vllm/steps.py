@@ -89,7 +89,6 @@ class DeviceReport:
         bytes_sent, bytes_received: since the last report.
         exchanges: calls to it since the last report, one per layer and step.
         exchange_s: seconds from a call to its answer, summed over those exchanges.
-        heads, kv_bytes: query heads computed there and KV bytes read, summed over those exchanges.
     """
 
     blocks: int
@@ -97,8 +96,6 @@ class DeviceReport:
     bytes_received: int = 0
     exchanges: int = 0
     exchange_s: float = 0.0
-    heads: int = 0
-    kv_bytes: float = 0.0
 
 
 @dataclass(slots=True)
