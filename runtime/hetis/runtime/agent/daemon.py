@@ -25,7 +25,7 @@ from hetis.runtime.agent.outbox import Action, Cancel, EndStream, EngineCall, En
 from hetis.runtime.agent.pressure import EngineNews, device_reports, replica_report, unreachable_report, watch_engine
 from hetis.runtime.agent.replica_state import ReplicaState
 from hetis.runtime.agent.stream import PlannerStream
-from hetis.runtime.moves.refusals import RefusedError, failure_of, reason_name, refusal, unreachable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, phase_name, reason_name, refusal, unreachable
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, ConnectNodeResponse
 from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.executor_service_pb2 import WatchReportsResponse
@@ -203,7 +203,7 @@ class AgentDaemon:
         if message.HasField("change_status"):
             phase = message.change_status.phase
             if phase in (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED):
-                self._metrics.change_ended(ChangePhase.Name(phase).removeprefix("CHANGE_PHASE_").lower())
+                self._metrics.change_ended(phase_name(phase).lower())
 
     async def _call(self, call: EngineCall) -> None:
         answer: EngineResponse | Failure

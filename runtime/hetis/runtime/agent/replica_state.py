@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from hetis.runtime.agent.outbox import Outbox
-from hetis.runtime.moves.refusals import failure_of, generation_mismatch
+from hetis.runtime.moves.refusals import failure_of, generation_mismatch, phase_name
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason, Failure, FieldViolation
@@ -412,7 +412,7 @@ def _contradicts(change: ChangeState, outcome: ChangeOutcome.ValueType) -> bool:
 
 
 def _wrong_phase(change: ChangeState, why: str) -> Failure:
-    phase = ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_")
+    phase = phase_name(change.phase)
     return failure_of(
         ErrorReason.ERROR_REASON_CHANGE_PHASE,
         f"change {change.id} is {phase} here and {why}",

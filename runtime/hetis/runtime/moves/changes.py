@@ -6,16 +6,18 @@ pin and reserve, and learn the outcome from the authority: they free a source on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from hetis.runtime.moves.refusals import RefusedError, failure_of, refusal, unreachable
+from hetis.runtime.moves.refusals import RefusedError, failure_of, generation_mismatch, phase_name, refusal, unreachable
 from hetis.v1.change_pb2 import Change, ChangeOutcome, ChangePart, ChangePhase, ChangeStatus, MoveResult
 from hetis.v1.executor_service_pb2 import FlipMovesResponse
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import Move
 
+REMEMBERED_S = 600.0
 ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 
@@ -84,6 +86,16 @@ def unknown(change_id: str) -> RefusedError:
     return refusal(ErrorReason.ERROR_REASON_CHANGE_UNKNOWN, f"change {change_id} is not known", change_id=change_id)
 
 
+def has_ended(change: EngineChange, how: str = "has ended here") -> RefusedError:
+    change_id = change.change.change_id
+    return refusal(
+        ErrorReason.ERROR_REASON_CHANGE_PHASE,
+        f"change {change_id} {how}",
+        change_id=change_id,
+        phase=phase_name(change.phase),
+    )
+
+
 def expired(change_id: str) -> Failure:
     return failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"change {change_id}: its time to prepare passed")
 
@@ -116,11 +128,59 @@ def not_owner(move: Move, group: int, owner: str) -> Failure:
     )
 
 
-REMEMBERED_S = 600.0
+@dataclass(slots=True)
+class OpenMove:
+    """A move that has begun. ``number`` is the engine's own."""
+
+    move: Move
+    number: int = 0
 
 
-class Authority(Protocol):
-    """The part that only the engine of a replica's primary plays: it owns the head map."""
+class MoveAuthority(ABC):
+    """The part that only the engine of a replica's primary plays: it owns the head map, and its moves in flight."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, list[OpenMove]] = {}  # by change
+
+    # --- what kind of engine it is
+
+    @abstractmethod
+    def check(self, change: Change) -> None:
+        """Raise RefusedError if the change cannot be accepted, whatever its moves."""
+
+    @abstractmethod
+    def refusal_of(self, change: Change, move: Move) -> Failure | None:
+        """Return why a move cannot begin."""
+
+    @abstractmethod
+    def begin(self, change: Change, move: Move) -> int | Failure:
+        """Reserve blocks for a move and return the engine's number for it, or why that is impossible."""
+
+    @abstractmethod
+    def why_void(self, change: Change, one: OpenMove) -> Failure | None:
+        """Return why a move in flight cannot be made any more."""
+
+    @abstractmethod
+    def abort(self, change: Change, one: OpenMove) -> None:
+        """Free what was reserved for a move in flight, if it still is."""
+
+    @abstractmethod
+    def commit(self, change: EngineChange, moves: Sequence[OpenMove]) -> int:
+        """Make the targets own the head groups of all these moves at once, and return the step from which on."""
+
+    def is_ready(self, change: EngineChange) -> bool:
+        """Return whether the copies that only the authority knows of permit `flip`."""
+        return True
+
+    def stranded(self, change: Change, moves: Sequence[OpenMove]) -> list[tuple[OpenMove, Failure]]:
+        """Return the moves that cannot be made with only these, and why."""
+        return []
+
+    # --- what every engine does
+
+    def in_flight(self) -> list[tuple[str, Move]]:
+        """Return the moves in flight, with the ids of their changes."""
+        return [(change_id, one.move) for change_id, moves in self._open.items() for one in moves]
 
     def reserve(self, taken: EngineChange, generation: int) -> None:
         """Check every move against the head map, which has ``generation``, and reserve blocks for the moves that fit.
@@ -129,18 +189,65 @@ class Authority(Protocol):
         Raises:
             RefusedError: the change cannot be accepted, or no move is left. No blocks are held then.
         """
-
-    def is_ready(self, change: EngineChange) -> bool:
-        """Return whether the copies that only the authority knows of permit `flip`."""
+        change = taken.change
+        if change.base_generation != generation:
+            raise RefusedError(generation_mismatch(change.base_generation, generation))
+        self.check(change)
+        moves = self._open[change.change_id] = []
+        for move in change.moves:
+            begun = self.refusal_of(change, move) or self.begin(change, move)
+            if isinstance(begun, Failure):
+                taken.left_out[move.number] = begun
+            else:
+                moves.append(OpenMove(move, begun))
+        self._keep_together(taken, moves)
+        if not moves:
+            del self._open[change.change_id]
+            raise RefusedError(taken.left_out[min(taken.left_out)])
 
     def flip(self, change: EngineChange) -> Failure | None:
         """Flip every move that still fits, all at once between two steps. If none fits, change nothing and say why."""
+        moves = self._open[change.change.change_id]
+        self.leave_out_void({change.change.change_id: change})
+        if not moves:
+            return change.left_out[min(change.left_out)]
+        change.step = self.commit(change, moves)
+        change.phase, change.generation = ChangePhase.CHANGE_PHASE_FLIPPED, change.change.generation
+        del self._open[change.change.change_id]
+        return None
 
     def leave_out_void(self, changes: Mapping[str, EngineChange]) -> None:
         """Leave out the moves that have become void, with the reason."""
+        for change_id, change in changes.items():
+            moves = self._open.get(change_id, [])
+            void = [(one, why) for one in moves if (why := self.why_void(change.change, one)) is not None]
+            if void:
+                self._leave_out(change, moves, void)
+                self._keep_together(change, moves)
 
     def give_blocks_back(self, change: EngineChange) -> None:
         """Free what was reserved for the change, which is aborted."""
+        for one in self._open.pop(change.change.change_id, []):
+            self.abort(change.change, one)
+
+    def _keep_together(self, change: EngineChange, moves: list[OpenMove]) -> None:
+        """Leave out moves that must flip together with one left out, for the reason of the first."""
+        while True:
+            gone = [move for move in change.change.moves if move.number in change.left_out]
+            out = {(move.request, move.together): change.left_out[move.number] for move in gone}
+            keys = [(one, (one.move.request, one.move.together)) for one in moves]
+            leaving = [(one, out[key]) for one, key in keys if key in out] or self.stranded(change.change, moves)
+            if not leaving:
+                return
+            self._leave_out(change, moves, leaving)
+
+    def _leave_out(
+        self, change: EngineChange, moves: list[OpenMove], leaving: Sequence[tuple[OpenMove, Failure]]
+    ) -> None:
+        for one, why in leaving:
+            moves.remove(one)
+            change.left_out.setdefault(one.move.number, why)
+            self.abort(change.change, one)
 
 
 class Copies(Protocol):
@@ -162,7 +269,13 @@ class EngineChanges:
     """
 
     def __init__(
-        self, replica: str, *, generation: int, authority: Authority | None, copies: Copies, devices: frozenset[str]
+        self,
+        replica: str,
+        *,
+        generation: int,
+        authority: MoveAuthority | None,
+        copies: Copies | None,
+        devices: frozenset[str],
     ) -> None:
         """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
         self.replica = replica
@@ -178,12 +291,7 @@ class EngineChanges:
         known = self.known.get(change.change_id)
         if known is not None:
             if not known.is_open:
-                raise refusal(
-                    ErrorReason.ERROR_REASON_CHANGE_PHASE,
-                    f"change {change.change_id} has ended here",
-                    change_id=change.change_id,
-                    phase=ChangePhase.Name(known.phase).removeprefix("CHANGE_PHASE_"),
-                )
+                raise has_ended(known)
             return known
         other = next((found for found in self.known.values() if found.is_open), None)
         if other is not None:
@@ -192,7 +300,7 @@ class EngineChanges:
                 f"change {other.change.change_id} is under way",
                 change_id=other.change.change_id,
             )
-        timeout_s = change.prepare_timeout.seconds + change.prepare_timeout.nanos / 1e9
+        timeout_s = change.prepare_timeout.ToNanoseconds() / 1e9
         taken = EngineChange(change=change, parts=tuple(parts), deadline_s=now_s + timeout_s)
         if taken.is_authority:
             if self._authority is None:
@@ -203,6 +311,7 @@ class EngineChanges:
                 )
             self._authority.reserve(taken, self.generation)
         moves = [m for m in change.moves if m.number not in taken.left_out and self._touches(m, taken)]
+        assert self._copies is not None
         self._copies.plan(taken, moves)
         self.known[change.change_id] = taken
         return taken
@@ -241,12 +350,7 @@ class EngineChanges:
         if change is None:
             raise unknown(change_id)
         if change.phase == ChangePhase.CHANGE_PHASE_ABORTED or (change.is_authority and change.is_open):
-            raise refusal(
-                ErrorReason.ERROR_REASON_CHANGE_PHASE,
-                f"change {change_id} was not flipped",
-                change_id=change_id,
-                phase=ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_"),
-            )
+            raise has_ended(change, "was not flipped")
         for result in moves:
             change.left_out.setdefault(result.number, result.failure)
         self._learn_flipped(change, generation)
@@ -283,7 +387,8 @@ class EngineChanges:
         if self._authority is not None:
             self._authority.leave_out_void(self.known)
         for change in list(self.known.values()):
-            if change.is_open and self._copies.look(change, now_s) and change.copy_begun_s is not None:
+            is_copied = change.is_open and self._copies is not None and self._copies.look(change, now_s)
+            if is_copied and change.copy_begun_s is not None:
                 change.phase = ChangePhase.CHANGE_PHASE_READY
             overdue = change.is_open and change.is_authority and now_s >= change.deadline_s and change.flip_by_s is None
             if overdue:
@@ -367,12 +472,7 @@ class EngineChanges:
         if change is None:
             raise unknown(change_id)
         if not change.is_open:
-            raise refusal(
-                ErrorReason.ERROR_REASON_CHANGE_PHASE,
-                f"change {change_id} has ended here",
-                change_id=change_id,
-                phase=ChangePhase.Name(change.phase).removeprefix("CHANGE_PHASE_"),
-            )
+            raise has_ended(change)
         return change
 
     def _touches(self, move: Move, change: EngineChange) -> bool:

@@ -56,16 +56,6 @@ def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
     yield part
 
 
-class NoCopies:
-    """The copies of an engine that holds no KV of a change."""
-
-    def plan(self, change: EngineChange, moves: object) -> None:
-        """Copy nothing."""
-
-    def look(self, change: EngineChange, now_s: float) -> bool:
-        return True
-
-
 @dataclass(slots=True)
 class TakenReplica:
     """A replica in an engine: its assignment and its changes."""
@@ -93,7 +83,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         self.newest_epoch = 0
         self._held: dict[str, TakenT] = {}
         # Changes that the engine was told to abort before it heard of them, whatever their replica.
-        self._given_up = EngineChanges("", generation=0, authority=None, copies=NoCopies(), devices=frozenset())
+        self._given_up = EngineChanges("", generation=0, authority=None, copies=None, devices=frozenset())
 
     @property
     def is_assigned(self) -> bool:

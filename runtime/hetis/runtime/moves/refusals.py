@@ -8,6 +8,7 @@ from __future__ import annotations
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from hetis.v1.change_pb2 import ChangePhase
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.statuses import CODE_OF_REASON, REASON_PREFIX
 
@@ -36,6 +37,11 @@ def reason_name(failure: Failure) -> str:
     """Return the name of a failure's reason as in ``ErrorInfo.reason``, without the prefix."""
     known = failure.reason in ErrorReason.values()
     return ErrorReason.Name(failure.reason).removeprefix(REASON_PREFIX) if known else str(failure.reason)
+
+
+def phase_name(phase: int) -> str:
+    """Return the name of a change's phase without the prefix."""
+    return ChangePhase.Name(ChangePhase.ValueType(phase)).removeprefix("CHANGE_PHASE_")
 
 
 def stale_epoch(epoch: int, newest: int) -> Failure:

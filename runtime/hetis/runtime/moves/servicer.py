@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from grpc_status import rpc_status
 
 from hetis.runtime.moves.changes import EngineChange
 from hetis.runtime.moves.engine import SteeredEngine, pieces_of
-from hetis.runtime.moves.refusals import RefusedError, failure_of, status_of
+from hetis.runtime.moves.refusals import RefusedError, failure_of, phase_name, status_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
@@ -112,7 +111,7 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
                 ErrorReason.ERROR_REASON_CHANGE_PHASE,
                 f"change {request.change_id} ended while it was copied",
                 change_id=request.change_id,
-                phase=ChangePhase.Name(ChangePhase.ValueType(phase)).removeprefix("CHANGE_PHASE_"),
+                phase=phase_name(phase),
             )
             await _refuse(context, RefusedError(ended))
         yield progress
@@ -139,7 +138,7 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
     ) -> AsyncIterator[messages.WatchReportsResponse]:
         interval_s = DEFAULT_REPORT_S
         if request.HasField("min_interval"):
-            interval_s = min(max(_seconds(request.min_interval), 0.01), 600.0)
+            interval_s = min(max(request.min_interval.ToNanoseconds() / 1e9, 0.01), 600.0)
         sent = None
         while True:
             report = await self._host.do(lambda engine, now_s: engine.report(now_s))
@@ -167,7 +166,3 @@ class ExecutorServicer(executor_service_pb2_grpc.ExecutorServiceServicer):
 async def _refuse(context: Context, error: RefusedError) -> NoReturn:
     await context.abort_with_status(rpc_status.to_status(status_of(error.failure)))
     raise AssertionError("abort raises")
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9

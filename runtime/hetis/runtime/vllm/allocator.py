@@ -109,6 +109,7 @@ class HeadAllocator:
         self._placed: dict[str, _Placed] = {}
         self._dispatcher: Dispatcher | None = None  # made anew whenever costs change
         self._next_number = 1
+        self._by_number: dict[str, str] = {}  # running requests
         self._moves: dict[int, _Prepared] = {}
         self._next_move = 0
         self._limits: dict[int, int] = {}
@@ -132,6 +133,10 @@ class HeadAllocator:
     def number(self, request_id: str) -> int:
         """Return the number of a running request, as the ranks know it."""
         return self._placed[request_id].number
+
+    def numbered(self, number: str) -> str | None:
+        """Return the running request that ranks and planners know by a number."""
+        return self._by_number.get(number)
 
     # --- what the block manager asks
 
@@ -167,6 +172,7 @@ class HeadAllocator:
             placed = self._placed[request_id] = _Placed((LOCAL,) * self.heads.head_groups, 1, 0)
         placed.anchor, placed.number = anchor, self._next_number
         self._next_number += 1
+        self._by_number[str(placed.number)] = request_id
         self.state.admit_one(
             request_id,
             context_tokens=placed.tokens,
@@ -180,6 +186,7 @@ class HeadAllocator:
         placed = self._placed.pop(request_id, None)
         if placed is not None and placed.anchor is not None:
             self.stats.released += 1
+            del self._by_number[str(placed.number)]
             self._forget_moves({request_id})
             self.state.finish(request_id)
 

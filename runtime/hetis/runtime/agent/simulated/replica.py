@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from hetis.runtime.agent.simulated.stage import AdmissionRule, SimulatedRequest, StageRun
-from hetis.v1.head_map_pb2 import HeadMap, Move
+from hetis.v1.head_map_pb2 import HeadMap
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
 
@@ -138,7 +138,6 @@ class PrimaryRun:
         self.stages: dict[Key, StageRun] = {(m.stage, m.copy): StageRun(m) for m in assignment.stages}
         self.waiting: deque[SimulatedRequest] = deque()
         self.running: dict[str, SimulatedRequest] = {}
-        self.void: list[tuple[str, Move]] = []  # moves whose requests are gone, with their changes
         self.num_steps = self.num_finished = self.num_preempted = 0
         self._num_waiting_for_kv = 0
         self._random = random.Random(seed)
@@ -285,11 +284,10 @@ class PrimaryRun:
 
     def _make_room(self, stage: StageRun, device: int) -> None:
         """Free blocks on a device. Moves not yet made give way first, because nothing is lost with them."""
-        for change, moves in stage.reserved.items():
+        for moves in stage.reserved.values():
             coming = next((move for move in moves if stage.index[move.target] == device), None)
             if coming is not None:
                 moves.remove(coming)
-                self.void.append((change, coming))
                 return
         self._prefill_again(next(self.running[n] for n in reversed(stage.owners) if device in stage.owners[n]))
 
@@ -311,12 +309,7 @@ class PrimaryRun:
         del self.running[request.id]
         for stage in self.stages.values():
             if request.id in stage.requests:
-                self.void += stage.drop(request.id)
-
-    def take_void(self) -> list[tuple[str, Move]]:
-        """Return the moves that have become void since the last call, with their changes."""
-        void, self.void = self.void, []
-        return void
+                stage.drop(request.id)
 
     # --- telling
 

@@ -129,13 +129,11 @@ class StageRun:
     def admit(self, request: SimulatedRequest, owners: list[int]) -> None:
         self.requests[request.id], self.owners[request.id] = request, owners
 
-    def drop(self, request: str) -> list[tuple[str, Move]]:
-        """Remove a request and its blocks. Returns its moves, which are void, with their changes."""
+    def drop(self, request: str) -> None:
+        """Remove a request and its blocks. Its moves are void."""
         del self.requests[request], self.owners[request]
-        void = [(change, move) for change, moves in self.reserved.items() for move in moves if move.request == request]
-        for change, move in void:
-            self.reserved[change].remove(move)
-        return void
+        for change, moves in self.reserved.items():
+            self.reserved[change] = [move for move in moves if move.request != request]
 
     def overfull(self) -> int | None:
         """Return a device that holds more blocks than it has, or None if all fit."""
