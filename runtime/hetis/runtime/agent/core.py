@@ -7,7 +7,7 @@ follows the action that puts what it acknowledges on disk. Times are seconds of 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis.runtime.agent.outbox import Action, EngineResponse, Outbox
@@ -32,63 +32,6 @@ from hetis.v1.executor_service_pb2 import CopyMovesResponse, ReadHeadMapsRequest
 from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.inventory_pb2 import NodeInventory
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, ReplicaReport
-
-
-class HeadMapCalls:
-    """The requests of one stream that wait for the engine."""
-
-    def __init__(self, outbox: Outbox, can: Collection[AgentCapability.ValueType]) -> None:
-        self._outbox = outbox
-        self._can = can
-        self._waiting: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica)
-
-    def forget(self) -> None:
-        """Forget the requests of a stream that is gone."""
-        self._waiting.clear()
-
-    def ask(self, request: StateRequest, *, is_held: bool) -> None:
-        """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
-        replica = request.head_map_of
-        if not is_held:
-            missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{replica} is not held here", name=replica)
-            self._send(request.request_id, replica, missing)
-        elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self._can:
-            cannot = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
-            self._send(request.request_id, replica, cannot)
-        else:
-            number = self._outbox.call(ReadHeadMapsRequest(replica=replica), timeout_s=CALL_S)
-            self._waiting[number] = (request.request_id, replica)
-
-    def waits_for(self, number: int) -> bool:
-        return number in self._waiting
-
-    def answered(self, number: int, answer: EngineResponse | Failure) -> None:
-        """Handle the engine's answer to a call for which `waits_for` is true."""
-        self._send(*self._waiting.pop(number), answer)
-
-    def _send(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
-        if isinstance(answer, Failure) or not isinstance(answer, list) or not answer:
-            failure = (
-                answer
-                if isinstance(answer, Failure)
-                else failure_of(ErrorReason.ERROR_REASON_INTERNAL, "the engine answered without a head map")
-            )
-            piece = HeadMapPiece(request_id=request_id, replica=replica, is_last=True, failure=failure)
-            self._outbox.send(ConnectNodeRequest(head_map=piece))
-            return
-        pieces = list(pieces_of(head_map for response in answer for head_map in response.head_maps))
-        for index, head_maps in enumerate(pieces):
-            piece = HeadMapPiece(
-                request_id=request_id,
-                replica=replica,
-                generation=answer[0].generation,
-                step=answer[0].step,
-                index=index,
-                is_last=index == len(pieces) - 1,
-                head_maps=head_maps,
-            )
-            self._outbox.send(ConnectNodeRequest(head_map=piece))
-
 
 PROTOCOL_VERSION = 1
 MOST_REMOVED = 256  # removed replicas whose generation is remembered
@@ -136,7 +79,7 @@ class AgentCore:
         self._engine: WatchReportsResponse | None = None
         self._restart_is_untold = False  # the restart of the engine has not been reported yet
         self._is_welcome = False
-        self._head_maps = HeadMapCalls(self._outbox, identity.capabilities)
+        self._asked_maps: dict[int, tuple[str, str]] = {}  # call number -> (request id, replica), of this stream
         held = self._read(saved)
         self._fence = Fence(self._newest_epoch(saved, held), self._outbox)
         self._replicas = {entry.replica: self._replica_agent(entry) for entry in held}
@@ -146,7 +89,7 @@ class AgentCore:
     def hello(self) -> ConnectNodeRequest:
         """Return the first message of a new stream. Everything that belonged to an earlier stream is forgotten."""
         self._is_welcome = False
-        self._head_maps.forget()
+        self._asked_maps.clear()
         replicas = self._replicas.values()
         hello = Hello(
             node=self.identity.node,
@@ -193,8 +136,7 @@ class AgentCore:
             case "state_request":
                 self._state_request(message.state_request, now_s)
             case "goodbye":
-                within = message.goodbye.reconnect_within
-                self._outbox.end_stream(None, within_s=within.seconds + within.nanos / 1e9)
+                self._outbox.end_stream(None, within_s=message.goodbye.reconnect_within.ToNanoseconds() / 1e9)
         self._report(now_s)
         return self._outbox.take()
 
@@ -221,8 +163,8 @@ class AgentCore:
             if status.replica not in self._replicas:
                 self._replicas[status.replica] = self._replica_agent(ReplicaState(replica=status.replica))
             self._replicas[status.replica].hear_change(status, now_s)
-        if first or restarted:
-            self._advance(now_s)
+        for replica in self._replicas.values() if first or restarted else ():
+            replica.advance(now_s)
         self._report(now_s, asked=restarted)
         return self._outbox.take()
 
@@ -249,8 +191,8 @@ class AgentCore:
 
     def answered(self, number: int, answer: EngineResponse | Failure, now_s: float) -> list[Action]:
         """Handle the end of a call to the engine. The answer is a Failure if the call was refused or unanswered."""
-        if self._head_maps.waits_for(number):
-            self._head_maps.answered(number, answer)
+        if number in self._asked_maps:
+            self._send_head_maps(*self._asked_maps.pop(number), answer)
             return self._outbox.take()
         for replica in self._replicas.values():
             if replica.waits_for(number):
@@ -395,13 +337,40 @@ class AgentCore:
             case "report":
                 self._report(now_s, asked=True)
             case "head_map_of":
-                replica = self._replicas.get(request.head_map_of)
-                held = replica is not None and replica.held.assignment is not None
-                self._head_maps.ask(request, is_held=held)
+                self._ask_head_maps(request.request_id, request.head_map_of)
 
-    def _advance(self, now_s: float) -> None:
-        for replica in self._replicas.values():
-            replica.advance(now_s)
+    def _ask_head_maps(self, request_id: str, name: str) -> None:
+        """Ask the engine for the head maps of a replica, or tell the planner why that is impossible."""
+        replica = self._replicas.get(name)
+        if replica is None or replica.held.assignment is None:
+            missing = failure_of(ErrorReason.ERROR_REASON_NOT_FOUND, f"{name} is not held here", name=name)
+            self._send_head_maps(request_id, name, missing)
+        elif AgentCapability.AGENT_CAPABILITY_HEAD_MAP not in self.identity.capabilities:
+            cannot = failure_of(ErrorReason.ERROR_REASON_ENGINE_CANNOT, "the engine of this node tells no head map")
+            self._send_head_maps(request_id, name, cannot)
+        else:
+            self._asked_maps[self._outbox.call(ReadHeadMapsRequest(replica=name), timeout_s=CALL_S)] = request_id, name
+
+    def _send_head_maps(self, request_id: str, replica: str, answer: EngineResponse | Failure) -> None:
+        """Forward head maps in pieces, or why there are none."""
+        if not isinstance(answer, list) or not answer:
+            silent = failure_of(ErrorReason.ERROR_REASON_INTERNAL, "the engine answered without a head map")
+            failure = answer if isinstance(answer, Failure) else silent
+            piece = HeadMapPiece(request_id=request_id, replica=replica, is_last=True, failure=failure)
+            self._outbox.send(ConnectNodeRequest(head_map=piece))
+            return
+        pieces = list(pieces_of(head_map for response in answer for head_map in response.head_maps))
+        for index, head_maps in enumerate(pieces):
+            piece = HeadMapPiece(
+                request_id=request_id,
+                replica=replica,
+                generation=answer[0].generation,
+                step=answer[0].step,
+                index=index,
+                is_last=index == len(pieces) - 1,
+                head_maps=head_maps,
+            )
+            self._outbox.send(ConnectNodeRequest(head_map=piece))
 
     def _report(self, now_s: float, *, asked: bool = False) -> None:
         if self._is_welcome:

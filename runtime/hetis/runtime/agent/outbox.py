@@ -4,6 +4,7 @@ The core's driver carries them out in their order."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.v1 import executor_service_pb2 as messages
@@ -110,8 +111,7 @@ class Outbox:
         """
         if self.is_connected:
             self._sequence += 1
-            numbered = ConnectNodeRequest()
-            numbered.CopyFrom(message)
+            numbered = deepcopy(message)
             numbered.sequence, numbered.epoch = self._sequence, self.stream_epoch
             self._actions.append(Send(numbered))
 

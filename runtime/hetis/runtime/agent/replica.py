@@ -8,11 +8,13 @@ before or after a restart. Every change of the state is on disk before the plann
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 
 from google.protobuf.duration_pb2 import Duration
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse, Outbox
 from hetis.runtime.agent.replica_state import ChangeState, DesiredPhase, Fence, ReplicaState, refusal_of, wrong_fields
+from hetis.runtime.moves.changes import ENDED
 from hetis.runtime.moves.refusals import failure_of
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.agent_service_pb2 import AgentCapability, ConnectNodeRequest, Delta, DeltaAck, DeltaNack
@@ -111,10 +113,7 @@ class ReplicaAgent:
         held.generation, held.epoch = delta.generation, epoch
         before, new = held.assignment or Assignment(), delta.assignment
         held.is_anew = (list(before.stages), list(before.devices)) != (list(new.stages), list(new.devices))
-        held.assignment = None
-        if delta.HasField("assignment"):
-            held.assignment = Assignment()
-            held.assignment.CopyFrom(new)
+        held.assignment = deepcopy(new) if delta.HasField("assignment") else None
         held.is_applied, held.failure = False, None
         held.assignment_state = self._first_state()
 
@@ -122,14 +121,12 @@ class ReplicaAgent:
         known = self.held.changes.get(delta.prepare.change.change_id)
         if known is not None:
             return known
-        change = Change()
-        change.CopyFrom(delta.prepare.change)
-        timeout = change.prepare_timeout
+        change = deepcopy(delta.prepare.change)
         taken = ChangeState(
             change=change,
             parts=tuple(dict.fromkeys(delta.prepare.parts)),
             epoch=epoch,
-            deadline_s=now_s + timeout.seconds + timeout.nanos / 1e9,
+            deadline_s=now_s + change.prepare_timeout.ToNanoseconds() / 1e9,
             status=self._status(change, ChangePhase.CHANGE_PHASE_PREPARING),
         )
         self.held.changes[taken.id] = taken
@@ -138,16 +135,9 @@ class ReplicaAgent:
     def _take_directive(self, delta: Delta, *, epoch: int, now_s: float) -> ChangeState | None:
         """Take a commit, an abort or a resolution. Returns the change if its status is to be told now."""
         kind = delta.WhichOneof("change")
-        change_id = (
-            delta.commit.change_id
-            if kind == "commit"
-            else delta.abort.change_id
-            if kind == "abort"
-            else delta.resolved.change_id
-        )
-        change = self.held.changes.get(change_id)
-        if change is None:
-            change = self._unheard(change_id, epoch=epoch, now_s=now_s)
+        assert kind in ("commit", "abort", "resolved"), kind
+        change_id: str = getattr(delta, kind).change_id
+        change = self.held.changes.get(change_id) or self._unheard(change_id, epoch=epoch, now_s=now_s)
         change.epoch = epoch
         if kind == "resolved":
             change.is_resolved = True
@@ -159,9 +149,8 @@ class ReplicaAgent:
                 change.status.moves.extend(delta.resolved.moves)
                 return None
             if not flipped and change.is_open:
-                self._want_abort(
-                    change, failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "the authority aborted the change")
-                )
+                why = failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "the authority aborted the change")
+                self._want_abort(change, why)
                 return None
         elif kind == "commit" and change.phase == ChangePhase.CHANGE_PHASE_READY:
             if change.desired is DesiredPhase.PREPARED:
@@ -263,8 +252,7 @@ class ReplicaAgent:
         if change.desired is DesiredPhase.PREPARED and change.phase == ChangePhase.CHANGE_PHASE_PREPARING:
             if change.is_reserved:
                 return messages.CopyMovesRequest(epoch=change.epoch, change_id=change.id)
-            left = Change()
-            left.CopyFrom(change.change)
+            left = deepcopy(change.change)
             left.prepare_timeout.CopyFrom(_duration(max(change.deadline_s - now_s, 1e-3)))
             return messages.ReserveMovesRequest(epoch=change.epoch, change=left, parts=change.parts)
         return None
@@ -364,16 +352,11 @@ class ReplicaAgent:
     def hear_change(self, said: ChangeStatus, now_s: float) -> None:
         """Take what the engine's report says of a change, whose end the agent may have missed."""
         change = self.held.changes.get(said.change_id)
-        ended = said.phase in (
-            ChangePhase.CHANGE_PHASE_FLIPPED,
-            ChangePhase.CHANGE_PHASE_ABORTED,
-            ChangePhase.CHANGE_PHASE_RELEASED,
-        )
         if change is None:
             if said.phase not in (ChangePhase.CHANGE_PHASE_ABORTED, ChangePhase.CHANGE_PHASE_RELEASED):
                 self._adopt(said, now_s)
             return
-        if not ended or not change.may_become(said.phase):
+        if said.phase not in ENDED or not change.may_become(said.phase):
             return
         _add_moves(change, said.moves)
         change.status.step = change.status.step or said.step
@@ -390,12 +373,8 @@ class ReplicaAgent:
             _add_moves(change, said.moves)
             self._enter(change, said.phase, now_s=now_s)
         else:
-            self._want_abort(
-                change,
-                failure_of(
-                    ErrorReason.ERROR_REASON_PREPARE_EXPIRED, f"the agent lost its record of change {said.change_id}"
-                ),
-            )
+            lost = f"the agent lost its record of change {said.change_id}"
+            self._want_abort(change, failure_of(ErrorReason.ERROR_REASON_PREPARE_EXPIRED, lost))
             self._persist()
 
     def engine_restarted(self, now_s: float) -> None:

@@ -333,7 +333,7 @@ def _change_problems(change: Change, delta: Delta) -> Iterator[tuple[str, str]]:
         yield "prepare.change.generation", f"is {change.generation}, must be above {change.base_generation}"
     if not 1 <= len(change.moves) <= MOST_MOVES:
         yield "prepare.change.moves", f"are {len(change.moves)}, must be 1 to {MOST_MOVES}"
-    timeout_s = change.prepare_timeout.seconds + change.prepare_timeout.nanos / 1e9
+    timeout_s = change.prepare_timeout.ToNanoseconds() / 1e9
     if not 0 < timeout_s <= LONGEST_PREPARE_S:
         yield "prepare.change.prepare_timeout", f"is {timeout_s} s, must be above 0 and at most {LONGEST_PREPARE_S} s"
 

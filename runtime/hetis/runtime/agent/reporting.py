@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-
-from google.protobuf.duration_pb2 import Duration
+from copy import deepcopy
 
 from hetis.v1.agent_service_pb2 import ConnectNodeRequest, Heartbeat, NodeReport, Settings
 from hetis.v1.report_pb2 import DeviceReport
@@ -44,7 +43,7 @@ class NodeReporter:
 
     def due(self, report: NodeReport, now_s: float, *, asked: bool = False) -> ConnectNodeRequest | None:
         """Return the report or heartbeat to send now, or None."""
-        rested = now_s - self._sent_s >= _seconds(self._settings.min_report_interval)
+        rested = now_s - self._sent_s >= self._settings.min_report_interval.ToNanoseconds() / 1e9
         if asked or not self._has_sent or self._crosses(report) or (rested and self._is_news(report)):
             return self._send(report, now_s)
         if now_s - self._spoke_s >= self._beat_s:
@@ -67,11 +66,11 @@ class NodeReporter:
         return ConnectNodeRequest(report=report)
 
     def _draw_beat(self) -> None:
-        interval_s = _seconds(self._settings.heartbeat_interval)
+        interval_s = self._settings.heartbeat_interval.ToNanoseconds() / 1e9
         self._beat_s = interval_s * (1 + self._random.uniform(-JITTER_RATIO, JITTER_RATIO))
 
     def _crosses(self, report: NodeReport) -> bool:
-        before, now = _shares(report=self._sent), _shares(report=report)
+        before, now = _shares(self._sent), _shares(report)
         return any(
             (before.get(key, 0.0) < threshold) != (share < threshold)
             for key, share in now.items()
@@ -81,7 +80,7 @@ class NodeReporter:
     def _is_news(self, report: NodeReport) -> bool:
         if _words(report) != _words(self._sent):
             return True
-        before, now = _shares(report=self._sent), _shares(report=report)
+        before, now = _shares(self._sent), _shares(report)
         if before.keys() != now.keys():
             return True
         if any(abs(now[key] - before[key]) > self._settings.kv_change_ratio for key in now):
@@ -93,19 +92,15 @@ class NodeReporter:
 def with_kv(sampled: Iterable[DeviceReport], said: Iterable[DeviceReport]) -> list[DeviceReport]:
     """Return the devices as sampled, with the KV figures from the engine, which alone knows them."""
     kv = {device.index: device for device in said}
-    devices = []
-    for sample in sampled:
-        device = DeviceReport()
-        device.CopyFrom(sample)
-        if sample.index in kv:
-            found = kv[sample.index]
+    devices = [deepcopy(device) for device in sampled]
+    for device in devices:
+        if (found := kv.get(device.index)) is not None:
             device.total_blocks, device.used_blocks = found.total_blocks, found.used_blocks
             device.evictable_blocks = found.evictable_blocks
-        devices.append(device)
     return devices
 
 
-def _shares(*, report: NodeReport) -> dict[object, float]:
+def _shares(report: NodeReport) -> dict[object, float]:
     """Return the used share of KV blocks by device of the node, and by device of a stage."""
     shares: dict[object, float] = {
         device.index: device.used_blocks / device.total_blocks for device in report.devices if device.total_blocks
@@ -153,7 +148,3 @@ def _words(report: NodeReport) -> object:
 def _hot(device: DeviceReport) -> list[int]:
     """Return the reasons for a lower clock except idleness, which comes and goes."""
     return sorted(reason for reason in device.throttle_reasons if reason > 1)
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -143,9 +144,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
         else:
             if held is not None and request.generation <= held.changes.generation:
                 raise RefusedError(generation_mismatch(request.generation, held.changes.generation))
-            kept = Assignment()
-            kept.CopyFrom(request.assignment)
-            self._held[name] = self._take(kept, request.generation, held, now_s)
+            self._held[name] = self._take(deepcopy(request.assignment), request.generation, held, now_s)
         return messages.ApplyAssignmentResponse(state=self._state(self._held[name], now_s))
 
     # --- moves
@@ -175,7 +174,7 @@ class SteeredEngine(ABC, Generic[TakenT]):
     def flip_moves(self, request: messages.FlipMovesRequest, now_s: float) -> EngineChange:
         """Ask for the flip, which `step` makes at the next boundary. `flip_answer` returns its outcome."""
         self._fence(request.epoch)
-        timeout_s = request.timeout.seconds + request.timeout.nanos / 1e9
+        timeout_s = request.timeout.ToNanoseconds() / 1e9
         return self._changes_of(request.change_id).ask_flip(request.change_id, timeout_s, now_s)
 
     def flip_answer(self, change_id: str) -> messages.FlipMovesResponse | None:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass
 
 from hetis.formats.catalogue import UnknownNameError, find_gpu
@@ -48,8 +49,7 @@ def node_inventory(
 
 def digest_of(inventory: inventory_pb2.NodeInventory) -> str:
     """Return ``sha256:`` and the SHA-256 of the inventory's deterministic binary form without its digest."""
-    bare = inventory_pb2.NodeInventory()
-    bare.CopyFrom(inventory)
+    bare = deepcopy(inventory)
     bare.digest = ""
     return f"sha256:{hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()}"
 
