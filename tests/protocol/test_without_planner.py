@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from hetis.v1.change_pb2 import ChangePhase
@@ -172,7 +170,7 @@ def test_a_worker_that_restarts_faster_than_it_reports_is_noticed() -> None:
     with World() as world:
         world.serve()
         for host in world.engines.values():
-            host.control = replace(STILL, load_s=0.0)
+            host.control = STILL.model_copy(update={"load_s": 0.0})
         world.advance(0.5)
         for node in WORKERS:
             world.restart_engine(node)

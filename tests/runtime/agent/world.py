@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 from hetis.runtime.agent.outbox import EngineRequest, EngineResponse
@@ -41,7 +40,7 @@ from tests.runtime.agent.builders import (
 NODES = ("p", "w", "x")
 PEERS = [EnginePeer(node="p", address="p:1")]
 BUSY = Control(rate_rps=2, prompt_tokens=60, output_tokens=40, load_s=0.0, dense_step_s=0.2)
-CALM = dataclasses.replace(BUSY, output_tokens=500)  # nobody ends soon
+CALM = BUSY.model_copy(update={"output_tokens": 500.0})  # nobody ends soon
 ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_RELEASED)
 
 

@@ -5,16 +5,15 @@ A person controls it while it runs, in one small YAML or JSON file.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from hetis.runtime.agent.simulated.stage import AdmissionRule, SimulatedRequest, StageRun
 from hetis.v1.head_map_pb2 import HeadMap
@@ -24,12 +23,10 @@ from hetis.v1.report_pb2 import DeviceStatus, ReplicaReport, StageLoad
 _log = logging.getLogger(__name__)
 
 
-class ControlError(ValueError):
-    """A control file cannot be used. The message names file, field and value."""
+Amount = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class Control(BaseModel):
     """The load on every replica whose primary is here, and the faults to simulate.
 
     Attributes:
@@ -44,32 +41,17 @@ class Control:
         fail_copies: CopyMoves fails with COPY_FAILED.
     """
 
-    rate_rps: float | None = None
-    load_ratio: float = 0.0
-    prompt_tokens: float = 512.0
-    output_tokens: float = 128.0
-    slow: Mapping[str, float] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    rate_rps: Amount | None = None
+    load_ratio: Amount = 0.0
+    prompt_tokens: Annotated[float, Field(ge=1)] = 512.0
+    output_tokens: Annotated[float, Field(ge=1)] = 128.0
+    slow: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     pause: bool = False
-    load_s: float = 0.2
-    dense_step_s: float | None = None
+    load_s: Amount = 0.2
+    dense_step_s: Amount | None = None
     fail_copies: bool = False
-
-    @classmethod
-    def of(cls, data: Any, *, source: str) -> Control:
-        """Read the controls from plain data.
-
-        Raises:
-            ControlError: a field is unknown or out of range.
-        """
-        fields = {entry.name for entry in dataclasses.fields(cls)}
-        if data is None:
-            return cls()
-        if not isinstance(data, dict) or not fields.issuperset(data):
-            unknown = sorted(set(data) - fields, key=str) if isinstance(data, dict) else [data]
-            raise ControlError(f"{source}: {unknown} is not known here; fields are {', '.join(sorted(fields))}")
-        for name, value in data.items():
-            _check(name, value, source)
-        return cls(**data)
 
 
 class ControlFile:
@@ -92,32 +74,12 @@ class ControlFile:
         self._seen = seen
         try:
             text = self._path.read_text(encoding="utf-8") if seen else ""
-            control = Control.of(yaml.safe_load(text), source=str(self._path))
+            control = Control.model_validate(yaml.safe_load(text) or {})
         except (OSError, ValueError, yaml.YAMLError) as error:
-            _log.error("control file is not used: %s", error)
+            _log.error("control file %s is not used: %s", self._path, error)
             return False
         changed, self.control = control != self.control, control
         return changed
-
-
-def _check(name: str, value: Any, source: str) -> None:
-    def refuse(expected: str) -> ControlError:
-        return ControlError(f"{source}: {name} is {value!r}, must be {expected}")
-
-    if name in ("pause", "fail_copies"):
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-    elif name == "slow":
-        if not isinstance(value, dict) or not all(_is_number(factor) and factor > 0 for factor in value.values()):
-            raise refuse("a mapping of devices to factors above 0")
-    elif value is None and name in ("rate_rps", "dense_step_s"):
-        return
-    elif not _is_number(value) or value < (1 if name.endswith("_tokens") else 0):
-        raise refuse("a number of at least 1" if name.endswith("_tokens") else "a number of at least 0")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value < float("inf")
 
 
 IDLE_S = 0.01  # between two checks for arrivals when nothing runs
