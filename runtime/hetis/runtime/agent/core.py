@@ -40,23 +40,14 @@ MOST_ENGINE_ID = 64  # characters, as the contract permits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentIdentity:
-    """Properties that stay the same for one run of an agent.
+    """Properties that stay the same for one run of an agent."""
 
-    Attributes:
-        node: ``clusters/{cluster}/nodes/{node}``.
-        agent_version: version of the software.
-        boot_id: UUID of this run.
-        capabilities: what the agent can do for its engine.
-        engine_address: where the engine listens for other engines. Empty: nowhere.
-        clock: names the origin of the times that are passed in; it changes with a reboot.
-    """
-
-    node: str
-    agent_version: str
-    boot_id: str
-    capabilities: frozenset[AgentCapability.ValueType] = frozenset()
-    engine_address: str = ""
-    clock: str = ""
+    node: str  # ``clusters/{cluster}/nodes/{node}``
+    agent_version: str  # version of the software
+    boot_id: str  # UUID of this run
+    capabilities: frozenset[AgentCapability.ValueType] = frozenset()  # what the agent can do for its engine
+    engine_address: str = ""  # where the engine listens for other engines. Empty: nowhere.
+    clock: str = ""  # names the origin of the times that are passed in; it changes with a reboot
 
 
 class AgentCore:

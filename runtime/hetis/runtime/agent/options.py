@@ -80,16 +80,11 @@ class EngineKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine next to the agent.
-
-    Attributes:
-        where: the path of a socket, the address of its metrics, or the file of its settings.
-        settings: of engines that the agent starts itself.
-    """
+    """The engine next to the agent."""
 
     kind: EngineKind
-    where: str = ""
-    settings: EngineSettings | None = None
+    where: str = ""  # the path of a socket, the address of its metrics, or the file of its settings
+    settings: EngineSettings | None = None  # of engines that the agent starts itself
 
     @classmethod
     def parse(cls, text: str) -> EngineChoice:
@@ -193,22 +188,17 @@ class PlannerAddress:
     """The planner's address and the credentials to present there.
 
     Files are read at every attempt, so that credentials can be rotated.
-
-    Attributes:
-        server: ``host:port``, or several separated by commas, of which the leader is found. A name with several DNS
-            records counts as several addresses.
-        ca: certificates that sign the planner's. None: the system's, if TLS is on.
-        cert, key: this node's, for mutual TLS. None: not used.
-        token_file: holds a bearer token. None: use HETIS_AGENT_TOKEN if it is set.
-        is_plain: no TLS.
     """
 
+    # ``host:port``, or several separated by commas, of which the leader is found. A name with several DNS records
+    # counts as several addresses.
     server: str
-    ca: Path | None = None
+    ca: Path | None = None  # certificates that sign the planner's. None: the system's, if TLS is on.
+    # cert, key: this node's, for mutual TLS. None: not used.
     cert: Path | None = None
     key: Path | None = None
-    token_file: Path | None = None
-    is_plain: bool = False
+    token_file: Path | None = None  # holds a bearer token. None: use HETIS_AGENT_TOKEN if it is set.
+    is_plain: bool = False  # no TLS
 
     def __post_init__(self) -> None:
         if wrong := list(self._problems()):

@@ -40,16 +40,11 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class EngineCall:
-    """A call to the engine; the request's type says which method. The answer goes to `AgentCore.answered`.
+    """A call to the engine; the request's type says which method. The answer goes to `AgentCore.answered`."""
 
-    Attributes:
-        number: identifies the call; never reused in this run.
-        timeout_s: the answer becomes ENGINE_UNREACHABLE after this time. None: no limit.
-    """
-
-    number: int
+    number: int  # identifies the call; never reused in this run
     request: EngineRequest
-    timeout_s: float | None
+    timeout_s: float | None  # the answer becomes ENGINE_UNREACHABLE after this time. None: no limit.
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +64,10 @@ class Persist:
 
 @dataclass(frozen=True, slots=True)
 class EndStream:
-    """Close the stream and connect again.
+    """Close the stream and connect again."""
 
-    Attributes:
-        failure: why; unset for a Goodbye.
-        within_s: connect at a random moment within this time; None: with the usual backoff.
-    """
-
-    failure: Failure | None
-    within_s: float | None = None
+    failure: Failure | None  # why; unset for a Goodbye
+    within_s: float | None = None  # connect at a random moment within this time; None: with the usual backoff
 
 
 Action = Send | EngineCall | Cancel | Persist | EndStream

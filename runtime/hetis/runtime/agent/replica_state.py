@@ -51,32 +51,20 @@ _RANK = {
 
 @dataclass(slots=True, kw_only=True)
 class ChangeState:
-    """A change on this node.
+    """A change on this node."""
 
-    Attributes:
-        change: as prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
-        parts: this node's parts in it.
-        epoch: of the planner that gave the last directive.
-        deadline_s: until when it may be prepared, on the clock that is passed in.
-        status: its progress as reported to the planner.
-        desired: the phase that is to be reached.
-        why: reason for the desired abort.
-        is_resolved: a ``resolved`` delta has arrived.
-        ended_s: when it reached its last phase. None: it has not.
-        is_reserved: the engine has answered ReserveMoves in this run of the agent.
-        is_abort_tried: the engine was asked to abort since the abort became desired. An assignment waits for one try.
-    """
-
+    # As prepared. Only its id and replica are set if an abort or the engine was the first to mention it.
     change: Change
-    parts: tuple[ChangePart.ValueType, ...]
-    epoch: int
-    deadline_s: float
-    status: ChangeStatus
-    desired: DesiredPhase = DesiredPhase.PREPARED
-    why: Failure | None = None
-    is_resolved: bool = False
-    ended_s: float | None = None
-    is_reserved: bool = False
+    parts: tuple[ChangePart.ValueType, ...]  # this node's parts in it
+    epoch: int  # of the planner that gave the last directive
+    deadline_s: float  # until when it may be prepared, on the clock that is passed in
+    status: ChangeStatus  # its progress as reported to the planner
+    desired: DesiredPhase = DesiredPhase.PREPARED  # the phase that is to be reached
+    why: Failure | None = None  # reason for the desired abort
+    is_resolved: bool = False  # a ``resolved`` delta has arrived
+    ended_s: float | None = None  # when it reached its last phase. None: it has not.
+    is_reserved: bool = False  # the engine has answered ReserveMoves in this run of the agent
+    # The engine was asked to abort since the abort became desired. An assignment waits for one try.
     is_abort_tried: bool = False
 
     @property
@@ -120,34 +108,22 @@ class ChangeState:
 
 @dataclass(slots=True, kw_only=True)
 class ReplicaState:
-    """The state of one replica as the agent holds it.
+    """The state of one replica as the agent holds it."""
 
-    Attributes:
-        replica: its name.
-        generation: of its state on this node; kept after a removal, so that nothing older is accepted.
-        epoch: of the planner that sent the assignment.
-        assignment: None: it was removed, or never assigned.
-        nonce: of the last delta.
-        answer: to that delta.
-        changes: by id, in order of arrival.
-        is_applied: the engine has applied this assignment, or its removal, in its present run.
-        is_anew: the assignment has other devices or stages than the one before, so reports that the engine makes before
-            it applies this one belong to the old one.
-        assignment_state: the engine's progress with it.
-        failure: why the engine refused the assignment. None: it did not.
-    """
-
-    replica: str
-    generation: int = 0
-    epoch: int = 0
-    assignment: Assignment | None = None
-    nonce: str = ""
-    answer: ConnectNodeRequest | None = None
-    changes: dict[str, ChangeState] = field(default_factory=dict)
-    is_applied: bool = False
+    replica: str  # its name
+    generation: int = 0  # of its state on this node; kept after a removal, so that nothing older is accepted
+    epoch: int = 0  # of the planner that sent the assignment
+    assignment: Assignment | None = None  # None: it was removed, or never assigned
+    nonce: str = ""  # of the last delta
+    answer: ConnectNodeRequest | None = None  # to that delta
+    changes: dict[str, ChangeState] = field(default_factory=dict)  # by id, in order of arrival
+    is_applied: bool = False  # the engine has applied this assignment, or its removal, in its present run
+    # The assignment has other devices or stages than the one before, so reports that the engine makes before it applies
+    # this one belong to the old one
     is_anew: bool = False
+    # The engine's progress with it
     assignment_state: AssignmentState.ValueType = AssignmentState.ASSIGNMENT_STATE_LOADING
-    failure: Failure | None = None
+    failure: Failure | None = None  # why the engine refused the assignment. None: it did not.
 
     @property
     def held_generation(self) -> int:

@@ -30,15 +30,10 @@ class View(NamedTuple):
 
 
 class Bucket(NamedTuple):
-    """Pieces computed together, n with at most c queries each, in the same way for all layers; on the pool's device.
+    """Pieces computed together, n with at most c queries each, in the same way for all layers; on the pool's device."""
 
-    Attributes:
-        members: their rows of the step, int64 [n, c]; a piece with fewer queries repeats its last.
-        views: by window.
-    """
-
-    members: torch.Tensor
-    views: Mapping[int, View]
+    members: torch.Tensor  # their rows of the step, int64 [n, c]; a piece with fewer queries repeats its last
+    views: Mapping[int, View]  # by window
 
 
 class _Pieces(NamedTuple):

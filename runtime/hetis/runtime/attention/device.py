@@ -37,25 +37,17 @@ class DeviceStep:
     """One step's part on one device: N virtual sequences, each with the positions that it writes.
 
     The rows of queries, keys, values and outputs are ordered by sequence, then by position: T in total.
-
-    Attributes:
-        epoch: of the engine; a device that has seen a higher one refuses.
-        number: of the step, increasing.
-        requests: shape [N].
-        incarnations: shape [N].
-        heads: KV heads, shape [N].
-        positions: first position that this step writes, shape [N]. A row attends to positions 0 up to and including
-            its own.
-        counts: positions that each sequence writes, all >= 1, shape [N]: 1 for a decode, more for a chunk of a prompt.
-            None: 1 for every sequence, so T is N.
     """
 
-    epoch: int
-    number: int
-    requests: IntArray
-    incarnations: IntArray
-    heads: IntArray
+    epoch: int  # of the engine; a device that has seen a higher one refuses
+    number: int  # of the step, increasing
+    requests: IntArray  # shape [N]
+    incarnations: IntArray  # shape [N]
+    heads: IntArray  # KV heads, shape [N]
+    # First position that this step writes, shape [N]. A row attends to positions 0 up to and including its own.
     positions: IntArray
+    # Positions that each sequence writes, all >= 1, shape [N]: 1 for a decode, more for a chunk of a prompt. None: 1
+    # for every sequence, so T is N.
     counts: IntArray | None = None
 
     def __len__(self) -> int:
@@ -89,17 +81,11 @@ class Ready(NamedTuple):
 
 
 class AttentionDevice(Protocol):
-    """A device that holds KV pages. Any method may raise `DeviceLostError`, after which the device is gone.
+    """A device that holds KV pages. Any method may raise `DeviceLostError`, after which the device is gone."""
 
-    Attributes:
-        name: for people; unique in its stage.
-        shape: of its virtual sequences.
-        num_pages: its total number of pages. The engine itself counts those in use, so it knows before it asks.
-    """
-
-    name: str
-    shape: KvShape
-    num_pages: int
+    name: str  # for people; unique in its stage
+    shape: KvShape  # of its virtual sequences
+    num_pages: int  # its total number of pages. The engine itself counts those in use, so it knows before it asks.
 
     def begin(self, step: DeviceStep) -> None:
         """Allocate the pages that the step's positions need.

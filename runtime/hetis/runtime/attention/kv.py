@@ -65,27 +65,17 @@ class StaleEpochError(DeviceError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvShape:
-    """The common shape of one stage's virtual sequences. A device is made for one shape.
+    """The common shape of one stage's virtual sequences. A device is made for one shape."""
 
-    Attributes:
-        layers: of the stage.
-        head_dim: d, numbers per head.
-        queries_per_group: r, query heads that share a KV head.
-        page_tokens: token slots of a page, which belongs to one virtual sequence and spans all layers.
-        dtype: of K, V, queries and outputs: float32, float64, bfloat16 or float16.
-        scale: factor of the scores before the softmax.
-        windows: for each layer, the number of positions that attention reaches back, including the own one; 0: all.
-        soft_cap: cap of the scaled scores, ``cap * tanh(score / cap)``, as in Gemma 2; 0: none.
-    """
-
-    layers: int
-    head_dim: int
-    queries_per_group: int
-    page_tokens: int
-    dtype: str
-    scale: float
+    layers: int  # of the stage
+    head_dim: int  # d, numbers per head
+    queries_per_group: int  # r, query heads that share a KV head
+    page_tokens: int  # token slots of a page, which belongs to one virtual sequence and spans all layers
+    dtype: str  # of K, V, queries and outputs: float32, float64, bfloat16 or float16
+    scale: float  # factor of the scores before the softmax
+    # For each layer, the number of positions that attention reaches back, including the own one; 0: all
     windows: tuple[int, ...]
-    soft_cap: float = 0.0
+    soft_cap: float = 0.0  # cap of the scaled scores, ``cap * tanh(score / cap)``, as in Gemma 2; 0: none
 
     @property
     def torch_dtype(self) -> torch.dtype:

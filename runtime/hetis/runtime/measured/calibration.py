@@ -29,17 +29,11 @@ Piece = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`.
+    """The coefficients of one device for one layer; see `hetis.solver.dispatch.problem`."""
 
-    Attributes:
-        pieces: seconds per query head, per KV byte read and per call; the largest piece counts.
-        transfer_byte_s: seconds per byte exchanged with the primary.
-        transfer_s: seconds per exchange.
-    """
-
-    pieces: tuple[Piece, ...]
-    transfer_byte_s: float = 0.0
-    transfer_s: float = 0.0
+    pieces: tuple[Piece, ...]  # seconds per query head, per KV byte read and per call; the largest piece counts
+    transfer_byte_s: float = 0.0  # seconds per byte exchanged with the primary
+    transfer_s: float = 0.0  # seconds per exchange
 
 
 def with_coefficients(stage: Stage, known: Mapping[str, Coefficients]) -> Stage:
@@ -140,18 +134,13 @@ def nonnegative_fit(matrix: FloatArray, values: FloatArray) -> FloatArray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """The calibration of one device.
+    """The calibration of one device."""
 
-    Attributes:
-        coefficients: of its attention and its exchange. Only their sum was measured; the time of copies out of the
-            device determines how it divides between the two.
-        copy_byte_s: seconds per byte of KV copied out of it.
-        read_s: seconds to read an answer that is already there.
-    """
-
+    # Of its attention and its exchange. Only their sum was measured; the time of copies out of the device determines
+    # how it divides between the two.
     coefficients: Coefficients
-    copy_byte_s: float
-    read_s: float
+    copy_byte_s: float  # seconds per byte of KV copied out of it
+    read_s: float  # seconds to read an answer that is already there
 
 
 def calibrate(

@@ -44,21 +44,14 @@ class Taken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Rules by which measured times become coefficients.
+    """Rules by which measured times become coefficients."""
 
-    Attributes:
-        most_scale: bound on how many times slower, or faster, than calibrated a device is assumed to be.
-        window: steps over which the median is taken; a change waits for as many.
-        least_change: quotient of the new scale and the one in use from which on the new one is used.
-        forget_steps: steps without a measurement after which the scale in use moves halfway back to 1 (its root).
-        tell_change: quotient of the new scale and the one last logged from which on it is logged.
-    """
-
-    most_scale: float = 8.0
-    window: int = 15
-    least_change: float = 1.25
+    most_scale: float = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
+    window: int = 15  # steps over which the median is taken; a change waits for as many
+    least_change: float = 1.25  # quotient of the new scale and the one in use from which on the new one is used
+    # Steps without a measurement after which the scale in use moves halfway back to 1 (its root)
     forget_steps: int = 512
-    tell_change: float = 2.0
+    tell_change: float = 2.0  # quotient of the new scale and the one last logged from which on it is logged
 
 
 class Following:

@@ -23,36 +23,22 @@ ENDED = (ChangePhase.CHANGE_PHASE_FLIPPED, ChangePhase.CHANGE_PHASE_ABORTED, Cha
 
 @dataclass(slots=True, kw_only=True)
 class EngineChange:
-    """A change in this engine.
+    """A change in this engine."""
 
-    Attributes:
-        change: as reserved; empty but for its id if the engine was only told to abort it.
-        parts: this node's parts.
-        deadline_s: until when it may be prepared, on the engine's clock.
-        left_out: moves that are not made, by number, with the reason.
-        copy_bytes: bytes that this node copies, as far as known now.
-        copied_bytes: bytes copied so far.
-        copy_begun_s: when CopyMoves was first called. None: not yet.
-        flip_by_s: FlipMoves was called, and the flip happens before this time or not at all. None: not called yet.
-        step: decode step before which it was flipped.
-        generation: of the replica after it ended.
-        why: reason for the abort.
-        forget_s: when it may be forgotten. None: neither released nor given up yet.
-    """
-
-    change: Change
-    parts: tuple[ChangePart.ValueType, ...] = ()
+    change: Change  # as reserved; empty but for its id if the engine was only told to abort it
+    parts: tuple[ChangePart.ValueType, ...] = ()  # this node's parts
     phase: ChangePhase.ValueType = ChangePhase.CHANGE_PHASE_PREPARING
-    deadline_s: float = 0.0
-    left_out: dict[int, Failure] = field(default_factory=dict)
-    copy_bytes: int = 0
-    copied_bytes: int = 0
-    copy_begun_s: float | None = None
+    deadline_s: float = 0.0  # until when it may be prepared, on the engine's clock
+    left_out: dict[int, Failure] = field(default_factory=dict)  # moves that are not made, by number, with the reason
+    copy_bytes: int = 0  # bytes that this node copies, as far as known now
+    copied_bytes: int = 0  # bytes copied so far
+    copy_begun_s: float | None = None  # when CopyMoves was first called. None: not yet.
+    # FlipMoves was called, and the flip happens before this time or not at all. None: not called yet.
     flip_by_s: float | None = None
-    step: int = 0
-    generation: int = 0
-    why: Failure | None = None
-    forget_s: float | None = None
+    step: int = 0  # decode step before which it was flipped
+    generation: int = 0  # of the replica after it ended
+    why: Failure | None = None  # reason for the abort
+    forget_s: float | None = None  # when it may be forgotten. None: neither released nor given up yet.
 
     @property
     def is_authority(self) -> bool:

@@ -94,28 +94,17 @@ class FrameKind(IntEnum):
 
 
 class Frame(NamedTuple):
-    """One message.
+    """One message."""
 
-    Attributes:
-        kind: of the message.
-        epoch: of the engine.
-        session: connection that it belongs to, unique at its worker.
-        serial: of the request; an answer repeats it.
-        step: decode step, or 0 if it concerns none.
-        layer: within the stage.
-        counts: numbers whose meaning depends on the kind.
-        dtype: of the numbers in the body. Empty: there are none.
-        parts: consecutive parts of the body. A received frame has one part, of bytes: `body` or `raw`.
-    """
-
-    kind: FrameKind
-    epoch: int
-    session: int
-    serial: int = 0
-    step: int = 0
-    layer: int = 0
-    counts: tuple[int, int, int] = (0, 0, 0)
-    dtype: str = ""
+    kind: FrameKind  # of the message
+    epoch: int  # of the engine
+    session: int  # connection that it belongs to, unique at its worker
+    serial: int = 0  # of the request; an answer repeats it
+    step: int = 0  # decode step, or 0 if it concerns none
+    layer: int = 0  # within the stage
+    counts: tuple[int, int, int] = (0, 0, 0)  # numbers whose meaning depends on the kind
+    dtype: str = ""  # of the numbers in the body. Empty: there are none.
+    # Consecutive parts of the body. A received frame has one part, of bytes: `body` or `raw`.
     parts: tuple[Numbers, ...] = ()
 
     @property

@@ -37,28 +37,18 @@ Policy = Literal["solver", "local", "remote"]
 
 @dataclass(slots=True, kw_only=True)
 class AllocatorStats:
-    """Decisions since the start.
+    """Decisions since the start."""
 
-    Attributes:
-        decisions: number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings say so),
-            ``prefix_hit`` and ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM asks again).
-        dispatch_s: seconds that the decisions took.
-        longest_dispatch_s: seconds of the longest decision.
-        recent_s: seconds of each recent decision, until they are taken.
-        recomputed: requests that lost KV with a worker.
-        moved_groups: head groups that have moved.
-        relieved_blocks: blocks that moved to workers where a request would have been preempted.
-        released: requests that ended, or were preempted, while they ran.
-    """
-
+    # Number of placements by reason: ``costs`` (the solver chose), ``policy`` (the settings say so), ``prefix_hit`` and
+    # ``no_worker`` (all groups stay here), ``no_room`` (nowhere; vLLM asks again)
     decisions: Counter[str] = field(default_factory=Counter)
-    dispatch_s: float = 0.0
-    longest_dispatch_s: float = 0.0
-    recent_s: list[float] = field(default_factory=list)
-    recomputed: int = 0
-    moved_groups: int = 0
-    relieved_blocks: int = 0
-    released: int = 0
+    dispatch_s: float = 0.0  # seconds that the decisions took
+    longest_dispatch_s: float = 0.0  # seconds of the longest decision
+    recent_s: list[float] = field(default_factory=list)  # seconds of each recent decision, until they are taken
+    recomputed: int = 0  # requests that lost KV with a worker
+    moved_groups: int = 0  # head groups that have moved
+    relieved_blocks: int = 0  # blocks that moved to workers where a request would have been preempted
+    released: int = 0  # requests that ended, or were preempted, while they ran
 
 
 @dataclass(slots=True)

@@ -38,12 +38,9 @@ class HeadGroupSpec(FullAttentionSpec):  # type: ignore[misc]
 
     All layers of a model share this spec, including those with sliding windows: windows are masked, and their blocks
     are not freed.
-
-    Attributes:
-        head_groups: G, KV heads of the layer on each tensor parallel rank.
     """
 
-    head_groups: int
+    head_groups: int  # G, KV heads of the layer on each tensor parallel rank
 
     @classmethod
     def of(cls, spec: AttentionSpec) -> HeadGroupSpec:
@@ -76,12 +73,11 @@ class HeadGroupManager(SingleTypeKVCacheManager):  # type: ignore[misc]
     """Block tables of every head group of every request.
 
     Attributes:
-        homes: set by the connector before the first request.
         relieve: also set by the connector; called with the number of blocks that the pool lacks for a running request.
         events: events not yet sent to the ranks.
     """
 
-    homes: HeadAllocator
+    homes: HeadAllocator  # set by the connector before the first request
     relieve: Callable[[int], None] | None = None
 
     def __init__(self, kv_cache_spec: HeadGroupSpec, **arguments: Any) -> None:

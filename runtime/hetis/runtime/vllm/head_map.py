@@ -22,17 +22,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepRequests:
-    """The requests of a step, in the order of vLLM's batch.
+    """The requests of a step, in the order of vLLM's batch."""
 
-    Attributes:
-        rows: of the head map, shape [R]; -1 if vLLM runs a dummy.
-        counts: tokens of this step, shape [R].
-        lasts: tokens after this step, shape [R].
-    """
-
-    rows: IntArray
-    counts: IntArray
-    lasts: IntArray
+    rows: IntArray  # of the head map, shape [R]; -1 if vLLM runs a dummy
+    counts: IntArray  # tokens of this step, shape [R]
+    lasts: IntArray  # tokens after this step, shape [R]
 
     @property
     def firsts(self) -> IntArray:
@@ -44,28 +38,17 @@ class StepRequests:
 class VirtualBatch:
     """N virtual sequences with V tokens in total. If each has one token, they are ordered by request, then by group,
     which is the order of vLLM's batch; otherwise by group, then by request.
-
-    Attributes:
-        requests: index of the request of each sequence, shape [N].
-        groups: head group of each, shape [N].
-        counts: tokens of each in this step, shape [N].
-        lasts: tokens of each after this step, shape [N].
-        starts: first token of each among the part's, and V at the end, shape [N + 1].
-        rows: row of ``query.view(T G, r, d)`` of each token, shape [V].
-        positions: of each token in its sequence, shape [V].
-        is_everything: all groups of all requests are included.
-        is_in_order: ``rows`` increase.
     """
 
-    requests: IntArray
-    groups: IntArray
-    counts: IntArray
-    lasts: IntArray
-    starts: IntArray
-    rows: IntArray
-    positions: IntArray
-    is_everything: bool
-    is_in_order: bool
+    requests: IntArray  # index of the request of each sequence, shape [N]
+    groups: IntArray  # head group of each, shape [N]
+    counts: IntArray  # tokens of each in this step, shape [N]
+    lasts: IntArray  # tokens of each after this step, shape [N]
+    starts: IntArray  # first token of each among the part's, and V at the end, shape [N + 1]
+    rows: IntArray  # row of ``query.view(T G, r, d)`` of each token, shape [V]
+    positions: IntArray  # of each token in its sequence, shape [V]
+    is_everything: bool  # all groups of all requests are included
+    is_in_order: bool  # ``rows`` increase
 
     def __len__(self) -> int:
         return len(self.requests)

@@ -116,25 +116,16 @@ class _Remote:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Sorting:
-    """How rows are sorted by device.
+    """How rows are sorted by device."""
 
-    Attributes:
-        order: rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker.
-        places: position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void.
-    """
-
-    order: torch.Tensor
+    order: torch.Tensor  # rows of ``query.view(T G, r, d)``: those computed here first, then those of each worker
+    # Position in ``order`` of each row of ``query.view(T G, r, d)``; its length if the row is void
     places: torch.Tensor
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Batch:
-    """A step as this rank computes it.
-
-    Attributes:
-        sorting: None if all rows are computed here.
-        base: metadata of vLLM's backend, by builder.
-    """
+    """A step as this rank computes it."""
 
     requests: StepRequests
     num_tokens: int
@@ -142,8 +133,8 @@ class _Batch:
     tables: torch.Tensor
     slots: torch.Tensor
     remotes: list[_Remote]
-    sorting: _Sorting | None
-    base: dict[int, Any] = field(default_factory=dict)
+    sorting: _Sorting | None  # None if all rows are computed here
+    base: dict[int, Any] = field(default_factory=dict)  # metadata of vLLM's backend, by builder
     layers: _LayerTimes = field(default_factory=_LayerTimes)  # computed here
 
 

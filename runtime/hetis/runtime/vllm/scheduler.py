@@ -125,19 +125,12 @@ class VllmRequest(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineShape:
-    """The properties of the engine that matter for placement.
+    """The properties of the engine that matter for placement."""
 
-    Attributes:
-        heads: of a layer on one tensor parallel rank.
-        num_layers: of the model, all pipeline stages.
-        tensor_parallel: ranks of a stage, each with ``heads.head_groups`` groups of its own.
-        most_running: maximum number of requests that vLLM runs concurrently.
-    """
-
-    heads: HeadShape
-    num_layers: int
-    tensor_parallel: int = 1
-    most_running: int = 2**20
+    heads: HeadShape  # of a layer on one tensor parallel rank
+    num_layers: int  # of the model, all pipeline stages
+    tensor_parallel: int = 1  # ranks of a stage, each with ``heads.head_groups`` groups of its own
+    most_running: int = 2**20  # maximum number of requests that vLLM runs concurrently
 
 
 @dataclass(slots=True)

@@ -39,19 +39,13 @@ from hetis.v1.stage_pb2 import StageDevice, StageModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """The stage of an assignment in this engine.
+    """The stage of an assignment in this engine."""
 
-    Attributes:
-        model: as the planner knows it.
-        index: number of each of its devices here, by name; the primary is `LOCAL`.
-        cards: tensor parallel ranks, each with as many groups as the allocator has.
-        planned_blocks: number of the plan's blocks that a block of one group here makes up, on all ranks together:
-            vLLM's blocks may be several times as long.
-    """
-
-    model: StageModel
-    index: Mapping[str, int]
-    cards: int
+    model: StageModel  # as the planner knows it
+    index: Mapping[str, int]  # number of each of its devices here, by name; the primary is `LOCAL`
+    cards: int  # tensor parallel ranks, each with as many groups as the allocator has
+    # Number of the plan's blocks that a block of one group here makes up, on all ranks together: vLLM's blocks may be
+    # several times as long
     planned_blocks: int
 
     def name(self, device: int) -> str:

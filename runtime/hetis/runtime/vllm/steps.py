@@ -82,38 +82,28 @@ class StepPlan:
 
 @dataclass(slots=True)
 class DeviceReport:
-    """One rank's report on its worker on one device.
+    """One rank's report on its worker on one device."""
 
-    Attributes:
-        blocks: KV blocks of one head group that it holds in total; 0: it is lost.
-        bytes_sent, bytes_received: since the last report.
-        exchanges: calls to it since the last report, one per layer and step.
-        exchange_s: seconds from a call to its answer, summed over those exchanges.
-    """
-
-    blocks: int
+    blocks: int  # KV blocks of one head group that it holds in total; 0: it is lost
+    # bytes_sent, bytes_received: since the last report
     bytes_sent: int = 0
     bytes_received: int = 0
-    exchanges: int = 0
-    exchange_s: float = 0.0
+    exchanges: int = 0  # calls to it since the last report, one per layer and step
+    exchange_s: float = 0.0  # seconds from a call to its answer, summed over those exchanges
 
 
 @dataclass(slots=True)
 class RankReport:
-    """One rank's report after a step, or None instead if there is nothing to report.
+    """One rank's report after a step, or None instead if there is nothing to report."""
 
-    Attributes:
-        devices: by index, those that changed or whose counters are due.
-        copied: moves, by number, whose copies are complete up to the tokens present at that time.
-        failed: moves that failed.
-        taken: time of a layer in the latest decode steps on each device, including `LOCAL`; sent with ``devices``.
-        calibrations: of devices that have joined since the last report.
-    """
-
+    # By index, those that changed or whose counters are due
     devices: dict[int, DeviceReport] = field(default_factory=dict)
+    # Moves, by number, whose copies are complete up to the tokens present at that time
     copied: set[int] = field(default_factory=set)
-    failed: set[int] = field(default_factory=set)
+    failed: set[int] = field(default_factory=set)  # moves that failed
+    # Time of a layer in the latest decode steps on each device, including `LOCAL`; sent with ``devices``
     taken: dict[int, list[Taken]] = field(default_factory=dict)
+    # Of devices that have joined since the last report
     calibrations: dict[int, Calibration] = field(default_factory=dict)
 
     def __bool__(self) -> bool:

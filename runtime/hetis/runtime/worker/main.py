@@ -72,12 +72,7 @@ VARIABLES: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """The settings of one worker, each of them valid.
-
-    Attributes:
-        key: that engines must present.
-        port_file: where HOST:PORT is written.
-    """
+    """The settings of one worker, each of them valid."""
 
     name: str
     listen: tuple[str, int]
@@ -86,8 +81,8 @@ class WorkerOptions:
     threads: int
     timeout_s: float
     log_level: str
-    key: bytes
-    port_file: Path | None
+    key: bytes  # that engines must present
+    port_file: Path | None  # where HOST:PORT is written
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -68,15 +68,10 @@ _PART = re.compile(r"(?P<type>[^:,]+):(?P<count>\d+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedDevices:
-    """Idle, healthy devices of the given types, all linked if their type has NVLink.
+    """Idle, healthy devices of the given types, all linked if their type has NVLink."""
 
-    Attributes:
-        types: one per device, in the order of their index.
-        host_name: for the inventory. Empty: the system's own.
-    """
-
-    types: tuple[GpuType, ...]
-    host_name: str = ""
+    types: tuple[GpuType, ...]  # one per device, in the order of their index
+    host_name: str = ""  # for the inventory. Empty: the system's own.
 
     @classmethod
     def parse(cls, text: str, *, host_name: str = "") -> SimulatedDevices:

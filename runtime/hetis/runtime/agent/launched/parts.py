@@ -174,23 +174,14 @@ _ROLES = {ReplicaRole.REPLICA_ROLE_PREFILL: Role.PREFILL, ReplicaRole.REPLICA_RO
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodePart:
-    """The processes of a replica on one node.
+    """The processes of a replica on one node."""
 
-    Attributes:
-        commands: how each is started, the front first where it is here.
-        gpus: of this node, that they use.
-        ranks: those of them that compute the model's layers.
-        endpoint: ``host:port`` where clients reach the replica. Empty: its front is on another node.
-        is_whole: no process of the replica is elsewhere.
-        folder: for its files and logs.
-    """
-
-    commands: tuple[Command, ...]
-    gpus: frozenset[int]
-    ranks: tuple[int, ...]
-    endpoint: str
-    is_whole: bool
-    folder: Path
+    commands: tuple[Command, ...]  # how each is started, the front first where it is here
+    gpus: frozenset[int]  # of this node, that they use
+    ranks: tuple[int, ...]  # those of them that compute the model's layers
+    endpoint: str  # ``host:port`` where clients reach the replica. Empty: its front is on another node.
+    is_whole: bool  # no process of the replica is elsewhere
+    folder: Path  # for its files and logs
 
 
 def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, folder: Path) -> NodePart:

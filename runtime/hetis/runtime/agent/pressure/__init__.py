@@ -156,21 +156,16 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), _SameServ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineNews:
-    """The latest knowledge about an engine; nothing at first.
+    """The latest knowledge about an engine; nothing at first."""
 
-    Attributes:
-        state: outcome of the last scrape. The readings are those of the last scrape that succeeded.
-        readings: by model, in the order of their names. Empty: no scrape has succeeded yet.
-        earlier: readings of the scrape before those, by model.
-        taken_s: when the readings were taken, in seconds of the given clock. 0: never.
-        message: why the last scrape failed. Empty: it did not.
-    """
-
+    # Outcome of the last scrape. The readings are those of the last scrape that succeeded.
     state: ScrapeState = ScrapeState.UNREACHABLE
+    # By model, in the order of their names. Empty: no scrape has succeeded yet.
     readings: Mapping[str, EngineReading] = field(default_factory=dict)
+    # Readings of the scrape before those, by model
     earlier: Mapping[str, EngineReading] = field(default_factory=dict)
-    taken_s: float = 0.0
-    message: str = ""
+    taken_s: float = 0.0  # when the readings were taken, in seconds of the given clock. 0: never.
+    message: str = ""  # why the last scrape failed. Empty: it did not.
 
     def age_s(self, now_s: float) -> float:
         """Return the age of the readings in seconds, or 0 if there are none."""

@@ -47,31 +47,23 @@ class Total:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineReading:
-    """One scrape of one model. None means that the engine does not report the value.
+    """One scrape of one model. None means that the engine does not report the value."""
 
-    Attributes:
-        model: name that the model is served under.
-        num_running, num_waiting: requests now.
-        num_waiting_for_kv: waiting requests that wait for KV blocks.
-        total_blocks: KV blocks in total, in the engine's unit (SGLang: tokens).
-        used_blocks: blocks that are not evictable, that is, held by requests.
-        evictable_blocks: blocks that hold only cached prefixes.
-        kv_use_ratio: share of KV held by requests, from 0 to 1; may be reported even if block counts are not.
-        num_preempted, num_finished, num_steps: since the engine started.
-        ttft_s, tpot_s: seconds to the first token and per output token, since the engine started.
-    """
-
-    model: str
+    model: str  # name that the model is served under
+    # num_running, num_waiting: requests now
     num_running: int | None = None
     num_waiting: int | None = None
-    num_waiting_for_kv: int | None = None
-    total_blocks: int | None = None
-    used_blocks: int | None = None
-    evictable_blocks: int | None = None
+    num_waiting_for_kv: int | None = None  # waiting requests that wait for KV blocks
+    total_blocks: int | None = None  # KV blocks in total, in the engine's unit (SGLang: tokens)
+    used_blocks: int | None = None  # blocks that are not evictable, that is, held by requests
+    evictable_blocks: int | None = None  # blocks that hold only cached prefixes
+    # Share of KV held by requests, from 0 to 1; may be reported even if block counts are not
     kv_use_ratio: float | None = None
+    # num_preempted, num_finished, num_steps: since the engine started
     num_preempted: int | None = None
     num_finished: int | None = None
     num_steps: int | None = None
+    # ttft_s, tpot_s: seconds to the first token and per output token, since the engine started
     ttft_s: Total | None = None
     tpot_s: Total | None = None
 

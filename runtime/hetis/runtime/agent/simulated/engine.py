@@ -135,16 +135,11 @@ class HeadMapAuthority(MoveAuthority):
 
 @dataclass(slots=True)
 class _Held(TakenReplica):
-    """A replica in the engine.
+    """A replica in the engine."""
 
-    Attributes:
-        loaded_s: when its weights are loaded.
-        primary: its requests and head maps, at the engine that runs them. None elsewhere.
-        authority: the latest report on it from the primary's engine. None: no report yet, or this is that engine.
-    """
-
-    loaded_s: float
-    primary: PrimaryRun | None
+    loaded_s: float  # when its weights are loaded
+    primary: PrimaryRun | None  # its requests and head maps, at the engine that runs them. None elsewhere.
+    # The latest report on it from the primary's engine. None: no report yet, or this is that engine.
     authority: ReplicaReport | None = None
 
 

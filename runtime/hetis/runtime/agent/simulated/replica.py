@@ -27,31 +27,22 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 class Control(BaseModel):
-    """The load on every replica whose primary is here, and the faults to simulate.
-
-    Attributes:
-        rate_rps: arrivals per second and replica. None: ``load_ratio`` times the rate that the plan promises.
-        load_ratio: see ``rate_rps``.
-        prompt_tokens: mean length of a prompt; lengths are exponential.
-        output_tokens: mean length of an output.
-        slow: factor by which attention takes longer than the profile says, by device ``node/index``.
-        pause: stop decoding.
-        load_s: seconds to load the weights.
-        dense_step_s: seconds of a step outside attention. None: half the time per token that the plan promises.
-        fail_copies: CopyMoves fails with COPY_FAILED.
-    """
+    """The load on every replica whose primary is here, and the faults to simulate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    # Arrivals per second and replica. None: ``load_ratio`` times the rate that the plan promises.
     rate_rps: Amount | None = None
-    load_ratio: Amount = 0.0
-    prompt_tokens: Annotated[float, Field(ge=1)] = 512.0
-    output_tokens: Annotated[float, Field(ge=1)] = 128.0
+    load_ratio: Amount = 0.0  # see ``rate_rps``
+    prompt_tokens: Annotated[float, Field(ge=1)] = 512.0  # mean length of a prompt; lengths are exponential
+    output_tokens: Annotated[float, Field(ge=1)] = 128.0  # mean length of an output
+    # Factor by which attention takes longer than the profile says, by device ``node/index``
     slow: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    pause: bool = False
-    load_s: Amount = 0.2
+    pause: bool = False  # stop decoding
+    load_s: Amount = 0.2  # seconds to load the weights
+    # Seconds of a step outside attention. None: half the time per token that the plan promises.
     dense_step_s: Amount | None = None
-    fail_copies: bool = False
+    fail_copies: bool = False  # CopyMoves fails with COPY_FAILED
 
 
 class ControlFile:

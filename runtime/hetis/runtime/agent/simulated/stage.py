@@ -18,50 +18,31 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class SimulatedRequest:
-    """A request of a simulated replica.
+    """A request of a simulated replica."""
 
-    Attributes:
-        id: unique in its replica.
-        incarnation: how often it lost its KV.
-        context_tokens: tokens that a decode step attends to.
-        remaining_tokens: still to be generated.
-        arrived_s: when it arrived.
-        copies: the copy of each stage that it runs on. Empty while it waits.
-        begun_s: when it got its first token. None: not yet.
-        made_tokens: output tokens so far.
-    """
-
-    id: str
-    context_tokens: int
-    remaining_tokens: int
-    arrived_s: float
-    incarnation: int = 0
-    copies: tuple[int, ...] = ()
-    begun_s: float | None = None
-    made_tokens: int = 0
+    id: str  # unique in its replica
+    context_tokens: int  # tokens that a decode step attends to
+    remaining_tokens: int  # still to be generated
+    arrived_s: float  # when it arrived
+    incarnation: int = 0  # how often it lost its KV
+    copies: tuple[int, ...] = ()  # the copy of each stage that it runs on. Empty while it waits.
+    begun_s: float | None = None  # when it got its first token. None: not yet.
+    made_tokens: int = 0  # output tokens so far
 
 
 @dataclass(slots=True)
 class StageRun:
-    """The head map of one copy of one stage, at the engine that owns it.
+    """The head map of one copy of one stage, at the engine that owns it."""
 
-    Attributes:
-        model: its devices and the cost of attention on them.
-        owners: the device of each head group, for every running request.
-        requests: the running requests.
-        status: of every device.
-        reserved: moves that hold blocks at their target, by change.
-        slowness: measured factor by which each device's attention takes longer than the model says.
-        index: positions of the devices, by name.
-    """
-
-    model: StageModel
+    model: StageModel  # its devices and the cost of attention on them
+    # The device of each head group, for every running request
     owners: dict[str, list[int]] = field(default_factory=dict)
-    requests: dict[str, SimulatedRequest] = field(default_factory=dict)
-    status: list[DeviceStatus.ValueType] = field(default_factory=list)
-    reserved: dict[str, list[Move]] = field(default_factory=dict)
+    requests: dict[str, SimulatedRequest] = field(default_factory=dict)  # the running requests
+    status: list[DeviceStatus.ValueType] = field(default_factory=list)  # of every device
+    reserved: dict[str, list[Move]] = field(default_factory=dict)  # moves that hold blocks at their target, by change
+    # Measured factor by which each device's attention takes longer than the model says
     slowness: list[float] = field(default_factory=list)
-    index: dict[str, int] = field(init=False)
+    index: dict[str, int] = field(init=False)  # positions of the devices, by name
 
     def __post_init__(self) -> None:
         self.index = {device.name: i for i, device in enumerate(self.model.devices)}
