@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hetis.runtime.measured.calibration import Calibration, Coefficients
-from hetis.runtime.measured.following import Taken
-from hetis.runtime.vllm.costs import HERE, EngineCosts, head_shape
+from hetis.runtime.vllm.calibration import Calibration, Coefficients
+from hetis.runtime.vllm.costs import HERE, EngineCosts, Taken, head_shape
 from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
 from hetis.runtime.vllm.steps import DeviceReport, RankReport
 from tests.runtime.vllm.scheduling import NAMES, World

@@ -24,7 +24,7 @@ from hetis.runtime.vllm.head_map import VirtualBatch
 from hetis.runtime.vllm.rank import Rank, attend_directly
 from hetis.runtime.vllm.steps import LOCAL, Admitted, Event, Gone, GroupMove, Grown, MoveStep, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
-from tests.runtime.measured.paced import FakeClock
+from tests.runtime.vllm.paced import FakeClock
 
 GROUPS, QUERIES, DIM, LAYERS, BLOCK = 3, 2, 8, 2, 4
 SHAPE = KvShape(

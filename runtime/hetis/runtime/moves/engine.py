@@ -16,6 +16,7 @@ from hetis.v1.change_pb2 import ChangeStatus
 from hetis.v1.head_map_pb2 import HeadMap
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
+from hetis.v1.stage_pb2 import StageDevice, StageModel
 
 MOST_BYTES = (1 << 20) - 4096  # per piece of head maps; the message around it fits in the rest of 1 MiB
 
@@ -55,6 +56,20 @@ def _parts_of(head_map: HeadMap, most_bytes: int) -> Iterator[HeadMap]:
             getattr(part, field).append(entry)
             size, is_empty = size + entry_size, False
     yield part
+
+
+def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
+    """Return the seconds per layer of attention and exchange by the plan's coefficients; the formula of
+    ``stage.proto``.
+    """
+    if not heads or not device.pieces:
+        return 0.0
+    cards = max(len(device.gpus), 1) if device.is_primary else 1
+    share = min(cards, model.heads.head_groups)
+    seconds = max(p.head_s * heads / cards + p.kv_byte_s * kv_bytes / share + p.call_s for p in device.pieces)
+    if device.is_primary:
+        return seconds
+    return seconds + device.transfer_byte_s * model.heads.exchange_bytes_per_head * heads + device.transfer_s
 
 
 @dataclass(slots=True)

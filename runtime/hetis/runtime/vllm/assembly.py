@@ -14,9 +14,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from hetis.formats.endpoints import split_address
 from hetis.runtime.attention.device import AttentionDevice
 from hetis.runtime.attention.kv import DeviceError, KvShape
-from hetis.runtime.measured.calibration import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls
 from hetis.runtime.transport.channel import ChannelKind
 from hetis.runtime.vllm.backend import HeadGroupImpl, UnsupportedModelError
+from hetis.runtime.vllm.calibration import CONTEXTS, Calibration, Coefficients, TimedCall, calibrate, fit_calls
 from hetis.runtime.vllm.costs import head_shape
 from hetis.runtime.vllm.head_map import StepRequests, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore

@@ -1,15 +1,147 @@
-"""The cost of attention on the devices of one engine: measured when they join, updated while they work."""
+"""The cost of attention on the devices of one engine: measured when they join, updated while they work.
+
+The measured time of a device is compared with the prediction of its calibration, step by step. The quotient is its
+*scale*: the median of the latest quotients, within bounds, changed only if the difference is worth it, so that
+dispatch stays calm under noise: a GPU that is throttled, or a link that is busy, gets fewer heads. A device without
+heads is not measured: its scale decays step by step, so that it gets another chance.
+
+A device in another process computes while the engine does something else, and its answer may have been there for long
+when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `Taken` is
+therefore an interval.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from statistics import median
 
 import numpy as np
 
-from hetis.runtime.measured.calibration import Calibration, Coefficients, FloatArray, Piece, with_coefficients
-from hetis.runtime.measured.following import Following, Taken
+from hetis.runtime.vllm.calibration import (
+    Calibration,
+    Coefficients,
+    FloatArray,
+    Piece,
+    device_seconds,
+    scaled,
+    with_coefficients,
+)
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
+
+OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
+    for this many query heads and the KV bytes that they read.
+    """
+
+    heads: int
+    kv_bytes: float
+    least_s: float
+    most_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Rules by which measured times become coefficients."""
+
+    most_scale: float = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
+    window: int = 15  # steps over which the median is taken; a change waits for as many
+    least_change: float = 1.25  # quotient of the new scale and the one in use from which on the new one is used
+    # Steps without a measurement after which the scale in use moves halfway back to 1 (its root)
+    forget_steps: int = 512
+    tell_change: float = 2.0  # quotient of the new scale and the one last logged from which on it is logged
+
+
+class Following:
+    """Follows the devices of a stage: `hear` their layers' times, then `advance` once a step."""
+
+    def __init__(self, calibrated: Stage, apply: Callable[[Stage], None], *, rules: Rules | None = None) -> None:
+        """Initialise. ``apply`` receives the costs to use from now on."""
+        self.calibrated = calibrated
+        self._apply = apply
+        self._heard: SimpleQueue[tuple[int, Taken]] = SimpleQueue()
+        self._devices = [_Followed(name, rules or Rules()) for name in calibrated.devices]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The scales in use, by device."""
+        return tuple(device.scale for device in self._devices)
+
+    def hear(self, number: int, taken: Taken) -> None:
+        """Note a layer's time on a device, to count from the next `advance` on. Other threads may call this."""
+        self._heard.put((number, taken))
+
+    def advance(self) -> None:
+        """Apply new costs, between two steps, if a scale has changed."""
+        with suppress(Empty):
+            while True:
+                number, taken = self._heard.get_nowait()
+                loads = np.zeros((2, len(self._devices)))
+                loads[:, number] = taken.heads, taken.kv_bytes
+                self._devices[number].hear(taken, float(device_seconds(self.calibrated, *loads)[number]))
+        changed = [device for device in self._devices if device.settle()]
+        if changed:
+            self._apply(scaled(self.calibrated, np.array(self.scales)))
+        for device in changed:
+            device.tell()
+
+
+class _Followed:
+    """One device."""
+
+    def __init__(self, name: str, rules: Rules) -> None:
+        self.name, self.scale = name, 1.0
+        self._rules = rules
+        self._recent: deque[float] = deque(maxlen=rules.window)
+        self._silent_steps = 0
+        self._told = 1.0
+
+    def hear(self, taken: Taken, calibrated_s: float) -> None:
+        if calibrated_s > 0:
+            self._silent_steps = 0
+            # A time known only within an interval says nothing against a scale inside it.
+            self._recent.append(min(max(self.scale, taken.least_s / calibrated_s), taken.most_s / calibrated_s))
+
+    def settle(self) -> bool:
+        """Use what was heard, once a step, and return whether the scale has changed."""
+        rules = self._rules
+        self._silent_steps += 1
+        if self._silent_steps > rules.forget_steps:
+            self._silent_steps = 0
+            return self._change(1.0 if _apart(self.scale, 1.0) < rules.least_change else math.sqrt(self.scale))
+        if len(self._recent) < rules.window:
+            return False
+        found = min(max(median(self._recent), 1 / rules.most_scale), rules.most_scale)
+        return _apart(found, self.scale) >= rules.least_change and self._change(found)
+
+    def tell(self) -> None:
+        """Log a scale that is far from the one last logged."""
+        if _apart(self.scale, self._told) >= self._rules.tell_change:
+            self._told = self.scale
+            _log.warning("device %s takes %.2g times what was measured at the start", self.name, self.scale)
+
+    def _change(self, scale: float) -> bool:
+        has_changed = scale != self.scale
+        self.scale = scale
+        if has_changed:
+            self._recent.clear()
+        return has_changed
+
+
+def _apart(one: float, other: float) -> float:
+    """Return the larger of the two divided by the smaller."""
+    return max(one / other, other / one)
+
 
 HERE = "here"  # name of the ranks as a device
 _LINK_BYTE_S = 1e-9  # of copies, if nothing was measured

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from hetis.runtime.attention.device import AttentionDevice, DeviceStep, Pending
+from hetis.runtime.attention.device import DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
-from hetis.runtime.measured.calibration import Calibration, token_bytes
-from hetis.runtime.measured.following import OVER_READING, Taken
+from hetis.runtime.vllm.calibration import Calibration, token_bytes
+from hetis.runtime.vllm.costs import OVER_READING, Taken
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
 from hetis.runtime.vllm.moving import BlockStore, Mover
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
@@ -199,12 +200,16 @@ class Rank:
                 case Grown():
                     self.heads.grow(event)
                 case Gone():
-                    self._remove(event)
+                    if self._left(event.anchor):
+                        self.heads.remove(event)
                 case Rehomed():
-                    self._rehome(event)
+                    if self._left(event.anchor):
+                        self.heads.rehome(event)
                 case MoveStep():
-                    self._guard(lambda event=event: self.mover.take(event))  # type: ignore[misc]
-        self._guard(self.mover.advance)
+                    with self._guarded():
+                        self.mover.take(event)
+        with self._guarded():
+            self.mover.advance()
 
     def finish_step(self) -> None:
         """End the step after all layers."""
@@ -216,7 +221,8 @@ class Rank:
             self._remember(LOCAL, batch.local, batch.layers)
             for remote in batch.remotes:
                 if (device := self.workers.get(remote.device)) is not None:
-                    self._guard_device(remote.device, lambda device=device: device.finish(self._step))  # type: ignore[misc]
+                    with self._guarded(remote.device):
+                        device.finish(self._step)
                     self._remember(remote.device, remote.part, remote.layers)
 
     def take_void(self) -> set[int]:
@@ -373,7 +379,8 @@ class Rank:
         )
         device = self.workers.get(remote.device)
         if device is not None:
-            self._guard_device(remote.device, lambda: device.begin(step))
+            with self._guarded(remote.device):
+                device.begin(step)
 
     def _attend_everywhere(
         self,
@@ -405,11 +412,8 @@ class Rank:
         if device is None:
             return
         remote.asked_s = self._clock()
-
-        def ask(device: AttentionDevice = device) -> None:
+        with self._guarded(remote.device):
             remote.pending = device.attend(layer, qkv)
-
-        self._guard_device(remote.device, ask)
         remote.sent_s = self._clock()
         report = self._reports.get(remote.device)
         if report is None:
@@ -418,15 +422,17 @@ class Rank:
 
     def _answer(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
         """Put a worker's outputs in their place, or make up for them."""
-        answer: list[torch.Tensor] = []
-        pending, waits_s = remote.pending, self._clock()
-        if pending is not None:
-            self._guard_device(remote.device, lambda: answer.append(pending.wait()))
-        if answer:
-            self._time(remote, waits_s)
-            out.copy_(answer[0])
-            self._count(remote, answer[0])
-            return
+        waits_s = self._clock()
+        if remote.pending is not None:
+            with self._guarded(remote.device):
+                answer = remote.pending.wait()
+                self._time(remote, waits_s)
+                out.copy_(answer)
+                report = self._reports[remote.device]
+                report.exchanges += 1
+                report.exchange_s += self._clock() - remote.asked_s
+                report.bytes_received += answer.nbytes
+                return
         self._make_up(remote, layer, qkv, out, batch)
 
     def _make_up(self, remote: _Remote, layer: int, qkv: torch.Tensor, out: torch.Tensor, batch: _Batch) -> None:
@@ -467,55 +473,38 @@ class Rank:
             most_s=layers.most_s / layers.count,
         )
 
-    def _count(self, remote: _Remote, answer: torch.Tensor) -> None:
-        report = self._reports[remote.device]
-        report.exchanges += 1
-        report.exchange_s += self._clock() - remote.asked_s
-        report.bytes_received += answer.nbytes
-
-    def _remove(self, event: Gone) -> None:
-        row = self.heads.row(event.anchor)
+    def _left(self, anchor: int) -> bool:
+        """Drop what workers hold of a request that leaves, or is recomputed, and its moves. Return whether it ran."""
+        row = self.heads.row(anchor)
         if row is None:
-            return
+            return False
         self._drop_remote(row)
-        self._guard(lambda: self.mover.forget(event.anchor))
-        self.heads.remove(event)
-
-    def _rehome(self, event: Rehomed) -> None:
-        row = self.heads.row(event.anchor)
-        if row is None:
-            return
-        self._drop_remote(row)
-        self._guard(lambda: self.mover.forget(event.anchor))
-        self.heads.rehome(event)
+        with self._guarded():
+            self.mover.forget(anchor)
+        return True
 
     def _drop_remote(self, row: int) -> None:
         for number in self.heads.remote_devices(row):
             device = self.workers.get(number)
             if device is not None:
-                keys = [SequenceKey(request, 0, group) for request, group in self.heads.keys_on(row, number)]
-                self._guard_device(number, lambda device=device, keys=keys: device.drop(keys))  # type: ignore[misc]
+                with self._guarded(number):
+                    device.drop([SequenceKey(request, 0, group) for request, group in self.heads.keys_on(row, number)])
 
     def _abandon(self) -> None:
         """Forget a step that was begun and never finished, for example of a dummy run."""
         batch, self._batch = self._batch, None
         for remote in batch.remotes if batch is not None else ():
             if (device := self.workers.get(remote.device)) is not None:
-                self._guard_device(remote.device, lambda device=device: device.abort(self._step))  # type: ignore[misc]
+                with self._guarded(remote.device):
+                    device.abort(self._step)
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        """Run ``work``, whose error names the worker that failed."""
+    @contextmanager
+    def _guarded(self, number: int | None = None) -> Iterator[None]:
+        """Lose the worker that fails meanwhile: the one with this number, or else the one that the error names."""
         try:
-            work()
+            yield
         except DeviceError as error:
-            self._lose(self.workers.number(error.device), error)
-
-    def _guard_device(self, number: int, work: Callable[[], None]) -> None:
-        """Run ``work``; the worker is lost if it fails."""
-        try:
-            work()
-        except DeviceError as error:
-            self._lose(number, error)
+            self._lose(self.workers.number(error.device) if number is None else number, error)
 
     def _lose(self, number: int, error: Exception) -> None:
         if self.workers.lose(number, error):

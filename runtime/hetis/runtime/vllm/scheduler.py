@@ -19,10 +19,10 @@ from hetis.runtime.vllm.settings import PluginSettings
 from hetis.runtime.vllm.steps import LOCAL, GroupMove, MoveStep, RankReport, Rehomed, StepPlan
 
 if TYPE_CHECKING:
-    from hetis.runtime.measured.calibration import Calibration
     from hetis.runtime.moves.engine import SteeredEngine
     from hetis.runtime.vllm.allocator import HeadAllocator
     from hetis.runtime.vllm.blocks import HeadGroupManager
+    from hetis.runtime.vllm.calibration import Calibration
     from hetis.runtime.vllm.costs import EngineCosts
     from hetis.solver.dispatch.problem import HeadShape
 
@@ -152,6 +152,8 @@ class SchedulerSide:
         allocator: where head groups live.
         costs: of the devices.
         boundary: controls which thread may touch all this.
+        requests: the state of vLLM's requests that the allocator does not need.
+        num_steps: planned so far.
         exchanged: by device.
         moves: number of moves that began, were committed, and were aborted, by origin.
     """
@@ -164,7 +166,7 @@ class SchedulerSide:
         self.shape: EngineShape
         self.allocator: HeadAllocator
         self.costs: EngineCosts
-        self._plans = 0
+        self.num_steps = 0
         self._manager: HeadGroupManager
         self._copied: dict[int, set[int]] = {}  # ranks that have copied a move
         self._moved_by: dict[int, MovedBy] = {}
@@ -172,7 +174,7 @@ class SchedulerSide:
         self._take_counts: Callable[[bool], dict[str, Any] | None]
         self._steered: SteeredEngine[Any] | None = None
         self._close: Callable[[], None] = lambda: None
-        self._requests = _Requests()
+        self.requests = Requests()
         self._placed: dict[str, VllmRequest] = {}
 
     # --- life
@@ -239,7 +241,7 @@ class SchedulerSide:
     def arrived(self, request: VllmRequest) -> None:
         """Note a request that vLLM has accepted."""
         self.boundary.enter()
-        self._requests.arrived(request)
+        self.requests.arrived(request)
 
     def place(self, request: VllmRequest, num_computed_tokens: int) -> None:
         """Place a request that vLLM is about to admit."""
@@ -252,7 +254,7 @@ class SchedulerSide:
     def finished(self, request: VllmRequest) -> None:
         """Note that a request ended. If it ran, its blocks are about to be freed."""
         with self.boundary.lock:
-            self._requests.finished(request, has_run=request.request_id in self.allocator.state)
+            self.requests.finished(request, has_run=request.request_id in self.allocator.state)
             self.allocator.forget(request.request_id)
             self._placed.pop(request.request_id, None)
 
@@ -261,7 +263,7 @@ class SchedulerSide:
     def plan(self) -> StepPlan:
         """Return everything that the ranks have not been told yet."""
         with self.boundary.lock:
-            self._plans += 1
+            self.num_steps += 1
             for number in [n for n in self._copied if self.is_copied(n) and self._moved_by.get(n) != "planner"]:
                 self.commit([number])
             if self._steered is not None:
@@ -270,9 +272,9 @@ class SchedulerSide:
             if not self.is_steered:
                 self._redispatch.advance()
             self.costs.advance()
-            self._requests.look(time.time())
+            self.requests.look(time.time())
             events, self._manager.events = self._manager.events, []
-            return StepPlan(self._plans, tuple(events))
+            return StepPlan(self.num_steps, tuple(events))
 
     def hear(self, reports: Mapping[int, RankReport]) -> None:
         """Take the ranks' reports after a step."""
@@ -311,15 +313,11 @@ class SchedulerSide:
         """Return whether all ranks had copied all existing KV of a move at their last report."""
         return len(self._copied.get(number, ())) == len(self._blocks) > 0
 
-    def is_under_way(self, number: int) -> bool:
-        """Return whether a move has begun and not ended. It also ends with its request, or when a device is lost."""
-        return self.allocator.is_under_way(number)
-
     def commit(self, numbers: Iterable[int]) -> None:
         """Make the targets own the groups of these moves from this step on. Moves that have ended are skipped."""
         for number in numbers:
             self._copied.pop(number, None)
-            if not self.is_under_way(number):
+            if not self.allocator.is_under_way(number):
                 continue
             self.moves[self._moved_by.pop(number), "committed"] += 1
             request_id, move = self.allocator.commit(number)
@@ -379,17 +377,7 @@ class SchedulerSide:
     @property
     def is_idle(self) -> bool:
         """Return whether vLLM has no request."""
-        return self._requests.is_empty and self.allocator.is_idle
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps planned."""
-        return self._plans
-
-    @property
-    def requests(self) -> _Requests:
-        """The state of vLLM's requests."""
-        return self._requests
+        return self.requests.is_empty and self.allocator.is_idle
 
     # --- inside
 
@@ -459,7 +447,7 @@ class SchedulerSide:
             _log.warning("request %s lost KV with worker %s", request_id, self.settings.workers[device - 1].name)
 
 
-class _Requests:
+class Requests:
     """The state of vLLM's requests that the allocator does not need.
 
     Attributes:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis.runtime.measured.calibration import Coefficients, device_seconds
 from hetis.runtime.moves.changes import (
     EngineChange,
     EngineChanges,
@@ -22,8 +21,9 @@ from hetis.runtime.moves.changes import (
     not_owner,
     unavailable,
 )
-from hetis.runtime.moves.engine import SteeredEngine, TakenReplica
+from hetis.runtime.moves.engine import SteeredEngine, TakenReplica, planned_s
 from hetis.runtime.moves.refusals import failure_of, refusal
+from hetis.runtime.vllm.calibration import Coefficients, device_seconds
 from hetis.runtime.vllm.costs import HERE
 from hetis.runtime.vllm.scheduler import EngineShape, SchedulerSide
 from hetis.runtime.vllm.steps import LOCAL
@@ -34,7 +34,7 @@ from hetis.v1.failure_pb2 import ErrorReason, Failure
 from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, RunningRequest
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceLoad, DeviceReport, DeviceStatus, ReplicaReport, StageLoad
-from hetis.v1.stage_pb2 import StageDevice, StageModel
+from hetis.v1.stage_pb2 import StageModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,20 +140,6 @@ def device_reports(side: SchedulerSide, binding: Binding, node: str) -> list[Dev
     return reports
 
 
-def planned_s(model: StageModel, device: StageDevice, heads: int, kv_bytes: float) -> float:
-    """Return the seconds per layer of attention and exchange by the plan's coefficients; the formula of
-    ``stage.proto``.
-    """
-    if not heads or not device.pieces:
-        return 0.0
-    cards = max(len(device.gpus), 1) if device.is_primary else 1
-    share = min(cards, model.heads.head_groups)
-    seconds = max(p.head_s * heads / cards + p.kv_byte_s * kv_bytes / share + p.call_s for p in device.pieces)
-    if device.is_primary:
-        return seconds
-    return seconds + device.transfer_byte_s * model.heads.exchange_bytes_per_head * heads + device.transfer_s
-
-
 class PlannedMoves(MoveAuthority):
     """Moves of a replica's head map. Implements `Copies`, too.
 
@@ -215,7 +201,7 @@ class PlannedMoves(MoveAuthority):
         return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
     def why_void(self, change: Change, one: OpenMove) -> Failure | None:
-        if self._side.is_under_way(one.number):
+        if self._side.allocator.is_under_way(one.number):
             return None
         return self.refusal_of(change, one.move) or failure_of(
             ErrorReason.ERROR_REASON_COPY_FAILED,
@@ -233,7 +219,7 @@ class PlannedMoves(MoveAuthority):
 
     def is_ready(self, change: EngineChange) -> bool:
         return all(
-            self._side.is_copied(one.number) or not self._side.is_under_way(one.number)
+            self._side.is_copied(one.number) or not self._side.allocator.is_under_way(one.number)
             for one in self._open.get(change.change.change_id, [])
         )
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hetis.runtime.measured.calibration import Calibration
-    from hetis.runtime.measured.following import Taken
+    from hetis.runtime.vllm.calibration import Calibration
+    from hetis.runtime.vllm.costs import Taken
 
 LOCAL = 0  # the rank itself as a device; workers count from 1
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
+from hetis.runtime.moves.engine import planned_s
 from hetis.v1.head_map_pb2 import HeadMap, HeadMapDevice, Move, MoveInFlight, RunningRequest
 from hetis.v1.report_pb2 import DeviceLoad, DeviceStatus, StageLoad
 from hetis.v1.stage_pb2 import StageModel
@@ -92,18 +93,7 @@ class StageRun:
     def attention_s(self) -> list[float]:
         """Return, per device, the seconds of attention per layer that the profile predicts, including transfer."""
         heads, kv_bytes = self.heads_and_bytes()
-        return [self._device_s(i, heads[i], kv_bytes[i]) for i in range(len(heads))]
-
-    def _device_s(self, i: int, heads: int, kv_bytes: float) -> float:
-        if heads == 0:
-            return 0.0
-        device, cards, share = self.model.devices[i], 1, 1
-        if device.is_primary:
-            cards, share = max(len(device.gpus), 1), self.primary_groups
-        seconds = max(p.head_s * heads / cards + p.kv_byte_s * kv_bytes / share + p.call_s for p in device.pieces)
-        if not device.is_primary:
-            seconds += device.transfer_byte_s * self.model.heads.exchange_bytes_per_head * heads + device.transfer_s
-        return seconds
+        return [planned_s(self.model, device, heads[i], kv_bytes[i]) for i, device in enumerate(self.model.devices)]
 
     # --- requests
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.runtime.measured.calibration import calibrate, token_bytes, with_coefficients
-from hetis.runtime.measured.following import Following, Rules, Taken
+from hetis.runtime.vllm.calibration import calibrate, token_bytes, with_coefficients
+from hetis.runtime.vllm.costs import Following, Rules, Taken
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
-from tests.runtime.measured.paced import SHAPE, FakeClock, Pace, paced_devices
+from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, paced_devices
 
 COSTS = Stage(
     heads=HeadShape(head_groups=4, queries_per_group=2, kv_bytes_per_token=10.0, exchange_bytes_per_head=4.0),
@@ -109,7 +109,7 @@ def test_a_device_that_nobody_measures_gets_another_chance() -> None:
 
 def test_large_changes_are_logged_once_and_small_ones_are_not(caplog: pytest.LogCaptureFixture) -> None:
     watched = Watched()
-    with caplog.at_level(logging.WARNING, logger="hetis.runtime.measured.following"):
+    with caplog.at_level(logging.WARNING, logger="hetis.runtime.vllm.costs"):
         watched.steps(40, taken(1.5))
         assert caplog.messages == []
         watched.steps(40, taken(4.0))

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.attention.device import AttentionDevice
-from hetis.runtime.measured.calibration import (
+from hetis.runtime.vllm.calibration import (
     Calibration,
     Coefficients,
     TimedCall,
@@ -23,7 +23,7 @@ from hetis.runtime.measured.calibration import (
     with_exchange,
 )
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
-from tests.runtime.measured.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
+from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, PacedDevice, paced_devices
 
 PACES = (
     Pace(head_s=2e-6, kv_byte_s=3e-9, call_s=4e-5),
