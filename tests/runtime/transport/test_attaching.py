@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hetis.runtime.transport import channel, pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, WorkerEndpoint, accept, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, accept, connect
 from hetis.runtime.transport.frames import ChannelError, Frame, FrameError, FrameKind
 from hetis.runtime.transport.pipes import SharedFile, TcpPipe, is_supported
 
@@ -29,14 +29,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[[], tuple[WorkerEndpoint, Accepted]]]:
+def worker() -> Iterator[Callable[[], tuple[int, Accepted]]]:
     """Listens, and accepts one connection in a thread."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener, ThreadPoolExecutor() as threads:
         listener.settimeout(10)
 
-        def serve() -> tuple[WorkerEndpoint, Accepted]:
-            endpoint = WorkerEndpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
-            return endpoint, threads.submit(lambda: accept(listener.accept()[0], stall_s=10))
+        def serve() -> tuple[int, Accepted]:
+            return listener.getsockname()[1], threads.submit(lambda: accept(listener.accept()[0], stall_s=10))
 
         yield serve
 
@@ -46,10 +45,10 @@ def refuse(path: Path) -> SharedFile:
 
 
 @contextmanager
-def ends(worker: Callable[[], tuple[WorkerEndpoint, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
+def ends(worker: Callable[[], tuple[int, Accepted]]) -> Iterator[tuple[Channel, Channel]]:
     """An engine's and a worker's, once the first frame is through."""
-    endpoint, accepted = worker()
-    with closing(connect(endpoint)) as one:
+    port, accepted = worker()
+    with closing(connect("127.0.0.1", port)) as one:
         one.send([PING])
         other, first = accepted.result(10)
         with closing(other):
@@ -57,9 +56,7 @@ def ends(worker: Callable[[], tuple[WorkerEndpoint, Accepted]]) -> Iterator[tupl
             yield one, other
 
 
-def test_both_ends_take_the_memory_and_its_names_go(
-    folder: Path, worker: Callable[[], tuple[WorkerEndpoint, Accepted]]
-) -> None:
+def test_both_ends_take_the_memory_and_its_names_go(folder: Path, worker: Callable[[], tuple[int, Accepted]]) -> None:
     with ends(worker) as (one, other):
         assert one.name.startswith("shm over ")
         assert other.name.startswith("shm over ")
@@ -70,7 +67,7 @@ def test_both_ends_take_the_memory_and_its_names_go(
 
 def test_where_the_worker_cannot_open_the_memory_the_socket_does(
     folder: Path,
-    worker: Callable[[], tuple[WorkerEndpoint, Accepted]],
+    worker: Callable[[], tuple[int, Accepted]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -80,9 +77,9 @@ def test_where_the_worker_cannot_open_the_memory_the_socket_does(
         assert other.name.startswith("tcp:")
     assert "does not take the shared memory" in caplog.text
     assert "Permission denied" in caplog.text
-    endpoint, accepted = worker()
+    port, accepted = worker()
     with pytest.raises(ChannelError, match="Permission denied"):
-        connect(endpoint, ChannelKind.SHM)
+        connect("127.0.0.1", port, ChannelKind.SHM)
     with pytest.raises(ChannelError):
         accepted.result(10)
     assert list(folder.iterdir()) == []
@@ -95,16 +92,14 @@ def test_an_engine_that_is_stopped_meanwhile_leaves_nothing(folder: Path, monkey
 
     monkeypatch.setattr(Channel, "receive", stop)
     with closing(socket.create_server(("127.0.0.1", 0))) as silent, pytest.raises(SystemExit):
-        connect(WorkerEndpoint(host="127.0.0.1", port=silent.getsockname()[1], key=b"k" * 16))
+        connect("127.0.0.1", silent.getsockname()[1])
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", [b"/dev/shm/hetis-\0", b"/dev/shm/hetis-none", b"\xff", b"/etc/passwd"])
-def test_a_path_that_is_none_of_ours_is_refused(
-    worker: Callable[[], tuple[WorkerEndpoint, Accepted]], path: bytes
-) -> None:
-    endpoint, accepted = worker()
-    with closing(Channel(TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=10))) as stranger:
+def test_a_path_that_is_none_of_ours_is_refused(worker: Callable[[], tuple[int, Accepted]], path: bytes) -> None:
+    port, accepted = worker()
+    with closing(Channel(TcpPipe.connect("127.0.0.1", port, timeout_s=10))) as stranger:
         words = torch.frombuffer(bytearray(path), dtype=torch.uint8)
         stranger.send([Frame(kind=FrameKind.ATTACH, epoch=0, session=0, parts=(words,))])
         answer = stranger.receive(10)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.transport import pipes
-from hetis.runtime.transport.channel import Channel, ChannelKind, WorkerEndpoint, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, connect
 from hetis.runtime.transport.frames import (
     HEADER_BYTES,
     MOST_BODY_BYTES,
@@ -297,10 +297,10 @@ def test_where_shared_memory_has_no_room_the_socket_does(
     monkeypatch.setattr(pipes, "FOLDER", tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        endpoint = WorkerEndpoint(host="127.0.0.1", port=listener.getsockname()[1], key=b"k" * 16)
-        with closing(connect(endpoint)) as channel:
+        where = listener.getsockname()
+        with closing(connect(*where)) as channel:
             assert channel.name.startswith("tcp:")
         assert "no shared memory: No space left on device" in caplog.text
         with pytest.raises(OSError, match="No space left"):
-            connect(endpoint, ChannelKind.SHM)
+            connect(*where, ChannelKind.SHM)
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,6 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -119,23 +118,14 @@ class ChannelKind(StrEnum):
     TCP = "tcp"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerEndpoint:
-    """The address of a worker, and the key that it expects."""
-
-    host: str
-    port: int
-    key: bytes
-
-
-def connect(endpoint: WorkerEndpoint, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
+def connect(host: str, port: int, kind: ChannelKind = ChannelKind.AUTO, *, stall_s: float = 10.0) -> Channel:
     """Return the engine's end of a channel to a worker.
 
     Raises:
         ChannelError: the worker is not reached, or the kind is not available between these two.
         OSError: this machine has no room for the shared memory, or this process has no free file descriptors.
     """
-    pipe = TcpPipe.connect(endpoint.host, endpoint.port, timeout_s=stall_s)
+    pipe = TcpPipe.connect(host, port, timeout_s=stall_s)
     channel = Channel(pipe, stall_s=stall_s)
     try:
         return _agreed(channel, pipe, kind, stall_s=stall_s)

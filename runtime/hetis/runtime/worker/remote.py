@@ -40,7 +40,7 @@ from hetis.runtime.attention.kv import (
     UnknownSequenceError,
     UnreachedDeviceError,
 )
-from hetis.runtime.transport.channel import Channel, ChannelKind, WorkerEndpoint, connect
+from hetis.runtime.transport.channel import Channel, ChannelKind, connect
 from hetis.runtime.transport.frames import (
     ChannelError,
     ErrorCode,
@@ -312,22 +312,9 @@ def join_at(
         DeviceLostError: it does not answer, has no memory for this KV, or has another key.
         StaleEpochError: it obeys a later engine.
     """
-    return join(name, WorkerEndpoint(host=host, port=port, key=key), shape, epoch=epoch, kind=kind, timeout_s=timeout_s)
-
-
-def join(
-    name: str,
-    endpoint: WorkerEndpoint,
-    shape: KvShape,
-    *,
-    epoch: int,
-    kind: ChannelKind = ChannelKind.AUTO,
-    timeout_s: float = 10.0,
-) -> RemoteDevice:
-    """Do the same as `join_at`, with address and key in one value."""
     try:
-        channel = connect(endpoint, kind, stall_s=timeout_s)
+        channel = connect(host, port, kind, stall_s=timeout_s)
     except (ChannelError, OSError) as error:
         is_ours = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
         raise (UnreachedDeviceError if is_ours else DeviceLostError)(name, str(error)) from error
-    return RemoteDevice(name, shape, channel, epoch=epoch, key=endpoint.key, timeout_s=timeout_s)
+    return RemoteDevice(name, shape, channel, epoch=epoch, key=key, timeout_s=timeout_s)
