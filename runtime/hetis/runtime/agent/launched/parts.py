@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,39 +49,40 @@ def _words(value: object) -> object:
     return shlex.split(value) if isinstance(value, str) else value
 
 
-def _name(value: str) -> str:
-    try:
-        value.format(name="")
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise ValueError(f"{value!r} may have {{name}} in it, the model's name in the plan, and nothing else") from None
-    return value
+def _template(*names: str, said: str) -> AfterValidator:
+    """Return a check that a text has no braces but those of ``names``; ``said`` says what these are."""
+
+    def check(value: str) -> str:
+        try:
+            value.format(**dict.fromkeys(names, ""))
+        except (KeyError, IndexError, ValueError, AttributeError):
+            braces = " and ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"{value!r} may have {braces} in it, {said}, and nothing else") from None
+        return value
+
+    return AfterValidator(check)
 
 
-def _checkpoint(value: str) -> str:
-    try:
-        value.format(name="", weights="")
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise ValueError(
-            f"{value!r} may have {{name}} and {{weights}} in it, the model's name and the precision of the replica's "
-            "weights in the plan, and nothing else"
-        ) from None
-    return value
+def _valid(is_valid: Callable[[str], object], said: str) -> AfterValidator:
+    """Return a check of a text; ``said`` says what a wrong one is not."""
 
+    def check(value: str) -> str:
+        if not is_valid(value):
+            raise ValueError(f"{value!r} is no {said}")
+        return value
 
-def _host(value: str) -> str:
-    if not is_host(value):
-        raise ValueError(f"{value!r} is no address, must be an IP address or a name")
-    return value
-
-
-def _variable(value: str) -> str:
-    if not _VARIABLE.fullmatch(value):
-        raise ValueError(f"{value!r} is no name of an environment variable")
-    return value
+    return AfterValidator(check)
 
 
 Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
-Named = Annotated[str, Field(min_length=1), AfterValidator(_name)]
+Named = Annotated[str, Field(min_length=1), _template("name", said="the model's name in the plan")]
+Checkpoint = Annotated[
+    str,
+    Field(min_length=1),
+    _template("name", "weights", said="the model's name and the precision of the replica's weights in the plan"),
+]
+Host = Annotated[str, _valid(is_host, "address, must be an IP address or a name")]
+Variable = Annotated[str, _valid(_VARIABLE.fullmatch, "name of an environment variable")]
 
 
 class EngineSettings(DocumentPart):
@@ -117,13 +118,13 @@ class EngineSettings(DocumentPart):
     kind: Literal["EngineSettings"]
     engine: Literal["vllm", "vllm-hetis", "sglang"]
     program: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
-    model: Annotated[str, Field(min_length=1), AfterValidator(_checkpoint)]
+    model: Checkpoint
     served_name: Named = "{name}"
     device: Literal["cuda", "cpu"] = "cuda"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     options: Annotated[list[str], BeforeValidator(_words)] = Field(default_factory=list)
-    environment: dict[Annotated[str, AfterValidator(_variable)], str] = Field(default_factory=dict)
-    addresses: dict[str, Annotated[str, AfterValidator(_host)]] = Field(default_factory=dict)
+    environment: dict[Variable, str] = Field(default_factory=dict)
+    addresses: dict[str, Host] = Field(default_factory=dict)
     port: Port = 8000
     master_port: Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS * MASTER_STEP)] = MASTER_PORT
     kv_port: Port = KV_PORT
@@ -227,7 +228,11 @@ def part_of(assignment: Assignment, settings: EngineSettings, *, node: str, fold
     front = layout.servers[0].node
     endpoint = joined(addresses.host(front), settings.port + first)
     commands = commands_of(layout, _serving(layout, settings, model.name, checkpoint, endpoint), addresses)
-    here = tuple(_with_environment(one, settings) for one in commands if one.process.node == node)
+    here = tuple(
+        replace(one, environment={**settings.environment, **one.environment})
+        for one in commands
+        if one.process.node == node
+    )
     servers = [one.process for one in here if one.process.kind is not ProcessKind.ATTENTION_WORKER]
     return NodePart(
         commands=here,
@@ -272,10 +277,6 @@ def _serving(layout: Layout, settings: EngineSettings, name: str, checkpoint: st
         limits_kv=True,
         served_name=settings.served_name.format(name=name),
     )
-
-
-def _with_environment(command: Command, settings: EngineSettings) -> Command:
-    return replace(command, environment={**settings.environment, **command.environment})
 
 
 def replica_of(message: ReplicaMessage) -> ReplicaPlan:
