@@ -128,7 +128,11 @@ def _speeds(report: NodeReport) -> dict[object, float]:
 def _words(report: NodeReport) -> object:
     """Return everything that is not a measurement: any difference in it is news."""
     return (
-        [(d.index, d.total_blocks, d.unhealthy, _hot(d)) for d in report.devices],
+        [
+            # The reasons for a lower clock except idleness, which comes and goes.
+            (d.index, d.total_blocks, d.unhealthy, sorted(reason for reason in d.throttle_reasons if reason > 1))
+            for d in report.devices
+        ],
         [
             (
                 r.replica,
@@ -143,8 +147,3 @@ def _words(report: NodeReport) -> object:
             for r in report.replicas
         ],
     )
-
-
-def _hot(device: DeviceReport) -> list[int]:
-    """Return the reasons for a lower clock except idleness, which comes and goes."""
-    return sorted(reason for reason in device.throttle_reasons if reason > 1)

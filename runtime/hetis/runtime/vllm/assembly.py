@@ -112,7 +112,8 @@ def _measured(
             for layer in layers:
                 begun_s = clock()
                 layer.impl.attend_here(layer, q, kv, kv, layer.kv_cache, slots, metadata, out)
-                _wait(device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 taken_s.append(clock() - begun_s)
     kv_bytes = float(sequences * context * 2 * impl.head_size * dtype.itemsize)
     # Ignore the first round, which allocates and meets cold caches.
@@ -133,11 +134,6 @@ def _copy_byte_s(
         store.read(blocks, 0, tokens)
     num_bytes: int = _ROUNDS * tokens * num_layers * 2 * spec.head_size * spec.dtype.itemsize
     return (clock() - begun_s) / num_bytes
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def rank_number() -> int:

@@ -391,7 +391,7 @@ class SchedulerSide:
             exchanged.exchange_s += one.exchange_s
             exchanged.bytes_sent += one.bytes_sent
             exchanged.bytes_received += one.bytes_received
-            for where in self._where(rank):
+            for where in sorted(self._blocks)[rank : rank + 1]:
                 self._blocks[where][device - 1] = one.blocks
             self._settle(device)
         for number in report.copied:
@@ -424,10 +424,6 @@ class SchedulerSide:
         request = self._placed[request_id]
         request.num_computed_tokens = 0
         request.num_stale_output_tokens, request.drop_stale_output = request.num_in_flight_tokens, True
-
-    def _where(self, rank: int) -> list[tuple[int, int]]:
-        places = sorted(self._blocks)
-        return [places[rank]] if rank < len(places) else []
 
     def _settle(self, device: int) -> None:
         """Make a worker available when it is there for every rank, with the smallest room, and lose it otherwise."""

@@ -93,9 +93,8 @@ class Workers:
             if again_s <= now_s and number not in self._joining and number not in self._devices:
                 del self._again_s[number]
                 self._joining.add(number)
-                threading.Thread(
-                    target=self._try, args=(number,), name=f"join-{self._name(number)}", daemon=True
-                ).start()
+                name = f"join-{self._name(number)}"
+                threading.Thread(target=self._try, args=(number,), name=name, daemon=True).start()
         return tuple(back)
 
     # --- inside

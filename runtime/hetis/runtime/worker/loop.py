@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from hetis.runtime.transport.channel import Channel, accept
-from hetis.runtime.transport.frames import ChannelError, ErrorCode, Frame, FrameKind
+from hetis.runtime.transport.frames import ChannelError, ErrorCode, FrameKind
 from hetis.runtime.worker.core import WorkerCore
 
 MOST = 16  # at a time; the oldest makes room
@@ -112,8 +112,8 @@ class WorkerLoop:
                 self._take_newcomer(0.0, GREETING_S)
             elif frame.kind is FrameKind.BYE:
                 self._leave("it said goodbye")
-            else:
-                self._answer(self._channel, frame)
+            elif (answer := self.core.handle(frame)) is not None:
+                self._channel.send([answer])
         except ChannelError as error:
             self._leave(str(error))
 
@@ -145,11 +145,6 @@ class WorkerLoop:
             self._channel.close()
         self._channel = channel
         _log.info("%s: serves %s, epoch %d", self.core.name, channel.name, self.core.epoch)
-
-    def _answer(self, channel: Channel, frame: Frame) -> None:
-        answer = self.core.handle(frame)
-        if answer is not None:
-            channel.send([answer])
 
     def _leave(self, why: str) -> None:
         assert self._channel is not None, "there was a connection"

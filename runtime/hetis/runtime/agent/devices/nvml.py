@@ -303,20 +303,14 @@ def gpu_entry(product_name: str, memory_bytes: int) -> GpuEntry | None:
     for name in (product_name, _DECORATION.sub(" ", product_name)):
         try:
             found = [find_gpu(name)]
-        except UnknownNameError as error:
-            found = [find_gpu(candidate) for candidate in error.candidates] if _is_ambiguous(error) else []
-        fitting = [entry for entry in found if _fits(entry, memory_bytes)]
+        except UnknownNameError as error:  # a single candidate is a guess, not a match
+            found = [find_gpu(one) for one in error.candidates] if len(error.candidates) > 1 else []
+        shares = [(entry, memory_bytes / entry.gpu.memory_bytes) for entry in found]
+        fitting = [
+            entry for entry, share in shares if not memory_bytes or LEAST_MEMORY_SHARE <= share <= MOST_MEMORY_SHARE
+        ]
         # `NVIDIA H200` is the SXM board: for the others the driver's name includes PCIe or NVL.
         of_the_name = fitting if len(fitting) == 1 else [entry for entry in fitting if "-SXM" in entry.gpu.name]
         if len(of_the_name) == 1:
             return of_the_name[0]
     return None
-
-
-def _is_ambiguous(error: UnknownNameError) -> bool:
-    return len(error.candidates) > 1  # a single candidate is a guess, not a match
-
-
-def _fits(entry: GpuEntry, memory_bytes: int) -> bool:
-    share = memory_bytes / entry.gpu.memory_bytes
-    return not memory_bytes or LEAST_MEMORY_SHARE <= share <= MOST_MEMORY_SHARE
