@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetis.runtime.vllm.calibration import Calibration, Coefficients
-from hetis.runtime.vllm.costs import HERE, EngineCosts, Taken, head_shape
+from hetis.runtime.vllm.costs import HERE, EngineCosts, LayerTime, head_shape
 from hetis.runtime.vllm.counts import COUNTERS, EVERY_S, GAUGES, SchedulerCounts, merged, summary
 from hetis.runtime.vllm.steps import DeviceReport, RankReport
 from tests.runtime.vllm.scheduling import NAMES, World
@@ -51,7 +51,7 @@ def test_a_device_that_takes_twice_as_long_costs_twice_as_much() -> None:
     world.side.greet({(0, 0): (400, 400)}, {(0, 0): {n: calibration(1e-6) for n in range(3)}})
     before = world.side.allocator.state.stage.head_s.copy()
     calibrated_s = 1e-6 * 8 + 1e-10 * 1000 + 1e-6 + 1e-10 * SHAPE.exchange_bytes_per_head * 8 + 1e-6
-    taken = Taken(heads=8, kv_bytes=1000.0, least_s=2 * calibrated_s, most_s=2 * calibrated_s)
+    taken = LayerTime(heads=8, kv_bytes=1000.0, least_s=2 * calibrated_s, most_s=2 * calibrated_s)
     world.side.hear({0: RankReport(taken={1: [taken] * 15})})
     world.step()
     after = world.side.allocator.state.stage.head_s

@@ -70,10 +70,10 @@ def test_a_zombie_that_serves_an_old_connection_answers_nobody() -> None:
     worker = InprocWorker("w0", PAGES)
     old = worker.join(SHAPE)
     new = worker.join(SHAPE)
-    answer = worker.core.handle(old._session.frame(FrameKind.PING))
+    answer = worker.core.handle(old._frame(FrameKind.PING))
     assert answer is not None
     assert answer.kind is FrameKind.ERROR
-    assert worker.core.handle(old._session.frame(FrameKind.BEGIN)) is None
+    assert worker.core.handle(old._frame(FrameKind.BEGIN)) is None
     assert worker.core.device is not None
     assert len(worker.core.device.pool) == 0
     carry(new)

@@ -51,14 +51,10 @@ class AgentOptionError(Exception):
 
 
 class Checking:
-    """Checks all options, so that all problems are reported at once.
-
-    Attributes:
-        wrong: a message for each problem so far.
-    """
+    """Checks all options, so that all problems are reported at once."""
 
     def __init__(self) -> None:
-        self.wrong: list[str] = []
+        self.wrong: list[str] = []  # a message for each problem so far
 
     def __call__(self, check: Callable[[], T]) -> T | None:
         """Return the result of the check, or None if it finds a problem."""

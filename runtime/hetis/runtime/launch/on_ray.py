@@ -23,7 +23,7 @@ from hetis.engines.commands import Addresses, Command, commands_of
 from hetis.engines.errors import LayoutError
 from hetis.engines.layout import Layout, Process
 from hetis.engines.serving import Serving
-from hetis.runtime.launch.processes import FAILED, Started, Told, prepare, start, supervise, write_file
+from hetis.runtime.launch.processes import FAILED, Started, StopRequests, prepare, start, supervise, write_file
 from hetis.runtime.launch.ray_nodes import bundle_of, nodes_of
 
 LOCAL = "local"
@@ -50,7 +50,7 @@ def run_on_ray(layout: Layout, serving: Serving, addresses: Addresses, *, addres
     _connect(address, len(layout.processes))
     try:
         # Not earlier: Ray's own handler of SIGTERM would end us three seconds later, whatever is still draining.
-        told = Told()
+        told = StopRequests()
         with told.by_signals():
             return _run(layout, serving, addresses, told, start_s=start_s)
     finally:
@@ -84,7 +84,7 @@ class Runner:
             self._process.kill()
 
 
-def _run(layout: Layout, serving: Serving, addresses: Addresses, told: Told, *, start_s: float) -> int:
+def _run(layout: Layout, serving: Serving, addresses: Addresses, told: StopRequests, *, start_s: float) -> int:
     nodes = nodes_of(layout.processes, addresses, ray.nodes())
     found = {name: str(node["NodeManagerAddress"]) for name, node in nodes.items()}
     commands = commands_of(layout, serving, replace(addresses, hosts={**addresses.hosts, **found}))

@@ -65,9 +65,6 @@ class Supervision:
     A worker that ends is restarted indefinitely, because vLLM serves without it. The processes of vLLM live and end
     together: if one fails, all are restarted a few times, and rejoin the existing workers. When the front end exits as
     told, or one of them cannot start at all, everything ends.
-
-    Attributes:
-        outcome: the exit code, once everything has ended.
     """
 
     def __init__(self, kinds: dict[str, ProcessKind], *, now_s: float, until_told: bool = False) -> None:
@@ -79,7 +76,7 @@ class Supervision:
         """
         self._final = (INVALID,) if until_told else _FINAL
         self._watched = {name: _Watch(kind=kind, due_s=now_s) for name, kind in kinds.items()}
-        self.outcome: int | None = None
+        self.outcome: int | None = None  # the exit code, once everything has ended
 
     def due(self, now_s: float) -> list[str]:
         """Return the names of the processes to start now."""
@@ -239,7 +236,7 @@ def write_file(name: str, text: str, *, mode: int) -> None:
 
 def run_here(commands: Sequence[Command]) -> int:
     """Start the processes and supervise them until vLLM ends or SIGTERM or SIGINT arrives. Returns the exit code."""
-    told = Told()
+    told = StopRequests()
     with told.by_signals():
         return supervise(commands, start, told=lambda: told.times, clock=time.monotonic, wait=told.wait)
 
@@ -302,7 +299,7 @@ def names_of_this_machine() -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, name.partition(".")[0])))
 
 
-class Told:
+class StopRequests:
     """Counts requests to end, by a signal or `tell`, and provides a wait that they cut short."""
 
     def __init__(self) -> None:

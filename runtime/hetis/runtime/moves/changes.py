@@ -115,7 +115,7 @@ def not_owner(move: Move, group: int, owner: str) -> Failure:
 
 
 @dataclass(slots=True)
-class OpenMove:
+class InFlightMove:
     """A move that has begun. ``number`` is the engine's own."""
 
     move: Move
@@ -126,7 +126,7 @@ class MoveAuthority(ABC):
     """The part that only the engine of a replica's primary plays: it owns the head map, and its moves in flight."""
 
     def __init__(self) -> None:
-        self._open: dict[str, list[OpenMove]] = {}  # by change
+        self._open: dict[str, list[InFlightMove]] = {}  # by change
 
     # --- what kind of engine it is
 
@@ -143,22 +143,22 @@ class MoveAuthority(ABC):
         """Reserve blocks for a move and return the engine's number for it, or why that is impossible."""
 
     @abstractmethod
-    def why_void(self, change: Change, one: OpenMove) -> Failure | None:
+    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
         """Return why a move in flight cannot be made any more."""
 
     @abstractmethod
-    def abort(self, change: Change, one: OpenMove) -> None:
+    def abort(self, change: Change, one: InFlightMove) -> None:
         """Free what was reserved for a move in flight, if it still is."""
 
     @abstractmethod
-    def commit(self, change: EngineChange, moves: Sequence[OpenMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
         """Make the targets own the head groups of all these moves at once, and return the step from which on."""
 
     def is_ready(self, change: EngineChange) -> bool:
         """Return whether the copies that only the authority knows of permit `flip`."""
         return True
 
-    def stranded(self, change: Change, moves: Sequence[OpenMove]) -> list[tuple[OpenMove, Failure]]:
+    def stranded(self, change: Change, moves: Sequence[InFlightMove]) -> list[tuple[InFlightMove, Failure]]:
         """Return the moves that cannot be made with only these, and why."""
         return []
 
@@ -185,7 +185,7 @@ class MoveAuthority(ABC):
             if isinstance(begun, Failure):
                 taken.left_out[move.number] = begun
             else:
-                moves.append(OpenMove(move, begun))
+                moves.append(InFlightMove(move, begun))
         self._keep_together(taken, moves)
         if not moves:
             del self._open[change.change_id]
@@ -216,7 +216,7 @@ class MoveAuthority(ABC):
         for one in self._open.pop(change.change.change_id, []):
             self.abort(change.change, one)
 
-    def _keep_together(self, change: EngineChange, moves: list[OpenMove]) -> None:
+    def _keep_together(self, change: EngineChange, moves: list[InFlightMove]) -> None:
         """Leave out moves that must flip together with one left out, for the reason of the first."""
         while True:
             gone = [move for move in change.change.moves if move.number in change.left_out]
@@ -228,7 +228,7 @@ class MoveAuthority(ABC):
             self._leave_out(change, moves, leaving)
 
     def _leave_out(
-        self, change: EngineChange, moves: list[OpenMove], leaving: Sequence[tuple[OpenMove, Failure]]
+        self, change: EngineChange, moves: list[InFlightMove], leaving: Sequence[tuple[InFlightMove, Failure]]
     ) -> None:
         for one, why in leaving:
             moves.remove(one)
@@ -247,12 +247,7 @@ class Copies(Protocol):
 
 
 class EngineChanges:
-    """The changes of one replica in one engine.
-
-    Attributes:
-        generation: of the replica's state here.
-        known: by id, in order of arrival.
-    """
+    """The changes of one replica in one engine."""
 
     def __init__(
         self,
@@ -265,8 +260,8 @@ class EngineChanges:
     ) -> None:
         """Initialise with ``authority`` if this engine owns the head map, and the names of this node's ``devices``."""
         self.replica = replica
-        self.generation = generation
-        self.known: dict[str, EngineChange] = {}
+        self.generation = generation  # of the replica's state here
+        self.known: dict[str, EngineChange] = {}  # by id, in order of arrival
         self._authority, self._copies = authority, copies
         self._devices = devices
 

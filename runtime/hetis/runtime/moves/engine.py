@@ -87,16 +87,12 @@ class SteeredEngine(ABC, Generic[TakenT]):
     """One engine. Methods named after those of `ExecutorService` raise RefusedError with its documented reasons.
 
     All of them are called between two decode steps.
-
-    Attributes:
-        engine_id: id of this run.
-        newest_epoch: the highest epoch that was obeyed; older ones change nothing.
     """
 
     def __init__(self, engine_id: str | None = None) -> None:
         """Initialise with ``engine_id``, or a new UUID if it is None."""
-        self.engine_id = engine_id or str(uuid.uuid4())
-        self.newest_epoch = 0
+        self.engine_id = engine_id or str(uuid.uuid4())  # id of this run
+        self.newest_epoch = 0  # the highest epoch that was obeyed; older ones change nothing
         self._held: dict[str, TakenT] = {}
         # Changes that the engine was told to abort before it heard of them, whatever their replica.
         self._given_up = EngineChanges("", generation=0, authority=None, copies=None, devices=frozenset())

@@ -53,13 +53,10 @@ class Channel:
     """One end of a connection: frames over a pipe. A frame that has begun must complete within ``stall_s``.
 
     Not thread-safe. After a ChannelError only `close` may be called.
-
-    Attributes:
-        name: for people: the kind and the other end.
     """
 
     def __init__(self, pipe: Pipe, *, stall_s: float = 10.0, most_body_bytes: int = MOST_BODY_BYTES) -> None:
-        self.name = pipe.name
+        self.name = pipe.name  # for people: the kind and the other end
         self._pipe, self._stall_s = pipe, stall_s
         self._most_body_bytes = most_body_bytes
         self._header = bytearray(HEADER_BYTES)

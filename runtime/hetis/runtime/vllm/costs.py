@@ -6,7 +6,7 @@ dispatch stays calm under noise: a GPU that is throttled, or a link that is busy
 heads is not measured: its scale decays step by step, so that it gets another chance.
 
 A device in another process computes while the engine does something else, and its answer may have been there for long
-when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `Taken` is
+when the engine asks for it. Then only an upper bound is known: it took no longer than until that moment. `LayerTime` is
 therefore an interval.
 """
 
@@ -34,12 +34,17 @@ from hetis.runtime.vllm.calibration import (
 )
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 
+MOST_SCALE = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
+WINDOW = 15  # steps over which the median is taken; a change waits for as many
+LEAST_CHANGE = 1.25  # quotient of the new scale and the one in use from which on the new one is used
+FORGET_STEPS = 512  # steps without a measurement after which the scale in use moves halfway back to 1 (its root)
+TELL_CHANGE = 2.0  # quotient of the new scale and the one last logged from which on it is logged
 OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class LayerTime:
     """The time that one layer of one step took on one device: ``least_s`` to ``most_s`` seconds, equal if it is known,
     for this many query heads and the KV bytes that they read.
     """
@@ -50,34 +55,22 @@ class Taken:
     most_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """Rules by which measured times become coefficients."""
-
-    most_scale: float = 8.0  # bound on how many times slower, or faster, than calibrated a device is assumed to be
-    window: int = 15  # steps over which the median is taken; a change waits for as many
-    least_change: float = 1.25  # quotient of the new scale and the one in use from which on the new one is used
-    # Steps without a measurement after which the scale in use moves halfway back to 1 (its root)
-    forget_steps: int = 512
-    tell_change: float = 2.0  # quotient of the new scale and the one last logged from which on it is logged
-
-
-class Following:
+class CostTracker:
     """Follows the devices of a stage: `hear` their layers' times, then `advance` once a step."""
 
-    def __init__(self, calibrated: Stage, apply: Callable[[Stage], None], *, rules: Rules | None = None) -> None:
+    def __init__(self, calibrated: Stage, apply: Callable[[Stage], None]) -> None:
         """Initialise. ``apply`` receives the costs to use from now on."""
         self.calibrated = calibrated
         self._apply = apply
-        self._heard: SimpleQueue[tuple[int, Taken]] = SimpleQueue()
-        self._devices = [_Followed(name, rules or Rules()) for name in calibrated.devices]
+        self._heard: SimpleQueue[tuple[int, LayerTime]] = SimpleQueue()
+        self._devices = [_DeviceScale(name) for name in calibrated.devices]
 
     @property
     def scales(self) -> tuple[float, ...]:
         """The scales in use, by device."""
         return tuple(device.scale for device in self._devices)
 
-    def hear(self, number: int, taken: Taken) -> None:
+    def hear(self, number: int, taken: LayerTime) -> None:
         """Note a layer's time on a device, to count from the next `advance` on. Other threads may call this."""
         self._heard.put((number, taken))
 
@@ -96,17 +89,16 @@ class Following:
             device.tell()
 
 
-class _Followed:
+class _DeviceScale:
     """One device."""
 
-    def __init__(self, name: str, rules: Rules) -> None:
+    def __init__(self, name: str) -> None:
         self.name, self.scale = name, 1.0
-        self._rules = rules
-        self._recent: deque[float] = deque(maxlen=rules.window)
+        self._recent: deque[float] = deque(maxlen=WINDOW)
         self._silent_steps = 0
         self._told = 1.0
 
-    def hear(self, taken: Taken, calibrated_s: float) -> None:
+    def hear(self, taken: LayerTime, calibrated_s: float) -> None:
         if calibrated_s > 0:
             self._silent_steps = 0
             # A time known only within an interval says nothing against a scale inside it.
@@ -114,19 +106,18 @@ class _Followed:
 
     def settle(self) -> bool:
         """Use what was heard, once a step, and return whether the scale has changed."""
-        rules = self._rules
         self._silent_steps += 1
-        if self._silent_steps > rules.forget_steps:
+        if self._silent_steps > FORGET_STEPS:
             self._silent_steps = 0
-            return self._change(1.0 if _apart(self.scale, 1.0) < rules.least_change else math.sqrt(self.scale))
-        if len(self._recent) < rules.window:
+            return self._change(1.0 if _apart(self.scale, 1.0) < LEAST_CHANGE else math.sqrt(self.scale))
+        if len(self._recent) < WINDOW:
             return False
-        found = min(max(median(self._recent), 1 / rules.most_scale), rules.most_scale)
-        return _apart(found, self.scale) >= rules.least_change and self._change(found)
+        found = min(max(median(self._recent), 1 / MOST_SCALE), MOST_SCALE)
+        return _apart(found, self.scale) >= LEAST_CHANGE and self._change(found)
 
     def tell(self) -> None:
         """Log a scale that is far from the one last logged."""
-        if _apart(self.scale, self._told) >= self._rules.tell_change:
+        if _apart(self.scale, self._told) >= TELL_CHANGE:
             self._told = self.scale
             _log.warning("device %s takes %.2g times what was measured at the start", self.name, self.scale)
 
@@ -151,9 +142,6 @@ class EngineCosts:
     """The costs of one engine's devices: 0 is the ranks themselves, the workers follow.
 
     Each rank and its workers are measured separately; the slowest counts.
-
-    Attributes:
-        stage: the costs in use.
     """
 
     def __init__(self, heads: HeadShape, workers: Sequence[str]) -> None:
@@ -170,9 +158,9 @@ class EngineCosts:
             transfer_s=1e-5 * away,
             primary=Primary(device=0),
         )
-        self.stage = self._first
+        self.stage = self._first  # the costs in use
         self._measured: dict[tuple[int, int], Calibration] = {}  # by device and rank
-        self._following: Following | None = None
+        self._tracker: CostTracker | None = None
         self._apply: Callable[[Stage], None] = lambda stage: None
 
     def follow(self, apply: Callable[[Stage], None]) -> None:
@@ -189,23 +177,23 @@ class EngineCosts:
         calibrated = with_coefficients(self._first, known)
         self._use(calibrated)
         # Scales of the other devices were learnt against the same coefficients, and are soon learnt again.
-        self._following = Following(calibrated, self._use)
+        self._tracker = CostTracker(calibrated, self._use)
 
     def planned(self, known: Mapping[str, Coefficients]) -> None:
         """Take a plan's coefficients, by device. They only count if nothing was measured at all."""
         if not self._measured:
             self._use(with_coefficients(self._first, known))
 
-    def hear(self, device: int, taken: Sequence[Taken]) -> None:
+    def hear(self, device: int, taken: Sequence[LayerTime]) -> None:
         """Take the times of steps on a device."""
-        if self._following is not None and any(number == device for number, _ in self._measured):
+        if self._tracker is not None and any(number == device for number, _ in self._measured):
             for one in taken:
-                self._following.hear(device, one)
+                self._tracker.hear(device, one)
 
     def advance(self) -> None:
         """Update the costs, once a step, from the times heard."""
-        if self._following is not None:
-            self._following.advance()
+        if self._tracker is not None:
+            self._tracker.advance()
 
     @property
     def is_measured(self) -> bool:
@@ -215,7 +203,7 @@ class EngineCosts:
     @property
     def scales(self) -> tuple[float, ...]:
         """The present cost of each device divided by that measured when it joined."""
-        return (1.0,) * len(self._first.devices) if self._following is None else self._following.scales
+        return (1.0,) * len(self._first.devices) if self._tracker is None else self._tracker.scales
 
     @property
     def link_byte_s(self) -> FloatArray:

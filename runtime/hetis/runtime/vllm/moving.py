@@ -88,7 +88,7 @@ def _inverse(value: torch.Tensor | int, chosen: torch.Tensor, size: int, head_di
 
 
 @dataclass(slots=True)
-class _OpenMove:
+class _InFlightMove:
     """A move in flight; ``copied`` positions are at the target."""
 
     move: GroupMove
@@ -96,7 +96,7 @@ class _OpenMove:
     is_reported: bool = False
 
 
-class Mover:
+class KvMigrator:
     """The moves of one rank."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Mover:
         """
         self._heads, self._workers, self._shape, self._store = heads, workers, shape, store
         self._bytes_per_step = bytes_per_step
-        self._open: dict[int, _OpenMove] = {}
+        self._open: dict[int, _InFlightMove] = {}
         self._copied: set[int] = set()
         self._failed: set[int] = set()
 
@@ -118,7 +118,7 @@ class Mover:
             if self._heads.row(move.anchor) is None or not self._is_there(move):
                 self._failed.add(move.number)
             else:
-                self._open[move.number] = _OpenMove(move)
+                self._open[move.number] = _InFlightMove(move)
             return
         one = self._open.pop(move.number, None)
         if step.phase == "commit":
@@ -176,7 +176,7 @@ class Mover:
 
     # --- inside
 
-    def _commit(self, move: GroupMove, one: _OpenMove | None) -> None:
+    def _commit(self, move: GroupMove, one: _InFlightMove | None) -> None:
         """Commit a move, as the scheduler decided. If the copy is incomplete, the request is recomputed at its new
         homes.
         """
@@ -195,7 +195,7 @@ class Mover:
         finally:
             self._heads.devices[row, list(move.groups)] = move.target
 
-    def _copy(self, one: _OpenMove, last: int) -> None:
+    def _copy(self, one: _InFlightMove, last: int) -> None:
         move, first = one.move, one.copied
         row, groups = self._row(move), list(move.groups)
         number = int(self._heads.numbers[row])

@@ -23,9 +23,9 @@ import torch
 from hetis.runtime.attention.device import DeviceStep, Pending
 from hetis.runtime.attention.kv import DeviceError, KvShape, SequenceKey
 from hetis.runtime.vllm.calibration import Calibration, token_bytes
-from hetis.runtime.vllm.costs import OVER_READING, Taken
+from hetis.runtime.vllm.costs import OVER_READING, LayerTime
 from hetis.runtime.vllm.head_map import HeadMap, IntArray, StepRequests, VirtualBatch, part_of, slots_of
-from hetis.runtime.vllm.moving import BlockStore, Mover
+from hetis.runtime.vllm.moving import BlockStore, KvMigrator
 from hetis.runtime.vllm.steps import LOCAL, Admitted, DeviceReport, Gone, Grown, MoveStep, RankReport, Rehomed, StepPlan
 from hetis.runtime.vllm.workers import Workers
 
@@ -145,7 +145,7 @@ class Rank:
     Attributes:
         heads: where every head group lives.
         workers: the attention workers of this rank.
-        mover: copies of head groups in flight.
+        migrator: copies of head groups in flight.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Rank:
         """
         self.heads = HeadMap(head_groups, num_blocks)
         self.workers = workers
-        self.mover = Mover(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
+        self.migrator = KvMigrator(self.heads, workers, shape, store, bytes_per_step=copy_bytes_per_step)
         self._shape, self._layers, self._clock = shape, layers, clock
         self._head_groups, self._block_tokens = head_groups, block_tokens
         self._batch: _Batch | None = None
@@ -207,9 +207,9 @@ class Rank:
                         self.heads.rehome(event)
                 case MoveStep():
                     with self._guarded():
-                        self.mover.take(event)
+                        self.migrator.take(event)
         with self._guarded():
-            self.mover.advance()
+            self.migrator.advance()
 
     def finish_step(self) -> None:
         """End the step after all layers."""
@@ -232,7 +232,7 @@ class Rank:
 
     def take_report(self) -> RankReport:
         """Return what the scheduler has to know, with counters only from time to time."""
-        copied, failed = self.mover.take_results()
+        copied, failed = self.migrator.take_results()
         report = RankReport(copied=copied, failed=failed)
         now_s = self._clock()
         if now_s - self._reported_s >= REPORT_S or any(one.blocks == 0 for one in self._reports.values()):
@@ -322,7 +322,7 @@ class Rank:
             lasts=common.seq_lens[:num].cpu().numpy().astype(np.int64),
         )
         known = requests.rows >= 0
-        self.mover.rewind(requests.rows, requests.firsts)
+        self.migrator.rewind(requests.rows, requests.firsts)
         devices = np.where(known[:, None], self.heads.devices[requests.rows], -1)
         if self.heads.must_restart.any():
             begins = requests.firsts == 0
@@ -465,8 +465,8 @@ class Rank:
         if layers.count and part.num_tokens == len(part):
             self._taken.setdefault(device, deque(maxlen=MOST_TAKEN)).append((part, layers))
 
-    def _time_taken(self, part: VirtualBatch, layers: _LayerTimes) -> Taken:
-        return Taken(
+    def _time_taken(self, part: VirtualBatch, layers: _LayerTimes) -> LayerTime:
+        return LayerTime(
             heads=len(part) * self._shape.queries_per_group,
             kv_bytes=float(part.lasts.sum()) * token_bytes(self._shape),
             least_s=layers.least_s / layers.count,
@@ -480,7 +480,7 @@ class Rank:
             return False
         self._drop_remote(row)
         with self._guarded():
-            self.mover.forget(anchor)
+            self.migrator.forget(anchor)
         return True
 
     def _drop_remote(self, row: int) -> None:
@@ -509,7 +509,7 @@ class Rank:
     def _lose(self, number: int, error: Exception) -> None:
         if self.workers.lose(number, error):
             self._reports[number] = DeviceReport(0)
-            self.mover.lose(number)
+            self.migrator.lose(number)
             for row in self.heads.with_groups_on(number):
                 self.heads.must_restart[row] = True
 

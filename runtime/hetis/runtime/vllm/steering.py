@@ -14,8 +14,8 @@ import numpy as np
 from hetis.runtime.moves.changes import (
     EngineChange,
     EngineChanges,
+    InFlightMove,
     MoveAuthority,
-    OpenMove,
     gone,
     no_room,
     not_owner,
@@ -200,7 +200,7 @@ class PlannedMoves(MoveAuthority):
         needed = len(groups) * allocator.blocks(name) * each
         return no_room(move, needed_blocks=needed, free_blocks=allocator.room(target) * each)
 
-    def why_void(self, change: Change, one: OpenMove) -> Failure | None:
+    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
         if self._side.allocator.is_under_way(one.number):
             return None
         return self.refusal_of(change, one.move) or failure_of(
@@ -209,10 +209,10 @@ class PlannedMoves(MoveAuthority):
             device=one.move.target,
         )
 
-    def abort(self, change: Change, one: OpenMove) -> None:
+    def abort(self, change: Change, one: InFlightMove) -> None:
         self._side.abort(one.number)
 
-    def commit(self, change: EngineChange, moves: Sequence[OpenMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
         change.copied_bytes = self._bytes(moves)
         self._side.commit([one.number for one in moves])
         return self._side.num_steps
@@ -251,7 +251,7 @@ class PlannedMoves(MoveAuthority):
             f"each of the {len(ranks)} ranks keeps its groups where the others keep theirs"
         )
 
-    def _bytes(self, moves: Sequence[OpenMove]) -> int:
+    def _bytes(self, moves: Sequence[InFlightMove]) -> int:
         """Return the present KV bytes of moves."""
         allocator, shape = self._side.allocator, self._side.shape
         tokens = sum(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from hetis.runtime.vllm.calibration import Calibration
-    from hetis.runtime.vllm.costs import Taken
+    from hetis.runtime.vllm.costs import LayerTime
 
 LOCAL = 0  # the rank itself as a device; workers count from 1
 
@@ -102,7 +102,7 @@ class RankReport:
     copied: set[int] = field(default_factory=set)
     failed: set[int] = field(default_factory=set)  # moves that failed
     # Time of a layer in the latest decode steps on each device, including `LOCAL`; sent with ``devices``
-    taken: dict[int, list[Taken]] = field(default_factory=dict)
+    taken: dict[int, list[LayerTime]] = field(default_factory=dict)
     # Of devices that have joined since the last report
     calibrations: dict[int, Calibration] = field(default_factory=dict)
 

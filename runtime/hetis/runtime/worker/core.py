@@ -39,17 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 class WorkerCore:
-    """The state of one worker.
-
-    Attributes:
-        epoch: newest epoch that it has obeyed.
-        device: its pages, made for the engine's shape. None before the first HELLO.
-    """
+    """The state of one worker."""
 
     def __init__(self, name: str, make_device: MakeDevice, *, key: bytes) -> None:
         self.name = name
-        self.epoch = 0
-        self.device: LocalDevice | None = None
+        self.epoch = 0  # newest epoch that it has obeyed
+        self.device: LocalDevice | None = None  # its pages, made for the engine's shape. None before the first HELLO.
         self._make_device, self._key = make_device, key
         self._session = 0
         self._step: tuple[int, int] | None = None  # number and rows of the step that was begun

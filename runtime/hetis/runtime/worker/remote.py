@@ -82,11 +82,13 @@ class RemoteDevice:
         """
         self.name, self.shape = name, shape
         self.is_lost = False
-        self._channel, self._session, self._timeout_s = channel, Session(epoch), timeout_s
+        self._channel, self._timeout_s = channel, timeout_s
+        self._epoch, self._session = epoch, secrets.randbits(63)  # drawn at random to be unique
+        self._serial = 0  # of the last frame
         self._queued: list[Frame] = []
         self._owed = 0  # serial of the last request whose answer has not been read; 0: none
         self._step: DeviceStep | None = None
-        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session.number)
+        hello = Hello(shape=shape, key=key).frame(epoch=epoch, session=self._session)
         self._send(hello)
         self.num_pages, _ = self._read(self._answer(hello.serial), read_welcome)
 
@@ -96,28 +98,26 @@ class RemoteDevice:
         self._check_here()
         self._step = step
         self._queued.append(
-            self._session.frame(
-                FrameKind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step)
-            )
+            self._frame(FrameKind.BEGIN, step=step.number, counts=(len(step), step.num_rows, 0), parts=pack_step(step))
         )
 
     def attend(self, layer: int, qkv: torch.Tensor) -> _Outputs:
         assert self._step is not None, "a step was begun"
         counts, dtype = (len(qkv), 0, 0), self.shape.dtype
-        frame = self._session.frame(
+        frame = self._frame(
             FrameKind.ATTEND, step=self._step.number, layer=layer, counts=counts, dtype=dtype, parts=(qkv,)
         )
         return _Outputs(self, self._ask(frame), counts[0])
 
     def finish(self, number: int) -> None:
         self._step = None
-        self._queued.append(self._session.frame(FrameKind.FINISH, step=number))
+        self._queued.append(self._frame(FrameKind.FINISH, step=number))
 
     def abort(self, number: int) -> None:
         self._step = None
         if self.is_lost:
             return
-        self._queued.append(self._session.frame(FrameKind.ABORT, step=number))
+        self._queued.append(self._frame(FrameKind.ABORT, step=number))
         # Read what is still in flight: a worker that cannot deliver its answers accepts no more frames.
         if self._owed:
             self._answer(self._owed)
@@ -127,13 +127,13 @@ class RemoteDevice:
     def drop(self, keys: Sequence[SequenceKey]) -> None:
         if self.is_lost or not keys:
             return
-        self._send(self._session.frame(FrameKind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
+        self._send(self._frame(FrameKind.DROP, counts=(len(keys), 0, 0), parts=(pack_keys(keys),)))
 
     def export(
         self, request: int, incarnation: int, heads: Sequence[int], first: int, last: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         part = KvRange(request, incarnation, first, last, tuple(heads))
-        asked = self._session.frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
+        asked = self._frame(FrameKind.EXPORT, counts=(len(heads), 0, 0), parts=(part.numbers(),))
         answer = self._answer(self._ask(asked))
         return self._read(answer, lambda frame: read_kv(frame, self.shape, part))
 
@@ -145,9 +145,7 @@ class RemoteDevice:
         part = KvRange(request, incarnation, first, first + positions, tuple(heads))
         dtype = self.shape.torch_dtype
         parts = (part.numbers(), k.to(dtype), v.to(dtype))
-        self._send(
-            self._session.frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts)
-        )
+        self._send(self._frame(FrameKind.ADOPT, counts=(len(heads), positions, 0), dtype=self.shape.dtype, parts=parts))
 
     # --- life
 
@@ -157,17 +155,31 @@ class RemoteDevice:
         Raises:
             DeviceLostError: it does not answer.
         """
-        return self._read(self._answer(self._ask(self._session.frame(FrameKind.PING))), read_pong)
+        return self._read(self._answer(self._ask(self._frame(FrameKind.PING))), read_pong)
 
     def close(self) -> None:
         """Say goodbye. The worker forgets what it holds and waits for the next engine."""
         if not self.is_lost:
             self.is_lost = True
             with contextlib.suppress(ChannelError):  # it is gone already, which is as good
-                self._channel.send([*self._queued, self._session.frame(FrameKind.BYE)])
+                self._channel.send([*self._queued, self._frame(FrameKind.BYE)])
             self._channel.close()
 
     # --- inside
+
+    def _frame(
+        self,
+        kind: FrameKind,
+        *,
+        step: int = 0,
+        layer: int = 0,
+        counts: tuple[int, int, int] = (0, 0, 0),
+        dtype: str = "",
+        parts: tuple[Numbers, ...] = (),
+    ) -> Frame:
+        """Return a frame of this connection with a serial of its own. See `Frame` for the arguments."""
+        self._serial += 1
+        return Frame(kind, self._epoch, self._session, self._serial, step, layer, counts, dtype, parts)
 
     def _ask(self, frame: Frame) -> int:
         """Send a frame that has an answer, and return the serial of that answer."""
@@ -191,7 +203,7 @@ class RemoteDevice:
                 frame = self._channel.receive(self._timeout_s)
                 if frame is None:
                     raise self._lose(f"no answer within {self._timeout_s:g} s")
-                if not self._session.has(frame) or frame.serial > serial:
+                if (frame.epoch, frame.session) != (self._epoch, self._session) or frame.serial > serial:
                     raise FrameError(f"an answer of epoch {frame.epoch}, which is not of this connection")
             except ChannelError as error:
                 raise self._lose(error) from error
@@ -242,47 +254,6 @@ class _Outputs(NamedTuple):
         device = self.device
         answer = device._answer(self.serial)
         return device._read(answer, lambda frame: read_outputs(frame, device.shape, self.rows))
-
-
-class Session:
-    """Makes the frames of one connection, each with its own serial, from 1 on.
-
-    Attributes:
-        epoch: of the engine.
-        number: of the connection, drawn at random to be unique.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self.epoch, self.number = epoch, secrets.randbits(63)
-        self._serial = 0
-
-    def frame(
-        self,
-        kind: FrameKind,
-        *,
-        step: int = 0,
-        layer: int = 0,
-        counts: tuple[int, int, int] = (0, 0, 0),
-        dtype: str = "",
-        parts: tuple[Numbers, ...] = (),
-    ) -> Frame:
-        """Return a frame of this connection. See `Frame` for the arguments."""
-        self._serial += 1
-        return Frame(
-            kind=kind,
-            epoch=self.epoch,
-            session=self.number,
-            serial=self._serial,
-            step=step,
-            layer=layer,
-            counts=counts,
-            dtype=dtype,
-            parts=parts,
-        )
-
-    def has(self, frame: Frame) -> bool:
-        """Return whether a frame belongs to this connection."""
-        return (frame.epoch, frame.session) == (self.epoch, self.number)
 
 
 def join_at(

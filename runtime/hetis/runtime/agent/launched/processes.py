@@ -20,7 +20,7 @@ from hetis.engines.errors import OptionError
 from hetis.engines.layout import ProcessKind
 from hetis.runtime.agent.disk import machine_boot_id
 from hetis.runtime.agent.launched.parts import NodePart
-from hetis.runtime.launch.processes import FAILED, Running, Started, Told, prepare, start, supervise
+from hetis.runtime.launch.processes import FAILED, Running, Started, StopRequests, prepare, start, supervise
 
 OLD_LOGS = 3  # of earlier starts, beside the present one
 _TAIL_LINES, _TAIL_BYTES = 15, 1500  # of a log, in the message of a failure
@@ -56,7 +56,7 @@ class NodeProcesses:
         self.name, self._part, self._sessions = name, part, sessions
         self._ready_s, self._silence_s = ready_s, silence_s
         self._tell, self._clock = told, clock
-        self._stop = Told()
+        self._stop = StopRequests()
         self._lock = threading.Lock()
         kinds = {command.process.name: command.process.kind for command in part.commands}
         self._front = next((name for name, kind in kinds.items() if kind is ProcessKind.SERVER), "")

@@ -11,8 +11,8 @@ from hetis.runtime.agent.simulated.stage import AdmissionRule, ProportionalAdmis
 from hetis.runtime.moves.changes import (
     EngineChange,
     EngineChanges,
+    InFlightMove,
     MoveAuthority,
-    OpenMove,
     gone,
     no_room,
     not_owner,
@@ -51,14 +51,14 @@ class HeadMapAuthority(MoveAuthority):
         self._stage(change).reserved.setdefault(change.change_id, []).append(move)
         return 0
 
-    def abort(self, change: Change, one: OpenMove) -> None:
+    def abort(self, change: Change, one: InFlightMove) -> None:
         reserved = self._stage(change).reserved
         if one.move in reserved.get(change.change_id, ()):
             reserved[change.change_id].remove(one.move)
         if not reserved.get(change.change_id):
             reserved.pop(change.change_id, None)
 
-    def why_void(self, change: Change, one: OpenMove) -> Failure | None:
+    def why_void(self, change: Change, one: InFlightMove) -> Failure | None:
         """Return why a move is void: its request ended or lost its KV, or its blocks were needed."""
         if one.move in self._stage(change).reserved.get(change.change_id, ()):
             return None
@@ -71,7 +71,7 @@ class HeadMapAuthority(MoveAuthority):
         self._keep_together(change, moves)
         return super().flip(change)
 
-    def commit(self, change: EngineChange, moves: Sequence[OpenMove]) -> int:
+    def commit(self, change: EngineChange, moves: Sequence[InFlightMove]) -> int:
         stage = self._stage(change.change)
         for move in (one.move for one in moves):
             owners, source, target = stage.owners[move.request], stage.index[move.source], stage.index[move.target]
@@ -111,7 +111,7 @@ class HeadMapAuthority(MoveAuthority):
         needed, free = stage.blocks(request.context_tokens) * len(move.head_groups), stage.free_blocks()[target]
         return None if needed <= free else no_room(move, needed_blocks=needed, free_blocks=free)
 
-    def stranded(self, change: Change, moves: Sequence[OpenMove]) -> list[tuple[OpenMove, Failure]]:
+    def stranded(self, change: Change, moves: Sequence[InFlightMove]) -> list[tuple[InFlightMove, Failure]]:
         """Return the moves that leave a request uneven on the primary, which takes several head groups at a time."""
         stage = self._stage(change)
         why = failure_of(
@@ -121,7 +121,7 @@ class HeadMapAuthority(MoveAuthority):
         )
         return [(one, why) for one in moves if self._is_uneven(stage, one.move.request, moves)]
 
-    def _is_uneven(self, stage: StageRun, request: str, moves: Sequence[OpenMove]) -> bool:
+    def _is_uneven(self, stage: StageRun, request: str, moves: Sequence[InFlightMove]) -> bool:
         owners = list(stage.owners.get(request, ()))
         for move in (one.move for one in moves if one.move.request == request):
             for group in move.head_groups if owners else ():

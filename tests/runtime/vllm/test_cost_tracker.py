@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis.runtime.vllm.calibration import calibrate, token_bytes, with_coefficients
-from hetis.runtime.vllm.costs import Following, Rules, Taken
+from hetis.runtime.vllm.costs import FORGET_STEPS, CostTracker, LayerTime
 from hetis.solver.dispatch.problem import HeadShape, Primary, Stage
 from tests.runtime.vllm.paced import SHAPE, FakeClock, Pace, paced_devices
 
@@ -28,18 +28,20 @@ COSTS = Stage(
 LAYER_S = 2 * 1.0 + 100 * 0.1 + 5.0  # of `taken`, as calibrated
 
 
-def taken(times: float, *, least: float | None = None) -> Taken:
-    return Taken(heads=2, kv_bytes=100.0, least_s=LAYER_S * (times if least is None else least), most_s=LAYER_S * times)
+def taken(times: float, *, least: float | None = None) -> LayerTime:
+    return LayerTime(
+        heads=2, kv_bytes=100.0, least_s=LAYER_S * (times if least is None else least), most_s=LAYER_S * times
+    )
 
 
 class Watched:
-    """A `Following` of devices a and b, and what it put into use."""
+    """A `CostTracker` of devices a and b, and what it put into use."""
 
-    def __init__(self, **rules: float) -> None:
+    def __init__(self) -> None:
         self.applied: list[Stage] = []
-        self.following = Following(COSTS, self.applied.append, rules=Rules(**rules))  # type: ignore[arg-type]
+        self.following = CostTracker(COSTS, self.applied.append)
 
-    def steps(self, count: int, one: Taken | None, device: int = 1) -> None:
+    def steps(self, count: int, one: LayerTime | None, device: int = 1) -> None:
         for _ in range(count):
             if one is not None:
                 self.following.hear(device, one)
@@ -98,11 +100,11 @@ def test_a_scale_that_changed_waits_for_a_window_before_it_changes_again() -> No
 
 
 def test_a_device_that_nobody_measures_gets_another_chance() -> None:
-    watched = Watched(forget_steps=100)
+    watched = Watched()
     watched.steps(15, taken(4.0))
-    watched.steps(101, None)
+    watched.steps(FORGET_STEPS + 1, None)
     assert watched.scale == 2.0
-    watched.steps(303, None)
+    watched.steps(3 * (FORGET_STEPS + 1), None)
     assert watched.scale == 1.0
     assert len(watched.applied) == 5  # 4, 2, the root of 2, its root, 1
 
@@ -142,7 +144,7 @@ class World:
             assert one is not None
             found[device.name] = one.coefficients
         self.costs = with_coefficients(start, found)
-        self.following = Following(self.costs, self.apply)
+        self.following = CostTracker(self.costs, self.apply)
         self.position = 0
 
     def apply(self, costs: Stage) -> None:
@@ -155,7 +157,7 @@ class World:
             heads, kv_bytes = 2 * SHAPE.queries_per_group, 2.0 * self.position * token_bytes(SHAPE)
             for number, pace in enumerate(self.paces):
                 seconds = pace.seconds(heads, kv_bytes)
-                taken = Taken(heads=heads, kv_bytes=kv_bytes, least_s=seconds, most_s=seconds)
+                taken = LayerTime(heads=heads, kv_bytes=kv_bytes, least_s=seconds, most_s=seconds)
                 self.following.hear(number, taken)
             self.following.advance()
 
