@@ -9,10 +9,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hetis.runtime.moves.changes import EngineChange, EngineChanges, unknown
-from hetis.runtime.moves.refusals import RefusedError, generation_mismatch, stale_epoch
+from hetis.runtime.moves.changes import Copies, EngineChange, EngineChanges, MoveAuthority, unknown
+from hetis.runtime.moves.refusals import RefusedError, failure_of, generation_mismatch, stale_epoch
 from hetis.v1 import executor_service_pb2 as messages
 from hetis.v1.change_pb2 import ChangeStatus
+from hetis.v1.failure_pb2 import ErrorReason
 from hetis.v1.head_map_pb2 import HeadMap
 from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
@@ -128,12 +129,6 @@ class SteeredEngine(ABC, Generic[TakenT]):
     def _state(self, held: TakenT, now_s: float) -> AssignmentState.ValueType:
         """Return the state of a replica's assignment."""
 
-    def authority_of(self, change_id: str) -> str | None:
-        """Return the address of the engine that decides the change, or None if it is this one or the change is not open
-        here.
-        """
-        return None
-
     # --- assignments
 
     def apply_assignment(
@@ -215,6 +210,24 @@ class SteeredEngine(ABC, Generic[TakenT]):
         )
 
     # --- for the engines
+
+    def _changes(
+        self,
+        assignment: Assignment,
+        generation: int,
+        held: TakenT | None,
+        authority: MoveAuthority | None,
+        copies: Copies,
+        devices: Iterable[str],
+    ) -> EngineChanges:
+        """Return the changes of an assignment that replaces ``held``, whose open ones end; all outcomes stay known."""
+        changes = EngineChanges(
+            assignment.replica, generation=generation, authority=authority, copies=copies, devices=frozenset(devices)
+        )
+        if held is not None:
+            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
+            changes.known.update(held.changes.known)
+        return changes
 
     def statuses(self) -> list[ChangeStatus]:
         """Return the statuses of all changes that are remembered."""

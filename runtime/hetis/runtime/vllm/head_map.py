@@ -126,12 +126,10 @@ class HeadMap:
         self.devices[row], self.numbers[row] = event.devices, event.number
         self.must_restart[row], self.tokens[row] = False, 0
 
-    def remove(self, event: Gone) -> int:
-        """Remove a request and return its number."""
+    def remove(self, event: Gone) -> None:
         row = self._row(event.anchor)
         self.row_of[event.anchor] = self.anchors[row] = -1
         self._free.append(row)
-        return int(self.numbers[row])
 
     def grow(self, event: Grown) -> None:
         row, last = self._row(event.anchor), event.first + len(event.blocks)

@@ -13,7 +13,6 @@ import numpy as np
 
 from hetis.runtime.moves.changes import (
     EngineChange,
-    EngineChanges,
     InFlightMove,
     MoveAuthority,
     gone,
@@ -286,16 +285,7 @@ class SteeredVllm(SteeredEngine[_Taken]):
             raise refusal(ErrorReason.ERROR_REASON_ENGINE_CANNOT, f"it runs {other} already, and no second replica")
         binding = bind(assignment, self._side)
         moves = PlannedMoves(self._side, binding)
-        changes = EngineChanges(
-            assignment.replica,
-            generation=generation,
-            authority=moves,
-            copies=moves,
-            devices=frozenset(binding.index),
-        )
-        if held is not None:  # requests continue, and the outcomes of changes stay known
-            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
-            changes.known.update(held.changes.known)
+        changes = self._changes(assignment, generation, held, moves, moves, binding.index)
         self._side.costs.planned(_planned_costs(binding))
         self._follow(assignment, binding)
         return _Taken(assignment, changes, binding, moves)

@@ -10,7 +10,6 @@ from hetis.runtime.agent.simulated.replica import Control, PrimaryRun
 from hetis.runtime.agent.simulated.stage import AdmissionRule, ProportionalAdmission, StageRun
 from hetis.runtime.moves.changes import (
     EngineChange,
-    EngineChanges,
     InFlightMove,
     MoveAuthority,
     gone,
@@ -202,16 +201,7 @@ class SimulatedEngine(SteeredEngine[_Held]):
             seed = self._seed ^ zlib.crc32(kept.replica.encode())
             primary = PrimaryRun(kept, seed=seed, admission=self.admission, now_s=now_s)
         authority = HeadMapAuthority(primary) if primary is not None else None
-        changes = EngineChanges(
-            kept.replica,
-            generation=generation,
-            authority=authority,
-            copies=TimedCopies(authority),
-            devices=frozenset(kept.devices),
-        )
-        if held is not None:  # requests start over, but the outcomes of changes stay known
-            held.changes.end_all(failure_of(ErrorReason.ERROR_REASON_CHANGE_CANCELLED, "a new assignment came"))
-            changes.known.update(held.changes.known)
+        changes = self._changes(kept, generation, held, authority, TimedCopies(authority), kept.devices)
         return _Held(kept, changes, now_s + self.control.load_s, primary)
 
     def _remove(self, held: _Held) -> None:
