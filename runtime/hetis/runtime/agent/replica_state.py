@@ -24,6 +24,22 @@ from hetis.v1.replica_pb2 import Assignment
 from hetis.v1.report_pb2 import AssignmentState
 
 NODE_PART = "node"  # part on disk for what concerns no single replica; names of replicas contain slashes
+_RANK = {
+    ChangePhase.CHANGE_PHASE_UNSPECIFIED: 0,
+    ChangePhase.CHANGE_PHASE_PREPARING: 1,
+    ChangePhase.CHANGE_PHASE_READY: 2,
+    ChangePhase.CHANGE_PHASE_FLIPPED: 3,
+    ChangePhase.CHANGE_PHASE_ABORTED: 4,
+    ChangePhase.CHANGE_PHASE_RELEASED: 4,
+}
+MOST_MOVES = 4096
+LONGEST_PREPARE_S = 600
+_PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
+# A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
+# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
+# have leapt several times.
+MOST_AHEAD = 1 << 32
+MOST_AT_FIRST = 1 << 40
 
 
 class DamagedStateError(ValueError):
@@ -37,16 +53,6 @@ class DesiredPhase(StrEnum):
     FLIPPED = "flipped"
     ABORTED = "aborted"
     RELEASED = "released"
-
-
-_RANK = {
-    ChangePhase.CHANGE_PHASE_UNSPECIFIED: 0,
-    ChangePhase.CHANGE_PHASE_PREPARING: 1,
-    ChangePhase.CHANGE_PHASE_READY: 2,
-    ChangePhase.CHANGE_PHASE_FLIPPED: 3,
-    ChangePhase.CHANGE_PHASE_ABORTED: 4,
-    ChangePhase.CHANGE_PHASE_RELEASED: 4,
-}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -242,16 +248,6 @@ class Fence:
         if epoch > self.newest:
             self.newest = epoch
             self._outbox.persist(NODE_PART, epoch_to_bytes(epoch))
-
-
-MOST_MOVES = 4096
-LONGEST_PREPARE_S = 600
-_PARTS = (ChangePart.CHANGE_PART_AUTHORITY, ChangePart.CHANGE_PART_SOURCE, ChangePart.CHANGE_PART_TARGET)
-# A stored generation never decreases again, so a generation that no planner will reach must not be stored. A planner
-# whose store was restored from a backup leaps ahead by at most MOST_AHEAD; one that a node hears for the first time may
-# have leapt several times.
-MOST_AHEAD = 1 << 32
-MOST_AT_FIRST = 1 << 40
 
 
 def wrong_fields(delta: Delta) -> Failure | None:

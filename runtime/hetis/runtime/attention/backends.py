@@ -20,6 +20,9 @@ from hetis.runtime.attention.kv import IntArray, PagePool
 
 PIECE_TOKENS = 128  # queries per piece
 MOST_SCORES = 1 << 24  # per bucket and query head: the mask has this many bytes
+Array = npt.NDArray[Any]
+LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on
+TRITON_CAPABILITY = (7, 5)  # minimum that Triton compiles for; older devices compute in plain torch
 
 
 class View(NamedTuple):
@@ -146,11 +149,6 @@ def _view(pool: PagePool, pieces: _Pieces, at: IntArray, window: int) -> View:
     if window:
         seen &= slots > places - window
     return View(torch.from_numpy(table).to(device), seen)
-
-
-Array = npt.NDArray[Any]
-LEAST_CHUNK = 16  # positions of a sequence in a step; torch's matrix products are faster from this number on
-TRITON_CAPABILITY = (7, 5)  # minimum that Triton compiles for; older devices compute in plain torch
 
 
 class Backend(Protocol):

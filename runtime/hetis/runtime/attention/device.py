@@ -30,6 +30,7 @@ from hetis.runtime.attention.backends import Array, Backend, CompiledBackend, ch
 from hetis.runtime.attention.kv import DeviceError, KvShape, PagePool, SequenceKey
 
 IntArray = npt.NDArray[np.int64]
+WARM_TOKENS = 600  # more than one split of the Triton kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,9 +133,6 @@ class AttentionDevice(Protocol):
             OutOfPagesError: there are too few pages; nothing has changed.
             UnknownSequenceError: there would be a gap before ``first``.
         """
-
-
-WARM_TOKENS = 600  # more than one split of the Triton kernel
 
 
 class LocalDevice:

@@ -26,6 +26,19 @@ import torch
 
 from hetis.solver.errors import HetisError
 
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
+}
+IntArray = npt.NDArray[np.int64]
+_MEMINFO = Path("/proc/meminfo")
+_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
 
 class DeviceError(HetisError):
     """A device could not do what it was asked to do. ``device`` is its name."""
@@ -108,14 +121,6 @@ class SequenceKey(NamedTuple):
     request: int
     incarnation: int
     head: int
-
-
-_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype({"bfloat16": "uint16"}.get(name, name)) for name in ("float32", "float64", "bfloat16", "float16")
-}
-
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -263,16 +268,6 @@ class PagePool:
         while len(there.pages) > self.table.shape[1]:
             self.table = np.concatenate([self.table, np.zeros_like(self.table)], axis=1)
         self.table[there.row, begin : len(there.pages)] = there.pages[begin:]
-
-
-_MEMINFO = Path("/proc/meminfo")
-_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 
 def free_memory_bytes(device: str = "cpu") -> int:

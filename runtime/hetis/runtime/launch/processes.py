@@ -36,6 +36,14 @@ SETTLED_S = 60.0  # after running this long, a process may fail as if for the fi
 MOST_FAILURES = 5  # of vLLM, in quick succession: it will not come up
 _FINAL = (0, INVALID)  # vLLM ended as it should, or would end the same way again
 _log = logging.getLogger(__name__)
+_LOOK_S = 0.2
+_PR_SET_PDEATHSIG = 1
+_BECOME = f"""
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, signal.SIGTERM, 0, 0, 0)
+if os.getppid() == int(sys.argv[1]):  # else it was killed before we could ask
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Running(Protocol):
@@ -193,10 +201,6 @@ def _ending(code: int) -> str:
     return f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
 
 
-_LOOK_S = 0.2
-_PR_SET_PDEATHSIG = 1
-
-
 def prepare(commands: Sequence[Command], *, may_draw_key: bool) -> dict[str, str]:
     """Write the files that the commands need here, and return the secrets among them, by path.
 
@@ -340,11 +344,3 @@ def _ending_with_parent(words: Sequence[str], environment: Mapping[str, str]) ->
     if program is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), words[0])
     return (sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid()), *words)
-
-
-_BECOME = f"""
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, signal.SIGTERM, 0, 0, 0)
-if os.getppid() == int(sys.argv[1]):  # else it was killed before we could ask
-    os.execvp(sys.argv[2], sys.argv[2:])
-"""

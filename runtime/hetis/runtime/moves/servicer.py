@@ -19,6 +19,11 @@ from hetis.v1 import executor_service_pb2_grpc
 from hetis.v1.change_pb2 import ChangePhase, ChangeStatus
 from hetis.v1.failure_pb2 import ErrorReason
 
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any]
+PROGRESS_S = 0.1  # between two progress messages of a copy
+DEFAULT_REPORT_S = 1.0
+
 
 def bind_socket(server: grpc.aio.Server, socket: Path) -> None:
     """Listen on a new Unix socket that only this user may use. One left by an earlier run is replaced.
@@ -53,13 +58,6 @@ def bind(server: grpc.aio.Server, address: str) -> int:
 
 
 # ruff: noqa: N802  the methods have the contract's names
-
-
-T = TypeVar("T")
-Context = grpc.aio.ServicerContext[Any, Any]
-
-PROGRESS_S = 0.1  # between two progress messages of a copy
-DEFAULT_REPORT_S = 1.0
 
 
 class EngineHost(Protocol):

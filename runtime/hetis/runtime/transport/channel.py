@@ -34,6 +34,8 @@ from hetis.runtime.transport.frames import (
 )
 from hetis.runtime.transport.pipes import SharedFile, ShmPipe, TcpPipe, is_supported
 
+_log = logging.getLogger(__name__)
+
 
 class Pipe(Protocol):
     """Ordered bytes in both directions."""
@@ -102,9 +104,6 @@ class Channel:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ChannelClosedError(f"{self.name}: this end is closed")
-
-
-_log = logging.getLogger(__name__)
 
 
 class ChannelKind(StrEnum):

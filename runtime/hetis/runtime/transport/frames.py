@@ -45,6 +45,18 @@ from hetis.runtime.attention.kv import KvShape, SequenceKey
 from hetis.runtime.transport.keys import KEY_BYTES
 from hetis.solver.errors import HetisError
 
+MAGIC = 0x53495448  # "HTIS"
+VERSION = 3
+HEADER = struct.Struct("<IHBBQQQQIIIIQ")
+HEADER_BYTES = HEADER.size
+MOST_BODY_BYTES = 1 << 32
+Bytes = npt.NDArray[np.uint8]
+Numbers: TypeAlias = torch.Tensor | npt.NDArray[Any]
+DTYPES = ("", "float32", "float64", "bfloat16", "float16")
+Array = npt.NDArray[Any]
+MOST_LAYERS = 4096
+MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
+
 
 class ChannelError(HetisError):
     """The channel failed. The other end may be well, but can no longer be reached through it."""
@@ -60,16 +72,6 @@ class ChannelStalledError(ChannelError):
 
 class FrameError(ChannelError):
     """Bytes that are not a frame, or an unexpected frame: the rest of the stream cannot be trusted."""
-
-
-MAGIC = 0x53495448  # "HTIS"
-VERSION = 3
-HEADER = struct.Struct("<IHBBQQQQIIIIQ")
-HEADER_BYTES = HEADER.size
-MOST_BODY_BYTES = 1 << 32
-Bytes = npt.NDArray[np.uint8]
-Numbers: TypeAlias = torch.Tensor | npt.NDArray[Any]
-DTYPES = ("", "float32", "float64", "bfloat16", "float16")
 
 
 class FrameKind(IntEnum):
@@ -187,11 +189,6 @@ def bytes_of(numbers: Numbers) -> memoryview:
 
 
 _KINDS = {int(kind): kind for kind in FrameKind}
-
-
-Array = npt.NDArray[Any]
-MOST_LAYERS = 4096
-MOST_HEAD_DIM, MOST_QUERIES, MOST_PAGE_TOKENS = 4096, 4096, 1 << 16
 
 
 class ErrorCode(IntEnum):

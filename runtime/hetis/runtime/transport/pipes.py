@@ -42,6 +42,19 @@ AHEAD_BYTES = 1 << 16  # bytes read ahead
 MOST_BUFFERS = 256  # per call; the kernel accepts 1,024
 FINE_S = 0.05  # the kernel counts a read's time-out in ticks of some milliseconds, so shorter ones use poll
 LONGEST_S = 1e9
+FOLDER = Path("/dev/shm")
+PREFIX = "hetis-"
+RING_BYTES = 4 << 20
+# A wake-up costs both ends together about this much processor time: polling longer costs more than it saves.
+LOOK_S = 30e-6
+SHORT_S = 1e-4  # after a wait shorter than this, sleep included, polling may pay off
+NAP_S = 0.02  # longest sleep without a check: the cost of a missed wake-up, and the delay in noticing a death
+# Words of one ring, each of 8 bytes in a cache line of its own: two counters and, for each, whether an end sleeps until
+# it changes.
+WRITTEN, READ, SLEEPS = 0, 8, 16
+RING_WORDS = 32
+CONTROL_BYTES = 2 * RING_WORDS * 8
+_FUTEX, _WAIT, _WAKE = 202, 0, 1  # Linux on x86-64: the system call and its operations
 
 
 class TcpPipe:
@@ -150,21 +163,6 @@ def listen(host: str, port: int = 0) -> socket.socket:
     """Return a socket that accepts connections; port 0 picks any free port. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=128)
-
-
-FOLDER = Path("/dev/shm")
-PREFIX = "hetis-"
-RING_BYTES = 4 << 20
-# A wake-up costs both ends together about this much processor time: polling longer costs more than it saves.
-LOOK_S = 30e-6
-SHORT_S = 1e-4  # after a wait shorter than this, sleep included, polling may pay off
-NAP_S = 0.02  # longest sleep without a check: the cost of a missed wake-up, and the delay in noticing a death
-# Words of one ring, each of 8 bytes in a cache line of its own: two counters and, for each, whether an end sleeps until
-# it changes.
-WRITTEN, READ, SLEEPS = 0, 8, 16
-RING_WORDS = 32
-CONTROL_BYTES = 2 * RING_WORDS * 8
-_FUTEX, _WAIT, _WAKE = 202, 0, 1  # Linux on x86-64: the system call and its operations
 
 
 def is_supported() -> bool:

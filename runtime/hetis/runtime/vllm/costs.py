@@ -41,6 +41,8 @@ FORGET_STEPS = 512  # steps without a measurement after which the scale in use m
 TELL_CHANGE = 2.0  # quotient of the new scale and the one last logged from which on it is logged
 OVER_READING = 2.0  # waiting longer than this multiple of the time to read an answer was real waiting
 _log = logging.getLogger(__name__)
+HERE = "here"  # name of the ranks as a device
+_LINK_BYTE_S = 1e-9  # of copies, if nothing was measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +134,6 @@ class _DeviceScale:
 def _apart(one: float, other: float) -> float:
     """Return the larger of the two divided by the smaller."""
     return max(one / other, other / one)
-
-
-HERE = "here"  # name of the ranks as a device
-_LINK_BYTE_S = 1e-9  # of copies, if nothing was measured
 
 
 class EngineCosts:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MOST_WORKS, MOST_S = 8, 0.002  # of other threads' work between two steps; at least one piece of work is done
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_RECENT = 64  # times over which means are taken
+MovedBy = Literal["planner", "engine", "relief"]
 
 
 class Boundary:
@@ -98,12 +101,6 @@ class Boundary:
         """Undo `on_step`. The call may have happened already."""
         with self.lock:
             self._waiting.discard(wake)
-
-
-_log = logging.getLogger(__name__)
-_RECENT = 64  # times over which means are taken
-
-MovedBy = Literal["planner", "engine", "relief"]
 
 
 class VllmRequest(Protocol):

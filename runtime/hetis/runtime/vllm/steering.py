@@ -35,6 +35,13 @@ from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceLoad, DeviceReport, DeviceStatus, ReplicaReport, StageLoad
 from hetis.v1.stage_pb2 import StageModel
 
+_STATUS = {
+    OwnStatus.OK: DeviceStatus.DEVICE_STATUS_OK,
+    OwnStatus.DRAINING: DeviceStatus.DEVICE_STATUS_DRAINING,
+    OwnStatus.LOST: DeviceStatus.DEVICE_STATUS_LOST,
+}
+_OK = DeviceStatus.DEVICE_STATUS_OK
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
@@ -50,13 +57,6 @@ class Binding:
     def name(self, device: int) -> str:
         """Return the planner's name for a device, or its own name if the plan does not have it."""
         return next((name for name, number in self.index.items() if number == device), f"device {device}")
-
-
-_STATUS = {
-    OwnStatus.OK: DeviceStatus.DEVICE_STATUS_OK,
-    OwnStatus.DRAINING: DeviceStatus.DEVICE_STATUS_DRAINING,
-    OwnStatus.LOST: DeviceStatus.DEVICE_STATUS_LOST,
-}
 
 
 def stage_load(side: SchedulerSide, binding: Binding) -> StageLoad:
@@ -371,9 +371,6 @@ class SteeredVllm(SteeredEngine[_Taken]):
             ttft_s=requests.ttft_s,
             tpot_s=requests.tpot_s,
         )
-
-
-_OK = DeviceStatus.DEVICE_STATUS_OK
 
 
 def bind(assignment: Assignment, side: SchedulerSide) -> Binding:

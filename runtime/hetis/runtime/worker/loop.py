@@ -18,6 +18,9 @@ from hetis.runtime.worker.core import WorkerCore
 MOST = 16  # at a time; the oldest makes room
 AGAIN_S = 0.01  # after a connection that could not be accepted
 _log = logging.getLogger(__name__)
+LOOK_S = 0.1  # between two checks for another engine while this one is silent
+IDLE_S = 1.0  # between two checks while there is none
+GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 
 
 class PendingConnections:
@@ -80,11 +83,6 @@ class PendingConnections:
         connection, _ = self._silent.pop(number)
         self._poll.unregister(number)
         return connection
-
-
-LOOK_S = 0.1  # between two checks for another engine while this one is silent
-IDLE_S = 1.0  # between two checks while there is none
-GREETING_S = 1.0  # for the rest of a greeting that has begun, while an engine is served
 
 
 class WorkerLoop:

@@ -40,16 +40,6 @@ _EXAMPLES = """examples:
 
 exit codes: 0 stopped by SIGTERM or SIGINT, 1 failed, 2 invalid options or variables
 """
-
-
-class WorkerOptionError(HetisError):
-    """Options or variables are wrong. There is one message for each problem."""
-
-    def __init__(self, *messages: str) -> None:
-        super().__init__("\n".join(messages))
-        self.messages = messages
-
-
 # Every option with its metavar, meaning and default. None: it is required.
 _OPTIONS: Mapping[str, tuple[str, str, str | None]] = {
     "--name": ("NAME", "what its engine calls it", None),
@@ -68,6 +58,15 @@ _OPTIONS: Mapping[str, tuple[str, str, str | None]] = {
 VARIABLES: Mapping[str, str] = {
     option: "HETIS_WORKER_" + option.removeprefix("--").replace("-", "_").upper() for option in _OPTIONS
 }
+EXIT_FAILED, EXIT_INVALID = 1, 2
+
+
+class WorkerOptionError(HetisError):
+    """Options or variables are wrong. There is one message for each problem."""
+
+    def __init__(self, *messages: str) -> None:
+        super().__init__("\n".join(messages))
+        self.messages = messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +190,6 @@ def _seconds(text: str) -> float:
     if not 0.1 <= value <= 10**6:  # this also catches NaN
         raise ValueError(f" is {text!r}, must be seconds >= 0.1 and <= 1000000")
     return value
-
-
-EXIT_FAILED, EXIT_INVALID = 1, 2
 
 
 class StartError(HetisError):

@@ -46,6 +46,10 @@ ASK_S = 5.0  # for an answer
 _MOST_BYTES = 1 << 20
 _KEY_NEEDED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: an engine is on this node
+LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # between two questions to an engine
+_KILL_S = 5.0  # for processes that are killed to be gone
+_KEY_VARIABLE = "VLLM_API_KEY"
+_log = logging.getLogger(__name__)
 
 
 class Front:
@@ -90,12 +94,6 @@ def num_at_work(news: EngineNews) -> int | None:
         return None
     counts = [count for one in news.readings.values() for count in (one.num_running, one.num_waiting)]
     return None if not counts or None in counts else sum(count or 0 for count in counts)
-
-
-LOOK_S, LOADING_LOOK_S, DRAIN_LOOK_S = 2.0, 0.5, 0.2  # between two questions to an engine
-_KILL_S = 5.0  # for processes that are killed to be gone
-_KEY_VARIABLE = "VLLM_API_KEY"
-_log = logging.getLogger(__name__)
 
 
 class LaunchExecutor:

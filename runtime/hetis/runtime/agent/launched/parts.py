@@ -43,6 +43,8 @@ from hetis.v1.replica_pb2 import ReplicaPlan as ReplicaMessage
 MASTER_STEP = 20  # ports of a replica on several nodes: SGLang takes those that follow its own for its processes
 _MOST_GPUS = 64  # of a node, as far as ports are concerned
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
+_ROLES = {ReplicaRole.REPLICA_ROLE_PREFILL: Role.PREFILL, ReplicaRole.REPLICA_ROLE_DECODE: Role.DECODE}
 
 
 def _words(value: object) -> object:
@@ -74,7 +76,6 @@ def _valid(is_valid: Callable[[str], object], said: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Port = Annotated[int, Field(ge=1, le=65_535 - _MOST_GPUS)]
 Named = Annotated[str, Field(min_length=1), _template("name", said="the model's name in the plan")]
 Checkpoint = Annotated[
     str,
@@ -168,9 +169,6 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, 
             yield ("options",), f"{name} is no option to give the engine: the plan or these settings decide it"
         if words and not words[0].startswith("-"):
             yield ("options",), f"{words[0]!r} is no option of the engine, which begin with -"
-
-
-_ROLES = {ReplicaRole.REPLICA_ROLE_PREFILL: Role.PREFILL, ReplicaRole.REPLICA_ROLE_DECODE: Role.DECODE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from hetis.runtime.agent.pressure.readings import SGLANG, VLLM, EngineReading, U
 from hetis.v1 import failure_pb2, report_pb2
 
 _MOST = 2**32 - 1  # of a uint32 field: an engine that reports more is broken, and must not break the report
+MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
 
 
 def replica_report(
@@ -70,9 +71,6 @@ def device_reports(readings: Iterable[EngineReading], devices: Iterable[int]) ->
 
 def _count(value: int | None, most: int = 2**64 - 1) -> int:
     return min(max(value or 0, 0), most)
-
-
-MAX_BYTES = 4 * 2**20  # a busy engine with many models and buckets sends some hundred KiB
 
 
 class ScrapeState(StrEnum):

@@ -32,6 +32,8 @@ from hetis.v1.head_map_pb2 import Move
 from hetis.v1.replica_pb2 import Assignment, AssignmentGoal, ReplicaRole
 from hetis.v1.report_pb2 import AssignmentState, DeviceReport, DeviceStatus, ReplicaReport
 
+DEFAULT_LINK_BYTES_PER_S = 10e9  # if neither the stage nor the move says how long a copy takes
+
 
 class HeadMapAuthority(MoveAuthority):
     """The authority over moves in the head map of one replica."""
@@ -349,9 +351,6 @@ def gpu_groups(assignment: Assignment) -> dict[str, list[str]]:
         for first in range(0, len(stage.devices), tp):
             groups[stage.devices[first]] = list(stage.devices[first : first + tp])
     return groups
-
-
-DEFAULT_LINK_BYTES_PER_S = 10e9  # if neither the stage nor the move says how long a copy takes
 
 
 class TimedCopies:

@@ -24,6 +24,11 @@ _log = logging.getLogger(__name__)
 
 
 Amount = Annotated[float, Field(ge=0)]
+IDLE_S = 0.01  # between two checks for arrivals when nothing runs
+MOST_CATCH_UP_S = 1.0  # an engine that was suspended catches up at most this much
+REMEMBERED = 64  # first tokens and outputs over which means are taken
+MOST_WAITING = 10_000
+Key = tuple[int, int]  # stage and copy
 
 
 class Control(BaseModel):
@@ -71,13 +76,6 @@ class ControlFile:
             return False
         changed, self.control = control != self.control, control
         return changed
-
-
-IDLE_S = 0.01  # between two checks for arrivals when nothing runs
-MOST_CATCH_UP_S = 1.0  # an engine that was suspended catches up at most this much
-REMEMBERED = 64  # first tokens and outputs over which means are taken
-MOST_WAITING = 10_000
-Key = tuple[int, int]  # stage and copy
 
 
 class PrimaryRun:

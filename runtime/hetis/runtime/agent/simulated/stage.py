@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hetis.solver.dispatch.problem import Stage
     from hetis.solver.dispatch.solve import Dispatcher
 
+MOST_KEPT = 64  # dispatchers kept: one per stage and set of speeds
+GROWTH_BLOCKS = 4  # blocks reserved for the growth of a new request
+
 
 @dataclass(slots=True, kw_only=True)
 class SimulatedRequest:
@@ -172,10 +175,6 @@ class StageRun:
                 owners = self.owners[move.request]
                 source = self.index[move.source]
                 assert all(owners[g] == source for g in move.head_groups), "a source lost what it has not handed over"
-
-
-MOST_KEPT = 64  # dispatchers kept: one per stage and set of speeds
-GROWTH_BLOCKS = 4  # blocks reserved for the growth of a new request
 
 
 class AdmissionRule(Protocol):
