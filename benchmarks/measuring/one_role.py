@@ -12,8 +12,8 @@ from benchmarks.measuring.instances import NO_LIMITS, fleet, problem
 from benchmarks.measuring.saturating import Deck, steady_rate
 from hetis.simulator.simulate import simulate
 from hetis.simulator.values import Settings
-from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, ReplicaPlan, Role, SolveResult, StagePlan, Status
 from hetis.solver.problem import Assumptions, PlacementProblem
 from hetis.solver.profile import Piece, Profile

@@ -32,7 +32,7 @@ from hetis.profiler.ranges import MOST_ERROR, UNKNOWN_ERROR
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget, silent
 from hetis.solver.check import check_plan
-from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.model import DraftShape

@@ -18,7 +18,7 @@ from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost
 from hetis.solver.check import memory, timing
-from hetis.solver.check.claims import Rederivation
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link, Network

@@ -10,8 +10,8 @@ from hypothesis import given
 
 from hetis.formats.documents import load_cluster, load_model, load_workload
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.timing import stage_seconds, wire_seconds
 from hetis.solver.cluster import Link

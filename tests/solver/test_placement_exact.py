@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.check.claims import Rederivation
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Rederivation
 from hetis.solver.cluster import Link, Network
 from hetis.solver.errors import InfeasibleError
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, MoeShape

@@ -18,12 +18,12 @@ from hetis.solver.dispatch.certificate import normalise, proven_bound, request_p
 from hetis.solver.dispatch.chain import fill, level, level_paid_for
 from hetis.solver.dispatch.exact import _Milp
 from hetis.solver.dispatch.exact_admission import admit_exactly
+from hetis.solver.dispatch.fractional_fill import fractional_fill
 from hetis.solver.dispatch.local_search import improve
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp, RelaxationModel
 from hetis.solver.dispatch.packing import FEW, cannot_fit, pack_few, repack
 from hetis.solver.dispatch.perturbation import perturb
 from hetis.solver.dispatch.placement import Placement, card_s, empty_placement, makespan, put, seconds_with
-from hetis.solver.dispatch.pour import pour
 from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests
 from hetis.solver.dispatch.relaxation import relax, sort_again
 from hetis.solver.dispatch.rounding import marginal_device, place_rest, round_down
@@ -216,7 +216,7 @@ def poured(seed: int) -> list[float]:
         order = case.rng.permutation(num)
         price = case.rng.uniform(0.1, 1.0, num)
         x = np.zeros((len(case.contexts), num))
-        found = pour(
+        found = fractional_fill(
             case.costs, case.running, case.free_blocks, case.real_contexts, case.real_blocks, order, price,
             case.guess_s * share, x,
         )  # fmt: skip

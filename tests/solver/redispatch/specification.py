@@ -11,10 +11,10 @@ from typing import Any
 import cvxpy
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.sifting import BoolArray
 
 cp: Any = cvxpy  # its own annotations cover half of what it exports
 

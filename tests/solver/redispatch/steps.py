@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.redispatch.certificate import Prices, arrival_prices, feasible, group_prices, proven_bound
@@ -38,7 +39,6 @@ from hetis.solver.redispatch.tables import (
     short_blocks,
     tables_of,
 )
-from hetis.solver.sifting import BoolArray
 from tests.solver.dispatch.steps import _Columns, of_model
 from tests.solver.numbers import numbers_of
 from tests.solver.redispatch.instances import random_problem, with_moves_under_way

@@ -11,9 +11,9 @@ be negative).
 
 from __future__ import annotations
 
-from hetis.solver.check.claims import Rederivation, check_replica_claims
 from hetis.solver.check.class_table import check_class_table
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Rederivation, check_replica_claims
 from hetis.solver.check.result import check_result
 from hetis.solver.check.roles import check_types_of_roles
 from hetis.solver.check.routes import check_link_capacity, check_routes

@@ -11,8 +11,7 @@ Which idle devices are *open* is guessed from a level: open ones pay their const
 optimum is that of the dispatch relaxation if the guess agrees with the level found, so guessing is repeated until then.
 
 Few of the x_ij are ever positive. The model starts with those that are cheap at the chain's prices and receives others
-as `hetis.solver.sifting` finds them missing. Arrays are passed at once, and the solver and its basis are kept. Only
-these two modules use highspy for the relaxation.
+as `sift_columns` finds them missing. Arrays are passed at once, and the solver and its basis are kept.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import Any
 import highspy
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray, sift_columns
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import Costs, Running
 from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
-from hetis.solver.sifting import BoolArray, sift
 
 MOST_GUESSES = 8
 NEAR = 0.02  # ratio by which columns in the initial model may cost more than the cheapest of their request
@@ -113,7 +112,7 @@ class RelaxationLp:
         model = RelaxationModel(problem, is_open, scale)
         chosen = columns & is_open
         self._highs.passModel(model.program(*np.nonzero(chosen)))
-        sifted = sift(self._highs, model, chosen=chosen, allowed=np.broadcast_to(is_open, chosen.shape))
+        sifted = sift_columns(self._highs, model, chosen=chosen, allowed=np.broadcast_to(is_open, chosen.shape))
         if sifted is None:
             return None
         piece, block, nic, pays = model.prices(sifted.row_duals)

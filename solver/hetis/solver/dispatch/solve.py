@@ -9,11 +9,11 @@ import numpy as np
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, admit
 from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
 from hetis.solver.dispatch.compiled import kernel
+from hetis.solver.dispatch.fractional_fill import fractional_fill
 from hetis.solver.dispatch.local_search import improve
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
 from hetis.solver.dispatch.perturbation import perturb
 from hetis.solver.dispatch.placement import empty_placement, makespan, put
-from hetis.solver.dispatch.pour import pour
 from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests, Stage
 from hetis.solver.dispatch.relaxation import relax
 from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
@@ -191,7 +191,7 @@ def _place_admitted(
     bound = proven_bound(costs, running, free_blocks, contexts, blocks, piece, block, nic)
     nic = normalise(running, costs.primary, bound, piece, block, nic)
     fractions = np.zeros((len(order), num))
-    relaxed_s = pour(
+    relaxed_s = fractional_fill(
         costs, running, free_blocks, real_contexts, real_blocks, relaxed.order, mix.price, relaxed.level_s, fractions
     )  # fmt: skip
     on_pieces = relaxed.settled and mix.low.max() < pieces and mix.high.max() < pieces

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.redispatch.tables import RedispatchTables
-from hetis.solver.sifting import BoolArray
 
 
 class Prices(NamedTuple):

@@ -2,7 +2,7 @@
 
 Columns are departures (d_ij, at most what is there) and arrivals (a_ij); doing nothing is all zeros. Most requests
 never move, and those that do have one good target. The model therefore starts with the targets that are cheap at
-dispatch's prices and receives others as `hetis.solver.sifting` finds them missing.
+dispatch's prices and receives others as `hetis.solver.column_sifting` finds them missing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import highspy
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray, sift_columns
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
 from hetis.solver.redispatch.certificate import Prices, arrival_prices
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
-from hetis.solver.sifting import BoolArray, sift
 
 NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request
 CHEAPER = 1e-7  # ratio by which an arrival must be cheaper than what its request pays, to join
@@ -49,7 +49,7 @@ class MoveLp:
         chosen = targets & (cost <= cost.min(axis=1, keepdims=True, initial=np.inf) * (1 + NEAR))
         self._highs.passModel(program.start())
         program.add(self._highs, *np.nonzero(chosen))
-        sifted = sift(self._highs, program, chosen=chosen, allowed=targets)
+        sifted = sift_columns(self._highs, program, chosen=chosen, allowed=targets)
         if sifted is None:
             return None
         prices, _ = program.prices(sifted.row_duals)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.column_sifting import BoolArray
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.tables import costs_of, device_s, running_load
 from hetis.solver.redispatch.compiled import kernel
 from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.sifting import BoolArray
 
 EXACT = 4.0  # how often a block on a draining device can be moved before staying would be cheaper
 

@@ -20,8 +20,8 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.robustness.groups import Group, structure_of
 from hetis.planner.use_cases.robustness.perturbing import Profiles
 from hetis.planner.use_cases.robustness.traffic import Traffic
-from hetis.solver.check.claims import Derived, derive
 from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.setting import Setting
 from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.cluster import node_of

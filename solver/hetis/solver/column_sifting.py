@@ -30,7 +30,7 @@ class GrowingModel(Protocol):
         """Return columns that would lower the objective at these prices, [requests, devices], possibly known ones."""
 
 
-class Sifted(NamedTuple):
+class SiftedSolution(NamedTuple):
     """The optimum: sifted columns in order of arrival, values of all columns (others first), prices of rows."""
 
     requests: IntArray
@@ -39,7 +39,7 @@ class Sifted(NamedTuple):
     row_duals: FloatArray
 
 
-def sift(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed: BoolArray) -> Sifted | None:
+def sift_columns(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed: BoolArray) -> SiftedSolution | None:
     """Run HiGHS until no column is missing; return None if it gives up or there is no solution.
 
     ``highs`` holds the model with the ``chosen`` columns, in the order of `numpy.nonzero`; it may use all ``allowed``.
@@ -54,7 +54,7 @@ def sift(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed: BoolArr
             row_duals = np.array(solution.row_dual)
             missing &= model.cheaper(row_duals)
             if not missing.any():
-                return Sifted(requests, devices, np.array(solution.col_value), row_duals)
+                return SiftedSolution(requests, devices, np.array(solution.col_value), row_duals)
         elif not missing.any():
             return None
         chosen |= missing

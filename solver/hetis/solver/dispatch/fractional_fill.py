@@ -15,7 +15,7 @@ FULL = 1e-12  # share of all groups that may be left for the last device, from r
 
 
 @kernel
-def pour(
+def fractional_fill(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
     price: FloatArray, level: float, x: FloatArray,
 ) -> float:  # fmt: skip
@@ -27,7 +27,7 @@ def pour(
     z = level * (1.0 + 1e-13)
     total = costs.head_groups * len(contexts)
     for _ in range(MOST_STEPS):
-        left, unpaid, slope = _pour_to(costs, running, free_blocks, contexts, blocks, order, price, z, x)
+        left, unpaid, slope = _fill_to(costs, running, free_blocks, contexts, blocks, order, price, z, x)
         if left <= FULL * total:
             return _settle(costs, running, x, contexts, order, z, left)
         if slope <= 0.0:
@@ -37,7 +37,7 @@ def pour(
 
 
 @kernel
-def _pour_to(
+def _fill_to(
     costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
     price: FloatArray, z: float, x: FloatArray,
 ) -> tuple[float, float, float]:  # fmt: skip
