@@ -90,8 +90,8 @@ types: $(VENV)/.dev
 kernels: kernels-placement kernels-dispatch
 
 kernels-dispatch: $(VENV)/.dev
-	@$(BIN)/python -c 'from hetis.solver.dispatch.warming import compile_dispatch; compile_dispatch()'
-	@$(BIN)/python -c 'from hetis.solver.redispatch.warming import compile_redispatch; compile_redispatch()'
+	@$(BIN)/python -c 'from hetis.solver.dispatch.solve import compile_dispatch; compile_dispatch()'
+	@$(BIN)/python -c 'from hetis.solver.redispatch.solve import compile_redispatch; compile_redispatch()'
 
 kernels-placement: $(VENV)/.dev
 	@$(BIN)/python -c 'from hetis.planner.jobs.kernels import compile_all_kernels; compile_all_kernels()'

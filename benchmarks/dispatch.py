@@ -43,10 +43,11 @@ from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.exact import improve_plan, solve_exactly
+from hetis.solver.dispatch.local_search import place_rest
 from hetis.solver.dispatch.lp import LpProblem, RelaxationModel
-from hetis.solver.dispatch.placement import empty_placement, makespan
 from hetis.solver.dispatch.problem import (
     DeviceLoad,
+    DispatchPlan,
     DispatchProblem,
     HeadShape,
     IntArray,
@@ -54,10 +55,8 @@ from hetis.solver.dispatch.problem import (
     Requests,
     Stage,
 )
-from hetis.solver.dispatch.result import DispatchPlan
-from hetis.solver.dispatch.rounding import place_rest
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.dispatch.tables import Costs, Running, costs_of, empty_placement, makespan, running_load
 from hetis.solver.profile import Op
 
 cp: Any = cvxpy

@@ -42,8 +42,7 @@ from benchmarks.measuring.redispatch_baselines import paper_rule, whole_request_
 from benchmarks.measuring.rows import Row
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move
+from hetis.solver.redispatch.problem import Move, RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher
 from hetis.solver.redispatch.triggers import TriggerKind
 

@@ -30,12 +30,10 @@ from hetis.planner.use_cases.share import load_tenancy
 from hetis.solver.budget import Budget, silent
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.tables import FloatArray
-from hetis.solver.shares.problem import GpuShare, Job, ShareProblem
+from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem
 from hetis.solver.shares.problem import Tenant as Claimant
-from hetis.solver.shares.result import Rule
 from hetis.solver.shares.solve import solve_shares
-from hetis.solver.tenants.problem import Tenancy, Tenant
-from hetis.solver.tenants.result import FleetShares, TenantRule
+from hetis.solver.tenants.problem import FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.tenants.solve import PART_SECONDS, FleetSearch
 
 GAP = 0.01

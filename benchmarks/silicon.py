@@ -47,8 +47,8 @@ from hetis.profiler.roofline import modelled_profile
 from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.memory import rank_room_bytes
 from hetis.simulator.timing import StageTiming
+from hetis.solver.check.fleet import StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
-from hetis.solver.check.shape import StageShape
 from hetis.solver.cost import intra_link
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.profile import Profile

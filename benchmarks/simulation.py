@@ -51,7 +51,7 @@ from hetis.solver.errors import HetisError
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import Family, PlacementProblem
-from hetis.solver.redispatch.warming import compile_redispatch
+from hetis.solver.redispatch.solve import compile_redispatch
 
 SEED = 7
 BAR = 0.1

@@ -16,16 +16,12 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from benchmarks.measuring.redispatch_baselines import last_admitted
-from hetis.solver.dispatch.problem import DispatchProblem, HeadShape, IntArray, Primary, Requests, Stage
-from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, HeadShape, IntArray, Primary, Requests, Stage
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.ideal import ideal_dispatch
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move
-from hetis.solver.redispatch.triggers import TriggerKind, makespan_s, triggers
-from hetis.solver.redispatch.watch import Watch
+from hetis.solver.redispatch.problem import Move, RedispatchProblem
+from hetis.solver.redispatch.triggers import TriggerKind, Watch, ideal_dispatch, makespan_s, triggers
 
 LAYERS = 80
 DENSE_S = 0.02

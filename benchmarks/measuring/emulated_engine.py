@@ -59,7 +59,7 @@ class EmulatedEngine:
         # Load compiled code only here, because vLLM inspects all loaded modules while it starts.
         from benchmarks.measuring.emulated_worker import Pace, wait_until
         from hetis.solver.dispatch.solve import Dispatcher
-        from hetis.solver.redispatch.warming import compile_redispatch
+        from hetis.solver.redispatch.solve import compile_redispatch
 
         compile_redispatch()  # otherwise it takes a minute of the first traffic on a new machine
         self._make_pace, self._wait_until = Pace, wait_until

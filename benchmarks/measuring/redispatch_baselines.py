@@ -14,10 +14,8 @@ import numpy as np
 from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.moves import part_seconds, payback_steps, step_seconds, steps_between
-from hetis.solver.redispatch.ordering import order
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move, MoveReason
+from hetis.solver.redispatch.moves import order, part_seconds, payback_steps, step_seconds, steps_between
+from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchProblem
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, short_blocks, tables_of
 
 

@@ -15,11 +15,20 @@ from benchmarks.measuring.drift import Rearranged, Run, Scenario, Still, Tally
 from benchmarks.measuring.rows import Row
 from hetis.solver import dispatch
 from hetis.solver.compiled import kernel_of
-from hetis.solver.dispatch.perturbation import placement_of
-from hetis.solver.dispatch.placement import Placement, card_s, empty_placement, makespan, put, seconds_with
-from hetis.solver.dispatch.problem import DispatchProblem, FloatArray, IntArray
-from hetis.solver.dispatch.result import DispatchPlan
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.dispatch.local_search import placement_of
+from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, IntArray
+from hetis.solver.dispatch.tables import (
+    Costs,
+    Placement,
+    Running,
+    card_s,
+    costs_of,
+    empty_placement,
+    makespan,
+    put,
+    running_load,
+    seconds_with,
+)
 
 kernel = kernel_of(Path(__file__).parent, Path(dispatch.__file__).parent)
 SCENARIOS = (

@@ -10,7 +10,6 @@ import numpy as np
 from hetis.formats.catalogue import find_gpu
 from hetis.formats.documents import load_model
 from hetis.profiler.roofline import modelled_profile
-from hetis.solver.dispatch.placement import empty_placement, makespan
 from hetis.solver.dispatch.problem import (
     DeviceLoad,
     DispatchProblem,
@@ -21,7 +20,7 @@ from hetis.solver.dispatch.problem import (
     Stage,
 )
 from hetis.solver.dispatch.solve import solve_dispatch
-from hetis.solver.dispatch.tables import costs_of, running_load
+from hetis.solver.dispatch.tables import costs_of, empty_placement, makespan, running_load
 from hetis.solver.profile import Op
 
 MODEL = "Llama-2-70B"

@@ -9,7 +9,7 @@ import pytest
 
 from hetis.formats.documents import load_plan
 from hetis.planner.cli.share import ShareRule
-from hetis.solver.tenants.result import TenantRule
+from hetis.solver.tenants.problem import TenantRule
 from tests.planner.command_line import EXAMPLES, hetis_plan, hetis_plan_here, invoke
 
 FLEET = str(EXAMPLES / "h100-l4.yaml")

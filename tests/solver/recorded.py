@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hetis.solver.dispatch.result import Path
+from hetis.solver.dispatch.problem import Path
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
 from hetis.solver.redispatch.solve import solve_redispatch
 from hetis.solver.redispatch.triggers import triggers

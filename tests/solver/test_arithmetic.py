@@ -18,9 +18,9 @@ from hetis.simulator.pool_timing import PoolTiming
 from hetis.simulator.timing import StageTiming
 from hetis.solver import cost
 from hetis.solver.check import memory, timing
+from hetis.solver.check.fleet import PoolShape, StageShape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link, Network
 from hetis.solver.model import AttentionKind, DraftShape, IndexerShape, LinearShape, MlaShape, ModelSpec, MoeShape
 from hetis.solver.placement import template as search

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hetis.solver.check.engine import check_engine
 from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.structure import check_engine
 from hetis.solver.check.violation import Rule
 from hetis.solver.model import DraftShape, GpuPrecision
 from hetis.solver.placement.engines import run_by

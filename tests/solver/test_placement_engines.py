@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.check import check_plan
-from hetis.solver.check.engine import check_engine
 from hetis.solver.check.fleet import Fleet
+from hetis.solver.check.structure import check_engine
 from hetis.solver.errors import InfeasibleError, InvalidProblemError, NoPlanFoundError
 from hetis.solver.model import GpuPrecision
 from hetis.solver.placement.candidates import Evaluator, candidates_of

@@ -21,10 +21,9 @@ from hetis.simulator.replica import Batching, ReplicaRun
 from hetis.simulator.request_log import RequestLog
 from hetis.simulator.timing import StageTiming
 from hetis.simulator.values import Settings
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, ReplicaShape, StageShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.structure import check_replica_structure
 from hetis.solver.check.violation import Rule
 from hetis.solver.errors import InvalidProblemError

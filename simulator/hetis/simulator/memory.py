@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from hetis.solver.check.fleet import StageShape
 from hetis.solver.check.memory import rank_fixed_bytes, rank_prompt_bytes, rank_state_bytes
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import StageShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem
 

@@ -22,8 +22,8 @@ from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, Prepare
 from hetis.solver.dispatch.state import DispatchState
 
 if TYPE_CHECKING:
-    from hetis.solver.redispatch.result import Move
-    from hetis.solver.redispatch.watch import Watch
+    from hetis.solver.redispatch.problem import Move
+    from hetis.solver.redispatch.triggers import Watch
 
 Moved = Callable[[int], None]
 
@@ -59,8 +59,7 @@ class Migration:
         ``moved`` is called with every request whose home has changed.
         """
         from hetis.solver.redispatch.problem import RedispatchProblem
-        from hetis.solver.redispatch.triggers import triggers
-        from hetis.solver.redispatch.watch import Watch
+        from hetis.solver.redispatch.triggers import Watch, triggers
 
         snapshot = self._snapshot(batch)
         fired = triggers(snapshot, self._dispatcher, theta=self._theta)

@@ -7,7 +7,7 @@ first use; attention is a maximum of affine functions, whose coefficients are co
 
 from __future__ import annotations
 
-from hetis.solver.check.shape import StageShape
+from hetis.solver.check.fleet import StageShape
 from hetis.solver.cost import DeviceCost, rank_shape
 from hetis.solver.model import ModelSpec
 from hetis.solver.problem import PlacementProblem

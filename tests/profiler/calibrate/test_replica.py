@@ -17,7 +17,7 @@ from hetis.profiler.calibrate.replica import Replica
 from hetis.profiler.engines import for_engine
 from hetis.profiler.shipped import shipped_profile
 from hetis.simulator.timing import StageTiming
-from hetis.solver.check.shape import StageShape
+from hetis.solver.check.fleet import StageShape
 from hetis.solver.cost import intra_link
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.model import DraftShape

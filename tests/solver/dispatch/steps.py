@@ -13,22 +13,36 @@ from typing import Any
 import numpy as np
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import admit
+from hetis.solver.dispatch.admission import FEW, admit, cannot_fit, pack_few, repack
 from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
-from hetis.solver.dispatch.chain import fill, level, level_paid_for
-from hetis.solver.dispatch.exact import _Milp
-from hetis.solver.dispatch.exact_admission import admit_exactly
-from hetis.solver.dispatch.fractional_fill import fractional_fill
-from hetis.solver.dispatch.local_search import improve
+from hetis.solver.dispatch.exact import _Milp, admit_exactly
+from hetis.solver.dispatch.local_search import improve, marginal_device, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp, RelaxationModel
-from hetis.solver.dispatch.packing import FEW, cannot_fit, pack_few, repack
-from hetis.solver.dispatch.perturbation import perturb
-from hetis.solver.dispatch.placement import Placement, card_s, empty_placement, makespan, put, seconds_with
 from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests
-from hetis.solver.dispatch.relaxation import relax, sort_again
-from hetis.solver.dispatch.rounding import marginal_device, place_rest, round_down
-from hetis.solver.dispatch.rows import DeviceRows, likely_level, prices_of, rows_of
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.dispatch.relaxation import (
+    DeviceRows,
+    fill,
+    fractional_fill,
+    level,
+    level_paid_for,
+    likely_level,
+    prices_of,
+    relax,
+    rows_of,
+    sort_again,
+)
+from hetis.solver.dispatch.tables import (
+    Costs,
+    Placement,
+    Running,
+    card_s,
+    costs_of,
+    empty_placement,
+    makespan,
+    put,
+    running_load,
+    seconds_with,
+)
 from tests.solver.dispatch.instances import random_problem
 from tests.solver.numbers import numbers_of
 

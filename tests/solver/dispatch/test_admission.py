@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 
 from hetis.solver.budget import Budget
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SCATTERED, SHORT_OF_BLOCKS, admit
-from hetis.solver.dispatch.exact import solve_exactly
-from hetis.solver.dispatch.exact_admission import admit_exactly
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, IntArray, Requests
-from hetis.solver.dispatch.result import DispatchPlan, Resource
+from hetis.solver.dispatch.exact import admit_exactly, solve_exactly
+from hetis.solver.dispatch.problem import (
+    DeviceLoad,
+    DispatchPlan,
+    DispatchProblem,
+    HeadShape,
+    IntArray,
+    Requests,
+    Resource,
+)
 from hetis.solver.dispatch.solve import solve_dispatch
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan

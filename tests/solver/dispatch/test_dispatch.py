@@ -11,8 +11,16 @@ from hypothesis import strategies as st
 
 from hetis.solver.dispatch.certificate import proven_bound
 from hetis.solver.dispatch.exact import improve_plan, solve_exactly
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Requests, Stage
-from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
+from hetis.solver.dispatch.problem import (
+    DeviceLoad,
+    DispatchPlan,
+    DispatchProblem,
+    HeadShape,
+    Path,
+    Requests,
+    Resource,
+    Stage,
+)
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
 from hetis.solver.dispatch.tables import costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 
 from hetis.formats.documents import load_model
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, HeadShape, Primary, Requests, Stage
-from hetis.solver.dispatch.result import DispatchPlan, Path, Resource
+from hetis.solver.dispatch.problem import (
+    DeviceLoad,
+    DispatchPlan,
+    DispatchProblem,
+    HeadShape,
+    Path,
+    Primary,
+    Requests,
+    Resource,
+    Stage,
+)
 from hetis.solver.dispatch.solve import Dispatcher, _place_admitted, solve_dispatch
 from hetis.solver.errors import InvalidProblemError
 from tests.solver.dispatch.instances import random_problem

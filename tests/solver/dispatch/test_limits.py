@@ -16,13 +16,17 @@ from hetis.solver.dispatch.problem import (
     MOST_KV_BYTES,
     MOST_TOKENS,
     DeviceLoad,
+    DispatchPlan,
     DispatchProblem,
     HeadShape,
+    Path,
     Primary,
     Requests,
+    Resource,
+    ShadowPrices,
     Stage,
+    Unplaced,
 )
-from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot, check_groups
 from hetis.solver.errors import InvalidProblemError
 

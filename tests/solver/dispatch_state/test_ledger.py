@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.ledger import Ledger
+from hetis.solver.dispatch.state import Ledger
 
 
 def ledger_of(requests: list[tuple[int, int, int]], block_tokens: int = 16) -> Ledger:

@@ -11,8 +11,7 @@ from typing import Any
 import cvxpy
 import numpy as np
 
-from hetis.solver.column_sifting import BoolArray
-from hetis.solver.dispatch.problem import FloatArray
+from hetis.solver.dispatch.problem import BoolArray, FloatArray
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.redispatch.problem import RedispatchProblem
 

@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hetis.solver.column_sifting import BoolArray
-from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.certificate import Prices, arrival_prices, feasible, group_prices, proven_bound
-from hetis.solver.redispatch.ideal import ideal_dispatch
 from hetis.solver.redispatch.local_search import (
     improve,
     placement_of,
@@ -24,12 +21,19 @@ from hetis.solver.redispatch.local_search import (
     shift,
     short_with,
 )
-from hetis.solver.redispatch.lp import MoveLp, _Program
 from hetis.solver.redispatch.milp import _is_allowed, _MilpProgram, _movable, search
-from hetis.solver.redispatch.moves import applied, judged, paying, steps_between, worth
-from hetis.solver.redispatch.ordering import order, whole_steps
+from hetis.solver.redispatch.moves import applied, judged, order, paying, steps_between, whole_steps, worth
 from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.relaxation import relax
+from hetis.solver.redispatch.relaxation import (
+    MoveLp,
+    Prices,
+    _Program,
+    arrival_prices,
+    feasible,
+    group_prices,
+    proven_bound,
+    relax,
+)
 from hetis.solver.redispatch.tables import (
     RedispatchTables,
     continued,
@@ -39,6 +43,7 @@ from hetis.solver.redispatch.tables import (
     short_blocks,
     tables_of,
 )
+from hetis.solver.redispatch.triggers import ideal_dispatch
 from tests.solver.dispatch.steps import _Columns, of_model
 from tests.solver.numbers import numbers_of
 from tests.solver.redispatch.instances import random_problem, with_moves_under_way

@@ -11,11 +11,9 @@ import pytest
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move, MoveReason, RedispatchPlan
+from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.tables import horizons, marks
-from hetis.solver.redispatch.triggers import THETA, Trigger, TriggerKind, triggers
-from hetis.solver.redispatch.watch import CHANGE, MOST_CHANGE, Watch
+from hetis.solver.redispatch.triggers import CHANGE, MOST_CHANGE, THETA, Trigger, TriggerKind, Watch, triggers
 from tests.solver.dispatch_state.stages import stage
 
 INF, NAN = float("inf"), float("nan")

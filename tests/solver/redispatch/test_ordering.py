@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, applied, steps_between
-from hetis.solver.redispatch.ordering import order, whole_steps
+from hetis.solver.redispatch.moves import MovedGroups, RequestMoves, applied, order, steps_between, whole_steps
 from hetis.solver.redispatch.tables import RedispatchTables, tables_of
 from tests.solver.redispatch.instances import random_problem
 

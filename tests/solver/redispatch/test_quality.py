@@ -8,8 +8,7 @@ import pytest
 from hetis.solver.dispatch.problem import HeadShape, Stage
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import MoveReason
+from hetis.solver.redispatch.problem import MoveReason, RedispatchProblem
 from hetis.solver.redispatch.solve import solve_redispatch
 from hetis.solver.redispatch.tables import horizons, tables_of
 from tests.solver.dispatch_state.stages import stage

@@ -14,14 +14,12 @@ from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.ideal import ideal_dispatch
 from hetis.solver.redispatch.local_search import MOST_STEPS, improve
-from hetis.solver.redispatch.lp import MoveLp
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.relaxation import relax
-from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
+from hetis.solver.redispatch.problem import MoveReason, RedispatchPlan, RedispatchProblem
+from hetis.solver.redispatch.relaxation import MoveLp, relax
 from hetis.solver.redispatch.solve import Redispatcher, solve_redispatch
 from hetis.solver.redispatch.tables import card_s, horizons, objective_s, short_blocks, tables_of
+from hetis.solver.redispatch.triggers import ideal_dispatch
 from tests.solver.redispatch import oracle
 from tests.solver.redispatch.instances import problems, random_problem
 from tests.solver.redispatch.specification import solve_specification

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.triggers import TriggerKind, triggers
-from hetis.solver.redispatch.watch import Watch
+from hetis.solver.redispatch.triggers import TriggerKind, Watch, triggers
 from tests.solver.dispatch_state.stages import stage
 
 ALIVE = 20

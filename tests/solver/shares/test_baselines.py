@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from hetis.solver.shares.baselines import equal_split, max_min, trading
-from hetis.solver.shares.oef import cooperative
 from hetis.solver.shares.problem import ShareProblem
 from hetis.solver.shares.properties import properties_of
+from hetis.solver.shares.solve import cooperative, equal_split, max_min, trading
 from tests.solver.shares.instances import problems
 from tests.solver.shares.test_oef import one_job_each
 

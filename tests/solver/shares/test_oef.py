@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 
 from hetis.solver.shares.check import check_shares
-from hetis.solver.shares.claims import best_claim
-from hetis.solver.shares.oef import cooperative, cooperative_bound, non_cooperative, non_cooperative_bound
-from hetis.solver.shares.problem import GpuShare, Job, ShareProblem, Tenant
-from hetis.solver.shares.properties import properties_of
-from hetis.solver.shares.result import Rule, tenant_values
-from hetis.solver.shares.solve import solve_shares
+from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem, Tenant, tenant_values
+from hetis.solver.shares.properties import best_claim, properties_of
+from hetis.solver.shares.solve import (
+    cooperative,
+    cooperative_bound,
+    non_cooperative,
+    non_cooperative_bound,
+    solve_shares,
+)
 from tests.solver.shares.instances import problems, random_problem
 
 

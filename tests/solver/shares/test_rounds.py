@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.shares.oef import cooperative
 from hetis.solver.shares.problem import GpuShare, Job, ShareProblem, Tenant
-from hetis.solver.shares.rounds import next_round
+from hetis.solver.shares.properties import next_round
+from hetis.solver.shares.solve import cooperative
 from tests.solver.shares.instances import problems
 
 

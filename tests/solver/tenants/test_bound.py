@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from hetis.solver.tenants.bound import TenantsGoal, bound_of
+from hetis.solver.tenants.master import TenantsGoal, bound_of
 
 PRICES, LIMITS = np.array([0.5, 2.0]), np.array([8.0, 3.0])
 WORTH = 10.0

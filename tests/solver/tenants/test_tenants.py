@@ -19,11 +19,9 @@ from hetis.solver.plan import Objective, ObjectiveKind, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.tenants import solve as solving
-from hetis.solver.tenants.bound import TenantsGoal, bound_of
 from hetis.solver.tenants.check import check_fleet_shares
-from hetis.solver.tenants.master import TenantColumns, choose_whole
-from hetis.solver.tenants.problem import Tenancy, Tenant
-from hetis.solver.tenants.result import FleetShares, TenantRule
+from hetis.solver.tenants.master import TenantColumns, TenantsGoal, bound_of, choose_whole
+from hetis.solver.tenants.problem import FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.tenants.solve import FleetSearch, part_of
 from hetis.solver.tenants.tenant_solver import EnumeratedTenant
 from tests.solver.instances import (

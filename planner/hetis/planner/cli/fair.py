@@ -18,7 +18,7 @@ FAIR_EXAMPLES = """Examples:\n
 
 
 class FairRule(StrEnum):
-    """Rules by name; a test keeps this in step with `hetis.solver.shares.result.Rule`."""
+    """Rules by name; a test keeps this in step with `hetis.solver.shares.problem.Rule`."""
 
     COOPERATIVE = "cooperative"
     NON_COOPERATIVE = "non-cooperative"
@@ -57,7 +57,7 @@ def fair(
     from hetis.planner.report.fair import fair_document, render_fair
     from hetis.planner.use_cases.fair import share_out
     from hetis.solver.budget import Budget
-    from hetis.solver.shares.result import Rule
+    from hetis.solver.shares.problem import Rule
 
     inputs = load_share_problem(file)
     first = Rule(rule.value)

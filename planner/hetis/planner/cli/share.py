@@ -23,7 +23,7 @@ SHARE_EXAMPLES = """Examples:\n
 
 
 class ShareRule(StrEnum):
-    """Rules by name; a test keeps this in step with `hetis.solver.tenants.result.TenantRule`."""
+    """Rules by name; a test keeps this in step with `hetis.solver.tenants.problem.TenantRule`."""
 
     EFFICIENCY = "efficiency"
     EQUAL_THROUGHPUT = "equal-throughput"
@@ -75,7 +75,7 @@ def share(
     from hetis.planner.use_cases.share import load_tenancy, share_out_fleet
     from hetis.solver.budget import Budget
     from hetis.solver.errors import NoPlanFoundError
-    from hetis.solver.tenants.result import TenantRule
+    from hetis.solver.tenants.problem import TenantRule
 
     loaded = load_tenancy(file, cluster=cluster, profiles=profile or (), strategy=strategy)
     if out is not None:

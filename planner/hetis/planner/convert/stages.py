@@ -15,7 +15,7 @@ from hetis.solver.dispatch.problem import FloatArray, HeadShape, IntArray, Prima
 from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, PreparedMove, StateSnapshot
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import Role
-from hetis.solver.redispatch.result import Move, MoveReason
+from hetis.solver.redispatch.problem import Move, MoveReason
 from hetis.solver.redispatch.triggers import Trigger, TriggerKind
 from hetis.v1 import head_map_pb2, redispatch_pb2, report_pb2, stage_pb2
 

@@ -12,7 +12,7 @@ from hetis.planner.use_cases.dispatch import Dispatched, Redispatched
 from hetis.planner.use_cases.stage_sources import LoadedStage
 from hetis.planner.use_cases.stage_times import StageTimes, expected_blocks
 from hetis.solver.dispatch.snapshot import StateSnapshot
-from hetis.solver.redispatch.result import Move, Refused
+from hetis.solver.redispatch.problem import Move, Refused
 
 
 def dispatch_document(found: Dispatched, explanation: tuple[str, ...] | None = None) -> dict[str, Any]:

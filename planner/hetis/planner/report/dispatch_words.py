@@ -9,9 +9,9 @@ from hetis.planner.use_cases.dispatch import Dispatched, Redispatched
 from hetis.planner.use_cases.stage_sources import LoadedStage
 from hetis.planner.use_cases.stage_times import StageTimes
 from hetis.profiler.defaults import MODELLED
-from hetis.solver.dispatch.result import Path, Resource, Unplaced
+from hetis.solver.dispatch.problem import Path, Resource, Unplaced
 from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.redispatch.result import MoveReason, RedispatchPlan
+from hetis.solver.redispatch.problem import MoveReason, RedispatchPlan
 
 PATHS = {
     Path.CHAIN: "the relaxation was solved exactly, as a chain by comparative advantage",

@@ -14,8 +14,8 @@ from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.plan import section
 from hetis.planner.use_cases.fair import Sharing
 from hetis.solver.placement.tables import FloatArray
+from hetis.solver.shares.problem import Rule, Shares, tenant_values
 from hetis.solver.shares.properties import Properties
-from hetis.solver.shares.result import Rule, Shares, tenant_values
 
 MAX_ENVY = 12  # claimants whose envy is shown as a matrix; -o json has all
 MAX_ROUNDS = 20

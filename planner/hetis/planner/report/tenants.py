@@ -14,7 +14,7 @@ from hetis.planner.report.dispatch import plain_table
 from hetis.planner.report.figures import digits, percent
 from hetis.planner.report.plan import section
 from hetis.planner.use_cases.share import SharedFleet
-from hetis.solver.tenants.result import FleetShares, PriceProof, TenantRule, TenantShare
+from hetis.solver.tenants.problem import FleetShares, PriceProof, TenantRule, TenantShare
 
 EPSILON = 1e-6
 MAX_ENVY = 8  # tenants whose envy is shown as a matrix; -o json has all

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from hetis.planner.use_cases.grouping import group_replicas
 from hetis.simulator.building import batch_with_room, check_simulable
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Rederivation
-from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
 from hetis.solver.problem import EngineSettings, PlacementProblem

@@ -12,12 +12,10 @@ from hetis.formats.saved_state import SavedState
 from hetis.planner.use_cases.stage_sources import LoadedStage
 from hetis.planner.use_cases.stage_times import StageTimes, times_of
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.problem import DispatchProblem
-from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem
 from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.state import DispatchState
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move, RedispatchPlan
+from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.triggers import Trigger
 
 

@@ -19,11 +19,8 @@ from hetis.solver.errors import InfeasibleError, InvalidProblemError
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Objective, ObjectiveKind
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.shares.claims import Claim, best_claim
-from hetis.solver.shares.problem import GpuShare, Job, ShareProblem, Tenant
-from hetis.solver.shares.properties import Properties, properties_of
-from hetis.solver.shares.result import Rule, Shares
-from hetis.solver.shares.rounds import Round, next_round
+from hetis.solver.shares.problem import GpuShare, Job, Rule, ShareProblem, Shares, Tenant
+from hetis.solver.shares.properties import Claim, Properties, Round, best_claim, next_round, properties_of
 from hetis.solver.shares.solve import solve_shares
 from hetis.solver.workload import Workload
 

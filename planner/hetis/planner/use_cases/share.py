@@ -17,8 +17,7 @@ from hetis.planner.use_cases.sources import LoadedInputs, load_inputs
 from hetis.solver.budget import Budget, Progress, Report, one_of_several
 from hetis.solver.errors import NoPlanFoundError
 from hetis.solver.plan import ObjectiveKind
-from hetis.solver.tenants.problem import Tenancy, Tenant
-from hetis.solver.tenants.result import EnvyCell, FleetShares, TenantRule
+from hetis.solver.tenants.problem import EnvyCell, FleetShares, Tenancy, Tenant, TenantRule
 from hetis.solver.tenants.solve import FleetSearch
 
 

@@ -22,8 +22,7 @@ from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.redispatch.problem import RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher
-from hetis.solver.redispatch.triggers import triggers
-from hetis.solver.redispatch.watch import Watch
+from hetis.solver.redispatch.triggers import Watch, triggers
 
 if TYPE_CHECKING:
     from hetis.runtime.vllm.settings import EngineRedispatchSettings

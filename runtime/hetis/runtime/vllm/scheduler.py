@@ -181,7 +181,7 @@ class SchedulerSide:
         # Load compiled code here and not earlier, because vLLM inspects everything that is loaded while it starts.
         from hetis.runtime.vllm.allocator import HeadAllocator, Redispatch
         from hetis.runtime.vllm.costs import EngineCosts
-        from hetis.solver.dispatch.warming import compile_dispatch
+        from hetis.solver.dispatch.solve import compile_dispatch
 
         settings = self.settings
         names = [worker.name for worker in settings.workers]

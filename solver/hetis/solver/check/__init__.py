@@ -11,13 +11,10 @@ be negative).
 
 from __future__ import annotations
 
-from hetis.solver.check.class_table import check_class_table
 from hetis.solver.check.fleet import Fleet, replica_shape
 from hetis.solver.check.rederive import Rederivation, check_replica_claims
-from hetis.solver.check.result import check_result
-from hetis.solver.check.roles import check_types_of_roles
-from hetis.solver.check.routes import check_link_capacity, check_routes
-from hetis.solver.check.structure import check_devices_once, check_replica_structure
+from hetis.solver.check.result import check_class_table, check_link_capacity, check_result, check_routes
+from hetis.solver.check.structure import check_devices_once, check_replica_structure, check_types_of_roles
 from hetis.solver.check.violation import Rule, Violation
 from hetis.solver.check.will import check_will
 from hetis.solver.plan import Plan

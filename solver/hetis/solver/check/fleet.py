@@ -7,11 +7,60 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
-from hetis.solver.check.shape import PoolShape, ReplicaShape, StageShape
 from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import LeaveOut, Will
+
+# --- The shapes and links that determine a replica's numbers, without device names; equal shapes have equal numbers.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolShape:
+    """The attention workers of one copy of a stage: p ``cards`` with k ``head_groups`` of every TP rank."""
+
+    gpu: str
+    cards: int
+    head_groups: int
+    link: Link  # between the stage and the pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageShape:
+    """A stage: TP size n, copies c, repeated ``layers`` l (without the prefix layers of the first stage)."""
+
+    gpu: str
+    tp: int
+    copies: int
+    layers: int
+    intra_link: Link  # between the GPUs of a TP group
+    hop_link: Link  # the link that every hop into the stage is charged
+    pool: PoolShape | None = None
+    kv_link: Link | None = None  # the slowest link over which a prefill replica's KV may leave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaShape:
+    """A replica: its stages in order, b ``micro_batch``, M ``in_flight``, C ``chunk_tokens``.
+
+    The copies of its one stage share their experts and iterate together if ``attention_dp`` is over 1, their number.
+    ``shared_by`` has an entry for every set of stages that one card serves: their positions.
+    """
+
+    micro_batch: int
+    in_flight: int
+    chunk_tokens: int
+    stages: tuple[StageShape, ...]
+    role: Role = Role.UNIFIED
+    attention_dp: int = 1
+    shared_by: tuple[tuple[int, ...], ...] = ()
+    slowest_link: Link | None = None  # anywhere in the cluster; None for a decode replica
+
+    def pool_of(self, position: int) -> PoolShape:
+        """Return the attention workers of a stage that has them."""
+        pool = self.stages[position].pool
+        assert pool is not None
+        return pool
 
 
 def left_out_by(will: Will) -> Callable[[Device], bool]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from hetis.solver.check.fleet import PoolShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank
-from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.plan import Role
 
 

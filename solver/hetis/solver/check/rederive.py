@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from hetis.solver.check.fleet import ReplicaShape, StageShape
 from hetis.solver.check.memory import (
     kv_block_tokens,
     kv_room_of_a_copy,
@@ -14,7 +15,6 @@ from hetis.solver.check.memory import (
     worker_bytes,
 )
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import ReplicaShape, StageShape
 from hetis.solver.check.shared_cards import busy_seconds, kv_room, shared_card_bytes
 from hetis.solver.check.timing import (
     chunk_seconds,

@@ -3,14 +3,129 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
-from hetis.solver.check.fleet import Fleet
-from hetis.solver.check.routes import served_rate
+from hetis.solver.check.fleet import Fleet, slowest
 from hetis.solver.check.violation import Rule, Violation
-from hetis.solver.cluster import NodeGroup
-from hetis.solver.plan import ObjectiveKind, Plan, Status
+from hetis.solver.cluster import Link, NodeGroup
+from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import PlacementProblem
+
+# --- Checks of the KV of prompts: routes between prefill and decode replicas, and all traffic between zones.
+
+
+def served_rate(plan: Plan) -> float:
+    """Return the requests/s that a plan completes: those of unified replicas, and those that its routes carry."""
+    unified = sum(replica.rate for replica in plan.replicas if replica.role is Role.UNIFIED)
+    return unified + sum(route.rate for route in plan.kv_routes)
+
+
+def check_routes(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """Check that every route joins two replicas that fit together, and none sends or receives more than its rate."""
+    violations: list[Violation] = []
+    flow: defaultdict[int, float] = defaultdict(float)
+    seen: dict[tuple[int, int], int] = {}
+    for number, route in enumerate(plan.kv_routes):
+        broken = list(_check_route(route, f"route {number}", plan, problem, fleet))
+        pair = (route.prefill, route.decode)
+        if not broken and pair in seen:
+            message = f"leads from replica {route.prefill} to {route.decode} like route {seen[pair]}, a pair has 1"
+            broken.append(Violation(rule=Rule.ROUTE, where=f"route {number}", message=message))
+        violations += broken
+        seen.setdefault(pair, number)
+        if not broken:
+            flow[route.prefill] += route.rate
+            flow[route.decode] += route.rate
+    for number, rate in sorted(flow.items()):
+        replica = plan.replicas[number]
+        if rate > replica.rate * (1 + RELATIVE):
+            message = f"routes take {rate:.9g} requests/s, the {replica.role} replica's rate is {replica.rate:.9g}"
+            violations.append(Violation(rule=Rule.ROUTE_RATE, where=f"replica {number}", message=message))
+    return violations
+
+
+def _check_route(
+    route: KvRoute, where: str, plan: Plan, problem: PlacementProblem, fleet: Fleet
+) -> Iterator[Violation]:  # fmt: skip
+    if not 0 < route.rate < math.inf:
+        message = f"rate is {route.rate} requests/s, must be finite and > 0"
+        yield Violation(rule=Rule.FINITE, where=where, message=message)
+    ends_exist = True
+    for name, number, role in (
+        ("prefill", route.prefill, Role.PREFILL),
+        ("decode", route.decode, Role.DECODE),
+    ):
+        if not 0 <= number < len(plan.replicas):
+            message = f"{name} is replica {number}, the plan has {len(plan.replicas)}"
+            yield Violation(rule=Rule.ROUTE, where=where, message=message)
+            ends_exist = False
+        elif plan.replicas[number].role is not role:
+            message = f"{name} is replica {number}, which is {plan.replicas[number].role}"
+            yield Violation(rule=Rule.ROUTE, where=where, message=message)
+            ends_exist = False
+    if not ends_exist:
+        return
+    zone, allowed = _zone_of(plan.replicas[route.decode].devices(), fleet), plan.replicas[route.prefill].kv_zones
+    if zone is not None and zone not in allowed:
+        message = f"leads to zone {zone}, replica {route.prefill} may send to {', '.join(allowed) or 'none'}"
+        yield Violation(rule=Rule.ROUTE, where=where, message=message)
+    sender, receiver = (plan.replicas[number].stages[0].gpu for number in (route.prefill, route.decode))
+    if problem.model.on(sender) != problem.model.on(receiver):
+        message = f"leads from {sender} to {receiver}, which hold the model in different precisions"
+        yield Violation(rule=Rule.ROUTE, where=where, message=message)
+
+
+def check_link_capacity(plan: Plan, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:
+    """Check the capacity of each direction of every link between zones.
+
+    A unified replica's hop from one zone to another carries ``rate (Q + O) H s`` bytes/s, a route ``rate P L G kvb``.
+    """
+    model = problem.model
+    workload = problem.workload.clipped_to(model.max_position)
+    moments = workload.moments(block_tokens=problem.assumptions.block_tokens)
+    hop_bytes = (moments.mean_computed + moments.mean_output) * model.hidden * model.activation_bytes
+    kv_bytes = moments.mean_prompt * model.head_groups * model.kv_bytes_per_token_group() + model.state_bytes()
+    kv_bytes *= model.num_layers
+    load: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for here, there, rate in _hops(plan, fleet):
+        load[here, there] += rate * hop_bytes
+    for here, there, rate in _deliveries(plan, fleet):
+        load[here, there] += rate * kv_bytes
+    violations = []
+    for (here, there), bytes_per_s in load.items():
+        limit = problem.cluster.network.zone_link(here, there).bytes_per_s
+        if bytes_per_s > limit * (1 + RELATIVE):
+            message = f"replicas send {bytes_per_s:.6g} bytes/s, the link carries {limit:.6g} bytes/s"
+            violations.append(Violation(rule=Rule.LINK_CAPACITY, where=f"zones {here} to {there}", message=message))
+    return violations
+
+
+def _hops(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
+    """Yield zone pairs that activations cross, with their rate in requests/s."""
+    for replica in plan.replicas:
+        zones = [_zone_of(stage.devices, fleet) for stage in replica.stages]
+        for here, there in pairwise(zones):
+            if here is not None and there is not None and here != there:
+                yield here, there, replica.rate
+
+
+def _deliveries(plan: Plan, fleet: Fleet) -> Iterator[tuple[str, str, float]]:
+    """Yield zone pairs that the KV of prompts crosses, with its rate in requests/s."""
+    zones = [_zone_of(replica.devices(), fleet) for replica in plan.replicas]
+    for route in plan.kv_routes:
+        if 0 <= route.prefill < len(zones) and 0 <= route.decode < len(zones):  # others are reported elsewhere
+            here, there = zones[route.prefill], zones[route.decode]
+            if here is not None and there is not None and here != there:
+                yield here, there, route.rate
+
+
+def _zone_of(names: tuple[str, ...], fleet: Fleet) -> str | None:
+    """Return the zone of the first device that exists; a stage in several zones is reported elsewhere."""
+    return next((fleet.devices[name].group.zone for name in names if name in fleet.devices), None)
+
 
 OPTIMAL_GAP = 1e-6
 RELATIVE = 1e-6  # rounding of a value or a gap
@@ -136,3 +251,100 @@ def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
         yield _violation(Rule.GAP, f"gap is {result.gap:.9g}, |bound - value| / |value| is {gap:.9g}")
     elif result.status is Status.OPTIMAL and gap > OPTIMAL_GAP * (1 + RELATIVE):
         yield _violation(Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}")
+
+
+# --- The class table of a plan: a row for every device class, which counts its GPUs and those that the plan uses.
+
+
+class Row(NamedTuple):
+    """The contents of a row; device classes that differ only in links or price have equal rows."""
+
+    gpu: str
+    zone: str
+    gpus_per_node: int
+    available: int
+    used: int  # by the plan, in any role
+    as_attention_workers: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.gpu} x{self.gpus_per_node} in {self.zone}, {self.available} available, {self.used} used, "
+            f"{self.as_attention_workers} attention workers"
+        )
+
+
+def check_class_table(plan: Plan, fleet: Fleet) -> list[Violation]:
+    """Check that the table has one row for every device class, with the cluster's GPUs and those in use."""
+    if plan.result.status is Status.INFEASIBLE and not plan.prices:
+        return []
+    says = Counter(
+        Row(row.gpu, row.zone, row.gpus_per_node, row.available, row.used, row.as_attention_workers)
+        for row in plan.prices
+    )
+    has = Counter(_rows(plan, fleet))
+    return [
+        Violation(rule=Rule.PRICES, where="class table", message=f"{word} row {row}")
+        for word, rows in (("has no", has - says), ("has a wrong", says - has))
+        for row in rows.elements()
+    ]
+
+
+def _rows(plan: Plan, fleet: Fleet) -> Iterator[Row]:
+    """Yield the rows that the table must have."""
+    workers = {name for r in plan.replicas for pool in r.attention_workers for name in pool.devices}
+    used = workers | {name for r in plan.replicas for stage in r.stages for name in stage.devices}
+    classes: defaultdict[EqualDevices, list[str]] = defaultdict(list)
+    class_of: dict[tuple[str, str], EqualDevices] = {}
+    explicit = _worst_node_links(fleet)
+    for name, device in fleet.devices.items():
+        kind = (device.group.name, device.gpu)
+        if kind not in class_of:
+            class_of[kind] = _class_of(device.group, device.gpu, fleet, explicit)
+        classes[class_of[kind]].append(name)
+    for device_class, names in classes.items():
+        yield Row(
+            device_class.gpu,
+            device_class.zone,
+            device_class.gpus_per_node,
+            len(names),
+            len(used.intersection(names)),
+            len(workers.intersection(names)),
+        )
+
+
+class EqualDevices(NamedTuple):
+    """GPUs that no number of a plan distinguishes."""
+
+    gpu: str
+    zone: str
+    gpus_per_node: int
+    nic: Link
+    intra_link: Link
+    usd_per_hour: float | None
+    node_link: Link | None  # the worst explicit link of its nodes
+
+
+def _class_of(group: NodeGroup, gpu: str, fleet: Fleet, explicit: dict[str, Link]) -> EqualDevices:
+    slots = [slots for slots in group.gpus if slots.gpu == gpu]
+    count, prices = sum(s.count for s in slots), [fleet.cluster.price_of(s) for s in slots]
+    known = [price * s.count for price, s in zip(prices, slots, strict=True) if price is not None]
+    nodes = [group.node_name(i) for i in range(group.count)] if explicit else []
+    links = [explicit[node] for node in nodes if node in explicit]
+    return EqualDevices(
+        gpu=gpu,
+        zone=group.zone,
+        gpus_per_node=count,
+        nic=group.nic or fleet.cluster.network.default,
+        intra_link=group.intra_link or fleet.board_link(gpu),
+        usd_per_hour=None if None in prices else round(sum(known) / count, 9),
+        node_link=slowest(links) if links else None,
+    )
+
+
+def _worst_node_links(fleet: Fleet) -> dict[str, Link]:
+    """Return the worst explicit link of every node that has one."""
+    worst: dict[str, Link] = {}
+    for pair, link in fleet.cluster.network.between_nodes.items():
+        for node in pair:
+            worst[node] = slowest([worst.get(node, link), link])
+    return worst

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import expm1, log1p
 
-from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.check.fleet import ReplicaShape
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem

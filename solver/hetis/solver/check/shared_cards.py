@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hetis.solver.check.fleet import ReplicaShape
 from hetis.solver.check.memory import kv_tokens_of_a_copy, worker_kv_bytes_per_token
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.check.timing import worker_seconds
 
 

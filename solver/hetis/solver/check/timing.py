@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from statistics import NormalDist
 
+from hetis.solver.check.fleet import PoolShape, StageShape
 from hetis.solver.check.setting import Setting, head_groups_per_rank, query_heads_per_group
-from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.cluster import Link
 from hetis.solver.model import ModelSpec
 from hetis.solver.plan import Role

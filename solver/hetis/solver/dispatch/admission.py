@@ -4,9 +4,233 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.compiled import kernel
-from hetis.solver.dispatch.packing import FEW, cannot_fit, pack_few, repack
 from hetis.solver.dispatch.problem import IntArray
+from hetis.solver.dispatch.tables import kernel
+
+# --- Packing of whole head groups if memory is short: best fit by falling size, then swaps that gather free blocks.
+#
+# Whether whole groups fit is bin packing. `repack` looks for a packing and may miss one. `cannot_fit` proves that there
+# is none and may miss that. For two or three requests `pack_few` decides. Requests are in no particular order here;
+# ``members`` lists those that have to fit.
+
+
+MOST_TRIES = 64  # packings from scratch
+MOST_SWAPS = 8  # to gather room for one group on one device
+FEW = 3  # requests up to which packing is exact
+
+
+@kernel
+def cannot_fit(
+    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, most_work: int
+) -> tuple[int, int]:
+    """Return groups that certainly find no room if all ``members`` must, and the work done; 0 groups prove nothing.
+
+    For the size of each member, the last one's first, this compares the groups of at least that size with the number
+    of groups of that size that would fit, until ``most_work`` is done.
+    """
+    work = 0
+    for k in members[::-1]:
+        size, missing = blocks[k], 0
+        for j in members:
+            missing += head_groups if blocks[j] >= size else 0
+        for i in range(len(unit)):
+            missing -= max(0, free_blocks[i]) // size // unit[i] * unit[i]
+        work += len(members) + 4 * len(unit)
+        if missing > 0:
+            return missing, work
+        if work >= most_work:
+            break
+    return 0, work
+
+
+@kernel
+def pack_few(
+    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
+    most_work: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Pack two or three ``members`` or prove that they do not fit; write a packing to their rows of ``x`` [J, D].
+
+    This is a dynamic program over devices for the most groups of the last member that find room, given numbers of the
+    others' groups that do. A device that takes several groups at once comes first, so that more is never worse. Returns
+    the fewest groups without room, or -1 if that would take more than ``most_work``, and the work done in devices
+    visited.
+    """
+    num, G = len(unit), head_groups
+    one, last = members[0], members[len(members) - 1]
+    two = members[1] if len(members) == FEW else -1
+    width = G + 1 if two >= 0 else 1
+    pairs = (G + 1) * (G + 2) // 2
+    work = num * pairs * (pairs if two >= 0 else 1)
+    if work > most_work:
+        return -1, 0
+    order = np.argsort(-unit.astype(np.float64))
+    most = np.full((num + 1, G + 1, width), -1)  # of the last member
+    of_one, of_two = np.zeros((num, G + 1, width), np.int64), np.zeros((num, G + 1, width), np.int64)
+    most[0, 0, 0] = 0
+    for step in range(num):
+        i = order[step]
+        room = max(0, free_blocks[i])
+        for n in range(G + 1):
+            for m in range(width):
+                before = most[step, n, m]
+                if before < 0:
+                    continue
+                for a in range(0, min(G - n, room // blocks[one]) + 1, unit[i]):
+                    left = room - a * blocks[one]
+                    fits = min(G - m, left // blocks[two]) if two >= 0 else 0
+                    for b in range(0, fits + 1, unit[i]):
+                        spare = left - b * blocks[two] if two >= 0 else left
+                        after = before + min(G - before, spare // blocks[last]) // unit[i] * unit[i]
+                        if after > most[step + 1, n + a, m + b]:
+                            most[step + 1, n + a, m + b] = after
+                            of_one[step, n + a, m + b], of_two[step, n + a, m + b] = a, b
+    n, m, homes = 0, 0, -1
+    for i in range(G + 1):
+        for k in range(width):
+            if most[num, i, k] >= 0 and i + k + most[num, i, k] > homes:
+                n, m, homes = i, k, i + k + most[num, i, k]
+    missing = len(members) * G - homes
+    if missing == 0:
+        for step in range(num - 1, -1, -1):
+            i, a, b = order[step], of_one[step, n, m], of_two[step, n, m]
+            x[one, i] = a
+            if two >= 0:
+                x[two, i] = b
+            x[last, i] = most[step + 1, n, m] - most[step, n - a, m - b]
+            n, m = n - a, m - b
+    return missing, work
+
+
+@kernel
+def repack(
+    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
+    most_work: int,
+) -> tuple[int, int]:  # fmt: skip
+    """Look for a packing of all ``members`` and write it to ``x`` [J, D], leaving other rows unchanged.
+
+    Returns the fewest groups that were left without room (0: ``x`` is complete, otherwise it is useless) and the work
+    done in devices visited; it ends soon after ``most_work``.
+    """
+    num = len(unit)
+    room, left = np.empty(num, np.int64), np.zeros(len(blocks), np.int64)
+    fewest, work, state = head_groups * len(members) + 1, 0, 1
+    size = blocks[members].astype(np.float64)
+    for turn in range(MOST_TRIES):
+        weights = size.copy()
+        share = 1.0 if turn == 1 else 0.0  # of the most that the primary could take
+        if turn > 1:
+            for m in range(len(members)):
+                state = (state * 1103515245 + 12345) % 2147483648
+                weights[m] *= 1.0 + 0.5 * state / 2147483648
+            share = (turn % 3) / 2
+        order = members[np.argsort(-weights)]
+        for i in range(num):
+            room[i] = max(0, free_blocks[i])
+        work += _best_fit(room, unit, blocks, head_groups, order, share, x, left)
+        missing = 0
+        for j in order:
+            while left[j] > 0 and work < most_work:
+                found, done = _gather_room(room, unit, blocks, order, j, x, most_work - work)
+                work += done
+                if not found:
+                    break
+                left[j] -= 1
+            missing += left[j]
+        fewest = min(fewest, missing)
+        if missing == 0 or work >= most_work:
+            break
+    return fewest, work
+
+
+@kernel
+def _best_fit(
+    room: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, order: IntArray, share: float, x: IntArray,
+    left: IntArray,
+) -> int:  # fmt: skip
+    """Place groups in ``order``, each where the least room remains, and count those without room in ``left`` [J].
+
+    On a device that takes several groups at once, a request gets what it needs there and ``share`` of the rest.
+    """
+    num, work = len(unit), 0
+    for j in order:
+        x[j, :] = 0
+        left[j] = head_groups
+        fit = 0
+        for i in range(num):
+            fit += room[i] // blocks[j] if unit[i] == 1 else 0
+        for i in range(num):
+            if unit[i] > 1:
+                most = min(head_groups, room[i] // blocks[j]) // unit[i]
+                least = min(most, -(-max(0, head_groups - fit) // unit[i]))
+                taken = int(least + np.floor(share * (most - least) + 0.5)) * unit[i]
+                x[j, i] = taken
+                left[j] -= taken
+                room[i] -= taken * blocks[j]
+        work += 2 * num
+        while left[j] > 0:
+            best = -1
+            for i in range(num):
+                if unit[i] == 1 and room[i] >= blocks[j] and (best < 0 or room[i] < room[best]):
+                    best = i
+            work += num
+            if best < 0:
+                break
+            taken = min(left[j], room[best] // blocks[j])
+            x[j, best] += taken
+            left[j] -= taken
+            room[best] -= taken * blocks[j]
+    return work
+
+
+@kernel
+def _gather_room(
+    room: IntArray, unit: IntArray, blocks: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
+) -> tuple[bool, int]:
+    """Place one group of ``request`` on a device that first gives groups away or swaps them for smaller ones."""
+    num, work = len(unit), 0
+    for target in np.argsort(-room.astype(np.float64)):  # floats, so that one compiled sort serves all callers
+        if unit[target] > 1:
+            continue
+        for _ in range(MOST_SWAPS):
+            short = blocks[request] - room[target]
+            if short <= 0:
+                x[request, target] += 1
+                room[target] -= blocks[request]
+                return True, work
+            if work >= most_work:
+                return False, work
+            given, taken, to, best = -1, -1, -1, 0
+            for j in order:
+                if x[j, target] == 0:
+                    continue
+                work += num
+                for i in range(num):
+                    if i == target or unit[i] > 1 or room[i] == 0:
+                        continue
+                    for k in range(-1, len(order)):
+                        other = -1 if k < 0 else order[k]
+                        if other >= 0 and x[other, i] == 0:
+                            continue
+                        gain = blocks[j] if other < 0 else blocks[j] - blocks[other]
+                        if gain <= 0 or gain > room[i]:
+                            continue
+                        # The smallest gain that is enough, or else the largest.
+                        if best == 0 or (gain > best if best < short else short <= gain < best):
+                            given, taken, to, best = j, other, i, gain
+                    work += len(order)
+            if given < 0:
+                break
+            x[given, target] -= 1
+            x[given, to] += 1
+            room[target] += blocks[given]
+            room[to] -= blocks[given]
+            if taken >= 0:
+                x[taken, to] -= 1
+                x[taken, target] += 1
+                room[target] -= blocks[taken]
+                room[to] += blocks[taken]
+    return False, work
+
 
 PLACED = 0
 SHORT_OF_BLOCKS = 1

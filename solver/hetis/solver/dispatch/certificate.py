@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis.solver.dispatch.compiled import kernel
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import ALWAYS, Costs, Running
+from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, kernel
 
 
 @kernel

@@ -8,18 +8,24 @@ import numpy as np
 
 from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, admit
 from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
-from hetis.solver.dispatch.compiled import kernel
-from hetis.solver.dispatch.fractional_fill import fractional_fill
-from hetis.solver.dispatch.local_search import improve
+from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
-from hetis.solver.dispatch.perturbation import perturb
-from hetis.solver.dispatch.placement import empty_placement, makespan, put
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests, Stage
-from hetis.solver.dispatch.relaxation import relax
-from hetis.solver.dispatch.result import DispatchPlan, Path, Resource, ShadowPrices, Unplaced
-from hetis.solver.dispatch.rounding import place_rest, round_down
-from hetis.solver.dispatch.rows import likely_level, prices_of, rows_of
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, running_load
+from hetis.solver.dispatch.problem import (
+    DeviceLoad,
+    DispatchPlan,
+    DispatchProblem,
+    FloatArray,
+    HeadShape,
+    IntArray,
+    Path,
+    Requests,
+    Resource,
+    ShadowPrices,
+    Stage,
+    Unplaced,
+)
+from hetis.solver.dispatch.relaxation import fractional_fill, likely_level, prices_of, relax, rows_of
+from hetis.solver.dispatch.tables import Costs, Running, costs_of, empty_placement, kernel, makespan, put, running_load
 from hetis.solver.errors import InvalidProblemError
 
 # Ratio of bound and fractions up to which HiGHS is not asked. If memory binds (12 x 8 and 64 x 64, free blocks 1.2
@@ -90,7 +96,7 @@ class Dispatcher:
                    sum_j m_j x_ij <= free_i                                       every i   (KV blocks with growth)
                    x_ij a multiple of what the primary takes at once              i the primary
 
-        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.chain`, with mixed rows if needed.
+        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.relaxation`, with mixed rows if needed.
         If its bound and fractions are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups come
         from rounding down, the marginal device for the rest, and a local search. Requests for which memory is too short
         are named in ``unplaced``; the others are placed as if those had not come.
@@ -264,3 +270,26 @@ def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan
             request_s=answer.request,
         ),
     )
+
+
+# --- Preparation of dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk.
+
+
+def small_stage() -> Stage:
+    """Return two devices and two head groups, which reach every kernel in microseconds once they are compiled."""
+    ones = np.ones((2, 1))
+    return Stage(
+        heads=HeadShape(head_groups=2, queries_per_group=2, kv_bytes_per_token=4.0, exchange_bytes_per_head=4.0),
+        devices=("a", "b"),
+        head_s=1e-6 * ones,
+        kv_byte_s=1e-9 * ones,
+        call_s=1e-6 * ones,
+        transfer_byte_s=np.zeros(2),
+        transfer_s=np.zeros(2),
+    )
+
+
+def compile_dispatch() -> None:
+    """Place a request, which takes up to a minute the first time on a machine."""
+    requests = Requests(ids=("a",), context_tokens=np.array([64]), growth_tokens=np.array([0]))
+    Dispatcher(small_stage()).dispatch(DeviceLoad.idle(np.array([64, 64])), requests)

@@ -23,7 +23,7 @@ import cvxpy
 import numpy as np
 import numpy.typing as npt
 
-from hetis.solver.check.shape import StageShape
+from hetis.solver.check.fleet import StageShape
 from hetis.solver.errors import InvalidProblemError
 from hetis.solver.placement.specification_sets import Choice, Sets
 from hetis.solver.plan import ObjectiveKind, Status

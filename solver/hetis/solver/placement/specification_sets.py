@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hetis.solver.check.fleet import slowest
+from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.check.memory import kv_block_tokens, kv_tokens_of_a_copy, rank_bytes, worker_bytes
 from hetis.solver.check.rederive import Rederivation
 from hetis.solver.check.setting import Setting, divides, head_groups_per_rank
-from hetis.solver.check.shape import PoolShape, StageShape
 from hetis.solver.check.timing import chunk_seconds, layer_seconds, slack, stage_seconds, tpot_per_t, ttft_round_trips
 from hetis.solver.cost import UNEVENNESS_STEP, unevenness_level
 from hetis.solver.placement.classes import DeviceClass, device_classes

@@ -8,8 +8,7 @@ import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
 from hetis.solver.dispatch.tables import device_s
-from hetis.solver.redispatch.compiled import kernel
-from hetis.solver.redispatch.tables import RedispatchTables, card_s
+from hetis.solver.redispatch.tables import RedispatchTables, card_s, kernel
 
 MOST_STEPS = 2000
 

@@ -7,30 +7,29 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from hetis.solver.dispatch.problem import IntArray
-from hetis.solver.dispatch.result import DispatchPlan
-from hetis.solver.dispatch.snapshot import DeviceStatus
-from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.redispatch.ideal import ideal_dispatch
+from hetis.solver.dispatch.problem import DispatchPlan, IntArray
+from hetis.solver.dispatch.snapshot import DeviceSnapshot, DeviceStatus, StateSnapshot
+from hetis.solver.dispatch.solve import Dispatcher, small_stage
 from hetis.solver.redispatch.local_search import improve, round_to_groups
-from hetis.solver.redispatch.lp import MoveLp
 from hetis.solver.redispatch.milp import search
 from hetis.solver.redispatch.moves import (
+    Ordered,
     RequestMoves,
+    WaitingStep,
     applied,
     judged,
+    order,
     part_seconds,
     payback_steps,
     paying,
     pays,
     step_seconds,
     steps_between,
+    whole_steps,
     worth,
 )
-from hetis.solver.redispatch.ordering import Ordered, WaitingStep, order, whole_steps
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.relaxation import JointRelaxation, relax
-from hetis.solver.redispatch.result import Move, MoveReason, RedispatchPlan, Refused
+from hetis.solver.redispatch.problem import Move, MoveReason, RedispatchPlan, RedispatchProblem, Refused
+from hetis.solver.redispatch.relaxation import JointRelaxation, MoveLp, relax
 from hetis.solver.redispatch.tables import (
     RedispatchTables,
     continued,
@@ -39,6 +38,7 @@ from hetis.solver.redispatch.tables import (
     short_blocks,
     tables_of,
 )
+from hetis.solver.redispatch.triggers import ideal_dispatch
 
 MOST_ROUNDS = 8
 # Gap to the bound above which the integer program is used. At 0.05, a tenth more of 10,000 tiny stages were over 0.5%
@@ -300,3 +300,20 @@ def _plan(
         stay_s=objective_s(tables, tables.now),
         bound_s=relaxed.bound_s,
     )
+
+
+# --- Preparation of re-dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk.
+
+
+def compile_redispatch() -> None:
+    """Balance two requests, which takes a minute or more the first time on a machine."""
+    stage = small_stage()
+    snapshot = StateSnapshot(
+        stage=stage,
+        devices=tuple(DeviceSnapshot(name=name, total_blocks=64) for name in stage.devices),
+        ids=("1", "2"),
+        context_tokens=np.array([64, 64]),
+        remaining_tokens=np.array([64, 64]),
+        groups=np.array([[2, 0], [2, 0]]),
+    )
+    Redispatcher(Dispatcher(stage)).solve(RedispatchProblem(snapshot=snapshot, num_layers=1, link_byte_s=np.zeros(2)))

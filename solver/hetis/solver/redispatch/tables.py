@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.column_sifting import BoolArray
-from hetis.solver.dispatch.problem import FloatArray, IntArray
+from hetis.solver.compiled import kernel_of
+from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
 from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.tables import costs_of, device_s, running_load
-from hetis.solver.redispatch.compiled import kernel
 from hetis.solver.redispatch.problem import RedispatchProblem
+
+# --- Compilation of re-dispatch's kernels through `kernel`; see `hetis.solver.compiled`.
+#
+# They call kernels of dispatch, so their cached code is dated by the source files of both.
+
+
+_HERE = Path(__file__).parent
+kernel = kernel_of(_HERE, _HERE.parent / "dispatch")
+
 
 EXACT = 4.0  # how often a block on a draining device can be moved before staying would be cheaper
 

@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from hetis.solver.shares.problem import FloatArray, ShareProblem
-from hetis.solver.shares.result import Rule, Shares
+from hetis.solver.shares.problem import FloatArray, Rule, ShareProblem, Shares
 
 TOLERANCE = 1e-6
 

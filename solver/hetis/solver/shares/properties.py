@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetis.solver.shares.adjacency import by_speed, spans
-from hetis.solver.shares.oef import share_program
-from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, ShareProblem
+from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, Rule, ShareProblem
+from hetis.solver.shares.solve import by_speed, share_program, solve_shares, spans
 
 TOLERANCE = 1e-6  # relative
 
@@ -77,3 +76,102 @@ def _could_gain(problem: ShareProblem, values: FloatArray, seed: int) -> float:
     assert found is not None, "the shares themselves are a solution"
     total = float(values.sum())
     return max(0.0, float(found[0] @ program.gain) - total) / total if total > 0 else 0.0
+
+
+# --- The gain of a tenant by a false claim: speed-ups stated higher or lower than they are.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """The tried claim that pays best: speed-ups times ``factors`` [types] change the true value by ``gain``."""
+
+    factors: tuple[float, ...]
+    gain: float  # value by the true speed-ups with the claim over without it, less 1
+
+
+def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: bool, tries: int, seed: int = 0) -> Claim:
+    """Return the best of ``tries`` false claims of one claimant, each type except its slowest off by up to 2 times.
+
+    This is a search and not a proof: a gain found is possible, a gain not found may still be possible.
+    """
+    generator = np.random.default_rng(seed)
+    true = problem.speedups[claimant]
+    honest = _value(problem, rule, claimant, true, true)
+    best = Claim(factors=(1.0,) * len(true), gain=0.0)
+    for _ in range(tries):
+        factors = generator.uniform(1.0, 2.0, len(true)) * generator.integers(0, 2, len(true))
+        factors = np.where(factors < 1.0, 1.0, factors)
+        slowest = np.where(true > 0.0, true, np.inf).argmin()
+        factors[slowest] = 1.0
+        stated = true * factors if inflate else np.where(true > 0.0, np.maximum(true / factors, true[slowest]), 0.0)
+        gain = _value(problem, rule, claimant, stated, true) / honest - 1.0
+        if gain > best.gain + 1e-9:
+            ratios = np.divide(stated, true, out=np.ones_like(true), where=true > 0.0)
+            best = Claim(factors=tuple(ratios.tolist()), gain=gain)
+    return best
+
+
+def _value(problem: ShareProblem, rule: Rule, claimant: int, stated: FloatArray, true: FloatArray) -> float:
+    """Return the true value of a claimant's share if it states other speed-ups."""
+    index = 0
+    tenants = []
+    for tenant in problem.tenants:
+        jobs = []
+        for job in tenant.jobs:
+            jobs.append(replace(job, speedups=tuple(stated.tolist())) if index == claimant else job)
+            index += 1
+        tenants.append(replace(tenant, jobs=tuple(jobs)))
+    shares = solve_shares(replace(problem, tenants=tuple(tenants)), rule)
+    return float(true @ shares.amounts[claimant])
+
+
+# --- Whole GPUs in consecutive rounds: a loss by rounding in one round is owed to the claimant in the next.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """Whole shares of one round, and the debt to every claimant after it.
+
+    Attributes:
+        granted: [V, K] GPUs.
+        owed: [V, K] GPU rounds by which a claimant has had less than its share so far; negative: more.
+        waiting: claimants whose smallest job did not fit in the GPUs they would have had.
+    """
+
+    granted: IntArray
+    owed: FloatArray
+    waiting: tuple[int, ...]
+
+
+def next_round(problem: ShareProblem, amounts: FloatArray, owed: FloatArray) -> Round:
+    """Round ``amounts`` [V, K] plus what is ``owed`` [V, K] to whole GPUs, type by type, by largest remainder.
+
+    A claimant that would get fewer GPUs than its smallest job needs waits, starting with the one that is owed least.
+    Its GPUs go to the others of that type, who will have less later. The granted GPUs never exceed the fleet, and over
+    many rounds their mean converges to ``amounts``.
+    """
+    due = amounts + owed
+    able = np.ones(len(problem.weights), dtype=bool)
+    while True:
+        granted = np.stack(
+            [_whole(due[:, j], able & (amounts[:, j] > 0.0), int(c)) for j, c in enumerate(problem.counts)], axis=1
+        )
+        short = able & (granted.sum(axis=1) < problem.min_gpus)
+        if not short.any():
+            break
+        debts = np.where(short, owed.sum(axis=1), np.inf)
+        able[int(debts.argmin())] = False
+    waiting = tuple(int(v) for v in np.flatnonzero(~able))
+    return Round(granted=granted, owed=due - granted, waiting=waiting)
+
+
+def _whole(due: FloatArray, able: BoolArray, available: int) -> IntArray:
+    """Return whole numbers >= 0, only for ``able``, close to what is ``due`` [V]; their sum is that of all ``due``."""
+    target = np.maximum(0.0, due)
+    parts = np.where(able, np.floor(target + 1e-9), 0.0)
+    wanted = min(available, int(np.floor(target.sum() + 0.5 + 1e-9)))
+    while able.any() and parts.sum() < wanted:
+        parts[int(np.where(able, parts - due, np.inf).argmin())] += 1
+    while parts.sum() > wanted:  # more is due than available: claimants furthest above their due give up GPUs first
+        parts[int(np.where(parts > 0, parts - due, -np.inf).argmax())] -= 1
+    return parts.astype(np.int64)

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from hetis.solver.check import check_plan
 from hetis.solver.cluster import Cluster, GpuSlots, node_of
 from hetis.solver.plan import Plan, Status
-from hetis.solver.tenants.problem import Tenancy
-from hetis.solver.tenants.result import FleetShares, PriceProof, TenantRule
+from hetis.solver.tenants.problem import FleetShares, PriceProof, Tenancy, TenantRule
 
 RELATIVE = 1e-6
 OPTIMAL_GAP = 1e-6

@@ -10,8 +10,7 @@ import numpy as np
 
 from hetis.planner.failures import Reason, ServiceError
 from hetis.planner.fleet.dispatching.stage_copy import Newcomer, StageCopy
-from hetis.solver.dispatch.problem import DeviceLoad, IntArray
-from hetis.solver.dispatch.result import Path, Resource, Unplaced
+from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Path, Resource, Unplaced
 from hetis.v1 import change_pb2, head_map_pb2, report_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hetis.planner.convert.stages import StageTerms, owners_of, snapshot_from_proto, status_from_proto, status_to_proto
-from hetis.solver.dispatch.problem import DeviceLoad, IntArray, Requests
-from hetis.solver.dispatch.result import DispatchPlan
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchPlan, IntArray, Requests
 from hetis.solver.dispatch.snapshot import DeviceStatus
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState

@@ -31,7 +31,7 @@ from hetis.planner.fleet.dispatching.stage_copy import Newcomer
 from hetis.planner.fleet.link import HeadMaps
 from hetis.planner.fleet.views import LiveReplica, RunningReplicas
 from hetis.planner.threads import run_in_daemon_thread
-from hetis.solver.dispatch.warming import compile_dispatch
+from hetis.solver.dispatch.solve import compile_dispatch
 from hetis.v1 import change_pb2, redispatch_pb2, replica_pb2
 from hetis.v1 import dispatch_service_pb2 as pb2
 

@@ -12,11 +12,9 @@ from hetis.solver.dispatch.snapshot import StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.state import DispatchState
 from hetis.solver.errors import InvalidProblemError
-from hetis.solver.redispatch.problem import RedispatchProblem
-from hetis.solver.redispatch.result import Move, RedispatchPlan
+from hetis.solver.redispatch.problem import Move, RedispatchPlan, RedispatchProblem
 from hetis.solver.redispatch.solve import Redispatcher
-from hetis.solver.redispatch.triggers import Trigger, makespan_s, triggers
-from hetis.solver.redispatch.watch import Watch
+from hetis.solver.redispatch.triggers import Trigger, Watch, makespan_s, triggers
 from hetis.v1 import head_map_pb2, report_pb2
 
 MOST_MOVES = 4096  # per change

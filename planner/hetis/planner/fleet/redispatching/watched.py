@@ -16,8 +16,7 @@ from hetis.planner.fleet.settings import RedispatchPolicy
 from hetis.planner.fleet.views import LiveReplica
 from hetis.solver.dispatch.problem import FloatArray
 from hetis.solver.dispatch.tables import costs_of
-from hetis.solver.redispatch.triggers import Trigger, TriggerKind
-from hetis.solver.redispatch.watch import ALWAYS, CHANGE, MOST_CHANGE
+from hetis.solver.redispatch.triggers import ALWAYS, CHANGE, MOST_CHANGE, Trigger, TriggerKind
 from hetis.v1 import report_pb2, stage_pb2
 
 NEAR = 0.05  # share by which a deviation above its limit may be understated
@@ -320,7 +319,7 @@ class _Vain(NamedTuple):
 
 
 class AlarmBackoff:
-    """`hetis.solver.redispatch.watch.Watch`, based on sums.
+    """`hetis.solver.redispatch.triggers.Watch`, based on sums.
 
     After a look that moved nothing, an alarm counts again if it is new, if its value has grown by the share ``CHANGE``,
     if a device's status changed, if that share of the KV came, went or moved, or if so many requests have finished that

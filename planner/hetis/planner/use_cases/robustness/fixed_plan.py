@@ -20,10 +20,9 @@ from hetis.planner.use_cases.grouping import group_replicas
 from hetis.planner.use_cases.robustness.groups import Group, structure_of
 from hetis.planner.use_cases.robustness.perturbing import Profiles
 from hetis.planner.use_cases.robustness.traffic import Traffic
-from hetis.solver.check.fleet import Fleet, replica_shape
+from hetis.solver.check.fleet import Fleet, ReplicaShape, replica_shape
 from hetis.solver.check.rederive import Derived, derive
 from hetis.solver.check.setting import Setting
-from hetis.solver.check.shape import ReplicaShape
 from hetis.solver.cluster import node_of
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, ReplicaPlan, Role
 from hetis.solver.problem import PlacementProblem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetis.solver.check.shape import ReplicaShape
+from hetis.solver.check.fleet import ReplicaShape
 from hetis.solver.plan import Plan, ReplicaPlan, Role
 
 

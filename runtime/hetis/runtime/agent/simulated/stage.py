@@ -217,7 +217,7 @@ class SolverAdmission:
         self._dispatchers: dict[tuple[bytes, tuple[float, ...]], Dispatcher] = {}
 
     def warm_up(self) -> None:
-        from hetis.solver.dispatch.warming import compile_dispatch
+        from hetis.solver.dispatch.solve import compile_dispatch
 
         compile_dispatch()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hetis.solver.check.fleet import slowest
-from hetis.solver.check.shape import PoolShape, StageShape
+from hetis.solver.check.fleet import PoolShape, StageShape, slowest
 from hetis.solver.cluster import Link
 from hetis.solver.placement.explanation.idle import idle_classes
 from hetis.solver.placement.explanation.replica_view import ReplicaView, main_view

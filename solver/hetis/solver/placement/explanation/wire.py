@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetis.solver.check.shape import ReplicaShape, StageShape
+from hetis.solver.check.fleet import ReplicaShape, StageShape
 from hetis.solver.cost import DeviceCost, Mix, PoolCost
 
 
