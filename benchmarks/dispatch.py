@@ -56,7 +56,7 @@ from hetis.solver.dispatch.problem import (
     Stage,
 )
 from hetis.solver.dispatch.solve import Dispatcher
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, empty_placement, makespan, running_load
+from hetis.solver.dispatch.tables import LoadedStage, costs_of, empty_placement, makespan, running_load
 from hetis.solver.profile import Op
 
 cp: Any = cvxpy
@@ -346,18 +346,14 @@ def water_filling(problem: DispatchProblem) -> tuple[float, float]:
     load, contexts = problem.load, problem.requests.context_tokens[::-1].copy()  # the fill starts with the last request
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[::-1].copy()
     started = time.thread_time()
-    running = running_load(costs, load.heads, load.kv_bytes)
-    seconds = _water_filling(costs, running, load.free_blocks, contexts, blocks)
+    seconds = _water_filling(running_load(costs, load.heads, load.kv_bytes), load.free_blocks, contexts, blocks)
     return seconds, time.thread_time() - started
 
 
 @njit(nogil=True)
-def _water_filling(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
-) -> float:  # fmt: skip
-    placement = empty_placement(costs, running, free_blocks, len(contexts))
-    complete = place_rest(costs, running, placement, contexts, blocks)
-    return makespan(costs, running, placement) if complete else np.inf
+def _water_filling(stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray) -> float:
+    placement = empty_placement(stage, free_blocks, contexts, blocks)
+    return makespan(stage, placement) if place_rest(stage, placement) else np.inf
 
 
 def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[str, Any]) -> float:
@@ -373,8 +369,7 @@ def highs_seconds(problems: Sequence[DispatchProblem], name: str, options: dict[
         load, requests = problem.load, problem.requests
         started = time.thread_time()
         lp = LpProblem(
-            costs=costs,
-            running=running_load(costs, load.heads, load.kv_bytes),
+            stage=running_load(costs, load.heads, load.kv_bytes),
             free_blocks=load.free_blocks,
             contexts=requests.context_tokens,
             blocks=requests.blocks(problem.stage.heads.block_tokens),

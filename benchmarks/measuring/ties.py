@@ -15,17 +15,16 @@ from benchmarks.measuring.drift import Rearranged, Run, Scenario, Still, Tally
 from benchmarks.measuring.rows import Row
 from hetis.solver import dispatch
 from hetis.solver.compiled import kernel_of
-from hetis.solver.dispatch.local_search import placement_of
 from hetis.solver.dispatch.problem import DispatchPlan, DispatchProblem, FloatArray, IntArray
 from hetis.solver.dispatch.tables import (
-    Costs,
+    LoadedStage,
     Placement,
-    Running,
     card_s,
     costs_of,
     empty_placement,
     makespan,
     put,
+    put_all,
     running_load,
     seconds_with,
 )
@@ -93,38 +92,31 @@ def _searched(problem: DispatchProblem, plan: DispatchPlan, power: float) -> Int
     placed = np.flatnonzero(plan.groups.any(axis=1))
     if not len(placed):
         return plan.groups
-    costs, load = costs_of(problem.stage), problem.load
+    load = problem.load
     placed = placed[np.argsort(problem.requests.context_tokens[placed], kind="stable")]
     groups = plan.groups.copy()
-    groups[placed] = _rearrange(
-        costs,
-        running_load(costs, load.heads, load.kv_bytes),
-        load.free_blocks,
-        problem.requests.context_tokens[placed],
-        problem.requests.blocks(problem.stage.heads.block_tokens)[placed],
-        plan.groups[placed],
-        plan.makespan_s,
-        power,
-    )
+    stage = running_load(costs_of(problem.stage), load.heads, load.kv_bytes)
+    blocks = problem.requests.blocks(problem.stage.heads.block_tokens)[placed]
+    placement = empty_placement(stage, load.free_blocks, problem.requests.context_tokens[placed], blocks)
+    groups[placed] = _rearrange(stage, placement, load.free_blocks, plan.groups[placed], plan.makespan_s, power)
     return groups
 
 
 @kernel
 def _rearrange(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, groups: IntArray,
-    limit_s: float, power: float,
-) -> IntArray:  # fmt: skip
-    given = placement_of(costs, running, free_blocks, contexts, blocks, groups)
+    stage: LoadedStage, given: Placement, free_blocks: IntArray, groups: IntArray, limit_s: float, power: float
+) -> IntArray:
+    """Return groups [J, D] by the rule; ``given`` is empty."""
+    put_all(stage, given, groups)
+    other = empty_placement(stage, free_blocks, given.contexts, given.blocks)
     if power == 0.0:
-        first = empty_placement(costs, running, free_blocks, len(contexts))
-        return first.x if _first_fit(costs, running, first, contexts, blocks, limit_s) else given.x
-    greedy = empty_placement(costs, running, free_blocks, len(contexts))
-    complete = _cheapest_fit(costs, running, greedy, contexts, blocks, limit_s, power)
-    _descend(costs, running, given, contexts, blocks, limit_s, power)
+        return other.x if _first_fit(stage, other, limit_s) else given.x
+    complete = _cheapest_fit(stage, other, limit_s, power)
+    _descend(stage, given, limit_s, power)
     if not complete:
         return given.x
-    _descend(costs, running, greedy, contexts, blocks, limit_s, power)
-    return greedy.x if _total(greedy.seconds, power) < _total(given.seconds, power) else given.x
+    _descend(stage, other, limit_s, power)
+    return other.x if _total(other.seconds, power) < _total(given.seconds, power) else given.x
 
 
 @kernel
@@ -133,92 +125,76 @@ def _total(seconds: FloatArray, power: float) -> float:
 
 
 @kernel
-def _fits(
-    costs: Costs, running: Running, placement: Placement, device: int, groups: int, context: int, blocks: int,
-    limit_s: float,
-) -> float:  # fmt: skip
+def _fits(stage: LoadedStage, placement: Placement, request: int, device: int, groups: int, limit_s: float) -> float:
     """Return the device's seconds with this many more groups, or infinity if blocks or the limit do not allow them."""
-    if placement.room[device] < groups * blocks:
+    if placement.room[device] < groups * placement.blocks[request]:
         return np.inf
-    late = seconds_with(costs, running, placement, device, groups, groups * context)
-    workers = placement.on_workers[0] + (groups if device != costs.primary else 0)
-    if costs.primary >= 0 and card_s(costs, running, workers) > limit_s * SLACK:
+    late = seconds_with(stage, placement, device, groups, groups * placement.contexts[request])
+    workers = placement.on_workers[0] + (groups if device != stage.primary else 0)
+    if stage.primary >= 0 and card_s(stage, workers) > limit_s * SLACK:
         return np.inf
     return late if late <= limit_s * SLACK else np.inf
 
 
 @kernel
-def _first_fit(
-    costs: Costs,
-    running: Running,
-    placement: Placement,
-    contexts: IntArray,
-    blocks: IntArray,
-    limit_s: float,
-) -> bool:
-    num = len(costs.unit)
-    for j in range(len(contexts) - 1, -1, -1):
-        left = costs.head_groups
+def _first_fit(stage: LoadedStage, placement: Placement, limit_s: float) -> bool:
+    num = len(stage.unit)
+    for j in range(len(placement.contexts) - 1, -1, -1):
+        left = stage.head_groups
         for turn in range(num):
-            i = (turn + contexts[j]) % num
-            unit = costs.unit[i]
-            while left >= unit and _fits(costs, running, placement, i, unit, contexts[j], blocks[j], limit_s) < np.inf:
-                put(costs, running, placement, j, i, unit, contexts[j], blocks[j])
+            i = (turn + placement.contexts[j]) % num
+            unit = stage.unit[i]
+            while left >= unit and _fits(stage, placement, j, i, unit, limit_s) < np.inf:
+                put(stage, placement, j, i, unit)
                 left -= unit
         if left > 0:
             return False
-    return makespan(costs, running, placement) <= limit_s * SLACK
+    return makespan(stage, placement) <= limit_s * SLACK
 
 
 @kernel
-def _cheapest_fit(
-    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, limit_s: float,
-    power: float,
-) -> bool:  # fmt: skip
-    for j in range(len(contexts) - 1, -1, -1):
-        left = costs.head_groups
+def _cheapest_fit(stage: LoadedStage, placement: Placement, limit_s: float, power: float) -> bool:
+    for j in range(len(placement.contexts) - 1, -1, -1):
+        left = stage.head_groups
         while left > 0:
             best, least = -1, np.inf
-            for i in range(len(costs.unit)):
-                unit = costs.unit[i]
+            for i in range(len(stage.unit)):
+                unit = stage.unit[i]
                 if unit > left:
                     continue
-                late = _fits(costs, running, placement, i, unit, contexts[j], blocks[j], limit_s)
+                late = _fits(stage, placement, j, i, unit, limit_s)
                 more = (late**power - placement.seconds[i] ** power) / unit
                 if more < least:
                     best, least = i, more
             if best < 0:
                 return False
-            put(costs, running, placement, j, best, costs.unit[best], contexts[j], blocks[j])
-            left -= costs.unit[best]
-    return makespan(costs, running, placement) <= limit_s * SLACK
+            put(stage, placement, j, best, stage.unit[best])
+            left -= stage.unit[best]
+    return makespan(stage, placement) <= limit_s * SLACK
 
 
 @kernel
-def _descend(
-    costs: Costs, running: Running, placement: Placement, contexts: IntArray, blocks: IntArray, limit_s: float,
-    power: float,
-) -> None:  # fmt: skip
+def _descend(stage: LoadedStage, placement: Placement, limit_s: float, power: float) -> None:
     """Move single units, the best move first, while the sum falls and the limit holds."""
-    num = len(costs.unit)
+    num = len(stage.unit)
     for _ in range(MOST_STEPS):
         best_j, best_i, best_k, best_n = -1, -1, -1, 0
         most = 1e-9 * _total(placement.seconds, power)
-        for j in range(len(contexts)):
+        for j in range(len(placement.contexts)):
             for i in range(num):
                 for k in range(num):
-                    n = max(costs.unit[i], costs.unit[k])
+                    n = max(stage.unit[i], stage.unit[k])
                     if i == k or placement.x[j, i] < n:
                         continue
-                    late = _fits(costs, running, placement, k, n, contexts[j], blocks[j], limit_s)
+                    late = _fits(stage, placement, j, k, n, limit_s)
                     if late == np.inf:
                         continue
-                    early = seconds_with(costs, running, placement, i, -n, -n * contexts[j])
+                    early = seconds_with(stage, placement, i, -n, -n * placement.contexts[j])
                     gain = placement.seconds[i] ** power - early**power + placement.seconds[k] ** power - late**power
                     if gain > most:
                         most, best_j, best_i, best_k, best_n = gain, j, i, k, n
         if best_j < 0:
             return
         j = best_j
-        put(costs, running, placement, j, best_i, -best_n, contexts[j], blocks[j])
-        put(costs, running, placement, j, best_k, best_n, contexts[j], blocks[j])
+        put(stage, placement, j, best_i, -best_n)
+        put(stage, placement, j, best_k, best_n)

@@ -107,5 +107,5 @@ def seconds_of(stage: Stage, groups: IntArray, requests: Requests) -> float:
     heads = groups.sum(axis=0) * stage.heads.queries_per_group
     kv_bytes = (requests.context_tokens @ groups).astype(np.float64) * stage.heads.kv_bytes_per_token
     costs = costs_of(stage)
-    running = running_load(costs, heads, kv_bytes)
-    return float(makespan(costs, running, empty_placement(costs, running, np.zeros(stage.num_devices, np.int64), 0)))
+    loaded, nothing = running_load(costs, heads, kv_bytes), np.zeros(0, np.int64)
+    return float(makespan(loaded, empty_placement(loaded, np.zeros(stage.num_devices, np.int64), nothing, nothing)))

@@ -1,8 +1,8 @@
-"""The set-up of HiGHS for every use: quiet, on one thread, within a time limit."""
+"""The set-up of HiGHS for every use: quiet, on one thread, within a time limit; and programs in its form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import highspy
@@ -47,3 +47,40 @@ def quiet_highs(
         highs.cbMipInterrupt.subscribe(interrupt)
         highs.cbSimplexInterrupt.subscribe(interrupt)
     return highs
+
+
+def linear_program(
+    cost: Any,
+    columns: tuple[Any, Any],
+    rows: tuple[Any, Any],
+    entries: Sequence[tuple[Any, Any, Any]],
+    *,
+    whole: Any = None,
+    maximise: bool = False,
+) -> Any:
+    """Return a linear program as HiGHS takes it, or a mixed integer one.
+
+    Args:
+        cost: of every column.
+        columns, rows: their lower and upper bounds.
+        entries: blocks of (rows, columns, values), each of arrays that are broadcast together; the others are 0.
+        whole: whether each column is a whole number; None for a linear program.
+    """
+    row, column, value = (
+        np.concatenate([np.ravel(part) for part in parts])
+        for parts in zip(*(np.broadcast_arrays(*block) for block in entries), strict=True)
+    )
+    by_column = np.argsort(column, kind="stable")
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = len(cost), len(rows[0])
+    lp.sense_ = highspy.ObjSense.kMaximize if maximise else highspy.ObjSense.kMinimize
+    lp.col_cost_, lp.col_lower_, lp.col_upper_ = (np.asarray(part, np.float64) for part in (cost, *columns))
+    lp.row_lower_, lp.row_upper_ = (np.asarray(part, np.float64) for part in rows)
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
+    lp.a_matrix_.start_ = np.searchsorted(column[by_column], np.arange(len(cost) + 1)).astype(np.int32)
+    lp.a_matrix_.index_ = row[by_column].astype(np.int32)
+    lp.a_matrix_.value_ = value[by_column].astype(np.float64)
+    if whole is not None:
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+        lp.integrality_ = [kinds[int(one)] for one in whole]
+    return lp

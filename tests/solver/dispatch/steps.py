@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from hetis.solver.budget import Budget
-from hetis.solver.dispatch.admission import FEW, admit, cannot_fit, pack_few, repack
-from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
+from hetis.solver.dispatch.admission import FEW, Packing, admit, cannot_fit, pack_few, repack
+from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
 from hetis.solver.dispatch.exact import _Milp, admit_exactly
 from hetis.solver.dispatch.local_search import improve, marginal_device, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp, RelaxationModel
-from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, FloatArray, IntArray, Requests
+from hetis.solver.dispatch.problem import DeviceLoad, DispatchProblem, IntArray, Requests
 from hetis.solver.dispatch.relaxation import (
+    Chain,
+    ChainMix,
+    Demand,
     DeviceRows,
     fill,
     fractional_fill,
@@ -33,13 +36,14 @@ from hetis.solver.dispatch.relaxation import (
 )
 from hetis.solver.dispatch.tables import (
     Costs,
+    LoadedStage,
     Placement,
-    Running,
     card_s,
     costs_of,
     empty_placement,
     makespan,
     put,
+    put_all,
     running_load,
     seconds_with,
 )
@@ -54,31 +58,31 @@ class Case:
     rng: np.random.Generator
     problem: DispatchProblem
     costs: Costs
-    running: Running
+    stage: LoadedStage
     free_blocks: IntArray
     contexts: IntArray
     blocks: IntArray
 
     @property
-    def real_contexts(self) -> FloatArray:
-        return self.contexts.astype(np.float64)
-
-    @property
-    def real_blocks(self) -> FloatArray:
-        return self.blocks.astype(np.float64)
+    def demand(self) -> Demand:
+        return Demand(self.contexts.astype(np.float64), self.blocks.astype(np.float64), self.stage.head_groups)
 
     @property
     def rows(self) -> DeviceRows:
-        return rows_of(self.costs, self.running, self.free_blocks, self.real_contexts, self.real_blocks)
+        return rows_of(self.stage, self.free_blocks, self.demand)
 
     @property
     def guess_s(self) -> float:
         """A level near the optimum."""
+        demand = self.demand
         return float(
             likely_level(
-                self.rows, self.running, self.real_contexts.mean(), float(len(self.contexts) * self.costs.head_groups)
+                self.rows, self.stage, demand.contexts.mean(), float(len(self.contexts) * self.stage.head_groups)
             )
         )
+
+    def empty(self) -> Placement:
+        return empty_placement(self.stage, self.free_blocks, self.contexts, self.blocks)
 
 
 def random_case(seed: int, *, most_devices: int = 7, most_requests: int = 6, roomy: bool = False) -> Case:
@@ -104,7 +108,7 @@ def random_case(seed: int, *, most_devices: int = 7, most_requests: int = 6, roo
         rng=rng,
         problem=problem,
         costs=costs,
-        running=running_load(costs, problem.load.heads, problem.load.kv_bytes),
+        stage=running_load(costs, problem.load.heads, problem.load.kv_bytes),
         free_blocks=problem.load.free_blocks,
         contexts=problem.requests.context_tokens[order],
         blocks=blocks[order],
@@ -137,7 +141,8 @@ def _in_another_order(problem: DispatchProblem, rng: np.random.Generator) -> Dis
 def tabulated(seed: int) -> list[float]:
     """The stage and its load as arrays, and the rows made of them."""
     case = random_case(seed)
-    return numbers_of(_us(case.costs), _us(case.running), _us(case.rows), case.guess_s * 1e6)
+    load = case.stage[5:]  # the rest is in the costs
+    return numbers_of(_us(case.costs), _us(load), _us(case.rows), case.guess_s * 1e6)
 
 
 def _us(values: Any) -> list[Any]:
@@ -154,23 +159,21 @@ def prices_of_rows(seed: int) -> list[float]:
     case = random_case(seed)
     num, width = case.rows.alpha.shape
     rng, pieces = case.rng, width - 2
-    has_card = case.costs.primary >= 0 and num > 1
+    has_card = case.stage.primary >= 0 and num > 1
     low, high = rng.integers(0, pieces + 1, num), rng.integers(0, pieces + 1, num)
     if has_card and rng.random() < 0.4:
-        high[case.costs.primary] = width - 1
+        high[case.stage.primary] = width - 1
     weight = rng.choice([0.0, 0.3, 0.7, 1.0], num)
     price = rng.uniform(0.0, 1.0, num)
-    piece, block = np.zeros((num, pieces)), np.zeros(num)
-    nic = prices_of(case.rows, low, high, weight, price, piece, block)
-    proved = numbers_of(piece, block * 1e6, nic)
-    given = case.costs, case.running, case.free_blocks, case.contexts, case.blocks
+    prices = prices_of(case.rows, ChainMix(low, high, weight, price))
+    proved = numbers_of(prices.piece, prices.block * 1e6, prices.nic)
     for scale in (0.0, 0.1, 1.0, 10.0):
-        bound = proven_bound(*given, piece, block * scale, float(nic))
+        scaled = prices._replace(block=prices.block * scale)
+        bound = proven_bound(case.stage, case.free_blocks, case.contexts, case.blocks, scaled)
         proved += numbers_of(bound * 1e6)
-        own_piece, own_block = piece.copy(), block * scale
-        own = normalise(case.running, case.costs.primary, bound, own_piece, own_block, float(nic))
-        pays = request_prices(case.costs, case.contexts, case.blocks, own_piece, own_block, float(own))
-        proved += numbers_of(own_piece, own_block * 1e6, own, pays * 1e6)
+        own = normalise(case.stage, bound, scaled)
+        pays = request_prices(case.stage, case.contexts, case.blocks, own)
+        proved += numbers_of(own.piece, own.block * 1e6, own.nic, pays * 1e6)
     return proved
 
 
@@ -184,17 +187,17 @@ def chained(seed: int) -> list[float]:
         (1 - memory) * table[np.arange(num), row] + memory * table[:, width - 2]
         for table in (rows.alpha, rows.beta, rows.kappa, rows.base)
     )
-    order = np.argsort(-beta / np.maximum(1e-24, alpha + beta * case.real_contexts[0]), kind="stable")
+    order = np.argsort(-beta / np.maximum(1e-24, alpha + beta * case.contexts[0]), kind="stable")
     groups, tokens, held, price = (np.empty(num) for _ in range(4))
-    given = order, alpha, beta, kappa, base, case.running.open_at, case.real_contexts, case.real_blocks
+    chain = Chain(order, alpha, beta, kappa, base, case.stage.open_at, groups, tokens, held)
     answer: list[float] = []
     for share in (0.3, 0.9, 1.0, 1.1, 1.6):
         z = case.guess_s * share
-        paid, left = fill(z, *given, case.costs.head_groups, groups, tokens, held, price)
+        paid, left = fill(z, chain, case.demand, price)
         answer += numbers_of(paid, left, groups, tokens, held, price * 1e-6)
-        answer += numbers_of(level_paid_for(z, paid, kappa, base, case.running.open_at, price) * 1e6)
+        answer += numbers_of(level_paid_for(z, paid, chain, price) * 1e6)
     for start in (0.1, 1.0, 3.0):
-        z = level(case.guess_s * start, *given, case.costs.head_groups, groups, tokens, held, price)
+        z = level(case.guess_s * start, chain, case.demand, price)
         answer += numbers_of(z * 1e6, groups, tokens, held)
     return answer
 
@@ -204,9 +207,7 @@ def relaxed(seed: int) -> list[float]:
     case = random_case(seed)
     answer: list[float] = []
     for rounds in (1, 2, 3, 5, 8, 12):
-        found = relax(
-            case.rows, case.running, case.guess_s, case.real_contexts, case.real_blocks, case.costs.head_groups, rounds
-        )
+        found = relax(case.rows, case.stage, case.guess_s, case.demand, rounds)
         answer += numbers_of(found.level_s * 1e6, found.settled, found.order, found.mix.low, found.mix.high)
         answer += numbers_of(found.mix.weight, found.mix.price * 1e-6)
     return answer
@@ -225,15 +226,12 @@ def sorted_again(seed: int) -> list[float]:
 def poured(seed: int) -> list[float]:
     """Fractions along a chain in a random order of devices, from several levels on."""
     case = random_case(seed)
-    num, answer = len(case.costs.unit), list[float]()
+    num, answer = len(case.stage.unit), list[float]()
     for share in (0.2, 0.9, 1.5):
         order = case.rng.permutation(num)
         price = case.rng.uniform(0.1, 1.0, num)
         x = np.zeros((len(case.contexts), num))
-        found = fractional_fill(
-            case.costs, case.running, case.free_blocks, case.real_contexts, case.real_blocks, order, price,
-            case.guess_s * share, x,
-        )  # fmt: skip
+        found = fractional_fill(case.stage, case.free_blocks, case.demand, order, price, case.guess_s * share, x)
         answer += numbers_of(found * 1e6, x)
     return answer
 
@@ -241,43 +239,39 @@ def poured(seed: int) -> list[float]:
 def rounded(seed: int) -> list[float]:
     """Random fractions rounded to whole groups, and every choice of a device for one more unit."""
     case = random_case(seed, most_devices=20 if seed % 4 == 0 else 7)
-    num, rng, costs, running = len(case.costs.unit), case.rng, case.costs, case.running
-    shares = rng.dirichlet(np.full(num, 0.4), len(case.contexts)) * costs.head_groups
-    placement = empty_placement(costs, running, case.free_blocks, len(case.contexts))
-    answer = numbers_of(card_s(costs, running, 0.0) * 1e6, card_s(costs, running, 3.0) * 1e6)
-    round_down(costs, running, placement, shares, case.contexts, case.blocks)
-    answer += _of_placement(costs, running, placement)
+    num, rng, stage = len(case.stage.unit), case.rng, case.stage
+    shares = rng.dirichlet(np.full(num, 0.4), len(case.contexts)) * stage.head_groups
+    placement = case.empty()
+    answer = numbers_of(card_s(stage, 0.0) * 1e6, card_s(stage, 3.0) * 1e6)
+    round_down(stage, placement, shares)
+    answer += _of_placement(stage, placement)
     if seed % 2:
         _leave_room_for_one(case, placement)
     for j in range(len(case.contexts)):
         but, nor = (int(i) for i in rng.integers(-1, num, 2))
         left = int(rng.integers(1, 5))
-        answer.append(
-            float(
-                marginal_device(costs, running, placement, left, int(case.contexts[j]), int(case.blocks[j]), but, nor)
-            )
-        )
-    answer.append(float(place_rest(costs, running, placement, case.contexts, case.blocks)))
-    return answer + _of_placement(costs, running, placement)
+        answer.append(float(marginal_device(stage, placement, j, left, but, nor)))
+    answer.append(float(place_rest(stage, placement)))
+    return answer + _of_placement(stage, placement)
 
 
-def _of_placement(costs: Costs, running: Running, placement: Placement) -> list[float]:
-    one_more = seconds_with(costs, running, placement, 0, 1, 500)
-    return numbers_of(_us(placement), makespan(costs, running, placement) * 1e6, one_more * 1e6)
+def _of_placement(stage: LoadedStage, placement: Placement) -> list[float]:
+    one_more = seconds_with(stage, placement, 0, 1, 500)
+    return numbers_of(_us(placement[2:]), makespan(stage, placement) * 1e6, one_more * 1e6)
 
 
 def _anywhere(case: Case) -> Placement:
     """Return a placement of all groups in random places, in which memory may be exceeded."""
-    costs, rng, num = case.costs, case.rng, len(case.costs.unit)
-    placement = empty_placement(costs, case.running, case.free_blocks, len(case.contexts))
+    stage, rng, num = case.stage, case.rng, len(case.stage.unit)
+    placement = case.empty()
     weights = rng.dirichlet(np.full(num, 0.5))
     for j in range(len(case.contexts)):
-        left = costs.head_groups
+        left = stage.head_groups
         for _ in range(100):
             i = int(rng.choice(num, p=weights))
-            unit = int(costs.unit[i])
+            unit = int(stage.unit[i])
             if unit <= left and placement.room[i] >= unit * case.blocks[j]:
-                put(costs, case.running, placement, j, i, unit, int(case.contexts[j]), int(case.blocks[j]))
+                put(stage, placement, j, i, unit)
                 left -= unit
             if left == 0:
                 break
@@ -287,7 +281,7 @@ def _anywhere(case: Case) -> Placement:
 def _leave_room_for_one(case: Case, placement: Placement) -> None:
     """Leave every device exactly the room for one unit of some request, so that it matters whether that is enough."""
     for i in range(len(placement.room)):
-        placement.room[i] = case.costs.unit[i] * case.rng.choice(case.blocks)
+        placement.room[i] = case.stage.unit[i] * case.rng.choice(case.blocks)
 
 
 def improved(seed: int) -> list[float]:
@@ -300,21 +294,20 @@ def improved(seed: int) -> list[float]:
     goal_s = float(case.rng.choice([0.0, 0.0, 1.1])) * case.guess_s
     most_stuck = int(case.rng.integers(1, 5))
     for _ in range(12):
-        done = improve(case.costs, case.running, placement, case.contexts, case.blocks, goal_s, most_stuck, 1)
+        done = improve(case.stage, placement, goal_s, most_stuck, 1)
         answer += numbers_of(done, placement.x, placement.seconds * 1e6)
-    done = improve(case.costs, case.running, placement, case.contexts, case.blocks, goal_s, most_stuck, 50)
-    return [*answer, float(done), *_of_placement(case.costs, case.running, placement)]
+    done = improve(case.stage, placement, goal_s, most_stuck, 50)
+    return [*answer, float(done), *_of_placement(case.stage, placement)]
 
 
 def perturbed(seed: int) -> list[float]:
     """Rounds of ruin and recreate, one by one."""
     case = random_case(seed)
-    groups, state, answer = _anywhere(case).x, seed + 1, list[float]()
+    placement, state, answer = _anywhere(case), seed + 1, list[float]()
     for rounds in (0, 1, 1, 1, 2, 6):
         goal_s = case.guess_s * float(case.rng.choice([0.0, 0.9, 1.05]))
-        groups, makespan_s, state = perturb(
-            case.costs, case.running, case.free_blocks, case.contexts, case.blocks, groups, goal_s, rounds, state
-        )
+        groups, makespan_s, state = perturb(case.stage, placement, goal_s, rounds, state)
+        put_all(case.stage, placement, groups)
         answer += numbers_of(groups, makespan_s * 1e6, state % 1_000_003)
     return answer
 
@@ -338,20 +331,19 @@ def packed(seed: int) -> list[float]:
         ratio = float(rng.choice([0.8, 1.05, 1.2, 1.4]))
         free_blocks = np.floor(ratio * needed * rng.dirichlet(np.full(num, 4.0))).astype(np.int64)
         free_blocks[rng.random(num) < 0.1] = -1
-    x = np.zeros((len(blocks), num), np.int64)
-    verdict, missing = admit(free_blocks, unit, blocks, head_groups, primary, x)
-    answer = numbers_of(verdict, missing, x)
+    packing = Packing(free_blocks, unit, primary, blocks, head_groups)
+    answer = numbers_of(*admit(packing))
     members = rng.permutation(len(blocks))
     for most_work in (20, 1000, 10**6):
-        answer += numbers_of(cannot_fit(free_blocks, unit, blocks, head_groups, members, most_work))
+        answer += numbers_of(cannot_fit(packing, members, most_work))
         x = np.zeros((len(blocks), num), np.int64)
-        left, work = repack(free_blocks, unit, blocks, head_groups, members, x, most_work)
+        left, work = repack(packing, members, x, most_work)
         answer += numbers_of(left, work, x)
     if head_groups <= 4:
         few = members[: int(rng.integers(2, FEW + 1))]
         for most_work in (10, 10**6):
             x = np.zeros((len(blocks), num), np.int64)
-            left, work = pack_few(free_blocks, unit, blocks, head_groups, few, x, most_work)
+            left, work = pack_few(packing, few, x, most_work)
             answer += numbers_of(left, work)
             if left == 0:  # any packing will do
                 assert x[few].sum(axis=1).tolist() == [head_groups] * len(few)
@@ -367,9 +359,7 @@ def admitted_at_length(seed: int) -> list[float]:
     num, num_requests = 24, 40
     blocks = rng.integers(2000, 6000, num_requests)
     free_blocks = np.floor(4 * blocks.sum() * rng.dirichlet(np.full(num, 30.0))).astype(np.int64)
-    x = np.zeros((num_requests, num), np.int64)
-    verdict, missing = admit(free_blocks, np.ones(num, np.int64), blocks, 4, -1, x)
-    return numbers_of(verdict, missing, x)
+    return numbers_of(*admit(Packing(free_blocks, np.ones(num, np.int64), -1, blocks, 4)))
 
 
 def admitted_exactly(seed: int) -> list[float]:
@@ -400,6 +390,17 @@ class _Columns:
         self.added = arguments
 
 
+def by_rows(lp: Any) -> Any:
+    """Return a model of HiGHS with its matrix row by row, without zeros."""
+    start, index, value = (np.array(part) for part in (lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_))
+    kept = np.lexsort((np.repeat(np.arange(len(start) - 1), np.diff(start)), index))
+    kept = kept[value[kept] != 0.0]
+    lp.a_matrix_.start_ = np.searchsorted(index[kept], np.arange(lp.num_row_ + 1))
+    lp.a_matrix_.index_ = np.repeat(np.arange(len(start) - 1), np.diff(start))[kept]
+    lp.a_matrix_.value_ = value[kept]
+    return lp
+
+
 def of_model(lp: Any) -> list[float]:
     """Return the numbers of a model of HiGHS; of its values each column's or row's sum, as their order may differ."""
     start, index, value = (np.array(part) for part in (lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_))
@@ -415,10 +416,8 @@ def of_model(lp: Any) -> list[float]:
 def modelled(seed: int) -> list[float]:
     """The linear and the integer program, entry by entry, and the former's prices and columns."""
     case = random_case(seed)
-    num, J, rng = len(case.costs.unit), len(case.contexts), case.rng
-    problem = LpProblem(
-        costs=case.costs, running=case.running, free_blocks=case.free_blocks, contexts=case.contexts, blocks=case.blocks
-    )
+    num, J, rng = len(case.stage.unit), len(case.contexts), case.rng
+    problem = LpProblem(case.stage, case.free_blocks, case.contexts, case.blocks)
     is_open = rng.random(num) < 0.7
     model = RelaxationModel(problem, is_open, 1.0 / case.guess_s)
     requests, devices = np.nonzero(rng.random((J, num)) < 0.5)
@@ -427,16 +426,13 @@ def modelled(seed: int) -> list[float]:
     model.add(columns, requests, devices)
     answer += numbers_of(columns.added)
     duals = rng.uniform(-1.0, 1.0, model.card + 1)
-    piece, block, nic, pays = model.prices(duals)
-    answer += numbers_of(piece, block * 1e6, nic, pays * 1e6, model.cheaper(duals))
-    answer += numbers_of(problem.group_costs(piece, block, nic) * 1e6)
-    milp = _Milp(
-        costs=case.costs, running=case.running, free_blocks=case.free_blocks, contexts=case.contexts,
-        blocks=case.blocks, scale=1.0 / case.guess_s,
-    )  # fmt: skip
+    prices, pays = model.prices(duals)
+    answer += numbers_of(prices.piece, prices.block * 1e6, prices.nic, pays * 1e6, model.cheaper(duals))
+    answer += numbers_of(problem.group_costs(prices) * 1e6)
+    milp = _Milp(case.stage, case.free_blocks, case.empty(), 1.0 / case.guess_s)
     answer += of_model(milp.program())
     placement = _anywhere(case)
-    values = milp.values_of(placement.x, makespan(case.costs, case.running, placement))
+    values = milp.values_of(placement.x, makespan(case.stage, placement))
     assert np.array_equal(milp.groups_of(values), placement.x)
     return [*answer, *numbers_of(values, milp.makespan_s(placement.x) * 1e6)]
 
@@ -444,27 +440,20 @@ def modelled(seed: int) -> list[float]:
 def solved_by_highs(seed: int) -> list[float]:
     """The optimum of the relaxation, from any guess and any first columns."""
     case = random_case(seed)
-    problem = LpProblem(
-        costs=case.costs, running=case.running, free_blocks=case.free_blocks, contexts=case.contexts, blocks=case.blocks
-    )
-    shape = case.costs.alpha.shape
+    problem = LpProblem(case.stage, case.free_blocks, case.contexts, case.blocks)
+    shape = case.stage.alpha.shape
     answer: list[float] = []
     for share in (0.05, 1.0, 20.0):
         solution = RelaxationLp().solve(
             problem,
             guess_s=case.guess_s * share,
             start=_anywhere(case).x,
-            piece=case.rng.uniform(0.0, 1.0, shape),
-            block=np.zeros(shape[0]),
-            nic=0.0,
+            prices=Multipliers(case.rng.uniform(0.0, 1.0, shape), np.zeros(shape[0]), 0.0),
         )
         if solution is None:
             answer.append(-1.0)
             continue
-        bound = proven_bound(
-            case.costs, case.running, case.free_blocks, case.contexts, case.blocks, solution.piece, solution.block,
-            solution.nic,
-        )  # fmt: skip
+        bound = proven_bound(case.stage, case.free_blocks, case.contexts, case.blocks, solution.prices)
         answer += [round(solution.level_s * 1e6, 5), round(float(bound) * 1e6, 5)]
         answer += numbers_of(np.round(solution.x.sum(axis=1), 6))
     return answer

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.dispatch.certificate import proven_bound
+from hetis.solver.dispatch.certificate import Multipliers, proven_bound
 from hetis.solver.dispatch.exact import improve_plan, solve_exactly
 from hetis.solver.dispatch.problem import (
     DeviceLoad,
@@ -22,7 +22,7 @@ from hetis.solver.dispatch.problem import (
     Stage,
 )
 from hetis.solver.dispatch.solve import Dispatcher, solve_dispatch
-from hetis.solver.dispatch.tables import costs_of, running_load
+from hetis.solver.dispatch.tables import LoadedStage, costs_of, running_load
 from tests.solver.dispatch.instances import problems, random_problem
 from tests.solver.dispatch.oracle import assert_feasible, best_makespan, makespan_of
 from tests.solver.dispatch.specification import solve_specification
@@ -39,16 +39,17 @@ def check(problem: DispatchProblem, plan: DispatchPlan) -> None:
     assert plan.gap >= 0
 
 
+def loaded(problem: DispatchProblem) -> LoadedStage:
+    return running_load(costs_of(problem.stage), problem.load.heads, problem.load.kv_bytes)
+
+
 def bound_of(problem: DispatchProblem, plan: DispatchPlan) -> float:
     """The bound once more, from the plan's prices alone."""
-    costs = costs_of(problem.stage)
-    running = running_load(costs, problem.load.heads, problem.load.kv_bytes)
     placed = np.setdiff1d(np.arange(len(problem.requests.ids)), [unplaced.request for unplaced in plan.unplaced])
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
-    return proven_bound(
-        costs, running, problem.load.free_blocks, problem.requests.context_tokens[placed], blocks[placed],
-        plan.prices.piece, plan.prices.block_s, plan.prices.nic,
-    )  # fmt: skip
+    prices = Multipliers(plan.prices.piece, plan.prices.block_s, plan.prices.nic)
+    contexts = problem.requests.context_tokens[placed]
+    return proven_bound(loaded(problem), problem.load.free_blocks, contexts, blocks[placed], prices)
 
 
 @given(problems())
@@ -197,28 +198,24 @@ def test_no_multipliers_prove_more_than_is_true(problem: DispatchProblem) -> Non
     plan = solve_dispatch(problem)
     if plan.unplaced or not len(problem.requests.ids):
         return
-    costs = costs_of(problem.stage)
-    running = running_load(costs, problem.load.heads, problem.load.kv_bytes)
     rng = np.random.default_rng(len(problem.requests.ids))
     blocks = problem.requests.blocks(problem.stage.heads.block_tokens)
     for _ in range(20):
         piece = plan.prices.piece * rng.uniform(0.5, 2.0, plan.prices.piece.shape)
         block = plan.prices.block_s * rng.uniform(0.0, 2.0, len(plan.prices.block_s))
-        bound = proven_bound(
-            costs, running, problem.load.free_blocks, problem.requests.context_tokens, blocks, piece, block,
-            float(plan.prices.nic * rng.uniform(0.0, 2.0)),
-        )  # fmt: skip
+        prices = Multipliers(piece, block, float(plan.prices.nic * rng.uniform(0.0, 2.0)))
+        contexts = problem.requests.context_tokens
+        bound = proven_bound(loaded(problem), problem.load.free_blocks, contexts, blocks, prices)
         assert bound <= plan.makespan_s * (1 + CLOSE)
 
 
 @given(problems(max_devices=6, max_requests=5))
 def test_shadow_prices_are_in_seconds(problem: DispatchProblem) -> None:
     plan = solve_dispatch(problem)
-    costs = costs_of(problem.stage)
-    running = running_load(costs, problem.load.heads, problem.load.kv_bytes)
-    in_use = running.open_at <= plan.bound_s
+    stage = loaded(problem)
+    in_use = stage.open_at <= plan.bound_s
     total = plan.prices.piece[in_use].sum() + plan.prices.nic
-    assert total == pytest.approx(1.0) or (total == 0.0 and plan.bound_s == pytest.approx(running.floor_s))
+    assert total == pytest.approx(1.0) or (total == 0.0 and plan.bound_s == pytest.approx(stage.floor_s))
 
 
 def test_a_dispatcher_can_be_used_again() -> None:

@@ -44,7 +44,7 @@ from hetis.solver.redispatch.tables import (
     tables_of,
 )
 from hetis.solver.redispatch.triggers import ideal_dispatch
-from tests.solver.dispatch.steps import _Columns, of_model
+from tests.solver.dispatch.steps import _Columns, by_rows, of_model
 from tests.solver.numbers import numbers_of
 from tests.solver.redispatch.instances import random_problem, with_moves_under_way
 
@@ -263,7 +263,7 @@ def modelled(seed: int) -> list[float]:
     answer += numbers_of(movable)
     if len(movable):
         integer = _MilpProgram(case.tables, movable)
-        answer += of_model(integer.model())
+        answer += of_model(by_rows(integer.model()))
         answer += numbers_of(integer.groups(np.arange(integer.num_columns) % 3.0))
     for x in (case.tables.now, case.placement(), case.placement() - 1):
         answer.append(float(_is_allowed(case.tables, x)))

@@ -1,4 +1,7 @@
-"""The devices of a cluster by name, and the links between those that a plan uses."""
+"""The devices of a cluster by name, the links between those that a plan uses, and the shapes of its replicas.
+
+A shape determines a replica's numbers, without device names: equal shapes have equal numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from hetis.solver.cluster import Cluster, Device, Link, NodeGroup
 from hetis.solver.plan import AttentionWorkerPool, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import PlacementProblem
 from hetis.solver.will import LeaveOut, Will
-
-# --- The shapes and links that determine a replica's numbers, without device names; equal shapes have equal numbers.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The result of a plan: its family, value, bound, gap and status."""
+"""The result of a plan (family, value, bound, gap, status), the routes of its KV, and its table of device classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hetis.solver.cluster import Link, NodeGroup
 from hetis.solver.plan import KvRoute, ObjectiveKind, Plan, Role, Status
 from hetis.solver.problem import PlacementProblem
 
-# --- Checks of the KV of prompts: routes between prefill and decode replicas, and all traffic between zones.
+# --- the KV of prompts: routes between prefill and decode replicas, and all traffic between zones
 
 
 def served_rate(plan: Plan) -> float:
@@ -253,7 +253,7 @@ def _check_bound(plan: Plan, problem: PlacementProblem) -> Iterator[Violation]:
         yield _violation(Rule.STATUS, f"status is optimal at a gap of {gap:.9g}, the limit is {OPTIMAL_GAP:.9g}")
 
 
-# --- The class table of a plan: a row for every device class, which counts its GPUs and those that the plan uses.
+# --- the class table: a row for every device class, which counts its GPUs and those that the plan uses
 
 
 class Row(NamedTuple):

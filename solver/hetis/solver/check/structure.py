@@ -1,4 +1,4 @@
-"""Structure of a plan: devices, layers and head groups, but no seconds and no bytes."""
+"""Structure of a plan: roles, devices, layers, head groups and an engine's rules, but no seconds and no bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hetis.solver.model import ModelSpec
 from hetis.solver.plan import AttentionWorkerPool, Plan, ReplicaPlan, Role, StagePlan
 from hetis.solver.problem import EngineRules, PlacementProblem
 
-# --- Checks of the settings, the place and the GPU types that a replica's role requires.
+# --- roles: the settings, the place and the GPU types that they require
 
 
 def check_role(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> Iterator[Violation]:
@@ -54,7 +54,7 @@ def check_types_of_roles(plan: Plan, problem: PlacementProblem) -> list[Violatio
     ]
 
 
-# --- The rules of an engine (`EngineRules`), checked on a plan's replicas alone.
+# --- the rules of an engine (`EngineRules`)
 
 
 def check_engine(replica: ReplicaPlan, where: str, problem: PlacementProblem, fleet: Fleet) -> list[Violation]:

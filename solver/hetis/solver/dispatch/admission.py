@@ -1,40 +1,62 @@
-"""Admission: which requests can be placed, in their order, and a packing of their whole head groups."""
+"""Admission: which requests can be placed, in their order, and a packing of their whole head groups.
+
+Whether whole groups fit is bin packing. First fit in the order of devices is tried first. `repack` looks for a packing
+(best fit by falling size, then swaps that gather free blocks) and may miss one. `cannot_fit` proves that there is none
+and may miss that. For two or three requests `pack_few` decides.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 
 from hetis.solver.dispatch.problem import IntArray
 from hetis.solver.dispatch.tables import kernel
 
-# --- Packing of whole head groups if memory is short: best fit by falling size, then swaps that gather free blocks.
-#
-# Whether whole groups fit is bin packing. `repack` looks for a packing and may miss one. `cannot_fit` proves that there
-# is none and may miss that. For two or three requests `pack_few` decides. Requests are in no particular order here;
-# ``members`` lists those that have to fit.
+PLACED = 0
+SHORT_OF_BLOCKS = 1
+SCATTERED = 2  # proven
+NOT_FOUND = 3
 
-
+MOST_WORK = 400_000  # devices visited for repacking in one call, a millisecond at most
 MOST_TRIES = 64  # packings from scratch
 MOST_SWAPS = 8  # to gather room for one group on one device
 FEW = 3  # requests up to which packing is exact
 
 
+class Packing(NamedTuple):
+    """What is to be packed: requests in order of admission, each in whole head groups."""
+
+    free_blocks: IntArray  # [D] KV blocks; negative numbers count as 0
+    unit: IntArray  # [D] head groups that a device takes at once
+    primary: int  # -1: none
+    blocks: IntArray  # [J] KV blocks per head group of each request
+    head_groups: int  # of each request
+
+
+class Admission(NamedTuple):
+    """The requests that are placed, what the others lack, and head groups reserved for the former."""
+
+    verdict: IntArray  # [J]
+    missing: IntArray  # [J] blocks, or groups without room
+    reserved: IntArray  # [J, D]
+
+
 @kernel
-def cannot_fit(
-    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, most_work: int
-) -> tuple[int, int]:
+def cannot_fit(packing: Packing, members: IntArray, most_work: int) -> tuple[int, int]:
     """Return groups that certainly find no room if all ``members`` must, and the work done; 0 groups prove nothing.
 
     For the size of each member, the last one's first, this compares the groups of at least that size with the number
     of groups of that size that would fit, until ``most_work`` is done.
     """
-    work = 0
+    unit, blocks, work = packing.unit, packing.blocks, 0
     for k in members[::-1]:
         size, missing = blocks[k], 0
         for j in members:
-            missing += head_groups if blocks[j] >= size else 0
+            missing += packing.head_groups if blocks[j] >= size else 0
         for i in range(len(unit)):
-            missing -= max(0, free_blocks[i]) // size // unit[i] * unit[i]
+            missing -= max(0, packing.free_blocks[i]) // size // unit[i] * unit[i]
         work += len(members) + 4 * len(unit)
         if missing > 0:
             return missing, work
@@ -44,10 +66,7 @@ def cannot_fit(
 
 
 @kernel
-def pack_few(
-    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
-    most_work: int,
-) -> tuple[int, int]:  # fmt: skip
+def pack_few(packing: Packing, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
     """Pack two or three ``members`` or prove that they do not fit; write a packing to their rows of ``x`` [J, D].
 
     This is a dynamic program over devices for the most groups of the last member that find room, given numbers of the
@@ -55,7 +74,8 @@ def pack_few(
     the fewest groups without room, or -1 if that would take more than ``most_work``, and the work done in devices
     visited.
     """
-    num, G = len(unit), head_groups
+    unit, blocks = packing.unit, packing.blocks
+    num, G = len(unit), packing.head_groups
     one, last = members[0], members[len(members) - 1]
     two = members[1] if len(members) == FEW else -1
     width = G + 1 if two >= 0 else 1
@@ -69,7 +89,7 @@ def pack_few(
     most[0, 0, 0] = 0
     for step in range(num):
         i = order[step]
-        room = max(0, free_blocks[i])
+        room = max(0, packing.free_blocks[i])
         for n in range(G + 1):
             for m in range(width):
                 before = most[step, n, m]
@@ -102,19 +122,15 @@ def pack_few(
 
 
 @kernel
-def repack(
-    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, members: IntArray, x: IntArray,
-    most_work: int,
-) -> tuple[int, int]:  # fmt: skip
+def repack(packing: Packing, members: IntArray, x: IntArray, most_work: int) -> tuple[int, int]:
     """Look for a packing of all ``members`` and write it to ``x`` [J, D], leaving other rows unchanged.
 
     Returns the fewest groups that were left without room (0: ``x`` is complete, otherwise it is useless) and the work
     done in devices visited; it ends soon after ``most_work``.
     """
-    num = len(unit)
-    room, left = np.empty(num, np.int64), np.zeros(len(blocks), np.int64)
-    fewest, work, state = head_groups * len(members) + 1, 0, 1
-    size = blocks[members].astype(np.float64)
+    left = np.zeros(len(packing.blocks), np.int64)
+    fewest, work, state = packing.head_groups * len(members) + 1, 0, 1
+    size = packing.blocks[members].astype(np.float64)
     for turn in range(MOST_TRIES):
         weights = size.copy()
         share = 1.0 if turn == 1 else 0.0  # of the most that the primary could take
@@ -124,13 +140,12 @@ def repack(
                 weights[m] *= 1.0 + 0.5 * state / 2147483648
             share = (turn % 3) / 2
         order = members[np.argsort(-weights)]
-        for i in range(num):
-            room[i] = max(0, free_blocks[i])
-        work += _best_fit(room, unit, blocks, head_groups, order, share, x, left)
+        room = np.maximum(packing.free_blocks, 0)
+        work += _best_fit(packing, room, order, share, x, left)
         missing = 0
         for j in order:
             while left[j] > 0 and work < most_work:
-                found, done = _gather_room(room, unit, blocks, order, j, x, most_work - work)
+                found, done = _gather_room(packing, room, order, j, x, most_work - work)
                 work += done
                 if not found:
                     break
@@ -143,14 +158,12 @@ def repack(
 
 
 @kernel
-def _best_fit(
-    room: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, order: IntArray, share: float, x: IntArray,
-    left: IntArray,
-) -> int:  # fmt: skip
+def _best_fit(packing: Packing, room: IntArray, order: IntArray, share: float, x: IntArray, left: IntArray) -> int:
     """Place groups in ``order``, each where the least room remains, and count those without room in ``left`` [J].
 
     On a device that takes several groups at once, a request gets what it needs there and ``share`` of the rest.
     """
+    unit, blocks, head_groups = packing.unit, packing.blocks, packing.head_groups
     num, work = len(unit), 0
     for j in order:
         x[j, :] = 0
@@ -184,9 +197,10 @@ def _best_fit(
 
 @kernel
 def _gather_room(
-    room: IntArray, unit: IntArray, blocks: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
+    packing: Packing, room: IntArray, order: IntArray, request: int, x: IntArray, most_work: int
 ) -> tuple[bool, int]:
     """Place one group of ``request`` on a device that first gives groups away or swaps them for smaller ones."""
+    unit, blocks = packing.unit, packing.blocks
     num, work = len(unit), 0
     for target in np.argsort(-room.astype(np.float64)):  # floats, so that one compiled sort serves all callers
         if unit[target] > 1:
@@ -232,50 +246,38 @@ def _gather_room(
     return False, work
 
 
-PLACED = 0
-SHORT_OF_BLOCKS = 1
-SCATTERED = 2  # proven
-NOT_FOUND = 3
-
-MOST_WORK = 400_000  # devices visited for repacking in one call, a millisecond at most
-
-
 @kernel
-def admit(
-    free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int, reserved: IntArray
-) -> tuple[IntArray, IntArray]:
-    """Reserve whole groups for each request in order; ``reserved`` [J, D] is written.
+def admit(packing: Packing) -> Admission:
+    """Reserve whole groups for each request in order.
 
-    Returns verdicts [J] and what is missing [J]: blocks if all devices together have too few, otherwise groups that
-    found no device with room for a whole one. A refused request takes nothing, and later ones are still tried; none is
-    dropped for a later one. All verdicts except `NOT_FOUND` are proven, given the requests admitted before.
+    What is missing is blocks if all devices together have too few, otherwise groups that found no device with room for
+    a whole one. A refused request takes nothing, and later ones are still tried; none is dropped for a later one. All
+    verdicts except `NOT_FOUND` are proven, given the requests admitted before.
     """
-    verdict, missing = np.full(len(blocks), NOT_FOUND), np.zeros(len(blocks), np.int64)
-    reserved[:] = 0
-    room = np.maximum(free_blocks, 0)
-    admit_from(0, free_blocks, unit, blocks, head_groups, primary, reserved, room, verdict, missing)
-    return verdict, missing
+    num = len(packing.blocks)
+    reserved = np.zeros((num, len(packing.unit)), np.int64)
+    admission = Admission(np.full(num, NOT_FOUND), np.zeros(num, np.int64), reserved)
+    admit_from(0, packing, np.maximum(packing.free_blocks, 0), admission)
+    return admission
 
 
 @kernel
-def admit_from(
-    first: int, free_blocks: IntArray, unit: IntArray, blocks: IntArray, head_groups: int, primary: int,
-    reserved: IntArray, room: IntArray, verdict: IntArray, missing: IntArray,
-) -> None:  # fmt: skip
+def admit_from(first: int, packing: Packing, room: IntArray, admission: Admission) -> None:
     """Do what `admit` does from request ``first`` on; ``room`` [D] is what the requests before it leave."""
+    blocks, (verdict, missing, reserved) = packing.blocks, admission
     total, work = room.sum(), 0
     for j in range(first, len(blocks)):
-        needed = blocks[j] * head_groups
+        needed = blocks[j] * packing.head_groups
         if needed > total:
             verdict[j], missing[j] = SHORT_OF_BLOCKS, needed - total
             continue
-        missing[j] = _first_fit(room, unit, int(blocks[j]), head_groups, primary, reserved[j])
+        missing[j] = _first_fit(packing, room, j, reserved[j])
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed
             continue
         members = np.append(np.flatnonzero(verdict[:j] == PLACED), j)
-        proved, done = cannot_fit(free_blocks, unit, blocks, head_groups, members, (MOST_WORK - work) // 8)
+        proved, done = cannot_fit(packing, members, (MOST_WORK - work) // 8)
         work += done
         if proved > 0:
             verdict[j], missing[j] = SCATTERED, proved
@@ -283,39 +285,39 @@ def admit_from(
         verdict[j] = NOT_FOUND
         packed, known = np.empty_like(reserved), -1
         if len(members) <= FEW:
-            known, done = pack_few(free_blocks, unit, blocks, head_groups, members, packed, MOST_WORK - work)
+            known, done = pack_few(packing, members, packed, MOST_WORK - work)
             work += done
         if known > 0:
             verdict[j], missing[j] = SCATTERED, known
             continue
         if known == 0:
             missing[j] = 0
-        elif work + len(members) * len(unit) > MOST_WORK:
+        elif work + len(members) * len(room) > MOST_WORK:
             continue
         else:
-            missing[j], done = repack(free_blocks, unit, blocks, head_groups, members, packed, (MOST_WORK - work) // 2)
+            missing[j], done = repack(packing, members, packed, (MOST_WORK - work) // 2)
             work += done
         if missing[j] == 0:
             verdict[j] = PLACED
             total -= needed
             # Element by element: for a copy of a slice numba takes seconds to compile the text of its error.
             for i in range(len(room)):
-                room[i] = max(0, free_blocks[i])
+                room[i] = max(0, packing.free_blocks[i])
                 for k in members:
                     reserved[k, i] = packed[k, i]
                     room[i] -= packed[k, i] * blocks[k]
 
 
 @kernel
-def _first_fit(room: IntArray, unit: IntArray, blocks: int, head_groups: int, primary: int, reserved: IntArray) -> int:
+def _first_fit(packing: Packing, room: IntArray, request: int, reserved: IntArray) -> int:
     """Reserve the groups of one request where there is room, or nothing; ``reserved`` [D] is 0 before.
 
     Returns how many found none.
     """
-    left = head_groups
+    left, blocks, unit = packing.head_groups, packing.blocks[request], packing.unit
     for turn in range(-1, len(room)):
         # The primary comes first, because the multiple of groups that it takes may not be left at the end.
-        i = primary if turn < 0 else turn
+        i = packing.primary if turn < 0 else turn
         if i < 0 or reserved[i] > 0:
             continue
         fits = min(left, room[i] // blocks) // unit[i] * unit[i]

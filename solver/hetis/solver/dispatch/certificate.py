@@ -17,95 +17,98 @@ alone its rows would have to hold without the constants, min(0, c + beta), which
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import ALWAYS, Costs, Running, kernel
+from hetis.solver.dispatch.tables import ALWAYS, LoadedStage, kernel
+
+
+class Multipliers(NamedTuple):
+    """Prices >= 0 in seconds of makespan: p of affine pieces [D, K], mu of KV blocks [D], nu of the network card."""
+
+    piece: FloatArray
+    block: FloatArray
+    nic: float
 
 
 @kernel
-def request_prices(
-    costs: Costs, contexts: IntArray, blocks: IntArray, piece: FloatArray, block: FloatArray, nic: float
-) -> FloatArray:
+def request_prices(stage: LoadedStage, contexts: IntArray, blocks: IntArray, prices: Multipliers) -> FloatArray:
     """Return pi_j, the least cost of a head group of each request, shape [J]."""
-    num, pieces = costs.alpha.shape
+    num, pieces = stage.alpha.shape
     pi = np.full(len(contexts), np.inf)
     for i in range(num):
         per_group = 0.0
         per_token = 0.0
         for k in range(pieces):
-            per_group += piece[i, k] * costs.alpha[i, k]
-            per_token += piece[i, k] * costs.beta[i, k]
-        if i != costs.primary:
-            per_group += nic * costs.nic_head_s * costs.queries
+            per_group += prices.piece[i, k] * stage.alpha[i, k]
+            per_token += prices.piece[i, k] * stage.beta[i, k]
+        if i != stage.primary:
+            per_group += prices.nic * stage.nic_group_s
         for j in range(len(contexts)):
-            pi[j] = min(pi[j], per_group + per_token * contexts[j] + block[i] * blocks[j])
+            pi[j] = min(pi[j], per_group + per_token * contexts[j] + prices.block[i] * blocks[j])
     return pi
 
 
 @kernel
-def normalise(running: Running, primary: int, bound: float, piece: FloatArray, block: FloatArray, nic: float) -> float:
-    """Scale multipliers in place so that they pay for one second of makespan at the bound; return the scaled nic.
+def normalise(stage: LoadedStage, bound: float, prices: Multipliers) -> Multipliers:
+    """Scale multipliers so that they pay for one second of makespan at the bound, which does not change.
 
-    The bound does not change. If it is the time of the running load, no multiplier is needed and all become 0.
+    If the bound is the time of the running load, no multiplier is needed and all become 0.
     """
     slope = 0.0
     worker_is_open = False
-    if bound > running.floor_s * (1.0 + 1e-12):
-        for i in range(len(piece)):
-            if running.open_at[i] <= bound:
-                slope += piece[i].sum()
-                worker_is_open = worker_is_open or i != primary
+    if bound > stage.floor_s * (1.0 + 1e-12):
+        for i in range(len(prices.piece)):
+            if stage.open_at[i] <= bound:
+                slope += prices.piece[i].sum()
+                worker_is_open = worker_is_open or i != stage.primary
         if worker_is_open:
-            slope += nic
+            slope += prices.nic
     factor = 1.0 / slope if slope > 0.0 else 0.0
-    piece *= factor
-    block *= factor
-    return nic * factor
+    return Multipliers(prices.piece * factor, prices.block * factor, prices.nic * factor)
 
 
 @kernel
 def proven_bound(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, piece: FloatArray,
-    block: FloatArray, nic: float,
-) -> float:  # fmt: skip
+    stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, prices: Multipliers
+) -> float:
     """Return seconds that no placement beats, or infinity if the prices prove that memory is too short.
 
-    Args:
-        contexts, blocks: context tokens and KV blocks per head group of every request to be placed, shape [J].
-        piece, block, nic: any multipliers >= 0, shapes [D, K], [D] and scalar.
+    ``contexts`` and ``blocks`` are the context tokens and KV blocks per head group of every request to be placed, [J].
     """
-    num, pieces = costs.alpha.shape
-    owed = costs.head_groups * request_prices(costs, contexts, blocks, piece, block, nic).sum()
+    num, pieces = stage.alpha.shape
+    owed = stage.head_groups * request_prices(stage, contexts, blocks, prices).sum()
     slope, constant = 0.0, 0.0  # C(z) = slope z - constant for the devices open so far
     slopes = np.zeros(num)
     constants = np.zeros(num)
     worker_runs = False
     for i in range(num):
         for k in range(pieces):
-            slopes[i] += piece[i, k]
-            constants[i] += piece[i, k] * running.base[i, k]
-        owed -= block[i] * max(0, free_blocks[i])
-        if running.open_at[i] == ALWAYS:
+            slopes[i] += prices.piece[i, k]
+            constants[i] += prices.piece[i, k] * stage.base[i, k]
+        owed -= prices.block[i] * max(0, free_blocks[i])
+        if stage.open_at[i] == ALWAYS:
             slope += slopes[i]
             constant += constants[i]
-            worker_runs = worker_runs or i != costs.primary
+            worker_runs = worker_runs or i != stage.primary
     if worker_runs:
-        slope += nic
-        constant += nic * running.nic_base
-    z = running.floor_s
+        slope += prices.nic
+        constant += prices.nic * stage.nic_base
+    z = stage.floor_s
     if slope * z - constant >= owed:
         return z
-    order = np.argsort(running.open_at)
+    order = np.argsort(stage.open_at)
     for step in range(num + 1):
-        opens = running.open_at[order[step]] if step < num else np.inf
+        opens = stage.open_at[order[step]] if step < num else np.inf
         if opens == ALWAYS:
             continue
-        if not worker_runs and running.nic_base <= opens:  # the card opens no later than the first worker
-            if slope > 0.0 and (owed + constant) / slope < running.nic_base:
+        if not worker_runs and stage.nic_base <= opens:  # the card opens no later than the first worker
+            if slope > 0.0 and (owed + constant) / slope < stage.nic_base:
                 return max(z, float((owed + constant) / slope))
-            slope += nic
-            constant += nic * running.nic_base
+            slope += prices.nic
+            constant += prices.nic * stage.nic_base
             worker_runs = True
         if slope > 0.0 and (owed + constant) / slope < opens:
             return max(z, float((owed + constant) / slope))

@@ -10,34 +10,31 @@
 Which idle devices are *open* is guessed from a level: open ones pay their constants, and closed ones take nothing. The
 optimum is that of the dispatch relaxation if the guess agrees with the level found, so guessing is repeated until then.
 
-Few of the x_ij are ever positive. The model starts with those that are cheap at the chain's prices and receives others
-as `sift_columns` finds them missing. Arrays are passed at once, and the solver and its basis are kept.
+Few of the x_ij are ever positive, so columns are sifted: the model starts with those that are cheap at the chain's
+prices, and its own prices then identify missing ones, until none is missing. All columns are known, so finding them is
+array arithmetic rather than a search. Arrays are passed at once, and the solver and its basis are kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import highspy
 import numpy as np
 
+from hetis.solver.dispatch.certificate import Multipliers
 from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
-from hetis.solver.dispatch.tables import Costs, Running
-from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
-
-# --- Sifting: the solution of a linear program with many columns through the few columns that matter.
-#
-# The model starts with the columns that are cheap at prices known beforehand. Its own prices then identify missing
-# columns, until none is missing. All columns are known, so finding them is array arithmetic rather than a search. One
-# column is one (request, device): the head groups that are placed, or arrive, there.
-
+from hetis.solver.dispatch.tables import LoadedStage
+from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 
 MOST_SIFTINGS = 30
+MOST_GUESSES = 8
+NEAR = 0.02  # ratio by which columns in the initial model may cost more than the cheapest of their request
+CHEAPER = 1e-9  # ratio by which a column must be cheaper than what its request pays, to join
 
 
 class GrowingModel(Protocol):
-    """A program that accepts more columns."""
+    """A program that accepts more columns, each for one (request, device): the groups placed, or arriving, there."""
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
         """Add these columns to the model that ``highs`` holds."""
@@ -80,43 +77,33 @@ def sift_columns(highs: Any, model: GrowingModel, *, chosen: BoolArray, allowed:
     return None
 
 
-MOST_GUESSES = 8
-NEAR = 0.02  # ratio by which columns in the initial model may cost more than the cheapest of their request
-CHEAPER = 1e-9  # ratio by which a column must be cheaper than what its request pays, to join
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DispatchLpSolution:
-    """Fractions x [J, D], the level z, and the multipliers of pieces [D, K], blocks [D] and the network card."""
+class DispatchLpSolution(NamedTuple):
+    """Fractions x [J, D], the level z, and the multipliers."""
 
     x: FloatArray
     level_s: float
-    piece: FloatArray
-    block: FloatArray
-    nic: float
+    prices: Multipliers
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LpProblem:
+class LpProblem(NamedTuple):
     """The data of the program for the requests to be placed; ``contexts`` and ``blocks`` have shape [J]."""
 
-    costs: Costs
-    running: Running
+    stage: LoadedStage
     free_blocks: IntArray
     contexts: IntArray
     blocks: IntArray
 
-    def group_costs(self, piece: FloatArray, block: FloatArray, nic: float) -> FloatArray:
+    def group_costs(self, prices: Multipliers) -> FloatArray:
         """Return the cost of a head group of request j on device i at such prices, shape [J, D]."""
-        costs = self.costs
-        per_group = (piece * costs.alpha).sum(axis=1) + nic * costs.nic_head_s * costs.queries * self.is_worker
-        per_token = (piece * costs.beta).sum(axis=1)
-        cost: FloatArray = per_group + np.outer(self.contexts, per_token) + np.outer(self.blocks, block)
+        stage = self.stage
+        per_group = (prices.piece * stage.alpha).sum(axis=1) + prices.nic * stage.nic_group_s * self.is_worker
+        per_token = (prices.piece * stage.beta).sum(axis=1)
+        cost: FloatArray = per_group + np.outer(self.contexts, per_token) + np.outer(self.blocks, prices.block)
         return cost
 
     @property
     def is_worker(self) -> BoolArray:
-        workers: BoolArray = np.arange(len(self.free_blocks)) != self.costs.primary
+        workers: BoolArray = np.arange(len(self.free_blocks)) != self.stage.primary
         return workers
 
 
@@ -127,17 +114,17 @@ class RelaxationLp:
         self._highs = quiet_highs(GROWING_SIMPLEX)
 
     def solve(
-        self, problem: LpProblem, *, guess_s: float, start: IntArray, piece: FloatArray, block: FloatArray, nic: float
+        self, problem: LpProblem, *, guess_s: float, start: IntArray, prices: Multipliers
     ) -> DispatchLpSolution | None:
         """Return the optimum, or None if memory is short.
 
         Args:
             guess_s: a level near the optimum.
             start: a feasible placement [J, D] whose columns are in the initial model.
-            piece, block, nic: prices near the optimal ones, which choose the other columns.
+            prices: near the optimal ones; they choose the other columns.
         """
-        open_at, level = problem.running.open_at, guess_s
-        cost = problem.group_costs(piece, block, nic)
+        open_at, level = problem.stage.open_at, guess_s
+        cost = problem.group_costs(prices)
         columns = (cost <= cost.min(axis=1, keepdims=True) * (1 + NEAR)) | (start > 0)
         best: DispatchLpSolution | None = None
         for _ in range(MOST_GUESSES):
@@ -168,14 +155,14 @@ class RelaxationLp:
         sifted = sift_columns(self._highs, model, chosen=chosen, allowed=np.broadcast_to(is_open, chosen.shape))
         if sifted is None:
             return None
-        piece, block, nic, pays = model.prices(sifted.row_duals)
+        prices, pays = model.prices(sifted.row_duals)
         x = np.zeros(chosen.shape)
         x[sifted.requests, sifted.devices] = np.maximum(0.0, sifted.values[1:])
         # A closed device must cost every request at least what it pays elsewhere.
         for i in np.flatnonzero(~is_open):
-            least = problem.costs.alpha[i, 0] + problem.costs.beta[i, 0] * problem.contexts
-            piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
-        return DispatchLpSolution(x=x, level_s=float(sifted.values[0]) / scale, piece=piece, block=block, nic=nic)
+            least = problem.stage.alpha[i, 0] + problem.stage.beta[i, 0] * problem.contexts
+            prices.piece[i, 0] = np.max(pays / np.maximum(least, 1e-24))
+        return DispatchLpSolution(x, float(sifted.values[0]) / scale, prices)
 
 
 class RelaxationModel:
@@ -183,72 +170,66 @@ class RelaxationModel:
 
     def __init__(self, problem: LpProblem, is_open: BoolArray, scale: float) -> None:
         self.problem, self.scale, self.is_open = problem, scale, is_open
-        num, pieces = problem.costs.alpha.shape
+        num, pieces = problem.stage.alpha.shape
         self.J, self.D, self.K = len(problem.contexts), num, pieces
         self.memory = self.J + num * pieces
         self.card = self.memory + num
-        self.has_card = problem.costs.primary >= 0 and bool(np.any(is_open & problem.is_worker))
+        self.has_card = problem.stage.primary >= 0 and bool(np.any(is_open & problem.is_worker))
 
     def program(self, requests: IntArray, devices: IntArray) -> Any:
         """Return the whole model, in which time rows of closed devices do not bind."""
-        problem, J = self.problem, self.J
-        infinity = highspy.kHighsInf
+        stage, J, infinity = self.problem.stage, self.J, highspy.kHighsInf
         lower = np.full(self.card + 1, -infinity)
         upper = np.full(self.card + 1, infinity)
-        lower[:J] = upper[:J] = problem.costs.head_groups
-        times = np.where(self.is_open[:, None], -self.scale * problem.running.base, infinity)
+        lower[:J] = upper[:J] = stage.head_groups
+        times = np.where(self.is_open[:, None], -self.scale * stage.base, infinity)
         upper[J : self.memory] = times.reshape(-1)
-        upper[self.memory : self.card] = np.maximum(0, problem.free_blocks)
-        if self.has_card:
-            upper[self.card] = -self.scale * problem.running.nic_base
+        upper[self.memory : self.card] = np.maximum(0, self.problem.free_blocks)
         z_rows = np.arange(J, self.memory)
         if self.has_card:
+            upper[self.card] = -self.scale * stage.nic_base
             z_rows = np.append(z_rows, self.card)
-        starts, rows, values = self._entries(requests, devices)
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = len(requests) + 1, self.card + 1
-        lp.col_cost_ = np.append(1.0, np.zeros(len(requests)))
-        lp.col_lower_ = np.append(self.scale * problem.running.floor_s, np.zeros(len(requests)))
-        lp.col_upper_ = np.full(len(requests) + 1, infinity)
-        lp.row_lower_, lp.row_upper_ = lower, upper
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        lp.a_matrix_.start_ = np.append(0, len(z_rows) + starts).astype(np.int32)
-        lp.a_matrix_.index_ = np.append(z_rows, rows).astype(np.int32)
-        lp.a_matrix_.value_ = np.append(np.full(len(z_rows), -1.0), values)
-        return lp
+        columns = np.zeros((3, len(requests) + 1))  # cost, lower and upper bound
+        columns[:, 0] = 1.0, self.scale * stage.floor_s, infinity
+        columns[2] = infinity
+        rows, values = self._entries(requests, devices)
+        entries = [(z_rows, 0, -1.0), (rows, 1 + np.arange(len(requests))[:, None], values)]
+        return linear_program(columns[0], (columns[1], columns[2]), (lower, upper), entries)
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
         """Add columns to the model that ``highs`` holds."""
-        starts, rows, values = self._entries(requests, devices)
-        num = len(requests)
+        rows, values = self._entries(requests, devices)
+        num, width = rows.shape
         highs.addCols(
-            num, np.zeros(num), np.zeros(num), np.full(num, highspy.kHighsInf), len(values),
-            starts[:-1].astype(np.int32), rows.astype(np.int32), values,
+            num, np.zeros(num), np.zeros(num), np.full(num, highspy.kHighsInf), rows.size,
+            (width * np.arange(num)).astype(np.int32), rows.reshape(-1).astype(np.int32), values.reshape(-1),
         )  # fmt: skip
 
     def cheaper(self, row_duals: FloatArray) -> BoolArray:
         """Return which columns x_ij cost less than what their request pays, [J, D]."""
-        piece, block, nic, pays = self.prices(row_duals)
-        cheaper: BoolArray = self.problem.group_costs(piece, block, nic) < pays[:, None] * (1 - CHEAPER)
+        prices, pays = self.prices(row_duals)
+        cheaper: BoolArray = self.problem.group_costs(prices) < pays[:, None] * (1 - CHEAPER)
         return cheaper
 
-    def prices(self, row_duals: FloatArray) -> tuple[FloatArray, FloatArray, float, FloatArray]:
-        """Return multipliers of pieces [D, K], blocks [D] and network card, and the price per group of requests [J]."""
+    def prices(self, row_duals: FloatArray) -> tuple[Multipliers, FloatArray]:
+        """Return the multipliers, and the price per group of requests [J]."""
         duals = np.abs(row_duals)
         piece = duals[self.J : self.memory].reshape(self.D, self.K)
         piece[~self.is_open] = 0.0
         block = duals[self.memory : self.card] / self.scale
-        return piece, block, float(duals[self.card]) if self.has_card else 0.0, duals[: self.J] / self.scale
+        return Multipliers(piece, block, float(duals[self.card]) if self.has_card else 0.0), duals[
+            : self.J
+        ] / self.scale
 
-    def _entries(self, requests: IntArray, devices: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
-        """Return starts [n + 1], rows and values of columns x_ij, each of which has K + 3 entries."""
-        costs, contexts = self.problem.costs, self.problem.contexts
+    def _entries(self, requests: IntArray, devices: IntArray) -> tuple[IntArray, FloatArray]:
+        """Return rows and values of columns x_ij, each of which has K + 3 entries, [n, K + 3]."""
+        stage, contexts = self.problem.stage, self.problem.contexts
         num, width = len(requests), self.K + 3
         rows, values = np.empty((num, width), np.int64), np.empty((num, width))
         rows[:, 0], values[:, 0] = requests, 1.0
         rows[:, 1:-2] = self.J + devices[:, None] * self.K + np.arange(self.K)
-        values[:, 1:-2] = self.scale * (costs.alpha[devices] + costs.beta[devices] * contexts[requests, None])
+        values[:, 1:-2] = self.scale * (stage.alpha[devices] + stage.beta[devices] * contexts[requests, None])
         rows[:, -2], values[:, -2] = self.memory + devices, self.problem.blocks[requests]
         rows[:, -1] = self.card
-        values[:, -1] = np.where(devices == costs.primary, 0.0, self.scale * costs.nic_head_s * costs.queries)
-        return np.arange(num + 1) * width, rows.reshape(-1), values.reshape(-1)
+        values[:, -1] = np.where(devices == stage.primary, 0.0, self.scale * stage.nic_group_s)
+        return rows, values

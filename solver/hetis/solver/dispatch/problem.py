@@ -305,7 +305,7 @@ def _check_costs(name: str, values: FloatArray, shape: tuple[int, ...], devices:
         raise InvalidProblemError(f"{devices[where[0]]}: {name} is {values[where]}, must be finite and >= 0")
 
 
-# --- The answer of a dispatch: the placement, its quality, how it was found, and which requests must wait and why.
+# --- the answer
 
 
 class Path(StrEnum):

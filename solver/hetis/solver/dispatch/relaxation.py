@@ -1,10 +1,29 @@
-"""The relaxation in fractions of head groups: the chain, with every device on its binding row or a mix of two.
+"""The relaxation in fractions of head groups: a chain of devices, each on its binding row or a mix of two.
 
-A device with several rows (affine pieces, memory, the primary's network card; `rows`) is put into the chain with one of
-them. Ignoring the others can only lower the level, so if none of them is violated the answer is exact. If one is
-violated, the device switches to it. If the device then violates the first, both bind in the optimum, at weights 1 - w
-and w: the mix ``(1-w) row + w other`` is again one affine row, a valid consequence of the two. w is found by bisection
-for all such devices at once. Every round proves a lower bound, and the best is kept.
+**Chain.** If each device is limited by one affine row, the chain by comparative advantage is exact. A head group with
+context l costs ``alpha_i + beta_i l`` on device i. At prices p_i per second of every device a request pays
+``min_i p_i (alpha_i + beta_i l)``, a lower envelope of lines in l. In an optimum, the devices sorted by falling
+``beta_i / alpha_i`` therefore take the requests sorted by rising context as one chain. Filling the chain to a level z
+tells whether z is enough. The contexts at which one device hands over to the next give prices, which prove the next,
+higher level (Newton's method on a convex function of finitely many pieces).
+
+**Rows.** Every limit on a device is a row over the n head groups and t context tokens (summed over groups) it is given,
+``alpha n + beta t + base <= kappa z`` for a makespan of z seconds:
+
+    row k < K   affine piece k       alpha = r (a + gamma e), beta = bytes b, base: time of the running load, kappa 1
+    row K       free KV blocks       kappa 0, scaled to seconds. ceil((context + growth) / block) is not affine in the
+                                     context: this row only guides the search; placements and bounds count real blocks
+    row K + 1   the primary's network card, kappa 1. All N groups go somewhere, so workers do what the primary does not:
+                                     alpha = -eta, beta 0, base = time for the running workers + eta N. Other devices
+                                     have no such row (all 0)
+
+**Mixes.** A device is put into the chain with one of its rows. Ignoring the others can only lower the level, so if none
+of them is violated the answer is exact. If one is violated, the device switches to it. If the device then violates the
+first, both bind in the optimum, at weights 1 - w and w: the mix ``(1-w) row + w other`` is again one affine row that
+follows from the two. w is found by bisection for all such devices at once. Every round proves a lower bound, and the
+best is kept.
+
+**Fill.** A fractional placement along the chain that keeps every row and every real KV block is the upper bound.
 """
 
 from __future__ import annotations
@@ -13,154 +32,38 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.dispatch.certificate import Multipliers
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.dispatch.tables import Costs, Running, card_s, kernel
-
-# --- The chain by comparative advantage, which is exact if each device is limited by one affine row.
-#
-# A head group with context l costs ``alpha_i + beta_i l`` on device i. At prices p_i per second of every device a request
-# pays ``min_i p_i (alpha_i + beta_i l)``, a lower envelope of lines in l. In an optimum, the devices sorted by falling
-# ``beta_i / alpha_i`` therefore take the requests sorted by rising context as one chain (comparative advantage). Filling
-# the chain to a level z tells whether z is enough. The contexts at which one device hands over to the next give prices,
-# which prove the next, higher level (Newton's method on a convex function of finitely many pieces).
-
+from hetis.solver.dispatch.tables import LoadedStage, card_s, kernel
 
 TINY = 1e-24  # seconds; a device with zero costs would have an infinite price
 MOST_STEPS = 200
+SETTLED = 1e-9  # violation of a row, as a ratio to the level, up to which it counts as kept
+NARROW = 1e-3  # width of a weight's bracket below which it is widened again, because other devices have changed
+MOST_FILLS = 12
+FULL = 1e-12  # share of all groups that may be left for the last device, from rounding of the level
 
 
-@kernel
-def fill(
-    z: float, order: IntArray, alpha: FloatArray, beta: FloatArray, kappa: FloatArray, base: FloatArray,
-    open_at: FloatArray, contexts: FloatArray, blocks: FloatArray, head_groups: int, groups: FloatArray,
-    tokens: FloatArray, held: FloatArray, price: FloatArray,
-) -> tuple[float, float]:  # fmt: skip
-    """Fill devices in ``order`` up to level z, with row ``alpha n + beta t + base <= kappa z`` each.
+class Demand(NamedTuple):
+    """Requests sorted by context: tokens [J], KV blocks per head group [J], and the head groups of each."""
 
-    Writes the groups, tokens and KV blocks of every device, and prices under which no other order is better, all [D].
-    ``contexts`` [J] are sorted, and each request has ``head_groups`` groups. Returns what all groups pay at these
-    prices, and the part of it that found no room.
-    """
-    last = len(contexts) - 1
-    request, rest = 0, float(head_groups)
-    paid, value = 0.0, 1.0  # value: price of a group of the request at the hand-over
-    cost, p = 1.0, 1.0
-    for i in order:
-        groups[i] = 0.0
-        tokens[i] = 0.0
-        held[i] = 0.0
-        at = min(request, last)
-        cost = max(alpha[i] + beta[i] * contexts[at], TINY)
-        p = value / cost
-        price[i] = p
-        room = kappa[i] * z - base[i]
-        if z < open_at[i] or room <= 0.0 or request > last:
-            continue
-        while True:
-            needed = rest * cost
-            if needed > room:
-                share = room / cost
-                groups[i] += share
-                tokens[i] += share * contexts[request]
-                held[i] += share * blocks[request]
-                rest -= share
-                paid += p * room
-                break
-            groups[i] += rest
-            tokens[i] += rest * contexts[request]
-            held[i] += rest * blocks[request]
-            room -= needed
-            paid += p * needed
-            request += 1
-            if request > last:
-                break
-            rest = float(head_groups)
-            cost = max(alpha[i] + beta[i] * contexts[request], TINY)
-        value = p * cost
-    left = 0.0
-    if request <= last:
-        i = order[-1]
-        left = rest * value
-        for later in range(request + 1, last + 1):
-            left += head_groups * p * max(alpha[i] + beta[i] * contexts[later], TINY)
-    return paid + left, left
+    contexts: FloatArray
+    blocks: FloatArray
+    head_groups: int
 
 
-@kernel
-def level_paid_for(
-    z: float, paid: float, kappa: FloatArray, base: FloatArray, open_at: FloatArray, price: FloatArray
-) -> float:
-    """Return the least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups, a lower bound.
+class Chain(NamedTuple):
+    """Devices in ``order``, each with one row, and what they hold at the last level; all [D]."""
 
-    This is Newton's method on a convex function: first with the devices open at ``z``, which may be on either side of
-    the root, then from the right with those open at the last root.
-    """
-    top = z
-    for _ in range(MOST_STEPS):
-        slope, offset = 0.0, paid
-        for i in range(len(price)):
-            if kappa[i] * top - base[i] >= 0.0 and open_at[i] <= top:
-                slope += price[i] * kappa[i]
-                offset += price[i] * base[i]
-        if slope <= 0.0:
-            # Nothing that grows with z is open yet, so the next device to open gives the next level.
-            following = np.inf
-            for i in range(len(price)):
-                opens = max(open_at[i], base[i] / kappa[i] if kappa[i] > 0.0 else np.inf)
-                if opens > top and price[i] > 0.0:
-                    following = min(following, opens)
-            if following == np.inf:
-                return np.inf
-            top = following * (1.0 + 1e-12) + TINY
-            continue
-        root = offset / slope
-        if abs(root - top) <= 1e-15 * abs(root):
-            return root
-        top = root
-    return top
-
-
-@kernel
-def level(
-    start: float, order: IntArray, alpha: FloatArray, beta: FloatArray, kappa: FloatArray, base: FloatArray,
-    open_at: FloatArray, contexts: FloatArray, blocks: FloatArray, head_groups: int, groups: FloatArray,
-    tokens: FloatArray, held: FloatArray, price: FloatArray,
-) -> float:  # fmt: skip
-    """Return the least z at which `fill` finds room for every group, or infinity; ``start`` is a guess."""
-    z = start
-    for step in range(MOST_STEPS):
-        paid, left = fill(
-            z, order, alpha, beta, kappa, base, open_at, contexts, blocks, head_groups, groups, tokens, held, price
-        )  # fmt: skip
-        root = level_paid_for(z, paid, kappa, base, open_at, price)
-        if root == np.inf:
-            return root
-        if left > 1e-14 * paid and root <= z * (1.0 + 1e-15):
-            # Too low, yet the prices prove no more because a device opens with room at once. Go to the next opening.
-            following = np.inf
-            for i in range(len(open_at)):
-                if open_at[i] > z:
-                    following = min(following, open_at[i])
-            if following == np.inf:
-                return z
-            z = following
-            continue
-        if step > 0 and abs(root - z) <= 1e-14 * z:
-            return root
-        z = root
-    return z
-
-
-# --- Every limit on a device as a row over the n head groups and t context tokens (summed over groups) it is given.
-#
-# alpha n + beta t + base <= kappa z                                        z: makespan in seconds
-#
-# row k < K   affine piece k       alpha = r (a + gamma e), beta = bytes b, base: time of the running load, kappa 1
-# row K       free KV blocks       kappa 0, scaled to seconds. ceil((context + growth) / block) is not affine in the
-#                                  context: this row only guides the search; placements and bounds count real blocks
-# row K + 1   the primary's network card, kappa 1. All N groups go somewhere, so workers do what the primary does not:
-#                                  alpha = -eta, beta 0, base = time for the running workers + eta N. Other devices
-#                                  have no such row (all 0)
+    order: IntArray
+    alpha: FloatArray
+    beta: FloatArray
+    kappa: FloatArray
+    base: FloatArray
+    open_at: FloatArray
+    groups: FloatArray
+    tokens: FloatArray
+    held: FloatArray  # KV blocks
 
 
 class DeviceRows(NamedTuple):
@@ -171,102 +74,6 @@ class DeviceRows(NamedTuple):
     base: FloatArray
     kappa: FloatArray
     block_scale: FloatArray
-
-
-@kernel
-def rows_of(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray
-) -> DeviceRows:
-    """Return all rows, for requests of these contexts and blocks per head group, both [J]."""
-    num, pieces = costs.alpha.shape
-    shape = (num, pieces + 2)
-    alpha, beta, base, kappa = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    block_scale = np.zeros(num)
-    mean, mean_blocks = contexts.mean(), blocks.mean()
-    spread, together = 0.0, 0.0
-    for j in range(len(contexts)):
-        spread += (contexts[j] - mean) ** 2
-        together += (contexts[j] - mean) * (blocks[j] - mean_blocks)
-    per_token = max(0.0, together / spread) if spread > 0.0 else 0.0
-    per_group = mean_blocks - per_token * mean
-    if per_group < 0.0:
-        per_group, per_token = 0.0, mean_blocks / mean
-    for i in range(num):
-        for k in range(pieces):
-            alpha[i, k], beta[i, k], base[i, k], kappa[i, k] = (
-                costs.alpha[i, k],
-                costs.beta[i, k],
-                running.base[i, k],
-                1.0,
-            )
-        scale = (costs.alpha[i, 0] + costs.beta[i, 0] * mean + TINY) / mean_blocks
-        alpha[i, pieces] = scale * per_group
-        beta[i, pieces] = scale * per_token
-        base[i, pieces] = -scale * max(0, free_blocks[i])
-        block_scale[i] = scale
-    if costs.primary >= 0 and num > 1:
-        i = costs.primary
-        alpha[i, pieces + 1] = -running.nic_group_s
-        base[i, pieces + 1] = running.nic_base + running.nic_group_s * costs.head_groups * len(contexts)
-        kappa[i, pieces + 1] = 1.0
-    return DeviceRows(alpha, beta, base, kappa, block_scale)
-
-
-@kernel
-def likely_level(rows: DeviceRows, running: Running, context: float, num_groups: float) -> float:
-    """Return a level near the optimum, at which groups of equal ``context`` would fill every device's affine pieces."""
-    num, width = rows.alpha.shape
-    z = TINY
-    for i in range(num):
-        opens = running.open_at[i] if running.open_at[i] > 0.0 else rows.base[i, : width - 2].max()
-        z = max(z, opens)
-    for _ in range(12):
-        held, slope = 0.0, 0.0
-        for i in range(num):
-            if running.open_at[i] > z:
-                continue
-            least, per_second = np.inf, 0.0
-            for k in range(width - 2):
-                cost = rows.alpha[i, k] + rows.beta[i, k] * context + TINY
-                fits = (z - rows.base[i, k]) / cost
-                if fits < least:
-                    least, per_second = fits, 1.0 / cost
-            if least >= 0.0:
-                held += least
-                slope += per_second
-        if slope == 0.0:
-            break
-        step = (num_groups - held) / slope
-        z = max(TINY, z + step)
-        if abs(step) < 1e-3 * z:
-            break
-    return z
-
-
-@kernel
-def prices_of(
-    rows: DeviceRows, low: IntArray, high: IntArray, weight: FloatArray, price: FloatArray, piece: FloatArray,
-    block: FloatArray,
-) -> float:  # fmt: skip
-    """Write multipliers of pieces [D, K] and KV blocks [D] and return that of the network card, from mixed rows [D]."""
-    num, width = rows.alpha.shape
-    pieces = width - 2
-    nic = 0.0
-    piece[:] = 0.0
-    block[:] = 0.0
-    for i in range(num):
-        for row, share in ((low[i], 1.0 - weight[i]), (high[i], weight[i])):
-            if row < pieces:
-                piece[i, row] += share * price[i]
-            elif row == pieces:
-                block[i] += share * price[i] * rows.block_scale[i]
-            else:
-                nic += share * price[i]
-    return nic
-
-
-SETTLED = 1e-9  # violation of a row, as a ratio to the level, up to which it counts as kept
-NARROW = 1e-3  # width of a weight's bracket below which it is widened again, because other devices have changed
 
 
 class ChainMix(NamedTuple):
@@ -294,48 +101,244 @@ class ChainRelaxation(NamedTuple):
     order: IntArray
 
 
+# --- the chain
+
+
 @kernel
-def relax(
-    rows: DeviceRows, running: Running, guess: float, contexts: FloatArray, blocks: FloatArray, head_groups: int,
-    most_rounds: int,
-) -> ChainRelaxation:  # fmt: skip
-    """Solve the relaxation for requests sorted by context; ``contexts`` and ``blocks`` [J], ``guess`` a level."""
+def fill(z: float, chain: Chain, demand: Demand, price: FloatArray) -> tuple[float, float]:
+    """Fill the chain up to level z; write what every device holds, and a price under which no other order is better.
+
+    Returns what all groups pay at these prices, and the part of it that found no room.
+    """
+    contexts, alpha, beta = demand.contexts, chain.alpha, chain.beta
+    groups, tokens, held = chain.groups, chain.tokens, chain.held
+    last = len(contexts) - 1
+    request, rest = 0, float(demand.head_groups)
+    paid, value = 0.0, 1.0  # value: price of a group of the request at the hand-over
+    cost, p = 1.0, 1.0
+    for i in chain.order:
+        groups[i] = 0.0
+        tokens[i] = 0.0
+        held[i] = 0.0
+        at = min(request, last)
+        cost = max(alpha[i] + beta[i] * contexts[at], TINY)
+        p = value / cost
+        price[i] = p
+        room = chain.kappa[i] * z - chain.base[i]
+        if z < chain.open_at[i] or room <= 0.0 or request > last:
+            continue
+        while True:
+            needed = rest * cost
+            if needed > room:
+                share = room / cost
+                groups[i] += share
+                tokens[i] += share * contexts[request]
+                held[i] += share * demand.blocks[request]
+                rest -= share
+                paid += p * room
+                break
+            groups[i] += rest
+            tokens[i] += rest * contexts[request]
+            held[i] += rest * demand.blocks[request]
+            room -= needed
+            paid += p * needed
+            request += 1
+            if request > last:
+                break
+            rest = float(demand.head_groups)
+            cost = max(alpha[i] + beta[i] * contexts[request], TINY)
+        value = p * cost
+    left = 0.0
+    if request <= last:
+        i = chain.order[-1]
+        left = rest * value
+        for later in range(request + 1, last + 1):
+            left += demand.head_groups * p * max(alpha[i] + beta[i] * contexts[later], TINY)
+    return paid + left, left
+
+
+@kernel
+def level_paid_for(z: float, paid: float, chain: Chain, price: FloatArray) -> float:
+    """Return the least level at which ``sum_i price_i max(0, kappa_i z - base_i)`` pays for all groups, a lower bound.
+
+    This is Newton's method on a convex function: first with the devices open at ``z``, which may be on either side of
+    the root, then from the right with those open at the last root.
+    """
+    kappa, base, open_at = chain.kappa, chain.base, chain.open_at
+    top = z
+    for _ in range(MOST_STEPS):
+        slope, offset = 0.0, paid
+        for i in range(len(price)):
+            if kappa[i] * top - base[i] >= 0.0 and open_at[i] <= top:
+                slope += price[i] * kappa[i]
+                offset += price[i] * base[i]
+        if slope <= 0.0:
+            # Nothing that grows with z is open yet, so the next device to open gives the next level.
+            following = np.inf
+            for i in range(len(price)):
+                opens = max(open_at[i], base[i] / kappa[i] if kappa[i] > 0.0 else np.inf)
+                if opens > top and price[i] > 0.0:
+                    following = min(following, opens)
+            if following == np.inf:
+                return np.inf
+            top = following * (1.0 + 1e-12) + TINY
+            continue
+        root = offset / slope
+        if abs(root - top) <= 1e-15 * abs(root):
+            return root
+        top = root
+    return top
+
+
+@kernel
+def level(start: float, chain: Chain, demand: Demand, price: FloatArray) -> float:
+    """Return the least z at which `fill` finds room for every group, or infinity; ``start`` is a guess."""
+    z = start
+    for step in range(MOST_STEPS):
+        paid, left = fill(z, chain, demand, price)
+        root = level_paid_for(z, paid, chain, price)
+        if root == np.inf:
+            return root
+        if left > 1e-14 * paid and root <= z * (1.0 + 1e-15):
+            # Too low, yet the prices prove no more because a device opens with room at once. Go to the next opening.
+            following = np.inf
+            for i in range(len(price)):
+                if chain.open_at[i] > z:
+                    following = min(following, chain.open_at[i])
+            if following == np.inf:
+                return z
+            z = following
+            continue
+        if step > 0 and abs(root - z) <= 1e-14 * z:
+            return root
+        z = root
+    return z
+
+
+# --- rows and their mixes
+
+
+@kernel
+def rows_of(stage: LoadedStage, free_blocks: IntArray, demand: Demand) -> DeviceRows:
+    """Return all rows of all devices."""
+    contexts, blocks = demand.contexts, demand.blocks
+    num, pieces = stage.alpha.shape
+    shape = (num, pieces + 2)
+    alpha, beta, base, kappa = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    block_scale = np.zeros(num)
+    mean, mean_blocks = contexts.mean(), blocks.mean()
+    spread, together = 0.0, 0.0
+    for j in range(len(contexts)):
+        spread += (contexts[j] - mean) ** 2
+        together += (contexts[j] - mean) * (blocks[j] - mean_blocks)
+    per_token = max(0.0, together / spread) if spread > 0.0 else 0.0
+    per_group = mean_blocks - per_token * mean
+    if per_group < 0.0:
+        per_group, per_token = 0.0, mean_blocks / mean
+    for i in range(num):
+        for k in range(pieces):
+            alpha[i, k], beta[i, k] = stage.alpha[i, k], stage.beta[i, k]
+            base[i, k], kappa[i, k] = stage.base[i, k], 1.0
+        scale = (stage.alpha[i, 0] + stage.beta[i, 0] * mean + TINY) / mean_blocks
+        alpha[i, pieces] = scale * per_group
+        beta[i, pieces] = scale * per_token
+        base[i, pieces] = -scale * max(0, free_blocks[i])
+        block_scale[i] = scale
+    if stage.primary >= 0 and num > 1:
+        i = stage.primary
+        alpha[i, pieces + 1] = -stage.nic_group_s
+        base[i, pieces + 1] = stage.nic_base + stage.nic_group_s * stage.head_groups * len(contexts)
+        kappa[i, pieces + 1] = 1.0
+    return DeviceRows(alpha, beta, base, kappa, block_scale)
+
+
+@kernel
+def likely_level(rows: DeviceRows, stage: LoadedStage, context: float, num_groups: float) -> float:
+    """Return a level near the optimum, at which groups of equal ``context`` would fill every device's affine pieces."""
+    num, width = rows.alpha.shape
+    z = TINY
+    for i in range(num):
+        opens = stage.open_at[i] if stage.open_at[i] > 0.0 else rows.base[i, : width - 2].max()
+        z = max(z, opens)
+    for _ in range(12):
+        held, slope = 0.0, 0.0
+        for i in range(num):
+            if stage.open_at[i] > z:
+                continue
+            least, per_second = np.inf, 0.0
+            for k in range(width - 2):
+                cost = rows.alpha[i, k] + rows.beta[i, k] * context + TINY
+                fits = (z - rows.base[i, k]) / cost
+                if fits < least:
+                    least, per_second = fits, 1.0 / cost
+            if least >= 0.0:
+                held += least
+                slope += per_second
+        if slope == 0.0:
+            break
+        step = (num_groups - held) / slope
+        z = max(TINY, z + step)
+        if abs(step) < 1e-3 * z:
+            break
+    return z
+
+
+@kernel
+def prices_of(rows: DeviceRows, mix: ChainMix) -> Multipliers:
+    """Return the multipliers that the prices of mixed rows mean."""
+    num, width = rows.alpha.shape
+    pieces = width - 2
+    piece, block, nic = np.zeros((num, pieces)), np.zeros(num), 0.0
+    for i in range(num):
+        for row, share in ((mix.low[i], 1.0 - mix.weight[i]), (mix.high[i], mix.weight[i])):
+            if row < pieces:
+                piece[i, row] += share * mix.price[i]
+            elif row == pieces:
+                block[i] += share * mix.price[i] * rows.block_scale[i]
+            else:
+                nic += share * mix.price[i]
+    return Multipliers(piece, block, nic)
+
+
+@kernel
+def relax(rows: DeviceRows, stage: LoadedStage, guess: float, demand: Demand, most_rounds: int) -> ChainRelaxation:
+    """Solve the relaxation; ``guess`` is a level."""
     num = len(rows.block_scale)
-    alpha, beta, base, kappa = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
-    groups, tokens, held, key = np.empty(num), np.empty(num), np.empty(num), np.empty(num)
-    first = _first_rows(rows, guess, contexts.mean())
+    chain = Chain(
+        np.arange(num), np.empty(num), np.empty(num), np.empty(num), np.empty(num), stage.open_at, np.empty(num),
+        np.empty(num), np.empty(num),
+    )  # fmt: skip
+    key = np.empty(num)
+    shortest = demand.contexts[0]
+    first = _first_rows(rows, guess, demand.contexts.mean())
     now = ChainMix(first, first.copy(), np.zeros(num), np.ones(num))
     best = ChainMix(first.copy(), first.copy(), np.zeros(num), np.ones(num))
     under, over = np.zeros(num), np.ones(num)  # bracket of every weight
-    order = np.arange(num)
     best_level, z = -1.0, guess
     for turn in range(most_rounds):
         for i in range(num):
             w, low, high = now.weight[i], now.low[i], now.high[i]
-            alpha[i] = (1.0 - w) * rows.alpha[i, low] + w * rows.alpha[i, high]
-            beta[i] = (1.0 - w) * rows.beta[i, low] + w * rows.beta[i, high]
-            base[i] = (1.0 - w) * rows.base[i, low] + w * rows.base[i, high]
-            kappa[i] = (1.0 - w) * rows.kappa[i, low] + w * rows.kappa[i, high]
-            key[i] = -beta[i] / max(alpha[i] + beta[i] * contexts[0], TINY)
+            chain.alpha[i] = (1.0 - w) * rows.alpha[i, low] + w * rows.alpha[i, high]
+            chain.beta[i] = (1.0 - w) * rows.beta[i, low] + w * rows.beta[i, high]
+            chain.base[i] = (1.0 - w) * rows.base[i, low] + w * rows.base[i, high]
+            chain.kappa[i] = (1.0 - w) * rows.kappa[i, low] + w * rows.kappa[i, high]
+            key[i] = -chain.beta[i] / max(chain.alpha[i] + chain.beta[i] * shortest, TINY)
         if turn == 0:
-            order = np.argsort(key)
+            for position, i in enumerate(np.argsort(key)):
+                chain.order[position] = i
         else:
-            sort_again(key, order)
-        z = level(
-            z, order, alpha, beta, kappa, base, running.open_at, contexts, blocks, head_groups, groups, tokens, held,
-            now.price,
-        )  # fmt: skip
+            sort_again(key, chain.order)
+        z = level(z, chain, demand, now.price)
         if z == np.inf:
-            return ChainRelaxation(best_level, False, best, order)
+            return ChainRelaxation(best_level, False, best, chain.order)
         if z > best_level:
             best_level = z
-            for i in range(len(now.low)):
-                best.low[i], best.high[i], best.weight[i] = now.low[i], now.high[i], now.weight[i]
-            for j in range(len(now.price)):
-                best.price[j] = now.price[j]
-        if not _adjust(rows, z, contexts, groups, tokens, held, now, under, over):
-            return ChainRelaxation(z, True, now, order)
-    return ChainRelaxation(best_level, False, best, order)
+            for i in range(num):
+                best.low[i], best.high[i] = now.low[i], now.high[i]
+                best.weight[i], best.price[i] = now.weight[i], now.price[i]
+        if not _adjust(rows, z, shortest, chain, now, under, over):
+            return ChainRelaxation(z, True, now, chain.order)
+    return ChainRelaxation(best_level, False, best, chain.order)
 
 
 @kernel
@@ -367,9 +370,8 @@ def _first_rows(rows: DeviceRows, guess: float, context: float) -> IntArray:
 
 @kernel
 def _adjust(
-    rows: DeviceRows, z: float, contexts: FloatArray, groups: FloatArray, tokens: FloatArray, held: FloatArray,
-    now: ChainMix, under: FloatArray, over: FloatArray,
-) -> bool:  # fmt: skip
+    rows: DeviceRows, z: float, shortest: float, chain: Chain, now: ChainMix, under: FloatArray, over: FloatArray
+) -> bool:
     """Move every device with violated rows towards the row violated most; return whether there was any."""
     num, width = rows.alpha.shape
     memory, nic = width - 2, width - 1
@@ -378,18 +380,18 @@ def _adjust(
         worst, most = 0, -np.inf
         at_low, at_high = 0.0, 0.0
         for k in range(width):
-            use = rows.alpha[i, k] * groups[i] + rows.beta[i, k] * tokens[i]
+            use = rows.alpha[i, k] * chain.groups[i] + rows.beta[i, k] * chain.tokens[i]
             if k == memory:
-                if held[i] > 0.0 and use > 0.0:
+                if chain.held[i] > 0.0 and use > 0.0:
                     # Blocks are not affine in the context, so the row counts as many as were really needed here.
-                    real = held[i] * rows.block_scale[i] / use
+                    real = chain.held[i] * rows.block_scale[i] / use
                     rows.alpha[i, k] *= real
                     rows.beta[i, k] *= real
                     use *= real
             elif k == nic and rows.kappa[i, k] == 0.0:
                 continue
             broken = (use + rows.base[i, k] - rows.kappa[i, k] * z) / z
-            if k < memory and groups[i] == 0.0:
+            if k < memory and chain.groups[i] == 0.0:
                 broken = 0.0  # an idle device may remain below its constants
             if broken > most:
                 worst, most = k, broken
@@ -401,12 +403,12 @@ def _adjust(
             continue
         any_broken = True
         if worst != now.low[i] and worst != now.high[i]:
-            _go_to(rows, i, worst, contexts[0], now, under, over)
+            _go_to(rows, i, worst, shortest, now, under, over)
             continue
         if at_high > at_low:
             under[i] = now.weight[i]
             if over[i] - under[i] < NARROW:
-                over[i] = min(_most_weight(rows, i, now, contexts[0]), over[i] + 0.1)
+                over[i] = min(_most_weight(rows, i, now, shortest), over[i] + 0.1)
         else:
             over[i] = now.weight[i]
             if over[i] - under[i] < NARROW:
@@ -446,29 +448,24 @@ def _most_weight(rows: DeviceRows, i: int, now: ChainMix, shortest: float) -> fl
     return 0.999 * charge / (charge - float(rows.alpha[i, now.high[i]]))
 
 
-# --- A fractional placement along a chain that keeps every row and every real KV block: the relaxation's upper bound.
-
-
-MOST_FILLS = 12
-FULL = 1e-12  # share of all groups that may be left for the last device, from rounding of the level
+# --- the upper bound
 
 
 @kernel
 def fractional_fill(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
-    price: FloatArray, level: float, x: FloatArray,
+    stage: LoadedStage, free_blocks: IntArray, demand: Demand, order: IntArray, price: FloatArray, level: float,
+    x: FloatArray,
 ) -> float:  # fmt: skip
     """Fill the devices in ``order`` at about the least level, from ``level`` on, that takes all groups.
 
-    Writes fractions x [J, D] of requests sorted by context and returns the makespan, or infinity if the order leaves
-    groups without memory.
+    Writes fractions x [J, D] and returns the makespan, or infinity if the order leaves groups without memory.
     """
     z = level * (1.0 + 1e-13)
-    total = costs.head_groups * len(contexts)
+    total = demand.head_groups * len(demand.contexts)
     for _ in range(MOST_FILLS):
-        left, unpaid, slope = _fill_to(costs, running, free_blocks, contexts, blocks, order, price, z, x)
+        left, unpaid, slope = _fill_to(stage, free_blocks, demand, order, price, z, x)
         if left <= FULL * total:
-            return _settle(costs, running, x, contexts, order, z, left)
+            return _settle(stage, x, order, z, left)
         if slope <= 0.0:
             break
         z = max(z * (1.0 + 1e-9), z + unpaid / slope)
@@ -477,19 +474,20 @@ def fractional_fill(
 
 @kernel
 def _fill_to(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: FloatArray, blocks: FloatArray, order: IntArray,
-    price: FloatArray, z: float, x: FloatArray,
+    stage: LoadedStage, free_blocks: IntArray, demand: Demand, order: IntArray, price: FloatArray, z: float,
+    x: FloatArray,
 ) -> tuple[float, float, float]:  # fmt: skip
     """Return the groups left at level z, what they would pay, and the price of a second on devices with free memory."""
-    pieces = costs.alpha.shape[1]
+    pieces = stage.alpha.shape[1]
+    contexts, blocks = demand.contexts, demand.blocks
     num_requests = len(contexts)
     x[:] = 0.0
-    request, rest = 0, float(costs.head_groups)
+    request, rest = 0, float(demand.head_groups)
     slope = 0.0
     for i in order:
         if request == num_requests:
             break
-        if running.open_at[i] > z:
+        if stage.open_at[i] > z:
             continue
         groups, tokens = 0.0, 0.0
         room = float(max(0, free_blocks[i]))
@@ -497,8 +495,8 @@ def _fill_to(
             fits = min(rest, room / max(blocks[request], TINY))
             by_memory = fits < rest
             for k in range(pieces):
-                spare = z - running.base[i, k] - costs.alpha[i, k] * groups - costs.beta[i, k] * tokens
-                cost = costs.alpha[i, k] + costs.beta[i, k] * contexts[request] + TINY
+                spare = z - stage.base[i, k] - stage.alpha[i, k] * groups - stage.beta[i, k] * tokens
+                cost = stage.alpha[i, k] + stage.beta[i, k] * contexts[request] + TINY
                 if spare < fits * cost:
                     fits = max(0.0, spare / cost)
                     by_memory = False
@@ -512,38 +510,28 @@ def _fill_to(
                     slope += price[i]
                 break
             request += 1
-            rest = float(costs.head_groups)
-    if request == num_requests:
-        return 0.0, 0.0, slope
+            rest = float(demand.head_groups)
     last = order[-1]
     left, unpaid = 0.0, 0.0
     for j in range(request, num_requests):
-        groups = rest if j == request else float(costs.head_groups)
+        groups = rest if j == request else float(demand.head_groups)
         left += groups
-        unpaid += groups * price[last] * (costs.alpha[last, 0] + costs.beta[last, 0] * contexts[j])
+        unpaid += groups * price[last] * (stage.alpha[last, 0] + stage.beta[last, 0] * contexts[j])
     return left, unpaid, slope
 
 
 @kernel
-def _settle(
-    costs: Costs, running: Running, x: FloatArray, contexts: FloatArray, order: IntArray, z: float, left: float
-) -> float:
+def _settle(stage: LoadedStage, x: FloatArray, order: IntArray, z: float, left: float) -> float:
     """Give what rounding left to the last device in use; return the makespan including the network card's."""
-    num_requests = len(contexts)
+    num_requests, num = x.shape
     if left > 0.0:
         for i in order[::-1]:
             if x[num_requests - 1, i] > 0.0:
                 x[num_requests - 1, i] += left
                 break
-    return max(z, running.floor_s, card_s(costs, running, _on_workers(costs, x)))
-
-
-@kernel
-def _on_workers(costs: Costs, x: FloatArray) -> float:
-    """Return the groups of x [J, D] on attention workers."""
-    groups = 0.0
-    for j in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            if i != costs.primary:
-                groups += x[j, i]
-    return groups
+    on_workers = 0.0
+    for j in range(num_requests):
+        for i in range(num):
+            if i != stage.primary:
+                on_workers += x[j, i]
+    return max(z, stage.floor_s, card_s(stage, on_workers))

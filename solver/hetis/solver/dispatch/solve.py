@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, admit
-from hetis.solver.dispatch.certificate import normalise, proven_bound, request_prices
+from hetis.solver.dispatch.admission import NOT_FOUND, PLACED, SHORT_OF_BLOCKS, Admission, Packing, admit
+from hetis.solver.dispatch.certificate import Multipliers, normalise, proven_bound, request_prices
 from hetis.solver.dispatch.local_search import improve, perturb, place_rest, round_down
 from hetis.solver.dispatch.lp import LpProblem, RelaxationLp
 from hetis.solver.dispatch.problem import (
@@ -24,8 +24,17 @@ from hetis.solver.dispatch.problem import (
     Stage,
     Unplaced,
 )
-from hetis.solver.dispatch.relaxation import fractional_fill, likely_level, prices_of, relax, rows_of
-from hetis.solver.dispatch.tables import Costs, Running, costs_of, empty_placement, kernel, makespan, put, running_load
+from hetis.solver.dispatch.relaxation import Demand, fractional_fill, likely_level, prices_of, relax, rows_of
+from hetis.solver.dispatch.tables import (
+    Costs,
+    LoadedStage,
+    costs_of,
+    empty_placement,
+    kernel,
+    makespan,
+    put_all,
+    running_load,
+)
 from hetis.solver.errors import InvalidProblemError
 
 # Ratio of bound and fractions up to which HiGHS is not asked. If memory binds (12 x 8 and 64 x 64, free blocks 1.2
@@ -49,21 +58,10 @@ class PassResult(NamedTuple):
     bound_s: float
     relaxed_s: float
     on_pieces: bool  # settled, every device on one affine piece
-    verdict: IntArray  # [J]
-    missing: IntArray  # [J]
+    admission: Admission
     order: IntArray  # requests placed, by rising context
-    piece: FloatArray
-    block: FloatArray
-    nic: float
-    request: FloatArray  # [J]
-
-
-class Admission(NamedTuple):
-    """The requests that are placed and a packing of their groups, as from `hetis.solver.dispatch.admission.admit`."""
-
-    verdict: IntArray  # [J]
-    missing: IntArray  # [J]
-    reserved: IntArray  # [J, D]
+    prices: Multipliers
+    request: FloatArray  # [J] seconds per head group
 
 
 def solve_dispatch(problem: DispatchProblem, *, tolerance: float = TOLERANCE) -> DispatchPlan:
@@ -96,10 +94,10 @@ class Dispatcher:
                    sum_j m_j x_ij <= free_i                                       every i   (KV blocks with growth)
                    x_ij a multiple of what the primary takes at once              i the primary
 
-        The relaxation in fractions is solved by the chain of `hetis.solver.dispatch.relaxation`, with mixed rows if needed.
-        If its bound and fractions are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups come
-        from rounding down, the marginal device for the rest, and a local search. Requests for which memory is too short
-        are named in ``unplaced``; the others are placed as if those had not come.
+        The relaxation in fractions is solved by a chain of devices, with mixed rows if needed (`relaxation`). If its
+        bound and fractions are further apart than the ratio ``tolerance``, HiGHS solves it. Whole groups come from
+        rounding down, the marginal device for the rest, and a local search. Requests for which memory is too short are
+        named in ``unplaced``; the others are placed as if those had not come.
 
         ``admission`` replaces the quick decision on which requests are placed; `hetis.solver.dispatch.exact` proves
         its decision.
@@ -113,8 +111,7 @@ class Dispatcher:
             )
         blocks = requests.blocks(self.stage.heads.block_tokens)
         given = self._costs, load.heads, load.kv_bytes, load.free_blocks, requests.context_tokens, blocks
-        admission = admission if admission is not None else _admit(self._costs, load.free_blocks, blocks)
-        answer = _place_admitted(*given, *admission)
+        answer = _admit_and_place(*given) if admission is None else _place_admitted(*given, admission)
         path = Path.CHAIN if answer.on_pieces else Path.MIXED
         if answer.relaxed_s > answer.bound_s * (1 + tolerance):
             by_lp = self._by_lp(load, requests, blocks, answer)
@@ -125,134 +122,103 @@ class Dispatcher:
     def _by_lp(self, load: DeviceLoad, requests: Requests, blocks: IntArray, first: PassResult) -> PassResult | None:
         """Return the better of both plans and bounds with HiGHS's relaxation, or None if HiGHS gave up."""
         self._lp = self._lp or RelaxationLp()
-        running = running_load(self._costs, load.heads, load.kv_bytes)
-        contexts, placed_blocks = requests.context_tokens[first.order], blocks[first.order]
-        problem = LpProblem(
-            costs=self._costs, running=running, free_blocks=load.free_blocks, contexts=contexts, blocks=placed_blocks
-        )
-        solution = self._lp.solve(
-            problem,
-            guess_s=min(first.relaxed_s, first.makespan_s),
-            start=first.groups[first.order],
-            piece=first.piece,
-            block=first.block,
-            nic=first.nic,
-        )
+        stage, order = running_load(self._costs, load.heads, load.kv_bytes), first.order
+        placed = load.free_blocks, requests.context_tokens[order], blocks[order]
+        reserved = first.groups[order]
+        guess_s = min(first.relaxed_s, first.makespan_s)
+        solution = self._lp.solve(LpProblem(stage, *placed), guess_s=guess_s, start=reserved, prices=first.prices)
         if solution is None:
             return None
-        bound = proven_bound(
-            self._costs,
-            running,
-            load.free_blocks,
-            contexts,
-            placed_blocks,
-            solution.piece,
-            solution.block,
-            solution.nic,
-        )
+        bound = proven_bound(stage, *placed, solution.prices)
         if bound >= first.bound_s:
-            nic = normalise(running, self._costs.primary, bound, solution.piece, solution.block, solution.nic)
-            request = request_prices(
-                self._costs, requests.context_tokens, blocks, solution.piece, solution.block, nic
-            )  # fmt: skip
-            first = first._replace(
-                bound_s=bound, piece=solution.piece, block=solution.block, nic=nic, request=request
-            )  # fmt: skip
-        first = first._replace(relaxed_s=min(first.relaxed_s, max(solution.level_s, running.floor_s)))
-        reserved = first.groups[first.order]
-        groups, makespan_s = _whole_groups(
-            self._costs, running, load.free_blocks, contexts, placed_blocks, solution.x, reserved, bound
-        )
+            prices = normalise(stage, bound, solution.prices)
+            request = request_prices(stage, requests.context_tokens, blocks, prices)
+            first = first._replace(bound_s=bound, prices=prices, request=request)
+        first = first._replace(relaxed_s=min(first.relaxed_s, max(solution.level_s, stage.floor_s)))
+        groups, makespan_s = _whole_groups(stage, *placed, solution.x, reserved, bound)
         if makespan_s < first.makespan_s:
             all_groups = np.zeros_like(first.groups)
-            all_groups[first.order] = groups
+            all_groups[order] = groups
             first = first._replace(groups=all_groups, makespan_s=makespan_s)
         return first
 
 
 @kernel
+def _admit_and_place(
+    costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, contexts: IntArray, blocks: IntArray
+) -> PassResult:
+    """Do everything in one pass."""
+    admission = admit(Packing(free_blocks, costs.unit, costs.primary, blocks, costs.head_groups))
+    return _place_admitted(costs, heads, kv_bytes, free_blocks, contexts, blocks, admission)
+
+
+@kernel
 def _place_admitted(
     costs: Costs, heads: IntArray, kv_bytes: FloatArray, free_blocks: IntArray, all_contexts: IntArray,
-    all_blocks: IntArray, verdict: IntArray, missing: IntArray, all_groups: IntArray,
+    all_blocks: IntArray, admission: Admission,
 ) -> PassResult:  # fmt: skip
-    """Do everything after admission; ``all_groups`` [J, D] holds the groups reserved by it, and is written."""
+    """Do everything after admission, whose reserved groups are overwritten."""
     num, pieces = costs.alpha.shape
-    running = running_load(costs, heads, kv_bytes)
-    order = np.flatnonzero(verdict == PLACED)
+    stage = running_load(costs, heads, kv_bytes)
+    all_groups = admission.reserved
+    order = np.flatnonzero(admission.verdict == PLACED)
     order = order[np.argsort(all_contexts[order].astype(np.float64))]
-    piece, block = np.zeros((num, pieces)), np.zeros(num)
     if len(order) == 0:
-        floor_s = running.floor_s
+        nothing = Multipliers(np.zeros((num, pieces)), np.zeros(num), 0.0)
+        floor_s = stage.floor_s
         return PassResult(
-            all_groups, floor_s, floor_s, floor_s, True, verdict, missing, order, piece, block, 0.0,
-            np.zeros(len(all_contexts)),
-        )  # fmt: skip
+            all_groups, floor_s, floor_s, floor_s, True, admission, order, nothing, np.zeros(len(all_contexts))
+        )
     contexts, blocks = all_contexts[order], all_blocks[order]
-    real_contexts, real_blocks = contexts.astype(np.float64), blocks.astype(np.float64)
-    rows = rows_of(costs, running, free_blocks, real_contexts, real_blocks)
-    guess = likely_level(rows, running, real_contexts.mean(), float(len(order) * costs.head_groups))
-    relaxed = relax(rows, running, guess, real_contexts, real_blocks, costs.head_groups, MOST_ROUNDS)
+    demand = Demand(contexts.astype(np.float64), blocks.astype(np.float64), costs.head_groups)
+    rows = rows_of(stage, free_blocks, demand)
+    guess = likely_level(rows, stage, demand.contexts.mean(), float(len(order) * costs.head_groups))
+    relaxed = relax(rows, stage, guess, demand, MOST_ROUNDS)
     mix = relaxed.mix
-    nic = prices_of(rows, mix.low, mix.high, mix.weight, mix.price, piece, block)
-    bound = proven_bound(costs, running, free_blocks, contexts, blocks, piece, block, nic)
-    nic = normalise(running, costs.primary, bound, piece, block, nic)
+    prices = prices_of(rows, mix)
+    bound = proven_bound(stage, free_blocks, contexts, blocks, prices)
+    prices = normalise(stage, bound, prices)
     fractions = np.zeros((len(order), num))
-    relaxed_s = fractional_fill(
-        costs, running, free_blocks, real_contexts, real_blocks, relaxed.order, mix.price, relaxed.level_s, fractions
-    )  # fmt: skip
+    relaxed_s = fractional_fill(stage, free_blocks, demand, relaxed.order, mix.price, relaxed.level_s, fractions)
     on_pieces = relaxed.settled and mix.low.max() < pieces and mix.high.max() < pieces
-    groups, makespan_s = _whole_groups(
-        costs, running, free_blocks, contexts, blocks, fractions, all_groups[order], bound
-    )  # fmt: skip
+    groups, makespan_s = _whole_groups(stage, free_blocks, contexts, blocks, fractions, all_groups[order], bound)
     for position in range(len(order)):
         for i in range(num):
             all_groups[order[position], i] = groups[position, i]
     return PassResult(
-        all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, verdict, missing, order, piece, block,
-        nic, request_prices(costs, all_contexts, all_blocks, piece, block, nic),
+        all_groups, makespan_s, bound, min(relaxed_s, makespan_s), on_pieces, admission, order, prices,
+        request_prices(stage, all_contexts, all_blocks, prices),
     )  # fmt: skip
 
 
 @kernel
 def _whole_groups(
-    costs: Costs, running: Running, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, fractions: FloatArray,
+    stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray, fractions: FloatArray,
     reserved: IntArray, bound: float,
 ) -> tuple[IntArray, float]:  # fmt: skip
     """Round fractions [J, D] and improve, or start from what admission reserved if rounding runs out of room."""
-    placement = empty_placement(costs, running, free_blocks, len(contexts))
-    round_down(costs, running, placement, fractions, contexts, blocks)
-    if not place_rest(costs, running, placement, contexts, blocks):
-        placement = empty_placement(costs, running, free_blocks, len(contexts))
-        for j in range(len(contexts)):
-            for i in range(len(free_blocks)):
-                if reserved[j, i] > 0:
-                    put(costs, running, placement, j, i, reserved[j, i], contexts[j], blocks[j])
-    improve(costs, running, placement, contexts, blocks, 0.0, MOST_STUCK, MOST_STEPS)
-    if makespan(costs, running, placement) <= bound * (1.0 + WORTH_POLISHING):
-        return placement.x, makespan(costs, running, placement)
+    placement = empty_placement(stage, free_blocks, contexts, blocks)
+    round_down(stage, placement, fractions)
+    if not place_rest(stage, placement):
+        put_all(stage, placement, reserved)
+    improve(stage, placement, 0.0, MOST_STUCK, MOST_STEPS)
+    if makespan(stage, placement) <= bound * (1.0 + WORTH_POLISHING):
+        return placement.x, makespan(stage, placement)
     rounds = POLISHING // (len(contexts) * len(free_blocks))
-    groups, makespan_s, _ = perturb(
-        costs, running, free_blocks, contexts, blocks, placement.x, bound, rounds, 1
-    )  # fmt: skip
+    groups, makespan_s, _ = perturb(stage, placement, bound, rounds, 1)
     return groups, makespan_s
 
 
-def _admit(costs: Costs, free_blocks: IntArray, blocks: IntArray) -> Admission:
-    """Decide quickly which requests are placed."""
-    reserved = np.zeros((len(blocks), len(costs.unit)), np.int64)
-    verdict, missing = admit(free_blocks, costs.unit, blocks, costs.head_groups, costs.primary, reserved)
-    return Admission(verdict=verdict, missing=missing, reserved=reserved)
-
-
 def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan:
-    left_out = np.flatnonzero(answer.verdict != PLACED) if len(answer.order) < len(requests.ids) else ()
+    verdict, missing, _ = answer.admission
+    left_out = np.flatnonzero(verdict != PLACED) if len(answer.order) < len(requests.ids) else ()
     unplaced = tuple(
         Unplaced(
             request=int(j),
             id=requests.ids[j],
-            resource=Resource.KV_BLOCKS if answer.verdict[j] == SHORT_OF_BLOCKS else Resource.WHOLE_GROUPS,
-            missing=int(answer.missing[j]),
-            proved=bool(answer.verdict[j] != NOT_FOUND),
+            resource=Resource.KV_BLOCKS if verdict[j] == SHORT_OF_BLOCKS else Resource.WHOLE_GROUPS,
+            missing=int(missing[j]),
+            proved=bool(verdict[j] != NOT_FOUND),
         )
         for j in left_out
     )
@@ -264,15 +230,12 @@ def _plan_of(requests: Requests, answer: PassResult, path: Path) -> DispatchPlan
         path=path,
         unplaced=unplaced,
         prices=ShadowPrices(
-            piece=answer.piece,
-            block_s=answer.block,
-            nic=answer.nic,
+            piece=answer.prices.piece,
+            block_s=answer.prices.block,
+            nic=answer.prices.nic,
             request_s=answer.request,
         ),
     )
-
-
-# --- Preparation of dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk.
 
 
 def small_stage() -> Stage:

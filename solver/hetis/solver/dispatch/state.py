@@ -24,14 +24,12 @@ from hetis.solver.dispatch.snapshot import (
 )
 from hetis.solver.errors import InvalidProblemError
 
-# --- The arrays behind `DispatchState`: the place of every request's head groups, and the sums per device.
-#
-# Requests occupy slots, which are reused after they finish. Groups in a move count as owned at their source and hold
-# blocks at both ends. The caller validates; this module only does arithmetic.
-
 
 class Ledger:
-    """Head groups, tokens and blocks of one stage.
+    """The arrays behind `DispatchState`: the place of every request's head groups, and the sums per device.
+
+    Requests occupy slots, which are reused after they finish. Groups in a move count as owned at their source and hold
+    blocks at both ends. The caller validates; this class only does arithmetic.
 
     Attributes:
         slots: slot of each request, in order of admission.

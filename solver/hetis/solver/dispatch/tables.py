@@ -1,7 +1,8 @@
-"""A stage and its load as arrays for kernels: seconds per head group and per token of one, and the running load.
+"""A stage, its running load and a placement on it as arrays for kernels, and the time of a device.
 
 One more head group costs device i, on its affine piece k, ``alpha_ik + beta_ik context`` seconds:
 ``alpha = r (a + gamma e)`` and ``beta = (KV bytes per token) b``, in the letters of `hetis.solver.dispatch.problem`.
+Tuples are passed to kernels whole, because passing their arrays made dispatch five times as slow.
 """
 
 from __future__ import annotations
@@ -14,11 +15,7 @@ import numpy as np
 from hetis.solver.compiled import kernel_of
 from hetis.solver.dispatch.problem import FloatArray, IntArray, Stage
 
-# --- Compilation of dispatch's kernels through `kernel`; see `hetis.solver.compiled`.
-
-
 kernel = kernel_of(Path(__file__).parent)
-
 
 ALWAYS = -np.inf
 
@@ -39,9 +36,14 @@ class Costs(NamedTuple):
     queries: int  # r
 
 
-class Running(NamedTuple):
-    """The load of every device in seconds."""
+class LoadedStage(NamedTuple):
+    """The costs of new head groups on a stage, beside the time of its running load."""
 
+    alpha: FloatArray  # the first five as in `Costs`
+    beta: FloatArray
+    unit: IntArray
+    primary: int
+    head_groups: int
     base: FloatArray  # [D, K] time of the running load, including constants
     open_at: FloatArray  # [D] makespan from which a device may be used: -inf if it is in use, otherwise its constants
     floor_s: float  # time of the running load on the slowest device or network card
@@ -49,22 +51,33 @@ class Running(NamedTuple):
     nic_group_s: float  # eta
 
 
-class HasSlopes(Protocol):
-    """The part of costs that a device's time needs."""
+class HasTimes(Protocol):
+    """The part of a loaded stage that a device's time needs."""
 
     @property
     def alpha(self) -> FloatArray: ...
     @property
     def beta(self) -> FloatArray: ...
-
-
-class HasConstants(Protocol):
-    """The part of the running load that a device's time needs."""
-
     @property
     def base(self) -> FloatArray: ...
     @property
     def open_at(self) -> FloatArray: ...
+
+
+class Placement(NamedTuple):
+    """Whole head groups of requests sorted by context, in arrays that change.
+
+    ``on_workers`` [1] is the number of new groups on attention workers, for the primary's network card.
+    """
+
+    contexts: IntArray  # [J] tokens of each request
+    blocks: IntArray  # [J] KV blocks per head group
+    x: IntArray  # [J, D] groups
+    groups: IntArray  # [D]
+    tokens: IntArray  # [D] context tokens of the groups
+    room: IntArray  # [D] free KV blocks left
+    seconds: FloatArray  # [D] time, 0 for a device that holds no heads
+    on_workers: IntArray
 
 
 def costs_of(stage: Stage) -> Costs:
@@ -96,8 +109,8 @@ def costs_of(stage: Stage) -> Costs:
 
 
 @kernel
-def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running:
-    """Return the times of the running load; ``heads`` and ``kv_bytes`` are those of `Load`."""
+def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> LoadedStage:
+    """Return the stage with its running load; ``heads`` and ``kv_bytes`` are those of `DeviceLoad`."""
     num, pieces = costs.alpha.shape
     base = np.empty((num, pieces))
     open_at = np.empty(num)
@@ -123,101 +136,86 @@ def running_load(costs: Costs, heads: IntArray, kv_bytes: FloatArray) -> Running
             for i in range(num):
                 if i != costs.primary:
                     open_at[i] = max(open_at[i], nic_base)
-    return Running(base, open_at, floor_s, nic_base, costs.nic_head_s * costs.queries)
+    return LoadedStage(
+        costs.alpha, costs.beta, costs.unit, costs.primary, costs.head_groups, base, open_at, floor_s, nic_base,
+        costs.nic_head_s * costs.queries,
+    )  # fmt: skip
 
 
 @kernel
-def device_s(costs: HasSlopes, running: HasConstants, device: int, groups: float, tokens: float) -> float:
+def device_s(stage: HasTimes, device: int, groups: float, tokens: float) -> float:
     """Return seconds of a device with ``groups`` new head groups of ``tokens`` context tokens; 0 if it holds no heads.
 
-    This is the only formula of a device's time, also for re-dispatch: it is compiled for any tuples with these arrays.
-    Tuples are passed whole, because passing their arrays to a kernel made dispatch five times as slow.
+    This is the only formula of a device's time, also for re-dispatch: it is compiled for any tuple with these arrays.
     """
-    if groups <= 0 and running.open_at[device] != ALWAYS:
+    if groups <= 0 and stage.open_at[device] != ALWAYS:
         return 0.0
     most = 0.0
-    for k in range(costs.alpha.shape[1]):
-        piece = running.base[device, k] + costs.alpha[device, k] * groups + costs.beta[device, k] * tokens
+    for k in range(stage.alpha.shape[1]):
+        piece = stage.base[device, k] + stage.alpha[device, k] * groups + stage.beta[device, k] * tokens
         most = max(most, piece)
     return most
 
 
-# --- A placement in whole head groups under construction: what every device holds, and its time.
-
-
-class Placement(NamedTuple):
-    """Mutable arrays of a placement of the requests to be placed, sorted by context.
-
-    ``on_workers`` [1] is the number of new groups on attention workers, for the primary's network card.
-    """
-
-    x: IntArray  # [J, D] groups
-    groups: IntArray  # [D]
-    tokens: IntArray  # [D] context tokens of the groups
-    room: IntArray  # [D] free KV blocks left
-    seconds: FloatArray  # [D] time, 0 for a device that holds no heads
-    on_workers: IntArray
+@kernel
+def card_s(stage: LoadedStage, on_workers: float) -> float:
+    """Return the time of the primary's network card with ``on_workers`` new groups; 0 while no worker holds heads."""
+    if stage.primary < 0:
+        return 0.0
+    if on_workers == 0:
+        any_runs = False
+        for i in range(len(stage.open_at)):
+            any_runs = any_runs or (i != stage.primary and stage.open_at[i] == ALWAYS)
+        if not any_runs:
+            return 0.0
+    return stage.nic_base + stage.nic_group_s * on_workers
 
 
 @kernel
-def empty_placement(costs: Costs, running: Running, free_blocks: IntArray, num_requests: int) -> Placement:
-    """Return a placement of the running load only."""
+def empty_placement(stage: LoadedStage, free_blocks: IntArray, contexts: IntArray, blocks: IntArray) -> Placement:
+    """Return a placement of the running load only, for requests of these contexts and blocks per head group [J]."""
     num = len(free_blocks)
     seconds = np.empty(num)
     for i in range(num):
-        seconds[i] = device_s(costs, running, i, 0.0, 0.0)
+        seconds[i] = device_s(stage, i, 0.0, 0.0)
     return Placement(
-        np.zeros((num_requests, num), np.int64),
-        np.zeros(num, np.int64),
-        np.zeros(num, np.int64),
-        np.maximum(free_blocks, 0),
-        seconds,
-        np.zeros(1, np.int64),
-    )
+        contexts, blocks, np.zeros((len(contexts), num), np.int64), np.zeros(num, np.int64), np.zeros(num, np.int64),
+        np.maximum(free_blocks, 0), seconds, np.zeros(1, np.int64),
+    )  # fmt: skip
 
 
 @kernel
-def put(
-    costs: Costs, running: Running, placement: Placement, request: int, device: int, count: int, context: int,
-    blocks: int,
-) -> None:  # fmt: skip
+def put(stage: LoadedStage, placement: Placement, request: int, device: int, count: int) -> None:
     """Add ``count`` groups of a request to a device, or remove them if negative."""
     placement.x[request, device] += count
     placement.groups[device] += count
-    placement.tokens[device] += count * context
-    placement.room[device] -= count * blocks
-    placement.seconds[device] = device_s(
-        costs, running, device, float(placement.groups[device]), float(placement.tokens[device])
-    )
-    if device != costs.primary:
+    placement.tokens[device] += count * placement.contexts[request]
+    placement.room[device] -= count * placement.blocks[request]
+    placement.seconds[device] = seconds_with(stage, placement, device, 0, 0)
+    if device != stage.primary:
         placement.on_workers[0] += count
 
 
 @kernel
-def seconds_with(costs: Costs, running: Running, placement: Placement, device: int, groups: int, tokens: int) -> float:
+def put_all(stage: LoadedStage, placement: Placement, groups: IntArray) -> None:
+    """Change the placement so that it holds ``groups`` [J, D]."""
+    for j in range(groups.shape[0]):
+        for i in range(groups.shape[1]):
+            if groups[j, i] != placement.x[j, i]:
+                put(stage, placement, j, i, groups[j, i] - placement.x[j, i])
+
+
+@kernel
+def seconds_with(stage: LoadedStage, placement: Placement, device: int, groups: int, tokens: int) -> float:
     """Return the time of a device with ``groups`` and ``tokens`` more than it holds."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
-    return device_s(costs, running, device, float(n), float(t))
+    return device_s(stage, device, float(n), float(t))
 
 
 @kernel
-def card_s(costs: Costs, running: Running, on_workers: float) -> float:
-    """Return the time of the primary's network card with ``on_workers`` new groups; 0 while no worker holds heads."""
-    if costs.primary < 0:
-        return 0.0
-    if on_workers == 0:
-        any_runs = False
-        for i in range(len(running.open_at)):
-            any_runs = any_runs or (i != costs.primary and running.open_at[i] == ALWAYS)
-        if not any_runs:
-            return 0.0
-    return running.nic_base + running.nic_group_s * on_workers
-
-
-@kernel
-def makespan(costs: Costs, running: Running, placement: Placement) -> float:
+def makespan(stage: LoadedStage, placement: Placement) -> float:
     """Return the seconds of the slowest device or network card."""
-    slowest = card_s(costs, running, placement.on_workers[0])
+    slowest = card_s(stage, placement.on_workers[0])
     for i in range(len(placement.seconds)):
         slowest = max(slowest, float(placement.seconds[i]))
     return slowest

@@ -54,7 +54,7 @@ def placement_of(tables: RedispatchTables, x: IntArray) -> JointPlacement:
 def seconds_with(tables: RedispatchTables, placement: JointPlacement, device: int, groups: int, tokens: float) -> float:
     """Return the time of a device with ``groups`` and ``tokens`` more than it holds; 0 if it then holds no heads."""
     n, t = placement.groups[device] + groups, placement.tokens[device] + tokens
-    return device_s(tables, tables, device, float(n), float(t))
+    return device_s(tables, device, float(n), float(t))
 
 
 @kernel

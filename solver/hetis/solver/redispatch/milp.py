@@ -8,18 +8,20 @@ nodes is limited rather than the time, so the same stage has the same answer.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import highspy
 import numpy as np
 
 from hetis.solver.dispatch.problem import FloatArray, IntArray
-from hetis.solver.highs import quiet_highs
+from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds
 
 MOST_CELLS = 200  # limit on requests that may move times devices
 MOST_NODES = 50
 REL_GAP = 0.005
+_Rows: TypeAlias = tuple[Any, list[tuple[Any, Any, Any]]]  # upper limits, entries as (row of these, columns, values)
 
 
 def search(tables: RedispatchTables, fractions: FloatArray) -> IntArray | None:
@@ -91,96 +93,74 @@ class _MilpProgram:
         return x
 
     def model(self) -> Any:
-        """Return the program for HiGHS, with rows from `_rows`."""
-        t, lp = self.tables, highspy.HighsLp()
-        matrix, upper = self._rows()
-        total = self.now.sum(axis=1, keepdims=True)
-        charge = self.scale * t.charge[self.movable]
-        lp.num_col_, lp.num_row_ = self.num_columns, len(matrix)
-        # Departures are arrivals minus the growth of x: moving costs charge (2 a - x + now).
-        lp.col_cost_ = np.concatenate(
-            [[1.0], self.scale * t.short_s, np.zeros(self.D + 1), (-charge * t.unit).reshape(-1),
-             (2 * charge).reshape(-1)]
-        )  # fmt: skip
-        in_use = (self.stays.sum(axis=0) > 0) | np.isneginf(t.open_at)
-        lp.col_lower_ = np.concatenate(
-            [np.zeros(self.used), in_use.astype(np.float64), np.zeros(self.num_columns - self.workers)]
-        )
-        most = np.where(t.takes, total, self.now) // t.unit
-        lp.col_upper_ = np.concatenate(
-            [np.full(self.used, highspy.kHighsInf), np.ones(self.D + 1), most.reshape(-1).astype(np.float64),
-             np.broadcast_to(total, most.shape).reshape(-1).astype(np.float64)]
-        )  # fmt: skip
-        whole, real = highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous
-        lp.integrality_ = (
-            [real] * self.used + [whole] * (self.arrivals - self.used) + [real] * (self.num_columns - self.arrivals)
-        )
-        lower = np.full(len(matrix), -highspy.kHighsInf)
-        lower[: self.M] = upper[: self.M]
-        lp.row_lower_, lp.row_upper_ = lower, upper
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        nonzero = matrix != 0
-        lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(nonzero.sum(axis=1))]).astype(np.int32)
-        lp.a_matrix_.index_ = np.nonzero(nonzero)[1].astype(np.int32)
-        lp.a_matrix_.value_ = matrix[nonzero]
-        return lp
-
-    def _rows(self) -> tuple[FloatArray, FloatArray]:
-        """Return coefficients and upper limits: balance (equal), arrivals, x only if in use, devices, card, budget."""
+        """Return the program for HiGHS."""
         t, M, D = self.tables, self.M, self.D
         cells = np.arange(M * D).reshape(M, D)
-        total = self.now.sum(axis=1)
-        unit = np.broadcast_to(t.unit.astype(np.float64), (M, D))
-        blocks = [
-            self._block(M, total.astype(np.float64)),
-            self._block(M * D, self.now.reshape(-1).astype(np.float64)),
-            self._block(M * D, np.zeros(M * D)),
+        units, arrivals = self.units + cells, self.arrivals + cells
+        total = self.now.sum(axis=1, keepdims=True)
+        unit = np.broadcast_to(t.unit, (M, D))
+        charge = self.scale * t.charge[self.movable]
+        most = np.where(t.takes, total, self.now) // t.unit
+        in_use = (self.stays.sum(axis=0) > 0) | np.isneginf(t.open_at)
+        blocks: list[_Rows] = [
+            (total[:, 0], [(np.arange(M)[:, None], units, unit)]),  # balance, the only equations
+            (self.now.reshape(-1), [(cells, units, unit), (cells, arrivals, -1.0)]),
+            (np.zeros(M * D), [(cells, units, unit), (cells, self.used + np.arange(D), -total)]),
+            *(block for i in range(D) for block in self._rows_of_device(i, units[:, i])),
+            *self._card_rows(units),
         ]
-        balance, arrivals, used = (matrix for matrix, _ in blocks)
-        balance[np.arange(M)[:, None], self.units + cells] = unit
-        flat = cells.reshape(-1)
-        arrivals[flat, self.units + flat], arrivals[flat, self.arrivals + flat] = unit.reshape(-1), -1.0
-        used[flat, self.units + flat] = unit.reshape(-1)
-        used[flat, self.used + flat % D] = -np.repeat(total, D)
-        for i in range(D):
-            blocks += self._rows_of_device(i, cells[:, i])
-        blocks.append(self._card_rows(cells))
         if np.isfinite(t.budget):
-            row, _ = budget = self._block(1, np.ones(1))
-            row[0, self.arrivals :] = np.repeat(t.num_bytes[self.movable], D) / max(t.budget, 1.0)
-            budget[1][0] = t.budget / max(t.budget, 1.0)
-            blocks.append(budget)
-        return np.concatenate([matrix for matrix, _ in blocks]), np.concatenate([upper for _, upper in blocks])
-
-    def _rows_of_device(self, i: int, cells: IntArray) -> list[tuple[FloatArray, FloatArray]]:
-        """Return the rows of a device's time in every piece, and of its blocks now and at the horizons."""
-        t, stays, columns = self.tables, self.stays[:, i], self.units + cells
-        time = self._block(t.alpha.shape[1], -self.scale * (t.alpha[i] * stays.sum() + t.beta[i] * (t.context @ stays)))
-        time[0][:, 0] = -1.0
-        time[0][:, self.used + i] = self.scale * t.base[i]
-        time[0][:, columns] = (
-            self.scale * t.unit[i] * (t.alpha[i][:, None] + t.beta[i][:, None] * t.context[self.movable])
+            most_bytes = max(t.budget, 1.0)
+            blocks.append(
+                (np.array([t.budget / most_bytes]), [(0, arrivals, t.num_bytes[self.movable, None] / most_bytes)])
+            )
+        starts = np.cumsum([0, *(len(upper) for upper, _ in blocks)])
+        upper = np.concatenate([upper for upper, _ in blocks]).astype(np.float64)
+        lower = np.full(len(upper), -highspy.kHighsInf)
+        lower[:M] = upper[:M]
+        # Departures are arrivals minus the growth of x: moving costs charge (2 a - x + now).
+        cost = [[1.0], self.scale * t.short_s, np.zeros(D + 1), (-charge * t.unit).ravel(), (2 * charge).ravel()]
+        least = [np.zeros(self.used), in_use, np.zeros(self.num_columns - self.workers)]
+        limits = [np.full(self.used, highspy.kHighsInf), np.ones(D + 1), most.ravel(), np.repeat(total[:, 0], D)]
+        column = np.arange(self.num_columns)
+        return linear_program(
+            np.concatenate(cost),
+            (np.concatenate(least), np.concatenate(limits)),
+            (lower, upper),
+            [
+                (start + rows, columns, values)
+                for start, (_, entries) in zip(starts, blocks, strict=False)
+                for rows, columns, values in entries
+            ],
+            whole=(self.used <= column) & (column < self.arrivals),
         )
-        now = self._block(1, np.array([t.room[i] - t.blocks @ stays], np.float64))
-        now[0][0, columns] = t.unit[i] * t.blocks[self.movable]
-        later = self._block(len(t.later), t.limit[:, i] - t.later @ stays)
-        later[0][:, columns] = t.unit[i] * t.later[:, self.movable]
-        later[0][:, self.short + i] = -1.0
-        return [time, now, later]
 
-    def _card_rows(self, cells: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Return the row of the network card's time, and the rows that it is in use if any worker is."""
-        t, D = self.tables, self.D
+    def _rows_of_device(self, i: int, units: IntArray) -> Iterator[_Rows]:
+        """Yield the rows of a device's time in every piece, and of its blocks now and at the horizons."""
+        t, stays, unit = self.tables, self.stays[:, i], self.tables.unit[i]
+        context = t.context[self.movable]
+        k, h = np.arange(t.alpha.shape[1]), np.arange(len(t.later))
+        seconds = self.scale * unit * (t.alpha[i][:, None] + t.beta[i][:, None] * context)
+        yield (
+            -self.scale * (t.alpha[i] * stays.sum() + t.beta[i] * (t.context @ stays)),
+            [(k, 0, -1.0), (k, self.used + i, self.scale * t.base[i]), (k[:, None], units, seconds)],
+        )
+        yield np.array([t.room[i] - t.blocks @ stays]), [(0, units, unit * t.blocks[self.movable])]
+        yield (
+            t.limit[:, i] - t.later @ stays,
+            [(h[:, None], units, unit * t.later[:, self.movable]), (h, self.short + i, -1.0)],
+        )
+
+    def _card_rows(self, units: IntArray) -> Iterator[_Rows]:
+        """Yield the row of the network card's time, and the rows that it is in use if any worker is."""
+        t = self.tables
         if t.primary < 0:
-            return self._block(0, np.zeros(0))
-        is_worker = np.arange(D) != t.primary
-        matrix, upper = self._block(1 + D, np.zeros(1 + D))
-        upper[0] = -self.scale * t.nic_group_s * float(self.stays[:, is_worker].sum())
-        matrix[0, 0], matrix[0, self.workers] = -1.0, self.scale * t.nic_base
-        matrix[0, self.units + cells[:, is_worker].reshape(-1)] = self.scale * t.nic_group_s
-        for i in np.flatnonzero(is_worker).tolist():
-            matrix[1 + i, self.used + i], matrix[1 + i, self.workers] = 1.0, -1.0
-        return matrix, upper
-
-    def _block(self, rows: int, upper: FloatArray) -> tuple[FloatArray, FloatArray]:
-        return np.zeros((rows, self.num_columns)), upper
+            return
+        workers = np.flatnonzero(np.arange(self.D) != t.primary)
+        on_workers = float(self.stays[:, workers].sum())
+        group_s = self.scale * t.nic_group_s
+        yield (
+            np.array([-group_s * on_workers]),
+            [(0, 0, -1.0), (0, self.workers, self.scale * t.nic_base), (0, units[:, workers], group_s)],
+        )
+        yield np.zeros(self.D), [(workers, self.used + workers, 1.0), (workers, self.workers, -1.0)]

@@ -1,4 +1,10 @@
-"""The way from one placement to another as moves from device to device, and the worth of each move."""
+"""The way from one placement to another: moves from device to device, the worth of each, and an order of them.
+
+In that order each step has room at its targets while its sources still hold the blocks. Steps go in waves: those of one
+wave fit together, and what they free is for the next. A step of one part is split if only some of its groups fit. If
+nothing fits, the remaining steps wait for each other in a cycle. Then one of them takes a detour through a third device
+with room and reaches its target later; a step that finds no detour is refused.
+"""
 
 from __future__ import annotations
 
@@ -207,11 +213,7 @@ def _taken_back(x: IntArray, step: RequestMoves) -> IntArray:
     )
 
 
-# --- An order of steps in which each has room at its targets while its sources still hold the blocks.
-#
-# Steps go in waves: those of one wave fit together, and what they free is for the next. A step of one part is split if
-# only some of its groups fit. If nothing fits, the remaining steps wait for each other in a cycle. Then one of them takes
-# a detour through a third device with room and reaches its target later; a step that finds no detour is refused.
+# --- the order of steps
 
 
 class Ordered(NamedTuple):

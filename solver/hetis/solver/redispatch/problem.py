@@ -1,4 +1,4 @@
-"""The re-dispatch problem: the running load of a stage, and the cost of moving KV between its devices.
+"""The re-dispatch problem: the running load of a stage, and the cost of moving KV between its devices; and its answer.
 
     min  z  +  sum_j lambda_j (seconds that moving takes)  +  sum_i P_i s_i          seconds per layer and decode step
     s.t. z >= time of every device that holds heads, and of the primary's network card      as for dispatch
@@ -87,7 +87,7 @@ class RedispatchProblem:
             )
 
 
-# --- The answer of re-dispatch: moves in an order that memory allows, their effect, and a bound.
+# --- the answer
 
 
 class MoveReason(StrEnum):

@@ -1,14 +1,30 @@
 """The relaxation over all choices of devices in use: fractions to round from, and a bound on every placement.
 
-An idle device offers nothing until the makespan exceeds its constants. Between two such thresholds the usable devices
-are known and the relaxation is one linear program. Dispatch of all running requests to idle devices bounds the makespan
-from below, and the objective of the programs solved so far bounds it from above. Few thresholds, usually none, lie
-between.
+**Choices.** An idle device offers nothing until the makespan exceeds its constants. Between two such thresholds the
+usable devices are known and the relaxation is one linear program. Dispatch of all running requests to idle devices
+bounds the makespan from below, and the objective of the programs solved so far bounds it from above. Few thresholds,
+usually none, lie between.
+
+**Program.** Columns are departures (d_ij, at most what is there) and arrivals (a_ij); doing nothing is all zeros. Most
+requests never move, and those that do have one good target. The model therefore starts with the targets that are cheap
+at dispatch's prices and receives others as `sift_columns` finds them missing.
+
+**Bound.** It follows from multipliers alone, by weak duality and without trusting any solver. For multipliers p of the
+affine pieces and nu of the network card (together at most 1), mu of the blocks (for one device over the horizons
+together at most P_i) and eta of the budget, a head group of request j on device i costs
+
+    w_ij = sum_k p_ik (alpha_ik + beta_ik l_j)  +  nu eta_0 [i worker]  +  mu_i b_j  +  sum_t mu_it m_jt
+
+and leaves i for the device at which ``w + charge`` is least, if that is less than staying. So no placement beats
+
+    sum_ik p_ik base_ik + nu nic_base - sum_i mu_i room_i - sum_it mu_it limit_i - eta budget
+      + sum_ij now_ij min(w_ij,  charge_ij + min_k (w_kj + charge_kj + eta bytes_j))
+
+while closed devices take nothing and everything leaves them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import highspy
@@ -16,21 +32,11 @@ import numpy as np
 
 from hetis.solver.dispatch.lp import sift_columns
 from hetis.solver.dispatch.problem import BoolArray, FloatArray, IntArray
-from hetis.solver.highs import GROWING_SIMPLEX, quiet_highs
+from hetis.solver.highs import GROWING_SIMPLEX, linear_program, quiet_highs
 from hetis.solver.redispatch.tables import RedispatchTables, device_seconds, objective_s
 
-# --- A lower bound on the objective from multipliers alone, by weak duality and without trusting any solver.
-#
-# For multipliers p of the affine pieces and nu of the network card (together at most 1), mu of the blocks (for one device
-# over the horizons together at most P_i) and eta of the budget, a head group of request j on device i costs
-#     w_ij = sum_k p_ik (alpha_ik + beta_ik l_j)  +  nu eta_0 [i worker]  +  mu_i b_j  +  sum_t mu_it m_jt
-#
-# and leaves i for the device at which ``w + charge`` is least, if that is less than staying. So no placement beats
-#
-#     sum_ik p_ik base_ik + nu nic_base - sum_i mu_i room_i - sum_it mu_it limit_i - eta budget
-#       + sum_ij now_ij min(w_ij,  charge_ij + min_k (w_kj + charge_kj + eta bytes_j))
-#
-# while closed devices take nothing and everything leaves them.
+NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request
+CHEAPER = 1e-7  # ratio by which an arrival must be cheaper than what its request pays, to join
 
 
 class Prices(NamedTuple):
@@ -88,19 +94,7 @@ def feasible(tables: RedispatchTables, prices: Prices, is_open: BoolArray) -> Pr
     )  # fmt: skip
 
 
-# --- The relaxation of re-dispatch as one linear program in HiGHS, moves in fractions of head groups.
-#
-# Columns are departures (d_ij, at most what is there) and arrivals (a_ij); doing nothing is all zeros. Most requests
-# never move, and those that do have one good target. The model therefore starts with the targets that are cheap at
-# dispatch's prices and receives others as `hetis.solver.dispatch.lp` finds them missing.
-
-
-NEAR = 0.02  # ratio by which arrivals in the initial model may cost more than the cheapest of their request
-CHEAPER = 1e-7  # ratio by which an arrival must be cheaper than what its request pays, to join
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RedispatchLpSolution:
+class RedispatchLpSolution(NamedTuple):
     """Fractional groups x [N, D], the objective in seconds, and the multipliers."""
 
     x: FloatArray
@@ -159,7 +153,7 @@ class _Program:
 
     def start(self) -> Any:
         """Return the model without arrivals."""
-        t, D, K = self.tables, self.D, self.K
+        t, D = self.tables, self.D
         balance, pieces, card, now, later, budget, end = self.rows
         groups, tokens = t.now.sum(axis=0), t.context @ t.now
         upper = np.full(end, highspy.kHighsInf)
@@ -176,26 +170,21 @@ class _Program:
             upper[budget] = t.budget * self.bytes_scale
 
         # Columns z and s come first, then the departures, which are arrivals with the opposite sign.
-        entry_rows, entry_values, sizes = [np.arange(pieces, card + 1)], [np.full(D * K + 1, -1.0)], [D * K + 1]
-        for i in range(D):
-            entry_rows.append(later + i + D * np.arange(self.H))
-            entry_values.append(np.full(self.H, -1.0))
-            sizes.append(self.H)
-        rows, values = self._column_entries(*self.sources, sign=-1.0)
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = self.first_arrival, int(end)
         most = t.now[self.sources].astype(np.float64)
-        forced = ~self.is_open[self.sources[1]]
-        lp.col_cost_ = np.concatenate([[1.0], self.scale * t.short_s, self.scale * t.charge[self.sources]])
-        lp.col_lower_ = np.concatenate([np.zeros(self.first), np.where(forced, most, 0.0)])
-        lp.col_upper_ = np.concatenate([np.full(self.first, highspy.kHighsInf), most])
-        lp.row_lower_, lp.row_upper_ = lower, upper
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-        sizes += [rows.shape[1]] * len(rows)
-        lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-        lp.a_matrix_.index_ = np.concatenate([*entry_rows, rows.reshape(-1)]).astype(np.int32)
-        lp.a_matrix_.value_ = np.concatenate([*entry_values, values.reshape(-1)])
-        return lp
+        forced = np.where(self.is_open[self.sources[1]], 0.0, most)
+        infinite = np.full(self.first, highspy.kHighsInf)
+        departures = self.first + np.arange(len(most))
+        rows, values = self._column_entries(*self.sources, sign=-1.0)
+        return linear_program(
+            np.concatenate([[1.0], self.scale * t.short_s, self.scale * t.charge[self.sources]]),
+            (np.concatenate([np.zeros(self.first), forced]), np.concatenate([infinite, most])),
+            (lower, upper),
+            [
+                (np.arange(pieces, card + 1), 0, -1.0),
+                (later + np.arange(D) + D * np.arange(self.H)[:, None], 1 + np.arange(D), -1.0),
+                (rows, departures[:, None], values),
+            ],
+        )
 
     def add(self, highs: Any, requests: IntArray, devices: IntArray) -> None:
         """Add arrivals of these requests on these devices."""

@@ -302,11 +302,8 @@ def _plan(
     )
 
 
-# --- Preparation of re-dispatch's kernels before anybody waits for an answer: loaded, or compiled if not on disk.
-
-
 def compile_redispatch() -> None:
-    """Balance two requests, which takes a minute or more the first time on a machine."""
+    """Load the kernels, or compile them, before anybody waits for an answer: a minute or more the first time."""
     stage = small_stage()
     snapshot = StateSnapshot(
         stage=stage,

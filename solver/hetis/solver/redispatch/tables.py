@@ -13,14 +13,8 @@ from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.tables import costs_of, device_s, running_load
 from hetis.solver.redispatch.problem import RedispatchProblem
 
-# --- Compilation of re-dispatch's kernels through `kernel`; see `hetis.solver.compiled`.
-#
-# They call kernels of dispatch, so their cached code is dated by the source files of both.
-
-
 _HERE = Path(__file__).parent
-kernel = kernel_of(_HERE, _HERE.parent / "dispatch")
-
+kernel = kernel_of(_HERE, _HERE.parent / "dispatch")  # they call kernels of dispatch
 
 EXACT = 4.0  # how often a block on a draining device can be moved before staying would be cheaper
 
@@ -135,7 +129,7 @@ def _device_seconds(tables: RedispatchTables, groups: FloatArray, tokens: FloatA
     seconds = np.empty(num + 1)
     workers = 0.0
     for i in range(num):
-        seconds[i] = device_s(tables, tables, i, groups[i], tokens[i])
+        seconds[i] = device_s(tables, i, groups[i], tokens[i])
         workers += groups[i] if i != tables.primary else 0.0
     seconds[num] = card_s(tables, workers)
     return seconds

@@ -1,4 +1,8 @@
-"""Triggers of re-dispatch: the makespan drifted from the ideal, memory fills, or devices changed."""
+"""Triggers of re-dispatch: the makespan drifted from the ideal, memory fills, or devices changed.
+
+The ideal is all running requests dispatched again, as if moves were free. A `Watch` filters triggers: those that a
+search has failed to answer stay quiet until the stage has changed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,6 @@ from hetis.solver.dispatch.snapshot import DeviceStatus, StateSnapshot
 from hetis.solver.dispatch.solve import Dispatcher
 from hetis.solver.dispatch.tables import costs_of, running_load
 from hetis.solver.errors import InvalidProblemError
-
-# --- The ideal of a stage: all running requests dispatched again, as if moves were free.
 
 
 def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draining: bool = False) -> DispatchPlan:
@@ -33,6 +35,8 @@ def ideal_dispatch(snapshot: StateSnapshot, dispatcher: Dispatcher, *, on_draini
 
 
 THETA = 0.5  # Hetis (SC'25)
+CHANGE = 0.2
+MOST_CHANGE = 0.8
 
 
 class TriggerKind(StrEnum):
@@ -118,11 +122,6 @@ def makespan_s(snapshot: StateSnapshot) -> float:
     return running_load(costs_of(snapshot.stage), load.heads, load.kv_bytes).floor_s
 
 
-# --- A filter of triggers: those that a search has failed to answer stay quiet until the stage has changed.
-
-
-CHANGE = 0.2
-MOST_CHANGE = 0.8
 ALWAYS = frozenset({TriggerKind.LOST, TriggerKind.CHANGED})  # events, which end once the state is marked as seen
 
 

@@ -1,4 +1,4 @@
-"""The problem of shares: GPU types with counts, tenants with weights and speed-ups."""
+"""The problem of shares (GPU types with counts, tenants with weights and speed-ups) and its answer."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class ShareProblem:
         return values
 
 
-# --- Shares as an answer: the GPUs of every claimant, their value, and the bound on the value.
+# --- the answer
 
 
 class Rule(StrEnum):

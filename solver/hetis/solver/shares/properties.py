@@ -1,4 +1,4 @@
-"""Properties of shares: envy, sharing incentive, waste, and the number of GPU types that a job spans."""
+"""What shares give: envy, sharing incentive, waste, types that a job spans; false claims; and rounds of whole GPUs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _could_gain(problem: ShareProblem, values: FloatArray, seed: int) -> float:
     return max(0.0, float(found[0] @ program.gain) - total) / total if total > 0 else 0.0
 
 
-# --- The gain of a tenant by a false claim: speed-ups stated higher or lower than they are.
+# --- false claims: speed-ups stated higher or lower than they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,19 +113,15 @@ def best_claim(problem: ShareProblem, rule: Rule, claimant: int, *, inflate: boo
 
 def _value(problem: ShareProblem, rule: Rule, claimant: int, stated: FloatArray, true: FloatArray) -> float:
     """Return the true value of a claimant's share if it states other speed-ups."""
-    index = 0
-    tenants = []
-    for tenant in problem.tenants:
-        jobs = []
-        for job in tenant.jobs:
-            jobs.append(replace(job, speedups=tuple(stated.tolist())) if index == claimant else job)
-            index += 1
-        tenants.append(replace(tenant, jobs=tuple(jobs)))
-    shares = solve_shares(replace(problem, tenants=tuple(tenants)), rule)
+    jobs = [job for tenant in problem.tenants for job in tenant.jobs]
+    jobs[claimant] = replace(jobs[claimant], speedups=tuple(stated.tolist()))
+    left = iter(jobs)
+    tenants = tuple(replace(t, jobs=tuple(next(left) for _ in t.jobs)) for t in problem.tenants)
+    shares = solve_shares(replace(problem, tenants=tenants), rule)
     return float(true @ shares.amounts[claimant])
 
 
-# --- Whole GPUs in consecutive rounds: a loss by rounding in one round is owed to the claimant in the next.
+# --- whole GPUs in consecutive rounds: a loss by rounding in one round is owed to the claimant in the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,64 +1,88 @@
-"""`solve_shares`: shares by any rule, chosen by name."""
+"""Shares by any rule: OEF's two, Gavel's max-min, Gandiva_fair's trading and an equal split.
+
+OEF (Middleware'24, arXiv 2403.18545) has the two fair rules that maximise total value. With claimants l of weight pi_l,
+speed-ups w_l and shares x_l [types], m the fleet:
+
+    cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (nobody envies)
+    non-cooperative   max sum_l w_l x_l   s.t.  w_l x_l / pi_l equal for all l                      (equal value)
+    both              sum_l x_l <= m,  x >= 0
+
+The paper defines weights by cloning a claimant pi_l times; clones with equal shares satisfy its rows exactly if these
+hold, so that weights need not be whole here.
+
+**Bounds.** Rows in the objective with multipliers (Lagrange) leave only the fleet's limits, so that every type goes to
+the claimant with the largest coefficient: for any mu >= 0 (any nu with sum 0)
+
+    cooperative       sum_j m_j max_l max(0, w_lj (1 + sum_i mu_li / pi_l) - sum_i mu_il w_ij / pi_l)
+    non-cooperative   sum_j m_j max_l max(0, w_lj (1 + nu_l / pi_l))
+
+is at least the total value of all fair shares. HiGHS's duals are such multipliers.
+
+**Ties.** Of shares of equal total value, a claimant should have few GPU types, adjacent in speed, because a job on fast
+and slow GPUs waits for the slow ones. OEF's paper states that its optimum gives every claimant adjacent types; for
+arbitrary speed-ups a vertex of the program does not (190 of 300 random instances do), so ties are broken.
+
+The other rules are as `SYSTEMS.md` section 2 defines them. If one leaves a tie open, the shares with the highest total
+value are used: the baseline in its best case.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
 from hetis.solver.errors import BrokenProofError
-from hetis.solver.highs import quiet_highs
-from hetis.solver.shares.problem import FloatArray, IntArray, Rule, ShareProblem, Shares
+from hetis.solver.highs import linear_program, quiet_highs
+from hetis.solver.shares.problem import BoolArray, FloatArray, IntArray, Rule, ShareProblem, Shares
 
-# --- Linear programs over shares x [claimants, types] and a few more columns, by HiGHS.
+TIE_SECONDS = 2.0
+SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: anything smaller is rounding
+LOSS = 1e-9  # of the total value, within which shares count as equal
+LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
+LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
 
 
-FREE = np.inf
+def solve_shares(problem: ShareProblem, rule: Rule, *, seed: int = 0) -> Shares:
+    """Return shares of a fleet under a rule; the same for the same input."""
+    match rule:
+        case Rule.COOPERATIVE:
+            return cooperative(problem, seed=seed)
+        case Rule.NON_COOPERATIVE:
+            return non_cooperative(problem, seed=seed)
+        case Rule.MAX_MIN:
+            return max_min(problem, seed=seed)
+        case Rule.TRADING:
+            return trading(problem)
+        case Rule.EQUAL:
+            return equal_split(problem)
+
+
+# --- programs over shares
 
 
 @dataclass(slots=True)
 class Program:
-    """``max gain x`` subject to rows, which are added in groups; all columns are >= 0 unless set otherwise."""
+    """``max gain x`` over shares x [claimants, types] and a few more columns >= 0, subject to rows added in groups."""
 
     gain: FloatArray
-    lower: FloatArray = field(init=False)
-    upper: FloatArray = field(init=False)
-    whole: IntArray = field(init=False)  # 1: a whole number
-    _rows: list[IntArray] = field(default_factory=list)
-    _columns: list[IntArray] = field(default_factory=list)
-    _values: list[FloatArray] = field(default_factory=list)
-    _low: list[FloatArray] = field(default_factory=list)
-    _high: list[FloatArray] = field(default_factory=list)
-    _count: int = 0
+    upper: FloatArray
+    whole: BoolArray
+    rows: list[tuple[float, float]] = field(default_factory=list)  # low, high
+    entries: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.lower = np.zeros(len(self.gain))
-        self.upper = np.full(len(self.gain), FREE)
-        self.whole = np.zeros(len(self.gain), dtype=np.int64)
-
-    def add_rows(self, columns: IntArray, values: FloatArray, *, low: float = -FREE, high: float = FREE) -> None:
+    def add_rows(self, columns: IntArray, values: Any, *, low: float = -np.inf, high: float = np.inf) -> None:
         """Add rows ``low <= sum values x[columns] <= high``; columns and values have shape [rows, entries]."""
-        count, entries = columns.shape
-        self._rows.append(np.repeat(np.arange(count) + self._count, entries))
-        self._columns.append(columns.ravel())
-        self._values.append(np.broadcast_to(values, columns.shape).ravel())
-        self._low.append(np.full(count, low))
-        self._high.append(np.full(count, high))
-        self._count += count
+        self.entries.append((len(self.rows) + np.arange(len(columns))[:, None], columns, values))
+        self.rows += [(low, high)] * len(columns)
 
     def widened(self, gain: FloatArray) -> Program:
         """Return the same rows with another objective over these columns and more after them."""
-        wider = Program(gain)
         more = len(gain) - len(self.gain)
-        wider.lower = np.concatenate([self.lower, np.zeros(more)])
-        wider.upper = np.concatenate([self.upper, np.full(more, FREE)])
-        wider._rows, wider._columns, wider._values = list(self._rows), list(self._columns), list(self._values)
-        wider._low, wider._high, wider._count = list(self._low), list(self._high), self._count
-        return wider
+        upper, whole = np.append(self.upper, np.full(more, np.inf)), np.append(self.whole, np.zeros(more, bool))
+        return replace(self, gain=gain, upper=upper, whole=whole, rows=[*self.rows], entries=[*self.entries])
 
     def solve(
         self, *, time_limit_s: float = np.inf, seed: int = 0, start: FloatArray | None = None
@@ -70,14 +94,20 @@ class Program:
         Raises:
             BrokenProofError: HiGHS finds no optimum of a program without whole numbers.
         """
+        is_whole = bool(self.whole.any())
+        low, high = zip(*self.rows, strict=True)
+        columns = np.zeros(len(self.gain)), self.upper
+        model = linear_program(
+            self.gain, columns, (low, high), self.entries, whole=self.whole if is_whole else None, maximise=True
+        )
         highs = quiet_highs({"mip_rel_gap": 0.0, "mip_abs_gap": 1e-9}, time_limit_s=time_limit_s, seed=seed)
-        highs.passModel(self._model())
+        highs.passModel(model)
         if start is not None:
             given = highspy.HighsSolution()
             given.col_value = start.tolist()
             highs.setSolution(given)
         highs.run()
-        if not self.whole.any() and highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        if not is_whole and highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             status = highs.modelStatusToString(highs.getModelStatus())
             raise BrokenProofError(f"HiGHS ends a program of shares with {status}; please report this")
         if highs.getInfo().primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -85,34 +115,105 @@ class Program:
         solution = highs.getSolution()
         return np.array(solution.col_value), np.array(solution.row_dual)
 
-    def _model(self) -> highspy.HighsLp:
-        lp = highspy.HighsLp()
-        lp.num_col_, lp.num_row_ = len(self.gain), self._count
-        lp.sense_ = highspy.ObjSense.kMaximize
-        lp.col_cost_, lp.col_lower_, lp.col_upper_ = self.gain, self.lower, self.upper
-        lp.row_lower_, lp.row_upper_ = np.concatenate(self._low), np.concatenate(self._high)
-        rows, columns, values = (np.concatenate(part) for part in (self._rows, self._columns, self._values))
-        order = np.lexsort((columns, rows))
-        lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-        lp.a_matrix_.start_ = np.searchsorted(rows[order], np.arange(self._count + 1)).astype(np.int32)
-        lp.a_matrix_.index_ = columns[order].astype(np.int32)
-        lp.a_matrix_.value_ = values[order]
-        if self.whole.any():
-            kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
-            lp.integrality_ = [kinds[int(w)] for w in self.whole]
-        return lp
+
+def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
+    """Return the program that all rules share: total value, and the fleet's limits as its first rows."""
+    count, types = problem.speedups.shape
+    gain = np.append(problem.speedups.ravel(), np.zeros(extra_columns))
+    program = Program(gain, np.full(len(gain), np.inf), np.zeros(len(gain), bool))
+    for j in range(types):
+        program.add_rows((np.arange(count) * types + j)[None, :], 1.0, high=float(problem.counts[j]))
+    return program
 
 
-# --- Ties between shares of equal total value: a claimant should have few GPU types, adjacent in speed.
-#
-# A job on fast and slow GPUs waits for the slow ones. OEF's paper states that its optimum gives every claimant adjacent
-# types; for arbitrary speed-ups a vertex of the program does not (190 of 300 random instances do), so ties are broken.
+# --- OEF
 
 
-T = TypeVar("T", bound=np.generic)
+def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
+    """Return the envy-free shares with the highest total value; none is worth less than an equal split to its claimant.
 
-SHARE_OF_NOTHING = 1e-7  # of a type's GPUs: anything smaller is rounding
-LOSS = 1e-9  # of the total value, within which shares count as equal
+    Of shares with the same total, those that span few adjacent types, searched for at most ``tie_seconds`` (0: no
+    search).
+    """
+    count = len(problem.weights)
+    apart = ~np.eye(count, dtype=bool)  # rows w_l x_l / pi_l - w_l x_i / pi_i >= 0 for l != i, by l and then i
+    own, other = np.nonzero(apart)
+    worth, weights = problem.speedups[own], problem.weights
+    values = np.concatenate([worth / weights[own][:, None], -worth / weights[other][:, None]], axis=1)
+    program = share_program(problem)
+    _add_comparisons(program, problem, own, other, values, high=np.inf)
+    found = program.solve(seed=seed)
+    assert found is not None, "an equal split is without envy"
+    multipliers = np.zeros((count, count))
+    multipliers[apart] = np.maximum(0.0, -found[1][len(problem.counts) :])
+    bound = cooperative_bound(problem, multipliers)
+    return _settled(problem, Rule.COOPERATIVE, program, found[0], bound, multipliers, tie_seconds, seed)
+
+
+def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
+    """Return the shares with the highest total value in which all claimants have equal value per part.
+
+    Nobody gains by claiming larger speed-ups than the true ones. There is no other guarantee: claiming smaller ones
+    does pay, and a claimant may be worse off than with an equal split.
+    """
+    others = np.arange(1, len(problem.weights))  # rows w_l x_l / pi_l = w_0 x_0 / pi_0 for l > 0
+    per_part = problem.speedups / problem.weights[:, None]
+    values = np.concatenate([per_part[1:], -np.broadcast_to(per_part[0], per_part[1:].shape)], axis=1)
+    program = share_program(problem)
+    _add_comparisons(program, problem, others, 0 * others, values, high=0.0)
+    found = program.solve(seed=seed)
+    assert found is not None, "no shares at all are equal"
+    multipliers = np.zeros(len(problem.weights))
+    multipliers[1:] = -found[1][len(problem.counts) :]
+    multipliers[0] = -multipliers[1:].sum()
+    bound = non_cooperative_bound(problem, multipliers)
+    return _settled(problem, Rule.NON_COOPERATIVE, program, found[0], bound, multipliers, tie_seconds, seed)
+
+
+def _add_comparisons(
+    program: Program, problem: ShareProblem, own: IntArray, other: IntArray, values: FloatArray, *, high: float
+) -> None:
+    """Add a row >= 0 for each pair of claimants, over the shares of both."""
+    types = problem.speedups.shape[1]
+    cells = np.concatenate([own[:, None] * types + np.arange(types), other[:, None] * types + np.arange(types)], axis=1)
+    program.add_rows(cells, values, low=0.0, high=high)
+
+
+def cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
+    """Return a bound on the total value of envy-free shares; ``multipliers`` [V, V] are any >= 0 of ``l envies i``."""
+    mu = np.maximum(0.0, multipliers)
+    w, pi = problem.speedups, problem.weights
+    coefficients = w * (1.0 + mu.sum(axis=1) / pi)[:, None] - (mu.T @ w) / pi[:, None]
+    return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
+
+
+def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
+    """Return a bound on the total value of equal shares; multipliers [V] are any; their mean is first subtracted."""
+    nu = multipliers - multipliers.mean()
+    coefficients = problem.speedups * (1.0 + nu / problem.weights)[:, None]
+    return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
+
+
+def _settled(
+    problem: ShareProblem, rule: Rule, program: Program, columns: FloatArray, bound: float, multipliers: FloatArray,
+    tie_seconds: float, seed: int,
+) -> Shares:  # fmt: skip
+    """Return the shares of an optimum, or of an equally good one with fewer types."""
+    amounts = np.maximum(0.0, columns.reshape(problem.speedups.shape))
+    if tie_seconds > 0:
+        amounts = fewest_types(problem, program, amounts, time_limit_s=tie_seconds, seed=seed)
+    return _shares(problem, rule, amounts, bound, multipliers)
+
+
+def _shares(
+    problem: ShareProblem, rule: Rule, amounts: FloatArray, bound: float, multipliers: FloatArray | None = None
+) -> Shares:
+    value = float(problem.values(amounts).sum())
+    multipliers = np.zeros(0) if multipliers is None else multipliers
+    return Shares(rule=rule, amounts=amounts, value=value, bound=max(bound, value), multipliers=multipliers)
+
+
+# --- ties
 
 
 def by_speed(problem: ShareProblem) -> IntArray:
@@ -166,7 +267,7 @@ def fewest_types(
     return better if int(spans(problem, better).sum()) < int(spans(problem, amounts).sum()) else amounts
 
 
-def _table(first: npt.NDArray[T], second: npt.NDArray[T]) -> npt.NDArray[T]:
+def _table(first: Any, second: Any) -> Any:
     """Return two entries per row, from arrays of equal shape."""
     return np.stack([first.ravel(), second.ravel()], axis=1)
 
@@ -184,150 +285,12 @@ def _marked(problem: ShareProblem, amounts: FloatArray) -> FloatArray:
     return np.concatenate([amounts.ravel(), *marks])
 
 
-# --- OEF (Middleware'24, arXiv 2403.18545): the two fair rules that maximise total value.
-#
-# With claimants l of weight pi_l, speed-ups w_l and shares x_l [types], m the fleet:
-#
-#     cooperative       max sum_l w_l x_l   s.t.  w_l x_l / pi_l >= w_l x_i / pi_i   all l, i        (nobody envies)
-#     non-cooperative   max sum_l w_l x_l   s.t.  w_l x_l / pi_l equal for all l                      (equal value)
-#     both              sum_l x_l <= m,  x >= 0
-#
-# The paper defines weights by cloning a claimant pi_l times; clones with equal shares satisfy its rows exactly if these
-# hold, so that weights need not be whole here.
-#
-# **Bounds.** Rows in the objective with multipliers (Lagrange) leave only the fleet's limits, so that every type goes to
-# the claimant with the largest coefficient: for any mu >= 0 (any nu with sum 0)
-#
-#     cooperative       sum_j m_j max_l max(0, w_lj (1 + sum_i mu_li / pi_l) - sum_i mu_il w_ij / pi_l)
-#     non-cooperative   sum_j m_j max_l max(0, w_lj (1 + nu_l / pi_l))
-#
-# is at least the total value of all fair shares. HiGHS's duals are such multipliers.
-
-
-TIE_SECONDS = 2.0
-
-
-def cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
-    """Return the envy-free shares with the highest total value; none is worth less than an equal split to its claimant.
-
-    Of shares with the same total, those that span few adjacent types, searched for at most ``tie_seconds`` (0: no
-    search).
-    """
-    program = share_program(problem)
-    add_no_envy(program, problem)
-    found = program.solve(seed=seed)
-    assert found is not None, "an equal split is without envy"
-    columns, duals = found
-    count = len(problem.weights)
-    multipliers = np.zeros((count, count))
-    multipliers[~np.eye(count, dtype=bool)] = np.maximum(0.0, -duals[len(problem.counts) :])
-    bound = cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.COOPERATIVE, program, columns, bound, multipliers, tie_seconds, seed)
-
-
-def non_cooperative(problem: ShareProblem, *, tie_seconds: float = TIE_SECONDS, seed: int = 0) -> Shares:
-    """Return the shares with the highest total value in which all claimants have equal value per part.
-
-    Nobody gains by claiming larger speed-ups than the true ones. There is no other guarantee: claiming smaller ones
-    does pay, and a claimant may be worse off than with an equal split.
-    """
-    program = share_program(problem)
-    add_equal_values(program, problem)
-    found = program.solve(seed=seed)
-    assert found is not None, "no shares at all are equal"
-    columns, duals = found
-    multipliers = np.zeros(len(problem.weights))
-    multipliers[1:] = -duals[len(problem.counts) :]
-    multipliers[0] = -multipliers[1:].sum()
-    bound = non_cooperative_bound(problem, multipliers)
-    return _settled(problem, Rule.NON_COOPERATIVE, program, columns, bound, multipliers, tie_seconds, seed)
-
-
-def share_program(problem: ShareProblem, extra_columns: int = 0) -> Program:
-    """Return the program that all rules share: total value, and the fleet's limits as its first rows."""
-    count, types = problem.speedups.shape
-    program = Program(np.concatenate([problem.speedups.ravel(), np.zeros(extra_columns)]))
-    for j in range(types):
-        program.add_rows((np.arange(count) * types + j)[None, :], np.ones((1, count)), high=float(problem.counts[j]))
-    return program
-
-
-def add_no_envy(program: Program, problem: ShareProblem) -> None:
-    """Add rows ``w_l x_l / pi_l - w_l x_i / pi_i >= 0`` for l != i, by l and then i."""
-    count, types = problem.speedups.shape
-    own, other = _pairs(count)
-    if not len(own):
-        return
-    here = own[:, None] * types + np.arange(types)
-    there = other[:, None] * types + np.arange(types)
-    worth = problem.speedups[own]
-    values = np.concatenate(
-        [worth / problem.weights[own][:, None], -worth / problem.weights[other][:, None]], axis=1
-    )  # fmt: skip
-    program.add_rows(np.concatenate([here, there], axis=1), values, low=0.0)
-
-
-def add_equal_values(program: Program, problem: ShareProblem) -> None:
-    """Add rows ``w_l x_l / pi_l = w_0 x_0 / pi_0`` for l > 0."""
-    count, types = problem.speedups.shape
-    if count < 2:
-        return
-    first = np.broadcast_to(np.arange(types), (count - 1, types))
-    here = np.arange(1, count)[:, None] * types + np.arange(types)
-    per_part = problem.speedups / problem.weights[:, None]
-    values = np.concatenate([per_part[1:], -np.broadcast_to(per_part[0], (count - 1, types))], axis=1)
-    program.add_rows(np.concatenate([here, first], axis=1), values, low=0.0, high=0.0)
-
-
-def cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
-    """Return a bound on the total value of envy-free shares; ``multipliers`` [V, V] are any >= 0 of ``l envies i``."""
-    mu = np.maximum(0.0, multipliers)
-    w, pi = problem.speedups, problem.weights
-    coefficients = w * (1.0 + mu.sum(axis=1) / pi)[:, None] - (mu.T @ w) / pi[:, None]
-    return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
-
-
-def non_cooperative_bound(problem: ShareProblem, multipliers: FloatArray) -> float:
-    """Return a bound on the total value of equal shares; multipliers [V] are any; their mean is first subtracted."""
-    nu = multipliers - multipliers.mean()
-    coefficients = problem.speedups * (1.0 + nu / problem.weights)[:, None]
-    return float(problem.counts @ np.maximum(0.0, coefficients).max(axis=0))
-
-
-def _settled(
-    problem: ShareProblem, rule: Rule, program: Program, columns: FloatArray, bound: float, multipliers: FloatArray,
-    tie_seconds: float, seed: int,
-) -> Shares:  # fmt: skip
-    """Return the shares of an optimum, or of an equally good one with fewer types."""
-    shape = problem.speedups.shape
-    amounts = np.maximum(0.0, columns.reshape(shape))
-    if tie_seconds > 0:
-        amounts = fewest_types(problem, program, amounts, time_limit_s=tie_seconds, seed=seed)
-    value = float(problem.values(amounts).sum())
-    return Shares(rule=rule, amounts=amounts, value=value, bound=max(bound, value), multipliers=multipliers)
-
-
-def _pairs(count: int) -> tuple[IntArray, IntArray]:
-    """Return all (l, i) with l != i, by l and then i."""
-    own, other = np.nonzero(~np.eye(count, dtype=bool))
-    return own, other
-
-
-# --- Published rules for sharing a mixed fleet: Gavel's max-min, Gandiva_fair's trading, and an equal split.
-#
-# As defined in `SYSTEMS.md` section 2. If a published rule leaves a tie open, the shares with the highest total value are
-# used: the baseline in its best case.
-
-
-LEAST_SPEED = 1e-2  # relative to the slowest type a job runs on
-LEVEL_LOSS = 1e-9  # of the level, given up so that the second program has room for rounding
+# --- other published rules
 
 
 def equal_split(problem: ShareProblem) -> Shares:
     """Return the same part of every GPU type for every claimant, by weight."""
-    amounts = problem.equal_split
-    value = float(problem.values(amounts).sum())
-    return Shares(rule=Rule.EQUAL, amounts=amounts, value=value, bound=value, multipliers=np.zeros(0))
+    return _shares(problem, Rule.EQUAL, problem.equal_split, 0.0)
 
 
 def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
@@ -349,12 +312,11 @@ def max_min(problem: ShareProblem, *, seed: int = 0) -> Shares:
     best = program.solve(seed=seed)
     assert best is not None, "the level was reached"
     amounts = np.maximum(0.0, best[0].reshape(count, types))
-    value = float(problem.values(amounts).sum())
     # Weak duality: claimants that must reach a level pay for it, and each type goes to the claimant of highest worth.
     multipliers = np.maximum(0.0, -best[1][types:])
     paid = float(found[0][cells]) * float(multipliers.sum())
     bound = float(problem.counts @ (problem.speedups + multipliers[:, None] * over_equal).max(axis=0)) - paid
-    return Shares(rule=Rule.MAX_MIN, amounts=amounts, value=value, bound=max(bound, value), multipliers=multipliers)
+    return _shares(problem, Rule.MAX_MIN, amounts, bound, multipliers)
 
 
 def trading(problem: ShareProblem) -> Shares:
@@ -379,8 +341,7 @@ def trading(problem: ShareProblem) -> Shares:
                 if np.isfinite(gain) and gain > best_gain * (1.0 + 1e-12):
                     best_gain, trade = gain, (slow, fast, int(sellers.argmin()), int(buyers.argmax()))
         if trade is None:
-            value = float(problem.values(amounts).sum())
-            return Shares(rule=Rule.TRADING, amounts=amounts, value=value, bound=np.inf, multipliers=np.zeros(0))
+            return _shares(problem, Rule.TRADING, amounts, np.inf)
         _trade(speeds, amounts, *trade)
 
 
@@ -392,15 +353,3 @@ def _trade(speedups: FloatArray, amounts: FloatArray, slow: int, fast: int, sell
         amounts[claimant, fast] += sign * moved
         amounts[claimant, slow] -= sign * moved * price
     amounts[np.abs(amounts) < 1e-12] = 0.0
-
-
-def solve_shares(problem: ShareProblem, rule: Rule, *, seed: int = 0) -> Shares:
-    """Return shares of a fleet under a rule; the same for the same input."""
-    rules: Mapping[Rule, Callable[[], Shares]] = {
-        Rule.COOPERATIVE: lambda: cooperative(problem, seed=seed),
-        Rule.NON_COOPERATIVE: lambda: non_cooperative(problem, seed=seed),
-        Rule.MAX_MIN: lambda: max_min(problem, seed=seed),
-        Rule.TRADING: lambda: trading(problem),
-        Rule.EQUAL: lambda: equal_split(problem),
-    }
-    return rules[rule]()

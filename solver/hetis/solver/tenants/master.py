@@ -1,4 +1,4 @@
-"""The master of several tenants in HiGHS: counts of every tenant's columns on one inventory.
+"""The master of several tenants in HiGHS: counts of every tenant's columns on one inventory; and bounds from prices.
 
     Sets       i tenants, k columns (replicas of one tenant i(k)), r rows of the shared inventory
     Variables  n_k >= 0 replicas (whole in the MILP);  f_i >= 0 requests with prefill and decode on different replicas;
@@ -11,6 +11,20 @@
                w_i L <= u_i                                     if a level is required
 
 Rates are normalised: 1 is the rate that a tenant reaches alone on the whole fleet.
+
+**Bounds.** Let y >= 0 be prices of the rows, W = y limits the worth of the whole fleet, and e_i(y) the highest
+normalised rate that tenant i gets for a unit of worth: the best ratio ``rate / (use y)`` of its replicas, or of its
+cheapest way through a prefill and a decode replica (`Routes.highest_rate`). A tenant on GPUs worth E_i serves
+``u_i <= e_i E_i``, and ``sum E_i <= W``. So
+
+    u_i >= m_i      costs tenant i at least m_i / e_i, and the rest gives ``max g_i e_i`` per unit of worth at most:
+                    sum g_i u_i  <=  sum g_i m_i + max_i(g_i e_i) (W - sum m_i / e_i)
+
+    u_i >= L w_i    costs L w_i / e_i:    L  <=  W / sum(w_i / e_i)
+
+for every y: the multipliers of the rules need no search of their own. In terms of the dual, ``a_i = s / e_i`` with
+``s = max g_i e_i`` is the price of tenant i's rate (for the level ``s = 1 / sum(w_i / e_i)``), and ``s y`` are the
+prices of the rows.
 """
 
 from __future__ import annotations
@@ -22,26 +36,12 @@ from typing import Any
 import highspy
 import numpy as np
 
-from hetis.solver.highs import quiet_highs
+from hetis.solver.highs import linear_program, quiet_highs
 from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.routes import UNIFIED
 from hetis.solver.placement.tables import FloatArray
 
-# --- Bounds for several tenants from any prices of the shared inventory, in closed form.
-#
-# Let y >= 0 be prices of the master's rows, W = y limits the worth of the whole fleet, and e_i(y) the highest normalised
-# rate that tenant i gets for a unit of worth: the best ratio ``rate / (use y)`` of its replicas, or of its cheapest way
-# through a prefill and a decode replica (`Routes.highest_rate`). A tenant on GPUs worth E_i serves ``u_i <= e_i E_i``,
-# and ``sum E_i <= W``. So
-#
-#     u_i >= m_i      costs tenant i at least m_i / e_i, and the rest gives ``max g_i e_i`` per unit of worth at most:
-#                     sum g_i u_i  <=  sum g_i m_i + max_i(g_i e_i) (W - sum m_i / e_i)
-#
-#     u_i >= L w_i    costs L w_i / e_i:    L  <=  W / sum(w_i / e_i)
-#
-# for every y: the multipliers of the rules need no search of their own. In terms of the dual, ``a_i = s / e_i`` with
-# ``s = max g_i e_i`` is the price of tenant i's rate (for the level ``s = 1 / sum(w_i / e_i)``), and ``s y`` are the
-# prices of the rows.
+ROWS_OF_TENANT = 3  # rate, sent, received
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,9 +95,6 @@ def bound_of(
 
 def _nothing_proved(row_prices: FloatArray, efficiency: FloatArray) -> TenantsBound:
     return TenantsBound(np.inf, row_prices, np.zeros_like(efficiency))
-
-
-ROWS_OF_TENANT = 3  # rate, sent, received
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,27 +167,25 @@ def solve_relaxation(blocks: Sequence[TenantColumns], limits: IntArray, goal: Te
 
 
 def choose_whole(
-    blocks: Sequence[TenantColumns],
-    limits: IntArray,
-    goal: TenantsGoal,
-    *,
-    time_limit_s: float,
-    gap: float,
-    start: Sequence[IntArray] | None = None,
-    least: Sequence[IntArray] | None = None,
-    seed: int = 0,
-) -> TenantsChoice | None:
+    blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, time_limit_s: float, gap: float,
+    start: Sequence[IntArray] | None = None, least: Sequence[IntArray] | None = None,
+    gpus: Sequence[FloatArray] | None = None, seed: int = 0,
+) -> TenantsChoice | None:  # fmt: skip
     """Return whole counts within a relative gap; None if none was found in time.
 
     ``start`` is a known feasible choice of the first columns of each tenant. With ``least``, counts have that lower
-    bound, and the returned bound is only for such counts.
+    bound, and the returned bound is only for such counts. With ``gpus``, those of every column, the choice with the
+    fewest GPUs is sought instead of the one worth most.
     """
-    highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
     model = _model(blocks, limits, goal, whole=True)
     if least is not None:
         lower = np.array(model.col_lower_)
         lower[: sum(map(len, least))] = np.concatenate(list(least))
         model.col_lower_ = lower
+    if gpus is not None:
+        model.col_cost_ = np.concatenate([*gpus, np.zeros(2 * len(blocks) + 1)])
+        model.sense_ = highspy.ObjSense.kMinimize
+    highs = quiet_highs({"mip_rel_gap": gap, "mip_abs_gap": 0.0}, time_limit_s=time_limit_s, seed=seed)
     highs.passModel(model)
     if start is not None:
         highs.setSolution(_as_solution(blocks, goal, start))
@@ -199,33 +194,8 @@ def choose_whole(
     if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
         return None
     counts = tuple(np.rint(part).astype(np.int64) for part in _split(np.array(highs.getSolution().col_value), blocks))
-    bound = float(info.mip_dual_bound)
-    return TenantsChoice(counts, _rates(blocks, counts), bound if np.isfinite(bound) else np.inf)
-
-
-def fewest_gpus(
-    blocks: Sequence[TenantColumns], limits: IntArray, gpus: Sequence[FloatArray], floors: FloatArray, *,
-    time_limit_s: float, start: Sequence[IntArray], seed: int = 0,
-) -> TenantsChoice:  # fmt: skip
-    """Return the choice with the fewest GPUs that meets the floors; ``start`` if no better one is found in time.
-
-    ``gpus`` are the GPUs of every column.
-    """
-    goal = TenantsGoal(np.zeros(len(blocks)), floors)
-    model = _model(blocks, limits, goal, whole=True)
-    cost = np.zeros(model.num_col_)
-    cost[: sum(map(len, gpus))] = np.concatenate(list(gpus))
-    model.col_cost_, model.sense_ = cost, highspy.ObjSense.kMinimize
-    highs = quiet_highs({"mip_rel_gap": 1e-3}, time_limit_s=time_limit_s, seed=seed)
-    highs.passModel(model)
-    highs.setSolution(_as_solution(blocks, goal, start))
-    highs.run()
-    counts = tuple(np.asarray(part) for part in _padded(blocks, start))
-    if highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
-        found = tuple(np.rint(p).astype(np.int64) for p in _split(np.array(highs.getSolution().col_value), blocks))
-        if np.all(_rates(blocks, found) >= floors * (1.0 - 1e-9)):
-            counts = found
-    return TenantsChoice(counts, _rates(blocks, counts), np.inf)
+    bound = float(info.mip_dual_bound) if gpus is None and np.isfinite(info.mip_dual_bound) else np.inf
+    return TenantsChoice(counts, _rates(blocks, counts), bound)
 
 
 def _rates(blocks: Sequence[TenantColumns], counts: Sequence[IntArray]) -> FloatArray:
@@ -255,7 +225,7 @@ def _split(values: FloatArray, blocks: Sequence[TenantColumns]) -> tuple[FloatAr
 
 def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal, *, whole: bool) -> Any:
     """Return the master as a HiGHS model: columns n, f, u, L; rows inventory, three of each tenant, levels."""
-    inf, tenants = highspy.kHighsInf, len(blocks)
+    tenants = len(blocks)
     replicas = sum(len(block.rates) for block in blocks)
     num_rows, num_columns = len(limits) + (ROWS_OF_TENANT + 1) * tenants, replicas + 2 * tenants + 1
     matrix, first = np.zeros((num_columns, num_rows)), 0
@@ -270,26 +240,15 @@ def _model(blocks: Sequence[TenantColumns], limits: IntArray, goal: TenantsGoal,
             matrix[rate, len(limits) + ROWS_OF_TENANT * tenants + i] = -1.0
             matrix[-1, len(limits) + ROWS_OF_TENANT * tenants + i] = goal.claims[i]
         first = last
-    gain, lower = np.zeros(num_columns), np.zeros(num_columns)
+    gain, lower, upper = np.zeros(num_columns), np.zeros(num_columns), np.full(num_columns, np.inf)
+    lower[-1 - tenants : -1] = goal.floors
     if goal.claims is None:
-        gain[-1 - tenants : -1] = goal.gains
+        gain[-1 - tenants : -1], upper[-1] = goal.gains, 0.0
     else:
         gain[-1] = 1.0
-    lower[-1 - tenants : -1] = goal.floors
-    upper = np.full(num_columns, inf)
-    upper[-1] = 0.0 if goal.claims is None else inf
-    entry_columns, entry_rows = np.nonzero(matrix)
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = matrix.shape
-    lp.sense_ = highspy.ObjSense.kMaximize
-    lp.col_cost_, lp.col_lower_, lp.col_upper_ = gain, lower, upper
-    lp.row_lower_ = np.full(num_rows, -inf)
-    lp.row_upper_ = np.concatenate([limits.astype(float), np.zeros((ROWS_OF_TENANT + 1) * tenants)])
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_ = np.searchsorted(entry_columns, np.arange(num_columns + 1)).astype(np.int32)
-    lp.a_matrix_.index_ = entry_rows.astype(np.int32)
-    lp.a_matrix_.value_ = matrix[entry_columns, entry_rows]
-    if whole:
-        kinds = highspy.HighsVarType
-        lp.integrality_ = [kinds.kInteger] * replicas + [kinds.kContinuous] * (num_columns - replicas)
-    return lp
+    columns, rows = np.nonzero(matrix)
+    row_upper = np.append(limits, np.zeros((ROWS_OF_TENANT + 1) * tenants))
+    return linear_program(
+        gain, (lower, upper), (np.full(num_rows, -np.inf), row_upper), [(rows, columns, matrix[columns, rows])],
+        whole=np.arange(num_columns) < replicas if whole else None, maximise=True,
+    )  # fmt: skip

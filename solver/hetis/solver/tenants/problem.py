@@ -1,4 +1,4 @@
-"""The tenants that share a fleet, each with a placement problem of its own on the same cluster."""
+"""The tenants that share a fleet, each with a placement problem of its own on the same cluster; and its division."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _problems(tenants: tuple[Tenant, ...]) -> Iterator[str]:
             yield f"tenant {tenant.name}: a fleet is shared in families hetis, hexgen or hexgen2"
 
 
-# --- The division of a fleet: a plan per tenant, the rate of each tenant, and the proof.
+# --- the answer: a plan per tenant, the rate of each tenant, and the proof
 
 
 class TenantRule(StrEnum):

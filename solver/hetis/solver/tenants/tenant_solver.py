@@ -2,6 +2,10 @@
 
 `EnumeratedTenant` knows the best replica of every sub-fleet of a small fleet, so that packings of its columns are
 optimal. `PricedTenant` knows some replicas of a larger fleet and finds more at given prices.
+
+`JointGeneration` generates columns for all at once: one inventory and its prices, every tenant priced at its own worth.
+Each round prices the replicas of every tenant at the same row prices, which gives a bound for every rule (`bound_of`).
+Prices lie between those of the relaxation and those of the best bound (Wentges smoothing), as for one tenant.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from hetis.solver.tenants.problem import Tenant
 GAP_OF_PARTS = 0.02  # at least, of searches on a part of the fleet
 MAX_SUBFLEETS = 1000  # that are listed if it is unknown whether anything fits on a part of a large fleet
 VARIETY = 0.93  # of the best ratio: the least ratio of columns of other sizes
+LEAST_MULTIPLIER = 1e-6  # of the greatest: no rate is worth nothing, since a replica's floor would then be infinite
 NOTHING_BELOW = 1.0 - 1e-6  # of the least ratio that improves anything
 
 
@@ -255,14 +260,7 @@ def templates_of(solver: TenantSolver, counts: Sequence[int]) -> tuple[tuple[Tem
     return tuple((solver.template(k), int(n)) for k, n in enumerate(counts) if n)
 
 
-# --- Column generation for several tenants at once: one inventory and its prices, every tenant priced at its own worth.
-#
-# Each round prices the replicas of every tenant at the same row prices; `bound.py` turns the results into a bound, for
-# every rule. Prices lie between those of the relaxation and those of the best bound (Wentges smoothing), as for one
-# tenant.
-
-
-LEAST_MULTIPLIER = 1e-6  # of the greatest: no rate is worth nothing, since a replica's floor would then be infinite
+# --- column generation for several tenants at once
 
 
 class JointGeneration:
