@@ -1,6 +1,6 @@
 """A small queueing model of a placement of layers, with individual requests, batches and hops, to check the objective.
 
-It is written independently of `hetis.solver.layers.objective`, without its round trips, clumps of batches and mean
+It is written independently of `hetis.solver.layers.plan`, without its round trips, clumps of batches and mean
 lengths.
 
 - Requests always wait (a closed queue at the entrance). Lengths are exponential around the means, in whole tokens, at

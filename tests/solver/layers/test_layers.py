@@ -17,17 +17,13 @@ from hypothesis import strategies as st
 from hetis.formats.documents import load_layers_problem
 from hetis.solver.budget import Budget, Progress
 from hetis.solver.errors import InfeasibleError, InvalidProblemError
-from hetis.solver.layers import naming, solve
-from hetis.solver.layers.annealing import LayerPlacement, weights, worth
+from hetis.solver.layers import solve
+from hetis.solver.layers.annealing import LayerPlacement, new_sweep, rate_of, tabulate
 from hetis.solver.layers.bound import rate_bound
 from hetis.solver.layers.check import check_layers_plan
-from hetis.solver.layers.naming import named
-from hetis.solver.layers.objective import judge
-from hetis.solver.layers.plan import LayersPlan, LinkShare, PricedInterval
+from hetis.solver.layers.plan import LayersPlan, LinkShare, PricedInterval, judge
 from hetis.solver.layers.problem import LayersProblem, NodeType, TimeTable
-from hetis.solver.layers.solve import solve_layers, solve_max_flow
-from hetis.solver.layers.sweep import new_sweep
-from hetis.solver.layers.tables import tabulate
+from hetis.solver.layers.solve import named, solve_layers, solve_max_flow
 from tests.solver.layers.instances import problems
 
 LOOSE = 0.02  # the bound halves intervals until it is about as precise
@@ -52,23 +48,22 @@ def test_the_compiled_rate_is_that_of_the_docs(problem: LayersProblem, seed: int
     held = np.array([dice.randint(0, problem.most_layers(problem.node_types[t])) for t in kind])
     first = np.array([dice.randint(0, problem.num_layers - k) for k in held])
     placement = LayerPlacement(first, held, np.array([dice.uniform(0.2, 5) for _ in kind]))
-    sweep, weight = new_sweep(len(kind), problem.num_layers), np.ones(len(kind))
-    rate = worth(placement, kind, tables, False, weight, sweep)
+    sweep = new_sweep(len(kind), problem.num_layers)
+    rate = rate_of(placement, tables, False, sweep)
     covered = set(range(problem.num_layers)) <= {
         layer for begin, k in zip(first, held, strict=True) for layer in range(begin, begin + k)
     }
     if not covered:
         assert rate == 0
         return
-    weights(placement, kind, tables, False, weight)
-    nodes, links, idle = named(problem, placement, kind, sweep, tables)
+    nodes, links, idle = named(problem, placement, tables, sweep)
     judgement = judge(problem, nodes, links)
     assert judgement.rate_rps == pytest.approx(rate, rel=1e-9)
     assert len(nodes) + len(idle) == problem.num_nodes
-    flow = worth(placement, kind, tables, True, weight, sweep)
-    by_flow = named(problem, placement, kind, sweep, tables, flow_only=True)
+    flow = rate_of(placement, tables, True, sweep)
+    by_flow = named(problem, placement, tables, sweep, flow_only=True)
     assert judge(problem, *by_flow[:2]).flow_rps == pytest.approx(flow, rel=1e-9)
-    bound = rate_bound(tables, np.array([one.count for one in problem.node_types]), served=rate)
+    bound = rate_bound(tables, served=rate)
     assert rate <= bound.rate_rps * (1 + 1e-9)
     proof = LayersPlan(nodes=nodes, links=links, judgement=judgement, bound=bound, idle=idle)
     assert check_layers_plan(problem, proof) == ()
@@ -85,9 +80,9 @@ def test_requests_are_mixed_at_every_layer_and_fewest_links_are_worth_the_same(
     first = np.array([dice.randint(0, problem.num_layers - k) for k in held])
     placement = LayerPlacement(first, held, np.array([dice.uniform(0.2, 5) for _ in kind]))
     sweep = new_sweep(len(kind), problem.num_layers)
-    if worth(placement, kind, tables, False, np.ones(len(kind)), sweep) == 0:
+    if rate_of(placement, tables, False, sweep) == 0:
         return
-    nodes, links, _ = named(problem, placement, kind, sweep, tables)
+    nodes, links, _ = named(problem, placement, tables, sweep)
     ends: dict[str | None, int] = {node.name: node.end_layer for node in nodes}
     carried = {(link.source, link.target): link.share for link in links}
     assert len(carried) == len(links)
@@ -97,8 +92,8 @@ def test_requests_are_mixed_at_every_layer_and_fewest_links_are_worth_the_same(
         entered = sum(flow for (name, to), flow in carried.items() if to == target and ends.get(name, 0) == at)
         passed = sum(flow for (name, _), flow in carried.items() if ends.get(name, 0) == at)
         assert share == pytest.approx(left * entered / passed, rel=1e-6)
-    with mock.patch.object(naming, "MOST_MIXED", 0):
-        _, fewest, _ = named(problem, placement, kind, sweep, tables)
+    with mock.patch.object(solve, "MOST_MIXED", 0):
+        _, fewest, _ = named(problem, placement, tables, sweep)
     assert len(fewest) <= len(links)
     assert judge(problem, nodes, fewest).rate_rps == pytest.approx(judge(problem, nodes, links).rate_rps, rel=1e-6)
 
@@ -128,8 +123,7 @@ def slower(problem: LayersProblem, factor: float) -> LayersProblem:
 
 
 def bound_of(problem: LayersProblem, served: float = 1e-9) -> float:
-    counts = np.array([kind.count for kind in problem.node_types])
-    return rate_bound(tabulate(problem), counts, served=served).rate_rps
+    return rate_bound(tabulate(problem), served=served).rate_rps
 
 
 @settings(max_examples=3)

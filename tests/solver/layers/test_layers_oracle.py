@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 
-from hetis.solver.layers.objective import judge
-from hetis.solver.layers.plan import PlacedNode
+from hetis.solver.layers.plan import PlacedNode, judge
 from hetis.solver.layers.problem import LayersProblem, Links, NodeType, TimeTable
 from hetis.solver.layers.solve import solve_layers
 from tests.solver.layers.instances import links_of, paths, problems, ranges, splits

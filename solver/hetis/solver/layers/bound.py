@@ -23,12 +23,12 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from hetis.solver.layers.annealing import FloatArray, LayerTables
 from hetis.solver.layers.plan import PricedInterval, RateBound
-from hetis.solver.layers.tables import FloatArray, IntArray, LayerTables
 
 _PRECISION = 5e-4  # ratio of an interval's width to its end at which halving stops
 _INTERVALS = 600  # if more in flight neither helps nor harms, most of them are needed and the bound is looser
@@ -37,16 +37,13 @@ _DEAREST = 1e4  # ratio of a layer's price to the most that it costs itself; hig
 _ROUNDS = 60  # of bisection
 
 
-def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateBound:
+def rate_bound(tables: LayerTables, *, served: float) -> RateBound:
     """Return requests per second that no placement exceeds, at least ``served``, which one is known to serve.
 
-    Args:
-        tables: the problem.
-        counts: nodes of each type, shape [T].
-        served: capacities are counted for placements that serve more than this.
+    Capacities are counted for placements that serve more than ``served``.
     """
     beyond = served * (1 + _MARGIN)
-    nodes = _Nodes.of(tables, counts, beyond)
+    nodes = _nodes_of(tables, beyond)
     intervals = [(-np.inf, PricedInterval(least=0.0, most=nodes.most_in_flight(), price_s=0.0))]
     while True:
         allowed, widest = intervals[0]
@@ -63,8 +60,7 @@ def rate_bound(tables: LayerTables, counts: IntArray, *, served: float) -> RateB
             heapq.heappush(intervals, (-rate, PricedInterval(least=begin, most=end, price_s=price_s)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Nodes:
+class _Nodes(NamedTuple):
     """Node types, layers held and pieces of their time tables, flattened to arrays of shape [E] with one entry each."""
 
     num_layers: int
@@ -79,34 +75,6 @@ class _Nodes:
     end: FloatArray
     hop: FloatArray  # seconds per visit
     hop_slope: FloatArray  # seconds per visit and sequence
-
-    @classmethod
-    def of(cls, tables: LayerTables, counts: IntArray, served: float) -> _Nodes:
-        rows = []
-        tokens = tables.prompt_tokens + tables.output_tokens
-        prompts = tables.prompt_tokens / tables.output_tokens
-        for t, most in enumerate(tables.most):
-            for column in range(most):
-                held, prompt_s = column + 1, tables.prompt_s[t, column]
-                sizes, seconds = tables.decode_at[t, column], tables.decode_s[t, column]
-                card_s = tables.card_s if held < tables.num_layers else 0.0
-                busy_s = [
-                    tables.rate_s[t, column],
-                    card_s * tokens,
-                    held * tables.output_tokens * (_least_per_sequence(sizes, seconds) + prompt_s),
-                ]
-                cap = min(1.0, 1 / (served * max(busy_s))) if served * max(busy_s) > 0 else 1.0
-                for begin, end, level, slope in _convex_pieces(sizes, seconds):
-                    flat = tables.wait_s[t, column] + prompt_s + level
-                    hops = (tables.latency_s + card_s * prompts, card_s * (1 + prompts))
-                    rows.append((t, held, tables.kv[t, column], cap, flat, slope + prompt_s, begin, end, *hops))
-        columns = [np.array(column, np.float64) for column in zip(*rows, strict=True)]
-        names = ("kind", "held", "kv", "cap", "flat", "slope", "begin", "end", "hop", "hop_slope")
-        return cls(
-            num_layers=tables.num_layers,
-            counts=np.asarray(counts, np.float64),
-            **dict(zip(names, columns, strict=True)),
-        )
 
     def most_in_flight(self) -> float:
         """Return the KV room of all nodes, each with as few layers as serves it best."""
@@ -157,6 +125,24 @@ class _Nodes:
             if most - least <= 1e-6 * most:
                 break
         return best[1], best[0]
+
+
+def _nodes_of(tables: LayerTables, served: float) -> _Nodes:
+    rows = []
+    tokens, prompts = tables.prompt_tokens + tables.output_tokens, tables.prompt_tokens / tables.output_tokens
+    for t, most in enumerate(tables.most):
+        for column in range(most):
+            held, prompt_s, kv = column + 1, tables.prompt_s[t, column], tables.kv[t, column]
+            sizes, seconds = tables.decode_at[t, column], tables.decode_s[t, column]
+            card_s = tables.card_s if held < tables.num_layers else 0.0
+            computing_s = held * tables.output_tokens * (_least_per_sequence(sizes, seconds) + prompt_s)
+            busy_s = max(tables.rate_s[t, column], card_s * tokens, computing_s)
+            cap = min(1.0, 1 / (served * busy_s)) if served * busy_s > 0 else 1.0
+            hops = tables.latency_s + card_s * prompts, card_s * (1 + prompts)
+            for begin, end, level, slope in _convex_pieces(sizes, seconds):
+                flat = tables.wait_s[t, column] + prompt_s + level
+                rows.append((t, held, kv, cap, flat, slope + prompt_s, begin, end, *hops))
+    return _Nodes(tables.num_layers, np.bincount(tables.kind).astype(np.float64), *np.array(rows, np.float64).T)
 
 
 def _least_per_sequence(sizes: FloatArray, seconds: FloatArray) -> float:

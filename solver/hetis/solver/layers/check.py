@@ -1,27 +1,33 @@
 """A derivation of every number of a plan from its nodes, links and prices alone, without code of the search.
 
-Comparisons state what must hold and are negated, so that NaN never passes.
-
-The model is that of `docs/layers.md`. Nothing that a plan says of itself is trusted.
+Comparisons state what must hold and are negated, so that NaN never passes. The rate is that of `judge`, the model's
+definition, which the search computes by a sweep of its own. What prices prove is derived a second time: the greatest
+convex function below a time table is taken as the highest of all lines below it, and the cheapest share of a node is
+found by golden section; `hetis.solver.layers.bound` has hulls and closed forms.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from hetis.solver.layers.check_prices import check_prices
-from hetis.solver.layers.plan import LayersPlan
-from hetis.solver.layers.problem import LayersProblem
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis.solver.layers.plan import LayersPlan, PricedInterval, judge
+from hetis.solver.layers.problem import LayersProblem, TimeTable
 
 TOLERANCE = 1e-6  # relative, for rates and shares
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_SECTIONS = 50
 
 
 def check_layers_plan(problem: LayersProblem, plan: LayersPlan) -> tuple[str, ...]:
     """Return what is wrong with a plan, one sentence each, or nothing if it is sound."""
-    broken = tuple(_structure(problem, plan))
-    return broken or (*_flow(problem, plan), *_rate(problem, plan), *check_prices(problem, plan))
+    broken = tuple(_structure(problem, plan)) or tuple(_flow(plan))
+    return broken or (*_rate(problem, plan), *_prices(problem, plan))
 
 
 def _structure(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
@@ -58,7 +64,7 @@ def _structure(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
             yield f"the link from {link.source} to {link.target} carries {link.share} of the requests"
 
 
-def _flow(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
+def _flow(plan: LayersPlan) -> Iterator[str]:
     balance: dict[str | None, float] = defaultdict(float)
     for link in plan.links:
         balance[link.source] -= link.share
@@ -72,54 +78,125 @@ def _flow(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
 
 
 def _rate(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
-    """Yield wrong claims on requests per second, derived layer by layer as in the docs."""
-    kinds = {kind.name: kind for kind in problem.node_types}
-    nodes = {node.name: node for node in plan.nodes}
-    here: dict[tuple[str, int], float] = defaultdict(float)  # share of requests that compute a layer on a node
-    visits: dict[str, float] = defaultdict(float)
-    for link in plan.links:
-        if link.target is not None:
-            begin = 0 if link.source is None else nodes[link.source].first_layer + nodes[link.source].num_layers
-            visits[link.target] += link.share
-            for layer in range(begin, nodes[link.target].first_layer + nodes[link.target].num_layers):
-                here[link.target, layer] += link.share
+    """Yield wrong claims on requests per second."""
+    found = judge(problem, plan.nodes, plan.links)
+    computed: dict[int, float] = defaultdict(float)
+    for load in found.loads:
+        for layer, share in enumerate(load.layer_share, start=load.node.first_layer):
+            computed[layer] += share
     for layer in range(problem.num_layers):
-        computed = sum(here[name, layer] for name in nodes)
-        if not abs(computed - 1) <= TOLERANCE:
-            yield f"layer {layer} is computed for {computed} of the requests"
-    prompt, output = problem.mean_prompt_tokens, problem.mean_output_tokens
-    kept = prompt + 2 * output
-    entries = {name: kept * sum(here[name, layer] for layer in range(problem.num_layers)) for name in nodes}
-    room = {name: kinds[node.kind].kv_token_layers[node.num_layers - 1] for name, node in nodes.items()}
-    in_flight = min(room[name] / entries[name] for name in nodes if entries[name] > 0)
-    trip_s = 0.0
-    rates = []
-    for name, node in nodes.items():
-        kind, passing = kinds[node.kind], visits[name]
-        decode, prompts = kind.decode_table(node.num_layers), kind.prompt_table(node.num_layers)
-        prompt_s = prompts.at(prompt)
-        card_s = 0.0 if node.num_layers == problem.num_layers else problem.links.activation_bytes
-        card_s /= problem.links.bandwidth
-        visit_s = problem.links.latency_s + card_s * (in_flight * passing / 2)
-        visit_s += card_s * (1 + in_flight * passing / 2) * prompt / output
-        request_s = 0.0
-        for layer in range(problem.num_layers):
-            sequences = in_flight * here[name, layer]
-            if sequences > 0:
-                visit_s += decode.at(1) / 2 + decode.at(sequences / 2) + (1 + sequences / 2) * prompt_s / output
-                request_s += output * decode.at(sequences) / in_flight + here[name, layer] * prompt_s
-        trip_s += passing * visit_s
-        rates += [1 / seconds for seconds in (request_s, (prompt + output) * card_s * passing) if seconds > 0]
-        if passing > 0:
-            rates.append(kind.tokens_per_s[node.num_layers - 1] / ((prompt + output) * passing))
-    rate = min([in_flight / (output * trip_s), *rates])
-    claims = [
-        ("serves", plan.judgement.rate_rps, rate),
-        ("has in flight", plan.judgement.in_flight, in_flight),
-        ("takes for a round trip", plan.judgement.round_trip_s, trip_s),
+        if not abs(computed[layer] - 1) <= TOLERANCE:
+            yield f"layer {layer} is computed for {computed[layer]} of the requests"
+    for what, claimed, value in (
+        ("serves", plan.judgement.rate_rps, found.rate_rps),
+        ("has in flight", plan.judgement.in_flight, found.in_flight),
+        ("takes for a round trip", plan.judgement.round_trip_s, found.round_trip_s),
+    ):
+        if not math.isclose(claimed, value, rel_tol=TOLERANCE):
+            yield f"the plan says that it {what} {claimed}, it is {value}"
+    if not plan.bound.rate_rps >= found.rate_rps * (1 - TOLERANCE):
+        yield f"the plan serves {found.rate_rps}, more than its bound {plan.bound.rate_rps}"
+
+
+def _prices(problem: LayersProblem, plan: LayersPlan) -> Iterator[str]:
+    """Yield what keeps the prices from proving the bound: gaps between intervals, and intervals that allow more."""
+    kept = problem.mean_prompt_tokens + 2 * problem.mean_output_tokens
+    room = sum(kind.count * max(kind.kv_token_layers[: problem.most_layers(kind)]) for kind in problem.node_types)
+    most = room / (kept * problem.num_layers)
+    reached, bound = 0.0, plan.bound
+    for interval in bound.intervals:
+        if not interval.least <= reached * (1 + TOLERANCE):
+            yield f"nothing is proved for {reached} to {interval.least} requests in flight"
+        reached = max(reached, interval.most)
+    if not reached >= most * (1 - TOLERANCE):
+        yield f"nothing is proved for {reached} to {most} requests in flight"
+    if not bound.beyond_rps <= bound.rate_rps:
+        yield f"only placements beyond {bound.beyond_rps} are looked at, the bound is {bound.rate_rps}"
+    least_round_trip_s = _round_trips(problem, bound.beyond_rps)
+    for interval in bound.intervals:
+        allowed = interval.most / (problem.mean_output_tokens * least_round_trip_s(interval))
+        if not allowed <= bound.rate_rps * (1 + TOLERANCE):
+            yield (
+                f"{interval.least} to {interval.most} requests in flight may serve {allowed}, "
+                f"the bound is {bound.rate_rps}"
+            )
+
+
+def _round_trips(problem: LayersProblem, served: float) -> Callable[[PricedInterval], float]:
+    """Return the function from an interval to the least round trip that its price proves.
+
+    It is for plans that serve more than ``served``, and infinite if there is no room for so many in flight. Arrays are
+    of shape [E]: every node type with every number of layers it can hold.
+    """
+    prompt, output, links = problem.mean_prompt_tokens, problem.mean_output_tokens, problem.links
+    types = problem.node_types
+    shapes = [(t, types[t], k) for t in range(len(types)) for k in range(1, problem.most_layers(types[t]) + 1)]
+    tables = [kind.decode_table(k) for _, kind, k in shapes]
+    held = np.array([k for *_, k in shapes], np.float64)
+    room = np.array([kind.kv_token_layers[k - 1] for _, kind, k in shapes]) / (prompt + 2 * output)
+    prompt_s = np.array([kind.prompt_table(k).at(prompt) / output for _, kind, k in shapes])  # per output token
+    first_s = np.array([table.at(1) / 2 for table in tables])
+    card_s = np.where(held < problem.num_layers, links.activation_bytes / links.bandwidth, 0.0)
+    one_s = np.array([_least_of_one(table) for table in tables])
+    measured_s = np.array([(prompt + output) / kind.tokens_per_s[k - 1] for _, kind, k in shapes])
+    # The time that a request takes of a node that computes all requests is at most 1 / served.
+    busy_s = np.maximum(np.maximum((prompt + output) * card_s, held * output * (one_s + prompt_s)), measured_s)
+    most_share = np.minimum(1.0, 1 / np.maximum(busy_s * served, 1e-300))
+    lines = [_lines_below(table) for table in tables]
+    longest = max(map(len, lines))
+    level, slope = np.moveaxis(np.array([(known * longest)[:longest] for known in lines]), 2, 0)
+
+    def least_of_types(values: NDArray[np.float64]) -> float:
+        """Return the sum over all nodes, each with the least value of its type."""
+        least = [math.inf] * len(types)
+        for (t, *_), value in zip(shapes, values.tolist(), strict=True):
+            least[t] = min(least[t], value)
+        return sum(kind.count * value for kind, value in zip(types, least, strict=True))
+
+    def least_round_trip_s(interval: PricedInterval) -> float:
+        in_flight = max(interval.least, 1e-12)
+        cap = np.minimum(most_share, room / (in_flight * held))
+        if math.isinf(interval.price_s):
+            return math.inf if -least_of_types(-held * cap) < problem.num_layers else 1e-300
+
+        def cost(share: NDArray[np.float64]) -> NDArray[np.float64]:
+            """Return seconds of round trip minus the price of the layers."""
+            batch = in_flight * share / 2
+            decode_s = (level + slope * batch[:, None]).max(axis=1)
+            layer_s = first_s + decode_s + (1 + batch) * prompt_s - interval.price_s
+            hop_s = links.latency_s + card_s * (batch + (1 + batch) * prompt / output)
+            return np.asarray(share * (held * layer_s + hop_s))
+
+        low, high = np.zeros_like(cap), cap.copy()
+        for _ in range(_SECTIONS):
+            left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+            falls = cost(left) > cost(right)
+            low, high = np.where(falls, left, low), np.where(falls, high, right)
+        costs = np.minimum(np.minimum(cost((low + high) / 2), cost(cap)), 0.0)
+        found = interval.price_s * problem.num_layers + least_of_types(costs)
+        return found if math.isnan(found) else max(found, 1e-300)
+
+    return least_round_trip_s
+
+
+def _least_of_one(table: TimeTable) -> float:
+    """Return the least seconds that one of a batch of sequences takes, at a measured size or in an infinite batch."""
+    endless = (table.at(1e9 * table.sizes[-1] + 1e9) - table.seconds[-1]) / (1e9 * table.sizes[-1] + 1e9)
+    known = [table.at(size) / size for size in table.sizes if size > 0]
+    return min([endless, *known])
+
+
+def _lines_below(table: TimeTable) -> list[tuple[float, float]]:
+    """Return lines (value at 0, slope) that are nowhere above a table and touch it once or twice."""
+    corners = [(0.0, table.at(0)), *((size, table.at(size)) for size in table.sizes if size > 0)]
+    far = 2 * table.sizes[-1] + 2
+    endless = (table.at(2 * far) - table.at(far)) / far
+    slopes = {(a, (b[1] - a[1]) / (b[0] - a[0])) for a, b in itertools.combinations(corners, 2)}
+    slopes |= {(corner, endless) for corner in corners}
+    lines = [(corner[1] - slope * corner[0], slope) for corner, slope in slopes if slope <= endless * (1 + 1e-12)]
+    above = 1e-9 * max(seconds for _, seconds in corners)
+    return [
+        (level, slope)
+        for level, slope in lines
+        if all(level + slope * size <= seconds + above for size, seconds in corners)
     ]
-    for what, claimed, found in claims:
-        if not math.isclose(claimed, found, rel_tol=TOLERANCE):
-            yield f"the plan says that it {what} {claimed}, it is {found}"
-    if not plan.bound.rate_rps >= rate * (1 - TOLERANCE):
-        yield f"the plan serves {rate}, more than its bound {plan.bound.rate_rps}"

@@ -1,9 +1,12 @@
-"""Plans of layers: ranges of layers, the flow on every link, the rate, and an upper bound on any rate."""
+"""Plans of layers: ranges of layers, the flow on every link, the rate in the model, and an upper bound on any rate."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from hetis.solver.layers.problem import BATCH_SHARE, WAIT_SHARE, LayersProblem
 
 
 class Limit(StrEnum):
@@ -143,3 +146,82 @@ class LayersPlan:
     @property
     def gap(self) -> float:
         return self.bound_rps / self.rate_rps - 1
+
+
+def judge(problem: LayersProblem, nodes: Sequence[PlacedNode], links: Sequence[LinkShare]) -> Judgement:
+    """Return the sustained rate of a placement.
+
+    Data       L layers, P prompt and O output tokens, H = P + 2 O KV tokens per request in flight, w card seconds per
+               token, h latency; of node i: layers held k_i, tokens per second T_i, KV entries M_i, and the seconds of
+               one layer p_i for a prompt and d_i(b) for b decoding sequences
+    Shares     z_il of the requests compute layer l on node i; v_i of them visit node i
+    In flight  N = min_i M_i / (H sum_l z_il)
+    Batches    requests go round in two clumps: b_il = N z_il / 2 sequences, and a_i = N v_i / 2 on its card
+    Visit      r_i = sum over l with z_il > 0 of [ d_i(1) / 2 + d_i(b_il) + (1 + b_il) p_i / O ]
+                     + h + w [ a_i + (1 + a_i) P / O ]        seconds
+    Round trip R = sum_i v_i r_i                              seconds per output token
+    Computing  B_i = sum over l with z_il > 0 of [ O d_i(N z_il) / N + z_il p_i ]   seconds per request, at its largest
+                                                              batch
+    Rate       X = min( N / (O R),  1 / B_i,  T_i / ((P + O) v_i),  1 / (w (P + O) v_i) )    requests per second
+
+    A node that holds all L layers sends only tokens, to the coordinator, so its w is 0.
+    """
+    by_name = {node.name: node for node in nodes}
+    kinds = {kind.name: kind for kind in problem.node_types}
+    prompt, output, both = problem.mean_prompt_tokens, problem.mean_output_tokens, problem.tokens_per_request
+    shares = {node.name: [0.0] * node.num_layers for node in nodes}
+    visits = dict.fromkeys(by_name, 0.0)
+    for link in links:
+        if link.target is not None:
+            target = by_name[link.target]
+            entered = by_name[link.source].end_layer if link.source is not None else 0
+            visits[target.name] += link.share
+            for layer in range(entered, target.end_layer):
+                shares[target.name][layer - target.first_layer] += link.share
+    room = {node.name: kinds[node.kind].kv_token_layers[node.num_layers - 1] for node in nodes}
+    kept = {name: problem.tokens_in_flight * sum(own) for name, own in shares.items()}  # KV entries per request
+    in_flight = min(room[name] / kept[name] for name in by_name if visits[name] > 0)
+    fullest = max(by_name, key=lambda name: kept[name] / room[name], default="")
+
+    found = []  # seconds of a visit; of computing, as measured, and of the card per request
+    for node in nodes:
+        kind, passing = kinds[node.kind], visits[node.name]
+        decode = kind.decode_table(node.num_layers)
+        prompt_s = kind.prompt_table(node.num_layers).at(prompt) / output  # per output token
+        card_s = problem.links.token_s if node.num_layers < problem.num_layers else 0.0
+        sent = BATCH_SHARE * in_flight * passing
+        visit_s = problem.links.latency_s + card_s * (sent + (1 + sent) * prompt / output)
+        batches_s = 0.0
+        for share in shares[node.name]:
+            if share > 0:
+                batch = BATCH_SHARE * in_flight * share
+                visit_s += WAIT_SHARE * decode.at(1) + decode.at(batch) + (1 + batch) * prompt_s
+                batches_s += decode.at(in_flight * share) / in_flight + share * prompt_s
+        measured_s = both * passing / kind.tokens_per_s[node.num_layers - 1]
+        found.append((node, visit_s, max(measured_s, output * batches_s), measured_s, both * passing * card_s))
+    round_trip_s = sum(visits[node.name] * visit_s for node, visit_s, *_ in found)
+    rates = [(in_flight / (output * round_trip_s), Limit.ROUND_TRIP, fullest)]
+    for node, _, compute_s, _, card_s in found:
+        for limit, seconds in ((Limit.COMPUTE, compute_s), (Limit.LINK, card_s)):
+            rates.append((1 / seconds if seconds else float("inf"), limit, node.name))
+    rate, limit, limit_node = min(rates, key=lambda entry: entry[0])
+    return Judgement(
+        rate_rps=rate,
+        flow_rps=min(1 / max(measured_s, card_s) for node, _, _, measured_s, card_s in found if visits[node.name] > 0),
+        in_flight=in_flight,
+        round_trip_s=round_trip_s,
+        limit=limit,
+        limit_node=limit_node,
+        loads=tuple(
+            NodeLoad(
+                node=node,
+                visits=visits[node.name],
+                layer_share=tuple(shares[node.name]),
+                kv_fill=in_flight * kept[node.name] / room[node.name],
+                compute_load=rate * compute_s,
+                link_load=rate * card_s,
+                visit_s=visit_s,
+            )
+            for node, visit_s, compute_s, _, card_s in found
+        ),
+    )

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from hetis.solver.budget import Budget, Progress, Report, silent
 from hetis.solver.errors import BrokenProofError, InfeasibleError, NoPlanFoundError
-from hetis.solver.layers.annealing import LayerPlacement, anneal, copy_of, polish
+from hetis.solver.layers.annealing import (
+    LayerPlacement,
+    LayerTables,
+    Sweep,
+    anneal,
+    copy_of,
+    new_sweep,
+    polish,
+    share_requests,
+    tabulate,
+)
 from hetis.solver.layers.bound import rate_bound
-from hetis.solver.layers.naming import named
-from hetis.solver.layers.objective import judge
-from hetis.solver.layers.plan import LayersPlan
+from hetis.solver.layers.plan import LayersPlan, LinkShare, PlacedNode, judge
 from hetis.solver.layers.problem import LayersProblem
-from hetis.solver.layers.sweep import SweepRoom, new_sweep
-from hetis.solver.layers.tables import IntArray, LayerTables, tabulate
 
 STARTS, SPARSE_STARTS = 8, 2  # with all nodes; with as few as can hold the layers
 FINALISTS = 2  # starts that are searched longer
@@ -26,6 +31,10 @@ MOST_MOVES = 4_000_000  # per search
 SLICE = 2_000_000  # moves times nodes between two reads of the clock
 HOT, FINAL_HOT, COLD = 0.01, 0.005, 0.0003  # losses of the rate at which a third of moves are kept, first and last
 POLISHING = 60
+MOST_MIXED = 4096  # links at one layer; with more of them, nodes are joined by the fewest
+_NOTHING = 1e-12  # shares of all requests below this are rounding
+
+Placed = tuple[tuple[PlacedNode, ...], tuple[LinkShare, ...], tuple[str, ...]]
 
 
 def solve_layers(
@@ -39,23 +48,7 @@ def solve_layers(
         InfeasibleError: all nodes together cannot hold the layers.
         NoPlanFoundError: the budget was spent before the first placement.
     """
-    search = _Search.of(problem, budget or Budget(), report, flow_only=False)
-    placement = search.run(seed)
-    nodes, links, idle = named(problem, placement, search.kind, search.sweep, search.tables)
-    judgement = judge(problem, nodes, links)
-    search.tell("bound", judgement.rate_rps)
-    bound = rate_bound(search.tables, search.counts, served=judgement.rate_rps)
-    if bound.rate_rps < judgement.rate_rps * (1 - 1e-9):
-        raise BrokenProofError(f"the plan serves {judgement.rate_rps}, the bound is {bound.rate_rps}")
-    return LayersPlan(
-        nodes=nodes,
-        links=links,
-        judgement=judgement,
-        bound=bound,
-        idle=idle,
-        solver_s=search.budget.elapsed_s(),
-        stopped=search.stopped,
-    )
+    return _Search(problem, budget or Budget(), report, flow_only=False).plan(seed)
 
 
 def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed: int = 0) -> LayersPlan:
@@ -66,81 +59,58 @@ def solve_max_flow(problem: LayersProblem, *, budget: Budget | None = None, seed
     Raises:
         InfeasibleError, NoPlanFoundError: as `solve_layers`.
     """
-    search = _Search.of(problem, budget or Budget(), silent, flow_only=True)
-    placement = search.run(seed)
-    nodes, links, idle = named(problem, placement, search.kind, search.sweep, search.tables, flow_only=True)
-    judgement = judge(problem, nodes, links)
-    return LayersPlan(
-        nodes=nodes,
-        links=links,
-        judgement=judgement,
-        bound=rate_bound(search.tables, search.counts, served=judgement.rate_rps),
-        idle=idle,
-        solver_s=search.budget.elapsed_s(),
-        stopped=search.stopped,
-    )
+    return _Search(problem, budget or Budget(), silent, flow_only=True).plan(seed)
 
 
-@dataclass(slots=True, kw_only=True)
 class _Search:
     """One search: its problem, its working arrays, and its caller's budget and report."""
 
-    problem: LayersProblem
-    tables: LayerTables
-    kind: IntArray  # of every node
-    sweep: SweepRoom
-    budget: Budget
-    report: Report
-    flow_only: bool
-    stopped: bool = field(default=False, init=False)
-
-    @classmethod
-    def of(cls, problem: LayersProblem, budget: Budget, report: Report, *, flow_only: bool) -> _Search:
+    def __init__(self, problem: LayersProblem, budget: Budget, report: Report, *, flow_only: bool) -> None:
         held = sum(kind.count * problem.most_layers(kind) for kind in problem.node_types)
         if held < problem.num_layers:
             raise InfeasibleError(
                 (f"the {problem.num_nodes} nodes can hold {held} layers, the model has {problem.num_layers}",)
             )
-        counts = [kind.count for kind in problem.node_types]
-        return cls(
-            problem=problem,
-            tables=tabulate(problem),
-            kind=np.repeat(np.arange(len(counts), dtype=np.int64), counts),
-            sweep=new_sweep(problem.num_nodes, problem.num_layers),
-            budget=budget,
-            report=report,
-            flow_only=flow_only,
+        self.problem, self.budget, self.report, self.flow_only = problem, budget, report, flow_only
+        self.tables = tabulate(problem)
+        self.sweep = new_sweep(problem.num_nodes, problem.num_layers)
+
+    def plan(self, seed: int) -> LayersPlan:
+        placement = self._best_placement(seed)
+        stopped = self.budget.is_spent()
+        polish(placement, self.tables, self.flow_only, self.sweep, POLISHING)
+        nodes, links, idle = named(self.problem, placement, self.tables, self.sweep, flow_only=self.flow_only)
+        judgement = judge(self.problem, nodes, links)
+        self._tell("bound", judgement.rate_rps)
+        bound = rate_bound(self.tables, served=judgement.rate_rps)
+        if bound.rate_rps < judgement.rate_rps * (1 - 1e-9):
+            raise BrokenProofError(f"the plan serves {judgement.rate_rps}, the bound is {bound.rate_rps}")
+        solver_s = self.budget.elapsed_s()
+        return LayersPlan(
+            nodes=nodes, links=links, judgement=judgement, bound=bound, idle=idle, solver_s=solver_s, stopped=stopped
         )
 
-    @property
-    def counts(self) -> IntArray:
-        return np.array([kind.count for kind in self.problem.node_types], np.int64)
-
-    def run(self, seed: int) -> LayerPlacement:
+    def _best_placement(self, seed: int) -> LayerPlacement:
         """Return the best placement from all starts."""
         found: list[tuple[float, LayerPlacement, bool]] = []
         for start, placement in enumerate(self._starts(seed)):
             if found and self.budget.is_spent():
                 break
-            wild = start >= STARTS
-            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, wild, seed + 101 * start))
-            self.tell(f"start {start + 1} of {STARTS + SPARSE_STARTS}", max(rate for rate, *_ in found))
+            found.append(self._anneal(placement, MOVES_PER_NODE, HOT, start >= STARTS, seed + 101 * start))
+            self._tell(f"start {start + 1} of {STARTS + SPARSE_STARTS}", max(rate for rate, *_ in found))
         found.sort(key=lambda entry: -entry[0])
         for finalist, (_, placement, wild) in enumerate(found[:FINALISTS]):
             if self.budget.is_spent():
                 break
-            again = copy_of(placement)
-            found.append(self._anneal(again, FINAL_MOVES_PER_NODE, FINAL_HOT, wild, seed + 101 * finalist + 1))
-            self.tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, *_ in found))
+            seed_again = seed + 101 * finalist + 1
+            found.append(self._anneal(copy_of(placement), FINAL_MOVES_PER_NODE, FINAL_HOT, wild, seed_again))
+            self._tell(f"finalist {finalist + 1} of {FINALISTS}", max(rate for rate, *_ in found))
         rate, best, _ = max(found, key=lambda entry: entry[0])
         if rate <= 0:
             raise NoPlanFoundError("the time limit ended the search before the first placement")
-        self.stopped = self.budget.is_spent()
-        polish(best, self.kind, self.tables, self.flow_only, self.sweep, POLISHING)
         return best
 
-    def tell(self, phase: str, rate: float) -> None:
-        """Report progress."""
+    def _tell(self, phase: str, rate: float) -> None:
         self.report(Progress(phase=phase, elapsed_s=self.budget.elapsed_s(), incumbent=rate))
 
     def _anneal(
@@ -150,23 +120,13 @@ class _Search:
         num_moves = min(moves_per_node * self.problem.num_nodes, MOST_MOVES)
         slices = max(1, num_moves * self.problem.num_nodes // SLICE)
         cooling = (COLD / hottest) ** (1 / slices)
-        best = copy_of(placement)
-        rate = 0.0
+        best, rate = copy_of(placement), 0.0
         for number in range(slices):
             hot = hottest * cooling**number
             rate = anneal(
-                placement,
-                best,
-                self.kind,
-                self.tables,
-                self.flow_only,
-                self.sweep,
-                math.ceil(num_moves / slices),
-                hot,
-                hot * cooling,
-                wild,
-                (seed + 7919 * number) % 2**32,
-            )
+                placement, best, self.tables, self.flow_only, self.sweep, math.ceil(num_moves / slices), hot,
+                hot * cooling, wild, (seed + 7919 * number) % 2**32,
+            )  # fmt: skip
             if self.budget.is_spent():
                 break
         return rate, best, wild
@@ -188,9 +148,10 @@ class _Search:
     def _chain(self, random: np.random.Generator, fill: float, *, is_sparse: bool) -> LayerPlacement | None:
         n, num_layers = self.problem.num_nodes, self.problem.num_layers
         placement = LayerPlacement(np.zeros(n, np.int64), np.zeros(n, np.int64), np.ones(n))
-        layer, chain = 0, []
-        for i in self._by_type(random) if is_sparse else random.permutation(n):
-            most = int(self.tables.most[self.kind[i]])
+        kind, layer, chain = self.tables.kind, 0, []
+        order = random.permutation(len(self.tables.most))[kind]  # of the types
+        for i in np.argsort(order, kind="stable") if is_sparse else random.permutation(n):
+            most = int(self.tables.most[kind[i]])
             if layer < num_layers:
                 placement.first[i] = layer
                 placement.held[i] = min(max(1, round(fill * most)), num_layers - layer)
@@ -204,7 +165,69 @@ class _Search:
                 placement.held[i] = min(int(placement.held[twin]), most)
         return placement if layer == num_layers else None
 
-    def _by_type(self, random: np.random.Generator) -> IntArray:
-        """Return all nodes, grouped by types in random order."""
-        order = random.permutation(len(self.counts))
-        return np.argsort(order[self.kind], kind="stable")
+
+# --- names
+
+
+def named(
+    problem: LayersProblem, placement: LayerPlacement, tables: LayerTables, sweep: Sweep, *, flow_only: bool = False
+) -> Placed:
+    """Return nodes by first layer, links, and names of idle nodes, which are those that no request enters."""
+    assert share_requests(placement, tables, flow_only, sweep), "every layer is on some node"
+    names = list(problem.node_names())
+    held = [tuple(map(int, pair)) for pair in zip(placement.first, placement.held, strict=True)]
+    used = sorted((i for i in range(len(names)) if sweep.entries[i] > 0), key=lambda i: (*held[i], i))
+    nodes = {
+        i: PlacedNode(name=names[i][0], kind=names[i][1].name, first_layer=held[i][0], num_layers=held[i][1])
+        for i in used
+    }
+    idle = tuple(name for i, (name, _) in enumerate(names) if i not in nodes)
+    return tuple(nodes.values()), tuple(_links(problem.num_layers, nodes, sweep)), idle
+
+
+def _links(num_layers: int, nodes: dict[int, PlacedNode], sweep: Sweep) -> Iterator[LinkShare]:
+    """Yield the links at every layer where requests leave nodes and enter others."""
+    visits = {i: float(sweep.share[i, : sweep.entries[i]].sum()) for i in nodes}
+    for layer in range(num_layers + 1):
+        leaving: list[tuple[str | None, float]] = [(None, 1.0)]
+        if layer > 0:
+            leaving = [(nodes[i].name, visits[i]) for i in nodes if nodes[i].end_layer == layer]
+        if layer == num_layers:
+            yield from (LinkShare(source=name, target=None, share=share) for name, share in leaving)
+            return
+        entering = [
+            (nodes[i].name, float(sweep.share[i, e]))
+            for i in nodes
+            for e in range(sweep.entries[i])
+            if sweep.entry[i, e] == layer
+        ]
+        join = _mixed if len(leaving) * len(entering) <= MOST_MIXED else _fewest
+        yield from join(leaving, entering)
+
+
+def _mixed(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
+    """Yield a link from every source to every target, in proportion to what enters the targets.
+
+    All sources together use the room of all targets: with fewer links, a target that is full by chance holds up those
+    who may only go there, beside others with room.
+    """
+    total = sum(share for _, share in targets)
+    for source, there in sources:
+        for target, share in targets:
+            if there * share / max(total, _NOTHING) > _NOTHING:
+                yield LinkShare(source=source, target=target, share=there * share / total)
+
+
+def _fewest(sources: Sequence[tuple[str | None, float]], targets: Sequence[tuple[str, float]]) -> Iterator[LinkShare]:
+    """Yield the fewest links: what leaves the sources is assigned, in order, to the targets."""
+    leaving = list(sources)
+    for target, share in targets:
+        left = share
+        while left > _NOTHING and leaving:
+            source, there = leaving[0]
+            moved = min(left, there)
+            yield LinkShare(source=source, target=target, share=moved)
+            left -= moved
+            leaving[0] = (source, there - moved)
+            if there - moved <= _NOTHING:
+                leaving.pop(0)

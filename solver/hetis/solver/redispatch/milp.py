@@ -119,9 +119,20 @@ class _MilpProgram:
         lower = np.full(len(upper), -highspy.kHighsInf)
         lower[:M] = upper[:M]
         # Departures are arrivals minus the growth of x: moving costs charge (2 a - x + now).
-        cost = [[1.0], self.scale * t.short_s, np.zeros(D + 1), (-charge * t.unit).ravel(), (2 * charge).ravel()]
-        least = [np.zeros(self.used), in_use, np.zeros(self.num_columns - self.workers)]
-        limits = [np.full(self.used, highspy.kHighsInf), np.ones(D + 1), most.ravel(), np.repeat(total[:, 0], D)]
+        cost: list[Any] = [
+            [1.0],
+            self.scale * t.short_s,
+            np.zeros(D + 1),
+            (-charge * t.unit).ravel(),
+            (2 * charge).ravel(),
+        ]
+        least: list[Any] = [np.zeros(self.used), in_use, np.zeros(self.num_columns - self.workers)]
+        limits: list[Any] = [
+            np.full(self.used, highspy.kHighsInf),
+            np.ones(D + 1),
+            most.ravel(),
+            np.repeat(total[:, 0], D),
+        ]
         column = np.arange(self.num_columns)
         return linear_program(
             np.concatenate(cost),
