@@ -26,7 +26,18 @@ MAY_IMPORT = {
 PACKAGE = {root: root for root in MAY_IMPORT} | {"proto": "v1"}
 # What the base install lacks; only these roots may use it, and only the planner when a module is merely imported.
 EXTRAS = {
-    *("highspy", "numba", "ortools", "rich", "typer", "cvxpy", "sqlalchemy", "alembic", "prometheus_client"),
+    *(
+        "highspy",
+        "networkx",
+        "numba",
+        "ortools",
+        "rich",
+        "typer",
+        "cvxpy",
+        "sqlalchemy",
+        "alembic",
+        "prometheus_client",
+    ),
     *("torch", "plotly", "matplotlib", "pyarrow"),
 }
 # Rooms that the base install has and does not use. The profiler's: its command line, and what measures and draws. The

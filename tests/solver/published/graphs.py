@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 from hypothesis import strategies as st
 
-from hetis.solver.published.graph import FloatArray
-from hetis.solver.published.partition import Part
+from hetis.solver.published.hexgen2 import FloatArray
+from hetis.solver.published.replicas import Part
 
 
 @st.composite

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from hetis.solver.published.graph import FloatArray
-from hetis.solver.published.hexgen2 import coarsened, maximum_cut
+from hetis.solver.published.hexgen2 import FloatArray, coarsened, maximum_cut
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
 
 

@@ -4,45 +4,45 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetis.solver.budget import Budget, silent
+from hetis.solver.budget import Budget
 from hetis.solver.errors import InfeasibleError, NoPlanFoundError
 from hetis.solver.plan import Plan
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph
 from hetis.solver.published.hexgen import Individual, Mutations, evolved
+from hetis.solver.published.replicas import FleetGpus
 from tests.solver.instances import make_node, make_problem, problems
 
 
-def fleet(rooms: Sequence[float]) -> FleetGraph:
+def fleet(rooms: Sequence[float]) -> FleetGpus:
     """A card of each room, two to a node."""
     size = len(rooms)
-    return FleetGraph(
+    return FleetGpus(
         names=tuple(f"card{i}" for i in range(size)),
         nodes=tuple(f"node{i // 2}" for i in range(size)),
         zones=("here",) * size,
         device_class=np.zeros(size, dtype=np.int64),
         room_bytes=np.array(rooms),
-        bytes_per_s=np.zeros((size, size)),
     )
 
 
 @given(st.lists(st.integers(1, 9), min_size=3, max_size=9), st.integers(1, 12), st.integers(0, 99))
 @settings(max_examples=50)
 def test_mutations_keep_all_gpus_and_the_memory_of_every_group(rooms: list[int], least: int, seed: int) -> None:
-    graph = fleet([float(room) for room in rooms])
-    mutations = Mutations(graph, float(least), random.Random(seed))
+    gpus = fleet([float(room) for room in rooms])
+    mutations = Mutations(gpus, float(least), random.Random(seed))
     one: Individual = (tuple(range(len(rooms))),)
     for _ in range(20):
         one = mutations.mutated(one)
         assert sorted(gpu for group in one for gpu in group) == list(range(len(rooms)))
-        assert len(one) == 1 or all(graph.room_bytes[list(group)].sum() >= least for group in one)
+        assert len(one) == 1 or all(gpus.room_bytes[list(group)].sum() >= least for group in one)
 
 
 def test_mutations_reach_every_partition() -> None:
@@ -59,9 +59,9 @@ def test_mutations_reach_every_partition() -> None:
 def test_the_best_of_all_generations_survives() -> None:
     """Fitness prefers what the first generation alone offers: whatever comes later must not replace it."""
     found = iter([((1,),)] + [((0,),)] * 10_000)
+    search = SimpleNamespace(budget=Budget(), tell=lambda phase, rate: None)
     best = evolved(
-        ((0, 0),), lambda _: next(found), lambda one: (float(one[0][0] == 1), 0), random.Random(0),
-        budget=Budget(), report=silent,
+        ((0, 0),), lambda _: next(found), lambda one: (float(one[0][0] == 1), 0), random.Random(0), search
     )  # fmt: skip
     assert best == ((1,),)
 

@@ -14,9 +14,7 @@ from hetis.solver.cost import Regime
 from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Role
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.layers import Pipeline, best_split
-from hetis.solver.published.parallelism import ReplicaSearch
-from hetis.solver.published.pipelines import duty_of
+from hetis.solver.published.replicas import Pipeline, ReplicaSearch, best_split, duty_of
 from tests.solver.instances import NO_LIMITS, SMALL_FAMILY, make_node, make_problem, make_profile
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetis.solver.published.graph import FloatArray
-from hetis.solver.published.partition import Part, cut_weight, refine, spectral_partition
+from hetis.solver.published.hexgen2 import FloatArray, cut_weight, refine, spectral_partition
+from hetis.solver.published.replicas import Part
 from tests.solver.published.graphs import bipartitions, cliques, cut_between, graphs
 
 

@@ -18,10 +18,9 @@ from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.plan import Objective, ObjectiveKind, Plan, Role, Status
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import PlacementProblem
-from hetis.solver.published import PUBLISHED
-from hetis.solver.published import dense_path as dense_path_module
-from hetis.solver.published.dense_path import dense_path
-from hetis.solver.published.pipelines import duty_of
+from hetis.solver.published import PUBLISHED, hetis_paper
+from hetis.solver.published.hetis_paper import dense_path
+from hetis.solver.published.replicas import duty_of
 from tests.solver.instances import (
     NO_LIMITS,
     SMALL_FAMILY,
@@ -149,7 +148,7 @@ def test_a_type_leaves_the_dense_path_that_takes_five_percent_off_it_at_most(flo
     atlas = build_atlas(restricted(problem, "hetis-paper"))
     duty, strong, weak = duty_of(atlas, Role.UNIFIED, "default"), (0, (2,)), (1, (1,))
     without, by_rule = dense_path(atlas, duty, (strong,)), dense_path(atlas, duty, (strong, weak))
-    with patch.object(dense_path_module, "LEAST_GAIN", -math.inf):
+    with patch.object(hetis_paper, "LEAST_GAIN", -math.inf):
         everyone = dense_path(atlas, duty, (strong, weak))
     assert without is not None
     assert by_rule is not None

@@ -22,7 +22,7 @@ from hetis.solver.placement.pricing import KERNELS, compile_rest
 from hetis.solver.planning import solve_placement
 from hetis.solver.problem import EngineRules, PlacementProblem
 from hetis.solver.published import PUBLISHED
-from hetis.solver.published.layers import best_split
+from hetis.solver.published.replicas import best_split
 from hetis.solver.workload import LengthBin, Workload
 
 COMPILING = "compiling"

@@ -1,8 +1,21 @@
 """`hetis-paper`: the search that Hetis (SC'25, arXiv 2509.08309) describes, under our cost model.
 
 Data parallelism comes first: the GPUs of every type are dealt evenly to d replicas, in the order of their nodes. In
-each replica the dense path is found by the 5% rule (`dense_path.py`), and types that left become attention workers of
-the whole replica (`shared_pool.py`). The degree d with the least cost per request is taken.
+each replica the dense path is found by the 5% rule, and types that left become attention workers of the whole replica.
+The degree d with the least cost per request is taken.
+
+**5% rule.** The cost of a dense path is C = C_comp + C_comm: the seconds for which a request occupies the slowest
+stage's compute, and the seconds of all its all-reduces and hops along the pipeline. It is taken at a reference mix,
+without decode attention, which Hetis later spreads by heads. GPUs of one type on one node form a TP group as wide as
+possible; different nodes and types are joined by pipeline parallelism, the fastest type first. Starting from all types,
+the slowest one leaves as long as it reduces the cost by no more than 5%. (The exact terms of C, the reference mix, and
+that whole types leave are reconstructed. On the paper's cluster this leaves A100 and RTX 3090 in the dense path and
+P100 for attention, as reported.)
+
+**Shared attention workers** serve every stage in turn (see "Shared pools" in `docs/cost-model.md`): every stage is
+timed as if the cards were its own, while a card is busy with the work of all stages and holds the KV of all. Every
+stage gives away the same share of its head groups, rounded to whole groups (Hetis solves a linear program for every
+batch, but a placement only needs its average).
 
 Reconstructed, or required by our model beyond the paper:
 
@@ -20,171 +33,140 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-from hetis.solver.budget import Budget, Progress, Report
+from hetis.solver import cost
+from hetis.solver.cost import DeviceCost
+from hetis.solver.placement.classes import IntArray
 from hetis.solver.placement.solve import replica_plan
 from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.placement.template import Template, kv_tokens_held
-from hetis.solver.plan import Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.dense_path import DensePath, dense_path
-from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.parallelism import Composition, composition
-from hetis.solver.published.pipelines import ReplicaDuty, duty_of
-from hetis.solver.published.plans import (
-    WITHOUT_PROOF,
-    HeuristicPlan,
-    named_stages,
-    no_plan,
-    plan_of,
-    refuse_larger,
-    weight_bytes,
+from hetis.solver.placement.template import Template, TemplateStage, kv_tokens_held
+from hetis.solver.plan import ReplicaPlan, Role
+from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.replicas import (
+    Composition,
+    Part,
+    Pipeline,
+    Ranks,
+    ReplicaDuty,
+    best_split,
+    fastest,
+    pipeline_of,
+    priced,
+    template_of,
+    tp_groups,
 )
-from hetis.solver.published.shared_pool import SharedPool, best_with_pool, worker_cost
 
-MAX_GPUS = 4096  # GPUs are dealt one by one
+LEAST_GAIN = 0.05  # delta: share of the cost by which a type must reduce it to stay in the dense path
+REFERENCE_BATCH, REFERENCE_CHUNK = 32, 512
 
-NOTES = (
-    WITHOUT_PROOF,
-    "Hetis reconstructed: the cost's terms, whole types leaving the dense path, one share of head groups for all "
-    "stages (docs/strategies.md)",
-)
+
+class DensePath(NamedTuple):
+    """The stages of the dense path, its cost, and the device classes left for attention, fastest first."""
+
+    ranks: Ranks
+    cost_s: float
+    leavers: tuple[int, ...]
+
+
+class SharedPool(NamedTuple):
+    """Cards of one class that a whole replica shares."""
+
+    device_class: int
+    cards: int
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaShare:
     """The GPUs of one replica and its dense path."""
 
-    gpus: tuple[int, ...]
+    gpus: Part
     path: DensePath
 
 
-def solve_hetis_paper(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """Return the plan that the search of Hetis finds; ``seed`` has no effect.
-
-    Raises:
-        NoPlanFoundError: it finds none, which proves nothing.
-    """
-    refuse_larger(problem, MAX_GPUS, strategy="hetis-paper", does="deals out GPU by GPU")
-    atlas = build_atlas(problem)
-    graph = graph_of(atlas)
-    replicas: list[ReplicaPlan] = []
-    for zone in problem.cluster.zones():
-        replicas += _of_zone(atlas, graph, duty_of(atlas, Role.UNIFIED, zone), zone, budget, report)
-    if not replicas:
-        raise no_plan(budget, "hetis-paper found no replica that keeps memory and limits")
-    notes = (*NOTES, *_who_serves_attention(replicas))
-    return plan_of(atlas, "hetis-paper", HeuristicPlan(replicas=tuple(replicas), notes=notes), budget)
-
-
-def _who_serves_attention(replicas: Sequence[ReplicaPlan]) -> Iterator[str]:
-    """Yield a note on the attention workers, or on why there are none, for readers who look for them."""
+def search_hetis_paper(search: Search) -> Found:
+    """Return the plan that the search of Hetis finds."""
+    replicas = [replica for zone in search.zones for replica in _of_zone(search, zone)]
     pools = {pool.gpu for replica in replicas for pool in replica.attention_workers}
+    note = "no attention workers: no type left the dense path, or giving head groups to those that did serves less"
     if pools:
-        yield f"attention workers of whole replicas: {', '.join(sorted(pools))}"
-    else:
-        yield "no attention workers: no type left the dense path, or giving head groups to those that did serves less"
+        note = f"attention workers of whole replicas: {', '.join(sorted(pools))}"
+    return Found(replicas, notes=(note,))
 
 
-def _of_zone(
-    atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str, budget: Budget, report: Report
-) -> list[ReplicaPlan]:
+def _of_zone(search: Search, zone: str) -> list[ReplicaPlan]:
     """Return the replicas of one zone at the cheapest feasible degree of data parallelism."""
-    degrees = sorted(_degrees(atlas, graph, duty, zone), key=_cost_together)
-    search = _PoolSearch(atlas, duty)
+    duty = search.duty(Role.UNIFIED, zone)
     best: list[tuple[ReplicaShare, Template]] = []
+
+    @cache
+    def replica(group: Composition, path: DensePath) -> Template | None:
+        """Return the best replica on a dense path, with all cards of a type that left, up to a pool size, or none."""
+        sizes = {g: [size for size in search.atlas.pool_sizes if size <= sum(nodes)] for g, nodes in group}
+        pools = [SharedPool(g, max(sizes[g])) for g, _ in group if g in path.leavers and sizes[g]]
+        candidates: list[SharedPool | None] = [*pools] or [None]
+        return fastest(best_with_pool(search.atlas, duty, path.ranks, pool) for pool in candidates)
+
+    def rate(chosen: Sequence[tuple[ReplicaShare, Template]]) -> float:
+        return sum(template.rate for _, template in chosen)
+
+    degrees = sorted(_degrees(search, duty, zone), key=lambda shares: 1.0 / sum(1.0 / s.path.cost_s for s in shares))
     for shares in degrees:
-        if budget.is_spent():
+        if search.budget.is_spent():
             break
-        found = [(share, search.best(composition(graph, share.gpus), share.path)) for share in shares]
+        found = [(share, replica(search.gpus.composition(share.gpus), share.path)) for share in shares]
         valid = [(share, template) for share, template in found if template is not None]
-        if _rate(valid) > _rate(best):
+        is_complete = bool(valid) and len(valid) == len(shares)
+        if is_complete or rate(valid) > rate(best):
             best = valid
-        report(Progress(phase=f"{len(shares)} replicas", elapsed_s=budget.elapsed_s(), incumbent=_rate(best)))
-        if valid and len(valid) == len(shares):
-            best = valid
+        search.tell(f"{len(shares)} replicas", rate(best))
+        if is_complete:
             break
-    return [_replica(atlas, graph, share.gpus, template) for share, template in best]
+    return [_on_gpus(search, template, share.gpus) for share, template in best]
 
 
-def _degrees(atlas: Atlas, graph: FleetGraph, duty: ReplicaDuty, zone: str) -> Iterator[list[ReplicaShare]]:
+def _degrees(search: Search, duty: ReplicaDuty, zone: str) -> Iterator[list[ReplicaShare]]:
     """Yield the replicas' shares for every number of replicas whose dense paths hold the weights."""
     members: dict[int, list[int]] = defaultdict(list)
-    for gpu in range(graph.num_gpus):
-        if graph.zones[gpu] == zone:
-            members[int(graph.device_class[gpu])].append(gpu)
-    room = float(sum(graph.room_bytes[gpus].sum() for gpus in members.values()))
-    paths: dict[Composition, DensePath | None] = {}
-    for degree in range(1, max(1, int(room / weight_bytes(atlas.problem.model))) + 1):
+    for gpu in search.gpus.of_zone(zone):
+        members[int(search.gpus.device_class[gpu])].append(gpu)
+    room = float(sum(search.gpus.room_bytes[gpus].sum() for gpus in members.values()))
+    path_of = cache(lambda group: dense_path(search.atlas, duty, group) if group else None)
+    for degree in range(1, max(1, int(room / search.replica_bytes(0.0))) + 1):
         shares = []
         for number in range(degree):
-            gpus = tuple(gpu for all_of in members.values() for gpu in _dealt(all_of, degree, number))
-            group = composition(graph, gpus)
-            if group not in paths:
-                paths[group] = dense_path(atlas, duty, group) if group else None
-            path = paths[group]
+            gpus: list[int] = []
+            for of_type in members.values():
+                each = len(of_type) // degree
+                gpus += of_type[number * each : (number + 1) * each]
+            path = path_of(search.gpus.composition(gpus))
             if path is None:
                 break
-            shares.append(ReplicaShare(gpus, path))
+            shares.append(ReplicaShare(tuple(gpus), path))
         else:
             yield shares
 
 
-def _dealt(gpus: Sequence[int], degree: int, number: int) -> Sequence[int]:
-    each = len(gpus) // degree
-    return gpus[number * each : (number + 1) * each]
-
-
-def _cost_together(shares: Sequence[ReplicaShare]) -> float:
-    return 1.0 / sum(1.0 / share.path.cost_s for share in shares)
-
-
-def _rate(chosen: Sequence[tuple[ReplicaShare, Template]]) -> float:
-    return sum(template.rate for _, template in chosen)
-
-
-class _PoolSearch:
-    """A search for the best setting of a replica with its attention workers; equal replicas are searched once."""
-
-    def __init__(self, atlas: Atlas, duty: ReplicaDuty) -> None:
-        self._atlas, self._duty = atlas, duty
-        self._found: dict[Composition, Template | None] = {}
-
-    def best(self, group: Composition, path: DensePath) -> Template | None:
-        if group not in self._found:
-            pools = list(self._pools(group, path)) or [None]
-            found = [best_with_pool(self._atlas, self._duty, path.ranks, pool) for pool in pools]
-            templates = [template for template in found if template is not None]
-            self._found[group] = max(templates, key=lambda template: template.rate, default=None)
-        return self._found[group]
-
-    def _pools(self, group: Composition, path: DensePath) -> Iterator[SharedPool | None]:
-        """Yield all cards of each type that left, up to a pool size of the family."""
-        for device_class, nodes in group:
-            sizes = [size for size in self._atlas.pool_sizes if size <= sum(nodes)]
-            if device_class in path.leavers and sizes:
-                yield SharedPool(device_class, max(sizes))
-
-
-def _replica(atlas: Atlas, graph: FleetGraph, gpus: Sequence[int], template: Template) -> ReplicaPlan:
+def _on_gpus(search: Search, template: Template, gpus: Part) -> ReplicaPlan:
     """Return the replica on named GPUs; the cards of its pool are listed with every stage that they serve."""
-    stages = named_stages(atlas, graph, gpus, template)
-    pooled = [stage for stage in template.stages if stage.pool_class >= 0]
-    if not pooled:
+    atlas, stages = search.atlas, search.bound(template, gpus)
+    pooled = next((stage for stage in template.stages if stage.pool_class >= 0), None)
+    if pooled is None:
         return replica_plan(atlas, template, stages)
-    device_class, cards = pooled[0].pool_class, pooled[0].pool_cards
-    workers = [graph.names[gpu] for gpu in gpus if graph.device_class[gpu] == device_class][:cards]
+    pool = SharedPool(pooled.pool_class, pooled.pool_cards)
+    of_class = (gpu for gpu in gpus if search.gpus.device_class[gpu] == pool.device_class)
+    workers = [search.gpus.names[gpu] for gpu in of_class][: pool.cards]
     for stage, bound in zip(template.stages, stages, strict=True):
         if stage.pool_class >= 0:
             bound.workers.extend(workers)
     plan = replica_plan(atlas, template, stages)
     return replace(
         plan,
-        kv_tokens=min(plan.kv_tokens, _shared_room(atlas, template, SharedPool(device_class, cards))),
-        attention_workers=tuple(replace(pool, shared=True) for pool in plan.attention_workers),
+        kv_tokens=min(plan.kv_tokens, _shared_room(atlas, template, pool)),
+        attention_workers=tuple(replace(each, shared=True) for each in plan.attention_workers),
     )
 
 
@@ -199,4 +181,127 @@ def _shared_room(atlas: Atlas, template: Template, pool: SharedPool) -> int:
             pairs = np.ceil(requests * stage.pool_groups * int(t.rank_tp[stage.rank]) / pool.cards - 1e-9)
             layers = stage.layers + (t.prefix_layers if i == 0 else 0)
             per_token += layers * float(pairs) / requests * t.kv_group_bytes
-    return int(worker_cost(atlas, pool).room_bytes() / per_token)
+    return int(_card(atlas, pool.device_class, 1).room_bytes() / per_token)
+
+
+# --- the 5% rule
+
+
+def dense_path(atlas: Atlas, duty: ReplicaDuty, group: Composition) -> DensePath | None:
+    """Return a replica's dense path on these GPUs after the 5% rule, or None if they cannot hold the weights."""
+    distances = {}
+    for x in duty.mixes:  # the family's mix that is closest to the reference is taken
+        mix = atlas.mixes[x]
+        distances[x] = [
+            abs(np.log(size / reference))
+            for size, reference in ((mix.chunk_tokens, REFERENCE_CHUNK), (mix.micro_batch, REFERENCE_BATCH))
+        ]
+    x = min(duty.mixes, key=lambda x: distances[x])
+    duty, t = replace(duty, mixes=(x,)), atlas.scopes[duty.scope].tables
+    speeds: dict[int, float] = defaultdict(float)  # layers per second of one GPU
+    for s, (g, tp) in enumerate(atlas.ranks):
+        speeds[g] = max(speeds[g], 1.0 / (tp * float(t.layer_s[x, s])))
+    staying = sorted(group, key=lambda part: (-speeds[part[0]], part[0]))
+    best, leavers = _path(atlas, duty, staying), list[int]()
+    while len(staying) > 1:
+        without = _path(atlas, duty, staying[:-1])
+        if best is not None and (without is None or without.cost_s * (1.0 - LEAST_GAIN) > best.cost_s):
+            break
+        leavers.insert(0, staying.pop()[0])
+        best = without
+    return None if best is None else best._replace(leavers=tuple(leavers))
+
+
+def _path(atlas: Atlas, duty: ReplicaDuty, parts: Sequence[tuple[int, tuple[int, ...]]]) -> DensePath | None:
+    """Return the dense path over all GPUs of these classes, in order, or None if it cannot hold the weights.
+
+    Its cost is that at the split of layers that balances compute.
+    """
+    ranks: list[int] = []
+    for device_class, nodes in parts:
+        rank_of = {tp: s for s, (c, tp) in enumerate(atlas.ranks) if c == device_class}
+        ranks += [rank_of[tp] for count in nodes for tp in tp_groups(count, list(rank_of))]
+    if not ranks:
+        return None
+    t, (x,), s = atlas.scopes[duty.scope].tables, duty.mixes, np.array(ranks)
+    reduce_s = np.array([_all_reduce_s(atlas, x, rank) for rank in ranks])
+    # No head group is kept, because the KV of the stages is decided later.
+    compute_s = (t.layer_s[x, s] - reduce_s)[None, :]
+    p = priced(atlas, duty, tuple(ranks), compute_s, np.zeros_like(compute_s), t.rank_groups[s]).unlimited_at(0)
+    even = p._replace(
+        fixed_s=np.zeros_like(p.fixed_s), in_flight=np.array([2 * len(ranks)]), full=cost.Regime(0.0, 0.0)
+    )
+    split = best_split(even)
+    if split.x < 0:
+        return None
+    cost_s = float(split.interval_s + split.layers @ reduce_s + t.hop_s[x, s[1:]].sum())
+    return DensePath(tuple(ranks), cost_s, ())
+
+
+def _all_reduce_s(atlas: Atlas, x: int, rank: int) -> float:
+    """Return the seconds of a request in the all-reduces of one layer."""
+    mix, device = atlas.mixes[x], _card(atlas, *atlas.ranks[rank])
+    with_chunk, plain = mix.micro_batch + mix.chunk_tokens, mix.micro_batch
+    reduce_s = mix.chunk_iterations * device.reduce_s(with_chunk) + mix.plain_iterations * device.reduce_s(plain)
+    return float(2.0 * reduce_s)
+
+
+def _card(atlas: Atlas, device_class: int, tp: int) -> DeviceCost:
+    """Return the costs of a GPU of a class in a TP group of this size; on its own it holds all heads."""
+    c, model = atlas.classes[device_class], atlas.problem.model
+    shape = cost.rank_shape(model, tp)
+    assert shape is not None, "rank types are valid shapes, and one GPU holds all heads"
+    return DeviceCost(model, atlas.problem.profiles[c.gpu], atlas.moments, shape, c.intra)
+
+
+# --- shared attention workers
+
+
+def best_with_pool(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool | None) -> Template | None:
+    """Return the dense path at its best setting with these attention workers, or without; None if nothing fits."""
+    without = template_of(duty, [TemplateStage(rank, 1, 0) for rank in ranks], pipeline_of(atlas, duty, ranks))
+    if pool is None:
+        return without
+    found = [without]
+    for given in _shares(atlas, ranks):
+        stages = [
+            TemplateStage(rank, 1, 0, pool.device_class, pool.cards, k) if k else TemplateStage(rank, 1, 0)
+            for rank, k in zip(ranks, given.tolist(), strict=True)
+        ]
+        found.append(template_of(duty, stages, pooled_pipeline(atlas, duty, ranks, pool, given)))
+    return fastest(found)
+
+
+def _shares(atlas: Atlas, ranks: Ranks) -> Iterator[IntArray]:
+    """Yield the head groups that every stage gives away, for ever larger shares; unsplittable stages keep all."""
+    model = atlas.problem.model
+    tps = np.array([atlas.ranks[rank][1] for rank in ranks], dtype=np.int64)
+    groups = np.where(tps <= model.head_groups, np.maximum(1, model.head_groups // tps), 0)
+    finest = int(groups.max(initial=0))
+    for step in range(1, finest + 1):
+        yield (groups * step + finest // 2) // finest
+
+
+def pooled_pipeline(atlas: Atlas, duty: ReplicaDuty, ranks: Ranks, pool: SharedPool, given: IntArray) -> Pipeline:
+    """Return the pipeline of a dense path whose stages give ``given`` [S] head groups per rank to the pool."""
+    t = atlas.scopes[duty.scope].tables
+    x, s = np.array(duty.mixes, dtype=np.int64), np.array(ranks, dtype=np.int64)
+    size = atlas.pool_sizes.index(pool.cards)
+    entry = t.pool_start[s, pool.device_class] + (given - 1) * len(atlas.pool_sizes) + size
+    at, own_s = (x[:, None], np.where(given > 0, entry, 0)), t.own_s[x[:, None], s, t.rank_groups[s]]
+    attention_s = np.where(given > 0, t.pool_s[at], own_s)
+    chunk_attention_s = np.where(given > 0, t.chunk.pool_s[at], own_s / t.iterations[x][:, None])
+    compute_s, chunk_s = t.layer_s[np.ix_(x, s)] + attention_s, t.chunk.layer_s[np.ix_(x, s)] + chunk_attention_s
+    pipeline, worker = priced(atlas, duty, ranks, compute_s, chunk_s, given), _card(atlas, pool.device_class, 1)
+    card_s, card_share = np.zeros_like(compute_s), np.zeros(pipeline.room.shape)
+    requests = t.micro_batch[x][:, None] * t.in_flight[None, :]
+    for j, (rank, k) in enumerate(zip(ranks, given.tolist(), strict=True)):
+        tp = int(t.rank_tp[rank])
+        queries = atlas.problem.model.q_heads // tp // int(t.rank_groups[rank])
+        for i, mix in enumerate(atlas.mixes[index] for index in duty.mixes):
+            load = -(-mix.micro_batch * k * tp // pool.cards)
+            card_s[i, j] = mix.iterations * float(worker.decode_attention_s(float(load), queries))
+        pairs = -(-requests * tp * k // pool.cards)  # on the fullest card
+        card_bytes = pairs / requests * t.kv_tokens[x][:, :, 0] * t.kv_group_bytes
+        card_share[:, :, j] = card_bytes / worker.room_bytes()
+    return pipeline._replace(card_s=card_s, card_share=card_share)

@@ -1,10 +1,10 @@
 """`hexgen-paper`: HexGen's genetic search (ICML'24, arXiv 2311.11514) under our cost model.
 
 An individual divides the GPUs of a zone into serving groups, one replica each. Every group gets its best pipeline of TP
-groups (`parallelism.py`), and the sum of the groups' rates is the individual's fitness. Offspring come from mutations
-alone, as in HexGen's published code: a GPU moves to another group (from the machine that most of that group is on, if
-the giver has one), a group is split by a random share of every machine, or two groups merge. All groups must keep
-memory for the weights and a tenth more.
+groups, and the sum of the groups' rates is the individual's fitness. Offspring come from mutations alone, as in
+HexGen's published code: a GPU moves to another group (from the machine that most of that group is on, if the giver has
+one), a group is split by a random share of every machine, or two groups merge. All groups must keep memory for the
+weights and a tenth more.
 
 Reconstructed, or required by our model beyond the paper:
 
@@ -23,27 +23,11 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
-from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.placement.template import Template
-from hetis.solver.plan import Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.parallelism import ReplicaSearch, composition
-from hetis.solver.published.partition import Part
-from hetis.solver.published.pipelines import ReplicaDuty, duty_of
-from hetis.solver.published.plans import (
-    WITHOUT_PROOF,
-    HeuristicPlan,
-    named_stages,
-    no_plan,
-    plan_of,
-    refuse_larger,
-    replica_bytes,
-)
+from hetis.solver.plan import Role
+from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.replicas import FleetGpus, Part
 
 GENERATIONS, OFFSPRING, SURVIVORS, TOURNAMENT = 300, 10, 3, 3  # as in HexGen's code
 PATIENCE = 100  # generations without a better individual, after which the search ends
@@ -52,69 +36,44 @@ LEAST_SHARE, MOST_SHARE = 0.1, 0.9  # of every machine that goes to the new grou
 MOVES = 0.5  # share of the mutations
 MERGES = 1 / 3  # share of the other mutations, which change the number of groups
 ATTEMPTS = 20  # at a mutation that leaves enough memory in all groups
-MAX_GPUS = 1024  # groups are lists of GPUs
-
-NOTES = (
-    WITHOUT_PROOF,
-    "HexGen reconstructed: fitness is the rate under the cost model, groups inside zones, more merges than in its code "
-    "(docs/strategies.md)",
-)
 
 Individual = tuple[Part, ...]  # serving groups
 
 
-def solve_hexgen(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """Return the plan that HexGen's genetic search finds.
+def search_hexgen(search: Search) -> Found:
+    """Return the plan that HexGen's genetic search finds."""
+    order, replicas = random.Random(search.seed), []
+    mutations = Mutations(search.gpus, search.replica_bytes(HEADROOM), order)
+    for zone in search.zones:
+        duty = search.duty(Role.UNIFIED, zone)
 
-    Raises:
-        NoPlanFoundError: it finds none, which proves nothing.
-    """
-    refuse_larger(problem, MAX_GPUS, strategy="hexgen-paper", does="mutates GPU by GPU")
-    atlas = build_atlas(problem)
-    graph = graph_of(atlas)
-    search, order = ReplicaSearch(atlas), random.Random(seed)
-    mutations = Mutations(graph, replica_bytes(problem.model, HEADROOM), order)
-    replicas: list[ReplicaPlan] = []
-    for zone in problem.cluster.zones():
-        duty = duty_of(atlas, Role.UNIFIED, zone)
-        everything = tuple(gpu for gpu in range(graph.num_gpus) if graph.zones[gpu] == zone)
-        fitness = partial(_fitness, search, graph, duty)
-        best = evolved((everything,), mutations.mutated, fitness, order, budget=budget, report=report)
-        for group in best:
-            template = _replica(search, graph, group, duty)
+        def fitness(one: Individual) -> tuple[float, int]:
+            """Return the rate and the number of groups."""
+            found = [search.best(group, duty) for group in one]  # noqa: B023  (used within this turn)
+            return sum(template.rate for template in found if template is not None), len(one)
+
+        for group in evolved((search.gpus.of_zone(zone),), mutations.mutated, fitness, order, search):
+            template = search.best(group, duty)
             if template is not None:
-                replicas.append(replica_plan(atlas, template, named_stages(atlas, graph, group, template)))
-    if not replicas:
-        raise no_plan(budget, "hexgen-paper found no groups that serve a request within the limits")
-    return plan_of(atlas, "hexgen-paper", HeuristicPlan(replicas=tuple(replicas), notes=NOTES), budget)
+                replicas.append(search.on_gpus(template, group))
+    return Found(replicas)
 
 
 def evolved(
     start: Individual, mutated: Callable[[Individual], Individual], fitness: Callable[[Individual], tuple[float, int]],
-    order: random.Random, *, budget: Budget, report: Report,
+    order: random.Random, search: Search,
 ) -> Individual:  # fmt: skip
     """Return the fittest individual of all generations; it always survives, and others are drawn by tournament."""
-    known: dict[Individual, tuple[float, int]] = {}
-
-    def fit(one: Individual) -> tuple[float, int]:
-        if one not in known:
-            known[one] = fitness(one)
-        return known[one]
-
-    population = [start]
-    last_gain = 0
+    fit, population, last_gain = cache(fitness), [start], 0
     for generation in range(GENERATIONS):
-        if budget.is_spent() or generation - last_gain > PATIENCE:
+        if search.budget.is_spent() or generation - last_gain > PATIENCE:
             break
-        offspring = [mutated(order.choice(population)) for _ in range(OFFSPRING)]
-        candidates = population + offspring
+        candidates = population + [mutated(order.choice(population)) for _ in range(OFFSPRING)]
         best = max(candidates, key=fit)
         last_gain = generation if fit(best) > fit(population[0]) else last_gain
         drawn = [order.choices(candidates, k=TOURNAMENT) for _ in range(SURVIVORS - 1)]
         population = [best, *(max(some, key=fit) for some in drawn)]
-        report(
-            Progress(phase=f"generation {generation + 1}", elapsed_s=budget.elapsed_s(), incumbent=fit(best)[0] or None)
-        )
+        search.tell(f"generation {generation + 1}", fit(best)[0] or None)
     return population[0]
 
 
@@ -122,57 +81,45 @@ def evolved(
 class Mutations:
     """Changes of an individual that leave at least ``least_bytes`` of room in every group."""
 
-    graph: FleetGraph
+    gpus: FleetGpus
     least_bytes: float
     order: random.Random
 
     def mutated(self, one: Individual) -> Individual:
         """Return the individual after a random change, or itself if no attempt leaves enough memory."""
-        rooms = self.graph.room_bytes.tolist()
+        rooms = self.gpus.room_bytes.tolist()
         for _ in range(ATTEMPTS):
-            changed = self._change_of(one)(one)
+            if len(one) == 1:
+                changed = self._split(one)
+            elif self.order.random() < MOVES:
+                changed = self._moved(one)
+            else:
+                changed = self._merged(one) if self.order.random() < MERGES else self._split(one)
             if all(sum(rooms[gpu] for gpu in group) >= self.least_bytes for group in changed):
                 return tuple(sorted(changed))
         return one
 
-    def _change_of(self, one: Individual) -> Callable[[Individual], Individual]:
-        if len(one) == 1:
-            return self._split
-        if self.order.random() < MOVES:
-            return self._moved
-        return self._merged if self.order.random() < MERGES else self._split
-
     def _moved(self, one: Individual) -> Individual:
         """Move a GPU to another group, preferably from the machine that most of the taker is on."""
         giver, taker = self.order.sample(range(len(one)), 2)
-        main, _ = Counter(self.graph.kind(gpu) for gpu in one[taker]).most_common(1)[0]
-        suited = [gpu for gpu in one[giver] if self.graph.kind(gpu) == main] or list(one[giver])
+        main, _ = Counter(self.gpus.kind(gpu) for gpu in one[taker]).most_common(1)[0]
+        suited = [gpu for gpu in one[giver] if self.gpus.kind(gpu) == main] or list(one[giver])
         gpu = self.order.choice(suited)
-        groups = {**dict(enumerate(one)), giver: tuple(g for g in one[giver] if g != gpu)}
-        return (*(g for i, g in groups.items() if i != taker), tuple(sorted((*one[taker], gpu))))
+        left = tuple(other for other in one[giver] if other != gpu)
+        groups = (left if i == giver else group for i, group in enumerate(one) if i != taker)
+        return (*groups, tuple(sorted((*one[taker], gpu))))
 
     def _split(self, one: Individual) -> Individual:
         """Make a new group of the same share of the GPUs of every machine of a group."""
         chosen = self.order.randrange(len(one))
         share = self.order.uniform(LEAST_SHARE, MOST_SHARE)
-        kinds = Counter(self.graph.kind(gpu) for gpu in one[chosen])
-        leaving: list[int] = []
-        for kind, count in kinds.items():
-            leaving += [gpu for gpu in one[chosen] if self.graph.kind(gpu) == kind][: round(share * count)]
-        staying = tuple(gpu for gpu in one[chosen] if gpu not in set(leaving))
+        leaving: set[int] = set()
+        for kind, count in Counter(self.gpus.kind(gpu) for gpu in one[chosen]).items():
+            leaving.update([gpu for gpu in one[chosen] if self.gpus.kind(gpu) == kind][: round(share * count)])
+        staying = tuple(gpu for gpu in one[chosen] if gpu not in leaving)
         return (*(group for i, group in enumerate(one) if i != chosen), staying, tuple(sorted(leaving)))
 
     def _merged(self, one: Individual) -> Individual:
         first, second = self.order.sample(range(len(one)), 2)
-        rest = tuple(group for i, group in enumerate(one) if i not in (first, second))
+        rest = (group for i, group in enumerate(one) if i not in (first, second))
         return (*rest, tuple(sorted((*one[first], *one[second]))))
-
-
-def _fitness(search: ReplicaSearch, graph: FleetGraph, duty: ReplicaDuty, one: Individual) -> tuple[float, int]:
-    """Return the rate and the number of groups."""
-    found = [_replica(search, graph, group, duty) for group in one]
-    return sum(template.rate for template in found if template is not None), len(one)
-
-
-def _replica(search: ReplicaSearch, graph: FleetGraph, group: Part, duty: ReplicaDuty) -> Template | None:
-    return search.best_replica(composition(graph, group), duty) if group else None

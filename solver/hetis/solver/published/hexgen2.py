@@ -4,6 +4,22 @@
     B  evaluate    the best replica of every group, then the maximum flow through all of them
     C  refine      swaps guided by the flow, until none increases it
 
+**A.** Groups have fast links inside and enough memory each: recursive bisection by the Fiedler vector, then pair
+exchanges after Kernighan and Lin. HexGen-2 names "spectral partitioning" and Kernighan-Lin; the recursion, and a cut
+that divides the memory evenly, are reconstructed. (The exchanges of networkx know no memory, and do not guarantee that
+no single exchange is better.)
+
+**B.** One commodity, in requests/s, flows from the coordinator through prefill and decode replicas and back. KV goes
+from prefill to decode replicas of the same zone, and over a link between zones if prefill replicas may send there. KV
+inside a zone needs no capacity of its own, because a replica's rate includes what it can send or receive
+(`docs/cost-model.md`, the wire of a layer). So the flow is found between zones, and all replicas of one role in a zone
+have the same load.
+
+**C.** A saturated group limits the flow, and a group with slack starves. Proposals come in this order: a group with
+slack changes sides; one of its GPUs moves to a saturated group; two such groups exchange GPUs. The first proposal that
+increases the flow is taken, and the new flow determines the saturated groups again, until no proposal helps. (HexGen-2
+repeats its secondary partition to change sides; making this a proposal like the others is reconstructed.)
+
 Left open by the paper, or required by our model beyond it:
 
 - The memory of a replica is its weights and some headroom for KV, which decides K and much else. How much HexGen-2
@@ -19,87 +35,105 @@ Left open by the paper, or required by our model beyond it:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
+import numpy.typing as npt
 
-from hetis.solver.budget import Budget, Report, silent
-from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
-from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph, FloatArray, graph_of
-from hetis.solver.published.parallelism import ReplicaSearch
-from hetis.solver.published.partition import Part, refine, spectral_partition
-from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import (
-    WITHOUT_PROOF,
-    HeuristicPlan,
-    named_stages,
-    no_plan,
-    plan_of,
-    refuse_larger,
-    replica_bytes,
-)
-from hetis.solver.published.swaps import Arrangement, Evaluated, SwapNetwork, improved, with_other_role
+from hetis.solver.budget import silent
+from hetis.solver.cluster import Cluster, Device
+from hetis.solver.cost import intra_link
+from hetis.solver.placement.template import Template
+from hetis.solver.plan import KvRoute, Role
+from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.replicas import FleetGpus, Part, ReplicaSearch, duty_of
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 HEADROOMS = (0.1, 0.5, 1.0, 2.0)  # ratios of a replica's KV bytes to its weight bytes in the estimate of its memory
-MAX_GPUS = 1024  # the partition works on dense matrices over GPUs
-
-NOTES = (
-    WITHOUT_PROOF,
-    "HexGen-2 reconstructed: recursive Fiedler bisection by memory, changes of sides among the guided swaps, groups "
-    "inside zones, one TP degree per GPU type of a group (docs/strategies.md)",
-)
+MAX_PASSES = 8  # of exchanges over all pairs of parts; after two or three there is usually nothing more to find
+ROUNDING = 1e-9
+SATURATED = 1.0 - 1e-9  # share of a group's capacity
+GAIN = 1.0 + 1e-9
 
 
-def solve_hexgen2(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """Return the plan that HexGen-2's heuristic finds.
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """Serving groups and the side of each."""
 
-    Raises:
-        NoPlanFoundError: it finds none, which proves nothing.
+    groups: tuple[Part, ...]
+    roles: tuple[Role, ...]
+
+    def with_other_role(self, group: int) -> Arrangement:
+        other = Role.DECODE if self.roles[group] is Role.PREFILL else Role.PREFILL
+        return replace(self, roles=(*self.roles[:group], other, *self.roles[group + 1 :]))
+
+    def exchanged(self, giver: int, given: Part, taker: int, taken: Part = ()) -> Arrangement:
+        groups = list(self.groups)
+        groups[giver] = tuple(sorted({*groups[giver], *taken} - {*given}))
+        groups[taker] = tuple(sorted({*groups[taker], *given} - {*taken}))
+        return replace(self, groups=tuple(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An arrangement, the best replica of every group (None if none fits) and the maximum flow through them.
+
+    ``routes`` are in requests/s from prefill to decode groups, and ``loads`` the share of the capacity of a group and
+    its like in the zone that they take, 1 for a group without capacity.
     """
-    refuse_larger(problem, MAX_GPUS, strategy="hexgen2-paper", does="partitions GPU by GPU")
-    atlas = build_atlas(problem)
-    if not atlas.ranks or problem.cluster.num_gpus() < 2:
-        raise NoPlanFoundError("hexgen2-paper needs two GPUs at least, one to prefill and one to decode")
-    graph = graph_of(atlas)
-    search = ReplicaSearch(atlas)
-    networks = [_network(atlas, graph, search, sends_afar) for sends_afar in _reaches(problem)]
-    counts = _group_counts(atlas, graph)
-    starts = [_arranged(atlas, graph, groups, headroom) for headroom, groups in counts]
-    found: list[tuple[SwapNetwork, Evaluated]] = []
+
+    arrangement: Arrangement
+    replicas: tuple[Template | None, ...]
+    routes: Mapping[tuple[int, int], float]
+    loads: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        return sum(self.routes.values())
+
+
+def search_hexgen2(search: Search) -> Found:
+    """Return the plan that HexGen-2's heuristic finds."""
+    networks = [Network(search, sends_afar) for sends_afar in ((False, True) if len(search.zones) > 1 else (False,))]
+    weights = bandwidths(search.atlas.problem.cluster)
+    counts = _group_counts(search)
+    starts = [_arranged(search, weights, groups, headroom) for headroom, groups in counts]
+    found: list[Evaluated] = []
     for start in starts:
-        if found and budget.is_spent():
+        if found and search.budget.is_spent():
             break
-        serving = _first_to_serve(networks, [start], budget)
-        found += [_refined(network, evaluated, budget, seed, report) for network, evaluated in serving]
+        found += [network.improved(at) for network, at in _first_to_serve(networks, [start])]
     if not found:
-        fewer = (_arranged(atlas, graph, groups, counts[0][0]) for groups in _ever_fewer(counts[0][1]))
-        serving = _first_to_serve(networks, fewer, budget)
-        found = [_refined(network, evaluated, budget, seed, report) for network, evaluated in serving]
+        headroom, most = counts[0]
+        fewer = (_arranged(search, weights, groups, headroom) for groups in _ever_fewer(most))
+        found = [network.improved(at) for network, at in _first_to_serve(networks, fewer)]
     if not found:
-        found = [_from_without_limits(network, starts[0], budget, seed, report) for network in networks]
-    network, best = max(found, key=lambda pair: pair[1].flow.value)
-    if best.flow.value <= 0.0:
-        raise no_plan(budget, "hexgen2-paper found no prefill and decode groups that serve a request within the limits")
-    return _plan(atlas, network, best, budget)
+        found = [network.improved_from_without_limits(starts[0]) for network in networks]
+    best = max(found, key=lambda evaluated: evaluated.rate)
+    used = sorted({group for route in best.routes for group in route})
+    replicas = [
+        search.on_gpus(template, best.arrangement.groups[group])
+        for group in used
+        if (template := best.replicas[group]) is not None
+    ]
+    number = {group: i for i, group in enumerate(used)}
+    return Found(
+        replicas, [KvRoute(prefill=number[i], decode=number[j], rate=rate) for (i, j), rate in best.routes.items()]
+    )
 
 
-def _reaches(problem: PlacementProblem) -> tuple[bool, ...]:
-    return (False, True) if len(problem.cluster.zones()) > 1 else (False,)
-
-
-def _group_counts(atlas: Atlas, graph: FleetGraph) -> list[tuple[float, dict[str, int]]]:
+def _group_counts(search: Search) -> list[tuple[float, dict[str, int]]]:
     """Return (headroom, groups by zone), the most groups first: as many as memory allows, but at least two in all."""
-    members = {zone: [i for i, z in enumerate(graph.zones) if z == zone] for zone in dict.fromkeys(graph.zones)}
-    room = {zone: float(graph.room_bytes[gpus].sum()) for zone, gpus in members.items()}
+    members = {zone: search.gpus.of_zone(zone) for zone in dict.fromkeys(search.gpus.zones)}
+    room = {zone: float(search.gpus.room_bytes[list(gpus)].sum()) for zone, gpus in members.items()}
     found: list[tuple[float, dict[str, int]]] = []
     for headroom in HEADROOMS:
-        needed = replica_bytes(atlas.problem.model, headroom)
+        needed = search.replica_bytes(headroom)
         counts = {zone: min(len(gpus), int(room[zone] / needed)) for zone, gpus in members.items()}
         while sum(counts.values()) < 2:
             open_zones = [zone for zone in members if counts[zone] < len(members[zone])]
@@ -118,105 +152,98 @@ def _ever_fewer(counts: dict[str, int]) -> Iterator[dict[str, int]]:
         yield dict(counts)
 
 
-def _network(atlas: Atlas, graph: FleetGraph, search: ReplicaSearch, sends_afar: bool) -> SwapNetwork:
-    zones = atlas.problem.cluster.zones()
-    model, cluster = atlas.problem.model, atlas.problem.cluster
-    kv_bytes = model.prompt_kv_bytes(atlas.moments.mean_prompt)
-    return SwapNetwork(
-        graph=graph,
-        search=search,
-        duties={
-            (role, zone): duty_of(atlas, role, zone, sends_afar=sends_afar and role is Role.PREFILL)
-            for role in (Role.PREFILL, Role.DECODE)
-            for zone in zones
-        },
-        link_rates={
-            (a, b): cluster.network.zone_link(a, b).bytes_per_s / kv_bytes for a in zones for b in zones if a != b
-        },
-        sends_afar=sends_afar,
-    )
-
-
-def _arranged(atlas: Atlas, graph: FleetGraph, counts: dict[str, int], headroom: float) -> Arrangement:
-    """Do step A for given numbers of groups."""
-    least = replica_bytes(atlas.problem.model, headroom)
-    groups = tuple(group for zone, count in counts.items() for group in _groups(graph, zone, count, least))
-    prefill, _ = maximum_cut(coarsened(graph.bytes_per_s, groups))
-    return Arrangement(groups, tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups))))
-
-
-def _first_to_serve(
-    networks: Sequence[SwapNetwork], starts: Iterable[Arrangement], budget: Budget
-) -> list[tuple[SwapNetwork, Evaluated]]:  # fmt: skip
+def _first_to_serve(networks: Sequence[Network], starts: Iterable[Arrangement]) -> list[tuple[Network, Evaluated]]:
     """Evaluate the first arrangement that serves requests on every network, one group on the other side if needed."""
-    for arrangement in (changed for start in starts for changed in _changes_of_sides(start)):
-        found = [(network, network.evaluated(arrangement)) for network in networks]
-        serving = [(network, evaluated) for network, evaluated in found if evaluated.flow.value > 0.0]
-        if serving:
-            return serving
-        if budget.is_spent():
-            break
+    for start in starts:
+        changed = (g for g, role in enumerate(start.roles) if start.roles.count(role) > 1)
+        for arrangement in (start, *map(start.with_other_role, changed)):
+            found = [(network, network.evaluated(arrangement)) for network in networks]
+            serving = [(network, evaluated) for network, evaluated in found if evaluated.rate > 0.0]
+            if serving or networks[0].search.budget.is_spent():
+                return serving
     return []
 
 
-def _changes_of_sides(start: Arrangement) -> Iterator[Arrangement]:
-    """Yield the arrangement itself, then with one group on the other side as long as both keep one."""
-    yield start
-    for group, role in enumerate(start.roles):
-        if start.roles.count(role) > 1:
-            yield with_other_role(start, group)
+# --- step A: partition
 
 
-def _refined(
-    network: SwapNetwork, start: Evaluated, budget: Budget, seed: int, report: Report
-) -> tuple[SwapNetwork, Evaluated]:  # fmt: skip
-    return network, improved(network, start, budget=budget, seed=seed, report=report)
+def bandwidths(cluster: Cluster) -> FloatArray:
+    """Return the bandwidth of every pair of GPUs, [N, N], 0 on the diagonal; equal pairs of nodes are looked up
+    once."""
+    devices = tuple(cluster.devices())
+    first = {(d.node, d.gpu): d for d in devices}
+    index = {place: i for i, place in enumerate(first)}
+    between = np.array([[_bandwidth(cluster, a, b) for b in first.values()] for a in first.values()])
+    of_device = [index[d.node, d.gpu] for d in devices]
+    matrix: FloatArray = between[np.ix_(of_device, of_device)]
+    np.fill_diagonal(matrix, 0.0)
+    return matrix
 
 
-def _from_without_limits(
-    network: SwapNetwork, start: Arrangement, budget: Budget, seed: int, report: Report
-) -> tuple[SwapNetwork, Evaluated]:
-    """Improve by swaps without the latency limits, then with them, since no swap leaves an arrangement without flow."""
-    relaxed = replace(network, search=ReplicaSearch(network.search.atlas, keeps_limits=False))
-    found = improved(relaxed, relaxed.evaluated(start), budget=budget, seed=seed, report=silent)
-    return _refined(network, network.evaluated(found.arrangement), budget, seed, report)
+def _bandwidth(cluster: Cluster, a: Device, b: Device) -> float:
+    """Return the bandwidth of the slower end: board to board inside a node, NIC to NIC between nodes."""
+    if a.node == b.node:
+        return min(intra_link(cluster.gpu_types[d.gpu], d.group.intra_link).bytes_per_s for d in (a, b))
+    explicit = cluster.network.node_link(a.node, b.node)
+    if explicit is not None:
+        return explicit.bytes_per_s
+    nics = [d.group.nic or cluster.network.default for d in (a, b)]
+    return min(link.bytes_per_s for link in (*nics, cluster.network.zone_link(a.group.zone, b.group.zone)))
 
 
-def _groups(graph: FleetGraph, zone: str, count: int, least_bytes: float) -> list[Part]:
-    """Return the serving groups of one zone: spectral, then exchanges that keep room for a replica in each."""
-    if count == 0:
-        return []
-    gpus = [i for i, z in enumerate(graph.zones) if z == zone]
-    weights, sizes = graph.bytes_per_s[gpus][:, gpus], graph.room_bytes[gpus]
-    parts = refine(weights, sizes, spectral_partition(weights, sizes, count), least_bytes)
-    return [tuple(gpus[i] for i in part) for part in parts]
+def _arranged(search: Search, weights: FloatArray, counts: Mapping[str, int], headroom: float) -> Arrangement:
+    """Return serving groups, in given numbers by zone, and their sides; each group keeps room for a replica."""
+    least, groups = search.replica_bytes(headroom), list[Part]()
+    for zone, count in counts.items():
+        if count:
+            gpus = search.gpus.of_zone(zone)
+            here, sizes = weights[np.ix_(gpus, gpus)], search.gpus.room_bytes[list(gpus)]
+            parts = refine(here, sizes, spectral_partition(here, sizes, count), least)
+            groups += [tuple(gpus[i] for i in part) for part in parts]
+    prefill, _ = maximum_cut(coarsened(weights, groups))
+    return Arrangement(tuple(groups), tuple(Role.PREFILL if g in prefill else Role.DECODE for g in range(len(groups))))
 
 
-def _plan(atlas: Atlas, network: SwapNetwork, found: Evaluated, budget: Budget) -> Plan:
-    """Return the replicas with named GPUs, without those that the flow does not use."""
-    numbers: dict[Role, list[int]] = {Role.PREFILL: [], Role.DECODE: []}
-    replicas: list[ReplicaPlan] = []
-    for group, role, template in zip(
-        found.arrangement.groups, found.arrangement.roles, found.replicas, strict=True
-    ):  # fmt: skip
-        if template is None:
-            continue
-        numbers[role].append(len(replicas))
-        replicas.append(replica_plan(atlas, template, named_stages(atlas, network.graph, group, template)))
-    routes = [
-        KvRoute(prefill=numbers[Role.PREFILL][i], decode=numbers[Role.DECODE][j], rate=rate)
-        for (i, j), rate in found.flow.routes.items()
-    ]
-    used = sorted({number for route in routes for number in (route.prefill, route.decode)})
-    place = {number: position for position, number in enumerate(used)}
-    answer = HeuristicPlan(
-        replicas=tuple(replicas[number] for number in used),
-        kv_routes=tuple(
-            KvRoute(prefill=place[route.prefill], decode=place[route.decode], rate=route.rate) for route in routes
-        ),
-        notes=NOTES,
-    )
-    return plan_of(atlas, "hexgen2-paper", answer, budget)
+def spectral_partition(weights: FloatArray, sizes: FloatArray, num_parts: int) -> list[Part]:
+    """Return ``num_parts`` parts of about equal size by recursive Fiedler bisection, each with at least one vertex.
+
+    Args:
+        weights: symmetric edge weights, shape [N, N]; heavy edges should stay inside.
+        sizes: vertex sizes, shape [N].
+        num_parts: between 1 and N.
+    """
+
+    def bisected(vertices: IntArray, num_parts: int) -> list[Part]:
+        if num_parts == 1:
+            return [tuple(sorted(vertices.tolist()))]
+        left_parts = num_parts // 2
+        order = vertices[_order_along(weights[np.ix_(vertices, vertices)], 1)]
+        # The cut whose left side comes closest to its share, while both sides keep a vertex for each of their parts.
+        reached = np.cumsum(sizes[order])
+        share = reached[-1] * left_parts / num_parts
+        cuts = np.arange(left_parts, len(order) - (num_parts - left_parts) + 1)
+        cut = int(cuts[np.argmin(np.abs(reached[cuts - 1] - share))])
+        return bisected(order[:cut], left_parts) + bisected(order[cut:], num_parts - left_parts)
+
+    return sorted(bisected(np.arange(len(sizes)), num_parts))
+
+
+def _order_along(weights: FloatArray, number: int) -> IntArray:
+    """Return vertices along an eigenvector of the Laplacian, by rising eigenvalue (1: Fiedler's); ties by number.
+
+    The sign of the vector is fixed, so that the order does not depend on the sign that LAPACK chose.
+    """
+    laplacian = np.diag(weights.sum(axis=1)) - weights
+    _, vectors = np.linalg.eigh(laplacian / (float(np.abs(laplacian).max()) or 1.0))
+    vector = np.round(vectors[:, number], 9)
+    leading = np.flatnonzero(vector)
+    order: IntArray = np.argsort(-vector if len(leading) and vector[leading[0]] > 0 else vector, kind="stable")
+    return order
+
+
+def cut_weight(weights: FloatArray, parts: Sequence[Part]) -> float:
+    """Return the total weight of the edges between different parts."""
+    return float(coarsened(weights, parts).sum()) / 2
 
 
 def coarsened(weights: FloatArray, parts: Sequence[Part]) -> FloatArray:
@@ -233,27 +260,192 @@ def maximum_cut(weights: FloatArray) -> tuple[Part, Part]:
     """Return two non-empty sides with a large cut between them; vertex 0 is on the first.
 
     Kernighan-Lin exchanges keep the sizes of the sides, so all sizes are tried from the balanced one outwards: the K
-    vertices are split at each position along the eigenvector, and the best cut after refinement wins.
+    vertices are split at each position along the last eigenvector, and the best cut after refinement wins.
     """
-    order = _opposing_order(weights)
-    best: tuple[Part, Part] | None = None
+    order = _order_along(weights, -1).tolist()
+    best: tuple[Part, Part] = (0,), tuple(range(1, len(order)))
     best_cut = -1.0
     for size in sorted(range(1, len(order)), key=lambda size: (abs(2 * size - len(order)), size)):
-        first, second = refine(weights, np.ones(len(order)), [tuple(order[:size]), tuple(order[size:])], 1.0, sign=-1.0)
+        first, second = refine(weights, np.ones(len(order)), [order[:size], order[size:]], 1.0, sign=-1.0)
         cut = float(weights[np.ix_(first, second)].sum())
         if cut > best_cut * (1 + 1e-12):
             best, best_cut = (first, second), cut
-    assert best is not None, "a cut needs two vertices"
     return best
 
 
-def _opposing_order(weights: FloatArray) -> list[int]:
-    """Return vertices along the eigenvector of the Laplacian's largest eigenvalue, its sign fixed, ties by number."""
-    laplacian = np.diag(weights.sum(axis=1)) - weights
-    scale = float(np.abs(laplacian).max()) or 1.0
-    _, vectors = np.linalg.eigh(laplacian / scale)
-    last = np.round(vectors[:, -1], 9)
-    leading = np.flatnonzero(last)
-    if len(leading) and last[leading[0]] > 0:
-        last = -last
-    return [int(v) for v in np.argsort(last, kind="stable")]
+def refine(
+    weights: FloatArray, sizes: FloatArray, parts: Sequence[Sequence[int]], least_size: float, *, sign: float = 1.0
+) -> list[Part]:
+    """Make Kernighan-Lin exchanges between every pair of parts until no pass lowers the cut.
+
+    A pass repeatedly exchanges the best pair of unlocked vertices, whether or not that helps, and keeps the prefix of
+    exchanges with the lowest cut. It therefore crosses small hills, and no single exchange improves its result. An
+    exchange that leaves a part below ``least_size`` (or below its previous size, if that was less) is not made.
+
+    Args:
+        sign: -1 raises the cut instead.
+    """
+    found, pairs = [list(part) for part in parts], list(combinations(range(len(parts)), 2))
+    for _ in range(MAX_PASSES):
+        fell = [_exchange(sign * weights, sizes, found[i], found[j], least_size) for i, j in pairs]
+        if not any(fell):
+            break
+    return sorted(tuple(sorted(part)) for part in found)
+
+
+def _exchange(weights: FloatArray, sizes: FloatArray, a: list[int], b: list[int], least_size: float) -> bool:
+    """Make one Kernighan-Lin pass over two parts in place; return whether the cut between them fell."""
+    vertices = np.array([*a, *b])
+    w, s = weights[np.ix_(vertices, vertices)], sizes[vertices]
+    side = np.arange(len(vertices)) < len(a)
+    room = [float(s[side].sum()), float(s[~side].sum())]
+    least = [min(least_size, size) for size in room]
+    desire = 2 * np.where(side[:, None] != side, w, 0.0).sum(axis=1) - w.sum(axis=1)  # how much moving lowers the cut
+    unlocked = np.ones(len(vertices), dtype=bool)
+    total, best, steps, kept = 0.0, ROUNDING * (float(np.abs(w).max()) or 1.0), list[tuple[int, int]](), 0
+    for _ in range(min(len(a), len(b))):
+        mine, theirs = np.flatnonzero(side & unlocked), np.flatnonzero(~side & unlocked)
+        gain = desire[mine][:, None] + desire[theirs] - 2 * w[np.ix_(mine, theirs)]
+        growth = s[theirs] - s[mine][:, None]  # of a's side
+        fits = (room[0] + growth >= least[0]) & (room[1] - growth >= least[1])
+        if not fits.any():
+            break
+        i, j = np.unravel_index(int(np.argmax(np.where(fits, gain, -np.inf))), gain.shape)
+        u, v = int(mine[i]), int(theirs[j])
+        total += float(gain[i, j])
+        room = [room[0] + float(growth[i, j]), room[1] - float(growth[i, j])]
+        unlocked[[u, v]] = False
+        # For u's old companions v is now inside and u outside; for v's it is the other way round.
+        desire += np.where(side, 2.0, -2.0) * (w[:, u] - w[:, v])
+        steps.append((u, v))
+        if total > best:
+            best, kept = total, len(steps)
+    for u, v in steps[:kept]:
+        a[a.index(int(vertices[u]))], b[b.index(int(vertices[v]))] = int(vertices[v]), int(vertices[u])
+    return kept > 0
+
+
+# --- step B: flow
+
+
+def maximum_flow(
+    prefill: Sequence[tuple[float, str]], decode: Sequence[tuple[float, str]], links: Mapping[tuple[str, str], float]
+) -> dict[tuple[int, int], float]:
+    """Return the routes of the largest flow through one prefill and one decode station each, by pairs of them.
+
+    Args:
+        prefill, decode: rate and zone of each station.
+        links: requests/s whose KV the link from one zone to another carries; pairs that are not listed carry none.
+    """
+    import networkx as nx
+
+    graph = nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    waiting: dict[tuple[str, str], deque[int]] = {}  # stations of a side and zone
+    for side, stations in (("prefill", prefill), ("decode", decode)):
+        for zone in dict.fromkeys(zone for _, zone in stations):
+            waiting[side, zone] = deque(i for i, (_, other) in enumerate(stations) if other == zone)
+            ends = ("source", (side, zone)) if side == "prefill" else ((side, zone), "sink")
+            graph.add_edge(*ends, capacity=sum(rate for rate, other in stations if other == zone))
+            graph.add_edge(("prefill", zone), ("decode", zone))  # without a limit
+    for (here, there), rate in links.items():
+        graph.add_edge(("prefill", here), ("decode", there), capacity=rate)
+    _, flows = nx.maximum_flow(graph, "source", "sink")
+    left = [rate for rate, _ in prefill], [rate for rate, _ in decode]
+    routes: dict[tuple[int, int], float] = {}
+    for source, targets in flows.items():
+        for target, flow in targets.items() if source in waiting else ():
+            while flow > 0.0 and waiting[source] and waiting.get(target):
+                i, j = waiting[source][0], waiting[target][0]
+                moved = min(flow, left[0][i], left[1][j])
+                routes[i, j] = routes.get((i, j), 0.0) + moved
+                flow, left[0][i], left[1][j] = flow - moved, left[0][i] - moved, left[1][j] - moved
+                for node, rest in ((source, left[0][i]), (target, left[1][j])):
+                    if rest <= 0.0:
+                        waiting[node].popleft()
+    return dict(sorted(routes.items()))
+
+
+class Network:
+    """The evaluation of arrangements, and their improvement; prefill replicas may send to all zones, or not."""
+
+    def __init__(self, search: Search, sends_afar: bool, replicas: ReplicaSearch | None = None) -> None:
+        atlas, network = search.atlas, search.atlas.problem.cluster.network
+        kv_bytes = atlas.problem.model.prompt_kv_bytes(atlas.moments.mean_prompt)
+        self.search, self._sends_afar, self._replicas = search, sends_afar, replicas or search.replicas
+        self._duties = {
+            (role, zone): duty_of(atlas, role, zone, sends_afar=sends_afar)
+            for role in (Role.PREFILL, Role.DECODE)
+            for zone in search.zones
+        }
+        pairs = [(a, b) for a in search.zones for b in search.zones if a != b] if sends_afar else []
+        self._links = {pair: network.zone_link(*pair).bytes_per_s / kv_bytes for pair in pairs}
+
+    def evaluated(self, arrangement: Arrangement) -> Evaluated:
+        gpus, replicas = self.search.gpus, list[Template | None]()
+        sides: dict[Role, list[tuple[int, float, str]]] = defaultdict(list)
+        for number, (group, role) in enumerate(zip(arrangement.groups, arrangement.roles, strict=True)):
+            zone = gpus.zones[group[0]]
+            best = self._replicas.best_replica(gpus.composition(group), self._duties[role, zone])
+            replicas.append(best)
+            if best is not None:
+                sides[role].append((number, best.rate, zone))
+        prefill, decode = ([(rate, zone) for _, rate, zone in sides[role]] for role in (Role.PREFILL, Role.DECODE))
+        flow = maximum_flow(prefill, decode, self._links)
+        routes = {(sides[Role.PREFILL][i][0], sides[Role.DECODE][j][0]): rate for (i, j), rate in flow.items()}
+        used, room = defaultdict[tuple[Role, str], float](float), defaultdict[tuple[Role, str], float](float)
+        for role, stations in sides.items():
+            for _, rate, zone in stations:
+                room[role, zone] += rate
+        for (i, j), rate in flow.items():
+            used[Role.PREFILL, prefill[i][1]] += rate
+            used[Role.DECODE, decode[j][1]] += rate
+        places = [
+            (role, gpus.zones[group[0]]) for group, role in zip(arrangement.groups, arrangement.roles, strict=True)
+        ]
+        loads = tuple(
+            1.0 if one is None else used[place] / room[place] for place, one in zip(places, replicas, strict=True)
+        )
+        return Evaluated(arrangement, tuple(replicas), routes, loads)
+
+    # --- step C: swaps
+
+    def improved(self, best: Evaluated) -> Evaluated:
+        """Return an arrangement at which no proposal increases the flow, or the best one once the budget is spent."""
+        order, budget = np.random.default_rng(self.search.seed), self.search.budget
+        while True:
+            for proposal in proposals(self.search.gpus, best, order):
+                if budget.is_spent():
+                    return best
+                candidate = self.evaluated(proposal)
+                if candidate.rate > best.rate * GAIN:
+                    best = candidate
+                    self.search.tell("swaps by maximum flow", best.rate)
+                    break
+            else:
+                return best
+
+    def improved_from_without_limits(self, start: Arrangement) -> Evaluated:
+        """Improve without the latency limits, then with them, since no swap leaves an arrangement without flow."""
+        free = ReplicaSearch(self.search.atlas, keeps_limits=False)
+        relaxed = Network(replace(self.search, report=silent), self._sends_afar, free)
+        return self.improved(self.evaluated(relaxed.improved(relaxed.evaluated(start)).arrangement))
+
+
+def proposals(gpus: FleetGpus, found: Evaluated, order: np.random.Generator) -> Iterator[Arrangement]:
+    """Yield arrangements that give a saturated group more, from groups with most slack; ties in random order."""
+    arrangement, groups, roles = found.arrangement, found.arrangement.groups, found.arrangement.roles
+    lots = order.permutation(len(groups)).tolist()
+    slack = sorted((g for g in lots if found.loads[g] < SATURATED), key=lambda g: found.loads[g])
+    saturated = [g for g in lots if found.loads[g] >= SATURATED]
+    yield from (arrangement.with_other_role(giver) for giver in slack if roles.count(roles[giver]) > 1)
+    pairs = [(g, t) for g in slack for t in saturated if gpus.zones[groups[g][0]] == gpus.zones[groups[t][0]]]
+    different = [list({gpus.kind(gpu): gpu for gpu in group}.values()) for group in groups]  # one of each kind
+    for giver, taker in pairs:
+        if len(groups[giver]) > 1:
+            yield from (arrangement.exchanged(giver, (gpu,), taker) for gpu in different[giver])
+    for giver, taker in pairs:
+        for gpu in different[giver]:
+            for other in different[taker]:
+                if gpus.kind(gpu) != gpus.kind(other):
+                    yield arrangement.exchanged(giver, (gpu,), taker, (other,))

@@ -21,37 +21,24 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from hetis.solver.budget import Budget, Progress, Report
-from hetis.solver.errors import NoPlanFoundError
-from hetis.solver.placement.solve import replica_plan
-from hetis.solver.placement.tables import Atlas
-from hetis.solver.placement.tabulation import build_atlas
 from hetis.solver.placement.template import Template
-from hetis.solver.plan import KvRoute, Plan, ReplicaPlan, Role
-from hetis.solver.problem import PlacementProblem
-from hetis.solver.published.graph import FleetGraph, graph_of
-from hetis.solver.published.parallelism import ReplicaSearch
-from hetis.solver.published.pipelines import duty_of
-from hetis.solver.published.plans import WITHOUT_PROOF, HeuristicPlan, named_stages, no_plan, plan_of, refuse_larger
+from hetis.solver.plan import KvRoute, ReplicaPlan, Role
+from hetis.solver.published.heuristic import Found, Search
+from hetis.solver.published.replicas import Part
 
-MAX_GPUS = 1024  # every prompt machine has a route to every token machine
 MAX_STAGES = 8  # TP groups per machine
 ROUNDING = 1e-9
-
-NOTES = (
-    WITHOUT_PROOF,
-    "Splitwise reconstructed: machines cut from nodes, a mixed pool that keeps its size (docs/strategies.md)",
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
     """A kind of machine: the GPUs of each one in the zone, and its replica in each role that it can have."""
 
-    members: tuple[tuple[int, ...], ...]
+    members: tuple[Part, ...]
     replicas: Mapping[Role, Template]
 
     def rate(self, role: Role) -> float:
@@ -71,17 +58,16 @@ class Pools:
         """Return the requests/s through both pools."""
         return min(self.num_prompt * self.prompt.rate(Role.PREFILL), self.num_token * self.token.rate(Role.DECODE))
 
-    def assigned(self) -> Iterator[tuple[Role, Machine, tuple[int, ...]]]:
+    def assigned(self) -> Iterator[tuple[Role, Machine, Part]]:
         """Yield role, kind and GPUs of every machine; the rest of kinds that cannot do both is idle."""
-        prompt, token = self.prompt.members, self.token.members
-        if self.prompt is self.token:
-            token = token[self.num_prompt :]
-            rest = [(self.token, gpus) for gpus in token[self.num_token :]]
-        else:
-            rest = [(self.prompt, gpus) for gpus in prompt[self.num_prompt :]]
-            rest += [(self.token, gpus) for gpus in token[self.num_token :]]
-        yield from ((Role.PREFILL, self.prompt, gpus) for gpus in prompt[: self.num_prompt])
-        yield from ((Role.DECODE, self.token, gpus) for gpus in token[: self.num_token])
+        chosen = self.prompt.members[: self.num_prompt]
+        left = self.prompt.members[self.num_prompt :]
+        is_same = self.prompt is self.token
+        tokens = left if is_same else self.token.members
+        rest = [] if is_same else [(self.prompt, gpus) for gpus in left]
+        rest += [(self.token, gpus) for gpus in tokens[self.num_token :]]
+        yield from ((Role.PREFILL, self.prompt, gpus) for gpus in chosen)
+        yield from ((Role.DECODE, self.token, gpus) for gpus in tokens[: self.num_token])
         yield from ((Role.UNIFIED, kind, gpus) for kind, gpus in rest if Role.UNIFIED in kind.replicas)
 
     def rate(self) -> float:
@@ -90,54 +76,48 @@ class Pools:
         return self.split_rate() + mixed
 
 
-def solve_splitwise(problem: PlacementProblem, *, budget: Budget, seed: int, report: Report) -> Plan:
-    """Return the plan that Splitwise's provisioning finds; ``seed`` has no effect.
-
-    Raises:
-        NoPlanFoundError: it finds none, which proves nothing.
-    """
-    refuse_larger(problem, MAX_GPUS, strategy="splitwise-paper", does="sends from every machine to every other")
-    if not problem.family.splits_roles:
-        raise NoPlanFoundError("splitwise-paper needs prefill and decode replicas")
-    if problem.cluster.num_gpus() < 2:
-        raise NoPlanFoundError("splitwise-paper needs two GPUs at least, one to prefill and one to decode")
-    atlas = build_atlas(problem)
-    graph = graph_of(atlas)
-    replicas: list[ReplicaPlan] = []
-    routes: list[KvRoute] = []
-    for zone in problem.cluster.zones():
-        found = best_pools(machines(atlas, graph, zone, budget))
-        report(Progress(phase=f"pools of zone {zone}", elapsed_s=budget.elapsed_s()))
-        if found is not None:
-            routes += _routes(found, len(replicas))
-            replicas += [
-                replica_plan(atlas, kind.replicas[role], named_stages(atlas, graph, gpus, kind.replicas[role]))
-                for role, kind, gpus in found.assigned()
-            ]
-    if not replicas or budget.is_spent():
-        raise no_plan(budget, "splitwise-paper found no pools that serve a request within the limits")
-    return plan_of(
-        atlas, "splitwise-paper", HeuristicPlan(replicas=tuple(replicas), kv_routes=tuple(routes), notes=NOTES), budget
-    )
+def search_splitwise(search: Search) -> Found:
+    """Return the plan that Splitwise's provisioning finds."""
+    replicas, routes = list[ReplicaPlan](), list[KvRoute]()
+    for zone in search.zones:
+        pools = best_pools(machines(search, zone))
+        search.tell(f"pools of zone {zone}")
+        if pools is not None:
+            tokens = len(replicas) + pools.num_prompt
+            share = pools.split_rate() / (pools.num_prompt * pools.num_token)
+            routes += (
+                KvRoute(prefill=prefill, decode=decode, rate=share)
+                for prefill in range(len(replicas), tokens)
+                for decode in range(tokens, tokens + pools.num_token)
+            )
+            replicas += (search.on_gpus(kind.replicas[role], gpus) for role, kind, gpus in pools.assigned())
+    return Found([] if search.budget.is_spent() else replicas, routes)
 
 
-def machines(atlas: Atlas, graph: FleetGraph, zone: str, budget: Budget) -> list[Machine]:
+def machines(search: Search, zone: str) -> list[Machine]:
     """Return all kinds of machines that a zone's nodes can be cut into and that can prefill or decode."""
-    search, found = ReplicaSearch(atlas), list[Machine]()
-    duties = {role: duty_of(atlas, role, zone) for role in atlas.problem.family.roles}
-    for rank, (device_class, tp) in enumerate(atlas.ranks):
-        groups = _tp_groups(graph, zone, device_class, tp)
+    found = list[Machine]()
+    duties = {role: search.duty(role, zone) for role in search.atlas.problem.family.roles}
+    for rank, (device_class, tp) in enumerate(search.atlas.ranks):
+        by_node: dict[str, list[int]] = defaultdict(list)
+        for gpu in search.gpus.of_zone(zone):
+            if search.gpus.device_class[gpu] == device_class:
+                by_node[search.gpus.nodes[gpu]].append(gpu)
+        # The TP groups of this size that the nodes hold; a machine has consecutive ones.
+        groups = [gpus[i : i + tp] for gpus in by_node.values() for i in range(0, len(gpus) - tp + 1, tp)]
         for stages in range(1, min(MAX_STAGES, len(groups)) + 1):
-            if budget.is_spent():
+            if search.budget.is_spent():
                 return []
-            fitting = {role: search.at_best_setting((rank,) * stages, duty) for role, duty in duties.items()}
+            fitting = {role: search.replicas.at_best_setting((rank,) * stages, duty) for role, duty in duties.items()}
             replicas = {role: template for role, template in fitting.items() if template is not None}
             if Role.PREFILL in replicas or Role.DECODE in replicas:
-                found.append(Machine(_joined(groups, stages), replicas))
+                starts = range(0, len(groups) - stages + 1, stages)
+                members = (tuple(chain.from_iterable(groups[i : i + stages])) for i in starts)
+                found.append(Machine(tuple(members), replicas))
     return found
 
 
-def best_pools(kinds: Sequence[Machine]) -> Pools | None:
+def best_pools(kinds: list[Machine]) -> Pools | None:
     """Return the pools with the highest rate, or None if no two machines can prefill and decode."""
     gpus = {id(kind): frozenset(gpu for member in kind.members for gpu in member) for kind in kinds}
     found: list[Pools] = []
@@ -156,7 +136,7 @@ def best_pools(kinds: Sequence[Machine]) -> Pools | None:
 
 def pool_sizes(
     prompt_rate: float, token_rate: float, most_prompt: int, most_token: int, *, is_same: bool
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int]:
     """Return the fewest prompt and token machines with the highest flow, or (0, 0) if none serve anything.
 
     Args:
@@ -168,28 +148,3 @@ def pool_sizes(
     splits = [(p, most_prompt - p) for p in range(1, most_prompt)] if is_same else [(most_prompt, most_token)]
     flow = max((min(p * prompt_rate, t * token_rate) for p, t in splits), default=0.0)
     return math.ceil(flow / prompt_rate - ROUNDING), math.ceil(flow / token_rate - ROUNDING)
-
-
-def _tp_groups(graph: FleetGraph, zone: str, device_class: int, tp: int) -> list[tuple[int, ...]]:
-    """Return the GPUs of every TP group of this size that the nodes of a zone hold."""
-    by_node: dict[str, list[int]] = defaultdict(list)
-    for gpu in range(graph.num_gpus):
-        if graph.zones[gpu] == zone and graph.device_class[gpu] == device_class:
-            by_node[graph.nodes[gpu]].append(gpu)
-    return [
-        tuple(gpus[start : start + tp]) for gpus in by_node.values() for start in range(0, len(gpus) - tp + 1, tp)
-    ]  # fmt: skip
-
-
-def _joined(groups: Sequence[tuple[int, ...]], stages: int) -> tuple[tuple[int, ...], ...]:
-    """Return machines of ``stages`` TP groups each, in the order of the nodes."""
-    starts = range(0, len(groups) - stages + 1, stages)
-    return tuple(tuple(gpu for group in groups[start : start + stages] for gpu in group) for start in starts)
-
-
-def _routes(pools: Pools, first: int) -> Iterator[KvRoute]:
-    """Yield equal shares from every prompt to every token machine, whose replicas are numbered from ``first`` on."""
-    share = pools.split_rate() / (pools.num_prompt * pools.num_token)
-    for prefill in range(first, first + pools.num_prompt):
-        for decode in range(first + pools.num_prompt, first + pools.num_prompt + pools.num_token):
-            yield KvRoute(prefill=prefill, decode=decode, rate=share)
